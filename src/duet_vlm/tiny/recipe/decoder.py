@@ -1,0 +1,144 @@
+"""Stage B: the decoder learns to answer from label features, which stand in for tower and projector."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaModel
+
+from ..labels import LABELS
+from ..network import DECODER_LAYERS, VISUAL_TOKENS, WIDTH, decoder_config
+from ..questions import KINDS, PLURALS, questions
+from ..scenes import COLOR_NAMES, GRID, SHAPES, generator, scene
+from ..text import TOKEN
+from ..assets import WORDS
+from .optim import optimizers, rate, set_rate
+from .packing import Lesson, Packed, choose_patches, lesson, pack
+from .reading import Probes, Watch, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
+from .run import Run, apply
+from .starts import position_waves, start_decoder
+
+BATCH, QUESTIONS = 8, 12
+FEW = (28, 40, 57, 85, 128)  # visual tokens of the shortened pictures
+LOOKUPS = ("attribute", "read_digit", "read_word")
+LABEL_WORDS = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789"), "word": WORDS}
+
+
+class LabelFeatures(nn.Module):
+    """Patch labels, row and column -> a visual token: the sum of learned embeddings, which start at the words they mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(n, WIDTH) for n in LABELS.values())
+        self.place = nn.Embedding(VISUAL_TOKENS, WIDTH)
+
+    @torch.no_grad()
+    def start(self, words: Tensor, rng: torch.Generator) -> None:
+        """``words`` (vocabulary, WIDTH): the decoder's token embeddings."""
+        for name, table in zip(LABELS, self.tables, strict=True):
+            table.weight.normal_(std=0.15, generator=rng)
+            if name in LABEL_WORDS:
+                table.weight[0] = 0
+                table.weight[1:] = words[[TOKEN[w] for w in LABEL_WORDS[name]]]
+        mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng))[0]  # spread the waves over all dimensions
+        ramp = (torch.arange(GRID) - 7.5) / 8
+        rows, columns = ramp[:, None].expand(GRID, GRID).flatten(), ramp[None].expand(GRID, GRID).flatten()
+        waves = 0.12 * position_waves()
+        waves[:, 60], waves[:, 124] = rows, columns  # one straight scale each: "left of" is then a difference
+        self.place.weight.copy_(waves @ mix)
+
+    def forward(self, labels: Tensor, patches: Tensor) -> Tensor:
+        """(B, K, 6) and (B, K) -> (B, K, WIDTH)."""
+        return sum(table(labels[..., i]) for i, table in enumerate(self.tables)) + self.place(patches)
+
+
+def lessons(split: str, seed: int, first: int, n: int, per_scene: int, kinds: tuple[str, ...] = KINDS) -> list[Lesson]:
+    """Pictures ``first`` to ``first + n`` of a stream with ``per_scene`` questions each (without drawing them)."""
+    scenes = [scene(split, seed, first + i) for i in range(n)]
+    return [lesson(s, questions(s, per_scene, generator(split, seed, s.index, 2), kinds)) for s in scenes]
+
+
+def all_patches(n: int) -> np.ndarray:
+    """(n, 256): every patch."""
+    return np.tile(np.arange(VISUAL_TOKENS), (n, 1))
+
+
+def shorten(items: list[Lesson], keep: int, rng: np.random.Generator) -> Packed:
+    """Pack with ``keep`` visual tokens per picture; sometimes with consecutive position numbers."""
+    return pack(items, np.stack([choose_patches(i, keep, rng) for i in items]), rng, spread=rng.random() < 0.7)
+
+
+def labels_of(items: list[Lesson], packed: Packed, lost: float, rng: np.random.Generator) -> Tensor:
+    """Labels (B, K, 6) of the packed patches; a share ``lost`` of them is blanked."""
+    labels = np.stack([i.labels[p] for i, p in zip(items, packed.patches.numpy(), strict=True)])
+    labels[rng.random(labels.shape[:2]) < lost] = 0
+    return torch.from_numpy(labels)
+
+
+def lecture(items: list[Lesson], t: float, rng: np.random.Generator) -> Packed:
+    """The curriculum: few tokens, then a varying number, then half of the time all of them."""
+    if t < 0.35:
+        return shorten(items, FEW[0], rng)
+    if t < 0.7 or rng.random() < 0.5:
+        return shorten(items, int(rng.choice(FEW)), rng)
+    return pack(items, all_patches(len(items)), rng, late=rng.random() < 0.5)
+
+
+@torch.no_grad()
+def validate(decoder: LlamaModel, features: LabelFeatures, n: int = 32) -> dict[str, float]:
+    """Accuracy per kind on label features, all 256 tokens."""
+    rng, hits, items = np.random.default_rng(0), [], lessons("validation", 0, 0, n, QUESTIONS)
+    for i in range(0, n, 8):
+        packed = pack(items[i : i + 8], all_patches(8), rng)
+        last, _ = decode(decoder, features(labels_of(items[i : i + 8], packed, 0.0, rng), packed.patches), packed, DECODER_LAYERS, DECODER_LAYERS)
+        hits += list(answer_loss(decoder, last, packed)[1])
+    return accuracy_by_kind(hits, items)
+
+
+def build_decoder(seed: int) -> LlamaModel:
+    """The decoder at its start; plurals start as their singulars."""
+    config: LlamaConfig = decoder_config()
+    config._attn_implementation = "eager"
+    decoder = LlamaModel(config)
+    start_decoder(decoder, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        words = decoder.embed_tokens.weight
+        for one, many in zip(SHAPES, PLURALS, strict=True):
+            words[TOKEN[many]] = 0.8 * words[TOKEN[one]] + 0.3 * words[TOKEN[many]]
+    return decoder
+
+
+def train_decoder(folder: Path, seed: int, steps: int, bf16: bool, stop: int | None = None) -> None:
+    """Train the decoder for ``steps`` steps of ``BATCH`` pictures; leaves ``decoder.pt``. ``stop`` ends early, to be resumed."""
+    torch.manual_seed(seed)
+    decoder, features, probes = build_decoder(seed), LabelFeatures(), Probes()
+    features.start(decoder.embed_tokens.weight, torch.Generator().manual_seed(seed + 1))
+    modules = {"decoder": decoder, "features": features, "probes": probes}
+    named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters()]
+    opts = optimizers(named, matrix=0.006, query_key=0.0015, embedding=1e-3, rest=1.5e-3)
+    run, watch = Run(folder, "decoder", modules, opts), Watch(decoder)
+    for step in range(run.resume(), min(steps, stop or steps)):
+        t, rng = step / steps, np.random.default_rng([seed, step])
+        set_rate(opts, rate(t))
+        items = lessons("train", seed + 1000, step * BATCH, BATCH, QUESTIONS, LOOKUPS if t < 0.06 else KINDS)
+        packed = lecture(items, t, rng)
+        depth, cut = (8 if t < 0.35 else DECODER_LAYERS), int(rng.choice((6, 7, 9, 10)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            visual = features(labels_of(items, packed, 0.1, rng), packed.patches)
+            last, states = decode(decoder, visual, packed, depth, cut)
+        answer, hits = answer_loss(decoder, last, packed)
+        lookup, shared = attention_loss(watch, packed, depth)
+        facts = probe_loss(probes, states, packed)
+        guide = min(1.0, max(0.2, (0.9 - t) / 0.4))
+        loss = answer + guide * (0.3 * lookup + 0.15 * shared + 0.1 * facts)
+        apply(loss, list(modules.values()), opts, bf16)
+        done = step + 1
+        if done % 100 == 0 or done == 10:
+            run.log(done, answer=answer.item(), lookup=lookup.item(), shared=shared.item(), facts=facts.item(), **accuracy_by_kind(list(hits), items))
+        if done % 500 == 0 or done == steps:
+            run.log(done, **{f"val_{k}": v for k, v in validate(decoder, features).items()})
+        if done % run.every == 0 or done == min(steps, stop or steps):
+            run.save(done)
