@@ -1,0 +1,427 @@
+"""attach() and Handle: install every hook on one model instance, and undo each one."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+
+from duet_vlm import registry
+from duet_vlm.budget import Budget, SpanPlan, check_budget
+from duet_vlm.flow import compat
+from duet_vlm.flow.cache import Run
+from duet_vlm.flow.call import ENCODED, Call, Stacks
+from duet_vlm.flow.encoder import EncoderFlow, check_finite
+from duet_vlm.flow.entry import encoded_elsewhere, enter
+from duet_vlm.flow.loss import surviving_labels
+from duet_vlm.flow.processor import SALIENT, SalientProcessor, accept_salient
+from duet_vlm.flow.signals import Recorder
+from duet_vlm.flow.trace import rows_per_layer, trace_of
+from duet_vlm.measure.report import Report, Sample, make_report
+from duet_vlm.models.adapter import Adapter, adapter_for, core_of
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.tokens import SpanTrace
+
+PASS = "duet_vlm_pass"  # keyword that carries the running pass from the decoder stack to its layers, recomputation included
+
+ANY_SIZE = 4096  # a span size to try settings on where images differ in size
+
+_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
+
+
+class Hook:
+    """A hook that refuses to be copied: a copied model would call back into the original's handle."""
+
+    def __init__(self, function: Callable[..., Any], *first: Any) -> None:
+        self.function, self.first = function, first
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*self.first, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("this model has a duet_vlm reducer attached and cannot be copied or pickled: detach() first, copy, then attach to the copy")
+
+
+class Wrapped(Hook):
+    """A wrapped bound method of the model; keeps the signature that callers read."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__(function)
+        self.__wrapped__ = function
+
+
+class Handle:
+    """What ``attach`` returns; a context manager that detaches at its end.
+
+    Attributes
+    ----------
+    reducer : Reducer
+        The method with its settings.
+    budget : int, float or None
+        As given.
+    """
+
+    def __init__(self, adapter: Adapter, reducer: Reducer, budget: Budget | None, processor: Any) -> None:
+        self.adapter, self.reducer, self.budget = adapter, reducer, budget
+        self._processor = processor
+        self._stacks = Stacks()
+        self._undo: list[Callable[[], Any]] = []
+        self._paused = 0
+        self._run: Run | None = None
+        self._detached = False
+        self._plan = self._planner(reducer, budget)
+
+    # ---- the user's verbs
+
+    def __enter__(self) -> Handle:
+        self._check_attached()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Take every hook off again; the model is then exactly what it was. Calling it twice is harmless."""
+        while self._undo:
+            self._undo.pop()()
+        self._detached = True
+        _attached.pop(self.adapter.model, None)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[Handle]:
+        """Run the full model inside the ``with`` block (new prompts only; a reduced cache goes on as it is)."""
+        self._check_attached()
+        self._paused += 1
+        try:
+            yield self
+        finally:
+            self._paused -= 1
+
+    def set(self, *, budget: Budget | None = None, **fields: Any) -> Handle:
+        """Change the budget or the method's settings for the calls to come.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As ``attach``; the old settings then stay in force.
+        """
+        self._check_attached()
+        reducer = _with_fields(self.reducer, fields) if fields else self.reducer
+        budget = self.budget if budget is None and not fields else budget
+        plan = self._planner(reducer, budget)
+        _check(self.adapter, reducer, plan, self._processor, budget)
+        if _signal_layer(reducer) != _signal_layer(self.reducer):
+            raise ValueError("signal_layer cannot change while attached: detach and attach again")
+        self.reducer, self.budget, self._plan = reducer, budget, plan
+        return self
+
+    def plan(self, tokens: int) -> SpanPlan:
+        """What the current settings make of a span of ``tokens`` visual tokens."""
+        return self._plan(tokens)
+
+    def report(self) -> Report:
+        """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
+        run = self._last_run()
+        samples = [
+            Sample(
+                text=length - sum(span.tokens for span in spans),
+                spans=tuple(span.tokens for span in spans),
+                plans=plans,
+                queries=asked,
+                measured=measured,
+            )
+            for length, spans, plans, asked, measured in zip(
+                run.prompt.valid.sum(1).tolist(), run.spans, run.plans, run.asking, rows_per_layer(run), strict=True
+            )
+        ]
+        return make_report(
+            method=self.reducer.name,
+            settings=self.reducer.settings(),
+            budget=self.budget,
+            samples=samples,
+            scored_layers=run.scored_layers,
+            decoder=self.adapter.decoder_shape(),
+            vision=self.adapter.vision_shape(),
+            element_bytes=run.element_bytes,
+            cache_bytes=run.cache_bytes,
+            decoded=run.decoded,
+        )
+
+    @property
+    def trace(self) -> list[list[SpanTrace]]:
+        """For each sample and span of the last prompt: which tokens were kept, merged into whom, and dropped, stage by stage."""
+        return trace_of(self._last_run())
+
+    @property
+    def slots(self) -> Tensor:
+        """[B, T] prompt slots of the rows that reached the last layer in the last prompt, -1 for padding: aligns logits with labels."""
+        tokens = self._last_run().groups[-1].tokens
+        return tokens.slot.masked_fill(~tokens.valid, -1)
+
+    # ---- inside
+
+    def _check_attached(self) -> None:
+        if self._detached:
+            raise RuntimeError("this handle is detached: call attach() again")
+
+    def _last_run(self) -> Run:
+        if self._run is None:
+            raise RuntimeError("nothing to report yet: run the attached model on a prompt with an image first")
+        for flag, what in self._run.finite:
+            check_finite(flag.cpu(), what)
+        return self._run
+
+    def _planner(self, reducer: Reducer, budget: Budget | None) -> Callable[[int], SpanPlan]:
+        depth = len(self.adapter.layers)
+        return lru_cache(maxsize=1024)(lambda tokens: reducer.plan(tokens, depth, budget))
+
+    def _active(self) -> Reducer | None:
+        return None if self._paused or self._detached else self.reducer
+
+    def _install(self) -> None:
+        adapter, encoder = self.adapter, EncoderFlow(self.adapter, self._stacks, self._active, self._current_plan)
+        if isinstance(self.reducer, EncoderReducer) and self.reducer.signals:
+            recorder = Recorder(adapter.vision_attention(self.reducer.signal_layer), self._stacks)
+            self._undo.append(recorder.remove)
+        if isinstance(self.reducer, EncoderReducer) and self.reducer.cls_token:
+            self._hook(adapter.cls_module().register_forward_hook, self._record_cls)
+        if adapter.door is not None:
+            self._hook(adapter.door.register_forward_pre_hook, encoder.at_door)
+            self._hook(adapter.door.register_forward_hook, encoder.after_door)
+        self._replace(adapter.base, adapter.image_features, encoder.wrap(getattr(adapter.base, adapter.image_features)))
+        for module in (adapter.model, adapter.base):
+            self._hook(module.register_forward_pre_hook, self._begin, with_kwargs=True)
+            self._hook(module.register_forward_hook, self._end, always_call=True)
+        self._hook(adapter.text_model.register_forward_pre_hook, self._enter, with_kwargs=True)
+        self._hook(adapter.text_model.register_forward_hook, self._leave, with_kwargs=True)
+        for index, layer in enumerate(adapter.layers):
+            self._hook(layer.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
+        self._replace_loss()
+        if self._processor is not None:
+            processor = SalientProcessor(self._processor, adapter.image_token_id)
+            self._undo.append(processor.remove)
+            self._replace(adapter.model, "prepare_inputs_for_generation", accept_salient(adapter.model.prepare_inputs_for_generation))
+
+    def _hook(self, register: Callable[..., Any], function: Callable[..., Any], *first: Any, **options: Any) -> None:
+        self._undo.append(register(Hook(function, *first), **options).remove)
+
+    def _replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+        """Shadow a method by an instance attribute."""
+        before = module.__dict__.get(name)
+        module.__dict__[name] = Wrapped(function)
+
+        def undo() -> None:
+            module.__dict__.pop(name)
+            if before is not None:
+                module.__dict__[name] = before
+
+        self._undo.append(undo)
+
+    def _replace_loss(self) -> None:
+        """Through the public setter, which keeps the function in one instance attribute."""
+        model = self.adapter.model
+        before = model.__dict__.get("_loss_function")
+        model.loss_function = Wrapped(surviving_labels(model.loss_function, self._stacks))
+
+        def undo() -> None:
+            model.__dict__.pop("_loss_function")
+            if before is not None:
+                model.__dict__["_loss_function"] = before
+
+        self._undo.append(undo)
+
+    def _current_plan(self, tokens: int) -> SpanPlan:
+        return self._plan(tokens)
+
+    def _record_cls(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stacks.encoders:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._stacks.encoders[-1].cls = hidden[:, :1]
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """The model or the multimodal model inside it begins: collect what the decoder stack cannot see."""
+        calls = self._stacks.calls
+        nested = bool(calls) and calls[-1].owner is not None and module is self.adapter.base and calls[-1].owner is self.adapter.model
+        if not nested:
+            calls.append(Call(owner=module))
+        call = calls[-1]
+        if module is self.adapter.model:
+            call.labels, call.salient = kwargs.get("labels"), kwargs.pop(SALIENT, None)
+        else:
+            self._look(call, inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
+        return args, kwargs
+
+    def _look(self, call: Call, arguments: dict[str, Any]) -> None:
+        call.input_ids = arguments.get("input_ids")
+        embeds = arguments.get("inputs_embeds")
+        output = (arguments.get("mm_encoder_outputs") or {}).get("image")
+        if arguments.get("pixel_values_videos") is not None or (arguments.get("mm_encoder_outputs") or {}).get("video") is not None:
+            if self._active() is not None:
+                raise ValueError("video inputs are not supported yet: use handle.paused() for this call, or detach")
+        if call.input_ids is None and embeds is not None and self._active() is not None:
+            cache = arguments.get("past_key_values")
+            fresh = cache is None or int(cache.get_seq_length()) == 0
+            if fresh and output is None and arguments.get("pixel_values") is None:
+                raise ValueError(
+                    "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass input_ids "
+                    "and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
+                )
+        if call.input_ids is None and embeds is None:
+            return
+        one_step = call.input_ids is not None and call.input_ids.shape[1] == 1 and output is None and arguments.get("pixel_values") is None
+        if not one_step:
+            call.placeholders = self.adapter.placeholders(call.input_ids, embeds)
+        if output is not None:
+            self._adopt(call, output)
+
+    def _adopt(self, call: Call, output: Any) -> None:
+        """Take the features and decisions of an encoder output."""
+        call.features = list(output.pooler_output)
+        call.encoded = getattr(output, ENCODED, None)
+        if call.encoded is None and self._active() is not None:
+            call.encoded = encoded_elsewhere(call.features, self._plan)
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stacks.calls and self._stacks.calls[-1].owner is module:
+            self._stacks.calls.pop()
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        if not self._stacks.calls or kwargs.get("inputs_embeds") is None:
+            return None
+        call = self._stacks.calls[-1]
+        step = enter(self.adapter, self._active(), call, kwargs)
+        if call.run is not None:
+            self._run = call.run
+        if step is not None:
+            kwargs[PASS] = step
+        return args, kwargs
+
+    def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        step, cache = kwargs.get(PASS), kwargs.get("past_key_values")
+        if step is not None and step.run.cache_bytes is None and cache is not None:
+            step.run.cache_bytes = compat.cache_bytes(cache)
+
+    def _at_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        step = kwargs.pop(PASS, None)
+        if step is None:
+            return None
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        return (step.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
+
+
+def attach(
+    model: nn.Module,
+    method: str | Reducer = "duet",
+    *,
+    budget: Budget | None = None,
+    processor: Any = None,
+    positions: str | None = None,
+    **fields: Any,
+) -> Handle:
+    """Make ``model`` spend fewer visual tokens, until the handle is detached.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A loaded image-text-to-text model of transformers (PEFT models too).
+    method : str or Reducer
+        Name of a method (``duet_vlm.methods()``) or an instance with its settings.
+    budget : int or float, optional
+        Mean visual tokens per decoder layer and image (int), or that as a fraction of the image's tokens (float in (0, 1]).
+    processor : optional
+        The model's processor; needed for ``text_query="salient"``, whose words it marks.
+    positions : str, optional
+        "keep" (default) or "compact".
+    **fields
+        Settings of the method; they override those of an instance.
+
+    Returns
+    -------
+    Handle
+        Use it as a context manager, or call ``detach()``.
+
+    Raises
+    ------
+    ValueError
+        Unknown method, setting or budget out of range, model attached already.
+    BudgetError
+        A budget below the method's floor on this model.
+    TypeError
+        Unsupported model, or settings that this family cannot have.
+    """
+    check_budget(budget)
+    if isinstance(method, str):
+        reducer = _with_fields(registry.get(method), fields | ({} if positions is None else {"positions": positions}))
+    elif isinstance(method, Reducer):
+        reducer = _with_fields(method, fields | ({} if positions is None else {"positions": positions}))
+    else:
+        raise TypeError(f"method must be a name or a Reducer instance, got {method!r}")
+    core = core_of(model)
+    if core in _attached:
+        raise ValueError("a reducer is attached to this model already: detach() its handle first, or change it with handle.set(...)")
+    handle = Handle(adapter_for(model), reducer, budget, processor)
+    _check(handle.adapter, reducer, handle.plan, processor, budget)
+    try:
+        handle._install()
+    except BaseException:
+        handle.detach()
+        raise
+    _attached[core] = weakref.ref(handle)
+    return handle
+
+
+def _with_fields(method: type[Reducer] | Reducer, fields: dict[str, Any]) -> Reducer:
+    cls = method if isinstance(method, type) else type(method)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"{cls.name} has no setting {name!r}; its settings: {', '.join(known)}")
+    return method(**fields) if isinstance(method, type) else dataclasses.replace(method, **fields)
+
+
+def _signal_layer(reducer: Reducer) -> tuple[Any, ...]:
+    return (getattr(reducer, "signal_layer", None), getattr(reducer, "cls_token", None))
+
+
+def _check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], processor: Any, budget: Budget | None) -> None:
+    """Everything that can be known to be wrong before a call."""
+    if reducer.positions == "compact" and adapter.mrope:
+        raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
+    if isinstance(reducer, EncoderReducer):
+        if reducer.cls_token:
+            adapter.cls_module()
+            if adapter.feeds_cls:
+                raise ValueError("cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')")
+        if reducer.signal_layer is not None:
+            try:
+                adapter.vision_attention(reducer.signal_layer)
+            except IndexError:
+                raise ValueError(f"signal_layer={reducer.signal_layer}: this vision tower has no such layer") from None
+    if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient":
+        if processor is None:
+            warnings.warn(
+                "text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.text.salient_mask)", stacklevel=3
+            )
+        elif not hasattr(processor, "tokenizer"):
+            raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
+    if adapter.fixed_tokens is not None:
+        _check_counts(adapter.fixed_tokens, reducer)
+        plan(adapter.fixed_tokens)
+    elif budget is None:
+        plan(ANY_SIZE)  # layers out of range are wrong for every image; budgets wait for the image's size
+
+
+def _check_counts(tokens: int, reducer: Reducer) -> None:
+    """Asking for more tokens than a fixed tower makes is a mistake in the settings."""
+    for name in ("dominant", "contextual", "entry", "keep"):
+        value = getattr(reducer, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > tokens + getattr(reducer, "cls_token", False):
+            raise ValueError(f"{name}={value}: this model's images have {tokens} visual tokens")

@@ -1,0 +1,131 @@
+"""What decoding needs to know about a reduced prompt. It lives on the cache object, so beams, copies and conversations keep it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.flow import compat
+from duet_vlm.models.adapter import Adapter, Rotary
+from duet_vlm.tokens import Span, TokenMap
+
+RUN = "_duet_vlm_run"  # attribute of the cache
+
+
+@dataclass(eq=False)
+class Group:
+    """Decoder layers from ``first_layer`` on that see the same rows; ``lengths`` are the real rows per sample, known on the host."""
+
+    first_layer: int
+    tokens: TokenMap
+    lengths: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        return self.tokens.slot.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        return min(self.lengths) < self.width
+
+
+@dataclass
+class Run:
+    """One prompt: its spans, what each layer saw, and where decoding goes on. Plain data; no modules, no cache.
+
+    ``rows`` is the prompt's length as sent; ``groups[0]`` is the sequence that entered the decoder, ``group(l)`` what layer l reads.
+    """
+
+    rows: int
+    positions: str
+    spans: tuple[tuple[Span, ...], ...]
+    plans: tuple[tuple[SpanPlan, ...], ...]
+    prompt: TokenMap
+    depth: int
+    encoded: Any = None
+    numbers: tuple[int, ...] = ()
+    groups: list[Group] = field(default_factory=list)
+    asking: tuple[int, ...] = ()
+    scored_layers: tuple[int, ...] = ()
+    element_bytes: int = 4
+    next_position: Tensor | None = None
+    reduces: bool = False
+    cache_bytes: tuple[int, ...] | None = None
+    finite: list[tuple[Tensor, str]] = field(default_factory=list)
+    decoded: int = 0
+
+    def group(self, layer: int) -> Group:
+        """The group that ``layer`` belongs to."""
+        return next(g for g in reversed(self.groups) if g.first_layer <= layer)
+
+
+class DecodePass:
+    """One later call on a reduced prompt: a decode step, a few draft tokens, or the next turn's text."""
+
+    def __init__(self, run: Run, adapter: Adapter, cache: Any, kwargs: dict[str, Any]) -> None:
+        self.run, self.adapter, self.cache = run, adapter, cache
+        embeds = kwargs["inputs_embeds"]
+        self.batch, self.new = embeds.shape[:2]
+        self.device = embeds.device
+        self.done = int(cache.get_seq_length()) - run.group(0).width
+        self.tail = self._tail(kwargs.get("attention_mask"))
+        self.masks: dict[int, Any] = {}
+        self.rotaries: dict[int, Rotary] = {}
+        kwargs["position_ids"] = self._positions(run.groups[0])
+        kwargs["attention_mask"] = self._mask2d(run.group(0))
+
+    def _tail(self, mask: Any) -> Tensor | None:
+        """The part of the caller's mask that covers tokens after the prompt, None if the caller gave no mask."""
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            raise ValueError("decoding on a reduced cache takes a 2-D attention mask or none; prepared 4-D masks have the unreduced length")
+        expected = self.run.rows + self.done + self.new
+        if mask.shape[1] != expected:
+            raise ValueError(
+                f"attention_mask covers {mask.shape[1]} tokens and {self.new} new ones were passed, but the reduced cache stands for "
+                f"{self.run.rows + self.done} tokens. To continue a conversation pass only the new token ids (the last sampled one "
+                "included) with the mask of the whole conversation."
+            )
+        return mask[:, self.run.rows :].bool()
+
+    def _repeat(self, x: Tensor, dim: int = 0) -> Tensor:
+        """Beams and samples multiply the batch after the prompt."""
+        return x if x.shape[dim] == self.batch else x.repeat_interleave(self.batch // x.shape[dim], dim)
+
+    def _positions(self, group: Group) -> Tensor:
+        step = torch.arange(self.new, device=self.device) + self.done
+        if self.run.positions == "compact" and group is not self.run.groups[0]:
+            return self._repeat(torch.tensor(group.lengths, device=self.device))[:, None] + step
+        start = self.run.next_position
+        assert start is not None
+        return self._repeat(start, start.ndim - 1)[..., None] + step
+
+    def _mask2d(self, group: Group) -> Tensor | None:
+        if self.tail is None and not group.padded:
+            return None
+        valid = self._repeat(group.tokens.valid)
+        tail = valid.new_ones(self.batch, self.done + self.new) if self.tail is None else self._repeat(self.tail)
+        return torch.cat([valid, tail], 1)
+
+    def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Give ``layer`` the mask and, with renumbered positions, the rotary table of its own group."""
+        group = self.run.group(index)
+        if group is self.run.groups[0]:
+            return hidden
+        if self.run.positions == "compact":
+            if group.first_layer not in self.rotaries:
+                self.rotaries[group.first_layer] = self.adapter.rotary(hidden, self._positions(group).to(hidden.device))
+            kwargs["position_embeddings"] = self.rotaries[group.first_layer]
+        if group.first_layer not in self.masks:
+            mask = self._mask2d(group)
+            alone = mask is None and self.new == 1  # one query sees every key: no mask in any implementation
+            self.masks[group.first_layer] = (
+                None if alone else compat.decoder_mask(self.adapter.text_model.config, hidden, mask, self.cache, index)
+            )
+        kwargs["attention_mask"] = self.masks[group.first_layer]
+        return hidden

@@ -1,0 +1,74 @@
+"""What one top-level forward call knows, on a stack per thread: nothing lives on modules, so calls nest and threads do not meet."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.tokens import Selection
+
+ENCODED = "_duet_vlm_encoded"  # attribute of the encoder output that carries its decisions to the decoder
+
+
+@dataclass
+class Encoded:
+    """The decisions of one encoder call; rides on the encoder's output object, which generate() hands to every later step.
+
+    ``rows`` are the feature tensors as handed out, one per span: beam expansion repeats these very objects, so a span is found by
+    identity. ``selection`` is None where V2V left the spans whole; its rows carry ``numbers`` [spans, K] of the slots they were put in.
+    """
+
+    rows: list[Tensor]
+    grids: tuple[tuple[int, int] | None, ...]
+    plans: tuple[SpanPlan, ...]
+    selection: Selection | None = None
+    slots: Tensor | None = None
+    cls_token: bool = False
+    finite: Tensor | None = None
+    decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
+
+    def number_of(self, rows: Tensor, position: int) -> int:
+        """Which span of the encoder call a feature tensor is (the tensor at ``position`` of the list that reached the decoder)."""
+        for number, known in enumerate(self.rows):
+            if known is rows:
+                return number
+        if position < len(self.rows) and self.rows[position].shape == rows.shape:
+            return position
+        raise ValueError("the image features were rebuilt between encoder and decoder, so their reduction is unknown; pass them on unchanged")
+
+
+@dataclass
+class EncoderCall:
+    """Scratch of one running encoder call: what the recorder saw and what the door decided."""
+
+    arguments: dict[str, Any]
+    recorded: list[Any] = field(default_factory=list)
+    cls: Tensor | None = None
+    pending: Encoded | None = None
+
+
+@dataclass
+class Call:
+    """One running forward of the model."""
+
+    labels: Tensor | None = None
+    salient: Tensor | None = None
+    input_ids: Tensor | None = None
+    placeholders: Tensor | None = None
+    features: Sequence[Tensor] | None = None
+    encoded: Encoded | None = None
+    owner: Any = None
+    run: Any = None
+
+
+class Stacks(threading.local):
+    """Per thread: the running forward calls, the running encoder calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.encoders: list[EncoderCall] = []

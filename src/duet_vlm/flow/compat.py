@@ -1,0 +1,71 @@
+"""Every fact about a transformers version that the flow leans on, in one place (tests/test_compat.py fails loudly when one changes)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, DynamicCache, GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+# generate() encodes images before prefill and passes the output object on (newer 5.x); before that the tower runs inside forward,
+# again at every step without a cache.
+PRE_ENCODES = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
+    """The mask that the decoder would build for one layer: ``mask`` is 2-D [B, keys] or None, sizes come from that layer's cache.
+
+    Position ids are never handed over: without a cache and mask, gaps in them would be read as packed sequences.
+    """
+    return create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer
+    )
+
+
+def new_cache(config: Any) -> DynamicCache:
+    return DynamicCache(config=config)
+
+
+def is_static(cache: Any) -> bool:
+    return bool(getattr(cache, "is_compileable", False))
+
+
+def cache_bytes(cache: Any) -> tuple[int, ...]:
+    """Bytes of keys and values per layer, read from the tensors' shapes (no device access)."""
+    return tuple(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+def attention_function(module: nn.Module, implementation: str) -> AttentionFunction:
+    """The attention function that ``module`` would call under ``implementation``."""
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+
+
+def register_attention(name: str, function: AttentionFunction) -> None:
+    """Make ``function`` selectable by name; known names stay."""
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, function)
+
+
+def use_attention(config: Any, name: str) -> None:
+    """Set the implementation on a private config copy without the validation that the public setter runs."""
+    config._attn_implementation_internal = name
+
+
+def uses_cache(text_model: nn.Module, use_cache: bool | None) -> bool:
+    """Whether the text model will create a cache when none is given (its own rule)."""
+    if text_model.training and getattr(text_model, "gradient_checkpointing", False):
+        return False
+    return bool(text_model.config.use_cache if use_cache is None else use_cache)
+
+
+def finite(x: Tensor) -> Tensor:
+    """0-dim bool tensor: every entry is finite (one reduction, no mask of the size of ``x``)."""
+    return torch.isfinite(x.detach().sum(dtype=torch.float32))

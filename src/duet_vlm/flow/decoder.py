@@ -1,0 +1,204 @@
+"""T2V: rank and drop visual tokens between decoder layers, and give every later layer the tables of its own rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.flow import compat
+from duet_vlm.flow.cache import Group, Run
+from duet_vlm.flow.encoder import check_finite
+from duet_vlm.flow.positions import group_rotary
+from duet_vlm.models.adapter import Adapter, Rotary
+from duet_vlm.ops.ragged import pack_left, pack_right, take, take_last, take_square
+from duet_vlm.ops.score import query_attention
+from duet_vlm.reducer import DecoderReducer, Reducer, TextView
+from duet_vlm.tokens import TokenMap
+
+
+class PrefillPass:
+    """One pass of a prompt through the decoder. Decisions are made once per layer and replayed if a layer runs again (checkpointing)."""
+
+    def __init__(
+        self,
+        run: Run,
+        adapter: Adapter,
+        reducer: Reducer,
+        cache: Any,
+        queries: Tensor,
+        asking: list[int],
+        kwargs: dict[str, Any],
+        replay: dict[Any, Any],
+    ) -> None:
+        self.run, self.adapter, self.reducer, self.cache, self.replay = run, adapter, reducer, cache, replay
+        self.queries, self.asking = queries, asking
+        self.custom_mask = _is_prepared(kwargs.get("attention_mask"))
+        self.drops = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
+        before = reducer.score_before if isinstance(reducer, DecoderReducer) else 0
+        self.scored_at = {layer - before: layer for layer in self.drops}
+        run.asking = tuple(max(1, n) for n in asking)
+        run.scored_layers = tuple(self.scored_at) if isinstance(reducer, DecoderReducer) and reducer.uses_text else ()
+        self.scores: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.dropped: dict[int, Tensor] = {}
+        self.rotaries: dict[int, Rotary] = {}
+        self.masks: dict[Any, Any] = {}
+
+    def _keeps_at(self, layer: int) -> list[int] | None:
+        """Visual tokens per sample that stay before ``layer``, None where nothing changes."""
+        now = [sum(p.counts[layer] for p in row) for row in self.run.plans]
+        return now if now != self._alive_before(layer) else None
+
+    def _alive_before(self, layer: int) -> list[int]:
+        """Visual tokens per sample in front of ``layer``'s drop."""
+        return [sum(p.counts[layer - 1] if layer else p.entry for p in row) for row in self.run.plans]
+
+    def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
+        drop = self.scored_at.get(index)
+        if drop is not None and drop not in self.dropped and drop not in self.scores:
+            with torch.no_grad():
+                self.scores[drop] = self._score(index, layer, hidden, kwargs)
+        if index in self.drops:
+            hidden = self._drop(index, hidden)
+        group = self.run.group(index)
+        if group is not self.run.groups[0]:
+            kwargs["position_embeddings"] = self._rotary(group, hidden, kwargs["position_embeddings"])
+            if kwargs.get("position_ids") is not None:
+                kwargs["position_ids"] = take_last(kwargs["position_ids"], group.tokens.row.to(hidden.device))
+            kwargs["attention_mask"] = self._mask(group, index, hidden, kwargs.get("attention_mask"))
+        return hidden
+
+    # ---- what the layer is given
+
+    def _rotary(self, group: Group, hidden: Tensor, rotary: Rotary) -> Rotary:
+        if group is self.run.groups[0]:
+            return rotary
+        if group.first_layer not in self.rotaries:
+            tokens = _to(group.tokens, rotary[0].device)
+            self.rotaries[group.first_layer] = group_rotary(self.adapter, hidden, rotary, tokens, self.run.positions)
+        return self.rotaries[group.first_layer]
+
+    def _mask(self, group: Group, index: int, hidden: Tensor, mask: Any) -> Any:
+        key = (group.first_layer, id(mask))
+        if key not in self.masks:
+            self.masks[key] = (mask, self._new_mask(group, index, hidden, mask))  # holding the key object keeps its id unique
+        return self.masks[key][1]
+
+    def _new_mask(self, group: Group, index: int, hidden: Tensor, mask: Any) -> Any:
+        valid = group.tokens.valid.to(hidden.device)
+        if self.custom_mask:
+            cut = take_square(mask, group.tokens.row.to(mask.device))
+            unseen = ~group.tokens.valid.to(mask.device)[:, None, None, :]
+            return cut & ~unseen if cut.dtype == torch.bool else cut.masked_fill(unseen, torch.finfo(cut.dtype).min)
+        return compat.decoder_mask(self.adapter.text_model.config, hidden, valid if group.padded else None, self.cache, index)
+
+    # ---- ranking
+
+    def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Visual rows [B, V] before the drop, which of them are real, and what the method keeps of them [B, V]."""
+        reducer, group = self.reducer, self.run.group(index)
+        assert isinstance(reducer, DecoderReducer)
+        tokens = _to(group.tokens, hidden.device)
+        drop = self.scored_at[index]
+        rows, real = pack_right(tokens.visual, max(self._alive_before(drop)))
+        scores = None
+        if reducer.uses_text:
+            rotary = self._rotary(group, hidden, kwargs["position_embeddings"])
+            scores = take(self._attention(layer, hidden.detach(), tokens, rotary, reducer.score_mask == "causal"), rows)
+            self.run.finite.append((compat.finite(scores), f"the attention scores at decoder layer {index}"))
+            check_finite(*self.run.finite[-1])
+        spans, span, token = self._provenance(tokens, rows) if reducer.uses_tokens else ((), None, None)
+        keep = torch.tensor(self.drops[drop], device=hidden.device)
+        return rows, real, reducer.t2v(TextView(real, keep, spans, span, token, scores))
+
+    def _attention(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, causal: bool) -> Tensor:
+        """Attention that the query rows pay to every row: [B, T] float32."""
+        asks = self._query_rows(tokens)
+        index, valid = pack_right(asks, max(1, *self.asking))
+        device = layer_device(layer, hidden)
+        hidden, rotary = hidden.to(device), (rotary[0].to(device), rotary[1].to(device))
+        index, valid, real = index.to(device), valid.to(device), tokens.valid.to(device)
+        key = self.adapter.project_k(layer, hidden, rotary)
+        query = self.adapter.project_q(layer, take(hidden, index), (take(rotary[0], index), take(rotary[1], index)))
+        allowed = real[:, None].expand(-1, index.shape[1], -1)
+        if causal:
+            allowed = allowed & (torch.arange(hidden.shape[1], device=device) <= index[..., None])
+        return query_attention(query, key, self.adapter.scaling(layer), allowed, valid.float()).to(tokens.valid.device)
+
+    def _query_rows(self, tokens: TokenMap) -> Tensor:
+        """Query rows among the current ones; samples without any ask with their last visual token."""
+        asks = take(self.queries.to(tokens.slot.device), tokens.slot) & tokens.valid
+        if all(self.asking):
+            return asks
+        empty = torch.tensor([n == 0 for n in self.asking], device=asks.device)
+        last_visual = tokens.visual & (tokens.visual.flip(1).cumsum(1).flip(1) == 1)
+        nothing = ~tokens.visual.any(1, keepdim=True)  # no image either: any row will do, nothing is dropped
+        last_visual = last_visual | (nothing & (torch.arange(asks.shape[1], device=asks.device) == asks.shape[1] - 1))
+        return torch.where(empty[:, None], last_visual, asks)
+
+    def _provenance(self, tokens: TokenMap, rows: Tensor) -> tuple[tuple[tuple[int, int], ...], Tensor, Tensor]:
+        """For the visual rows [B, V]: the spans as (number in the sample, size), and each row's span and token number."""
+        device = rows.device
+        spans = tuple((number, span.tokens) for row in self.run.spans for number, span in enumerate(row))
+        rank = (self.run.prompt.visual.to(device).cumsum(1) - 1).clamp(min=0)  # visual rank of every prompt slot
+        rank = take(rank, take(tokens.slot, rows))
+        per_sample = max(len(row) for row in self.run.spans)
+        offsets = [[s.offset for s in row] + [self.run.rows] * (per_sample - len(row)) for row in self.run.spans]
+        starts = torch.tensor(offsets, device=device)
+        first = torch.tensor([sum(len(r) for r in self.run.spans[:b]) for b in range(len(self.run.spans))], device=device)
+        number = ((rank[..., None] >= starts[:, None]).sum(-1) - 1).clamp(min=0)
+        token = rank - starts.gather(1, number).clamp(max=self.run.rows)
+        return spans, (first[:, None] + number).clamp(max=len(spans) - 1), token.clamp(min=0)
+
+    # ---- dropping
+
+    def _drop(self, index: int, hidden: Tensor) -> Tensor:
+        if index not in self.dropped:
+            self.dropped[index] = self._decide(index, hidden)
+        return take(hidden, self.dropped[index].to(hidden.device))
+
+    def _decide(self, index: int, hidden: Tensor) -> Tensor:
+        """Rows [B, T'] that go on; opens the group of layers that read them."""
+        group = self.run.group(index - 1) if index else self.run.groups[0]
+        tokens = _to(group.tokens, hidden.device)
+        keep = tokens.valid & ~tokens.visual
+        if index in self.replay:
+            gone = take(self._pad_slots(self.replay[index]).to(hidden.device), tokens.slot)
+            keep = tokens.valid & ~gone
+            self.scores.pop(index, None)
+        else:
+            rows, real, stays = self.scores.pop(index)
+            rows, stays = rows.to(hidden.device), (stays & real).to(hidden.device)
+            keep = keep.scatter(1, rows, stays | take(keep, rows))
+            dropped = tokens.visual & ~keep
+            self.replay[index] = torch.zeros_like(self.run.prompt.visual).to(hidden.device).scatter(1, tokens.slot, dropped)
+        alive = self._alive_before(index)
+        lengths = tuple(n - b + k for n, b, k in zip(group.lengths, alive, self.drops[index], strict=True))
+        chosen, valid = pack_left(keep, max(lengths))
+        self.run.groups.append(Group(index, tokens.take(chosen, valid), lengths))
+        return chosen
+
+    def _pad_slots(self, gone: Tensor) -> Tensor:
+        """Decisions of the first, shorter prompt, for the grown one: new slots are text."""
+        return nn.functional.pad(gone, (0, self.run.rows - gone.shape[1]))
+
+
+def _is_prepared(mask: Any) -> bool:
+    if isinstance(mask, dict):
+        return any(_is_prepared(m) for m in mask.values())
+    return isinstance(mask, Tensor) and mask.ndim == 4
+
+
+def _to(tokens: TokenMap, device: torch.device) -> TokenMap:
+    """The map on the device of the layer that reads it (device_map may spread layers)."""
+    if tokens.slot.device == device:
+        return tokens
+    return TokenMap(tokens.slot.to(device), tokens.row.to(device), tokens.valid.to(device), tokens.visual.to(device))
+
+
+def layer_device(layer: nn.Module, hidden: Tensor) -> torch.device:
+    """Where a layer's sub-modules run; offloaded layers move their inputs by themselves."""
+    device = next(layer.parameters()).device
+    return hidden.device if device.type == "meta" else device

@@ -1,0 +1,172 @@
+"""V2V: reduce the rows of each span between vision tower and decoder, without changing how many rows the model counts.
+
+Reduced spans keep their length: rows that are gone are marked, so the model's own checks, packing, position code and beam expansion
+keep working; the marked rows are removed where the decoder begins. Point-wise projectors are reduced at their door (only the surviving
+rows are projected, merged ones included), grid mergers after the encoder call.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.flow import compat
+from duet_vlm.flow.call import ENCODED, Encoded, EncoderCall, Stacks
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.ops.merge import merged_rows
+from duet_vlm.ops.ragged import pad_rows
+from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
+from duet_vlm.tokens import Selection
+
+MARK = float("nan")  # of rows that do not exist any more; real rows are checked to be finite
+
+
+def is_marked(embeds: Tensor) -> Tensor:
+    """[B, S, D] -> [B, S] bool."""
+    return embeds[..., 0].isnan()
+
+
+class EncoderFlow:
+    """Wraps the encoder call of one model. ``reducer``, ``plan`` and ``active`` are read at call time through the given functions."""
+
+    def __init__(
+        self, adapter: Adapter, stacks: Stacks, reducer: Callable[[], Reducer | None], plan: Callable[[int], SpanPlan]
+    ) -> None:
+        self.adapter, self.stacks, self.reducer, self.plan = adapter, stacks, reducer, plan
+
+    def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
+        """The encoder method with V2V around it; keeps its signature, which generate() reads."""
+        signature = inspect.signature(encode)
+
+        @functools.wraps(encode)
+        def encode_and_reduce(*args: Any, **kwargs: Any) -> Any:
+            reducer = self.reducer()
+            if reducer is None:
+                return encode(*args, **kwargs)
+            bound = signature.bind_partial(*args, **kwargs)
+            call = EncoderCall(dict(bound.arguments))
+            self.stacks.encoders.append(call)
+            try:
+                output = encode(*args, **kwargs)
+            finally:
+                self.stacks.encoders.pop()
+            return self._finish(output, call, reducer)
+
+        return encode_and_reduce
+
+    # ---- point-wise projector: before it
+
+    def at_door(self, door: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Pre-hook of the projector: features [B, N, C] -> surviving rows [B, K, C]."""
+        reducer = self.reducer()
+        if not self.stacks.encoders or not isinstance(reducer, EncoderReducer):
+            return None
+        call = self.stacks.encoders[-1]
+        features = args[0]
+        plans = (self.plan(features.shape[1]),) * features.shape[0]
+        if plans[0].entry >= plans[0].tokens:
+            return None
+        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        if reducer.cls_token:
+            features = torch.cat([_cls_of(call, self.adapter), features], 1)
+            valid = torch.cat([valid[:, :1], valid], 1)
+        selection = self._select(reducer, call, features, valid, plans)
+        call.pending = Encoded([], (), plans, selection, slots_of(selection, reducer), reducer.cls_token)
+        return (merged_rows(features, selection), *args[1:])
+
+    def after_door(self, door: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
+        """Post-hook of the projector: rows [B, K, D] -> [B, N, D] with the missing rows marked."""
+        pending = self.stacks.encoders[-1].pending if self.stacks.encoders else None
+        if pending is None:
+            return None
+        return _marked(projected, pending, pending.plans[0].tokens)
+
+    # ---- grid merger: after the call
+
+    def _finish(self, output: Any, call: EncoderCall, reducer: Reducer) -> Any:
+        if not hasattr(output, "pooler_output"):
+            raise TypeError(f"{self.adapter.family}: the encoder returned {type(output).__name__}; call it with return_dict=True or detach")
+        rows = list(output.pooler_output)
+        encoded = call.pending
+        if encoded is None:
+            plans = tuple(self.plan(len(r)) for r in rows)
+            encoded = Encoded(rows, (), plans)
+            if self.adapter.door is None and isinstance(reducer, EncoderReducer) and any(plan.entry < plan.tokens for plan in plans):
+                rows = self._reduce_after(rows, call, reducer, encoded)
+                output.pooler_output = type(output.pooler_output)(rows)
+        encoded.rows = rows
+        encoded.grids = self.adapter.grids(call.arguments, [len(r) for r in rows])
+        if encoded.finite is None:
+            encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
+        setattr(output, ENCODED, encoded)
+        if self.stacks.calls:  # inside forward: the decoder of this very call wants them
+            self.stacks.calls[-1].features, self.stacks.calls[-1].encoded = rows, encoded
+        return output
+
+    def _reduce_after(self, rows: list[Tensor], call: EncoderCall, reducer: EncoderReducer, encoded: Encoded) -> list[Tensor]:
+        if reducer.cls_token:
+            self.adapter.cls_module()  # raises: no CLS row here
+        features, valid = pad_rows(rows)
+        encoded.selection = self._select(reducer, call, features, valid, encoded.plans)
+        encoded.slots = slots_of(encoded.selection, reducer)
+        marked = _marked(merged_rows(features, encoded.selection), encoded, features.shape[1])
+        return [row[: len(old)] for row, old in zip(marked, rows, strict=True)]
+
+    # ---- both
+
+    def _select(
+        self, reducer: EncoderReducer, call: EncoderCall, features: Tensor, valid: Tensor, plans: tuple[SpanPlan, ...]
+    ) -> Selection:
+        importance = keys = None
+        if reducer.signals:
+            with torch.no_grad():
+                importance, keys = self._signals(reducer, call, features.shape[1])
+        counts = torch.tensor([[p.dominant, p.contextual] for p in plans], device=features.device)
+        return reducer.v2v(VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, keys))
+
+    def _signals(self, reducer: EncoderReducer, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
+        if not call.recorded:
+            raise RuntimeError("the vision attention was not recorded: its implementation was changed after attach; detach and attach again")
+        scores, keys = self.adapter.importance_and_keys(call.recorded, call.arguments, reducer.signal_segments)
+        importance, _ = pad_rows(scores)
+        key_rows, _ = pad_rows(keys)
+        check_finite(compat.finite(importance) & compat.finite(key_rows), "the vision attention scores")
+        if importance.shape[1] < width:  # a CLS row in front: always kept, counted as dominant
+            importance = nn.functional.pad(importance, (1, 0), value=torch.finfo(importance.dtype).max)
+            key_rows = nn.functional.pad(key_rows, (0, 0, 1, 0), value=1.0)
+        return importance, key_rows
+
+
+def slots_of(selection: Selection, reducer: Reducer) -> Tensor:
+    """Slot within the span for each output row [B, K]: its own (keep) or the first ones in the method's order (compact)."""
+    if reducer.positions == "keep":
+        return selection.index
+    return torch.where(selection.valid, selection.valid.cumsum(1) - 1, 0)
+
+
+def _marked(rows: Tensor, encoded: Encoded, width: int) -> Tensor:
+    selection, slots = encoded.selection, encoded.slots
+    assert selection is not None and slots is not None
+    encoded.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
+    spare = torch.where(selection.valid, slots, width)  # rows that do not exist go to a slot past the end
+    full = rows.new_full((rows.shape[0], width + 1, rows.shape[2]), MARK)
+    return full.scatter(1, spare[..., None].expand_as(rows), rows)[:, :width]
+
+
+def _cls_of(call: EncoderCall, adapter: Adapter) -> Tensor:
+    if call.cls is None:
+        adapter.cls_module()
+        raise RuntimeError("the CLS row was not recorded; detach and attach again")
+    return call.cls
+
+
+def check_finite(flag: Tensor, what: str) -> None:
+    """Raise if a device flag says that something is not finite. Read at once on the CPU only: elsewhere the entry read covers the rows."""
+    if flag.device.type == "cpu" and not bool(flag):
+        raise ValueError(f"{what} contain NaN or Inf: tokens cannot be ranked. Check the input image, the weights and the dtype (try bfloat16 or float32).")

@@ -1,0 +1,207 @@
+"""The decoder's door: marked rows leave, and everything indexed by row shrinks with them: embeddings, masks, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.flow import compat
+from duet_vlm.flow.cache import RUN, DecodePass, Group, Run
+from duet_vlm.flow.call import Call, Encoded
+from duet_vlm.flow.decoder import PrefillPass
+from duet_vlm.flow.encoder import is_marked
+from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.ops.ragged import pack_left, take, take_square
+from duet_vlm.reducer import DecoderReducer, Reducer
+from duet_vlm.text import query_rows
+from duet_vlm.tokens import Span, TokenMap
+
+
+def enter(adapter: Adapter, reducer: Reducer | None, call: Call, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
+    """Prepare one call of the decoder stack; ``kwargs`` are changed in place. None: nothing to do, the stock path runs."""
+    cache = kwargs.get("past_key_values")
+    filled = cache is not None and int(cache.get_seq_length()) > 0
+    run = getattr(cache, RUN, None) if filled else None
+    brings_images = call.features is not None
+    if run is not None:
+        if brings_images:
+            raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
+        run.decoded += kwargs["inputs_embeds"].shape[1]
+        return DecodePass(run, adapter, cache, kwargs)
+    if reducer is None:
+        return None
+    if filled and brings_images:
+        raise ValueError("new image on a cache that already holds tokens: start a new conversation (no past_key_values) or detach")
+    if call.placeholders is None or filled:
+        return None
+    return _prefill(adapter, reducer, call, kwargs)
+
+
+def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, Any]) -> PrefillPass | None:
+    embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
+    if compat.is_static(cache):
+        raise ValueError("static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach")
+    valid = _valid_rows(kwargs.get("attention_mask"), embeds)
+    assert call.placeholders is not None
+    placeholders = call.placeholders.to(valid.device)
+    prompt = TokenMap.identity(valid, placeholders)
+    queries = torch.zeros_like(valid)
+    if isinstance(reducer, DecoderReducer) and reducer.uses_text:
+        queries = query_rows(reducer.text_query, prompt.visual, valid, call.labels, call.salient, reducer.training_turns)
+    layout = _read_layout(call, placeholders, valid, queries)
+    if call.features is None:
+        if any(count for count, _, _, _ in layout):
+            row = next(i for i, (count, _, _, _) in enumerate(layout) if count)
+            raise ValueError(
+                f"sample {row} has {layout[row][0]} image placeholders in its text, but no image was passed: pass images to the processor "
+                "(pixel_values), or remove the placeholders"
+            )
+        return None
+    assert call.encoded is not None
+    spans, numbers = _spans(call, [count for count, _, _, _ in layout])
+    plans = tuple(tuple(call.encoded.plans[number] for number in row) for row in numbers)
+    if isinstance(reducer, DecoderReducer) and reducer.skip_unanswered and call.labels is not None:
+        plans = tuple(_without_drops(row) if not answered else row for row, (_, _, _, answered) in zip(plans, layout, strict=True))
+    run = Run(embeds.shape[1], reducer.positions, spans, plans, prompt, len(adapter.layers), call.encoded, sum(numbers, ()))
+    run.element_bytes = embeds.element_size()
+    call.run = run
+    _remove_marked(run, reducer, [length for _, length, _, _ in layout], kwargs)
+    run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
+    if run.reduces:
+        if cache is None and compat.uses_cache(adapter.text_model, kwargs.get("use_cache")):
+            cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config)
+        if cache is not None:
+            setattr(cache, RUN, run)
+    replay = _decisions(call, run, reducer) if cache is None and call.labels is None else {}
+    return PrefillPass(run, adapter, reducer, cache, queries, [n for _, _, n, _ in layout], kwargs, replay)
+
+
+def _decisions(call: Call, run: Run, reducer: Reducer) -> dict[Any, Any]:
+    """Without a cache generate() sends the growing prompt again and again: the survivors of its first pass are replayed.
+
+    They ride on the encoder output that it reuses; a prompt that does not continue the first one decides anew.
+    """
+    assert call.encoded is not None
+    stored, ids = call.encoded.decisions, call.input_ids
+    if ids is None or not run.reduces:
+        return {}
+    first = stored.get("input_ids")
+    same = stored.get("reducer") == reducer and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
+    if not (same and torch.equal(first, ids[:, : first.shape[1]])):
+        stored.clear()
+        stored.update(input_ids=ids, reducer=reducer)
+    return stored
+
+
+def _valid_rows(mask: Any, embeds: Tensor) -> Tensor:
+    """[B, S] bool from a 2-D mask, a prepared 4-D mask (its last query sees every real key), a dict of those, or nothing."""
+    if isinstance(mask, dict):
+        mask = next((m for m in mask.values() if m is not None), None)
+    if mask is None:
+        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attention masks of type {type(mask).__name__} cannot follow dropped tokens: use sdpa, eager or flash attention")
+    if mask.ndim == 2:
+        if mask.shape != embeds.shape[:2]:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the prompt {tuple(embeds.shape[:2])}")
+        return mask.bool()
+    last = mask[:, 0, -1, : embeds.shape[1]]
+    return (last if last.dtype == torch.bool else last == 0).expand(embeds.shape[:2])
+
+
+def _read_layout(call: Call, placeholders: Tensor, valid: Tensor, queries: Tensor) -> list[tuple[int, int, int, bool]]:
+    """The one device-to-host read of a prefill: per sample (visual tokens, real rows, query rows, has a supervised label)."""
+    answered = torch.zeros_like(valid) if call.labels is None else (call.labels.to(valid.device) != -100)
+    finite = torch.ones((), dtype=torch.bool, device=valid.device)
+    if call.encoded is not None and call.encoded.finite is not None:
+        finite = call.encoded.finite.to(valid.device)
+    counts = torch.stack([placeholders.sum(1), valid.sum(1), queries.sum(1), answered.sum(1), finite.long().expand(len(valid))], 1)
+    layout = counts.tolist()
+    if not layout[0][4]:
+        raise ValueError(
+            "the image features contain NaN or Inf: tokens cannot be ranked. Check the input image, the weights and the dtype (try bfloat16 or float32)."
+        )
+    return [(visual, rows, asking, answers > 0) for visual, rows, asking, answers, _ in layout]
+
+
+def _spans(call: Call, visual: list[int]) -> tuple[tuple[tuple[Span, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Which span belongs to which sample: images fill placeholders in order, so cumulated counts must meet at sample borders."""
+    assert call.features is not None and call.encoded is not None
+    sizes = [len(rows) for rows in call.features]
+    spans: list[tuple[Span, ...]] = []
+    numbers: list[tuple[int, ...]] = []
+    image = 0
+    for sample, wanted in enumerate(visual):
+        found, offsets = 0, []
+        while found < wanted and image + len(offsets) < len(sizes):
+            offsets.append(found)
+            found += sizes[image + len(offsets) - 1]
+        if found != wanted:
+            raise ValueError(
+                f"sample {sample} has {wanted} image placeholders, but its images make {found} visual tokens (images of the call: {sizes}); "
+                "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
+            )
+        row = tuple(call.encoded.number_of(call.features[image + i], image + i) for i in range(len(offsets)))
+        grids = [call.encoded.grids[number] if call.encoded.grids else None for number in row]
+        spans.append(tuple(Span(sample, offset, sizes[image + i], grids[i]) for i, offset in enumerate(offsets)))
+        numbers.append(row)
+        image += len(offsets)
+    if image != len(sizes):
+        raise ValueError(f"{len(sizes)} images were passed, but the text has placeholders for {image}")
+    return tuple(spans), tuple(numbers)
+
+
+def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:
+    return tuple(SpanPlan(p.tokens, p.dominant, p.contextual, (p.entry,) * len(p.counts)) for p in plans)
+
+
+def _remove_marked(run: Run, reducer: Reducer, lengths: list[int], kwargs: dict[str, Any]) -> None:
+    """Take the marked rows out; an unreduced prompt is left alone, bit for bit."""
+    embeds = kwargs["inputs_embeds"]
+    positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
+    left = tuple(n - sum(p.tokens - p.entry for p in row) for n, row in zip(lengths, run.plans, strict=True))
+    if left == tuple(lengths):
+        run.groups.append(Group(0, run.prompt, tuple(lengths)))
+        run.next_position = next_positions(positions, embeds.shape[0])
+        return
+    keep = run.prompt.valid & ~(is_marked(embeds) & run.prompt.visual)
+    index, valid = pack_left(keep, max(left))
+    tokens = run.prompt.take(index, valid)
+    run.groups.append(Group(0, tokens.entered(), left))
+    kwargs["inputs_embeds"] = take(embeds, index).masked_fill(~valid[..., None], 0)
+    kwargs["position_ids"] = positions = entry_positions(positions, tokens, reducer.positions)
+    run.next_position = next_positions(positions, embeds.shape[0])
+    kwargs["attention_mask"] = entry_mask(kwargs.get("attention_mask"), run.groups[0], index, kwargs.get("past_key_values") is None)
+
+
+def entry_mask(mask: Any, group: Group, index: Tensor, no_cache: bool) -> Any:
+    """The caller's mask for the shortened sequence. Without a cache even an all-ones mask is passed: gaps in kept positions would
+    otherwise be read as packed sequences."""
+    if isinstance(mask, dict):
+        return {kind: entry_mask(m, group, index, no_cache) for kind, m in mask.items()}
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        return cut_mask(mask, index, group.tokens.valid)
+    return group.tokens.valid.long() if group.padded or no_cache else None
+
+
+def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    """A prepared 4-D mask for the surviving rows; padding keys are hidden."""
+    cut = take_square(mask, index)
+    hidden = ~valid[:, None, None, :]
+    return cut & ~hidden if cut.dtype == torch.bool else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
+
+
+def encoded_elsewhere(features: list[Tensor], plan: Callable[[int], SpanPlan]) -> Encoded:
+    """Decisions for features that the caller encoded without us: every row enters, drops inside the decoder follow the plan."""
+    plans = tuple(plan(len(rows)) for rows in features)
+    if any(p.entry < p.tokens for p in plans):
+        raise ValueError(
+            "the image features were encoded before the reducer was attached, so they cannot be merged any more; encode them with the "
+            "attached model, or use a method that only drops inside the decoder"
+        )
+    return Encoded(features, (None,) * len(features), plans)

@@ -1,0 +1,39 @@
+"""Positions of survivors: kept as they were, or renumbered."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from duet_vlm.models.adapter import Adapter, Rotary
+from duet_vlm.ops.ragged import take, take_last
+from duet_vlm.tokens import TokenMap
+
+
+def prompt_positions(position_ids: Tensor | None, rows: int, device: torch.device) -> Tensor:
+    """The positions the decoder would use: as given ([..., B or 1, S]) or 0..S-1."""
+    return torch.arange(rows, device=device)[None] if position_ids is None else position_ids
+
+
+def compact_positions(valid: Tensor) -> Tensor:
+    """0..n-1 over the real rows of [B, T]; padding rows get 0."""
+    return (valid.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def entry_positions(position_ids: Tensor, tokens: TokenMap, positions: str) -> Tensor:
+    return compact_positions(tokens.valid) if positions == "compact" else take_last(position_ids, tokens.slot)
+
+
+def next_positions(position_ids: Tensor, batch: int) -> Tensor:
+    """First position after the prompt: [B] or, with M-RoPE, [3, B] (the largest of time, height, width in every row)."""
+    if position_ids.ndim == 2:
+        return position_ids.amax(-1).expand(batch) + 1
+    spatial = position_ids[-3:].amax(-1).amax(0) + 1
+    return spatial.expand(3, batch)
+
+
+def group_rotary(adapter: Adapter, hidden: Tensor, rotary: Rotary, tokens: TokenMap, positions: str) -> Rotary:
+    """(cos, sin) of the current rows: gathered from those of the entering sequence, or computed for renumbered positions."""
+    if positions == "compact":
+        return adapter.rotary(hidden, compact_positions(tokens.valid))
+    return take(rotary[0], tokens.row), take(rotary[1], tokens.row)

@@ -1,0 +1,49 @@
+"""Recording queries and keys of ONE vision attention module, leaving its output and its attention kernel alone.
+
+The module gets a private copy of its config that names the recorder as attention implementation; the recorder stores q and k of the
+running encoder call and then calls the function that the module's own config asks for.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from duet_vlm.flow import compat
+from duet_vlm.flow.call import Stacks
+from duet_vlm.models.adapter import Recorded
+
+NAME = "duet_vlm_recorder"
+FLASH_NAME = "duet_vlm_recorder_flash_attention_2"  # modules choose their packed path by the word "flash" in the name
+
+
+class Recorder:
+    """Owns the private config of one attention module; ``remove`` gives the module its own config object back."""
+
+    def __init__(self, module: nn.Module, stacks: Stacks) -> None:
+        self.module, self.stacks, self.config = module, stacks, module.config
+        private = copy.copy(self.config)
+        private._duet_vlm_recorder = self
+        compat.register_attention(NAME, attend)
+        compat.register_attention(FLASH_NAME, attend)
+        flash = "flash" in (self.config._attn_implementation or "")
+        compat.use_attention(private, FLASH_NAME if flash else NAME)
+        module.config = private
+
+    def remove(self) -> None:
+        self.module.config = self.config
+
+    def record(self, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> None:
+        if self.stacks.encoders:
+            self.stacks.encoders[-1].recorded.append(Recorded(query.detach(), key.detach(), scaling, segments))
+
+
+def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """The attention function that records and delegates."""
+    recorder: Recorder = module.config._duet_vlm_recorder
+    ends = kwargs.get("cu_seq_lens_q")
+    recorder.record(query, key, kwargs["scaling"], None if ends is None else ends[1:] - ends[:-1])
+    implementation = recorder.config._attn_implementation
+    return compat.attention_function(module, implementation)(module, query, key, value, attention_mask, **kwargs)

@@ -1,0 +1,58 @@
+"""Reading a finished run: who was kept, merged and dropped, and how many rows each layer saw. Device reads happen here, on demand."""
+
+from __future__ import annotations
+
+from duet_vlm.flow.cache import Run
+from duet_vlm.tokens import SpanTrace, StageTrace
+
+
+def rows_per_layer(run: Run) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Per sample: (visual rows, all rows) at the input of each layer, counted on the maps that the layers really used."""
+    counts = [(g.tokens.visual.sum(1).tolist(), g.tokens.valid.sum(1).tolist()) for g in run.groups]
+    used = [counts[run.groups.index(run.group(layer))] for layer in range(run.depth)]
+    return [(tuple(visual[b] for visual, _ in used), tuple(rows[b] for _, rows in used)) for b in range(len(run.spans))]
+
+
+def trace_of(run: Run) -> list[list[SpanTrace]]:
+    """The history of every span, token numbers counted within the span (a fed CLS row of official presets is left out)."""
+    rank = run.prompt.visual.cumsum(1) - 1
+    ranks = rank.tolist()
+    alive = []  # per group: the visual ranks of each sample that are left
+    for group in run.groups:
+        slots, visual = group.tokens.slot.tolist(), group.tokens.visual.tolist()
+        alive.append([{ranks[b][s] for s, v in zip(slots[b], visual[b], strict=True) if v} for b in range(len(slots))])
+    history: list[list[SpanTrace]] = []
+    number = 0
+    for sample, spans in enumerate(run.spans):
+        row: list[SpanTrace] = []
+        for span in spans:
+            token_at, merged = _entry(run, run.numbers[number], span.tokens)
+            number += 1
+            before, stages = set(range(span.tokens)) - {m for members in merged.values() for m in members}, []
+            for group, left in zip(run.groups, alive, strict=True):
+                here = {token_at[r - span.offset] for r in left[sample] if span.offset <= r < span.offset + span.tokens}
+                kept = {token for token in here if token >= 0}
+                stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), tuple(sorted(before - kept))))
+                before = kept
+            row.append(SpanTrace(span, merged, tuple(stages)))
+        history.append(row)
+    return history
+
+
+def _entry(run: Run, number: int, tokens: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:
+    """Which token sits in each slot of a span after V2V, and who was merged into whom."""
+    selection, slots = run.encoded.selection, run.encoded.slots
+    if selection is None:
+        return list(range(tokens)), {}
+    shift = int(run.encoded.cls_token)
+    index, valid = selection.index[number].tolist(), selection.valid[number].tolist()
+    token_at = [-1] * tokens
+    for source, slot, real in zip(index, slots[number].tolist(), valid, strict=True):
+        if real:
+            token_at[slot] = source - shift
+    merged: dict[int, tuple[int, ...]] = {}
+    for member, into in zip(selection.members[number].tolist(), selection.into[number].tolist(), strict=True):
+        if into >= 0:
+            anchor = index[into] - shift
+            merged[anchor] = (*merged.get(anchor, ()), member - shift)
+    return token_at, merged

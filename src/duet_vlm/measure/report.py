@@ -1,0 +1,165 @@
+"""The report of one prompt: what was planned beside what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.measure.flops import prefill_flops, projector_flops, scoring_flops, vision_flops
+from duet_vlm.measure.kv import kv_bytes
+from duet_vlm.measure.shapes import DecoderShape, VisionShape
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of the batch: ``text`` rows, ``spans`` unreduced sizes, their ``plans``, query rows, and (visual, all) rows measured per layer."""
+
+    text: int
+    spans: tuple[int, ...]
+    plans: tuple[SpanPlan, ...]
+    queries: int
+    measured: tuple[tuple[int, ...], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Totals of the batch. FLOPs of vision tower and projector, of the decoder's prefill and of ranking; bytes of the KV cache."""
+
+    vision_flops: int
+    decoder_flops: int
+    ranking_flops: int
+    kv_bytes: int | None
+
+    @property
+    def flops(self) -> int:
+        return self.vision_flops + self.decoder_flops + self.ranking_flops
+
+
+@dataclass(frozen=True)
+class Report:
+    """Predicted (from the plan) beside measured (from the rows that the layers really read, and the cache tensors).
+
+    Attributes
+    ----------
+    nominal, measured : tuple of float
+        Visual tokens per decoder layer, mean over the batch.
+    full, predicted, observed : Costs
+        The untouched model, the plan, and the run.
+    clamped : tuple of int
+        Numbers of the spans that were kept whole because they are no larger than the budget asks for.
+    """
+
+    method: str
+    settings: dict[str, Any]
+    budget: int | float | None
+    batch: int
+    tokens: int
+    nominal: tuple[float, ...]
+    measured: tuple[float, ...]
+    full: Costs
+    predicted: Costs
+    observed: Costs
+    clamped: tuple[int, ...]
+    decoded: int
+
+    @property
+    def nominal_mean(self) -> float:
+        return sum(self.nominal) / len(self.nominal)
+
+    @property
+    def measured_mean(self) -> float:
+        return sum(self.measured) / len(self.measured)
+
+    @property
+    def flops_bound(self) -> float:
+        """Prefill speed-up of the decoder if time followed FLOPs."""
+        return self.full.decoder_flops / (self.observed.decoder_flops + self.observed.ranking_flops)
+
+    def to_json(self) -> str:
+        derived = {"nominal_mean": self.nominal_mean, "measured_mean": self.measured_mean, "flops_bound": self.flops_bound}
+        return json.dumps(dataclasses.asdict(self) | derived)
+
+    def __str__(self) -> str:
+        per_sample = self.tokens / self.batch
+        budget = "own settings" if self.budget is None else f"budget {self.budget}"
+        lines = [
+            f"{self.method} ({budget}), batch of {self.batch}, {per_sample:.6g} visual tokens per sample unreduced",
+            f"{'':24}{'full':>14}{'predicted':>14}{'measured':>14}{'of full':>9}",
+            _line("mean visual tokens", per_sample, self.nominal_mean, self.measured_mean, "{:.2f}"),
+            _line("vision GFLOPs", *(c.vision_flops / 1e9 for c in (self.full, self.predicted, self.observed)), "{:.3f}"),
+            _line("decoder prefill GFLOPs", *(c.decoder_flops / 1e9 for c in (self.full, self.predicted, self.observed)), "{:.3f}"),
+            _line("ranking GFLOPs", *(c.ranking_flops / 1e9 for c in (self.full, self.predicted, self.observed)), "{:.4f}"),
+            _line("KV cache KiB", *(None if c.kv_bytes is None else c.kv_bytes / 1024 for c in (self.full, self.predicted, self.observed)), "{:.0f}"),
+            f"FLOPs-bound speed-up of the decoder's prefill: {self.flops_bound:.2f}x",
+            "visual tokens per layer, nominal:  " + _runs(self.nominal),
+            "visual tokens per layer, measured: " + _runs(self.measured),
+        ]
+        if self.clamped:
+            lines.append(f"kept whole (no larger than the budget): images {', '.join(map(str, self.clamped))}")
+        return "\n".join(lines)
+
+
+def _line(name: str, full: float | None, predicted: float | None, measured: float | None, style: str) -> str:
+    cells = "".join(f"{'-' if v is None else style.format(v):>14}" for v in (full, predicted, measured))
+    share = f"{measured / full:>9.1%}" if full and measured is not None else f"{'-':>9}"
+    return f"{name:<24}{cells}{share}"
+
+
+def _runs(counts: Sequence[float]) -> str:
+    """84 x16, 42 x8, 0 x8."""
+    parts: list[list[float]] = []
+    for count in counts:
+        if parts and parts[-1][0] == count:
+            parts[-1][1] += 1
+        else:
+            parts.append([count, 1])
+    return ", ".join(f"{count:g} x{int(times)}" for count, times in parts)
+
+
+def make_report(
+    *,
+    method: str,
+    settings: dict[str, Any],
+    budget: int | float | None,
+    samples: Sequence[Sample],
+    scored_layers: Sequence[int],
+    decoder: DecoderShape,
+    vision: VisionShape,
+    element_bytes: int,
+    cache_bytes: Sequence[int] | None,
+    decoded: int,
+) -> Report:
+    """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache)."""
+    depth, batch = decoder.layers, len(samples)
+    images = [tokens for s in samples for tokens in s.spans]
+    plans = [plan for s in samples for plan in s.plans]
+    nominal = [tuple(s.text + sum(p.counts[i] for p in s.plans) for i in range(depth)) for s in samples]
+    whole = [(s.text + sum(s.spans),) * depth for s in samples]
+    width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
+    towers = sum(vision_flops(vision, n) for n in images)
+
+    def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
+        ranking = sum(scoring_flops(decoder, r[i], s.queries) for r, s in zip(rows, samples, strict=True) for i in scored_layers) if ranked else 0
+        projector = sum(projector_flops(vision, n) for n in projected)
+        return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv)
+
+    before = [p.entry if vision.patches_per_token == 1 else p.tokens for p in plans]  # grid mergers run on every patch
+    full_width = max(w[0] for w in whole)
+    return Report(
+        method=method,
+        settings=settings,
+        budget=budget,
+        batch=batch,
+        tokens=sum(images),
+        nominal=tuple(sum(p.counts[i] for p in plans) / batch for i in range(depth)),
+        measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
+        full=costs(whole, images, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
+        predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),
+        observed=costs([s.measured[1] for s in samples], before, True, None if cache_bytes is None else sum(cache_bytes)),
+        clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
+        decoded=decoded,
+    )

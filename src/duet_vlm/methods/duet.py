@@ -1,0 +1,200 @@
+"""DUET-VLM: merge inside vision (V2V), then drop inside the decoder by text attention (T2V)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import (
+    Budget,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_keep,
+    check_schedule,
+    count_of,
+    infeasible,
+    largest,
+    layer_counts,
+    target_mean,
+    within,
+)
+from duet_vlm.ops.merge import nearest_anchor
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import places, ranking, ranks, top
+from duet_vlm.reducer import (
+    ROUNDINGS,
+    DecoderReducer,
+    EncoderReducer,
+    TextView,
+    VisionView,
+    check_budget_or_fields,
+    check_choice,
+    whole,
+)
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+
+def paper_schedule(depth: int) -> Schedule:
+    """Half of the entering tokens from half of the depth on, none from three quarters on ([16, 24] of 32 layers in the paper)."""
+    return tuple({depth // 2: 0.5, 3 * depth // 4: 0.0}.items())
+
+
+@register("duet")
+@dataclass(frozen=True)
+class Duet(EncoderReducer, DecoderReducer):
+    """DUET-VLM (CVPR 2026, arXiv 2602.18846).
+
+    V2V keeps the ``dominant`` tokens that the vision encoder attends to most and merges a small pool, the next
+    ``cluster_width * contextual`` tokens by importance, into ``contextual`` rows around anchors evenly spaced in importance rank;
+    the rest is dropped. T2V then drops visual tokens between decoder layers, ranked by the attention that text pays to them.
+
+    Parameters
+    ----------
+    dominant, contextual : int or float, optional
+        Rows per span (int) or fractions of its tokens (float). Left out with ``schedule`` given: no V2V.
+    cluster_width : int
+        Size of the merged pool per contextual row.
+    schedule : ((layer, keep), ...), optional
+        T2V drops: before ``layer`` keep that many (int) or that fraction (float) of the entering tokens. Default: half of the
+        tokens from half of the depth on, none from three quarters on. ``()`` turns T2V off.
+    merge : str
+        "mean" (size-weighted mean of anchor and members) or "anchor_plus_mean" (released code).
+    anchor_step : str
+        "spread": anchors at pool ranks floor(i * P / K); "floor": every (P // K)-th, which bunches them (released code).
+    rounding : str
+        How fractions of the schedule become counts: "floor" (exact product) or "int" (truncated float product, released code).
+
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer; per T2V stage one key projection of all rows plus
+    queries of the text rows. Needs: vision attention, vision keys, text after the image. Usable in training.
+
+    Differences from the authors' code (AMD-AGI/DUET-VLM): no CLS row as token, a mean instead of anchor + mean, evenly spaced anchors,
+    K = 0 gives no row, exact floors, kept positions, all images and all batch rows. ``official_llava`` and ``official_qwen25`` restore
+    the released behaviour. Where the released Qwen code overwrites its token count after the first stage, this class does what is meant.
+    """
+
+    paper = "DUET-VLM, CVPR 2026, arXiv 2602.18846"
+    summary = "keep dominant, merge contextual vision tokens (V2V); drop by text attention inside the decoder (T2V)"
+    signals = frozenset({"importance", "keys"})
+
+    dominant: Keep | None = None
+    contextual: Keep | None = None
+    cluster_width: int = 4
+    schedule: Schedule | None = None
+    merge: str = "mean"
+    anchor_step: str = "spread"
+    rounding: str = "floor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("dominant", "contextual"):
+            if getattr(self, name) is not None:
+                check_keep(name, getattr(self, name))
+        if self.contextual is not None and self.dominant is None:
+            raise ValueError(f"contextual={self.contextual} needs dominant= too")
+        if self.cluster_width < 1:
+            raise ValueError(f"cluster_width={self.cluster_width}: must be at least 1")
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        check_choice("merge", self.merge, ("mean", "anchor_plus_mean"))
+        check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
+        check_choice("rounding", self.rounding, ROUNDINGS)
+
+    @classmethod
+    def official_llava(cls, dominant: int = 300, contextual: int = 7, cluster_width: int = 4, **fields: object) -> Duet:
+        """The released LLaVA code: CLS counts as a dominant token, compact positions, anchor + mean, all turns in training."""
+        return cls(**{
+            "dominant": dominant, "contextual": contextual, "cluster_width": cluster_width, "cls_token": True, "positions": "compact",
+            "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "training_turns": "all", "skip_unanswered": True,
+        } | fields)  # fmt: skip
+
+    @classmethod
+    def official_qwen25(cls, dominant: Keep = 170, contextual: Keep = 35, cluster_width: int = 4, **fields: object) -> Duet:
+        """The released Qwen2.5-VL code: last vision block, kept positions, ranking softmax without a causal mask."""
+        return cls(**{
+            "dominant": dominant, "contextual": contextual, "cluster_width": cluster_width, "signal_layer": -1,
+            "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "score_mask": "none",
+        } | fields)  # fmt: skip
+
+    # ---- how many
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        given = self.dominant is not None or self.schedule is not None
+        check_budget_or_fields(self, budget, given, "dominant=, contextual=, schedule=")
+        return self._planned(tokens, depth) if budget is None else self._solved(tokens, depth, target_mean(budget, tokens))
+
+    def _planned(self, tokens: int, depth: int) -> SpanPlan:
+        available = tokens + self.cls_token
+        dominant, contextual = tokens, 0
+        if self.dominant is not None:
+            dominant = min(count_of(self.dominant, available, self.rounding), available)
+            contextual = min(count_of(self.contextual or 0, available, self.rounding), available - dominant)
+            if self.anchor_step == "floor":  # the released code emits one contextual row even for K = 0
+                contextual = max(contextual, min(1, available - dominant))
+            if dominant + contextual > tokens:
+                if self.cls_token:
+                    raise ValueError(
+                        f"dominant={dominant} (CLS included) + contextual={contextual} rows do not fit the {tokens} placeholders of the image"
+                    )
+                contextual = tokens - dominant
+        schedule = paper_schedule(depth) if self.schedule is None else self.schedule
+        return SpanPlan(tokens, dominant, contextual, layer_counts(dominant + contextual, depth, schedule, self.rounding))
+
+    def _solved(self, tokens: int, depth: int, target: float) -> SpanPlan:
+        """The largest entry under the paper's schedule; when even all tokens leave budget over, later stages keep more."""
+        if target >= tokens:
+            return whole(tokens, depth)
+        half, last = depth // 2, 3 * depth // 4
+        schedule = paper_schedule(depth)
+        entry = largest(tokens, lambda n: within(layer_counts(n, depth, schedule), target))
+        if entry < 1:
+            floor = sum(layer_counts(1, depth, schedule)) / depth
+            raise infeasible(self.name, target, floor, tokens, "at least one token enters the decoder")
+        if entry < tokens:
+            contextual = min(max(1, round(entry * (0.023 if entry >= 0.45 * tokens else 0.17))), entry - 1)
+            return SpanPlan(tokens, entry - contextual, contextual, layer_counts(entry, depth, schedule))
+
+        def counts(middle: int, end: int) -> tuple[int, ...]:
+            return (tokens,) * half + (middle,) * (last - half) + (end,) * (depth - last)
+
+        middle = largest(tokens, lambda n: within(counts(n, 0), target))
+        end = largest(middle, lambda n: within(counts(middle, n), target))
+        return SpanPlan(tokens, tokens, 0, counts(middle, end))
+
+    # ---- which
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.importance is not None and view.keys is not None  # promised by ``signals``
+        order = ranking(view.importance, view.valid)
+        dominant, dominant_valid = pack_right(
+            (ranks(order) < view.dominant[:, None]) & view.valid, max(plan.dominant for plan in view.plans)
+        )
+        width = max(plan.contextual for plan in view.plans)
+        if width == 0:
+            return Selection.pick(dominant, dominant_valid)
+        pool = torch.minimum((self.cluster_width * view.contextual).clamp(min=1), view.valid.sum(1) - view.dominant)
+        place, anchor_valid = self._anchor_places(view.contextual, width, pool)
+        last = order.shape[1] - 1
+        anchors = order.gather(1, (view.dominant[:, None] + place).clamp(max=last))
+        rank = torch.arange(min(self.cluster_width * width, order.shape[1]), device=order.device).expand(order.shape[0], -1)
+        members = order.gather(1, (view.dominant[:, None] + rank).clamp(max=last))
+        is_anchor = ((rank[:, :, None] == place[:, None]) & anchor_valid[:, None]).any(-1)
+        joins = (rank < pool[:, None]) & ~is_anchor
+        into = dominant.shape[1] + nearest_anchor(view.keys, members, anchors, anchor_valid)
+        return Selection(
+            torch.cat([dominant, anchors], 1), torch.cat([dominant_valid, anchor_valid], 1), members, into.masked_fill(~joins, -1), self.merge
+        )
+
+    def _anchor_places(self, contextual: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
+        if self.anchor_step == "spread":
+            return places(contextual, width, pool)
+        i = torch.arange(width, device=pool.device).expand(len(pool), -1)
+        place = i * (pool // contextual.clamp(min=1)).clamp(min=1)[:, None]
+        return place, (i < contextual[:, None]) & (place < pool[:, None])
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.scores is not None  # promised by ``uses_text``
+        return top(view.scores, view.valid, view.keep)

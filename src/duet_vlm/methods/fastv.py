@@ -1,0 +1,77 @@
+"""FastV: one drop after the first few decoder layers, ranked by the attention of the last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep, infeasible, largest, layer_counts, target_mean, within
+from duet_vlm.ops.select import top
+from duet_vlm.reducer import ROUNDINGS, DecoderReducer, TextView, check_choice, whole
+from duet_vlm.registry import register
+
+
+@register("fastv")
+@dataclass(frozen=True)
+class FastV(DecoderReducer):
+    """FastV (ECCV 2024, arXiv 2403.06764).
+
+    The first ``layers`` decoder layers see every visual token; before the next one only the ``keep`` tokens stay that the last token
+    attends to most in the last of those layers.
+
+    Parameters
+    ----------
+    layers : int
+        K of the paper: layers that run at full width (at least 1).
+    keep : int or float
+        Tokens that stay, 1 - R of the paper. A budget solves for the largest K <= 2 whose full-width layers fit, then for the count.
+    rounding : str
+        "floor", "round" (released code for transformers) or "int" (released evaluation code) for fractional keeps.
+
+    Cost: one key projection and one query row of one layer; K layers run at full width, which is the floor. Needs: text after the image.
+
+    Differences from the authors' code (pkunlp-icler/FastV): the score is recomputed for one query row instead of asking a layer for its
+    full attention map; every image and batch row; padding is never ranked. ``FastV.official`` restores the released counts.
+    """
+
+    paper = "FastV, ECCV 2024, arXiv 2403.06764"
+    summary = "one early drop inside the decoder by the last token's attention"
+    score_before = 1
+
+    text_query: str = "last"
+    layers: int = 2
+    keep: Keep = 0.5
+    rounding: str = "floor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
+            raise ValueError(f"layers={self.layers!r}: at least one layer must see every token, its attention ranks them")
+        check_keep("keep", self.keep)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+
+    @classmethod
+    def official(cls, variant: str = "hf", **fields: object) -> FastV:
+        """Released counts: "hf" keeps round(n * (1 - R)), "inplace" a given number, "lmms" int(n * 0.5) after 3 layers."""
+        check_choice("variant", variant, ("hf", "inplace", "lmms"))
+        presets: dict[str, dict[str, object]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": {"rounding": "int", "layers": 3, "keep": 0.5}}
+        return cls(**presets[variant] | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        if budget is None:
+            return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((self.layers, self.keep),), self.rounding))
+        if (self.layers, self.keep) != (FastV.layers, FastV.keep):
+            raise ValueError("fastv: give either budget= or the method's own settings (layers=, keep=), not both")
+        target = target_mean(budget, tokens)
+        if target >= tokens:
+            return whole(tokens, depth)
+        for layers in (2, 1):
+            if layers < depth and tokens * layers <= target * depth + 1e-9:
+                keep = largest(tokens, lambda n, at=layers: within(layer_counts(tokens, depth, ((at, n),)), target))
+                return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((layers, keep),)))
+        raise infeasible(self.name, target, tokens / depth, tokens, f"its first layer of {depth} runs at full width")
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.scores is not None  # promised by ``uses_text``
+        return top(view.scores, view.valid, view.keep)

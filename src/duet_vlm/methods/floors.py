@@ -1,0 +1,101 @@
+"""The floors of every comparison: random and uniform choice, at a constant count or along a schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import (
+    EPSILON,
+    Budget,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_keep,
+    check_schedule,
+    count_of,
+    infeasible,
+    layer_counts,
+    target_mean,
+)
+from duet_vlm.ops.select import spaced, top
+from duet_vlm.reducer import DecoderReducer, TextView, check_budget_or_fields, whole
+from duet_vlm.registry import register
+
+
+@dataclass(frozen=True)
+class Floor(DecoderReducer):
+    """Common to both floors: ``entry`` tokens stay from the first decoder layer on, ``schedule`` drops later (default: a constant count)."""
+
+    uses_text = False
+
+    entry: Keep | None = None
+    schedule: Schedule = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.entry is not None:
+            check_keep("entry", self.entry)
+        object.__setattr__(self, "schedule", check_schedule(self.schedule))
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        given = self.entry is not None or bool(self.schedule)
+        check_budget_or_fields(self, budget, given, "entry=, schedule=")
+        if budget is None:
+            entry = tokens if self.entry is None else count_of(self.entry, tokens)
+        else:
+            target = target_mean(budget, tokens)
+            if target >= tokens:
+                return whole(tokens, depth)
+            entry = math.floor(target + EPSILON)
+            if entry < 1:
+                raise infeasible(self.name, target, 1, tokens, "at least one token stays")
+        return SpanPlan(tokens, tokens, 0, layer_counts(entry, depth, self.schedule))
+
+
+@register("random")
+@dataclass(frozen=True)
+class RandomTokens(Floor):
+    """A random choice of visual tokens: what any method must beat.
+
+    The choice depends only on (``seed``, number of the image in its sample, its token count), never on batch order or device, and
+    later stages keep a subset of earlier ones. Needs nothing; costs nothing.
+    """
+
+    paper = "floor"
+    summary = "a random choice of tokens (floor)"
+
+    uses_tokens = True
+
+    seed: int = 0
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.span is not None and view.token is not None  # promised by ``uses_tokens``
+        table = priorities(self.seed, view.spans).to(view.valid.device)
+        return top(table[view.span, view.token], view.valid, view.keep)
+
+
+@register("uniform")
+@dataclass(frozen=True)
+class UniformTokens(Floor):
+    """Visual tokens evenly spaced in raster order, at each stage evenly spaced over the survivors. Needs nothing; costs nothing."""
+
+    paper = "floor"
+    summary = "evenly spaced tokens in raster order (floor)"
+
+    def t2v(self, view: TextView) -> Tensor:
+        return spaced(view.valid, view.keep)
+
+
+@lru_cache(maxsize=256)
+def priorities(seed: int, spans: tuple[tuple[int, int], ...]) -> Tensor:
+    """One random number per token, drawn on the CPU from (seed, span number, token count): [spans, max tokens] float32."""
+    table = torch.zeros(len(spans), max(count for _, count in spans))
+    for row, (number, count) in enumerate(spans):
+        generator = torch.Generator().manual_seed(((seed * 1_000_003 + number) * 1_000_003 + count) % 2**63)
+        table[row, :count] = torch.rand(count, generator=generator)
+    return table

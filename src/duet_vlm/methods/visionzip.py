@@ -1,0 +1,109 @@
+"""VisionZip: keep dominant vision tokens, merge all others into contextual ones, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible, target_mean
+from duet_vlm.ops.merge import nearest_anchor
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.select import places, top
+from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields, check_choice, whole
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+
+@register("visionzip")
+@dataclass(frozen=True)
+class VisionZip(EncoderReducer):
+    """VisionZip (CVPR 2025, arXiv 2412.04467).
+
+    Keeps the ``dominant`` tokens that the vision encoder attends to most; every other token joins the most similar (cosine of mean
+    keys) of ``contextual`` anchors, evenly spaced over the others in raster order. Text plays no part, and nothing happens in the decoder.
+
+    Parameters
+    ----------
+    dominant, contextual : int or float, optional
+        Rows per span or fractions of its tokens. A budget of n solves to round(10 n / 64) contextual rows (the paper's 54 + 10 at 64).
+    merge : str
+        "mean" of anchor and members, or "anchor_plus_mean" (released code).
+    anchor_step : str
+        "spread": floor(i * M / K); "floor": every (M // K)-th of the M others (released code).
+
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention and keys. Usable in training.
+
+    Differences from the authors' code (dvlab-research/VisionZip): no CLS row as token, a mean instead of a sum of two, evenly spaced
+    anchors, kept positions in raster order. ``VisionZip.official`` restores the released behaviour.
+    """
+
+    paper = "VisionZip, CVPR 2025, arXiv 2412.04467"
+    summary = "keep dominant vision tokens, merge all others into contextual ones before the decoder"
+    signals = frozenset({"importance", "keys"})
+
+    dominant: Keep | None = None
+    contextual: Keep | None = None
+    merge: str = "mean"
+    anchor_step: str = "spread"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("dominant", "contextual"):
+            if getattr(self, name) is not None:
+                check_keep(name, getattr(self, name))
+        if self.contextual is not None and self.dominant is None:
+            raise ValueError(f"contextual={self.contextual} needs dominant= too")
+        check_choice("merge", self.merge, ("mean", "anchor_plus_mean"))
+        check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
+
+    @classmethod
+    def official(cls, dominant: int = 54, contextual: int = 10, **fields: object) -> VisionZip:
+        """The released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS, dominant, contextual] at compact positions."""
+        preset: dict[str, object] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
+        return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        check_budget_or_fields(self, budget, self.dominant is not None, "dominant=, contextual=")
+        available = tokens + self.cls_token
+        if budget is None:
+            assert self.dominant is not None
+            dominant = count_of(self.dominant, available)
+            contextual = min(count_of(self.contextual or 0, available), available - dominant)
+        else:
+            target = target_mean(budget, tokens)
+            if target >= tokens:
+                return whole(tokens, depth)
+            entry = int(target + 1e-9)
+            if entry < 1:
+                raise infeasible(self.name, target, 1, tokens, "at least one token enters the decoder")
+            contextual = min(round(10 * entry / 64), entry - 1)
+            dominant = entry - contextual
+        if dominant + contextual > tokens:
+            raise ValueError(f"dominant={dominant} (CLS included) + contextual={contextual} rows do not fit the {tokens} placeholders of the image")
+        return SpanPlan(tokens, dominant, contextual, (dominant + contextual,) * depth)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.importance is not None and view.keys is not None  # promised by ``signals``
+        is_dominant = top(view.importance, view.valid, view.dominant)
+        dominant, dominant_valid = pack_right(is_dominant, max(plan.dominant for plan in view.plans))
+        width = max(plan.contextual for plan in view.plans)
+        if width == 0:
+            return Selection.pick(dominant, dominant_valid)
+        others = view.valid.sum(1) - view.dominant
+        rest, rest_valid = pack_right(view.valid & ~is_dominant, view.valid.shape[1])
+        place, anchor_valid = self._anchor_places(view.contextual, width, others)
+        anchors = take(rest, place.clamp(max=rest.shape[1] - 1))
+        rank = torch.arange(rest.shape[1], device=rest.device)
+        is_anchor = ((rank[None, :, None] == place[:, None]) & anchor_valid[:, None]).any(-1)
+        into = dominant.shape[1] + nearest_anchor(view.keys, rest, anchors, anchor_valid)
+        into = into.masked_fill(~rest_valid | is_anchor | ~anchor_valid.any(1, keepdim=True), -1)
+        return Selection(torch.cat([dominant, anchors], 1), torch.cat([dominant_valid, anchor_valid], 1), rest, into, self.merge)
+
+    def _anchor_places(self, contextual: Tensor, width: int, others: Tensor) -> tuple[Tensor, Tensor]:
+        if self.anchor_step == "spread":
+            return places(contextual, width, others)
+        i = torch.arange(width, device=others.device).expand(len(others), -1)
+        place = i * (others // contextual.clamp(min=1)).clamp(min=1)[:, None]
+        return place, (i < contextual[:, None]) & (place < others[:, None])

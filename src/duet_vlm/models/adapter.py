@@ -1,0 +1,208 @@
+"""What the flow must know about a model family, and how the right adapter is found for a model."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.measure.shapes import DecoderShape, VisionShape
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Where an encoder call stands when V2V can run: B spans padded to N rows.
+
+    ``rows`` [B, N, C], ``valid`` [B, N]; ``grids`` (rows, columns) per span; ``cls`` [B, C] the tower's CLS row if it was asked for.
+    """
+
+    rows: Tensor
+    valid: Tensor
+    grids: tuple[tuple[int, int] | None, ...]
+    cls: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One call of the recorded vision attention: query, key [B, H, N, d] (keys grouped if the tower groups them) and its scaling.
+
+    ``segments`` are lengths along N that do not see each other (several images packed in one row), None for one segment per row.
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    segments: Tensor | None = None
+
+
+class Adapter(ABC):
+    """A family. Subclasses fill the attributes in ``__init__`` and implement the abstract methods; nothing else knows the family.
+
+    Attributes
+    ----------
+    model, base, text_model : nn.Module
+        The model with head, the multimodal model inside it, and its decoder stack.
+    layers : nn.ModuleList
+        Decoder layers.
+    image_token_id : int
+        Placeholder id in ``input_ids``.
+    image_features : str
+        Name of the method of ``base`` that encodes images.
+    door : nn.Module or None
+        Point-wise projector: V2V runs before it. None: V2V runs after the encoder call (grid mergers).
+    fixed_tokens : int or None
+        Visual tokens per image where the tower fixes them.
+    has_cls : bool
+        The tower has a CLS row (importance = CLS attention); otherwise column sums.
+    feeds_cls : bool
+        The stock model feeds the CLS row to the decoder as first visual token.
+    mrope : bool
+        Positions have several rows (time, height, width) and cannot be renumbered.
+    first_drop : int
+        Lowest decoder layer before which tokens may be dropped.
+    """
+
+    family: ClassVar[str]
+    model_types: ClassVar[tuple[str, ...]]
+    notes: ClassVar[str] = ""
+    example: ClassVar[str] = ""
+
+    image_features = "get_image_features"
+    door: nn.Module | None = None
+    fixed_tokens: int | None = None
+    has_cls = False
+    feeds_cls = False
+    mrope = False
+    first_drop = 0
+
+    model: nn.Module
+    base: nn.Module
+    text_model: nn.Module
+    layers: nn.ModuleList
+    image_token_id: int
+
+    @abstractmethod
+    def vision_attention(self, layer: int | None) -> nn.Module:
+        """The attention module to record; ``layer`` None leaves the choice to the family."""
+
+    @abstractmethod
+    def importance_and_keys(self, calls: list[Recorded], call: dict[str, Any], segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Per span, in call order: importance [n] and mean keys [n, d] of its visual tokens (a CLS row excluded), raster order.
+
+        ``call`` are the named arguments of the encoder call; ``segmented`` keeps the tower's own attention segments.
+        """
+
+    @abstractmethod
+    def grids(self, call: dict[str, Any], counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        """(rows, columns) of each span's token grid, None where it has none."""
+
+    def cls_module(self) -> nn.Module:
+        """The vision layer whose output's first row is the CLS feature."""
+        raise TypeError(f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
+
+    @abstractmethod
+    def project_q(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated queries [B, H, n, d] of rows ``hidden`` [B, n, D] entering ``layer``."""
+
+    @abstractmethod
+    def project_k(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
+        """Rotated keys [B, Hkv, n, d] of rows ``hidden`` [B, n, D] entering ``layer``."""
+
+    def scaling(self, layer: nn.Module) -> float:
+        return float(layer.self_attn.scaling)
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor) -> Rotary:
+        """(cos, sin) for 1-D positions [B, n]."""
+        return self.text_model.rotary_emb(hidden, position_ids)
+
+    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """[B, S] bool: rows that will hold visual tokens, by id or (as the stock model does) by embedding."""
+        if input_ids is not None:
+            return input_ids == self.image_token_id
+        assert inputs_embeds is not None
+        embed = self.base.get_input_embeddings()
+        token = embed(torch.tensor(self.image_token_id, device=inputs_embeds.device))
+        return (inputs_embeds == token).all(-1)
+
+    def check(self) -> None:
+        """Raise a clear error for configurations of this family that cannot be right."""
+
+    @abstractmethod
+    def decoder_shape(self) -> DecoderShape:
+        """Sizes of the decoder, for cost predictions."""
+
+    @abstractmethod
+    def vision_shape(self) -> VisionShape:
+        """Sizes of tower and projector, for cost predictions."""
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary embedding in the half-split layout: x [B, H, n, d], cos and sin [B or 1, n, d]."""
+    cos, sin = (t.unsqueeze(1) for t in rotary)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+class LlamaLike:
+    """Queries and keys of decoder layers laid out as in Llama and Qwen2: input norm, separate projections, half-split rotary."""
+
+    def project_q(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
+        return self._project(layer, layer.self_attn.q_proj, hidden, rotary)
+
+    def project_k(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
+        return self._project(layer, layer.self_attn.k_proj, hidden, rotary)
+
+    @staticmethod
+    def _project(layer: nn.Module, projection: Callable[[Tensor], Tensor], hidden: Tensor, rotary: Rotary) -> Tensor:
+        x = projection(layer.input_layernorm(hidden))
+        x = x.view(*x.shape[:2], -1, layer.self_attn.head_dim).transpose(1, 2)
+        return rotate(x, rotary)
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT and parallel wrappers."""
+    inner = getattr(model, "module", model) if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else model
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
+def families() -> dict[str, type[Adapter]]:
+    """All adapters by family name, sorted."""
+    package = importlib.import_module("duet_vlm.models")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"duet_vlm.models.{module.name}")
+    return {cls.family: cls for cls in sorted(_concrete(Adapter), key=lambda cls: cls.family)}
+
+
+def _concrete(cls: type[Adapter]) -> list[type[Adapter]]:
+    found = [sub for child in cls.__subclasses__() for sub in _concrete(child)]
+    return found + ([cls] if "family" in vars(cls) else [])
+
+
+def adapter_for(model: nn.Module) -> Adapter:
+    """The adapter of a loaded model.
+
+    Raises
+    ------
+    TypeError
+        If the family is not supported; the message lists the families that are.
+    """
+    core = core_of(model)
+    model_type = getattr(getattr(core, "config", None), "model_type", None)
+    known = families()
+    for cls in known.values():
+        if model_type in cls.model_types:
+            adapter = cls(core)  # type: ignore[call-arg]
+            adapter.check()
+            return adapter
+    raise TypeError(
+        f"duet_vlm has no adapter for {type(core).__name__} (model_type={model_type!r}); supported: {', '.join(known)}. "
+        "Pass the whole image-text-to-text model, as AutoModelForImageTextToText loads it."
+    )

@@ -1,0 +1,74 @@
+"""LLaVA-1.5: CLIP tower with CLS, point-wise projector, 1-D positions, Llama-like decoder."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor, nn
+
+from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.models.adapter import Adapter, LlamaLike, Recorded
+from duet_vlm.ops.score import cls_attention
+
+
+class Llava(LlamaLike, Adapter):
+    """``LlavaForConditionalGeneration`` with a CLIP tower: V2V before the projector, importance = CLS attention of the feature layer."""
+
+    family = "llava"
+    model_types = ("llava",)
+    notes = "CLIP towers; images; MHA and GQA decoders of the Llama layout"
+    example = "llava-hf/llava-1.5-7b-hf"
+    has_cls = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.base = model, model.model
+        self.text_model = self.base.language_model
+        self.layers = self.text_model.layers
+        self.door = self.base.multi_modal_projector
+        self.config = model.config
+        self.image_token_id = self.config.image_token_id
+        self.feeds_cls = self.config.vision_feature_select_strategy == "full"
+        vision = self.config.vision_config
+        self.side = vision.image_size // vision.patch_size
+        self.fixed_tokens = self.side**2 + self.feeds_cls
+
+    def check(self) -> None:
+        tower = type(self.base.vision_tower).__name__
+        if not hasattr(self.base.vision_tower, "encoder") or "CLIP" not in tower:
+            raise TypeError(f"llava: the vision tower {tower} is not supported yet, only CLIP towers are")
+        if not all(hasattr(self.layers[0].self_attn, name) for name in ("q_proj", "k_proj")):
+            raise TypeError(f"llava: decoder layers of {type(self.text_model).__name__} have no q_proj / k_proj to rank tokens with")
+
+    def feature_layer(self) -> int:
+        """Index of the tower layer whose output is the (last) visual feature."""
+        chosen = self.config.vision_feature_layer
+        depth = len(self.base.vision_tower.encoder.layers)
+        states = [i if i >= 0 else depth + 1 + i for i in (chosen if isinstance(chosen, list | tuple) else [chosen])]
+        return max(states) - 1
+
+    def vision_attention(self, layer: int | None) -> nn.Module:
+        return self.base.vision_tower.encoder.layers[self.feature_layer() if layer is None else layer].self_attn
+
+    def cls_module(self) -> nn.Module:
+        return self.base.vision_tower.encoder.layers[self.feature_layer()]
+
+    def importance_and_keys(self, calls: list[Recorded], call: dict[str, Any], segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        (recorded,) = calls
+        importance = cls_attention(recorded.query, recorded.key, recorded.scaling)
+        keys = recorded.key.float().mean(1)[:, 1:]
+        return list(importance), list(keys)
+
+    def grids(self, call: dict[str, Any], counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
+
+    def decoder_shape(self) -> DecoderShape:
+        return decoder_shape(self.config.text_config)
+
+    def vision_shape(self) -> VisionShape:
+        vision, text = self.config.vision_config, self.config.text_config
+        return VisionShape(
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
+            patches_per_token=1, extra_rows=1, patch_inputs=vision.num_channels * vision.patch_size**2,
+            projector=((vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)),
+        )  # fmt: skip

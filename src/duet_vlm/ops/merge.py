@@ -1,0 +1,41 @@
+"""Merging tokens: who joins which anchor, and what the merged rows are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from duet_vlm.ops.ragged import take
+from duet_vlm.tokens import Selection
+
+
+def nearest_anchor(metric: Tensor, members: Tensor, anchors: Tensor, anchor_valid: Tensor) -> Tensor:
+    """The anchor with the largest cosine similarity for each member, the first one on a tie.
+
+    metric [B, N, d], members [B, P], anchors [B, K], anchor_valid [B, K] -> anchor number [B, P].
+    """
+    unit = metric.float()
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    similarity = take(unit, members) @ take(unit, anchors).transpose(1, 2)
+    return similarity.masked_fill(~anchor_valid[:, None], float("-inf")).argmax(-1)
+
+
+def merged_rows(features: Tensor, selection: Selection) -> Tensor:
+    """The rows that a selection leaves: features [B, N, C] -> [B, K, C] in the dtype of ``features``.
+
+    Sums run in float32. Rows without members are copied unchanged, bit for bit.
+    """
+    rows = take(features, selection.index)
+    if selection.members.shape[1] == 0:
+        return rows
+    width = rows.shape[1]
+    into = selection.into.masked_fill(selection.into < 0, width)  # one spare row collects the tokens that join nobody
+    members = take(features, selection.members).float()
+    total = members.new_zeros(rows.shape[0], width + 1, rows.shape[2])
+    total = total.scatter_add(1, into[..., None].expand_as(members), members)[:, :width]
+    count = members.new_zeros(rows.shape[0], width + 1).scatter_add_(1, into, torch.ones_like(into, dtype=members.dtype))[:, :width, None]
+    if selection.merge == "mean":
+        merged = (rows.float() + total) / (1 + count)
+    else:
+        merged = rows.float() + total / count.clamp(min=1)
+    return torch.where(count > 0, merged.to(rows.dtype), rows)

@@ -1,0 +1,65 @@
+"""Rows of unequal length in one tensor: gather, pack, pad."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Gather rows: x [B or 1, T, ...], index [B, n] -> [B, n, ...]."""
+    if x.shape[0] != index.shape[0]:
+        x = x.expand(index.shape[0], *x.shape[1:])
+    return x.gather(1, index.view(*index.shape, *(1,) * (x.ndim - 2)).expand(*index.shape, *x.shape[2:]))
+
+
+def take_last(x: Tensor, index: Tensor) -> Tensor:
+    """Gather along the last dim of [..., B or 1, T] (position ids, with or without M-RoPE rows): index [B, n] -> [..., B, n]."""
+    batch, count = index.shape
+    return x.expand(*x.shape[:-2], batch, x.shape[-1]).gather(-1, index.expand(*x.shape[:-2], batch, count))
+
+
+def take_square(mask: Tensor, index: Tensor) -> Tensor:
+    """Gather query and key rows of an attention mask [B or 1, H, T, T]: index [B, n] -> [B, H, n, n]."""
+    batch, count = index.shape
+    mask = mask.expand(batch, *mask.shape[1:])
+    mask = mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+    return mask.gather(3, index[:, None, None, :].expand(-1, mask.shape[1], count, -1))
+
+
+def pack_left(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Indices of the kept rows in order, short samples padded on the left.
+
+    Parameters
+    ----------
+    keep : Tensor
+        [B, T] bool.
+    width : int
+        Rows of the result, at least the largest number kept.
+
+    Returns
+    -------
+    index, valid : Tensor
+        [B, width] long and bool; invalid entries point at dropped rows (or row 0).
+    """
+    order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
+    count = keep.sum(1, keepdim=True)
+    place = torch.arange(width, device=keep.device)
+    if width > keep.shape[1]:
+        order = torch.cat([order.new_zeros(order.shape[0], width - keep.shape[1]), order], 1)
+    return order[:, order.shape[1] - width :], place >= width - count
+
+
+def pack_right(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """As ``pack_left``, padded on the right: [B, T] bool -> indices [B, width] in ascending order, valid [B, width]."""
+    order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, :width]
+    place = torch.arange(width, device=keep.device)
+    return order, place < keep.sum(1, keepdim=True)
+
+
+def pad_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Stack [n_i, ...] tensors to [B, max n, ...] with a validity mask [B, max n]."""
+    lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
+    padded = torch.stack(rows) if len({len(r) for r in rows}) == 1 else pad_sequence(rows, batch_first=True)
+    return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]

@@ -1,0 +1,66 @@
+"""Importance from attention without a full map: one query row, a few query rows, or column sums in blocks. All in float32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QUERY_BLOCK = 256  # rows of the score matrix alive at once: H x 256 x T instead of H x T x T
+
+
+def grouped_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention logits with grouped key heads, keys not repeated.
+
+    query [B, H, Q, d], key [B, Hkv, T, d] -> [B, H, Q, T] float32.
+    """
+    batch, heads, rows, width = query.shape
+    groups = key.shape[1]
+    query = query.float().reshape(batch, groups, heads // groups * rows, width)
+    return (torch.matmul(query, key.float().transpose(-1, -2)) * scaling).reshape(batch, heads, rows, -1)
+
+
+def cls_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Softmax attention of the first row to all others, summed over heads.
+
+    query, key [B, H, 1 + N, d] -> [B, N]. The softmax runs over all 1 + N keys (VisionZip, arXiv 2412.04467, section 3.2).
+    """
+    weights = grouped_logits(query[:, :, :1], key, scaling).softmax(-1)
+    return weights[:, :, 0, 1:].sum(1)
+
+
+def column_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """How much each token is looked at: mean over heads, sum over queries, of softmax attention.
+
+    query, key [B, H, N, d] -> [B, N]; works through blocks of query rows, so memory is linear in N.
+    """
+    total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
+    for block in query.split(QUERY_BLOCK, dim=2):
+        total += grouped_logits(block, key, scaling).softmax(-1).mean(1).sum(1)
+    return total
+
+
+def query_attention(query: Tensor, key: Tensor, scaling: float, allowed: Tensor, weight: Tensor) -> Tensor:
+    """Attention received from a set of query rows: softmax over all allowed keys, mean over heads, weighted mean over queries.
+
+    Parameters
+    ----------
+    query : Tensor
+        [B, H, Q, d] rotated queries of the chosen rows.
+    key : Tensor
+        [B, Hkv, T, d] rotated keys of every row.
+    allowed : Tensor
+        [B, Q, T] bool, which key each query may see; every real query must see at least one.
+    weight : Tensor
+        [B, Q] float32, 0 for padding queries; normalised here.
+
+    Returns
+    -------
+    Tensor
+        [B, T] float32.
+    """
+    total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
+    blocks = zip(query.split(QUERY_BLOCK, 2), allowed.split(QUERY_BLOCK, 1), weight.split(QUERY_BLOCK, 1), strict=True)
+    for rows, mask, share in blocks:
+        logits = grouped_logits(rows, key, scaling).masked_fill_(~mask[:, None], torch.finfo(torch.float32).min)
+        total += torch.einsum("bhqt,bq->bt", logits.softmax(-1), share)
+    return total / (query.shape[1] * weight.sum(1, keepdim=True))

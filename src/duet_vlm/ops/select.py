@@ -1,0 +1,37 @@
+"""Choosing tokens: ranked, evenly spaced, random. Ties go to the lower index, so a choice never depends on the sort."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ranking(scores: Tensor, valid: Tensor) -> Tensor:
+    """Token indices by falling score, invalid ones last: scores [B, N] float, valid [B, N] bool -> order [B, N]."""
+    return scores.masked_fill(~valid, float("-inf")).argsort(dim=1, descending=True, stable=True)
+
+
+def ranks(order: Tensor) -> Tensor:
+    """Inverse of ``ranking``: the rank of each token, [B, N]."""
+    place = torch.arange(order.shape[1], device=order.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(1, order, place)
+
+
+def top(scores: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+    """Mask of the ``count`` [B] best valid tokens of each row: [B, N] bool."""
+    return (ranks(ranking(scores, valid)) < count[:, None]) & valid
+
+
+def spaced(valid: Tensor, count: Tensor) -> Tensor:
+    """Mask of ``count`` [B] valid tokens evenly spaced over each row's valid tokens: [B, N] bool."""
+    total = valid.sum(1, keepdim=True).clamp(min=1)
+    place = valid.cumsum(1) - 1
+    chosen = ((place + 1) * count[:, None]) // total > (place * count[:, None]) // total
+    return chosen & valid
+
+
+def places(count: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
+    """Evenly spaced ranks floor(i * pool / count) for i < count: -> [B, width] long, valid [B, width]; ``count``, ``pool`` are [B]."""
+    i = torch.arange(width, device=count.device)
+    place = i * pool[:, None] // count.clamp(min=1)[:, None]
+    return place, i < count[:, None]

@@ -1,0 +1,169 @@
+"""The two contracts a method can meet, and what it may look at. Methods decide; they never see a model, a mask, a cache or a label.
+
+An *encoder reducer* turns the visual tokens of each span into fewer rows before the decoder (V2V); a *decoder reducer* says which
+visual tokens stay at a drop inside the decoder (T2V). A method is one frozen dataclass that implements one or both.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from torch import Tensor
+
+from duet_vlm.budget import Budget, BudgetError, SpanPlan, check_budget
+from duet_vlm.tokens import Selection
+
+POSITIONS = ("keep", "compact")
+TEXT_QUERIES = ("all", "last", "salient")
+TRAINING_TURNS = ("first", "all")
+SCORE_MASKS = ("causal", "none")
+ROUNDINGS = ("floor", "int", "round")
+
+
+@dataclass(frozen=True)
+class VisionView:
+    """What an encoder reducer may look at; B spans of up to N tokens.
+
+    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method asked for them in ``signals``; ``valid`` [B, N];
+    ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host.
+    """
+
+    valid: Tensor
+    dominant: Tensor
+    contextual: Tensor
+    plans: tuple[SpanPlan, ...]
+    importance: Tensor | None = None
+    keys: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TextView:
+    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive.
+
+    ``scores`` [B, V] attention from the text queries (None unless the method scores by text), ``valid`` [B, V], ``keep`` [B] how many
+    stay. With ``uses_tokens``: ``spans`` lists, for every span of the call, its number within its sample and its unreduced token count;
+    ``span`` [B, V] is each token's row of that list and ``token`` [B, V] its number within the span.
+    """
+
+    valid: Tensor
+    keep: Tensor
+    spans: tuple[tuple[int, int], ...] = ()
+    span: Tensor | None = None
+    token: Tensor | None = None
+    scores: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reducer(ABC):
+    """Base of all methods. Settings are fields; ``plan`` turns a budget or the settings into exact counts.
+
+    Attributes
+    ----------
+    positions : str
+        "keep": survivors keep their original position; "compact": positions are renumbered after every reduction.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    summary: ClassVar[str]
+
+    positions: str = "keep"
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, POSITIONS)
+
+    @abstractmethod
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """Exact counts for a span of ``tokens`` in a decoder of ``depth`` layers; raises ``BudgetError`` below the floor."""
+
+    def settings(self) -> dict[str, object]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class EncoderReducer(Reducer):
+    """A method that reduces before the decoder.
+
+    Attributes
+    ----------
+    cls_token : bool
+        Feed the tower's CLS row as a visual token, as the released code of DUET-VLM and VisionZip does. It counts in the dominant
+        tokens; needs ``positions="compact"`` and a tower with a CLS row.
+    signal_layer : int or None
+        Vision layer whose attention is read; None leaves the choice to the model family.
+    signal_segments : bool
+        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in
+        the call, as the released Qwen2.5-VL code does under sdpa.
+    """
+
+    signals: ClassVar[frozenset[str]] = frozenset()
+
+    cls_token: bool = False
+    signal_layer: int | None = None
+    signal_segments: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cls_token and self.positions != "compact":
+            raise ValueError(f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}")
+
+    @abstractmethod
+    def v2v(self, view: VisionView) -> Selection:
+        """Which rows enter the decoder and who is merged into whom."""
+
+
+@dataclass(frozen=True)
+class DecoderReducer(Reducer):
+    """A method that drops visual tokens between decoder layers.
+
+    Attributes
+    ----------
+    text_query : str
+        Which text rows rank the visual tokens: "all" after the last visual token, "last", or "salient" (needs the processor).
+    training_turns : str
+        With labels, take the queries of the "first" turn only (later questions do not choose for earlier answers) or of "all".
+    skip_unanswered : bool
+        Leave samples without any supervised label whole (released DUET-VLM and PyramidDrop training code).
+    score_mask : str
+        "causal": a query sees what precedes it; "none": every row (released Qwen2.5-VL code of DUET-VLM).
+    """
+
+    uses_text: ClassVar[bool] = True
+    uses_tokens: ClassVar[bool] = False
+    score_before: ClassVar[int] = 0  # how many layers before the drop the score is taken
+
+    text_query: str = "all"
+    training_turns: str = "first"
+    skip_unanswered: bool = False
+    score_mask: str = "causal"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("text_query", self.text_query, TEXT_QUERIES)
+        check_choice("training_turns", self.training_turns, TRAINING_TURNS)
+        check_choice("score_mask", self.score_mask, SCORE_MASKS)
+
+    @abstractmethod
+    def t2v(self, view: TextView) -> Tensor:
+        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of them per sample."""
+
+
+def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
+
+
+def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, example: str) -> None:
+    """A method is set either by a budget or by its own fields, not by both and not by neither."""
+    check_budget(budget)
+    if budget is not None and given:
+        raise ValueError(f"{method.name}: give either budget= or the method's own settings ({example}), not both")
+    if budget is None and not given:
+        raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
+
+
+def whole(tokens: int, depth: int) -> SpanPlan:
+    """The plan that keeps every token."""
+    return SpanPlan(tokens, tokens, 0, (tokens,) * depth)

@@ -1,0 +1,114 @@
+"""The values that travel between rooms: spans, selections, and the map of who is where and who became whom.
+
+Shapes: B batch (samples or spans), N visual tokens of a span, K rows kept, P merged members, S prompt rows, T current rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duet_vlm.ops.ragged import take
+
+
+@dataclass(frozen=True)
+class Span:
+    """One image (or clip) in one sample.
+
+    ``offset`` is the rank of its first token among the sample's visual tokens, ``tokens`` its unreduced count and ``grid`` its
+    (rows, columns) where the family has one.
+    """
+
+    sample: int
+    offset: int
+    tokens: int
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A V2V decision for B spans.
+
+    Attributes
+    ----------
+    index : Tensor
+        [B, K] source token of each output row (for merged rows: the anchor), in the method's own order.
+    valid : Tensor
+        [B, K] bool, False where a span has fewer rows than K.
+    members : Tensor
+        [B, P] source tokens that are merged into a row.
+    into : Tensor
+        [B, P] output row that each member joins, -1 for none.
+    merge : str
+        "mean": the plain mean of anchor and members; "anchor_plus_mean": anchor + mean of members (a sum of two, as released by the authors of
+        VisionZip and DUET-VLM).
+    """
+
+    index: Tensor
+    valid: Tensor
+    members: Tensor
+    into: Tensor
+    merge: str = "mean"
+
+    @classmethod
+    def pick(cls, index: Tensor, valid: Tensor) -> Selection:
+        """Keep rows, merge nothing."""
+        nothing = index.new_zeros(index.shape[0], 0)
+        return cls(index, valid, nothing, nothing)
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Where the current rows of a batch came from; every consequence of a drop goes through ``take``.
+
+    Attributes
+    ----------
+    slot : Tensor
+        [B, T] slot of each current row in the prompt as the caller sent it.
+    row : Tensor
+        [B, T] row of each current row in the sequence that entered the decoder.
+    valid : Tensor
+        [B, T] bool, False for padding rows.
+    visual : Tensor
+        [B, T] bool, True for visual tokens.
+    """
+
+    slot: Tensor
+    row: Tensor
+    valid: Tensor
+    visual: Tensor
+
+    @classmethod
+    def identity(cls, valid: Tensor, visual: Tensor) -> TokenMap:
+        """The map of an untouched prompt; ``valid`` and ``visual`` are [B, S] bool."""
+        slot = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
+        return cls(slot, slot, valid, visual & valid)
+
+    def take(self, index: Tensor, valid: Tensor) -> TokenMap:
+        """The map after gathering rows ``index`` [B, T'] of which ``valid`` [B, T'] are real."""
+        return TokenMap(take(self.slot, index), take(self.row, index), valid, take(self.visual, index) & valid)
+
+    def entered(self) -> TokenMap:
+        """The same rows seen as the sequence that enters the decoder (rows numbered anew)."""
+        row = torch.arange(self.slot.shape[1], device=self.slot.device).expand(self.slot.shape)
+        return TokenMap(self.slot, row, self.valid, self.visual)
+
+
+@dataclass(frozen=True)
+class StageTrace:
+    """The tokens of one span that are alive from ``layer`` on; ``layer`` 0 is the entry (V2V). Token numbers count within the span."""
+
+    layer: int
+    kept: tuple[int, ...]
+    dropped: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SpanTrace:
+    """The history of one span: ``merged`` maps an anchor to the tokens merged into it at entry; ``stages`` follow the depth."""
+
+    span: Span
+    merged: dict[int, tuple[int, ...]]
+    stages: tuple[StageTrace, ...]
