@@ -1,0 +1,130 @@
+"""A small LLaVA that ships inside the package, trained by us on procedural pictures: for tests, demos and honest benchmarks.
+
+>>> from duet_vlm import tiny
+>>> model, processor = tiny.load()
+>>> item = tiny.samples("test", 1)[0]
+>>> inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
+>>> answer = model.generate(**inputs)[0, inputs["input_ids"].shape[1] :]
+>>> processor.decode(answer, skip_special_tokens=True) == item.answer
+True
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from PIL import Image
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+__all__ = ["DemoImage", "Sample", "demo_images", "load", "path", "prompt", "sample", "samples"]
+
+_HERE = Path(__file__).parent
+_TRIES = 16  # scenes looked at for one question; a scene does not offer every kind
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with one question.
+
+    Attributes
+    ----------
+    image : PIL.Image.Image
+        224 x 224.
+    question, answer, kind : str
+    needed : numpy.ndarray, (256,) bool
+        The patches that the answer needs, row by row; all False where the right answer is that something is absent.
+    """
+
+    image: Image.Image
+    question: str
+    answer: str
+    kind: str
+    needed: np.ndarray
+
+
+@dataclass(frozen=True)
+class DemoImage:
+    """One shipped picture with (question, answer) pairs."""
+
+    name: str
+    image: Image.Image
+    questions: tuple[tuple[str, str], ...]
+
+
+def path() -> Path:
+    """Folder of the shipped weights; works with ``from_pretrained``."""
+    return _HERE / "weights"
+
+
+def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The trained model in evaluation mode and its processor, from the package, without network.
+
+    Parameters
+    ----------
+    dtype : torch.dtype, optional
+        float32 unless given; the file is in float16.
+    """
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    model = LlavaForConditionalGeneration.from_pretrained(path(), dtype=dtype or torch.float32, local_files_only=True)
+    return model.eval(), AutoProcessor.from_pretrained(path(), local_files_only=True)
+
+
+def prompt(question: str) -> str:
+    """The text that goes to the processor together with one image."""
+    from .text import prompt as build
+
+    return build(question)
+
+
+def sample(split: str, index: int, seed: int = 0) -> Sample:
+    """Sample number ``index`` of the stream (split, seed); the kinds of question take turns."""
+    from PIL import Image
+
+    from .questions import KINDS, needed_patches, question
+    from .render import render
+    from .scenes import generator, scene
+
+    if index < 0:
+        raise ValueError(f"index must be 0 or more, got {index}")
+    kind = KINDS[index % len(KINDS)]
+    for attempt in range(_TRIES):
+        drawn = scene(split, seed, index * _TRIES + attempt)
+        asked = question(drawn, kind, generator(split, seed, drawn.index, 2))
+        if asked:
+            return Sample(Image.fromarray(render(drawn)), asked.text, asked.answer, kind, needed_patches(drawn, asked))
+    raise RuntimeError(f"none of {_TRIES} scenes offers a {kind} question (split {split!r}, seed {seed}, index {index})")
+
+
+def samples(split: str, n: int, seed: int = 0) -> list[Sample]:
+    """The first ``n`` samples of a stream.
+
+    Parameters
+    ----------
+    split : str
+        "train", "validation" or "test": disjoint by construction, the split is part of the random seed.
+    n : int
+    seed : int
+    """
+    if n < 0:
+        raise ValueError(f"n must be 0 or more, got {n}")
+    return [sample(split, i, seed) for i in range(n)]
+
+
+def demo_images() -> list[DemoImage]:
+    """The shipped demo pictures with their questions and right answers."""
+    from PIL import Image
+
+    listed = json.loads((_HERE / "demo" / "questions.json").read_text())
+    out = []
+    for name, pairs in listed.items():
+        with Image.open(_HERE / "demo" / name) as image:
+            out.append(DemoImage(name, image.convert("RGB"), tuple((q, a) for q, a in pairs)))
+    return out

@@ -85,16 +85,22 @@ def dense_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]
     return total, accuracy
 
 
+def presence_loss(heads: Heads, features: Tensor, cls: Tensor, present: Tensor) -> Tensor:
+    """What is on the picture, told from CLS of the feature layer (features (B, 257, WIDTH)) and from the last one (B, WIDTH)."""
+    weight = torch.tensor(3.0)  # most things are absent
+    late = F.binary_cross_entropy_with_logits(heads.cls(cls), present, pos_weight=weight)
+    return late + F.binary_cross_entropy_with_logits(heads.early_cls(features[:, 0]), present, pos_weight=weight)
+
+
 def tower_loss(tower: CLIPVisionModel, heads: Heads, pixels: Tensor, targets: Targets) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Loss of labels, loss of presence, and accuracies; also see :func:`dense_loss`."""
     out = tower(pixels, output_hidden_states=True)
     features = out.hidden_states[FEATURE_LAYER].float()
     dense, accuracy = dense_loss(heads.patch(features[:, 1:]), targets.labels)
     weight = torch.tensor(3.0)
-    cls = heads.cls(out.pooler_output.float())
-    seen = F.binary_cross_entropy_with_logits(cls, targets.presence, pos_weight=weight)
-    seen = seen + F.binary_cross_entropy_with_logits(heads.early_cls(features[:, 0]), targets.presence, pos_weight=weight)
-    said, true = cls > 0, targets.presence > 0
+    cls = out.pooler_output.float()
+    seen = presence_loss(heads, features, cls, targets.presence)
+    said, true = heads.cls(cls) > 0, targets.presence > 0
     accuracy["presence"] = (said & true).sum().item() / max(1, (said | true).sum().item())
     return dense, seen, accuracy
 
