@@ -1,11 +1,18 @@
 """duet-vlm: vision-language models made faster by spending fewer visual tokens, on stock transformers."""
 
+from importlib.metadata import PackageNotFoundError, version
+
 from duet_vlm.attach import Handle, attach
 from duet_vlm.budget import BudgetError, SpanPlan
 from duet_vlm.measure.report import Report
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.registry import get, methods, register
 from duet_vlm.tokens import Selection, Span, SpanTrace, StageTrace
+
+try:
+    __version__ = version("duet-vlm")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+source"
 
 __all__ = [
     "BudgetError",

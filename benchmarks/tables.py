@@ -1,0 +1,102 @@
+"""Regenerate every table in README.md and docs/ from committed result files, the registry and the adapters: ``make tables``.
+
+``--check`` writes nothing and exits with 1 if a page differs from what the files say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import duet_vlm
+from duet_vlm.models.adapter import families
+from duet_vlm.reducer import DecoderReducer, EncoderReducer
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def result(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def accuracy() -> str:
+    data = result("accuracy")
+    kinds = list(data["runs"][0]["kinds"])
+    rows = []
+    for run in data["runs"]:
+        name = "full model" if run["method"] == "none" else f"`{run['method']}` {run['budget']:.0%}"
+        low, high = run["interval"]
+        cells = [name, f"{run['measured_tokens']:.1f}", f"**{run['accuracy']:.3f}** ({low:.3f}-{high:.3f})"]
+        rows.append([*cells, *(f"{run['kinds'][kind]:.2f}" for kind in kinds)])
+    note = (
+        f"{data['questions']} questions, seed {data['seed']}, 95 % Wilson intervals; tokens are the measured mean per decoder layer. `oracle` is no "
+        "method: it is told which patches the answer needs, an upper bound at a constant count."
+    )
+    return table(["", "tokens", "accuracy", *kinds], rows) + "\n\n" + note
+
+
+def speed() -> str:
+    rows = []
+    for name in ("v2v", "t2v", "decode", "prefill"):
+        for entry in result(name)["rows"]:
+            low, high = entry["interval"]
+            rows.append([entry["what"], f"{entry['ratio']:.3f} ({low:.3f}-{high:.3f})", entry["reference"]])
+    return table(["what", "ratio", "reference"], rows)
+
+
+def methods() -> str:
+    rows = []
+    for name, cls in duet_vlm.methods().items():
+        where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
+        asks = issubclass(cls, DecoderReducer) and cls.uses_text
+        rows.append([f"`{name}`", cls.summary, " + ".join(where) or "-", "yes" if asks else "no", cls.paper])
+    return table(["method", "what it does", "decoder", "asks the text", "paper"], rows)
+
+
+def supported() -> str:
+    rows = [[f"`{name}`", ", ".join(cls.model_types), cls.notes, f"`{cls.example}`"] for name, cls in families().items()]
+    return table(["family", "model types", "notes", "example checkpoint"], rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"accuracy": accuracy, "speed": speed, "methods": methods, "families": supported}
+PAGES = ("README.md", "docs/methods.md", "docs/families.md")
+
+
+def filled(page: str) -> str:
+    """The page with every block between its markers made anew."""
+
+    def block(match: re.Match[str]) -> str:
+        return f"<!-- table:{match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- /table:{match[1]} -->"
+
+    return re.sub(r"<!-- table:(\w+) -->.*?<!-- /table:\1 -->", block, (ROOT / page).read_text(), flags=re.S)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only compare")
+    check = parser.parse_args().check
+    stale = []
+    for page in PAGES:
+        text = filled(page)
+        if text != (ROOT / page).read_text():
+            stale.append(page)
+            if not check:
+                (ROOT / page).write_text(text)
+    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else "all tables agree with the result files")
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
