@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ PASS = "duet_vlm_pass"  # keyword that carries the running pass from the decoder
 
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
-_attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Hook:
@@ -93,7 +93,7 @@ class Handle:
         while self._undo:
             self._undo.pop()()
         self._detached = True
-        _attached.pop(self.adapter.model, None)
+        _attached.discard(self.adapter.model)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[Handle]:
@@ -105,8 +105,8 @@ class Handle:
         finally:
             self._paused -= 1
 
-    def set(self, *, budget: Budget | None = None, **fields: Any) -> Handle:
-        """Change the budget or the method's settings for the calls to come.
+    def set(self, *, budget: Budget | None | EllipsisType = ..., **fields: Any) -> Handle:
+        """Change the budget or the method's settings for the calls to come; what is not named stays (``budget=None`` takes a budget away).
 
         Raises
         ------
@@ -115,7 +115,8 @@ class Handle:
         """
         self._check_attached()
         reducer = _with_fields(self.reducer, fields) if fields else self.reducer
-        budget = self.budget if budget is None and not fields else budget
+        budget = self.budget if isinstance(budget, EllipsisType) else budget
+        check_budget(budget)
         plan = self._planner(reducer, budget)
         _check(self.adapter, reducer, plan, self._processor, budget)
         if _signal_layer(reducer) != _signal_layer(self.reducer):
@@ -374,7 +375,7 @@ def attach(
     except BaseException:
         handle.detach()
         raise
-    _attached[core] = weakref.ref(handle)
+    _attached.add(core)
     return handle
 
 

@@ -46,6 +46,11 @@ class SpanPlan:
     def mean(self) -> float:
         return sum(self.counts) / len(self.counts)
 
+    @property
+    def merges(self) -> bool:
+        """Whether V2V changes anything: the span is not simply kept whole."""
+        return self.contextual > 0 or self.dominant < self.tokens
+
 
 def check_budget(budget: Budget | None) -> None:
     """Refuse what is neither a positive token count nor a fraction in (0, 1]."""

@@ -20,7 +20,7 @@ class Encoded:
     """The decisions of one encoder call; rides on the encoder's output object, which generate() hands to every later step.
 
     ``rows`` are the feature tensors as handed out, one per span: beam expansion repeats these very objects, so a span is found by
-    identity. ``selection`` is None where V2V left the spans whole; its rows carry ``numbers`` [spans, K] of the slots they were put in.
+    identity. ``selection`` is None where V2V left the spans whole; ``slots`` [spans, K] says where its rows were put within their span.
     """
 
     rows: list[Tensor]
@@ -32,12 +32,12 @@ class Encoded:
     finite: Tensor | None = None
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
 
-    def number_of(self, rows: Tensor, position: int) -> int:
-        """Which span of the encoder call a feature tensor is (the tensor at ``position`` of the list that reached the decoder)."""
+    def number_of(self, rows: Tensor, position: int, total: int) -> int:
+        """Which span of the encoder call a feature tensor is: the tensor at ``position`` of the ``total`` that reached the decoder."""
         for number, known in enumerate(self.rows):
             if known is rows:
                 return number
-        if position < len(self.rows) and self.rows[position].shape == rows.shape:
+        if total == len(self.rows) and self.rows[position].shape == rows.shape:  # moved to another device or dtype
             return position
         raise ValueError("the image features were rebuilt between encoder and decoder, so their reduction is unknown; pass them on unchanged")
 

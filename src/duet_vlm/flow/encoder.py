@@ -70,7 +70,7 @@ class EncoderFlow:
         call = self.stacks.encoders[-1]
         features = args[0]
         plans = (self.plan(features.shape[1]),) * features.shape[0]
-        if plans[0].entry >= plans[0].tokens:
+        if not plans[0].merges:
             return None
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         if reducer.cls_token:
@@ -97,7 +97,7 @@ class EncoderFlow:
         if encoded is None:
             plans = tuple(self.plan(len(r)) for r in rows)
             encoded = Encoded(rows, (), plans)
-            if self.adapter.door is None and isinstance(reducer, EncoderReducer) and any(plan.entry < plan.tokens for plan in plans):
+            if self.adapter.door is None and isinstance(reducer, EncoderReducer) and any(plan.merges for plan in plans):
                 rows = self._reduce_after(rows, call, reducer, encoded)
                 output.pooler_output = type(output.pooler_output)(rows)
         encoded.rows = rows

@@ -146,7 +146,7 @@ def _spans(call: Call, visual: list[int]) -> tuple[tuple[tuple[Span, ...], ...],
                 f"sample {sample} has {wanted} image placeholders, but its images make {found} visual tokens (images of the call: {sizes}); "
                 "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
             )
-        row = tuple(call.encoded.number_of(call.features[image + i], image + i) for i in range(len(offsets)))
+        row = tuple(call.encoded.number_of(call.features[image + i], image + i, len(sizes)) for i in range(len(offsets)))
         grids = [call.encoded.grids[number] if call.encoded.grids else None for number in row]
         spans.append(tuple(Span(sample, offset, sizes[image + i], grids[i]) for i, offset in enumerate(offsets)))
         numbers.append(row)
@@ -199,7 +199,7 @@ def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
 def encoded_elsewhere(features: list[Tensor], plan: Callable[[int], SpanPlan]) -> Encoded:
     """Decisions for features that the caller encoded without us: every row enters, drops inside the decoder follow the plan."""
     plans = tuple(plan(len(rows)) for rows in features)
-    if any(p.entry < p.tokens for p in plans):
+    if any(p.merges for p in plans):
         raise ValueError(
             "the image features were encoded before the reducer was attached, so they cannot be merged any more; encode them with the "
             "attached model, or use a method that only drops inside the decoder"

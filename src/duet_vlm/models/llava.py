@@ -51,6 +51,8 @@ class Llava(LlamaLike, Adapter):
         return self.base.vision_tower.encoder.layers[self.feature_layer() if layer is None else layer].self_attn
 
     def cls_module(self) -> nn.Module:
+        if isinstance(self.config.vision_feature_layer, list | tuple):
+            raise TypeError("cls_token=True needs one vision_feature_layer, this model joins several")
         return self.base.vision_tower.encoder.layers[self.feature_layer()]
 
     def importance_and_keys(self, calls: list[Recorded], call: dict[str, Any], segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
