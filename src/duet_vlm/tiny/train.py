@@ -13,15 +13,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-TOWER_STEPS, DECODER_STEPS, JOIN_STEPS = 7500, 4000, 1800
+TOWER_STEPS, DECODER_STEPS, JOIN_STEPS = 7500, 4000, 1500
+DECODER_STOP = 0.75  # the decoder leaves its schedule here, still moving: it has to adapt to the tower next
 
 
-def _single(stage: Callable, folder: Path, seed: int, steps: int, bf16: bool) -> None:
+def _single(stage: Callable, folder: Path, seed: int, steps: int, bf16: bool, stop: int) -> None:
     """Run a stage on one thread."""
     import torch
 
     torch.set_num_threads(1)
-    stage(folder, seed, steps, bf16)
+    stage(folder, seed, steps, bf16, stop)
 
 
 def train_apart(folder: Path, seed: int, tower_steps: int, decoder_steps: int, bf16: bool) -> None:
@@ -31,8 +32,11 @@ def train_apart(folder: Path, seed: int, tower_steps: int, decoder_steps: int, b
 
     context = multiprocessing.get_context("spawn")
     jobs = [
-        context.Process(target=_single, args=(stage, folder, seed, steps, bf16))
-        for stage, steps in ((train_tower, tower_steps), (train_decoder, decoder_steps))
+        context.Process(target=_single, args=(stage, folder, seed, steps, bf16, stop))
+        for stage, steps, stop in (
+            (train_tower, tower_steps, tower_steps),
+            (train_decoder, decoder_steps, round(decoder_steps * DECODER_STOP)),
+        )
     ]
     for job in jobs:
         job.start()

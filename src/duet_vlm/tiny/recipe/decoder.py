@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
+from ..assets import WORDS
 from ..labels import LABELS
 from ..network import DECODER_LAYERS, VISUAL_TOKENS, WIDTH, decoder_config
 from ..questions import KINDS, PLURALS, questions
 from ..scenes import COLOR_NAMES, GRID, SHAPES, generator, scene
 from ..text import TOKEN
-from ..assets import WORDS
 from .optim import optimizers, rate, set_rate
 from .packing import Lesson, Packed, choose_patches, lesson, pack
 from .reading import Probes, Watch, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
@@ -93,7 +93,8 @@ def validate(decoder: LlamaModel, features: LabelFeatures, n: int = 32) -> dict[
     rng, hits, items = np.random.default_rng(0), [], lessons("validation", 0, 0, n, QUESTIONS)
     for i in range(0, n, 8):
         packed = pack(items[i : i + 8], all_patches(8), rng)
-        last, _ = decode(decoder, features(labels_of(items[i : i + 8], packed, 0.0, rng), packed.patches), packed, DECODER_LAYERS, DECODER_LAYERS)
+        visual = features(labels_of(items[i : i + 8], packed, 0.0, rng), packed.patches)
+        last, _ = decode(decoder, visual, packed, DECODER_LAYERS, DECODER_LAYERS)
         hits += list(answer_loss(decoder, last, packed)[1])
     return accuracy_by_kind(hits, items)
 
@@ -137,7 +138,8 @@ def train_decoder(folder: Path, seed: int, steps: int, bf16: bool, stop: int | N
         apply(loss, list(modules.values()), opts, bf16)
         done = step + 1
         if done % 100 == 0 or done == 10:
-            run.log(done, answer=answer.item(), lookup=lookup.item(), shared=shared.item(), facts=facts.item(), **accuracy_by_kind(list(hits), items))
+            losses = {"answer": answer.item(), "lookup": lookup.item(), "shared": shared.item(), "facts": facts.item()}
+            run.log(done, **losses, **accuracy_by_kind(list(hits), items))
         if done % 500 == 0 or done == steps:
             run.log(done, **{f"val_{k}": v for k, v in validate(decoder, features).items()})
         if done % run.every == 0 or done == min(steps, stop or steps):

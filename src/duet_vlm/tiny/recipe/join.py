@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from ..labels import presence
 from ..network import DECODER_LAYERS, FEATURE_LAYER, VISUAL_TOKENS, build_model
 from ..render import render
 from .decoder import FEW, LabelFeatures, all_patches, lessons, shorten
 from .optim import optimizers, rate, set_rate
-from .packing import Lesson, pack
-from .reading import Probes, Watch, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
+from .packing import Lesson, Packed, pack
+from .reading import Probes, Watch, accuracy_by_kind, answer_loss, attention_loss, count_loss, decode, probe_loss
 from .run import Run, apply
 from .tower import Heads, Targets, dense_loss, presence_loss, to_pixels
-from ..labels import presence
 
 BATCH, QUESTIONS = 8, 16
 FIT_BATCH = 16
@@ -43,7 +43,9 @@ def build_for_training(folder: Path) -> tuple[LlavaForConditionalGeneration, dic
     return model, {"heads": heads, "probes": probes, "features": features}
 
 
-def fit_projector(folder: Path, seed: int, steps: int, model: LlavaForConditionalGeneration, features: LabelFeatures, bf16: bool) -> None:
+def fit_projector(
+    folder: Path, seed: int, steps: int, model: LlavaForConditionalGeneration, features: LabelFeatures, bf16: bool
+) -> None:
     """Train the projector alone so that tower features become label features; leaves ``projector.pt``."""
     projector = model.model.multi_modal_projector
     opts: list[torch.optim.Optimizer] = [torch.optim.AdamW(projector.parameters(), 3e-3)]
@@ -88,7 +90,9 @@ def visual_tokens(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple
     return model.model.multi_modal_projector(features[:, 1:]), features.float(), out.pooler_output.float()
 
 
-def train_join(folder: Path, seed: int, steps: int, bf16: bool, fit_steps: int = 300, stop: int | None = None) -> LlavaForConditionalGeneration:
+def train_join(
+    folder: Path, seed: int, steps: int, bf16: bool, fit_steps: int = 300, stop: int | None = None
+) -> LlavaForConditionalGeneration:
     """Fit the projector, then train everything for ``steps`` steps of ``BATCH`` pictures; leaves ``join.pt``."""
     torch.manual_seed(seed)
     model, extra = build_for_training(folder)
@@ -110,15 +114,14 @@ def train_join(folder: Path, seed: int, steps: int, bf16: bool, fit_steps: int =
         items = lessons("train", seed + 3000, step * BATCH, BATCH, QUESTIONS)
         short = rng.random() < 0.5
         packed = shorten(items, int(rng.choice(FEW)), rng) if short else pack(items, all_patches(BATCH), rng, late=rng.random() < 0.5)
-        log = {}
-        losses = join_losses(model, heads, probes, watch, items, packed, int(rng.choice((6, 7, 9, 10))), bf16, log)
+        losses, right = join_losses(model, heads, probes, watch, items, packed, int(rng.choice((6, 7, 9, 10))), bf16)
         guide = max(0.25, 1 - t / 0.7)
         loss = losses["answer"] + 0.1 * losses["dense"] + 0.3 * losses["seen"]
-        loss = loss + guide * (0.15 * losses["lookup"] + 0.15 * losses["shared"] + 0.05 * losses["facts"])
+        loss = loss + guide * (0.15 * losses["lookup"] + 0.15 * losses["shared"] + 0.1 * losses["counted"] + 0.05 * losses["facts"])
         apply(loss, list(modules.values()), opts, bf16)
         done = step + 1
         if done % 50 == 0:
-            run.log(done, tokens=packed.patches.shape[1], **{k: v.item() for k, v in losses.items()}, **log)
+            run.log(done, tokens=packed.patches.shape[1], **{k: v.item() for k, v in losses.items()}, **right)
         if done % 400 == 0 or done == steps:
             run.log(done, **{f"val_{k}": v for k, v in validate(model).items()}, val_28=validate(model, keep=28)["all"])
         if done % run.every == 0 or done == min(steps, stop or steps):
@@ -126,8 +129,17 @@ def train_join(folder: Path, seed: int, steps: int, bf16: bool, fit_steps: int =
     return model
 
 
-def join_losses(model, heads: Heads, probes: Probes, watch: Watch, items: list[Lesson], packed, cut: int, bf16: bool, log: dict) -> dict[str, Tensor]:
-    """All losses of a joint step; accuracies per kind go to ``log``."""
+def join_losses(
+    model: LlavaForConditionalGeneration,
+    heads: Heads,
+    probes: Probes,
+    watch: Watch,
+    items: list[Lesson],
+    packed: Packed,
+    cut: int,
+    bf16: bool,
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """All losses of a joint step and the accuracy per kind."""
     decoder = model.model.language_model
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         visual, features, cls = visual_tokens(model, pixels_of(items))
@@ -138,12 +150,13 @@ def join_losses(model, heads: Heads, probes: Probes, watch: Watch, items: list[L
     )
     answer, hits = answer_loss(decoder, last, packed)
     lookup, shared = attention_loss(watch, packed, DECODER_LAYERS)
-    log.update(accuracy_by_kind(list(hits), items))
-    return {
+    losses = {
         "answer": answer,
         "dense": dense_loss(heads.patch(features[:, 1:]), targets.labels)[0],
         "seen": presence_loss(heads, features, cls, targets.presence),
         "lookup": lookup,
         "shared": shared,
+        "counted": count_loss(watch, packed),
         "facts": probe_loss(probes, states, packed),
     }
+    return losses, accuracy_by_kind(list(hits), items)

@@ -52,7 +52,9 @@ class Muon(torch.optim.Optimizer):
             p.add_(update, alpha=-group["lr"] * scale)
 
 
-def optimizers(named: Iterable[tuple[str, nn.Parameter]], matrix: float, query_key: float, embedding: float, rest: float) -> list[torch.optim.Optimizer]:
+def optimizers(
+    named: Iterable[tuple[str, nn.Parameter]], matrix: float, query_key: float, embedding: float, rest: float
+) -> list[torch.optim.Optimizer]:
     """Optimisers with the learning rates that this width bears.
 
     Query and key matrices take a quarter of the usual Muon rate: at full rate they forget the attention patterns that they

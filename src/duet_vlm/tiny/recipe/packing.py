@@ -37,6 +37,7 @@ class Packed:
     answer_sees : (B, Q, 2, K) bool, what ``ASSISTANT:`` should look at, for the first and the second thing named
     mention_rows : (M, 2) picture and row of every naming word; mention_sees : (M, K) bool
     mention_facts : (M, 7) shape, colour, size, digit, word (class or NOTHING), then centre x, y in patches
+    count_rows : (C, 2) picture and row of the plural in count questions; count_sees : (C, K) bool, centres of the things to be counted
     pair_facts : (B, Q, 4) difference of x, y, size, and same colour, of two named things; NaN elsewhere
     """
 
@@ -51,6 +52,8 @@ class Packed:
     mention_rows: Tensor
     mention_sees: Tensor
     mention_facts: Tensor
+    count_rows: Tensor
+    count_sees: Tensor
     pair_facts: Tensor
 
 
@@ -179,6 +182,11 @@ def pack(items: list[Lesson], patches: np.ndarray, rng: np.random.Generator, spr
         for thing in things:
             shown = items[i].bodies[thing] | (items[i].tags[thing] & items[i].questions[q].reads)
             looks[n] |= shown[patches[i]]
+    counted = [n for n, (i, _, q, _) in enumerate(mentions) if items[i].questions[q].kind == "count"]
+    centers = np.zeros((len(counted), k), bool)
+    for n, m in enumerate(counted):
+        item = items[mentions[m][0]]
+        centers[n] = np.isin(patches[mentions[m][0]], [center_patch(item.scene.things[t]) for t in named[m]])
     facts = [_facts(items[i], things) for (i, _, _, _), things in zip(mentions, named, strict=True)]
     return Packed(
         patches=torch.from_numpy(patches),
@@ -192,5 +200,7 @@ def pack(items: list[Lesson], patches: np.ndarray, rng: np.random.Generator, spr
         mention_rows=torch.tensor([m[:2] for m in mentions]),
         mention_sees=torch.from_numpy(looks),
         mention_facts=torch.tensor(facts),
+        count_rows=torch.tensor([mentions[m][:2] for m in counted]).view(-1, 2),
+        count_sees=torch.from_numpy(centers),
         pair_facts=torch.tensor([[_pair(item, q) for q in item.questions] for item in items]),
     )

@@ -19,6 +19,7 @@ from .packing import PREFIX, Lesson, Packed
 
 MENTION_LAYERS = (2, 3)  # one head each for these, first two heads
 ANSWER_LAYERS = (3, 4)
+COUNT_LAYERS, COUNT_HEAD = (3, 4), 3
 SHARED_LAYERS = (5, 6, 9)  # mean over heads: where token pruning will read its scores
 FACT_LAYER, PAIR_LAYER = 4, 6
 FACTS = (10, 8, 4, 11, 17)  # classes of shape, colour, size, digit, word
@@ -116,6 +117,23 @@ def attention_loss(watch: Watch, packed: Packed, depth: int) -> tuple[Tensor, Te
     shared = [i for i in SHARED_LAYERS if i < depth]
     rest = sum(_miss(mentions(i).mean(1), packed.mention_sees) + _miss(answers(i).mean(2), packed.answer_sees.any(2)) for i in shared)
     return lookup / 4, rest / (2 * len(shared))
+
+
+def count_loss(watch: Watch, packed: Packed) -> Tensor:
+    """Teach one head to count whatever the number of visual tokens is.
+
+    The plural gives the same attention, 1 / (n + 1), to each of the n centres and to all text together: the share of the
+    text then tells n. Cross-entropy with that distribution.
+    """
+    k = packed.patches.shape[1]
+    picture, row = packed.count_rows.T
+    loss, each = torch.zeros(()), 1 / (packed.count_sees.sum(-1) + 1)
+    for layer in COUNT_LAYERS:
+        visual = watch.weights[layer][picture, COUNT_HEAD, PREFIX + k + row, PREFIX : PREFIX + k].float()
+        text = (1 - visual.sum(-1)).clamp(min=0)
+        logs = (torch.log(visual + 1e-4) * packed.count_sees).sum(-1) + torch.log(text + 1e-4)
+        loss = loss - (each * logs).sum() / max(1, len(each))
+    return loss / len(COUNT_LAYERS)
 
 
 def probe_loss(probes: Probes, states: list[Tensor], packed: Packed) -> Tensor:

@@ -92,7 +92,8 @@ def start_decoder(decoder: LlamaModel, rng: torch.Generator) -> None:
         early = i < LOOKUP_LAYERS
         match = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng))[0] * pairs.repeat(HEADS)[:, None]
         gain = 1.6 * (strength[i] if early else 0.7)
-        starts = {"q_proj": match * gain, "k_proj": match * gain, "v_proj": 0.6 * torch.eye(WIDTH), "o_proj": (0.6 if early else 0.1) * torch.eye(WIDTH)}
+        copy = torch.eye(WIDTH)
+        starts = {"q_proj": match * gain, "k_proj": match * gain, "v_proj": 0.6 * copy, "o_proj": (0.6 if early else 0.1) * copy}
         for name, weight in starts.items():
             getattr(layer.self_attn, name).weight.copy_(weight + 0.02 * torch.randn(WIDTH, WIDTH, generator=rng))
         if not early:

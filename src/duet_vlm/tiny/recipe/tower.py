@@ -56,7 +56,9 @@ def grid_labels(n: int) -> Tensor:
 
 
 def dense_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]]:
-    """Cross-entropy of all patch labels; foreground and background are averaged apart, so that the background cannot drown the rest.
+    """Cross-entropy of all patch labels.
+
+    Foreground and background are averaged apart, so that the background cannot drown the rest.
 
     Parameters
     ----------
@@ -97,7 +99,6 @@ def tower_loss(tower: CLIPVisionModel, heads: Heads, pixels: Tensor, targets: Ta
     out = tower(pixels, output_hidden_states=True)
     features = out.hidden_states[FEATURE_LAYER].float()
     dense, accuracy = dense_loss(heads.patch(features[:, 1:]), targets.labels)
-    weight = torch.tensor(3.0)
     cls = out.pooler_output.float()
     seen = presence_loss(heads, features, cls, targets.presence)
     said, true = heads.cls(cls) > 0, targets.presence > 0
