@@ -108,6 +108,8 @@ class EncoderReducer(Reducer):
         super().__post_init__()
         if self.cls_token and self.positions != "compact":
             raise ValueError(f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}")
+        if self.cls_token and getattr(self, "dominant", None) == 0:
+            raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
 
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:

@@ -57,7 +57,7 @@ class Duet(EncoderReducer, DecoderReducer):
     dominant, contextual : int or float, optional
         Rows per span (int) or fractions of its tokens (float). Left out with ``schedule`` given: no V2V.
     cluster_width : int
-        Size of the merged pool per contextual row.
+        Size of the merged pool per contextual row, at least 1 (0 with ``anchor_step="floor"``: one contextual row, nothing merged).
     schedule : ((layer, keep), ...), optional
         T2V drops: before ``layer`` keep that many (int) or that fraction (float) of the entering tokens. Default: half of the
         tokens from half of the depth on, none from three quarters on. ``()`` turns T2V off.
@@ -95,8 +95,9 @@ class Duet(EncoderReducer, DecoderReducer):
                 check_keep(name, getattr(self, name))
         if self.contextual is not None and self.dominant is None:
             raise ValueError(f"contextual={self.contextual} needs dominant= too")
-        if self.cluster_width < 1:
-            raise ValueError(f"cluster_width={self.cluster_width}: must be at least 1")
+        lowest = 0 if self.anchor_step == "floor" else 1
+        if self.cluster_width < lowest:
+            raise ValueError(f"cluster_width={self.cluster_width}: must be at least {lowest}")
         if self.schedule is not None:
             object.__setattr__(self, "schedule", check_schedule(self.schedule))
         check_choice("merge", self.merge, ("mean", "anchor_plus_mean"))
@@ -132,8 +133,8 @@ class Duet(EncoderReducer, DecoderReducer):
         if self.dominant is not None:
             dominant = min(count_of(self.dominant, available, self.rounding), available)
             contextual = min(count_of(self.contextual or 0, available, self.rounding), available - dominant)
-            if self.anchor_step == "floor":  # the released code emits one contextual row even for K = 0
-                contextual = max(contextual, min(1, available - dominant))
+            if self.anchor_step == "floor":  # the released code emits one contextual row even for K = 0, and only one for w = 0
+                contextual = max(contextual if self.cluster_width else 0, min(1, available - dominant))
             if dominant + contextual > tokens:
                 if self.cls_token:
                     raise ValueError(
@@ -175,7 +176,8 @@ class Duet(EncoderReducer, DecoderReducer):
         width = max(plan.contextual for plan in view.plans)
         if width == 0:
             return Selection.pick(dominant, dominant_valid)
-        pool = torch.minimum((self.cluster_width * view.contextual).clamp(min=1), view.valid.sum(1) - view.dominant)
+        wanted = view.contextual * (self.cluster_width if self._merges else 0)
+        pool = torch.minimum(wanted.clamp(min=1), view.valid.sum(1) - view.dominant)
         place, anchor_valid = self._anchor_places(view.contextual, width, pool)
         last = order.shape[1] - 1
         anchors = order.gather(1, (view.dominant[:, None] + place).clamp(max=last))
@@ -187,6 +189,11 @@ class Duet(EncoderReducer, DecoderReducer):
         return Selection(
             torch.cat([dominant, anchors], 1), torch.cat([dominant_valid, anchor_valid], 1), members, into.masked_fill(~joins, -1), self.merge
         )
+
+    @property
+    def _merges(self) -> bool:
+        """False where the settings ask for no contextual row (K = 0): the one that the released code still emits merges nothing."""
+        return self.dominant is None or isinstance(self.contextual, float) or bool(self.contextual)
 
     def _anchor_places(self, contextual: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
         if self.anchor_step == "spread":
