@@ -1,0 +1,91 @@
+"""Seeing what the library does: the views its methods decide on, and what each decoder layer reads."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm import Handle, Reducer
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.score import query_attention
+from duet_vlm.text import query_rows
+
+
+def spying(reducer: Reducer, seen: list[Any]) -> Reducer:
+    """The same method with the same settings; ``seen`` collects the views it is shown."""
+    cls = type(reducer)
+
+    def v2v(self: Any, view: Any) -> Any:
+        seen.append(view)
+        return cls.v2v(self, view)  # type: ignore[attr-defined]
+
+    def t2v(self: Any, view: Any) -> Any:
+        seen.append(view)
+        return cls.t2v(self, view)  # type: ignore[attr-defined]
+
+    return type(cls.__name__, (cls,), {"v2v": v2v, "t2v": t2v})(**{f.name: getattr(reducer, f.name) for f in fields(reducer)})
+
+
+class Watch:
+    """What each decoder layer read in one call. Create it after ``attach``: its hooks then run behind the library's."""
+
+    def __init__(self, text_model: nn.Module) -> None:
+        self.text_model = text_model
+        self.hidden: list[Tensor] = []
+        self.rotary: list[tuple[Tensor, Tensor]] = []
+        self.last: Tensor
+        self.hooks = [layer.register_forward_pre_hook(self._layer, with_kwargs=True) for layer in text_model.layers]
+        self.hooks.append(text_model.register_forward_pre_hook(self._start))
+        self.hooks.append(text_model.register_forward_hook(self._end))
+        self.calls: list[tuple[list[Tensor], list[tuple[Tensor, Tensor]]]] = []
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _start(self, module: nn.Module, args: Any) -> None:
+        self.hidden, self.rotary = [], []
+        self.calls.append((self.hidden, self.rotary))
+
+    def _layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self.hidden.append(args[0] if args else kwargs["hidden_states"])
+        self.rotary.append(kwargs["position_embeddings"])
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.last = output.last_hidden_state
+
+    def rotates(self, layer: int, positions: Tensor, valid: Tensor | None = None, call: int = -1) -> None:
+        """``layer`` really rotated by ``positions`` [..., B, T] (right-padded where ``valid`` is given): compared as angles."""
+        cos, sin = self.calls[call][1][layer]
+        expected = self.text_model.rotary_emb(cos, positions)
+        for ours, theirs in zip((cos, sin), expected, strict=True):
+            ours = ours.expand(positions.shape[-2], *ours.shape[1:])
+            for b in range(len(ours)):
+                row = ours[b] if valid is None else ours[b][valid[b]]
+                assert row.shape[0] == theirs.shape[1] or valid is not None
+                assert torch.allclose(row, theirs[b, : row.shape[0]], rtol=0, atol=1e-5), f"layer {layer} rotates by other positions"
+
+
+def scores_at(
+    handle: Handle, layer: int, watch: Watch, labels: Tensor | None = None, salient: Tensor | None = None, call: int = -1
+) -> Tensor:
+    """Ranking scores [B, T] of the rows that ``layer`` read, for stages where the library has nothing to drop and does not score."""
+    run, reducer, adapter = handle._run, handle.reducer, handle.adapter
+    tokens = run.group(layer).tokens
+    rows = query_rows(reducer.text_query, run.prompt.visual, run.prompt.valid, labels, salient, reducer.training_turns)
+    index, valid = pack_right(take(rows, tokens.slot) & tokens.valid, max(1, int(rows.sum(1).max())))
+    hidden, rotary = watch.calls[call][0][layer], watch.calls[call][1][layer]
+    module = adapter.layers[layer]
+    rotary = tuple(t.expand(len(hidden), *t.shape[1:]) for t in rotary)
+    key = adapter.project_k(module, hidden, rotary)
+    query = adapter.project_q(module, take(hidden, index), tuple(take(t, index) for t in rotary))
+    allowed = tokens.valid[:, None].expand(-1, index.shape[1], -1)
+    if reducer.score_mask == "causal":
+        allowed = allowed & (torch.arange(hidden.shape[1]) <= index[..., None])
+    return query_attention(query, key, adapter.scaling(module), allowed, valid.float())

@@ -1,0 +1,41 @@
+"""Fidelity to the released code: every recorded case of a folder, one test item each (see golden_runner).
+
+``pytest tests/test_golden.py --golden-dir DIR`` runs any folder of the same format.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from golden_runner import anyres, e2e, fastv, qwen, t2v, v2v
+from golden_runner.case import Case
+
+KINDS = {
+    "V2V": v2v.check,
+    "T2V": t2v.check,
+    "T2V, original PyramidDrop": t2v.check,
+    "FastV baseline": fastv.check,
+    "Qwen2.5-VL V2V and T2V": qwen.check,
+    "end to end LLaVA": e2e.check,
+    "V2V, LLaVA-NeXT style tiles (anyres)": anyres.check,
+}
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden" in metafunc.fixturenames:
+        found = sorted(metafunc.config.getoption("--golden-dir").glob("*.json"))
+        metafunc.parametrize("golden", found or [None], ids=[path.stem for path in found] or ["nothing found"])
+
+
+def test_golden(golden: Path | None, request: pytest.FixtureRequest) -> None:
+    if golden is None:
+        pytest.fail(f"no recorded case (*.json) in {request.config.getoption('--golden-dir')}")
+    case = Case(golden)
+    stage = case.meta.get("stage")
+    if stage not in KINDS:
+        pytest.fail(f"{golden.name}: unknown kind {stage!r}, known: {', '.join(KINDS)}")
+    with torch.no_grad():
+        KINDS[stage](case)
+    case.finish()
