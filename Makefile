@@ -1,0 +1,68 @@
+# Every target sets itself up on a fresh machine: it needs Python 3.10 or newer and make, nothing else.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CORE := $(VENV)/.core-installed
+DEV := $(VENV)/.dev-installed
+OLDEST := .venv-oldest
+WORKERS ?= 2
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all test-oldest golden lint format bench tables train clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+demo: $(CORE)  ## 20 questions on the embedded model, in full and at three budgets; pictures in out/demo
+	@$(BIN)/duet-vlm demo
+
+test: $(DEV)  ## the default test tier
+	@$(PYTEST)
+
+test-all: $(DEV)  ## every test, slow ones too
+	@$(PYTEST) -m ""
+
+test-oldest: $(OLDEST)/.installed  ## the default tier (less packaging) on the oldest supported transformers
+	@$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/test_package.py
+
+golden: $(DEV)  ## only the comparisons with vectors recorded from the papers' released code
+	@$(PYTEST) -k golden
+
+lint: $(DEV)  ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+format: $(DEV)  ## let ruff fix what it can
+	@$(BIN)/ruff check --fix .
+
+bench: $(DEV)  ## paired benchmarks, written to benchmarks/results
+	@$(BIN)/python benchmarks/run.py
+
+tables: $(DEV)  ## write the tables of README and docs anew from benchmarks/results
+	@$(BIN)/python benchmarks/tables.py
+
+train: $(DEV)  ## train the embedded model from scratch
+	@$(BIN)/python -m duet_vlm.tiny.train
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) $(OLDEST) out build dist .pytest_cache .ruff_cache .mypy_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(DEV): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $(CORE) $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OLDEST)
+	sed 's/^transformers==.*/transformers==5.16.0/' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -c $(OLDEST)/constraints.txt -e ".[dev]"
+	@touch $@
