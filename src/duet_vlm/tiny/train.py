@@ -71,6 +71,7 @@ def export(folder: Path, target: Path, settings: dict) -> None:
     model.model.load_state_dict(torch.load(folder / "join.pt", weights_only=True)["modules"]["model"])
     model.half().save_pretrained(target)
     save_processor(target)
+    (target / "model.safetensors").chmod(0o644)
     log = {"settings": settings, "torch": torch.__version__, "curves": summary(folder)}
     (target / "training_log.json").write_text(json.dumps(log).replace("}, {", "},\n{") + "\n")
 
