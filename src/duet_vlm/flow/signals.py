@@ -35,6 +35,9 @@ class Recorder:
     def remove(self) -> None:
         self.module.config = self.config
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("this vision tower has a duet_vlm reducer attached and cannot be copied or pickled: detach() first, then copy")
+
     def record(self, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> None:
         if self.stacks.encoders:
             self.stacks.encoders[-1].recorded.append(Recorded(query.detach(), key.detach(), scaling, segments))

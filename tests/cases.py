@@ -1,0 +1,84 @@
+"""The matrix: which methods with which settings are tried on which families. A new method or family gets every invariant by one line here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from families import FAMILIES, build, shared
+from torch import nn
+
+import duet_vlm
+from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.fastv import FastV
+from duet_vlm.methods.pyramiddrop import PyramidDrop
+from duet_vlm.methods.visionzip import VisionZip
+
+# reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
+REDUCING: dict[str, dict[str, Any]] = {
+    "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
+    "fastv": {"layers": 2, "keep": 0.4},
+    "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
+    "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
+    "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
+    "visionzip": {"dominant": 0.3, "contextual": 0.2},
+}
+
+# settings that keep every token, in as many ways as there are
+KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
+    ("none", {}),
+    ("duet", {"dominant": 1.0, "contextual": 0, "schedule": ()}),
+    ("duet", {"schedule": ((3, 1.0), (5, 1.0))}),
+    ("duet", {"budget": 1.0}),
+    ("duet", {"budget": 100_000}),
+    ("fastv", {"keep": 1.0}),
+    ("fastv", {"budget": 1.0}),
+    ("pyramiddrop", {"schedule": ((2, 1.0), (4, 1.0))}),
+    ("random", {"entry": 1.0}),
+    ("uniform", {"budget": 1.0}),
+    ("visionzip", {"dominant": 1.0}),
+]
+
+# presets with the released code's quirks: CLS row as a token, compact order, sums instead of means
+OFFICIAL: dict[str, duet_vlm.Reducer] = {
+    "duet": Duet.official_llava(9, 3, 2, schedule=((3, 0.6), (5, 0.25))),
+    "visionzip": VisionZip.official(8, 3),
+    "pyramiddrop": PyramidDrop.official(schedule=((2, 0.5), (4, 0.25))),
+    "fastv": FastV.official("lmms"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One cell of the matrix."""
+
+    family: str
+    attention: str
+    method: str
+    positions: str
+
+    def __str__(self) -> str:
+        return f"{self.family}-{self.attention}-{self.method}-{self.positions}"
+
+    def model(self) -> nn.Module:
+        return shared(self.family, self.attention)
+
+    def fresh(self) -> nn.Module:
+        return build(self.family, self.attention)
+
+    def attach(self, model: nn.Module | None = None, **changes: Any) -> duet_vlm.Handle:
+        settings = REDUCING[self.method] | {"positions": self.positions} | changes
+        return duet_vlm.attach(self.model() if model is None else model, self.method, **settings)
+
+
+def matrix(*methods: str, attention: tuple[str, ...] = ("sdpa", "eager"), families: tuple[str, ...] = tuple(FAMILIES)) -> pytest.MarkDecorator:
+    """All cells (of the given methods): positions "compact" wherever the family can."""
+    cases = [
+        Case(family, implementation, method, positions)
+        for family in families
+        for implementation in attention
+        for method in methods or tuple(REDUCING)
+        for positions in (("keep",) if FAMILIES[family].mrope else ("keep", "compact"))
+    ]
+    return pytest.mark.parametrize("case", cases, ids=str)
