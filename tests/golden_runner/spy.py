@@ -36,8 +36,10 @@ class Watch:
         self.text_model = text_model
         self.hidden: list[Tensor] = []
         self.rotary: list[tuple[Tensor, Tensor]] = []
+        self.output: dict[int, Tensor] = {}
         self.last: Tensor
         self.hooks = [layer.register_forward_pre_hook(self._layer, with_kwargs=True) for layer in text_model.layers]
+        self.hooks += [layer.register_forward_hook(self._after(i)) for i, layer in enumerate(text_model.layers)]
         self.hooks.append(text_model.register_forward_pre_hook(self._start))
         self.hooks.append(text_model.register_forward_hook(self._end))
         self.calls: list[tuple[list[Tensor], list[tuple[Tensor, Tensor]]]] = []
@@ -56,6 +58,12 @@ class Watch:
     def _layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.hidden.append(args[0] if args else kwargs["hidden_states"])
         self.rotary.append(kwargs["position_embeddings"])
+
+    def _after(self, index: int) -> Any:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            self.output[index] = output[0] if isinstance(output, tuple) else output
+
+        return after
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         self.last = output.last_hidden_state

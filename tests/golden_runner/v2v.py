@@ -78,8 +78,8 @@ def tolerances(model: Any, pixels: Tensor) -> tuple[dict[str, float], dict[str, 
     exact = copy.deepcopy(model).double()
     features, scores = tower_features(model, pixels), signals(model, pixels).importance[:, 1:]
     lost = (features - tower_features(exact, pixels.double())).abs().max()
-    blurred = (scores / signals(exact, pixels.double()).importance[:, 1:] - 1).abs().max()
-    return {"rtol": 0.0, "atol": max(STATE["atol"], float(lost))}, {"rtol": max(SCORE["rtol"], float(blurred)), "atol": 0.0}
+    blurred = (scores - signals(exact, pixels.double()).importance[:, 1:]).abs().max() / scores.max()
+    return STATE | {"absolute": max(STATE["absolute"], float(lost))}, SCORE | {"relative": max(SCORE["relative"], float(blurred))}
 
 
 def signals(model: Any, pixels: Tensor) -> VisionView:
