@@ -1,4 +1,8 @@
-"""Every fact about a transformers version that the flow leans on, in one place (tests/test_compat.py fails loudly when one changes)."""
+"""Every fact about a transformers version that the flow leans on, in one place (tests/test_compat.py fails loudly when one changes).
+
+Oldest supported: 5.18, the first where generate() encodes images before prefill and hands the output on, and where M-RoPE tables reach
+the layers mixed.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache, GenerationMixin
+from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-# generate() encodes images before prefill and passes the output object on (newer 5.x); before that the tower runs inside forward,
-# again at every step without a cache.
-PRE_ENCODES = hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation")
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
