@@ -46,7 +46,7 @@ def query_rows(
             before_answer = torch.zeros_like(asks)
             before_answer[:, :-1] = ~answer[:, :-1] & answer[:, 1:]
             has_answer = answer.any(1, keepdim=True)
-            chosen = before_answer & ((begun == 0) | (turns == "all")) & (after | visual)
+            chosen = before_answer & ((begun == 0) | (turns == "all")) & after  # a visual row may be dropped before it asks again
             return torch.where(has_answer, chosen, _last(asks))
         after = asks
     if kind == "last":
