@@ -12,7 +12,7 @@ from torch import Tensor
 
 CONTENT_POS = {"NOUN", "PROPN", "PRON", "VERB", "ADJ", "ADV", "NUM"}
 SPACY_MODEL = "en_core_web_sm"
-SHORTEST_WORD = 4
+SHORTEST_WORD = 3
 
 
 def query_rows(
@@ -132,7 +132,7 @@ def content_words(question: str) -> list[tuple[int, int]]:
     """Character spans of the content words of a question.
 
     With spaCy and its small English model installed (extra ``salient``): nouns, names, pronouns, verbs, adjectives, adverbs and numbers that are
-    not stop words. Otherwise a rule that knows no language: words of at least four letters, words with a digit, and words in scripts
+    not stop words. Otherwise a rule that knows no language: words of at least three letters, words with a digit, and words in scripts
     without short function words (any non-ASCII letter); template words ending in a colon never count. If nothing is left, every word.
     """
     parse = _spacy()
