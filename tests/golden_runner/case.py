@@ -17,7 +17,7 @@ STATE = {"relative": 0.0, "absolute": 1e-4}
 
 
 class Case:
-    """One json with its safetensors. Every ``out/`` tensor must be compared, or exempted with a reason, exactly once or more."""
+    """One json with its safetensors; remembers what was compared, so that ``finish`` finds what was not."""
 
     def __init__(self, path: Path) -> None:
         self.meta: dict[str, Any] = json.loads(path.read_text())
@@ -25,7 +25,6 @@ class Case:
         self.runs: dict[str, dict[str, Any]] = self.meta["runs"]
         self.config: dict[str, Any] = self.meta["config"]
         self.compared: set[str] = set()
-        self.exempted: dict[str, str] = {}
         self.errors: set[str] = set()
 
     # ---- reading
@@ -78,9 +77,6 @@ class Case:
         if name in self.runs[run]:
             assert self.runs[run][name] == ours, f"{run}: {name} is {ours}, recorded {self.runs[run][name]}"
 
-    def exempt(self, run: str, name: str, reason: str) -> None:
-        self.exempted[f"out/{run}/{name}"] = reason
-
     @contextmanager
     def official_error(self, run: str):
         """The released code stops here; ours says clearly why, or goes on to the result that the caller then checks."""
@@ -93,7 +89,7 @@ class Case:
 
     def finish(self) -> None:
         """Nothing may be left over: no tensor, no run."""
-        left = [name for name in self.tensors if name.startswith("out/") and name not in self.compared and name not in self.exempted]
+        left = [name for name in self.tensors if name.startswith("out/") and name not in self.compared]
         assert not left, f"{len(left)} recorded tensors were not compared: {left[:10]}"
         assert self.runs, "the case has no runs"
         for run in self.runs:

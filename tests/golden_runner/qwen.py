@@ -110,9 +110,11 @@ class Qwen:
         with attach(self.model, self.preset()) as handle, Watch(self.text_model) as watch:
             self.model(**self.inputs)
             assert torch.isfinite(watch.last).all()
-            plan = handle.plan(self.tokens)
-            text = self.inputs["input_ids"].shape[1] - self.tokens
-            assert [h.shape[1] for h in watch.hidden] == [text + n for n in plan.counts]
+            widths = [h.shape[1] for h in watch.hidden]
+            assert widths == sorted(widths, reverse=True)
+            if len(handle._run.spans) == 1 == len(handle._run.spans[0]):
+                text = self.inputs["input_ids"].shape[1] - self.tokens
+                assert widths == [text + n for n in handle.plan(self.tokens).counts]
 
     def signals(self) -> VisionView:
         """What V2V would look at."""
@@ -129,6 +131,7 @@ class Qwen:
         reducer = self.preset()
         with self.images(), attach(self.model, spying(reducer, views)) as handle, Watch(self.text_model) as watch:
             logits = self.model(**self.inputs, use_cache=True).logits
+            case.fact(run, "image_start", self.start)
             self.compare_vision(next((v for v in views if isinstance(v, VisionView)), idle))
             if self.v2v:
                 self.compare_entry(handle, watch)

@@ -33,7 +33,7 @@ class Prompt:
         config["vocab_size"] = len(embed) + 1
         rules = {name: f"model.language_model.{name}" for name in ("embed_tokens.", "layers.", "norm.")}
         # the flash kernels were recorded by a plain-torch stand-in, whose rounding is that of eager attention
-        attention = "sdpa" if case.meta["attn"] == "sdpa" else "eager"
+        attention = "sdpa" if case.meta.get("attn", "sdpa") == "sdpa" else "eager"
         side = math.isqrt(max(tokens) - 1) + 1  # the tower never runs, but settings are checked against its size
         vision = TINY_CLIP | {"image_size": side * TINY_CLIP["patch_size"]}
         self.model = llava(renamed(weights, rules), self.image_token, vision=vision, text=config, attention=attention)
@@ -140,6 +140,7 @@ def compare_stages(
 ) -> None:
     state = handle._run
     scored = dict(zip(state.scored_layers, views, strict=True))
+    told = [{stage.layer: list(stage.kept) for stage in spans[0].stages} if spans else {} for spans in handle.trace]
     for s, layer in enumerate(layers):
         before, after = state.group(layer - 1), state.group(layer)
         name = f"stage{s}"
@@ -158,6 +159,7 @@ def compare_stages(
             old, new = ([int(t) - prompt.starts[b] for t in g.tokens.slot[b][g.tokens.visual[b]]] for g in (before, after))
             case.same(run, f"{sample}/kept_original_image_index", new)
             case.same(run, f"{sample}/kept_in_current_image_block", [old.index(t) for t in new])
+            assert told[b].get(layer, new) == new, f"{run}: handle.trace tells other survivors of {sample}"
             if layer in scored:
                 scores = scored[layer].scores[b][scored[layer].valid[b]]
             else:
