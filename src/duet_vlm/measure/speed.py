@@ -1,22 +1,20 @@
-"""Timing side by side: every comparison runs its sides in turns in one process, and is told as ratios of neighbours, with their spread."""
+"""Time, measured in pairs: everything that is compared runs in the same minutes on the same machine, in turns."""
 
 from __future__ import annotations
 
-import gc
-import random
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-
-RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of every run of one side, in the order they were taken."""
+    """Seconds of one function, one entry per round, in the order of the rounds."""
 
     seconds: tuple[float, ...]
 
@@ -26,71 +24,73 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        return quartiles(self.seconds)
+        """25th and 75th percentile."""
+        if len(self.seconds) == 1:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """Ratios of paired runs: their ``median``, ``quartiles``, and the 95 % bootstrap ``interval`` of the median."""
+    """The median of per-round ratios with its 95 % interval (order statistics; no assumption on the distribution)."""
 
     median: float
-    quartiles: tuple[float, float]
-    interval: tuple[float, float]
-    pairs: int
+    low: float
+    high: float
 
 
-def paired(functions: dict[str, Callable[[], object]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
-    """Time ``functions`` in turns, ``repeats`` rounds after ``warmup`` untimed ones; every other round runs them in reverse order.
+def paired(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: int = 3) -> dict[str, Timing]:
+    """Time functions in turns: A B C, C B A, A B C, ...
 
-    Slow drifts of the machine then hit all sides alike, and run i of one side pairs with run i of another. The garbage collector is
-    held off while a round runs; work queued on a CUDA device is waited for.
+    Slow drifts of the machine (clock, neighbours) then hit all of them alike, and reversing every other round cancels the effect of the
+    place in the round.
+
+    Parameters
+    ----------
+    functions : dict of str to callable
+        What to time, by name; set-up belongs outside.
+    repeats : int
+        Measured rounds.
+    warmup : int
+        Rounds that run first and are not measured.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats={repeats}: must be at least 1")
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for turn in range(warmup + repeats):
-        order = list(functions) if turn % 2 == 0 else list(reversed(functions))
-        for name in order:
-            taken = _timed(functions[name])
-            if turn >= warmup:
-                seconds[name].append(taken)
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats={repeats} must be at least 1 and warmup={warmup} at least 0")
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-warmup, repeats):
+        for name in names if turn % 2 == 0 else reversed(names):
+            _finish()
+            start = time.perf_counter()
+            functions[name]()
+            _finish()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def ratio(a: Timing, b: Timing) -> Ratio:
-    """How many times as long as ``b`` did ``a`` take: the median over pairs of neighbouring runs."""
-    return ratio_of([x / y for x, y in zip(a.seconds, b.seconds, strict=True)])
+def ratio(first: Timing, second: Timing) -> Ratio:
+    """Time of ``first`` over time of ``second``, round by round; both from the same ``paired`` call."""
+    if len(first.seconds) != len(second.seconds):
+        raise ValueError(f"{len(first.seconds)} rounds against {len(second.seconds)}: both timings must come from the same paired() call")
+    ratios = sorted(a / b for a, b in zip(first.seconds, second.seconds, strict=True))
+    below = _outside(len(ratios))
+    return Ratio(statistics.median(ratios), ratios[below], ratios[-1 - below])
 
 
-def ratio_of(values: list[float]) -> Ratio:
-    """Median, quartiles and bootstrap interval of paired ratios (any paired figure will do)."""
-    draw = random.Random(0)
-    medians = sorted(statistics.median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    interval = (medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES) - 1])
-    return Ratio(statistics.median(values), quartiles(values), interval, len(values))
+def _outside(n: int) -> int:
+    """How many of ``n`` sorted values to leave out at either end so that the rest covers the median with at least 95 %."""
+    tail, below = 0.0, 0
+    while below < (n - 1) // 2:
+        tail += math.comb(n, below) / 2**n
+        if tail > 0.025:
+            break
+        below += 1
+    return max(0, below - 1) if tail > 0.025 else below
 
 
-def quartiles(values: list[float] | tuple[float, ...]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
-    return first, third
-
-
-def _timed(function: Callable[[], object]) -> float:
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        _wait()
-        start = time.perf_counter()
-        function()
-        _wait()
-        return time.perf_counter() - start
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _wait() -> None:
-    if torch.cuda.is_initialized():
+def _finish() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()

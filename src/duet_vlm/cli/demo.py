@@ -1,0 +1,203 @@
+"""``duet-vlm demo``: the embedded model on its shipped pictures, in full and at three budgets, with time, reports and pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from duet_vlm.attach import attach
+from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.load import quiet
+from duet_vlm.cli.options import AsJson, Debug
+from duet_vlm.measure.report import Report
+from duet_vlm.measure.speed import Ratio, paired, ratio
+from duet_vlm.viz import draw, seen
+
+BUDGETS = (0.33, 0.22, 0.11)
+DRAWN = 0.22
+ROUNDS = 15
+
+
+@dataclass
+class Column:
+    """What one setting answered (question by question) and what it cost."""
+
+    name: str
+    budget: float | None
+    answers: list[str] = field(default_factory=list)
+    report: Report | None = None
+    speed_up: Ratio | None = None
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A model this small gains little from threads, and one of them makes times steadier on a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def ask(model: Any, processor: Any, inputs: Any) -> list[str]:
+    """Greedy answers of a batch."""
+    out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    return [text.strip() for text in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+
+
+def batches(processor: Any) -> list[tuple[Any, Any]]:
+    """(picture, inputs for all its questions) of the shipped pictures."""
+    from duet_vlm import tiny
+
+    out = []
+    for item in tiny.demo_images():
+        texts = [tiny.prompt(question) for question, _ in item.questions]
+        out.append((item, processor(images=[item.image] * len(texts), text=texts, return_tensors="pt", padding=True)))
+    return out
+
+
+def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path) -> tuple[list[Column], list[Path]]:
+    """Every question in full and at every budget; one picture per image on the way."""
+    columns, files = [Column("full", None)], []
+    for _, inputs in asked:
+        columns[0].answers += ask(model, processor, inputs)
+    out.mkdir(parents=True, exist_ok=True)
+    for budget in BUDGETS:
+        column = Column(f"{budget:.0%}", budget)
+        with attach(model, "duet", budget=budget) as handle:
+            for item, inputs in asked:
+                said = ask(model, processor, inputs)
+                column.answers += said
+                if budget == DRAWN:
+                    title = f"DUET at {budget:.0%}.  {item.questions[0][0]}  {said[0]}"
+                    files.append(out / f"{Path(item.name).stem}.png")
+                    draw(seen(item.image, inputs["pixel_values"][0], processor), handle.trace[0][0], title=title).save(files[-1])
+        columns.append(column)
+    return columns, files
+
+
+def time_all(model: Any, columns: list[Column], inputs: Any) -> dict[str, float]:
+    """Median seconds of a prefill, full and reduced in turns, each on its own copy of the model; fills in speed-ups and reports."""
+    import torch
+
+    copies = {column.name: copy.deepcopy(model) for column in columns}
+    handles = [attach(copies[column.name], "duet", budget=column.budget) for column in columns if column.budget is not None]
+
+    def prefill(name: str) -> Callable[[], Any]:
+        return lambda: copies[name](**inputs, logits_to_keep=1)
+
+    with torch.inference_mode():
+        timings = paired({name: prefill(name) for name in copies}, repeats=ROUNDS)
+    for column, handle in zip(columns[1:], handles, strict=True):
+        column.report = handle.report()
+        handle.detach()
+        column.speed_up = ratio(timings["full"], timings[column.name])
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def agreement(column: Column, full: Column) -> int:
+    return sum(a == b for a, b in zip(column.answers, full.answers, strict=True))
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("out/demo"),
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer 20 questions with the embedded model, in full and at 33 / 22 / 11 % of the visual tokens; compare answers, cost and time."""
+    with friendly(debug, json_):
+        start = time.perf_counter()
+        from duet_vlm import tiny
+
+        with quiet(), one_thread():
+            model, processor = tiny.load()
+            asked = batches(processor)
+            columns, files = answer_all(model, processor, asked, out)
+            item = asked[0][0]
+            one = processor(images=item.image, text=tiny.prompt(item.questions[0][0]), return_tensors="pt")
+            seconds = time_all(model, columns, one)
+        pairs = [(item.name, question, true) for item, _ in asked for question, true in item.questions]
+        if json_:
+            print(json.dumps(plain(columns, pairs, seconds, files)))
+        else:
+            show(columns, pairs, seconds, files)
+            print(f"\nfinished in {time.perf_counter() - start:.0f} s")
+
+
+def plain(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> dict[str, Any]:
+    """The same as JSON values."""
+    return {
+        "questions": [{"image": name, "question": question, "answer": true} for name, question, true in pairs],
+        "columns": [
+            {
+                "name": column.name,
+                "budget": column.budget,
+                "answers": column.answers,
+                "agree_with_full": agreement(column, columns[0]),
+                "right": sum(a == true for a, (_, _, true) in zip(column.answers, pairs, strict=True)),
+                "prefill_seconds": seconds[column.name],
+                "speed_up": None if column.speed_up is None else vars(column.speed_up),
+                "report": None if column.report is None else json.loads(column.report.to_json()),
+            }
+            for column in columns
+        ],
+        "pictures": [str(file) for file in files],
+    }
+
+
+def show(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> None:
+    """The tables, the reports, the times."""
+    console, full = Console(highlight=False), columns[0]
+    console.print(f"The embedded tiny VLM answers {len(pairs)} questions: the full model, then DUET at three budgets (share of the visual tokens)\n")
+    table = Table("question", "truth", *(c.name for c in columns), box=None, pad_edge=False)
+    last = ""
+    for number, (name, question, true) in enumerate(pairs):
+        if name != last:
+            table.add_row(f"[bold]{name}[/bold]")
+        cells = [_cell(column.answers[number], full.answers[number], true) for column in columns]
+        table.add_row(question, true, *cells)
+        last = name
+    console.print(table)
+    console.print("\n[yellow]*[/yellow] differs from the full model   [red]x[/red] is not the true answer\n")
+    for column in columns:
+        right = sum(a == true for a, (_, _, true) in zip(column.answers, pairs, strict=True))
+        same = "" if column is full else f"{agreement(column, full)}/{len(pairs)} agree with the full model, "
+        console.print(f"{column.name:>5}: {same}{right}/{len(pairs)} right")
+    for column in columns[1:]:
+        console.print(f"\n[bold]{column.name}[/bold], the first question")
+        console.print(str(column.report), markup=False, soft_wrap=True)
+    _times(console, columns, seconds)
+    console.print("\npictures of what was kept, merged and dropped: " + ", ".join(str(file) for file in files), soft_wrap=True)
+
+
+def _cell(said: str, full: str, true: str) -> str:
+    marks = ("[yellow]*[/yellow]" if said != full else "") + ("[red]x[/red]" if said != true else "")
+    return f"{said} {marks}" if marks else said
+
+
+def _times(console: Console, columns: list[Column], seconds: dict[str, float]) -> None:
+    table = Table("", "median", "speed-up (95 % interval)", "FLOPs bound", "of the decoder alone", box=SIMPLE, pad_edge=False)
+    for column in columns:
+        speed, report = column.speed_up, column.report
+        cells = ["1", "", ""]
+        if speed is not None and report is not None:
+            bounds = report.full.flops / report.observed.flops, report.flops_bound
+            cells = [f"{speed.median:.2f}x ({speed.low:.2f}-{speed.high:.2f})", *(f"{bound:.2f}x" for bound in bounds)]
+        table.add_row(column.name, f"{seconds[column.name] * 1e3:.1f} ms", *cells)
+    console.print(f"\nPrefill of the first question, vision tower included, {ROUNDS} interleaved rounds (CPU, one thread, float32):")
+    console.print(table)
+    console.print("The vision tower costs the same at every budget, and it is a large part of a model this small.")

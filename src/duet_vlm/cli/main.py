@@ -1,0 +1,42 @@
+"""``duet-vlm``: the verbs, collected."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from duet_vlm.cli import budget, demo, methods, models, run, viz
+
+app = typer.Typer(
+    name="duet-vlm",
+    help="Vision-language models made faster by spending fewer visual tokens.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("run")(run.run)
+app.command("budget")(budget.budget)
+app.command("viz")(viz.viz)
+app.command("methods")(methods.methods)
+app.command("models")(models.models)
+app.command("demo")(demo.demo)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(version("duet-vlm"))
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    show_version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    """Vision-language models made faster by spending fewer visual tokens."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,70 @@
+"""``duet-vlm run``: one prompt, answered with fewer visual tokens."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from duet_vlm.attach import attach
+from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.load import Loaded, load, open_image
+from duet_vlm.cli.options import AsJson, BudgetText, Debug, Device, Images, Method, Model, Positions, Prompt, Settings, budget_of, settings_of
+
+
+def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> str:
+    """Greedy answer of the model as it stands; with ``show`` it is written to stdout as it comes."""
+    from transformers import TextStreamer
+
+    class Screen(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            sys.stdout.write(text + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+    streamer = Screen(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+    out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
+    return str(loaded.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def run(
+    image: Images,
+    prompt: Prompt,
+    model: Model = "tiny",
+    method: Method = "duet",
+    budget: BudgetText = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer with the full model.")] = False,
+    positions: Positions = None,
+    settings: Settings = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
+    device: Device = None,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer a question about images, then report tokens, FLOPs and KV bytes."""
+    with friendly(debug, json_):
+        target, fields = budget_of(budget), settings_of(settings)
+        pictures = [open_image(path) for path in image]
+        loaded = load(model, device)
+        processor = loaded.processor if fields.get("text_query") == "salient" else None
+        with attach(loaded.model, method, budget=target, positions=positions, processor=processor, **fields) as handle:
+            inputs = loaded.inputs(pictures, prompt)
+            width = max(len(method), 4)
+            if compare and not json_:
+                sys.stdout.write(f"{method:<{width}} | ")
+            short = answer(loaded, inputs, max_new_tokens, not json_)
+            report = handle.report()
+            full = None
+            if compare:
+                if not json_:
+                    sys.stdout.write(f"{'full':<{width}} | ")
+                inputs.pop("salient_mask", None)
+                with handle.paused():
+                    full = answer(loaded, inputs, max_new_tokens, not json_)
+        if json_:
+            print(json.dumps({"model": model, "prompt": prompt, "answer": short, "full_answer": full, "report": json.loads(report.to_json())}))
+            return
+        if compare:
+            print("same answer" if full == short else "the answers differ")
+        print(f"\n{report}")

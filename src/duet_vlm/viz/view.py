@@ -1,0 +1,29 @@
+"""The picture as the model sees it: some processors cut the middle out of an image, and the token grid lies on that cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+
+def seen(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
+    """The part of ``image`` that the tokens cover.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        As the user gave it.
+    pixels : Tensor
+        [3, H, W] of this image in ``pixel_values``; other shapes (packed patches) mean that the processor only resized it.
+    processor : object
+        The model's processor (or image processor): its mean and standard deviation are undone.
+    """
+    settings = getattr(processor, "image_processor", processor)
+    if getattr(pixels, "ndim", 0) != 3 or not getattr(settings, "do_center_crop", False):
+        return image.convert("RGB")
+    values = pixels.detach().float().cpu().numpy().transpose(1, 2, 0)
+    if getattr(settings, "do_normalize", False):
+        values = values * np.asarray(settings.image_std) + np.asarray(settings.image_mean)
+    return Image.fromarray(np.clip(np.rint(values * 255), 0, 255).astype(np.uint8))
