@@ -157,9 +157,13 @@ def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
     return model
 
 
-@functools.lru_cache(maxsize=16)
 def shared(name: str, attention: str = "sdpa") -> nn.Module:
     """A model that tests may attach to and must give back untouched."""
+    return _shared(name, attention)
+
+
+@functools.lru_cache(maxsize=16)
+def _shared(name: str, attention: str) -> nn.Module:
     return build(name, attention)
 
 

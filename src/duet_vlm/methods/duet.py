@@ -184,7 +184,7 @@ class Duet(EncoderReducer, DecoderReducer):
         rank = torch.arange(min(self.cluster_width * width, order.shape[1]), device=order.device).expand(order.shape[0], -1)
         members = order.gather(1, (view.dominant[:, None] + rank).clamp(max=last))
         is_anchor = ((rank[:, :, None] == place[:, None]) & anchor_valid[:, None]).any(-1)
-        joins = (rank < pool[:, None]) & ~is_anchor
+        joins = (rank < pool[:, None]) & ~is_anchor & anchor_valid.any(1, keepdim=True)
         into = dominant.shape[1] + nearest_anchor(view.keys, members, anchors, anchor_valid)
         return Selection(
             torch.cat([dominant, anchors], 1), torch.cat([dominant_valid, anchor_valid], 1), members, into.masked_fill(~joins, -1), self.merge

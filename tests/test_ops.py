@@ -1,0 +1,373 @@
+"""Each op equals its slow twin: ties, one token, all tokens, empty spans, ragged batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import twins
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duet_vlm import SpanPlan, TextView, VisionView
+from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.fastv import FastV
+from duet_vlm.methods.floors import RandomTokens, UniformTokens
+from duet_vlm.methods.pyramiddrop import PyramidDrop
+from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.ops import merge, ragged, score, select
+from duet_vlm.reducer import DecoderReducer, EncoderReducer
+from duet_vlm.text import query_rows
+from duet_vlm.tokens import Selection, TokenMap
+
+quick = settings(max_examples=40, deadline=None, derandomize=True)
+seeds = st.integers(0, 10_000)
+coarse = st.sampled_from([0.0, 0.25, 0.5, 1.0])  # few values: many ties
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def score_batches(draw: Any, rows: int = 3, width: int = 12) -> tuple[Tensor, Tensor]:
+    """[B, N] scores with ties and [B, N] validity, rows of any length, empty ones too."""
+    b, n = draw(st.integers(1, rows)), draw(st.integers(1, width))
+    table = draw(st.lists(st.lists(coarse, min_size=n, max_size=n), min_size=b, max_size=b))
+    real = draw(st.lists(st.lists(st.booleans(), min_size=n, max_size=n), min_size=b, max_size=b))
+    return torch.tensor(table), torch.tensor(real)
+
+
+# ---- score
+
+
+@quick
+@given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
+def test_cls_attention(seed: int, batch: int, heads: int, tokens: int) -> None:
+    query, key = normal(seed, batch, heads, 1 + tokens, 4), normal(seed + 1, batch, heads, 1 + tokens, 4)
+    expected = torch.tensor([twins.cls_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)])
+    torch.testing.assert_close(score.cls_attention(query, key, 0.5), expected)
+
+
+@quick
+@given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
+def test_column_attention(seed: int, batch: int, heads: int, tokens: int) -> None:
+    query, key = normal(seed, batch, heads, tokens, 4), normal(seed + 1, batch, heads, tokens, 4)
+    expected = torch.tensor([twins.column_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)])
+    torch.testing.assert_close(score.column_attention(query, key, 0.5), expected)
+
+
+@pytest.mark.parametrize("tokens", [255, 256, 257, 600])
+def test_column_attention_in_blocks(tokens: int) -> None:
+    query, key = normal(1, 1, 2, tokens, 8), normal(2, 1, 2, tokens, 8)
+    whole = (query @ key.transpose(-1, -2) * 0.3).softmax(-1).mean(1).sum(1)
+    torch.testing.assert_close(score.column_attention(query, key, 0.3), whole)
+
+
+@quick
+@given(seeds, st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (6, 2), (4, 1)]), st.integers(1, 5), st.integers(1, 9), st.data())
+def test_query_attention(seed: int, batch: int, heads: tuple[int, int], queries: int, keys: int, data: Any) -> None:
+    query, key = normal(seed, batch, heads[0], queries, 4), normal(seed + 1, batch, heads[1], keys, 4)
+    allowed = torch.rand(batch, queries, keys, generator=torch.Generator().manual_seed(seed)) < 0.6
+    allowed[..., data.draw(st.integers(0, keys - 1))] = True
+    weight = torch.randint(0, 2, (batch, queries), generator=torch.Generator().manual_seed(seed)).float()
+    weight[:, 0] = 1
+    table = zip(query.tolist(), key.tolist(), allowed.tolist(), weight.tolist(), strict=True)
+    expected = torch.tensor([twins.query_attention(q, k, 0.5, a, w) for q, k, a, w in table])
+    torch.testing.assert_close(score.query_attention(query, key, 0.5, allowed, weight), expected)
+
+
+@pytest.mark.parametrize("queries", [255, 256, 257, 513])
+def test_query_attention_in_blocks(queries: int) -> None:
+    query, key = normal(1, 1, 4, queries, 8), normal(2, 1, 2, 40, 8)
+    allowed = torch.ones(1, queries, 40, dtype=torch.bool)
+    weights = (query @ key.repeat_interleave(2, 1).transpose(-1, -2) * 0.3).softmax(-1)
+    torch.testing.assert_close(score.query_attention(query, key, 0.3, allowed, torch.ones(1, queries)), weights.mean((1, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_are_float32_whatever_the_model_is(dtype: torch.dtype) -> None:
+    query, key = normal(1, 1, 2, 6, 8).to(dtype), normal(2, 1, 2, 6, 8).to(dtype)
+    allowed, weight = torch.ones(1, 6, 6, dtype=torch.bool), torch.ones(1, 6)
+    for scores, exact in (
+        (score.cls_attention(query, key, 0.3), score.cls_attention(query.float(), key.float(), 0.3)),
+        (score.column_attention(query, key, 0.3), score.column_attention(query.float(), key.float(), 0.3)),
+        (score.query_attention(query, key, 0.3, allowed, weight), score.query_attention(query.float(), key.float(), 0.3, allowed, weight)),
+    ):
+        assert scores.dtype == torch.float32 and torch.equal(scores, exact)
+
+
+# ---- select
+
+
+@quick
+@given(score_batches())
+def test_ranking_and_ranks(batch: tuple[Tensor, Tensor]) -> None:
+    scores, valid = batch
+    order, ranks = select.ranking(scores, valid), select.ranks(select.ranking(scores, valid))
+    for s, v, o, r in zip(scores.tolist(), valid.tolist(), order.tolist(), ranks.tolist(), strict=True):
+        assert o[: sum(v)] == twins.best(s, v, len(s))
+        assert [o[rank] for rank in r] == list(range(len(s)))
+
+
+@quick
+@given(score_batches(), st.data())
+def test_top(batch: tuple[Tensor, Tensor], data: Any) -> None:
+    scores, valid = batch
+    count = data.draw(st.lists(st.integers(0, scores.shape[1] + 2), min_size=len(scores), max_size=len(scores)))
+    chosen = select.top(scores, valid, torch.tensor(count))
+    for s, v, c, mask in zip(scores.tolist(), valid.tolist(), count, chosen, strict=True):
+        assert mask.nonzero().flatten().tolist() == sorted(twins.best(s, v, c))
+
+
+@quick
+@given(score_batches(), st.data())
+def test_spaced(batch: tuple[Tensor, Tensor], data: Any) -> None:
+    _, valid = batch
+    count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
+    for v, c, mask in zip(valid.tolist(), count, select.spaced(valid, torch.tensor(count)), strict=True):
+        assert mask.nonzero().flatten().tolist() == twins.spaced(v, c)
+
+
+@quick
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=4))
+def test_places(rows: list[tuple[int, int]]) -> None:
+    place, valid = select.places(torch.tensor([c for c, _ in rows]), 9, torch.tensor([p for _, p in rows]))
+    for (count, pool), found, real in zip(rows, place.tolist(), valid.tolist(), strict=True):
+        assert [f for f, ok in zip(found, real, strict=True) if ok] == [i * pool // count for i in range(count)]
+
+
+# ---- ragged
+
+
+@quick
+@given(score_batches(), st.integers(0, 3))
+def test_pack(batch: tuple[Tensor, Tensor], spare: int) -> None:
+    _, keep = batch
+    width = int(keep.sum(1).max()) + spare
+    for pack, side in ((ragged.pack_left, "left"), (ragged.pack_right, "right")):
+        if side == "right" and width > keep.shape[1]:
+            continue
+        index, valid = pack(keep, width)
+        for kept, found, real in zip(keep, index.tolist(), valid.tolist(), strict=True):
+            expected = kept.nonzero().flatten().tolist()
+            assert [f for f, ok in zip(found, real, strict=True) if ok] == expected
+            padding = [False] * (width - len(expected))
+            assert real == (padding + [True] * len(expected) if side == "left" else [True] * len(expected) + padding)
+            assert all(0 <= f < keep.shape[1] for f in found)
+
+
+@quick
+@given(seeds, st.integers(1, 3), st.integers(1, 6), st.integers(1, 8), st.booleans())
+def test_take(seed: int, batch: int, rows: int, count: int, broadcast: bool) -> None:
+    index = torch.randint(0, rows, (batch, count), generator=torch.Generator().manual_seed(seed))
+    source = normal(seed, 1 if broadcast else batch, rows, 2, 3)
+    mask = normal(seed, 1 if broadcast else batch, 2, rows, rows)
+    for b in range(batch):
+        chosen = index[b].tolist()
+        own = source[0 if broadcast else b]
+        assert torch.equal(ragged.take(source, index)[b], torch.stack([own[i] for i in chosen]))
+        positions = source[..., 0, 0]
+        assert torch.equal(ragged.take_last(positions, index)[b], torch.stack([own[i, 0, 0] for i in chosen]))
+        mrope = positions.expand(3, *positions.shape)
+        assert torch.equal(ragged.take_last(mrope, index)[2, b], torch.stack([own[i, 0, 0] for i in chosen]))
+        square = mask[0 if broadcast else b]
+        assert torch.equal(ragged.take_square(mask, index)[b], torch.stack([torch.stack([square[:, i, j] for j in chosen], -1) for i in chosen], 1))
+
+
+def test_pad_rows() -> None:
+    padded, valid = ragged.pad_rows([normal(1, 2, 3), normal(2, 4, 3), normal(3, 1, 3)])
+    assert padded.shape == (3, 4, 3) and valid.sum(1).tolist() == [2, 4, 1]
+    assert torch.equal(padded[0, :2], normal(1, 2, 3)) and not padded[0, 2:].any()
+
+
+@quick
+@given(score_batches(rows=2, width=9), st.data())
+def test_token_map_composes(batch: tuple[Tensor, Tensor], data: Any) -> None:
+    """Two drops after each other point at the same prompt slots as lists of lists do."""
+    _, valid = batch
+    draw = torch.Generator().manual_seed(data.draw(seeds))
+    visual = torch.rand(valid.shape, generator=draw) < 0.5
+    tokens, slots = TokenMap.identity(valid, visual), [row.nonzero().flatten().tolist() for row in valid]
+    for _ in range(2):
+        wanted = torch.rand(valid.shape, generator=draw) < 0.6  # by prompt slot
+        keep = tokens.valid & wanted.gather(1, tokens.slot)
+        slots = [[s for s in row if wanted[b, s]] for b, row in enumerate(slots)]
+        tokens = tokens.take(*ragged.pack_left(keep, int(keep.sum(1).max())))
+        assert [t[v].tolist() for t, v in zip(tokens.slot, tokens.valid, strict=True)] == slots
+        seen = [[bool(visual[b, s]) for s in row] for b, row in enumerate(slots)]
+        assert [t[v].tolist() for t, v in zip(tokens.visual, tokens.valid, strict=True)] == seen
+
+
+# ---- merge
+
+
+@quick
+@given(seeds, st.integers(2, 8), st.integers(1, 3), st.integers(0, 6), st.sampled_from(["mean", "anchor_plus_mean"]))
+def test_merged_rows(seed: int, tokens: int, rows: int, members: int, rule: str) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    features = normal(seed, 2, tokens, 3)
+    index = torch.randint(0, tokens, (2, rows), generator=draw)
+    joined = torch.randint(0, tokens, (2, members), generator=draw)
+    into = torch.randint(-1, rows, (2, members), generator=draw)
+    result = merge.merged_rows(features, Selection(index, torch.ones(2, rows, dtype=torch.bool), joined, into, rule))
+    for b in range(2):
+        for row in range(rows):
+            group = [int(m) for m, to in zip(joined[b], into[b], strict=True) if to == row]
+            expected = torch.tensor(twins.merged(features[b].tolist(), int(index[b, row]), group, rule))
+            torch.testing.assert_close(result[b, row], expected)
+            if not group:
+                assert torch.equal(result[b, row], features[b, index[b, row]])  # copied, bit for bit
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_merging_sums_in_float32(dtype: torch.dtype) -> None:
+    features = (normal(3, 1, 65, 4) + 100).to(dtype)
+    selection = Selection(torch.zeros(1, 1).long(), torch.ones(1, 1).bool(), torch.arange(1, 65)[None], torch.zeros(1, 64).long())
+    assert torch.equal(merge.merged_rows(features, selection), features.float().mean(1, keepdim=True).to(dtype))
+
+
+def test_gradient_flows_to_anchor_and_members_alike() -> None:
+    features = normal(1, 1, 5, 2).requires_grad_()
+    selection = Selection(torch.tensor([[1, 4]]), torch.ones(1, 2).bool(), torch.tensor([[0, 2, 3]]), torch.tensor([[0, 0, -1]]))
+    merge.merged_rows(features, selection).sum().backward()
+    torch.testing.assert_close(features.grad[0, :, 0], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0, 1.0]))
+
+
+# ---- V2V: the rules of the papers on ragged spans
+
+
+@st.composite
+def spans(draw: Any) -> list[tuple[int, int, int]]:
+    """(tokens, dominant, contextual) of up to three images; all-dominant, no contextual and tiny images included."""
+    images = []
+    for _ in range(draw(st.integers(1, 3))):
+        tokens = draw(st.integers(1, 14))
+        dominant = draw(st.integers(0, tokens))
+        images.append((tokens, dominant, draw(st.integers(0 if dominant else 1, max(1, min(4, tokens - dominant))) if dominant < tokens else st.just(0))))
+    return images
+
+
+def view_of(images: list[tuple[int, int, int]], seed: int, ties: bool) -> VisionView:
+    width = max(n for n, _, _ in images)
+    importance = normal(seed, len(images), width)
+    if ties:
+        importance = importance.round()
+    counts = torch.tensor([[d, c] for _, d, c in images])
+    plans = tuple(SpanPlan(n, d, c, (d + c,) * 4) for n, d, c in images)
+    valid = torch.arange(width) < torch.tensor([n for n, _, _ in images])[:, None]
+    return VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, normal(seed + 1, len(images), width, 3))
+
+
+def clusters_of(selection: Selection, sample: int, dominant: int) -> tuple[list[int], dict[int, list[int]]]:
+    index = [int(i) for i, ok in zip(selection.index[sample], selection.valid[sample], strict=True) if ok]
+    place = [row for row, ok in enumerate(selection.valid[sample].tolist()) if ok]
+    clusters: dict[int, list[int]] = {anchor: [] for anchor in index[dominant:]}
+    for member, into in zip(selection.members[sample].tolist(), selection.into[sample].tolist(), strict=True):
+        if into >= 0:
+            clusters[index[place.index(into)]].append(member)
+    return index[:dominant], clusters
+
+
+@pytest.mark.parametrize("rule", ["spread", "floor"])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(spans(), seeds, st.booleans(), st.integers(1, 5))
+def test_duet_v2v(rule: str, images: list[tuple[int, int, int]], seed: int, ties: bool, cluster_width: int) -> None:
+    view = view_of(images, seed, ties)
+    check_v2v(Duet(cluster_width=cluster_width, anchor_step=rule), view, images, lambda *a: twins.duet_entry(*a, cluster_width, rule))
+
+
+@pytest.mark.parametrize("rule", ["spread", "floor"])
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(spans(), seeds, st.booleans())
+def test_visionzip_v2v(rule: str, images: list[tuple[int, int, int]], seed: int, ties: bool) -> None:
+    check_v2v(VisionZip(anchor_step=rule), view_of(images, seed, ties), images, lambda *a: twins.visionzip_entry(*a, rule))
+
+
+def check_v2v(method: EncoderReducer, view: VisionView, images: list[tuple[int, int, int]], twin: Any) -> None:
+    selection = method.v2v(view)
+    assert view.importance is not None and view.keys is not None
+    for sample, (tokens, dominant, contextual) in enumerate(images):
+        kept, clusters = twin(view.importance[sample, :tokens].tolist(), view.keys[sample, :tokens].tolist(), dominant, contextual)
+        found_kept, found = clusters_of(selection, sample, dominant)
+        assert found_kept == kept
+        assert list(found) == list(clusters)
+        assert {anchor: sorted(members) for anchor, members in found.items()} == {anchor: sorted(m) for anchor, m in clusters.items()}
+
+
+# ---- T2V
+
+
+@pytest.mark.parametrize("method", [Duet(schedule=()), FastV(), PyramidDrop()], ids=lambda m: m.name)
+@quick
+@given(score_batches(), st.data())
+def test_t2v_keeps_the_best(method: DecoderReducer, batch: tuple[Tensor, Tensor], data: Any) -> None:
+    scores, valid = batch
+    count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
+    stays = method.t2v(TextView(valid, torch.tensor(count), scores=scores))
+    for s, v, c, mask in zip(scores.tolist(), valid.tolist(), count, stays, strict=True):
+        assert mask.nonzero().flatten().tolist() == sorted(twins.best(s, v, c))
+
+
+@quick
+@given(score_batches(), st.data())
+def test_uniform_t2v(batch: tuple[Tensor, Tensor], data: Any) -> None:
+    _, valid = batch
+    count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
+    stays = UniformTokens().t2v(TextView(valid, torch.tensor(count)))
+    assert [m.nonzero().flatten().tolist() for m in stays] == [twins.spaced(v, c) for v, c in zip(valid.tolist(), count, strict=True)]
+
+
+@quick
+@given(st.integers(0, 5), st.lists(st.integers(1, 12), min_size=1, max_size=3), st.data())
+def test_random_t2v(seed: int, sizes: list[int], data: Any) -> None:
+    """Exactly ``keep`` stay; later stages keep a subset; the choice within an image depends on nothing but seed, its number and its size."""
+    total = sum(sizes)
+    view = TextView(
+        torch.ones(1, total, dtype=torch.bool), torch.tensor([0]), tuple(enumerate(sizes)),
+        torch.tensor([[i for i, n in enumerate(sizes) for _ in range(n)]]), torch.tensor([[t for n in sizes for t in range(n)]]),
+    )  # fmt: skip
+    method = RandomTokens(seed=seed, entry=1)
+    counts = sorted(data.draw(st.lists(st.integers(0, total), min_size=2, max_size=2)))
+    few, many = (method.t2v(TextView(view.valid, torch.tensor([c]), view.spans, view.span, view.token))[0] for c in counts)
+    assert [int(few.sum()), int(many.sum())] == counts
+    assert not bool((few & ~many).any())
+    twice = TextView(view.valid.repeat(2, 1), torch.tensor([counts[1]] * 2), view.spans * 2, torch.cat([view.span, view.span + len(sizes)]), view.token.repeat(2, 1))
+    assert torch.equal(method.t2v(twice), many.expand(2, -1))
+
+
+def test_random_is_uniform_and_depends_on_the_seed() -> None:
+    """Over many seeds each of ten tokens is kept about as often as any other (mean 300 of 1000, five sigma are 73)."""
+    spans_, span, token = ((0, 10),), torch.zeros(1, 10).long(), torch.arange(10)[None]
+    view = TextView(torch.ones(1, 10, dtype=torch.bool), torch.tensor([3]), spans_, span, token)
+    often = sum(RandomTokens(seed=seed, entry=1).t2v(view)[0].long() for seed in range(1000))
+    assert isinstance(often, Tensor) and int(often.min()) > 227 and int(often.max()) < 373
+
+
+# ---- who asks
+
+
+@st.composite
+def prompts(draw: Any) -> tuple[list[bool], list[bool], list[int], list[bool]]:
+    """(visual, valid, labels, salient) of one prompt of 12 rows, padded on either side."""
+    length = draw(st.integers(1, 12))
+    kinds = draw(st.lists(st.sampled_from(["text", "text", "image", "answer"]), min_size=length, max_size=length))
+    real = [True] * length
+    pad = 12 - length
+    left = draw(st.booleans())
+    fill = lambda row, value: [value] * pad + row if left else row + [value] * pad  # noqa: E731
+    return (
+        fill([k == "image" for k in kinds], False), fill(real, False), fill([7 if k == "answer" else -100 for k in kinds], -100),
+        fill(draw(st.lists(st.booleans(), min_size=length, max_size=length)), False),
+    )  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(prompts(), min_size=1, max_size=3), st.sampled_from(["all", "last", "salient"]), st.booleans(), st.sampled_from(["first", "all"]))
+def test_query_rows(batch: list[Any], kind: str, labelled: bool, turns: str) -> None:
+    visual, valid, labels, salient = (torch.tensor([row[i] for row in batch]) for i in range(4))
+    rows = query_rows(kind, visual, valid, labels if labelled else None, salient, turns)
+    for (v, ok, y, s), found in zip(batch, rows, strict=True):
+        assert found.nonzero().flatten().tolist() == twins.query_rows(kind, v, ok, y if labelled else None, s, turns)

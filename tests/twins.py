@@ -1,0 +1,156 @@
+"""Every tensor op once more, as loops over Python lists, written from the description of the methods and not from the code."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Matrix = Sequence[Sequence[float]]
+
+
+def softmax(row: Sequence[float]) -> list[float]:
+    top = max(row)
+    powers = [math.exp(x - top) for x in row]
+    return [p / sum(powers) for p in powers]
+
+
+def dot(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+# ---- score
+
+
+def cls_attention(query: Sequence[Matrix], key: Sequence[Matrix], scaling: float) -> list[float]:
+    """[H][1 + N][d]: softmax of the CLS row over all keys, CLS dropped from the result, summed over heads."""
+    total = [0.0] * (len(key[0]) - 1)
+    for q, k in zip(query, key, strict=True):
+        weights = softmax([scaling * dot(q[0], row) for row in k])
+        total = [t + w for t, w in zip(total, weights[1:], strict=True)]
+    return total
+
+
+def column_attention(query: Sequence[Matrix], key: Sequence[Matrix], scaling: float) -> list[float]:
+    """[H][N][d]: how much every token is looked at by all tokens, mean over heads."""
+    total = [0.0] * len(key[0])
+    for q, k in zip(query, key, strict=True):
+        for row in q:
+            for column, weight in enumerate(softmax([scaling * dot(row, other) for other in k])):
+                total[column] += weight / len(query)
+    return total
+
+
+def query_attention(
+    query: Sequence[Matrix], key: Sequence[Matrix], scaling: float, allowed: Sequence[Sequence[bool]], weight: Sequence[float]
+) -> list[float]:
+    """[H][Q][d] on [Hkv][T][d]: mean over heads and weighted mean over queries of the softmax over the keys each query may see."""
+    share = len(query) // len(key)
+    total = [0.0] * len(key[0])
+    for head, q in enumerate(query):
+        for row, mask, w in zip(q, allowed, weight, strict=True):
+            seen = [t for t, ok in enumerate(mask) if ok]
+            for t, attention in zip(seen, softmax([scaling * dot(row, key[head // share][t]) for t in seen]), strict=True):
+                total[t] += w * attention / (len(query) * sum(weight))
+    return total
+
+
+# ---- select
+
+
+def best(scores: Sequence[float], valid: Sequence[bool], count: int) -> list[int]:
+    """Indices of the ``count`` best valid tokens, best first, the lower index on a tie."""
+    return sorted((i for i, ok in enumerate(valid) if ok), key=lambda i: (-scores[i], i))[:count]
+
+
+def spaced(valid: Sequence[bool], count: int) -> list[int]:
+    """``count`` of the valid tokens, one from the end of each of ``count`` equal shares of them."""
+    real = [i for i, ok in enumerate(valid) if ok]
+    return [real[-(-(share * len(real)) // count) - 1] for share in range(1, count + 1)]
+
+
+# ---- merge
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    norms = math.sqrt(dot(a, a)) * math.sqrt(dot(b, b))
+    return dot(a, b) / norms if norms else 0.0
+
+
+def merged(features: Matrix, anchor: int, members: Sequence[int], rule: str) -> list[float]:
+    """What an anchor becomes when ``members`` join it."""
+    if not members:
+        return list(features[anchor])
+    mean = [sum(features[m][c] for m in members) / len(members) for c in range(len(features[0]))]
+    if rule == "anchor_plus_mean":
+        return [a + m for a, m in zip(features[anchor], mean, strict=True)]
+    return [(a + len(members) * m) / (1 + len(members)) for a, m in zip(features[anchor], mean, strict=True)]
+
+
+# ---- V2V of the papers, for one span
+
+Entry = tuple[list[int], dict[int, list[int]]]  # dominant tokens in raster order; anchor -> the tokens that join it, anchors in order
+
+
+def join(pool: Sequence[int], anchors: Sequence[int], keys: Matrix) -> dict[int, list[int]]:
+    clusters: dict[int, list[int]] = {anchor: [] for anchor in anchors}
+    if not anchors:
+        return clusters
+    for token in pool:
+        if token not in clusters:
+            likeness = [cosine(keys[token], keys[anchor]) for anchor in anchors]
+            clusters[anchors[likeness.index(max(likeness))]].append(token)
+    return clusters
+
+
+def anchor_ranks(pool: int, count: int, rule: str) -> list[int]:
+    if rule == "spread":
+        return [i * pool // count for i in range(count)]
+    return [i * max(1, pool // count) for i in range(count) if i * max(1, pool // count) < pool]
+
+
+def duet_entry(importance: Sequence[float], keys: Matrix, dominant: int, contextual: int, width: int, rule: str) -> Entry:
+    """The ``dominant`` most important stay; of the next ``width * contextual`` by importance, anchors at even ranks take the others in."""
+    order = best(importance, [True] * len(importance), len(importance))
+    pool = order[dominant : dominant + width * contextual]
+    anchors = [pool[rank] for rank in anchor_ranks(len(pool), contextual, rule)] if contextual else []
+    return sorted(order[:dominant]), join(pool, anchors, keys)
+
+
+def visionzip_entry(importance: Sequence[float], keys: Matrix, dominant: int, contextual: int, rule: str) -> Entry:
+    """The ``dominant`` most important stay; every other token joins the most similar of ``contextual`` anchors, even in raster order."""
+    kept = sorted(best(importance, [True] * len(importance), dominant))
+    others = [i for i in range(len(importance)) if i not in kept]
+    anchors = [others[rank] for rank in anchor_ranks(len(others), contextual, rule)] if contextual else []
+    return kept, join(others, anchors, keys)
+
+
+# ---- text queries
+
+
+def query_rows(
+    kind: str,
+    visual: Sequence[bool],
+    valid: Sequence[bool],
+    labels: Sequence[int] | None = None,
+    salient: Sequence[bool] | None = None,
+    turns: str = "first",
+) -> list[int]:
+    """The rows that rank visual tokens, for one sample."""
+    last_visual = max((i for i, v in enumerate(visual) if v), default=-1)
+    text = [i for i, ok in enumerate(valid) if ok and i > last_visual]
+    if labels is None:
+        rows = text
+    else:
+        answer = {i for i in text if labels[i] != -100}
+        first = min(answer, default=len(valid))
+        rows = [i for i in text if i not in answer and (turns == "all" or i < first)]
+        if kind == "last" and answer:
+            starts = [i for i in sorted(answer) if i - 1 not in answer]
+            asked = [i - 1 for i in (starts if turns == "all" else starts[:1])]
+            return [i for i in asked if i in rows]
+    if kind == "last":
+        return rows[-1:]
+    if kind == "salient":
+        assert salient is not None
+        return [i for i in rows if salient[i]]
+    return rows
