@@ -1,0 +1,212 @@
+"""The solver: published settings, exactness, floors, small images. Pure integers: no model is built here but for fixed towers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from families import FAMILIES, shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import duet_vlm
+from duet_vlm import BudgetError
+from duet_vlm.budget import check_budget, check_schedule, count_of, largest, layer_counts, target_mean
+from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.fastv import FastV
+from duet_vlm.methods.floors import RandomTokens, UniformTokens
+from duet_vlm.methods.none import NoReduction
+from duet_vlm.methods.pyramiddrop import PyramidDrop
+from duet_vlm.methods.visionzip import VisionZip
+
+SOLVERS = {method.name: method for method in (Duet, FastV, PyramidDrop, VisionZip, RandomTokens, UniformTokens)}
+many = settings(max_examples=200, deadline=None, derandomize=True)
+
+
+# ---- published settings for LLaVA-1.5-7B
+
+
+@pytest.mark.parametrize(("budget", "dominant", "contextual"), [(192, 300, 7), (128, 170, 35), (64, 85, 17)])
+def test_duet_solves_to_the_published_settings(budget: int, dominant: int, contextual: int) -> None:
+    plan = Duet().plan(576, 32, budget)
+    assert (plan.dominant, plan.contextual) == (dominant, contextual)
+    entry = dominant + contextual
+    assert plan.counts == (entry,) * 16 + (entry // 2,) * 8 + (0,) * 8
+    assert budget - 1 < plan.mean <= budget
+
+
+@pytest.mark.parametrize(("budget", "dominant", "contextual"), [(64, 54, 10), (128, 108, 20), (192, 162, 30)])
+def test_visionzip_solves_to_the_published_settings(budget: int, dominant: int, contextual: int) -> None:
+    plan = VisionZip().plan(576, 32, budget)
+    assert (plan.dominant, plan.contextual, plan.counts) == (dominant, contextual, (budget,) * 32)
+
+
+@pytest.mark.parametrize("budget", [64, 128, 192])
+def test_pyramiddrop_stages(budget: int) -> None:
+    """At [8, 16, 24] of 32 layers the first quarter alone costs 144 tokens on average; below that the early stages [2, 8, 16]."""
+    counts = PyramidDrop().plan(576, 32, budget).counts
+    changes = [layer for layer in range(1, 32) if counts[layer] != counts[layer - 1]]
+    assert changes == ([8, 16, 24] if budget == 192 else [2, 8, 16])
+    kept = [counts[layer] / 576 for layer in changes]
+    assert kept[0] ** 2 == pytest.approx(kept[1], abs=2 / 576) and kept[0] ** 3 == pytest.approx(kept[2], abs=2 / 576)
+
+
+def test_fastv_takes_two_full_layers_where_they_fit() -> None:
+    assert FastV().plan(576, 32, 64).counts[:3] == (576, 576, 29)  # 2 * 576 of 32 * 64 leave 896 for 30 layers
+    assert FastV().plan(576, 32, 30).counts[:2] == (576, 12)  # 2 * 576 > 32 * 30, 1 * 576 leaves 384 for 31 layers
+
+
+# ---- never above, within one token
+
+
+BUDGETS = st.one_of(st.integers(1, 700), st.floats(0.001, 1.0, allow_nan=False))
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@many
+@given(tokens=st.integers(1, 700), depth=st.integers(2, 48), budget=BUDGETS)
+def test_never_above_the_budget_and_within_one_token(method: str, tokens: int, depth: int, budget: Any) -> None:
+    target = target_mean(budget, tokens)
+    try:
+        plan = SOLVERS[method]().plan(tokens, depth, budget)
+    except BudgetError as error:
+        assert error.floor is not None and error.floor > target - 1e-9  # refused only below the floor
+        assert f"{error.floor:.4g}" in str(error) and "Raise the budget" in str(error)
+        return
+    assert plan.mean <= target + 1e-6
+    assert plan.mean > target - 1 - 1e-6 or tokens <= target
+    assert plan.tokens == tokens and plan.entry <= tokens and len(plan.counts) == depth
+    assert all(0 <= b <= a for a, b in zip((plan.entry, *plan.counts), plan.counts, strict=False))
+    if target >= tokens:
+        assert plan.counts == (tokens,) * depth and plan.entry == tokens
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@many
+@given(tokens=st.integers(1, 700), depth=st.integers(2, 48))
+def test_a_floor_is_the_smallest_budget_that_works(method: str, tokens: int, depth: int) -> None:
+    with pytest.raises(BudgetError) as caught:
+        SOLVERS[method]().plan(tokens, depth, 1e-7)
+    floor = caught.value.floor
+    assert floor is not None and 0 < floor <= tokens
+    assert SOLVERS[method]().plan(tokens, depth, min(1.0, floor / tokens + 1e-9)).mean <= floor + 1e-5
+    with pytest.raises(BudgetError):
+        SOLVERS[method]().plan(tokens, depth, 0.999 * floor / tokens)
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@many
+@given(tokens=st.integers(1, 300), depth=st.integers(4, 40), small=st.integers(1, 300), more=st.integers(0, 100))
+def test_a_larger_budget_never_keeps_fewer(method: str, tokens: int, depth: int, small: int, more: int) -> None:
+    try:
+        few = SOLVERS[method]().plan(tokens, depth, small)
+    except BudgetError:
+        return
+    assert SOLVERS[method]().plan(tokens, depth, small + more).mean >= few.mean - 1
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+@pytest.mark.parametrize("budget", [0.33, 0.22, 0.11])
+def test_the_tiny_model(method: str, budget: float) -> None:
+    """256 tokens and 12 layers: PyramidDrop and FastV run their first layer at full width, which is 1/12 = 8.3 %."""
+    plan = SOLVERS[method]().plan(256, 12, budget)
+    assert budget * 256 - 1 < plan.mean <= budget * 256
+
+
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+def test_methods_without_v2v_have_a_floor(method: str) -> None:
+    full = {"fastv": 1, "pyramiddrop": 2}[method]
+    for budget in (10, 10 / 576):
+        with pytest.raises(BudgetError, match=rf"{method} cannot reach 10 .*floor is {576 * full / 32:.4g} tokens") as caught:
+            SOLVERS[method]().plan(576, 32, budget)
+        assert caught.value.floor == 576 * full / 32
+    assert SOLVERS[method]().plan(576, 32, 576 * full // 32).mean == 576 * full / 32
+
+
+@pytest.mark.parametrize("method", SOLVERS)
+def test_small_images_stay_whole(method: str) -> None:
+    for tokens in (1, 5, 63, 64):
+        assert SOLVERS[method]().plan(tokens, 32, 64).counts == (tokens,) * 32
+        assert SOLVERS[method]().plan(tokens, 32, 1.0).counts == (tokens,) * 32
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_gqa"])
+def test_floors_are_found_at_attach_for_fixed_towers(family: str) -> None:
+    model, tokens = shared(family), FAMILIES[family].tokens(None)  # type: ignore[arg-type]
+    with pytest.raises(BudgetError) as caught:
+        duet_vlm.attach(model, "fastv", budget=1)
+    assert caught.value.floor == tokens / 8
+    with duet_vlm.attach(model, "fastv", budget=math.ceil(tokens / 8)) as handle:
+        assert handle.plan(tokens).counts[0] == tokens
+
+
+# ---- explicit settings
+
+
+def test_duet_default_schedule_belongs_to_the_paper() -> None:
+    assert Duet(dominant=85, contextual=17).plan(576, 32, None).counts == (102,) * 16 + (51,) * 8 + (0,) * 8
+    assert Duet(dominant=85, contextual=17).plan(576, 28, None).counts == (102,) * 14 + (51,) * 7 + (0,) * 7
+
+
+def test_keeps_are_relative_to_decoder_entry_and_not_chained() -> None:
+    plan = Duet(dominant=0.5, contextual=0, schedule=((2, 0.5), (4, 0.5), (6, 0.1))).plan(100, 8, None)
+    assert plan.counts == (50, 50, 25, 25, 25, 25, 5, 5)
+
+
+@many
+@given(st.integers(0, 2000), st.integers(0, 1000))
+def test_fractions_are_exact(tokens: int, thousandths: int) -> None:
+    """floor(keep * n) of the decimal number that was written, not of its binary neighbour: 0.29 of 100 are 29."""
+    assert count_of(thousandths / 1000, tokens) == tokens * thousandths // 1000
+
+
+def test_released_roundings() -> None:
+    assert [count_of(0.58, 50, rule) for rule in ("floor", "int", "round")] == [29, 28, 29]
+    assert [count_of(0.29, 100, rule) for rule in ("floor", "int", "round")] == [29, 28, 29]
+    assert [count_of(7, 5), count_of(7, 9), count_of(0.5, 5), count_of(1.0, 5), count_of(0.0, 5)] == [5, 7, 2, 5, 0]
+
+
+def test_asking_for_more_than_there_is_keeps_all() -> None:
+    plan = Duet(dominant=40, contextual=10, schedule=((2, 30),)).plan(20, 4, None)
+    assert (plan.dominant, plan.contextual, plan.counts) == (20, 0, (20, 20, 20, 20))
+    assert VisionZip(dominant=15, contextual=10).plan(20, 4, None).entry == 20
+
+
+def test_none_keeps_everything_at_any_budget() -> None:
+    for budget in (None, 1, 0.01, 10_000):
+        assert NoReduction().plan(30, 8, budget).counts == (30,) * 8
+
+
+@many
+@given(st.integers(0, 60), st.integers(1, 20), st.lists(st.tuples(st.integers(0, 19), st.integers(0, 80)), max_size=4))
+def test_layer_counts(entry: int, depth: int, stages: list[tuple[int, int]]) -> None:
+    stages = sorted({layer: keep for layer, keep in stages if layer < depth}.items())
+    expected = [min([entry, *(keep for layer, keep in stages if layer <= at)]) for at in range(depth)]
+    assert layer_counts(entry, depth, tuple(stages)) == tuple(expected)
+
+
+@many
+@given(st.integers(0, 500), st.integers(-1, 500))
+def test_largest(high: int, edge: int) -> None:
+    assert largest(high, lambda n: n <= edge) == min(high, edge)
+
+
+def test_budgets_are_counts_or_fractions() -> None:
+    import numpy
+
+    for good in (1, 576, 10**6, 0.5, 1.0, 1e-6, numpy.int64(4), numpy.float32(0.5), None):
+        check_budget(good)
+    assert target_mean(64, 576) == 64 and target_mean(0.25, 576) == 144 and target_mean(1, 576) == 1 and target_mean(1.0, 576) == 576
+    for bad in (True, "64", [64], 1 + 1j):
+        with pytest.raises(TypeError, match="budget must be an int"):
+            check_budget(bad)  # type: ignore[arg-type]
+    for bad in (0, -3, 0.0, -0.5, 1.5, 64.0, math.nan, math.inf):
+        with pytest.raises(BudgetError, match="budget="):
+            check_budget(bad)
+
+
+def test_schedules_are_normalised() -> None:
+    assert check_schedule([[3, 0.5], [5, 2]]) == ((3, 0.5), (5, 2))
+    assert Duet(schedule=[[3, 0.5]]).schedule == ((3, 0.5),)  # type: ignore[arg-type]
+    assert hash(Duet(schedule=[[3, 0.5]])) == hash(Duet(schedule=((3, 0.5),)))  # type: ignore[arg-type]
