@@ -116,7 +116,7 @@ def check_schedule(schedule: Sequence[Sequence[Keep]]) -> Schedule:
     for (_, a), (_, b) in zip(stages, stages[1:], strict=False):
         if isinstance(a, Integral) == isinstance(b, Integral) and b > a:
             raise ValueError(f"schedule={schedule!r}: a later stage cannot keep more ({b}) than an earlier one ({a})")
-    return stages
+    return tuple((int(layer), keep) for layer, keep in stages)
 
 
 def layer_counts(entry: int, depth: int, schedule: Schedule, rounding: str = "floor") -> tuple[int, ...]:
@@ -162,6 +162,6 @@ def infeasible(method: str, target: float, floor: float, tokens: int, why: str) 
     """The one error for a budget below a method's floor."""
     return BudgetError(
         f"{method} cannot reach {target:.4g} mean visual tokens per layer on a span of {tokens} tokens: {why}, so its floor is "
-        f"{floor:.4g} tokens ({floor / tokens:.1%}). Raise the budget or choose a method that reduces before the decoder (duet, visionzip).",
+        f"{floor:.4g} tokens ({floor / tokens:.1%}). Raise the budget or take a method that reduces before the decoder (duet, visionzip).",
         floor,
     )

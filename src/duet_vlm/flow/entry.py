@@ -137,7 +137,8 @@ def _spans(call: Call, visual: list[int]) -> tuple[tuple[tuple[Span, ...], ...],
     numbers: list[tuple[int, ...]] = []
     image = 0
     for sample, wanted in enumerate(visual):
-        found, offsets = 0, []
+        found = 0
+        offsets: list[int] = []
         while found < wanted and image + len(offsets) < len(sizes):
             offsets.append(found)
             found += sizes[image + len(offsets) - 1]

@@ -85,15 +85,16 @@ class Report:
 
     def __str__(self) -> str:
         per_sample = self.tokens / self.batch
+        costs = (self.full, self.predicted, self.observed)
         budget = "own settings" if self.budget is None else f"budget {self.budget}"
         lines = [
             f"{self.method} ({budget}), batch of {self.batch}, {per_sample:.6g} visual tokens per sample unreduced",
             f"{'':24}{'full':>14}{'predicted':>14}{'measured':>14}{'of full':>9}",
-            _line("mean visual tokens", per_sample, self.nominal_mean, self.measured_mean, "{:.2f}"),
-            _line("vision GFLOPs", *(c.vision_flops / 1e9 for c in (self.full, self.predicted, self.observed)), "{:.3f}"),
-            _line("decoder prefill GFLOPs", *(c.decoder_flops / 1e9 for c in (self.full, self.predicted, self.observed)), "{:.3f}"),
-            _line("ranking GFLOPs", *(c.ranking_flops / 1e9 for c in (self.full, self.predicted, self.observed)), "{:.4f}"),
-            _line("KV cache KiB", *(None if c.kv_bytes is None else c.kv_bytes / 1024 for c in (self.full, self.predicted, self.observed)), "{:.0f}"),
+            _line("mean visual tokens", "{:.2f}", [per_sample, self.nominal_mean, self.measured_mean]),
+            _line("vision GFLOPs", "{:.3f}", [c.vision_flops / 1e9 for c in costs]),
+            _line("decoder prefill GFLOPs", "{:.3f}", [c.decoder_flops / 1e9 for c in costs]),
+            _line("ranking GFLOPs", "{:.4f}", [c.ranking_flops / 1e9 for c in costs]),
+            _line("KV cache KiB", "{:.0f}", [None if c.kv_bytes is None else c.kv_bytes / 1024 for c in costs]),
             f"FLOPs-bound speed-up of the decoder's prefill: {self.flops_bound:.2f}x",
             "visual tokens per layer, nominal:  " + _runs(self.nominal),
             "visual tokens per layer, measured: " + _runs(self.measured),
@@ -103,8 +104,9 @@ class Report:
         return "\n".join(lines)
 
 
-def _line(name: str, full: float | None, predicted: float | None, measured: float | None, style: str) -> str:
-    cells = "".join(f"{'-' if v is None else style.format(v):>14}" for v in (full, predicted, measured))
+def _line(name: str, style: str, values: Sequence[float | None]) -> str:
+    full, _, measured = values
+    cells = "".join(f"{'-' if value is None else style.format(value):>14}" for value in values)
     share = f"{measured / full:>9.1%}" if full and measured is not None else f"{'-':>9}"
     return f"{name:<24}{cells}{share}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,7 +106,7 @@ class Duet(EncoderReducer, DecoderReducer):
         check_choice("rounding", self.rounding, ROUNDINGS)
 
     @classmethod
-    def official_llava(cls, dominant: int = 300, contextual: int = 7, cluster_width: int = 4, **fields: object) -> Duet:
+    def official_llava(cls, dominant: int = 300, contextual: int = 7, cluster_width: int = 4, **fields: Any) -> Duet:
         """The released LLaVA code: CLS counts as a dominant token, compact positions, anchor + mean, all turns in training."""
         return cls(**{
             "dominant": dominant, "contextual": contextual, "cluster_width": cluster_width, "cls_token": True, "positions": "compact",
@@ -113,7 +114,7 @@ class Duet(EncoderReducer, DecoderReducer):
         } | fields)  # fmt: skip
 
     @classmethod
-    def official_qwen25(cls, dominant: Keep = 170, contextual: Keep = 35, cluster_width: int = 4, **fields: object) -> Duet:
+    def official_qwen25(cls, dominant: Keep = 170, contextual: Keep = 35, cluster_width: int = 4, **fields: Any) -> Duet:
         """The released Qwen2.5-VL code: last vision block, kept positions, ranking softmax without a causal mask."""
         return cls(**{
             "dominant": dominant, "contextual": contextual, "cluster_width": cluster_width, "signal_layer": -1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -52,10 +53,10 @@ class FastV(DecoderReducer):
         check_choice("rounding", self.rounding, ROUNDINGS)
 
     @classmethod
-    def official(cls, variant: str = "hf", **fields: object) -> FastV:
+    def official(cls, variant: str = "hf", **fields: Any) -> FastV:
         """Released counts: "hf" keeps round(n * (1 - R)), "inplace" a given number, "lmms" int(n * 0.5) after 3 layers."""
         check_choice("variant", variant, ("hf", "inplace", "lmms"))
-        presets: dict[str, dict[str, object]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": {"rounding": "int", "layers": 3, "keep": 0.5}}
+        presets: dict[str, dict[str, Any]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": {"rounding": "int", "layers": 3, "keep": 0.5}}
         return cls(**presets[variant] | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -68,9 +69,12 @@ class FastV(DecoderReducer):
             return whole(tokens, depth)
         for layers in (2, 1):
             if layers < depth and tokens * layers <= target * depth + 1e-9:
-                keep = largest(tokens, lambda n, at=layers: within(layer_counts(tokens, depth, ((at, n),)), target))
-                return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((layers, keep),)))
+                return self._solved(tokens, depth, layers, target)
         raise infeasible(self.name, target, tokens / depth, tokens, f"its first layer of {depth} runs at full width")
+
+    def _solved(self, tokens: int, depth: int, layers: int, target: float) -> SpanPlan:
+        keep = largest(tokens, lambda n: within(layer_counts(tokens, depth, ((layers, n),)), target))
+        return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((layers, keep),)))
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``

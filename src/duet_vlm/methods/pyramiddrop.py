@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -69,9 +70,9 @@ class PyramidDrop(DecoderReducer):
         check_choice("rounding", self.rounding, ROUNDINGS)
 
     @classmethod
-    def official(cls, schedule: Schedule = ((8, 0.5), (16, 0.25), (24, 0.125)), **fields: object) -> PyramidDrop:
+    def official(cls, schedule: Schedule = ((8, 0.5), (16, 0.25), (24, 0.125)), **fields: Any) -> PyramidDrop:
         """The released code: compact positions, truncated float products, the tokens before all answers in training."""
-        preset = {"positions": "compact", "rounding": "int", "training_turns": "all", "skip_unanswered": True}
+        preset: dict[str, Any] = {"positions": "compact", "rounding": "int", "training_turns": "all", "skip_unanswered": True}
         return cls(**{"schedule": schedule} | preset | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -84,10 +85,13 @@ class PyramidDrop(DecoderReducer):
             return whole(tokens, depth)
         for layers in (LATE, EARLY):
             if within(layer_counts(tokens, depth, pyramid(depth, layers, 0.0)), target):
-                share = largest_share(lambda s, at=layers: within(layer_counts(tokens, depth, pyramid(depth, at, s)), target))
-                return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, pyramid(depth, layers, share)))
+                return self._solved(tokens, depth, layers, target)
         first = pyramid(depth, EARLY, 0.0)[0][0]
         raise infeasible(self.name, target, tokens * first / depth, tokens, f"its first {first} of {depth} layers run at full width")
+
+    def _solved(self, tokens: int, depth: int, layers: tuple[int, ...], target: float) -> SpanPlan:
+        share = largest_share(lambda s: within(layer_counts(tokens, depth, pyramid(depth, layers, s)), target))
+        return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, pyramid(depth, layers, share)))
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,9 +60,9 @@ class VisionZip(EncoderReducer):
         check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
 
     @classmethod
-    def official(cls, dominant: int = 54, contextual: int = 10, **fields: object) -> VisionZip:
+    def official(cls, dominant: int = 54, contextual: int = 10, **fields: Any) -> VisionZip:
         """The released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS, dominant, contextual] at compact positions."""
-        preset: dict[str, object] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
+        preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
         return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

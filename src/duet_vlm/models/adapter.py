@@ -181,7 +181,7 @@ def families() -> dict[str, type[Adapter]]:
     return {cls.family: cls for cls in sorted(_concrete(Adapter), key=lambda cls: cls.family)}
 
 
-def _concrete(cls: type[Adapter]) -> list[type[Adapter]]:
+def _concrete(cls: type[Any]) -> list[type[Adapter]]:
     found = [sub for child in cls.__subclasses__() for sub in _concrete(child)]
     return found + ([cls] if "family" in vars(cls) else [])
 
