@@ -41,8 +41,8 @@ def accuracy() -> str:
         cells = [name, f"{run['measured_tokens']:.1f}", f"**{run['accuracy']:.3f}** ({low:.3f}-{high:.3f})"]
         rows.append([*cells, *(f"{run['kinds'][kind]:.2f}" for kind in kinds)])
     note = (
-        f"{data['questions']} questions, seed {data['seed']}, 95 % Wilson intervals; tokens are the measured mean per decoder layer. `oracle` is no "
-        "method: it is told which patches the answer needs, an upper bound at a constant count."
+        f"{data['questions']} questions, seed {data['seed']}, 95 % Wilson intervals; tokens are the measured mean per decoder layer. "
+        "`oracle` is no method: it is told which patches the answer needs, an upper bound at a constant count."
     )
     return table(["", "tokens", "accuracy", *kinds], rows) + "\n\n" + note
 

@@ -47,7 +47,7 @@ class Hook:
         return self.function(*self.first, *args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("this model has a duet_vlm reducer attached and cannot be copied or pickled: detach() first, copy, then attach to the copy")
+        raise TypeError("a duet_vlm reducer is attached, so this model cannot be copied or pickled: detach() first, then copy")
 
 
 class Wrapped(Hook):
@@ -257,7 +257,7 @@ class Handle:
         if module is self.adapter.model:
             call.labels, call.salient = kwargs.get("labels"), kwargs.pop(SALIENT, None)
         else:
-            self._look(call, inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments)
+            self._look(call, inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs)
         return args, kwargs
 
     def _look(self, call: Call, arguments: dict[str, Any]) -> None:
@@ -272,8 +272,8 @@ class Handle:
             fresh = cache is None or int(cache.get_seq_length()) == 0
             if fresh and output is None and arguments.get("pixel_values") is None:
                 raise ValueError(
-                    "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass input_ids "
-                    "and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
+                    "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass "
+                    "input_ids and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
                 )
         if call.input_ids is None and embeds is None:
             return

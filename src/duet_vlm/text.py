@@ -54,12 +54,12 @@ def query_rows(
     if kind == "salient":
         if salient is None:
             raise ValueError(
-                "text_query='salient' needs to know the question's words: pass processor= to attach() and make the inputs with that processor, "
-                "or pass salient_mask=duet_vlm.text.salient_mask(tokenizer, texts, input_ids) to the model"
+                "text_query='salient' needs to know the question's words: pass processor= to attach() and make the inputs with that "
+                "processor, or pass salient_mask=duet_vlm.text.salient_mask(tokenizer, texts, input_ids) to the model"
             )
         salient = torch.nn.functional.pad(salient, (0, max(0, after.shape[1] - salient.shape[1])))
         if salient.shape != after.shape:
-            raise ValueError(f"salient_mask has shape {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same inputs")
+            raise ValueError(f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same inputs")
         return after & salient.to(after.device).bool()
     return after
 
@@ -118,7 +118,7 @@ def _salient_columns(tokenizer: Any, prompt: str, tokens: list[int], image: int 
     columns = [c for c, token in enumerate(tokens) if token not in skip]
     pieces = [p for p, token in enumerate(source) if token not in skip]
     if [tokens[c] for c in columns] != [source[p] for p in pieces]:
-        raise ValueError("input_ids are not this text's tokens (truncated, or made by another processor): the question's words cannot be found")
+        raise ValueError("input_ids are not this text's tokens (truncated, or another processor's): the question's words cannot be found")
     if not columns:
         return []
     images = [offsets[p][1] for p, token in enumerate(source) if token == image]
@@ -131,9 +131,10 @@ def _salient_columns(tokenizer: Any, prompt: str, tokens: list[int], image: int 
 def content_words(question: str) -> list[tuple[int, int]]:
     """Character spans of the content words of a question.
 
-    With spaCy and its small English model installed (extra ``salient``): nouns, names, pronouns, verbs, adjectives, adverbs and numbers that are
-    not stop words. Otherwise a rule that knows no language: words of at least three letters, words with a digit, and words in scripts
-    without short function words (any non-ASCII letter); template words ending in a colon never count. If nothing is left, every word.
+    With spaCy and its small English model installed (extra ``salient``): nouns, names, pronouns, verbs, adjectives, adverbs and numbers
+    that are not stop words. Otherwise a rule that knows no language: words of at least three letters, words with a digit, and words in
+    scripts without short function words (any non-ASCII letter); template words ending in a colon never count. If nothing is left, every
+    word.
     """
     parse = _spacy()
     if parse is not None:

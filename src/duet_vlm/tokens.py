@@ -42,8 +42,8 @@ class Selection:
     into : Tensor
         [B, P] output row that each member joins, -1 for none.
     merge : str
-        "mean": the plain mean of anchor and members; "anchor_plus_mean": anchor + mean of members (a sum of two, as released by the authors of
-        VisionZip and DUET-VLM).
+        "mean": the plain mean of anchor and members; "anchor_plus_mean": anchor + mean of members (a sum of two, as in the released
+        code of VisionZip and DUET-VLM).
     """
 
     index: Tensor

@@ -162,7 +162,7 @@ def plain(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dic
 def show(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> None:
     """The tables, the reports, the times."""
     console, full = Console(highlight=False), columns[0]
-    console.print(f"The embedded tiny VLM answers {len(pairs)} questions: the full model, then DUET at three budgets (share of the visual tokens)\n")
+    console.print(f"The embedded tiny VLM answers {len(pairs)} questions: in full, then with DUET at three shares of the visual tokens\n")
     table = Table("question", "truth", *(c.name for c in columns), box=None, pad_edge=False)
     last = ""
     for number, (name, question, true) in enumerate(pairs):

@@ -131,13 +131,15 @@ def open_image(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise ValueError(
-                        f"--image {path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are read. Make it smaller first"
-                    )
+                    raise _too_large(path, f"{image.width} x {image.height} pixels")
                 return image.convert("RGB")
     except Image.DecompressionBombError:
-        raise ValueError(f"--image {path}: far more than {MAX_PIXELS / 1e6:.0f} million pixels. Make it smaller first") from None
+        raise _too_large(path, "a decompression bomb, says its header") from None
     except UnidentifiedImageError:
         raise ValueError(f"--image {path}: not an image that can be read") from None
     except (OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"--image {path}: the file is damaged or cannot be read ({' '.join(str(error).split())})") from None
+
+
+def _too_large(path: Path, what: str) -> ValueError:
+    return ValueError(f"--image {path}: {what}; at most {MAX_PIXELS / 1e6:.0f} million pixels are read. Make it smaller first")

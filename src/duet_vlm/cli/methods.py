@@ -18,7 +18,8 @@ from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 
 def describe(name: str, cls: type[Reducer]) -> dict[str, Any]:
     """A method as plain values."""
-    stages = [word for word, base in (("before the decoder", EncoderReducer), ("inside the decoder", DecoderReducer)) if issubclass(cls, base)]
+    places = (("before the decoder", EncoderReducer), ("inside the decoder", DecoderReducer))
+    stages = [word for word, base in places if issubclass(cls, base)]
     return {
         "name": name,
         "summary": cls.summary,
@@ -36,7 +37,7 @@ def methods(json_: AsJson = False, debug: Debug = False) -> None:
         if json_:
             print(json.dumps(rows))
             return
-        table = Table("name", "reduces", "text", "what it does, and paper", title="methods", title_justify="left", box=SIMPLE, pad_edge=False)
+        table = Table("name", "reduces", "text", "what it does, and paper", box=SIMPLE, pad_edge=False)
         table.columns[0].no_wrap = True
         for row in rows:
             stage, asks = row["stage"].replace(" the decoder", ""), "yes" if row["needs_text"] else "no"

@@ -24,7 +24,7 @@ def models(json_: AsJson = False, debug: Debug = False) -> None:
         if json_:
             print(json.dumps(rows))
             return
-        table = Table("family", "model types", "notes", "example", title="supported families", title_justify="left", box=SIMPLE, pad_edge=False)
+        table = Table("family", "model types", "notes", "example", box=SIMPLE, pad_edge=False)
         for column in table.columns:
             column.overflow = "fold"
         for row in rows:

@@ -18,7 +18,8 @@ BudgetText = Annotated[
 ]
 Positions = Annotated[str | None, typer.Option("--positions", help="'keep' (default) or 'compact'.")]
 Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set 'schedule=((16, .5), (24, 0.0))'.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set 'schedule=((16, .5), (24, 0.0))'."),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="Where to run; default: cuda if there is one, else cpu.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]

@@ -11,7 +11,20 @@ import typer
 from duet_vlm.attach import attach
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.load import Loaded, load, open_image
-from duet_vlm.cli.options import AsJson, BudgetText, Debug, Device, Images, Method, Model, Positions, Prompt, Settings, budget_of, settings_of
+from duet_vlm.cli.options import (
+    AsJson,
+    BudgetText,
+    Debug,
+    Device,
+    Images,
+    Method,
+    Model,
+    Positions,
+    Prompt,
+    Settings,
+    budget_of,
+    settings_of,
+)
 
 
 def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> str:
@@ -63,7 +76,8 @@ def run(
                 with handle.paused():
                     full = answer(loaded, inputs, max_new_tokens, not json_)
         if json_:
-            print(json.dumps({"model": model, "prompt": prompt, "answer": short, "full_answer": full, "report": json.loads(report.to_json())}))
+            values = {"model": model, "prompt": prompt, "answer": short, "full_answer": full}
+            print(json.dumps(values | {"report": json.loads(report.to_json())}))
             return
         if compare:
             print("same answer" if full == short else "the answers differ")

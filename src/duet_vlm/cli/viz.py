@@ -12,7 +12,20 @@ from PIL import Image
 from duet_vlm.attach import attach
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.load import Loaded, load, open_image
-from duet_vlm.cli.options import AsJson, BudgetText, Debug, Device, Images, Method, Model, Positions, Prompt, Settings, budget_of, settings_of
+from duet_vlm.cli.options import (
+    AsJson,
+    BudgetText,
+    Debug,
+    Device,
+    Images,
+    Method,
+    Model,
+    Positions,
+    Prompt,
+    Settings,
+    budget_of,
+    settings_of,
+)
 from duet_vlm.cli.run import answer
 from duet_vlm.tokens import SpanTrace
 from duet_vlm.viz import draw, seen

@@ -39,7 +39,7 @@ class Encoded:
                 return number
         if total == len(self.rows) and self.rows[position].shape == rows.shape:  # moved to another device or dtype
             return position
-        raise ValueError("the image features were rebuilt between encoder and decoder, so their reduction is unknown; pass them on unchanged")
+        raise ValueError("the image features were rebuilt between encoder and decoder, their reduction is unknown: pass them on unchanged")
 
 
 @dataclass

@@ -132,7 +132,7 @@ class EncoderFlow:
 
     def _signals(self, reducer: EncoderReducer, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if not call.recorded:
-            raise RuntimeError("the vision attention was not recorded: its implementation was changed after attach; detach and attach again")
+            raise RuntimeError("the vision attention was not recorded (changed after attach?): detach and attach again")
         scores, keys = self.adapter.importance_and_keys(call.recorded, call.arguments, reducer.signal_segments)
         importance, _ = pad_rows(scores)
         key_rows, _ = pad_rows(keys)
@@ -169,4 +169,10 @@ def _cls_of(call: EncoderCall, adapter: Adapter) -> Tensor:
 def check_finite(flag: Tensor, what: str) -> None:
     """Raise if a device flag says that something is not finite. Read at once on the CPU only: elsewhere the entry read covers the rows."""
     if flag.device.type == "cpu" and not bool(flag):
-        raise ValueError(f"{what} contain NaN or Inf: tokens cannot be ranked. Check the input image, the weights and the dtype (try bfloat16 or float32).")
+        raise not_finite(what)
+
+
+def not_finite(what: str) -> ValueError:
+    return ValueError(
+        f"{what} contain NaN or Inf: tokens cannot be ranked. Check the input image, the weights and the dtype (try bfloat16 or float32)."
+    )

@@ -13,7 +13,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.cache import RUN, DecodePass, Group, Run
 from duet_vlm.flow.call import Call, Encoded
 from duet_vlm.flow.decoder import PrefillPass
-from duet_vlm.flow.encoder import is_marked
+from duet_vlm.flow.encoder import is_marked, not_finite
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.ops.ragged import pack_left, take, take_square
@@ -90,7 +90,7 @@ def _decisions(call: Call, run: Run, reducer: Reducer) -> dict[Any, Any]:
     stored, ids = call.encoded.decisions, call.input_ids
     if ids is None or not run.reduces:
         return {}
-    first = stored.get("input_ids")
+    first: Any = stored.get("input_ids")
     same = stored.get("reducer") == reducer and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
     if not (same and torch.equal(first, ids[:, : first.shape[1]])):
         stored.clear()
@@ -123,9 +123,7 @@ def _read_layout(call: Call, placeholders: Tensor, valid: Tensor, queries: Tenso
     counts = torch.stack([placeholders.sum(1), valid.sum(1), queries.sum(1), answered.sum(1), finite.long().expand(len(valid))], 1)
     layout = counts.tolist()
     if not layout[0][4]:
-        raise ValueError(
-            "the image features contain NaN or Inf: tokens cannot be ranked. Check the input image, the weights and the dtype (try bfloat16 or float32)."
-        )
+        raise not_finite("the image features")
     return [(visual, rows, asking, answers > 0) for visual, rows, asking, answers, _ in layout]
 
 
@@ -144,7 +142,7 @@ def _spans(call: Call, visual: list[int]) -> tuple[tuple[tuple[Span, ...], ...],
             found += sizes[image + len(offsets) - 1]
         if found != wanted:
             raise ValueError(
-                f"sample {sample} has {wanted} image placeholders, but its images make {found} visual tokens (images of the call: {sizes}); "
+                f"sample {sample} has {wanted} image placeholders, but its images make {found} visual tokens (images: {sizes}); "
                 "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
             )
         row = tuple(call.encoded.number_of(call.features[image + i], image + i, len(sizes)) for i in range(len(offsets)))

@@ -25,8 +25,8 @@ def surviving_labels(loss: Callable[..., Any], stacks: Stacks) -> Callable[..., 
         last = run.groups[-1].tokens
         if logits.shape[-2] != last.slot.shape[1] or labels.shape[-1] != run.rows:
             raise ValueError(
-                f"loss over {logits.shape[-2]} logits rows and {labels.shape[-1]} labels: expected {last.slot.shape[1]} surviving rows of a "
-                f"prompt of {run.rows}; logits_to_keep cannot be combined with labels while tokens are dropped"
+                f"loss over {logits.shape[-2]} logits rows and {labels.shape[-1]} labels: expected {last.slot.shape[1]} surviving rows "
+                f"of a prompt of {run.rows}; logits_to_keep cannot be combined with labels while tokens are dropped"
             )
         kept = take(labels, last.slot.to(labels.device)).masked_fill(~last.valid.to(labels.device), IGNORED)
         return loss(logits=logits, labels=kept, **kwargs)

@@ -38,7 +38,7 @@ class SalientProcessor:
 
 
 def accept_salient(prepare: Callable[..., Any]) -> Callable[..., Any]:
-    """``prepare_inputs_for_generation`` that names ``salient_mask`` in its signature: generate() refuses arguments it finds in no signature."""
+    """``prepare_inputs_for_generation`` with ``salient_mask`` in its signature: generate() refuses arguments that no signature names."""
 
     @functools.wraps(prepare)
     def prepare_with_mask(*args: Any, **kwargs: Any) -> Any:

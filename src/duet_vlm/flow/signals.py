@@ -43,7 +43,9 @@ class Recorder:
             self.stacks.encoders[-1].recorded.append(Recorded(query.detach(), key.detach(), scaling, segments))
 
 
-def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     """The attention function that records and delegates."""
     recorder: Recorder = module.config._duet_vlm_recorder
     ends = kwargs.get("cu_seq_lens_q")

@@ -16,7 +16,7 @@ from duet_vlm.measure.shapes import DecoderShape, VisionShape
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the batch: ``text`` rows, ``spans`` unreduced sizes, their ``plans``, query rows, and (visual, all) rows measured per layer."""
+    """One row of the batch: ``text`` rows, ``spans`` unreduced sizes and ``plans``, query rows, (visual, all) rows measured per layer."""
 
     text: int
     spans: tuple[int, ...]
@@ -145,7 +145,8 @@ def make_report(
     towers = sum(vision_flops(vision, n) for n in images)
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
-        ranking = sum(scoring_flops(decoder, r[i], s.queries) for r, s in zip(rows, samples, strict=True) for i in scored_layers) if ranked else 0
+        scored = [(r[i], s.queries) for r, s in zip(rows, samples, strict=True) for i in scored_layers if ranked]
+        ranking = sum(scoring_flops(decoder, read, queries) for read, queries in scored)
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv)
 

@@ -80,14 +80,12 @@ def ratio(first: Timing, second: Timing) -> Ratio:
 
 
 def _outside(n: int) -> int:
-    """How many of ``n`` sorted values to leave out at either end so that the rest covers the median with at least 95 %."""
-    tail, below = 0.0, 0
-    while below < (n - 1) // 2:
-        tail += math.comb(n, below) / 2**n
-        if tail > 0.025:
-            break
+    """How many of ``n`` sorted values to leave out at either end so that the rest covers the median with 95 % (under 6 values: none)."""
+    below, tail = 0, 1 / 2**n
+    while tail + math.comb(n, below + 1) / 2**n <= 0.025:
         below += 1
-    return max(0, below - 1) if tail > 0.025 else below
+        tail += math.comb(n, below) / 2**n
+    return below
 
 
 def _finish() -> None:

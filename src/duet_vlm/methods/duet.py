@@ -38,6 +38,8 @@ from duet_vlm.reducer import (
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 
+RELEASED: dict[str, Any] = {"merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int"}  # both released codes
+
 
 def paper_schedule(depth: int) -> Schedule:
     """Half of the entering tokens from half of the depth on, none from three quarters on ([16, 24] of 32 layers in the paper)."""
@@ -108,18 +110,15 @@ class Duet(EncoderReducer, DecoderReducer):
     @classmethod
     def official_llava(cls, dominant: int = 300, contextual: int = 7, cluster_width: int = 4, **fields: Any) -> Duet:
         """The released LLaVA code: CLS counts as a dominant token, compact positions, anchor + mean, all turns in training."""
-        return cls(**{
-            "dominant": dominant, "contextual": contextual, "cluster_width": cluster_width, "cls_token": True, "positions": "compact",
-            "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "training_turns": "all", "skip_unanswered": True,
-        } | fields)  # fmt: skip
+        preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "training_turns": "all", "skip_unanswered": True}
+        counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
+        return cls(**RELEASED | counts | preset | fields)
 
     @classmethod
     def official_qwen25(cls, dominant: Keep = 170, contextual: Keep = 35, cluster_width: int = 4, **fields: Any) -> Duet:
         """The released Qwen2.5-VL code: last vision block, kept positions, ranking softmax without a causal mask."""
-        return cls(**{
-            "dominant": dominant, "contextual": contextual, "cluster_width": cluster_width, "signal_layer": -1,
-            "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "score_mask": "none",
-        } | fields)  # fmt: skip
+        counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
+        return cls(**RELEASED | counts | {"signal_layer": -1, "score_mask": "none"} | fields)
 
     # ---- how many
 
@@ -139,7 +138,7 @@ class Duet(EncoderReducer, DecoderReducer):
             if dominant + contextual > tokens:
                 if self.cls_token:
                     raise ValueError(
-                        f"dominant={dominant} (CLS included) + contextual={contextual} rows do not fit the {tokens} placeholders of the image"
+                        f"dominant={dominant} (CLS included) + contextual={contextual} rows do not fit the image's {tokens} placeholders"
                     )
                 contextual = tokens - dominant
         schedule = paper_schedule(depth) if self.schedule is None else self.schedule
@@ -187,9 +186,8 @@ class Duet(EncoderReducer, DecoderReducer):
         is_anchor = ((rank[:, :, None] == place[:, None]) & anchor_valid[:, None]).any(-1)
         joins = (rank < pool[:, None]) & ~is_anchor & anchor_valid.any(1, keepdim=True)
         into = dominant.shape[1] + nearest_anchor(view.keys, members, anchors, anchor_valid)
-        return Selection(
-            torch.cat([dominant, anchors], 1), torch.cat([dominant_valid, anchor_valid], 1), members, into.masked_fill(~joins, -1), self.merge
-        )
+        index, valid = torch.cat([dominant, anchors], 1), torch.cat([dominant_valid, anchor_valid], 1)
+        return Selection(index, valid, members, into.masked_fill(~joins, -1), self.merge)
 
     @property
     def _merges(self) -> bool:

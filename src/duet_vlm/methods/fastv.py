@@ -56,7 +56,8 @@ class FastV(DecoderReducer):
     def official(cls, variant: str = "hf", **fields: Any) -> FastV:
         """Released counts: "hf" keeps round(n * (1 - R)), "inplace" a given number, "lmms" int(n * 0.5) after 3 layers."""
         check_choice("variant", variant, ("hf", "inplace", "lmms"))
-        presets: dict[str, dict[str, Any]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": {"rounding": "int", "layers": 3, "keep": 0.5}}
+        lmms = {"rounding": "int", "layers": 3, "keep": 0.5}
+        presets: dict[str, dict[str, Any]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": lmms}
         return cls(**presets[variant] | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

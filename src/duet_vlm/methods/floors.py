@@ -29,7 +29,7 @@ from duet_vlm.registry import register
 
 @dataclass(frozen=True)
 class Floor(DecoderReducer):
-    """Common to both floors: ``entry`` tokens stay from the first decoder layer on, ``schedule`` drops later (default: a constant count)."""
+    """Common to both floors: ``entry`` tokens stay from the first decoder layer on, ``schedule`` drops later (default: nothing)."""
 
     uses_text = False
 

@@ -82,7 +82,7 @@ class VisionZip(EncoderReducer):
             contextual = min(round(10 * entry / 64), entry - 1)
             dominant = entry - contextual
         if dominant + contextual > tokens:
-            raise ValueError(f"dominant={dominant} (CLS included) + contextual={contextual} rows do not fit the {tokens} placeholders of the image")
+            raise ValueError(f"dominant={dominant} + contextual={contextual} rows (CLS too) do not fit the image's {tokens} placeholders")
         return SpanPlan(tokens, dominant, contextual, (dominant + contextual,) * depth)
 
     def v2v(self, view: VisionView) -> Selection:

@@ -132,6 +132,7 @@ class Adapter(ABC):
         token = embed(torch.tensor(self.image_token_id, device=inputs_embeds.device))
         return (inputs_embeds == token).all(-1)
 
+    @abstractmethod
     def check(self) -> None:
         """Raise a clear error for configurations of this family that cannot be right."""
 

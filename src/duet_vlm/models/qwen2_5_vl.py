@@ -35,7 +35,7 @@ class Qwen25VL(LlamaLike, Adapter):
 
     def check(self) -> None:
         if "sliding_attention" in self.config.text_config.layer_types:
-            raise TypeError("qwen2_5_vl with sliding-window decoder layers is not supported: set use_sliding_window=False in the text config")
+            raise TypeError("qwen2_5_vl: sliding-window decoder layers are not supported, set use_sliding_window=False in the text config")
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.visual.blocks[max(self.visual.fullatt_block_indexes) if layer is None else layer].attn
@@ -68,7 +68,8 @@ class Qwen25VL(LlamaLike, Adapter):
         unit = vision.spatial_merge_size**2
         wide = vision.hidden_size * unit
         return VisionShape(
-            layers=vision.depth, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3, patches_per_token=unit, extra_rows=0,
+            layers=vision.depth, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3, patches_per_token=unit,
+            extra_rows=0,
             patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
             projector=((wide, wide), (wide, vision.out_hidden_size)),
             full_layers=len(vision.fullatt_block_indexes), window=(vision.window_size // vision.patch_size) ** 2,
