@@ -1,0 +1,65 @@
+"""Methods by name: registering, finding, and methods that live in other packages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint
+
+import pytest
+from torch import Tensor
+
+import duet_vlm
+from duet_vlm import registry
+from duet_vlm.budget import SpanPlan
+
+
+@dataclass(frozen=True)
+class Outside(duet_vlm.DecoderReducer):
+    """A method of some other package."""
+
+    paper = "-"
+    summary = "keeps everything, elsewhere"
+
+    def plan(self, tokens: int, depth: int, budget: object) -> SpanPlan:
+        return SpanPlan(tokens, tokens, 0, (tokens,) * depth)
+
+    def t2v(self, view: duet_vlm.TextView) -> Tensor:
+        return view.valid
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry that has loaded nothing but knows the package's own methods."""
+    monkeypatch.setattr(registry, "_methods", dict(duet_vlm.methods()))
+
+
+def test_the_package_brings_its_methods() -> None:
+    assert set(duet_vlm.methods()) >= {"duet", "visionzip", "pyramiddrop", "fastv", "random", "uniform", "none"}
+    assert all(cls.name == name and cls.paper and cls.summary for name, cls in duet_vlm.methods().items())
+
+
+def test_entry_points_of_other_packages(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("outside", f"{__name__}:Outside", registry.ENTRY_POINT_GROUP)
+    asked = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or [point])
+    monkeypatch.setattr(registry, "_loaded", False)
+    assert duet_vlm.get("outside").summary == Outside.summary
+    assert asked == [registry.ENTRY_POINT_GROUP]
+
+
+def test_a_name_belongs_to_one_class(fresh: None) -> None:
+    with pytest.raises(ValueError, match="already registered by duet_vlm.methods.duet.Duet"):
+        duet_vlm.register("duet")(Outside)
+    duet_vlm.register("mine")(Outside)
+    assert duet_vlm.register("mine")(Outside) is Outside  # the same class again, as a reloaded module does
+
+
+@pytest.mark.parametrize("name", ["Duet", "my method", "1st", ""])
+def test_names_are_plain(name: str, fresh: None) -> None:
+    with pytest.raises(ValueError, match="lower-case letters"):
+        duet_vlm.register(name)(Outside)
+
+
+def test_only_reducers_register(fresh: None) -> None:
+    with pytest.raises(TypeError, match="is not a Reducer"):
+        duet_vlm.register("thing")(dict)
