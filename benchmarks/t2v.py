@@ -1,0 +1,90 @@
+"""T2V: one rank-and-drop stage over one decoder layer at the same length, both read off the same prefill.
+
+Clocks stand before and after the handle's hook on the stage's layer, and around the full-length layers in front of it, so a prefill
+gives one pair: the stage and the median of those layers. The share of the key projection is read in the same way.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Options, side_by_side
+from shapes import LLAVA, LLAVA_NARROW, QWEN, TINY, TINY_QWEN, Shape, build, picture, prompt
+from torch import nn
+
+import duet_vlm
+from duet_vlm.measure.speed import Timing
+
+
+def run(options: Options) -> list[dict[str, Any]]:
+    cases = [("stage, MLP 3072", LLAVA, 0.12), ("stage, MLP 2048", LLAVA_NARROW, 0.14), ("stage, grouped heads", QWEN, 0.06)]
+    if options.quick:
+        cases = [("stage", TINY, 0.12), ("stage, grouped heads", TINY_QWEN, 0.06)]
+    return [_stage(options, *case) for case in cases]
+
+
+def _stage(options: Options, name: str, shape: Shape, target: float) -> dict[str, Any]:
+    model, inputs, stage = build(shape), prompt(shape), shape.layers // 2
+    layers = model.model.language_model.layers
+    with torch.inference_mode(), Clocks() as clocks:
+        encoded = model.get_image_features(**picture(shape))
+        clocks.before(layers[stage], "stage starts")
+        with duet_vlm.attach(model, "duet", schedule=((stage, 0.5),)):
+            clocks.before(layers[stage], "stage ends")
+            for index in range(1, stage):
+                clocks.around(layers[index], f"layer {index}")
+                clocks.around(layers[index].self_attn.k_proj, f"keys {index}")
+            grid = {k: v for k, v in picture(shape).items() if k == "image_grid_thw"}
+            for turn in range(options.repeats(21) + 2):
+                clocks.turn(keep=turn >= 2)
+                model(**inputs, **grid, mm_encoder_outputs={"image": encoded}, logits_to_keep=1)
+    layer = clocks.medians([f"layer {index}" for index in range(1, stage)])
+    keys = clocks.medians([f"keys {index}" for index in range(1, stage)])
+    share = statistics.median(a / b for a, b in zip(keys, layer, strict=True))
+    taken = clocks.between("stage starts", "stage ends")
+    return side_by_side(name, shape, Timing(tuple(taken)), Timing(tuple(layer)), target, key_projection_share=share)
+
+
+class Clocks:
+    """Hooks that note the time; they read nothing and change nothing, and are gone at the end."""
+
+    def __init__(self) -> None:
+        self.turns: list[dict[str, float]] = []
+        self.now: dict[str, float] = {}
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> Clocks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def turn(self, keep: bool) -> None:
+        self.now = {}
+        if keep:
+            self.turns.append(self.now)
+
+    def before(self, module: nn.Module, name: str) -> None:
+        self.hooks.append(module.register_forward_pre_hook(self._note(name)))
+
+    def around(self, module: nn.Module, name: str) -> None:
+        self.before(module, name + " starts")
+        self.hooks.append(module.register_forward_hook(self._note(name + " ends")))
+
+    def between(self, start: str, end: str) -> list[float]:
+        return [turn[end] - turn[start] for turn in self.turns]
+
+    def medians(self, names: list[str]) -> list[float]:
+        """Per turn, the median over ``names`` of the time around each."""
+        return [statistics.median(values) for values in zip(*(self.between(n + " starts", n + " ends") for n in names), strict=True)]
+
+    def _note(self, name: str) -> Callable[..., None]:
+        def note(*ignored: Any) -> None:
+            self.now[name] = time.perf_counter()
+
+        return note

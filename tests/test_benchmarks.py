@@ -1,0 +1,37 @@
+"""The speed benchmarks run end to end at tiny shapes and write complete result files; what they measure is not asserted here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RUN = Path(__file__).parents[1] / "benchmarks" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    words = [sys.executable, str(RUN), "--quick", "--threads", "1", "--out", str(out)]
+    subprocess.run(words, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300)
+    return out
+
+
+@pytest.mark.parametrize("name", ["v2v", "t2v", "decode", "prefill"])
+def test_quick_results_are_complete(results: Path, name: str) -> None:
+    data = json.loads((results / f"{name}.json").read_text())
+    assert data["quick"] is True
+    assert {"torch", "transformers", "threads", "cpu", "dtype", "attention", "commit"} <= set(data["environment"])
+    measured = [row for row in data["results"] if row.get("status") != "infeasible"]
+    assert measured
+    for row in measured:
+        low, high = row["interval"]
+        assert 0 < low <= row["median"] <= high
+        assert row["quartiles"][0] <= row["median"] <= row["quartiles"][1]
+        assert row["pairs"] == 3 and row["shape"]["hidden"] > 0
+    if name == "prefill":
+        assert all(row["predicted"] > 1 for row in measured)
