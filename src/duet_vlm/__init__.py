@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+import duet_vlm.methods as _files  # noqa: F401  bound first: imported later, the folder would replace the function methods() below
 from duet_vlm.attach import Handle, attach
 from duet_vlm.budget import BudgetError, SpanPlan
 from duet_vlm.measure.report import Report
