@@ -18,7 +18,7 @@ from .network import VISUAL_TOKENS
 from .selections import SELECTIONS
 
 KEPT = (85, 57, 28)  # 33, 22 and 11 %: the fractions of 192, 128 and 64 among LLaVA's 576
-ROW_QUESTIONS = 700
+ROW_QUESTIONS = 350
 
 
 def selection_rows(model, processor, questions: int, seed: int) -> dict[str, dict[str, float]]:
