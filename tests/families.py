@@ -108,7 +108,8 @@ def llava(side: int, kv_heads: int) -> nn.Module:
 def qwen2_5_vl() -> nn.Module:
     config = Qwen2_5_VLConfig(
         vision_config={
-            "depth": 4, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": HIDDEN, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
+            "depth": 4, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": HIDDEN, "num_heads": 4, "patch_size": 4,
+            "spatial_merge_size": 2,
             "temporal_patch_size": 2, "in_channels": 3, "window_size": 16, "fullatt_block_indexes": [1, 3],
         },
         text_config={

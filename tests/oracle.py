@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from duet_vlm import Handle
 
-
 Entered = dict[int, tuple[int, tuple[int, ...]]]  # slot -> (source token, tokens merged into it)
 
 

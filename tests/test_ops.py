@@ -246,7 +246,8 @@ def spans(draw: Any) -> list[tuple[int, int, int]]:
     for _ in range(draw(st.integers(1, 3))):
         tokens = draw(st.integers(1, 14))
         dominant = draw(st.integers(0, tokens))
-        images.append((tokens, dominant, draw(st.integers(0 if dominant else 1, max(1, min(4, tokens - dominant))) if dominant < tokens else st.just(0))))
+        contextual = st.integers(0 if dominant else 1, max(1, min(4, tokens - dominant))) if dominant < tokens else st.just(0)
+        images.append((tokens, dominant, draw(contextual)))
     return images
 
 
@@ -334,7 +335,8 @@ def test_random_t2v(seed: int, sizes: list[int], data: Any) -> None:
     few, many = (method.t2v(TextView(view.valid, torch.tensor([c]), view.spans, view.span, view.token))[0] for c in counts)
     assert [int(few.sum()), int(many.sum())] == counts
     assert not bool((few & ~many).any())
-    twice = TextView(view.valid.repeat(2, 1), torch.tensor([counts[1]] * 2), view.spans * 2, torch.cat([view.span, view.span + len(sizes)]), view.token.repeat(2, 1))
+    span = torch.cat([view.span, view.span + len(sizes)])
+    twice = TextView(view.valid.repeat(2, 1), torch.tensor([counts[1]] * 2), view.spans * 2, span, view.token.repeat(2, 1))
     assert torch.equal(method.t2v(twice), many.expand(2, -1))
 
 
