@@ -134,6 +134,7 @@ def _mix(pixels: np.ndarray, color: Color, share: float) -> np.ndarray:
 def _outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Color, width: int) -> None:
     left, top, right, bottom = box
     pen.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
+    pen.rectangle((left + width, top + width, right - 1 - width, bottom - 1 - width), outline=SHADE)  # stands out on bright images too
 
 
 def _sheet(panels: list[Panel], title: str, merges: bool) -> Image.Image:
