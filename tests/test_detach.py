@@ -30,7 +30,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
             state[name, hooks] = list(registered.items()) if hasattr(registered, "items") else registered
         state[name, "config"] = id(getattr(module, "config", None))
         state[name, "callables"] = {key: id(value) for key, value in vars(module).items() if callable(value)}
-    state["config values"] = repr(model.config), repr(model.generation_config)
+    state["config values"] = repr(getattr(model, "config", None)), repr(getattr(model, "generation_config", None))
     return state
 
 
@@ -187,13 +187,13 @@ def attached(request: pytest.FixtureRequest) -> Iterator[nn.Module]:
 
 
 def test_deepcopy_of_an_attached_model_is_refused(attached: nn.Module) -> None:
-    with pytest.raises(TypeError, match=r"attached and cannot be copied or pickled: detach\(\) first"):
+    with pytest.raises(TypeError, match=r"attached.* cannot be copied or pickled: detach\(\) first"):
         copy.deepcopy(attached)
 
 
 def test_deepcopy_of_a_recorded_tower_is_refused(attached: nn.Module) -> None:
     tower = attached.model.vision_tower if hasattr(attached.model, "vision_tower") else attached.model.visual
-    with pytest.raises(TypeError, match=r"attached and cannot be copied or pickled: detach\(\) first"):
+    with pytest.raises(TypeError, match=r"attached.* cannot be copied or pickled: detach\(\) first"):
         copy.deepcopy(tower)
 
 

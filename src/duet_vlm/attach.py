@@ -20,7 +20,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import ENCODED, Call, Stacks
 from duet_vlm.flow.encoder import EncoderFlow, check_finite
-from duet_vlm.flow.entry import encoded_elsewhere, enter
+from duet_vlm.flow.entry import encoded_elsewhere, enter, whole_prompts
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.processor import SALIENT, SalientProcessor, accept_salient
 from duet_vlm.flow.signals import Recorder
@@ -209,7 +209,10 @@ class Handle:
         if self._processor is not None:
             processor = SalientProcessor(self._processor, adapter.image_token_id)
             self._undo.append(processor.remove)
+        if self._processor is not None or isinstance(self.reducer, DecoderReducer):
             self._replace(adapter.model, "prepare_inputs_for_generation", accept_salient(adapter.model.prepare_inputs_for_generation))
+        if hasattr(adapter.model, compat.PREFILL):
+            self._replace(adapter.model, compat.PREFILL, whole_prompts(getattr(adapter.model, compat.PREFILL), self._active))
 
     def _hook(self, register: Callable[..., Any], function: Callable[..., Any], *first: Any, **options: Any) -> None:
         self._undo.append(register(Hook(function, *first), **options).remove)

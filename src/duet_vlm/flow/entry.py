@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, A
     placeholders = call.placeholders.to(valid.device)
     prompt = TokenMap.identity(valid, placeholders)
     queries = torch.zeros_like(valid)
-    if isinstance(reducer, DecoderReducer) and reducer.uses_text:
+    if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.features is not None:
         queries = query_rows(reducer.text_query, prompt.visual, valid, call.labels, call.salient, reducer.training_turns)
     layout = _read_layout(call, placeholders, valid, queries)
     if call.features is None:
@@ -204,3 +205,16 @@ def encoded_elsewhere(features: list[Tensor], plan: Callable[[int], SpanPlan]) -
             "attached model, or use a method that only drops inside the decoder"
         )
     return Encoded(features, (None,) * len(features), plans)
+
+
+def whole_prompts(prefill: Callable[..., Any], active: Callable[[], Reducer | None]) -> Callable[..., Any]:
+    """generate()'s prefill step that refuses to cut prompts: the first chunk would decide without having seen the question."""
+
+    @functools.wraps(prefill)
+    def prefill_whole(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        size = getattr(generation_config, "prefill_chunk_size", None)
+        if size is not None and active() is not None:
+            raise ValueError(f"prefill_chunk_size={size}: tokens cannot be ranked by half a prompt; leave it None, or use handle.paused()")
+        return prefill(input_ids, generation_config, *args, **kwargs)
+
+    return prefill_whole

@@ -199,7 +199,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     model_type = getattr(getattr(core, "config", None), "model_type", None)
     known = families()
     for cls in known.values():
-        if model_type in cls.model_types:
+        if model_type in cls.model_types and hasattr(core, "model"):  # the model with head, not the one inside it
             adapter = cls(core)  # type: ignore[call-arg]
             adapter.check()
             return adapter

@@ -1,0 +1,390 @@
+"""Every mistake gets one clear error that names the value and the remedy, and the model is untouched afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cases import OFFICIAL
+from families import FAMILIES, IMAGE, MIXED, ONE, PAD, TEXT, TWO, build, forward, generate, shared
+from test_detach import snapshot
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+
+import duet_vlm
+from duet_vlm import BudgetError
+from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.fastv import FastV
+
+
+@dataclass(frozen=True)
+class Wrong:
+    """Settings for attach() that must be refused with ``error`` and a message that matches ``message``."""
+
+    settings: dict[str, Any]
+    error: type[Exception]
+    message: str
+    family: str = "llava"
+
+    def __str__(self) -> str:
+        plain = {k: v if isinstance(v, int | float | str | tuple) else type(v).__name__ for k, v in self.settings.items()}
+        return ", ".join(f"{k}={v}" for k, v in plain.items()) + f" on {self.family}"
+
+
+AT_ATTACH = [
+    Wrong({"budget": -1}, BudgetError, r"budget=-1 tokens: give at least 1, or a fraction"),
+    Wrong({"budget": 0}, BudgetError, r"budget=0 tokens: give at least 1"),
+    Wrong({"budget": 1.5}, BudgetError, r"budget=1\.5: a float is a fraction in \(0, 1\].*for a token count give an int"),
+    Wrong({"budget": math.nan}, BudgetError, r"budget=nan"),
+    Wrong({"budget": True}, TypeError, r"budget must be an int .* got True"),
+    Wrong({"budget": "64"}, TypeError, r"budget must be an int .* got '64'"),
+    Wrong({}, BudgetError, r"duet needs a budget \(budget=64 tokens, budget=0\.22 of the tokens\) or its own settings"),
+    Wrong({"method": "fastv", "budget": 3}, BudgetError, r"fastv cannot reach 3 .*span of 36 tokens.*floor is 4\.5 tokens.*Raise the budget"),
+    Wrong({"method": "pyramiddrop", "budget": 0.1}, BudgetError, r"pyramiddrop cannot reach 3\.6 .*floor is 4\.5 tokens"),
+    Wrong({"budget": 10, "dominant": 5}, ValueError, r"duet: give either budget= or the method's own settings \(.*\), not both"),
+    Wrong({"method": "fastv", "budget": 10, "layers": 3}, ValueError, r"fastv: give either budget= or .*not both"),
+    Wrong({"dominant": 40}, ValueError, r"dominant=40: this model's images have 36 visual tokens"),
+    Wrong({"method": "random", "entry": 37}, ValueError, r"entry=37: this model's images have 36"),
+    Wrong({"dominant": -3}, ValueError, r"dominant=-3: a token count cannot be negative"),
+    Wrong({"dominant": 1.2}, ValueError, r"dominant=1\.2: a float is a fraction in \[0, 1\]"),
+    Wrong({"dominant": "half"}, TypeError, r"dominant must be an int \(tokens\) or a float in \[0, 1\] \(fraction\), got 'half'"),
+    Wrong({"contextual": 4}, ValueError, r"contextual=4 needs dominant="),
+    Wrong({"dominant": 8, "cluster_width": 0}, ValueError, r"cluster_width=0: must be at least 1"),
+    Wrong({"schedule": ((8, 0.5),)}, ValueError, r"schedule drops before layer 8, but this decoder has layers 0\.\.7"),
+    Wrong({"schedule": ((8, 0.5),)}, ValueError, r"schedule drops before layer 8, but this decoder has layers 0\.\.7", "qwen2_5_vl"),
+    Wrong({"schedule": ((-1, 0.5),)}, ValueError, r"layer -1 must be an int >= 0"),
+    Wrong({"schedule": ((5, 0.5), (3, 0.2))}, ValueError, r"layers must be strictly increasing"),
+    Wrong({"schedule": ((3, 0.5), (3, 0.2))}, ValueError, r"layers must be strictly increasing"),
+    Wrong({"schedule": ((3, 0.2), (5, 0.5))}, ValueError, r"a later stage cannot keep more \(0\.5\) than an earlier one \(0\.2\)"),
+    Wrong({"schedule": 3}, TypeError, r"schedule must be a sequence of \(layer, keep\) pairs, got 3"),
+    Wrong({"schedule": ((3, 1.5),)}, ValueError, r"schedule keep=1\.5"),
+    Wrong({"method": "fastv", "layers": 0}, ValueError, r"layers=0: at least one layer must see every token"),
+    Wrong({"method": "fastv", "layers": 9}, ValueError, r"layer 9, but this decoder has layers 0\.\.7"),
+    Wrong({"method": "fastv", "keep": -1}, ValueError, r"keep=-1: a token count cannot be negative"),
+    Wrong({"method": "sparsevlm"}, ValueError, r"unknown method 'sparsevlm'; known methods: duet, fastv"),
+    Wrong({"method": 3}, TypeError, r"method must be a name or a Reducer instance, got 3"),
+    Wrong({"method": Duet}, TypeError, r"method must be a name or a Reducer instance"),
+    Wrong({"budget": 10, "keeep": 3}, ValueError, r"duet has no setting 'keeep'; its settings: .*dominant"),
+    Wrong({"budget": 10, "positions": "packed"}, ValueError, r"positions='packed': choose one of 'keep', 'compact'"),
+    Wrong({"budget": 10, "text_query": "first"}, ValueError, r"text_query='first': choose one of 'all', 'last', 'salient'"),
+    Wrong({"budget": 10, "merge": "sum"}, ValueError, r"merge='sum': choose one of 'mean'"),
+    Wrong({"budget": 10, "signal_layer": 7}, ValueError, r"signal_layer=7: this vision tower has no such layer"),
+    Wrong({"budget": 0.5, "positions": "compact"}, TypeError, r"positions='compact' cannot work on qwen2_5_vl.*use positions='keep'", "qwen2_5_vl"),
+    Wrong({"dominant": 9, "cls_token": True}, ValueError, r"cls_token=True needs positions='compact'.*got 'keep'"),
+    Wrong({"method": OFFICIAL["duet"]}, TypeError, r"positions='compact' cannot work on qwen2_5_vl", "qwen2_5_vl"),
+    Wrong({"method": Duet.official_llava(30, 7)}, ValueError, r"dominant=30 \(CLS included\) \+ contextual=7 rows do not fit"),
+    Wrong({"budget": 10, "text_query": "salient", "processor": object()}, TypeError, r"processor= must be the model's processor.*got object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", AT_ATTACH, ids=str)
+def test_wrong_settings_are_refused_at_attach(wrong: Wrong) -> None:
+    model = shared(wrong.family)
+    before = snapshot(model)
+    with pytest.raises(wrong.error, match=wrong.message) as caught:
+        duet_vlm.attach(model, wrong.settings.get("method", "duet"), **{k: v for k, v in wrong.settings.items() if k != "method"})
+    assert caught.value.__cause__ is None and len(str(caught.value).splitlines()) == 1
+    assert snapshot(model) == before
+
+
+@pytest.mark.parametrize("wrong", [w for w in AT_ATTACH if w.family == "llava" and w.settings.get("method", "duet") == "duet"], ids=str)
+def test_wrong_settings_are_refused_by_set_and_the_old_ones_stay(wrong: Wrong) -> None:
+    model, inputs = shared("llava"), FAMILIES["llava"].inputs(MIXED)
+    if not wrong.settings or "processor" in wrong.settings:
+        wrong = Wrong({"budget": None}, BudgetError, r"duet needs a budget")
+    with duet_vlm.attach(model, "duet", budget=12) as handle:
+        reduced = forward(model, inputs).logits
+        own = any(name in wrong.settings for name in ("dominant", "contextual", "schedule")) and "budget" not in wrong.settings
+        changes = wrong.settings | ({"budget": None} if own or "cls_token" in wrong.settings else {})
+        with pytest.raises(wrong.error, match=wrong.message):
+            handle.set(**changes)
+        assert torch.equal(forward(model, inputs).logits, reduced)
+
+
+# ---- models that are none of ours
+
+
+def llama() -> nn.Module:
+    return LlamaForCausalLM(LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=20))
+
+
+def bart() -> nn.Module:
+    return AutoModelForSeq2SeqLM.from_config(BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, vocab_size=20,
+    ))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(llama, "LlamaForCausalLM"), (bart, "BartForConditionalGeneration"), (lambda: nn.Linear(2, 2), "Linear"), (lambda: None, "NoneType")],
+    ids=["decoder", "encoder-decoder", "module", "nothing"],
+)
+def test_unsupported_models(make: Callable[[], Any], name: str) -> None:
+    model = make()
+    before = snapshot(model) if model is not None else None
+    with pytest.raises(TypeError, match=rf"no adapter for {name} .*supported: llava, qwen2_5_vl\. Pass the whole image-text-to-text model"):
+        duet_vlm.attach(model, "duet", budget=0.5)
+    assert model is None or snapshot(model) == before
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_inner_model_is_refused(family: str) -> None:
+    """Without its head a model has the same config, but neither loss nor generate()."""
+    model = shared(family)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match="Pass the whole image-text-to-text model"):
+        duet_vlm.attach(model.model, "duet", budget=0.5)
+    assert snapshot(model) == before
+
+
+def test_sliding_decoders_are_refused() -> None:
+    model = build("qwen2_5_vl")
+    model.config.text_config.layer_types = ["full_attention"] * 4 + ["sliding_attention"] * 4
+    with pytest.raises(TypeError, match="set use_sliding_window=False"):
+        duet_vlm.attach(model, "duet", budget=0.5)
+
+
+# ---- wrong calls
+
+
+def refuse(family: str, call: Callable[[nn.Module, dict[str, Any]], Any], error: type[Exception], message: str, **settings: Any) -> None:
+    """``call`` on the attached model raises; afterwards the attached model still works, and detaching leaves the plain one."""
+    model, good = shared(family), FAMILIES[family].inputs(MIXED)
+    plain = forward(model, good).logits
+    generate(model, good, 2)
+    before = snapshot(model)
+    with duet_vlm.attach(model, "duet", **(settings or {"budget": 0.3})):
+        reduced = forward(model, good).logits
+        with pytest.raises(error, match=message):
+            call(model, FAMILIES[family].inputs([ONE, TWO]))
+        assert torch.equal(forward(model, good).logits, reduced)
+    assert snapshot(model) == before
+    assert torch.equal(forward(model, good).logits, plain)
+
+
+def without(inputs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key not in names}
+
+
+@pytest.mark.parametrize("call", [forward, generate])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_placeholders_without_images(family: str, call: Any) -> None:
+    message = r"sample 0 has \d+ image placeholders in its text, but no image was passed: pass images to the processor"
+    refuse(family, lambda m, i: call(m, without(i, "pixel_values", "image_grid_thw", "mm_token_type_ids")), ValueError, message)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_without_placeholders(family: str) -> None:
+    """The stock model's own check comes first and speaks of features and tokens."""
+
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        inputs["input_ids"][1] = torch.where(inputs["input_ids"][1] == IMAGE, 17, inputs["input_ids"][1])
+        forward(model, without(inputs, "mm_token_type_ids"))
+
+    refuse(family, call, ValueError, "tokens|placeholders")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_image_that_straddles_two_samples(family: str) -> None:
+    """The totals agree, so the stock model would take it and see the wrong pixels."""
+
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        ids = inputs["input_ids"]
+        moved = (ids[1] == IMAGE).nonzero()[0, 0]
+        ids[1, moved] = 17
+        ids[0, (ids[0] == 7).nonzero()[0, 0]] = IMAGE
+        forward(model, without(inputs, "mm_token_type_ids"))
+
+    message = r"sample 0 has \d+ image placeholders, but its images make \d+ visual tokens.*one processor call"
+    refuse(family, call, ValueError, message)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [8, 100])
+def test_chunked_prefill(family: str, size: int) -> None:
+    message = rf"prefill_chunk_size={size}: tokens cannot be ranked by half a prompt; leave it None, or use handle\.paused\(\)"
+    refuse(family, lambda m, i: generate(m, i, prefill_chunk_size=size), ValueError, message)
+    refuse(family, lambda m, i: generate(m, i, prefill_chunk_size=size), ValueError, message, schedule=((4, 0.5),))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_static_cache(family: str) -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        cache = StaticCache(config=model.config.get_text_config(), max_cache_len=256)
+        forward(model, inputs, past_key_values=cache, use_cache=True)
+
+    refuse(family, call, ValueError, r"static \(compilable\) caches .*use the default dynamic cache or detach")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_with_a_static_cache(family: str) -> None:
+    generate(shared(family), FAMILIES[family].inputs(MIXED), 2, cache_implementation="static")  # transformers notes things on the model
+    refuse(family, lambda m, i: generate(m, i, cache_implementation="static"), ValueError, r"static \(compilable\) caches")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_pixels_that_are_not_finite(family: str, value: float) -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        inputs["pixel_values"][-1] = value
+        generate(model, inputs)
+
+    refuse(family, call, ValueError, "NaN or Inf.*Check the input image, the weights and the dtype")
+    refuse(family, call, ValueError, "NaN or Inf.*Check the input image", schedule=((4, 0.5),))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_salient_without_processor_or_mask(family: str) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs([ONE, TWO])
+    with pytest.warns(UserWarning, match="without processor=: every call must bring salient_mask"):
+        handle = duet_vlm.attach(model, "duet", schedule=((4, 0.5),), text_query="salient")
+    with handle:
+        message = r"text_query='salient' needs to know the question's words: pass processor=.*or pass salient_mask="
+        for call in (forward, generate):
+            with pytest.raises(ValueError, match=message):
+                call(model, inputs)
+        message = r"salient_mask (is|has shape) \(1, \d+\), the prompt \(2, \d+\): make both from the same inputs"
+        with pytest.raises(ValueError, match=message):
+            forward(model, inputs, salient_mask=torch.ones(1, inputs["input_ids"].shape[1] + 3, dtype=torch.bool))
+        forward(model, inputs, salient_mask=torch.ones_like(inputs["input_ids"]))
+        assert handle.report().measured_mean < handle.report().tokens / 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_alone_needs_no_salient_mask(family: str) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs([TEXT])
+    plain = forward(model, inputs).logits
+    with pytest.warns(UserWarning), duet_vlm.attach(model, "duet", schedule=((4, 0.5),), text_query="salient"):
+        assert torch.equal(forward(model, inputs).logits, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_new_image_on_a_reduced_cache(family: str) -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        cache = forward(model, inputs, use_cache=True).past_key_values
+        mask = torch.cat([inputs["attention_mask"]] * 2, 1)
+        forward(model, inputs | {"attention_mask": mask}, past_key_values=cache)
+
+    refuse(family, call, ValueError, r"new image on a reduced cache: start a new conversation \(no past_key_values\) or detach")
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_gqa"])  # Qwen's own position code fails before
+def test_new_image_on_a_cache_of_text(family: str) -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        cache = forward(model, FAMILIES[family].inputs([TEXT, TEXT]), use_cache=True).past_key_values
+        mask = torch.cat([torch.ones(2, 6).long(), inputs["attention_mask"]], 1)
+        forward(model, inputs | {"attention_mask": mask}, past_key_values=cache)
+
+    refuse(family, call, ValueError, r"new image on a cache that already holds tokens: start a new conversation")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_ids_on_a_v2v_reduced_cache(family: str) -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        first = generate(model, inputs, 3)
+        ids = torch.cat([first.sequences, torch.full((2, 2), 33)], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5).long()], 1)
+        model.generate(input_ids=ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=2)
+
+    refuse(family, call, ValueError, r"reduced cache stands for \d+ tokens.*pass only the new token ids")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_mask_of_the_wrong_length_in_decode(family: str) -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        cache = forward(model, inputs, use_cache=True).past_key_values
+        forward(model, {"input_ids": torch.full((2, 1), 33), "attention_mask": inputs["attention_mask"]}, past_key_values=cache)
+
+    refuse(family, call, ValueError, r"attention_mask covers \d+ tokens and 1 new ones were passed")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prepared_masks_in_decode(family: str) -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        cache = forward(model, inputs, use_cache=True).past_key_values
+        mask = torch.zeros(2, 1, 1, inputs["input_ids"].shape[1] + 1)
+        forward(model, {"input_ids": torch.full((2, 1), 33), "attention_mask": mask}, past_key_values=cache)
+
+    refuse(family, call, ValueError, r"decoding on a reduced cache takes a 2-D attention mask or none")
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_gqa"])  # Qwen's own position code fails before
+def test_attention_mask_of_the_wrong_length_in_the_prompt(family: str) -> None:
+    message = r"attention_mask has shape \(2, \d+\), the prompt \(2, \d+\)"
+    refuse(family, lambda m, i: forward(m, i | {"attention_mask": i["attention_mask"][:, 1:]}), ValueError, message)
+
+
+@pytest.mark.parametrize("kept", [1, torch.tensor([0, 3])], ids=["number", "positions"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_to_keep_with_labels(family: str, kept: Any) -> None:
+    message = r"logits_to_keep cannot be combined with labels while tokens are dropped"
+    refuse(family, lambda m, i: forward(m, i, labels=i["input_ids"].masked_fill(i["input_ids"] == PAD, -100), logits_to_keep=kept), ValueError, message)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_alone(family: str) -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        forward(model, {"inputs_embeds": model.get_input_embeddings()(inputs["input_ids"]), "attention_mask": inputs["attention_mask"]})
+
+    refuse(family, call, ValueError, r"inputs_embeds without input_ids and without images.*Pass input_ids and pixel_values .*handle\.paused\(\)")
+
+
+def test_videos() -> None:
+    def call(model: nn.Module, inputs: dict[str, Any]) -> None:
+        forward(model, inputs, pixel_values_videos=inputs["pixel_values"], video_grid_thw=inputs["image_grid_thw"])
+
+    refuse("qwen2_5_vl", call, ValueError, r"video inputs are not supported yet: use handle\.paused\(\) for this call, or detach")
+
+
+def test_floors_of_free_sizes_are_found_before_any_layer_runs() -> None:
+    """Qwen's images have any size, so a budget below a floor shows at the first call."""
+    model, ran = shared("qwen2_5_vl"), []
+    hook = model.model.language_model.layers[0].register_forward_pre_hook(lambda *a: ran.append(1))
+    with duet_vlm.attach(model, "fastv", budget=1), pytest.raises(BudgetError, match="cannot reach 1 .*span of 20 tokens.*floor is 2.5") as caught:
+        forward(model, FAMILIES["qwen2_5_vl"].inputs([ONE]))
+    hook.remove()
+    assert caught.value.floor == 2.5 and not ran
+
+
+# ---- the handle
+
+
+def test_report_and_trace_before_any_run() -> None:
+    model = shared("llava")
+    with duet_vlm.attach(model, "duet", budget=12) as handle:
+        forward(model, FAMILIES["llava"].inputs([TEXT]))
+        for read in (handle.report, lambda: handle.trace, lambda: handle.slots):
+            with pytest.raises(RuntimeError, match="nothing to report yet: run the attached model on a prompt with an image first"):
+                read()
+
+
+def test_a_detached_handle() -> None:
+    model = shared("llava")
+    handle = duet_vlm.attach(model, "duet", budget=12)
+    handle.detach()
+    for use in (lambda: handle.set(budget=13), lambda: handle.paused().__enter__(), lambda: handle.__enter__()):
+        with pytest.raises(RuntimeError, match=r"this handle is detached: call attach\(\) again"):
+            use()
+
+
+def test_signals_cannot_change_while_attached() -> None:
+    with duet_vlm.attach(shared("llava"), "duet", budget=12) as handle, pytest.raises(ValueError, match="signal_layer cannot change while attached"):
+        handle.set(signal_layer=0)
+
+
+# ---- the registry
+
+
+def test_names_are_checked() -> None:
+    with pytest.raises(ValueError, match=r"method name 'My Method': use lower-case letters"):
+        duet_vlm.register("My Method")
+    with pytest.raises(TypeError, match="is not a Reducer: derive from duet_vlm.EncoderReducer"):
+        duet_vlm.register("mine")(int)  # type: ignore[type-var]
+    with pytest.raises(ValueError, match=r"method 'fastv' is already registered by duet_vlm\.methods\.fastv\.FastV"):
+        duet_vlm.register("fastv")(type("Other", (FastV,), {}))
+    assert duet_vlm.get("fastv") is FastV
