@@ -50,10 +50,15 @@ def accuracy() -> str:
 def speed() -> str:
     rows = []
     for name in ("v2v", "t2v", "decode", "prefill"):
-        for entry in result(name)["rows"]:
+        for entry in result(name)["results"]:
+            if "interval" not in entry:
+                rows.append([entry["name"], entry["status"], entry["reason"]])
+                continue
             low, high = entry["interval"]
-            rows.append([entry["what"], f"{entry['ratio']:.3f} ({low:.3f}-{high:.3f})", entry["reference"]])
-    return table(["what", "ratio", "reference"], rows)
+            aim = [] if entry["target"] is None else [f"target {entry['target']:.3g}: {'met' if entry['met'] else '**missed**'}"]
+            bound = [f"{entry['predicted']:.3f} by FLOPs"] if "predicted" in entry else []
+            rows.append([entry["name"], f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", "; ".join(aim + bound) or "-"])
+    return table(["what", "ratio", "held against"], rows)
 
 
 def methods() -> str:

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from duet_vlm import registry
 from duet_vlm.budget import Budget, SpanPlan, check_budget
 from duet_vlm.flow import compat
+from duet_vlm.flow.arrival import look
 from duet_vlm.flow.cache import Run
-from duet_vlm.flow.call import ENCODED, Call, Stacks
+from duet_vlm.flow.call import Call, Stacks
 from duet_vlm.flow.encoder import EncoderFlow, check_finite
-from duet_vlm.flow.entry import encoded_elsewhere, enter, whole_prompts
+from duet_vlm.flow.entry import enter, whole_prompts
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.processor import SALIENT, SalientProcessor, accept_salient
 from duet_vlm.flow.signals import Recorder
 from duet_vlm.flow.trace import rows_per_layer, trace_of
+from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.models.adapter import Adapter, adapter_for, core_of
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
@@ -35,27 +37,6 @@ PASS = "duet_vlm_pass"  # keyword that carries the running pass from the decoder
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-class Hook:
-    """A hook that refuses to be copied: a copied model would call back into the original's handle."""
-
-    def __init__(self, function: Callable[..., Any], *first: Any) -> None:
-        self.function, self.first = function, first
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(*self.first, *args, **kwargs)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError("a duet_vlm reducer is attached, so this model cannot be copied or pickled: detach() first, then copy")
-
-
-class Wrapped(Hook):
-    """A wrapped bound method of the model; keeps the signature that callers read."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__(function)
-        self.__wrapped__ = function
 
 
 class Handle:
@@ -73,7 +54,7 @@ class Handle:
         self.adapter, self.reducer, self.budget = adapter, reducer, budget
         self._processor = processor
         self._stacks = Stacks()
-        self._undo: list[Callable[[], Any]] = []
+        self._hooks = Hooks()
         self._paused = 0
         self._run: Run | None = None
         self._detached = False
@@ -90,8 +71,7 @@ class Handle:
 
     def detach(self) -> None:
         """Take every hook off again; the model is then exactly what it was. Calling it twice is harmless."""
-        while self._undo:
-            self._undo.pop()()
+        self._hooks.undo()
         self._detached = True
         _attached.discard(self.adapter.model)
 
@@ -188,59 +168,33 @@ class Handle:
         return None if self._paused or self._detached else self.reducer
 
     def _install(self) -> None:
-        adapter, encoder = self.adapter, EncoderFlow(self.adapter, self._stacks, self._active, self._current_plan)
+        adapter, hooks = self.adapter, self._hooks
+        encoder = EncoderFlow(self.adapter, self._stacks, self._active, self._current_plan)
         if isinstance(self.reducer, EncoderReducer) and self.reducer.signals:
             recorder = Recorder(adapter.vision_attention(self.reducer.signal_layer), self._stacks)
-            self._undo.append(recorder.remove)
+            hooks.on_undo(recorder.remove)
         if isinstance(self.reducer, EncoderReducer) and self.reducer.cls_token:
-            self._hook(adapter.cls_module().register_forward_hook, self._record_cls)
+            hooks.add(adapter.cls_module().register_forward_hook, self._record_cls)
         if adapter.door is not None:
-            self._hook(adapter.door.register_forward_pre_hook, encoder.at_door)
-            self._hook(adapter.door.register_forward_hook, encoder.after_door)
-        self._replace(adapter.base, adapter.image_features, encoder.wrap(getattr(adapter.base, adapter.image_features)))
+            hooks.add(adapter.door.register_forward_pre_hook, encoder.at_door)
+            hooks.add(adapter.door.register_forward_hook, encoder.after_door)
+        hooks.shadow(adapter.base, adapter.image_features, encoder.wrap(getattr(adapter.base, adapter.image_features)))
         for module in (adapter.model, adapter.base):
-            self._hook(module.register_forward_pre_hook, self._begin, with_kwargs=True)
-            self._hook(module.register_forward_hook, self._end, always_call=True)
-        self._hook(adapter.text_model.register_forward_pre_hook, self._enter, with_kwargs=True)
-        self._hook(adapter.text_model.register_forward_hook, self._leave, with_kwargs=True)
+            hooks.add(module.register_forward_pre_hook, self._begin, with_kwargs=True)
+            hooks.add(module.register_forward_hook, self._end, always_call=True)
+        hooks.add(adapter.text_model.register_forward_pre_hook, self._enter, with_kwargs=True)
+        hooks.add(adapter.text_model.register_forward_hook, self._leave, with_kwargs=True)
         for index, layer in enumerate(adapter.layers):
-            self._hook(layer.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
-        self._replace_loss()
+            hooks.add(layer.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
+        # the public setter keeps the loss in this one instance attribute
+        hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, self._stacks))
         if self._processor is not None:
             processor = SalientProcessor(self._processor, adapter.image_token_id)
-            self._undo.append(processor.remove)
+            hooks.on_undo(processor.remove)
         if self._processor is not None or isinstance(self.reducer, DecoderReducer):
-            self._replace(adapter.model, "prepare_inputs_for_generation", accept_salient(adapter.model.prepare_inputs_for_generation))
+            hooks.shadow(adapter.model, "prepare_inputs_for_generation", accept_salient(adapter.model.prepare_inputs_for_generation))
         if hasattr(adapter.model, compat.PREFILL):
-            self._replace(adapter.model, compat.PREFILL, whole_prompts(getattr(adapter.model, compat.PREFILL), self._active))
-
-    def _hook(self, register: Callable[..., Any], function: Callable[..., Any], *first: Any, **options: Any) -> None:
-        self._undo.append(register(Hook(function, *first), **options).remove)
-
-    def _replace(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
-        """Shadow a method by an instance attribute."""
-        before = module.__dict__.get(name)
-        module.__dict__[name] = Wrapped(function)
-
-        def undo() -> None:
-            module.__dict__.pop(name)
-            if before is not None:
-                module.__dict__[name] = before
-
-        self._undo.append(undo)
-
-    def _replace_loss(self) -> None:
-        """Through the public setter, which keeps the function in one instance attribute."""
-        model = self.adapter.model
-        before = model.__dict__.get("_loss_function")
-        model.loss_function = Wrapped(surviving_labels(model.loss_function, self._stacks))
-
-        def undo() -> None:
-            model.__dict__.pop("_loss_function")
-            if before is not None:
-                model.__dict__["_loss_function"] = before
-
-        self._undo.append(undo)
+            hooks.shadow(adapter.model, compat.PREFILL, whole_prompts(getattr(adapter.model, compat.PREFILL), self._active))
 
     def _current_plan(self, tokens: int) -> SpanPlan:
         return self._plan(tokens)
@@ -260,38 +214,9 @@ class Handle:
         if module is self.adapter.model:
             call.labels, call.salient = kwargs.get("labels"), kwargs.pop(SALIENT, None)
         else:
-            self._look(call, inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs)
+            arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
+            look(self.adapter, self._active() is not None, self._plan, call, arguments)
         return args, kwargs
-
-    def _look(self, call: Call, arguments: dict[str, Any]) -> None:
-        call.input_ids = arguments.get("input_ids")
-        embeds = arguments.get("inputs_embeds")
-        output = (arguments.get("mm_encoder_outputs") or {}).get("image")
-        if arguments.get("pixel_values_videos") is not None or (arguments.get("mm_encoder_outputs") or {}).get("video") is not None:
-            if self._active() is not None:
-                raise ValueError("video inputs are not supported yet: use handle.paused() for this call, or detach")
-        if call.input_ids is None and embeds is not None and self._active() is not None:
-            cache = arguments.get("past_key_values")
-            fresh = cache is None or int(cache.get_seq_length()) == 0
-            if fresh and output is None and arguments.get("pixel_values") is None:
-                raise ValueError(
-                    "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass "
-                    "input_ids and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
-                )
-        if call.input_ids is None and embeds is None:
-            return
-        one_step = call.input_ids is not None and call.input_ids.shape[1] == 1 and output is None and arguments.get("pixel_values") is None
-        if not one_step:
-            call.placeholders = self.adapter.placeholders(call.input_ids, embeds)
-        if output is not None:
-            self._adopt(call, output)
-
-    def _adopt(self, call: Call, output: Any) -> None:
-        """Take the features and decisions of an encoder output."""
-        call.features = list(output.pooler_output)
-        call.encoded = getattr(output, ENCODED, None)
-        if call.encoded is None and self._active() is not None:
-            call.encoded = encoded_elsewhere(call.features, self._plan)
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stacks.calls and self._stacks.calls[-1].owner is module:

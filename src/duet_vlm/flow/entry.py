@@ -12,7 +12,7 @@ from torch import Tensor
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat
 from duet_vlm.flow.cache import RUN, DecodePass, Group, Run
-from duet_vlm.flow.call import Call, Encoded
+from duet_vlm.flow.call import Call
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import is_marked, not_finite
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
@@ -194,17 +194,6 @@ def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     cut = take_square(mask, index)
     hidden = ~valid[:, None, None, :]
     return cut & ~hidden if cut.dtype == torch.bool else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
-
-
-def encoded_elsewhere(features: list[Tensor], plan: Callable[[int], SpanPlan]) -> Encoded:
-    """Decisions for features that the caller encoded without us: every row enters, drops inside the decoder follow the plan."""
-    plans = tuple(plan(len(rows)) for rows in features)
-    if any(p.merges for p in plans):
-        raise ValueError(
-            "the image features were encoded before the reducer was attached, so they cannot be merged any more; encode them with the "
-            "attached model, or use a method that only drops inside the decoder"
-        )
-    return Encoded(features, (None,) * len(features), plans)
 
 
 def whole_prompts(prefill: Callable[..., Any], active: Callable[[], Reducer | None]) -> Callable[..., Any]:

@@ -1,0 +1,51 @@
+"""What the multimodal model is called with: placeholders, image features and their decisions, before the decoder stack hides them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.flow.call import ENCODED, Call, Encoded
+from duet_vlm.models.adapter import Adapter
+
+
+def look(adapter: Adapter, active: bool, plan: Callable[[int], SpanPlan], call: Call, arguments: dict[str, Any]) -> None:
+    """Note in ``call`` what a forward of the multimodal model was given; ``active``: a reducer is at work, so refuse what it cannot serve."""
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    outputs = arguments.get("mm_encoder_outputs") or {}
+    pixels = arguments.get("pixel_values")
+    if active and (arguments.get("pixel_values_videos") is not None or outputs.get("video") is not None):
+        raise ValueError("video inputs are not supported yet: use handle.paused() for this call, or detach")
+    brings_images = pixels is not None or outputs.get("image") is not None
+    if active and ids is None and embeds is not None and not brings_images and _is_prompt(arguments.get("past_key_values")):
+        raise ValueError(
+            "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass "
+            "input_ids and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
+        )
+    call.input_ids = ids
+    decodes = ids is not None and ids.shape[1] == 1 and not brings_images
+    if not decodes and (ids is not None or embeds is not None):
+        call.placeholders = adapter.placeholders(ids, embeds)
+    if outputs.get("image") is not None:
+        call.features = list(outputs["image"].pooler_output)
+        call.encoded = getattr(outputs["image"], ENCODED, None)
+        if call.encoded is None and active:
+            call.encoded = encoded_elsewhere(call.features, plan)
+
+
+def _is_prompt(cache: Any) -> bool:
+    return cache is None or int(cache.get_seq_length()) == 0
+
+
+def encoded_elsewhere(features: list[Tensor], plan: Callable[[int], SpanPlan]) -> Encoded:
+    """Decisions for features that the caller encoded without us: every row enters, drops inside the decoder follow the plan."""
+    plans = tuple(plan(len(rows)) for rows in features)
+    if any(p.merges for p in plans):
+        raise ValueError(
+            "the image features were encoded before the reducer was attached, so they cannot be merged any more; encode them with the "
+            "attached model, or use a method that only drops inside the decoder"
+        )
+    return Encoded(features, (None,) * len(features), plans)
