@@ -323,7 +323,10 @@ def test_attention_mask_of_the_wrong_length_in_the_prompt(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_to_keep_with_labels(family: str, kept: Any) -> None:
     message = r"logits_to_keep cannot be combined with labels while tokens are dropped"
-    refuse(family, lambda m, i: forward(m, i, labels=i["input_ids"].masked_fill(i["input_ids"] == PAD, -100), logits_to_keep=kept), ValueError, message)
+    def run(model, inputs):
+        return forward(model, inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == PAD, -100), logits_to_keep=kept)
+
+    refuse(family, run, ValueError, message)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
