@@ -213,6 +213,8 @@ class Handle:
         call = calls[-1]
         if module is self.adapter.model:
             call.labels, call.salient = kwargs.get("labels"), kwargs.pop(SALIENT, None)
+            kept = kwargs.get("logits_to_keep")  # assisted decoding wants the logits of its draft tokens too
+            call.drafts = max(0, kept - 1) if isinstance(kept, int) and call.labels is None else 0
         else:
             arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
             look(self.adapter, self._active() is not None, self._plan, call, arguments)

@@ -111,8 +111,9 @@ class DecodePass:
         if self.tail is None and not group.padded:
             return None
         valid = self._repeat(group.tokens.valid)
-        tail = valid.new_ones(self.batch, self.done + self.new) if self.tail is None else self._repeat(self.tail)
-        return torch.cat([valid, tail], 1)
+        keys = group.width + self.done + self.new  # fewer than the prompt had where rejected draft tokens were cut off again
+        tail = valid.new_ones(self.batch, max(0, self.done + self.new)) if self.tail is None else self._repeat(self.tail)
+        return torch.cat([valid, tail], 1)[:, :keys]
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Give ``layer`` the mask and, with renumbered positions, the rotary table of its own group."""

@@ -58,6 +58,7 @@ class Call:
 
     labels: Tensor | None = None
     salient: Tensor | None = None
+    drafts: int = 0  # rows at the end that assisted decoding guessed: they are no part of the question
     input_ids: Tensor | None = None
     placeholders: Tensor | None = None
     features: Sequence[Tensor] | None = None

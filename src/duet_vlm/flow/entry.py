@@ -53,7 +53,8 @@ def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, A
     prompt = TokenMap.identity(valid, placeholders)
     queries = torch.zeros_like(valid)
     if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.features is not None:
-        queries = query_rows(reducer.text_query, prompt.visual, valid, call.labels, call.salient, reducer.training_turns)
+        asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
+        queries = query_rows(reducer.text_query, prompt.visual, asking, call.labels, call.salient, reducer.training_turns)
     layout = _read_layout(call, placeholders, valid, queries)
     if call.features is None:
         if any(count for count, _, _, _ in layout):

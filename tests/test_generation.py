@@ -1,0 +1,205 @@
+"""Conversations, streaming, threads, assisted decoding: what generate() does beyond one prompt."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from typing import Any
+
+import pytest
+import torch
+from cases import Case, matrix
+from families import FAMILIES, MIXED, ONE, TWO, Inputs, build, forward, generate, shared
+from oracle import Choice, choices_of, step_logits, walk_batch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+import duet_vlm
+
+CLOSE = {"rtol": 1e-3, "atol": 2e-4}
+
+
+def conversation(case: Case, inputs: Inputs, full_ids: bool) -> tuple[list[Tensor], Tensor, list[Choice]]:
+    """Two turns: the logits of the second, everything said after the prompt, and the choices of the first."""
+    model = case.model()
+    width = inputs["input_ids"].shape[1]
+    with case.attach() as handle:
+        first = generate(model, inputs, 4)
+        question = torch.tensor([[41, 42, 43], [44, 45, 46]])
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 4 + 3).long()], 1)
+        ids = torch.cat([first.sequences, question], 1)
+        given = ids if full_ids else torch.cat([first.sequences[:, -1:], question], 1)  # the last sampled token is not in the cache yet
+        second = generate(model, {"input_ids": given, "attention_mask": mask}, 4, past_key_values=first.past_key_values)
+        choices = choices_of(handle)
+    said = torch.cat([ids[:, width:], second.sequences[:, given.shape[1] :]], 1)
+    return list(second.logits), said, choices
+
+
+@pytest.mark.parametrize("full_ids", [True, False], ids=["all ids", "new ids"])
+@matrix("fastv", "pyramiddrop", attention=("sdpa",))
+def test_second_turn_without_v2v(case: Case, full_ids: bool) -> None:
+    check_second_turn(case, full_ids)
+
+
+@matrix("duet", "visionzip")
+def test_second_turn_with_v2v(case: Case) -> None:
+    """Layer 0 is reduced too, so the uncached ids are passed, with the mask of the whole conversation."""
+    check_second_turn(case, full_ids=False)
+
+
+def check_second_turn(case: Case, full_ids: bool) -> None:
+    inputs = FAMILIES[case.family].inputs([ONE, TWO])
+    logits, said, choices = conversation(case, inputs, full_ids)
+    walks = walk_batch(shared(case.family, "eager"), inputs, choices, said)
+    for step, expected in enumerate(step_logits(walks, choices, 11)[7:]):
+        torch.testing.assert_close(logits[step], expected, **CLOSE)
+
+
+@matrix("duet", "fastv", attention=("sdpa",))
+def test_manual_decoding_without_positions(case: Case) -> None:
+    """A loop of one's own: several draft tokens at once, no mask where nothing is padded, no position ids."""
+    inputs, model = FAMILIES[case.family].inputs([ONE]), case.model()
+    steps = [torch.tensor([[33]]), torch.tensor([[34, 35, 36]]), torch.tensor([[37]])]
+    with case.attach() as handle:
+        cache = forward(model, inputs, use_cache=True).past_key_values
+        choices = choices_of(handle)
+        logits = torch.cat([forward(model, {"input_ids": new}, past_key_values=cache, use_cache=True).logits for new in steps], 1)
+    said = torch.cat(steps, 1)
+    walk = walk_batch(shared(case.family, "eager"), inputs, choices, said)[0]
+    torch.testing.assert_close(logits[0], walk.logits[choices[0].slots :], **CLOSE)
+
+
+@matrix("duet", "fastv", attention=("sdpa",))
+def test_a_copied_cache_goes_its_own_way(case: Case) -> None:
+    inputs, model = FAMILIES[case.family].inputs([ONE, TWO]), case.model()
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1).long()], 1)
+    with case.attach():
+        cache = forward(model, inputs, use_cache=True).past_key_values
+        twin = copy.deepcopy(cache)
+        step = {"input_ids": torch.tensor([[33], [34]]), "attention_mask": mask}
+        first = forward(model, step, past_key_values=cache).logits
+        forward(model, step | {"attention_mask": torch.cat([mask, mask[:, :1]], 1)}, past_key_values=cache)
+        assert torch.equal(forward(model, step, past_key_values=twin).logits, first)
+
+
+@matrix("duet", "fastv", "visionzip", attention=("sdpa",))
+def test_prompt_lookup_equals_greedy(case: Case) -> None:
+    row = (*ONE, 50, 51, 52, 50, 51, 52, 50, 51)  # something to look up
+    inputs, model = FAMILIES[case.family].inputs([row]), case.model()
+    with case.attach():
+        greedy = generate(model, inputs, 10)
+        assisted = generate(model, inputs, 10, prompt_lookup_num_tokens=3)
+    assert torch.equal(greedy.sequences, assisted.sequences)
+    for a, b in zip(greedy.logits, assisted.logits, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rejected_drafts_of_a_padded_prompt_leave_no_gap(family: str) -> None:
+    """The first pass carries draft tokens; those that are rejected are cut off the cache, padding stays masked."""
+    row = (*ONE, 50, 51, 52, 50, 51)
+    inputs = FAMILIES[family].inputs([row])
+    ids = torch.cat([torch.zeros(1, 3).long(), inputs["input_ids"]], 1)
+    padded = inputs | {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    if FAMILIES[family].mrope:
+        padded["mm_token_type_ids"] = (ids == 99).long()
+    with Case(family, "sdpa", "duet", "keep").attach():
+        greedy = generate(shared(family), padded, 8)
+        assisted = generate(shared(family), padded, 8, prompt_lookup_num_tokens=3)
+    assert torch.equal(greedy.sequences, assisted.sequences)
+    for a, b in zip(greedy.logits, assisted.logits, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+class Collector(BaseStreamer):
+    """Keeps what is streamed; ``end`` tells a waiting thread."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.done = threading.Event()
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.done.set()
+
+
+@matrix("duet", "fastv", attention=("sdpa",))
+def test_streaming_from_a_thread(case: Case) -> None:
+    inputs, model, streamer = FAMILIES[case.family].inputs([ONE]), case.model(), Collector()
+    with case.attach():
+        expected = generate(model, inputs, 6).sequences
+        thread = threading.Thread(target=generate, args=(model, inputs, 6), kwargs={"streamer": streamer})
+        thread.start()
+        thread.join(60)
+    assert streamer.done.is_set() and streamer.tokens == expected.flatten().tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_handles_in_two_threads(family: str) -> None:
+    """Each thread runs its own model and method many times; neither sees the other's calls."""
+    made = FAMILIES[family]
+    jobs = [("duet", {"budget": 0.3}, made.inputs(MIXED)), ("fastv", {}, made.inputs([TWO, ONE]))]
+    models = [build(family), build(family)]
+    handles = [duet_vlm.attach(model, method, **settings) for model, (method, settings, _) in zip(models, jobs, strict=True)]
+    expected = [generate(model, inputs, 3) for model, (_, _, inputs) in zip(models, jobs, strict=True)]
+    traces = [handle.trace for handle in handles]
+    results: list[list[Any]] = [[], []]
+
+    def work(number: int) -> None:
+        for _ in range(4):
+            results[number].append(generate(models[number], jobs[number][2], 3))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    for number in (0, 1):
+        assert len(results[number]) == 4
+        for result in results[number]:
+            assert all(torch.equal(a, b) for a, b in zip(result.logits, expected[number].logits, strict=True))
+        assert handles[number].trace == traces[number]
+        handles[number].detach()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_model_in_two_threads(family: str) -> None:
+    """Calls of one attached model from several threads do not meet either."""
+    made, model = FAMILIES[family], build(family)
+    batches = [made.inputs(MIXED), made.inputs([TWO])]
+    results: list[list[Any]] = [[], []]
+    with duet_vlm.attach(model, "duet", budget=0.3):
+        expected = [generate(model, inputs, 3) for inputs in batches]
+
+        def work(number: int) -> None:
+            for _ in range(4):
+                results[number].append(generate(model, batches[number], 3))
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+    for number in (0, 1):
+        assert len(results[number]) == 4
+        assert all(torch.equal(a, b) for result in results[number] for a, b in zip(result.logits, expected[number].logits, strict=True))
+
+
+@matrix("duet", "fastv", attention=("sdpa",))
+def test_embeddings_with_pixels(case: Case) -> None:
+    """inputs_embeds are fine as long as the images come along: placeholders are then told by their embedding."""
+    inputs, model = FAMILIES[case.family].inputs([ONE, TWO]), case.model()
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    instead = {k: v for k, v in inputs.items() if k != "input_ids"} | {"inputs_embeds": embeds}
+    if FAMILIES[case.family].mrope:  # Qwen's own position code wants ids
+        positions, _ = model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
+        )
+        instead["position_ids"] = positions
+    with case.attach() as handle:
+        expected, trace = forward(model, inputs).logits, handle.trace
+        found = forward(model, instead).logits
+        assert handle.trace == trace
+    torch.testing.assert_close(found, expected, **CLOSE)
