@@ -37,7 +37,7 @@ class PrefillPass:
         self.custom_mask = _is_prepared(kwargs.get("attention_mask"))
         self.drops = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
         before = reducer.score_before if isinstance(reducer, DecoderReducer) else 0
-        self.scored_at = {layer - before: layer for layer in self.drops}
+        self.scored_at = {layer - before: layer for layer, keeps in self.drops.items() if any(keeps)}
         run.asking = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(self.scored_at) if isinstance(reducer, DecoderReducer) and reducer.uses_text else ()
         self.scores: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
@@ -169,9 +169,10 @@ class PrefillPass:
             keep = tokens.valid & ~gone
             self.scores.pop(index, None)
         else:
-            rows, real, stays = self.scores.pop(index)
-            rows, stays = rows.to(hidden.device), (stays & real).to(hidden.device)
-            keep = keep.scatter(1, rows, stays | take(keep, rows))
+            if index in self.scores:  # a drop that keeps nothing needs no score
+                rows, real, stays = self.scores.pop(index)
+                rows, stays = rows.to(hidden.device), (stays & real).to(hidden.device)
+                keep = keep.scatter(1, rows, stays | take(keep, rows))
             dropped = tokens.visual & ~keep
             self.replay[index] = torch.zeros_like(self.run.prompt.visual).to(hidden.device).scatter(1, tokens.slot, dropped)
         alive = self._alive_before(index)

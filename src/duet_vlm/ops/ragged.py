@@ -8,10 +8,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Gather rows: x [B or 1, T, ...], index [B, n] -> [B, n, ...]."""
-    if x.shape[0] != index.shape[0]:
-        x = x.expand(index.shape[0], *x.shape[1:])
-    return x.gather(1, index.view(*index.shape, *(1,) * (x.ndim - 2)).expand(*index.shape, *x.shape[2:]))
+    """Pick rows: x [B or 1, T, ...], index [B, n] -> [B, n, ...]."""
+    if x.shape[0] == 1:
+        return x[0][index]
+    return x[torch.arange(len(index), device=x.device)[:, None], index]
 
 
 def take_last(x: Tensor, index: Tensor) -> Tensor:

@@ -62,5 +62,6 @@ def query_attention(query: Tensor, key: Tensor, scaling: float, allowed: Tensor,
     blocks = zip(query.split(QUERY_BLOCK, 2), allowed.split(QUERY_BLOCK, 1), weight.split(QUERY_BLOCK, 1), strict=True)
     for rows, mask, share in blocks:
         logits = grouped_logits(rows, key, scaling).masked_fill_(~mask[:, None], torch.finfo(torch.float32).min)
-        total += torch.einsum("bhqt,bq->bt", logits.softmax(-1), share)
+        weights = logits.softmax(-1).flatten(1, 2)  # [B, H * Q, T]: heads and queries are summed in one product
+        total += (share.repeat(1, query.shape[1])[:, None] @ weights)[:, 0]
     return total / (query.shape[1] * weight.sum(1, keepdim=True))
