@@ -271,7 +271,7 @@ class Qwen:
             for step, position in enumerate(recorded):
                 watch.rotates(layer, position.view(3, 1, 1), call=first + 1 + step)
             case.compared.add(f"out/{run}/generate/decode_position_ids_{name}")
-        widths = [[h.shape[1] for h in hidden] for hidden, _ in watch.calls[first:]]
+        widths = [[h.shape[1] for h in hidden] for hidden, *_ in watch.calls[first:]]
         case.fact(run, "generate_seq_len_entering_each_layer_per_step", widths)
         case.fact(run, "kv_len_after_generate", [layer.keys.shape[-2] for layer in result.past_key_values.layers])
 

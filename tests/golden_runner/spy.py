@@ -42,7 +42,7 @@ class Watch:
         self.hooks += [layer.register_forward_hook(self._after(i)) for i, layer in enumerate(text_model.layers)]
         self.hooks.append(text_model.register_forward_pre_hook(self._start))
         self.hooks.append(text_model.register_forward_hook(self._end))
-        self.calls: list[tuple[list[Tensor], list[tuple[Tensor, Tensor]]]] = []
+        self.calls: list[tuple[list[Tensor], list[tuple[Tensor, Tensor]], dict[int, Tensor]]] = []
 
     def __enter__(self) -> Watch:
         return self
@@ -52,8 +52,8 @@ class Watch:
             hook.remove()
 
     def _start(self, module: nn.Module, args: Any) -> None:
-        self.hidden, self.rotary = [], []
-        self.calls.append((self.hidden, self.rotary))
+        self.hidden, self.rotary, self.output = [], [], {}
+        self.calls.append((self.hidden, self.rotary, self.output))
 
     def _layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self.hidden.append(args[0] if args else kwargs["hidden_states"])
@@ -83,12 +83,12 @@ class Watch:
 def scores_at(
     handle: Handle, layer: int, watch: Watch, labels: Tensor | None = None, salient: Tensor | None = None, call: int = -1
 ) -> Tensor:
-    """Ranking scores [B, T] of the rows that ``layer`` read, for stages where the library has nothing to drop and does not score."""
+    """Ranking scores [B, T] of the rows in front of ``layer``, for stages that keep all or none, which the library does not score."""
     run, reducer, adapter = handle._run, handle.reducer, handle.adapter
-    tokens = run.group(layer).tokens
+    tokens = run.group(layer - 1).tokens
     rows = query_rows(reducer.text_query, run.prompt.visual, run.prompt.valid, labels, salient, reducer.training_turns)
     index, valid = pack_right(take(rows, tokens.slot) & tokens.valid, max(1, int(rows.sum(1).max())))
-    hidden, rotary = watch.calls[call][0][layer], watch.calls[call][1][layer]
+    hidden, rotary = watch.calls[call][2][layer - 1], watch.calls[call][1][layer - 1]
     module = adapter.layers[layer]
     rotary = tuple(t.expand(len(hidden), *t.shape[1:]) for t in rotary)
     key = adapter.project_k(module, hidden, rotary)
