@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from duet_vlm import registry
 from duet_vlm.budget import Budget, SpanPlan, check_budget
 from duet_vlm.flow import compat
-from duet_vlm.flow.arrival import look
+from duet_vlm.flow.arrival import adopt, look
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Call, Stacks
 from duet_vlm.flow.encoder import EncoderFlow, check_finite
@@ -215,6 +215,9 @@ class Handle:
             call.labels, call.salient = kwargs.get("labels"), kwargs.pop(SALIENT, None)
             kept = kwargs.get("logits_to_keep")  # assisted decoding wants the logits of its draft tokens too
             call.drafts = max(0, kept - 1) if isinstance(kept, int) and call.labels is None else 0
+            output = (kwargs.get("mm_encoder_outputs") or {}).get("image")
+            if output is not None:
+                adopt(call, output)
         else:
             arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
             look(self.adapter, self._active() is not None, self._plan, call, arguments)

@@ -29,11 +29,16 @@ def look(adapter: Adapter, active: bool, plan: Callable[[int], SpanPlan], call: 
     decodes = ids is not None and ids.shape[1] == 1 and not brings_images
     if not decodes and (ids is not None or embeds is not None):
         call.placeholders = adapter.placeholders(ids, embeds)
-    if outputs.get("image") is not None:
-        call.features = list(outputs["image"].pooler_output)
-        call.encoded = getattr(outputs["image"], ENCODED, None)
+    if outputs.get("image") is not None and call.encoded is None:
+        adopt(call, outputs["image"])
         if call.encoded is None and active:
             call.encoded = encoded_elsewhere(call.features, plan)
+
+
+def adopt(call: Call, output: Any) -> None:
+    """Take features and decisions from an encoder output. Done where the outermost forward begins: hooks of device maps rebuild the
+    output on their way in, and what rode on it is lost."""
+    call.features, call.encoded = list(output.pooler_output), getattr(output, ENCODED, None)
 
 
 def _is_prompt(cache: Any) -> bool:

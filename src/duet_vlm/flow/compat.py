@@ -24,8 +24,17 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
     """The mask that the decoder would build for one layer: ``mask`` is 2-D [B, keys] or None, sizes come from that layer's cache.
 
-    Position ids are never handed over: without a cache and mask, gaps in them would be read as packed sequences.
+    Position ids are never handed over: without a cache and mask, gaps in them would be read as packed sequences. Where padding is known
+    the mask is made here, as the stock function would read the device to find it out.
     """
+    implementation = config._attn_implementation
+    if mask is not None and implementation in ("sdpa", "eager"):
+        keys, rows = mask.shape[1], hidden.shape[1]
+        place = torch.arange(keys, device=hidden.device)
+        allowed = mask.bool()[:, None, None, :] & (place <= place[keys - rows :, None])
+        if implementation == "sdpa":
+            return allowed
+        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill_(~allowed, torch.finfo(hidden.dtype).min)
     return create_causal_mask(
         config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer
     )

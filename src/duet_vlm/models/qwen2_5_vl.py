@@ -46,14 +46,15 @@ class Qwen25VL(LlamaLike, Adapter):
             calls = [Recorded(torch.cat([c.query for c in calls], 2), torch.cat([c.key for c in calls], 2), calls[0].scaling)]
         received = torch.cat([column_attention(c.query, c.key, c.scaling)[0] for c in calls])
         keys = torch.cat([c.key[0].float() for c in calls], 1).transpose(0, 1)  # [patches, H, d]
-        unit, grid = self.visual.spatial_merge_unit, call["image_grid_thw"]
+        unit, sizes = self.visual.spatial_merge_unit, call["image_grid_thw"].tolist()
+        grid = torch.tensor(sizes)  # on the host: the window index reads it many times
         order, _ = get_vision_window_index(
             grid, spatial_merge_size=self.visual.spatial_merge_size, window_size=self.visual.window_size, patch_size=self.visual.patch_size
         )
         raster = torch.argsort(order.to(received.device))
         importance = received.view(-1, unit).mean(1)[raster]
         keys = keys.reshape(-1, unit, *keys.shape[1:]).mean((1, 2))[raster]
-        counts = (grid.prod(-1) // unit).tolist()
+        counts = [t * h * w // unit for t, h, w in sizes]
         return list(importance.split(counts)), list(keys.split(counts))
 
     def grids(self, call: dict[str, Any], counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
