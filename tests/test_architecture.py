@@ -1,0 +1,124 @@
+"""Which room may import which, read from the source; and that importing the package does nothing to anyone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import duet_vlm
+
+ROOT = Path(duet_vlm.__file__).parent
+
+# room -> rooms (or modules) of the package that it may import from, besides itself
+ARROWS = {
+    "ops": {"tokens"},
+    "tokens": {"ops"},
+    "budget": set(),
+    "text": set(),
+    "hooks": set(),
+    "reducer": {"budget", "tokens"},
+    "registry": {"reducer"},
+    "measure": {"budget", "tokens"},
+    "models": {"measure", "ops"},
+    "methods": {"budget", "ops", "reducer", "registry", "tokens"},
+    "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
+    "attach": {"budget", "flow", "hooks", "measure", "models", "reducer", "registry", "tokens"},
+}
+USERS = {"cli", "evaluate", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
+PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, int]]:
+    """(module, line) of every import of the package in a file, wherever it stands."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "duet_vlm":
+            public = [alias.name in duet_vlm.__all__ for alias in node.names]
+            names = ["duet_vlm" if known else f"duet_vlm.{alias.name}" for known, alias in zip(public, node.names, strict=True)]
+            found += [(name, node.lineno) for name in (names if node.module == "duet_vlm" else [node.module])]
+        elif isinstance(node, ast.Import):
+            found += [(alias.name, node.lineno) for alias in node.names if alias.name.split(".")[0] == "duet_vlm"]
+    return found
+
+
+FILES = sorted(ROOT.rglob("*.py"))
+CORE = [path for path in FILES if room_of(path) not in USERS | {"__init__", "__main__"}]
+
+
+def test_every_file_belongs_to_a_room() -> None:
+    assert len(CORE) > 25
+    assert {room_of(path) for path in CORE} == set(ARROWS)
+
+
+@pytest.mark.parametrize("path", CORE, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows(path: Path) -> None:
+    room = room_of(path)
+    wrong = []
+    for name, line in imports(path):
+        target = name.split(".")[1] if "." in name else "__init__"
+        if target != room and target not in ARROWS[room]:
+            wrong.append(f"{path.relative_to(ROOT)}:{line} imports {name}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in USERS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_users_of_the_library_stay_outside(path: Path) -> None:
+    targets = {(name.split(".")[1], line) for name, line in imports(path) if "." in name}
+    assert not [(target, line) for target, line in targets if target in PRIVATE or (target == "cli" and room_of(path) != "cli")]
+
+
+def test_methods_decide_and_the_flow_acts() -> None:
+    assert not ARROWS["methods"] & {"flow", "models", "attach"}
+    assert "methods" not in ARROWS["flow"] and "methods" not in ARROWS["models"]
+    assert not any(rooms & USERS for rooms in ARROWS.values())  # nobody depends on the users of the library
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if room_of(p) in ("flow", "attach", "measure")], ids=lambda p: str(p.relative_to(ROOT)))
+def test_no_branches_on_concrete_methods_or_models(path: Path) -> None:
+    words = {"llava", "qwen", "duet", "fastv", "visionzip", "pyramiddrop"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Compare):
+            literals = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+            assert not any(word in text.lower() for text in literals for word in words), f"{path}:{node.lineno}"
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_importing_changes_nothing() -> None:
+    """No class of torch or transformers is patched, no attention function registered, no torchvision loaded."""
+    code = """
+import sys, torch, transformers
+from torch import nn
+from transformers import LlavaForConditionalGeneration as A, Qwen2_5_VLForConditionalGeneration as B, GenerationMixin, PreTrainedModel, DynamicCache
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+classes = [nn.Module, torch.Tensor, A, B, GenerationMixin, PreTrainedModel, DynamicCache, LlamaDecoderLayer]
+before = [dict(vars(c)) for c in classes], sorted(ALL_ATTENTION_FUNCTIONS.keys()), "torchvision" in sys.modules
+import duet_vlm
+duet_vlm.methods()
+after = [dict(vars(c)) for c in classes], sorted(ALL_ATTENTION_FUNCTIONS.keys()), "torchvision" in sys.modules
+print(before == after)
+"""
+    assert run(code) == "True"
+
+
+def test_torchvision_is_never_imported() -> None:
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "torchvision" for name in names), path
+
+
+def test_public_names_exist() -> None:
+    assert sorted(duet_vlm.__all__) == sorted(set(duet_vlm.__all__))
+    assert all(hasattr(duet_vlm, name) for name in duet_vlm.__all__)

@@ -1,0 +1,151 @@
+"""Facts about transformers that flow/compat.py leans on. One that changes shall fail here, by name, and not as a wrong token somewhere."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, MIXED, ONE, build, forward, generate, shared
+from torch import nn
+from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from duet_vlm.flow import compat
+
+FILLED = (3, 5, 2, 2, 2, 2, 2, 2)  # rows in the cache of each layer
+
+
+def uneven_cache(config: Any) -> DynamicCache:
+    cache = DynamicCache(config=config)
+    for layer, rows in enumerate(FILLED):
+        cache.update(torch.zeros(1, 4, rows, 16), torch.zeros(1, 4, rows, 16), layer)
+    return cache
+
+
+def test_masks_are_sized_by_layer() -> None:
+    assert "layer_idx" in inspect.signature(create_causal_mask).parameters
+    config = shared("llava", "eager").model.language_model.config
+    for layer, rows in enumerate(FILLED):
+        mask = compat.decoder_mask(config, torch.zeros(1, 2, 64), None, uneven_cache(config), layer)
+        assert mask.shape[-2:] == (2, rows + 2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("new", [1, 4])
+def test_our_padded_masks_are_the_stock_masks(attention: str, new: int) -> None:
+    """Where a query sees anything; rows of padding see nothing and are never read."""
+    config = shared("llava", attention).model.language_model.config
+    cache = uneven_cache(config)
+    padding = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1][: FILLED[1] + new]])
+    hidden = torch.zeros(1, new, 64)
+    stock = create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=padding, past_key_values=cache, position_ids=None, layer_idx=1
+    )
+    assert torch.equal(compat.decoder_mask(config, hidden, padding, cache, 1), stock)
+
+
+def test_gaps_in_positions_are_read_as_packed_sequences() -> None:
+    """The reason why positions are never handed to the mask builder and why prompts without a cache get an explicit mask."""
+    config = shared("llava", "eager").model.language_model.config
+    hidden, gaps = torch.zeros(1, 4, 64), torch.tensor([[0, 1, 5, 6]])
+    packed = create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=None, past_key_values=None, position_ids=gaps)
+    explicit = create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=torch.ones(1, 4).long(), past_key_values=None, position_ids=gaps
+    )
+    assert packed[0, 0, 3, 0] != 0 and explicit[0, 0, 3, 0] == 0
+
+
+def test_caches_take_layers_of_different_lengths() -> None:
+    config = shared("llava").model.language_model.config
+    cache = uneven_cache(config)
+    assert tuple(cache.get_seq_length(layer) for layer in range(8)) == FILLED
+    assert compat.cache_bytes(cache) == tuple(2 * 4 * rows * 16 * 4 for rows in FILLED)
+    cache.crop(-2)  # relative, so that every layer loses its own last rows
+    assert tuple(cache.get_seq_length(layer) for layer in range(8)) == tuple(rows - 2 for rows in FILLED)
+
+
+def test_static_caches_are_told_apart() -> None:
+    config = shared("llava").model.language_model.config
+    assert compat.is_static(StaticCache(config=config, max_cache_len=8))
+    assert not compat.is_static(DynamicCache(config=config)) and not compat.is_static(None)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_hooks_run_outside_of_checkpoints(family: str, reentrant: bool) -> None:
+    """Once per forward, not again in the backward pass."""
+    model, calls, runs = build(family).train(), [], []
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    layer = model.model.language_model.layers[3]
+    layer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(1), with_kwargs=True)
+    layer.mlp.register_forward_pre_hook(lambda module, args: runs.append(1))
+    inputs = FAMILIES[family].inputs(MIXED)
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert (len(calls), len(runs)) == (1, 2)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_called_by_keyword_with_rows_first(family: str) -> None:
+    model, seen = shared(family), []
+    hook = model.model.language_model.layers[3].register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
+    forward(model, FAMILIES[family].inputs(MIXED))
+    hook.remove()
+    args, kwargs = seen[0]
+    assert len(args) == 1 and args[0].ndim == 3
+    assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= set(kwargs)
+    cos, sin = kwargs["position_embeddings"]
+    assert cos.shape == sin.shape and cos.shape[-2:] == (args[0].shape[1], 16)  # M-RoPE tables arrive mixed
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_encodes_first_and_hands_the_output_on(family: str) -> None:
+    """The same object reaches every later step without a cache, so decisions can ride on it."""
+    model, seen = build(family), []
+    model.register_forward_pre_hook(lambda m, a, k: seen.append((k.get("mm_encoder_outputs") or {}).get("image")), with_kwargs=True)
+    generate(model, FAMILIES[family].inputs([ONE]), 3, use_cache=False)
+    assert len(seen) == 3 and seen[0] is not None and all(output is seen[0] for output in seen)
+    assert all(isinstance(rows, torch.Tensor) for rows in seen[0].pooler_output)
+
+
+def test_the_prefill_step_has_the_generation_config() -> None:
+    assert list(inspect.signature(getattr(GenerationMixin, compat.PREFILL)).parameters)[1:4] == ["input_ids", "generation_config", "model_kwargs"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_loss_setter_keeps_one_instance_attribute(family: str) -> None:
+    model = build(family)
+    before = set(vars(model))
+    model.loss_function = model.loss_function
+    assert set(vars(model)) - before == {"_loss_function"}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_modules_call_the_function_their_config_names(family: str, attention: str) -> None:
+    model = shared(family, attention)
+    tower = model.model.vision_tower.encoder.layers[0].self_attn if hasattr(model.model, "vision_tower") else model.model.visual.blocks[0].attn
+    function = compat.attention_function(tower, attention)
+    assert callable(function) and tower.config._attn_implementation == attention
+    assert (function is ALL_ATTENTION_FUNCTIONS["sdpa"]) == (attention == "sdpa")
+
+
+def test_hooks_that_are_always_called_run_after_errors() -> None:
+    class Bad(nn.Module):
+        def forward(self) -> None:
+            raise KeyError
+
+    module, ran = Bad(), []
+    module.register_forward_hook(lambda *args: ran.append(1), always_call=True)
+    with pytest.raises(KeyError):
+        module()
+    assert ran == [1]
+
+
+def test_finite() -> None:
+    assert bool(compat.finite(torch.ones(3, 3))) and bool(compat.finite(torch.full((9,), 60000.0, dtype=torch.float16)))
+    for bad in (float("nan"), float("inf"), float("-inf")):
+        assert not bool(compat.finite(torch.tensor([1.0, bad])))
