@@ -1,4 +1,4 @@
-"""The matrix: which methods with which settings are tried on which families. A new method or family gets every invariant by one line here."""
+"""The matrix: which methods with which settings are tried on which families. One line here gives a new one every invariant."""
 
 from __future__ import annotations
 

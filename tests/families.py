@@ -94,7 +94,8 @@ def randomise(model: nn.Module) -> nn.Module:
 def llava(side: int, kv_heads: int) -> nn.Module:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, image_size=14 * side, patch_size=14, projection_dim=32
+            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, projection_dim=32,
+            image_size=14 * side, patch_size=14,
         ),
         text_config=LlamaConfig(
             hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=DEPTH, num_attention_heads=4, num_key_value_heads=kv_heads,

@@ -1,4 +1,4 @@
-"""What the library may cost: no attention maps, at most one device read per prompt and none per decode step, memory linear in the prompt."""
+"""What the library may cost: no attention maps, one device read per prompt and none per decode step, memory linear in the prompt."""
 
 from __future__ import annotations
 

@@ -212,7 +212,7 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
         assert case.method in ("random", "uniform", "visionzip")
         return
     drops = [layer for layer in choices[0].alive if layer > 0]
-    watch = [layer - reducer.score_before for layer in drops]
+    watch = [layer - (case.method == "fastv") for layer in drops]  # FastV: by the attention of the layer before the drop
     walks = walk_batch(shared(case.family, "eager"), inputs, choices, watch=watch)
     ranked = 0
     for choice, walk in zip(choices, walks, strict=True):
@@ -222,7 +222,7 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
         spans = {start + slot for start, rows in zip(choice.starts, choice.rows, strict=True) for slot in rows}
         last = max(start + _span_length(case, inputs, choice, i) for i, start in enumerate(choice.starts))
         first_query = max(first_query, last)
-        queries = range(first_query, choice.slots) if reducer.text_query == "all" else [choice.slots - 1]
+        queries = range(first_query, choice.slots) if case.method == "duet" else [choice.slots - 1]
         for drop, layer in zip(drops, watch, strict=True):
             score = walk.attention[layer][list(queries)].mean(0)
             before, after = choice.visible(drop - 1) & spans, choice.visible(drop) & spans
@@ -369,5 +369,6 @@ def test_scores_that_are_not_finite_are_refused(family: str, bad: float) -> None
     model = Case(family, "sdpa", "fastv", "keep").fresh()
     with torch.no_grad():
         model.model.language_model.layers[2].self_attn.k_proj.weight[0, 0] = bad
-    with duet_vlm.attach(model, "duet", schedule=((2, 0.5),)), pytest.raises(ValueError, match="attention scores at decoder layer 2 contain NaN"):
+    message = "attention scores at decoder layer 2 contain NaN"
+    with duet_vlm.attach(model, "duet", schedule=((2, 0.5),)), pytest.raises(ValueError, match=message):
         forward(model, FAMILIES[family].inputs([ONE]))

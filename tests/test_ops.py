@@ -174,7 +174,8 @@ def test_take(seed: int, batch: int, rows: int, count: int, broadcast: bool) -> 
         mrope = positions.expand(3, *positions.shape)
         assert torch.equal(ragged.take_last(mrope, index)[2, b], torch.stack([own[i, 0, 0] for i in chosen]))
         square = mask[0 if broadcast else b]
-        assert torch.equal(ragged.take_square(mask, index)[b], torch.stack([torch.stack([square[:, i, j] for j in chosen], -1) for i in chosen], 1))
+        cut = torch.stack([torch.stack([square[:, i, j] for j in chosen], -1) for i in chosen], 1)
+        assert torch.equal(ragged.take_square(mask, index)[b], cut)
 
 
 def test_pad_rows() -> None:

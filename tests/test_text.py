@@ -186,7 +186,9 @@ def test_spacy_without_its_model_falls_back(monkeypatch: pytest.MonkeyPatch) -> 
 def processor(tokenizer: PreTrainedTokenizerFast) -> LlavaProcessor:
     size = {"height": 84, "width": 84}
     images = CLIPImageProcessor(size=size, crop_size=size)
-    return LlavaProcessor(images, tokenizer, patch_size=14, vision_feature_select_strategy="default", image_token="<image>", num_additional_image_tokens=1)
+    return LlavaProcessor(
+        images, tokenizer, patch_size=14, vision_feature_select_strategy="default", image_token="<image>", num_additional_image_tokens=1
+    )
 
 
 def picture(seed: int) -> numpy.ndarray:

@@ -1,0 +1,111 @@
+"""What V2V looks at equals the tower's own attention maps and keys, image by image and in raster order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, MIXED, ONE, Inputs, Picture, forward, pictures_of, shared
+from torch import Tensor, nn
+
+import duet_vlm
+from duet_vlm import Selection, VisionView
+from duet_vlm.methods.duet import Duet
+
+seen: list[VisionView] = []
+
+
+@dataclass(frozen=True)
+class Probe(Duet):
+    """Duet that notes what it was shown."""
+
+    name = "probe"
+
+    def v2v(self, view: VisionView) -> Selection:
+        seen.append(view)
+        return super().v2v(view)
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    seen.clear()
+    yield
+    seen.clear()
+
+
+def window_order(height: int, width: int, side: int = 2) -> list[int]:
+    """Raster numbers of the merged tokens in the order of Qwen's tower: window by window."""
+    order = []
+    for top in range(0, height, side):
+        for left in range(0, width, side):
+            order += [y * width + x for y in range(top, min(top + side, height)) for x in range(left, min(left + side, width))]
+    return order
+
+
+def clip_signals(model: nn.Module, inputs: Inputs, layer: int) -> list[tuple[Tensor, Tensor]]:
+    tower = model.model.vision_tower
+    output = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    block = tower.encoder.layers[layer]
+    key = block.self_attn.k_proj(block.layer_norm1(output.hidden_states[layer])).unflatten(-1, (4, 8)).mean(2)[:, 1:]
+    return list(zip(output.attentions[layer][:, :, 0, 1:].sum(1), key, strict=True))
+
+
+def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
+    attention, caught = model.model.visual.blocks[layer].attn, []
+    hook = attention.register_forward_pre_hook(lambda m, a, k: caught.append((a, k)), with_kwargs=True)
+    model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    hook.remove()
+    args, kwargs = caught[0]
+    hidden = args[0] if args else kwargs["hidden_states"]
+    cos, sin = (t[:, None] for t in kwargs["position_embeddings"])
+    query, key = (t * cos + torch.cat([-t[..., 4:], t[..., :4]], -1) * sin for t in attention.qkv(hidden).unflatten(-1, (3, 4, 8)).unbind(1)[:2])
+    signals, start = [], 0
+    for picture in pictures:
+        count = picture.height * picture.width
+        q, k = (t[start : start + 4 * count].transpose(0, 1) for t in (query, key))
+        received = (q @ k.transpose(1, 2) * 8**-0.5).softmax(-1).mean(0).sum(0)
+        by_window = received.view(count, 4).mean(1), k.mean(0).view(count, 4, 8).mean(1)
+        raster = torch.tensor(window_order(picture.height, picture.width)).argsort()
+        signals.append((by_window[0][raster], by_window[1][raster]))
+        start += 4 * count
+    return signals
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [None, 1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_importance_and_keys_are_those_of_the_tower(family: str, layer: int | None, attention: str) -> None:
+    """By default the block behind the feature layer (CLIP, CLS row) or the last full-attention block (Qwen, column sums)."""
+    made, oracle = FAMILIES[family], shared(family, "eager")
+    inputs = made.inputs(MIXED)
+    with torch.no_grad():
+        if made.mrope:
+            expected = qwen_signals(oracle, inputs, 3 if layer is None else layer, pictures_of(MIXED))
+        else:
+            expected = clip_signals(oracle, inputs, 2 if layer is None else layer)
+    with duet_vlm.attach(shared(family, attention), Probe(dominant=0.4, contextual=0.2, signal_layer=layer)):
+        forward(shared(family, attention), inputs)
+    (view,) = seen
+    assert view.importance is not None and view.keys is not None
+    for row, (importance, keys) in enumerate(expected):
+        count = len(importance)
+        assert view.valid[row].tolist() == [True] * count + [False] * (view.valid.shape[1] - count)
+        torch.testing.assert_close(view.importance[row, :count], importance, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(view.keys[row, :count], keys, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recording_leaves_the_features_alone(family: str) -> None:
+    """Bit for bit, with the tower's own kernel: only a copy of query and key is looked at."""
+    model, inputs = shared(family), FAMILIES[family].inputs([ONE])
+    grids: Any = [inputs["image_grid_thw"]] if "image_grid_thw" in inputs else []
+    with torch.no_grad():
+        plain = model.model.get_image_features(inputs["pixel_values"], *grids, return_dict=True).pooler_output[0]
+        with duet_vlm.attach(model, Probe(dominant=0.5, contextual=0)) as handle:
+            reduced = model.model.get_image_features(inputs["pixel_values"], *grids, return_dict=True).pooler_output[0]
+            kept = ~reduced[:, 0].isnan()
+            assert int(kept.sum()) == handle.plan(len(plain)).entry < len(plain)
+    torch.testing.assert_close(reduced[kept], plain[kept], rtol=1e-5, atol=1e-6)
