@@ -111,6 +111,31 @@ def test_rejected_drafts_of_a_padded_prompt_leave_no_gap(family: str) -> None:
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+@matrix("duet", "fastv", attention=("sdpa", "eager"))
+def test_a_cache_cropped_into_its_prompt_goes_on(case: Case) -> None:
+    """All drafts of the first pass rejected, one token next: fewer keys than the first pass had, with padding in front."""
+    made, model = FAMILIES[case.family], case.model()
+    pad = torch.zeros(1, 3).long()
+    results = []
+    with case.attach() as handle:
+        for drafts in ((), (61, 62, 63)):
+            inputs = made.inputs([(*ONE, *drafts)])
+            ids = torch.cat([pad, inputs["input_ids"]], 1)
+            inputs |= {"input_ids": ids, "attention_mask": (ids != 0).long()}
+            if made.mrope:
+                inputs["mm_token_type_ids"] = (ids == 99).long()
+            cache = forward(model, inputs, use_cache=True, logits_to_keep=1 + len(drafts)).past_key_values
+            cache.crop(-len(drafts))
+            mask = torch.cat([inputs["attention_mask"][:, : ids.shape[1] - len(drafts)], torch.ones(1, 1).long()], 1)
+            step = {"input_ids": torch.tensor([[33]]), "attention_mask": mask}
+            if made.mrope:
+                step["position_ids"] = torch.full((3, 1, 1), 40)  # of the caller; the reduced cache knows its own
+            results.append((forward(model, step, past_key_values=cache).logits, [span.stages for span in handle.trace[0]]))
+    (plain, stages), (cropped, same) = results
+    assert same == stages
+    torch.testing.assert_close(cropped, plain, **CLOSE)
+
+
 class Collector(BaseStreamer):
     """Keeps what is streamed; ``end`` tells a waiting thread."""
 
