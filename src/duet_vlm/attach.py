@@ -232,10 +232,10 @@ class Handle:
             return None
         call = self._stacks.calls[-1]
         step = enter(self.adapter, self._active(), call, kwargs)
-        if call.run is not None:
-            self._run = call.run
         if step is not None:
-            kwargs[PASS] = step
+            self._run, kwargs[PASS] = step.run, step
+        elif call.placeholders is not None and self._active() is not None:
+            self._run = None  # a prompt without images: the last call has nothing to report
         return args, kwargs
 
     def _leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
