@@ -30,7 +30,7 @@ def tiny_for_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in (ROOT / p).read_text()])
 def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    known = dict(duet_vlm.registry._methods)
+    known = duet_vlm.methods()
     model, processor = tiny.load()
     image, prompt = Image.open(DEMO[0]), tiny.prompt("what color is the star ?")
     inputs = processor(images=image, text=prompt, return_tensors="pt")
