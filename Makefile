@@ -63,6 +63,6 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	sed 's/^transformers==.*/transformers==5.18.0/' constraints.txt > $(OLDEST)/constraints.txt
+	sed 's/^transformers==.*/transformers==5.19.0/' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -c $(OLDEST)/constraints.txt -e ".[dev]"
 	@touch $@

@@ -30,15 +30,17 @@ def look(adapter: Adapter, active: bool, plan: Callable[[int], SpanPlan], call: 
     if not decodes and (ids is not None or embeds is not None):
         call.placeholders = adapter.placeholders(ids, embeds)
     if outputs.get("image") is not None and call.encoded is None:
-        adopt(call, outputs["image"])
+        features = adopt(call, outputs["image"])
         if call.encoded is None and active:
-            call.encoded = encoded_elsewhere(call.features, plan)
+            call.encoded = encoded_elsewhere(features, plan)
 
 
-def adopt(call: Call, output: Any) -> None:
+def adopt(call: Call, output: Any) -> list[Tensor]:
     """Take features and decisions from an encoder output. Done where the outermost forward begins: hooks of device maps rebuild the
     output on their way in, and what rode on it is lost."""
-    call.features, call.encoded = list(output.pooler_output), getattr(output, ENCODED, None)
+    features = list(output.pooler_output)
+    call.features, call.encoded = features, getattr(output, ENCODED, None)
+    return features
 
 
 def _is_prompt(cache: Any) -> bool:
