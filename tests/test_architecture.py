@@ -25,6 +25,7 @@ ARROWS = {
     "measure": {"budget", "tokens"},
     "models": {"measure", "ops"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},
+    "presets": {"budget", "methods", "reducer"},
     "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
     "attach": {"budget", "flow", "hooks", "measure", "models", "reducer", "registry", "tokens"},
 }

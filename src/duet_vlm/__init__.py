@@ -6,6 +6,7 @@ import duet_vlm.methods as _files  # noqa: F401  bound first: imported later, th
 from duet_vlm.attach import Handle, attach
 from duet_vlm.budget import BudgetError, SpanPlan
 from duet_vlm.measure.report import Report
+from duet_vlm.presets import preset
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.registry import get, methods, register
 from duet_vlm.tokens import Selection, Span, SpanTrace, StageTrace
@@ -32,5 +33,6 @@ __all__ = [
     "attach",
     "get",
     "methods",
+    "preset",
     "register",
 ]

@@ -10,11 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.attach import Handle, attach
+from duet_vlm.attach import Handle
 from duet_vlm.budget import SpanPlan
-from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.load import config_of, quiet
-from duet_vlm.cli.options import AsJson, BudgetText, Debug, Method, Model, Positions, Settings, budget_of, settings_of
+from duet_vlm.cli.options import Model, Reduction, reducing
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.reducer import DecoderReducer
 
@@ -50,34 +49,30 @@ def planned_report(handle: Handle, tokens: int, text: int, element_bytes: int) -
         element_bytes=element_bytes,
         cache_bytes=None,
         decoded=0,
+        projects_all=getattr(reducer, "reads_projected", False),
     )
 
 
+@reducing
 def budget(
+    reduction: Reduction,
+    json_: bool,
     model: Model = "tiny",
-    budget: BudgetText = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens of the image, where its size decides.")] = None,
     text: Annotated[int, typer.Option("--text", min=1, help="Text tokens of the prompt, for FLOPs and bytes.")] = 32,
-    method: Method = "duet",
-    positions: Positions = None,
-    settings: Settings = None,
-    json_: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Solve a budget: settings, tokens per layer, FLOPs, KV bytes and the FLOPs-bound speed-up. Needs no weights."""
-    with friendly(debug, json_):
-        target, fields = budget_of(budget), settings_of(settings)
-        skeletal, element_bytes = skeleton(model)
-        with attach(skeletal, method, budget=target, positions=positions, **fields) as handle:
-            fixed = handle.adapter.fixed_tokens
-            if tokens is None and fixed is None:
-                raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
-            count = tokens or fixed or 0
-            plan, report = handle.plan(count), planned_report(handle, count, text, element_bytes)
-        if json_:
-            print(json.dumps(_plain(model, plan, report, text)))
-        else:
-            _show(model, plan, report, text)
+    skeletal, element_bytes = skeleton(model)
+    with reduction.attach(skeletal) as handle:
+        fixed = handle.adapter.fixed_tokens
+        if tokens is None and fixed is None:
+            raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
+        count = tokens or fixed or 0
+        plan, report = handle.plan(count), planned_report(handle, count, text, element_bytes)
+    if json_:
+        print(json.dumps(_plain(model, plan, report, text)))
+    else:
+        _show(model, plan, report, text)
 
 
 def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, Any]:

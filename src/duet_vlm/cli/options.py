@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import ast
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import nn
+
+from duet_vlm.attach import Handle, attach
+from duet_vlm.cli.errors import friendly
+from duet_vlm.presets import preset as preset_of
+from duet_vlm.reducer import Reducer
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")]
 Images = Annotated[list[Path], typer.Option("--image", "-i", help="Image file; repeat it for several.")]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The question; images go in front of it.")]
-Method = Annotated[str, typer.Option("--method", help="Name of a method, see 'duet-vlm methods'.")]
+Method = Annotated[str | None, typer.Option("--method", help="Name of a method, see 'duet-vlm methods'. Default: duet.")]
+Preset = Annotated[
+    str | None,
+    typer.Option("--preset", help="A method with all its settings as published, e.g. duet-192; in place of --method, --budget and --set."),
+]
 BudgetText = Annotated[
     str | None,
     typer.Option("--budget", "-b", help="Mean visual tokens per decoder layer and image (64), or that as a fraction (0.22 or 22%)."),
@@ -57,3 +71,65 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             out[key.strip()] = value.strip()
     return out
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What the options of one command line ask for, ready to be attached."""
+
+    label: str
+    method: str | Reducer
+    budget: int | float | None
+    fields: dict[str, Any]
+
+    def attach(self, model: nn.Module, processor: Any = None) -> Handle:
+        """Attach it; ``processor`` is used where the settings need one."""
+        marked = processor if self.fields.get("text_query") == "salient" else None
+        return attach(model, self.method, budget=self.budget, processor=marked, **self.fields)
+
+
+def reduction_of(
+    method: str | None, preset: str | None, budget: str | None, positions: str | None, settings: list[str] | None
+) -> Reduction:
+    """The texts of the shared options as values.
+
+    Raises
+    ------
+    ValueError
+        A preset beside other choices, an unknown preset, a budget or a setting that does not read as one.
+    """
+    if preset is None:
+        fields = settings_of(settings) | ({} if positions is None else {"positions": positions})
+        return Reduction(method or "duet", method or "duet", budget_of(budget), fields)
+    others = {"--method": method, "--budget": budget, "--positions": positions, "--set": settings}
+    given = [option for option, value in others.items() if value]
+    if given:
+        raise ValueError(f"--preset {preset} brings its method and all settings: leave out {', '.join(given)}")
+    return Reduction(preset, preset_of(preset), None, {})
+
+
+def _shared(
+    method: Method = None,
+    preset: Preset = None,
+    budget: BudgetText = None,
+    positions: Positions = None,
+    settings: Settings = None,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """The options of every verb that attaches a method, where they are told apart from the verb's own."""
+
+
+def reducing(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the shared options; it receives them as ``reduction`` and ``json_``, and its errors as one line."""
+    own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name not in ("reduction", "json_")]
+    shared = list(inspect.signature(_shared, eval_str=True).parameters.values())
+
+    @functools.wraps(verb)
+    def command(method: Any, preset: Any, budget: Any, positions: Any, settings: Any, json_: bool, debug: bool, **values: Any) -> None:
+        with friendly(debug, json_):
+            verb(**values, reduction=reduction_of(method, preset, budget, positions, settings), json_=json_)
+
+    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}  # typer reads both
+    return command

@@ -8,23 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from duet_vlm.attach import attach
-from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.load import Loaded, load, open_image
-from duet_vlm.cli.options import (
-    AsJson,
-    BudgetText,
-    Debug,
-    Device,
-    Images,
-    Method,
-    Model,
-    Positions,
-    Prompt,
-    Settings,
-    budget_of,
-    settings_of,
-)
+from duet_vlm.cli.options import Device, Images, Model, Prompt, Reduction, reducing
 
 
 def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> str:
@@ -41,44 +26,38 @@ def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> str:
     return str(loaded.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
+@reducing
 def run(
     image: Images,
     prompt: Prompt,
+    reduction: Reduction,
+    json_: bool,
     model: Model = "tiny",
-    method: Method = "duet",
-    budget: BudgetText = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with the full model.")] = False,
-    positions: Positions = None,
-    settings: Settings = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     device: Device = None,
-    json_: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Answer a question about images, then report tokens, FLOPs and KV bytes."""
-    with friendly(debug, json_):
-        target, fields = budget_of(budget), settings_of(settings)
-        pictures = [open_image(path) for path in image]
-        loaded = load(model, device)
-        processor = loaded.processor if fields.get("text_query") == "salient" else None
-        with attach(loaded.model, method, budget=target, positions=positions, processor=processor, **fields) as handle:
-            inputs = loaded.inputs(pictures, prompt)
-            width = max(len(method), 4)
-            if compare and not json_:
-                sys.stdout.write(f"{method:<{width}} | ")
-            short = answer(loaded, inputs, max_new_tokens, not json_)
-            report = handle.report()
-            full = None
-            if compare:
-                if not json_:
-                    sys.stdout.write(f"{'full':<{width}} | ")
-                inputs.pop("salient_mask", None)
-                with handle.paused():
-                    full = answer(loaded, inputs, max_new_tokens, not json_)
-        if json_:
-            values = {"model": model, "prompt": prompt, "answer": short, "full_answer": full}
-            print(json.dumps(values | {"report": json.loads(report.to_json())}))
-            return
+    pictures = [open_image(path) for path in image]
+    loaded = load(model, device)
+    with reduction.attach(loaded.model, loaded.processor) as handle:
+        inputs = loaded.inputs(pictures, prompt)
+        width = max(len(reduction.label), 4)
+        if compare and not json_:
+            sys.stdout.write(f"{reduction.label:<{width}} | ")
+        short = answer(loaded, inputs, max_new_tokens, not json_)
+        report = handle.report()
+        full = None
         if compare:
-            print("same answer" if full == short else "the answers differ")
-        print(f"\n{report}")
+            if not json_:
+                sys.stdout.write(f"{'full':<{width}} | ")
+            inputs.pop("salient_mask", None)
+            with handle.paused():
+                full = answer(loaded, inputs, max_new_tokens, not json_)
+    if json_:
+        values = {"model": model, "prompt": prompt, "answer": short, "full_answer": full}
+        print(json.dumps(values | {"report": json.loads(report.to_json())}))
+        return
+    if compare:
+        print("same answer" if full == short else "the answers differ")
+    print(f"\n{report}")

@@ -9,23 +9,8 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.attach import attach
-from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.load import Loaded, load, open_image
-from duet_vlm.cli.options import (
-    AsJson,
-    BudgetText,
-    Debug,
-    Device,
-    Images,
-    Method,
-    Model,
-    Positions,
-    Prompt,
-    Settings,
-    budget_of,
-    settings_of,
-)
+from duet_vlm.cli.options import Device, Images, Model, Prompt, Reduction, reducing
 from duet_vlm.cli.run import answer
 from duet_vlm.tokens import SpanTrace
 from duet_vlm.viz import draw, seen
@@ -37,39 +22,33 @@ def overlay(loaded: Loaded, inputs: Any, images: list[Image.Image], number: int,
     return draw(seen(images[number], pixels[number] if pixels.ndim == 4 else None, loaded.processor), trace, title=title)
 
 
+@reducing
 def viz(
     image: Images,
     prompt: Prompt,
+    reduction: Reduction,
+    json_: bool,
     model: Model = "tiny",
-    method: Method = "duet",
-    budget: BudgetText = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files.")] = Path("out/viz"),
-    positions: Positions = None,
-    settings: Settings = None,
     device: Device = None,
-    json_: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Draw, for each image and stage, the patches that were kept, merged (one colour per group) and dropped."""
-    with friendly(debug, json_):
-        target, fields = budget_of(budget), settings_of(settings)
-        pictures = [open_image(path) for path in image]
-        loaded = load(model, device)
-        processor = loaded.processor if fields.get("text_query") == "salient" else None
-        with attach(loaded.model, method, budget=target, positions=positions, processor=processor, **fields) as handle:
-            inputs = loaded.inputs(pictures, prompt)
-            said = answer(loaded, inputs, 16, False)
-            (spans,), report = handle.trace, handle.report()
-        out.mkdir(parents=True, exist_ok=True)
-        files = []
-        for number, trace in enumerate(spans):
-            cost = f"{report.measured_mean / len(spans):.1f} tokens per layer"
-            sheet = overlay(loaded, inputs, pictures, number, trace, f"{method}, {cost}.  {prompt}  {said}")
-            files.append(out / f"{number + 1}-{image[number].stem}-{method}.png")
-            sheet.save(files[-1])
-        if json_:
-            print(json.dumps({"answer": said, "files": [str(file) for file in files], "mean_tokens": report.measured_mean}))
-            return
-        print(said)
-        for file in files:
-            print(f"wrote {file}")
+    pictures = [open_image(path) for path in image]
+    loaded = load(model, device)
+    with reduction.attach(loaded.model, loaded.processor) as handle:
+        inputs = loaded.inputs(pictures, prompt)
+        said = answer(loaded, inputs, 16, False)
+        (spans,), report = handle.trace, handle.report()
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, trace in enumerate(spans):
+        cost = f"{report.measured_mean / len(spans):.1f} tokens per layer"
+        sheet = overlay(loaded, inputs, pictures, number, trace, f"{reduction.label}, {cost}.  {prompt}  {said}")
+        files.append(out / f"{number + 1}-{image[number].stem}-{reduction.label}.png")
+        sheet.save(files[-1])
+    if json_:
+        print(json.dumps({"answer": said, "files": [str(file) for file in files], "mean_tokens": report.measured_mean}))
+        return
+    print(said)
+    for file in files:
+        print(f"wrote {file}")
