@@ -17,10 +17,12 @@ from duet_vlm.methods.visionzip import VisionZip
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
+    "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "fastv": {"layers": 2, "keep": 0.4},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
+    "scope": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "visionzip": {"dominant": 0.3, "contextual": 0.2},
 }
@@ -28,6 +30,8 @@ REDUCING: dict[str, dict[str, Any]] = {
 # settings that keep every token, in as many ways as there are
 KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),
+    ("divprune", {"keep": 1.0}),
+    ("divprune", {"budget": 1.0}),
     ("duet", {"dominant": 1.0, "contextual": 0, "schedule": ()}),
     ("duet", {"schedule": ((3, 1.0), (5, 1.0))}),
     ("duet", {"budget": 1.0}),
@@ -36,6 +40,8 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("fastv", {"budget": 1.0}),
     ("pyramiddrop", {"schedule": ((2, 1.0), (4, 1.0))}),
     ("random", {"entry": 1.0}),
+    ("scope", {"keep": 1.0}),
+    ("scope", {"budget": 100_000}),
     ("uniform", {"budget": 1.0}),
     ("visionzip", {"dominant": 1.0}),
 ]

@@ -92,7 +92,7 @@ def test_the_counter_counts() -> None:
 def allowed_reads(case: Case) -> int:
     """One where the prompt enters the decoder; in front of it Qwen's tower is asked for its image sizes once per use, besides two dozen
     times by the stock code."""
-    encoder = 2 if case.method in ("duet", "visionzip") else 1
+    encoder = 2 if getattr(duet_vlm.get(case.method), "signals", ()) else 1
     return 1 + (encoder if FAMILIES[case.family].mrope else 0)
 
 

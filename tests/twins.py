@@ -124,6 +124,40 @@ def visionzip_entry(importance: Sequence[float], keys: Matrix, dominant: int, co
     return kept, join(others, anchors, keys)
 
 
+# ---- greedy choices, for one span
+
+
+def coverage(chosen: Sequence[int], features: Matrix) -> float:
+    """How well the chosen tokens stand for all: the sum, over every token, of its likeness to the chosen one most like it (none: 0)."""
+    return sum(max([0.0, *(cosine(row, features[v]) for v in chosen)]) for row in features)
+
+
+def scope_entry(importance: Sequence[float], features: Matrix, count: int, alpha: float) -> list[int]:
+    """Tokens in the order in which they are chosen: each has the largest gain in coverage times importance ** alpha, on a tie the first."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        before = coverage(chosen, features)
+        rest = [v for v in range(len(features)) if v not in chosen]
+        score = [(coverage([*chosen, v], features) - before) * importance[v] ** alpha for v in rest]
+        chosen.append(rest[first_largest(score)])
+    return chosen
+
+
+def divprune_entry(features: Matrix, count: int) -> list[int]:
+    """Tokens in the order in which they are chosen: first the loneliest, then whoever is farthest from the nearest chosen one."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        rest = [v for v in range(len(features)) if v not in chosen]
+        others = {v: chosen or [u for u in rest if u != v] for v in rest}
+        distance = [min((1 - cosine(features[v], features[u]) for u in others[v]), default=0.0) for v in rest]
+        chosen.append(rest[first_largest(distance)])
+    return chosen
+
+
+def first_largest(values: Sequence[float]) -> int:
+    return max(range(len(values)), key=lambda i: (round(values[i], 9), -i))
+
+
 # ---- text queries
 
 

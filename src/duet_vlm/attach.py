@@ -134,6 +134,7 @@ class Handle:
             element_bytes=run.element_bytes,
             cache_bytes=run.cache_bytes,
             decoded=run.decoded,
+            projects_all=getattr(self.reducer, "reads_projected", False),
         )
 
     @property

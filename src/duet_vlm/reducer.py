@@ -6,13 +6,14 @@ visual tokens stay at a drop inside the decoder (T2V). A method is one frozen da
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from torch import Tensor
 
-from duet_vlm.budget import Budget, BudgetError, SpanPlan, check_budget
+from duet_vlm.budget import EPSILON, Budget, BudgetError, Keep, SpanPlan, check_budget, count_of, infeasible, target_mean
 from duet_vlm.tokens import Selection
 
 POSITIONS = ("keep", "compact")
@@ -27,7 +28,9 @@ class VisionView:
     """What an encoder reducer may look at; B spans of up to N tokens.
 
     ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method asked for them in ``signals``; ``valid`` [B, N];
-    ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host.
+    ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
+    are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
+    for methods that ask for them (``reads_projected``).
     """
 
     valid: Tensor
@@ -36,6 +39,7 @@ class VisionView:
     plans: tuple[SpanPlan, ...]
     importance: Tensor | None = None
     keys: Tensor | None = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ class Reducer(ABC):
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
+    ``signals`` names what it asks of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
+    would get them, so that a point-wise projector runs on all of them.
+
     Attributes
     ----------
     cls_token : bool
@@ -99,6 +106,7 @@ class EncoderReducer(Reducer):
     """
 
     signals: ClassVar[frozenset[str]] = frozenset()
+    reads_projected: ClassVar[bool] = False
 
     cls_token: bool = False
     signal_layer: int | None = None
@@ -108,6 +116,8 @@ class EncoderReducer(Reducer):
         super().__post_init__()
         if self.cls_token and self.positions != "compact":
             raise ValueError(f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}")
+        if self.cls_token and self.reads_projected:
+            raise ValueError(f"cls_token=True cannot work with {self.name}: it reads projected rows, and the CLS row is not projected")
         if self.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
 
@@ -169,3 +179,17 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
 def whole(tokens: int, depth: int) -> SpanPlan:
     """The plan that keeps every token."""
     return SpanPlan(tokens, tokens, 0, (tokens,) * depth)
+
+
+def constant(method: Reducer, keep: Keep | None, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+    """The plan of a method that enters ``keep`` tokens of a span, or as many as ``budget`` allows, and drops none later."""
+    check_budget_or_fields(method, budget, keep is not None, "keep=")
+    if budget is None:
+        assert keep is not None  # just checked
+        count = count_of(keep, tokens)
+    else:
+        target = target_mean(budget, tokens)
+        count = math.floor(target + EPSILON)
+        if count < 1:
+            raise infeasible(method.name, target, 1, tokens, "at least one token enters the decoder")
+    return SpanPlan(tokens, count, 0, (count,) * depth)

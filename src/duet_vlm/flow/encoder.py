@@ -2,7 +2,7 @@
 
 Reduced spans keep their length: rows that are gone are marked, so the model's own checks, packing, position code and beam expansion
 keep working; the marked rows are removed where the decoder begins. Point-wise projectors are reduced at their door (only the surviving
-rows are projected, merged ones included), grid mergers after the encoder call.
+rows are projected, merged ones included); grid mergers, and methods that read projected rows, after the encoder call.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class EncoderFlow:
     def at_door(self, door: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Pre-hook of the projector: features [B, N, C] -> surviving rows [B, K, C]."""
         reducer = self.reducer()
-        if not self.stacks.encoders or not isinstance(reducer, EncoderReducer):
+        if not self.stacks.encoders or not isinstance(reducer, EncoderReducer) or reducer.reads_projected:
             return None
         call = self.stacks.encoders[-1]
         features = args[0]
@@ -87,7 +87,7 @@ class EncoderFlow:
             return None
         return _marked(projected, pending, pending.plans[0].tokens)
 
-    # ---- grid merger: after the call
+    # ---- grid merger, or a method that reads projected rows: after the call
 
     def _finish(self, output: Any, call: EncoderCall, reducer: Reducer) -> Any:
         if not hasattr(output, "pooler_output"):
@@ -97,7 +97,7 @@ class EncoderFlow:
         if encoded is None:
             plans = tuple(self.plan(len(r)) for r in rows)
             encoded = Encoded(rows, (), plans)
-            if self.adapter.door is None and isinstance(reducer, EncoderReducer) and any(plan.merges for plan in plans):
+            if isinstance(reducer, EncoderReducer) and any(plan.merges for plan in plans):
                 rows = self._reduce_after(rows, call, reducer, encoded)
                 output.pooler_output = type(output.pooler_output)(rows)
         encoded.rows = rows
@@ -128,7 +128,7 @@ class EncoderFlow:
             with torch.no_grad():
                 importance, keys = self._signals(reducer, call, features.shape[1])
         counts = torch.tensor([[p.dominant, p.contextual] for p in plans], device=features.device)
-        return reducer.v2v(VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, keys))
+        return reducer.v2v(VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, keys, features.detach()))
 
     def _signals(self, reducer: EncoderReducer, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if not call.recorded:

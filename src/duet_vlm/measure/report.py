@@ -134,8 +134,12 @@ def make_report(
     element_bytes: int,
     cache_bytes: Sequence[int] | None,
     decoded: int,
+    projects_all: bool = False,
 ) -> Report:
-    """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache)."""
+    """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache).
+
+    ``projects_all``: the method looks at projected rows, so the projector runs on every token and not only on those that enter.
+    """
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
     plans = [plan for s in samples for plan in s.plans]
@@ -150,7 +154,8 @@ def make_report(
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv)
 
-    before = [p.entry if vision.patches_per_token == 1 else p.tokens for p in plans]  # grid mergers run on every patch
+    everything = projects_all or vision.patches_per_token > 1  # grid mergers run on every patch
+    before = [p.tokens if everything else p.entry for p in plans]
     full_width = max(w[0] for w in whole)
     return Report(
         method=method,

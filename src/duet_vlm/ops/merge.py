@@ -9,13 +9,18 @@ from duet_vlm.ops.ragged import take
 from duet_vlm.tokens import Selection
 
 
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows [..., C] scaled to length 1 in float32; rows of zeros stay zeros."""
+    rows = rows.float()
+    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def nearest_anchor(metric: Tensor, members: Tensor, anchors: Tensor, anchor_valid: Tensor) -> Tensor:
     """The anchor with the largest cosine similarity for each member, the first one on a tie.
 
     metric [B, N, d], members [B, P], anchors [B, K], anchor_valid [B, K] -> anchor number [B, P].
     """
-    unit = metric.float()
-    unit = unit / unit.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    unit = unit_rows(metric)
     similarity = take(unit, members) @ take(unit, anchors).transpose(1, 2)
     return similarity.masked_fill(~anchor_valid[:, None], float("-inf")).argmax(-1)
 

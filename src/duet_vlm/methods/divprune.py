@@ -1,0 +1,52 @@
+"""DivPrune: keep vision tokens that are as unlike each other as can be, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.greedy import cosine, spread
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+
+@register("divprune")
+@dataclass(frozen=True)
+class DivPrune(EncoderReducer):
+    """DivPrune (CVPR 2025).
+
+    Max-min diversity over the projected tokens (distance 1 - cosine): first the token whose nearest neighbour is farthest, then again and
+    again the one that is farthest from the nearest chosen token. No attention, no text, no merging, and nothing happens in the decoder.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them (the authors' default is 0.098). A budget of n keeps n.
+
+    Cost: the projector runs on every token (other methods here project the survivors only), an N x N table of similarities, and per kept
+    token one row of it; 4 N^2 bytes. Needs nothing of the vision tower. Usable in training (the choice carries no gradient).
+
+    Differences from the authors' code (vbdi/divprune): kept positions, any batch, several images each on its own, ties by index.
+    """
+
+    paper = "DivPrune, CVPR 2025"
+    summary = "keep projected vision tokens that are least alike (max-min distance) before the decoder"
+    reads_projected = True
+
+    keep: Keep | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.features is not None  # always there
+        steps = max(plan.dominant for plan in view.plans)
+        chosen = spread(cosine(view.features, view.valid), view.valid, view.dominant, steps)
+        return Selection.pick(*pack_right(chosen, steps))

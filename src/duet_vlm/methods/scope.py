@@ -1,0 +1,61 @@
+"""SCOPE: keep the vision tokens that cover all others best, weighted by what the vision encoder attends to, before the decoder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.greedy import cosine, cover
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+
+@register("scope")
+@dataclass(frozen=True)
+class Scope(EncoderReducer):
+    """SCOPE (NeurIPS 2025, "Saliency-Coverage Oriented Token Pruning").
+
+    Picks one token after the other: the one whose gain in coverage (how much more similar every token becomes to its most similar chosen
+    one, cosine of vision features) times its saliency (attention of the vision encoder) to the power ``alpha`` is largest. Nothing is
+    merged, text plays no part, and nothing happens in the decoder.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+    alpha : float
+        Weight of saliency: 0 is pure coverage, 1 the released setting.
+
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer, an N x N table of similarities, and per kept token one pass
+    over it; 8 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
+
+    Differences from the authors' code (kinredon/SCOPE): kept positions, any batch, ties by index. Towers without a CLS row take the
+    attention that a token receives, summed over the rows of its vision block, as saliency.
+    """
+
+    paper = "SCOPE, NeurIPS 2025"
+    summary = "keep vision tokens by saliency times gain in coverage, one after the other, before the decoder"
+    signals = frozenset({"importance"})
+
+    keep: Keep | None = None
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha}: must be a number of at least 0 (0: coverage alone)")
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.importance is not None and view.features is not None  # promised by ``signals``
+        steps = max(plan.dominant for plan in view.plans)
+        similarity = cosine(view.features, view.valid)
+        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps)
+        return Selection.pick(*pack_right(chosen, steps))

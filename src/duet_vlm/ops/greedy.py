@@ -1,0 +1,90 @@
+"""Choosing tokens one after the other, each in view of those before: to cover all tokens, or to stay far from the chosen.
+
+All in float32; on a tie the lower index. The loops run over the tokens to choose, never over tokens or samples, and read nothing back to the
+host: a span that needs fewer picks than the longest goes on picking, and its surplus is cut off at the end.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from duet_vlm.ops.merge import unit_rows
+
+
+def cosine(rows: Tensor, valid: Tensor) -> Tensor:
+    """Cosine similarity of every pair: rows [B, N, C], valid [B, N] -> [B, N, N] float32, 0 where either row is not valid.
+
+    Exactly symmetric and exactly 1 between a row and itself, which a matrix product is not: two tokens that are each other's nearest tie,
+    and the lower index must win.
+    """
+    unit = unit_rows(rows) * valid[..., None]
+    table = unit @ unit.transpose(1, 2)
+    table = (table + table.transpose(1, 2)).mul_(0.5)
+    table.diagonal(dim1=1, dim2=2).copy_(unit.any(-1))
+    return table
+
+
+def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+    """Greedy coverage: again and again the token that adds most to sum_u max(0, max over chosen v of similarity[u, v]), times its weight.
+
+    Parameters
+    ----------
+    similarity : Tensor
+        [B, N, N] float32, symmetric.
+    weight : Tensor
+        [B, N], what each token's gain is multiplied by; not negative.
+    valid : Tensor
+        [B, N] bool.
+    count : Tensor
+        [B], how many tokens to choose; ``steps`` is the largest of them, known on the host.
+
+    Returns
+    -------
+    Tensor
+        [B, N] bool, the chosen tokens.
+    """
+    covered = similarity.new_zeros(similarity.shape[:2])
+    out_of_play = covered.masked_fill(~valid, float("-inf"))
+    missing = torch.empty_like(similarity)
+    order = []
+    for _ in range(steps):
+        gain = torch.sub(similarity, covered[:, None], out=missing).relu_().sum(-1)
+        best = torch.addcmul(out_of_play, gain, weight).argmax(1, keepdim=True)
+        out_of_play.scatter_(1, best, float("-inf"))
+        covered = torch.maximum(covered, _row(similarity, best))
+        order.append(best)
+    return _mask_of(order, count, valid)
+
+
+def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+    """Greedy max-min: first the token that is least like its nearest neighbour, then whoever is least like the nearest chosen one.
+
+    similarity [B, N, N], valid [B, N], count [B] of which ``steps`` is the largest -> the chosen tokens [B, N] bool.
+    """
+    never = float("inf")
+    itself = torch.eye(similarity.shape[1], dtype=torch.bool, device=similarity.device)
+    nearest = similarity.masked_fill(itself | ~valid[:, None], -never).amax(-1)
+    out_of_play = torch.zeros_like(nearest).masked_fill(~valid, never)
+    order = []
+    for step in range(steps):
+        best = (nearest + out_of_play).argmin(1, keepdim=True)
+        out_of_play.scatter_(1, best, never)
+        row = _row(similarity, best)
+        nearest = torch.maximum(nearest, row) if step else row
+        order.append(best)
+    return _mask_of(order, count, valid)
+
+
+def _row(table: Tensor, index: Tensor) -> Tensor:
+    """[B, N, N], [B, 1] -> [B, N]."""
+    return table.gather(1, index[..., None].expand(-1, -1, table.shape[2]))[:, 0]
+
+
+def _mask_of(order: list[Tensor], count: Tensor, valid: Tensor) -> Tensor:
+    """The first ``count`` [B] of the picks, each [B, 1], as a mask [B, N]."""
+    if not order:
+        return torch.zeros_like(valid)
+    picks = torch.cat(order, 1)
+    real = torch.arange(picks.shape[1], device=picks.device) < count[:, None]
+    return torch.zeros_like(valid).scatter_reduce_(1, picks, real, "amax")

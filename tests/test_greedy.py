@@ -1,0 +1,154 @@
+"""Greedy choices equal their slow twins: ragged spans, ties, duplicates, all tokens, none; and what they must do by definition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import twins
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duet_vlm import SpanPlan, VisionView
+from duet_vlm.methods.divprune import DivPrune
+from duet_vlm.methods.scope import Scope
+from duet_vlm.ops import greedy
+from duet_vlm.reducer import EncoderReducer
+
+many = settings(max_examples=150, deadline=None, derandomize=True)
+seeds = st.integers(0, 10_000)
+
+# lengths 1 and 2, so that every cosine is a multiple of 1/2 and sums are exact: ties are ties, and duplicates abound
+EXACT = [[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, -1.0, 0], [1.0, 1, 1, 1], [1.0, -1, 1, 1], [-1.0, 1, 1, -1], [0.0, 0, 0, 0]]
+
+
+@st.composite
+def spans(draw: Any, largest: int = 12) -> list[tuple[int, int]]:
+    """(tokens, how many to choose) of up to three images, none and all included."""
+    sizes = draw(st.lists(st.integers(1, largest), min_size=1, max_size=3))
+    return [(n, draw(st.integers(0, n))) for n in sizes]
+
+
+def view_of(images: list[tuple[int, int]], seed: int, exact: bool) -> VisionView:
+    """Spans padded on the right; importance and features either random or of few exact values."""
+    draw, width, batch = torch.Generator().manual_seed(seed), max(n for n, _ in images), len(images)
+    if exact:
+        features = torch.tensor(EXACT)[torch.randint(len(EXACT), (batch, width), generator=draw)]
+        importance = torch.randint(1, 4, (batch, width), generator=draw) / 4
+    else:
+        features, importance = torch.randn(batch, width, 5, generator=draw), torch.rand(batch, width, generator=draw)
+    valid = torch.arange(width) < torch.tensor([n for n, _ in images])[:, None]
+    counts = torch.tensor([count for _, count in images])
+    plans = tuple(SpanPlan(n, count, 0, (count,) * 4) for n, count in images)
+    return VisionView(valid, counts, torch.zeros_like(counts), plans, importance, None, features * valid[..., None])
+
+
+def chosen_by(method: EncoderReducer, view: VisionView) -> list[list[int]]:
+    selection = method.v2v(view)
+    assert selection.members.shape[1] == 0
+    return [index[valid].tolist() for index, valid in zip(selection.index, selection.valid, strict=True)]
+
+
+def rows_of(table: Tensor | None, sample: int, tokens: int) -> Any:
+    assert table is not None
+    return table[sample, :tokens].double().tolist()
+
+
+@many
+@given(spans(), seeds, st.booleans(), st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+def test_scope(images: list[tuple[int, int]], seed: int, exact: bool, alpha: float) -> None:
+    alpha = round(alpha) if exact else alpha  # no square roots where ties are meant
+    view = view_of(images, seed, exact)
+    for sample, ((tokens, count), found) in enumerate(zip(images, chosen_by(Scope(alpha=alpha), view), strict=True)):
+        expected = twins.scope_entry(rows_of(view.importance, sample, tokens), rows_of(view.features, sample, tokens), count, alpha)
+        assert found == sorted(expected)
+
+
+@many
+@given(spans(), seeds, st.booleans())
+def test_divprune(images: list[tuple[int, int]], seed: int, exact: bool) -> None:
+    view = view_of(images, seed, exact)
+    for sample, ((tokens, count), found) in enumerate(zip(images, chosen_by(DivPrune(), view), strict=True)):
+        assert found == sorted(twins.divprune_entry(rows_of(view.features, sample, tokens), count))
+
+
+@many
+@given(spans(), seeds, st.integers(1, 5))
+def test_padding_and_neighbours_in_the_batch_change_nothing(images: list[tuple[int, int]], seed: int, spare: int) -> None:
+    """Garbage in padding rows and images beside it leave a span's choice alone."""
+    view = view_of(images, seed, exact=True)
+    assert view.importance is not None and view.features is not None
+    grown = VisionView(
+        torch.cat([view.valid, torch.zeros(len(images), spare, dtype=torch.bool)], 1), view.dominant, view.contextual, view.plans,
+        torch.cat([view.importance, torch.full((len(images), spare), 9.0)], 1), None,
+        torch.cat([view.features, torch.ones(len(images), spare, 4)], 1),
+    )  # fmt: skip
+    for method in (Scope(), DivPrune()):
+        together = chosen_by(method, view)
+        assert chosen_by(method, grown) == together
+        for sample, (tokens, _) in enumerate(images):
+            one = slice(sample, sample + 1)
+            alone = VisionView(
+                view.valid[one, :tokens], view.dominant[one], view.contextual[one], view.plans[one], view.importance[one, :tokens], None,
+                view.features[one, :tokens],
+            )  # fmt: skip
+            assert chosen_by(method, alone) == [together[sample]]
+
+
+def choose(features: Tensor, importance: Tensor, count: int, alpha: float = 1.0) -> list[int]:
+    """The picks in order: what each larger count adds."""
+    order: list[int] = []
+    for n in range(1, count + 1):
+        plan = (SpanPlan(len(features), n, 0, (n,)),)
+        valid = torch.ones(1, len(features), dtype=torch.bool)
+        view = VisionView(valid, torch.tensor([n]), torch.tensor([0]), plan, importance[None], None, features[None])
+        order += set(chosen_by(Scope(alpha=alpha), view)[0]) - set(order)
+    return order
+
+
+@given(seeds)
+@settings(max_examples=20, deadline=None, derandomize=True)
+def test_scope_without_saliency_is_facility_location(seed: int) -> None:
+    """alpha = 0: the first pick has the largest column sum of positive similarities, and saliency plays no part."""
+    draw = torch.Generator().manual_seed(seed)
+    features, importance = torch.randn(10, 4, generator=draw), torch.rand(10, generator=draw)
+    unit = torch.nn.functional.normalize(features, dim=1)
+    order = choose(features, importance, 10, alpha=0.0)
+    assert order[0] == int((unit @ unit.T).clamp(min=0).sum(0).argmax())
+    assert order == choose(features, importance.flip(0), 10, alpha=0.0)
+    assert sorted(order) == list(range(10))
+
+
+def test_scope_with_strong_saliency_is_top_k() -> None:
+    """Saliencies that differ by more than any gain can: the ranking by saliency is left."""
+    features, importance = torch.eye(6) + 0.1, torch.tensor([1e0, 1e8, 1e4, 1e12, 1e16, 1e20])
+    assert choose(features, importance, 6) == [5, 4, 3, 1, 2, 0]
+
+
+def test_scope_prefers_what_is_not_covered_yet() -> None:
+    """Two groups of equal rows: the second pick comes from the other group, although its saliency is far lower."""
+    features = torch.tensor([[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 2)
+    importance = torch.tensor([0.5, 1.0, 0.9, 0.9, 0.9, 0.01, 0.02])
+    assert choose(features, importance, 3) == [1, 6, 0]  # then all gains are zero: the lowest index
+
+
+def test_a_row_of_largest_importance_comes_first() -> None:
+    """The CLS row of models that feed it is given the largest float as its importance."""
+    features, importance = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.rand(5)
+    importance[2] = torch.finfo(torch.float32).max
+    assert choose(features, importance, 5)[0] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_similarity_is_float32_whatever_the_model_is(dtype: torch.dtype) -> None:
+    rows = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
+    valid = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    found = greedy.cosine(rows, valid)
+    assert found.dtype == torch.float32 and torch.equal(found, greedy.cosine(rows.float(), valid))
+    for b in range(2):
+        for i in range(7):
+            for j in range(7):
+                expected = twins.cosine(rows[b, i].tolist(), rows[b, j].tolist()) if valid[b, i] and valid[b, j] else 0.0
+                assert float(found[b, i, j]) == pytest.approx(expected, abs=1e-6)

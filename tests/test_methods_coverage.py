@@ -1,0 +1,151 @@
+"""Methods that choose by coverage and diversity, on models: which rows they look at, what that costs, what they refuse, and training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import twins
+from families import FAMILIES, MIXED, ONE, Inputs, Picture, forward, pictures_of, shared
+from torch import Tensor, nn
+
+import duet_vlm
+
+GREEDY = ("divprune", "scope")
+PICTURES = pictures_of(MIXED)
+
+
+def chosen_tokens(handle: duet_vlm.Handle) -> list[list[int]]:
+    """Per picture of the batch, the tokens that entered the decoder."""
+    return [list(span.stages[0].kept) for row in handle.trace for span in row]
+
+
+def encoded(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Per picture the rows that the untouched model feeds to its decoder."""
+    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")}
+    with torch.no_grad():
+        return [rows.double() for rows in model.model.get_image_features(**images).pooler_output]
+
+
+def tower_rows(model: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Per picture the rows of the CLIP feature layer, without CLS; of Qwen's tower the merged rows."""
+    if "image_grid_thw" in inputs:
+        return encoded(model, inputs)
+    with torch.no_grad():
+        return list(model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:].double())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_divprune_looks_at_projected_rows(family: str) -> None:
+    inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
+    expected = [sorted(twins.divprune_entry(rows.tolist(), 5)) for rows in encoded(model, inputs)]
+    with duet_vlm.attach(model, "divprune", keep=5) as handle:
+        forward(model, inputs)
+        assert chosen_tokens(handle) == expected
+    if family == "llava":  # the choice by tower rows would be another one
+        assert expected != [sorted(twins.divprune_entry(rows.tolist(), 5)) for rows in tower_rows(model, inputs)]
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scope_looks_at_tower_rows_and_attention(family: str, alpha: float) -> None:
+    from test_signals import clip_signals, qwen_signals
+
+    inputs, model, oracle = FAMILIES[family].inputs(MIXED), shared(family), shared(family, "eager")
+    with torch.no_grad():
+        signals = qwen_signals(oracle, inputs, 3, PICTURES) if FAMILIES[family].mrope else clip_signals(oracle, inputs, 2)
+    rows = tower_rows(model, inputs)
+    expected = [sorted(twins.scope_entry(s.tolist(), r.tolist(), 5, alpha)) for (s, _), r in zip(signals, rows, strict=True)]
+    with duet_vlm.attach(model, "scope", keep=5, alpha=alpha) as handle:
+        forward(model, inputs)
+        assert chosen_tokens(handle) == expected
+
+
+@pytest.mark.parametrize("method", GREEDY)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_count_the_rows_that_are_projected(family: str, method: str) -> None:
+    """The projector's first matrix tells how many rows it really ran on."""
+    made, model, seen = FAMILIES[family], shared(family), []
+    door = getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger
+
+    def note(matrix: Any, args: Any) -> None:
+        seen.append((args[0].numel() // matrix.in_features, matrix.in_features, matrix.out_features))
+
+    hooks = [m.register_forward_pre_hook(note) for m in door.modules() if isinstance(m, nn.Linear)]
+    with duet_vlm.attach(model, method, keep=5) as handle:
+        forward(model, made.inputs([ONE]))
+        report = handle.report()
+    for hook in hooks:
+        hook.remove()
+    saved = report.full.vision_flops - report.observed.vision_flops
+    tokens = made.tokens(ONE[2])  # type: ignore[arg-type]
+    assert [rows for rows, _, _ in seen] == [5 if method == "scope" and not made.mrope else tokens] * 2
+    assert saved == sum(2 * (tokens - rows) * a * b for rows, a, b in seen)
+    assert report.predicted.vision_flops == report.observed.vision_flops
+
+
+@pytest.mark.parametrize("method", GREEDY)
+def test_counts(method: str) -> None:
+    reducer = duet_vlm.get(method)
+    assert reducer().plan(576, 32, 64).counts == (64,) * 32
+    assert reducer().plan(576, 32, 0.11).counts == (63,) * 32  # 63.36
+    assert reducer(keep=0.5).plan(9, 4, None).counts == (4,) * 4
+    assert reducer().plan(50, 32, 64) == duet_vlm.SpanPlan(50, 50, 0, (50,) * 32)  # no larger than the budget: whole
+    assert reducer(keep=64).plan(50, 32, None).counts == (50,) * 32
+    with pytest.raises(duet_vlm.BudgetError, match="at least one token enters") as caught:
+        reducer().plan(5, 8, 0.1)
+    assert caught.value.floor == 1
+    with pytest.raises(duet_vlm.BudgetError, match="needs a budget"):
+        reducer().plan(5, 8, None)
+    with pytest.raises(ValueError, match="not both"):
+        reducer(keep=4).plan(5, 8, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        ("divprune", {"cls_token": True, "positions": "compact"}, "the CLS row is not projected"),
+        ("divprune", {"keep": -1}, "keep=-1"),
+        ("scope", {"keep": 1.5}, r"keep=1.5: a float is a fraction"),
+        ("scope", {"alpha": -0.5}, "alpha=-0.5: must be a number of at least 0"),
+        ("scope", {"alpha": float("nan")}, "alpha=nan"),
+    ],
+)
+def test_bad_settings(method: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        duet_vlm.get(method)(**settings)
+
+
+@pytest.mark.parametrize("method", GREEDY)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_none_and_one(family: str, method: str) -> None:
+    made, model = FAMILIES[family], shared(family)
+    for keep in (0, 1):
+        with duet_vlm.attach(model, method, keep=keep) as handle:
+            assert forward(model, made.inputs(MIXED)).logits.isfinite().all()
+            assert [len(tokens) for tokens in chosen_tokens(handle)] == [keep] * len(PICTURES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spans_of_one_batch_may_be_whole_or_cut(family: str) -> None:
+    """A budget between the sizes of two pictures: the small one stays whole, the large one is cut."""
+    made, model = FAMILIES[family], shared(family)
+    row = (1, Picture(1, 2, 3), 5, Picture(2, 4, 5), 7, 8)
+    sizes = [made.tokens(picture) for picture in pictures_of([row])]
+    for method in GREEDY:
+        with duet_vlm.attach(model, method, budget=8) as handle:
+            forward(model, made.inputs([row]))
+            assert [len(tokens) for tokens in chosen_tokens(handle)] == [min(8, size) for size in sizes]
+
+
+@pytest.mark.parametrize("method", GREEDY)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_reaches_the_tower_through_chosen_rows(family: str, method: str) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs([ONE])
+    tower = getattr(model.model, "visual", None) or model.model.vision_tower
+    first = next(p for name, p in tower.named_parameters() if "patch" in name and p.requires_grad)
+    with duet_vlm.attach(model, method, keep=5):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        (gradient,) = torch.autograd.grad(loss, [first])
+    assert gradient.isfinite().all() and bool(gradient.any())
