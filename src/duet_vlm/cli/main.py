@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import budget, demo, methods, models, run, viz
+from duet_vlm.cli import budget, demo, eval, methods, models, run, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -18,6 +18,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(run.run)
+app.command("eval")(eval.evaluate)
 app.command("budget")(budget.budget)
 app.command("viz")(viz.viz)
 app.command("methods")(methods.methods)

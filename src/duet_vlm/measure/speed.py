@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,12 @@ class Ratio:
     high: float
 
 
-def paired(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: int = 3) -> dict[str, Timing]:
+def paired(
+    functions: dict[str, Callable[[], Any]],
+    repeats: int = 20,
+    warmup: int = 3,
+    around: dict[str, Callable[[], AbstractContextManager[Any]]] | None = None,
+) -> dict[str, Timing]:
     """Time functions in turns: A B C, C B A, A B C, ...
 
     Slow drifts of the machine (clock, neighbours) then hit all of them alike, and reversing every other round cancels the effect of the
@@ -54,6 +60,8 @@ def paired(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: i
         Measured rounds.
     warmup : int
         Rounds that run first and are not measured.
+    around : dict of str to callable, optional
+        Makes the context in which a function runs; entering and leaving it are not timed.
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats={repeats} must be at least 1 and warmup={warmup} at least 0")
@@ -61,12 +69,14 @@ def paired(functions: dict[str, Callable[[], Any]], repeats: int = 20, warmup: i
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warmup, repeats):
         for name in names if turn % 2 == 0 else reversed(names):
-            _finish()
-            start = time.perf_counter()
-            functions[name]()
-            _finish()
+            with around[name]() if around and name in around else nullcontext():
+                _finish()
+                start = time.perf_counter()
+                functions[name]()
+                _finish()
+                took = time.perf_counter() - start
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(took)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 

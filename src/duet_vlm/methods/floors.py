@@ -1,4 +1,4 @@
-"""The floors of every comparison: random and uniform choice, at a constant count or along a schedule."""
+"""The floors of every comparison: random and uniform choice, at a constant count, along a schedule, or with another method's counts."""
 
 from __future__ import annotations
 
@@ -24,25 +24,37 @@ from duet_vlm.budget import (
 )
 from duet_vlm.ops.select import spaced, top
 from duet_vlm.reducer import DecoderReducer, TextView, check_budget_or_fields, whole
-from duet_vlm.registry import register
+from duet_vlm.registry import get, register
 
 
 @dataclass(frozen=True)
 class Floor(DecoderReducer):
-    """Common to both floors: ``entry`` tokens stay from the first decoder layer on, ``schedule`` drops later (default: nothing)."""
+    """Common to both floors.
+
+    ``entry`` tokens stay from the first decoder layer on, ``schedule`` drops later (default: nothing). With ``follow`` every layer reads
+    as many tokens as that method would give it at the same budget: what is left of the method when its choice is taken away.
+    """
 
     uses_text = False
 
     entry: Keep | None = None
     schedule: Schedule = ()
+    follow: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.entry is not None:
             check_keep("entry", self.entry)
         object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        if self.follow is not None:
+            if self.entry is not None or self.schedule:
+                raise ValueError(f"follow={self.follow!r} takes the counts of that method: leave out entry= and schedule=")
+            if issubclass(get(self.follow), Floor):
+                raise ValueError(f"follow={self.follow!r}: name a method that is no floor itself")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        if self.follow is not None:
+            return SpanPlan(tokens, tokens, 0, get(self.follow)().plan(tokens, depth, budget).counts)
         given = self.entry is not None or bool(self.schedule)
         check_budget_or_fields(self, budget, given, "entry=, schedule=")
         if budget is None:

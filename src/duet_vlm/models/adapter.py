@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -103,6 +103,10 @@ class Adapter(ABC):
     @abstractmethod
     def grids(self, call: dict[str, Any], counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
+
+    def layers_before_signals(self) -> Sequence[nn.Module]:
+        """Vision layers whose outputs neither the features nor any default signal reads: the same for every method on the same pictures."""
+        return ()
 
     def cls_module(self) -> nn.Module:
         """The vision layer whose output's first row is the CLS feature."""

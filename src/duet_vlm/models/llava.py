@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -49,6 +50,10 @@ class Llava(LlamaLike, Adapter):
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_tower.encoder.layers[self.feature_layer() if layer is None else layer].self_attn
+
+    def layers_before_signals(self) -> Sequence[nn.Module]:
+        several = isinstance(self.config.vision_feature_layer, list | tuple)
+        return () if several else self.base.vision_tower.encoder.layers[: self.feature_layer()]
 
     def cls_module(self) -> nn.Module:
         if isinstance(self.config.vision_feature_layer, list | tuple):

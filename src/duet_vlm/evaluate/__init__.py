@@ -1,0 +1,1 @@
+"""Accuracy against budget: experiments, their results, and what they say."""

@@ -1,0 +1,120 @@
+"""One batch of questions through every run of an experiment: answers, and what they cost."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+import duet_vlm
+from duet_vlm import BudgetError, SpanTrace
+from duet_vlm.cli.load import Loaded, chat_text
+from duet_vlm.evaluate.experiment import ORACLE, Run
+from duet_vlm.evaluate.oracle import Oracle
+from duet_vlm.evaluate.shared import SharedVision
+from duet_vlm.evaluate.tasks import Question
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run made of one batch. Sums over its questions, except ``answers``; ``floor`` is set where the budget was infeasible.
+
+    ``recalls`` counts questions with known needed tokens, and sums the shares of these that are alive at the decoder's door, alive or
+    merged there, and alive in the middle of the decoder.
+    """
+
+    answers: tuple[str, ...] = ()
+    unreduced: float = 0.0
+    nominal: float = 0.0
+    measured: float = 0.0
+    flops: float = 0.0
+    full_flops: float = 0.0
+    kv_bytes: float = 0.0
+    full_kv_bytes: float = 0.0
+    recalls: tuple[float, float, float, float] | None = None
+    floor: float | None = None
+    message: str | None = None
+
+
+@contextlib.contextmanager
+def attached(loaded: Loaded, run: Run, questions: Sequence[Question]) -> Iterator[duet_vlm.Handle]:
+    """The model with a run's method on it; the oracle is told what these questions need."""
+    fields, method = dict(run.settings), run.method
+    reducer: Any = method
+    if run.preset:
+        reducer = duet_vlm.preset(run.preset)
+    elif method == ORACLE:
+        reducer, fields["needed"] = Oracle(), tuple(q.needed for q in questions)
+    processor = loaded.processor if fields.get("text_query") == "salient" else None
+    with duet_vlm.attach(loaded.model, reducer, budget=run.budget, processor=processor, **fields) as handle:
+        yield handle
+
+
+def inputs_of(loaded: Loaded, questions: Sequence[Question], salient: bool = False) -> Any:
+    """Model inputs of a batch, padded on the left."""
+    text = [chat_text(loaded.processor, q.text, len(q.images)) for q in questions]
+    images = [image for q in questions for image in q.images]
+    made = loaded.processor(images=images, text=text, return_tensors="pt", padding=True, padding_side="left")
+    if not salient:
+        made.pop("salient_mask", None)
+    return made.to(loaded.model.device, loaded.model.dtype)
+
+
+def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], max_new_tokens: int) -> dict[str, Outcome]:
+    """Every run on one batch. Inputs are made once, except for runs whose processor marks salient words; so are lower vision layers."""
+    plain, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
+    out = {}
+    for run in runs:
+        try:
+            with contextlib.nullcontext() if _reads_elsewhere(run) else shared.reused(), attached(loaded, run, questions) as handle, torch.no_grad():
+                salient = run.settings.get("text_query") == "salient"
+                inputs = inputs_of(loaded, questions, salient=True) if salient else plain
+                made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+                said = loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                out[run.id] = _outcome(handle, said, questions)
+        except BudgetError as error:
+            out[run.id] = Outcome(floor=error.floor, message=str(error))
+    return out
+
+
+def _reads_elsewhere(run: Run) -> bool:
+    """Whether a run may look at lower vision layers than methods do by default."""
+    return run.preset is not None or run.settings.get("signal_layer") is not None
+
+
+def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Question]) -> Outcome:
+    report = handle.report()
+    return Outcome(
+        answers=tuple(text.strip() for text in said),
+        unreduced=report.tokens,
+        nominal=report.nominal_mean * report.batch,
+        measured=report.measured_mean * report.batch,
+        flops=report.observed.flops,
+        full_flops=report.full.flops,
+        kv_bytes=report.observed.kv_bytes or 0,
+        full_kv_bytes=report.full.kv_bytes or 0,
+        recalls=_recalls(handle, questions),
+    )
+
+
+def _recalls(handle: duet_vlm.Handle, questions: Sequence[Question]) -> tuple[float, float, float, float] | None:
+    if any(q.needed is None or len(q.images) != 1 for q in questions):
+        return None
+    middle = len(handle.report().measured) // 2
+    sums = np.zeros(4)
+    for q, (span,) in zip(questions, handle.trace, strict=True):
+        needed = set(np.flatnonzero(q.needed).tolist())
+        if needed:
+            entry = needed & alive(span, 0)
+            merged = needed & {token for members in span.merged.values() for token in members}
+            sums += (1, len(entry) / len(needed), len(entry | merged) / len(needed), len(needed & alive(span, middle)) / len(needed))
+    return tuple(sums.tolist())
+
+
+def alive(span: SpanTrace, layer: int) -> set[int]:
+    """Tokens of a span that decoder layer ``layer`` reads."""
+    return set([stage for stage in span.stages if stage.layer <= layer][-1].kept)

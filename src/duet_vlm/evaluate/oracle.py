@@ -1,0 +1,47 @@
+"""The upper bound that no method can know: keep the tokens that the answer needs, fill up by importance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import duet_vlm
+from duet_vlm import EncoderReducer, Selection, SpanPlan, VisionView
+
+
+@dataclass(frozen=True)
+class Oracle(EncoderReducer):
+    """A constant count from the decoder's door on, needed tokens first, then those that the vision encoder attends to most.
+
+    ``needed`` holds one bool array per image of the batch, in order. No method: a reference for tables.
+    """
+
+    name: ClassVar[str] = "oracle"
+    paper = "reference"
+    summary = "the tokens that the answer needs (upper bound)"
+    signals = frozenset({"importance"})
+
+    needed: Sequence[np.ndarray] = ()
+
+    def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
+        counts = duet_vlm.get("uniform")().plan(tokens, depth, budget).counts  # the floors' rule: one count for all layers
+        return SpanPlan(tokens, counts[0], 0, counts)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.importance is not None  # promised by ``signals``
+        batch, width = view.valid.shape
+        needed = torch.zeros(batch, width)
+        for row, mask in enumerate(self.needed):
+            needed[row, : len(mask)] = torch.from_numpy(np.asarray(mask, np.float32))
+        share = view.importance / view.importance.sum(1, keepdim=True)  # below 1, so a needed token beats any other
+        score: Tensor = (needed.to(share.device) + share).masked_fill(~view.valid, -1)
+        order = score.argsort(dim=1, descending=True, stable=True)[:, : max(plan.dominant for plan in view.plans)]
+        rank = torch.arange(order.shape[1], device=order.device)
+        valid = rank < view.dominant[:, None]
+        index = order.masked_fill(~valid, width).sort(1).values.clamp(max=width - 1)
+        return Selection.pick(index, valid)

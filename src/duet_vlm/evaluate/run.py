@@ -1,0 +1,206 @@
+"""Run an experiment: questions in batches, every run on each batch, batches shared among processes; then the statistics."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import duet_vlm
+from duet_vlm import BudgetError
+from duet_vlm.cli.load import Loaded, load
+from duet_vlm.evaluate.answer import Outcome, answer, attached
+from duet_vlm.evaluate.experiment import ORACLE, Experiment, Run
+from duet_vlm.evaluate.journal import Journal
+from duet_vlm.evaluate.results import FORMAT, environment, pack
+from duet_vlm.evaluate.summary import summarize
+from duet_vlm.evaluate.tasks import Question, Task, task
+from duet_vlm.evaluate.timing import prefill_times
+
+TIMED_QUESTIONS = 8
+
+Page = dict[str, Any]  # of the journal: the questions of a batch, and what every run made of them
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions ``first`` to ``last`` - 1 of a seed."""
+
+    seed: int
+    first: int
+    last: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.seed}/{self.first}-{self.last}"
+
+    def questions(self, asked: Task) -> list[Question]:
+        return [asked.ask(self.seed, index) for index in range(self.first, self.last)]
+
+
+def batches(experiment: Experiment, asked: Task) -> list[Batch]:
+    """The same batches however many processes there are and wherever a run was interrupted."""
+    count, size = asked.count(experiment.limit), experiment.batch
+    return [Batch(seed, first, min(first + size, count)) for seed in experiment.seeds for first in range(0, count, size)]
+
+
+def run_experiment(
+    experiment: Experiment,
+    name: str,
+    journal: Path,
+    *,
+    device: str | None = None,
+    workers: int = 1,
+    timing_rounds: int = 20,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure, and return the result (see :mod:`duet_vlm.evaluate.results`).
+
+    Parameters
+    ----------
+    name : str
+        What the result is called.
+    journal : Path
+        Diary of finished batches; a second call with the same arguments goes on from it.
+    device : str, optional
+        cuda where there is one, unless given.
+    workers : int
+        Processes that answer questions, each with one thread and its own copy of the model; 1 works in this process.
+    timing_rounds : int
+        Rounds of the prefill timing; 0 leaves it out.
+    advance : callable
+        Told (finished batches, all batches) now and then.
+
+    Raises
+    ------
+    ValueError
+        Unknown task, method or setting, or a journal that belongs to another measurement.
+    """
+    asked, runs = task(experiment.task), experiment.runs()
+    todo = batches(experiment, asked)
+    loaded = load(experiment.model, device)
+    facts = model_facts(loaded)
+    infeasible = preflight(loaded, runs, todo[0].questions(asked)[:1])
+    possible = [run for run in runs if run.id not in infeasible]
+    versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "format": FORMAT}
+    diary = Journal(journal, {"experiment": experiment.to_json(), "model": facts, "versions": versions})
+    advance(len(diary.batches), len(todo))
+    left = [batch for batch in todo if batch.name not in diary.batches]
+    for batch, page in _answered(experiment, possible, left, asked, loaded, device, workers):
+        diary.add(batch.name, page)
+        advance(len(diary.batches), len(todo))
+    pages = [diary.batches[batch.name] for batch in todo]
+    outcomes = {run.id: [Outcome(**page["runs"][run.id]) for page in pages] for run in possible}
+    outcomes |= {key: [value] for key, value in infeasible.items()}
+    times = {}
+    if timing_rounds:
+        measured = [run for run in possible if all(part.message is None for part in outcomes[run.id])]
+        times = prefill_times(loaded, measured, todo[0].questions(asked)[:TIMED_QUESTIONS], timing_rounds)
+    questions = [Question(q["id"], (), q["text"], tuple(q["answers"]), q["kind"]) for page in pages for q in page["questions"]]
+    rows, predictions = summarize(experiment, runs, questions, outcomes, times, _solver(loaded))
+    kinds = [q.kind for q in questions]
+    parameter = next(loaded.model.parameters())
+    return {
+        "format": FORMAT,
+        "name": name,
+        "task": asked.name,
+        "experiment": experiment.to_json(),
+        "environment": environment(str(parameter.device), str(parameter.dtype).removeprefix("torch."), workers),
+        "model": facts,
+        "questions": {
+            "count": len(questions),
+            "per_seed": asked.count(experiment.limit),
+            "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+        },
+        "runs": rows,
+        "predictions": pack(predictions),
+    }
+
+
+def preflight(loaded: Loaded, runs: list[Run], first: list[Question]) -> dict[str, Outcome]:
+    """Attach every run once before anything long begins: what is infeasible is noted, any other error ends the experiment here.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Naming the run.
+    """
+    out = {}
+    for run in runs:
+        if run.method == ORACLE and any(q.needed is None for q in first):
+            raise ValueError(f"{run.id}: nobody knows which tokens this task's answers need; leave the oracle out")
+        try:
+            with attached(loaded, run, first):
+                pass
+        except BudgetError as error:
+            out[run.id] = Outcome(floor=error.floor, message=str(error))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{run.id}: {error}") from error
+    return out
+
+
+def model_facts(loaded: Loaded) -> dict[str, Any]:
+    """Name, family, size and a fingerprint of the weights (the beginning of every parameter)."""
+    digest, count = hashlib.sha256(), 0
+    for name, parameter in loaded.model.named_parameters():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().flatten()[:64].float().cpu().numpy().tobytes())
+        count += parameter.numel()
+    return {"name": loaded.name, "family": loaded.model.config.model_type, "parameters": count, "weights": digest.hexdigest()[:16]}
+
+
+def _solver(loaded: Loaded) -> Callable[[Run, int], duet_vlm.SpanPlan]:
+    def solve(run: Run, tokens: int) -> duet_vlm.SpanPlan:
+        with attached(loaded, run, []) as handle:
+            return handle.plan(tokens)
+
+    return solve
+
+
+# ---- one process or several
+
+_here: dict[str, Any] = {}  # of a worker process
+
+
+def _answered(
+    experiment: Experiment, runs: list[Run], todo: list[Batch], asked: Task, loaded: Loaded, device: str | None, workers: int
+) -> Iterator[tuple[Batch, Page]]:
+    if workers < 2 or len(todo) < 2:
+        for batch in todo:
+            yield batch, _page(loaded, runs, batch, asked)
+        return
+    context = multiprocessing.get_context("spawn")
+    setting = (experiment.task, experiment.model, device, runs)
+    with ProcessPoolExecutor(min(workers, len(todo)), context, _start, setting) as pool:
+        jobs = {pool.submit(_work, batch): batch for batch in todo}
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BrokenProcessPool as error:
+            raise RuntimeError("a worker process died (out of memory?); run the same command again to go on, perhaps with fewer --workers") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start(name: str, model: str, device: str | None, runs: list[Run]) -> None:
+    torch.set_num_threads(1)
+    _here.update(asked=task(name), loaded=load(model, device), runs=runs)
+
+
+def _work(batch: Batch) -> Page:
+    return _page(_here["loaded"], _here["runs"], batch, _here["asked"])
+
+
+def _page(loaded: Loaded, runs: list[Run], batch: Batch, asked: Task) -> Page:
+    questions = batch.questions(asked)
+    outcomes = answer(loaded, runs, questions, asked.max_new_tokens)
+    plain = [{"id": q.id, "text": q.text, "answers": list(q.answers), "kind": q.kind} for q in questions]
+    return {"questions": plain, "runs": {key: dataclasses.asdict(value) for key, value in outcomes.items()}}

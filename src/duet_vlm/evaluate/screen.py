@@ -1,0 +1,80 @@
+"""A result on the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import duet_vlm
+
+WIDTH = 150  # where the output goes to a file
+
+
+def show(result: dict[str, Any]) -> None:
+    """The main table, the kinds of question, and the settings that every run used."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    asked = result["questions"]
+    main = Table(title=f"{result['task']}: {asked['count']} questions, 95 % bootstrap intervals", title_justify="left")
+    kinds = Table(title="accuracy by kind of question", title_justify="left")
+    for column in ("run", "nominal tokens", "measured", "accuracy", "interval", "kept", "FLOPs", "KV", "prefill ms", "needed kept"):
+        main.add_column(column, justify="left" if column == "run" else "right")
+    for column in ("run", *asked["kinds"]):
+        kinds.add_column(column, justify="left" if column == "run" else "right")
+    for run in result["runs"]:
+        name = title(run)
+        if run["status"] != "ok":
+            main.add_row(name, "infeasible" if run["floor"] is None else f"infeasible, floor {run['floor']:.1f}")
+            continue
+        low, high = run["interval"]
+        tokens, prefill, recall = run["tokens"], run["prefill"], run["recall"]
+        main.add_row(
+            name, f"{tokens['nominal']:.1f}", f"{tokens['measured']:.1f}", f"{run['accuracy']:.3f}", f"{low:.3f}-{high:.3f}",
+            _percent(run["kept"], 1), _percent(run["flops_share"]), _percent(run["kv_share"]),
+            "-" if prefill is None else f"{prefill['ms']:.2f}", _percent(recall and recall["entry"]),
+        )  # fmt: skip
+        kinds.add_row(name, *(f"{kind['accuracy']:.3f}" for kind in run["kinds"].values()))
+    console.print(main)
+    console.print(kinds)
+    console.print("visual tokens per layer, and settings other than the defaults:")
+    for run in result["runs"]:
+        if run["status"] == "ok":
+            console.print(f"  {title(run):<36} {settings(run)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def title(run: dict[str, Any]) -> str:
+    """Label and budget."""
+    budget = run["budget"]
+    return run["label"] + ("" if budget is None else f" {budget:.0%}" if isinstance(budget, float) else f" {budget}")
+
+
+def settings(run: dict[str, Any]) -> str:
+    """What the budget was solved to (layer counts, merged rows), and what is set differently from the method's defaults."""
+    words = []
+    if run["solved"]:
+        words.append(counts(run["solved"]["counts"]) + f" of {run['solved']['tokens']}")
+        if run["solved"]["contextual"]:
+            words.append(f"{run['solved']['dominant']} dominant + {run['solved']['contextual']} contextual")
+    known = duet_vlm.methods().get(run["method"])
+    defaults = {} if known is None else {f.name: f.default for f in fields(known) if f.default is not MISSING}
+    words += [f"{key}={value}" for key, value in run["settings"].items() if key not in defaults or defaults[key] != value]
+    return "; ".join(words)
+
+
+def counts(numbers: list[int]) -> str:
+    """[45, 45, 22, 0] -> "45 x2, 22 x1, 0 x1"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][0] == number:
+            parts[-1][1] += 1
+        else:
+            parts.append([number, 1])
+    return ", ".join(f"{number} x{times}" for number, times in parts)
+
+
+def _percent(share: float | None, digits: int = 0) -> str:
+    return "-" if share is None else f"{share:.{digits}%}"

@@ -1,0 +1,131 @@
+"""From the outcomes of all batches to the rows of a result."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from duet_vlm import Reducer, SpanPlan, get
+from duet_vlm.evaluate import statistics
+from duet_vlm.evaluate.answer import Outcome
+from duet_vlm.evaluate.experiment import BASELINE, ORACLE, Experiment, Run
+from duet_vlm.evaluate.tasks import Question, right
+
+Rows = list[dict[str, Any]]
+
+
+def summarize(
+    experiment: Experiment,
+    runs: Sequence[Run],
+    questions: Sequence[Question],
+    outcomes: dict[str, list[Outcome]],
+    times: dict[str, dict[str, Any]],
+    solve: Callable[[Run, int], SpanPlan],
+) -> tuple[Rows, dict[str, Any]]:
+    """Rows of the result, and its predictions. ``solve`` gives a run's plan for an image of so many tokens."""
+    infeasible = {run.id: next((part for part in outcomes[run.id] if part.message is not None), None) for run in runs}
+    done = [run for run in runs if infeasible[run.id] is None]
+    answers = {run.id: [said for part in outcomes[run.id] for said in part.answers] for run in done}
+    hits = {key: np.array([right(q, said) for q, said in zip(questions, values, strict=True)]) for key, values in answers.items()}
+    full = {"hits": hits[BASELINE], "parts": outcomes[BASELINE]}
+    rows: Rows = []
+    for run in runs:
+        row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget, "preset": run.preset}
+        row["settings"] = _settings(run)
+        refused = infeasible[run.id]
+        if refused is not None:
+            rows.append(row | {"status": "infeasible", "floor": refused.floor, "message": refused.message})
+            continue
+        row |= {"status": "ok"} | _accuracy(experiment, questions, hits[run.id], full["hits"])
+        row |= _costs(run, outcomes[run.id], len(questions), solve)
+        rows.append(row | {"prefill": times.get(run.id), "recall": _recall(outcomes[run.id])})
+    _compare(rows, hits, experiment.against)
+    gold = {"questions": [q.id for q in questions], "kinds": [q.kind for q in questions], "gold": [list(q.answers) for q in questions]}
+    return rows, gold | {"answers": answers}
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Every field of the method as it was used."""
+    if run.method == ORACLE:
+        return {}
+    if run.preset:
+        from duet_vlm import preset
+
+        return preset(run.preset).settings()
+    made: Reducer = get(run.method)(**run.settings)
+    return made.settings()
+
+
+def _accuracy(experiment: Experiment, questions: Sequence[Question], hits: np.ndarray, full: np.ndarray) -> dict[str, Any]:
+    kinds = np.array([q.kind for q in questions])
+    per_seed = len(questions) // len(experiment.seeds)
+    by_kind = {}
+    for kind in dict.fromkeys(kinds.tolist()):
+        own, whole = hits[kinds == kind], full[kinds == kind]
+        by_kind[kind] = {"n": len(own), "accuracy": float(own.mean()), "kept": _share(own.mean(), whole.mean())}
+        by_kind[kind]["kept_interval"] = statistics.kept_interval(own, whole)
+    return {
+        "accuracy": float(hits.mean()),
+        "interval": statistics.mean_interval(hits),
+        "seeds": {str(seed): float(hits[i * per_seed : (i + 1) * per_seed].mean()) for i, seed in enumerate(experiment.seeds)},
+        "kept": _share(hits.mean(), full.mean()),
+        "kept_interval": statistics.kept_interval(hits, full),
+        "kinds": by_kind,
+    }
+
+
+def _costs(run: Run, parts: Sequence[Outcome], count: int, solve: Callable[[Run, int], SpanPlan]) -> dict[str, Any]:
+    def mean(name: str) -> float:
+        return math.fsum(getattr(part, name) for part in parts) / count
+
+    sizes = {part.unreduced / len(part.answers) for part in parts}
+    solved = None
+    if len(sizes) == 1 and (size := sizes.pop()).is_integer():
+        plan = solve(run, int(size))
+        solved = {"tokens": plan.tokens, "dominant": plan.dominant, "contextual": plan.contextual, "counts": list(plan.counts)}
+        solved["entry"] = plan.counts[0]
+    return {
+        "solved": solved,
+        "tokens": {"unreduced": mean("unreduced"), "nominal": mean("nominal"), "measured": mean("measured")},
+        "flops": mean("flops"),
+        "flops_share": mean("flops") / mean("full_flops"),
+        "kv_bytes": mean("kv_bytes"),
+        "kv_share": _share(mean("kv_bytes"), mean("full_kv_bytes")),
+    }
+
+
+def _recall(parts: Sequence[Outcome]) -> dict[str, float] | None:
+    if any(part.recalls is None for part in parts):
+        return None
+    count, entry, merged, middle = np.sum([part.recalls for part in parts], axis=0).tolist()
+    return {"questions": int(count), "entry": entry / count, "entry_or_merged": merged / count, "middle": middle / count} if count else None
+
+
+def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
+    """The difference of every run to the reference (``label``) and to the oracle at the same budget."""
+    done = [row for row in rows if row["status"] == "ok"]
+    reference = {row["budget"]: row for row in done if row["label"] == label}
+    oracle = {row["budget"]: row for row in done if row["method"] == ORACLE}
+    tested = []
+    for row in done:
+        best = oracle.get(row["budget"])
+        row["of_oracle"] = None if best is None else _share(row["accuracy"], best["accuracy"])
+        other = reference.get(row["budget"])
+        row["against"] = None
+        if other is None or other is row:
+            continue
+        own, theirs = hits[row["id"]], hits[other["id"]]
+        wins, losses, p_value = statistics.sign_test(own, theirs)
+        difference = {"run": other["id"], "difference": float(own.mean() - theirs.mean())}
+        difference |= {"interval": statistics.difference_interval(own, theirs), "wins": wins, "losses": losses, "p_value": p_value}
+        row["against"] = difference
+        tested.append(difference)
+    for difference, p in zip(tested, statistics.adjusted([d["p_value"] for d in tested]), strict=True):
+        difference["p_adjusted"] = p
+
+
+def _share(part: float, whole: float) -> float | None:
+    return float(part / whole) if whole else None

@@ -1,0 +1,113 @@
+"""Tasks: streams of questions about pictures, with short answers that can be checked.
+
+``tiny`` and ``tiny-crowded`` draw their questions (no file, no end); any other name is the path of a JSON-lines file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from duet_vlm.cli.load import open_image
+
+DRAWN = {"tiny": False, "tiny-crowded": True}  # name -> crowded scenes
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    ``id`` is unique within a task; ``needed`` marks the visual tokens that the answer needs (None where nobody knows).
+    """
+
+    id: str
+    images: tuple[Image.Image, ...]
+    text: str
+    answers: tuple[str, ...]
+    kind: str
+    needed: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """``ask(seed, index)`` gives a question; ``size`` is how many there are per seed (None: no end)."""
+
+    name: str
+    ask: Callable[[int, int], Question]
+    size: int | None
+    max_new_tokens: int
+
+    def count(self, limit: int | None) -> int:
+        """Questions per seed.
+
+        Raises
+        ------
+        ValueError
+            If the task has no end and no limit is given.
+        """
+        if self.size is None and limit is None:
+            raise ValueError(f"task {self.name!r} draws questions without end: give --limit")
+        return min(x for x in (self.size, limit) if x is not None)
+
+
+def task(name: str) -> Task:
+    """A task by name, or of a JSON-lines file: one ``{"image": path or [paths], "question", "answer" or "answers", "kind"}`` per line.
+
+    Raises
+    ------
+    ValueError
+        Unknown name, or a file with a broken line (its number is named).
+    """
+    if name in DRAWN:
+        return Task(name, _drawn(DRAWN[name]), None, 4)
+    path = Path(name).expanduser()
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise ValueError(f"unknown task {name!r}: give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind")
+    rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{path}: no questions in it")
+    return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32)
+
+
+def right(question: Question, said: str) -> bool:
+    """Exact match without regard to case, outer blanks and a final full stop."""
+    return _plain(said) in {_plain(answer) for answer in question.answers}
+
+
+def _plain(text: str) -> str:
+    return text.strip().lower().removesuffix(".")
+
+
+def _drawn(crowded: bool) -> Callable[[int, int], Question]:
+    from duet_vlm import tiny
+
+    def ask(seed: int, index: int) -> Question:
+        item = tiny.sample("test", index, seed, crowded=crowded)
+        return Question(f"{seed}/{index}", (item.image,), item.question, (item.answer,), item.kind, item.needed)
+
+    return ask
+
+
+def _row(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise ValueError("not an object")
+        images = row["image"] if isinstance(row["image"], list) else [row["image"]]
+        answers = row["answers"] if "answers" in row else [row["answer"]]
+        return {"images": images, "question": row["question"], "answers": answers, "kind": row.get("kind", "all")}
+    except KeyError as error:
+        raise ValueError(f"{path}, line {number}: needs image, question and answer; {error} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
+
+
+def _question(path: Path, row: dict[str, Any], index: int) -> Question:
+    images = tuple(open_image(path.parent / name) for name in row["images"])
+    return Question(str(index), images, row["question"], tuple(row["answers"]), row["kind"])
