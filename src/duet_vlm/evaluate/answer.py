@@ -107,7 +107,7 @@ def _recalls(handle: duet_vlm.Handle, questions: Sequence[Question]) -> tuple[fl
     middle = len(handle.report().measured) // 2
     sums = np.zeros(4)
     for q, (span,) in zip(questions, handle.trace, strict=True):
-        needed = set(np.flatnonzero(q.needed).tolist())
+        needed = set(np.flatnonzero(np.asarray(q.needed)).tolist())
         if needed:
             entry = needed & alive(span, 0)
             merged = needed & {token for members in span.merged.values() for token in members}

@@ -119,8 +119,10 @@ def from_json(data: Any, where: str) -> Experiment:
         raise ValueError(f"{where}: an experiment is a JSON object with 'task' and 'cells'")
     if set(data) - known:
         raise ValueError(f"{where}: unknown entries {', '.join(sorted(set(data) - known))}; known: {', '.join(sorted(known))}")
+    if not isinstance(data["cells"], list) or not all(isinstance(cell, dict) for cell in data["cells"]):
+        raise ValueError(f"{where}: 'cells' is a list of objects like {{'method': 'duet', 'budgets': [0.22]}}, got {data['cells']!r}")
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     try:
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
         return Experiment(**values)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{where}: {error}") from error

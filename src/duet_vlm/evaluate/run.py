@@ -130,7 +130,7 @@ def preflight(loaded: Loaded, runs: list[Run], first: list[Question]) -> dict[st
 
     Raises
     ------
-    ValueError, TypeError
+    ValueError
         Naming the run.
     """
     out = {}
@@ -140,10 +140,10 @@ def preflight(loaded: Loaded, runs: list[Run], first: list[Question]) -> dict[st
         try:
             with attached(loaded, run, first):
                 pass
-        except BudgetError as error:
-            out[run.id] = Outcome(floor=error.floor, message=str(error))
         except (ValueError, TypeError) as error:
-            raise type(error)(f"{run.id}: {error}") from error
+            if not isinstance(error, BudgetError) or error.floor is None:  # no budget at all, or a wrong setting
+                raise ValueError(f"{run.id}: {error}") from error
+            out[run.id] = Outcome(floor=error.floor, message=str(error))
     return out
 
 

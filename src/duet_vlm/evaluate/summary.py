@@ -30,7 +30,6 @@ def summarize(
     done = [run for run in runs if infeasible[run.id] is None]
     answers = {run.id: [said for part in outcomes[run.id] for said in part.answers] for run in done}
     hits = {key: np.array([right(q, said) for q, said in zip(questions, values, strict=True)]) for key, values in answers.items()}
-    full = {"hits": hits[BASELINE], "parts": outcomes[BASELINE]}
     rows: Rows = []
     for run in runs:
         row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget, "preset": run.preset}
@@ -39,7 +38,7 @@ def summarize(
         if refused is not None:
             rows.append(row | {"status": "infeasible", "floor": refused.floor, "message": refused.message})
             continue
-        row |= {"status": "ok"} | _accuracy(experiment, questions, hits[run.id], full["hits"])
+        row |= {"status": "ok"} | _accuracy(experiment, questions, hits[run.id], hits[BASELINE])
         row |= _costs(run, outcomes[run.id], len(questions), solve)
         rows.append(row | {"prefill": times.get(run.id), "recall": _recall(outcomes[run.id])})
     _compare(rows, hits, experiment.against)
@@ -62,7 +61,7 @@ def _settings(run: Run) -> dict[str, Any]:
 def _accuracy(experiment: Experiment, questions: Sequence[Question], hits: np.ndarray, full: np.ndarray) -> dict[str, Any]:
     kinds = np.array([q.kind for q in questions])
     per_seed = len(questions) // len(experiment.seeds)
-    by_kind = {}
+    by_kind: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(kinds.tolist()):
         own, whole = hits[kinds == kind], full[kinds == kind]
         by_kind[kind] = {"n": len(own), "accuracy": float(own.mean()), "kept": _share(own.mean(), whole.mean())}
@@ -98,9 +97,10 @@ def _costs(run: Run, parts: Sequence[Outcome], count: int, solve: Callable[[Run,
 
 
 def _recall(parts: Sequence[Outcome]) -> dict[str, float] | None:
-    if any(part.recalls is None for part in parts):
+    known = [part.recalls for part in parts if part.recalls is not None]
+    if len(known) < len(parts):
         return None
-    count, entry, merged, middle = np.sum([part.recalls for part in parts], axis=0).tolist()
+    count, entry, merged, middle = np.sum(known, axis=0).tolist()
     return {"questions": int(count), "entry": entry / count, "entry_or_merged": merged / count, "middle": middle / count} if count else None
 
 
@@ -109,7 +109,7 @@ def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
     done = [row for row in rows if row["status"] == "ok"]
     reference = {row["budget"]: row for row in done if row["label"] == label}
     oracle = {row["budget"]: row for row in done if row["method"] == ORACLE}
-    tested = []
+    tested: Rows = []
     for row in done:
         best = oracle.get(row["budget"])
         row["of_oracle"] = None if best is None else _share(row["accuracy"], best["accuracy"])
@@ -119,7 +119,7 @@ def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
             continue
         own, theirs = hits[row["id"]], hits[other["id"]]
         wins, losses, p_value = statistics.sign_test(own, theirs)
-        difference = {"run": other["id"], "difference": float(own.mean() - theirs.mean())}
+        difference: dict[str, Any] = {"run": other["id"], "difference": float(own.mean() - theirs.mean())}
         difference |= {"interval": statistics.difference_interval(own, theirs), "wins": wins, "losses": losses, "p_value": p_value}
         row["against"] = difference
         tested.append(difference)

@@ -39,7 +39,7 @@ def prefill_times(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Quest
         {name: function for name, (function, _) in pairs.items()}, repeats=rounds, around={name: a for name, (_, a) in pairs.items()}
     )
     each = 1000 / len(questions)
-    out = {}
+    out: dict[str, dict[str, Any]] = {}
     for name, timing in times.items():
         low, high = timing.quartiles
         found = ratio(timing, times[BASELINE])

@@ -1,0 +1,480 @@
+"""``duet-vlm eval``: the same questions for every run, nothing lost or asked twice, statistics that are right, errors that help."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import duet_vlm
+from duet_vlm import tiny
+from duet_vlm.cli.load import Loaded
+from duet_vlm.cli.main import app
+from duet_vlm.evaluate import statistics
+from duet_vlm.evaluate.answer import alive, answer, attached, inputs_of
+from duet_vlm.evaluate.experiment import Experiment, Run, cells_of, from_json, read
+from duet_vlm.evaluate.journal import Journal
+from duet_vlm.evaluate.results import load, pack, save, unpack
+from duet_vlm.evaluate.run import batches, run_experiment
+from duet_vlm.evaluate.shared import SharedVision
+from duet_vlm.evaluate.tasks import Question, right, task
+
+CELLS = (
+    {"method": "duet", "budgets": [0.22, 0.05]},
+    {"method": "fastv", "budgets": [0.22, 0.05]},
+    {"method": "random", "budgets": [0.22], "settings": {"follow": "duet"}, "label": "random, DUET's schedule"},
+    {"method": "oracle", "budgets": [0.22, 0.05]},
+)
+SMALL = Experiment("tiny", CELLS, seeds=(0, 3), limit=7, batch=4)
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    return Loaded("tiny", *tiny.load())
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_experiment(SMALL, "small", tmp_path_factory.mktemp("eval") / "j.jsonl", device="cpu", timing_rounds=2)
+
+
+def rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["id"]: row for row in result["runs"]}
+
+
+# ---- experiments
+
+
+def test_runs_are_the_baseline_and_every_cell_at_every_budget() -> None:
+    ids = [run.id for run in SMALL.runs()]
+    assert ids == [
+        "none",
+        "duet@0.22",
+        "fastv@0.22",
+        "random[follow=duet]@0.22",
+        "oracle@0.22",
+        "duet@0.05",
+        "fastv@0.05",
+        "oracle@0.05",
+    ]
+
+
+def test_an_experiment_survives_its_file(tmp_path: Path) -> None:
+    cell = {"method": "duet", "settings": {"schedule": [[6, 0.5], [9, 0]], "dominant": 20, "contextual": 4}, "label": "own"}
+    made = Experiment("tiny", (cell,), limit=3)
+    (tmp_path / "e.json").write_text(json.dumps(made.to_json()))
+    again = read(tmp_path / "e.json")
+    assert again == made
+    assert again.runs()[1].settings["schedule"] == ((6, 0.5), (9, 0))
+
+
+def test_methods_on_the_command_line() -> None:
+    assert cells_of("duet, random[follow=duet],duet[text_query=last;schedule=((6, .5),)]") == [
+        ("duet", []),
+        ("random", ["follow=duet"]),
+        ("duet", ["text_query=last", "schedule=((6, .5),)"]),
+    ]
+    with pytest.raises(ValueError, match="brackets"):
+        cells_of("duet[")
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ([], "JSON object"),
+        ({"task": "tiny"}, "'cells'"),
+        ({"task": "tiny", "cells": {"method": "duet"}}, "list of objects"),
+        ({"task": "tiny", "cells": []}, "at least one cell"),
+        ({"task": "tiny", "cells": [{"budgets": [0.1]}]}, "'method' or 'preset'"),
+        ({"task": "tiny", "cells": [{"method": "duet", "budget": 0.1}]}, r"unknown: \['budget'\]"),
+        ({"task": "tiny", "cells": [{"method": "duet"}], "seed": 1}, "unknown entries seed"),
+        ({"task": "tiny", "cells": [{"method": "duet"}], "seeds": [1, 1]}, "different integers"),
+        ({"task": "tiny", "cells": [{"method": "duet"}], "limit": 0}, "limit=0"),
+        ({"task": "tiny", "cells": [{"method": "duet"}], "batch": 0}, "batch=0"),
+        ({"task": "tiny", "cells": [{"method": "duet", "budgets": [0.1, 0.1]}]}, "twice for duet@0.1"),
+    ],
+)
+def test_a_wrong_experiment_is_named(data: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=says) as error:
+        from_json(data, "file.json")
+    assert "file.json" in str(error.value)
+
+
+# ---- answers
+
+
+def test_answers_are_those_of_the_model_by_itself(loaded: Loaded, result: dict[str, Any]) -> None:
+    """The whole machinery against four lines that a user would write."""
+    model, processor = tiny.load()
+    items = [tiny.sample("test", i, 3) for i in range(4)]
+    inputs = processor(images=[i.image for i in items], text=[tiny.prompt(i.question) for i in items], return_tensors="pt", padding=True)
+    predictions = unpack(result)
+    place = predictions["questions"].index("3/0")
+    for key, budget in (("none", None), ("duet@0.22", 0.22), ("duet@0.05", 0.05)):
+        handle = duet_vlm.attach(model, "duet", budget=budget) if budget else None
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        if handle:
+            handle.detach()
+        said = [t.strip() for t in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+        assert predictions["answers"][key][place : place + 4] == said
+        hits = [q == a for q, a in zip(said, [i.answer for i in items], strict=True)]
+        assert [right(Question("", (), "", (i.answer,), ""), s) for i, s in zip(items, said, strict=True)] == hits
+
+
+def test_accuracy_is_the_share_of_right_answers(result: dict[str, Any]) -> None:
+    predictions = unpack(result)
+    for row in result["runs"]:
+        if row["status"] == "ok":
+            hits = [said in gold for said, gold in zip(predictions["answers"][row["id"]], predictions["gold"], strict=True)]
+            assert row["accuracy"] == pytest.approx(sum(hits) / 14)
+            assert row["seeds"] == pytest.approx({"0": sum(hits[:7]) / 7, "3": sum(hits[7:]) / 7})
+            for kind, values in row["kinds"].items():
+                mine = [h for h, k in zip(hits, predictions["kinds"], strict=True) if k == kind]
+                assert (values["n"], values["accuracy"]) == (len(mine), pytest.approx(sum(mine) / len(mine)))
+
+
+def test_shared_vision_layers_change_no_bit_and_leave_no_trace(loaded: Loaded) -> None:
+    questions = [task("tiny").ask(5, i) for i in range(3)]
+    inputs, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
+    assert len(shared.layers) == 4
+    calls = []
+    hook = shared.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    for run in (Run("none"), Run("duet", 0.11), Run("fastv", 0.22)):
+        with attached(loaded, run, questions), torch.no_grad():
+            plain = loaded.model(**inputs).logits
+            with shared.reused():
+                assert torch.equal(loaded.model(**inputs).logits, plain)
+    hook.remove()
+    assert not any("forward" in layer.__dict__ for layer in shared.layers)
+    assert shared.output is not None
+
+
+def test_sharing_really_skips_the_layers(loaded: Loaded) -> None:
+    questions = [task("tiny").ask(5, i) for i in range(2)]
+    inputs, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
+    calls = []
+    hook = shared.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        for _ in range(3):
+            with shared.reused():
+                loaded.model(**inputs)
+    hook.remove()
+    assert calls == [1]
+
+
+def test_the_oracle_keeps_what_the_answer_needs(loaded: Loaded) -> None:
+    questions = [task("tiny").ask(1, i) for i in range(7)]
+    with attached(loaded, Run("oracle", 64), questions) as handle, torch.no_grad():
+        loaded.model(**inputs_of(loaded, questions))
+        for q, (span,) in zip(questions, handle.trace, strict=True):
+            kept = alive(span, 0)
+            needed = set(np.flatnonzero(q.needed).tolist())
+            assert len(kept) == 64 and needed <= kept if len(needed) <= 64 else kept <= needed
+        assert handle.report().measured_mean == 64
+
+
+def test_recall_counts_needed_patches(loaded: Loaded) -> None:
+    """Uniform keeps a pattern that anybody can write down."""
+    questions = [task("tiny").ask(2, i) for i in range(7)]
+    found = answer(loaded, [Run("uniform", 64)], questions, 4)["uniform@64"].recalls
+    pattern = {i for i in range(256) if (i + 1) * 64 // 256 > i * 64 // 256}
+    needed = [set(np.flatnonzero(q.needed).tolist()) for q in questions]
+    shares = [len(n & pattern) / len(n) for n in needed if n]
+    assert found == pytest.approx((len(shares), sum(shares), sum(shares), sum(shares)))
+
+
+def test_costs_are_those_of_the_report(loaded: Loaded, result: dict[str, Any]) -> None:
+    row = rows(result)["duet@0.22"]
+    with duet_vlm.attach(loaded.model, "duet", budget=0.22) as handle:
+        plan = handle.plan(256)
+    assert row["tokens"] == pytest.approx({"unreduced": 256, "nominal": plan.mean, "measured": plan.mean})
+    assert row["solved"]["counts"] == list(plan.counts)
+    assert 0 < row["flops_share"] < 0.6 and 0 < row["kv_share"] < 0.5
+    assert rows(result)["none"]["flops_share"] == pytest.approx(1)
+    assert row["prefill"]["rounds"] == 2 and row["prefill"]["ms"] > 0
+
+
+def test_an_infeasible_budget_is_a_row(result: dict[str, Any]) -> None:
+    row = rows(result)["fastv@0.05"]
+    assert row["status"] == "infeasible"
+    assert row["floor"] == pytest.approx(256 / 12)  # one layer of twelve reads all 256 tokens
+    assert "fastv@0.05" not in unpack(result)["answers"]
+
+
+def test_comparisons_name_their_partner(result: dict[str, Any]) -> None:
+    by_id = rows(result)
+    assert by_id["duet@0.22"]["against"] is None
+    assert by_id["fastv@0.22"]["against"]["run"] == "duet@0.22"
+    difference = by_id["oracle@0.05"]["accuracy"] - by_id["duet@0.05"]["accuracy"]
+    assert by_id["oracle@0.05"]["against"]["difference"] == pytest.approx(difference)
+    assert by_id["duet@0.05"]["of_oracle"] == pytest.approx(by_id["duet@0.05"]["accuracy"] / by_id["oracle@0.05"]["accuracy"])
+
+
+def test_floors_follow_a_method_count_for_count() -> None:
+    for tokens, depth, budget in ((576, 32, 64), (256, 12, 0.07), (100, 28, 0.9)):
+        wanted = duet_vlm.get("duet")().plan(tokens, depth, budget).counts
+        for floor in ("random", "uniform"):
+            assert duet_vlm.get(floor)(follow="duet").plan(tokens, depth, budget).counts == wanted
+    with pytest.raises(ValueError, match="leave out entry= and schedule="):
+        duet_vlm.get("random")(follow="duet", entry=5)
+    with pytest.raises(ValueError, match="no floor itself"):
+        duet_vlm.get("random")(follow="uniform")
+    with pytest.raises(ValueError, match="unknown method 'nobody'"):
+        duet_vlm.get("random")(follow="nobody")
+
+
+# ---- the same numbers, nothing lost
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    def plain(result: dict[str, Any]) -> Any:
+        return [{k: v for k, v in row.items() if k != "prefill"} for row in result["runs"]], unpack(result), result["questions"]
+
+    return plain(a) == plain(b)
+
+
+@pytest.mark.slow
+def test_processes_change_nothing(result: dict[str, Any], tmp_path: Path) -> None:
+    shared_out = run_experiment(SMALL, "small", tmp_path / "j.jsonl", device="cpu", workers=2, timing_rounds=0)
+    assert same(shared_out, result)
+
+
+def test_an_interrupted_run_goes_on(result: dict[str, Any], tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def stop_after_two(done: int, total: int) -> None:
+        seen.append(done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(SMALL, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0, advance=stop_after_two)
+    before = (tmp_path / "j.jsonl").read_text()
+    with (tmp_path / "j.jsonl").open("a") as file:
+        file.write('{"batch": "3/0-4", "page": {"ru')  # as a kill in the middle of writing leaves it
+    again = run_experiment(SMALL, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
+    assert same(again, result)
+    after = (tmp_path / "j.jsonl").read_text()
+    assert after.startswith(before)  # nothing was asked again
+    names = [json.loads(line)["batch"] for line in after.splitlines()[1:]]
+    assert sorted(names) == sorted(batch.name for batch in batches(SMALL, task("tiny")))
+
+
+def test_a_killed_command_goes_on(tmp_path: Path) -> None:
+    """SIGKILL in mid-run, then the same command: the result equals that of a run nobody killed."""
+    command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "duet,random", "--budgets", "0.11", "--limit", "24"]
+    command += ["--batch", "4", "--timing-rounds", "0", "--workers", "1", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    journal = tmp_path / "killed/tiny/results/methods.partial.jsonl"
+    with subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and (not journal.exists() or journal.read_text().count("\n") < 3):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    written = journal.read_text()
+    done = written.count("\n") - 1
+    assert 2 <= done < 6, "the command was not killed in the middle"
+    for name in ("killed", "whole"):
+        subprocess.run([*command, "--out", str(tmp_path / name)], env=environment, check=True, stdout=subprocess.DEVNULL)
+    killed, whole = (load(tmp_path / name / "tiny/results/methods.json") for name in ("killed", "whole"))
+    assert same(killed, whole)
+    assert len(set(unpack(killed)["questions"])) == 24
+    assert not journal.exists()
+
+
+def test_another_experiment_does_not_overwrite_a_journal(tmp_path: Path) -> None:
+    Journal(tmp_path / "j", {"experiment": 1, "versions": "a"}).add("0", {"x": 1})
+    text = (tmp_path / "j").read_text()
+    assert Journal(tmp_path / "j", {"versions": "a", "experiment": 1}).batches == {"0": {"x": 1}}
+    with pytest.raises(ValueError, match="another measurement .different versions"):
+        Journal(tmp_path / "j", {"experiment": 1, "versions": "b"})
+    assert (tmp_path / "j").read_text() == text
+
+
+def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+    Journal(tmp_path / "j", {}).add("0", {"x": 1})
+    (tmp_path / "j").write_text((tmp_path / "j").read_text().replace('"x"', "x") + "{}\n")
+    with pytest.raises(ValueError, match="damaged"):
+        Journal(tmp_path / "j", {})
+
+
+# ---- result files
+
+
+def test_a_result_file_round_trip(result: dict[str, Any], tmp_path: Path) -> None:
+    save(tmp_path / "r.json", result)
+    assert load(tmp_path / "r.json") == json.loads(json.dumps(result))
+    assert list(tmp_path.iterdir()) == [tmp_path / "r.json"]
+    json.loads((tmp_path / "r.json").read_text(), parse_constant=pytest.fail)  # no NaN: not JSON
+
+
+def test_a_broken_result_file_is_named(result: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    with pytest.raises(ValueError, match=r"r.json: cannot be read"):
+        load(file)
+    file.write_text(json.dumps(result)[:5000])
+    with pytest.raises(ValueError, match=r"r.json: is not JSON, perhaps cut short"):
+        load(file)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="no result file"):
+        load(file)
+    file.write_text(json.dumps(result | {"format": 99}))
+    with pytest.raises(ValueError, match="format 99, but this version reads format 1"):
+        load(file)
+    file.write_text(json.dumps({k: v for k, v in result.items() if k != "runs"}))
+    with pytest.raises(ValueError, match="runs missing"):
+        load(file)
+    packed = pack({"answers": {}})
+    assert unpack({"predictions": packed}) == {"answers": {}}
+    with pytest.raises(ValueError, match="damaged"):
+        unpack({"name": "r", "predictions": packed | {"data": packed["data"][:-20]}})
+    with pytest.raises(ValueError, match="'zip'"):
+        unpack({"predictions": {"encoding": "zip", "data": ""}})
+
+
+# ---- tasks
+
+
+def test_a_task_of_ones_own(tmp_path: Path, loaded: Loaded) -> None:
+    items = [tiny.sample("test", i) for i in range(3)]
+    for i, item in enumerate(items):
+        item.image.save(tmp_path / f"{i}.png")
+    lines = [{"image": f"{i}.png", "question": item.question, "answer": item.answer.upper() + ".", "kind": "own"} for i, item in enumerate(items)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    experiment = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "duet", "budgets": [0.33]},))
+    found = run_experiment(experiment, "own", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
+    assert found["task"] == "mine" and found["questions"] == {"count": 3, "per_seed": 3, "kinds": {"own": 3}}
+    assert found["runs"][0]["accuracy"] == 1 and found["runs"][0]["recall"] is None
+    oracle = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "oracle", "budgets": [0.33]},))
+    with pytest.raises(ValueError, match="leave the oracle out"):
+        run_experiment(oracle, "own", tmp_path / "k.jsonl", device="cpu", timing_rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [("{", "line 2: not a JSON object"), ("[1]", "line 2: not a JSON object"), ('{"image": "a.png", "question": "?"}', "'answer' is missing")],
+)
+def test_a_broken_line_is_named(tmp_path: Path, line: str, says: str) -> None:
+    (tmp_path / "t.jsonl").write_text('{"image": "a.png", "question": "?", "answer": "a"}\n' + line)
+    with pytest.raises(ValueError, match=says):
+        task(str(tmp_path / "t.jsonl"))
+
+
+def test_tasks_say_what_is_wrong(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unknown task 'gqa': give tiny, tiny-crowded, or the path"):
+        task("gqa")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="no questions"):
+        task(str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match="without end: give --limit"):
+        task("tiny").count(None)
+    (tmp_path / "t.jsonl").write_text('{"image": "gone.png", "question": "?", "answer": "a"}')
+    with pytest.raises(ValueError, match=r"gone\.png: no such file"):
+        task(str(tmp_path / "t.jsonl")).ask(0, 0)
+
+
+# ---- statistics, against arithmetic
+
+
+def test_intervals_of_a_mean() -> None:
+    """Against the normal approximation, which is good at 2,000 questions."""
+    hits = np.arange(2000) % 5 != 0
+    low, high = statistics.mean_interval(hits)
+    half = 1.96 * math.sqrt(0.8 * 0.2 / 2000)
+    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.003)
+    assert statistics.mean_interval(hits) == (low, high)
+    assert statistics.mean_interval(np.ones(50, bool)) == (1, 1)
+
+
+def test_pairing_is_what_makes_an_interval_narrow() -> None:
+    """Answers that differ on 1 % of the questions: the paired interval has the width of those differences, not of the accuracies."""
+    rng = np.random.default_rng(0)
+    full = rng.random(4000) < 0.7
+    other = full.copy()
+    other[:40] = False
+    lost = full[:40].sum() / 4000
+    low, high = statistics.difference_interval(other, full)
+    half = 1.96 * math.sqrt(lost * (1 - lost) / 4000)
+    assert (low, high) == pytest.approx((-lost - half, -lost + half), abs=0.001)
+    share = statistics.kept_interval(other, full)
+    assert share is not None and share[1] - share[0] < 0.02
+    assert statistics.kept_interval(full, full) == (1, 1)
+    assert statistics.kept_interval(full, np.zeros_like(full)) is None
+
+
+@pytest.mark.parametrize(("wins", "losses"), [(0, 0), (3, 9), (5, 5), (0, 12), (40, 61)])
+def test_the_sign_test_is_the_exact_binomial(wins: int, losses: int) -> None:
+    a = np.array([True] * wins + [False] * losses + [True, False] * 10)
+    b = np.array([False] * wins + [True] * losses + [True, False] * 10)
+    n = wins + losses
+    tail = sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n
+    assert statistics.sign_test(a, b) == (wins, losses, pytest.approx(min(1, 2 * tail)))
+
+
+def test_adjusted_p_values() -> None:
+    """Benjamini-Hochberg by its definition: min over larger p of p * m / rank."""
+    p = [0.01, 0.04, 0.03, 0.5]
+    ranked = sorted(p)
+    expected = [min(q * len(p) / (ranked.index(q) + 1) for q in ranked if q >= value) for value in p]
+    assert statistics.adjusted(p) == pytest.approx(expected)
+    assert statistics.adjusted([]) == []
+
+
+# ---- the command
+
+
+def run_cli(*words: str) -> Any:
+    return CliRunner().invoke(app, ["eval", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--limit", "2", "--tasks", "gqa"], "unknown task 'gqa'"),
+        ([], "give --limit"),
+        (["--limit", "2", "--methods", "nobody"], "nobody@0.33: unknown method 'nobody'"),
+        (["--limit", "2", "--methods", "duet[merge=sum]"], "merge='sum'"),
+        (["--limit", "2", "--budgets", "1.5"], "budget=1.5"),
+        (["--limit", "2", "--seeds", "-1"], "--seeds -1"),
+        (["--limit", "2", "--harness", "other"], "--harness other"),
+        (["--experiment", "gone.json"], "gone.json: cannot be read"),
+    ],
+)
+def test_a_wrong_command_is_explained(words: list[str], says: str, tmp_path: Path) -> None:
+    found = run_cli(*words, "--out", str(tmp_path), "--device", "cpu")
+    assert found.exit_code == 2 and says in found.stderr and "Traceback" not in found.stderr
+    assert not list(tmp_path.rglob("results/*.json"))
+
+
+def test_a_model_without_processor_is_refused_at_once(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny.path() / name).read_bytes())
+    found = run_cli("--model", str(tmp_path), "--limit", "2", "--out", str(tmp_path / "out"), "--device", "cpu")
+    assert found.exit_code == 2 and "cannot be loaded" in found.stderr
+
+
+def test_a_finished_result_is_kept(tmp_path: Path) -> None:
+    words = ["--methods", "uniform", "--budgets", "0.11", "--limit", "2", "--timing-rounds", "0", "--out", str(tmp_path), "--device", "cpu"]
+    first = run_cli(*words)
+    assert first.exit_code == 0 and "uniform 11%" in first.stdout and "28 x12 of 256" in first.stdout
+    file = tmp_path / "tiny/results/methods.json"
+    text = file.read_text()
+    assert json.loads((tmp_path / "tiny/experiments/methods.json").read_text())["limit"] == 2
+    again = run_cli(*words)
+    assert again.exit_code == 0 and "finished already" in again.stdout and file.read_text() == text
+    words[5] = "3"
+    other = run_cli(*words)
+    assert other.exit_code == 2 and "holds another experiment" in other.stderr and file.read_text() == text
+    assert run_cli(*words, "--restart").exit_code == 0
+    assert load(file)["questions"]["count"] == 3
