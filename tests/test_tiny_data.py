@@ -37,8 +37,11 @@ def test_same_index_same_sample():
 
 
 def test_streams_are_disjoint():
-    pictures = [render(scene(split, seed, i)).tobytes() for split in ("train", "validation", "test") for seed in (0, 1) for i in range(10)]
-    assert len(set(pictures)) == len(pictures)
+    streams = [(split, seed, crowded) for split in ("train", "validation", "test") for seed in (0, 1) for crowded in (False, True)]
+    scenes = [scene(split, seed, i, crowded=crowded) for split, seed, crowded in streams for i in range(10)]
+    assert len({render(s).tobytes() for s in scenes}) == len({s.things for s in scenes}) == len(scenes)
+    numbers = [generator("test", 0, 0, purpose).random() for purpose in range(4)] + [s.generator(2).random() for s in scenes]
+    assert len(set(numbers)) == len(numbers) - 1  # the questions of (test, 0, 0) stand in both lists
 
 
 def test_test_stream_has_its_own_glyphs_and_backgrounds():
@@ -86,20 +89,23 @@ def answer_from_description(text: str, things) -> str:
     return "yes" if only(m[1])[1] == only(m[2])[1] else "no"
 
 
+@pytest.mark.parametrize("crowded", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_follow_from_the_description(kind):
+def test_answers_follow_from_the_description(kind, crowded):
     asked = 0
     for i in range(80):
-        drawn = scene("test", 5, i)
-        found = question(drawn, kind, generator("test", 5, i, 2))
+        drawn = scene("test", 5, i, crowded=crowded)
+        found = question(drawn, kind, drawn.generator(2))
         if found:
             asked += 1
             assert answer_from_description(found.text, drawn.things) == found.answer
     assert asked > 40
 
 
-def test_answers_cannot_be_guessed():
-    asked = [q for i in range(500) for q in questions(scene("validation", 0, i), 6, generator("validation", 0, i, 2))]
+@pytest.mark.parametrize("crowded", [False, True])
+def test_answers_cannot_be_guessed(crowded):
+    drawn = [scene("validation", 0, i, crowded=crowded) for i in range(500)]
+    asked = [q for d in drawn for q in questions(d, 6, d.generator(2))]
     for kind in KINDS:
         answers = [q.answer for q in asked if q.kind == kind]
         most = max(answers.count(a) for a in set(answers)) / len(answers)
@@ -124,6 +130,48 @@ def test_needed_patches_cover_things_and_tags():
             for t in (drawn.things[n] for n in q.needed):
                 assert needed[center_patch(t)] and (needed >= body_patches(t)).all()
                 assert not q.reads or (needed >= tag_patches(t)).all()
+
+
+def boxes(things) -> np.ndarray:
+    """(n, 4) x, y, width, height of things and tags."""
+    parts = [(t.x, t.y, t.size, t.size) for t in things] + [(t.tag.x, t.tag.y, t.tag.width, t.tag.height) for t in things if t.tag]
+    return np.array(parts)
+
+
+def test_crowded_pictures_hold_more_than_a_small_budget():
+    asked_about = []
+    for i in range(100):
+        plain, crowded = scene("test", 0, i), scene("test", 0, i, crowded=True)
+        shapes = [t.shape for t in crowded.things]
+        single = [t for t in crowded.things if shapes.count(t.shape) == 1]
+        assert len(single) == 8 > sum([t.shape for t in plain.things].count(s.shape) == 1 for s in plain.things)
+        assert all(t.tag for t in single) and {t.size for t in crowded.things} <= {21, 28}
+        asked_about.append(np.any([body_patches(t) | tag_patches(t) for t in single], 0).sum())
+        corners = boxes(crowded.things)
+        assert corners[:, :2].min() >= 0 and (corners[:, :2] + corners[:, 2:]).max() <= IMAGE_SIZE
+        covered = np.zeros((IMAGE_SIZE, IMAGE_SIZE), int)
+        for x, y, w, h in corners:
+            covered[y : y + h, x : x + w] += 1
+        assert covered.max() == 1
+    assert min(asked_about) > 0.11 * 256 and np.mean(asked_about) > 0.22 * 256
+
+
+def test_crowded_answers_are_balanced():
+    drawn = [scene("validation", 1, i, crowded=True) for i in range(1000)]
+    counts = [d.count for d in drawn]
+    assert all(abs(counts.count(n) / 1000 - 0.2) < 0.05 for n in range(5))  # four standard errors
+    for kind in ("existence", "spatial", "compare"):
+        answers = [q.answer for d in drawn if (q := question(d, kind, d.generator(2)))]
+        assert len(answers) > 950 and abs(answers.count("yes") / len(answers) - 0.5) < 0.065
+
+
+def test_crowded_samples():
+    items = tiny.samples("test", 14, crowded=True)
+    assert [i.kind for i in items] == [*KINDS, *KINDS]
+    again = tiny.sample("test", 9, crowded=True)
+    assert (again.question, again.answer, again.image.tobytes()) == (items[9].question, items[9].answer, items[9].image.tobytes())
+    assert again.image.tobytes() != tiny.sample("test", 9).image.tobytes()
+    assert all(i.needed.shape == (256,) and (i.needed.any() or i.answer in ("no", "0")) for i in items)
 
 
 def test_labels_of_centres_and_tags():

@@ -84,26 +84,39 @@ def prompt(question: str) -> str:
     return build(question)
 
 
-def sample(split: str, index: int, seed: int = 0) -> Sample:
-    """Sample number ``index`` of the stream (split, seed); the kinds of question take turns."""
+def sample(split: str, index: int, seed: int = 0, crowded: bool = False) -> Sample:
+    """Sample number ``index`` of the stream (split, seed, crowded); the kinds of question take turns.
+
+    Parameters
+    ----------
+    split : str
+        "train", "validation" or "test".
+    index, seed : int
+    crowded : bool
+        A harder test set for the same weights; training never showed such pictures. On the default stream the good methods stay
+        within noise of the full model at 22 % of the tokens: 4 or 5 things can be asked about, and a small budget holds them
+        all. A crowded picture shows 8, next to up to 4 counted ones. All are small (21 or 28 pixels) and all but the counted
+        ones carry a digit or a word: what may be asked about covers more patches than a small budget holds. Questions, their
+        kinds and the balance of their answers are the same.
+    """
     from PIL import Image
 
     from .questions import KINDS, needed_patches, question
     from .render import render
-    from .scenes import generator, scene
+    from .scenes import scene
 
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")
     kind = KINDS[index % len(KINDS)]
     for attempt in range(_TRIES):
-        drawn = scene(split, seed, index * _TRIES + attempt)
-        asked = question(drawn, kind, generator(split, seed, drawn.index, 2))
+        drawn = scene(split, seed, index * _TRIES + attempt, crowded=crowded)
+        asked = question(drawn, kind, drawn.generator(2))
         if asked:
             return Sample(Image.fromarray(render(drawn)), asked.text, asked.answer, kind, needed_patches(drawn, asked))
     raise RuntimeError(f"none of {_TRIES} scenes offers a {kind} question (split {split!r}, seed {seed}, index {index})")
 
 
-def samples(split: str, n: int, seed: int = 0) -> list[Sample]:
+def samples(split: str, n: int, seed: int = 0, crowded: bool = False) -> list[Sample]:
     """The first ``n`` samples of a stream.
 
     Parameters
@@ -112,10 +125,12 @@ def samples(split: str, n: int, seed: int = 0) -> list[Sample]:
         "train", "validation" or "test": disjoint by construction, the split is part of the random seed.
     n : int
     seed : int
+    crowded : bool
+        The harder stream, see :func:`sample`.
     """
     if n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
-    return [sample(split, i, seed) for i in range(n)]
+    return [sample(split, i, seed, crowded) for i in range(n)]
 
 
 def demo_images() -> list[DemoImage]:

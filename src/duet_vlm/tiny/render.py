@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 
 from .assets import WORDS
 from .backgrounds import window
-from .scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, Tag, Thing, generator, glyphs
+from .scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, Tag, Thing, glyphs
 
 _COLOR_TABLE = np.array(list(COLORS.values()), np.float32)
 
@@ -93,7 +93,7 @@ def render(scene: Scene, plain: float = 0.0) -> np.ndarray:
     -------
     ndarray, (224, 224, 3) uint8
     """
-    rng = generator(scene.split, scene.seed, scene.index, 1)
+    rng = scene.generator(1)
     image = window(scene.split, IMAGE_SIZE, rng)
     if plain:
         image = image * np.float32(1 - plain) + np.float32(35 * plain)

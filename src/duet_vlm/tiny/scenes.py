@@ -31,6 +31,9 @@ COLORS = {
 COLOR_NAMES = tuple(COLORS)
 SIZES = (21, 28, 35, 42)
 SPLITS = {"train": 1, "validation": 2, "test": 3}
+CROWD = 8  # singly named things on a crowded picture (with 9, counting fell to .70 of the full model's answers)
+CROWD_SIZES = (21, 28)
+CROWD_STREAM = 10  # added to the purpose of random numbers: crowded pictures share none with the others
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,11 @@ class Scene:
     things: tuple[Thing, ...]
     count: int
     group: int | None
+    crowded: bool = False
+
+    def generator(self, purpose: int) -> np.random.Generator:
+        """Random numbers of this scene, see :func:`generator`."""
+        return generator(self.split, self.seed, self.index, purpose + CROWD_STREAM * self.crowded)
 
 
 def check_split(split: str) -> None:
@@ -116,9 +124,11 @@ def _tag_size(kind: int, word: int) -> tuple[int, int]:
     return (DIGIT_SIZE, DIGIT_SIZE) if kind == 1 else (word_width(WORDS[word]), WORD_HEIGHT) if kind == 2 else (0, 0)
 
 
-def _thing(free: np.ndarray, shape: int, color: int, kind: int, small: bool, split: str, rng: np.random.Generator) -> Thing | None:
+def _thing(
+    free: np.ndarray, shape: int, color: int, kind: int, sizes: tuple[int, ...], split: str, rng: np.random.Generator
+) -> Thing | None:
     """Place one thing with its tag (kind 0 none, 1 digit, 2 word) and mark its cells in ``free``."""
-    size = SIZES[int(rng.integers(3 if small else 4))]
+    size = sizes[int(rng.integers(len(sizes)))]
     value = int(rng.integers(10 if kind == 1 else len(WORDS)))
     tag_w, tag_h = _tag_size(kind, value)
     below = bool(rng.random() < 0.5)
@@ -165,7 +175,18 @@ def _plan(dense: bool, rng: np.random.Generator) -> tuple[list[int], list[int], 
     return shapes, colors, tags, count, group
 
 
-def scene(split: str, seed: int, index: int, dense: bool = False) -> Scene:
+def _crowd(rng: np.random.Generator) -> tuple[list[int], list[int], list[int], int, int | None]:
+    """Like :func:`_plan`, with about twice as many singly named shapes and a tag on each of them."""
+    count = int(rng.integers(0, 5))
+    *shapes, last = (int(s) for s in rng.permutation(len(SHAPES))[: CROWD + 1])
+    group = last if count >= 2 else None
+    shapes += [last] * (count if group is not None else 0)
+    colors = list(rng.integers(0, 8, len(shapes)))
+    tags = [*rng.integers(1, 3, CROWD), *[0] * (len(shapes) - CROWD)]
+    return shapes, colors, tags, count, group
+
+
+def scene(split: str, seed: int, index: int, dense: bool = False, crowded: bool = False) -> Scene:
     """The layout number ``index`` of a stream.
 
     Parameters
@@ -176,17 +197,20 @@ def scene(split: str, seed: int, index: int, dense: bool = False) -> Scene:
         Stream and position in it.
     dense : bool
         About a dozen things and no questions: more labels per picture for the tower.
+    crowded : bool
+        A harder picture to ask about, see :func:`duet_vlm.tiny.sample`.
 
     Returns
     -------
     Scene
     """
-    rng = generator(split, seed, index)
+    rng = generator(split, seed, index, CROWD_STREAM * crowded)
     while True:
-        shapes, colors, tags, count, group = _plan(dense, rng)
+        shapes, colors, tags, count, group = _crowd(rng) if crowded else _plan(dense, rng)
         free = np.ones((IMAGE_SIZE // CELL,) * 2, bool)
         things = []
         for i in rng.permutation(len(shapes)):
-            things.append(_thing(free, int(shapes[i]), int(colors[i]), int(tags[i]), shapes[i] == group, split, rng))
+            sizes = CROWD_SIZES if crowded else SIZES[:3] if shapes[i] == group else SIZES
+            things.append(_thing(free, int(shapes[i]), int(colors[i]), int(tags[i]), sizes, split, rng))
         if dense or None not in things:
-            return Scene(split, seed, index, tuple(t for t in things if t is not None), count, group)
+            return Scene(split, seed, index, tuple(t for t in things if t is not None), count, group, crowded)
