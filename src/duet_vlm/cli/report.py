@@ -1,0 +1,30 @@
+"""``duet-vlm report``: tables, plots and one page from result files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.options import AsJson, Debug
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE.json ...", help="Result files that 'duet-vlm eval' wrote.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page, the tables and the plots.")] = Path("out/report"),
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Render result files: report.html (sort and filter in a browser), markdown tables, plots as PNG and SVG."""
+    with friendly(debug, json_):
+        from duet_vlm.evaluate.report import write
+
+        written = write(files, out)
+        if json_:
+            print(json.dumps({"files": [str(file) for file in written]}))
+            return
+        for file in written:
+            print(f"wrote {file}")

@@ -1,0 +1,128 @@
+"""Is a result complete enough to be shown? A result file may come from anyone, so its types are looked at too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+AGAIN = "run the experiment again to make it anew"
+Test = Callable[[Any], bool]
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _interval(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_number, value))
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_count, value))
+
+
+def _object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_object, value))
+
+
+def _maybe(test: Test) -> Test:
+    return lambda value: value is None or test(value)
+
+
+# (test, what is wanted) of every entry that is shown, by its place
+WANTED: dict[Test, str] = {
+    _text: "text",
+    _number: "a finite number",
+    _count: "a count",
+    _interval: "two numbers, low and high",
+    _counts: "a list of counts",
+    _object: "an object",
+    _rows: "a list of runs, the full model first",
+}
+TOP = {"name": _text, "task": _text, "experiment": _object, "environment": _object, "model": _object, "questions": _object, "runs": _rows}
+ASKED = {"count": _count, "per_seed": _count, "kinds": _object}
+RUN = {"id": _text, "label": _text, "method": _text, "status": _text, "settings": _object}
+TOKENS = {"unreduced": _number, "nominal": _number, "measured": _number}
+OK = {"accuracy": _number, "interval": _interval, "tokens": _object, "kinds": _object, "flops": _number, "flops_share": _number, "kv_bytes": _number}
+KIND = {"n": _count, "accuracy": _number}
+# may be absent or null; where it is there, it has this shape
+OPTIONAL = {"budget": _number, "kept": _number, "kept_interval": _interval, "kv_share": _number, "of_oracle": _number, "floor": _number}
+OPTIONAL |= {"message": _text, "seeds": _object, "solved": _object, "prefill": _object, "recall": _object, "against": _object, "preset": _text}
+SOLVED = {"tokens": _count, "entry": _count, "dominant": _count, "contextual": _count, "counts": _counts}
+PREFILL = {"ms": _number, "low": _number, "high": _number, "ratio": _number, "ratio_interval": _interval, "rounds": _count, "batch": _count}
+RECALL = {"entry": _number, "middle": _number}
+AGAINST = {"run": _text, "difference": _number, "interval": _interval, "wins": _count, "losses": _count, "p_value": _number, "p_adjusted": _number}
+NESTED: dict[str, Mapping[str, Test]] = {"solved": SOLVED, "prefill": PREFILL, "recall": RECALL, "against": AGAINST}
+
+
+def check(result: dict[str, Any], source: str) -> None:
+    """Every entry that tables and plots read is there and of the right kind.
+
+    Raises
+    ------
+    ValueError
+        Naming the file (``source``), the run, the entry, what was found and what is wanted.
+    """
+    problem = next(_problems(result), None)
+    if problem:
+        raise ValueError(f"{source}: {problem}; {AGAIN}")
+
+
+def _problems(result: dict[str, Any]) -> Iterator[str]:
+    yield from _wrong(result, TOP, "the result")
+    yield from _wrong(result["questions"], ASKED, "questions")
+    names: set[str] = set()
+    for number, run in enumerate(result["runs"]):
+        where = f"run {number} ({run.get('id')!r})"
+        yield from _wrong(run, RUN, where)
+        yield from _wrong(run, OPTIONAL, where, optional=True)
+        if run["id"] in names:
+            yield f"{where}: there are two of this id"
+        names.add(run["id"])
+        if number == 0 and (run["status"] != "ok" or run["method"] != "none"):
+            yield f"{where}: the first run is to be the full model (method 'none', status 'ok'), found {run['method']!r}, {run['status']!r}"
+        if run["status"] == "ok":
+            yield from _measured(run, where)
+
+
+def _measured(run: dict[str, Any], where: str) -> Iterator[str]:
+    yield from _wrong(run, OK, where)
+    yield from _wrong(run["tokens"], TOKENS, f"{where}, tokens")
+    if run["tokens"]["measured"] < 0:
+        yield f"{where}, tokens: measured is {run['tokens']['measured']}, but tokens cannot be fewer than none"
+    for kind, entry in run["kinds"].items():
+        if not _object(entry):
+            yield f"{where}, kinds: {kind!r} is {_shown(entry)}, wanted an object"
+        yield from _wrong(entry, KIND, f"{where}, kinds, {kind!r}")
+        yield from _wrong(entry, {"kept": _number, "kept_interval": _interval}, f"{where}, kinds, {kind!r}", optional=True)
+    for name, shape in NESTED.items():
+        if run.get(name) is not None:
+            yield from _wrong(run[name], shape, f"{where}, {name}")
+
+
+def _wrong(entry: dict[str, Any], shape: Mapping[str, Test], where: str, optional: bool = False) -> Iterator[str]:
+    for key, test in shape.items():
+        if optional and entry.get(key) is None:
+            continue
+        if key not in entry:
+            yield f"{where} lacks {key!r}, wanted {WANTED[test]}"
+        elif not test(entry[key]):
+            yield f"{where}: {key!r} is {_shown(entry[key])}, wanted {WANTED[test]}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
