@@ -44,24 +44,23 @@ def evaluate(
     Start the same command again after a kill and it goes on where it stopped.
     """
     with friendly(debug):
-        from duet_vlm.evaluate.experiment import Experiment, cells_of, read
+        from duet_vlm.evaluate.experiment import Experiment, read
 
-        if harness == "lmms-eval":
-            _through_lmms_eval(tasks, model, methods, budgets, presets, limit, batch, device, out, name)
-            return
-        if harness != "own":
+        if harness not in ("own", "lmms-eval"):
             raise ValueError(f"--harness {harness}: give 'own' or 'lmms-eval'")
         if experiment is not None:
             jobs, name = [read(experiment)], experiment.stem
         else:
-            wanted = [budget_of(text) for text in _listed(budgets)]
-            cells: list[dict[str, Any]] = [
-                {"method": method, "budgets": wanted, "settings": settings_of(pairs)} for method, pairs in cells_of(methods)
-            ]
-            cells += [{"preset": preset} for preset in _listed(presets or "")]
-            cells += [{"method": "oracle", "budgets": wanted}] if oracle else []
+            cells = _cells(methods, budgets, presets, oracle)
             numbers = tuple(_seed(text) for text in _listed(seeds))
-            jobs = [Experiment(task, tuple(cells), model, numbers, limit, batch, against) for task in _listed(tasks)]
+            jobs = [Experiment(task, cells, model, numbers, limit, batch, against) for task in _listed(tasks)]
+        if harness == "lmms-eval":
+            from duet_vlm.cli.harness import through_lmms_eval
+
+            if oracle or experiment is not None:
+                raise ValueError("--oracle and --experiment need the own harness: lmms-eval's tasks do not say which tokens an answer needs")
+            through_lmms_eval(model, _listed(tasks), jobs[0].runs(), limit, batch, device, out / "lmms-eval", restart)
+            return
         for job in jobs:
             _measure(job, name, out, restart, workers, timing_rounds, device)
 
@@ -104,6 +103,15 @@ def _measure(job: Any, name: str, out: Path, restart: bool, workers: int | None,
     journal.unlink()
     show(found)
     typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
+
+
+def _cells(methods: str, budgets: str, presets: str | None, oracle: bool) -> tuple[dict[str, Any], ...]:
+    from duet_vlm.evaluate.experiment import cells_of
+
+    wanted = [budget_of(text) for text in _listed(budgets)]
+    cells: list[dict[str, Any]] = [{"method": method, "budgets": wanted, "settings": settings_of(pairs)} for method, pairs in cells_of(methods)]
+    cells += [{"preset": preset} for preset in _listed(presets or "")]
+    return (*cells, {"method": "oracle", "budgets": wanted}) if oracle else tuple(cells)
 
 
 def _listed(text: str) -> list[str]:

@@ -17,7 +17,8 @@ ORACLE = "oracle"
 class Run:
     """One method with its settings at one budget.
 
-    ``preset`` names a preset instead (then ``method`` is its method and ``budget`` None). ``label`` is what tables call it.
+    ``preset`` names a preset instead (then ``method`` is its method and ``budget`` None). ``label`` is what tables call it; ``beside`` is
+    the budget of the reference row that it is tested against (its own, unless its counts are set by hand).
     """
 
     method: str
@@ -25,6 +26,7 @@ class Run:
     settings: dict[str, Any] = field(default_factory=dict)
     label: str = ""
     preset: str | None = None
+    beside: int | float | None = None
 
     @property
     def id(self) -> str:
@@ -44,7 +46,8 @@ class Experiment:
     task, model : str
         A task of :mod:`duet_vlm.evaluate.tasks`; a model as ``duet-vlm --model`` takes it.
     cells : tuple of dict
-        Each with ``method`` (or ``preset``), and optionally ``budgets``, ``settings`` and ``label``. The full model is always run first.
+        Each with ``method`` (or ``preset``), and optionally ``budgets``, ``settings``, ``label`` and ``beside`` (see :class:`Run`). The full
+        model is always run first.
     seeds : tuple of int
         Streams of questions; ``limit`` questions are asked of each (None: all that the task has).
     batch : int
@@ -71,9 +74,9 @@ class Experiment:
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: give at least 1")
         for cell in self.cells:
-            unknown = set(cell) - {"method", "preset", "budgets", "settings", "label"}
+            unknown = set(cell) - {"method", "preset", "budgets", "settings", "label", "beside"}
             if unknown or ("method" in cell) == ("preset" in cell):
-                raise ValueError(f"cell {cell}: needs 'method' or 'preset', and knows budgets, settings, label; unknown: {sorted(unknown)}")
+                raise ValueError(f"cell {cell}: needs 'method' or 'preset', and knows budgets, settings, label, beside; unknown: {sorted(unknown)}")
         ids = [run.id for run in self.runs()]
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
@@ -91,11 +94,11 @@ class Experiment:
             from duet_vlm import preset
 
             name = cell["preset"]
-            return [Run(preset(name).name, label=cell.get("label") or name, preset=name)]
+            return [Run(preset(name).name, label=cell.get("label") or name, preset=name, beside=cell.get("beside"))]
         settings = {key: _frozen(value) for key, value in (cell.get("settings") or {}).items()}
         words = ", ".join(f"{key} {value}" for key, value in settings.items())
         label = cell.get("label") or cell["method"] + (f" ({words})" if words else "")
-        return [Run(cell["method"], budget, settings, label) for budget in cell.get("budgets") or (None,)]
+        return [Run(cell["method"], budget, settings, label, beside=cell.get("beside", budget)) for budget in cell.get("budgets") or (None,)]
 
     def to_json(self) -> dict[str, Any]:
         return json.loads(json.dumps(dataclasses.asdict(self)))

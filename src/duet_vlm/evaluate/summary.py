@@ -32,7 +32,8 @@ def summarize(
     hits = {key: np.array([right(q, said) for q, said in zip(questions, values, strict=True)]) for key, values in answers.items()}
     rows: Rows = []
     for run in runs:
-        row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget, "preset": run.preset}
+        row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget}
+        row |= {"preset": run.preset, "beside": run.beside}
         row["settings"] = _settings(run)
         refused = infeasible[run.id]
         if refused is not None:
@@ -105,15 +106,15 @@ def _recall(parts: Sequence[Outcome]) -> dict[str, float] | None:
 
 
 def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
-    """The difference of every run to the reference (``label``) and to the oracle at the same budget."""
+    """The difference of every run to the reference (``label``) and to the oracle at the budget that it stands beside."""
     done = [row for row in rows if row["status"] == "ok"]
     reference = {row["budget"]: row for row in done if row["label"] == label}
     oracle = {row["budget"]: row for row in done if row["method"] == ORACLE}
     tested: Rows = []
     for row in done:
-        best = oracle.get(row["budget"])
+        best = oracle.get(row["beside"])
         row["of_oracle"] = None if best is None else _share(row["accuracy"], best["accuracy"])
-        other = reference.get(row["budget"])
+        other = reference.get(row["beside"])
         row["against"] = None
         if other is None or other is row:
             continue

@@ -1,0 +1,56 @@
+"""``duet-vlm eval --harness lmms-eval``: every run through lmms-eval, one after the other."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from duet_vlm.evaluate.experiment import Run
+from duet_vlm.evaluate.results import save
+
+
+def through_lmms_eval(
+    model: str, tasks: Sequence[str], runs: Sequence[Run], limit: int | None, batch: int, device: str | None, out: Path, restart: bool
+) -> None:
+    """A folder per run under ``out``, and a table at the end. Finished runs are not repeated; a failed one is a row, not an abort."""
+    from duet_vlm.evaluate import lmms
+
+    console, found = Console(), {}
+    for run in runs:
+        asked = {"model": model, "tasks": list(tasks), "run": run.id, "limit": limit}
+        mark = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+        folder = out / f"{run.method}-{mark}"
+        file = folder / "result.json"
+        if file.exists() and not restart:
+            found[run.id] = json.loads(file.read_text())["result"]
+            continue
+        console.rule(run.id)
+        method = {"preset": run.preset} if run.preset else {"method": run.method, "budget": run.budget, "settings": run.settings}
+        try:
+            found[run.id] = lmms.run(model, tasks, **method, limit=limit, batch=batch, device=device, out=folder)
+        except RuntimeError as error:
+            found[run.id] = {"failed": str(error)}
+            continue
+        save(file, {"asked": asked, "result": found[run.id]})
+    console.print(_table(found))
+
+
+def _table(found: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="lmms-eval", title_justify="left")
+    for column in ("run", "nominal tokens", "measured", "task", "metrics"):
+        table.add_column(column)
+    for name, result in found.items():
+        if "failed" in result:
+            table.add_row(name, "", "", "failed", result["failed"])
+            continue
+        tokens = result["measured"]["tokens"]
+        for task, metrics in result["tasks"].items():
+            words = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if "stderr" not in key)
+            table.add_row(name, f"{tokens['nominal']:.1f}", f"{tokens['measured']:.1f}", task, words)
+    return table
