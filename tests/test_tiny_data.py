@@ -144,8 +144,8 @@ def test_crowded_pictures_hold_more_than_a_small_budget():
         plain, crowded = scene("test", 0, i), scene("test", 0, i, crowded=True)
         shapes = [t.shape for t in crowded.things]
         single = [t for t in crowded.things if shapes.count(t.shape) == 1]
-        assert len(single) == 8 > sum([t.shape for t in plain.things].count(s.shape) == 1 for s in plain.things)
-        assert all(t.tag for t in single) and {t.size for t in crowded.things} <= {21, 28}
+        assert len(single) >= 9 > sum([t.shape for t in plain.things].count(s.shape) == 1 for s in plain.things)
+        assert all(t.tag for t in crowded.things) and {t.size for t in crowded.things} <= {21, 28}
         asked_about.append(np.any([body_patches(t) | tag_patches(t) for t in single], 0).sum())
         corners = boxes(crowded.things)
         assert corners[:, :2].min() >= 0 and (corners[:, :2] + corners[:, 2:]).max() <= IMAGE_SIZE

@@ -95,9 +95,10 @@ def sample(split: str, index: int, seed: int = 0, crowded: bool = False) -> Samp
     crowded : bool
         A harder test set for the same weights; training never showed such pictures. On the default stream the good methods stay
         within noise of the full model at 22 % of the tokens: 4 or 5 things can be asked about, and a small budget holds them
-        all. A crowded picture shows 8, next to up to 4 counted ones. All are small (21 or 28 pixels) and all but the counted
-        ones carry a digit or a word: what may be asked about covers more patches than a small budget holds. Questions, their
-        kinds and the balance of their answers are the same.
+        all. A crowded picture shows 9, next to up to 4 counted ones. All are small (21 or 28 pixels) and carry a digit or a
+        word: what may be asked about covers more patches than a small budget holds. Questions, their kinds and the balance of
+        their answers are the same. The full model loses hardly anything but counting (it counts too many in a
+        crowd), so read the kinds apart.
     """
     from PIL import Image
 
