@@ -6,21 +6,27 @@ import numpy as np
 import pytest
 import torch
 
+from duet_vlm import tiny
+from duet_vlm.tiny.labels import body_patches, tag_patches
 from duet_vlm.tiny.network import DECODER_LAYERS, build_model
 from duet_vlm.tiny.recipe.decoder import LabelFeatures, all_patches, build_decoder, labels_of, lessons, shorten, train_decoder
+from duet_vlm.tiny.recipe.finish import forget, looks, train_finish
 from duet_vlm.tiny.recipe.optim import orthogonal, rate
 from duet_vlm.tiny.recipe.packing import Lesson, pack
 from duet_vlm.tiny.recipe.reading import answer_logits, decode
 from duet_vlm.tiny.recipe.starts import NEIGHBOURS, start_tower
 from duet_vlm.tiny.recipe.tower import train_tower
+from duet_vlm.tiny.render import render
+from duet_vlm.tiny.text import prompt
 
 
-@pytest.mark.parametrize("stage", [train_tower, train_decoder])
+@pytest.mark.parametrize("stage", [train_tower, train_decoder, train_finish])
 def test_resume_gives_the_same_weights(stage, tmp_path, monkeypatch):
     monkeypatch.setattr("duet_vlm.tiny.recipe.tower.BATCH", 2)
     monkeypatch.setattr("duet_vlm.tiny.recipe.decoder.BATCH", 2)
-    for module in ("tower", "decoder"):
-        monkeypatch.setattr(f"duet_vlm.tiny.recipe.{module}.validate", lambda *_: {})
+    monkeypatch.setattr("duet_vlm.tiny.recipe.finish.BATCH", 2)
+    for module in ("tower", "decoder", "finish"):
+        monkeypatch.setattr(f"duet_vlm.tiny.recipe.{module}.validate", lambda *_, **__: {"all": 0.0})
     stage(tmp_path / "whole", 0, 6, False)
     stage(tmp_path / "halves", 0, 6, False, stop=3)
     stage(tmp_path / "halves", 0, 6, False)
@@ -31,6 +37,40 @@ def test_resume_gives_the_same_weights(stage, tmp_path, monkeypatch):
     for name, module in a["modules"].items():
         assert all(torch.equal(value, b["modules"][name][key]) for key, value in module.items())
     assert [json.loads(line)["stage"] for line in file.with_suffix(".jsonl").read_text().splitlines()]
+
+
+def test_unguided_finish_forgets_supervised_attention_and_leaves_the_tower_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("duet_vlm.tiny.recipe.finish.BATCH", 2)
+    monkeypatch.setattr("duet_vlm.tiny.recipe.finish.validate", lambda *_, **__: {"all": 0.0})
+    before, after = tiny.load()[0].model, tiny.load()[0].model
+    forget(after.language_model, 0)
+    redrawn = {name for name, p in after.named_parameters() if not torch.equal(p, before.get_parameter(name))}
+    layers = (2, 3, 4, 5, 6, 9)  # the losses of joint training: naming words 2-3, answers 3-4, counting 3-4, shared 5, 6, 9
+    assert redrawn == {f"language_model.layers.{i}.self_attn.{m}_proj.weight" for i in layers for m in "qk"}
+    trained = train_finish(tmp_path, 0, 2, False).model
+    same = {name for name, p in trained.named_parameters() if torch.equal(p, before.get_parameter(name))}
+    assert same == {name for name, _ in trained.named_parameters() if name.startswith("vision_tower")}
+
+
+def test_looks_equals_the_stock_attention(monkeypatch):
+    monkeypatch.setattr("duet_vlm.tiny.recipe.finish.QUESTIONS", 5)
+    model, processor = tiny.load()
+    found = looks(model, 2)
+    masses, shares, patches = [], [], []
+    for item in lessons("validation", 0, 0, 2, 5):
+        for asked in (q for q in item.questions if q.needed):
+            things = [item.scene.things[i] for i in asked.needed]
+            needed = torch.from_numpy(np.any([tag_patches(t) if asked.reads else body_patches(t) for t in things], 0))
+            inputs = processor(images=render(item.scene), text=prompt(asked.text), return_tensors="pt")
+            with torch.no_grad():
+                maps = model(**inputs, output_attentions=True).attentions
+            visual = torch.stack(maps)[:, 0, :, -1, 2:258]  # <s> USER: stand before the picture
+            masses.append(visual[..., needed].sum(-1))
+            shares.append(masses[-1] / visual.sum(-1))
+            patches.append(needed.float().mean())
+    assert len(masses) > 5
+    for name, twin in (("mass", masses), ("share", shares), ("patches", patches)):
+        torch.testing.assert_close(torch.tensor(found[name]), torch.stack(twin).mean(0), rtol=0, atol=2e-4)
 
 
 def test_packed_questions_equal_single_ones():

@@ -2,6 +2,9 @@
 
 Stage A (tower) and stage B (decoder) run side by side, one core each; stage C joins them. Start the same command again after
 a kill and it goes on from the last checkpoint. The schedule counts steps, never seconds.
+
+``--finish-unguided`` instead takes the shipped model, undoes its attention supervision and goes on from answers alone
+(``recipe/finish.py``).
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-TOWER_STEPS, DECODER_STEPS, JOIN_STEPS = 7500, 4000, 1500
+TOWER_STEPS, DECODER_STEPS, JOIN_STEPS, FINISH_STEPS = 7500, 4000, 1500, 900
 DECODER_STOP = 0.75  # the decoder leaves its schedule here, still moving: it has to adapt to the tower next
 
 
@@ -49,7 +52,7 @@ def train_apart(folder: Path, seed: int, tower_steps: int, decoder_steps: int, b
 def summary(folder: Path) -> dict[str, list[dict]]:
     """The curves of all stages, thinned out: validation lines and a dozen training lines per stage."""
     out = {}
-    for stage in ("tower", "decoder", "projector", "join"):
+    for stage in ("tower", "decoder", "projector", "join", "finish"):
         file = folder / f"{stage}.jsonl"
         if file.exists():
             lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -60,20 +63,34 @@ def summary(folder: Path) -> dict[str, list[dict]]:
     return out
 
 
-def export(folder: Path, target: Path, settings: dict) -> None:
-    """Write the joined model (float16), tokenizer, processor and the training log to ``target``."""
+def export(folder: Path, target: Path, settings: dict, stage: str = "join") -> None:
+    """Write the model that a stage left (float16), tokenizer, processor and the training log to ``target``."""
     import torch
 
     from .network import build_model
     from .text import save_processor
 
     model = build_model()
-    model.model.load_state_dict(torch.load(folder / "join.pt", weights_only=True)["modules"]["model"])
+    model.model.load_state_dict(torch.load(folder / f"{stage}.pt", weights_only=True)["modules"]["model"])
     model.half().save_pretrained(target)
     save_processor(target)
     (target / "model.safetensors").chmod(0o644)
     log = {"settings": settings, "torch": torch.__version__, "curves": summary(folder)}
     (target / "training_log.json").write_text(json.dumps(log).replace("}, {", "},\n{") + "\n")
+
+
+def _train(args: argparse.Namespace, stage: str) -> None:
+    """Train what the command line asks for."""
+    if stage == "join":
+        train_apart(args.out, args.seed, args.tower_steps, args.decoder_steps, not args.fp32)
+    import torch
+
+    from .recipe.finish import train_finish
+    from .recipe.join import train_join
+
+    torch.set_num_threads(args.threads)
+    last, steps = (train_join, args.join_steps) if stage == "join" else (train_finish, args.finish_steps)
+    last(args.out, args.seed, steps, not args.fp32)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,21 +101,18 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS)
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
     parser.add_argument("--join-steps", type=int, default=JOIN_STEPS)
+    parser.add_argument("--finish-unguided", action="store_true", help="instead: undo the shipped model's attention supervision")
+    parser.add_argument("--finish-steps", type=int, default=FINISH_STEPS)
     parser.add_argument("--threads", type=int, default=2, help="threads of the joint stage (tower and decoder use one each)")
     parser.add_argument("--fp32", action="store_true", help="no bf16 matrix products (for cores without a bf16 unit)")
-    parser.add_argument("--export-only", action="store_true", help="export the last joint checkpoint and stop")
+    parser.add_argument("--export-only", action="store_true", help="export the last checkpoint and stop")
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost more than they give on shared cores
+    stage = "finish" if args.finish_unguided else "join"
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "export_only")}
     if not args.export_only:
-        train_apart(args.out, args.seed, args.tower_steps, args.decoder_steps, not args.fp32)
-        import torch
-
-        from .recipe.join import train_join
-
-        torch.set_num_threads(args.threads)
-        train_join(args.out, args.seed, args.join_steps, not args.fp32)
-    export(args.out, args.out / "weights", settings)
+        _train(args, stage)
+    export(args.out, args.out / "weights", settings, stage)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ MENTION_LAYERS = (2, 3)  # one head each for these, first two heads
 ANSWER_LAYERS = (3, 4)
 COUNT_LAYERS, COUNT_HEAD = (3, 4), 3
 SHARED_LAYERS = (5, 6, 9)  # mean over heads: where token pruning will read its scores
+GUIDED_LAYERS = tuple(sorted({*MENTION_LAYERS, *ANSWER_LAYERS, *SHARED_LAYERS}))
 FACT_LAYER, PAIR_LAYER = 4, 6
 FACTS = (10, 8, 4, 11, 17)  # classes of shape, colour, size, digit, word
 
@@ -37,10 +40,14 @@ class Probes(nn.Module):
 class Watch:
     """Keeps the attention weights of chosen layers of the running pass (needs the eager attention)."""
 
-    def __init__(self, decoder: LlamaModel):
+    def __init__(self, decoder: LlamaModel, layers: Iterable[int] = GUIDED_LAYERS):
         self.weights: dict[int, Tensor] = {}
-        for i in {*MENTION_LAYERS, *ANSWER_LAYERS, *SHARED_LAYERS}:
-            decoder.layers[i].self_attn.register_forward_hook(self._keep(i))
+        self.hooks = [decoder.layers[i].self_attn.register_forward_hook(self._keep(i)) for i in layers]
+
+    def close(self) -> None:
+        """Stop watching."""
+        for hook in self.hooks:
+            hook.remove()
 
     def _keep(self, layer: int):
         def hook(_module: nn.Module, _args: tuple, output: tuple) -> None:

@@ -1,0 +1,107 @@
+"""Finish without guidance: attention is drawn anew where it was supervised, and learns from answers alone.
+
+Joint training (``join.py``) tells some heads where to look, which flatters every method that drops tokens by the decoder's
+attention. Going on without that loss is not enough: nothing pushes a pattern away that does no harm, and in a trial of 1,000
+steps it stayed. So the query and key matrices of every supervised layer go back to the start of an untrained decoder, and the
+shipped model learns to use them again with no attention loss, no probes, and no mask that knows what an answer needs. The tower
+stays as it is, as in LLaVA's instruction tuning: what the encoder's methods see is the same before and after.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaModel, LlavaForConditionalGeneration
+
+from .. import load
+from ..network import DECODER_LAYERS, VISUAL_TOKENS
+from .decoder import FEW, all_patches, lessons, shorten
+from .join import BATCH, QUESTIONS, pixels_of, validate, visual_tokens
+from .optim import optimizers, rate, set_rate
+from .packing import PREFIX, pack
+from .reading import GUIDED_LAYERS, Watch, accuracy_by_kind, answer_loss, decode
+from .run import Run, apply
+from .starts import start_decoder
+
+
+@torch.no_grad()
+def forget(decoder: LlamaModel, seed: int) -> None:
+    """Put queries and keys of the supervised layers back to the start of an untrained decoder."""
+    fresh = LlamaModel(decoder.config)
+    start_decoder(fresh, torch.Generator().manual_seed(seed))
+    for i in GUIDED_LAYERS:
+        ours, theirs = decoder.layers[i].self_attn, fresh.layers[i].self_attn
+        ours.q_proj.weight.copy_(theirs.q_proj.weight)
+        ours.k_proj.weight.copy_(theirs.k_proj.weight)
+
+
+def train_finish(folder: Path, seed: int, steps: int, bf16: bool, stop: int | None = None) -> LlavaForConditionalGeneration:
+    """Train projector and decoder of the shipped model for ``steps`` steps of ``BATCH`` pictures; leaves ``finish.pt``.
+
+    Queries and keys move at twice the rate of joint training: many of them start from nothing.
+    """
+    torch.manual_seed(seed)
+    model, _ = load()
+    model.set_attn_implementation("eager")  # the faster one at this size
+    core, decoder = model.model, model.model.language_model
+    core.vision_tower.requires_grad_(False)
+    opts = optimizers(decoder.named_parameters(), matrix=0.003, query_key=0.0015, embedding=4e-4, rest=8e-4)
+    opts.append(torch.optim.AdamW(core.multi_modal_projector.parameters(), 8e-4, betas=(0.9, 0.98), weight_decay=0.01))
+    run = Run(folder, "finish", {"model": core}, opts, every=100)
+    first = run.resume()
+    if not first:
+        forget(decoder, seed)
+        run.log(0, **{f"val_{k}": v for k, v in validate(model).items()}, val_28=validate(model, keep=28)["all"])
+    for step in range(first, min(steps, stop or steps)):
+        rng = np.random.default_rng([seed, 8, step])
+        set_rate(opts, rate(step / steps, flat=0.5))
+        items = lessons("train", seed + 4000, step * BATCH, BATCH, QUESTIONS)
+        packed = shorten(items, int(rng.choice(FEW)), rng) if rng.random() < 0.5 else pack(items, all_patches(BATCH), rng)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            visual = visual_tokens(model, pixels_of(items))[0]
+            kept = visual[torch.arange(BATCH)[:, None], packed.patches]
+            last, _ = decode(decoder, kept, packed, DECODER_LAYERS, DECODER_LAYERS)
+        loss, hits = answer_loss(decoder, last, packed)
+        apply(loss, [decoder, core.multi_modal_projector], opts, bf16)
+        done = step + 1
+        if done % 50 == 0:
+            run.log(done, tokens=packed.patches.shape[1], answer=loss.item(), **accuracy_by_kind(list(hits), items))
+        if done % 400 == 0 or done == steps:
+            run.log(done, **{f"val_{k}": v for k, v in validate(model).items()}, val_28=validate(model, keep=28)["all"])
+        if done % run.every == 0 or done == min(steps, stop or steps):
+            run.save(done)
+    return model
+
+
+@torch.no_grad()
+def looks(model: LlavaForConditionalGeneration, n: int = 48) -> dict[str, list]:
+    """Where ``ASSISTANT:`` looks, on ``n`` validation pictures with all tokens and ``QUESTIONS`` questions each.
+
+    Returns
+    -------
+    dict
+        ``mass`` (layers, heads): attention on the needed patches as a share of all attention, mean over the questions that need
+        some. ``share``: the same of the attention on visual tokens only. ``patches``: the needed patches as a share of all, which
+        is what ``share`` would be if attention were spread evenly.
+    """
+    model.set_attn_implementation("eager")  # the others do not tell
+    decoder, rng = model.model.language_model, np.random.default_rng(0)
+    watch, items = Watch(decoder, range(DECODER_LAYERS)), lessons("validation", 0, 0, n, QUESTIONS)
+    mass, share, patches = [], [], []
+    for i in range(0, n, BATCH):
+        part = items[i : i + BATCH]
+        packed = pack(part, all_patches(len(part)), rng)
+        decode(decoder, visual_tokens(model, pixels_of(part))[0], packed, DECODER_LAYERS, DECODER_LAYERS)
+        needed = packed.answer_sees.any(2)  # (B, Q, 256)
+        picture, asked = needed.any(-1).nonzero().T
+        shown, rows = needed[picture, asked].float(), PREFIX + VISUAL_TOKENS + packed.answer_rows[picture, asked]
+        seen = torch.stack([watch.weights[layer][picture, :, rows, PREFIX : PREFIX + VISUAL_TOKENS] for layer in range(DECODER_LAYERS)])
+        on_needed = torch.einsum("lmhk,mk->mlh", seen, shown)
+        mass.append(on_needed)
+        share.append(on_needed / seen.sum(-1).transpose(0, 1))
+        patches.append(shown.mean(-1))
+    watch.close()
+    out = {"mass": torch.cat(mass).mean(0), "share": torch.cat(share).mean(0), "patches": torch.cat(patches).mean()}
+    return {name: np.round(value.numpy(), 4).tolist() for name, value in out.items()}
