@@ -18,12 +18,24 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
+def _share(value: Any) -> bool:
+    return _number(value) and 0 <= value <= 1
+
+
 def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _interval(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(map(_number, value))
+
+
+def _list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _counts(value: Any) -> bool:
@@ -38,15 +50,14 @@ def _rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_object, value))
 
 
-def _maybe(test: Test) -> Test:
-    return lambda value: value is None or test(value)
-
-
-# (test, what is wanted) of every entry that is shown, by its place
+# what each test wants, in words; below, the tests of every entry that is shown, by its place
 WANTED: dict[Test, str] = {
     _text: "text",
     _number: "a finite number",
-    _count: "a count",
+    _positive: "a number above 0",
+    _share: "a number from 0 to 1",
+    _count: "a count, 0 or more",
+    _list: "a list",
     _interval: "two numbers, low and high",
     _counts: "a list of counts",
     _object: "an object",
@@ -55,15 +66,15 @@ WANTED: dict[Test, str] = {
 TOP = {"name": _text, "task": _text, "experiment": _object, "environment": _object, "model": _object, "questions": _object, "runs": _rows}
 ASKED = {"count": _count, "per_seed": _count, "kinds": _object}
 RUN = {"id": _text, "label": _text, "method": _text, "status": _text, "settings": _object}
-TOKENS = {"unreduced": _number, "nominal": _number, "measured": _number}
-OK = {"accuracy": _number, "interval": _interval, "tokens": _object, "kinds": _object, "flops": _number, "flops_share": _number, "kv_bytes": _number}
-KIND = {"n": _count, "accuracy": _number}
+TOKENS = {"unreduced": _positive, "nominal": _number, "measured": _positive}
+OK = {"accuracy": _share, "interval": _interval, "tokens": _object, "kinds": _object, "flops": _number, "flops_share": _number, "kv_bytes": _number}
+KIND = {"n": _count, "accuracy": _share}
 # may be absent or null; where it is there, it has this shape
 OPTIONAL = {"budget": _number, "kept": _number, "kept_interval": _interval, "kv_share": _number, "of_oracle": _number, "floor": _number}
 OPTIONAL |= {"message": _text, "seeds": _object, "solved": _object, "prefill": _object, "recall": _object, "against": _object, "preset": _text}
 SOLVED = {"tokens": _count, "entry": _count, "dominant": _count, "contextual": _count, "counts": _counts}
-PREFILL = {"ms": _number, "low": _number, "high": _number, "ratio": _number, "ratio_interval": _interval, "rounds": _count, "batch": _count}
-RECALL = {"entry": _number, "middle": _number}
+PREFILL = {"ms": _positive, "low": _positive, "high": _positive, "ratio": _number, "ratio_interval": _interval, "rounds": _count, "batch": _count}
+RECALL = {"entry": _share, "entry_or_merged": _share, "middle": _share}
 AGAINST = {"run": _text, "difference": _number, "interval": _interval, "wins": _count, "losses": _count, "p_value": _number, "p_adjusted": _number}
 NESTED: dict[str, Mapping[str, Test]] = {"solved": SOLVED, "prefill": PREFILL, "recall": RECALL, "against": AGAINST}
 
@@ -83,6 +94,7 @@ def check(result: dict[str, Any], source: str) -> None:
 
 def _problems(result: dict[str, Any]) -> Iterator[str]:
     yield from _wrong(result, TOP, "the result")
+    yield from _wrong(result["experiment"], {"seeds": _list}, "the experiment", optional=True)
     yield from _wrong(result["questions"], ASKED, "questions")
     names: set[str] = set()
     for number, run in enumerate(result["runs"]):
@@ -101,8 +113,6 @@ def _problems(result: dict[str, Any]) -> Iterator[str]:
 def _measured(run: dict[str, Any], where: str) -> Iterator[str]:
     yield from _wrong(run, OK, where)
     yield from _wrong(run["tokens"], TOKENS, f"{where}, tokens")
-    if run["tokens"]["measured"] < 0:
-        yield f"{where}, tokens: measured is {run['tokens']['measured']}, but tokens cannot be fewer than none"
     for kind, entry in run["kinds"].items():
         if not _object(entry):
             yield f"{where}, kinds: {kind!r} is {_shown(entry)}, wanted an object"

@@ -131,11 +131,16 @@ OF_ORACLE = Column(
     percent,
 )
 P_VALUE = Column(
-    "p", "adjusted p", "Paired test against the reference at the same budget, adjusted for the number of tests", ("against", "p_adjusted"), chance
+    "p",
+    "adjusted p",
+    "Exact McNemar test against the reference at the same budget, Benjamini-Hochberg over all tests of the file",
+    ("against", "p_adjusted"),
+    chance,
 )
 RECALL = (
-    Column("entry", "recall at entry, %", "Patches that the answer needs and that enter the decoder as themselves", ("recall", "entry"), percent),
-    Column("middle", "recall in the middle, %", "The same, halfway through the decoder", ("recall", "middle"), percent),
+    Column("entry", "recall at entry, %", "Of the patches that an answer needs, the share that enters the decoder", ("recall", "entry"), percent),
+    Column("merged", "recall with merged, %", "The same, with those merged into a kept row", ("recall", "entry_or_merged"), percent),
+    Column("middle", "recall midway, %", "The share that is still a row of its own halfway through the decoder", ("recall", "middle"), percent),
 )
 COST = (
     Column("flops", "FLOPs, %", "Arithmetic per question as a share of the full model's", ("flops_share",), percent),

@@ -76,7 +76,7 @@ def kept_against_tokens(result: dict[str, Any]) -> Figure | None:
 
     def point(run: Run) -> list[float] | None:
         x, kept = run["tokens"]["measured"], run.get("kept")
-        if kept is None or x <= 0:
+        if kept is None:
             return None
         low, high = run.get("kept_interval") or (kept, kept)
         return [x, x, x, 100 * kept, 100 * low, 100 * high]
@@ -305,7 +305,7 @@ def shade(kept: float) -> tuple[str, str]:
     part = (dark - start) / (end - start)
     red, green, blue = (round(a + (b - a) * part) for a, b in zip(near, far, strict=True))
     luminance = sum(weight * (value / 255) ** 2.2 for weight, value in zip((0.2126, 0.7152, 0.0722), (red, green, blue), strict=True))
-    return f"#{red:02x}{green:02x}{blue:02x}", "#ffffff" if luminance < 0.18 else "#101010"
+    return f"#{red:02x}{green:02x}{blue:02x}", "#ffffff" if luminance < 0.179 else "#000000"
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 # what the page replaces by its own variables, so that one SVG serves light and dark; no other colour of a plot may equal one of these
 INK, MUTED, GRID, GROUND = "#1c2127", "#5a626c", "#dfe3e8", "#fefefd"
-COLOURS = ("#0067a8", "#c74b00", "#00805e", "#b3429a", "#8a6d00", "#2b9fd9", "#6b4fc9")
+COLOURS = ("#1e4496", "#e0710b", "#809663", "#891c55", "#624300", "#009fb4", "#ba68ff")
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", GROUND: "ground"} | {colour: f"series-{i}" for i, colour in enumerate(COLOURS)}
 
 MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "d")
