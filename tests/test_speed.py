@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -51,3 +53,20 @@ def test_bad_arguments() -> None:
         paired({}, repeats=0)
     with pytest.raises(ValueError, match="same paired"):
         ratio(Timing((1.0, 2.0)), Timing((1.0,)))
+
+
+def test_the_context_around_a_function_is_not_timed() -> None:
+    inside = []
+
+    @contextlib.contextmanager
+    def around() -> Iterator[None]:
+        time.sleep(0.02)
+        inside.append(True)
+        yield
+        inside.pop()
+        time.sleep(0.02)
+
+    seen = []
+    times = paired({"a": lambda: seen.append(bool(inside)), "b": lambda: None}, repeats=3, warmup=1, around={"a": around})
+    assert seen == [True] * 4 and not inside
+    assert times["a"].median < 0.01

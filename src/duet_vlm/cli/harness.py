@@ -49,8 +49,9 @@ def _table(found: dict[str, dict[str, Any]]) -> Table:
         if "failed" in result:
             table.add_row(name, "", "", "failed", result["failed"])
             continue
-        tokens = result["measured"]["tokens"]
         for task, metrics in result["tasks"].items():
             words = ", ".join(f"{key} {value:.4g}" for key, value in metrics.items() if "stderr" not in key)
-            table.add_row(name, f"{tokens['nominal']:.1f}", f"{tokens['measured']:.1f}", task, words)
+            cost = result["measured"]["tasks"].get(task, {})  # a group of tasks has none of its own
+            tokens = [f"{cost[key]:.1f}" if cost else "" for key in ("nominal_mean", "measured_mean")]
+            table.add_row(name, *tokens, task, words)
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import importlib.util
 import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -84,6 +85,8 @@ def run_experiment(
     ValueError
         Unknown task, method or setting, or a journal that belongs to another measurement.
     """
+    if importlib.util.find_spec("scipy") is None:  # said now, not after hours
+        raise ImportError("the statistics of an evaluation need scipy: pip install 'duet-vlm[eval]'")
     asked, runs = task(experiment.task), experiment.runs()
     todo = batches(experiment, asked)
     loaded = load(experiment.model, device)
