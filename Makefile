@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
 OLDEST := .venv-oldest
+LMMS := .venv-lmms
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest golden lint format bench tables train clean
+.PHONY: help demo test test-all test-oldest test-lmms golden lint format bench tables train clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -27,6 +28,9 @@ test-all: $(DEV)  ## every test, slow ones too
 
 test-oldest: $(OLDEST)/.installed  ## the default tier (less packaging) on the oldest supported transformers
 	@$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/test_package.py
+
+test-lmms: $(LMMS)/.installed  ## our model inside the real lmms-eval, in an environment of its own (2.5 GB)
+	@$(ONE_THREAD) $(LMMS)/bin/python -m pytest -q tests/test_lmms.py
 
 golden: $(DEV)  ## only the comparisons with vectors recorded from the papers' released code
 	@$(PYTEST) -k golden
@@ -48,7 +52,7 @@ train: $(DEV)  ## train the embedded model from scratch
 	@$(BIN)/python -m duet_vlm.tiny.train
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) out build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(LMMS) out build dist .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,4 +69,12 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	sed 's/^transformers==.*/transformers==5.19.0/' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -c $(OLDEST)/constraints.txt -e ".[dev]"
+	@touch $@
+
+# The pinned torch first, so that nothing else chooses one. The torchvision of PyPI needs tests/lmms/cpu_torchvision.py beside a CPU torch.
+$(LMMS)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/*)
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	$(LMMS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[lmms]" pytest
+	cp tests/lmms/cpu_torchvision.* "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
