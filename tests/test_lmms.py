@@ -219,7 +219,7 @@ def test_batches_of_none_one_and_two_images_agree(tmp_path: Path) -> None:
     for batch in (1, 4):
         lm = DuetVLM("tiny", budget=0.22, batch_size=batch, device="cpu", measured=str(tmp_path / f"{batch}.json"))
         made[batch] = lm.generate_until(requests_of(lm, talks, {"max_new_tokens": 6, "temperature": 0}))
-        lm.handle.detach()
+        lm.clean()
     assert made[1] == made[4]
     counted = [json.loads((tmp_path / f"{batch}.json").read_text())["tasks"]["talk"] for batch in (1, 4)]
     assert [c["images"] for c in counted] == [4, 4]
@@ -236,7 +236,7 @@ def test_different_generation_settings_never_share_a_batch(tmp_path: Path) -> No
     for request, generation in zip(requests, [{"max_new_tokens": 4}, {"max_new_tokens": 4, "until": item.answer[1]}] * 2, strict=True):
         request.args = (*request.args[:2], generation, *request.args[3:])
     assert lm.generate_until(requests) == [item.answer, item.answer[0]] * 2
-    lm.handle.detach()
+    lm.clean()
 
 
 @real
@@ -253,9 +253,9 @@ def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
     with pytest.raises(NotImplementedError, match="multi-round"):
         lm.generate_until_multi_round([])
     talk = [{"role": "user", "content": [{"type": "video", "url": "clip.mp4"}, {"type": "text", "text": "what ?"}]}]
-    with pytest.raises(ValueError, match="task talk brings video or sound"):
+    with pytest.raises(ValueError, match="task talk brings video: duet_vlm reduces images only"):
         lm.generate_until(requests_of(lm, [talk], {}))
-    lm.handle.detach()
+    lm.clean()
 
 
 @real
@@ -267,13 +267,13 @@ def test_dtype_attention_and_salient_words_reach_the_model(tmp_path: Path) -> No
         "tiny", budget=0.33, text_query="salient", dtype="bfloat16", attn_implementation="eager", device="cpu",
         system_prompt="be brief", measured=str(tmp_path / "m.json"),
     )  # fmt: skip
-    assert lm.model.dtype == torch.bfloat16 and lm.model.config._attn_implementation == "eager"
+    assert lm.engine.model.dtype == torch.bfloat16 and lm.engine.model.config._attn_implementation == "eager"
     requests = requests_of(lm, [user(item.question, item.image)], {"max_new_tokens": 2})
     assert lm.generate_until(requests)
     first = lm._messages(requests[0].args).messages[0]
     assert (first.role, first.content[0].text) == ("system", "be brief")
-    assert lm.handle.report().settings["text_query"] == "salient"
-    lm.handle.detach()
+    assert lm.engine.handle.report().settings["text_query"] == "salient"
+    lm.clean()
 
 
 # ---- Qwen2.5-VL: random weights, a processor made here
@@ -318,7 +318,7 @@ def test_qwen_answers_equal_the_librarys_own(qwen: Path, tmp_path: Path) -> None
     lm = DuetVLM(str(qwen), method="duet", budget=10, batch_size=3, device="cpu", dtype="float32", measured=str(tmp_path / "m.json"))
     talks = [user(scene.question, picture) for scene, picture in zip(scenes, pictures, strict=True)]
     said = lm.generate_until(requests_of(lm, talks, generation))
-    lm.handle.detach()
+    lm.clean()
 
     model, processor = AutoModelForImageTextToText.from_pretrained(qwen, dtype=torch.float32).eval(), AutoProcessor.from_pretrained(qwen)
     expected, means = [], []
@@ -344,5 +344,5 @@ def test_max_pixels_reaches_the_processor(qwen: Path, tmp_path: Path) -> None:
         lm = DuetVLM(str(qwen), method="none", device="cpu", max_pixels=pixels, measured=str(file))
         lm.generate_until(requests_of(lm, [user("what ?", tiny.sample("test", 0, 0).image)], {"max_new_tokens": 1}))
         tokens.append(json.loads(file.read_text())["tasks"]["talk"]["tokens_per_image"])
-        lm.handle.detach()
+        lm.clean()
     assert tokens == [64, 16]
