@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
+BROWSER := $(VENV)/.browser-installed
 OLDEST := .venv-oldest
 LMMS := .venv-lmms
 WORKERS ?= 2
@@ -12,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest test-lmms golden lint format bench tables train clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-lmms golden lint format bench tables train clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -31,6 +32,15 @@ test-oldest: $(OLDEST)/.installed  ## the default tier (less packaging) on the o
 
 test-lmms: $(LMMS)/.installed  ## our model inside the real lmms-eval, in an environment of its own (2.5 GB)
 	@$(ONE_THREAD) $(LMMS)/bin/python -m pytest -q tests/test_lmms.py
+
+test-browser: $(BROWSER)  ## the page of a report, in a real Chromium without a window
+	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
+		{ echo "needs Chromium: apt-get install chromium, or set CHROMIUM to the path of one"; exit 1; }
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_report_browser.py
+
+pictures: $(BROWSER)  ## report of the committed results in out/report, pictures of it in docs/images
+	@$(ONE_THREAD) $(BIN)/duet-vlm report $(wildcard comparison/*/results/methods.json) --out out/report
+	@$(ONE_THREAD) $(BIN)/python tests/report_pictures.py out/report docs/images
 
 golden: $(DEV)  ## only the comparisons with vectors recorded from the papers' released code
 	@$(PYTEST) -k golden
@@ -64,6 +74,10 @@ $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
 	@touch $(CORE) $@
+
+$(BROWSER): $(DEV)
+	$(PIP) install -q -c constraints.txt -e ".[browser]"
+	@touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)

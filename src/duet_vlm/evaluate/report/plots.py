@@ -37,11 +37,12 @@ RC: dict[str, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "duet-vlm",
 }
-WIDTH = 8.6  # inches
-LINE = 0.185  # inches between the centres of two labels
+# in inches: the area of the lines, the room to its left, between its right edge and the labels, per letter of a label, between two labels
+AREA, LEFT, BETWEEN, LETTER, LINE = 5.4, 0.7, 0.62, 0.073, 0.185
+WIDTH = 8.6  # of a plot, at least
 PIXELS = 160  # per inch, of the PNG
-STEPS = (10, 5, 1, 0.5, 0.1)  # percentages that get a tick, the roundest first
-DIGITS = (1, 2, 5, 3, 4, 6, 8, 1.5, 7, 9, 1.2, 2.5)  # of a decade, likewise
+# ticks, the roundest first; less round ones only until there are enough
+STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7, 9, 1.2, 2.5)), 9
 
 
 def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
@@ -120,7 +121,8 @@ def _lines(
             series.setdefault(run["label"], []).append(found)
     if not series:
         return None
-    figure, axes = _figure(max(4.6, 1.0 + LINE * len(series)))
+    longest = max(len(plain(label)) for label in series)
+    figure, axes = _figure(max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(series)))
     _scales(axes, [anchor[0], *(p[i] for s in series.values() for p in s for i in range(3))], [anchor[1], *_heights(series)], anchor[1])
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
@@ -158,13 +160,13 @@ def _around(middle: list[float], low: list[float], high: list[float]) -> list[li
     return [below, above]
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, height))
+    figure = Figure(figsize=(width, height))
     FigureCanvasAgg(figure)
-    axes = figure.add_axes((0.08, 0.52 / height, 0.625, 1 - 0.70 / height))
+    axes = figure.add_axes((LEFT / width, 0.52 / height, AREA / width, 1 - 0.70 / height))
     axes.grid(color=GRID, lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -184,7 +186,7 @@ def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None
     left, right = max(xs) * 1.12, min(xs) / 1.08
     axes.set_xlim(left, right)
     decades = range(math.floor(math.log10(right)), math.ceil(math.log10(left)))
-    wanted = [digit * 10.0**decade for digit in DIGITS for decade in decades]
+    wanted = [[digit * 10.0**decade for digit in digits for decade in decades] for digits in DIGITS]
     axes.xaxis.set_major_locator(FixedLocator(_spaced(wanted, math.log, right, left, 0.06)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -194,18 +196,20 @@ def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None
     bottom, top = (float(np.sinh(edge) + anchor) for edge in (low - room, high + room))
     axes.set_ylim(bottom, top)
     near = [sorted((step * i for i in range(int(110 / step) + 1)), key=lambda y: abs(y - anchor)) for step in STEPS]
-    axes.yaxis.set_major_locator(FixedLocator(_spaced([y for values in near for y in values], stretched, bottom, top, 0.05)))
+    axes.yaxis.set_major_locator(FixedLocator(_spaced(near, stretched, bottom, top, 0.05)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _spaced(wanted: list[float], scale: Callable[[float], float], low: float, high: float, gap: float) -> list[float]:
-    """Of the ``wanted`` ticks (the dearest first) those within [low, high] that keep a distance of ``gap`` axis lengths to the ones before."""
+def _spaced(wanted: list[list[float]], scale: Callable[[float], float], low: float, high: float, gap: float) -> list[float]:
+    """Of the ``wanted`` ticks, rank by rank until there are enough, those within [low, high] that keep ``gap`` axis lengths from the ones before."""
     least = gap * (scale(high) - scale(low))
     out: list[float] = []
-    for tick in wanted:
-        if low <= tick <= high and all(abs(scale(tick) - scale(other)) >= least for other in out):
-            out.append(tick)
+    for rank in wanted:
+        if len(out) < ENOUGH:
+            for tick in rank:
+                if low <= tick <= high and all(abs(scale(tick) - scale(other)) >= least for other in out):
+                    out.append(tick)
     return out
 
 
@@ -238,9 +242,9 @@ def by_kind(result: dict[str, Any]) -> Figure | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    left = 0.35 + 0.078 * max(len(plain(run["label"])) for run in runs)
+    left = 0.25 + LETTER * max(len(plain(run["label"])) for run in runs)
     row, head = 0.235, 0.62
-    wide = min(1.0, max(0.62, (WIDTH - left - 0.1) / len(kinds)))
+    wide = min(1.0, max(0.74, (WIDTH - left - 0.1) / len(kinds)))
     height = head + row * (rows[-1][0] + 1) + 0.12
     figure = Figure(figsize=(left + wide * len(kinds) + 0.1, height))
     FigureCanvasAgg(figure)

@@ -15,7 +15,7 @@ MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 FLOORS = frozenset({"random", "uniform"})  # chance and habit: what a method must beat
 ORACLE = "oracle"  # told what is needed: what no method can be expected to beat
-LONGEST = 34
+LONGEST = 48
 
 
 @dataclass(frozen=True)
