@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -194,6 +195,19 @@ def test_a_run_without_results_says_why(given: dict[str, Any], message: str, tmp
     with pytest.raises(RuntimeError, match="lmms-eval ended without results") as caught:
         run(call.pop("model"), call.pop("tasks"), **call)
     assert message in str(caught.value) and str(tmp_path / "lmms-eval.log") in str(caught.value)
+
+
+@real
+def test_two_processes_share_a_task(tmp_path: Path) -> None:
+    """15 questions: eight each, one of them asked twice to keep step; results and samples count it once."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "lmms_eval", "--model", "duet_vlm"]
+    command += ["--model_args", "pretrained=tiny,budget=0.11,measured=m.json", "--tasks", "duet_tiny", "--include_path", str(TASKS)]
+    command += ["--limit", "15", "--batch_size", "4", "--output_path", "out", "--log_samples"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    counted = [json.loads((tmp_path / f"m.rank{rank}.json").read_text())["tasks"]["duet_tiny"] for rank in (0, 1)]
+    assert [c["images"] for c in counted] == [8, 8] and [c["measured_mean"] for c in counted] == [28, 28], done.stdout + done.stderr
+    (samples,) = (tmp_path / "out").rglob("*_samples_duet_tiny.jsonl")
+    assert sorted(json.loads(line)["doc_id"] for line in samples.read_text().splitlines()) == list(range(15))
 
 
 # ---- the model class itself

@@ -167,3 +167,12 @@ def test_an_unknown_preset_lists_the_known_ones(verb: tuple[Any, ...]) -> None:
 def test_a_preset_for_a_larger_model_says_what_does_not_fit() -> None:
     assert "dominant=300: this model's images have 256 visual tokens" in call("budget", "--preset", "duet-192", code=2).stderr
     assert "layers 0..11" in call("budget", "--preset", "duet-64", code=2).stderr
+
+
+def test_the_documentation_lists_every_preset_with_its_mean_and_source() -> None:
+    page = (Path(__file__).parent.parent / "docs/reproduce-duet.md").read_text()
+    rows = {cells[1].strip("` "): [c.strip() for c in cells] for line in page.splitlines() if len(cells := line.split("|")) == 8}
+    assert {name for name in rows if "-" in name and name != "---"} == set(PRESETS)
+    for name, row in PRESETS.items():
+        assert rows[name][2] == row.model
+        assert rows[name][4:7] == [f"{row.mean:g} of {row.tokens}", "yes" if row.published else "no", row.source]

@@ -72,6 +72,7 @@ class DuetVLM(lmms):
             min_pixels=min_pixels,
             max_pixels=max_pixels,
         )
+        self.device = self.engine.model.device  # lmms-eval gathers results there when several processes share a task
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers of a task's requests, in their order."""
