@@ -25,6 +25,7 @@ def test_resume_gives_the_same_weights(stage, tmp_path, monkeypatch):
     monkeypatch.setattr("duet_vlm.tiny.recipe.tower.BATCH", 2)
     monkeypatch.setattr("duet_vlm.tiny.recipe.decoder.BATCH", 2)
     monkeypatch.setattr("duet_vlm.tiny.recipe.finish.BATCH", 2)
+    monkeypatch.setattr("duet_vlm.tiny.recipe.finish.QUESTIONS", 3)
     for module in ("tower", "decoder", "finish"):
         monkeypatch.setattr(f"duet_vlm.tiny.recipe.{module}.validate", lambda *_, **__: {"all": 0.0})
     stage(tmp_path / "whole", 0, 6, False)
@@ -41,6 +42,7 @@ def test_resume_gives_the_same_weights(stage, tmp_path, monkeypatch):
 
 def test_unguided_finish_forgets_supervised_attention_and_leaves_the_tower_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("duet_vlm.tiny.recipe.finish.BATCH", 2)
+    monkeypatch.setattr("duet_vlm.tiny.recipe.finish.QUESTIONS", 3)
     monkeypatch.setattr("duet_vlm.tiny.recipe.finish.validate", lambda *_, **__: {"all": 0.0})
     before, after = tiny.load()[0].model, tiny.load()[0].model
     forget(after.language_model, 0)

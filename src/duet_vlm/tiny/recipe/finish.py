@@ -104,4 +104,4 @@ def looks(model: LlavaForConditionalGeneration, n: int = 48) -> dict[str, list]:
         patches.append(shown.mean(-1))
     watch.close()
     out = {"mass": torch.cat(mass).mean(0), "share": torch.cat(share).mean(0), "patches": torch.cat(patches).mean()}
-    return {name: np.round(value.numpy(), 4).tolist() for name, value in out.items()}
+    return {name: np.round(value.double().numpy(), 4).tolist() for name, value in out.items()}
