@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import duet_vlm
+from duet_vlm.evaluate.report import markdown
+from duet_vlm.evaluate.results import load
 from duet_vlm.models.adapter import families
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
@@ -47,6 +49,11 @@ def accuracy() -> str:
     return table(["", "tokens", "accuracy", *kinds], rows) + "\n\n" + note
 
 
+def comparison(task: str, form: Callable[[dict[str, Any]], str]) -> str:
+    """A table of comparison/<task>: every method at every budget."""
+    return form(load(ROOT / "comparison" / task / "results" / "methods.json"))
+
+
 def speed() -> str:
     rows = []
     for name in ("v2v", "t2v", "decode", "prefill"):
@@ -75,7 +82,16 @@ def supported() -> str:
     return table(["family", "model types", "notes", "example checkpoint"], rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"accuracy": accuracy, "speed": speed, "methods": methods, "families": supported}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "accuracy": accuracy,
+    "kept_tiny": lambda: comparison("tiny", markdown.matrix),
+    "kept_crowded": lambda: comparison("tiny-crowded", markdown.matrix),
+    "runs_tiny": lambda: comparison("tiny", markdown.compact),
+    "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
+    "speed": speed,
+    "methods": methods,
+    "families": supported,
+}
 PAGES = ("README.md", "docs/methods.md", "docs/families.md")
 
 

@@ -136,7 +136,7 @@ def test_files_of_a_report(made: dict[str, bytes]) -> None:
 
 
 def test_markdown_tables_say_what_the_file_says(made: dict[str, bytes]) -> None:
-    found = tables(made["tiny-methods.md"].decode())
+    _, *found = tables(made["tiny-methods.md"].decode())
     compared = sum(agree(head[1:], {row[0].replace("\\", ""): row[1:] for row in rows}, RESULT) for head, *rows in found)
     assert {title for head, *_ in found for title in head[1:]} == set(PLACES)
     assert compared > 1000
@@ -146,6 +146,29 @@ def test_compact_table_says_what_the_file_says() -> None:
     ((head, *rows),) = tables(markdown.compact(RESULT))
     assert head == ["run", "measured tokens", "accuracy", "kept, %", *KINDS]
     assert agree(head[1:], {row[0].replace("\\", ""): row[1:] for row in rows}, RESULT) > 500
+
+
+def test_matrix_says_what_the_file_says(made: dict[str, bytes]) -> None:
+    (head, *rows), *_ = tables(made["tiny-methods.md"].decode())
+    assert head[1:] == ["33 %", "22 %", "11 %", "7 %", "5 %"]
+    assert [row[0].replace("\\", "") for row in rows] == list(dict.fromkeys(run["label"] for run in RESULT["runs"][1:]))
+    for run in RESULT["runs"][1:]:
+        text = next(row for row in rows if row[0].replace("\\", "") == run["label"])[head.index(f"{run['budget'] * 100:g} %")]
+        if run["status"] != "ok":
+            assert text == f"infeasible, floor {run['floor']:.1f}"
+            continue
+        for number, truth in zip(re.findall(r"[\d.]+", text), [run["kept"], *run["kept_interval"]], strict=True):
+            near(number, 100 * truth, run["id"])
+    assert f"accuracy is {RESULT['runs'][0]['accuracy']:.3f} (" in made["tiny-methods.md"].decode()
+
+
+def test_matrix_leaves_what_was_not_run_empty() -> None:
+    result = made_up(3, (0.22, 0.11))
+    result["runs"] = [run for run in result["runs"] if run["id"] != "duet@0.11"]
+    result["runs"][2]["budget"] = None
+    ((head, *rows),) = tables(markdown.matrix(result))
+    assert head[1:] == ["own settings", "22 %", "11 %"]
+    assert [[cell != "-" for cell in row[1:]] for row in rows] == [[True, False, True], [False, True, False], [False, True, True]]
 
 
 def test_rows_go_from_large_to_small_budgets() -> None:
@@ -273,16 +296,18 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert page.open == [] and len(page.all("script")) == 1 and page.all("img") == []
     assert not [key for _, attributes in page.elements for key in attributes if key.startswith("on")]
     assert any(HOSTILE.splitlines()[0] in text for text in page.texts["th"])
-    ((head, *rows), *_) = tables((tmp_path / "deep" / "out").glob("*.md").__next__().read_text())
-    assert len(rows) == 4 and all(len(row) == len(head) for row in rows)
-    assert not re.search(r"<(img|script|/td|/style)", "".join(cell for row in rows for cell in row))
+    text = next((tmp_path / "deep" / "out").glob("*.md")).read_text()
+    assert not re.search(r"<(img|script|/td|/style)|[\x00\x1b\u202e]", text)
+    found = tables(text)
+    assert [len(rows) for rows in found] == [1 + 3, 1 + 4, 1 + 4, 1 + 4]
+    assert all(len(row) == len(rows[0]) for rows in found for row in rows)
     for path in (tmp_path / "deep" / "out").glob("*.svg"):
         tags = {element.tag.rpartition("}")[2] for element in ET.parse(path).iter()}
         assert "script" not in tags and "svg" in tags
 
 
 def test_markdown_escape_shows_the_text_itself() -> None:
-    assert markdown.escape("a|b\nc <i> `d` read_digit _e_ 2*3") == "a\\|b c &lt;i&gt; \\`d\\` read_digit \\_e\\_ 2\\*3"
+    assert markdown.escape("a|b\n\x00c <i> `d` read_digit _e_ 2*3") == "a\\|b c &lt;i&gt; \\`d\\` read_digit \\_e\\_ 2\\*3"
 
 
 def edited(change: Callable[[dict[str, Any]], Any]) -> str:

@@ -8,16 +8,19 @@ from typing import Any
 
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.columns import Column
+from duet_vlm.evaluate.report.style import one_line
 
+ORACLE = "`oracle` is no method: it is told which patches the answer needs."
+NOTE_KEPT = f"Brackets hold 95 % intervals of the paired bootstrap; infeasible budgets give the method's floor in tokens. {ORACLE}"
 NOTE = (
     "Tokens are means per decoder layer and question. Brackets hold 95 % bootstrap intervals; those of kept and difference compare the same "
-    "questions; those of prefill ms are quartiles. `oracle` is no method: it is told which patches the answer needs."
+    f"questions; those of prefill ms are quartiles. {ORACLE}"
 )
 
 
 def escape(text: str) -> str:
     """Text that markdown shows as it is, on one line: for labels, which come from a file."""
-    line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
@@ -46,6 +49,20 @@ def compact(result: dict[str, Any]) -> str:
     return f"{text}\n\n{facts(result)} {NOTE}"
 
 
+def matrix(result: dict[str, Any]) -> str:
+    """The table of one screen: rows are labels, columns budgets, cells the accuracy kept with its interval, or the floor."""
+    runs = columns.ordered(result)[1:]
+    budgets = list(dict.fromkeys(columns.budget(run["budget"]) or "own settings" for run in runs))
+    cells: dict[str, dict[str, str]] = {}
+    for run in runs:
+        said = str(columns.KEPT.cell(run) or columns.NOTHING) if run["status"] == "ok" else columns.refusal(run)
+        cells.setdefault(run["label"], {})[columns.budget(run["budget"]) or "own settings"] = escape(said)
+    rows = [[escape(label), *(some.get(budget, columns.NOTHING) for budget in budgets)] for label, some in cells.items()]
+    text = table(["kept, % of the full model's accuracy, at", *budgets], rows)
+    full = columns.ACCURACY.cell(result["runs"][0])
+    return f"{text}\n\n{facts(result)} The full model's accuracy is {full}. {NOTE_KEPT}"
+
+
 def facts(result: dict[str, Any]) -> str:
     return escape(columns.facts(result))
 
@@ -58,9 +75,9 @@ def page(result: dict[str, Any], plots: Sequence[tuple[str, str]], again: str) -
         "Cost, and needed patches that are still there": [columns.MEASURED, *columns.COST, *columns.RECALL],
         "Kinds of questions: accuracy (and share of the full model's)": [columns.MEASURED, *map(columns.kind, columns.kinds(result))],
     }
-    parts = [f"# {escape(result['name'])}", f"{facts(result)} {NOTE}"]
+    parts = [f"# {escape(result['name'])}", matrix(result), "## Every number", NOTE]
     for title, some in shown.items():
-        parts += [f"## {title}", runs_table(result, some)]
+        parts += [f"### {title}", runs_table(result, some)]
     parts += ["## Plots", *(f"![{escape(caption)}]({file})" for caption, file in plots)]
     made = [f"{escape(str(key))} {escape(str(value))}" for key, value in result["environment"].items()]
     parts += ["## How it was made", "; ".join(made) + ".", f"```bash\n{again}\n```"]

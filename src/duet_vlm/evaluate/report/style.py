@@ -47,10 +47,14 @@ def looks(methods: dict[str, str]) -> dict[str, Look]:
     return out
 
 
+def one_line(text: str) -> str:
+    """Text without line breaks and control characters."""
+    return " ".join("".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text).split())
+
+
 def plain(text: str) -> str:
-    """A label as one short line without control characters."""
-    line = "".join(" " if unicodedata.category(character)[0] in "CZ" else character for character in text)
-    line = " ".join(line.split())
+    """A label as one short line."""
+    line = one_line(text)
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
