@@ -141,6 +141,22 @@ def test_demo_images_are_what_the_script_draws(tmp_path):
     assert (tmp_path / "questions.json").read_text() == (FOLDER / "questions.json").read_text()
 
 
+def test_unguided_checkpoint_is_what_its_readme_says(loaded):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    folder = Path(__file__).parents[1] / "comparison" / "checkpoints"
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "unguided", dtype=torch.float32).eval()
+    shipped = loaded[0].model.state_dict()
+    same = [name for name, value in model.model.state_dict().items() if torch.equal(value, shipped[name])]
+    assert [n for n in shipped if n.startswith("vision_tower")] == [n for n in same if n.startswith("vision_tower")]
+    assert not any(n.startswith("language_model") and n.endswith("_proj.weight") for n in same)
+    measured = json.loads((folder / "measured.json").read_text())["unguided"]
+    assert measured["default"]["none"]["accuracy"] >= 0.95
+    processor = AutoProcessor.from_pretrained(folder / "unguided")
+    result = evaluate(lambda items: generated_answers(model, processor, items), 140, split="validation")["all"]
+    assert result["low"] <= measured["default"]["none"]["accuracy"] <= result["high"]
+
+
 def test_wilson_and_table():
     low, high = wilson(90, 100)
     assert (round(low, 4), round(high, 4)) == (0.8256, 0.9448)
