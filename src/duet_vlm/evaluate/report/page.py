@@ -39,9 +39,7 @@ def page(results: Sequence[tuple[str, str, dict[str, Any], Plots]], again: str) 
         here.joinpath("page.html.j2").read_text("utf-8")
     )
     sections = [_section(*entry) for entry in results]
-    title = sections[0]["title"] if len(sections) == 1 else "Accuracy against budget"
     return template.render(
-        title=title,
         sections=sections,
         again=again,
         style=Markup(here.joinpath("page.css").read_text("utf-8")),
@@ -77,11 +75,10 @@ def _columns(result: dict[str, Any]) -> list[tuple[str, str | None, Column]]:
     groups: dict[str, list[Column]] = {
         "accuracy": [columns.NOMINAL, columns.MEASURED, columns.ACCURACY, columns.KEPT],
         "comparison": [columns.difference(result), columns.P_VALUE, columns.OF_ORACLE],
-        "cost": list(columns.COST),
-        "recall": list(columns.RECALL),
     }
-    plain = [(group, None, column) for group, some in groups.items() for column in some]
-    return [*plain, *(("kinds", kind, columns.kind(kind)) for kind in columns.kinds(result))]
+    kinds = [("kinds", kind, columns.kind(kind)) for kind in columns.kinds(result)]
+    costs = [(group, None, column) for group, some in (("cost", columns.COST), ("recall", columns.RECALL)) for column in some]
+    return [*((group, None, column) for group, some in groups.items() for column in some), *kinds, *costs]
 
 
 def _head(group: str, kind: str | None, column: Column) -> dict[str, Any]:

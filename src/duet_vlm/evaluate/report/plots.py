@@ -39,10 +39,11 @@ RC: dict[str, Any] = {
 }
 # in inches: the area of the lines, the room to its left, between its right edge and the labels, per letter of a label, between two labels
 AREA, LEFT, BETWEEN, LETTER, LINE = 5.4, 0.7, 0.62, 0.073, 0.185
+NEAR = 3.0  # percentage points around the full model within which the scale is about linear
 WIDTH = 8.6  # of a plot, at least
 PIXELS = 160  # per inch, of the PNG
 # ticks, the roundest first; less round ones only until there are enough
-STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7, 9, 1.2, 2.5)), 9
+STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7, 9, 1.2, 2.5)), 10
 
 
 def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
@@ -116,7 +117,7 @@ def _lines(
     """``point`` gives [x, x low, x high, y, y low, y high] of a run; ``anchor`` is the full model's (x, y)."""
     series: dict[str, list[list[float]]] = {}
     methods = {run["label"]: run["method"] for run in result["runs"][1:]}
-    for run in result["runs"][1:]:
+    for run in columns.ordered(result)[1:]:  # a line goes from large to small budgets
         if run["status"] == "ok" and (found := point(run)):
             series.setdefault(run["label"], []).append(found)
     if not series:
@@ -132,7 +133,6 @@ def _lines(
     styles = looks(methods)
     ends = []
     for label, points in series.items():
-        points.sort(key=lambda p: -p[0])
         _line(axes, points, styles[label])
         ends.append((label, points[-1][0], points[-1][3]))
     _names(figure, axes, ends, styles)
@@ -175,12 +175,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None:
-    """x: logarithmic, large values left. y: linear within a point of ``anchor``, ever denser away from it, so that small losses can be told apart."""
+    """x: logarithmic, large values left. y: linear near ``anchor``, ever denser away from it, so that small losses can be told apart."""
     import numpy as np
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     def stretched(y: Any) -> Any:
-        return np.arcsinh(y - anchor)
+        return np.arcsinh((y - anchor) / NEAR)
 
     axes.set_xscale("log")
     left, right = max(xs) * 1.12, min(xs) / 1.08
@@ -190,10 +190,10 @@ def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None
     axes.xaxis.set_major_locator(FixedLocator(_spaced(wanted, math.log, right, left, 0.06)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_yscale("function", functions=(stretched, lambda y: np.sinh(y) + anchor))
+    axes.set_yscale("function", functions=(stretched, lambda y: NEAR * np.sinh(y) + anchor))
     low, high = stretched(min(ys)), stretched(max(ys))
-    room = 0.05 * max(high - low, 1.0)
-    bottom, top = (float(np.sinh(edge) + anchor) for edge in (low - room, high + room))
+    room = 0.05 * max(high - low, 0.5)
+    bottom, top = (float(NEAR * np.sinh(edge) + anchor) for edge in (low - room, high + room))
     axes.set_ylim(bottom, top)
     near = [sorted((step * i for i in range(int(110 / step) + 1)), key=lambda y: abs(y - anchor)) for step in STEPS]
     axes.yaxis.set_major_locator(FixedLocator(_spaced(near, stretched, bottom, top, 0.05)))
