@@ -293,17 +293,27 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     assert not journal.exists()
 
 
+def test_a_run_that_is_added_is_asked_alone(result: dict[str, Any], tmp_path: Path) -> None:
+    fewer = Experiment("tiny", CELLS[:1] + CELLS[2:], seeds=(0, 3), limit=7, batch=4)
+    run_experiment(fewer, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
+    before = (tmp_path / "j.jsonl").read_text()
+    assert same(run_experiment(SMALL, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0), result)
+    added = (tmp_path / "j.jsonl").read_text().removeprefix(before).splitlines()
+    assert [sorted(json.loads(line)["page"]["runs"]) for line in added] == [["fastv@0.22"]] * 4
+
+
 def test_another_experiment_does_not_overwrite_a_journal(tmp_path: Path) -> None:
-    Journal(tmp_path / "j", {"experiment": 1, "versions": "a"}).add("0", {"x": 1})
+    page = {"questions": [], "runs": {"x": 1}}
+    Journal(tmp_path / "j", {"experiment": 1, "versions": "a"}).add("0", page)
     text = (tmp_path / "j").read_text()
-    assert Journal(tmp_path / "j", {"versions": "a", "experiment": 1}).batches == {"0": {"x": 1}}
+    assert Journal(tmp_path / "j", {"versions": "a", "experiment": 1}).batches == {"0": page}
     with pytest.raises(ValueError, match="another measurement .different versions"):
         Journal(tmp_path / "j", {"experiment": 1, "versions": "b"})
     assert (tmp_path / "j").read_text() == text
 
 
 def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
-    Journal(tmp_path / "j", {}).add("0", {"x": 1})
+    Journal(tmp_path / "j", {}).add("0", {"questions": [], "runs": {"x": 1}})
     (tmp_path / "j").write_text((tmp_path / "j").read_text().replace('"x"', "x") + "{}\n")
     with pytest.raises(ValueError, match="damaged"):
         Journal(tmp_path / "j", {})

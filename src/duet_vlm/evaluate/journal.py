@@ -1,4 +1,7 @@
-"""The diary of a running experiment: one line per finished batch, so that a killed run goes on where it stopped."""
+"""The diary of a running experiment: one line per finished batch, so that a killed run goes on where it stopped.
+
+A batch may have several lines: runs that were added to the experiment later are asked alone.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ class Journal:
     path : Path
         The file; made with its folder if missing.
     subject : dict
-        What is measured (experiment, model, versions). A file about something else is refused.
+        What is measured, apart from the runs (questions, model, versions). A file about something else is refused.
     """
 
     def __init__(self, path: Path, subject: dict[str, Any]) -> None:
@@ -27,16 +30,21 @@ class Journal:
         lines = self._whole_lines() if path.exists() else []
         if lines:
             self._check(lines[0], mark, subject)
-            self.batches = {line["batch"]: line["page"] for line in lines[1:]}
+            for line in lines[1:]:
+                self._remember(line["batch"], line["page"])
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
         self._write({"mark": mark, "subject": subject})
 
     def add(self, batch: str, page: dict[str, Any]) -> None:
-        """Record a finished batch; it is on the disk when this returns."""
-        self.batches[batch] = page
+        """Record runs of a batch; they are on the disk when this returns."""
+        self._remember(batch, page)
         self._write({"batch": batch, "page": page})
+
+    def _remember(self, batch: str, page: dict[str, Any]) -> None:
+        known = self.batches.setdefault(batch, {"questions": page["questions"], "runs": {}})
+        known["runs"] |= page["runs"]
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:

@@ -47,6 +47,14 @@ class Batch:
         return [asked.ask(self.seed, index) for index in range(self.first, self.last)]
 
 
+@dataclass(frozen=True)
+class Job:
+    """Runs that a batch still lacks."""
+
+    batch: Batch
+    runs: list[Run]
+
+
 def batches(experiment: Experiment, asked: Task) -> list[Batch]:
     """The same batches however many processes there are and wherever a run was interrupted."""
     count, size = asked.count(experiment.limit), experiment.batch
@@ -70,7 +78,7 @@ def run_experiment(
     name : str
         What the result is called.
     journal : Path
-        Diary of finished batches; a second call with the same arguments goes on from it.
+        Diary of finished batches; a second call goes on from it, also with other runs on the same questions.
     device : str, optional
         cuda where there is one, unless given.
     workers : int
@@ -94,12 +102,13 @@ def run_experiment(
     infeasible = preflight(loaded, runs, todo[0].questions(asked)[:1])
     possible = [run for run in runs if run.id not in infeasible]
     versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "format": FORMAT}
-    diary = Journal(journal, {"experiment": experiment.to_json(), "model": facts, "versions": versions})
-    advance(len(diary.batches), len(todo))
-    left = [batch for batch in todo if batch.name not in diary.batches]
-    for batch, page in _answered(experiment, possible, left, asked, loaded, device, workers):
+    questions = {key: value for key, value in experiment.to_json().items() if key not in ("cells", "against")}
+    diary = Journal(journal, {"questions": questions, "model": facts, "versions": versions})
+    jobs = [Job(batch, missing) for batch in todo if (missing := _missing(possible, diary.batches.get(batch.name)))]
+    advance(len(todo) - len(jobs), len(todo))
+    for done, (batch, page) in enumerate(_answered(experiment, jobs, asked, loaded, device, workers), 1):
         diary.add(batch.name, page)
-        advance(len(diary.batches), len(todo))
+        advance(len(todo) - len(jobs) + done, len(todo))
     pages = [diary.batches[batch.name] for batch in todo]
     outcomes = {run.id: [Outcome(**page["runs"][run.id]) for page in pages] for run in possible}
     outcomes |= {key: [value] for key, value in infeasible.items()}
@@ -107,9 +116,9 @@ def run_experiment(
     if timing_rounds:
         measured = [run for run in possible if all(part.message is None for part in outcomes[run.id])]
         times = prefill_times(loaded, measured, todo[0].questions(asked)[:TIMED_QUESTIONS], timing_rounds)
-    questions = [Question(q["id"], (), q["text"], tuple(q["answers"]), q["kind"]) for page in pages for q in page["questions"]]
-    rows, predictions = summarize(experiment, runs, questions, outcomes, times, _solver(loaded))
-    kinds = [q.kind for q in questions]
+    asked_for = [Question(q["id"], (), q["text"], tuple(q["answers"]), q["kind"]) for page in pages for q in page["questions"]]
+    rows, predictions = summarize(experiment, runs, asked_for, outcomes, times, _solver(loaded))
+    kinds = [q.kind for q in asked_for]
     parameter = next(loaded.model.parameters())
     return {
         "format": FORMAT,
@@ -119,13 +128,17 @@ def run_experiment(
         "environment": environment(str(parameter.device), str(parameter.dtype).removeprefix("torch."), workers),
         "model": facts,
         "questions": {
-            "count": len(questions),
+            "count": len(asked_for),
             "per_seed": asked.count(experiment.limit),
             "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         },
         "runs": rows,
         "predictions": pack(predictions),
     }
+
+
+def _missing(runs: list[Run], page: Page | None) -> list[Run]:
+    return [run for run in runs if page is None or run.id not in page["runs"]]
 
 
 def preflight(loaded: Loaded, runs: list[Run], first: list[Question]) -> dict[str, Outcome]:
@@ -174,36 +187,35 @@ _here: dict[str, Any] = {}  # of a worker process
 
 
 def _answered(
-    experiment: Experiment, runs: list[Run], todo: list[Batch], asked: Task, loaded: Loaded, device: str | None, workers: int
+    experiment: Experiment, jobs: list[Job], asked: Task, loaded: Loaded, device: str | None, workers: int
 ) -> Iterator[tuple[Batch, Page]]:
-    if workers < 2 or len(todo) < 2:
-        for batch in todo:
-            yield batch, _page(loaded, runs, batch, asked)
+    if workers < 2 or len(jobs) < 2:
+        for job in jobs:
+            yield job.batch, _page(loaded, job, asked)
         return
     context = multiprocessing.get_context("spawn")
-    setting = (experiment.task, experiment.model, device, runs)
-    with ProcessPoolExecutor(min(workers, len(todo)), context, _start, setting) as pool:
-        jobs = {pool.submit(_work, batch): batch for batch in todo}
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (experiment.task, experiment.model, device)) as pool:
+        futures = {pool.submit(_work, job): job.batch for job in jobs}
         try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
+            for future in as_completed(futures):
+                yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise RuntimeError("a worker process died (out of memory?); run the same command again to go on, perhaps with fewer --workers") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _start(name: str, model: str, device: str | None, runs: list[Run]) -> None:
+def _start(name: str, model: str, device: str | None) -> None:
     torch.set_num_threads(1)
-    _here.update(asked=task(name), loaded=load(model, device), runs=runs)
+    _here.update(asked=task(name), loaded=load(model, device))
 
 
-def _work(batch: Batch) -> Page:
-    return _page(_here["loaded"], _here["runs"], batch, _here["asked"])
+def _work(job: Job) -> Page:
+    return _page(_here["loaded"], job, _here["asked"])
 
 
-def _page(loaded: Loaded, runs: list[Run], batch: Batch, asked: Task) -> Page:
-    questions = batch.questions(asked)
-    outcomes = answer(loaded, runs, questions, asked.max_new_tokens)
+def _page(loaded: Loaded, job: Job, asked: Task) -> Page:
+    questions = job.batch.questions(asked)
+    outcomes = answer(loaded, job.runs, questions, asked.max_new_tokens)
     plain = [{"id": q.id, "text": q.text, "answers": list(q.answers), "kind": q.kind} for q in questions]
     return {"questions": plain, "runs": {key: dataclasses.asdict(value) for key, value in outcomes.items()}}
