@@ -19,6 +19,7 @@ from duet_vlm.methods.visionzip import VisionZip
 REDUCING: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
+    "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "fastv": {"layers": 2, "keep": 0.4},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
@@ -36,6 +37,8 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("duet", {"schedule": ((3, 1.0), (5, 1.0))}),
     ("duet", {"budget": 1.0}),
     ("duet", {"budget": 100_000}),
+    ("duet_plus", {"keep": 1.0, "schedule": ()}),
+    ("duet_plus", {"budget": 1.0}),
     ("fastv", {"keep": 1.0}),
     ("fastv", {"budget": 1.0}),
     ("pyramiddrop", {"schedule": ((2, 1.0), (4, 1.0))}),

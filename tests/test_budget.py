@@ -15,6 +15,7 @@ from duet_vlm import BudgetError
 from duet_vlm.budget import check_budget, check_schedule, count_of, largest, layer_counts, target_mean
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.duet_plus import DuetPlus
 from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.floors import RandomTokens, UniformTokens
 from duet_vlm.methods.none import NoReduction
@@ -22,7 +23,7 @@ from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.visionzip import VisionZip
 
-SOLVERS = {method.name: method for method in (DivPrune, Duet, FastV, PyramidDrop, Scope, VisionZip, RandomTokens, UniformTokens)}
+SOLVERS = {method.name: method for method in (DivPrune, Duet, DuetPlus, FastV, PyramidDrop, Scope, VisionZip, RandomTokens, UniformTokens)}
 many = settings(max_examples=200, deadline=None, derandomize=True)
 
 

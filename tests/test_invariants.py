@@ -222,7 +222,7 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
         spans = {start + slot for start, rows in zip(choice.starts, choice.rows, strict=True) for slot in rows}
         last = max(start + _span_length(case, inputs, choice, i) for i, start in enumerate(choice.starts))
         first_query = max(first_query, last)
-        queries = range(first_query, choice.slots) if case.method == "duet" else [choice.slots - 1]
+        queries = range(first_query, choice.slots) if case.method in ("duet", "duet_plus") else [choice.slots - 1]
         for drop, layer in zip(drops, watch, strict=True):
             score = walk.attention[layer][list(queries)].mean(0)
             before, after = choice.visible(drop - 1) & spans, choice.visible(drop) & spans

@@ -154,6 +154,22 @@ def divprune_entry(features: Matrix, count: int) -> list[int]:
     return chosen
 
 
+def duet_plus_entry(
+    importance: Sequence[float], keys: Matrix, count: int, alpha: float, pool: float, tau: float
+) -> tuple[list[int], dict[int, list[int]]]:
+    """Chosen tokens in raster order, and for each the tokens that merge into it: of the floor(pool * count) most important others those
+    whose most similar chosen token is closer than ``tau``."""
+    chosen = sorted(scope_entry(importance, keys, count, alpha))
+    clusters: dict[int, list[int]] = {token: [] for token in chosen}
+    offered = best(importance, [i not in chosen for i in range(len(keys))], math.floor(pool * count + 1e-9)) if chosen else []
+    for token in offered:
+        likeness = [cosine(keys[token], keys[other]) for other in chosen]
+        nearest = first_largest(likeness)
+        if likeness[nearest] > tau + 1e-9:
+            clusters[chosen[nearest]].append(token)
+    return chosen, clusters
+
+
 def first_largest(values: Sequence[float]) -> int:
     return max(range(len(values)), key=lambda i: (round(values[i], 9), -i))
 

@@ -13,7 +13,21 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from duet_vlm.budget import EPSILON, Budget, BudgetError, Keep, SpanPlan, check_budget, count_of, infeasible, target_mean
+from duet_vlm.budget import (
+    EPSILON,
+    Budget,
+    BudgetError,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_budget,
+    count_of,
+    infeasible,
+    largest,
+    layer_counts,
+    target_mean,
+    within,
+)
 from duet_vlm.tokens import Selection
 
 POSITIONS = ("keep", "compact")
@@ -193,3 +207,24 @@ def constant(method: Reducer, keep: Keep | None, tokens: int, depth: int, budget
         if count < 1:
             raise infeasible(method.name, target, 1, tokens, "at least one token enters the decoder")
     return SpanPlan(tokens, count, 0, (count,) * depth)
+
+
+def scheduled(method: Reducer, schedule: Schedule, tokens: int, depth: int, target: float) -> SpanPlan:
+    """The largest entry whose mean under ``schedule`` (fractions) is within ``target``; every entering token counts as dominant.
+
+    When even all tokens leave budget over, each stage keeps more: first the fractions of a larger number than there is, at last the stages
+    that drop everything.
+    """
+
+    def counts(entry: int, end: int) -> tuple[int, ...]:
+        kept = ((layer, min(count_of(keep, entry), tokens) if keep else end) for layer, keep in schedule)
+        return layer_counts(min(entry, tokens), depth, tuple(kept))
+
+    smallest = min((float(keep) for _, keep in schedule if keep), default=1.0)
+    entry = largest(math.ceil(tokens / smallest), lambda n: within(counts(n, 0), target))
+    if entry < 1:
+        floor = sum(counts(1, 0)) / depth
+        raise infeasible(method.name, target, floor, tokens, "at least one token enters the decoder")
+    end = largest(tokens, lambda n: within(counts(entry, n), target)) if entry >= tokens else 0
+    entering = min(entry, tokens)
+    return SpanPlan(tokens, entering, 0, counts(entry, end))

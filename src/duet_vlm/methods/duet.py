@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +16,8 @@ from duet_vlm.budget import (
     check_keep,
     check_schedule,
     count_of,
-    infeasible,
-    largest,
     layer_counts,
     target_mean,
-    within,
 )
 from duet_vlm.ops.merge import nearest_anchor
 from duet_vlm.ops.ragged import pack_right
@@ -33,6 +30,7 @@ from duet_vlm.reducer import (
     VisionView,
     check_budget_or_fields,
     check_choice,
+    scheduled,
     whole,
 )
 from duet_vlm.registry import register
@@ -148,22 +146,12 @@ class Duet(EncoderReducer, DecoderReducer):
         """The largest entry under the paper's schedule; when even all tokens leave budget over, later stages keep more."""
         if target >= tokens:
             return whole(tokens, depth)
-        half, last = depth // 2, 3 * depth // 4
-        schedule = paper_schedule(depth)
-        entry = largest(tokens, lambda n: within(layer_counts(n, depth, schedule), target))
-        if entry < 1:
-            floor = sum(layer_counts(1, depth, schedule)) / depth
-            raise infeasible(self.name, target, floor, tokens, "at least one token enters the decoder")
-        if entry < tokens:
-            contextual = min(max(1, round(entry * (0.023 if entry >= 0.45 * tokens else 0.17))), entry - 1)
-            return SpanPlan(tokens, entry - contextual, contextual, layer_counts(entry, depth, schedule))
-
-        def counts(middle: int, end: int) -> tuple[int, ...]:
-            return (tokens,) * half + (middle,) * (last - half) + (end,) * (depth - last)
-
-        middle = largest(tokens, lambda n: within(counts(n, 0), target))
-        end = largest(middle, lambda n: within(counts(middle, n), target))
-        return SpanPlan(tokens, tokens, 0, counts(middle, end))
+        plan = scheduled(self, paper_schedule(depth), tokens, depth, target)
+        if not plan.merges:
+            return plan
+        entry = plan.dominant
+        contextual = min(max(1, round(entry * (0.023 if entry >= 0.45 * tokens else 0.17))), entry - 1)
+        return replace(plan, dominant=entry - contextual, contextual=contextual)
 
     # ---- which
 

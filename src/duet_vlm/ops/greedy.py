@@ -44,6 +44,7 @@ def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, step
     Tensor
         [B, N] bool, the chosen tokens.
     """
+    weight = weight.clamp(max=torch.finfo(torch.float32).max)  # of a row that must come first: times a gain of 0 it has to be 0
     covered = similarity.new_zeros(similarity.shape[:2])
     out_of_play = covered.masked_fill(~valid, float("-inf"))
     missing = torch.empty_like(similarity)
