@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.cli.main import app
+from duet_vlm.evaluate.vlmevalkit import Model
 from duet_vlm.methods.duet import Duet
 from duet_vlm.presets import PRESETS
 
@@ -144,6 +145,14 @@ def test_viz_and_budget_take_presets_too(deep: Path, tmp_path: Path) -> None:
     planned = json.loads(call("budget", "-m", deep, "--preset", "duet-64", "--json").stdout)
     assert planned["mean_tokens"] == 63.75 and planned["settings"]["cls_token"]
     assert "85 kept + 17 merged" in call("budget", "-m", deep, "--preset", "duet-64").stdout
+
+
+def test_harness_models_take_presets(deep: Path, tmp_path: Path) -> None:
+    model = Model(str(deep), preset="duet-64", max_new_tokens=2, device="cpu", measured=tmp_path / "m.json")
+    model.generate([{"type": "image", "value": str(PICTURE)}, {"type": "text", "value": QUESTION}])
+    counted = json.loads((tmp_path / "m.json").read_text())
+    assert counted["label"] == "duet-64" and counted["settings"]["cls_token"] and counted["budget"] is None
+    assert counted["tasks"]["questions"]["measured_mean"] == 63.75
 
 
 VERBS = [("run", "-i", PICTURE, "-p", QUESTION), ("viz", "-i", PICTURE, "-p", QUESTION), ("budget",)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import importlib.util
 import json
 import subprocess
@@ -120,11 +121,12 @@ def argument_text(given: Mapping[str, Any]) -> str:
 
 def _shown(command: Sequence[str], log: Path) -> int:
     """Run a command, its output on screen and in ``log``."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a chunk may end within a letter
     with log.open("wb") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         while chunk := process.stdout.read1():  # type: ignore[attr-defined]
             file.write(chunk)
-            sys.stdout.write(chunk.decode(errors="replace"))
+            sys.stdout.write(decoder.decode(chunk))
             sys.stdout.flush()
     return process.returncode
 
