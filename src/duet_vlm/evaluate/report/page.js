@@ -50,7 +50,10 @@ for (const section of document.querySelectorAll(".result")) {
   }
   form.addEventListener("input", filter);
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("reset", () => setTimeout(filter));
+  form.querySelector("button").addEventListener("click", () => {
+    form.reset();
+    filter();
+  });
   form.hidden = false;
   filter();
 }
