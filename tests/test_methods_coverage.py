@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import duet_vlm
 
-GREEDY = ("divprune", "scope")
+GREEDY: dict[str, dict[str, Any]] = {"divprune": {}, "duet_plus": {"schedule": ()}, "scope": {}}  # how to let `keep` rows in and drop none
+CONSTANT = ("divprune", "scope")
 PICTURES = pictures_of(MIXED)
 
 
@@ -73,19 +74,51 @@ def test_flops_count_the_rows_that_are_projected(family: str, method: str) -> No
         seen.append((args[0].numel() // matrix.in_features, matrix.in_features, matrix.out_features))
 
     hooks = [m.register_forward_pre_hook(note) for m in door.modules() if isinstance(m, nn.Linear)]
-    with duet_vlm.attach(model, method, keep=5) as handle:
+    with duet_vlm.attach(model, method, keep=5, **GREEDY[method]) as handle:
         forward(model, made.inputs([ONE]))
         report = handle.report()
     for hook in hooks:
         hook.remove()
     saved = report.full.vision_flops - report.observed.vision_flops
     tokens = made.tokens(ONE[2])  # type: ignore[arg-type]
-    assert [rows for rows, _, _ in seen] == [5 if method == "scope" and not made.mrope else tokens] * 2
+    assert [rows for rows, _, _ in seen] == [tokens if method == "divprune" or made.mrope else 5] * 2
     assert saved == sum(2 * (tokens - rows) * a * b for rows, a, b in seen)
     assert report.predicted.vision_flops == report.observed.vision_flops
 
 
-@pytest.mark.parametrize("method", GREEDY)
+@pytest.mark.parametrize("alpha", [0.0, 2.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_duet_plus_looks_at_keys_and_attention(family: str, alpha: float) -> None:
+    from test_signals import clip_signals, qwen_signals
+
+    inputs, model, oracle = FAMILIES[family].inputs(MIXED), shared(family), shared(family, "eager")
+    with torch.no_grad():
+        signals = qwen_signals(oracle, inputs, 3, PICTURES) if FAMILIES[family].mrope else clip_signals(oracle, inputs, 2)
+    expected = [twins.duet_plus_entry(s.tolist(), k.tolist(), 5, alpha, 1.0, 0.1) for s, k in signals]
+    with duet_vlm.attach(model, "duet_plus", keep=5, schedule=(), alpha=alpha, pool=1.0, tau=0.1) as handle:
+        forward(model, inputs)
+        assert chosen_tokens(handle) == [chosen for chosen, _ in expected]
+        found = [{anchor: sorted(members) for anchor, members in span.merged.items()} for row in handle.trace for span in row]
+    assert found == [{anchor: sorted(members) for anchor, members in clusters.items() if members} for _, clusters in expected]
+    assert any(found)
+
+
+def test_duet_plus_enters_as_many_as_duet() -> None:
+    """Same schedule, same budget, same rows in every layer; a budget that even all tokens leave over goes to the later layers."""
+    for budget in (1, 0.05, 64, 0.11, 0.33, 300, 0.7, 500, 0.99, 576):
+        plus, duet = duet_vlm.get("duet_plus")().plan(576, 32, budget), duet_vlm.get("duet")().plan(576, 32, budget)
+        assert plus.counts == duet.counts and plus.entry == duet.entry
+    reducer = duet_vlm.get("duet_plus")
+    assert reducer(keep=100, schedule=((8, 0.5), (16, 0.0))).plan(576, 32, None).counts == (100,) * 8 + (50,) * 8 + (0,) * 16
+    assert reducer(keep=100).plan(64, 4, None).counts == (64, 64, 32, 0)
+    assert reducer(schedule=((2, 0.25),)).plan(64, 4, None).counts == (64, 64, 16, 16)
+    with pytest.raises(duet_vlm.BudgetError, match="needs a budget"):
+        reducer().plan(64, 4, None)
+    with pytest.raises(ValueError, match="not both"):
+        reducer(keep=4).plan(64, 4, 0.5)
+
+
+@pytest.mark.parametrize("method", CONSTANT)
 def test_counts(method: str) -> None:
     reducer = duet_vlm.get(method)
     assert reducer().plan(576, 32, 64).counts == (64,) * 32
@@ -110,6 +143,13 @@ def test_counts(method: str) -> None:
         ("scope", {"keep": 1.5}, r"keep=1.5: a float is a fraction"),
         ("scope", {"alpha": -0.5}, "alpha=-0.5: must be a number of at least 0"),
         ("scope", {"alpha": float("nan")}, "alpha=nan"),
+        ("scope", {"picks": 0}, "picks=0: how many tokens a greedy step chooses"),
+        ("duet_plus", {"alpha": -1}, "alpha=-1: must be a number of at least 0"),
+        ("duet_plus", {"pool": float("inf")}, "pool=inf: must be"),
+        ("duet_plus", {"tau": 2}, "tau=2: a cosine"),
+        ("duet_plus", {"picks": True}, "picks=True"),
+        ("duet_plus", {"keep": 2.0}, "keep=2.0"),
+        ("duet_plus", {"schedule": ((4, 0.5), (3, 0.2))}, "strictly increasing"),
     ],
 )
 def test_bad_settings(method: str, settings: dict[str, Any], message: str) -> None:
@@ -122,7 +162,7 @@ def test_bad_settings(method: str, settings: dict[str, Any], message: str) -> No
 def test_keeping_none_and_one(family: str, method: str) -> None:
     made, model = FAMILIES[family], shared(family)
     for keep in (0, 1):
-        with duet_vlm.attach(model, method, keep=keep) as handle:
+        with duet_vlm.attach(model, method, keep=keep, **GREEDY[method]) as handle:
             assert forward(model, made.inputs(MIXED)).logits.isfinite().all()
             assert [len(tokens) for tokens in chosen_tokens(handle)] == [keep] * len(PICTURES)
 
@@ -133,7 +173,7 @@ def test_spans_of_one_batch_may_be_whole_or_cut(family: str) -> None:
     made, model = FAMILIES[family], shared(family)
     row = (1, Picture(1, 2, 3), 5, Picture(2, 4, 5), 7, 8)
     sizes = [made.tokens(picture) for picture in pictures_of([row])]
-    for method in GREEDY:
+    for method in CONSTANT:
         with duet_vlm.attach(model, method, budget=8) as handle:
             forward(model, made.inputs([row]))
             assert [len(tokens) for tokens in chosen_tokens(handle)] == [min(8, size) for size in sizes]
@@ -145,7 +185,7 @@ def test_gradient_reaches_the_tower_through_chosen_rows(family: str, method: str
     model, inputs = shared(family), FAMILIES[family].inputs([ONE])
     tower = getattr(model.model, "visual", None) or model.model.vision_tower
     first = next(p for name, p in tower.named_parameters() if "patch" in name and p.requires_grad)
-    with duet_vlm.attach(model, method, keep=5):
+    with duet_vlm.attach(model, method, keep=5, **GREEDY[method]):
         loss = model(**inputs, labels=inputs["input_ids"]).loss
         (gradient,) = torch.autograd.grad(loss, [first])
     assert gradient.isfinite().all() and bool(gradient.any())

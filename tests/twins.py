@@ -143,6 +143,21 @@ def scope_entry(importance: Sequence[float], features: Matrix, count: int, alpha
     return chosen
 
 
+def cover_in_steps(importance: Sequence[float], features: Matrix, count: int, picks: int) -> list[int]:
+    """As ``scope_entry`` with alpha 1, ``picks`` tokens per step: of the 4 * picks with the largest scores those whose score, times 1 - the
+    likeness to the most similar one with a larger score, is largest."""
+    chosen: list[int] = []
+    while len(chosen) < count:
+        before = coverage(chosen, features)
+        rest = [v for v in range(len(features)) if v not in chosen]
+        score = {v: (coverage([*chosen, v], features) - before) * importance[v] for v in rest}
+        large = sorted(rest, key=lambda v: (-round(score[v], 9), v))[: 4 * picks]
+        fresh = [1 - max([0.0, *(cosine(features[v], features[u]) for u in large[:rank])]) for rank, v in enumerate(large)]
+        order = sorted(range(len(large)), key=lambda rank: (-round(score[large[rank]] * fresh[rank], 9), rank))
+        chosen += [large[rank] for rank in order[:picks]]
+    return chosen[:count]
+
+
 def divprune_entry(features: Matrix, count: int) -> list[int]:
     """Tokens in the order in which they are chosen: first the loneliest, then whoever is farthest from the nearest chosen one."""
     chosen: list[int] = []

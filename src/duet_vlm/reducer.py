@@ -181,6 +181,11 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
 
 
+def check_picks(picks: int) -> None:
+    if isinstance(picks, bool) or not isinstance(picks, int) or picks < 1:
+        raise ValueError(f"picks={picks}: how many tokens a greedy step chooses, at least 1")
+
+
 def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, example: str) -> None:
     """A method is set either by a budget or by its own fields, not by both and not by neither."""
     check_budget(budget)

@@ -24,7 +24,7 @@ from duet_vlm.methods.duet import paper_schedule
 from duet_vlm.ops.greedy import cosine, cover
 from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.ops.select import ranking, top
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, scheduled, whole
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, check_picks, scheduled, whole
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 
@@ -48,6 +48,8 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         How many of the tokens that were not chosen may merge, per chosen token; the most salient ones. 0 merges nothing.
     tau : float
         Least cosine of mean keys between a token and the one it merges into.
+    picks : int
+        Tokens chosen per step (``ops.greedy.cover``): fewer, hardly larger steps where launching kernels is what costs.
     schedule : ((layer, keep), ...), optional
         T2V drops, as in ``Duet`` and with the same default.
 
@@ -63,6 +65,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
     alpha: float = 2.0
     pool: float = 0.5
     tau: float = 0.6
+    picks: int = 1
     schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
                 raise ValueError(f"{name}={getattr(self, name)}: must be a number of at least 0")
         if not -1 <= self.tau <= 1:
             raise ValueError(f"tau={self.tau}: a cosine, give a number in [-1, 1] (pool=0 turns merging off)")
+        check_picks(self.picks)
         if self.schedule is not None:
             object.__setattr__(self, "schedule", check_schedule(self.schedule))
 
@@ -90,7 +94,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         assert view.importance is not None and view.keys is not None  # promised by ``signals``
         steps = max(plan.dominant for plan in view.plans)
         similarity = cosine(view.keys, view.valid)
-        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps)
+        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks)
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine, cover
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.reducer import EncoderReducer, VisionView, check_picks, constant
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 
@@ -28,6 +28,8 @@ class Scope(EncoderReducer):
         Tokens per span or the fraction of them. A budget of n keeps n.
     alpha : float
         Weight of saliency: 0 is pure coverage, 1 the released setting.
+    picks : int
+        Tokens chosen per step (``ops.greedy.cover``); the paper's rule is 1.
 
     Cost: one row of attention (CLS) or blocked column sums of one vision layer, an N x N table of similarities, and per kept token one pass
     over it; 8 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
@@ -42,6 +44,7 @@ class Scope(EncoderReducer):
 
     keep: Keep | None = None
     alpha: float = 1.0
+    picks: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +52,7 @@ class Scope(EncoderReducer):
             check_keep("keep", self.keep)
         if not 0 <= self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}: must be a number of at least 0 (0: coverage alone)")
+        check_picks(self.picks)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return constant(self, self.keep, tokens, depth, budget)
@@ -57,5 +61,5 @@ class Scope(EncoderReducer):
         assert view.importance is not None and view.features is not None  # promised by ``signals``
         steps = max(plan.dominant for plan in view.plans)
         similarity = cosine(view.features, view.valid)
-        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps)
+        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks)
         return Selection.pick(*pack_right(chosen, steps))

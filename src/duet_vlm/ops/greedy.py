@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import take
 
 
 def cosine(rows: Tensor, valid: Tensor) -> Tensor:
@@ -25,8 +26,11 @@ def cosine(rows: Tensor, valid: Tensor) -> Tensor:
     return table
 
 
-def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, total: int, picks: int = 1) -> Tensor:
     """Greedy coverage: again and again the token that adds most to sum_u max(0, max over chosen v of similarity[u, v]), times its weight.
+
+    With ``picks`` > 1 that many are chosen in one step, the similarities being read once: the best of the 4 * ``picks`` largest scores, each
+    times 1 - its similarity to the most similar one before it, so that the picks of a step do not cover the same.
 
     Parameters
     ----------
@@ -37,7 +41,7 @@ def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, step
     valid : Tensor
         [B, N] bool.
     count : Tensor
-        [B], how many tokens to choose; ``steps`` is the largest of them, known on the host.
+        [B], how many tokens to choose; ``total`` is the largest of them, known on the host.
 
     Returns
     -------
@@ -49,13 +53,23 @@ def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, step
     out_of_play = covered.masked_fill(~valid, float("-inf"))
     missing = torch.empty_like(similarity)
     order = []
-    for _ in range(steps):
+    for _ in range(0, total, picks):
         gain = torch.sub(similarity, covered[:, None], out=missing).relu_().sum(-1)
-        best = torch.addcmul(out_of_play, gain, weight).argmax(1, keepdim=True)
+        score = torch.addcmul(out_of_play, gain, weight)
+        best = score.argmax(1, keepdim=True) if picks == 1 else _unlike(score, similarity, picks)
         out_of_play.scatter_(1, best, float("-inf"))
-        covered = torch.maximum(covered, _row(similarity, best))
+        covered = torch.maximum(covered, take(similarity, best).amax(1))
         order.append(best)
     return _mask_of(order, count, valid)
+
+
+def _unlike(score: Tensor, similarity: Tensor, picks: int) -> Tensor:
+    """The tokens of ``picks`` large scores [B, N] that are not alike: [B, picks], or all N if there are fewer; best first."""
+    score, place = (t[:, : 4 * picks] for t in score.sort(dim=1, descending=True, stable=True))
+    among = take(similarity, place).gather(2, place[:, None].expand(-1, place.shape[1], -1))
+    fresh = 1 - among.tril(-1).amax(2)  # of each, in view of those before it
+    order = (score * fresh.clamp(min=torch.finfo(torch.float32).tiny)).argsort(dim=1, descending=True, stable=True)
+    return place.gather(1, order[:, :picks])
 
 
 def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
@@ -71,19 +85,14 @@ def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tens
     for step in range(steps):
         best = (nearest + out_of_play).argmin(1, keepdim=True)
         out_of_play.scatter_(1, best, never)
-        row = _row(similarity, best)
+        row = take(similarity, best)[:, 0]
         nearest = torch.maximum(nearest, row) if step else row
         order.append(best)
     return _mask_of(order, count, valid)
 
 
-def _row(table: Tensor, index: Tensor) -> Tensor:
-    """[B, N, N], [B, 1] -> [B, N]."""
-    return table.gather(1, index[..., None].expand(-1, -1, table.shape[2]))[:, 0]
-
-
 def _mask_of(order: list[Tensor], count: Tensor, valid: Tensor) -> Tensor:
-    """The first ``count`` [B] of the picks, each [B, 1], as a mask [B, N]."""
+    """The first ``count`` [B] of the picks, each [B, n], as a mask [B, N]."""
     if not order:
         return torch.zeros_like(valid)
     picks = torch.cat(order, 1)
