@@ -29,7 +29,7 @@ ARROWS = {
     "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
     "attach": {"budget", "flow", "hooks", "measure", "models", "reducer", "registry", "tokens"},
 }
-USERS = {"cli", "evaluate", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
+USERS = {"cli", "evaluate", "loading", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
 
 

@@ -19,7 +19,6 @@ from typer.testing import CliRunner
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.cli.load import Loaded
 from duet_vlm.cli.main import app
 from duet_vlm.evaluate import statistics
 from duet_vlm.evaluate.answer import alive, answer, attached, inputs_of
@@ -29,6 +28,7 @@ from duet_vlm.evaluate.results import load, pack, save, unpack
 from duet_vlm.evaluate.run import batches, run_experiment
 from duet_vlm.evaluate.shared import SharedVision
 from duet_vlm.evaluate.tasks import Question, right, task
+from duet_vlm.loading import Loaded
 
 CELLS = (
     {"method": "duet", "budgets": [0.22, 0.05]},

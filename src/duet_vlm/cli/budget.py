@@ -12,8 +12,8 @@ from rich.table import Table
 
 from duet_vlm.attach import Handle
 from duet_vlm.budget import SpanPlan
-from duet_vlm.cli.load import config_of, quiet
 from duet_vlm.cli.options import Model, Reduction, reducing
+from duet_vlm.loading import config_of, quiet
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.reducer import DecoderReducer
 

@@ -18,8 +18,8 @@ from rich.table import Table
 
 from duet_vlm.attach import attach
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.load import quiet
 from duet_vlm.cli.options import AsJson, Debug
+from duet_vlm.loading import quiet
 from duet_vlm.measure.report import Report
 from duet_vlm.measure.speed import Ratio, paired, ratio
 from duet_vlm.viz import draw, seen

@@ -18,8 +18,9 @@ def evaluate(
     tasks: Annotated[str, typer.Option("--tasks", help="tiny, tiny-crowded, or .jsonl files, with commas between.")] = "tiny",
     model: Model = "tiny",
     methods: Annotated[
-        str, typer.Option("--methods", help="Methods with commas between; settings in brackets: duet,duet[text_query=last],random[follow=duet].")
-    ] = METHODS,
+        str | None,
+        typer.Option("--methods", help=f"Methods with commas between, settings in brackets: duet[text_query=last]. Default: {METHODS}."),
+    ] = None,
     budgets: Annotated[str, typer.Option("--budgets", help="As for --budget elsewhere, with commas between.")] = "0.33,0.22,0.11",
     presets: Annotated[str | None, typer.Option("--presets", help="Named presets to run as well, with commas between.")] = None,
     oracle: Annotated[bool, typer.Option("--oracle", help="Add the upper bound that knows which tokens the answer needs.")] = False,
@@ -51,6 +52,8 @@ def evaluate(
         if experiment is not None:
             jobs, name = [read(experiment)], experiment.stem
         else:
+            if methods is None:
+                methods = "" if presets else METHODS
             cells = _cells(methods, budgets, presets, oracle)
             numbers = tuple(_seed(text) for text in _listed(seeds))
             jobs = [Experiment(task, cells, model, numbers, limit, batch, against) for task in _listed(tasks)]
@@ -109,7 +112,8 @@ def _cells(methods: str, budgets: str, presets: str | None, oracle: bool) -> tup
     from duet_vlm.evaluate.experiment import cells_of
 
     wanted = [budget_of(text) for text in _listed(budgets)]
-    cells: list[dict[str, Any]] = [{"method": method, "budgets": wanted, "settings": settings_of(pairs)} for method, pairs in cells_of(methods)]
+    named = cells_of(methods) if methods.strip() else []
+    cells: list[dict[str, Any]] = [{"method": method, "budgets": wanted, "settings": settings_of(pairs)} for method, pairs in named]
     cells += [{"preset": preset} for preset in _listed(presets or "")]
     return (*cells, {"method": "oracle", "budgets": wanted}) if oracle else tuple(cells)
 

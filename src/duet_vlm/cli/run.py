@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from duet_vlm.cli.load import Loaded, load, open_image
 from duet_vlm.cli.options import Device, Images, Model, Prompt, Reduction, reducing
+from duet_vlm.loading import Loaded, load, open_image
 
 
 def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> str:

@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.cli.load import Loaded, load, open_image
 from duet_vlm.cli.options import Device, Images, Model, Prompt, Reduction, reducing
 from duet_vlm.cli.run import answer
+from duet_vlm.loading import Loaded, load, open_image
 from duet_vlm.tokens import SpanTrace
 from duet_vlm.viz import draw, seen
 

@@ -12,11 +12,11 @@ import torch
 
 import duet_vlm
 from duet_vlm import BudgetError, SpanTrace
-from duet_vlm.cli.load import Loaded, chat_text
 from duet_vlm.evaluate.experiment import ORACLE, Run
 from duet_vlm.evaluate.oracle import Oracle
 from duet_vlm.evaluate.shared import SharedVision
 from duet_vlm.evaluate.tasks import Question
+from duet_vlm.loading import Loaded, chat_text
 
 
 @dataclass(frozen=True)

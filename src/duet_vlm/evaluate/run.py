@@ -17,7 +17,6 @@ import torch
 
 import duet_vlm
 from duet_vlm import BudgetError
-from duet_vlm.cli.load import Loaded, load
 from duet_vlm.evaluate.answer import Outcome, answer, attached
 from duet_vlm.evaluate.experiment import ORACLE, Experiment, Run
 from duet_vlm.evaluate.journal import Journal
@@ -25,6 +24,7 @@ from duet_vlm.evaluate.results import FORMAT, environment, pack
 from duet_vlm.evaluate.summary import summarize
 from duet_vlm.evaluate.tasks import Question, Task, task
 from duet_vlm.evaluate.timing import prefill_times
+from duet_vlm.loading import Loaded, load
 
 TIMED_QUESTIONS = 8
 

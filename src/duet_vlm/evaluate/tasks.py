@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from duet_vlm.cli.load import open_image
+from duet_vlm.loading import open_image
 
 DRAWN = {"tiny": False, "tiny-crowded": True}  # name -> crowded scenes
 

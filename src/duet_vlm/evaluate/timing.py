@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from duet_vlm.cli.load import Loaded
 from duet_vlm.evaluate.answer import attached, inputs_of
 from duet_vlm.evaluate.experiment import BASELINE, Run
 from duet_vlm.evaluate.tasks import Question
+from duet_vlm.loading import Loaded
 from duet_vlm.measure.speed import paired, ratio
 
 
