@@ -302,6 +302,32 @@ def test_a_run_that_is_added_is_asked_alone(result: dict[str, Any], tmp_path: Pa
     assert [sorted(json.loads(line)["page"]["runs"]) for line in added] == [["fastv@0.22"]] * 4
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "uniform", "--budgets", "0.11", "--limit", "4000", "--device", "cpu"]
+    command += ["--batch", "4", "--timing-rounds", "0", "--workers", "2", "--out", str(tmp_path)]
+    journal = tmp_path / "tiny/results/methods.partial.jsonl"
+    with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and (not journal.exists() or journal.read_text().count("\n") < 2):
+            time.sleep(0.05)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGKILL)
+    assert len(children) >= 2
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(_alive(int(child)) for child in children):
+        time.sleep(0.1)
+    assert not [child for child in children if _alive(int(child))]
+
+
+def _alive(process: int) -> bool:
+    """Running, and not merely waiting to be collected by somebody."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_another_experiment_does_not_overwrite_a_journal(tmp_path: Path) -> None:
     page = {"questions": [], "runs": {"x": 1}}
     Journal(tmp_path / "j", {"experiment": 1, "versions": "a"}).add("0", page)

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import importlib.util
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -206,8 +208,17 @@ def _answered(
 
 
 def _start(name: str, model: str, device: str | None) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     _here.update(asked=task(name), loaded=load(model, device))
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed has nobody to work for."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    parent.join()
+    os._exit(1)
 
 
 def _work(job: Job) -> Page:

@@ -56,6 +56,14 @@ def name(run: Run) -> str:
     return f"{run['label']} {budget(run['budget'])}".strip()
 
 
+def verdict(run: Run, sure: float = 0.05) -> str:
+    """An arrow where the difference to the reference is beyond doubt: adjusted p-value below ``sure``."""
+    found = run.get("against")
+    if not found or found["p_adjusted"] >= sure:
+        return ""
+    return "▲" if found["difference"] > 0 else "▼"
+
+
 @dataclass(frozen=True)
 class Cell:
     """One entry of a table.

@@ -11,7 +11,10 @@ from duet_vlm.evaluate.report.columns import Column
 from duet_vlm.evaluate.report.style import one_line
 
 ORACLE = "`oracle` is no method: it is told which patches the answer needs."
-NOTE_KEPT = f"Brackets hold 95 % intervals of the paired bootstrap; infeasible budgets give the method's floor in tokens. {ORACLE}"
+NOTE_KEPT = (
+    "Brackets hold 95 % intervals of the paired bootstrap; ▲ and ▼ differ from the reference method at that budget (adjusted p < .05); "
+    f"infeasible budgets give the method's floor in tokens. {ORACLE}"
+)
 NOTE = (
     "Tokens are means per decoder layer and question. Brackets hold 95 % bootstrap intervals; those of kept and difference compare the same "
     f"questions; those of prefill ms are quartiles. {ORACLE}"
@@ -55,7 +58,7 @@ def matrix(result: dict[str, Any]) -> str:
     budgets = list(dict.fromkeys(columns.budget(run["budget"]) or "own settings" for run in runs))
     cells: dict[str, dict[str, str]] = {}
     for run in runs:
-        said = str(columns.KEPT.cell(run) or columns.NOTHING) if run["status"] == "ok" else columns.refusal(run)
+        said = f"{columns.KEPT.cell(run) or columns.NOTHING} {columns.verdict(run)}".strip() if run["status"] == "ok" else columns.refusal(run)
         cells.setdefault(run["label"], {})[columns.budget(run["budget"]) or "own settings"] = escape(said)
     rows = [[escape(label), *(some.get(budget, columns.NOTHING) for budget in budgets)] for label, some in cells.items()]
     text = table(["kept, % of the full model's accuracy, at", *budgets], rows)
