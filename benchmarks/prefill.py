@@ -44,7 +44,7 @@ def _compare(
     predicted: dict[str, float] = {}
     infeasible: list[dict[str, Any]] = []
     with torch.inference_mode(), ExitStack() as attached:
-        sides["plain"] = _reader(plain, shape, encoded)
+        sides["plain"] = reader(plain, shape, encoded)
         for method, budget in cases:
             model, label = twin(plain), f"{name}, {method} at {budget:.0%}"
             try:
@@ -52,7 +52,7 @@ def _compare(
             except duet_vlm.BudgetError as error:
                 infeasible.append({"name": label, "status": "infeasible", "reason": str(error)})
                 continue
-            sides[label] = _reader(model, shape, encoded)
+            sides[label] = reader(model, shape, encoded)
             sides[label]()
             report = handle.report()
             predicted[label] = report.flops_bound if encoded else report.full.flops / report.observed.flops
@@ -61,7 +61,7 @@ def _compare(
     return rows + infeasible
 
 
-def _reader(model: nn.Module, shape: Shape, encoded: bool) -> Callable[[], object]:
+def reader(model: nn.Module, shape: Shape, encoded: bool) -> Callable[[], object]:
     inputs, image = prompt(shape), picture(shape)
     if not encoded:
         return lambda: model(**inputs, **image, logits_to_keep=1)

@@ -10,13 +10,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import decode
+import greedy
 import prefill
 import t2v
 import torch
 import v2v
 from common import HERE, Options, say, write
 
-BENCHMARKS = {"v2v": v2v.run, "t2v": t2v.run, "decode": decode.run, "prefill": prefill.run}
+BENCHMARKS = {"v2v": v2v.run, "greedy": greedy.run, "t2v": t2v.run, "decode": decode.run, "prefill": prefill.run}
 
 
 def main(words: list[str] | None = None) -> None:

@@ -1,0 +1,52 @@
+"""Greedy choice of tokens: what V2V does after the signals are read (choose, merge) over the full prefill that it replaces.
+
+The signals are random, at the sizes of the shape's tower; what is chosen does not change how long choosing takes. The full prefill is the
+decoder's alone, from an encoded image, which is the harder denominator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import Options, side_by_side
+from prefill import reader
+from shapes import LLAVA, TINY, Shape, build
+from torch import Tensor
+
+import duet_vlm
+from duet_vlm.measure.speed import paired
+from duet_vlm.ops.merge import merged_rows
+
+TARGET = 0.03
+PICKS = (1, 2, 4, 8)
+BUDGETS = (0.33, 0.22, 0.11, 0.05)
+
+
+def run(options: Options) -> list[dict[str, Any]]:
+    shape = TINY if options.quick else LLAVA
+    cases: list[tuple[str, float, dict[str, Any]]] = [("duet_plus", 0.11, {"picks": picks}) for picks in PICKS]
+    cases += [("duet_plus", budget, {"picks": 1}) for budget in BUDGETS if budget != 0.11]
+    cases += [("scope", 0.11, {"picks": 1}), ("divprune", 0.11, {}), ("duet", 0.11, {})]
+    with torch.inference_mode():
+        sides: dict[str, Callable[[], object]] = {"prefill": reader(build(shape), shape, encoded=True)}
+        for method, budget, fields in cases:
+            extra = "".join(f", {name}={value}" for name, value in fields.items())
+            sides[f"choice, {method} at {budget:.0%}{extra}"] = _choice(shape, method, budget, fields)
+        times = paired(sides, options.repeats(9), warmup=1)
+    return [side_by_side(name, shape, times[name], times["prefill"], TARGET) for name in sides if name != "prefill"]
+
+
+def _choice(shape: Shape, method: str, budget: float, fields: dict[str, Any]) -> Callable[[], Tensor]:
+    """Choose and merge for one image."""
+    reducer = duet_vlm.get(method)(**fields)
+    assert isinstance(reducer, duet_vlm.EncoderReducer)
+    plan = reducer.plan(shape.visual_tokens, shape.layers, budget)
+    draw = torch.Generator().manual_seed(3)
+    keys, features = (torch.randn(1, plan.tokens, width, generator=draw) for width in (min(64, shape.vision_hidden), shape.vision_hidden))
+    view = duet_vlm.VisionView(
+        valid=torch.ones(1, plan.tokens, dtype=torch.bool), dominant=torch.tensor([plan.dominant]), contextual=torch.tensor([plan.contextual]),
+        plans=(plan,), importance=torch.rand(1, plan.tokens, generator=draw), keys=keys, features=features,
+    )  # fmt: skip
+    return lambda: merged_rows(features, reducer.v2v(view))
