@@ -13,7 +13,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-lmms golden lint format bench tables train clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-lmms golden lint format bench compare tables train clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -55,7 +55,10 @@ format: $(DEV)  ## let ruff fix what it can
 bench: $(DEV)  ## paired benchmarks, written to benchmarks/results
 	@$(BIN)/python benchmarks/run.py
 
-tables: $(DEV)  ## write the tables of README and docs anew from benchmarks/results
+compare: $(DEV)  ## measure every experiment under comparison/ that has no result yet (an hour or two for all of them)
+	@for file in comparison/*/experiments/*.json; do $(ONE_THREAD) $(BIN)/duet-vlm eval --experiment $$file || exit 1; done
+
+tables: $(DEV)  ## write the tables of README and docs anew from the result files
 	@$(BIN)/python benchmarks/tables.py
 
 train: $(DEV)  ## train the embedded model from scratch

@@ -276,7 +276,7 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "duet,random", "--budgets", "0.11", "--limit", "24"]
     command += ["--batch", "4", "--timing-rounds", "0", "--workers", "1", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    journal = tmp_path / "killed/tiny/results/methods.partial.jsonl"
+    journal = tmp_path / "killed/tiny/results/eval.partial.jsonl"
     with subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and (not journal.exists() or journal.read_text().count("\n") < 3):
@@ -287,7 +287,7 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     assert 2 <= done < 6, "the command was not killed in the middle"
     for name in ("killed", "whole"):
         subprocess.run([*command, "--out", str(tmp_path / name)], env=environment, check=True, stdout=subprocess.DEVNULL)
-    killed, whole = (load(tmp_path / name / "tiny/results/methods.json") for name in ("killed", "whole"))
+    killed, whole = (load(tmp_path / name / "tiny/results/eval.json") for name in ("killed", "whole"))
     assert same(killed, whole)
     assert len(set(unpack(killed)["questions"])) == 24
     assert not journal.exists()
@@ -306,7 +306,7 @@ def test_a_run_that_is_added_is_asked_alone(result: dict[str, Any], tmp_path: Pa
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "uniform", "--budgets", "0.11", "--limit", "4000", "--device", "cpu"]
     command += ["--batch", "4", "--timing-rounds", "0", "--workers", "2", "--out", str(tmp_path)]
-    journal = tmp_path / "tiny/results/methods.partial.jsonl"
+    journal = tmp_path / "tiny/results/eval.partial.jsonl"
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and (not journal.exists() or journal.read_text().count("\n") < 2):
@@ -504,9 +504,9 @@ def test_a_finished_result_is_kept(tmp_path: Path) -> None:
     words = ["--methods", "uniform", "--budgets", "0.11", "--limit", "2", "--timing-rounds", "0", "--out", str(tmp_path), "--device", "cpu"]
     first = run_cli(*words)
     assert first.exit_code == 0 and "uniform 11%" in first.stdout and "28 x12 of 256" in first.stdout
-    file = tmp_path / "tiny/results/methods.json"
+    file = tmp_path / "tiny/results/eval.json"
     text = file.read_text()
-    assert json.loads((tmp_path / "tiny/experiments/methods.json").read_text())["limit"] == 2
+    assert json.loads((tmp_path / "tiny/experiments/eval.json").read_text())["limit"] == 2
     again = run_cli(*words)
     assert again.exit_code == 0 and "finished already" in again.stdout and file.read_text() == text
     words[5] = "3"

@@ -24,6 +24,10 @@ NEEDED = [
     "duet_vlm/tiny/weights/chat_template.jinja",
     "duet_vlm/tiny/demo/questions.json",
     "duet_vlm/tiny/demo/scene_1.png",
+    "duet_vlm/evaluate/report/page.html.j2",
+    "duet_vlm/evaluate/report/page.css",
+    "duet_vlm/evaluate/report/page.js",
+    "duet_vlm/evaluate/lmms/tasks/tiny/duet_tiny.yaml",
 ]
 
 

@@ -33,7 +33,7 @@ def evaluate(
     experiment: Annotated[
         Path | None, typer.Option("--experiment", help="An experiment file instead of tasks, model, methods, budgets, seeds, limit ...")
     ] = None,
-    name: Annotated[str, typer.Option("--name", help="What the result is called.")] = "methods",
+    name: Annotated[str, typer.Option("--name", help="What the result is called.")] = "eval",
     out: Annotated[Path, typer.Option("--out", help="Folder for TASK/experiments and TASK/results.")] = Path("comparison"),
     restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished or finished result of that name and begin anew.")] = False,
     harness: Annotated[str, typer.Option("--harness", help="'own' or 'lmms-eval' (then --tasks are its tasks).")] = "own",
