@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 import duet_vlm
 
-TRAINED = ("duet", "fastv", "visionzip", "pyramiddrop")
+TRAINED = ("duet", "duet_plus", "fastv", "visionzip", "pyramiddrop")
 CLOSE = {"rtol": 2e-3, "atol": 2e-5}
 
 
