@@ -16,6 +16,7 @@ import transformers
 from shapes import Shape
 
 import duet_vlm
+from duet_vlm.evaluate.results import cpu_name
 from duet_vlm.measure.speed import Timing, ratio
 
 HERE = Path(__file__).parent
@@ -51,7 +52,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "threads": torch.get_num_threads(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "dtype": "float32",
         "attention": "sdpa",
     }
@@ -84,11 +85,3 @@ def _commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -18,7 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm import loading, tiny
 from duet_vlm.cli.main import app
 from duet_vlm.evaluate import statistics
 from duet_vlm.evaluate.answer import alive, answer, attached, inputs_of
@@ -203,6 +203,23 @@ def test_costs_are_those_of_the_report(loaded: Loaded, result: dict[str, Any]) -
     assert 0 < row["flops_share"] < 0.6 and 0 < row["kv_share"] < 0.5
     assert rows(result)["none"]["flops_share"] == pytest.approx(1)
     assert row["prefill"]["rounds"] == 2 and row["prefill"]["ms"] > 0
+
+
+def test_a_preset_is_a_run(tmp_path: Path) -> None:
+    experiment = Experiment("tiny", ({"preset": "visionzip-64"}, {"method": "visionzip", "budgets": [64]}), limit=4, against="visionzip")
+    row = rows(run_experiment(experiment, "presets", tmp_path / "j.jsonl", device="cpu", timing_rounds=0))["preset:visionzip-64"]
+    assert (row["label"], row["preset"], row["method"], row["budget"]) == ("visionzip-64", "visionzip-64", "visionzip", None)
+    assert row["settings"]["dominant"] == 54 and row["settings"]["cls_token"] and row["tokens"]["measured"] == 64
+    with pytest.raises(ValueError, match="preset:duet-64: schedule drops before layer 16, but this decoder has layers 0..11"):
+        run_experiment(Experiment("tiny", ({"preset": "duet-64"},), limit=4), "p", tmp_path / "k.jsonl", device="cpu", timing_rounds=0)
+
+
+def test_halves_run_in_full_precision_on_a_cpu(tmp_path: Path) -> None:
+    """float16 matrix products take dozens of times longer there."""
+    loading.load("tiny", "cpu").model.half().save_pretrained(tmp_path)
+    tiny.load()[1].save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float16"
+    assert loading.load(str(tmp_path), "cpu").model.dtype == torch.float32
 
 
 def test_an_infeasible_budget_is_a_row(result: dict[str, Any]) -> None:

@@ -84,15 +84,19 @@ def config_of(name: str) -> Any:
 
 
 def load(name: str, device: str | None = None) -> Loaded:
-    """A model in evaluation mode with its processor; weights from safetensors files only."""
+    """A model in evaluation mode with its processor; weights from safetensors files only.
+
+    In the checkpoint's own precision, except that float16 becomes float32 on a CPU.
+    """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    config_of(name)
+    config = config_of(name)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     place, local = source(name)
     with quiet(), _explained(name, local):
-        dtype = torch.float32 if name == "tiny" else "auto"
+        halves_on_cpu = where == "cpu" and config.dtype == torch.float16  # dozens of times slower there than float32
+        dtype = torch.float32 if name == "tiny" or halves_on_cpu else "auto"
         model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, local_files_only=local, use_safetensors=True)
         processor = AutoProcessor.from_pretrained(place, local_files_only=local)
         return Loaded(name, model.eval().to(where), processor)

@@ -88,7 +88,7 @@ def environment(device: str, dtype: str, workers: int) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "dtype": dtype,
         "workers": workers,
@@ -112,7 +112,8 @@ def _commit() -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """As Linux tells it, else as Python does."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

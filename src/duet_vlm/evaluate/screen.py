@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import duet_vlm
+from duet_vlm.measure.report import in_runs
 
 WIDTH = 150  # where the output goes to a file
 
@@ -56,24 +57,13 @@ def settings(run: dict[str, Any]) -> str:
     """What the budget was solved to (layer counts, merged rows), and what is set differently from the method's defaults."""
     words = []
     if run["solved"]:
-        words.append(counts(run["solved"]["counts"]) + f" of {run['solved']['tokens']}")
+        words.append(in_runs(run["solved"]["counts"]) + f" of {run['solved']['tokens']}")
         if run["solved"]["contextual"]:
             words.append(f"{run['solved']['dominant']} dominant + {run['solved']['contextual']} contextual")
     known = duet_vlm.methods().get(run["method"])
     defaults = {} if known is None else {f.name: f.default for f in fields(known) if f.default is not MISSING}
     words += [f"{key}={value}" for key, value in run["settings"].items() if key not in defaults or defaults[key] != value]
     return "; ".join(words)
-
-
-def counts(numbers: list[int]) -> str:
-    """[45, 45, 22, 0] -> "45 x2, 22 x1, 0 x1"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and parts[-1][0] == number:
-            parts[-1][1] += 1
-        else:
-            parts.append([number, 1])
-    return ", ".join(f"{number} x{times}" for number, times in parts)
 
 
 def _percent(share: float | None, digits: int = 0) -> str:

@@ -96,8 +96,8 @@ class Report:
             _line("ranking GFLOPs", "{:.4f}", [c.ranking_flops / 1e9 for c in costs]),
             _line("KV cache KiB", "{:.0f}", [None if c.kv_bytes is None else c.kv_bytes / 1024 for c in costs]),
             f"FLOPs-bound speed-up of the decoder's prefill: {self.flops_bound:.2f}x",
-            "visual tokens per layer, nominal:  " + _runs(self.nominal),
-            "visual tokens per layer, measured: " + _runs(self.measured),
+            "visual tokens per layer, nominal:  " + in_runs(self.nominal),
+            "visual tokens per layer, measured: " + in_runs(self.measured),
         ]
         if self.clamped:
             lines.append(f"kept whole (no larger than the budget): images {', '.join(map(str, self.clamped))}")
@@ -111,7 +111,7 @@ def _line(name: str, style: str, values: Sequence[float | None]) -> str:
     return f"{name:<24}{cells}{share}"
 
 
-def _runs(counts: Sequence[float]) -> str:
+def in_runs(counts: Sequence[float]) -> str:
     """84 x16, 42 x8, 0 x8."""
     parts: list[list[float]] = []
     for count in counts:
