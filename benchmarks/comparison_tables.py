@@ -47,11 +47,9 @@ def ablation(group: str) -> str:
             lines.append((row["beside"], row["label"] != "duet", row))
     out = []
     for beside, other, row in sorted(lines, key=lambda line: (-line[0], line[1])):
-        found = row["against"]
-        difference = f"{columns.points(found['difference'])} ({columns.span(found['interval'], columns.points)}) {columns.verdict(row)}" if found else "-"
         solved = row["solved"]
         shown = [f"{solved['dominant']} + {solved['contextual']}", columns.tokens(row["tokens"]["measured"]), columns.share(row["accuracy"])]
-        out.append([f"{beside:.0%}", row["label"].partition(": ")[2] if other else "default", *shown, difference.strip()])
+        out.append([f"{beside:.0%}", row["label"].partition(": ")[2] if other else "default", *shown, _more(row).removeprefix(", ") or "-"])
     return table(["budget", group, "dominant + contextual", "measured tokens", "accuracy", "points against the default"], out)
 
 
@@ -63,9 +61,28 @@ def unguided(task: str) -> str:
     lines = []
     for label in dict.fromkeys(row["label"] for row in runs):
         own = {row["beside"]: row for row in runs if row["label"] == label}
-        cells = [f"{columns.percent(guided[own[b]['id']]['kept'])} / {columns.KEPT.cell(own[b])} {columns.verdict(own[b])}" if b in own else "-" for b in budgets]
-        lines.append([label, *(cell.strip() for cell in cells)])
+        pairs = {b: (guided[row["id"]], row) for b, row in own.items()}
+        cells = {b: f"{columns.percent(a['kept'])} / {columns.KEPT.cell(z)} {columns.verdict(z)}".strip() for b, (a, z) in pairs.items()}
+        lines.append([label, *(cells.get(b, "-") for b in budgets)])
     return table(["kept, %: shipped / unguided", *(f"{b:.0%}" for b in budgets)], lines)
+
+
+def against(task: str, name: str) -> str:
+    """Accuracy, and points more or less than the reference, by budget."""
+    runs = [row for row in done(task, name) if row["beside"]]
+    budgets = list(dict.fromkeys(row["beside"] for row in runs))
+    lines = []
+    for label in dict.fromkeys(row["label"] for row in runs):
+        own = {row["beside"]: row for row in runs if row["label"] == label}
+        lines.append([label, *(f"{columns.share(own[b]['accuracy'])}{_more(own[b])}" if b in own else "-" for b in budgets)])
+    return table(["accuracy, and points more than `duet`", *(f"{b:.0%}" for b in budgets)], lines)
+
+
+def _more(row: Row) -> str:
+    found = row["against"]
+    if found is None:
+        return ""
+    return f", {columns.points(found['difference'])} ({columns.span(found['interval'], columns.points)}) {columns.verdict(row)}".rstrip()
 
 
 def schedules_unguided() -> str:
@@ -73,9 +90,7 @@ def schedules_unguided() -> str:
     out = []
     for row in done("tiny-crowded", "unguided"):
         if row["label"].startswith("duet,") or (row["label"] == "duet" and row["beside"] in (0.11, 0.05)):
-            found = row["against"]
-            difference = f"{columns.points(found['difference'])} ({columns.span(found['interval'], columns.points)}) {columns.verdict(row)}" if found else "-"
-            shown = [columns.tokens(row["tokens"]["measured"]), columns.share(row["accuracy"]), difference.strip()]
+            shown = [columns.tokens(row["tokens"]["measured"]), columns.share(row["accuracy"]), _more(row).removeprefix(", ") or "-"]
             out.append((-row["beside"], row["label"] != "duet", [f"{row['beside']:.0%}", row["label"], *shown]))
     return table(["budget", "", "measured tokens", "accuracy", "points against duet"], [line for *_, line in sorted(out, key=lambda x: x[:2])])
 
@@ -91,6 +106,15 @@ def cost(task: str, name: str) -> str:
     return table(["prefill time / FLOPs, of the full model's", *(f"{b:.0%}" for b in budgets)], lines)
 
 
+def random_seeds() -> str:
+    """How far three patterns of ``random`` lie apart."""
+    rows = [row for row in done("tiny-crowded", "ablations") if row["label"].startswith("random")]
+    budgets = list(dict.fromkeys(row["beside"] for row in rows))
+    labels = sorted({row["label"] for row in rows})
+    cells = {(row["label"], row["beside"]): str(columns.ACCURACY.cell(row)) for row in rows}
+    return table(["accuracy", *(f"{b:.0%}" for b in budgets)], [[label, *(cells[label, b] for b in budgets)] for label in labels])
+
+
 GROUPS = ("queries", "positions", "cluster width", "contextual share", "stages", "schedule")
 BLOCKS: dict[str, Callable[[], str]] = {
     "kinds_crowded": lambda: kinds("tiny-crowded", "methods", 0.07),
@@ -98,6 +122,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "unguided_tiny": lambda: unguided("tiny"),
     "unguided_crowded": lambda: unguided("tiny-crowded"),
     "schedules_unguided": schedules_unguided,
+    "random_seeds": random_seeds,
+    "steps_tiny": lambda: against("tiny", "duet_plus"),
+    "steps_crowded": lambda: against("tiny-crowded", "duet_plus"),
     "cost_tiny": lambda: cost("tiny", "methods"),
     **{f"ablation_{group.replace(' ', '_')}": lambda group=group: ablation(group) for group in GROUPS},  # type: ignore[misc]
 }

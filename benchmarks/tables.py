@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import comparison_tables
+
 import duet_vlm
 from duet_vlm.evaluate.report import markdown
 from duet_vlm.evaluate.results import load
@@ -33,22 +35,6 @@ def result(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def accuracy() -> str:
-    data = result("accuracy")
-    kinds = list(data["runs"][0]["kinds"])
-    rows = []
-    for run in data["runs"]:
-        name = "full model" if run["method"] == "none" else f"`{run['method']}` {run['budget']:.0%}"
-        low, high = run["interval"]
-        cells = [name, f"{run['measured_tokens']:.1f}", f"**{run['accuracy']:.3f}** ({low:.3f}-{high:.3f})"]
-        rows.append([*cells, *(f"{run['kinds'][kind]:.2f}" for kind in kinds)])
-    note = (
-        f"{data['questions']} questions, seed {data['seed']}, 95 % Wilson intervals; tokens are the measured mean per decoder layer. "
-        "`oracle` is no method: it is told which patches the answer needs, an upper bound at a constant count."
-    )
-    return table(["", "tokens", "accuracy", *kinds], rows) + "\n\n" + note
-
-
 def comparison(task: str, form: Callable[[dict[str, Any]], str]) -> str:
     """A table of comparison/<task>: every method at every budget."""
     return form(load(ROOT / "comparison" / task / "results" / "methods.json"))
@@ -56,7 +42,7 @@ def comparison(task: str, form: Callable[[dict[str, Any]], str]) -> str:
 
 def speed() -> str:
     rows = []
-    for name in ("v2v", "t2v", "decode", "prefill"):
+    for name in ("v2v", "greedy", "t2v", "decode", "prefill"):
         for entry in result(name)["results"]:
             if "interval" not in entry:
                 rows.append([entry["name"], entry["status"], entry["reason"]])
@@ -83,7 +69,6 @@ def supported() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "accuracy": accuracy,
     "kept_tiny": lambda: comparison("tiny", markdown.matrix),
     "kept_crowded": lambda: comparison("tiny-crowded", markdown.matrix),
     "runs_tiny": lambda: comparison("tiny", markdown.compact),
@@ -91,8 +76,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "speed": speed,
     "methods": methods,
     "families": supported,
+    **comparison_tables.BLOCKS,
 }
-PAGES = ("README.md", "docs/methods.md", "docs/families.md")
+PAGES = ("README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md")
 
 
 def filled(page: str) -> str:
