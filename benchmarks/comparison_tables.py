@@ -20,6 +20,15 @@ def done(task: str, name: str) -> list[Row]:
     return [row for row in load(ROOT / task / "results" / f"{name}.json")["runs"] if row["status"] == "ok"]
 
 
+def by_budget(title: str, runs: list[Row], cell: Callable[[Row], str]) -> str:
+    """Labels by budget."""
+    budgets = list(dict.fromkeys(row["beside"] for row in runs))
+    cells: dict[str, dict[float, str]] = {}
+    for row in runs:
+        cells.setdefault(row["label"], {})[row["beside"]] = cell(row)
+    return table([title, *(f"{b:.0%}" for b in budgets)], [[label, *(own.get(b, "-") for b in budgets)] for label, own in cells.items()])
+
+
 def kinds(task: str, name: str, budget: float) -> str:
     """Accuracy per kind of question at one budget, the full model first."""
     runs = [row for row in done(task, name) if row["beside"] in (None, budget)]
@@ -57,25 +66,17 @@ def unguided(task: str) -> str:
     """Kept on the shipped checkpoint and on the one finished without attention supervision, by budget."""
     guided = {row["id"]: row for row in done(task, "methods")}
     runs = [row for row in done(task, "unguided") if row["id"] in guided and row["beside"]]
-    budgets = list(dict.fromkeys(row["beside"] for row in runs))
-    lines = []
-    for label in dict.fromkeys(row["label"] for row in runs):
-        own = {row["beside"]: row for row in runs if row["label"] == label}
-        pairs = {b: (guided[row["id"]], row) for b, row in own.items()}
-        cells = {b: f"{columns.percent(a['kept'])} / {columns.KEPT.cell(z)} {columns.verdict(z)}".strip() for b, (a, z) in pairs.items()}
-        lines.append([label, *(cells.get(b, "-") for b in budgets)])
-    return table(["kept, %: shipped / unguided", *(f"{b:.0%}" for b in budgets)], lines)
+
+    def cell(row: Row) -> str:
+        return f"{columns.percent(guided[row['id']]['kept'])} / {columns.KEPT.cell(row)} {columns.verdict(row)}".strip()
+
+    return by_budget("kept, %: shipped / unguided", runs, cell)
 
 
 def against(task: str, name: str) -> str:
     """Accuracy, and points more or less than the reference, by budget."""
     runs = [row for row in done(task, name) if row["beside"]]
-    budgets = list(dict.fromkeys(row["beside"] for row in runs))
-    lines = []
-    for label in dict.fromkeys(row["label"] for row in runs):
-        own = {row["beside"]: row for row in runs if row["label"] == label}
-        lines.append([label, *(f"{columns.share(own[b]['accuracy'])}{_more(own[b])}" if b in own else "-" for b in budgets)])
-    return table(["accuracy, and points more than `duet`", *(f"{b:.0%}" for b in budgets)], lines)
+    return by_budget("accuracy, and points more than `duet`", runs, lambda row: columns.share(row["accuracy"]) + _more(row))
 
 
 def _more(row: Row) -> str:
@@ -98,12 +99,7 @@ def schedules_unguided() -> str:
 def cost(task: str, name: str) -> str:
     """Measured prefill time beside the share of FLOPs."""
     runs = [row for row in done(task, name) if row["beside"] and row["prefill"]]
-    budgets = list(dict.fromkeys(row["beside"] for row in runs))
-    lines = []
-    for label in dict.fromkeys(row["label"] for row in runs):
-        own = {row["beside"]: row for row in runs if row["label"] == label}
-        lines.append([label, *(f"{own[b]['prefill']['ratio']:.2f} / {own[b]['flops_share']:.2f}" if b in own else "-" for b in budgets)])
-    return table(["prefill time / FLOPs, of the full model's", *(f"{b:.0%}" for b in budgets)], lines)
+    return by_budget("prefill time / FLOPs, of the full model's", runs, lambda row: f"{row['prefill']['ratio']:.2f} / {row['flops_share']:.2f}")
 
 
 def random_seeds() -> str:
