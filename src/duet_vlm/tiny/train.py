@@ -89,8 +89,10 @@ def _train(args: argparse.Namespace, stage: str) -> None:
     from .recipe.join import train_join
 
     torch.set_num_threads(args.threads)
-    last, steps = (train_join, args.join_steps) if stage == "join" else (train_finish, args.finish_steps)
-    last(args.out, args.seed, steps, not args.fp32)
+    if stage == "join":
+        train_join(args.out, args.seed, args.join_steps, not args.fp32)
+    else:
+        train_finish(args.out, args.seed, args.finish_steps, not args.fp32, cuts=not args.whole)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -102,6 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
     parser.add_argument("--join-steps", type=int, default=JOIN_STEPS)
     parser.add_argument("--finish-unguided", action="store_true", help="instead: undo the shipped model's attention supervision")
+    parser.add_argument("--whole", action="store_true", help="with --finish-unguided: every picture with all its tokens")
     parser.add_argument("--finish-steps", type=int, default=FINISH_STEPS)
     parser.add_argument("--threads", type=int, default=2, help="threads of the joint stage (tower and decoder use one each)")
     parser.add_argument("--fp32", action="store_true", help="no bf16 matrix products (for cores without a bf16 unit)")

@@ -37,10 +37,13 @@ def forget(decoder: LlamaModel, seed: int) -> None:
         ours.k_proj.weight.copy_(theirs.k_proj.weight)
 
 
-def train_finish(folder: Path, seed: int, steps: int, bf16: bool, stop: int | None = None) -> LlavaForConditionalGeneration:
+def train_finish(
+    folder: Path, seed: int, steps: int, bf16: bool, stop: int | None = None, cuts: bool = True
+) -> LlavaForConditionalGeneration:
     """Train projector and decoder of the shipped model for ``steps`` steps of ``BATCH`` pictures; leaves ``finish.pt``.
 
-    Queries and keys move at twice the rate of joint training: many of them start from nothing.
+    Queries and keys move at twice the rate of joint training: many of them start from nothing. Without ``cuts`` every picture
+    keeps all its tokens: a start for comparisons with models that train on fewer.
     """
     torch.manual_seed(seed)
     model, _ = load()
@@ -58,7 +61,8 @@ def train_finish(folder: Path, seed: int, steps: int, bf16: bool, stop: int | No
         rng = np.random.default_rng([seed, 8, step])
         set_rate(opts, rate(step / steps, flat=0.5))
         items = lessons("train", seed + 4000, step * BATCH, BATCH, QUESTIONS)
-        packed = shorten(items, int(rng.choice(FEW)), rng) if rng.random() < 0.5 else pack(items, all_patches(BATCH), rng)
+        short = cuts and rng.random() < 0.5
+        packed = shorten(items, int(rng.choice(FEW)), rng) if short else pack(items, all_patches(BATCH), rng)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             visual = visual_tokens(model, pixels_of(items))[0]
             kept = visual[torch.arange(BATCH)[:, None], packed.patches]
