@@ -23,11 +23,12 @@ ARROWS = {
     "reducer": {"budget", "tokens"},
     "registry": {"reducer"},
     "measure": {"budget", "tokens"},
+    "memory": {"budget", "reducer"},
     "models": {"measure", "ops"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},
     "presets": {"budget", "methods", "reducer"},
     "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
-    "attach": {"budget", "flow", "hooks", "measure", "models", "reducer", "registry", "tokens"},
+    "attach": {"budget", "flow", "hooks", "measure", "memory", "models", "reducer", "registry", "tokens"},
 }
 USERS = {"cli", "evaluate", "loading", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

@@ -3,9 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 
 import duet_vlm.methods as _files  # noqa: F401  bound first: imported later, the folder would replace the function methods() below
-from duet_vlm.attach import Handle, attach
+from duet_vlm.attach import Handle, attach, remember
 from duet_vlm.budget import BudgetError, SpanPlan
 from duet_vlm.measure.report import Report
+from duet_vlm.memory import remembered
 from duet_vlm.presets import preset
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.registry import get, methods, register
@@ -35,4 +36,6 @@ __all__ = [
     "methods",
     "preset",
     "register",
+    "remember",
+    "remembered",
 ]

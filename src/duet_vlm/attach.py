@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from duet_vlm import registry
 from duet_vlm.budget import Budget, SpanPlan, check_budget
 from duet_vlm.flow import compat
+from duet_vlm.flow.align import align
 from duet_vlm.flow.arrival import adopt, look
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Call, Stacks
@@ -24,10 +25,12 @@ from duet_vlm.flow.encoder import EncoderFlow, check_finite
 from duet_vlm.flow.entry import enter, whole_prompts
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.processor import SALIENT, SalientProcessor, accept_salient
+from duet_vlm.flow.ranks import in_step, with_blank_image
 from duet_vlm.flow.signals import Recorder
 from duet_vlm.flow.trace import rows_per_layer, trace_of
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
+from duet_vlm.memory import KEY, record, remembered
 from duet_vlm.models.adapter import Adapter, adapter_for, core_of
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tokens import SpanTrace
@@ -50,9 +53,10 @@ class Handle:
         As given.
     """
 
-    def __init__(self, adapter: Adapter, reducer: Reducer, budget: Budget | None, processor: Any) -> None:
+    def __init__(self, adapter: Adapter, reducer: Reducer, budget: Budget | None, processor: Any, align: bool) -> None:
         self.adapter, self.reducer, self.budget = adapter, reducer, budget
-        self._processor = processor
+        self._processor, self._align = processor, align
+        self._encode = getattr(adapter.base, adapter.image_features)
         self._stacks = Stacks()
         self._hooks = Hooks()
         self._paused = 0
@@ -179,7 +183,10 @@ class Handle:
         if adapter.door is not None:
             hooks.add(adapter.door.register_forward_pre_hook, encoder.at_door)
             hooks.add(adapter.door.register_forward_hook, encoder.after_door)
-        hooks.shadow(adapter.base, adapter.image_features, encoder.wrap(getattr(adapter.base, adapter.image_features)))
+        hooks.shadow(adapter.base, adapter.image_features, encoder.wrap(self._encode))
+        hooks.add(adapter.base.get_input_embeddings().register_forward_hook, self._keep_in_step)
+        if self._align:
+            hooks.add(adapter.base.register_forward_hook, self._stretch)
         for module in (adapter.model, adapter.base):
             hooks.add(module.register_forward_pre_hook, self._begin, with_kwargs=True)
             hooks.add(module.register_forward_hook, self._end, always_call=True)
@@ -187,8 +194,8 @@ class Handle:
         hooks.add(adapter.text_model.register_forward_hook, self._leave, with_kwargs=True)
         for index, layer in enumerate(adapter.layers):
             hooks.add(layer.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
-        # the public setter keeps the loss in this one instance attribute
-        hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, self._stacks))
+        if not self._align:  # the public setter keeps the loss in this one instance attribute
+            hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, self._stacks))
         if self._processor is not None:
             processor = SalientProcessor(self._processor, adapter.image_token_id)
             hooks.on_undo(processor.remove)
@@ -204,6 +211,17 @@ class Handle:
         if self._stacks.encoders:
             hidden = output[0] if isinstance(output, tuple) else output
             self._stacks.encoders[-1].cls = hidden[:, :1]
+
+    def _keep_in_step(self, module: nn.Module, args: Any, embeds: Tensor) -> Tensor | None:
+        """The prompt was embedded and its images come next; where there are none, other ranks may wait for this one."""
+        call = self._stacks.calls[-1] if self._stacks.calls else None
+        if call is None or call.placeholders is None or call.brings_images or not in_step(self.adapter.model):
+            return None
+        return with_blank_image(self.adapter, self._encode, embeds)
+
+    def _stretch(self, module: nn.Module, args: Any, output: Any) -> Any:
+        run = self._stacks.calls[-1].run if self._stacks.calls else None
+        return align(output, run) if run is not None and run.reduces else None
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The model or the multimodal model inside it begins: collect what the decoder stack cannot see."""
@@ -254,11 +272,12 @@ class Handle:
 
 def attach(
     model: nn.Module,
-    method: str | Reducer = "duet",
+    method: str | Reducer | None = None,
     *,
     budget: Budget | None = None,
     processor: Any = None,
     positions: str | None = None,
+    align: bool = False,
     **fields: Any,
 ) -> Handle:
     """Make ``model`` spend fewer visual tokens, until the handle is detached.
@@ -267,14 +286,19 @@ def attach(
     ----------
     model : nn.Module
         A loaded image-text-to-text model of transformers (PEFT models too).
-    method : str or Reducer
-        Name of a method (``duet_vlm.methods()``) or an instance with its settings.
+    method : str or Reducer, optional
+        Name of a method (``duet_vlm.methods()``) or an instance with its settings. Left out: what the checkpoint was trained with, if
+        its config remembers it (``remember``), else "duet"; a budget or settings named here go before remembered ones.
     budget : int or float, optional
         Mean visual tokens per decoder layer and image (int), or that as a fraction of the image's tokens (float in (0, 1]).
     processor : optional
         The model's processor; needed for ``text_query="salient"``, whose words it marks.
     positions : str, optional
         "keep" (default) or "compact".
+    align : bool
+        Give the decoder's output one row per prompt slot again, a dropped slot repeating the survivor before it: for trainers and metrics
+        that line logits up with labels themselves (TRL, label smoothing, ``compute_metrics``). The loss is the same; the head then works
+        on every row. Without it logits have the surviving rows only, and ``Handle.slots`` says which.
     **fields
         Settings of the method; they override those of an instance.
 
@@ -293,16 +317,21 @@ def attach(
         Unsupported model, or settings that this family cannot have.
     """
     check_budget(budget)
+    core = core_of(model)
+    fields |= {} if positions is None else {"positions": positions}
+    if method is None:
+        known = remembered(core) or {"method": "duet", "budget": None, "settings": {}}
+        method, fields = known["method"], known["settings"] | fields
+        budget = known["budget"] if budget is None else budget
     if isinstance(method, str):
-        reducer = _with_fields(registry.get(method), fields | ({} if positions is None else {"positions": positions}))
+        reducer = _with_fields(registry.get(method), fields)
     elif isinstance(method, Reducer):
-        reducer = _with_fields(method, fields | ({} if positions is None else {"positions": positions}))
+        reducer = _with_fields(method, fields)
     else:
         raise TypeError(f"method must be a name or a Reducer instance, got {method!r}")
-    core = core_of(model)
     if core in _attached:
         raise ValueError("a reducer is attached to this model already: detach() its handle first, or change it with handle.set(...)")
-    handle = Handle(adapter_for(model), reducer, budget, processor)
+    handle = Handle(adapter_for(model), reducer, budget, processor, align)
     _check(handle.adapter, reducer, handle.plan, processor, budget)
     try:
         handle._install()
@@ -311,6 +340,14 @@ def attach(
         raise
     _attached.add(core)
     return handle
+
+
+def remember(handle: Handle) -> None:
+    """Write the handle's reduction into the model's config, so that the checkpoint keeps it and ``attach(model)`` takes it up again.
+
+    It stays there when the handle is detached; ``del model.config.duet_vlm`` takes it out.
+    """
+    setattr(handle.adapter.model.config, KEY, record(handle.reducer, handle.budget))
 
 
 def _with_fields(method: type[Reducer] | Reducer, fields: dict[str, Any]) -> Reducer:

@@ -25,7 +25,7 @@ def look(adapter: Adapter, active: bool, plan: Callable[[int], SpanPlan], call: 
             "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass "
             "input_ids and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
         )
-    call.input_ids = ids
+    call.input_ids, call.brings_images = ids, brings_images
     decodes = ids is not None and ids.shape[1] == 1 and not brings_images
     if not decodes and (ids is not None or embeds is not None):
         call.placeholders = adapter.placeholders(ids, embeds)

@@ -60,6 +60,7 @@ class Call:
     salient: Tensor | None = None
     drafts: int = 0  # rows at the end that assisted decoding guessed: they are no part of the question
     input_ids: Tensor | None = None
+    brings_images: bool = False
     placeholders: Tensor | None = None
     features: Sequence[Tensor] | None = None
     encoded: Encoded | None = None

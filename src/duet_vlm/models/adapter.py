@@ -104,6 +104,10 @@ class Adapter(ABC):
     def grids(self, call: dict[str, Any], counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
 
+    @abstractmethod
+    def blank_image(self) -> dict[str, Tensor]:
+        """The encoder call's arguments for one small blank image."""
+
     def layers_before_signals(self) -> Sequence[nn.Module]:
         """Vision layers whose outputs neither the features nor any default signal reads: the same for every method on the same pictures."""
         return ()

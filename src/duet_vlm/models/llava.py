@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
@@ -50,6 +51,11 @@ class Llava(LlamaLike, Adapter):
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_tower.encoder.layers[self.feature_layer() if layer is None else layer].self_attn
+
+    def blank_image(self) -> dict[str, Tensor]:
+        vision, weight = self.config.vision_config, next(self.base.vision_tower.parameters())
+        size = (1, vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
         several = isinstance(self.config.vision_feature_layer, list | tuple)

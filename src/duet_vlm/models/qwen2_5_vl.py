@@ -57,6 +57,13 @@ class Qwen25VL(LlamaLike, Adapter):
         counts = [t * h * w // unit for t, h, w in sizes]
         return list(importance.split(counts)), list(keys.split(counts))
 
+    def blank_image(self) -> dict[str, Tensor]:
+        vision, weight = self.config.vision_config, next(self.visual.parameters())
+        side = 2 * vision.spatial_merge_size
+        inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(side * side, inputs, dtype=weight.dtype, device=weight.device)
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]], device=weight.device)}
+
     def grids(self, call: dict[str, Any], counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         size = self.visual.spatial_merge_size
         return tuple((t * h // size, w // size) for t, h, w in call["image_grid_thw"].tolist())

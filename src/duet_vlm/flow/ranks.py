@@ -1,0 +1,30 @@
+"""Distributed training: a rank whose batch has no image must not fall out of step with those that encode theirs.
+
+Sharded towers (FSDP, ZeRO-3) gather their parameters when they run, and DDP waits for the gradient of every parameter: a rank that
+skips the tower leaves the others waiting for ever, in stock models too. Such a rank encodes one blank image, times nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.models.adapter import Adapter
+
+
+def in_step(model: nn.Module) -> bool:
+    """Whether the other ranks wait for this one to run the tower: they train together, or share out the parameters."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
+        return False
+    first = next(model.parameters())
+    return model.training or hasattr(first, "device_mesh") or hasattr(first, "ds_id")  # FSDP2, ZeRO-3
+
+
+def with_blank_image(adapter: Adapter, encode: Callable[..., Any], embeds: Tensor) -> Tensor:
+    """Embeddings [B, S, D] plus nothing: zero times the mean of the features of one blank image."""
+    rows = encode(**adapter.blank_image()).pooler_output
+    nothing = 0 * torch.stack([row.mean(dtype=torch.float32) for row in rows]).mean()
+    return embeds + nothing.to(embeds.device, embeds.dtype)

@@ -1,0 +1,49 @@
+"""A checkpoint that knows how it was trained: the reduction, kept in the model's config under ``duet_vlm``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from duet_vlm.budget import Budget
+from duet_vlm.reducer import Reducer
+
+KEY = "duet_vlm"  # of the config
+PARTS = {"method", "budget", "settings"}
+
+
+def record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
+    """What is written down: the method, the budget, and the settings that are not the method's defaults."""
+    changed = {
+        field.name: getattr(reducer, field.name) for field in dataclasses.fields(reducer) if getattr(reducer, field.name) != field.default
+    }
+    return {"method": reducer.name, "budget": budget, "settings": changed}
+
+
+def remembered(place: Any) -> dict[str, Any] | None:
+    """The reduction that a model, its config or a checkpoint folder remembers: ``method``, ``budget`` and ``settings``; None if none.
+
+    Raises
+    ------
+    ValueError
+        A folder without config.json, or an entry that ``remember`` did not write.
+    """
+    if isinstance(place, str | Path):
+        file = Path(place).expanduser() / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{place}: no config.json there; give a checkpoint folder, a model or its config")
+        found = json.loads(file.read_text()).get(KEY)
+    else:
+        found = getattr(getattr(place, "config", place), KEY, None)
+    if found is None:
+        return None
+    if not isinstance(found, dict) or set(found) != PARTS or not isinstance(found["settings"], dict):
+        raise ValueError(f"config.{KEY} is {found!r}: expected {', '.join(sorted(PARTS))}, as duet_vlm.remember writes them")
+    return found | {"settings": {name: _tuples(value) for name, value in found["settings"].items()}}
+
+
+def _tuples(value: Any) -> Any:
+    """JSON knows lists only; settings are tuples."""
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
