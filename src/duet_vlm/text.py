@@ -112,20 +112,33 @@ def salient_mask(tokenizer: Any, text: str | Sequence[str], input_ids: Tensor, i
 
 
 def _salient_columns(tokenizer: Any, prompt: str, tokens: list[int], image: int | None) -> list[int]:
-    encoded = tokenizer(prompt, return_offsets_mapping=True)
-    source, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    skip = {image, tokenizer.pad_token_id}
-    columns = [c for c, token in enumerate(tokens) if token not in skip]
-    pieces = [p for p, token in enumerate(source) if token not in skip]
-    if [tokens[c] for c in columns] != [source[p] for p in pieces]:
-        raise ValueError("input_ids are not this text's tokens (truncated, or another processor's): the question's words cannot be found")
+    columns, offsets = columns_of(tokenizer, prompt, tokens, {image, tokenizer.pad_token_id})
     if not columns:
         return []
-    images = [offsets[p][1] for p, token in enumerate(source) if token == image]
+    source = tokenizer(prompt, return_offsets_mapping=True)
+    images = [end for token, (_, end) in zip(source["input_ids"], source["offset_mapping"], strict=True) if token == image]
     start = max(images, default=0)
     spans = [(start + a, start + b) for a, b in content_words(prompt[start:])]
-    chosen = [c for c, p in zip(columns, pieces, strict=True) if any(a < offsets[p][1] and offsets[p][0] < b for a, b in spans)]
+    chosen = [c for c, (first, end) in zip(columns, offsets, strict=True) if any(a < end and first < b for a, b in spans)]
     return [*chosen, columns[-1]]
+
+
+def columns_of(
+    tokenizer: Any, text: str, tokens: list[int], skip: set[int | None], special: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Where each token of ``text`` stands in ``tokens`` and which characters it covers; ``skip`` (placeholders, padding) counts on neither side.
+
+    Raises
+    ------
+    ValueError
+        If the tokens are not those of the text.
+    """
+    encoded = tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+    columns = [c for c, token in enumerate(tokens) if token not in skip]
+    pieces = [p for p, token in enumerate(encoded["input_ids"]) if token not in skip]
+    if [tokens[c] for c in columns] != [encoded["input_ids"][p] for p in pieces]:
+        raise ValueError("input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in them")
+    return columns, [tuple(encoded["offset_mapping"][p]) for p in pieces]
 
 
 def content_words(question: str) -> list[tuple[int, int]]:

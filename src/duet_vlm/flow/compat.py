@@ -80,3 +80,15 @@ def uses_cache(text_model: nn.Module, use_cache: bool | None) -> bool:
 def finite(x: Tensor) -> Tensor:
     """0-dim bool tensor: every entry is finite (one reduction, no mask of the size of ``x``)."""
     return torch.isfinite(x.detach().sum(dtype=torch.float32))
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Context in which tokens are ranked in float32 although bf16 training runs around it."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def uncached_autocast(x: Tensor) -> torch.autocast:
+    """The running autocast (or none) without its cache of casted weights: up to torch 2.9 the casts that ranking made under no_grad
+    were handed to the layer's own pass, whose weights then got no gradient."""
+    kind = x.device.type
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False)

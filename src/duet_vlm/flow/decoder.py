@@ -111,7 +111,8 @@ class PrefillPass:
             check_finite(*self.run.finite[-1])
         spans, span, token = self._provenance(tokens, rows) if reducer.uses_tokens else ((), None, None)
         keep = torch.tensor(self.drops[drop], device=hidden.device)
-        return rows, real, reducer.t2v(TextView(real, keep, spans, span, token, scores))
+        with compat.without_autocast(hidden):
+            return rows, real, reducer.t2v(TextView(real, keep, spans, span, token, scores))
 
     def _attention(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, causal: bool) -> Tensor:
         """Attention that the query rows pay to every row: [B, T] float32."""
@@ -120,12 +121,14 @@ class PrefillPass:
         device = layer_device(layer, hidden)
         hidden, rotary = hidden.to(device), (rotary[0].to(device), rotary[1].to(device))
         index, valid, real = index.to(device), valid.to(device), tokens.valid.to(device)
-        key = self.adapter.project_k(layer, hidden, rotary)
-        query = self.adapter.project_q(layer, take(hidden, index), (take(rotary[0], index), take(rotary[1], index)))
+        with compat.uncached_autocast(hidden):
+            key = self.adapter.project_k(layer, hidden, rotary)
+            query = self.adapter.project_q(layer, take(hidden, index), (take(rotary[0], index), take(rotary[1], index)))
         allowed = real[:, None].expand(-1, index.shape[1], -1)
         if causal:
             allowed = allowed & (torch.arange(hidden.shape[1], device=device) <= index[..., None])
-        return query_attention(query, key, self.adapter.scaling(layer), allowed, valid.float()).to(tokens.valid.device)
+        with compat.without_autocast(hidden):
+            return query_attention(query, key, self.adapter.scaling(layer), allowed, valid.float()).to(tokens.valid.device)
 
     def _query_rows(self, tokens: TokenMap) -> Tensor:
         """Query rows among the current ones; samples without any ask with their last visual token."""

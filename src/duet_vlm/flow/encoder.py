@@ -124,11 +124,11 @@ class EncoderFlow:
         self, reducer: EncoderReducer, call: EncoderCall, features: Tensor, valid: Tensor, plans: tuple[SpanPlan, ...]
     ) -> Selection:
         importance = keys = None
-        if reducer.signals:
-            with torch.no_grad():
-                importance, keys = self._signals(reducer, call, features.shape[1])
         counts = torch.tensor([[p.dominant, p.contextual] for p in plans], device=features.device)
-        return reducer.v2v(VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, keys, features.detach()))
+        with torch.no_grad(), compat.without_autocast(features):
+            if reducer.signals:
+                importance, keys = self._signals(reducer, call, features.shape[1])
+            return reducer.v2v(VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, keys, features.detach()))
 
     def _signals(self, reducer: EncoderReducer, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if not call.recorded:

@@ -105,6 +105,14 @@ class Adapter(ABC):
         """(rows, columns) of each span's token grid, None where it has none."""
 
     @abstractmethod
+    def tower(self) -> nn.Module:
+        """The vision tower, without the projector."""
+
+    @abstractmethod
+    def projector(self) -> nn.Module:
+        """What maps vision features to the decoder's width."""
+
+    @abstractmethod
     def blank_image(self) -> dict[str, Tensor]:
         """The encoder call's arguments for one small blank image."""
 

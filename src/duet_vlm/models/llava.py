@@ -52,6 +52,12 @@ class Llava(LlamaLike, Adapter):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_tower.encoder.layers[self.feature_layer() if layer is None else layer].self_attn
 
+    def tower(self) -> nn.Module:
+        return self.base.vision_tower
+
+    def projector(self) -> nn.Module:
+        return self.base.multi_modal_projector
+
     def blank_image(self) -> dict[str, Tensor]:
         vision, weight = self.config.vision_config, next(self.base.vision_tower.parameters())
         size = (1, vision.num_channels, vision.image_size, vision.image_size)

@@ -57,6 +57,12 @@ class Qwen25VL(LlamaLike, Adapter):
         counts = [t * h * w // unit for t, h, w in sizes]
         return list(importance.split(counts)), list(keys.split(counts))
 
+    def tower(self) -> nn.Module:
+        return self.visual
+
+    def projector(self) -> nn.Module:
+        return self.visual.merger
+
     def blank_image(self) -> dict[str, Tensor]:
         vision, weight = self.config.vision_config, next(self.visual.parameters())
         side = 2 * vision.spatial_merge_size

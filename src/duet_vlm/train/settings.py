@@ -1,0 +1,153 @@
+"""What a training run is told: recipes and YAML files in layers, each value checked before anything large is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from duet_vlm.budget import Budget, check_budget
+
+TUNED = ("full", "lora", "projector")
+PROMPTS = ("chat", "plain")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run.
+
+    Attributes
+    ----------
+    model : str
+        'tiny', a folder, or a hub id.
+    data : sequence of str
+        JSON or JSON-lines files (LLaVA conversations or chat messages), or 'tiny' / 'tiny-crowded', whose pictures are drawn.
+    images : str or None
+        Folder that image paths are relative to; default: the folder of the data file.
+    limit : int or None
+        Only the first so many conversations of each source (drawn sources have no end and need it).
+    prompts : str
+        'chat': the model's chat template; 'plain': image, caption, nothing else (LLaVA's first stage).
+    max_length : int or None
+        Longer samples lose text at their end.
+    tune : str
+        'full' (decoder and projector), 'lora' (adapters in the decoder, and the projector) or 'projector'.
+    train_vision : bool
+        With tune='full': the vision tower learns as well.
+    lora : dict
+        Arguments of peft.LoraConfig.
+    method : str
+        The reducer; 'none' trains the full model.
+    budget : int, float, sequence of them, or None
+        A sequence: every step draws one of them (mixed budgets); the last one is remembered in the checkpoint.
+    anneal_from : float or None
+        Begin with this fraction of the tokens and fall in a straight line to ``budget`` ...
+    anneal_until : float
+        ... which is reached at this share of the steps.
+    settings : dict
+        Settings of the method.
+    out : str
+        Folder for checkpoints, logs and the trained model.
+    trainer : dict
+        Arguments of transformers.TrainingArguments.
+    """
+
+    model: str = "tiny"
+    data: Sequence[str] = ()
+    images: str | None = None
+    limit: int | None = None
+    prompts: str = "chat"
+    max_length: int | None = None
+    tune: str = "full"
+    train_vision: bool = False
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    method: str = "duet"
+    budget: Budget | Sequence[Budget] | None = None
+    anneal_from: float | None = None
+    anneal_until: float = 0.5
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    out: str = "out/train"
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("tune", TUNED), ("prompts", PROMPTS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        if not self.data:
+            raise ValueError("data: nothing to train on: name JSON files of conversations, or 'tiny'")
+        if self.train_vision and self.tune != "full":
+            raise ValueError(f"train_vision: true needs tune: full, got tune: {self.tune}")
+        for budget in self.budgets:
+            check_budget(budget)
+        if self.anneal_from is not None:
+            check_budget(float(self.anneal_from))
+            if len(self.budgets) != 1 or not isinstance(self.budgets[0], float):
+                raise ValueError(f"anneal_from needs one budget as a fraction to fall to (0.11), got budget: {self.budget}")
+            if not 0 < self.anneal_until <= 1:
+                raise ValueError(f"anneal_until: {self.anneal_until}: a share of the steps, above 0 and at most 1")
+
+    @property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The budgets as a tuple: none, one, or those that are mixed."""
+        if self.budget is None:
+            return ()
+        return tuple(self.budget) if isinstance(self.budget, Sequence) else (self.budget,)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as YAML holds them."""
+        return {key: _plain(value) for key, value in dataclasses.asdict(self).items()}
+
+
+def recipes() -> dict[str, str]:
+    """Names of the recipes that ship with the package, with their first line."""
+    files = (resources.files("duet_vlm.train") / "recipes").iterdir()
+    found = {file.name.removesuffix(".yaml"): file.read_text().splitlines()[0].lstrip("# ") for file in files if file.name.endswith(".yaml")}
+    return dict(sorted(found.items()))
+
+
+def settings_from(recipe: str | None = None, config: Path | None = None, options: Mapping[str, Any] | None = None) -> Settings:
+    """A recipe, then a YAML file, then single options: later layers win; ``trainer``, ``lora`` and ``settings`` are merged key by key.
+
+    Raises
+    ------
+    ValueError
+        An unknown recipe, a file that is no YAML mapping, an unknown key (the known ones are listed), or a value out of range.
+    """
+    layers: list[Mapping[str, Any]] = []
+    if recipe is not None:
+        if recipe not in recipes():
+            raise ValueError(f"--recipe {recipe}: unknown; there are {', '.join(recipes())}")
+        layers.append(_yaml((resources.files("duet_vlm.train") / "recipes" / f"{recipe}.yaml").read_text(), recipe))
+    if config is not None:
+        if not config.is_file():
+            raise ValueError(f"--config {config}: no such file")
+        layers.append(_yaml(config.read_text(), str(config)))
+    merged: dict[str, Any] = {}
+    known = {f.name for f in dataclasses.fields(Settings)}
+    for layer in (*layers, options or {}):
+        for key, value in layer.items():
+            if key not in known:
+                raise ValueError(f"unknown setting {key!r}; known: {', '.join(sorted(known))}")
+            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
+    return Settings(**merged)
+
+
+def _yaml(text: str, name: str) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{name}: expected a mapping of settings, got {type(found).__name__}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
