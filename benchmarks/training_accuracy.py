@@ -1,0 +1,55 @@
+"""Accuracy of models trained with and without reduction from one start: train every config for every seed, then ask them all the same.
+
+``python benchmarks/training_accuracy.py [--configs full,duet-11] [--seeds 0,1,2] [--evaluate]``: trained models land in out/training,
+answers in comparison/training/TASK/results. What is finished is skipped, so several processes can share the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+HOME, OUT = ROOT / "comparison" / "training", ROOT / "out" / "training"
+CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05")
+BUDGETS = {"duet-33": "0.33,0.11", "annealed": "0.33,0.11,0.07"}  # the others: all of them
+EVERY = "0.33,0.22,0.11,0.07,0.05"
+TASKS = {"tiny": 350, "tiny-crowded": 700}  # questions per stream; three streams
+
+
+def train(config: str, seed: int) -> None:
+    """One training run in this process."""
+    from duet_vlm.train.run import train as run
+    from duet_vlm.train.settings import settings_from
+
+    out = OUT / f"{config}-{seed}"
+    if (out / "model.safetensors").exists():
+        return
+    run(settings_from(config=HOME / "configs" / f"{config}.yaml", options={"out": str(out), "trainer": {"seed": seed}}))
+
+
+def evaluate(config: str, seed: int) -> None:
+    """The trained model's answers, in full and at the budgets."""
+    for task, limit in TASKS.items():
+        command = [str(Path(sys.executable).parent / "duet-vlm"), "eval", "--model", f"out/training/{config}-{seed}", "--methods", "duet"]
+        command += ["--budgets", BUDGETS.get(config, EVERY), "--tasks", task, "--seeds", "0,1,2", "--limit", str(limit), "--timing-rounds", "0"]
+        subprocess.run([*command, "--name", f"{config}-{seed}", "--out", str(HOME)], check=True, cwd=ROOT)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--configs", default=",".join(CONFIGS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--evaluate", action="store_true", help="after training, ask")
+    args = parser.parse_args()
+    for seed in map(int, args.seeds.split(",")):
+        for config in args.configs.split(","):
+            train(config, seed)
+            if args.evaluate:
+                evaluate(config, seed)
+
+
+if __name__ == "__main__":
+    main()
