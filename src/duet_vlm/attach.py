@@ -184,7 +184,6 @@ class Handle:
             hooks.add(adapter.door.register_forward_pre_hook, encoder.at_door)
             hooks.add(adapter.door.register_forward_hook, encoder.after_door)
         hooks.shadow(adapter.base, adapter.image_features, encoder.wrap(self._encode))
-        hooks.add(adapter.base.get_input_embeddings().register_forward_hook, self._keep_in_step)
         if self._align:
             hooks.add(adapter.base.register_forward_hook, self._stretch)
         for module in (adapter.model, adapter.base):
@@ -211,13 +210,6 @@ class Handle:
         if self._stacks.encoders:
             hidden = output[0] if isinstance(output, tuple) else output
             self._stacks.encoders[-1].cls = hidden[:, :1]
-
-    def _keep_in_step(self, module: nn.Module, args: Any, embeds: Tensor) -> Tensor | None:
-        """The prompt was embedded and its images come next; where there are none, other ranks may wait for this one."""
-        call = self._stacks.calls[-1] if self._stacks.calls else None
-        if call is None or call.placeholders is None or call.brings_images or not in_step(self.adapter.model):
-            return None
-        return with_blank_image(self.adapter, self._encode, embeds)
 
     def _stretch(self, module: nn.Module, args: Any, output: Any) -> Any:
         run = self._stacks.calls[-1].run if self._stacks.calls else None
@@ -250,6 +242,9 @@ class Handle:
         if not self._stacks.calls or kwargs.get("inputs_embeds") is None:
             return None
         call = self._stacks.calls[-1]
+        # where images would have been encoded: not in the embedding's own hook, which sharding counts as part of the embedding
+        if call.placeholders is not None and not call.brings_images and in_step(self.adapter.model):
+            kwargs["inputs_embeds"] = with_blank_image(self.adapter, self._encode, kwargs["inputs_embeds"])
         step = enter(self.adapter, self._active(), call, kwargs)
         if step is not None:
             self._run, kwargs[PASS] = step.run, step

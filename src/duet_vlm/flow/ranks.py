@@ -19,8 +19,15 @@ def in_step(model: nn.Module) -> bool:
     """Whether the other ranks wait for this one to run the tower: they train together, or share out the parameters."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()) or torch.distributed.get_world_size() == 1:
         return False
-    first = next(model.parameters())
-    return model.training or hasattr(first, "device_mesh") or hasattr(first, "ds_id")  # FSDP2, ZeRO-3
+    return model.training or _is_sharded(model)
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """FSDP is known by its modules (while they run, their parameters look whole), ZeRO-3 by its parameters."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    sharded = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return sharded or any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def with_blank_image(adapter: Adapter, encode: Callable[..., Any], embeds: Tensor) -> Tensor:
