@@ -17,22 +17,28 @@ IGNORED = -100
 class Collator:
     """Makes batches with the model's own processor, padded on the right.
 
-    ``prompts`` 'chat' renders the chat template; 'plain' is every image followed by what the assistant says (LLaVA's first stage).
+    Learned is what the assistant says and the special token that ends it: the template's own, or the end-of-sequence token where the
+    template ends a turn without one (LLaVA's). ``prompts`` 'chat' renders the chat template; 'plain' is the images followed by what the
+    assistant says (LLaVA's first stage).
     """
 
     def __init__(self, processor: Any, prompts: str = "chat", max_length: int | None = None) -> None:
-        self.processor, self.prompts, self.max_length = processor, prompts, max_length
         tokenizer = processor.tokenizer
-        self.eos = tokenizer.eos_token or ""
-        self.image = getattr(processor, "image_token_id", None) or tokenizer.convert_tokens_to_ids(processor.image_token)
+        if not tokenizer.is_fast:
+            raise TypeError(f"training needs a fast tokenizer (with offsets), got {type(tokenizer).__name__}")
+        if prompts == "chat" and not getattr(processor, "chat_template", None):
+            raise ValueError("prompts: chat needs a processor with a chat template; this one has none (prompts: plain does without)")
+        self.processor, self.prompts, self.max_length = processor, prompts, max_length
+        self.image = tokenizer.convert_tokens_to_ids(processor.image_token)
+        self.ends = tuple(token for token in tokenizer.all_special_tokens if token != processor.image_token)
+        self.bos, self.eos = tokenizer.bos_token, tokenizer.eos_token or ""
 
     def __call__(self, batch: Sequence[Conversation]) -> dict[str, Tensor]:
         rendered = [self.render(conversation) for conversation in batch]
         texts = [text for text, _ in rendered]
         images = [list(conversation.images) for conversation in batch]
+        special = not (self.bos and any(text.startswith(self.bos) for text in texts))  # some templates write it themselves
         kwargs: dict[str, Any] = {"images": images} if any(images) else {}
-        bos = self.processor.tokenizer.bos_token
-        special = not (bos and texts[0].startswith(bos))  # templates that write it themselves
         inputs = dict(
             self.processor(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special, **kwargs)
         )
@@ -43,46 +49,59 @@ class Collator:
             columns, offsets = columns_of(self.processor.tokenizer, text, real, {self.image}, special)
             learned = [c for c, (a, b) in zip(columns, offsets, strict=True) if any(a < end and start < b for start, end in spans)]
             labels[row, learned] = ids[row, learned]
-        return self._cut(inputs | {"labels": labels})
+        return self._cut(inputs | {"labels": labels}, batch)
 
     def render(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
-        """The text for the processor and the character spans that are learned, each ending with the end-of-sequence token."""
-        pieces = self._plain(conversation) if self.prompts == "plain" else self._chat(conversation)
+        """The text for the processor and the character spans that are learned.
+
+        Raises
+        ------
+        ValueError
+            A template that does not render earlier turns as it did before, or that has no place for an image.
+        """
         text, spans = "", []
-        for piece, learned in pieces:
-            if learned and self.eos not in piece:
-                piece = piece.rstrip() + self.eos
+        for piece, learned in self._plain(conversation) if self.prompts == "plain" else self._chat(conversation):
             if learned:
-                spans.append((len(text), len(text) + len(piece)))
+                said = piece.rstrip()
+                rest = piece[len(said) :]
+                if not said.endswith(self.ends):
+                    said, rest = said + self.eos, ""
+                spans.append((len(text), len(text) + len(said)))
+                piece = said + rest
             text += piece
+        places = text.count(self.processor.image_token)
+        if places != len(conversation.images):
+            raise ValueError(f"{conversation.where}: {places} x {self.processor.image_token} in its text for {len(conversation.images)} images")
         return text, spans
 
     def _chat(self, conversation: Conversation) -> list[tuple[str, bool]]:
+        """The rendered template in pieces, and whether each is learned: an answer is what its turn adds to the prompt that asks for it."""
         messages = conversation.messages
-        whole = self._template(messages, False)
+        whole = self.processor.apply_chat_template(messages)
         pieces, done = [], 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            start, end = len(self._template(messages[:number], True)), len(self._template(messages[: number + 1], False))
-            if whole[:start] != self._template(messages[:number], True) or not done <= start <= end:
-                raise ValueError("the chat template renders earlier turns anew, so it cannot be told which tokens the assistant says")
-            pieces += [(whole[done:start], False), (whole[start:end], True)]
-            done = end
+            asked = self.processor.apply_chat_template(messages[:number], add_generation_prompt=True)
+            answered = self.processor.apply_chat_template(messages[: number + 1])
+            if not (whole.startswith(asked) and whole.startswith(answered) and done <= len(asked) <= len(answered)):
+                raise ValueError(
+                    f"{conversation.where}: the chat template writes earlier turns anew, so it cannot be told which tokens turn {number} adds"
+                )
+            pieces += [(whole[done : len(asked)], False), (whole[len(asked) : len(answered)], True)]
+            done = len(answered)
         return [*pieces, (whole[done:], False)]
-
-    def _template(self, messages: list[dict[str, Any]], answer_next: bool) -> str:
-        return self.processor.apply_chat_template(messages, add_generation_prompt=answer_next)
 
     def _plain(self, conversation: Conversation) -> list[tuple[str, bool]]:
         said = [part["text"] for m in conversation.messages if m["role"] == "assistant" for part in m["content"] if part["type"] == "text"]
         return [(self.processor.image_token * len(conversation.images), False), *((text, True) for text in said)]
 
-    def _cut(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _cut(self, inputs: dict[str, Tensor], batch: Sequence[Conversation]) -> dict[str, Tensor]:
         """Drop what is longer than ``max_length``; the placeholders of an image cannot be cut."""
-        length = inputs["input_ids"].shape[1]
-        if self.max_length is None or length <= self.max_length:
+        ids = inputs["input_ids"]
+        if self.max_length is None or ids.shape[1] <= self.max_length:
             return inputs
-        if bool((inputs["input_ids"][:, self.max_length :] == self.image).any()):
-            raise ValueError(f"max_length={self.max_length} would cut an image in a sample of {length} tokens: raise it or leave the sample out")
-        return {k: v[:, : self.max_length] if v.ndim == 2 and v.shape[1] == length else v for k, v in inputs.items()}
+        for conversation, lost in zip(batch, (ids[:, self.max_length :] == self.image).any(1).tolist(), strict=True):
+            if lost:
+                raise ValueError(f"{conversation.where}: max_length={self.max_length} would cut an image: raise it or leave this sample out")
+        return {k: v[:, : self.max_length] if v.shape == ids.shape and not v.is_floating_point() else v for k, v in inputs.items()}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,27 @@ MARKER = "<image>"  # where an image goes in LLaVA's texts
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the chat format (``content`` is a list of parts) and the images of their image parts, in order."""
+    """Messages in the chat format (``content`` is a list of parts), the images of their image parts in order, and where it comes from."""
 
     messages: list[dict[str, Any]]
     images: tuple[Image.Image, ...]
+    where: str = "a conversation"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation whose images are still files."""
+
+    messages: list[dict[str, Any]]
+    files: tuple[Path, ...]
+    where: str
+
+    def opened(self) -> Conversation:
+        """With its images read; a broken one is a ValueError that names row and file."""
+        try:
+            return Conversation(self.messages, tuple(open_image(file) for file in self.files), self.where)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {str(error).removeprefix('--image ')}") from error
 
 
 class Conversations(Dataset[Conversation]):
@@ -40,93 +59,128 @@ class Conversations(Dataset[Conversation]):
         return self.make(index)
 
 
-def conversations(sources: Sequence[str], images: str | None = None, limit: int | None = None, seed: int = 0) -> Dataset[Conversation]:
-    """All sources, one after the other.
+def conversations(
+    sources: Sequence[str], images: str | None = None, limit: int | None = None, seed: int = 0, split: str = "train"
+) -> Dataset[Conversation]:
+    """All sources, one after the other; ``split`` is for those that are drawn. Image files must exist; they are opened later.
 
     Raises
     ------
     ValueError
-        An unknown source, a file that is no JSON, or a row that is no conversation (its number and what is wrong are named).
+        An unknown source, a file that is no JSON, a row that is no conversation, an image that is missing: file and row are named.
     """
-    return ConcatDataset([_source(name, images, limit, seed) for name in sources])
+    return ConcatDataset([_source(name, images, limit, seed, split) for name in sources])
 
 
-def _source(name: str, images: str | None, limit: int | None, seed: int) -> Conversations:
+def _source(name: str, images: str | None, limit: int | None, seed: int, split: str) -> Conversations:
     if name in DRAWN:
         if limit is None:
             raise ValueError(f"data: {name} draws conversations without end: give limit")
-        return Conversations(limit, lambda index: _drawn(index, seed, DRAWN[name]))
+        return Conversations(limit, lambda index: _drawn(split, index, seed, name))
     path = Path(name).expanduser()
-    rows = _rows(path)[:limit]
     folder = Path(images).expanduser() if images else path.parent
     if not folder.is_dir():
         raise ValueError(f"images: {folder}: no such folder")
-    parsed = [_messages(row, f"{path}, row {number}") for number, row in enumerate(rows)]
-    return Conversations(len(parsed), lambda index: _opened(*parsed[index], folder))
+    rows = [_row(value, where, folder) for value, where in _values(path)[:limit]]
+    _check_files(rows)
+    return Conversations(len(rows), lambda index: rows[index].opened())
 
 
-def _drawn(index: int, seed: int, crowded: bool) -> Conversation:
-    item = tiny.sample("train", index, seed, crowded)
+def _drawn(split: str, index: int, seed: int, name: str) -> Conversation:
+    item = tiny.sample(split, index, seed, DRAWN[name])
     ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
-    return Conversation([ask, {"role": "assistant", "content": [{"type": "text", "text": item.answer}]}], (item.image,))
+    said = {"role": "assistant", "content": [{"type": "text", "text": item.answer}]}
+    return Conversation([ask, said], (item.image,), f"{name}, {split} sample {index}")
 
 
-def _rows(path: Path) -> list[Any]:
+def _values(path: Path) -> list[tuple[Any, str]]:
+    """The values of a file, each with its place in words."""
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
         raise ValueError(f"data: {path}: give a .json or .jsonl file that exists, or {', '.join(DRAWN)}")
+    if path.suffix == ".jsonl":
+        with path.open("rb") as lines:
+            places = ((line, f"{path}, line {number}") for number, line in enumerate(lines, 1))
+            values = [(_parsed(line, where), where) for line, where in places if line.strip()]
+    else:
+        whole = _parsed(path.read_bytes(), str(path))
+        if not isinstance(whole, list):
+            raise ValueError(f"{path}: expected a list of conversations, got {type(whole).__name__}")
+        values = [(value, f"{path}, row {number} (counted from 0)") for number, value in enumerate(whole)]
+    if not values:
+        raise ValueError(f"{path}: holds no conversation")
+    return values
+
+
+def _parsed(text: bytes, where: str) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
-        rows = [json.loads(line) for line in text.splitlines() if line.strip()] if path.suffix == ".jsonl" else json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"data: {path}: not JSON ({error})") from error
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f"data: {path}: expected a list of conversations")
-    return rows
+        return json.loads(text)
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"{where}: not JSON ({error})") from error
 
 
-def _messages(row: Any, where: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Messages in parts, and the image files in order."""
-    if not isinstance(row, dict) or not ("conversations" in row or "messages" in row):
-        raise ValueError(f"{where}: needs 'conversations' (LLaVA) or 'messages' (chat)")
-    listed = row.get("image") or row.get("images") or []
+def _row(value: Any, where: str, folder: Path) -> Row:
+    if not isinstance(value, dict) or not isinstance(turns := value.get("conversations", value.get("messages")), list):
+        raise ValueError(f"{where}: needs a list under 'conversations' (LLaVA) or 'messages' (chat)")
+    if not turns or any(not isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"{where}: a conversation is a list of turns, at least one, each with a speaker and what is said; got {turns!r}")
+    who, what = ("from", "value") if "conversations" in value else ("role", "content")
+    listed = value.get("image") or value.get("images") or []
     waiting = [listed] if isinstance(listed, str) else list(listed)
-    said = [(turn.get("from"), turn.get("value")) for turn in row["conversations"]] if "conversations" in row else [
-        (turn.get("role"), turn.get("content")) for turn in row["messages"]
-    ]
-    messages, files = [], []
-    for role, content in said:
-        if role not in ROLES:
-            raise ValueError(f"{where}: role {role!r}; known: {', '.join(ROLES)}")
-        parts = []
-        for part in _parts(content, where):
+    messages: list[dict[str, Any]] = []
+    files: list[Path] = []
+    for turn in turns:
+        if turn.get(who) not in ROLES:
+            raise ValueError(f"{where}: {who} is {turn.get(who)!r}; known: {', '.join(ROLES)}")
+        parts = _parts(turn.get(what), where)
+        for part in parts:
             if part["type"] == "image":
-                file = part.get("path") or part.get("image") or part.get("url") or (waiting.pop(0) if waiting else None)
-                if not isinstance(file, str):
-                    raise ValueError(f"{where}: more image places than images")
-                files.append(file)
-                part = {"type": "image"}
-            parts.append(part)
-        messages.append({"role": ROLES[role], "content": parts})
+                files.append(folder / _file(part, waiting, where))
+        plain = [{"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]} for part in parts]
+        messages.append({"role": ROLES[turn[who]], "content": plain})
     if waiting:
-        raise ValueError(f"{where}: {len(waiting)} images have no place: put {MARKER} where each goes")
-    return messages, files
+        raise ValueError(f"{where}: {len(files)} places for {len(files) + len(waiting)} images: put {MARKER} where each image goes")
+    return Row(messages, tuple(files), where)
+
+
+def _file(part: dict[str, Any], waiting: list[Any], where: str) -> str:
+    """The file of an image part: its own, or the next of the row's."""
+    file = part.get("path") or part.get("image") or (waiting.pop(0) if waiting else None)
+    if file is None:
+        raise ValueError(f"{where}: more places for images than images")
+    if not isinstance(file, str):
+        raise ValueError(f"{where}: images are given by their paths, got {type(file).__name__}")
+    return file.removeprefix("file://")
 
 
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:
     """Text with markers, or a list of parts, as a list of parts."""
     if isinstance(content, list):
-        if any(not isinstance(part, dict) or part.get("type") not in ("image", "text") for part in content):
-            raise ValueError(f"{where}: parts must be of type image or text")
+        for part in content:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind not in ("image", "text") or (kind == "text" and not isinstance(part.get("text"), str)):
+                raise ValueError(f"{where}: a part is {{type: image}} or {{type: text, text: ...}}, got {part!r}")
+            if kind == "text" and MARKER in part["text"]:
+                raise ValueError(f"{where}: {MARKER} inside a text part: make it a part of its own, {{type: image}}")
         return content
     if not isinstance(content, str):
         raise ValueError(f"{where}: a turn needs text or a list of parts, got {type(content).__name__}")
-    pieces = content.split(MARKER)
     parts: list[dict[str, Any]] = []
-    for number, piece in enumerate(pieces):
+    for number, piece in enumerate(content.split(MARKER)):
         parts += [{"type": "image"}] if number else []
         parts += [{"type": "text", "text": piece.strip("\n")}] if piece.strip() else []
     return parts
 
 
-def _opened(messages: list[dict[str, Any]], files: list[str], folder: Path) -> Conversation:
-    return Conversation(messages, tuple(open_image(folder / file) for file in files))
+def _check_files(rows: Iterable[Row]) -> None:
+    """Every image exists: one listing per folder, which is cheap for half a million files on a shared disk."""
+    wanted: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        for file in row.files:
+            folder, name = os.path.split(file)
+            wanted[folder].setdefault(name, row.where)
+    for folder, names in wanted.items():
+        there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        missing = [name for name in names if name not in there]
+        if missing:
+            more = f" ({len(missing)} such images in this folder)" if len(missing) > 1 else ""
+            raise ValueError(f"{names[missing[0]]}: {os.path.join(folder, missing[0])}: no such image file{more}")

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from duet_vlm.budget import Budget, check_budget
+from duet_vlm.train.yaml_text import mapping
 
 TUNED = ("full", "lora", "projector")
 PROMPTS = ("chat", "plain")
+PRECISIONS = ("float32", "bfloat16")
+MERGED = ("lora", "settings", "trainer")  # mappings, whose keys are settings of their own
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,20 @@ class Settings:
         Folder that image paths are relative to; default: the folder of the data file.
     limit : int or None
         Only the first so many conversations of each source (drawn sources have no end and need it).
+    eval_data, eval_limit : as ``data`` and ``limit``
+        Held-out conversations; their loss is logged at every epoch (or as trainer.eval_strategy says), at the last of the budgets.
     prompts : str
         'chat': the model's chat template; 'plain': image, caption, nothing else (LLaVA's first stage).
     max_length : int or None
-        Longer samples lose text at their end.
+        Longer samples lose text at their end; one whose images would be cut is an error.
     tune : str
         'full' (decoder and projector), 'lora' (adapters in the decoder, and the projector) or 'projector'.
     train_vision : bool
         With tune='full': the vision tower learns as well.
     lora : dict
         Arguments of peft.LoraConfig.
+    frozen_dtype : str
+        Precision of weights that do not learn; those that do are float32. 'bfloat16' halves their memory and needs trainer.bf16.
     method : str
         The reducer; 'none' trains the full model.
     budget : int, float, sequence of them, or None
@@ -59,11 +66,14 @@ class Settings:
     data: Sequence[str] = ()
     images: str | None = None
     limit: int | None = None
+    eval_data: Sequence[str] = ()
+    eval_limit: int | None = None
     prompts: str = "chat"
     max_length: int | None = None
     tune: str = "full"
     train_vision: bool = False
     lora: Mapping[str, Any] = field(default_factory=dict)
+    frozen_dtype: str = "float32"
     method: str = "duet"
     budget: Budget | Sequence[Budget] | None = None
     anneal_from: float | None = None
@@ -73,13 +83,32 @@ class Settings:
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("tune", TUNED), ("prompts", PROMPTS)):
+        for name in MERGED:
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name}: expected key: value pairs, got {getattr(self, name)!r}")
+        for name in ("data", "eval_data"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        object.__setattr__(self, "budget", _tuples(self.budget))
+        object.__setattr__(self, "settings", {key: _tuples(value) for key, value in self.settings.items()})
+        for name in ("lora", "trainer"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
+        self._check()
+
+    def _check(self) -> None:
+        for name, allowed in (("tune", TUNED), ("prompts", PROMPTS), ("frozen_dtype", PRECISIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name in ("limit", "eval_limit", "max_length"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: {value!r}: a whole number, at least 1")
         if not self.data:
             raise ValueError("data: nothing to train on: name JSON files of conversations, or 'tiny'")
         if self.train_vision and self.tune != "full":
             raise ValueError(f"train_vision: true needs tune: full, got tune: {self.tune}")
+        if self.frozen_dtype != "float32" and not self.trainer.get("bf16"):
+            raise ValueError(f"frozen_dtype: {self.frozen_dtype} needs trainer.bf16: true, which computes in bfloat16")
         for budget in self.budgets:
             check_budget(budget)
         if self.anneal_from is not None:
@@ -94,7 +123,7 @@ class Settings:
         """The budgets as a tuple: none, one, or those that are mixed."""
         if self.budget is None:
             return ()
-        return tuple(self.budget) if isinstance(self.budget, Sequence) else (self.budget,)
+        return self.budget if isinstance(self.budget, tuple) else (self.budget,)  # type: ignore[return-value]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML holds them."""
@@ -120,34 +149,26 @@ def settings_from(recipe: str | None = None, config: Path | None = None, options
     if recipe is not None:
         if recipe not in recipes():
             raise ValueError(f"--recipe {recipe}: unknown; there are {', '.join(recipes())}")
-        layers.append(_yaml((resources.files("duet_vlm.train") / "recipes" / f"{recipe}.yaml").read_text(), recipe))
+        layers.append(mapping((resources.files("duet_vlm.train") / "recipes" / f"{recipe}.yaml").read_text(), recipe))
     if config is not None:
         if not config.is_file():
             raise ValueError(f"--config {config}: no such file")
-        layers.append(_yaml(config.read_text(), str(config)))
+        layers.append(mapping(config.read_text(), str(config)))
     merged: dict[str, Any] = {}
     known = {f.name for f in dataclasses.fields(Settings)}
     for layer in (*layers, options or {}):
         for key, value in layer.items():
             if key not in known:
                 raise ValueError(f"unknown setting {key!r}; known: {', '.join(sorted(known))}")
-            merged[key] = {**merged.get(key, {}), **value} if isinstance(value, Mapping) else value
+            merged[key] = {**merged.get(key, {}), **value} if key in MERGED and isinstance(value, Mapping) else value
     return Settings(**merged)
-
-
-def _yaml(text: str, name: str) -> Mapping[str, Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{name}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: expected a mapping of settings, got {type(found).__name__}")
-    return found
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, tuple | list) else value
