@@ -16,7 +16,7 @@ HOME, OUT = ROOT / "comparison" / "training", ROOT / "out" / "training"
 CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05")
 BUDGETS = {"duet-33": "0.33,0.11", "annealed": "0.33,0.11,0.07"}  # the others: all of them
 EVERY = "0.33,0.22,0.11,0.07,0.05"
-TASKS = {"tiny": 350, "tiny-crowded": 700}  # questions per stream; three streams
+TASKS = {"tiny": 334, "tiny-crowded": 334}  # questions per stream; three streams each: 2,004 in all
 
 
 def train(config: str, seed: int) -> None:
@@ -30,11 +30,12 @@ def train(config: str, seed: int) -> None:
     run(settings_from(config=HOME / "configs" / f"{config}.yaml", options={"out": str(out), "trainer": {"seed": seed}}))
 
 
-def evaluate(config: str, seed: int) -> None:
+def evaluate(config: str, seed: int, workers: str) -> None:
     """The trained model's answers, in full and at the budgets."""
     for task, limit in TASKS.items():
         command = [str(Path(sys.executable).parent / "duet-vlm"), "eval", "--model", f"out/training/{config}-{seed}", "--methods", "duet"]
         command += ["--budgets", BUDGETS.get(config, EVERY), "--tasks", task, "--seeds", "0,1,2", "--limit", str(limit), "--timing-rounds", "0"]
+        command += ["--workers", workers, "--against", "duet"]
         subprocess.run([*command, "--name", f"{config}-{seed}", "--out", str(HOME)], check=True, cwd=ROOT)
 
 
@@ -43,12 +44,13 @@ def main() -> None:
     parser.add_argument("--configs", default=",".join(CONFIGS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--evaluate", action="store_true", help="after training, ask")
+    parser.add_argument("--workers", default="2", help="processes that answer")
     args = parser.parse_args()
     for seed in map(int, args.seeds.split(",")):
         for config in args.configs.split(","):
             train(config, seed)
             if args.evaluate:
-                evaluate(config, seed)
+                evaluate(config, seed, args.workers)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,13 @@ def task(name: str) -> Task:
 
 
 def right(question: Question, said: str) -> bool:
+    """Whether an answer is among the accepted ones."""
+    return accepted(said, question.answers)
+
+
+def accepted(said: str, answers: Sequence[str]) -> bool:
     """Exact match without regard to case, outer blanks and a final full stop."""
-    return _plain(said) in {_plain(answer) for answer in question.answers}
+    return _plain(said) in {_plain(answer) for answer in answers}
 
 
 def _plain(text: str) -> str:
