@@ -27,7 +27,7 @@ def attach(model: nn.Module, **settings: Any) -> duet_vlm.Handle:
     return duet_vlm.attach(model, "duet", budget=BUDGET, **settings)
 
 
-def trainer(model: nn.Module, family: str, folder: Path, **changes: Any) -> Trainer:
+def trainer(model: nn.Module, family: str, folder: Path, optimizer: Any = None, **changes: Any) -> Trainer:
     """The stock Trainer with plain SGD, so that its weights can be compared with those of a loop of five lines."""
     settings: dict[str, Any] = {
         "per_device_train_batch_size": 2, "num_train_epochs": 1, "logging_steps": 1, "optim": "sgd", "learning_rate": RATE,
@@ -36,7 +36,9 @@ def trainer(model: nn.Module, family: str, folder: Path, **changes: Any) -> Trai
     }  # fmt: skip
     arguments = TrainingArguments(output_dir=str(folder), **(settings | changes))
     collator = functools.partial(collate, family)
-    return Trainer(model=model, args=arguments, train_dataset=SAMPLES, eval_dataset=SAMPLES, data_collator=collator)  # type: ignore[arg-type]
+    return Trainer(
+        model=model, args=arguments, train_dataset=SAMPLES, eval_dataset=SAMPLES, data_collator=collator, optimizer_cls_and_kwargs=optimizer
+    )  # type: ignore[arg-type]  # fmt: skip
 
 
 def losses(done: Trainer) -> list[float]:
