@@ -17,6 +17,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 
 PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 99, 96, 97, 98
@@ -25,11 +27,14 @@ VOCAB, DEPTH, HIDDEN = 130, 8, 64
 
 @dataclass(frozen=True)
 class Picture:
-    """An image in a row: random pixels from ``seed``; ``height`` x ``width`` visual tokens where the family leaves the size free."""
+    """An image in a row: random pixels from ``seed``; ``height`` x ``width`` visual tokens where the family leaves the size free.
+
+    With ``frames`` it is a clip: so many steps of time, ``height`` x ``width`` tokens each."""
 
     seed: int
     height: int = 4
     width: int = 5
+    frames: int = 0
 
 
 Row = Sequence["int | Picture"]  # text token ids and pictures, in order
@@ -51,7 +56,8 @@ class Family:
         ids: list[int] = []
         for item in row:
             if isinstance(item, Picture):
-                ids += [VISION_START, *[IMAGE] * self.tokens(item), VISION_END] if self.mrope else [IMAGE] * self.tokens(item)
+                place = [VIDEO if item.frames else IMAGE] * self.tokens(item)
+                ids += [VISION_START, *place, VISION_END] if self.mrope else place
             else:
                 ids.append(item)
         return ids
@@ -67,7 +73,7 @@ class Family:
         if pictures:
             batch |= self.pixels(pictures)
         if self.mrope:
-            batch["mm_token_type_ids"] = (table == IMAGE).long()
+            batch["mm_token_type_ids"] = (table == IMAGE).long() + 2 * (table == VIDEO).long()
         return batch
 
 
@@ -106,6 +112,25 @@ def llava(side: int, kv_heads: int) -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
+QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+
+
+def qwen_text() -> dict[str, Any]:
+    return {
+        "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "vocab_size": VOCAB, "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+    }  # fmt: skip
+
+
+def qwen2_vl() -> nn.Module:
+    vision = {
+        "depth": 3, "embed_dim": 32, "hidden_size": HIDDEN, "mlp_ratio": 2, "num_heads": 4, "patch_size": 4, "spatial_merge_size": 2,
+        "temporal_patch_size": 2, "in_channels": 3,
+    }  # fmt: skip
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(vision_config=vision, text_config=qwen_text(), **QWEN_IDS))
+
+
 def qwen2_5_vl() -> nn.Module:
     config = Qwen2_5_VLConfig(
         vision_config={
@@ -113,12 +138,7 @@ def qwen2_5_vl() -> nn.Module:
             "spatial_merge_size": 2,
             "temporal_patch_size": 2, "in_channels": 3, "window_size": 16, "fullatt_block_indexes": [1, 3],
         },
-        text_config={
-            "hidden_size": HIDDEN, "intermediate_size": 96, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "vocab_size": VOCAB, "max_position_embeddings": 512, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": None,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
-        },
-        image_token_id=IMAGE, video_token_id=VIDEO, vision_start_token_id=VISION_START, vision_end_token_id=VISION_END,
+        text_config=qwen_text(), **QWEN_IDS,
     )  # fmt: skip
     return Qwen2_5_VLForConditionalGeneration(config)
 
@@ -128,14 +148,25 @@ def square_pixels(side: int, pictures: Sequence[Picture]) -> Inputs:
 
 
 def patch_pixels(pictures: Sequence[Picture]) -> Inputs:
-    """Flattened patches, 2 x 2 of them per visual token."""
-    grid = [(1, 2 * p.height, 2 * p.width) for p in pictures]
-    patches = [noise(p.seed, 4 * p.height * p.width, 3 * 2 * 4 * 4) for p in pictures]
-    return {"pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor(grid)}
+    """Flattened patches, 2 x 2 of them per visual token; images and clips apart."""
+    batch: Inputs = {}
+    for pixels, sizes, chosen in (
+        ("pixel_values", "image_grid_thw", [p for p in pictures if not p.frames]),
+        ("pixel_values_videos", "video_grid_thw", [p for p in pictures if p.frames]),
+    ):
+        if chosen:
+            grid = [(p.frames or 1, 2 * p.height, 2 * p.width) for p in chosen]
+            batch[pixels] = torch.cat([noise(p.seed, 4 * (p.frames or 1) * p.height * p.width, 3 * 2 * 4 * 4) for p in chosen])
+            batch[sizes] = torch.tensor(grid)
+    return batch
 
 
 def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
+
+
+def grid_tokens(picture: Picture) -> int:
+    return (picture.frames or 1) * picture.height * picture.width
 
 
 FAMILIES = {
@@ -143,7 +174,8 @@ FAMILIES = {
     for family in (
         Family("llava", False, lambda: llava(6, 4), lambda p: 36, functools.partial(square_pixels, 6)),
         Family("llava_gqa", False, lambda: llava(4, 2), lambda p: 16, functools.partial(square_pixels, 4)),
-        Family("qwen2_5_vl", True, qwen2_5_vl, lambda p: p.height * p.width, patch_pixels),
+        Family("qwen2_vl", True, qwen2_vl, grid_tokens, patch_pixels),
+        Family("qwen2_5_vl", True, qwen2_5_vl, grid_tokens, patch_pixels),
     )
 }
 
@@ -175,6 +207,12 @@ TWO: Row = (1, Picture(2, 3, 4), 11, Picture(3, 5, 3), 12, 13, 14, 15, 16)
 THREE: Row = (1, Picture(4, 4, 6), 21, Picture(5, 2, 5), 22, 23, Picture(6, 4, 4), 24, 25)
 TEXT: Row = (1, 31, 32, 33, 34, 35)
 MIXED: tuple[Row, ...] = (ONE, THREE, TEXT)
+
+# clips, alone and among images
+CLIP: Row = (1, 5, Picture(7, 3, 4, frames=3), 41, 42, 43)
+CLIP_AND_IMAGE: Row = (1, Picture(8, 2, 3, frames=2), 44, Picture(9, 3, 4), 45, 46)
+IMAGE_AND_CLIPS: Row = (1, Picture(10, 3, 3), 47, Picture(11, 2, 3, frames=4), 48, Picture(12, 3, 2, frames=1), 49)
+CLIPS: tuple[Row, ...] = (CLIP, IMAGE_AND_CLIPS, TEXT, CLIP_AND_IMAGE, ONE)
 
 
 def generate(model: nn.Module, inputs: dict[str, Any], new: int = 4, **options: Any) -> Any:

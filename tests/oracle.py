@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from families import IMAGE, Inputs
+from families import IMAGE, VIDEO, Inputs
 from torch import Tensor, nn
 
 from duet_vlm import Handle
@@ -31,7 +31,7 @@ class Choice:
     merge: str
     rows: list[Entered]
     starts: list[int]
-    images: list[int]  # which image of the encoder call each span is
+    images: list[tuple[str, int]]  # which image or clip each span is: stream and number in its encoder call
     alive: dict[int, frozenset[int]]
     cls_token: bool = False
 
@@ -57,8 +57,9 @@ def choices_of(handle: Handle) -> list[Choice]:
         valid = run.prompt.valid[sample]
         place = (valid.long().cumsum(0) - 1).tolist()
         visual = [place[s] for s in run.prompt.visual[sample].nonzero().flatten().tolist()]
-        images = list(run.numbers[number : number + len(spans)])
-        rows = [_entered(run, image, span.tokens) for image, span in zip(images, spans, strict=True)]
+        sources = run.sources[number : number + len(spans)]
+        images = [(encoded.stream, image) for encoded, image in sources]
+        rows = [_entered(run.positions, *source, span.tokens) for source, span in zip(sources, spans, strict=True)]
         starts = [visual[span.offset] for span in spans]
         number += len(spans)
         alive = {}
@@ -66,13 +67,14 @@ def choices_of(handle: Handle) -> list[Choice]:
             slots = group.tokens.slot[sample][group.tokens.valid[sample]].tolist()
             assert slots == sorted(set(slots)), "rows must stay in order, each once"
             alive[group.first_layer] = frozenset(place[s] for s in slots)
-        merge = run.encoded.selection.merge if run.encoded.selection is not None else "mean"
-        choices.append(Choice(int(valid.sum()), run.positions, merge, rows, starts, images, alive, run.encoded.cls_token))
+        selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
+        merge = selections[0].merge if selections else "mean"
+        choices.append(Choice(int(valid.sum()), run.positions, merge, rows, starts, images, alive, run.sources[0][0].cls_token))
     return choices
 
 
-def _entered(run: Any, number: int, tokens: int) -> Entered:
-    selection = run.encoded.selection
+def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
+    selection = encoded.selection
     if selection is None:
         return {slot: (slot, ()) for slot in range(tokens)}
     into = selection.into[number].tolist()
@@ -81,16 +83,21 @@ def _entered(run: Any, number: int, tokens: int) -> Entered:
     for row, (source, real) in enumerate(zip(selection.index[number].tolist(), selection.valid[number].tolist(), strict=True)):
         if real:
             joined = tuple(m for m, target in zip(members, into, strict=True) if target == row)
-            entered[row if run.positions == "compact" else source] = (source, joined)
+            entered[row if positions == "compact" else source] = (source, joined)
     return entered
 
 
-def tower_features(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Per image the features that V2V merges: before the projector (LLaVA, CLS row first) or after the merger (Qwen)."""
+def tower_features(model: nn.Module, inputs: Inputs) -> dict[str, list[Tensor]]:
+    """Per image and clip the features that V2V merges: before the projector (LLaVA, CLS row first) or after the merger (Qwen)."""
+    features = {}
     if hasattr(model.model, "vision_tower"):
         states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
-        return list(states[model.config.vision_feature_layer])
-    return list(model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output)
+        return {"image": list(states[model.config.vision_feature_layer])}
+    if "pixel_values" in inputs:
+        features["image"] = list(model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output)
+    if "pixel_values_videos" in inputs:
+        features["video"] = list(model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output)
+    return features
 
 
 def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cls_token: bool) -> dict[int, Tensor]:
@@ -107,7 +114,7 @@ def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cl
     return entered
 
 
-def walk(model: nn.Module, ids: Tensor, images: Sequence[Tensor], grids: Tensor | None, choice: Choice, watch: Sequence[int] = ()) -> Walk:
+def walk(model: nn.Module, ids: Tensor, images: Sequence[Tensor], grids: dict[str, Tensor], choice: Choice, watch: Sequence[int] = ()) -> Walk:
     """One unpadded row: prompt and generated ids [T] through the eager decoder; ``images`` are its pictures' tower features."""
     text = model.model.language_model
     hidden = model.get_input_embeddings()(ids)[None].clone()
@@ -137,13 +144,14 @@ def walk(model: nn.Module, ids: Tensor, images: Sequence[Tensor], grids: Tensor 
     return result
 
 
-def original_positions(model: nn.Module, prompt: Tensor, grids: Tensor | None, total: int) -> Tensor:
+def original_positions(model: nn.Module, prompt: Tensor, grids: dict[str, Tensor], total: int) -> Tensor:
     """0..T-1, or the M-RoPE positions of the prompt continued by one per token."""
     if not hasattr(model.model, "get_rope_index"):
         return torch.arange(total)[None]
     positions = torch.arange(len(prompt)).expand(3, 1, -1)
-    if grids is not None:
-        positions, _ = model.model.get_rope_index(prompt[None], (prompt == IMAGE).int()[None], grids)
+    if grids:
+        kinds = (prompt == IMAGE).int() + 2 * (prompt == VIDEO).int()
+        positions, _ = model.model.get_rope_index(prompt[None], kinds[None], **grids)
     later = torch.arange(total - len(prompt)) + positions.max() + 1
     return torch.cat([positions, later.expand(3, 1, -1)], -1)
 
@@ -163,7 +171,7 @@ def walk_batch(
 
 
 def _walk_batch(model: nn.Module, inputs: Inputs, choices: Sequence[Choice], generated: Tensor | None, watch: Sequence[int]) -> list[Walk]:
-    features = tower_features(model, inputs) if "pixel_values" in inputs else []
+    features = tower_features(model, inputs) if {"pixel_values", "pixel_values_videos"} & set(inputs) else {}
     repeat = len(choices) // len(inputs["input_ids"])
     walks = []
     for sample, choice in enumerate(choices):
@@ -171,8 +179,12 @@ def _walk_batch(model: nn.Module, inputs: Inputs, choices: Sequence[Choice], gen
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         if generated is not None:
             ids = torch.cat([ids, generated[sample]])
-        grids = inputs["image_grid_thw"][choice.images] if "image_grid_thw" in inputs and choice.images else None
-        walks.append(walk(model, ids, [features[i] for i in choice.images], grids, choice, watch))
+        grids = {
+            key: inputs[key][numbers]
+            for stream, key in (("image", "image_grid_thw"), ("video", "video_grid_thw"))
+            if key in inputs and (numbers := [number for name, number in choice.images if name == stream])
+        }
+        walks.append(walk(model, ids, [features[name][number] for name, number in choice.images], grids, choice, watch))
     return walks
 
 

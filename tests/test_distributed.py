@@ -18,8 +18,8 @@ from unittest.mock import ANY
 import pytest
 import torch
 from families import build
-from torch import nn
 from test_trainers import losses, trainer
+from torch import nn
 from training_data import RATE, SAMPLES, Curve, Sample, collate, farthest, plain_loop, tokens_wanted, weights
 from transformers import LlavaForConditionalGeneration
 

@@ -339,9 +339,9 @@ def test_embeddings_alone(family: str) -> None:
 
 def test_videos() -> None:
     def call(model: nn.Module, inputs: dict[str, Any]) -> None:
-        forward(model, inputs, pixel_values_videos=inputs["pixel_values"], video_grid_thw=inputs["image_grid_thw"])
+        forward(model, inputs, mm_encoder_outputs={"video": inputs["pixel_values"]})
 
-    refuse("qwen2_5_vl", call, ValueError, r"video inputs are not supported yet: use handle\.paused\(\) for this call, or detach")
+    refuse("llava", call, ValueError, r"llava: video inputs are not supported yet: use handle\.paused\(\) for this call, or detach")
 
 
 def test_floors_of_free_sizes_are_found_before_any_layer_runs() -> None:

@@ -56,7 +56,7 @@ class Handle:
     def __init__(self, adapter: Adapter, reducer: Reducer, budget: Budget | None, processor: Any, align: bool) -> None:
         self.adapter, self.reducer, self.budget = adapter, reducer, budget
         self._processor, self._align = processor, align
-        self._encode = getattr(adapter.base, adapter.image_features)
+        self._encode = getattr(adapter.base, adapter.streams[0].encode)
         self._stacks = Stacks()
         self._hooks = Hooks()
         self._paused = 0
@@ -183,7 +183,8 @@ class Handle:
         if adapter.door is not None:
             hooks.add(adapter.door.register_forward_pre_hook, encoder.at_door)
             hooks.add(adapter.door.register_forward_hook, encoder.after_door)
-        hooks.shadow(adapter.base, adapter.image_features, encoder.wrap(self._encode))
+        for stream in adapter.streams:
+            hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream.name))
         if self._align:
             hooks.add(adapter.base.register_forward_hook, self._stretch)
         for module in (adapter.model, adapter.base):
@@ -226,9 +227,10 @@ class Handle:
             call.labels, call.salient = kwargs.get("labels"), kwargs.pop(SALIENT, None)
             kept = kwargs.get("logits_to_keep")  # assisted decoding wants the logits of its draft tokens too
             call.drafts = max(0, kept - 1) if isinstance(kept, int) and call.labels is None else 0
-            output = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-            if output is not None:
-                adopt(call, output)
+            outputs = kwargs.get("mm_encoder_outputs") or {}
+            for stream in self.adapter.streams:
+                if outputs.get(stream.name) is not None:
+                    adopt(call, stream.name, outputs[stream.name])
         else:
             arguments = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments if args else kwargs
             look(self.adapter, self._active() is not None, self._plan, call, arguments)
@@ -243,12 +245,12 @@ class Handle:
             return None
         call = self._stacks.calls[-1]
         # where images would have been encoded: not in the embedding's own hook, which sharding counts as part of the embedding
-        if call.placeholders is not None and not call.brings_images and in_step(self.adapter.model):
+        if call.placeholders and not call.brings_images and in_step(self.adapter.model):
             kwargs["inputs_embeds"] = with_blank_image(self.adapter, self._encode, kwargs["inputs_embeds"])
         step = enter(self.adapter, self._active(), call, kwargs)
         if step is not None:
             self._run, kwargs[PASS] = step.run, step
-        elif call.placeholders is not None and self._active() is not None:
+        elif call.placeholders and self._active() is not None:
             self._run = None  # a prompt without images: the last call has nothing to report
         return args, kwargs
 

@@ -52,6 +52,14 @@ class SpanPlan:
         return self.contextual > 0 or self.dominant < self.tokens
 
 
+def of_content(plan: SpanPlan, content: int) -> SpanPlan:
+    """The plan of a span of which only ``content`` rows show the picture: a reduced span keeps none of the others."""
+    if not plan.merges or plan.entry <= content:
+        return plan
+    dominant = min(plan.dominant, content)
+    return SpanPlan(plan.tokens, dominant, min(plan.contextual, content - dominant), tuple(min(n, content) for n in plan.counts))
+
+
 def check_budget(budget: Budget | None) -> None:
     """Refuse what is neither a positive token count nor a fraction in (0, 1]."""
     if budget is None:

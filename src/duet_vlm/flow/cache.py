@@ -46,8 +46,7 @@ class Run:
     plans: tuple[tuple[SpanPlan, ...], ...]
     prompt: TokenMap
     depth: int
-    encoded: Any = None
-    numbers: tuple[int, ...] = ()
+    sources: tuple[tuple[Any, int], ...] = ()
     groups: list[Group] = field(default_factory=list)
     asking: tuple[int, ...] = ()
     scored_layers: tuple[int, ...] = ()

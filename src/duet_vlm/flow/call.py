@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from duet_vlm.budget import SpanPlan
+from duet_vlm.models.adapter import Encoding
 from duet_vlm.tokens import Selection
 
 ENCODED = "_duet_vlm_encoded"  # attribute of the encoder output that carries its decisions to the decoder
@@ -23,6 +24,7 @@ class Encoded:
     identity. ``selection`` is None where V2V left the spans whole; ``slots`` [spans, K] says where its rows were put within their span.
     """
 
+    stream: str
     rows: list[Tensor]
     grids: tuple[tuple[int, int] | None, ...]
     plans: tuple[SpanPlan, ...]
@@ -46,24 +48,31 @@ class Encoded:
 class EncoderCall:
     """Scratch of one running encoder call: what the recorder saw and what the door decided."""
 
-    arguments: dict[str, Any]
+    encoding: Encoding
     recorded: list[Any] = field(default_factory=list)
     cls: Tensor | None = None
     pending: Encoded | None = None
 
 
 @dataclass
+class Arrived:
+    """What one encoder call brought: feature tensors as they reached the decoder, one per span, and their decisions."""
+
+    features: Sequence[Tensor]
+    encoded: Encoded | None
+
+
+@dataclass
 class Call:
-    """One running forward of the model."""
+    """One running forward of the model; ``placeholders`` and ``arrived`` are by stream (image, video)."""
 
     labels: Tensor | None = None
     salient: Tensor | None = None
     drafts: int = 0  # rows at the end that assisted decoding guessed: they are no part of the question
     input_ids: Tensor | None = None
     brings_images: bool = False
-    placeholders: Tensor | None = None
-    features: Sequence[Tensor] | None = None
-    encoded: Encoded | None = None
+    placeholders: dict[str, Tensor] = field(default_factory=dict)
+    arrived: dict[str, Arrived] = field(default_factory=dict)
     owner: Any = None
     run: Any = None
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.budget import SpanPlan
+from duet_vlm.budget import SpanPlan, of_content
 from duet_vlm.flow import compat
-from duet_vlm.flow.call import ENCODED, Encoded, EncoderCall, Stacks
-from duet_vlm.models.adapter import Adapter
+from duet_vlm.flow.call import ENCODED, Arrived, Encoded, EncoderCall, Stacks
+from duet_vlm.models.adapter import Adapter, Encoding
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
 from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
@@ -40,17 +40,17 @@ class EncoderFlow:
     ) -> None:
         self.adapter, self.stacks, self.reducer, self.plan = adapter, stacks, reducer, plan
 
-    def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """The encoder method with V2V around it; keeps its signature, which generate() reads."""
+    def wrap(self, encode: Callable[..., Any], stream: str) -> Callable[..., Any]:
+        """The encoder method of a stream with V2V around it; keeps its signature, which generate() reads."""
         signature = inspect.signature(encode)
 
         @functools.wraps(encode)
         def encode_and_reduce(*args: Any, **kwargs: Any) -> Any:
             reducer = self.reducer()
-            if reducer is None:
+            if reducer is None or self.stacks.encoders:  # nobody reduces, or one encoder method calls another
                 return encode(*args, **kwargs)
             bound = signature.bind_partial(*args, **kwargs)
-            call = EncoderCall(dict(bound.arguments))
+            call = EncoderCall(Encoding(stream, dict(bound.arguments)))
             self.stacks.encoders.append(call)
             try:
                 output = encode(*args, **kwargs)
@@ -77,7 +77,7 @@ class EncoderFlow:
             features = torch.cat([_cls_of(call, self.adapter), features], 1)
             valid = torch.cat([valid[:, :1], valid], 1)
         selection = self._select(reducer, call, features, valid, plans)
-        call.pending = Encoded([], (), plans, selection, slots_of(selection, reducer), reducer.cls_token)
+        call.pending = Encoded(call.encoding.stream, [], (), plans, selection, slots_of(selection, reducer), reducer.cls_token)
         return (merged_rows(features, selection), *args[1:])
 
     def after_door(self, door: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
@@ -95,24 +95,32 @@ class EncoderFlow:
         rows = list(output.pooler_output)
         encoded = call.pending
         if encoded is None:
+            structure = self.adapter.structure(call.encoding, [len(r) for r in rows])
             plans = tuple(self.plan(len(r)) for r in rows)
-            encoded = Encoded(rows, (), plans)
+            if structure is not None:
+                plans = tuple(of_content(plan, int((~rows).sum())) for plan, rows in zip(plans, structure, strict=True))
+            encoded = Encoded(call.encoding.stream, rows, (), plans)
             if isinstance(reducer, EncoderReducer) and any(plan.merges for plan in plans):
-                rows = self._reduce_after(rows, call, reducer, encoded)
+                rows = self._reduce_after(rows, call, reducer, encoded, structure)
                 output.pooler_output = type(output.pooler_output)(rows)
         encoded.rows = rows
-        encoded.grids = self.adapter.grids(call.arguments, [len(r) for r in rows])
+        encoded.grids = self.adapter.grids(call.encoding, [len(r) for r in rows])
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
         setattr(output, ENCODED, encoded)
         if self.stacks.calls:  # inside forward: the decoder of this very call wants them
-            self.stacks.calls[-1].features, self.stacks.calls[-1].encoded = rows, encoded
+            self.stacks.calls[-1].arrived[call.encoding.stream] = Arrived(rows, encoded)
         return output
 
-    def _reduce_after(self, rows: list[Tensor], call: EncoderCall, reducer: EncoderReducer, encoded: Encoded) -> list[Tensor]:
+    def _reduce_after(
+        self, rows: list[Tensor], call: EncoderCall, reducer: EncoderReducer, encoded: Encoded, structure: list[Tensor] | None
+    ) -> list[Tensor]:
         if reducer.cls_token:
             self.adapter.cls_module()  # raises: no CLS row here
         features, valid = pad_rows(rows)
+        if structure is not None:  # newlines of reduced spans leave first
+            leaving = [rows & plan.merges for rows, plan in zip(structure, encoded.plans, strict=True)]
+            valid = valid & ~pad_rows(leaving)[0].to(valid.device)
         encoded.selection = self._select(reducer, call, features, valid, encoded.plans)
         encoded.slots = slots_of(encoded.selection, reducer)
         marked = _marked(merged_rows(features, encoded.selection), encoded, features.shape[1])
@@ -133,7 +141,7 @@ class EncoderFlow:
     def _signals(self, reducer: EncoderReducer, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if not call.recorded:
             raise RuntimeError("the vision attention was not recorded (changed after attach?): detach and attach again")
-        scores, keys = self.adapter.importance_and_keys(call.recorded, call.arguments, reducer.signal_segments)
+        scores, keys = self.adapter.importance_and_keys(call.recorded, call.encoding, reducer.signal_segments)
         importance, _ = pad_rows(scores)
         key_rows, _ = pad_rows(keys)
         check_finite(compat.finite(importance) & compat.finite(key_rows), "the vision attention scores")

@@ -12,7 +12,7 @@ from torch import Tensor
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat
 from duet_vlm.flow.cache import RUN, DecodePass, Group, Run
-from duet_vlm.flow.call import Call
+from duet_vlm.flow.call import Arrived, Call, Encoded
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import is_marked, not_finite
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
@@ -28,7 +28,7 @@ def enter(adapter: Adapter, reducer: Reducer | None, call: Call, kwargs: dict[st
     cache = kwargs.get("past_key_values")
     filled = cache is not None and int(cache.get_seq_length()) > 0
     run = getattr(cache, RUN, None) if filled else None
-    brings_images = call.features is not None
+    brings_images = bool(call.arrived)
     if run is not None:
         if brings_images:
             raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
@@ -38,7 +38,7 @@ def enter(adapter: Adapter, reducer: Reducer | None, call: Call, kwargs: dict[st
         return None
     if filled and brings_images:
         raise ValueError("new image on a cache that already holds tokens: start a new conversation (no past_key_values) or detach")
-    if call.placeholders is None or filled:
+    if not call.placeholders or filled:
         return None
     return _prefill(adapter, reducer, call, kwargs)
 
@@ -48,31 +48,30 @@ def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, A
     if compat.is_static(cache):
         raise ValueError("static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach")
     valid = _valid_rows(kwargs.get("attention_mask"), embeds)
-    assert call.placeholders is not None
-    placeholders = call.placeholders.to(valid.device)
-    prompt = TokenMap.identity(valid, placeholders)
+    places = {name: rows.to(valid.device) for name, rows in call.placeholders.items()}
+    prompt = TokenMap.identity(valid, torch.stack(list(places.values())).any(0))
     queries = torch.zeros_like(valid)
-    if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.features is not None:
+    if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.arrived:
         asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
         queries = query_rows(reducer.text_query, prompt.visual, asking, call.labels, call.salient, reducer.training_turns)
-    layout = _read_layout(call, placeholders, valid, queries)
-    if call.features is None:
-        if any(count for count, _, _, _ in layout):
-            row = next(i for i, (count, _, _, _) in enumerate(layout) if count)
+    layout, visual = _read_layout(call, places, valid, queries)
+    for name in places.keys() - call.arrived.keys():
+        if any(visual[name]):
+            row = next(i for i, count in enumerate(visual[name]) if count)
             raise ValueError(
-                f"sample {row} has {layout[row][0]} image placeholders in its text, but no image was passed: pass images to the processor "
-                "(pixel_values), or remove the placeholders"
+                f"sample {row} has {visual[name][row]} {name} placeholders in its text, but no {name} was passed: pass {name}s to the "
+                "processor (pixel_values), or remove the placeholders"
             )
+    if not call.arrived:
         return None
-    assert call.encoded is not None
-    spans, numbers = _spans(call, [count for count, _, _, _ in layout])
-    plans = tuple(tuple(call.encoded.plans[number] for number in row) for row in numbers)
+    spans, sources = _spans(call, visual, places)
+    plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
     if isinstance(reducer, DecoderReducer) and reducer.skip_unanswered and call.labels is not None:
-        plans = tuple(_without_drops(row) if not answered else row for row, (_, _, _, answered) in zip(plans, layout, strict=True))
-    run = Run(embeds.shape[1], reducer.positions, spans, plans, prompt, len(adapter.layers), call.encoded, sum(numbers, ()))
+        plans = tuple(_without_drops(row) if not answered else row for row, (_, _, answered) in zip(plans, layout, strict=True))
+    run = Run(embeds.shape[1], reducer.positions, spans, plans, prompt, len(adapter.layers), sum(sources, ()))
     run.element_bytes = embeds.element_size()
     call.run = run
-    _remove_marked(run, reducer, [length for _, length, _, _ in layout], kwargs)
+    _remove_marked(run, reducer, [length for length, _, _ in layout], kwargs)
     run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
     if run.reduces:
         if cache is None and compat.uses_cache(adapter.text_model, kwargs.get("use_cache")):
@@ -80,7 +79,7 @@ def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, A
         if cache is not None:
             setattr(cache, RUN, run)
     replay = _decisions(call, run, reducer) if cache is None and call.labels is None else {}
-    return PrefillPass(run, adapter, reducer, cache, queries, [n for _, _, n, _ in layout], kwargs, replay)
+    return PrefillPass(run, adapter, reducer, cache, queries, [n for _, n, _ in layout], kwargs, replay)
 
 
 def _decisions(call: Call, run: Run, reducer: Reducer) -> dict[Any, Any]:
@@ -88,8 +87,9 @@ def _decisions(call: Call, run: Run, reducer: Reducer) -> dict[Any, Any]:
 
     They ride on the encoder output that it reuses; a prompt that does not continue the first one decides anew.
     """
-    assert call.encoded is not None
-    stored, ids = call.encoded.decisions, call.input_ids
+    first_arrived = next(iter(call.arrived.values())).encoded
+    assert first_arrived is not None
+    stored, ids = first_arrived.decisions, call.input_ids
     if ids is None or not run.reduces:
         return {}
     first: Any = stored.get("input_ids")
@@ -116,45 +116,74 @@ def _valid_rows(mask: Any, embeds: Tensor) -> Tensor:
     return (last if last.dtype == torch.bool else last == 0).expand(embeds.shape[:2])
 
 
-def _read_layout(call: Call, placeholders: Tensor, valid: Tensor, queries: Tensor) -> list[tuple[int, int, int, bool]]:
-    """The one device-to-host read of a prefill: per sample (visual tokens, real rows, query rows, has a supervised label)."""
+def _read_layout(
+    call: Call, places: dict[str, Tensor], valid: Tensor, queries: Tensor
+) -> tuple[list[tuple[int, int, bool]], dict[str, list[int]]]:
+    """The one device-to-host read of a prefill: per sample (real rows, query rows, has a supervised label), and placeholders by stream."""
     answered = torch.zeros_like(valid) if call.labels is None else (call.labels.to(valid.device) != -100)
     finite = torch.ones((), dtype=torch.bool, device=valid.device)
-    if call.encoded is not None and call.encoded.finite is not None:
-        finite = call.encoded.finite.to(valid.device)
-    counts = torch.stack([placeholders.sum(1), valid.sum(1), queries.sum(1), answered.sum(1), finite.long().expand(len(valid))], 1)
-    layout = counts.tolist()
-    if not layout[0][4]:
+    for arrived in call.arrived.values():
+        if arrived.encoded is not None and arrived.encoded.finite is not None:
+            finite = finite & arrived.encoded.finite.to(valid.device)
+    columns = [valid.sum(1), queries.sum(1), answered.sum(1), finite.long().expand(len(valid)), *(rows.sum(1) for rows in places.values())]
+    table = torch.stack(columns, 1).tolist()
+    if not table[0][3]:
         raise not_finite("the image features")
-    return [(visual, rows, asking, answers > 0) for visual, rows, asking, answers, _ in layout]
+    visual = {name: [row[4 + i] for row in table] for i, name in enumerate(places)}
+    return [(rows, asking, answers > 0) for rows, asking, answers, *_ in table], visual
 
 
-def _spans(call: Call, visual: list[int]) -> tuple[tuple[tuple[Span, ...], ...], tuple[tuple[int, ...], ...]]:
-    """Which span belongs to which sample: images fill placeholders in order, so cumulated counts must meet at sample borders."""
-    assert call.features is not None and call.encoded is not None
-    sizes = [len(rows) for rows in call.features]
+Source = tuple[Encoded, int]  # an encoder call and the number of a span in it
+
+
+def _spans(
+    call: Call, visual: dict[str, list[int]], places: dict[str, Tensor]
+) -> tuple[tuple[tuple[Span, ...], ...], tuple[tuple[Source, ...], ...]]:
+    """Which span belongs to which sample, in the order of the prompt."""
+    found = {name: _dealt(name, arrived, visual[name]) for name, arrived in call.arrived.items()}
     spans: list[tuple[Span, ...]] = []
-    numbers: list[tuple[int, ...]] = []
-    image = 0
+    sources: list[tuple[Source, ...]] = []
+    for sample in range(len(next(iter(visual.values())))):
+        queues = {name: rows[sample] for name, rows in found.items() if rows[sample]}
+        order = _order(sample, queues, places)
+        offsets = [sum(size for _, size in order[:i]) for i in range(len(order))]
+        grids = [encoded.grids[number] if encoded.grids else None for (encoded, number), _ in order]
+        spans.append(tuple(Span(sample, offset, size, grid) for offset, (_, size), grid in zip(offsets, order, grids, strict=True)))
+        sources.append(tuple(source for source, _ in order))
+    return tuple(spans), tuple(sources)
+
+
+def _dealt(name: str, arrived: Arrived, visual: list[int]) -> list[list[tuple[Source, int]]]:
+    """One stream's spans (with their sizes) by sample: they fill placeholders in order, so cumulated counts must meet at sample borders."""
+    assert arrived.encoded is not None
+    sizes = [len(rows) for rows in arrived.features]
+    out: list[list[tuple[Source, int]]] = []
+    done = 0
     for sample, wanted in enumerate(visual):
-        found = 0
-        offsets: list[int] = []
-        while found < wanted and image + len(offsets) < len(sizes):
-            offsets.append(found)
-            found += sizes[image + len(offsets) - 1]
-        if found != wanted:
+        count = 0
+        while sum(sizes[done : done + count]) < wanted and done + count < len(sizes):
+            count += 1
+        made = sum(sizes[done : done + count])
+        if made != wanted:
             raise ValueError(
-                f"sample {sample} has {wanted} image placeholders, but its images make {found} visual tokens (images: {sizes}); "
+                f"sample {sample} has {wanted} {name} placeholders, but its {name}s make {made} visual tokens ({name}s: {sizes}); "
                 "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
             )
-        row = tuple(call.encoded.number_of(call.features[image + i], image + i, len(sizes)) for i in range(len(offsets)))
-        grids = [call.encoded.grids[number] if call.encoded.grids else None for number in row]
-        spans.append(tuple(Span(sample, offset, sizes[image + i], grids[i]) for i, offset in enumerate(offsets)))
-        numbers.append(row)
-        image += len(offsets)
-    if image != len(sizes):
-        raise ValueError(f"{len(sizes)} images were passed, but the text has placeholders for {image}")
-    return tuple(spans), tuple(numbers)
+        numbers = [arrived.encoded.number_of(arrived.features[i], i, len(sizes)) for i in range(done, done + count)]
+        out.append([((arrived.encoded, number), sizes[done + i]) for i, number in enumerate(numbers)])
+        done += count
+    if done != len(sizes):
+        raise ValueError(f"{len(sizes)} {name}s were passed, but the text has placeholders for {done}")
+    return out
+
+
+def _order(sample: int, queues: dict[str, list[tuple[Source, int]]], places: dict[str, Tensor]) -> list[tuple[Source, int]]:
+    """The spans of a sample as its prompt shows them; only samples that mix streams need to look."""
+    if len(queues) < 2:
+        return [entry for queue in queues.values() for entry in queue]
+    begins = [(int(slots[sum(size for _, size in queue[:i])]), entry) for name, queue in queues.items()
+              for slots in [places[name][sample].nonzero()[:, 0].tolist()] for i, entry in enumerate(queue)]  # fmt: skip
+    return [entry for _, entry in sorted(begins, key=lambda begin: begin[0])]
 
 
 def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from duet_vlm.flow.cache import Run
+from duet_vlm.flow.call import Encoded
 from duet_vlm.tokens import SpanTrace, StageTrace
 
 
@@ -26,7 +27,7 @@ def trace_of(run: Run) -> list[list[SpanTrace]]:
     for sample, spans in enumerate(run.spans):
         row: list[SpanTrace] = []
         for span in spans:
-            token_at, merged = _entry(run, run.numbers[number], span.tokens)
+            token_at, merged = _entry(*run.sources[number], span.tokens)
             number += 1
             before, stages = set(range(span.tokens)) - {m for members in merged.values() for m in members}, []
             for group, left in zip(run.groups, alive, strict=True):
@@ -39,12 +40,12 @@ def trace_of(run: Run) -> list[list[SpanTrace]]:
     return history
 
 
-def _entry(run: Run, number: int, tokens: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:
+def _entry(encoded: Encoded, number: int, tokens: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:
     """Which token sits in each slot of a span after V2V, and who was merged into whom."""
-    selection, slots = run.encoded.selection, run.encoded.slots
-    if selection is None:
+    selection, slots = encoded.selection, encoded.slots
+    if selection is None or slots is None:
         return list(range(tokens)), {}
-    shift = int(run.encoded.cls_token)
+    shift = int(encoded.cls_token)
     index, valid = selection.index[number].tolist(), selection.valid[number].tolist()
     token_at = [-1] * tokens
     for source, slot, real in zip(index, slots[number].tolist(), valid, strict=True):

@@ -43,6 +43,25 @@ class Recorded:
     segments: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Stream:
+    """One kind of visual input: its name in ``mm_encoder_outputs``, the method of ``base`` that encodes it, the placeholder id in
+    ``input_ids`` and the argument that brings its pixels."""
+
+    name: str
+    encode: str
+    token_id: int
+    pixels: str
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One encoder call: its stream and its named arguments."""
+
+    stream: str
+    arguments: dict[str, Any]
+
+
 class Adapter(ABC):
     """A family. Subclasses fill the attributes in ``__init__`` and implement the abstract methods; nothing else knows the family.
 
@@ -53,9 +72,9 @@ class Adapter(ABC):
     layers : nn.ModuleList
         Decoder layers.
     image_token_id : int
-        Placeholder id in ``input_ids``.
-    image_features : str
-        Name of the method of ``base`` that encodes images.
+        Placeholder id of images in ``input_ids``.
+    streams : tuple of Stream
+        The visual inputs; images unless the family says more.
     door : nn.Module or None
         Point-wise projector: V2V runs before it. None: V2V runs after the encoder call (grid mergers).
     fixed_tokens : int or None
@@ -75,7 +94,6 @@ class Adapter(ABC):
     notes: ClassVar[str] = ""
     example: ClassVar[str] = ""
 
-    image_features = "get_image_features"
     door: nn.Module | None = None
     fixed_tokens: int | None = None
     has_cls = False
@@ -89,20 +107,28 @@ class Adapter(ABC):
     layers: nn.ModuleList
     image_token_id: int
 
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return (Stream("image", "get_image_features", self.image_token_id, "pixel_values"),)
+
     @abstractmethod
     def vision_attention(self, layer: int | None) -> nn.Module:
         """The attention module to record; ``layer`` None leaves the choice to the family."""
 
     @abstractmethod
-    def importance_and_keys(self, calls: list[Recorded], call: dict[str, Any], segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
-        """Per span, in call order: importance [n] and mean keys [n, d] of its visual tokens (a CLS row excluded), raster order.
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """Per span, in call order: importance [n] and mean keys [n, d] of its rows (a CLS row excluded; anything for structure rows).
 
-        ``call`` are the named arguments of the encoder call; ``segmented`` keeps the tower's own attention segments.
+        ``segmented`` keeps the tower's own attention segments.
         """
 
     @abstractmethod
-    def grids(self, call: dict[str, Any], counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
+
+    def structure(self, call: Encoding, counts: list[int]) -> list[Tensor] | None:
+        """Per span, on the host: which of its rows [n] bool are structure (newlines) and no picture content. None: none are."""
+        return None
 
     @abstractmethod
     def tower(self) -> nn.Module:
@@ -139,14 +165,14 @@ class Adapter(ABC):
         """(cos, sin) for 1-D positions [B, n]."""
         return self.text_model.rotary_emb(hidden, position_ids)
 
-    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """[B, S] bool: rows that will hold visual tokens, by id or (as the stock model does) by embedding."""
+    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
+        """Per stream [B, S] bool: rows that will hold its visual tokens, by id or (as the stock model does) by embedding."""
         if input_ids is not None:
-            return input_ids == self.image_token_id
+            return {stream.name: input_ids == stream.token_id for stream in self.streams}
         assert inputs_embeds is not None
-        embed = self.base.get_input_embeddings()
-        token = embed(torch.tensor(self.image_token_id, device=inputs_embeds.device))
-        return (inputs_embeds == token).all(-1)
+        embed, device = self.base.get_input_embeddings(), inputs_embeds.device
+        tokens = {stream.name: embed(torch.tensor(stream.token_id, device=device)) for stream in self.streams}
+        return {name: (inputs_embeds == token).all(-1) for name, token in tokens.items()}
 
     @abstractmethod
     def check(self) -> None:

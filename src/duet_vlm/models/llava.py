@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
-from duet_vlm.models.adapter import Adapter, LlamaLike, Recorded
+from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded
 from duet_vlm.ops.score import cls_attention
 
 
@@ -72,13 +71,13 @@ class Llava(LlamaLike, Adapter):
             raise TypeError("cls_token=True needs one vision_feature_layer, this model joins several")
         return self.base.vision_tower.encoder.layers[self.feature_layer()]
 
-    def importance_and_keys(self, calls: list[Recorded], call: dict[str, Any], segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance = cls_attention(recorded.query, recorded.key, recorded.scaling)
         keys = recorded.key.float().mean(1)[:, 1:]
         return list(importance), list(keys)
 
-    def grids(self, call: dict[str, Any], counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
 
     def decoder_shape(self) -> DecoderShape:

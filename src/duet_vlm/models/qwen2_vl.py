@@ -1,0 +1,107 @@
+"""Qwen2-VL: vision attention within each frame, no CLS, 2x2 grid merger, M-RoPE, grouped query heads; images and video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded, Stream
+from duet_vlm.ops.score import column_attention
+
+GRID = {"image": "image_grid_thw", "video": "video_grid_thw"}
+
+
+class Qwen2VL(LlamaLike, Adapter):
+    """``Qwen2VLForConditionalGeneration``: V2V after the merger, importance = attention received in the last vision block.
+
+    The unit of choice is a merged token (2x2 patches, two frames of a video): scores and keys are means over its patches. A video is one
+    span; attention does not cross its frames, so importance is comparable between frames of equal size, which all frames of a clip are.
+    """
+
+    family = "qwen2_vl"
+    model_types = ("qwen2_vl",)
+    notes = "images of any size, video; kept positions only (M-RoPE)"
+    example = "Qwen/Qwen2-VL-7B-Instruct"
+    mrope = True
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.base = model, model.model
+        self.text_model = self.base.language_model
+        self.layers = self.text_model.layers
+        self.config = model.config
+        self.image_token_id = self.config.image_token_id
+        self.visual = self.base.visual
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        video = Stream("video", "get_video_features", self.config.video_token_id, "pixel_values_videos")
+        return (*super().streams, video)
+
+    def check(self) -> None:
+        if "sliding_attention" in self.config.text_config.layer_types:
+            raise TypeError(f"{self.family}: sliding-window decoder layers are not supported, set use_sliding_window=False in the text config")
+
+    def vision_attention(self, layer: int | None) -> nn.Module:
+        return self.visual.blocks[-1 if layer is None else layer].attn
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        calls = [part for recorded in calls for part in segments_of(recorded)]
+        if not segmented:  # one softmax over every patch of the call
+            calls = [Recorded(torch.cat([c.query for c in calls], 2), torch.cat([c.key for c in calls], 2), calls[0].scaling)]
+        received = torch.cat([column_attention(c.query, c.key, c.scaling)[0] for c in calls])
+        keys = torch.cat([c.key[0].float() for c in calls], 1).transpose(0, 1)  # [patches, H, d]
+        unit, sizes = self.visual.config.spatial_merge_size**2, call.arguments[GRID[call.stream]].tolist()
+        raster = self.raster(sizes).to(received.device)
+        importance = received.view(-1, unit).mean(1)[raster]
+        keys = keys.reshape(-1, unit, *keys.shape[1:]).mean((1, 2))[raster]
+        counts = [t * h * w // unit for t, h, w in sizes]
+        return list(importance.split(counts)), list(keys.split(counts))
+
+    def raster(self, sizes: list[list[int]]) -> Tensor:
+        """Where the merged tokens of the call, in raster order, stand in the order that the blocks work in."""
+        return torch.arange(sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2)
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        size = self.visual.config.spatial_merge_size
+        return tuple((t * h // size, w // size) for t, h, w in call.arguments[GRID[call.stream]].tolist())
+
+    def tower(self) -> nn.Module:
+        return self.visual
+
+    def projector(self) -> nn.Module:
+        return self.visual.merger
+
+    def blank_image(self) -> dict[str, Tensor]:
+        vision, weight = self.config.vision_config, next(self.visual.parameters())
+        side = 2 * vision.spatial_merge_size
+        inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels = torch.zeros(side * side, inputs, dtype=weight.dtype, device=weight.device)
+        return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]], device=weight.device)}
+
+    def decoder_shape(self) -> DecoderShape:
+        return decoder_shape(self.config.text_config)
+
+    def vision_shape(self) -> VisionShape:
+        vision = self.config.vision_config
+        return self._vision_shape(vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio), 2, vision.hidden_size)
+
+    def _vision_shape(self, width: int, mlp: int, mlp_matrices: int, out: int, **windows: Any) -> VisionShape:
+        vision = self.config.vision_config
+        unit = vision.spatial_merge_size**2
+        return VisionShape(
+            layers=vision.depth, width=width, mlp=mlp, mlp_matrices=mlp_matrices, patches_per_token=unit, extra_rows=0,
+            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            projector=((width * unit, width * unit), (width * unit, out)), **windows,
+        )  # fmt: skip
+
+
+def segments_of(recorded: Recorded) -> list[Recorded]:
+    """Split a packed call (flash attention) into the segments that the tower attends within."""
+    if recorded.segments is None:
+        return [recorded]
+    lengths = recorded.segments.tolist()
+    pairs = zip(recorded.query.split(lengths, 2), recorded.key.split(lengths, 2), strict=True)
+    return [Recorded(query, key, recorded.scaling) for query, key in pairs]

@@ -1,0 +1,87 @@
+"""Clips through the families that take them: one span each, alone and among images, held to the same oracle as images."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from families import CLIP, CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, build, forward, generate, pictures_of, shared
+from oracle import choices_of, step_logits, walk_batch
+
+import duet_vlm
+
+MOVING = [name for name in FAMILIES if name.startswith("qwen")]
+SETTINGS = {
+    "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
+    "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25))},
+    "visionzip": {"dominant": 0.3, "contextual": 0.2},
+    "fastv": {"layers": 2, "keep": 0.4},
+    "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
+}
+EACH = pytest.mark.parametrize("family", MOVING)
+METHODS = pytest.mark.parametrize("method", SETTINGS)
+
+
+@EACH
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keeping_everything_changes_nothing(family: str, attention: str) -> None:
+    model, inputs = shared(family, attention), FAMILIES[family].inputs(CLIPS)
+    plain = forward(model, inputs).logits
+    for method, options in (("duet", {"budget": 1.0}), ("none", {}), ("fastv", {"keep": 1.0})):
+        with duet_vlm.attach(model, method, **options):
+            assert torch.equal(forward(model, inputs).logits, plain)
+    assert torch.equal(forward(model, inputs).logits, plain)
+
+
+@EACH
+@METHODS
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_generation_equals_the_oracle(family: str, method: str, attention: str) -> None:
+    model, inputs = shared(family, attention), FAMILIES[family].inputs(CLIPS)
+    with duet_vlm.attach(model, method, **SETTINGS[method]) as handle:
+        result = generate(model, inputs)
+        choices = choices_of(handle)
+    new = result.sequences[:, inputs["input_ids"].shape[1] :]
+    expected = step_logits(walk_batch(build(family, "eager"), inputs, choices, new), choices, len(result.logits))
+    untouched = generate(model, inputs).logits[0]
+    for ours, wanted in zip(result.logits, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=2e-3)
+    assert float((result.logits[0] - untouched).abs().max()) > 0.05
+
+
+@EACH
+@METHODS
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_row_equals_that_row_alone(family: str, method: str, side: str) -> None:
+    model, made = shared(family), FAMILIES[family]
+    with duet_vlm.attach(model, method, **SETTINGS[method]) as handle:
+        batch = made.inputs(CLIPS, side)
+        logits = forward(model, batch).logits
+        slots, traces = handle.slots, handle.trace
+        for i, row in enumerate(CLIPS):
+            alone = forward(model, made.inputs([row])).logits[0]
+            torch.testing.assert_close(logits[i][slots[i] >= 0], alone, rtol=1e-3, atol=2e-3)
+            if pictures_of([row]):
+                assert [span.stages for span in handle.trace[0]] == [span.stages for span in traces[i]]
+
+
+@EACH
+@pytest.mark.parametrize("row", [CLIP, CLIP_AND_IMAGE, IMAGE_AND_CLIPS])
+def test_every_span_meets_the_budget(family: str, row: tuple[object, ...]) -> None:
+    model, made = shared(family), FAMILIES[family]
+    sizes = [made.tokens(picture) for picture in pictures_of([row])]  # type: ignore[list-item]
+    with duet_vlm.attach(model, "duet", budget=0.5) as handle:
+        forward(model, made.inputs([row]))  # type: ignore[list-item]
+        report = handle.report()
+        spans = [entry.span for entry in handle.trace[0]]
+    assert [span.tokens for span in spans] == sizes
+    assert [span.offset for span in spans] == [sum(sizes[:i]) for i in range(len(sizes))]
+    wanted = sum(0.5 * size for size in sizes)
+    assert wanted - len(sizes) < report.measured_mean <= wanted + 1e-6
+
+
+@EACH
+def test_a_clip_that_was_not_passed_is_missed(family: str) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs([CLIP])
+    del inputs["pixel_values_videos"], inputs["video_grid_thw"], inputs["mm_token_type_ids"]
+    with duet_vlm.attach(model, "duet", budget=0.5), pytest.raises(ValueError, match=r"sample 0 has 36 video placeholders .* no video was passed"):
+        forward(model, inputs)
