@@ -88,7 +88,7 @@ def matrix(*methods: str, attention: tuple[str, ...] = ("sdpa", "eager")) -> pyt
         for family in FAMILIES
         for implementation in attention
         for method in methods or tuple(REDUCING)
-        if family != "llava_gqa" or method in ("duet", "fastv")
+        if family in ("llava", "qwen2_5_vl") or method in ("duet", "fastv")
         for positions in (("keep",) if FAMILIES[family].mrope else ("keep", "compact"))
     ]
     return pytest.mark.parametrize("case", cases, ids=str)

@@ -15,11 +15,15 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
 )
+from transformers.image_processing_utils import select_best_resolution
 
 PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 99, 96, 97, 98
 VOCAB, DEPTH, HIDDEN = 130, 8, 64
@@ -112,7 +116,50 @@ def llava(side: int, kv_heads: int) -> nn.Module:
     return LlavaForConditionalGeneration(config)
 
 
+PINPOINTS = [(56, 112), (112, 56), (112, 112)]
 QWEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": VISION_START, "vision_end_token_id": VISION_END}
+
+
+def llava_next(side: int) -> nn.Module:
+    config = LlavaNextConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, projection_dim=32, image_size=14 * side,
+            patch_size=14,
+        ),
+        text_config=MistralConfig(
+            hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=DEPTH, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            vocab_size=VOCAB, max_position_embeddings=1024, sliding_window=None, pad_token_id=PAD, bos_token_id=1, eos_token_id=None,
+        ),
+        image_token_id=IMAGE, image_token_index=IMAGE, image_grid_pinpoints=[list(size) for size in PINPOINTS],
+    )  # fmt: skip
+    return LlavaNextForConditionalGeneration(config)
+
+
+def any_res_size(picture: Picture) -> tuple[int, int]:
+    """Height and width in pixels; most do not fit the grid, so rows are cut off."""
+    return 11 * picture.height, 11 * picture.width
+
+
+def any_res_tokens(picture: Picture) -> int:
+    """Overview, crops without their padding, a newline per line: by hand from the sizes."""
+    height, width = any_res_size(picture)
+    best = select_best_resolution((height, width), PINPOINTS)
+    rows, columns = best[0] // 14, best[1] // 14
+    if width / height > columns / rows:
+        rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
+    else:
+        columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
+    return 16 + rows * (columns + 1)
+
+
+def any_res_pixels(pictures: Sequence[Picture]) -> Inputs:
+    sizes = [any_res_size(p) for p in pictures]
+    best = [select_best_resolution(size, PINPOINTS) for size in sizes]
+    crops = [1 + h // 56 * (w // 56) for h, w in best]
+    pixels = torch.zeros(len(pictures), max(crops), 3, 56, 56)
+    for row, picture, count in zip(pixels, pictures, crops, strict=True):
+        row[:count] = noise(picture.seed, count, 3, 56, 56)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
 
 
 def qwen_text() -> dict[str, Any]:
@@ -174,6 +221,7 @@ FAMILIES = {
     for family in (
         Family("llava", False, lambda: llava(6, 4), lambda p: 36, functools.partial(square_pixels, 6)),
         Family("llava_gqa", False, lambda: llava(4, 2), lambda p: 16, functools.partial(square_pixels, 4)),
+        Family("llava_next", False, lambda: llava_next(4), any_res_tokens, any_res_pixels),
         Family("qwen2_vl", True, qwen2_vl, grid_tokens, patch_pixels),
         Family("qwen2_5_vl", True, qwen2_5_vl, grid_tokens, patch_pixels),
     )

@@ -39,6 +39,9 @@ class Choice:
         return self.alive[max(first for first in self.alive if first <= layer)]
 
 
+IMAGE_SIZES = ("image_grid_thw", "image_sizes")
+
+
 @dataclass
 class Walk:
     """Logits [T, V] of one row, and the attention [T, T] (mean over heads) that layers paid on the way."""
@@ -83,26 +86,26 @@ def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
     for row, (source, real) in enumerate(zip(selection.index[number].tolist(), selection.valid[number].tolist(), strict=True)):
         if real:
             joined = tuple(m for m, target in zip(members, into, strict=True) if target == row)
-            entered[row if positions == "compact" else source] = (source, joined)
+            entered[len(entered) if positions == "compact" else source] = (source, joined)
     return entered
 
 
 def tower_features(model: nn.Module, inputs: Inputs) -> dict[str, list[Tensor]]:
     """Per image and clip the features that V2V merges: before the projector (LLaVA, CLS row first) or after the merger (Qwen)."""
     features = {}
-    if hasattr(model.model, "vision_tower"):
+    if model.config.model_type == "llava":
         states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
         return {"image": list(states[model.config.vision_feature_layer])}
-    if "pixel_values" in inputs:
-        features["image"] = list(model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output)
-    if "pixel_values_videos" in inputs:
-        features["video"] = list(model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output)
+    for stream, pixels, sizes in (("image", "pixel_values", IMAGE_SIZES), ("video", "pixel_values_videos", ("video_grid_thw",))):
+        if pixels in inputs:
+            encode = getattr(model.model, f"get_{stream}_features")
+            features[stream] = list(encode(inputs[pixels], **{key: inputs[key] for key in sizes if key in inputs}).pooler_output)
     return features
 
 
 def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cls_token: bool) -> dict[int, Tensor]:
     """The embedding of each slot that entered."""
-    pointwise = getattr(model.model, "multi_modal_projector", None)
+    pointwise = model.model.multi_modal_projector if model.config.model_type == "llava" else None
     shift = 1 if pointwise is not None and not cls_token else 0  # the tower's CLS row is not a token
     entered = {}
     for slot, (source, joined) in rows.items():

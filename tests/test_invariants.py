@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import KEEP_ALL, OFFICIAL, REDUCING, Case, matrix
-from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Row, forward, generate, shared
+from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Row, forward, generate, pictures_of, shared
 from oracle import Choice, choices_of, step_logits, walk_batch
 from torch import Tensor
 
@@ -220,7 +220,7 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
             continue
         first_query = max(max(choice.rows[-1]) + choice.starts[-1] + 1, 0)
         spans = {start + slot for start, rows in zip(choice.starts, choice.rows, strict=True) for slot in rows}
-        last = max(start + _span_length(case, inputs, choice, i) for i, start in enumerate(choice.starts))
+        last = max(start + _span_length(case, choice, i) for i, start in enumerate(choice.starts))
         first_query = max(first_query, last)
         queries = range(first_query, choice.slots) if case.method in ("duet", "duet_plus") else [choice.slots - 1]
         for drop, layer in zip(drops, watch, strict=True):
@@ -233,10 +233,9 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
     assert ranked >= 3
 
 
-def _span_length(case: Case, inputs: Inputs, choice: Choice, number: int) -> int:
-    if "image_grid_thw" not in inputs:
-        return FAMILIES[case.family].tokens(ONE[2])  # type: ignore[arg-type]
-    return int(inputs["image_grid_thw"][choice.images[number]].prod()) // 4
+def _span_length(case: Case, choice: Choice, number: int) -> int:
+    _, image = choice.images[number]
+    return FAMILIES[case.family].tokens(pictures_of(RAGGED)[image])
 
 
 @matrix(attention=("eager",))

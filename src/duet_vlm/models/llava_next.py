@@ -1,0 +1,71 @@
+"""LLaVA-NeXT: crops of any resolution around a CLIP tower, packed into one span per image with a newline row at the end of each line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.llava import Llava
+from duet_vlm.ops.score import cls_attention
+
+
+class LlavaNext(Llava):
+    """``LlavaNextForConditionalGeneration``: V2V over the packed rows of an image, its overview and all its crops together.
+
+    Importance = CLS attention within each crop. The signals travel through the model's own packing, so they line up with the features
+    whatever was cut off or padded. Newline rows are structure: they leave first when V2V reduces the image.
+    """
+
+    family = "llava_next"
+    model_types = ("llava_next",)
+    notes = "images of any size, all crops of an image reduced together; MHA and GQA decoders of the Llama layout"
+    example = "llava-hf/llava-v1.6-mistral-7b-hf"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.door, self.fixed_tokens = None, None
+
+    def check(self) -> None:
+        super().check()
+        if self.feeds_cls:
+            raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' is supported")
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        (recorded,) = calls
+        importance = cls_attention(recorded.query, recorded.key, recorded.scaling)
+        keys = recorded.key.float().mean(1)[:, 1:]
+        packed = self.packed(torch.cat([importance[..., None], keys], -1), call, newline=0.0)
+        return [rows[:, 0] for rows in packed], [rows[:, 1:] for rows in packed]
+
+    def structure(self, call: Encoding, counts: list[int]) -> list[Tensor] | None:
+        nothing = torch.zeros(sum(self.crops(call)), self.side**2, 1)
+        return [rows[:, 0] == 1 for rows in self.packed(nothing, call, newline=1.0)]
+
+    def packed(self, signals: Tensor, call: Encoding, newline: float) -> list[Tensor]:
+        """Signals [crops, N, c] laid out as the model lays out its features: per image [n, c]."""
+        rows, _ = self.base.pack_image_features(
+            signals.split(self.crops(call)),
+            call.arguments["image_sizes"],
+            vision_feature_select_strategy="default",
+            image_newline=signals.new_full(signals.shape[-1:], newline),
+        )
+        return rows
+
+    def crops(self, call: Encoding) -> list[int]:
+        """Crops per image, the overview included."""
+        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        return [image_size_to_num_patches(size, pinpoints, side) for size in call.arguments["image_sizes"]]
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        return (None,) * len(counts)
+
+    def blank_image(self) -> dict[str, Any]:
+        crop = super().blank_image()["pixel_values"]
+        side = self.config.vision_config.image_size
+        sizes = torch.tensor([[side, side]], device=crop.device)
+        (count,) = self.crops(Encoding("image", {"image_sizes": sizes}))
+        return {"pixel_values": crop[None].expand(1, count, *crop.shape[1:]), "image_sizes": sizes}
