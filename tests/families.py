@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -140,22 +141,35 @@ def any_res_size(picture: Picture) -> tuple[int, int]:
     return 11 * picture.height, 11 * picture.width
 
 
-def any_res_tokens(picture: Picture) -> int:
-    """Overview, crops without their padding, a newline per line: by hand from the sizes."""
+def any_res_crops(picture: Picture) -> tuple[int, int]:
+    """Rows and columns of crops, the overview left out."""
+    height, width = select_best_resolution(any_res_size(picture), PINPOINTS)
+    return height // 56, width // 56
+
+
+def any_res_layout(picture: Picture) -> list[tuple[int, int] | None]:
+    """Per visual token its crop (0 is the overview) and its patch there, None for a newline: laid out by hand."""
     height, width = any_res_size(picture)
-    best = select_best_resolution((height, width), PINPOINTS)
-    rows, columns = best[0] // 14, best[1] // 14
-    if width / height > columns / rows:
-        rows -= 2 * ((rows - int(round(height * columns / width, 7))) // 2)
+    rows, columns = (4 * n for n in any_res_crops(picture))
+    top = left = 0
+    if width / height > columns / rows:  # padded above and below
+        top = (rows - int(round(height * columns / width, 7))) // 2
     else:
-        columns -= 2 * ((columns - int(round(width * rows / height, 7))) // 2)
-    return 16 + rows * (columns + 1)
+        left = (columns - int(round(width * rows / height, 7))) // 2
+    layout: list[tuple[int, int] | None] = [(0, patch) for patch in range(16)]
+    for y in range(top, rows - top):
+        layout += [(1 + y // 4 * (columns // 4) + x // 4, y % 4 * 4 + x % 4) for x in range(left, columns - left)]
+        layout.append(None)
+    return layout
+
+
+def any_res_tokens(picture: Picture) -> int:
+    return len(any_res_layout(picture))
 
 
 def any_res_pixels(pictures: Sequence[Picture]) -> Inputs:
     sizes = [any_res_size(p) for p in pictures]
-    best = [select_best_resolution(size, PINPOINTS) for size in sizes]
-    crops = [1 + h // 56 * (w // 56) for h, w in best]
+    crops = [1 + math.prod(any_res_crops(p)) for p in pictures]
     pixels = torch.zeros(len(pictures), max(crops), 3, 56, 56)
     for row, picture, count in zip(pixels, pictures, crops, strict=True):
         row[:count] = noise(picture.seed, count, 3, 56, 56)

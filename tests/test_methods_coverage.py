@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 import twins
-from families import FAMILIES, MIXED, ONE, Inputs, Picture, forward, pictures_of, shared
+from families import FAMILIES, MIXED, ONE, Inputs, Picture, any_res_crops, forward, pictures_of, shared
+from test_signals import content_rows, tower_signals
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import duet_vlm
 
@@ -24,14 +27,14 @@ def chosen_tokens(handle: duet_vlm.Handle) -> list[list[int]]:
 
 def encoded(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Per picture the rows that the untouched model feeds to its decoder."""
-    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw")}
+    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw", "image_sizes")}
     with torch.no_grad():
         return [rows.double() for rows in model.model.get_image_features(**images).pooler_output]
 
 
 def tower_rows(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Per picture the rows of the CLIP feature layer, without CLS; of Qwen's tower the merged rows."""
-    if "image_grid_thw" in inputs:
+    """Per picture the rows that V2V reads: of the CLIP feature layer, without CLS; where it runs after the encoder call, what enters."""
+    if {"image_grid_thw", "image_sizes"} & set(inputs):
         return encoded(model, inputs)
     with torch.no_grad():
         return list(model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:].double())
@@ -40,7 +43,10 @@ def tower_rows(model: nn.Module, inputs: Inputs) -> list[Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_divprune_looks_at_projected_rows(family: str) -> None:
     inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
-    expected = [sorted(twins.divprune_entry(rows.tolist(), 5)) for rows in encoded(model, inputs)]
+    expected = []
+    for rows, picture in zip(encoded(model, inputs), PICTURES, strict=True):
+        content = content_rows(family, picture)
+        expected.append(sorted(content[i] for i in twins.divprune_entry(rows[content].tolist(), 5)))
     with duet_vlm.attach(model, "divprune", keep=5) as handle:
         forward(model, inputs)
         assert chosen_tokens(handle) == expected
@@ -51,13 +57,11 @@ def test_divprune_looks_at_projected_rows(family: str) -> None:
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scope_looks_at_tower_rows_and_attention(family: str, alpha: float) -> None:
-    from test_signals import clip_signals, qwen_signals
-
-    inputs, model, oracle = FAMILIES[family].inputs(MIXED), shared(family), shared(family, "eager")
-    with torch.no_grad():
-        signals = qwen_signals(oracle, inputs, 3, PICTURES) if FAMILIES[family].mrope else clip_signals(oracle, inputs, 2)
-    rows = tower_rows(model, inputs)
-    expected = [sorted(twins.scope_entry(s.tolist(), r.tolist(), 5, alpha)) for (s, _), r in zip(signals, rows, strict=True)]
+    inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
+    signals, shown = tower_signals(family, inputs, None, PICTURES), [content_rows(family, picture) for picture in PICTURES]
+    expected = []
+    for (scores, _), rows, content in zip(signals, tower_rows(model, inputs), shown, strict=True):
+        expected.append(sorted(content[i] for i in twins.scope_entry(scores.tolist(), rows[content].tolist(), 5, alpha)))
     with duet_vlm.attach(model, "scope", keep=5, alpha=alpha) as handle:
         forward(model, inputs)
         assert chosen_tokens(handle) == expected
@@ -66,7 +70,10 @@ def test_scope_looks_at_tower_rows_and_attention(family: str, alpha: float) -> N
 @pytest.mark.parametrize("method", GREEDY)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flops_count_the_rows_that_are_projected(family: str, method: str) -> None:
-    """The projector's first matrix tells how many rows it really ran on."""
+    """The projector's first matrix tells how many rows it really ran on: those that enter where V2V can run before it, else all of them.
+
+    LLaVA-NeXT packs behind the projector, so every patch of every crop goes through it.
+    """
     made, model, seen = FAMILIES[family], shared(family), []
     door = getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger
 
@@ -80,26 +87,44 @@ def test_flops_count_the_rows_that_are_projected(family: str, method: str) -> No
     for hook in hooks:
         hook.remove()
     saved = report.full.vision_flops - report.observed.vision_flops
-    tokens = made.tokens(ONE[2])  # type: ignore[arg-type]
-    assert [rows for rows, _, _ in seen] == [tokens if method == "divprune" or made.mrope else 5] * 2
+    picture: Any = ONE[2]
+    behind = made.mrope or family == "llava_next"
+    tokens = 16 * (1 + math.prod(any_res_crops(picture))) if family == "llava_next" else made.tokens(picture)
+    assert [rows for rows, _, _ in seen] == [tokens if method == "divprune" or behind else 5] * 2
     assert saved == sum(2 * (tokens - rows) * a * b for rows, a, b in seen)
     assert report.predicted.vision_flops == report.observed.vision_flops
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_flops_of_the_vision_side_are_those_that_torch_counts(family: str) -> None:
+    """Crops, frames, windows and what packing cuts off included; pictures whose sides are whole windows."""
+    rows = [(1, Picture(1, 4, 6), 5, Picture(2, 2, 4), 6, 7), (1, 5, Picture(3, 6, 2), 8)]
+    if family.startswith("qwen"):
+        rows.append((1, Picture(4, 2, 4, frames=3), 9))
+    model, inputs = shared(family, "eager"), FAMILIES[family].inputs(rows)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for stream, names in (("image", ("pixel_values", "image_grid_thw", "image_sizes")), ("video", ("pixel_values_videos", "video_grid_thw"))):
+            if names[0] in inputs:
+                getattr(model.model, f"get_{stream}_features")(**{name: inputs[name] for name in names if name in inputs})
+    with duet_vlm.attach(model, "none") as handle:
+        forward(model, inputs)
+        assert handle.report().full.vision_flops == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_duet_plus_looks_at_keys_and_attention(family: str, alpha: float) -> None:
-    from test_signals import clip_signals, qwen_signals
-
-    inputs, model, oracle = FAMILIES[family].inputs(MIXED), shared(family), shared(family, "eager")
-    with torch.no_grad():
-        signals = qwen_signals(oracle, inputs, 3, PICTURES) if FAMILIES[family].mrope else clip_signals(oracle, inputs, 2)
+    inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
+    signals, shown = tower_signals(family, inputs, None, PICTURES), [content_rows(family, picture) for picture in PICTURES]
     expected = [twins.duet_plus_entry(s.tolist(), k.tolist(), 5, alpha, 1.0, 0.1) for s, k in signals]
     with duet_vlm.attach(model, "duet_plus", keep=5, schedule=(), alpha=alpha, pool=1.0, tau=0.1) as handle:
         forward(model, inputs)
-        assert chosen_tokens(handle) == [chosen for chosen, _ in expected]
+        assert chosen_tokens(handle) == [[content[i] for i in chosen] for (chosen, _), content in zip(expected, shown, strict=True)]
         found = [{anchor: sorted(members) for anchor, members in span.merged.items()} for row in handle.trace for span in row]
-    assert found == [{anchor: sorted(members) for anchor, members in clusters.items() if members} for _, clusters in expected]
+    assert found == [
+        {content[anchor]: sorted(content[m] for m in members) for anchor, members in clusters.items() if members}
+        for (_, clusters), content in zip(expected, shown, strict=True)
+    ]
     assert any(found)
 
 

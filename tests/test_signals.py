@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, MIXED, ONE, Inputs, Picture, forward, pictures_of, shared
+from families import FAMILIES, MIXED, ONE, Inputs, Picture, any_res_crops, any_res_layout, forward, pictures_of, shared
 from torch import Tensor, nn
 
 import duet_vlm
@@ -53,6 +53,35 @@ def clip_signals(model: nn.Module, inputs: Inputs, layer: int) -> list[tuple[Ten
     return list(zip(output.attentions[layer][:, :, 0, 1:].sum(1), key, strict=True))
 
 
+def crop_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
+    """CLS attention within each crop, in the order in which the crops are laid out, without newlines."""
+    signals = []
+    for picture, pixels in zip(pictures, inputs["pixel_values"], strict=True):
+        crops = clip_signals(model, {"pixel_values": pixels[: 1 + math.prod(any_res_crops(picture))]}, layer)
+        places = [place for place in any_res_layout(picture) if place is not None]
+        signals.append(tuple(torch.stack([crops[crop][kind][patch] for crop, patch in places]) for kind in (0, 1)))
+    return signals
+
+
+def content_rows(family: str, picture: Picture) -> list[int]:
+    """Numbers of the visual tokens that show the picture: all but newlines."""
+    if family == "llava_next":
+        return [i for i, place in enumerate(any_res_layout(picture)) if place is not None]
+    return list(range(FAMILIES[family].tokens(picture)))
+
+
+DEFAULT_LAYER = {"qwen2_vl": 2, "qwen2_5_vl": 3}  # the last (full-attention) block; CLIP: the one behind the feature layer
+
+
+def tower_signals(family: str, inputs: Inputs, layer: int | None, pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
+    """Importance and keys of the tokens that show each picture, from the tower's own attention maps."""
+    model, layer = shared(family, "eager"), DEFAULT_LAYER.get(family, 2) if layer is None else layer
+    with torch.no_grad():
+        if FAMILIES[family].mrope:
+            return qwen_signals(model, inputs, layer, pictures)
+        return crop_signals(model, inputs, layer, pictures) if family == "llava_next" else clip_signals(model, inputs, layer)
+
+
 def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
     attention, caught = model.model.visual.blocks[layer].attn, []
     hook = attention.register_forward_pre_hook(lambda m, a, k: caught.append((a, k)), with_kwargs=True)
@@ -68,7 +97,8 @@ def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Pi
         q, k = (t[start : start + 4 * count].transpose(0, 1) for t in (query, key))
         received = (q @ k.transpose(1, 2) * 8**-0.5).softmax(-1).mean(0).sum(0)
         by_window = received.view(count, 4).mean(1), k.mean(0).view(count, 4, 8).mean(1)
-        raster = torch.tensor(window_order(picture.height, picture.width)).argsort()
+        order = window_order(picture.height, picture.width) if model.config.model_type == "qwen2_5_vl" else range(count)
+        raster = torch.tensor(list(order)).argsort()
         signals.append((by_window[0][raster], by_window[1][raster]))
         start += 4 * count
     return signals
@@ -79,29 +109,24 @@ def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Pi
 @pytest.mark.parametrize("family", FAMILIES)
 def test_importance_and_keys_are_those_of_the_tower(family: str, layer: int | None, attention: str) -> None:
     """By default the block behind the feature layer (CLIP, CLS row) or the last full-attention block (Qwen, column sums)."""
-    made, oracle = FAMILIES[family], shared(family, "eager")
-    inputs = made.inputs(MIXED)
-    with torch.no_grad():
-        if made.mrope:
-            expected = qwen_signals(oracle, inputs, 3 if layer is None else layer, pictures_of(MIXED))
-        else:
-            expected = clip_signals(oracle, inputs, 2 if layer is None else layer)
+    inputs, pictures = FAMILIES[family].inputs(MIXED), pictures_of(MIXED)
+    expected = tower_signals(family, inputs, layer, pictures)
     with duet_vlm.attach(shared(family, attention), Probe(dominant=0.4, contextual=0.2, signal_layer=layer)):
         forward(shared(family, attention), inputs)
     (view,) = seen
     assert view.importance is not None and view.keys is not None
-    for row, (importance, keys) in enumerate(expected):
-        count = len(importance)
-        assert view.valid[row].tolist() == [True] * count + [False] * (view.valid.shape[1] - count)
-        torch.testing.assert_close(view.importance[row, :count], importance, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(view.keys[row, :count], keys, rtol=1e-4, atol=1e-5)
+    for row, (picture, (importance, keys)) in enumerate(zip(pictures, expected, strict=True)):
+        content = content_rows(family, picture)
+        assert view.valid[row].nonzero().flatten().tolist() == content
+        torch.testing.assert_close(view.importance[row, content], importance, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(view.keys[row, content], keys, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recording_leaves_the_features_alone(family: str) -> None:
     """Bit for bit, with the tower's own kernel: only a copy of query and key is looked at."""
     model, inputs = shared(family), FAMILIES[family].inputs([ONE])
-    grids: Any = [inputs["image_grid_thw"]] if "image_grid_thw" in inputs else []
+    grids = [inputs[name] for name in ("image_grid_thw", "image_sizes") if name in inputs]
     with torch.no_grad():
         plain = model.model.get_image_features(inputs["pixel_values"], *grids, return_dict=True).pooler_output[0]
         with duet_vlm.attach(model, Probe(dominant=0.5, contextual=0)) as handle:

@@ -76,10 +76,15 @@ def test_state_dicts_can_be_pickled_while_attached() -> None:
 @pytest.mark.parametrize("how", ["offload", "dispatch"])
 @matrix("duet", "fastv", attention=("sdpa",))
 def test_offloaded_and_dispatched_models(case: Case, how: str, when: str) -> None:
-    """accelerate's hooks move weights in and out around every module; ours run beside them, whichever came first."""
+    """accelerate's hooks move weights in and out around every module; ours run beside them, whichever came first.
+
+    generate() encodes images outside the forward of the module that owns LLaVA-NeXT's newline row, where offloading has taken that row
+    away: the stock model fails there too, so an offloaded LLaVA-NeXT is only called.
+    """
     inputs = FAMILIES[case.family].inputs(MIXED)
+    run: Any = forward if how == "offload" and case.family == "llava_next" else functools.partial(generate, new=3)
     with case.attach() as handle:
-        expected, trace = generate(case.model(), inputs, 3), handle.trace
+        expected, trace = run(case.model(), inputs), handle.trace
     model = case.fresh()
 
     def spread() -> None:
@@ -93,7 +98,7 @@ def test_offloaded_and_dispatched_models(case: Case, how: str, when: str) -> Non
     with case.attach(model) as handle:
         if when == "after":
             spread()
-        found = generate(model, inputs, 3)
+        found = run(model, inputs)
         assert handle.trace == trace
     for a, b in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)

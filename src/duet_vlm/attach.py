@@ -115,10 +115,12 @@ class Handle:
     def report(self) -> Report:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
         run = self._last_run()
+        passes = iter([encoded.passes[number] for encoded, number in run.sources])
         samples = [
             Sample(
                 text=length - sum(span.tokens for span in spans),
                 spans=tuple(span.tokens for span in spans),
+                passes=tuple(next(passes) for _ in spans),
                 plans=plans,
                 queries=asked,
                 measured=measured,
@@ -138,8 +140,13 @@ class Handle:
             element_bytes=run.element_bytes,
             cache_bytes=run.cache_bytes,
             decoded=run.decoded,
-            projects_all=getattr(self.reducer, "reads_projected", False),
+            projects_all=self.projects_all,
         )
+
+    @property
+    def projects_all(self) -> bool:
+        """Whether the projector runs on every visual token, and not only on those that enter the decoder."""
+        return self.adapter.door is None or getattr(self.reducer, "reads_projected", False)
 
     @property
     def trace(self) -> list[list[SpanTrace]]:
@@ -184,7 +191,7 @@ class Handle:
             hooks.add(adapter.door.register_forward_pre_hook, encoder.at_door)
             hooks.add(adapter.door.register_forward_hook, encoder.after_door)
         for stream in adapter.streams:
-            hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream.name))
+            hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream))
         if self._align:
             hooks.add(adapter.base.register_forward_hook, self._stretch)
         for module in (adapter.model, adapter.base):

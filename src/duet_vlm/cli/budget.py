@@ -38,18 +38,19 @@ def planned_report(handle: Handle, tokens: int, text: int, element_bytes: int) -
     ranked = isinstance(reducer, DecoderReducer) and reducer.uses_text
     scored = [i - reducer.score_before for i in drops if plan.counts[i]] if isinstance(reducer, DecoderReducer) and ranked else []
     rows = tuple(text + count for count in plan.counts)
+    queries = 1 if getattr(reducer, "text_query", "") == "last" else text
     return make_report(
         method=reducer.name,
         settings=reducer.settings(),
         budget=handle.budget,
-        samples=[Sample(text, (tokens,), (plan,), 1 if getattr(reducer, "text_query", "") == "last" else text, (plan.counts, rows))],
+        samples=[Sample(text, (tokens,), ((tokens,),), (plan,), queries, (plan.counts, rows))],
         scored_layers=scored,
         decoder=handle.adapter.decoder_shape(),
         vision=handle.adapter.vision_shape(),
         element_bytes=element_bytes,
         cache_bytes=None,
         decoded=0,
-        projects_all=getattr(reducer, "reads_projected", False),
+        projects_all=handle.projects_all,
     )
 
 

@@ -32,6 +32,7 @@ class Encoded:
     slots: Tensor | None = None
     cls_token: bool = False
     finite: Tensor | None = None
+    passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
 
     def number_of(self, rows: Tensor, position: int, total: int) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from duet_vlm.budget import SpanPlan, of_content
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Encoded, EncoderCall, Stacks
-from duet_vlm.models.adapter import Adapter, Encoding
+from duet_vlm.models.adapter import Adapter, Stream
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
 from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
@@ -40,7 +40,7 @@ class EncoderFlow:
     ) -> None:
         self.adapter, self.stacks, self.reducer, self.plan = adapter, stacks, reducer, plan
 
-    def wrap(self, encode: Callable[..., Any], stream: str) -> Callable[..., Any]:
+    def wrap(self, encode: Callable[..., Any], stream: Stream) -> Callable[..., Any]:
         """The encoder method of a stream with V2V around it; keeps its signature, which generate() reads."""
         signature = inspect.signature(encode)
 
@@ -50,7 +50,7 @@ class EncoderFlow:
             if reducer is None or self.stacks.encoders:  # nobody reduces, or one encoder method calls another
                 return encode(*args, **kwargs)
             bound = signature.bind_partial(*args, **kwargs)
-            call = EncoderCall(Encoding(stream, dict(bound.arguments)))
+            call = EncoderCall(stream.encoding(bound.arguments))
             self.stacks.encoders.append(call)
             try:
                 output = encode(*args, **kwargs)
@@ -104,7 +104,8 @@ class EncoderFlow:
                 rows = self._reduce_after(rows, call, reducer, encoded, structure)
                 output.pooler_output = type(output.pooler_output)(rows)
         encoded.rows = rows
-        encoded.grids = self.adapter.grids(call.encoding, [len(r) for r in rows])
+        counts = [len(r) for r in rows]
+        encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
         setattr(output, ENCODED, encoded)

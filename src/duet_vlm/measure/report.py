@@ -16,10 +16,14 @@ from duet_vlm.measure.shapes import DecoderShape, VisionShape
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of the batch: ``text`` rows, ``spans`` unreduced sizes and ``plans``, query rows, (visual, all) rows measured per layer."""
+    """One row of the batch: ``text`` rows, ``spans`` unreduced sizes and ``plans``, query rows, (visual, all) rows measured per layer.
+
+    ``passes``: per span the tokens of each part (crop, frame) that the tower looks at by itself; what packing cuts off is among them.
+    """
 
     text: int
     spans: tuple[int, ...]
+    passes: tuple[tuple[int, ...], ...]
     plans: tuple[SpanPlan, ...]
     queries: int
     measured: tuple[tuple[int, ...], tuple[int, ...]]
@@ -138,7 +142,7 @@ def make_report(
 ) -> Report:
     """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache).
 
-    ``projects_all``: the method looks at projected rows, so the projector runs on every token and not only on those that enter.
+    ``projects_all``: the family or the method reduces behind the projector, which then runs on every token and not only on those that enter.
     """
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
@@ -146,7 +150,8 @@ def make_report(
     nominal = [tuple(s.text + sum(p.counts[i] for p in s.plans) for i in range(depth)) for s in samples]
     whole = [(s.text + sum(s.spans),) * depth for s in samples]
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
-    towers = sum(vision_flops(vision, n) for n in images)
+    passes = [tokens for s in samples for span in s.passes for tokens in span]
+    towers = sum(vision_flops(vision, n) for n in passes)
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         scored = [(r[i], s.queries) for r, s in zip(rows, samples, strict=True) for i in scored_layers if ranked]
@@ -154,8 +159,7 @@ def make_report(
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv)
 
-    everything = projects_all or vision.patches_per_token > 1  # grid mergers run on every patch
-    before = [p.tokens if everything else p.entry for p in plans]
+    before = passes if projects_all else [p.entry for p in plans]
     full_width = max(w[0] for w in whole)
     return Report(
         method=method,
@@ -165,7 +169,7 @@ def make_report(
         tokens=sum(images),
         nominal=tuple(sum(p.counts[i] for p in plans) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
-        full=costs(whole, images, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
+        full=costs(whole, passes, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
         predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),
         observed=costs([s.measured[1] for s in samples], before, True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),

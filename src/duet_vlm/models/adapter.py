@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -46,20 +46,26 @@ class Recorded:
 @dataclass(frozen=True)
 class Stream:
     """One kind of visual input: its name in ``mm_encoder_outputs``, the method of ``base`` that encodes it, the placeholder id in
-    ``input_ids`` and the argument that brings its pixels."""
+    ``input_ids``, the argument that brings its pixels and, where sizes are free, the argument that brings those."""
 
     name: str
     encode: str
     token_id: int
     pixels: str
+    sizes: str | None = None
+
+    def encoding(self, arguments: dict[str, Any]) -> Encoding:
+        """What is to be known of a call with these arguments; sizes are read from the device here, once."""
+        sizes = arguments.get(self.sizes) if self.sizes else None
+        return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes).tolist())
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One encoder call: its stream and its named arguments."""
+    """One encoder call: its stream and, on the host, the size of each span as the family's processor writes it."""
 
     stream: str
-    arguments: dict[str, Any]
+    sizes: list[list[int]] = field(default_factory=list)
 
 
 class Adapter(ABC):
@@ -129,6 +135,10 @@ class Adapter(ABC):
     def structure(self, call: Encoding, counts: list[int]) -> list[Tensor] | None:
         """Per span, on the host: which of its rows [n] bool are structure (newlines) and no picture content. None: none are."""
         return None
+
+    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+        """Per span: visual tokens of each part that the tower looks at by itself (crops, frames). One part unless the family says more."""
+        return [(count,) for count in counts]
 
     @abstractmethod
     def tower(self) -> nn.Module:

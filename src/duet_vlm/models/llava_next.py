@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.adapter import Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import cls_attention
 
@@ -28,6 +28,10 @@ class LlavaNext(Llava):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.door, self.fixed_tokens = None, None
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return (Stream("image", "get_image_features", self.image_token_id, "pixel_values", "image_sizes"),)
 
     def check(self) -> None:
         super().check()
@@ -49,7 +53,7 @@ class LlavaNext(Llava):
         """Signals [crops, N, c] laid out as the model lays out its features: per image [n, c]."""
         rows, _ = self.base.pack_image_features(
             signals.split(self.crops(call)),
-            call.arguments["image_sizes"],
+            call.sizes,
             vision_feature_select_strategy="default",
             image_newline=signals.new_full(signals.shape[-1:], newline),
         )
@@ -58,7 +62,10 @@ class LlavaNext(Llava):
     def crops(self, call: Encoding) -> list[int]:
         """Crops per image, the overview included."""
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
-        return [image_size_to_num_patches(size, pinpoints, side) for size in call.arguments["image_sizes"]]
+        return [image_size_to_num_patches(size, pinpoints, side) for size in call.sizes]
+
+    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+        return [(self.side**2,) * crops for crops in self.crops(call)]
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return (None,) * len(counts)
@@ -67,5 +74,5 @@ class LlavaNext(Llava):
         crop = super().blank_image()["pixel_values"]
         side = self.config.vision_config.image_size
         sizes = torch.tensor([[side, side]], device=crop.device)
-        (count,) = self.crops(Encoding("image", {"image_sizes": sizes}))
+        (count,) = self.crops(Encoding("image", [[side, side]]))
         return {"pixel_values": crop[None].expand(1, count, *crop.shape[1:]), "image_sizes": sizes}

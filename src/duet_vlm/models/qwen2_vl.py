@@ -11,8 +11,6 @@ from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
 from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded, Stream
 from duet_vlm.ops.score import column_attention
 
-GRID = {"image": "image_grid_thw", "video": "video_grid_thw"}
-
 
 class Qwen2VL(LlamaLike, Adapter):
     """``Qwen2VLForConditionalGeneration``: V2V after the merger, importance = attention received in the last vision block.
@@ -37,8 +35,10 @@ class Qwen2VL(LlamaLike, Adapter):
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        video = Stream("video", "get_video_features", self.config.video_token_id, "pixel_values_videos")
-        return (*super().streams, video)
+        return (
+            Stream("image", "get_image_features", self.image_token_id, "pixel_values", "image_grid_thw"),
+            Stream("video", "get_video_features", self.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
+        )
 
     def check(self) -> None:
         if "sliding_attention" in self.config.text_config.layer_types:
@@ -53,11 +53,11 @@ class Qwen2VL(LlamaLike, Adapter):
             calls = [Recorded(torch.cat([c.query for c in calls], 2), torch.cat([c.key for c in calls], 2), calls[0].scaling)]
         received = torch.cat([column_attention(c.query, c.key, c.scaling)[0] for c in calls])
         keys = torch.cat([c.key[0].float() for c in calls], 1).transpose(0, 1)  # [patches, H, d]
-        unit, sizes = self.visual.config.spatial_merge_size**2, call.arguments[GRID[call.stream]].tolist()
-        raster = self.raster(sizes).to(received.device)
+        unit = self.visual.config.spatial_merge_size**2
+        raster = self.raster(call.sizes).to(received.device)
         importance = received.view(-1, unit).mean(1)[raster]
         keys = keys.reshape(-1, unit, *keys.shape[1:]).mean((1, 2))[raster]
-        counts = [t * h * w // unit for t, h, w in sizes]
+        counts = [t * h * w // unit for t, h, w in call.sizes]
         return list(importance.split(counts)), list(keys.split(counts))
 
     def raster(self, sizes: list[list[int]]) -> Tensor:
@@ -66,7 +66,10 @@ class Qwen2VL(LlamaLike, Adapter):
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         size = self.visual.config.spatial_merge_size
-        return tuple((t * h // size, w // size) for t, h, w in call.arguments[GRID[call.stream]].tolist())
+        return tuple((t * h // size, w // size) for t, h, w in call.sizes)
+
+    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+        return [(count // t,) * t for (t, _, _), count in zip(call.sizes, counts, strict=True)]
 
     def tower(self) -> nn.Module:
         return self.visual
