@@ -97,8 +97,8 @@ class EncoderFlow:
         if encoded is None:
             structure = self.adapter.structure(call.encoding, [len(r) for r in rows])
             plans = tuple(self.plan(len(r)) for r in rows)
-            if structure is not None:
-                plans = tuple(of_content(plan, int((~rows).sum())) for plan, rows in zip(plans, structure, strict=True))
+            if structure is not None:  # numpy: on the host already, nothing waits
+                plans = tuple(of_content(plan, int((~rows.numpy()).sum())) for plan, rows in zip(plans, structure, strict=True))
             encoded = Encoded(call.encoding.stream, rows, (), plans)
             if isinstance(reducer, EncoderReducer) and any(plan.merges for plan in plans):
                 rows = self._reduce_after(rows, call, reducer, encoded, structure)
