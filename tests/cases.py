@@ -81,14 +81,21 @@ class Case:
         return duet_vlm.attach(self.model() if model is None else model, self.method, **settings)
 
 
+USUAL = ("llava", "llava_gqa", "qwen2_5_vl")  # families whose every cell is in the default tier
+
+
 def matrix(*methods: str, attention: tuple[str, ...] = ("sdpa", "eager")) -> pytest.MarkDecorator:
-    """The cells of the given methods (default: all): Duet and FastV on every family, the others on two; "compact" wherever it can be."""
+    """The cells of the given methods (default: all): Duet and FastV on every family, the others on two; "compact" wherever it can be.
+
+    Cells of further families are slow but for one per method and test: sdpa (or what the test asks for) and kept positions.
+    """
     cases = [
-        Case(family, implementation, method, positions)
+        pytest.param(case, id=str(case), marks=() if family in USUAL or (implementation, positions) == (attention[0], "keep") else pytest.mark.slow)
         for family in FAMILIES
         for implementation in attention
         for method in methods or tuple(REDUCING)
         if family in ("llava", "qwen2_5_vl") or method in ("duet", "fastv")
         for positions in (("keep",) if FAMILIES[family].mrope else ("keep", "compact"))
+        for case in [Case(family, implementation, method, positions)]
     ]
-    return pytest.mark.parametrize("case", cases, ids=str)
+    return pytest.mark.parametrize("case", cases)
