@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from families import build
-from test_distributed import BUDGET, STEPS, Scenario, freeze
+from ranks_data import BUDGET, STEPS, Scenario, freeze
 from torch import nn
 from training_data import RATE, collate, targets_in
 
