@@ -54,6 +54,22 @@ def speed() -> str:
     return table(["what", "ratio", "held against"], rows)
 
 
+def train_step() -> str:
+    """One table per shape: the plain step, then each reduced one with its ratio, what FLOPs promise, and the stages."""
+    if not (RESULTS / "train_step.json").exists():
+        return "Not measured yet."
+    head = ["step", "ms", "of plain (95 % interval)", "by FLOPs", "vision ms", "decoder ms", "backward ms", "optimiser ms", "peak memory MiB"]
+    shapes: dict[str, dict[str, list[str]]] = {}
+    for entry in result("train_step")["results"]:
+        lines = shapes.setdefault(entry["name"].split(",")[0], {})
+        low, high = entry["interval"]
+        ratios = [f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", f"{entry['predicted']:.3f}"]
+        for place, name, against in ((1, entry["base"], ["1", "1"]), (0, entry["side"], ratios)):
+            stages = [f"{stage['milliseconds'][place]:.0f}" for stage in entry["stages"].values()]
+            lines[name] = [name, f"{entry['milliseconds'][place]:.0f}", *against, *stages, f"{entry['memory_mib'][place]:.0f}"]
+    return "\n\n".join(f"{name.capitalize()}:\n\n{table(head, lines.values())}" for name, lines in shapes.items())
+
+
 def methods() -> str:
     rows = []
     for name, cls in duet_vlm.methods().items():
@@ -74,11 +90,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "runs_tiny": lambda: comparison("tiny", markdown.compact),
     "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
     "speed": speed,
+    "train_step": train_step,
     "methods": methods,
     "families": supported,
     **comparison_tables.BLOCKS,
 }
-PAGES = ("README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md")
+PAGES = ("README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/train-with-reduction.md")
 
 
 def filled(page: str) -> str:

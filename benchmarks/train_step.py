@@ -97,7 +97,7 @@ def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch:
         found = {stage: _stage(stage, stages[side], stages[base], flops[side], flops[base]) for stage in STAGES}
         more = {"predicted": flops[side].total / flops[base].total, "memory_mib": [memory[side], memory[base]], "stages": found} | same
         target = TARGET if name == "decoder dominates" and side.budget == 0.11 else None
-        rows.append(side_by_side(f"{name}, {side}", shape, times[str(side)], times[str(base)], target, side=str(side), **more))
+        rows.append(side_by_side(f"{name}, {side}", shape, times[str(side)], times[str(base)], target, side=str(side), base=str(base), **more))
     return rows
 
 
