@@ -185,6 +185,21 @@ def test_a_step_of_the_benchmark_is_a_step_of_training(steps: dict[train_step.Si
         assert sum(s for (s,) in seconds.values()) == pytest.approx(step.clocks[-1][-1] - step.clocks[-1][0])
 
 
+def test_the_shape_has_the_proportions_of_a_7b_model() -> None:
+    """Tower and projector in the forward pass, head in the decoder, and what is promised at 11 %: as in LLaVA-1.5-7B, hand-counted below."""
+    model = build_shape(train_step.DOMINATED)
+    adapter = adapter_for(model)
+    shares = []
+    for decoder, vision in ((adapter.decoder_shape(), adapter.vision_shape()), train_step.LLAVA_7B):
+        plans = SpanPlan(576, 576, 0, (576,) * decoder.layers), duet_vlm.get("duet")().plan(576, decoder.layers, 0.11)
+        full, reduced = (step_flops(decoder, vision, [Example(65, (plan,))], STAGE_2, unread_layers=1) for plan in plans)
+        head = 2 * 641 * decoder.hidden * decoder.vocab
+        shares.append((full.vision / (full.vision + full.decoder), head / full.decoder, reduced.total / full.total))
+    assert shares[0] == pytest.approx(shares[1], rel=0.2)
+    assert full.vision == pytest.approx(0.38e12 + 0.024e12, rel=0.02)  # 24 x 577 rows x (12.6 M weights x 2 + 4 x 577 x 1024); projector
+    assert full.decoder == pytest.approx(2 * 641 * 6.61e9 + 32 * 4 * 641**2 * 4096, rel=0.02)  # 6.61 G weights without embeddings
+
+
 def test_pictures_are_supervised_on_their_answers() -> None:
     batch = train_step.pictures(4)
     model, processor = duet_vlm.tiny.load()
