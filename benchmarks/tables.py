@@ -64,13 +64,14 @@ def train_step() -> str:
     head = ["step", "ms", "of plain (95 % interval)", "by FLOPs", "vision ms", "decoder ms", "backward ms", "optimiser ms", "peak memory MiB"]
     shapes: dict[str, dict[str, list[str]]] = {}
     for entry in result("train_step")["results"]:
-        lines = shapes.setdefault(entry["name"].split(",")[0], {})
+        title = f"{entry['name'].split(',')[0].capitalize()} (batch of {entry['batch']}; gradients alone take {entry['gradients_mib']:.0f} MiB):"
+        lines = shapes.setdefault(title, {})
         low, high = entry["interval"]
         ratios = [f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", f"{entry['predicted']:.3f}"]
         for place, name, against in ((1, entry["base"], ["1", "1"]), (0, entry["side"], ratios)):
             stages = [f"{stage['milliseconds'][place]:.0f}" for stage in entry["stages"].values()]
             lines[name] = [name, f"{entry['milliseconds'][place]:.0f}", *against, *stages, f"{entry['memory_mib'][place]:.0f}"]
-    return "\n\n".join(f"{name.capitalize()}:\n\n{table(head, lines.values())}" for name, lines in shapes.items())
+    return "\n\n".join(f"{title}\n\n{table(head, lines.values())}" for title, lines in shapes.items())
 
 
 def train_flops() -> str:

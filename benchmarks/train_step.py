@@ -92,7 +92,9 @@ def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch:
         flops = {side: step.flops for side, step in steps.items()}
         memory = {side: peak_bytes(step) / 2**20 for side, step in steps.items()}
     full = flops[Side()]
-    same = {"trained": "projector and decoder", "batch": batch.size, "device": DEVICE, "tower_share": full.vision / (full.vision + full.decoder)}
+    gradients = sum(p.nbytes for p in plain.parameters() if p.requires_grad) / 2**20
+    same = {"trained": "projector and decoder", "batch": batch.size, "device": DEVICE, "gradients_mib": gradients}
+    same["tower_share"] = full.vision / (full.vision + full.decoder)  # of the plain forward pass
     rows = []
     for side in REDUCED:
         base = side.base
