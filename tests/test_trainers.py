@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from families import build
 from stock_trainer import losses, trainer
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from training_data import RATE, SAMPLES, Curve, batches, collate, farthest, plain_loop, tokens_wanted, weights
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
@@ -456,3 +458,43 @@ def test_qlora_with_four_bit_weights(tmp_path: Path) -> None:
         torch.testing.assert_close(loss, plain(**batch).loss, rtol=1e-4, atol=1e-5)
         assert handle.trace == kept
     assert all(w.grad is not None and w.grad.any() for name, w in model.named_parameters() if "lora" in name and "layers.7.self_attn.q" not in name)
+
+
+# ---- torch.compile
+
+
+def compiled_layers(family: str, backend: str, order: str) -> None:
+    """Decoder layers compiled one by one, ``layer.forward = torch.compile(layer.forward)``: hooks stay outside of the graphs."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    steps = [[batch] for batch in batches(family, 2)]
+    curve, before, after = reference(family)
+    model = build(family).train()
+    model.config.text_config.use_cache = False  # a cache knows layers by number: a graph for each, in stock models too
+    handle = attach(model) if order == "attach first" else None
+    for layer in model.model.language_model.layers:
+        layer.forward = torch.compile(layer.forward, backend=counter, fullgraph=True)  # a graph break or too many graphs would raise
+    handle = handle or attach(model)
+    found = plain_loop(model, handle, steps[:1])
+    graphs = counter.frame_count
+    rest = plain_loop(model, handle, steps[1:])
+    assert found.losses + rest.losses == pytest.approx(curve.losses, rel=1e-4)
+    assert farthest(weights(model), after, before) < 1e-3
+    assert (found.measured + rest.measured) == curve.measured
+    assert 1 <= graphs <= 4 and counter.frame_count == graphs  # rows differ from layer to layer and from batch to batch: sizes are symbols
+    handle.detach()
+    torch._dynamo.reset()
+
+
+def test_compiled_layers() -> None:
+    compiled_layers("llava", "aot_eager", "attach first")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("order", ["attach first", "compile first"])
+@TWO_FAMILIES
+def test_compiled_layers_in_every_way(family: str, backend: str, order: str) -> None:
+    if backend == "inductor" and not shutil.which("g++"):
+        pytest.skip("inductor needs a C++ compiler")
+    compiled_layers(family, backend, order)
