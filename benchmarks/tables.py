@@ -61,7 +61,8 @@ def train_step() -> str:
     """One table per shape: the plain step, then each reduced one with its ratio, what FLOPs promise, and the stages."""
     if not (RESULTS / "train_step.json").exists():
         return "Not measured yet."
-    head = ["step", "ms", "of plain (95 % interval)", "by FLOPs", "vision ms", "decoder ms", "backward ms", "optimiser ms", "peak memory MiB"]
+    head = ["step", "ms", "of plain (95 % interval)", "by FLOPs", "vision ms", "decoder ms", "backward ms", "optimiser ms"]
+    head += ["activations MiB", "peak memory MiB"]
     shapes: dict[str, dict[str, list[str]]] = {}
     for entry in result("train_step")["results"]:
         title = f"{entry['name'].split(',')[0].capitalize()} (batch of {entry['batch']}; gradients alone take {entry['gradients_mib']:.0f} MiB):"
@@ -70,7 +71,8 @@ def train_step() -> str:
         ratios = [f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", f"{entry['predicted']:.3f}"]
         for place, name, against in ((1, entry["base"], ["1", "1"]), (0, entry["side"], ratios)):
             stages = [f"{stage['milliseconds'][place]:.0f}" for stage in entry["stages"].values()]
-            lines[name] = [name, f"{entry['milliseconds'][place]:.0f}", *against, *stages, f"{entry['memory_mib'][place]:.0f}"]
+            memory = [f"{entry[field][place]:.0f}" for field in ("activations_mib", "memory_mib")]
+            lines[name] = [name, f"{entry['milliseconds'][place]:.0f}", *against, *stages, *memory]
     return "\n\n".join(f"{title}\n\n{table(head, lines.values())}" for title, lines in shapes.items())
 
 

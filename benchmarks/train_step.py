@@ -90,7 +90,8 @@ def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch:
         times = paired({str(side): step for side, step in steps.items()}, rounds, warmup=2)
         stages = {side: step.stages(rounds) for side, step in steps.items()}
         flops = {side: step.flops for side, step in steps.items()}
-        memory = {side: peak_bytes(step) / 2**20 for side, step in steps.items()}
+        left = {side: memory_of(step.forward)[1] / 2**20 for side, step in steps.items()}
+        peak = {side: memory_of(step)[0] / 2**20 for side, step in steps.items()}
     full = flops[Side()]
     gradients = sum(p.nbytes for p in plain.parameters() if p.requires_grad) / 2**20
     same = {"trained": "projector and decoder", "batch": batch.size, "device": DEVICE, "gradients_mib": gradients}
@@ -99,7 +100,8 @@ def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch:
     for side in REDUCED:
         base = side.base
         found = {stage: _stage(stage, stages[side], stages[base], flops[side], flops[base]) for stage in STAGES}
-        more = {"predicted": flops[side].total / flops[base].total, "memory_mib": [memory[side], memory[base]], "stages": found} | same
+        more = {"predicted": flops[side].total / flops[base].total, "stages": found} | same
+        more |= {"activations_mib": [left[side], left[base]], "memory_mib": [peak[side], peak[base]]}
         target = TARGET if name == "decoder dominates" and side.budget == 0.11 else None
         rows.append(side_by_side(f"{name}, {side}", shape, times[str(side)], times[str(base)], target, side=str(side), base=str(base), **more))
     return rows
@@ -126,18 +128,22 @@ class Step:
         self.clocks: list[list[float]] = []
 
     def __call__(self) -> Tensor:
-        clock = [_now()]
-        images = self.model.get_image_features(pixel_values=self.batch.pixels)
-        clock.append(_now())
-        loss = self.model(**self.batch.text, mm_encoder_outputs={"image": images}, use_cache=False).loss
-        clock.append(_now())
+        loss = self.forward()
         loss.backward()
-        clock.append(_now())
+        self.clock.append(_now())
         self.optimiser.step()
         self.optimiser.zero_grad()
-        clock.append(_now())
-        self.clocks.append(clock)
+        self.clock.append(_now())
+        self.clocks.append(self.clock)
         return loss.detach()
+
+    def forward(self) -> Tensor:
+        self.clock = [_now()]
+        images = self.model.get_image_features(pixel_values=self.batch.pixels)
+        self.clock.append(_now())
+        loss = self.model(**self.batch.text, mm_encoder_outputs={"image": images}, use_cache=False).loss
+        self.clock.append(_now())
+        return loss
 
     def stages(self, rounds: int) -> dict[str, Timing]:
         """Seconds of each stage in the last ``rounds`` calls, in the order of the calls."""
@@ -181,24 +187,24 @@ def keep_memory() -> None:
         library.mallopt(-1, -1)
 
 
-def peak_bytes(step: Callable[[], object]) -> int:
-    """The most that tensors took at once while ``step`` ran, beyond what was there before: activations, gradients, scratch.
+def memory_of(work: Callable[[], object]) -> tuple[int, int]:
+    """Bytes that tensors took beyond what was there before: at most while ``work`` ran, and at its end with its result still alive.
 
     Counted in the allocator: on CUDA by torch's own statistics, on a CPU by adding up the allocations that the profiler saw.
     """
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
+        result = work()
+        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
+        result = work()  # noqa: F841 (alive until the last allocation is counted)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(file))
         events = json.loads(file.read_text())["traceEvents"]
     sizes = [e["args"]["Bytes"] for e in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])]
-    return max(itertools.accumulate(sizes))
+    return max(itertools.accumulate(sizes)), sum(sizes)
 
 
 def _now() -> float:

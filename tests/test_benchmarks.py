@@ -41,4 +41,5 @@ def test_quick_results_are_complete(results: Path, name: str) -> None:
         ]  # fmt: skip
         for row in measured:
             assert 0 < row["predicted"] < 1 and 0 < row["memory_mib"][0] < row["memory_mib"][1]
+            assert 0 < row["activations_mib"][0] < row["activations_mib"][1] < row["memory_mib"][1]
             assert list(row["stages"]) == ["vision", "decoder", "backward", "optimiser"]

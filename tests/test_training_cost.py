@@ -215,22 +215,43 @@ def test_peak_memory_counts_what_lives_at_once() -> None:
     mebi = 2**20
     outside = torch.ones(mebi)
 
-    def hold() -> None:
+    def hold() -> torch.Tensor:
         first = outside + 1  # 4 MiB
         second = torch.ones(4 * mebi, dtype=torch.uint8)  # 4
         del first  # 4 left
         third = torch.ones(3 * mebi)  # 16 left
         del second, third
-        torch.ones(2 * mebi)  # 8
+        return torch.ones(2 * mebi)  # 8
 
-    assert train_step.peak_bytes(hold) == pytest.approx(16 * mebi, rel=0.001)
+    peak, left = train_step.memory_of(hold)
+    assert peak == pytest.approx(16 * mebi, rel=0.001)
+    assert left == pytest.approx(8 * mebi, rel=0.001)
+
+
+def test_activations_are_what_autograd_saves(steps: dict[train_step.Side, train_step.Step]) -> None:
+    """What the allocator holds after the plain forward pass is what the graph says it saved (and the logits, which the loss keeps)."""
+    step = steps[train_step.Side()]
+    step()
+    known = {t.untyped_storage().data_ptr() for t in [*step.model.parameters(), *step.model.buffers(), *step.batch.text.values()]}
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        alive = step.forward()
+    assert alive.requires_grad
+    assert train_step.memory_of(step.forward)[1] == pytest.approx(sum(saved.values()), rel=0.05)
 
 
 def test_memory_of_a_step(steps: dict[train_step.Side, train_step.Step]) -> None:
     """Never less than the gradients; fewer rows and checkpointing need less."""
     for step in steps.values():
         step()
-    peak = {str(side): train_step.peak_bytes(step) for side, step in steps.items()}
+    peak = {str(side): train_step.memory_of(step)[0] for side, step in steps.items()}
     gradients = sum(4 * p.numel() for p in next(iter(steps.values())).model.parameters() if p.requires_grad)
     assert min(peak.values()) >= gradients
     assert peak["duet at 11%"] < peak["duet at 33%"] < peak["plain"]
