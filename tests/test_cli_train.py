@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from test_cli import PICTURE, QUESTION, as_json, call
-from transformers import TrainingArguments
+from test_distributed import ROOT, config_for_two
+from transformers import LlamaForCausalLM, TrainingArguments
 
 import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.cli import train as verb
+from duet_vlm.loading import load
 from duet_vlm.train.settings import Settings, recipes, settings_from
 
 RECIPES = ("llava-finetune", "llava-finetune-lora", "llava-pretrain", "tiny")
@@ -201,14 +208,54 @@ def test_a_remembered_salient_query_gets_its_processor(tmp_path: Path) -> None:
     assert as_json("run", "-m", tmp_path, "-i", PICTURE, "-p", QUESTION)["report"]["settings"]["text_query"] == "salient"
 
 
+def test_the_start_of_stage_one_as_the_docs_join_it(tmp_path: Path) -> None:
+    """The page's own lines, on small models: tower and decoder are theirs, the projector is new, and the recipe moves only that."""
+    model, processor = tiny.load()
+    source = {"llava-hf/llava-1.5-7b-hf": tiny.path()}
+    source |= {"openai/clip-vit-large-patch14-336": tmp_path / "clip", "lmsys/vicuna-7b-v1.5": tmp_path / "vicuna"}
+    model.model.vision_tower.save_pretrained(tmp_path / "clip")
+    decoder = LlamaForCausalLM(model.config.text_config)
+    decoder.resize_token_embeddings(model.config.text_config.vocab_size - 3)  # Vicuna has no image token
+    decoder.save_pretrained(tmp_path / "vicuna")
+    (code,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/train-with-reduction.md").read_text(), flags=re.S)
+    for name, folder in source.items():
+        assert name in code
+        code = code.replace(name, str(folder))
+    exec(code.replace("out/llava-start", str(tmp_path / "start")), {})
+    joined = load_file(tmp_path / "start" / "model.safetensors")
+    layer = "model.layers.3.mlp.up_proj.weight"
+    assert torch.equal(joined[f"language_model.{layer}"], decoder.state_dict()[layer])
+    row = {"image": str(PICTURE), "conversations": [{"from": "human", "value": "<image>\nsay"}, {"from": "gpt", "value": "a red ring"}]}
+    (tmp_path / "rows.json").write_text(json.dumps([row, row]))
+    small = [f"--trainer={pair}" for pair in ("use_cpu=true", "max_steps=1", "dataloader_num_workers=0", "warmup_steps=0")]
+    paths = ["--model", tmp_path / "start", "--data", tmp_path / "rows.json", "--out", tmp_path / "stage1"]
+    call("train", "--recipe", "llava-pretrain", *paths, "--budget", "0.33", *small)
+    trained = load_file(tmp_path / "stage1" / "model.safetensors")
+    assert joined.keys() == trained.keys()
+    assert {name.split(".")[0] for name in joined if not torch.equal(joined[name], trained[name])} == {"multi_modal_projector"}
+
+
 @pytest.mark.slow
 @pytest.mark.train
-def test_two_processes_train_one_model_and_one_of_them_speaks(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu", "--num_machines", "1", "--mixed_precision", "no",
-              "--dynamo_backend", "no", "-m", "duet_vlm.cli.main"]  # fmt: skip
-    command = [*launch, *options(tmp_path / "out", logging_steps="1"), "--tune", "lora", "--budget", "0.5,0.11"]
-    done = subprocess.run(command, capture_output=True, text=True)
+@pytest.mark.parametrize(("config", "tune"), [("ddp.yaml", "lora"), ("fsdp2_llava.yaml", "full")])
+def test_two_processes_train_one_model_and_one_of_them_speaks(config: str, tune: str, tmp_path: Path) -> None:
+    """The configurations of docs/configs with only the machine replaced."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_for_two(config, tmp_path))]
+    launch += ["--main_process_port", "0"]
+    command = [*launch, "-m", "duet_vlm.cli.main", *options(tmp_path / "out", logging_steps="1", save_steps="1"), "--tune", tune]
+    command += ["--budget", "0.5,0.11"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("step 1 of 2:") == done.stdout.count("trained: ") == 1
-    again = subprocess.run(command, capture_output=True, text=True)
+    whole = load(str(tmp_path / "out")).model.state_dict()
+    assert {name: w.shape for name, w in whole.items()} == {name: w.shape for name, w in tiny.load()[0].state_dict().items()}
+    again = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert again.stdout.count("is finished already") == 1 and "step" not in again.stdout
+
+    (tmp_path / "out" / "trainer_state.json").unlink()  # as if killed after the first step
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")
+    resumed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "step 1 of 2:" not in resumed.stdout and resumed.stdout.count("step 2 of 2: loss") == 1
+    assert {name: w for name, w in load(str(tmp_path / "out")).model.state_dict().items() if not torch.allclose(w, whole[name], atol=1e-6)} == {}
