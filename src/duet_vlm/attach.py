@@ -189,7 +189,7 @@ class Handle:
         for module in (adapter.model, adapter.base):
             hooks.add(module.register_forward_pre_hook, self._begin, with_kwargs=True)
             hooks.add(module.register_forward_hook, self._end, always_call=True)
-        hooks.add(adapter.text_model.register_forward_pre_hook, self._enter, with_kwargs=True)
+        hooks.add(adapter.text_model.register_forward_pre_hook, self._enter, with_kwargs=True, prepend=True)
         hooks.add(adapter.text_model.register_forward_hook, self._leave, with_kwargs=True)
         for index, layer in enumerate(adapter.layers):
             hooks.add(layer.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
