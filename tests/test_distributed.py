@@ -54,7 +54,7 @@ def config_for_two(name: str, folder: Path) -> Path:
 
 def launch(config: str, script: str, folder: Path, *arguments: str) -> str:
     """Two ranks of ``script FOLDER ARGUMENTS`` under ``accelerate launch``; what they printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_for_two(config, folder)),
@@ -145,6 +145,14 @@ def test_ddp_in_every_way(family: str, tmp_path: Path) -> None:
 @FAMILIES_OF_CONFIGS
 def test_fsdp2_in_every_way(family: str, tmp_path: Path) -> None:
     run(f"fsdp2_{family}.yaml", scenarios(family, "none", "model", "plugin"), tmp_path, "FSDP")
+
+
+@pytest.mark.slow
+def test_zero3(tmp_path: Path) -> None:
+    """Skipped where DeepSpeed is not installed (no extra of ours installs it)."""
+    pytest.importorskip("deepspeed")
+    ways = (("before", "trained", "none"), ("after", "trained", "none"), ("before", "frozen", "model"), ("after", "frozen", "model"))
+    run("zero3.yaml", [Scenario("llava", *way) for way in ways], tmp_path, "DEEPSPEED")
 
 
 @pytest.mark.slow
