@@ -14,7 +14,7 @@ from families import build
 from stock_trainer import losses, trainer
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from training_data import RATE, SAMPLES, Curve, batches, collate, farthest, plain_loop, tokens_wanted, weights
+from training_data import RATE, SAMPLES, Curve, batches, collate, farthest, plain_loop, targets_in, tokens_wanted, weights
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import duet_vlm
@@ -181,6 +181,27 @@ def test_evaluation(family: str, tmp_path: Path) -> None:
         found = run.evaluate()["eval_loss"]
     assert found == pytest.approx(sum(expected.losses) / len(expected.losses), rel=1e-4)
     assert abs(run.evaluate()["eval_loss"] - found) > 1e-2
+
+
+@TWO_FAMILIES
+def test_metrics_line_up_with_labels(family: str, tmp_path: Path) -> None:
+    """compute_metrics gets full-length labels: with ``align=True`` the logits fit them, and say what the surviving rows say."""
+
+    def likelihood(prediction: Any) -> dict[str, float]:
+        scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions  # LLaVA adds its features
+        logits, labels = torch.tensor(scores)[:, :-1], torch.tensor(prediction.label_ids)[:, 1:]
+        return {"nll": float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))}
+
+    model = build(family)
+    with attach(model) as handle:
+        sums = [[plain_loop(model, handle, [[batch]], rate=0.0).losses[0] * targets_in(batch), targets_in(batch)] for batch in batches(family, 2)]
+    expected = sum(loss for loss, _ in sums) / sum(count for _, count in sums)
+    run = trainer(model, family, tmp_path, per_device_eval_batch_size=2)
+    run.compute_metrics = likelihood
+    with attach(model, align=True):
+        found = run.evaluate()["eval_nll"]
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert abs(run.evaluate()["eval_nll"] - expected) > 1e-2  # the untouched model
 
 
 class Killed(Exception):
