@@ -13,8 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME, OUT = ROOT / "comparison" / "training", ROOT / "out" / "training"
-CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05", "duet-11-longer", "duet_plus-11")
-BUDGETS = {"duet-33": "0.33,0.11", "annealed": "0.33,0.11,0.07", "duet_plus-11": "0.11,0.07,0.05"}  # the others: all of them
+CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05", "duet-11-longer", "duet_plus-11", "duet_plus-mixed")
+PLUS = "0.11,0.07,0.05"
+BUDGETS = {"duet-33": "0.33,0.11", "annealed": "0.33,0.11,0.07", "duet_plus-11": PLUS, "duet_plus-mixed": "0.33," + PLUS}  # the others: all of them
 EVERY = "0.33,0.22,0.11,0.07,0.05"
 TASKS = {"tiny": 334, "tiny-crowded": 334}  # questions per stream; three streams each: 2,004 in all
 
@@ -35,7 +36,7 @@ def evaluate(config: str, seed: int, workers: str) -> None:
     own = "duet_plus" if config.startswith("duet_plus") else "duet"
     jobs = [(f"{config}-{seed}", own, BUDGETS.get(config, EVERY))]
     if config == "full":
-        jobs.append((f"full-plus-{seed}", "duet_plus", BUDGETS["duet_plus-11"]))
+        jobs.append((f"full-plus-{seed}", "duet_plus", PLUS))
     for task, limit in TASKS.items():
         for name, method, budgets in jobs:
             command = [str(Path(sys.executable).parent / "duet-vlm"), "eval", "--model", f"out/training/{config}-{seed}", "--methods", method]
