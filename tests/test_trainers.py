@@ -217,7 +217,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family: str, tmp_pa
         complete = trainer(whole, family, tmp_path / "whole", **options)
         complete.train()
     model = build(family)
-    with attach(model):
+    with attach(model) as handle:
+        duet_vlm.remember(handle)
         run = trainer(model, family, tmp_path / "cut", **options)
         step, calls = run.training_step, []
 
@@ -234,7 +235,8 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family: str, tmp_pa
     # the Trainer alone would go on from the start weights: it reads a checkpoint's names as they are, and save_pretrained writes those of
     # the hub's files (huggingface/transformers#43701)
     model = type(model).from_pretrained(last)
-    with attach(model):
+    with duet_vlm.attach(model) as handle:  # as the checkpoint remembers
+        assert (handle.reducer.name, handle.budget) == ("duet", BUDGET)
         run = trainer(model, family, tmp_path / "cut", **options)
         run.train(resume_from_checkpoint=str(last))
     assert losses(run) == losses(complete)
