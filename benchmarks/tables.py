@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import comparison_tables
+import training_tables
 from train_step import LLAVA_7B
 
 import duet_vlm
@@ -123,6 +124,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "families": supported,
     **comparison_tables.BLOCKS,
+    **training_tables.BLOCKS,
 }
 PAGES = ("README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/train-with-reduction.md")
 

@@ -351,3 +351,19 @@ def test_arguments_that_cannot_be_right(start: Path, tmp_path: Path) -> None:
         train(settings(start, tmp_path, trainer={"label_smoothing_factor": 0.1}))
     with pytest.raises(duet_vlm.BudgetError, match="floor"):
         train(settings(start, tmp_path, method="fastv", budget=0.01))
+
+
+@pytest.mark.parametrize("tune", ["full", "lora", "projector"])
+def test_checkpointing_leaves_a_frozen_tower_out_of_the_backward_pass(start: Path, tmp_path: Path, tune: str) -> None:
+    """The same log as without checkpointing, and no gradient on its way into the tower."""
+    logs, needs = [], []
+    for checkpointing in (False, True):
+        trainer = {"gradient_checkpointing": checkpointing, "max_steps": 2}
+        run, handle = build(settings(start, tmp_path / str(checkpointing), tune=tune, trainer=trainer))
+        hook = handle.adapter.tower().register_forward_hook(lambda module, args, output: needs.append(output.last_hidden_state.requires_grad))
+        with handle:
+            run.train()
+        hook.remove()
+        logs.append([entry["grad_norm"] for entry in run.state.log_history if "grad_norm" in entry])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4) and min(logs[0]) > 0
+    assert len(needs) == 4 and not any(needs)

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from duet_vlm import Handle, remember
 from duet_vlm.budget import Budget
+from duet_vlm.models.adapter import core_of
 from duet_vlm.train.settings import Settings
 
 SHOWN = {"loss": "loss", "lr": "learning_rate", "held-out loss": "eval_loss"}
@@ -39,6 +40,16 @@ class BudgetCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.handle.set(budget=self.settings.budgets[-1] if self.settings.budgets else None)
+
+
+class FrozenTowerCallback(TrainerCallback):
+    """Leaves a frozen tower out of the backward pass. transformers lets the inputs of everything that is checkpointed require a gradient,
+    which only re-entrant checkpointing needs; the tower would be differentiated for nothing."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if args.gradient_checkpointing and not reentrant:
+            core_of(kwargs["model"]).disable_input_require_grads()
 
 
 class RememberCallback(TrainerCallback):

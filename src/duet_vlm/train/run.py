@@ -13,7 +13,7 @@ from duet_vlm import Handle, attach
 from duet_vlm.loading import base_of, load, quiet
 from duet_vlm.models.adapter import adapter_for
 from duet_vlm.train import resume
-from duet_vlm.train.callbacks import BudgetCallback, ProgressCallback, RememberCallback
+from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
 from duet_vlm.train.collate import IGNORED, Collator
 from duet_vlm.train.data import conversations
 from duet_vlm.train.settings import Settings
@@ -110,7 +110,7 @@ def build(settings: Settings) -> tuple[Trainer, Handle]:
             eval_dataset=held_out,
             data_collator=Collator(loaded.processor, settings.prompts, settings.max_length),
             processing_class=loaded.processor,
-            callbacks=[RememberCallback(handle), ProgressCallback(), BudgetCallback(handle, settings)],
+            callbacks=[RememberCallback(handle), FrozenTowerCallback(), ProgressCallback(), BudgetCallback(handle, settings)],
         )
     except BaseException:
         handle.detach()
