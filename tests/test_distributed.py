@@ -131,7 +131,7 @@ def test_ddp(tmp_path: Path) -> None:
 
 
 def test_fsdp2(tmp_path: Path) -> None:
-    ways = (("before", "trained", "none"), ("after", "frozen", "model"), ("before", "trained", "plugin"))
+    ways = (("before", "trained", "none"), ("after", "frozen", "model"), ("after", "trained", "plugin"))
     run("fsdp2_llava.yaml", [Scenario("llava", *way) for way in ways], tmp_path, "FSDP")
 
 
