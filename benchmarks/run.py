@@ -14,10 +14,11 @@ import greedy
 import prefill
 import t2v
 import torch
+import train_step
 import v2v
 from common import HERE, Options, say, write
 
-BENCHMARKS = {"v2v": v2v.run, "greedy": greedy.run, "t2v": t2v.run, "decode": decode.run, "prefill": prefill.run}
+BENCHMARKS = {"v2v": v2v.run, "greedy": greedy.run, "t2v": t2v.run, "decode": decode.run, "prefill": prefill.run, "train_step": train_step.run}
 
 
 def main(words: list[str] | None = None) -> None:

@@ -14,10 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import comparison_tables
+import training_tables
+from train_step import LLAVA_7B
 
 import duet_vlm
+from duet_vlm.budget import SpanPlan
 from duet_vlm.evaluate.report import markdown
 from duet_vlm.evaluate.results import load
+from duet_vlm.measure.training import Example, Trained, step_flops
 from duet_vlm.models.adapter import families
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
@@ -54,6 +58,47 @@ def speed() -> str:
     return table(["what", "ratio", "held against"], rows)
 
 
+def train_step() -> str:
+    """One table per shape: the plain step, then each reduced one with its ratio, what FLOPs promise, and the stages."""
+    if not (RESULTS / "train_step.json").exists():
+        return "Not measured yet."
+    head = ["step", "ms", "of plain (95 % interval)", "by FLOPs", "vision ms", "decoder ms", "backward ms", "optimiser ms"]
+    head += ["activations MiB", "peak memory MiB"]
+    shapes: dict[str, dict[str, list[str]]] = {}
+    for entry in result("train_step")["results"]:
+        title = f"{entry['name'].split(',')[0].capitalize()} (batch of {entry['batch']}; gradients alone take {entry['gradients_mib']:.0f} MiB):"
+        lines = shapes.setdefault(title, {})
+        low, high = entry["interval"]
+        ratios = [f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", f"{entry['predicted']:.3f}"]
+        for place, name, against in ((1, entry["base"], ["1", "1"]), (0, entry["side"], ratios)):
+            stages = [f"{stage['milliseconds'][place]:.0f}" for stage in entry["stages"].values()]
+            memory = [f"{entry[field][place]:.0f}" for field in ("activations_mib", "memory_mib")]
+            lines[name] = [name, f"{entry['milliseconds'][place]:.0f}", *against, *stages, *memory]
+    return "\n\n".join(f"{title}\n\n{table(head, lines.values())}" for title, lines in shapes.items())
+
+
+def train_flops() -> str:
+    """Predicted FLOPs of a step of LLaVA-1.5-7B, one sample of 576 visual and 65 other rows, by what is trained."""
+    decoder, vision = LLAVA_7B
+    recipes = {
+        "projector (stage 1)": Trained(decoder=False),
+        "projector and decoder (stage 2)": Trained(),
+        "the same, gradient checkpointing": Trained(checkpointing=True),
+        "the same as transformers switches it on (a gradient runs through the frozen tower)": Trained(checkpointing=True, input_gradients=True),
+        "projector and adapters of rank 128": Trained(decoder=False, lora=128),
+    }
+    plans = [SpanPlan(576, 576, 0, (576,) * decoder.layers)]
+    plans += [duet_vlm.get("duet")().plan(576, decoder.layers, budget) for budget in (192, 128, 64)]
+    rows = []
+    for name, trained in recipes.items():
+        full, *reduced = (
+            step_flops(decoder, vision, [Example(65, (plan,), 48 * (plan.entry < 576), plan.merges)], trained, unread_layers=1).total
+            for plan in plans
+        )
+        rows.append([name, f"{full / 1e12:.1f}", *(f"{flops / full:.1%}" for flops in reduced)])
+    return table(["trained", "TFLOPs per sample, all tokens", "192 tokens", "128", "64"], rows)
+
+
 def methods() -> str:
     rows = []
     for name, cls in duet_vlm.methods().items():
@@ -74,11 +119,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "runs_tiny": lambda: comparison("tiny", markdown.compact),
     "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
     "speed": speed,
+    "train_step": train_step,
+    "train_flops": train_flops,
     "methods": methods,
     "families": supported,
     **comparison_tables.BLOCKS,
+    **training_tables.BLOCKS,
 }
-PAGES = ("README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md")
+PAGES = ("README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/train-with-reduction.md")
 
 
 def filled(page: str) -> str:

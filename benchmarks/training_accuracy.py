@@ -13,8 +13,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME, OUT = ROOT / "comparison" / "training", ROOT / "out" / "training"
-CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05")
-BUDGETS = {"duet-33": "0.33,0.11", "annealed": "0.33,0.11,0.07"}  # the others: all of them
+CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05", "duet-11-longer", "duet_plus-11", "duet_plus-mixed")
+PLUS = "0.11,0.07,0.05"
+BUDGETS = {"duet-33": "0.33,0.11", "annealed": "0.33,0.11,0.07", "duet_plus-11": PLUS, "duet_plus-mixed": "0.33," + PLUS}  # the others: all of them
 EVERY = "0.33,0.22,0.11,0.07,0.05"
 TASKS = {"tiny": 334, "tiny-crowded": 334}  # questions per stream; three streams each: 2,004 in all
 
@@ -31,12 +32,17 @@ def train(config: str, seed: int) -> None:
 
 
 def evaluate(config: str, seed: int, workers: str) -> None:
-    """The trained model's answers, in full and at the budgets."""
+    """The trained model's answers, in full and at the budgets; the model trained in full also answers with duet_plus."""
+    own = "duet_plus" if config.startswith("duet_plus") else "duet"
+    jobs = [(f"{config}-{seed}", own, BUDGETS.get(config, EVERY))]
+    if config == "full":
+        jobs.append((f"full-plus-{seed}", "duet_plus", PLUS))
     for task, limit in TASKS.items():
-        command = [str(Path(sys.executable).parent / "duet-vlm"), "eval", "--model", f"out/training/{config}-{seed}", "--methods", "duet"]
-        command += ["--budgets", BUDGETS.get(config, EVERY), "--tasks", task, "--seeds", "0,1,2", "--limit", str(limit), "--timing-rounds", "0"]
-        command += ["--workers", workers, "--against", "duet"]
-        subprocess.run([*command, "--name", f"{config}-{seed}", "--out", str(HOME)], check=True, cwd=ROOT)
+        for name, method, budgets in jobs:
+            command = [str(Path(sys.executable).parent / "duet-vlm"), "eval", "--model", f"out/training/{config}-{seed}", "--methods", method]
+            command += ["--budgets", budgets, "--tasks", task, "--seeds", "0,1,2", "--limit", str(limit), "--timing-rounds", "0"]
+            command += ["--workers", workers, "--against", method, "--name", name, "--out", str(HOME)]
+            subprocess.run(command, check=True, cwd=ROOT)
 
 
 def main() -> None:

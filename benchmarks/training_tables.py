@@ -20,14 +20,22 @@ from duet_vlm.evaluate.tasks import accepted
 HOME = Path(__file__).resolve().parent.parent / "comparison" / "training"
 TASKS = ("tiny", "tiny-crowded")
 BUDGETS = (0.33, 0.22, 0.11, 0.07, 0.05)
-TRAINED = {
-    "full": "in full (drops are training-free)",
-    "duet-33": "at 33 %",
-    "duet-11": "at 11 %",
-    "duet-07": "at 7 %",
-    "duet-05": "at 5 %",
-    "annealed": "100 % falling to 11 %",
-    "mixed": "mixed: 100, 33, 22, 11, 7 %",
+TRAINED = {  # method -> config -> what the model was trained at; the first drops without having been trained for it
+    "duet": {
+        "full": "in full (drops are training-free)",
+        "duet-33": "at 33 %",
+        "duet-11": "at 11 %",
+        "duet-07": "at 7 %",
+        "duet-05": "at 5 %",
+        "duet-11-longer": "at 11 %, three times the data",
+        "annealed": "100 % falling to 11 %",
+        "mixed": "mixed: 100, 33, 22, 11, 7 %",
+    },
+    "duet_plus": {
+        "full-plus": "in full (drops are training-free)",
+        "duet_plus-11": "at 11 %",
+        "duet_plus-mixed": "mixed: 100, 33, 22, 11, 7 %",
+    },
 }
 
 
@@ -54,21 +62,22 @@ def hits(config: str, run: str, common: Iterable[int]) -> np.ndarray | None:
     return np.stack(rows) if rows and all(row is not None for row in rows) else None
 
 
-def _run(budget: float | None) -> str:
-    return "none" if budget is None else f"duet@{budget:g}"
+def _cells(method: str, config: str, free: str, cell: Callable[[np.ndarray, np.ndarray], str], against: str | None) -> list[str]:
+    """One line: number of models, then every budget beside the same models' seeds of ``free`` (its run ``against``, or the same budget)."""
+    common = [seed for seed in seeds(config) if seed in seeds(free)]
+    line = [str(len(common))]
+    for run in ("none", *(f"{method}@{budget:g}" for budget in BUDGETS)):
+        ours, other = hits(config, run, common), hits(free, against or run, common)
+        line.append("-" if ours is None or other is None else cell(ours, other))
+    return line
 
 
-def kept() -> str:
+HEAD = ["trained", "models", "run in full", *(f"at {b:.0%}" for b in BUDGETS)]
+
+
+def kept(method: str) -> str:
     """Accuracy of every model at every budget, as a share of the model trained and run in full."""
-    lines = []
-    for config, name in TRAINED.items():
-        common = [seed for seed in seeds(config) if seed in seeds("full")]
-        line = [name, str(len(common))]
-        for budget in (None, *BUDGETS):
-            ours, full = hits(config, _run(budget), common), hits("full", "none", common)
-            line.append("-" if ours is None or full is None else _kept(ours, full))
-        lines.append(line)
-    return table(["trained", "models", "run in full", *(f"at {b:.0%}" for b in BUDGETS)], lines)
+    return table(HEAD, [[name, *_cells(method, config, "full", _kept, "none")] for config, name in TRAINED[method].items() if seeds(config)])
 
 
 def _kept(ours: np.ndarray, full: np.ndarray) -> str:
@@ -76,34 +85,34 @@ def _kept(ours: np.ndarray, full: np.ndarray) -> str:
     return f"{100 * ours.mean() / full.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def gained() -> str:
+def gained(method: str) -> str:
     """Points that training with reduction gains over dropping from the model trained in full, at the same budget."""
-    lines = []
-    for config in [c for c in TRAINED if c != "full"]:
-        common = [seed for seed in seeds(config) if seed in seeds("full")]
-        line = [TRAINED[config]]
-        for budget in (None, *BUDGETS):
-            ours, free = hits(config, _run(budget), common), hits("full", _run(budget), common)
-            line.append("-" if ours is None or free is None else _gain(ours, free))
-        lines.append(line)
-    return table(["trained", "run in full", *(f"at {b:.0%}" for b in BUDGETS)], lines)
+    free, *others = TRAINED[method]
+    return table(HEAD, [[TRAINED[method][c], *_cells(method, c, free, _gain, None)] for c in others if seeds(c)])
 
 
 def _gain(ours: np.ndarray, free: np.ndarray) -> str:
     low, high = difference_interval(ours.mean(0), free.mean(0))
-    each = ", ".join(f"{100 * (a.mean() - b.mean()):+.1f}" for a, b in zip(ours, free, strict=True))
     mark = " ▲" if low > 0 else " ▼" if high < 0 else ""
-    return f"{100 * (ours.mean() - free.mean()):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){mark}; seeds {each}"
+    return f"{100 * (ours.mean() - free.mean()):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){mark}"
 
 
-def absolute() -> str:
-    """Plain accuracies, to see what the shares are shares of."""
+def by_seed() -> str:
+    """Plain accuracies of every model, seed by seed."""
     lines = []
-    for config, name in TRAINED.items():
-        common = seeds(config)
-        cells = [hits(config, _run(budget), common) for budget in (None, *BUDGETS)]
-        lines.append([name, *("-" if cell is None else f"{cell.mean():.3f}" for cell in cells)])
-    return table(["trained", "run in full", *(f"at {b:.0%}" for b in BUDGETS)], lines)
+    for method, configs in TRAINED.items():
+        for config, name in configs.items():
+            for seed in seeds(config):
+                found = right(config, seed)
+                cells = [found.get(run) for run in ("none", *(f"{method}@{budget:g}" for budget in BUDGETS))]
+                lines.append([method, name, str(seed), *("-" if cell is None else f"{cell.mean():.3f}" for cell in cells)])
+    return table(["method", "trained", "seed", "run in full", *(f"at {b:.0%}" for b in BUDGETS)], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"training_kept": kept, "training_gained": gained, "training_accuracy": absolute}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "training_kept": lambda: kept("duet"),
+    "training_gained": lambda: gained("duet"),
+    "training_kept_plus": lambda: kept("duet_plus"),
+    "training_gained_plus": lambda: gained("duet_plus"),
+    "training_by_seed": by_seed,
+}

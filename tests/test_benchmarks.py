@@ -21,7 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("name", ["v2v", "greedy", "t2v", "decode", "prefill"])
+@pytest.mark.parametrize("name", ["v2v", "greedy", "t2v", "decode", "prefill", "train_step"])
 def test_quick_results_are_complete(results: Path, name: str) -> None:
     data = json.loads((results / f"{name}.json").read_text())
     assert data["quick"] is True
@@ -35,3 +35,11 @@ def test_quick_results_are_complete(results: Path, name: str) -> None:
         assert row["pairs"] == 3 and row["shape"]["hidden"] > 0
     if name == "prefill":
         assert all(row["predicted"] > 1 for row in measured)
+    if name == "train_step":
+        assert [row["side"] for row in measured] == 2 * [
+            "duet at 33%", "duet at 22%", "duet at 11%", "duet_plus at 11%", "duet at 11%, checkpointing"
+        ]  # fmt: skip
+        for row in measured:
+            assert 0 < row["predicted"] < 1 and 0 < row["memory_mib"][0] < row["memory_mib"][1]
+            assert 0 < row["activations_mib"][0] < row["activations_mib"][1] < row["memory_mib"][1]
+            assert list(row["stages"]) == ["vision", "decoder", "backward", "optimiser"]

@@ -201,6 +201,29 @@ def test_a_stage_that_keeps_none_or_all_does_not_score(family: str) -> None:
     assert twice == [4]
 
 
+@pytest.mark.parametrize(("method", "layer"), [("duet", 3), ("pyramiddrop", 2), ("fastv", 1)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranking_flops_are_of_the_rows_that_were_projected(family: str, method: str, layer: int) -> None:
+    """A ranking reads the rows in front of its drop; counted on the projections of the first ranked layer."""
+    model, seen = shared(family), {"q_proj": [], "k_proj": []}  # type: ignore[var-annotated]
+    attention = model.model.language_model.layers[layer].self_attn
+    hooks = [
+        getattr(attention, name).register_forward_pre_hook(lambda module, args, rows=rows: rows.append(args[0].shape[1]))
+        for name, rows in seen.items()
+    ]
+    settings = REDUCING[method] if method == "fastv" else REDUCING[method] | {"schedule": ((layer, 0.5),)}
+    with duet_vlm.attach(model, method, **settings) as handle:
+        forward(model, FAMILIES[family].inputs([ONE]))
+        ranking = handle.report().observed.ranking_flops
+        shape = handle.adapter.decoder_shape()
+    for hook in hooks:
+        hook.remove()
+    rows, queries = seen["k_proj"][0], seen["q_proj"][0]
+    assert rows > queries
+    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    assert ranking == 2 * rows * shape.hidden * narrow + 2 * queries * shape.hidden * wide + 2 * queries * rows * wide
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_only_survivors_are_projected(family: str) -> None:
     """LLaVA's projector runs on the rows that enter the decoder, merged ones included; a grid merger on every patch, and so does the

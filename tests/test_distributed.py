@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -18,9 +18,9 @@ from unittest.mock import ANY
 import pytest
 import torch
 from families import build
-from test_trainers import losses, trainer
-from torch import nn
-from training_data import RATE, SAMPLES, Curve, Sample, collate, farthest, plain_loop, tokens_wanted, weights
+from ranks_data import BUDGET, MOMENTUM, STEPS, Scenario, freeze
+from stock_trainer import losses, trainer
+from training_data import RATE, Curve, collate, farthest, plain_loop, tokens_wanted, weights
 from transformers import LlavaForConditionalGeneration
 
 import duet_vlm
@@ -28,39 +28,8 @@ import duet_vlm
 pytestmark = pytest.mark.train
 
 ROOT = Path(__file__).parents[1]
-BUDGET = 0.4
-MOMENTUM = 0.5
+FAMILIES_OF_CONFIGS = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 TIMEOUT = 240  # seconds; a rank that waits for ever is a failure
-
-ONE, TEXT, THREE, SILENT, TWO, TEXT2, ONE2, ONE3 = SAMPLES
-# per step the samples of either rank: images on both, none on the second, none on the first, images and text mixed
-STEPS: tuple[tuple[tuple[Sample, ...], tuple[Sample, ...]], ...] = (
-    ((ONE, THREE), (TWO,)),
-    ((ONE2, SILENT), (TEXT, TEXT2)),
-    ((TEXT2,), (ONE3, TEXT)),
-    ((THREE, TEXT), (ONE,)),
-)
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """``attach``: before or after accelerator.prepare. ``tower``: trained or frozen. ``checkpointing``: none, model or plugin."""
-
-    family: str
-    attach: str
-    tower: str
-    checkpointing: str
-
-    @property
-    def name(self) -> str:
-        return "-".join((self.family, self.attach, self.tower, self.checkpointing))
-
-
-def freeze(model: nn.Module, tower: str) -> None:
-    if tower == "frozen":
-        for name, weight in model.named_parameters():
-            weight.requires_grad_("vision_tower" not in name and "visual" not in name)
-
 
 @functools.lru_cache
 def single(family: str, tower: str, reduced: bool = True) -> tuple[Curve, dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
@@ -85,7 +54,7 @@ def config_for_two(name: str, folder: Path) -> Path:
 
 def launch(config: str, script: str, folder: Path, *arguments: str) -> str:
     """Two ranks of ``script FOLDER ARGUMENTS`` under ``accelerate launch``; what they printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_for_two(config, folder)),
@@ -120,11 +89,8 @@ def check(found: dict[str, Any], scenario: Scenario) -> None:
 
 
 def scenarios(family: str, *checkpointing: str) -> list[Scenario]:
-    return [
-        Scenario(family, attach, tower, mode)
-        for tower in ("trained", "frozen")
-        for attach, mode in zip(("before", "after", "before"), checkpointing, strict=False)
-    ]
+    """Attached before and after prepare, tower trained and frozen, with each kind of checkpointing."""
+    return [Scenario(family, attach, tower, mode) for attach in ("before", "after") for tower in ("trained", "frozen") for mode in checkpointing]
 
 
 def run(config: str, wanted: list[Scenario], folder: Path, kind: str) -> None:
@@ -161,21 +127,32 @@ def check_trainer(folder: Path) -> None:
 
 
 def test_ddp(tmp_path: Path) -> None:
-    run("ddp.yaml", scenarios("llava", "none", "model"), tmp_path, "MULTI_CPU")
+    run("ddp.yaml", [Scenario("llava", "before", "trained", "none"), Scenario("llava", "after", "frozen", "model")], tmp_path, "MULTI_CPU")
 
 
 def test_fsdp2(tmp_path: Path) -> None:
-    run("fsdp2_llava.yaml", scenarios("llava", "none", "model", "plugin"), tmp_path, "FSDP")
+    ways = (("before", "trained", "none"), ("after", "frozen", "model"), ("after", "trained", "plugin"))
+    run("fsdp2_llava.yaml", [Scenario("llava", *way) for way in ways], tmp_path, "FSDP")
 
 
 @pytest.mark.slow
-def test_fsdp2_of_a_grid_merger(tmp_path: Path) -> None:
-    run("fsdp2_qwen2_5_vl.yaml", scenarios("qwen2_5_vl", "none", "model", "plugin"), tmp_path, "FSDP")
+@FAMILIES_OF_CONFIGS
+def test_ddp_in_every_way(family: str, tmp_path: Path) -> None:
+    run("ddp.yaml", scenarios(family, "none", "model"), tmp_path, "MULTI_CPU")
 
 
 @pytest.mark.slow
-def test_ddp_of_a_grid_merger(tmp_path: Path) -> None:
-    run("ddp.yaml", scenarios("qwen2_5_vl", "none", "model"), tmp_path, "MULTI_CPU")
+@FAMILIES_OF_CONFIGS
+def test_fsdp2_in_every_way(family: str, tmp_path: Path) -> None:
+    run(f"fsdp2_{family}.yaml", scenarios(family, "none", "model", "plugin"), tmp_path, "FSDP")
+
+
+@pytest.mark.slow
+def test_zero3(tmp_path: Path) -> None:
+    """Skipped where DeepSpeed is not installed (no extra of ours installs it)."""
+    pytest.importorskip("deepspeed")
+    ways = (("before", "trained", "none"), ("after", "trained", "none"), ("before", "frozen", "model"), ("after", "frozen", "model"))
+    run("zero3.yaml", [Scenario("llava", *way) for way in ways], tmp_path, "DEEPSPEED")
 
 
 @pytest.mark.slow

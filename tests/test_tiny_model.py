@@ -16,7 +16,6 @@ from duet_vlm.evaluate.tasks import task
 from duet_vlm.loading import Loaded
 from duet_vlm.tiny.questions import CHANCE
 from duet_vlm.tiny.text import TOKEN, prompt
-from duet_vlm.tiny.train import export
 
 COMPARISON = Path(__file__).parents[1] / "comparison"
 
@@ -152,16 +151,3 @@ def test_unguided_checkpoint_is_what_its_readme_says(loaded):
     result = load(COMPARISON / "tiny/results/unguided.json")
     assert result["runs"][0]["accuracy"] >= 0.95
     assert differ(result, model, AutoProcessor.from_pretrained(folder / "unguided"), 140) <= 1
-
-
-def test_export_round_trip(tmp_path):
-    from duet_vlm.tiny.network import build_model
-
-    model = build_model()
-    torch.save({"modules": {"model": model.model.state_dict()}}, tmp_path / "join.pt")
-    export(tmp_path, Path(tmp_path / "weights"), {"seed": 0})
-    from transformers import LlavaForConditionalGeneration
-
-    again = LlavaForConditionalGeneration.from_pretrained(tmp_path / "weights", dtype=torch.float32)
-    for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
-        torch.testing.assert_close(a.half().float(), b, msg=name)

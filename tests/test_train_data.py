@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,8 @@ def test_several_sources_and_limit(pictures: Path) -> None:
     assert [data[i].messages[0]["content"][0]["text"] for i in (0, 1)] == ["0", "1"]
     item = tiny.sample("train", 1, 5)
     assert data[3].messages[1]["content"] == [text(item.answer)] and data[3].images[0].tobytes() == item.image.tobytes()
+    copy = pickle.loads(pickle.dumps(data))  # as data workers get it where processes are not forked
+    assert copy[1].messages == data[1].messages and copy[3].images[0].tobytes() == item.image.tobytes()
     held_out = conversations(["tiny-crowded"], limit=1, split="validation")[0]
     assert held_out.images[0].tobytes() == tiny.sample("validation", 0, 0, crowded=True).image.tobytes()
 

@@ -197,10 +197,11 @@ class Handle:
         for module in (adapter.model, adapter.base):
             hooks.add(module.register_forward_pre_hook, self._begin, with_kwargs=True)
             hooks.add(module.register_forward_hook, self._end, always_call=True)
-        hooks.add(adapter.text_model.register_forward_pre_hook, self._enter, with_kwargs=True)
+        hooks.add(adapter.text_model.register_forward_pre_hook, self._enter, with_kwargs=True, prepend=True)
         hooks.add(adapter.text_model.register_forward_hook, self._leave, with_kwargs=True)
         for index, layer in enumerate(adapter.layers):
-            hooks.add(layer.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
+            inner = getattr(layer, "_checkpoint_wrapped_module", layer)  # inside torch's wrapper, where FSDP gathers the layer's weights
+            hooks.add(inner.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
         if not self._align:  # the public setter keeps the loss in this one instance attribute
             hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, self._stacks))
         if self._processor is not None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
+if TYPE_CHECKING:
+    import torch
+
 MAX_PIXELS = 64_000_000  # larger pictures are refused before they are decoded
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+ADAPTER = "adapter_config.json"  # what makes a folder one of PEFT adapters
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,19 @@ def source(name: str) -> tuple[str, bool]:
         return str(tiny.path()), True
     folder = Path(name).expanduser()
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
+        if not any((folder / file).is_file() for file in ("config.json", ADAPTER)):
             raise ValueError(f"--model {name}: this folder has no config.json, so it is no saved model")
         return str(folder), True
     if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
         raise ValueError(f"--model {name}: no such folder; give 'tiny', a folder saved by save_pretrained, or a hub id (owner/name)")
     return name, False
+
+
+def base_of(name: str) -> str | None:
+    """The model under a folder of PEFT adapters, as the folder names it; None for whole models."""
+    place, local = source(name)
+    file = Path(place) / ADAPTER
+    return json.loads(file.read_text())["base_model_name_or_path"] if local and file.is_file() else None
 
 
 def config_of(name: str) -> Any:
@@ -74,7 +86,7 @@ def config_of(name: str) -> Any:
 
     from duet_vlm.models.adapter import families
 
-    place, local = source(name)
+    place, local = _with(name, "config.json")
     with quiet(), _explained(name, local):
         config = AutoConfig.from_pretrained(place, local_files_only=local)
     known = families()
@@ -83,23 +95,44 @@ def config_of(name: str) -> Any:
     return config
 
 
-def load(name: str, device: str | None = None) -> Loaded:
+def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> Loaded:
     """A model in evaluation mode with its processor; weights from safetensors files only.
 
-    In the checkpoint's own precision, except that float16 becomes float32 on a CPU.
+    In ``dtype``, or the checkpoint's own precision, except that float16 becomes float32 on a CPU. A folder of PEFT adapters is loaded with the
+    model under it, into which the adapters are merged; that model must be on this machine.
     """
     import torch
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     config = config_of(name)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    place, local = source(name)
+    (place, local), base = source(name), base_of(name)
     with quiet(), _explained(name, local):
-        halves_on_cpu = where == "cpu" and config.dtype == torch.float16  # dozens of times slower there than float32
-        dtype = torch.float32 if name == "tiny" or halves_on_cpu else "auto"
-        model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype, local_files_only=local, use_safetensors=True)
-        processor = AutoProcessor.from_pretrained(place, local_files_only=local)
-        return Loaded(name, model.eval().to(where), processor)
+        precision = dtype or (torch.float32 if name == "tiny" else "auto")
+        model = AutoModelForImageTextToText.from_pretrained(base or place, dtype=precision, local_files_only=local, use_safetensors=True)
+        if dtype is None and where == "cpu" and model.dtype == torch.float16:
+            model = model.float()  # float16 is dozens of times slower there
+        if base is not None:
+            model = _merged(model, Path(place), config)
+        readable, local = _with(name, "tokenizer_config.json")
+        return Loaded(name, model.eval().to(where), AutoProcessor.from_pretrained(readable, local_files_only=local))
+
+
+def _with(name: str, file: str) -> tuple[str, bool]:
+    """Where a model's ``file`` is read from: its own place, or, for adapters saved without it, the model under them."""
+    (place, local), base = source(name), base_of(name)
+    return (place, local) if base is None or (Path(place) / file).is_file() else (base, True)
+
+
+def _merged(model: Any, adapters: Path, config: Any) -> Any:
+    from peft import PeftModel
+
+    if not (adapters / "adapter_model.safetensors").is_file():
+        raise ValueError("adapters are read from adapter_model.safetensors only, which is missing")
+    model = PeftModel.from_pretrained(model, adapters).merge_and_unload()
+    if hasattr(config, "duet_vlm"):  # the reduction they were trained with
+        model.config.duet_vlm = config.duet_vlm
+    return model
 
 
 @contextlib.contextmanager

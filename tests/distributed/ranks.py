@@ -19,9 +19,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from families import build
-from test_distributed import BUDGET, STEPS, Scenario, freeze
+from ranks_data import BUDGET, STEPS, Scenario, freeze
 from torch import nn
 from training_data import RATE, collate, targets_in
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import duet_vlm
 
@@ -42,6 +43,11 @@ def reducer(model: nn.Module) -> duet_vlm.Handle:
 
 def train(scenario: Scenario, accelerator: Accelerator) -> Result:
     """One SGD step per entry of STEPS; every rank sees its own samples."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        config = accelerator.state.deepspeed_plugin.deepspeed_config
+        config["train_micro_batch_size_per_gpu"], config["gradient_clipping"] = 1, 0.0
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # share out the small weights of small models, too
+        unset_hf_deepspeed_config()  # the model is made whole, from its own seeds, and shared out by prepare
     model = build(scenario.family)
     freeze(model, scenario.tower)
     if scenario.checkpointing == "model":
@@ -71,7 +77,7 @@ def train(scenario: Scenario, accelerator: Accelerator) -> Result:
         batch = collate(scenario.family, STEPS[1][accelerator.process_index])
         targets = accelerator.reduce(torch.tensor(float(targets_in(batch))))
         evaluated = accelerator.reduce(model(**batch, num_items_in_batch=targets).loss).item()
-    weights = {name.replace("_checkpoint_wrapped_module.", ""): w for name, w in accelerator.get_state_dict(model).items()}
+    weights = {name.replace("_checkpoint_wrapped_module.", ""): w for name, w in (accelerator.get_state_dict(model) or {}).items()}
     handle.detach()
     assert not any(hook for module in core.modules() for hook in module._forward_pre_hooks.values() if "duet" in type(hook).__module__)
     accelerator.free_memory()
@@ -81,11 +87,15 @@ def train(scenario: Scenario, accelerator: Accelerator) -> Result:
 def without_gpus() -> None:
     """accelerate 1.15 has DDP for CPUs but shards only where it finds GPUs: the one function that looks for them is replaced."""
     torch.set_num_threads(1)
-    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
         PartialState._prepare_backend = lambda *ignored, **options: ("gloo", DistributedType.MULTI_GPU)  # type: ignore[method-assign]
     else:
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__.clear()  # no operators that would have to be compiled first
 
 
 def main(folder: Path) -> None:

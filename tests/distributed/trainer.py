@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from families import build
 from ranks import without_gpus
-from test_distributed import BUDGET, MOMENTUM
-from test_trainers import losses, trainer
+from ranks_data import BUDGET, MOMENTUM
+from stock_trainer import losses, trainer
 from training_data import RATE
 
 import duet_vlm
@@ -24,6 +24,10 @@ import duet_vlm
 def run(folder: Path, steps: int, checkpointing: str, resume: bool = False) -> list[float]:
     """One run of the Trainer with one sample per rank, saved at its end; its losses."""
     model = build("llava")
+    if resume:  # the Trainer cannot read the names in its own checkpoint unless the weights are sharded (see test_trainers)
+        model = type(model).from_pretrained(folder / "checkpoint-2")
+    for name, weight in model.named_parameters():  # LLaVA reads the last but one layer: DDP waits for the others' gradients, resuming FSDP2
+        weight.requires_grad_("encoder.layers.3" not in name and "post_layernorm" not in name)  # misses their optimizer state
     options = {"gradient_checkpointing": True} if checkpointing == "model" else {}
     with duet_vlm.attach(model, "duet", budget=BUDGET) as handle:
         duet_vlm.remember(handle)

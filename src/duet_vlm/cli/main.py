@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import budget, demo, eval, methods, models, report, run, viz
+from duet_vlm.cli import budget, demo, eval, methods, models, report, run, train, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -20,6 +20,7 @@ app = typer.Typer(
 app.command("run")(run.run)
 app.command("eval")(eval.evaluate)
 app.command("report")(report.report)
+app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget")(budget.budget)
 app.command("viz")(viz.viz)
 app.command("methods")(methods.methods)

@@ -15,13 +15,16 @@ from torch import nn
 
 from duet_vlm.attach import Handle, attach
 from duet_vlm.cli.errors import friendly
+from duet_vlm.memory import remembered
 from duet_vlm.presets import preset as preset_of
 from duet_vlm.reducer import Reducer
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")]
 Images = Annotated[list[Path], typer.Option("--image", "-i", help="Image file; repeat it for several.")]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The question; images go in front of it.")]
-Method = Annotated[str | None, typer.Option("--method", help="Name of a method, see 'duet-vlm methods'. Default: duet.")]
+Method = Annotated[
+    str | None, typer.Option("--method", help="Name of a method, see 'duet-vlm methods'. Default: what the model was trained with, else duet.")
+]
 Preset = Annotated[
     str | None,
     typer.Option("--preset", help="A method with all its settings as published, e.g. duet-192; in place of --method, --budget and --set."),
@@ -75,16 +78,22 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What the options of one command line ask for, ready to be attached."""
+    """What the options of one command line ask for, ready to be attached; ``method`` None is what the model remembers, else duet."""
 
-    label: str
-    method: str | Reducer
+    label: str | None
+    method: str | Reducer | None
     budget: int | float | None
     fields: dict[str, Any]
 
+    def label_on(self, handle: Handle) -> str:
+        """What it is called."""
+        return self.label or handle.reducer.name
+
     def attach(self, model: nn.Module, processor: Any = None) -> Handle:
         """Attach it; ``processor`` is used where the settings need one."""
-        marked = processor if self.fields.get("text_query") == "salient" else None
+        known = remembered(model) if self.method is None else None
+        fields = (known or {}).get("settings", {}) | self.fields
+        marked = processor if fields.get("text_query") == "salient" else None
         return attach(model, self.method, budget=self.budget, processor=marked, **self.fields)
 
 
@@ -100,7 +109,7 @@ def reduction_of(
     """
     if preset is None:
         fields = settings_of(settings) | ({} if positions is None else {"positions": positions})
-        return Reduction(method or "duet", method or "duet", budget_of(budget), fields)
+        return Reduction(method, method, budget_of(budget), fields)
     others = {"--method": method, "--budget": budget, "--positions": positions, "--set": settings}
     given = [option for option, value in others.items() if value]
     if given:

@@ -42,9 +42,10 @@ def run(
     loaded = load(model, device)
     with reduction.attach(loaded.model, loaded.processor) as handle:
         inputs = loaded.inputs(pictures, prompt)
-        width = max(len(reduction.label), 4)
+        label = reduction.label_on(handle)
+        width = max(len(label), 4)
         if compare and not json_:
-            sys.stdout.write(f"{reduction.label:<{width}} | ")
+            sys.stdout.write(f"{label:<{width}} | ")
         short = answer(loaded, inputs, max_new_tokens, not json_)
         report = handle.report()
         full = None

@@ -38,13 +38,13 @@ def viz(
     with reduction.attach(loaded.model, loaded.processor) as handle:
         inputs = loaded.inputs(pictures, prompt)
         said = answer(loaded, inputs, 16, False)
-        (spans,), report = handle.trace, handle.report()
+        (spans,), report, label = handle.trace, handle.report(), reduction.label_on(handle)
     out.mkdir(parents=True, exist_ok=True)
     files = []
     for number, trace in enumerate(spans):
         cost = f"{report.measured_mean / len(spans):.1f} tokens per layer"
-        sheet = overlay(loaded, inputs, pictures, number, trace, f"{reduction.label}, {cost}.  {prompt}  {said}")
-        files.append(out / f"{number + 1}-{image[number].stem}-{reduction.label}.png")
+        sheet = overlay(loaded, inputs, pictures, number, trace, f"{label}, {cost}.  {prompt}  {said}")
+        files.append(out / f"{number + 1}-{image[number].stem}-{label}.png")
         sheet.save(files[-1])
     if json_:
         print(json.dumps({"answer": said, "files": [str(file) for file in files], "mean_tokens": report.measured_mean}))

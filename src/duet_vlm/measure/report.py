@@ -154,7 +154,8 @@ def make_report(
     towers = sum(vision_flops(vision, n) for n in passes)
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
-        scored = [(r[i], s.queries) for r, s in zip(rows, samples, strict=True) for i in scored_layers if ranked]
+        entering = [(s.text + sum(p.entry for p in s.plans), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
+        scored = [(before[i], s.queries) for before, s in zip(entering, samples, strict=True) for i in scored_layers if ranked]
         ranking = sum(scoring_flops(decoder, read, queries) for read, queries in scored)
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv)

@@ -22,6 +22,9 @@ class Trained:
         Rank of adapters on all seven linear maps of every decoder layer; 0 for none.
     checkpointing : bool
         Layers keep their inputs only and run forward once more in the backward pass (not reentrant: up to the last thing it needs).
+    input_gradients : bool
+        What the embeddings put out needs a gradient even if nothing before it is trained, so one runs through a frozen tower as well:
+        ``enable_input_require_grads()``, which transformers 5 calls whenever it switches checkpointing on.
     """
 
     tower: bool = False
@@ -29,12 +32,23 @@ class Trained:
     decoder: bool = True
     lora: int = 0
     checkpointing: bool = False
+    input_gradients: bool = False
 
     def __post_init__(self) -> None:
         if self.lora < 0:
             raise ValueError(f"lora={self.lora}: a rank, at least 0 (0 for no adapters)")
         if not (self.tower or self.projector or self.decoder or self.lora):
             raise ValueError("nothing is trained: set tower, projector or decoder, or give lora a rank")
+
+    @property
+    def through_tower(self) -> bool:
+        """Whether a gradient runs through the tower's layers."""
+        return self.tower or self.input_gradients
+
+    @property
+    def below_decoder(self) -> bool:
+        """Whether what enters the decoder's first layer needs a gradient; embeddings are trained with the decoder."""
+        return self.through_tower or self.projector or self.decoder
 
 
 @dataclass(frozen=True)
@@ -105,27 +119,28 @@ def step_flops(
     unread_layers : int
         Last layers of the tower whose output nobody reads (1 for LLaVA, which takes the last but one): run forward, no gradient.
     """
-    tower = sum(vision_flops(vision, plan.tokens) + _signals(vision, plan.tokens) * e.signals for e in examples for plan in e.plans)
-    projected = [_projected(vision, e, plan) for e in examples for plan in e.plans]
-    rows = [e.rows(decoder.layers) for e in examples]
-    forward = sum(_layer(decoder, r, trained.lora) for example in rows for r in example)
-    head = sum(2 * example[-1] * decoder.hidden * decoder.vocab for example in rows)
-    ranking = sum(scoring_flops(decoder, r, e.queries) for e in examples for r in e.ranked(decoder.layers))
+    depth = decoder.layers
+    images = [(plan.tokens, _projected(vision, e, plan), e.signals) for e in examples for plan in e.plans]
+    rows = [r for e in examples for r in e.rows(depth)]
+    last = sum(e.rows(depth)[-1] for e in examples)
+    head = 2 * last * decoder.hidden * decoder.vocab
+    ranking = sum(scoring_flops(decoder, r, e.queries) for e in examples for r in e.ranked(depth))
+    seen = sum(vision_flops(vision, n) + projector_flops(vision, k) + _signals(vision, n) * signals for n, k, signals in images)
+    forward = sum(_layer(decoder, r, trained.lora) for r in rows) + ranking + head
 
-    below = trained.tower or trained.projector or trained.decoder  # embeddings count as decoder
-    backward = head * (1 + trained.decoder)
-    backward += sum(_layer_backward(decoder, r, trained, below or bool(layer)) for example in rows for layer, r in enumerate(example))
-    backward += sum(_projector_backward(vision, n, trained) for n in projected)
-    again = sum(_layer(decoder, r, trained.lora) - _last_product(decoder, r, trained.lora) for example in rows for r in example)
-    if trained.tower:
-        for tokens in (plan.tokens for e in examples for plan in e.plans):
-            read = replace(vision, layers=vision.layers - unread_layers)
-            patches = 2 * tokens * vision.patches_per_token * vision.patch_inputs * vision.width
-            layers = vision_flops(read, tokens) - patches
-            backward += 2 * layers + patches  # pixels need no gradient
-            again += layers - read.layers * 2 * _tower_rows(vision, tokens) * vision.width * vision.mlp
-    projector = sum(projector_flops(vision, n) for n in projected)
-    return StepFlops(tower + projector, forward + head + ranking, backward, again * trained.checkpointing)
+    read = replace(vision, layers=vision.layers - unread_layers)
+    backward = head * (1 + trained.decoder) + sum(_layer_backward(decoder, r, trained) for r in rows)
+    backward += sum(_projector_backward(vision, k, trained) + _tower_backward(read, n, trained) for n, k, _ in images)
+    if not trained.below_decoder:
+        backward -= sum(_first_inputs(decoder, e.rows(depth)[0], trained.lora) for e in examples)
+    again = 0
+    if trained.checkpointing:
+        again = sum(_layer_again(decoder, r, trained.lora) for r in rows)
+        again += sum(_tower_again(read, n) for n, _, _ in images) * trained.through_tower
+    return StepFlops(seen, forward, backward, again)
+
+
+# ---- vision
 
 
 def _tower_rows(shape: VisionShape, tokens: int) -> int:
@@ -143,13 +158,39 @@ def _projected(shape: VisionShape, example: Example, plan: SpanPlan) -> int:
     return plan.tokens if example.projects_all or shape.patches_per_token > 1 else plan.entry
 
 
+def _layers(shape: VisionShape, tokens: int) -> tuple[int, int]:
+    """The tower's layers over one image: their linear maps, their attention."""
+    rows, everything = _tower_rows(shape, tokens), vision_flops(shape, tokens) - _patches(shape, tokens)
+    linear = shape.layers * 2 * rows * shape.width * (4 * shape.width + shape.mlp_matrices * shape.mlp)
+    return linear, everything - linear
+
+
+def _patches(shape: VisionShape, tokens: int) -> int:
+    """The patch embedding."""
+    return 2 * tokens * shape.patches_per_token * shape.patch_inputs * shape.width
+
+
+def _tower_backward(shape: VisionShape, tokens: int, trained: Trained) -> int:
+    linear, attention = _layers(shape, tokens)
+    weights = linear + _patches(shape, tokens)  # pixels need no gradient
+    return (linear + 2 * attention) * trained.through_tower + weights * trained.tower
+
+
+def _tower_again(shape: VisionShape, tokens: int) -> int:
+    """Recomputation of a layer stops before the product that ends it: nothing needs its result."""
+    return sum(_layers(shape, tokens)) - shape.layers * 2 * _tower_rows(shape, tokens) * shape.width * shape.mlp
+
+
 def _projector_backward(shape: VisionShape, rows: int, trained: Trained) -> int:
     normed = shape.patches_per_token > 1  # grid mergers begin with a norm, whose weights are trained with them
     total = 0
     for place, (a, b) in enumerate(shape.projector):
-        inputs = trained.tower or (trained.projector and (normed or place > 0))
+        inputs = trained.through_tower or (trained.projector and (normed or place > 0))
         total += 2 * rows * a * b * (trained.projector + inputs)
     return total
+
+
+# ---- decoder
 
 
 def _adapters(shape: DecoderShape, rows: int, rank: int) -> int:
@@ -164,14 +205,17 @@ def _layer(shape: DecoderShape, rows: int, rank: int) -> int:
     return decoder_layer_flops(shape, rows) + _adapters(shape, rows, rank)
 
 
-def _layer_backward(shape: DecoderShape, rows: int, trained: Trained, below: bool) -> int:
-    """``below``: something in front of the layer is trained, so its inputs need a gradient."""
-    linear, adapters = decoder_layer_flops(shape, rows, keys=0), _adapters(shape, rows, trained.lora)
+def _layer_backward(shape: DecoderShape, rows: int, trained: Trained) -> int:
+    linear = decoder_layer_flops(shape, rows, keys=0)
     attention = decoder_layer_flops(shape, rows) - linear
-    total = 2 * attention + linear * (1 + trained.decoder) + 2 * adapters
-    return total if below else total - 2 * rows * shape.hidden * ((shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * trained.lora)
+    return linear * (1 + trained.decoder) + 2 * attention + 2 * _adapters(shape, rows, trained.lora)
 
 
-def _last_product(shape: DecoderShape, rows: int, rank: int) -> int:
-    """The product that ends a layer: recomputation stops in front of it, for nothing needs its result."""
-    return 2 * rows * shape.hidden * (rank if rank else shape.mlp)
+def _first_inputs(shape: DecoderShape, rows: int, rank: int) -> int:
+    """Input gradients of query, key and value maps, which the first layer does without where nothing before it needs one."""
+    return 2 * rows * shape.hidden * ((shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * rank)
+
+
+def _layer_again(shape: DecoderShape, rows: int, rank: int) -> int:
+    """As ``_tower_again``; the product that ends a layer is the down map, or with adapters their second factor."""
+    return _layer(shape, rows, rank) - 2 * rows * shape.hidden * (rank if rank else shape.mlp)

@@ -220,9 +220,12 @@ class LlamaLike:
         return rotate(x, rotary)
 
 
+WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
+
+
 def core_of(model: nn.Module) -> nn.Module:
     """The transformers model inside PEFT and parallel wrappers."""
-    inner = getattr(model, "module", model) if type(model).__name__ in ("DistributedDataParallel", "DataParallel") else model
+    inner = getattr(model, "module", model) if type(model).__name__ in WRAPPERS else model
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 

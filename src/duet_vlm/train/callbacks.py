@@ -11,7 +11,10 @@ from transformers import TrainerCallback
 
 from duet_vlm import Handle, remember
 from duet_vlm.budget import Budget
+from duet_vlm.models.adapter import core_of
 from duet_vlm.train.settings import Settings
+
+SHOWN = {"loss": "loss", "lr": "learning_rate", "held-out loss": "eval_loss"}
 
 
 def budget_at(settings: Settings, step: int, steps: int, seed: int) -> Budget | None:
@@ -36,7 +39,17 @@ class BudgetCallback(TrainerCallback):
         self.handle.set(budget=budget_at(self.settings, state.global_step, state.max_steps, args.seed))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.handle.set(budget=self.settings.budgets[-1])
+        self.handle.set(budget=self.settings.budgets[-1] if self.settings.budgets else None)
+
+
+class FrozenTowerCallback(TrainerCallback):
+    """Leaves a frozen tower out of the backward pass. transformers lets the inputs of everything that is checkpointed require a gradient,
+    which only re-entrant checkpointing needs; the tower would be differentiated for nothing."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        reentrant = (args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+        if args.gradient_checkpointing and not reentrant:
+            core_of(kwargs["model"]).disable_input_require_grads()
 
 
 class RememberCallback(TrainerCallback):
@@ -49,13 +62,21 @@ class RememberCallback(TrainerCallback):
         remember(self.handle)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and not (folder / "config.json").exists():
-            self.handle.adapter.model.config.save_pretrained(folder)
+        if state.is_world_process_zero:
+            self.keep(self.handle, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    @staticmethod
+    def keep(handle: Handle, folder: Path) -> None:
+        """The config beside adapters in ``folder``; a whole model has saved its own."""
+        file = folder / "config.json"
+        if not file.exists():
+            unfinished = file.with_suffix(".part")  # a kill must not leave half a config in a checkpoint that counts as whole
+            handle.adapter.model.config.to_json_file(unfinished)
+            unfinished.replace(file)
 
 
 class ProgressCallback(TrainerCallback):
-    """One bar with loss and learning rate."""
+    """On the first process: one bar with loss and learning rate; a line for each log where no terminal shows a bar."""
 
     def __init__(self) -> None:
         self.progress = Progress(
@@ -63,17 +84,27 @@ class ProgressCallback(TrainerCallback):
         )
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self.progress.console.is_terminal:
             self.progress.start()
-            self.bar = self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
+            self.progress.add_task("training", total=state.max_steps, completed=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            self.progress.update(self.bar, completed=state.global_step)
+        for task in self.progress.task_ids:
+            self.progress.update(task, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self.progress.update(self.bar, description=f"loss {float(logs['loss']):.4f}")
+        if not (state.is_world_process_zero and logs and logs.keys() & {"loss", "eval_loss"}):
+            return
+        shown = ", ".join(f"{name} {float(logs[key]):.4g}" for name, key in SHOWN.items() if key in logs)
+        for task in self.progress.task_ids:
+            self.progress.update(task, description=shown)
+        if not self.progress.console.is_terminal:
+            print(f"step {state.global_step} of {state.max_steps}: {shown}", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.progress.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self.progress.live.is_started:
+            self.progress.stop()

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Row:
 
 
 class Conversations(Dataset[Conversation]):
-    """Rows that are made into conversations when they are asked for, so that images are opened in the data workers."""
+    """Rows that are made into conversations when they are asked for, so that images are opened in the data workers (which may pickle this)."""
 
     def __init__(self, count: int, make: Callable[[int], Conversation]) -> None:
         self.count, self.make = count, make
@@ -76,17 +77,21 @@ def _source(name: str, images: str | None, limit: int | None, seed: int, split: 
     if name in DRAWN:
         if limit is None:
             raise ValueError(f"data: {name} draws conversations without end: give limit")
-        return Conversations(limit, lambda index: _drawn(split, index, seed, name))
+        return Conversations(limit, partial(_drawn, name, split, seed))
     path = Path(name).expanduser()
     folder = Path(images).expanduser() if images else path.parent
     if not folder.is_dir():
         raise ValueError(f"images: {folder}: no such folder")
     rows = [_row(value, where, folder) for value, where in _values(path)[:limit]]
     _check_files(rows)
-    return Conversations(len(rows), lambda index: rows[index].opened())
+    return Conversations(len(rows), partial(_opened, rows))
 
 
-def _drawn(split: str, index: int, seed: int, name: str) -> Conversation:
+def _opened(rows: Sequence[Row], index: int) -> Conversation:
+    return rows[index].opened()
+
+
+def _drawn(name: str, split: str, seed: int, index: int) -> Conversation:
     item = tiny.sample(split, index, seed, DRAWN[name])
     ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
     said = {"role": "assistant", "content": [{"type": "text", "text": item.answer}]}

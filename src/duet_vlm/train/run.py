@@ -5,18 +5,49 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from duet_vlm import Handle, attach
-from duet_vlm.loading import load
-from duet_vlm.train.callbacks import BudgetCallback, ProgressCallback, RememberCallback
-from duet_vlm.train.collate import Collator
+from duet_vlm.loading import base_of, load, quiet
+from duet_vlm.models.adapter import adapter_for
+from duet_vlm.train import resume
+from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
+from duet_vlm.train.collate import IGNORED, Collator
 from duet_vlm.train.data import conversations
 from duet_vlm.train.settings import Settings
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-DEFAULTS = {"report_to": "none", "logging_steps": 10, "save_total_limit": 2, "remove_unused_columns": False, "disable_tqdm": True}
+DEFAULTS = {
+    "report_to": "none", "logging_steps": 10, "save_total_limit": 2, "remove_unused_columns": False, "disable_tqdm": True,
+    "prediction_loss_only": True, "log_level_replica": "error",
+}  # fmt: skip
+
+
+class ConversationTrainer(Trainer):
+    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), and with a projector's rate."""
+
+    projector_lr: float | None = None
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        if bool((inputs["labels"][:, 1:] != IGNORED).any()):
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        nothing = outputs.logits.float().sum() * 0  # runs backward as on every other rank
+        return (nothing, {"loss": nothing}) if return_outputs else nothing
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if fresh and self.projector_lr is not None:
+            apart = {id(weight) for weight in adapter_for(self.model).projector().parameters()}
+            for group in list(optimizer.param_groups):
+                mine = [weight for weight in group["params"] if id(weight) in apart]
+                group["params"] = [weight for weight in group["params"] if id(weight) not in apart]
+                if mine:
+                    optimizer.add_param_group({**group, "params": mine, "lr": self.projector_lr})
+        return optimizer
 
 
 def arguments(settings: Settings) -> TrainingArguments:
@@ -27,62 +58,96 @@ def arguments(settings: Settings) -> TrainingArguments:
     ValueError
         A name that TrainingArguments does not know, or a value it refuses.
     """
+    here = {"dataloader_pin_memory": torch.accelerator.is_available(), "eval_strategy": "epoch" if settings.eval_data else "no"}
     try:
-        return TrainingArguments(**{**DEFAULTS, **settings.trainer, "output_dir": settings.out})
+        args = TrainingArguments(**{**DEFAULTS, **here, **settings.trainer, "output_dir": settings.out})
     except TypeError as error:
         raise ValueError(f"trainer: {error} (arguments of transformers.TrainingArguments)") from error
+    if args.label_smoothing_factor:
+        raise ValueError("trainer: label_smoothing_factor: the Trainer's smoothing does not shift labels for these models: leave it out")
+    return args
 
 
 def tuned(model: nn.Module, settings: Settings) -> nn.Module:
-    """Freeze what does not learn; with tune='lora' the adapters are added."""
-    from duet_vlm.models.adapter import adapter_for
-
+    """Freeze what does not learn, in ``frozen_dtype``; with tune='lora' the adapters are added, and the projector is saved beside them."""
     adapter = adapter_for(model)
     projector = adapter.projector()
     model.requires_grad_(False)
     if settings.tune == "lora":
         from peft import LoraConfig, get_peft_model
 
-        model = get_peft_model(model, LoraConfig(**{"target_modules": LORA_TARGETS, **settings.lora}))
-    if settings.tune == "full":
-        model.requires_grad_(True)
-        if not settings.train_vision:
-            adapter.tower().requires_grad_(False)
-    projector.requires_grad_(True)
+        (name,) = (name for name, module in model.named_modules() if module is projector)
+        model = get_peft_model(model, LoraConfig(**{"target_modules": LORA_TARGETS, "modules_to_save": [name], **settings.lora}))
+    else:
+        if settings.tune == "full":
+            model.requires_grad_(True)
+            adapter.tower().requires_grad_(settings.train_vision)
+        projector.requires_grad_(True)
+    for weight in model.parameters():
+        if not weight.requires_grad:
+            weight.data = weight.data.to(getattr(torch, settings.frozen_dtype))
     return model
 
 
 def build(settings: Settings) -> tuple[Trainer, Handle]:
     """The Trainer with the reduced model; detach the handle when done."""
     args = arguments(settings)
-    if args.label_smoothing_factor:
-        raise ValueError("trainer: label_smoothing_factor reads logits of dropped tokens, which do not exist: leave it out")
-    loaded = load(settings.model)
+    if settings.tune == "lora" and base_of(settings.model) is not None:
+        raise ValueError(f"model: {settings.model} holds adapters; new ones need a whole model under them: save it merged first")
+    data = conversations(settings.data, settings.images, settings.limit, args.seed)
+    held_out = conversations(settings.eval_data, settings.images, settings.eval_limit, args.seed, "validation") if settings.eval_data else None
+    set_seed(args.seed)  # adapters begin with random weights
+    loaded = load(settings.model, "cpu", torch.float32)  # the Trainer moves it to this process's device
     model = tuned(loaded.model, settings)
-    budgets = settings.budgets
-    handle = attach(model, settings.method, budget=budgets[-1] if budgets else None, processor=loaded.processor, **settings.settings)
-    callbacks: list[Any] = [RememberCallback(handle), ProgressCallback()]
-    if budgets:
-        callbacks.append(BudgetCallback(handle, settings))
-    trainer = Trainer(
-        model=model,
-        args=args,
-        train_dataset=conversations(settings.data, settings.images, settings.limit, args.seed),
-        data_collator=Collator(loaded.processor, settings.prompts, settings.max_length),
-        processing_class=loaded.processor,
-        callbacks=callbacks,
-    )
+    budget = settings.budgets[-1] if settings.budgets else None
+    marked = loaded.processor if settings.settings.get("text_query") == "salient" else None
+    handle = attach(model, settings.method, budget=budget, processor=marked, **settings.settings)
+    try:
+        trainer = ConversationTrainer(
+            model=model,
+            args=args,
+            train_dataset=data,
+            eval_dataset=held_out,
+            data_collator=Collator(loaded.processor, settings.prompts, settings.max_length),
+            processing_class=loaded.processor,
+            callbacks=[RememberCallback(handle), FrozenTowerCallback(), ProgressCallback(), BudgetCallback(handle, settings)],
+        )
+    except BaseException:
+        handle.detach()
+        raise
+    trainer.projector_lr = settings.projector_lr
+    trainer.remove_callback(PrinterCallback)
     return trainer, handle
 
 
-def train(settings: Settings) -> Path:
-    """Train, going on from the last checkpoint in ``out`` if there is one; returns the folder of the finished model."""
-    from transformers.trainer_utils import get_last_checkpoint
+def train(settings: Settings, restart: bool = False) -> Path:
+    """Train, going on from the last whole checkpoint in ``out`` if there is one; returns the folder of the finished model.
 
-    trainer, handle = build(settings)
+    A finished run is left as it is. ``restart`` deletes what an earlier run left in ``out``.
+
+    Raises
+    ------
+    ValueError
+        Settings or data that cannot be right, ``out`` holds a run with other settings, an image that is broken.
+    """
     out = Path(settings.out)
-    with handle:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(settings.out) if out.is_dir() else None)
+    args = arguments(settings)  # joins the other processes, if there are any
+    with args.main_process_first(local=False):
+        if args.process_index == 0:
+            resume.begin(settings, restart)
+    if resume.finished(out):
+        return out
+    trainer, handle = build(settings)
+    last = resume.last_whole(out)
+    with handle, quiet():
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except ValueError as error:  # from a data worker it comes wrapped in that worker's traceback
+            raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+        finally:
+            trainer.pop_callback(ProgressCallback).stop()
         trainer.save_model(settings.out)
+        if trainer.is_world_process_zero():
+            RememberCallback.keep(handle, out)
         trainer.save_state()
     return out

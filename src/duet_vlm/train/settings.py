@@ -44,6 +44,8 @@ class Settings:
         With tune='full': the vision tower learns as well.
     lora : dict
         Arguments of peft.LoraConfig.
+    projector_lr : float or None
+        The projector's own learning rate; default: trainer.learning_rate for everything.
     frozen_dtype : str
         Precision of weights that do not learn; those that do are float32. 'bfloat16' halves their memory and needs trainer.bf16.
     method : str
@@ -73,6 +75,7 @@ class Settings:
     tune: str = "full"
     train_vision: bool = False
     lora: Mapping[str, Any] = field(default_factory=dict)
+    projector_lr: float | None = None
     frozen_dtype: str = "float32"
     method: str = "duet"
     budget: Budget | Sequence[Budget] | None = None
@@ -84,8 +87,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in MERGED:
-            if not isinstance(getattr(self, name), Mapping):
-                raise ValueError(f"{name}: expected key: value pairs, got {getattr(self, name)!r}")
+            _pairs(name, getattr(self, name))
         for name in ("data", "eval_data"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
@@ -160,8 +162,14 @@ def settings_from(recipe: str | None = None, config: Path | None = None, options
         for key, value in layer.items():
             if key not in known:
                 raise ValueError(f"unknown setting {key!r}; known: {', '.join(sorted(known))}")
-            merged[key] = {**merged.get(key, {}), **value} if key in MERGED and isinstance(value, Mapping) else value
+            merged[key] = {**merged.get(key, {}), **_pairs(key, value)} if key in MERGED else value
     return Settings(**merged)
+
+
+def _pairs(name: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: expected key: value pairs, got {value!r}")
+    return value
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""YAML as people write it for training runs: 1e-3 is a number, and a file is a mapping of settings."""
+"""YAML as people write it for training runs: 1e-3 is a number, ``no`` is a word, and a file is a mapping of settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 NUMBER = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")
+TRUTH = re.compile(r"(true|True|TRUE|false|False|FALSE)$")
+BOOL = "tag:yaml.org,2002:bool"
 
 
 def mapping(text: str, name: str) -> Mapping[str, Any]:
@@ -46,11 +48,14 @@ def written(values: Mapping[str, Any]) -> str:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader with the numbers of YAML 1.2; a class of our own, so that nobody else's loader changes."""
+    """PyYAML's safe loader with numbers and truth values as in YAML 1.2; a class of our own, so that nobody else's loader changes."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        yaml_implicit_resolvers = {
+            first: [(tag, rule) for tag, rule in rules if tag != BOOL] for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
 
+    Loader.add_implicit_resolver(BOOL, TRUTH, list("tTfF"))
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+0123456789"))
     return Loader

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
+
+from duet_vlm.train.stages import Stage
 
 from ..assets import WORDS
 from ..labels import LABELS
@@ -15,10 +17,9 @@ from ..network import DECODER_LAYERS, VISUAL_TOKENS, WIDTH, decoder_config
 from ..questions import KINDS, PLURALS, questions
 from ..scenes import COLOR_NAMES, GRID, SHAPES, generator, scene
 from ..text import TOKEN
-from .optim import optimizers, rate, set_rate
+from .optim import optimizers, rate
 from .packing import Lesson, Packed, choose_patches, lesson, pack
 from .reading import Probes, Watch, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
-from .run import Run, apply
 from .starts import position_waves, start_decoder
 
 BATCH, QUESTIONS = 8, 12
@@ -87,18 +88,6 @@ def lecture(items: list[Lesson], t: float, rng: np.random.Generator) -> Packed:
     return pack(items, all_patches(len(items)), rng, late=rng.random() < 0.5)
 
 
-@torch.no_grad()
-def validate(decoder: LlamaModel, features: LabelFeatures, n: int = 32) -> dict[str, float]:
-    """Accuracy per kind on label features, all 256 tokens."""
-    rng, hits, items = np.random.default_rng(0), [], lessons("validation", 0, 0, n, QUESTIONS)
-    for i in range(0, n, 8):
-        packed = pack(items[i : i + 8], all_patches(8), rng)
-        visual = features(labels_of(items[i : i + 8], packed, 0.0, rng), packed.patches)
-        last, _ = decode(decoder, visual, packed, DECODER_LAYERS, DECODER_LAYERS)
-        hits += list(answer_loss(decoder, last, packed)[1])
-    return accuracy_by_kind(hits, items)
-
-
 def build_decoder(seed: int) -> LlamaModel:
     """The decoder at its start; plurals start as their singulars."""
     config: LlamaConfig = decoder_config()
@@ -112,35 +101,45 @@ def build_decoder(seed: int) -> LlamaModel:
     return decoder
 
 
-def train_decoder(folder: Path, seed: int, steps: int, bf16: bool, stop: int | None = None) -> None:
-    """Train the decoder for ``steps`` steps of ``BATCH`` pictures; leaves ``decoder.pt``. ``stop`` ends early, to be resumed."""
-    torch.manual_seed(seed)
-    decoder, features, probes = build_decoder(seed), LabelFeatures(), Probes()
-    features.start(decoder.embed_tokens.weight, torch.Generator().manual_seed(seed + 1))
-    modules = {"decoder": decoder, "features": features, "probes": probes}
-    named = [(f"{k}.{n}", p) for k, m in modules.items() for n, p in m.named_parameters()]
-    opts = optimizers(named, matrix=0.006, query_key=0.0015, embedding=1e-3, rest=1.5e-3)
-    run, watch = Run(folder, "decoder", modules, opts), Watch(decoder)
-    for step in range(run.resume(), min(steps, stop or steps)):
-        t, rng = step / steps, np.random.default_rng([seed, step])
-        set_rate(opts, rate(t))
-        items = lessons("train", seed + 1000, step * BATCH, BATCH, QUESTIONS, LOOKUPS if t < 0.06 else KINDS)
+class DecoderStage(Stage):
+    """Decoder, label features and probes on ``BATCH`` pictures a step."""
+
+    def __init__(self, seed: int, steps: int, bf16: bool) -> None:
+        super().__init__(seed, steps, bf16)
+        self.decoder, self.features, self.probes = build_decoder(seed), LabelFeatures(), Probes()
+        self.features.start(self.decoder.embed_tokens.weight, torch.Generator().manual_seed(seed + 1))
+        self.watch = Watch(self.decoder)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        t, rng = step / self.steps, np.random.default_rng([self.seed, step])
+        items = lessons("train", self.seed + 1000, step * BATCH, BATCH, QUESTIONS, LOOKUPS if t < 0.06 else KINDS)
         packed = lecture(items, t, rng)
         depth, cut = (8 if t < 0.35 else DECODER_LAYERS), int(rng.choice((6, 7, 9, 10)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            visual = features(labels_of(items, packed, 0.1, rng), packed.patches)
-            last, states = decode(decoder, visual, packed, depth, cut)
-        answer, hits = answer_loss(decoder, last, packed)
-        lookup, shared = attention_loss(watch, packed, depth)
-        facts = probe_loss(probes, states, packed)
         guide = min(1.0, max(0.2, (0.9 - t) / 0.4))
-        loss = answer + guide * (0.3 * lookup + 0.15 * shared + 0.1 * facts)
-        apply(loss, list(modules.values()), opts, bf16)
-        done = step + 1
-        if done % 100 == 0 or done == 10:
-            losses = {"answer": answer.item(), "lookup": lookup.item(), "shared": shared.item(), "facts": facts.item()}
-            run.log(done, **losses, **accuracy_by_kind(list(hits), items))
-        if done % 500 == 0 or done == steps:
-            run.log(done, **{f"val_{k}": v for k, v in validate(decoder, features).items()})
-        if done % run.every == 0 or done == min(steps, stop or steps):
-            run.save(done)
+        return {"items": items, "packed": packed, "labels": labels_of(items, packed, 0.1, rng), "depth": depth, "cut": cut, "guide": guide}
+
+    def forward(self, items: list[Lesson], packed: Packed, labels: Tensor, depth: int, cut: int, guide: float) -> dict[str, Any]:
+        with self.autocast():
+            last, states = decode(self.decoder, self.features(labels, packed.patches), packed, depth, cut)
+        answer, hits = answer_loss(self.decoder, last, packed)
+        lookup, shared = attention_loss(self.watch, packed, depth)
+        facts = probe_loss(self.probes, states, packed)
+        losses = {"answer": answer.item(), "lookup": lookup.item(), "shared": shared.item(), "facts": facts.item()}
+        return {"loss": answer + guide * (0.3 * lookup + 0.15 * shared + 0.1 * facts), **losses, **accuracy_by_kind(list(hits), items)}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return optimizers(self.named_parameters(), matrix=0.006, query_key=0.0015, embedding=1e-3, rest=1.5e-3)
+
+    def rate(self, step: int) -> float:
+        return rate(step / self.steps)
+
+    @torch.no_grad()
+    def validate(self, n: int = 32) -> dict[str, float]:
+        """Accuracy per kind on label features, all 256 tokens."""
+        rng, hits, items = np.random.default_rng(0), [], lessons("validation", 0, 0, n, QUESTIONS)
+        for i in range(0, n, 8):
+            packed = pack(items[i : i + 8], all_patches(8), rng)
+            visual = self.features(labels_of(items[i : i + 8], packed, 0.0, rng), packed.patches)
+            last, _ = decode(self.decoder, visual, packed, DECODER_LAYERS, DECODER_LAYERS)
+            hits += list(answer_loss(self.decoder, last, packed)[1])
+        return accuracy_by_kind(hits, items)

@@ -9,20 +9,21 @@ stays as it is, as in LLaVA's instruction tuning: what the encoder's methods see
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import LlamaModel, LlavaForConditionalGeneration
 
+from duet_vlm.train.stages import Stage
+
 from .. import load
 from ..network import DECODER_LAYERS, VISUAL_TOKENS
 from .decoder import FEW, all_patches, lessons, shorten
 from .join import BATCH, QUESTIONS, pixels_of, validate, visual_tokens
-from .optim import optimizers, rate, set_rate
-from .packing import PREFIX, pack
+from .optim import optimizers, rate
+from .packing import PREFIX, Lesson, Packed, pack
 from .reading import GUIDED_LAYERS, Watch, accuracy_by_kind, answer_loss, decode
-from .run import Run, apply
 from .starts import start_decoder
 
 
@@ -37,46 +38,44 @@ def forget(decoder: LlamaModel, seed: int) -> None:
         ours.k_proj.weight.copy_(theirs.k_proj.weight)
 
 
-def train_finish(
-    folder: Path, seed: int, steps: int, bf16: bool, stop: int | None = None, cuts: bool = True
-) -> LlavaForConditionalGeneration:
-    """Train projector and decoder of the shipped model for ``steps`` steps of ``BATCH`` pictures; leaves ``finish.pt``.
+class FinishStage(Stage):
+    """Projector and decoder of the shipped model, on ``BATCH`` pictures a step.
 
     Queries and keys move at twice the rate of joint training: many of them start from nothing. Without ``cuts`` every picture
     keeps all its tokens: a start for comparisons with models that train on fewer.
     """
-    torch.manual_seed(seed)
-    model, _ = load()
-    model.set_attn_implementation("eager")  # the faster one at this size
-    core, decoder = model.model, model.model.language_model
-    core.vision_tower.requires_grad_(False)
-    opts = optimizers(decoder.named_parameters(), matrix=0.003, query_key=0.0015, embedding=4e-4, rest=8e-4)
-    opts.append(torch.optim.AdamW(core.multi_modal_projector.parameters(), 8e-4, betas=(0.9, 0.98), weight_decay=0.01))
-    run = Run(folder, "finish", {"model": core}, opts, every=100)
-    first = run.resume()
-    if not first:
-        forget(decoder, seed)
-        run.log(0, **{f"val_{k}": v for k, v in validate(model).items()}, val_28=validate(model, keep=28)["all"])
-    for step in range(first, min(steps, stop or steps)):
-        rng = np.random.default_rng([seed, 8, step])
-        set_rate(opts, rate(step / steps, flat=0.5))
-        items = lessons("train", seed + 4000, step * BATCH, BATCH, QUESTIONS)
-        short = cuts and rng.random() < 0.5
-        packed = shorten(items, int(rng.choice(FEW)), rng) if short else pack(items, all_patches(BATCH), rng)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            visual = visual_tokens(model, pixels_of(items))[0]
-            kept = visual[torch.arange(BATCH)[:, None], packed.patches]
-            last, _ = decode(decoder, kept, packed, DECODER_LAYERS, DECODER_LAYERS)
-        loss, hits = answer_loss(decoder, last, packed)
-        apply(loss, [decoder, core.multi_modal_projector], opts, bf16)
-        done = step + 1
-        if done % 50 == 0:
-            run.log(done, tokens=packed.patches.shape[1], answer=loss.item(), **accuracy_by_kind(list(hits), items))
-        if done % 400 == 0 or done == steps:
-            run.log(done, **{f"val_{k}": v for k, v in validate(model).items()}, val_28=validate(model, keep=28)["all"])
-        if done % run.every == 0 or done == min(steps, stop or steps):
-            run.save(done)
-    return model
+
+    def __init__(self, seed: int, steps: int, bf16: bool, cuts: bool = True) -> None:
+        super().__init__(seed, steps, bf16)
+        model, _ = load()
+        model.set_attn_implementation("eager")  # the faster one at this size
+        self.core, self.cuts = model.model, cuts
+        self.core.vision_tower.requires_grad_(False)
+        forget(self.core.language_model, seed)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        rng = np.random.default_rng([self.seed, 8, step])
+        items = lessons("train", self.seed + 4000, step * BATCH, BATCH, QUESTIONS)
+        short = self.cuts and rng.random() < 0.5
+        return {"items": items, "packed": shorten(items, int(rng.choice(FEW)), rng) if short else pack(items, all_patches(BATCH), rng)}
+
+    def forward(self, items: list[Lesson], packed: Packed) -> dict[str, Any]:
+        with self.autocast():
+            visual = visual_tokens(self.core, pixels_of(items))[0]
+            kept = visual[torch.arange(len(items))[:, None], packed.patches]
+            last, _ = decode(self.core.language_model, kept, packed, DECODER_LAYERS, DECODER_LAYERS)
+        loss, hits = answer_loss(self.core.language_model, last, packed)
+        return {"loss": loss, "tokens": packed.patches.shape[1], "answer": loss.item(), **accuracy_by_kind(list(hits), items)}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        opts = optimizers(self.core.language_model.named_parameters(), matrix=0.003, query_key=0.0015, embedding=4e-4, rest=8e-4)
+        return [*opts, torch.optim.AdamW(self.core.multi_modal_projector.parameters(), 8e-4, betas=(0.9, 0.98), weight_decay=0.01)]
+
+    def rate(self, step: int) -> float:
+        return rate(step / self.steps, flat=0.5)
+
+    def validate(self) -> dict[str, float]:
+        return {**validate(self.core), "28": validate(self.core, keep=28)["all"]}
 
 
 @torch.no_grad()
@@ -97,7 +96,7 @@ def looks(model: LlavaForConditionalGeneration, n: int = 48) -> dict[str, list]:
     for i in range(0, n, BATCH):
         part = items[i : i + BATCH]
         packed = pack(part, all_patches(len(part)), rng)
-        decode(decoder, visual_tokens(model, pixels_of(part))[0], packed, DECODER_LAYERS, DECODER_LAYERS)
+        decode(decoder, visual_tokens(model.model, pixels_of(part))[0], packed, DECODER_LAYERS, DECODER_LAYERS)
         needed = packed.answer_sees.any(2)  # (B, Q, 256)
         picture, asked = needed.any(-1).nonzero().T
         shown, rows = needed[picture, asked].float(), PREFIX + VISUAL_TOKENS + packed.answer_rows[picture, asked]

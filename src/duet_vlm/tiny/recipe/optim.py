@@ -88,11 +88,3 @@ def rate(progress: float, warm: float = 0.02, flat: float = 0.5) -> float:
     if progress < warm:
         return progress / warm + 0.02
     return 1.0 if progress < flat else max(0.02, (1 - progress) / (1 - flat))
-
-
-def set_rate(opts: list[torch.optim.Optimizer], factor: float) -> None:
-    """Scale every group's own learning rate."""
-    for opt in opts:
-        for group in opt.param_groups:
-            group.setdefault("full_lr", group["lr"])
-            group["lr"] = group["full_lr"] * factor

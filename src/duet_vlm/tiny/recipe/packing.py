@@ -200,7 +200,7 @@ def pack(items: list[Lesson], patches: np.ndarray, rng: np.random.Generator, spr
         mention_rows=torch.tensor([m[:2] for m in mentions]),
         mention_sees=torch.from_numpy(looks),
         mention_facts=torch.tensor(facts),
-        count_rows=torch.tensor([mentions[m][:2] for m in counted]).view(-1, 2),
+        count_rows=torch.tensor([mentions[m][:2] for m in counted], dtype=torch.int64).view(-1, 2),
         count_sees=torch.from_numpy(centers),
         pair_facts=torch.tensor([[_pair(item, q) for q in item.questions] for item in items]),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
+from duet_vlm.train.stages import Stage
+
 from ..labels import LABELS, PRESENCE, patch_labels, presence
 from ..network import FEATURE_LAYER, WIDTH, tower_config
 from ..render import render
 from ..scenes import GRID, scene
-from .optim import optimizers, rate, set_rate
-from .run import Run, apply
+from .optim import optimizers, rate
 from .starts import start_tower
 
 BATCH = 8
@@ -106,7 +107,7 @@ def tower_loss(tower: CLIPVisionModel, heads: Heads, pixels: Tensor, targets: Ta
     return dense, seen, accuracy
 
 
-def batch(split: str, seed: int, first: int, n: int, dense: float = 0.0, plain: float = 0.0) -> tuple[Tensor, Targets]:
+def draw(split: str, seed: int, first: int, n: int, dense: float = 0.0, plain: float = 0.0) -> tuple[Tensor, Targets]:
     """Pictures ``first`` to ``first + n`` of a stream; the first ``dense`` share of them crowded."""
     scenes = [scene(split, seed, first + i, dense=i < round(dense * n)) for i in range(n)]
     pixels = to_pixels([render(s, plain) for s in scenes])
@@ -114,33 +115,33 @@ def batch(split: str, seed: int, first: int, n: int, dense: float = 0.0, plain: 
     return pixels, Targets(labels, torch.from_numpy(np.stack([presence(s) for s in scenes])))
 
 
-@torch.no_grad()
-def validate(tower: CLIPVisionModel, heads: Heads, n: int = 48) -> dict[str, float]:
-    """Accuracy per label on validation pictures with full clutter."""
-    parts = [tower_loss(tower, heads, *batch("validation", 0, i, 24))[2] for i in range(0, n, 24)]
-    return {k: round(float(np.mean([p[k] for p in parts])), 3) for k in parts[0]}
+class TowerStage(Stage):
+    """Tower and read-outs on ``BATCH`` pictures a step: first plain and crowded ones, later with full clutter."""
 
+    def __init__(self, seed: int, steps: int, bf16: bool) -> None:
+        super().__init__(seed, steps, bf16)
+        self.tower, self.heads = CLIPVisionModel(tower_config("eager")), Heads()
+        start_tower(self.tower, torch.Generator().manual_seed(seed))
 
-def train_tower(folder: Path, seed: int, steps: int, bf16: bool, stop: int | None = None) -> None:
-    """Train the tower for ``steps`` steps of ``BATCH`` pictures; leaves ``tower.pt``. ``stop`` ends early, to be resumed."""
-    torch.manual_seed(seed)
-    tower, heads = CLIPVisionModel(tower_config("eager")), Heads()
-    start_tower(tower, torch.Generator().manual_seed(seed))
-    named = [*tower.named_parameters(prefix="tower"), *heads.named_parameters(prefix="heads")]
-    opts = optimizers(named, matrix=0.006, query_key=0.0015, embedding=2e-4, rest=1.5e-3)
-    run = Run(folder, "tower", {"tower": tower, "heads": heads}, opts)
-    for step in range(run.resume(), min(steps, stop or steps)):
-        t = step / steps
-        set_rate(opts, rate(t))
+    def batch(self, step: int) -> dict[str, Any]:
+        t = step / self.steps
         plain = 1.0 if t < 0.08 else max(0.0, 1 - (t - 0.08) / 0.32)
-        pixels, targets = batch("train", seed, step * BATCH, BATCH, 0.75 if t < 0.6 else 0.4, plain)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            dense, seen, accuracy = tower_loss(tower, heads, pixels, targets)
-        apply(dense + 2 * seen, [tower, heads], opts, bf16)
-        done = step + 1
-        if done % 100 == 0 or done == 10:
-            run.log(done, loss=dense.item(), seen=seen.item(), **{k: round(v, 2) for k, v in accuracy.items()})
-        if done % 500 == 0 or done == steps:
-            run.log(done, **{f"val_{k}": v for k, v in validate(tower, heads).items()})
-        if done % run.every == 0 or done == min(steps, stop or steps):
-            run.save(done)
+        pixels, targets = draw("train", self.seed, step * BATCH, BATCH, 0.75 if t < 0.6 else 0.4, plain)
+        return {"pixels": pixels, "targets": targets}
+
+    def forward(self, pixels: Tensor, targets: Targets) -> dict[str, Any]:
+        with self.autocast():
+            dense, seen, accuracy = tower_loss(self.tower, self.heads, pixels, targets)
+        return {"loss": dense + 2 * seen, "dense": dense.item(), "seen": seen.item(), **{k: round(v, 2) for k, v in accuracy.items()}}
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return optimizers(self.named_parameters(), matrix=0.006, query_key=0.0015, embedding=2e-4, rest=1.5e-3)
+
+    def rate(self, step: int) -> float:
+        return rate(step / self.steps)
+
+    @torch.no_grad()
+    def validate(self, n: int = 48) -> dict[str, float]:
+        """Accuracy per label on validation pictures with full clutter."""
+        parts = [tower_loss(self.tower, self.heads, *draw("validation", 0, i, 24))[2] for i in range(0, n, 24)]
+        return {k: round(float(np.mean([p[k] for p in parts])), 3) for k in parts[0]}

@@ -1,0 +1,107 @@
+"""``duet-vlm train``: transformers' own Trainer with fewer visual tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.options import Debug, budget_of, settings_of
+from duet_vlm.train.settings import TUNED, Settings, recipes, settings_from
+
+NEEDED = ("accelerate", "yaml")  # of the extra 'train', in every run
+EPILOG = "\n\n".join(["Recipes:", *(f"{name}: {said}." for name, said in recipes().items())])
+
+Text = str | None
+
+
+def train(
+    recipe: Annotated[Text, typer.Option("--recipe", help="Settings by name, see below.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A YAML file of settings, over the recipe's.")] = None,
+    model: Annotated[Text, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help="LLaVA or chat JSON, JSON lines, 'tiny' or 'tiny-crowded'; repeat it for several.")
+    ] = None,
+    images: Annotated[Text, typer.Option("--images", help="Folder that image paths are relative to; default: that of the data.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N conversations of each source.")] = None,
+    tune: Annotated[Text, typer.Option("--tune", help=f"What learns: {', '.join(TUNED)} (lora: and the projector).")] = None,
+    method: Annotated[Text, typer.Option("--method", help="Name of a method, see 'duet-vlm methods'; 'none' trains the full model.")] = None,
+    budget: Annotated[
+        Text, typer.Option("--budget", "-b", help="As elsewhere (64, 0.22, 22%); several with commas between: every step draws one.")
+    ] = None,
+    schedule: Annotated[Text, typer.Option("--schedule", help="Drops inside the decoder, e.g. '((16, .5), (24, 0.0))'.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")] = None,
+    anneal_from: Annotated[
+        Text, typer.Option("--anneal-from", help="Begin with this fraction of the tokens and fall to --budget (a fraction too).")
+    ] = None,
+    anneal_until: Annotated[float | None, typer.Option("--anneal-until", help="Share of the steps at which --budget is reached.")] = None,
+    out: Annotated[Text, typer.Option("--out", help="Folder for checkpoints, logs and the trained model.")] = None,
+    trainer: Annotated[
+        list[str] | None,
+        typer.Option("--trainer", metavar="KEY=VALUE", help="An argument of transformers.TrainingArguments, e.g. learning_rate=1e-4."),
+    ] = None,
+    print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as YAML (for --config) and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Delete the checkpoints of an earlier run in --out and begin anew.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model under the reduction it will run with. The checkpoint remembers it.
+
+    Start the same command again after a kill and it goes on from the last checkpoint. On several GPUs:
+    'accelerate launch -m duet_vlm.cli.main train ...'.
+    """
+    with friendly(debug):
+        missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ValueError(f"training needs {', '.join(missing)}: pip install 'duet-vlm[train]'")
+        given: dict[str, Any] = {
+            "model": model, "data": data, "images": images, "limit": limit, "tune": tune, "method": method, "out": out,
+            "budget": _budgets(budget), "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until,
+            "settings": settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None), "trainer": _arguments(trainer),
+        }  # fmt: skip
+        settings = settings_from(recipe, config, {name: value for name, value in given.items() if value is not None})
+        if print_config:
+            from duet_vlm.train.yaml_text import written
+
+            typer.echo(written(settings.to_dict()), nl=False)
+            return
+        _train(settings, restart)
+
+
+def _train(settings: Settings, restart: bool) -> None:
+    from duet_vlm.train import resume
+    from duet_vlm.train.run import train as run
+
+    first = os.environ.get("RANK", "0") == "0"
+    done = resume.finished(Path(settings.out)) and not restart
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning if first else Warning)  # only the first process speaks
+        out = run(settings, restart)
+    if first and done:
+        typer.echo(f"{out} is finished already (--restart trains anew)")
+    elif first:
+        typer.echo(f"trained: {out}\nnext: duet-vlm run --model {out} --image FILE --prompt TEXT")
+
+
+def _budgets(text: str | None) -> Any:
+    if text is None:
+        return None
+    found = [budget_of(part) for part in text.split(",")]
+    return found[0] if len(found) == 1 else found
+
+
+def _arguments(pairs: list[str] | None) -> dict[str, Any]:
+    """``key=value`` pairs; a value is read as YAML reads it."""
+    from duet_vlm.train.yaml_text import scalar
+
+    found = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key.strip().isidentifier():
+            raise ValueError(f"--trainer {pair}: write it as key=value")
+        found[key.strip()] = scalar(value)
+    return found

@@ -1,0 +1,97 @@
+"""A folder that training can go on in: its settings, its checkpoints, and whether it is finished."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from duet_vlm.train.settings import Settings, settings_from
+from duet_vlm.train.yaml_text import written
+
+SETTINGS, STATE = "train.yaml", "trainer_state.json"
+UNFINISHED = f"{STATE}, which is written last, cannot be read"
+
+
+def begin(settings: Settings, restart: bool) -> None:
+    """Claim the folder ``settings.out``; with ``restart`` what an earlier run left there is deleted first.
+
+    Raises
+    ------
+    ValueError
+        If it holds a run with other settings; the settings that differ are named.
+    """
+    out = Path(settings.out)
+    file = out / SETTINGS
+    if restart:
+        for old in (file, out / STATE):
+            old.unlink(missing_ok=True)
+        for folder in checkpoints(out):
+            shutil.rmtree(folder)
+    if file.exists() and (finished(out) or checkpoints(out)):  # a run that never came to a checkpoint may be corrected
+        before, now = _flat(settings_from(config=file).to_dict()), _flat(settings.to_dict())
+        differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if differ:
+            raise ValueError(f"{out} holds a run with other settings ({', '.join(differ)}): choose another --out, or --restart to replace it")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(written(settings.to_dict()))
+
+
+def finished(out: Path) -> bool:
+    """Whether a run came to its end here: its last act is to write the Trainer's state beside the model."""
+    return (out / STATE).is_file()
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    found = [path for path in out.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.split("-")[1]), reverse=True)
+
+
+def last_whole(out: Path) -> Path | None:
+    """The newest checkpoint that can be read; a newer one that a kill or a full disk left damaged is passed over with a warning.
+
+    Raises
+    ------
+    ValueError
+        If checkpoints were written to their end and none of them can be read.
+    """
+    lost = []
+    for path in checkpoints(out):
+        damage = damaged(path)
+        if damage is None:
+            return path
+        warnings.warn(f"{path} is damaged ({damage}): going on from what was there before it", stacklevel=2)
+        lost += [path] if damage != UNFINISHED else []
+    if lost:
+        raise ValueError(f"{out}: none of its checkpoints can be read ({', '.join(p.name for p in lost)}): --restart begins anew")
+    return None
+
+
+def damaged(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if every file of a kind we know is whole. Headers are read, not weights."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((checkpoint / STATE).read_text())  # written last
+    except (OSError, ValueError):
+        return UNFINISHED
+    for file in sorted(checkpoint.rglob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{file.name} is incomplete"
+    for file in sorted([*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]):
+        if not zipfile.is_zipfile(file):  # the directory of a zip file is at its end
+            return f"{file.name} is incomplete"
+    return None
+
+
+def _flat(values: Any, name: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {name: values}
+    return {key: value for part, inner in values.items() for key, value in _flat(inner, f"{name}.{part}" if name else part).items()}
