@@ -126,10 +126,6 @@ def check_trainer(folder: Path) -> None:
         assert farthest(weights(saved), after, before) < 1e-3
 
 
-def test_ddp(tmp_path: Path) -> None:
-    run("ddp.yaml", [Scenario("llava", "before", "trained", "none"), Scenario("llava", "after", "frozen", "model")], tmp_path, "MULTI_CPU")
-
-
 def test_fsdp2(tmp_path: Path) -> None:
     ways = (("before", "trained", "none"), ("after", "frozen", "model"), ("after", "trained", "plugin"))
     run("fsdp2_llava.yaml", [Scenario("llava", *way) for way in ways], tmp_path, "FSDP")

@@ -224,6 +224,17 @@ def test_a_real_kill_costs_nothing_but_time(start: Path, uninterrupted: bytes, t
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == uninterrupted
 
 
+@pytest.mark.parametrize("tune", ["full", "projector"])
+def test_a_whole_model_goes_on_from_its_checkpoint(start: Path, tmp_path: Path, tune: str) -> None:
+    """The stock Trainer would go on from the weights it was given: it does not know the key names that it saved."""
+    chosen = {name: settings(start, tmp_path / name, tune=tune, budget=(0.9, 0.25, 0.5)) for name in ("whole", "killed")}
+    train(chosen["whole"])
+    killed_after(5, chosen["killed"])
+    train(chosen["killed"])
+    whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in chosen)
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
 def test_a_damaged_checkpoint_is_passed_over(start: Path, uninterrupted: bytes, tmp_path: Path) -> None:
     chosen = settings(start, tmp_path, **MIXED)
     killed_after(5, chosen)

@@ -368,7 +368,7 @@ def test_lora_gradients(family: str, order: str) -> None:
     assert all(w.grad is None for name, w in found.items() if "lora" not in name)
 
 
-@ORDERS
+@pytest.mark.parametrize("order", ["lora first", pytest.param("attach first", marks=pytest.mark.slow)])
 def test_lora_through_the_trainer_is_saved_loaded_and_merged(order: str, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     core = build("llava")
@@ -421,7 +421,7 @@ def test_projector_trained_in_full_beside_lora() -> None:
         lora(core, modules_to_save=["multi_modal_projector"])
 
 
-@TWO_FAMILIES
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_frozen_bf16_base(family: str, tmp_path: Path) -> None:
     """QLoRA's set-up without its 4-bit weights: a frozen base in bf16, adapters in float32, autocast, re-entrant checkpointing of layers
     whose inputs are made to require gradients. The same run without checkpointing is the reference."""

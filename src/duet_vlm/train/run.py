@@ -89,15 +89,20 @@ def tuned(model: nn.Module, settings: Settings) -> nn.Module:
     return model
 
 
-def build(settings: Settings) -> tuple[Trainer, Handle]:
-    """The Trainer with the reduced model; detach the handle when done."""
+def build(settings: Settings, checkpoint: Path | None = None) -> tuple[Trainer, Handle]:
+    """The Trainer with the reduced model; detach the handle when done.
+
+    To go on from a ``checkpoint`` of a whole model it is loaded like any model: the Trainer's own loading passes over the key names that
+    ``save_pretrained`` writes for these families (transformers issue 43701) and would go on from the start. Adapters it does load.
+    """
     args = arguments(settings)
     if settings.tune == "lora" and base_of(settings.model) is not None:
         raise ValueError(f"model: {settings.model} holds adapters; new ones need a whole model under them: save it merged first")
     data = conversations(settings.data, settings.images, settings.limit, args.seed)
     held_out = conversations(settings.eval_data, settings.images, settings.eval_limit, args.seed, "validation") if settings.eval_data else None
     set_seed(args.seed)  # adapters begin with random weights
-    loaded = load(settings.model, "cpu", torch.float32)  # the Trainer moves it to this process's device
+    source = settings.model if checkpoint is None or settings.tune == "lora" else str(checkpoint)
+    loaded = load(source, "cpu", torch.float32)  # the Trainer moves it to this process's device
     model = tuned(loaded.model, settings)
     budget = settings.budgets[-1] if settings.budgets else None
     marked = loaded.processor if settings.settings.get("text_query") == "salient" else None
@@ -137,8 +142,8 @@ def train(settings: Settings, restart: bool = False) -> Path:
             resume.begin(settings, restart)
     if resume.finished(out):
         return out
-    trainer, handle = build(settings)
     last = resume.last_whole(out)
+    trainer, handle = build(settings, last)
     with handle, quiet():
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
