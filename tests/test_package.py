@@ -22,6 +22,7 @@ NEEDED = [
     "duet_vlm/tiny/weights/tokenizer.json",
     "duet_vlm/tiny/weights/processor_config.json",
     "duet_vlm/tiny/weights/chat_template.jinja",
+    "duet_vlm/train/recipes/tiny.yaml",
     "duet_vlm/tiny/demo/questions.json",
     "duet_vlm/tiny/demo/scene_1.png",
     "duet_vlm/evaluate/report/page.html.j2",
