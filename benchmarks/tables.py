@@ -60,8 +60,6 @@ def speed() -> str:
 
 def train_step() -> str:
     """One table per shape: the plain step, then each reduced one with its ratio, what FLOPs promise, and the stages."""
-    if not (RESULTS / "train_step.json").exists():
-        return "Not measured yet."
     head = ["step", "ms", "of plain (95 % interval)", "by FLOPs", "vision ms", "decoder ms", "backward ms", "optimiser ms"]
     head += ["activations MiB", "peak memory MiB"]
     shapes: dict[str, dict[str, list[str]]] = {}
