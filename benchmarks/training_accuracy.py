@@ -7,6 +7,7 @@ answers in comparison/training/TASK/results. What is finished is skipped, so sev
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,6 @@ def train(config: str, seed: int) -> None:
     from duet_vlm.train.settings import settings_from
 
     out = OUT / f"{config}-{seed}"
-    if (out / "model.safetensors").exists():
-        return
     run(settings_from(config=HOME / "configs" / f"{config}.yaml", options={"out": str(out), "trainer": {"seed": seed}}))
 
 
@@ -42,7 +41,7 @@ def evaluate(config: str, seed: int, workers: str) -> None:
             command = [str(Path(sys.executable).parent / "duet-vlm"), "eval", "--model", f"out/training/{config}-{seed}", "--methods", method]
             command += ["--budgets", budgets, "--tasks", task, "--seeds", "0,1,2", "--limit", str(limit), "--timing-rounds", "0"]
             command += ["--workers", workers, "--against", method, "--name", name, "--out", str(HOME)]
-            subprocess.run(command, check=True, cwd=ROOT)
+            subprocess.run(command, check=True)
 
 
 def main() -> None:
@@ -52,6 +51,7 @@ def main() -> None:
     parser.add_argument("--evaluate", action="store_true", help="after training, ask")
     parser.add_argument("--workers", default="2", help="processes that answer")
     args = parser.parse_args()
+    os.chdir(ROOT)  # the configs name the start by its place in the repository
     for seed in map(int, args.seeds.split(",")):
         for config in args.configs.split(","):
             train(config, seed)

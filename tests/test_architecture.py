@@ -20,6 +20,7 @@ ARROWS = {
     "budget": set(),
     "text": set(),
     "hooks": set(),
+    "checks": {"budget", "models", "reducer"},
     "reducer": {"budget", "tokens"},
     "registry": {"reducer"},
     "measure": {"budget", "tokens"},
@@ -28,7 +29,7 @@ ARROWS = {
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},
     "presets": {"budget", "methods", "reducer"},
     "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
-    "attach": {"budget", "flow", "hooks", "measure", "memory", "models", "reducer", "registry", "tokens"},
+    "attach": {"budget", "checks", "flow", "hooks", "measure", "memory", "models", "reducer", "registry", "tokens"},
 }
 USERS = {"cli", "evaluate", "loading", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

@@ -100,7 +100,7 @@ def predicted(family: str, adapter: Adapter, handle: duet_vlm.Handle | None, tra
     queries = {"all": question, "last": 1}[getattr(method, "text_query", "all")]
     example = Example(
         text, (plan,), queries=queries if asks else 0, signals=plan.merges and bool(getattr(method, "signals", ())),
-        projects_all=getattr(method, "reads_projected", False),
+        projects_all=handle is not None and handle.projects_all,
     )  # fmt: skip
     unread = 0 if FAMILIES[family].mrope else 1
     return step_flops(adapter.decoder_shape(), adapter.vision_shape(), [example] * len(ROWS), trained, unread)

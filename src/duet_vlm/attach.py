@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import inspect
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from duet_vlm import registry
 from duet_vlm.budget import Budget, SpanPlan, check_budget
+from duet_vlm.checks import check, signal_layer, with_fields
 from duet_vlm.flow import compat
 from duet_vlm.flow.align import align
 from duet_vlm.flow.arrival import adopt, look
@@ -36,8 +35,6 @@ from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tokens import SpanTrace
 
 PASS = "duet_vlm_pass"  # keyword that carries the running pass from the decoder stack to its layers, recomputation included
-
-ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -98,12 +95,12 @@ class Handle:
             As ``attach``; the old settings then stay in force.
         """
         self._check_attached()
-        reducer = _with_fields(self.reducer, fields) if fields else self.reducer
+        reducer = with_fields(self.reducer, fields) if fields else self.reducer
         budget = self.budget if isinstance(budget, EllipsisType) else budget
         check_budget(budget)
         plan = self._planner(reducer, budget)
-        _check(self.adapter, reducer, plan, self._processor, budget)
-        if _signal_layer(reducer) != _signal_layer(self.reducer):
+        check(self.adapter, reducer, plan, self._processor, budget)
+        if signal_layer(reducer) != signal_layer(self.reducer):
             raise ValueError("signal_layer cannot change while attached: detach and attach again")
         self.reducer, self.budget, self._plan = reducer, budget, plan
         return self
@@ -329,15 +326,15 @@ def attach(
         method, fields = known["method"], known["settings"] | fields
         budget = known["budget"] if budget is None else budget
     if isinstance(method, str):
-        reducer = _with_fields(registry.get(method), fields)
+        reducer = with_fields(registry.get(method), fields)
     elif isinstance(method, Reducer):
-        reducer = _with_fields(method, fields)
+        reducer = with_fields(method, fields)
     else:
         raise TypeError(f"method must be a name or a Reducer instance, got {method!r}")
     if core in _attached:
         raise ValueError("a reducer is attached to this model already: detach() its handle first, or change it with handle.set(...)")
     handle = Handle(adapter_for(model), reducer, budget, processor, align)
-    _check(handle.adapter, reducer, handle.plan, processor, budget)
+    check(handle.adapter, reducer, handle.plan, processor, budget)
     try:
         handle._install()
     except BaseException:
@@ -353,52 +350,3 @@ def remember(handle: Handle) -> None:
     It stays there when the handle is detached; ``del model.config.duet_vlm`` takes it out.
     """
     setattr(handle.adapter.model.config, KEY, record(handle.reducer, handle.budget))
-
-
-def _with_fields(method: type[Reducer] | Reducer, fields: dict[str, Any]) -> Reducer:
-    cls = method if isinstance(method, type) else type(method)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"{cls.name} has no setting {name!r}; its settings: {', '.join(known)}")
-    return method(**fields) if isinstance(method, type) else dataclasses.replace(method, **fields)
-
-
-def _signal_layer(reducer: Reducer) -> tuple[Any, ...]:
-    return (getattr(reducer, "signal_layer", None), getattr(reducer, "cls_token", None))
-
-
-def _check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], processor: Any, budget: Budget | None) -> None:
-    """Everything that can be known to be wrong before a call."""
-    if reducer.positions == "compact" and adapter.mrope:
-        raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
-    if isinstance(reducer, EncoderReducer):
-        if reducer.cls_token:
-            adapter.cls_module()
-            if adapter.feeds_cls:
-                raise ValueError("cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')")
-        if reducer.signal_layer is not None:
-            try:
-                adapter.vision_attention(reducer.signal_layer)
-            except IndexError:
-                raise ValueError(f"signal_layer={reducer.signal_layer}: this vision tower has no such layer") from None
-    if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient":
-        if processor is None:
-            warnings.warn(
-                "text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.text.salient_mask)", stacklevel=3
-            )
-        elif not hasattr(processor, "tokenizer"):
-            raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
-    if adapter.fixed_tokens is not None:
-        _check_counts(adapter.fixed_tokens, reducer)
-        plan(adapter.fixed_tokens)
-    elif budget is None:
-        plan(ANY_SIZE)  # layers out of range are wrong for every image; budgets wait for the image's size
-
-
-def _check_counts(tokens: int, reducer: Reducer) -> None:
-    """Asking for more tokens than a fixed tower makes is a mistake in the settings."""
-    for name in ("dominant", "contextual", "entry", "keep"):
-        value = getattr(reducer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > tokens + getattr(reducer, "cls_token", False):
-            raise ValueError(f"{name}={value}: this model's images have {tokens} visual tokens")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from duet_vlm.memory import KEY
+
 if TYPE_CHECKING:
     import torch
 
@@ -130,8 +132,8 @@ def _merged(model: Any, adapters: Path, config: Any) -> Any:
     if not (adapters / "adapter_model.safetensors").is_file():
         raise ValueError("adapters are read from adapter_model.safetensors only, which is missing")
     model = PeftModel.from_pretrained(model, adapters).merge_and_unload()
-    if hasattr(config, "duet_vlm"):  # the reduction they were trained with
-        model.config.duet_vlm = config.duet_vlm
+    if hasattr(config, KEY):  # the reduction they were trained with
+        setattr(model.config, KEY, getattr(config, KEY))
     return model
 
 

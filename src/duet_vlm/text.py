@@ -115,9 +115,8 @@ def _salient_columns(tokenizer: Any, prompt: str, tokens: list[int], image: int 
     columns, offsets = columns_of(tokenizer, prompt, tokens, {image, tokenizer.pad_token_id})
     if not columns:
         return []
-    source = tokenizer(prompt, return_offsets_mapping=True)
-    images = [end for token, (_, end) in zip(source["input_ids"], source["offset_mapping"], strict=True) if token == image]
-    start = max(images, default=0)
+    place = None if image is None else tokenizer.convert_ids_to_tokens(image)
+    start = 0 if place is None or place not in prompt else prompt.rindex(place) + len(place)
     spans = [(start + a, start + b) for a, b in content_words(prompt[start:])]
     chosen = [c for c, (first, end) in zip(columns, offsets, strict=True) if any(a < end and first < b for a, b in spans)]
     return [*chosen, columns[-1]]

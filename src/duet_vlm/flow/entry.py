@@ -181,8 +181,12 @@ def _order(sample: int, queues: dict[str, list[tuple[Source, int]]], places: dic
     """The spans of a sample as its prompt shows them; only samples that mix streams need to look."""
     if len(queues) < 2:
         return [entry for queue in queues.values() for entry in queue]
-    begins = [(int(slots[sum(size for _, size in queue[:i])]), entry) for name, queue in queues.items()
-              for slots in [places[name][sample].nonzero()[:, 0].tolist()] for i, entry in enumerate(queue)]  # fmt: skip
+    begins = []
+    for name, queue in queues.items():
+        slots, done = places[name][sample].nonzero()[:, 0].tolist(), 0
+        for entry in queue:
+            begins.append((slots[done], entry))
+            done += entry[1]
     return [entry for _, entry in sorted(begins, key=lambda begin: begin[0])]
 
 

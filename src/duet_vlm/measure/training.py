@@ -66,7 +66,7 @@ class Example:
     signals : bool
         The method reads the tower's attention.
     projects_all : bool
-        The projector runs on every token, not only on those that enter the decoder.
+        The projector runs on every token, not only on those that enter the decoder (``Handle.projects_all``).
     """
 
     text: int
@@ -120,7 +120,7 @@ def step_flops(
         Last layers of the tower whose output nobody reads (1 for LLaVA, which takes the last but one): run forward, no gradient.
     """
     depth = decoder.layers
-    images = [(plan.tokens, _projected(vision, e, plan), e.signals) for e in examples for plan in e.plans]
+    images = [(plan.tokens, _projected(e, plan), e.signals) for e in examples for plan in e.plans]
     rows = [r for e in examples for r in e.rows(depth)]
     last = sum(e.rows(depth)[-1] for e in examples)
     head = 2 * last * decoder.hidden * decoder.vocab
@@ -153,9 +153,9 @@ def _signals(shape: VisionShape, tokens: int) -> int:
     return 2 * (shape.extra_rows or rows) * rows * shape.width
 
 
-def _projected(shape: VisionShape, example: Example, plan: SpanPlan) -> int:
-    """Rows through the projector; grid mergers run on every patch."""
-    return plan.tokens if example.projects_all or shape.patches_per_token > 1 else plan.entry
+def _projected(example: Example, plan: SpanPlan) -> int:
+    """Rows through the projector."""
+    return plan.tokens if example.projects_all else plan.entry
 
 
 def _layers(shape: VisionShape, tokens: int) -> tuple[int, int]:

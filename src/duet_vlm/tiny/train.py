@@ -90,7 +90,7 @@ def export(folder: Path, target: Path, settings: dict, stage: str = "join") -> N
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m duet_vlm.tiny.train", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/tiny"), help="folder for checkpoints, logs and the finished model (weights/)")
+    parser.add_argument("--out", type=Path, default=Path("out/tiny-from-scratch"), help="folder for checkpoints and the finished model (weights/)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS)
     parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)

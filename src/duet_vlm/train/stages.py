@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from multiprocessing import parent_process
 from pathlib import Path
@@ -23,7 +24,7 @@ from duet_vlm.train.run import DEFAULTS
 LOG, CHECK, SAVE = 50, 400, 200  # steps
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, ABC):
     """Everything that learns in one part of a recipe, what it sees, and how it moves.
 
     ``forward(**batch)`` returns ``loss`` (a scalar tensor) and numbers for the log. Building a stage seeds torch.
@@ -34,17 +35,17 @@ class Stage(nn.Module):
         self.seed, self.steps, self.bf16 = seed, steps, bf16
         torch.manual_seed(seed)
 
+    @abstractmethod
     def batch(self, step: int) -> dict[str, Any]:
         """What ``forward`` is given at ``step``: a function of nothing else."""
-        raise NotImplementedError
 
+    @abstractmethod
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Optimisers at their full learning rates."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rate(self, step: int) -> float:
         """What the learning rates are multiplied by at ``step``; the Trainer asks once more after the last."""
-        raise NotImplementedError
 
     def validate(self) -> dict[str, float]:
         """Numbers of held-out data."""
