@@ -20,16 +20,17 @@ ARROWS = {
     "budget": set(),
     "text": set(),
     "hooks": set(),
-    "checks": {"budget", "models", "reducer"},
+    "checks": {"budget", "flow", "models", "reducer"},
+    "parts": {"budget"},
     "reducer": {"budget", "tokens"},
     "registry": {"reducer"},
-    "measure": {"budget", "tokens"},
+    "measure": {"budget", "reducer", "tokens"},
     "memory": {"budget", "reducer"},
-    "models": {"measure", "ops"},
+    "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},
     "presets": {"budget", "methods", "reducer"},
     "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
-    "attach": {"budget", "checks", "flow", "hooks", "measure", "memory", "models", "reducer", "registry", "tokens"},
+    "attach": {"budget", "checks", "flow", "hooks", "measure", "memory", "models", "parts", "reducer", "registry", "tokens"},
 }
 USERS = {"cli", "evaluate", "loading", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

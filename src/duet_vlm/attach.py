@@ -31,8 +31,9 @@ from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.memory import KEY, record, remembered
 from duet_vlm.models.adapter import Adapter, adapter_for, core_of
+from duet_vlm.parts import plan_span
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
-from duet_vlm.tokens import SpanTrace
+from duet_vlm.tokens import SpanTrace, TokenMap
 
 PASS = "duet_vlm_pass"  # keyword that carries the running pass from the decoder stack to its layers, recomputation included
 
@@ -173,12 +174,17 @@ class Handle:
         depth = len(self.adapter.layers)
         return lru_cache(maxsize=1024)(lambda tokens: reducer.plan(tokens, depth, budget))
 
+    def _plan_span(self, sizes: tuple[int, ...], structure: int, each: bool) -> SpanPlan:
+        keep = getattr(self.reducer, "newline", "drop") == "keep"
+        return plan_span(self._plan, self.budget, sizes, structure, each, keep)
+
     def _active(self) -> Reducer | None:
         return None if self._paused or self._detached else self.reducer
 
     def _install(self) -> None:
         adapter, hooks = self.adapter, self._hooks
-        encoder = EncoderFlow(self.adapter, self._stacks, self._active, self._current_plan)
+        encoder = EncoderFlow(self.adapter, self._stacks, self._active, self._plan_span)
+        adapter.install(hooks, self._running)
         if isinstance(self.reducer, EncoderReducer) and self.reducer.signals:
             recorder = Recorder(adapter.vision_attention(self.reducer.signal_layer), self._stacks)
             hooks.on_undo(recorder.remove)
@@ -209,8 +215,10 @@ class Handle:
         if hasattr(adapter.model, compat.PREFILL):
             hooks.shadow(adapter.model, compat.PREFILL, whole_prompts(getattr(adapter.model, compat.PREFILL), self._active))
 
-    def _current_plan(self, tokens: int) -> SpanPlan:
-        return self._plan(tokens)
+    def _running(self) -> TokenMap | None:
+        """The rows of the decoder layer that just ran, None where they are those of the prompt."""
+        call = self._stacks.calls[-1] if self._stacks.calls else None
+        return None if call is None or call.run is None else call.run.group(call.layer).tokens
 
     def _record_cls(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stacks.encoders:
@@ -268,6 +276,8 @@ class Handle:
         step = kwargs.pop(PASS, None)
         if step is None:
             return None
+        if self._stacks.calls:
+            self._stacks.calls[-1].layer = index
         hidden = args[0] if args else kwargs.pop("hidden_states")
         return (step.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
 

@@ -30,13 +30,17 @@ class BudgetError(ValueError):
 class SpanPlan:
     """What becomes of one span of ``tokens`` visual tokens.
 
-    ``dominant`` + ``contextual`` rows enter the decoder; ``counts[l]`` rows are read by decoder layer ``l``.
+    ``dominant`` + ``contextual`` rows enter the decoder; ``counts[l]`` rows are read by decoder layer ``l``. ``structure`` of the
+    dominant rows are newlines that are kept as they are. ``parts``: (dominant, contextual) of every crop or frame, where each is reduced
+    by itself.
     """
 
     tokens: int
     dominant: int
     contextual: int
     counts: tuple[int, ...]
+    structure: int = 0
+    parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def entry(self) -> int:
@@ -50,14 +54,6 @@ class SpanPlan:
     def merges(self) -> bool:
         """Whether V2V changes anything: the span is not simply kept whole."""
         return self.contextual > 0 or self.dominant < self.tokens
-
-
-def of_content(plan: SpanPlan, content: int) -> SpanPlan:
-    """The plan of a span of which only ``content`` rows show the picture: a reduced span keeps none of the others."""
-    if not plan.merges or plan.entry <= content:
-        return plan
-    dominant = min(plan.dominant, content)
-    return SpanPlan(plan.tokens, dominant, min(plan.contextual, content - dominant), tuple(min(n, content) for n in plan.counts))
 
 
 def check_budget(budget: Budget | None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from duet_vlm.budget import Budget, SpanPlan
+from duet_vlm.flow.decoder import scoring_layers
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 
@@ -52,9 +53,9 @@ def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], p
             raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
     if adapter.fixed_tokens is not None:
         _check_counts(adapter.fixed_tokens, reducer)
-        plan(adapter.fixed_tokens)
-    elif budget is None:
-        plan(ANY_SIZE)  # layers out of range are wrong for every image; budgets wait for the image's size
+    if adapter.fixed_tokens is not None or budget is None:  # layers out of range are wrong for every image; budgets wait for its size
+        counts = plan(adapter.fixed_tokens or ANY_SIZE).counts
+        scoring_layers(adapter, reducer, [layer for layer in range(1, len(counts)) if 0 < counts[layer] < counts[layer - 1]])
 
 
 def _check_counts(tokens: int, reducer: Reducer) -> None:

@@ -34,6 +34,8 @@ POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient")
 TRAINING_TURNS = ("first", "all")
 SCORE_MASKS = ("causal", "none")
+PARTS = ("auto", "joint", "each")
+NEWLINES = ("drop", "keep")
 ROUNDINGS = ("floor", "int", "round")
 
 
@@ -44,7 +46,8 @@ class VisionView:
     ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method asked for them in ``signals``; ``valid`` [B, N];
     ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
     are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
-    for methods that ask for them (``reads_projected``).
+    for methods that ask for them (``reads_projected``). ``parts`` [B, N] is the number of the crop, tile or frame that each row shows,
+    -1 for padding and structure rows; with ``stream`` "video" parts are steps of time, all with equally many rows in the same order.
     """
 
     valid: Tensor
@@ -54,6 +57,8 @@ class VisionView:
     importance: Tensor | None = None
     keys: Tensor | None = None
     features: Tensor | None = None
+    parts: Tensor | None = None
+    stream: str = "image"
 
 
 @dataclass(frozen=True)
@@ -117,17 +122,27 @@ class EncoderReducer(Reducer):
     signal_segments : bool
         Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in
         the call, as the released Qwen2.5-VL code does under sdpa.
+    parts : str
+        "joint": all crops of an image or frames of a clip are reduced together; "each": every one by itself, within one budget, and the
+        method's own counts are per part; "auto": what the model family's documentation states.
+    newline : str
+        "drop": newline rows of packed crops leave first when their image is reduced; "keep": all of them enter, taken from the budget.
     """
 
     signals: ClassVar[frozenset[str]] = frozenset()
     reads_projected: ClassVar[bool] = False
+    reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
 
     cls_token: bool = False
     signal_layer: int | None = None
     signal_segments: bool = True
+    parts: str = "auto"
+    newline: str = "drop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("parts", self.parts, PARTS)
+        check_choice("newline", self.newline, NEWLINES)
         if self.cls_token and self.positions != "compact":
             raise ValueError(f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}")
         if self.cls_token and self.reads_projected:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.budget import SpanPlan
-from duet_vlm.flow import compat
-from duet_vlm.models.adapter import Adapter, Rotary
+from duet_vlm.flow import compat, masks
+from duet_vlm.models.adapter import LINEAR, SLIDING, Adapter, Rotary
 from duet_vlm.tokens import Span, TokenMap
 
 RUN = "_duet_vlm_run"  # attribute of the cache
@@ -65,19 +65,24 @@ class Run:
 class DecodePass:
     """One later call on a reduced prompt: a decode step, a few draft tokens, or the next turn's text."""
 
-    def __init__(self, run: Run, adapter: Adapter, cache: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, run: Run, adapter: Adapter, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
         self.run, self.adapter, self.cache = run, adapter, cache
         embeds = kwargs["inputs_embeds"]
         self.batch, self.new = embeds.shape[:2]
         self.device = embeds.device
-        self.done = int(cache.get_seq_length()) - run.group(0).width
-        self.tail = self._tail(kwargs.get("attention_mask"))
+        self.home = run.group(adapter.first_attention)  # the layers whose mask the stock code makes from what it is given here
+        self.done = int(cache.get_seq_length()) - self.home.width
+        self.tail = self._tail(kwargs.get("attention_mask") if mask is None else mask)
+        self.kinds = adapter.layer_types
+        self.window = adapter.text_model.config.sliding_window if SLIDING in self.kinds else None
+        # a window that reaches back to the first slot hides nothing
+        self.windowed = self.window is not None and run.rows + self.done + self.new > self.window
         # one query, no padding, own positions: a layer needs nothing as long as the first group's mask came out as none
-        self.quiet = self.new == 1 and run.positions == "keep" and not any(group.padded for group in run.groups)
-        self.masks: dict[int, Any] = {}
-        self.rotaries: dict[int, Rotary] = {}
+        self.quiet = self.new == 1 and run.positions == "keep" and not self.windowed and not any(group.padded for group in run.groups)
+        self.masks: dict[Any, Any] = {}
+        self.rotaries: dict[Any, Rotary] = {}
         kwargs["position_ids"] = self._positions(run.groups[0])
-        kwargs["attention_mask"] = self._mask2d(run.group(0))
+        kwargs["attention_mask"] = self._mask2d(self.home)
 
     def _tail(self, mask: Any) -> Tensor | None:
         """The part of the caller's mask that covers tokens after the prompt, None if the caller gave no mask."""
@@ -118,18 +123,38 @@ class DecodePass:
         """Give ``layer`` the mask and, with renumbered positions, the rotary table of its own group."""
         if self.quiet and kwargs.get("attention_mask") is None:  # the model itself saw that the caller's mask hides nothing
             return hidden
-        group = self.run.group(index)
-        if group is self.run.groups[0]:
-            return hidden
-        if self.run.positions == "compact":
-            if group.first_layer not in self.rotaries:
-                self.rotaries[group.first_layer] = self.adapter.rotary(hidden, self._positions(group).to(hidden.device))
-            kwargs["position_embeddings"] = self.rotaries[group.first_layer]
-        if group.first_layer not in self.masks:
-            mask = self._mask2d(group)
-            alone = mask is None and self.new == 1  # one query sees every key: no mask in any implementation
-            self.masks[group.first_layer] = (
-                None if alone else compat.decoder_mask(self.adapter.text_model.config, hidden, mask, self.cache, index)
-            )
-        kwargs["attention_mask"] = self.masks[group.first_layer]
+        group, kind = self.run.group(index), self.kinds[index]
+        if self.run.positions == "compact" and group is not self.run.groups[0]:
+            table = (group.first_layer, kind)
+            if table not in self.rotaries:
+                self.rotaries[table] = self.adapter.rotary(hidden, self._positions(group).to(hidden.device), kind)
+            kwargs["position_embeddings"] = self.rotaries[table]
+        windowed = self.windowed and kind == SLIDING
+        if kind != LINEAR and (windowed or group is not self.home):
+            key = (group.first_layer, windowed)
+            if key not in self.masks:
+                self.masks[key] = self._window_mask(group, index, hidden) if windowed else self._mask(group, index, hidden)
+            kwargs["attention_mask"] = self.masks[key]
         return hidden
+
+    def _mask(self, group: Group, index: int, hidden: Tensor) -> Any:
+        mask = self._mask2d(group)
+        alone = mask is None and self.new == 1  # one query sees every key: no mask in any implementation
+        return None if alone else compat.decoder_mask(self.adapter.text_model.config, hidden, mask, self.cache, index)
+
+    def _window_mask(self, group: Group, index: int, hidden: Tensor) -> Any:
+        """Windows reach back by slots of the prompt (rows, with renumbered positions); the cache holds the last keys only."""
+        config, keys = self.adapter.text_model.config, compat.cached_rows(self.cache, index) + self.new
+        if not compat.makes_masks(config):  # such kernels count rows themselves
+            return self._mask(group, index, hidden)
+        later = torch.arange(self.done + self.new, device=hidden.device)
+        valid = self._repeat(group.tokens.valid)
+        if self.run.positions == "compact":
+            slots, start = valid.long().cumsum(1) - 1, valid.sum(1, keepdim=True)
+        else:
+            slots, start = self._repeat(group.tokens.slot), later.new_full((self.batch, 1), self.run.rows)
+        slots = torch.cat([slots, start + later], 1)
+        mask = self._mask2d(group)
+        mask = torch.ones_like(slots, dtype=torch.bool) if mask is None else mask
+        assert self.window is not None
+        return compat.prepared_mask(config, hidden, masks.window(mask[:, -keys:], slots[:, -keys:], self.new, self.window))

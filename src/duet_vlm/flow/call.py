@@ -47,9 +47,10 @@ class Encoded:
 
 @dataclass
 class EncoderCall:
-    """Scratch of one running encoder call: what the recorder saw and what the door decided."""
+    """Scratch of one running encoder call: what the recorder saw and what the door decided. ``each``: parts are reduced one by one."""
 
     encoding: Encoding
+    each: bool = False
     recorded: list[Any] = field(default_factory=list)
     cls: Tensor | None = None
     pending: Encoded | None = None
@@ -71,6 +72,8 @@ class Call:
     salient: Tensor | None = None
     drafts: int = 0  # rows at the end that assisted decoding guessed: they are no part of the question
     input_ids: Tensor | None = None
+    mask: Tensor | None = None  # the caller's 2-D attention mask, before a family prepares others from it
+    layer: int = 0  # the decoder layer that runs
     brings_images: bool = False
     placeholders: dict[str, Tensor] = field(default_factory=dict)
     arrived: dict[str, Arrived] = field(default_factory=dict)

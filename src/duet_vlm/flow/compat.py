@@ -22,22 +22,35 @@ AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 
 
 def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:
-    """The mask that the decoder would build for one layer: ``mask`` is 2-D [B, keys] or None, sizes come from that layer's cache.
+    """The causal mask that the decoder would build for one layer: ``mask`` is 2-D [B, keys] or None, sizes come from that layer's cache.
 
     Position ids are never handed over: without a cache and mask, gaps in them would be read as packed sequences. Where padding is known
     the mask is made here, as the stock function would read the device to find it out.
     """
-    implementation = config._attn_implementation
-    if mask is not None and implementation in ("sdpa", "eager"):
+    if mask is not None and makes_masks(config):
         keys, rows = mask.shape[1], hidden.shape[1]
         place = torch.arange(keys, device=hidden.device)
-        allowed = mask.bool()[:, None, None, :] & (place <= place[keys - rows :, None])
-        if implementation == "sdpa":
-            return allowed
-        return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill_(~allowed, torch.finfo(hidden.dtype).min)
+        return prepared_mask(config, hidden, mask.bool()[:, None, None, :] & (place <= place[keys - rows :, None]))
     return create_causal_mask(
         config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer
     )
+
+
+def makes_masks(config: Any) -> bool:
+    """Whether the attention implementation takes 4-D masks."""
+    return config._attn_implementation in ("sdpa", "eager")
+
+
+def prepared_mask(config: Any, hidden: Tensor, allowed: Tensor) -> Tensor:
+    """``allowed`` [B, 1, rows, keys] bool in the form that the implementation takes."""
+    if config._attn_implementation == "sdpa":
+        return allowed
+    return torch.zeros_like(allowed, dtype=hidden.dtype).masked_fill_(~allowed, torch.finfo(hidden.dtype).min)
+
+
+def is_allowed(mask: Tensor) -> Tensor:
+    """The bool form of a prepared mask."""
+    return mask if mask.dtype == torch.bool else mask == 0
 
 
 def new_cache(config: Any) -> DynamicCache:
@@ -49,8 +62,13 @@ def is_static(cache: Any) -> bool:
 
 
 def cache_bytes(cache: Any) -> tuple[int, ...]:
-    """Bytes of keys and values per layer, read from the tensors' shapes (no device access)."""
-    return tuple(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    """Bytes of keys and values per layer, read from the tensors' shapes (no device access); a linear layer's state has neither."""
+    return tuple(layer.keys.nbytes + layer.values.nbytes if hasattr(layer, "keys") else 0 for layer in cache.layers)
+
+
+def cached_rows(cache: Any, layer: int) -> int:
+    """Keys that one layer's cache holds: sliding layers forget."""
+    return int(cache.layers[layer].keys.shape[2])
 
 
 def attention_function(module: nn.Module, implementation: str) -> AttentionFunction:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from duet_vlm.flow import compat
 from duet_vlm.flow.cache import Group, Run
 from duet_vlm.flow.encoder import check_finite
+from duet_vlm.flow.masks import cut_mask
 from duet_vlm.flow.positions import group_rotary
-from duet_vlm.models.adapter import Adapter, Rotary
-from duet_vlm.ops.ragged import pack_left, pack_right, take, take_last, take_square
+from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
+from duet_vlm.ops.ragged import pack_left, pack_right, take, take_last
 from duet_vlm.ops.score import query_attention
 from duet_vlm.reducer import DecoderReducer, Reducer, TextView
 from duet_vlm.tokens import TokenMap
@@ -34,15 +35,15 @@ class PrefillPass:
     ) -> None:
         self.run, self.adapter, self.reducer, self.cache, self.replay = run, adapter, reducer, cache, replay
         self.queries, self.asking = queries, asking
-        self.custom_mask = _is_prepared(kwargs.get("attention_mask"))
+        self.kinds = adapter.layer_types
+        self.prepared = _prepared(kwargs.get("attention_mask"))
         self.drops = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
-        before = reducer.score_before if isinstance(reducer, DecoderReducer) else 0
-        self.scored_at = {layer - before: layer for layer, keeps in self.drops.items() if any(keeps)}
+        self.scored_at = scoring_layers(adapter, reducer, [layer for layer, keeps in self.drops.items() if any(keeps)])
         run.asking = tuple(max(1, n) for n in asking)
-        run.scored_layers = tuple(self.scored_at) if isinstance(reducer, DecoderReducer) and reducer.uses_text else ()
-        self.scores: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        run.scored_layers = tuple(sorted(set(self.scored_at.values())))
+        self.scores: dict[int, Tensor] = {}
         self.dropped: dict[int, Tensor] = {}
-        self.rotaries: dict[int, Rotary] = {}
+        self.rotaries: dict[Any, Rotary] = {}
         self.masks: dict[Any, Any] = {}
 
     def _keeps_at(self, layer: int) -> list[int] | None:
@@ -56,15 +57,15 @@ class PrefillPass:
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
-        drop = self.scored_at.get(index)
-        if drop is not None and drop not in self.dropped and drop not in self.scores:
+        ranked = [drop for drop, scored in self.scored_at.items() if scored == index and drop not in self.replay]
+        if ranked and index not in self.scores:
             with torch.no_grad():
-                self.scores[drop] = self._score(index, layer, hidden, kwargs)
+                self.scores[index] = self._score(index, layer, hidden, kwargs)
         if index in self.drops:
             hidden = self._drop(index, hidden)
         group = self.run.group(index)
         if group is not self.run.groups[0]:
-            kwargs["position_embeddings"] = self._rotary(group, hidden, kwargs["position_embeddings"])
+            kwargs["position_embeddings"] = self._rotary(group, index, hidden, kwargs["position_embeddings"])
             if kwargs.get("position_ids") is not None:
                 kwargs["position_ids"] = take_last(kwargs["position_ids"], group.tokens.row.to(hidden.device))
             kwargs["attention_mask"] = self._mask(group, index, hidden, kwargs.get("attention_mask"))
@@ -72,63 +73,65 @@ class PrefillPass:
 
     # ---- what the layer is given
 
-    def _rotary(self, group: Group, hidden: Tensor, rotary: Rotary) -> Rotary:
+    def _rotary(self, group: Group, index: int, hidden: Tensor, rotary: Rotary) -> Rotary:
         if group is self.run.groups[0]:
             return rotary
-        if group.first_layer not in self.rotaries:
+        key = (group.first_layer, self.kinds[index])
+        if key not in self.rotaries:
             tokens = _to(group.tokens, rotary[0].device)
-            self.rotaries[group.first_layer] = group_rotary(self.adapter, hidden, rotary, tokens, self.run.positions)
-        return self.rotaries[group.first_layer]
+            self.rotaries[key] = group_rotary(self.adapter, hidden, rotary, tokens, self.run.positions, self.kinds[index])
+        return self.rotaries[key]
 
     def _mask(self, group: Group, index: int, hidden: Tensor, mask: Any) -> Any:
-        key = (group.first_layer, id(mask))
+        key = (group.first_layer, self.kinds[index], id(mask))
         if key not in self.masks:
             self.masks[key] = (mask, self._new_mask(group, index, hidden, mask))  # holding the key object keeps its id unique
         return self.masks[key][1]
 
     def _new_mask(self, group: Group, index: int, hidden: Tensor, mask: Any) -> Any:
         valid = group.tokens.valid.to(hidden.device)
-        if self.custom_mask:
-            cut = take_square(mask, group.tokens.row.to(mask.device))
-            unseen = ~group.tokens.valid.to(mask.device)[:, None, None, :]
-            return cut & ~unseen if cut.dtype == torch.bool else cut.masked_fill(unseen, torch.finfo(cut.dtype).min)
+        if self.kinds[index] == LINEAR:
+            return valid.long() if group.padded else None
+        if isinstance(mask, Tensor) and mask.ndim == 4 and (self.prepared is not None or self.kinds[index] != FULL):
+            return cut_mask(mask, group.tokens.row.to(mask.device), group.tokens.valid.to(mask.device))
         return compat.decoder_mask(self.adapter.text_model.config, hidden, valid if group.padded else None, self.cache, index)
 
     # ---- ranking
 
-    def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Visual rows [B, V] before the drop, which of them are real, and what the method keeps of them [B, V]."""
-        reducer, group = self.reducer, self.run.group(index)
-        assert isinstance(reducer, DecoderReducer)
+    def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Attention that text pays to each slot of the prompt [B, S] float32, 0 for slots that are not there any more."""
+        group = self.run.group(index)
         tokens = _to(group.tokens, hidden.device)
-        drop = self.scored_at[index]
-        rows, real = pack_right(tokens.visual, max(self._alive_before(drop)))
-        scores = None
-        if reducer.uses_text:
-            rotary = self._rotary(group, hidden, kwargs["position_embeddings"])
-            scores = take(self._attention(layer, hidden.detach(), tokens, rotary, reducer.score_mask == "causal"), rows)
-            self.run.finite.append((compat.finite(scores), f"the attention scores at decoder layer {index}"))
-            check_finite(*self.run.finite[-1])
-        spans, span, token = self._provenance(tokens, rows) if reducer.uses_tokens else ((), None, None)
-        keep = torch.tensor(self.drops[drop], device=hidden.device)
-        with compat.without_autocast(hidden):
-            return rows, real, reducer.t2v(TextView(real, keep, spans, span, token, scores))
+        rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
+        received = self._attention(layer, hidden.detach(), tokens, rotary).to(hidden.device)
+        received = torch.where(tokens.visual, received, 0)
+        self.run.finite.append((compat.finite(received), f"the attention scores at decoder layer {index}"))
+        check_finite(*self.run.finite[-1])
+        return received.new_zeros(len(received), self.run.rows).scatter_add(1, tokens.slot, received)
 
-    def _attention(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, causal: bool) -> Tensor:
+    def _attention(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary) -> Tensor:
         """Attention that the query rows pay to every row: [B, T] float32."""
-        asks = self._query_rows(tokens)
-        index, valid = pack_right(asks, max(1, *self.asking))
+        index, valid = pack_right(self._query_rows(tokens), max(1, *self.asking))
         device = layer_device(layer, hidden)
         hidden, rotary = hidden.to(device), (rotary[0].to(device), rotary[1].to(device))
-        index, valid, real = index.to(device), valid.to(device), tokens.valid.to(device)
+        allowed = self._seen(tokens, index).to(device)
+        index, valid = index.to(device), valid.to(device)
         with compat.uncached_autocast(hidden):
             key = self.adapter.project_k(layer, hidden, rotary)
             query = self.adapter.project_q(layer, take(hidden, index), (take(rotary[0], index), take(rotary[1], index)))
-        allowed = real[:, None].expand(-1, index.shape[1], -1)
-        if causal:
-            allowed = allowed & (torch.arange(hidden.shape[1], device=device) <= index[..., None])
         with compat.without_autocast(hidden):
-            return query_attention(query, key, self.adapter.scaling(layer), allowed, valid.float()).to(tokens.valid.device)
+            return query_attention(query, key, self.adapter.scaling(layer), allowed, valid.float())
+
+    def _seen(self, tokens: TokenMap, index: Tensor) -> Tensor:
+        """Which rows each query row sees [B, Q, T]: what precedes it, or what the family's own mask shows; windows are lifted."""
+        allowed = tokens.valid[:, None].expand(-1, index.shape[1], -1)
+        assert isinstance(self.reducer, DecoderReducer)
+        if self.reducer.score_mask == "none":
+            return allowed
+        if self.prepared is None:
+            return allowed & (torch.arange(allowed.shape[2], device=index.device) <= index[..., None])
+        mask = compat.is_allowed(self.prepared[:, 0]).expand(len(index), -1, -1).to(index.device)
+        return allowed & take(take(mask, take(tokens.row, index)).transpose(1, 2), tokens.row).transpose(1, 2)
 
     def _query_rows(self, tokens: TokenMap) -> Tensor:
         """Query rows among the current ones; samples without any ask with their last visual token."""
@@ -166,16 +169,14 @@ class PrefillPass:
         """Rows [B, T'] that go on; opens the group of layers that read them."""
         group = self.run.group(index - 1) if index else self.run.groups[0]
         tokens = _to(group.tokens, hidden.device)
-        keep = tokens.valid & ~tokens.visual
         if index in self.replay:
             gone = take(self._pad_slots(self.replay[index]).to(hidden.device), tokens.slot)
             keep = tokens.valid & ~gone
-            self.scores.pop(index, None)
         else:
-            if index in self.scores:  # a drop that keeps nothing needs no score
-                rows, real, stays = self.scores.pop(index)
-                rows, stays = rows.to(hidden.device), (stays & real).to(hidden.device)
-                keep = keep.scatter(1, rows, stays | take(keep, rows))
+            keep = tokens.valid & ~tokens.visual
+            if any(self.drops[index]):
+                with torch.no_grad(), compat.without_autocast(hidden):
+                    keep = keep | self._staying(index, tokens)
             dropped = tokens.visual & ~keep
             self.replay[index] = torch.zeros_like(self.run.prompt.visual).to(hidden.device).scatter(1, tokens.slot, dropped)
         alive = self._alive_before(index)
@@ -184,15 +185,48 @@ class PrefillPass:
         self.run.groups.append(Group(index, tokens.take(chosen, valid), lengths))
         return chosen
 
+    def _staying(self, index: int, tokens: TokenMap) -> Tensor:
+        """Visual rows [B, T] bool that the method keeps."""
+        reducer = self.reducer
+        assert isinstance(reducer, DecoderReducer)
+        rows, real = pack_right(tokens.visual, max(self._alive_before(index)))
+        scores = take(self.scores[self.scored_at[index]].to(rows.device), take(tokens.slot, rows)) if index in self.scored_at else None
+        spans, span, token = self._provenance(tokens, rows) if reducer.uses_tokens else ((), None, None)
+        keep = torch.tensor(self.drops[index], device=rows.device)
+        stays = reducer.t2v(TextView(real, keep, spans, span, token, scores)) & real
+        return torch.zeros_like(tokens.visual).scatter(1, rows, stays)
+
     def _pad_slots(self, gone: Tensor) -> Tensor:
         """Decisions of the first, shorter prompt, for the grown one: new slots are text."""
         return nn.functional.pad(gone, (0, self.run.rows - gone.shape[1]))
 
 
-def _is_prepared(mask: Any) -> bool:
+def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict[int, int]:
+    """For each drop the layer whose attention ranks it: the method's own, or the last one before it that has attention.
+
+    Raises
+    ------
+    ValueError
+        If there is no such layer.
+    """
+    if not isinstance(reducer, DecoderReducer) or not reducer.uses_text:
+        return {}
+    scored = {drop: adapter.ranking_layer(drop - reducer.score_before) for drop in drops}
+    for drop, layer in scored.items():
+        if layer < 0:
+            lowest = adapter.first_attention + reducer.score_before
+            raise ValueError(
+                f"{reducer.name} drops before decoder layer {drop}, but {adapter.family} has no attention to rank tokens by before layer "
+                f"{adapter.first_attention}: drop before layer {lowest} or later"
+            )
+    return scored
+
+
+def _prepared(mask: Any) -> Tensor | None:
+    """The 4-D mask of full attention, where the caller or the family prepared one."""
     if isinstance(mask, dict):
-        return any(_is_prepared(m) for m in mask.values())
-    return isinstance(mask, Tensor) and mask.ndim == 4
+        mask = mask.get(FULL)
+    return mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
 
 
 def _to(tokens: TokenMap, device: torch.device) -> TokenMap:

@@ -7,6 +7,7 @@ rows are projected, merged ones included); grid mergers, and methods that read p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.budget import SpanPlan, of_content
+from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Encoded, EncoderCall, Stacks
+from duet_vlm.flow.split import select_each, with_structure
 from duet_vlm.models.adapter import Adapter, Stream
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
@@ -33,11 +36,9 @@ def is_marked(embeds: Tensor) -> Tensor:
 
 
 class EncoderFlow:
-    """Wraps the encoder call of one model. ``reducer``, ``plan`` and ``active`` are read at call time through the given functions."""
+    """Wraps the encoder call of one model. ``reducer`` and ``plan`` (part sizes, structure rows, each -> plan) are read at call time."""
 
-    def __init__(
-        self, adapter: Adapter, stacks: Stacks, reducer: Callable[[], Reducer | None], plan: Callable[[int], SpanPlan]
-    ) -> None:
+    def __init__(self, adapter: Adapter, stacks: Stacks, reducer: Callable[[], Reducer | None], plan: Callable[..., SpanPlan]) -> None:
         self.adapter, self.stacks, self.reducer, self.plan = adapter, stacks, reducer, plan
 
     def wrap(self, encode: Callable[..., Any], stream: Stream) -> Callable[..., Any]:
@@ -50,7 +51,7 @@ class EncoderFlow:
             if reducer is None or self.stacks.encoders:  # nobody reduces, or one encoder method calls another
                 return encode(*args, **kwargs)
             bound = signature.bind_partial(*args, **kwargs)
-            call = EncoderCall(stream.encoding(bound.arguments))
+            call = EncoderCall(stream.encoding(bound.arguments), _takes_each(reducer, stream))
             self.stacks.encoders.append(call)
             try:
                 output = encode(*args, **kwargs)
@@ -60,6 +61,11 @@ class EncoderFlow:
 
         return encode_and_reduce
 
+    def _plans(self, call: EncoderCall, parts: list[Tensor]) -> tuple[SpanPlan, ...]:
+        """The plan of each span from the sizes of its parts and its structure rows."""
+        sizes = [torch.bincount(rows + 1).tolist() for rows in parts]
+        return tuple(self.plan(tuple(some), structure, call.each) for structure, *some in sizes)
+
     # ---- point-wise projector: before it
 
     def at_door(self, door: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -68,15 +74,18 @@ class EncoderFlow:
         if not self.stacks.encoders or not isinstance(reducer, EncoderReducer) or reducer.reads_projected:
             return None
         call = self.stacks.encoders[-1]
-        features = args[0]
-        plans = (self.plan(features.shape[1]),) * features.shape[0]
+        together = self.adapter.door_parts(call.encoding)
+        features = args[0].unflatten(0, (-1, together)).flatten(1, 2)
+        parts = self.adapter.parts(call.encoding, [features.shape[1]] * features.shape[0])
+        plans = self._plans(call, parts)
         if not plans[0].merges:
             return None
         valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
         if reducer.cls_token:
             features = torch.cat([_cls_of(call, self.adapter), features], 1)
             valid = torch.cat([valid[:, :1], valid], 1)
-        selection = self._select(reducer, call, features, valid, plans)
+            parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
+        selection = self._select(reducer, call, features, valid, plans, parts)
         call.pending = Encoded(call.encoding.stream, [], (), plans, selection, slots_of(selection, reducer), reducer.cls_token)
         return (merged_rows(features, selection), *args[1:])
 
@@ -85,26 +94,27 @@ class EncoderFlow:
         pending = self.stacks.encoders[-1].pending if self.stacks.encoders else None
         if pending is None:
             return None
-        return _marked(projected, pending, pending.plans[0].tokens)
+        together = self.adapter.door_parts(self.stacks.encoders[-1].encoding)
+        return _marked(projected, pending, pending.plans[0].tokens).unflatten(1, (together, -1)).flatten(0, 1)
 
     # ---- grid merger, or a method that reads projected rows: after the call
 
     def _finish(self, output: Any, call: EncoderCall, reducer: Reducer) -> Any:
         if not hasattr(output, "pooler_output"):
             raise TypeError(f"{self.adapter.family}: the encoder returned {type(output).__name__}; call it with return_dict=True or detach")
-        rows = list(output.pooler_output)
-        encoded = call.pending
-        if encoded is None:
-            structure = self.adapter.structure(call.encoding, [len(r) for r in rows])
-            plans = tuple(self.plan(len(r)) for r in rows)
-            if structure is not None:  # numpy: on the host already, nothing waits
-                plans = tuple(of_content(plan, int((~rows.numpy()).sum())) for plan, rows in zip(plans, structure, strict=True))
-            encoded = Encoded(call.encoding.stream, rows, (), plans)
-            if isinstance(reducer, EncoderReducer) and any(plan.merges for plan in plans):
-                rows = self._reduce_after(rows, call, reducer, encoded, structure)
-                output.pooler_output = type(output.pooler_output)(rows)
-        encoded.rows = rows
+        rows, encoded = self.adapter.spans(output, call.encoding), call.pending
         counts = [len(r) for r in rows]
+        if encoded is None:
+            parts = self.adapter.parts(call.encoding, counts)
+            encoded = Encoded(call.encoding.stream, rows, (), self._plans(call, parts))
+            if isinstance(reducer, EncoderReducer) and any(plan.merges for plan in encoded.plans):
+                self._choose(rows, call, reducer, encoded, parts)
+                rows = _reduced(rows, encoded, check=True)
+                levels = getattr(output, "deepstack_features", None)  # later layers add these to the same rows
+                if levels:
+                    output.deepstack_features = [type(level)(_reduced(list(level), encoded)) for level in levels]
+        output.pooler_output = torch.stack(rows) if isinstance(output.pooler_output, Tensor) else type(output.pooler_output)(rows)
+        encoded.rows = rows = list(output.pooler_output)
         encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
@@ -113,31 +123,41 @@ class EncoderFlow:
             self.stacks.calls[-1].arrived[call.encoding.stream] = Arrived(rows, encoded)
         return output
 
-    def _reduce_after(
-        self, rows: list[Tensor], call: EncoderCall, reducer: EncoderReducer, encoded: Encoded, structure: list[Tensor] | None
-    ) -> list[Tensor]:
+    def _choose(self, rows: list[Tensor], call: EncoderCall, reducer: EncoderReducer, encoded: Encoded, parts: list[Tensor]) -> None:
         if reducer.cls_token:
             self.adapter.cls_module()  # raises: no CLS row here
         features, valid = pad_rows(rows)
-        if structure is not None:  # newlines of reduced spans leave first
-            leaving = [rows & plan.merges for rows, plan in zip(structure, encoded.plans, strict=True)]
-            valid = valid & ~pad_rows(leaving)[0].to(valid.device)
-        encoded.selection = self._select(reducer, call, features, valid, encoded.plans)
+        encoded.selection = self._select(reducer, call, features, valid, encoded.plans, parts)
         encoded.slots = slots_of(encoded.selection, reducer)
-        marked = _marked(merged_rows(features, encoded.selection), encoded, features.shape[1])
-        return [row[: len(old)] for row, old in zip(marked, rows, strict=True)]
 
     # ---- both
 
     def _select(
-        self, reducer: EncoderReducer, call: EncoderCall, features: Tensor, valid: Tensor, plans: tuple[SpanPlan, ...]
+        self,
+        reducer: EncoderReducer,
+        call: EncoderCall,
+        features: Tensor,
+        valid: Tensor,
+        plans: tuple[SpanPlan, ...],
+        parts: list[Tensor],
     ) -> Selection:
         importance = keys = None
-        counts = torch.tensor([[p.dominant, p.contextual] for p in plans], device=features.device)
+        numbers = pad_sequence(parts, batch_first=True, padding_value=-1).to(features.device)
+        whole = torch.tensor([not plan.merges for plan in plans], device=features.device)
+        content = valid & ((numbers >= 0) | whole[:, None])  # structure rows of reduced spans leave, or are kept, without being ranked
         with torch.no_grad(), compat.without_autocast(features):
             if reducer.signals:
                 importance, keys = self._signals(reducer, call, features.shape[1])
-            return reducer.v2v(VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, keys, features.detach()))
+            asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
+            counts = torch.tensor([[p.dominant, p.contextual] for p in asked], device=features.device)
+            view = VisionView(
+                content, counts[:, 0], counts[:, 1], asked, importance, keys, features.detach(), numbers, call.encoding.stream
+            )
+            if call.each and any(plan.parts for plan in plans):
+                selection = select_each(reducer, view, parts)
+            else:
+                selection = reducer.v2v(view)
+        return with_structure(selection, valid & (numbers < 0), plans) if any(plan.structure for plan in plans) else selection
 
     def _signals(self, reducer: EncoderReducer, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if not call.recorded:
@@ -159,10 +179,26 @@ def slots_of(selection: Selection, reducer: Reducer) -> Tensor:
     return torch.where(selection.valid, selection.valid.cumsum(1) - 1, 0)
 
 
-def _marked(rows: Tensor, encoded: Encoded, width: int) -> Tensor:
+def _takes_each(reducer: Reducer, stream: Stream) -> bool:
+    """Whether V2V looks at the parts of a span one by one."""
+    if not isinstance(reducer, EncoderReducer) or reducer.parts == "joint":
+        return False
+    return reducer.parts == "each" or (stream.each and not reducer.reads_time)
+
+
+def _reduced(rows: list[Tensor], encoded: Encoded, check: bool = False) -> list[Tensor]:
+    """The rows of each span [n, D], survivors and merged ones in their slots and the others marked."""
+    features, _ = pad_rows(rows)
+    assert encoded.selection is not None
+    marked = _marked(merged_rows(features, encoded.selection), encoded, features.shape[1], check)
+    return [row[: len(old)] for row, old in zip(marked, rows, strict=True)]
+
+
+def _marked(rows: Tensor, encoded: Encoded, width: int, check: bool = True) -> Tensor:
     selection, slots = encoded.selection, encoded.slots
     assert selection is not None and slots is not None
-    encoded.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
+    if check:
+        encoded.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
     spare = torch.where(selection.valid, slots, width)  # rows that do not exist go to a slot past the end
     full = rows.new_full((rows.shape[0], width + 1, rows.shape[2]), MARK)
     return full.scatter(1, spare[..., None].expand_as(rows), rows)[:, :width]

@@ -15,9 +15,10 @@ from duet_vlm.flow.cache import RUN, DecodePass, Group, Run
 from duet_vlm.flow.call import Arrived, Call, Encoded
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import is_marked, not_finite
+from duet_vlm.flow.masks import cut_mask
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
-from duet_vlm.models.adapter import Adapter
-from duet_vlm.ops.ragged import pack_left, take, take_square
+from duet_vlm.models.adapter import FULL, Adapter
+from duet_vlm.ops.ragged import pack_left, take
 from duet_vlm.reducer import DecoderReducer, Reducer
 from duet_vlm.text import query_rows
 from duet_vlm.tokens import Span, TokenMap
@@ -33,7 +34,7 @@ def enter(adapter: Adapter, reducer: Reducer | None, call: Call, kwargs: dict[st
         if brings_images:
             raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
         run.decoded += kwargs["inputs_embeds"].shape[1]
-        return DecodePass(run, adapter, cache, kwargs)
+        return DecodePass(run, adapter, cache, call.mask, kwargs)
     if reducer is None:
         return None
     if filled and brings_images:
@@ -47,7 +48,7 @@ def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, A
     embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
     if compat.is_static(cache):
         raise ValueError("static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach")
-    valid = _valid_rows(kwargs.get("attention_mask"), embeds)
+    valid = _valid_rows(kwargs.get("attention_mask") if call.mask is None else call.mask, embeds)
     places = {name: rows.to(valid.device) for name, rows in call.placeholders.items()}
     prompt = TokenMap.identity(valid, torch.stack(list(places.values())).any(0))
     queries = torch.zeros_like(valid)
@@ -103,7 +104,7 @@ def _decisions(call: Call, run: Run, reducer: Reducer) -> dict[Any, Any]:
 def _valid_rows(mask: Any, embeds: Tensor) -> Tensor:
     """[B, S] bool from a 2-D mask, a prepared 4-D mask (its last query sees every real key), a dict of those, or nothing."""
     if isinstance(mask, dict):
-        mask = next((m for m in mask.values() if m is not None), None)
+        mask = mask.get(FULL)
     if mask is None:
         return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
     if not isinstance(mask, Tensor):
@@ -221,13 +222,6 @@ def entry_mask(mask: Any, group: Group, index: Tensor, no_cache: bool) -> Any:
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return cut_mask(mask, index, group.tokens.valid)
     return group.tokens.valid.long() if group.padded or no_cache else None
-
-
-def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """A prepared 4-D mask for the surviving rows; padding keys are hidden."""
-    cut = take_square(mask, index)
-    hidden = ~valid[:, None, None, :]
-    return cut & ~hidden if cut.dtype == torch.bool else cut.masked_fill(hidden, torch.finfo(cut.dtype).min)
 
 
 def whole_prompts(prefill: Callable[..., Any], active: Callable[[], Reducer | None]) -> Callable[..., Any]:

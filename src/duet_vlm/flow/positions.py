@@ -32,8 +32,9 @@ def next_positions(position_ids: Tensor, batch: int) -> Tensor:
     return spatial.expand(3, batch)
 
 
-def group_rotary(adapter: Adapter, hidden: Tensor, rotary: Rotary, tokens: TokenMap, positions: str) -> Rotary:
-    """(cos, sin) of the current rows: gathered from those of the entering sequence, or computed for renumbered positions."""
+def group_rotary(adapter: Adapter, hidden: Tensor, rotary: Rotary, tokens: TokenMap, positions: str, kind: str) -> Rotary:
+    """(cos, sin) of the current rows in layers of type ``kind``: gathered from those of the entering sequence, or computed for renumbered
+    positions."""
     if positions == "compact":
-        return adapter.rotary(hidden, compact_positions(tokens.valid))
+        return adapter.rotary(hidden, compact_positions(tokens.valid), kind)
     return take(rotary[0], tokens.row), take(rotary[1], tokens.row)

@@ -12,9 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from duet_vlm.hooks import Hooks
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.tokens import TokenMap
 
 Rotary = tuple[Tensor, Tensor]
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 @dataclass(frozen=True)
@@ -46,26 +49,29 @@ class Recorded:
 @dataclass(frozen=True)
 class Stream:
     """One kind of visual input: its name in ``mm_encoder_outputs``, the method of ``base`` that encodes it, the placeholder id in
-    ``input_ids``, the argument that brings its pixels and, where sizes are free, the argument that brings those."""
+    ``input_ids``, the argument that brings its pixels and, where sizes are free, the argument that brings those. ``each``: V2V takes the
+    parts of a span (crops, frames) one by one unless the method's settings say otherwise."""
 
     name: str
     encode: str
     token_id: int
     pixels: str
     sizes: str | None = None
+    each: bool = False
 
     def encoding(self, arguments: dict[str, Any]) -> Encoding:
         """What is to be known of a call with these arguments; sizes are read from the device here, once."""
         sizes = arguments.get(self.sizes) if self.sizes else None
-        return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes).tolist())
+        return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes).tolist(), arguments)
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """One encoder call: its stream and, on the host, the size of each span as the family's processor writes it."""
+    """One encoder call: its stream, on the host the size of each span as the family's processor writes it, and all its arguments."""
 
     stream: str
     sizes: list[list[int]] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 class Adapter(ABC):
@@ -91,8 +97,6 @@ class Adapter(ABC):
         The stock model feeds the CLS row to the decoder as first visual token.
     mrope : bool
         Positions have several rows (time, height, width) and cannot be renumbered.
-    first_drop : int
-        Lowest decoder layer before which tokens may be dropped.
     """
 
     family: ClassVar[str]
@@ -105,7 +109,6 @@ class Adapter(ABC):
     has_cls = False
     feeds_cls = False
     mrope = False
-    first_drop = 0
 
     model: nn.Module
     base: nn.Module
@@ -132,9 +135,17 @@ class Adapter(ABC):
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
 
-    def structure(self, call: Encoding, counts: list[int]) -> list[Tensor] | None:
-        """Per span, on the host: which of its rows [n] bool are structure (newlines) and no picture content. None: none are."""
-        return None
+    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        """Per span, on the host: the part (crop, frame) that each of its rows shows [n], -1 for structure rows (newlines)."""
+        return [torch.repeat_interleave(torch.tensor(sizes)) for sizes in self.passes(call, counts)]
+
+    def spans(self, output: Any, call: Encoding) -> list[Tensor]:
+        """The projected rows of each span, as ``output.pooler_output`` holds them (families that hand out frames join them there)."""
+        return list(output.pooler_output)
+
+    def door_parts(self, call: Encoding) -> int:
+        """How many consecutive rows of a batch at the door (frames) make one span."""
+        return 1
 
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         """Per span: visual tokens of each part that the tower looks at by itself (crops, frames). One part unless the family says more."""
@@ -171,9 +182,28 @@ class Adapter(ABC):
     def scaling(self, layer: nn.Module) -> float:
         return float(layer.self_attn.scaling)
 
-    def rotary(self, hidden: Tensor, position_ids: Tensor) -> Rotary:
-        """(cos, sin) for 1-D positions [B, n]."""
+    @property
+    def layer_types(self) -> list[str]:
+        """What mixes the rows of each decoder layer, in transformers' words: full_attention, sliding_attention, linear_attention, ..."""
+        return list(getattr(self.text_model.config, "layer_types", None) or [FULL] * len(self.layers))
+
+    def ranking_layer(self, layer: int) -> int:
+        """The last layer up to ``layer`` whose attention can rank tokens; -1 if there is none."""
+        kinds = self.layer_types
+        return next((index for index in range(layer, -1, -1) if kinds[index] in (FULL, SLIDING)), -1)
+
+    @property
+    def first_attention(self) -> int:
+        """The first layer with keys and values: its cache is as long as the sequence."""
+        return next(index for index, kind in enumerate(self.layer_types) if kind in (FULL, SLIDING))
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, kind: str) -> Rotary:
+        """(cos, sin) of a layer of type ``kind`` for 1-D positions [B, n]."""
         return self.text_model.rotary_emb(hidden, position_ids)
+
+    def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
+        """More hooks, where a family does something else with rows; ``running`` is the map of the decoder layer that just ran."""
+        return None
 
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
         """Per stream [B, S] bool: rows that will hold its visual tokens, by id or (as the stock model does) by embedding."""

@@ -45,9 +45,9 @@ class LlavaNext(Llava):
         packed = self.packed(torch.cat([importance[..., None], keys], -1), call, newline=0.0)
         return [rows[:, 0] for rows in packed], [rows[:, 1:] for rows in packed]
 
-    def structure(self, call: Encoding, counts: list[int]) -> list[Tensor] | None:
-        nothing = torch.zeros(sum(self.crops(call)), self.side**2, 1)
-        return [rows[:, 0] == 1 for rows in self.packed(nothing, call, newline=1.0)]
+    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        numbers = [torch.arange(1.0, crops + 1)[:, None, None].expand(crops, self.side**2, 1) for crops in self.crops(call)]
+        return [rows[:, 0].long() - 1 for rows in self.packed(torch.cat(numbers), call, newline=0.0)]
 
     def packed(self, signals: Tensor, call: Encoding, newline: float) -> list[Tensor]:
         """Signals [crops, N, c] laid out as the model lays out its features: per image [n, c]."""

@@ -1,0 +1,76 @@
+"""V2V part by part: the crops of an image or the frames of a clip as spans of their own, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.reducer import EncoderReducer, VisionView
+from duet_vlm.tokens import Selection
+
+
+def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) -> Selection:
+    """What ``reducer`` selects when it sees every part by itself.
+
+    ``parts`` are the part numbers of each span's rows on the host, as ``view.parts``; the plans of reduced spans say what each part keeps.
+    """
+    table, plans = _table(view.plans, parts)
+    device = view.valid.device
+    rows = pad_sequence(table, batch_first=True, padding_value=-1).to(device)  # [B * P, M] rows of each part within its span
+    real, index = rows >= 0, rows.clamp(min=0)
+    count = len(table) // len(parts)
+
+    def of_parts(x: Tensor | None) -> Tensor | None:
+        return None if x is None else take(x.repeat_interleave(count, 0), index)
+
+    pieces = VisionView(
+        real,
+        torch.tensor([plan.dominant for plan in plans], device=device),
+        torch.tensor([plan.contextual for plan in plans], device=device),
+        plans,
+        of_parts(view.importance),
+        of_parts(view.keys),
+        of_parts(view.features),
+        torch.where(real, 0, -1),
+        view.stream,
+    )
+    return _joined(reducer.v2v(pieces), index, count)
+
+
+def _table(plans: tuple[SpanPlan, ...], parts: list[Tensor]) -> tuple[list[Tensor], tuple[SpanPlan, ...]]:
+    """Rows and plan of every part, spans filled up to the same number of parts; a span that is not reduced is one part."""
+    most = max(len(plan.parts) or 1 for plan in plans)
+    table: list[Tensor] = []
+    small: list[SpanPlan] = []
+    for plan, numbers in zip(plans, parts, strict=True):
+        counts = plan.parts or ((plan.dominant, plan.contextual),)
+        found = [(numbers == part).nonzero()[:, 0] for part in range(len(counts))] if plan.parts else [torch.arange(len(numbers))]
+        empty = most - len(found)
+        table += [*found, *[torch.zeros(0, dtype=torch.long)] * empty]
+        small += [SpanPlan(len(rows), *pair, ()) for rows, pair in zip(found, counts, strict=True)] + [SpanPlan(0, 0, 0, ())] * empty
+    return table, tuple(small)
+
+
+def _joined(selection: Selection, rows: Tensor, count: int) -> Selection:
+    """Selections of [B * P] parts as those of B spans; ``rows`` [B * P, M] are the parts' rows within their spans."""
+    width = selection.index.shape[1]
+    shift = torch.arange(len(rows), device=rows.device)[:, None] % count * width
+    into = torch.where(selection.into >= 0, selection.into + shift, -1)
+
+    def of_spans(x: Tensor) -> Tensor:
+        return x.unflatten(0, (-1, count)).flatten(1)
+
+    index, members = rows.gather(1, selection.index), rows.gather(1, selection.members)
+    return Selection(of_spans(index), of_spans(selection.valid), of_spans(members), of_spans(into), selection.merge)
+
+
+def with_structure(selection: Selection, structure: Tensor, plans: tuple[SpanPlan, ...]) -> Selection:
+    """The selection and behind it the structure rows [B, N] of the spans whose plans keep them."""
+    kept = structure & torch.tensor([plan.structure > 0 for plan in plans], device=structure.device)[:, None]
+    index, valid = pack_right(kept, max(plan.structure for plan in plans))
+    return dataclasses.replace(selection, index=torch.cat([selection.index, index], 1), valid=torch.cat([selection.valid, valid], 1))

@@ -1,0 +1,92 @@
+"""Spans that consist of parts (crops of an image, frames of a clip) and structure rows (newlines): what the plan of a span becomes.
+
+Exact integer arithmetic, as in ``budget``. A span is planned as a whole; with ``each`` every part then gets its share of the rows that
+enter, so that V2V runs part by part under one budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from duet_vlm.budget import Budget, BudgetError, SpanPlan
+
+
+def plan_span(
+    solve: Callable[[int], SpanPlan], budget: Budget | None, sizes: Sequence[int], structure: int, each: bool, keep_structure: bool
+) -> SpanPlan:
+    """The plan of a span with parts of ``sizes`` tokens and ``structure`` rows beside them.
+
+    With a budget the span is solved as a whole, and kept structure rows are taken from the budget first. Settings of a method
+    (``dominant=160``) count per part if ``each``, and kept structure rows come on top of them.
+
+    Raises
+    ------
+    BudgetError
+        If kept structure rows leave no row for the picture.
+    """
+    tokens = sum(sizes) + structure
+    own = [solve(size) for size in sizes] if each and budget is None else None
+    if own is None:
+        plan = solve(tokens)
+    elif any(plan.merges for plan in own):
+        plan = _sum(own, tokens)
+    else:
+        plan = _more(_sum(own, tokens), structure)
+    if not plan.merges:
+        return plan
+    if structure and keep_structure:
+        plan = _with_structure(plan, structure, budget)
+    plan = _of_content(plan, sum(sizes))
+    if not each:
+        return plan
+    entry, contextual = plan.entry - plan.structure, plan.contextual
+    if own is not None and entry == sum(p.entry for p in own):
+        return replace(plan, parts=tuple((p.dominant, p.contextual) for p in own))
+    rows = apportion(entry, sizes)
+    merged = apportion(contextual, rows)
+    return replace(plan, parts=tuple((n - k, k) for n, k in zip(rows, merged, strict=True)))
+
+
+def apportion(total: int, sizes: Sequence[int]) -> list[int]:
+    """``total`` <= sum(sizes) split in proportion to ``sizes``, none above its size: largest remainders first, ties to the earlier part."""
+    whole = sum(sizes)
+    if whole == 0:
+        return [0] * len(sizes)
+    shares = [total * size // whole for size in sizes]
+    order = sorted(range(len(sizes)), key=lambda i: (-(total * sizes[i] % whole), i))
+    for i in order[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _sum(plans: Sequence[SpanPlan], tokens: int) -> SpanPlan:
+    counts = tuple(sum(layer) for layer in zip(*(plan.counts for plan in plans), strict=True))
+    return SpanPlan(tokens, sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans), counts)
+
+
+def _more(plan: SpanPlan, rows: int) -> SpanPlan:
+    return replace(plan, dominant=plan.dominant + rows, counts=tuple(count + rows for count in plan.counts))
+
+
+def _with_structure(plan: SpanPlan, structure: int, budget: Budget | None) -> SpanPlan:
+    if budget is None:
+        return replace(_more(plan, structure), structure=structure)
+    if plan.entry <= structure:
+        raise BudgetError(
+            f"newline='keep': the budget lets {plan.entry} of {plan.tokens} rows enter the decoder, but {structure} of them are newlines; "
+            "raise the budget or use newline='drop'"
+        )
+    contextual = min(plan.contextual, plan.entry - structure - 1)
+    return replace(plan, dominant=plan.entry - contextual, contextual=contextual, structure=structure)
+
+
+def _of_content(plan: SpanPlan, content: int) -> SpanPlan:
+    """A reduced span keeps no rows but ``content`` of the picture and the structure rows that are kept."""
+    most = content + plan.structure
+    if plan.entry <= most:
+        return plan
+    dominant = min(plan.dominant, most)
+    return replace(
+        plan, dominant=dominant, contextual=min(plan.contextual, most - dominant), counts=tuple(min(n, most) for n in plan.counts)
+    )
