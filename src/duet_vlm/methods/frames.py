@@ -1,0 +1,81 @@
+"""Frames: keep the tokens of a clip that changed since the frame before, in front of the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.select import ranks, spaced, top
+from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+
+@register("frames")
+@dataclass(frozen=True)
+class Frames(EncoderReducer):
+    """Temporal redundancy, after EVS (Efficient Video Sampling, NVIDIA).
+
+    A token of a clip scores 1 - cosine with the token at the same place one step of time before; the ``keep`` highest stay, the whole first
+    step in front of all others, ties to the lower index. What never changes is kept once. No attention, no text, no merging.
+
+    Where there is nothing to compare, tokens are thinned evenly in raster order: an image, and the first step of a clip that may keep less
+    than one step.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n. In a composition (``duet_vlm.compose``) with a method that reduces
+        before the decoder: the size of the pool that this method then chooses from.
+
+    Cost: one cosine per token. Needs nothing of the vision tower but steps of time. Usable in training (the choice carries no gradient).
+
+    Differences from the published description: a budget below one step is met (EVS never keeps less than the first step); kept positions.
+    """
+
+    paper = "after EVS (Efficient Video Sampling, NVIDIA)"
+    summary = "keep the tokens of a clip that changed since the frame before; images are thinned evenly"
+    reads_time = True
+
+    keep: Keep | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if self.parts == "each":
+            raise ValueError("frames compares the frames of a clip, which parts='each' takes apart: use parts='joint'")
+        if self.cls_token:
+            raise ValueError("cls_token=True cannot work with frames: the CLS row has no place to be compared at")
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget)
+
+    def v2v(self, view: VisionView) -> Selection:
+        return Selection.pick(*pack_right(self.changed(view, view.dominant), max(plan.dominant for plan in view.plans)))
+
+    def changed(self, view: VisionView, count: Tensor) -> Tensor:
+        """Mask [B, N] of ``count`` [B] tokens of each span: the first step, then those that changed most."""
+        if view.stream != "video":
+            return spaced(view.valid, count)
+        assert view.features is not None and view.parts is not None  # always there
+        first = view.valid & (view.parts <= 0)
+        size = first.sum(1)
+        score = novelty(view.features, view.valid, view.parts, size)
+        return spaced(first, torch.minimum(count, size)) | top(score, view.valid & ~first, (count - size).clamp(min=0))
+
+
+def novelty(features: Tensor, valid: Tensor, parts: Tensor, size: Tensor) -> Tensor:
+    """1 - cosine with the row at the same place one step before: features [B, N, C], valid and parts [B, N], rows per step [B] -> [B, N].
+
+    Computed as half the squared distance of unit rows, which is exactly 0 where nothing changed. Only rows of later steps have a meaning.
+    """
+    order = parts.masked_fill(~valid, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)  # by step, then by place
+    before = order.gather(1, (ranks(order) - size[:, None]).clamp(min=0))
+    unit = unit_rows(features)
+    return (unit - take(unit, before)).square().sum(-1) / 2

@@ -1,0 +1,139 @@
+"""The frames method: what it keeps of clips and images, against plain loops, and on models with real encoder calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import twins
+from families import CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, forward, pictures_of, shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import duet_vlm
+from duet_vlm import SpanPlan, VisionView
+from duet_vlm.methods.frames import Frames
+
+MOVING = [name for name in ("qwen2_vl", "qwen2_5_vl") if name in FAMILIES]
+Clip = tuple[int, int]  # steps, rows per step
+
+
+def kept_of_clip(features: list[list[float]], steps: int, count: int) -> list[int]:
+    """Evenly spaced rows of the first step; if all of them fit, the later rows whose cosine with the row one step before is smallest."""
+    size = len(features) // steps
+    first = min(count, size)
+    kept = twins.spaced([True] * size, first)
+    later = range(size, len(features))
+    return sorted(kept + sorted(later, key=lambda i: (twins.cosine(features[i], features[i - size]), i))[: count - first])
+
+
+def view_of(clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", shift: int = 0) -> VisionView:
+    """Random rows of several clips, ``shift`` unused rows in front of each, as the flow would hand them over."""
+    width = shift + max(steps * size for steps, size in clips)
+    features = torch.randn(len(clips), width, 6, generator=torch.Generator().manual_seed(seed))
+    parts = torch.full((len(clips), width), -1)
+    for row, (steps, size) in enumerate(clips):
+        parts[row, shift : shift + steps * size] = torch.arange(steps).repeat_interleave(size)
+    plans = tuple(SpanPlan(steps * size, count, 0, (count,) * 4) for (steps, size), count in zip(clips, counts, strict=True))
+    kept = torch.tensor(counts)
+    return VisionView(parts >= 0, kept, torch.zeros_like(kept), plans, features=features, parts=parts, stream=stream)
+
+
+def chosen(view: VisionView) -> list[list[int]]:
+    selection = Frames(keep=1.0).v2v(view)
+    assert not selection.members.numel()
+    return [row[real].tolist() for row, real in zip(selection.index, selection.valid, strict=True)]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data(), st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 3), st.integers(0, 10**6))
+def test_equals_plain_loops(data: st.DataObject, clips: list[Clip], shift: int, seed: int) -> None:
+    """Clips of different length and frame size in one batch, rows that hold nothing in front of them."""
+    counts = [data.draw(st.integers(1, steps * size)) for steps, size in clips]
+    view = view_of(clips, counts, seed, shift=shift)
+    assert view.features is not None
+    for row, ((steps, size), count, kept) in enumerate(zip(clips, counts, chosen(view), strict=True)):
+        rows = view.features[row, shift : shift + steps * size].double().tolist()
+        assert [i - shift for i in kept] == kept_of_clip(rows, steps, count)
+
+
+def test_what_never_changes_is_kept_once() -> None:
+    """A still picture, one place of which changes in step 2 and changes back: beyond the first step, exactly those two rows come first."""
+    still = torch.randn(4, 8)
+    features = still.repeat(4, 1, 1)
+    features[2, 1] += 1
+    view = view_of([(4, 4)], [6])
+    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, features=features.view(1, 16, 8), parts=view.parts, stream="video")
+    assert chosen(view) == [[0, 1, 2, 3, 9, 13]]
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    view = view_of([(3, 4)], [7])
+    features = torch.randn(1, 4, 8).repeat(1, 3, 1)  # nothing ever changes: all later rows tie at exactly 0
+    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, stream="video")
+    assert chosen(view) == [[0, 1, 2, 3, 4, 5, 6]]
+
+
+def test_brightness_alone_is_no_change() -> None:
+    """Cosine, not distance: rows scaled in length have not changed, a row that turns a little has."""
+    view = view_of([(2, 4)], [5])
+    rows = torch.randn(4, 8)
+    turned = rows * torch.tensor([0.1, 10.0, 5.0, 3.0])[:, None]
+    turned[2] += 0.5
+    features = torch.stack([rows, turned]).view(1, 8, 8)
+    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, stream="video")
+    assert chosen(view) == [[0, 1, 2, 3, 6]]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, [11]), (3, [3, 7, 11]), (4, [2, 5, 8, 11]), (12, list(range(12)))])
+def test_images_are_thinned_evenly(count: int, expected: list[int]) -> None:
+    """There is no frame before; crops of an image are not compared with each other."""
+    assert chosen(view_of([(1, 12)], [count], stream="image")) == chosen(view_of([(3, 4)], [count], stream="image")) == [expected]
+
+
+def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    view = view_of([(3, 4), (2, 5)], [7, 3])
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("reads the device")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    Frames(keep=0.5).v2v(view)
+
+
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="parts='each' takes apart"):
+        Frames(parts="each")
+    with pytest.raises(ValueError, match="no place to be compared at"):
+        Frames(cls_token=True, positions="compact")
+    with pytest.raises(ValueError, match=r"keep=1.5"):
+        Frames(keep=1.5)
+
+
+# ---- on models
+
+
+@pytest.mark.parametrize("family", MOVING)
+def test_reads_the_rows_that_would_enter(family: str) -> None:
+    """Spans of a batch of clips and images: the choice is that of the loops over the untouched model's own rows."""
+    made, model = FAMILIES[family], shared(family)
+    for batch in ([CLIP_AND_IMAGE], [IMAGE_AND_CLIPS], CLIPS):
+        inputs = made.inputs(batch)
+        with torch.no_grad():
+            clips = list(model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output)
+        with duet_vlm.attach(model, "frames", keep=0.4) as handle:
+            forward(model, inputs)
+            spans = [span for row in handle.trace for span in row]
+        number = 0
+        for span, picture in zip(spans, pictures_of(batch), strict=True):
+            tokens, count = span.span.tokens, int(span.span.tokens * 0.4 + 1e-9)
+            if picture.frames:
+                expected = kept_of_clip(clips[number].double().tolist(), picture.frames, count)
+                number += 1
+            else:
+                expected = kept_of_clip([[0.0]] * tokens, 1, count)
+            assert list(span.stages[0].kept) == expected
+        assert number == len(clips)
