@@ -28,6 +28,7 @@ from duet_vlm.flow.ranks import in_step, with_blank_image
 from duet_vlm.flow.signals import Recorder
 from duet_vlm.flow.trace import rows_per_layer, trace_of
 from duet_vlm.hooks import Hooks
+from duet_vlm.measure.choice import selection_flops
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.memory import KEY, record, remembered
 from duet_vlm.models.adapter import Adapter, adapter_for, core_of
@@ -122,6 +123,7 @@ class Handle:
                 plans=plans,
                 queries=asked,
                 measured=measured,
+                grids=tuple(span.grid for span in spans),
             )
             for length, spans, plans, asked, measured in zip(
                 run.prompt.valid.sum(1).tolist(), run.spans, run.plans, run.asking, rows_per_layer(run), strict=True
@@ -139,7 +141,18 @@ class Handle:
             cache_bytes=run.cache_bytes,
             decoded=run.decoded,
             projects_all=self.projects_all,
+            selection=self._selection_flops(samples),
         )
+
+    def _selection_flops(self, samples: list[Sample]) -> int:
+        """What signals, choice and merge before the decoder cost."""
+        adapter, vision = self.adapter, self.adapter.vision_shape()
+        if not isinstance(self.reducer, EncoderReducer):
+            return 0
+        head = adapter.vision_attention(self.reducer.signal_layer).head_dim
+        width = adapter.decoder_shape().hidden if self.projects_all else vision.width
+        plans = [plan for sample in samples for plan in sample.plans]
+        return selection_flops(self.reducer, plans, [span for sample in samples for span in sample.passes], vision, head, width)
 
     @property
     def projects_all(self) -> bool:

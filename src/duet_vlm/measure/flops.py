@@ -1,42 +1,118 @@
-"""Floating-point operations, counted as two per multiply-add of every matrix product (norms, softmax and activations left out)."""
+"""Floating-point operations, counted as two per multiply-add of every matrix product (norms, softmax and activations left out).
+
+Attention is counted as the whole rectangle of queries by keys, as ``torch.utils.flop_counter`` counts it: what a causal or windowed kernel
+leaves out is not taken off. ``measure.counted`` is the count to hold these predictions against.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.measure.shapes import LINEAR, DecoderShape, VisionShape
+
+Grid = tuple[int, int] | None
 
 
-def decoder_layer_flops(shape: DecoderShape, rows: int, keys: int | None = None) -> int:
-    """One decoder layer over ``rows`` new rows that see ``keys`` rows (default: themselves; attention counted without causal saving)."""
+def decoder_layer_flops(shape: DecoderShape, rows: int, keys: int | None = None, layer: int = 0) -> int:
+    """One decoder layer over ``rows`` new rows that see ``keys`` rows (default: themselves)."""
     keys = rows if keys is None else keys
-    wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    projections = 2 * rows * shape.hidden * (2 * wide + 2 * narrow)
-    attention = 4 * rows * keys * wide
-    return projections + attention + 6 * rows * shape.hidden * shape.mlp
+    mixing = linear_attention_flops(shape, rows) if shape.kind(layer) == LINEAR else _attention_flops(shape, rows, keys)
+    return mixing + mlp_flops(shape, rows, layer)
+
+
+def _attention_flops(shape: DecoderShape, rows: int, keys: int) -> int:
+    return 2 * rows * shape.hidden * (shape.query_width + shape.wide + 2 * shape.narrow) + 4 * rows * keys * shape.wide
+
+
+def linear_attention_flops(shape: DecoderShape, rows: int) -> int:
+    """A gated delta rule: projections, convolution, and the products with and within chunks (the triangular solves are not counted).
+
+    A single row updates the state number by number, without a product.
+    """
+    linear = shape.linear
+    assert linear is not None  # a layer of this kind has one
+    values = linear.value_heads * linear.value_dim
+    maps = 2 * rows * shape.hidden * (linear.mixed + 2 * values + 2 * linear.value_heads) + 2 * rows * linear.mixed * linear.kernel
+    if rows == 1:
+        return maps
+    padded = math.ceil(rows / linear.chunk) * linear.chunk
+    within = 2 * padded * linear.chunk * linear.value_heads * (2 * linear.key_dim + linear.value_dim)
+    return maps + within + 6 * padded * values * linear.key_dim
+
+
+def mlp_flops(shape: DecoderShape, rows: int, layer: int = 0) -> int:
+    """The MLP, or the router and the experts that each row visits."""
+    if not shape.has_experts(layer):
+        return 6 * rows * shape.hidden * shape.mlp
+    experts = shape.experts
+    assert experts is not None
+    return 2 * rows * shape.hidden * (experts.count + 3 * (experts.active * experts.mlp + experts.shared))
 
 
 def scoring_flops(shape: DecoderShape, rows: int, queries: int) -> int:
     """Ranking before one drop: keys of every row, queries of the query rows, their products."""
-    keys = 2 * rows * shape.hidden * shape.kv_heads * shape.head_dim
-    return keys + 2 * queries * shape.hidden * shape.heads * shape.head_dim + 2 * queries * rows * shape.heads * shape.head_dim
+    return 2 * rows * shape.hidden * shape.narrow + 2 * queries * shape.hidden * shape.query_width + 2 * queries * rows * shape.wide
+
+
+def head_flops(shape: DecoderShape, rows: int) -> int:
+    return 2 * rows * shape.hidden * shape.vocab
 
 
 def prefill_flops(shape: DecoderShape, rows_per_layer: Sequence[int], logits: int = 1) -> int:
     """A prompt through the decoder, ``rows_per_layer[l]`` rows entering layer l, and ``logits`` rows through the head."""
-    return sum(decoder_layer_flops(shape, rows) for rows in rows_per_layer) + 2 * logits * shape.hidden * shape.vocab
+    return sum(decoder_layer_flops(shape, rows, layer=i) for i, rows in enumerate(rows_per_layer)) + head_flops(shape, logits)
 
 
-def vision_flops(shape: VisionShape, tokens: int) -> int:
-    """The vision tower for one image of ``tokens`` visual tokens (every layer is counted; stock towers run all of them)."""
-    rows = tokens * shape.patches_per_token + shape.extra_rows
+def decode_flops(shape: DecoderShape, cached_per_layer: Sequence[int]) -> int:
+    """One new token that sees ``cached_per_layer[l]`` rows and itself in layer l."""
+    return sum(decoder_layer_flops(shape, 1, shape.seen(rows + 1, i), i) for i, rows in enumerate(cached_per_layer)) + head_flops(shape, 1)
+
+
+def tower_rows(shape: VisionShape, tokens: int) -> int:
+    return tokens * shape.patches_per_token + shape.extra_rows
+
+
+def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None) -> int:
+    """The vision tower over one image, crop or frame of ``tokens`` visual tokens (every layer is counted; stock towers run all of them).
+
+    ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is taken as full.
+    """
+    rows = tower_rows(shape, tokens)
     per_layer = 8 * rows * shape.width**2 + 2 * shape.mlp_matrices * rows * shape.width * shape.mlp
     full = shape.layers if shape.full_layers is None else shape.full_layers
-    window = rows if shape.window is None else min(rows, shape.window)
-    attention = 4 * shape.width * rows * (full * rows + (shape.layers - full) * window)
-    return shape.layers * per_layer + attention + 2 * tokens * shape.patches_per_token * shape.patch_inputs * shape.width
+    attention = 4 * shape.width * (full * rows**2 + (shape.layers - full) * _windowed(shape, rows, grid))
+    return shape.layers * per_layer + attention + patch_flops(shape, tokens)
+
+
+def patch_flops(shape: VisionShape, tokens: int) -> int:
+    """The patch embedding."""
+    return 2 * tokens * shape.patches_per_token * shape.patch_inputs * shape.width
+
+
+def _windowed(shape: VisionShape, rows: int, grid: Grid) -> int:
+    """Pairs of patches that share a window."""
+    if shape.window is None:
+        return rows * rows
+    if grid is None:
+        return rows * min(rows, shape.window)
+    side = math.isqrt(shape.window // shape.patches_per_token)
+    high, wide = (sum(n * n for n in _pieces(size, side)) for size in grid)
+    return high * wide * shape.patches_per_token**2
+
+
+def _pieces(size: int, side: int) -> list[int]:
+    """``size`` cut into pieces of ``side``, the last one shorter."""
+    whole, rest = divmod(size, side)
+    return [side] * whole + [rest] * bool(rest)
 
 
 def projector_flops(shape: VisionShape, tokens: int) -> int:
     """The projector (or merger) over ``tokens`` rows."""
     return sum(2 * tokens * a * b for a, b in shape.projector)
+
+
+def signal_flops(shape: VisionShape, tokens: int) -> int:
+    """Attention scores of one tower layer over one image: of its CLS row, or without one of every row."""
+    rows = tower_rows(shape, tokens)
+    return 2 * (shape.extra_rows or rows) * rows * shape.width

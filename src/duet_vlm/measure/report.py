@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from duet_vlm.budget import SpanPlan
-from duet_vlm.measure.flops import prefill_flops, projector_flops, scoring_flops, vision_flops
+from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 
@@ -19,6 +19,7 @@ class Sample:
     """One row of the batch: ``text`` rows, ``spans`` unreduced sizes and ``plans``, query rows, (visual, all) rows measured per layer.
 
     ``passes``: per span the tokens of each part (crop, frame) that the tower looks at by itself; what packing cuts off is among them.
+    ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other.
     """
 
     text: int
@@ -27,20 +28,38 @@ class Sample:
     plans: tuple[SpanPlan, ...]
     queries: int
     measured: tuple[tuple[int, ...], tuple[int, ...]]
+    grids: tuple[Grid, ...] = ()
+
+    def parts(self) -> list[tuple[int, Grid]]:
+        """Tokens and grid of everything that the tower looks at by itself."""
+        grids = self.grids or (None,) * len(self.passes)
+        return [(n, _part_of(grid, span)) for span, grid in zip(self.passes, grids, strict=True) for n in span]
+
+
+def _part_of(grid: Grid, passes: tuple[int, ...]) -> Grid:
+    """The grid of one of several equal parts; None where they do not fill the span's."""
+    if grid is None or len(set(passes)) != 1 or grid[0] % len(passes) or grid[0] * grid[1] != sum(passes):
+        return None
+    return grid[0] // len(passes), grid[1]
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Totals of the batch. FLOPs of vision tower and projector, of the decoder's prefill and of ranking; bytes of the KV cache."""
+    """Totals of the batch.
+
+    FLOPs of vision tower and projector, of the decoder's prefill with the head, of ranking inside the decoder, and of selection before it
+    (signals, choice, merge); bytes of the KV cache.
+    """
 
     vision_flops: int
     decoder_flops: int
     ranking_flops: int
     kv_bytes: int | None
+    selection_flops: int = 0
 
     @property
     def flops(self) -> int:
-        return self.vision_flops + self.decoder_flops + self.ranking_flops
+        return self.vision_flops + self.decoder_flops + self.ranking_flops + self.selection_flops
 
 
 @dataclass(frozen=True)
@@ -97,6 +116,7 @@ class Report:
             _line("mean visual tokens", "{:.2f}", [per_sample, self.nominal_mean, self.measured_mean]),
             _line("vision GFLOPs", "{:.3f}", [c.vision_flops / 1e9 for c in costs]),
             _line("decoder prefill GFLOPs", "{:.3f}", [c.decoder_flops / 1e9 for c in costs]),
+            _line("selection GFLOPs", "{:.4f}", [c.selection_flops / 1e9 for c in costs]),
             _line("ranking GFLOPs", "{:.4f}", [c.ranking_flops / 1e9 for c in costs]),
             _line("KV cache KiB", "{:.0f}", [None if c.kv_bytes is None else c.kv_bytes / 1024 for c in costs]),
             f"FLOPs-bound speed-up of the decoder's prefill: {self.flops_bound:.2f}x",
@@ -139,10 +159,12 @@ def make_report(
     cache_bytes: Sequence[int] | None,
     decoded: int,
     projects_all: bool = False,
+    selection: int = 0,
 ) -> Report:
     """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache).
 
     ``projects_all``: the family or the method reduces behind the projector, which then runs on every token and not only on those that enter.
+    ``selection``: what signals, choice and merge before the decoder cost (``measure.choice.selection_flops``).
     """
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
@@ -151,14 +173,14 @@ def make_report(
     whole = [(s.text + sum(s.spans),) * depth for s in samples]
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
     passes = [tokens for s in samples for span in s.passes for tokens in span]
-    towers = sum(vision_flops(vision, n) for n in passes)
+    towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + sum(p.entry for p in s.plans), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [(before[i], s.queries) for before, s in zip(entering, samples, strict=True) for i in scored_layers if ranked]
         ranking = sum(scoring_flops(decoder, read, queries) for read, queries in scored)
         projector = sum(projector_flops(vision, n) for n in projected)
-        return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv)
+        return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 
     before = passes if projects_all else [p.entry for p in plans]
     full_width = max(w[0] for w in whole)

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from duet_vlm.budget import SpanPlan
-from duet_vlm.measure.flops import decoder_layer_flops, projector_flops, scoring_flops, vision_flops
+from duet_vlm.measure.flops import (
+    decoder_layer_flops,
+    head_flops,
+    patch_flops,
+    projector_flops,
+    scoring_flops,
+    signal_flops,
+    tower_rows,
+    vision_flops,
+)
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 
 
@@ -121,36 +130,27 @@ def step_flops(
     """
     depth = decoder.layers
     images = [(plan.tokens, _projected(e, plan), e.signals) for e in examples for plan in e.plans]
-    rows = [r for e in examples for r in e.rows(depth)]
-    last = sum(e.rows(depth)[-1] for e in examples)
-    head = 2 * last * decoder.hidden * decoder.vocab
+    if trained.lora and (decoder.experts or decoder.linear):
+        raise ValueError("adapters are costed on decoders of seven linear maps per layer: lora=0 for mixtures of experts and linear attention")
+    rows = [(r, layer) for e in examples for layer, r in enumerate(e.rows(depth))]
+    head = head_flops(decoder, sum(e.rows(depth)[-1] for e in examples))
     ranking = sum(scoring_flops(decoder, r, e.queries) for e in examples for r in e.ranked(depth))
-    seen = sum(vision_flops(vision, n) + projector_flops(vision, k) + _signals(vision, n) * signals for n, k, signals in images)
-    forward = sum(_layer(decoder, r, trained.lora) for r in rows) + ranking + head
+    seen = sum(vision_flops(vision, n) + projector_flops(vision, k) + signal_flops(vision, n) * signals for n, k, signals in images)
+    forward = sum(_layer(decoder, *r, trained.lora) for r in rows) + ranking + head
 
     read = replace(vision, layers=vision.layers - unread_layers)
-    backward = head * (1 + trained.decoder) + sum(_layer_backward(decoder, r, trained) for r in rows)
+    backward = head * (1 + trained.decoder) + sum(_layer_backward(decoder, *r, trained) for r in rows)
     backward += sum(_projector_backward(vision, k, trained) + _tower_backward(read, n, trained) for n, k, _ in images)
     if not trained.below_decoder:
         backward -= sum(_first_inputs(decoder, e.rows(depth)[0], trained.lora) for e in examples)
     again = 0
     if trained.checkpointing:
-        again = sum(_layer_again(decoder, r, trained.lora) for r in rows)
+        again = sum(_layer_again(decoder, *r, trained.lora) for r in rows)
         again += sum(_tower_again(read, n) for n, _, _ in images) * trained.through_tower
     return StepFlops(seen, forward, backward, again)
 
 
 # ---- vision
-
-
-def _tower_rows(shape: VisionShape, tokens: int) -> int:
-    return tokens * shape.patches_per_token + shape.extra_rows
-
-
-def _signals(shape: VisionShape, tokens: int) -> int:
-    """Attention scores of one tower layer: of its CLS row, or without one of every row."""
-    rows = _tower_rows(shape, tokens)
-    return 2 * (shape.extra_rows or rows) * rows * shape.width
 
 
 def _projected(example: Example, plan: SpanPlan) -> int:
@@ -160,25 +160,20 @@ def _projected(example: Example, plan: SpanPlan) -> int:
 
 def _layers(shape: VisionShape, tokens: int) -> tuple[int, int]:
     """The tower's layers over one image: their linear maps, their attention."""
-    rows, everything = _tower_rows(shape, tokens), vision_flops(shape, tokens) - _patches(shape, tokens)
+    rows, everything = tower_rows(shape, tokens), vision_flops(shape, tokens) - patch_flops(shape, tokens)
     linear = shape.layers * 2 * rows * shape.width * (4 * shape.width + shape.mlp_matrices * shape.mlp)
     return linear, everything - linear
 
 
-def _patches(shape: VisionShape, tokens: int) -> int:
-    """The patch embedding."""
-    return 2 * tokens * shape.patches_per_token * shape.patch_inputs * shape.width
-
-
 def _tower_backward(shape: VisionShape, tokens: int, trained: Trained) -> int:
     linear, attention = _layers(shape, tokens)
-    weights = linear + _patches(shape, tokens)  # pixels need no gradient
+    weights = linear + patch_flops(shape, tokens)  # pixels need no gradient
     return (linear + 2 * attention) * trained.through_tower + weights * trained.tower
 
 
 def _tower_again(shape: VisionShape, tokens: int) -> int:
     """Recomputation of a layer stops before the product that ends it: nothing needs its result."""
-    return sum(_layers(shape, tokens)) - shape.layers * 2 * _tower_rows(shape, tokens) * shape.width * shape.mlp
+    return sum(_layers(shape, tokens)) - shape.layers * 2 * tower_rows(shape, tokens) * shape.width * shape.mlp
 
 
 def _projector_backward(shape: VisionShape, rows: int, trained: Trained) -> int:
@@ -201,21 +196,22 @@ def _adapters(shape: DecoderShape, rows: int, rank: int) -> int:
     return 2 * rows * rank * (into + out)
 
 
-def _layer(shape: DecoderShape, rows: int, rank: int) -> int:
-    return decoder_layer_flops(shape, rows) + _adapters(shape, rows, rank)
+def _layer(shape: DecoderShape, rows: int, layer: int, rank: int) -> int:
+    return decoder_layer_flops(shape, rows, layer=layer) + _adapters(shape, rows, rank)
 
 
-def _layer_backward(shape: DecoderShape, rows: int, trained: Trained) -> int:
-    linear = decoder_layer_flops(shape, rows, keys=0)
-    attention = decoder_layer_flops(shape, rows) - linear
+def _layer_backward(shape: DecoderShape, rows: int, layer: int, trained: Trained) -> int:
+    linear = decoder_layer_flops(shape, rows, 0, layer)
+    attention = decoder_layer_flops(shape, rows, layer=layer) - linear
     return linear * (1 + trained.decoder) + 2 * attention + 2 * _adapters(shape, rows, trained.lora)
 
 
 def _first_inputs(shape: DecoderShape, rows: int, rank: int) -> int:
     """Input gradients of query, key and value maps, which the first layer does without where nothing before it needs one."""
-    return 2 * rows * shape.hidden * ((shape.heads + 2 * shape.kv_heads) * shape.head_dim + 3 * rank)
+    return 2 * rows * shape.hidden * (shape.query_width + 2 * shape.narrow + 3 * rank)
 
 
-def _layer_again(shape: DecoderShape, rows: int, rank: int) -> int:
+def _layer_again(shape: DecoderShape, rows: int, layer: int, rank: int) -> int:
     """As ``_tower_again``; the product that ends a layer is the down map, or with adapters their second factor."""
-    return _layer(shape, rows, rank) - 2 * rows * shape.hidden * (rank if rank else shape.mlp)
+    down = 0 if shape.has_experts(layer) else shape.mlp
+    return _layer(shape, rows, layer, rank) - 2 * rows * shape.hidden * (rank if rank else down)

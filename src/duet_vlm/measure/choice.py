@@ -1,0 +1,65 @@
+"""What choosing and merging cost: the method's own code, run on shapes without data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.measure.flops import signal_flops
+from duet_vlm.measure.shapes import VisionShape
+from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
+
+
+def selection_flops(
+    reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionShape, key_width: int, feature_width: int
+) -> int:
+    """Signals, choice and merge before the decoder for the spans of one call; 0 where the method leaves them whole.
+
+    Parameters
+    ----------
+    passes : sequence of sequence of int
+        Per span, visual tokens of each part that the tower looks at by itself.
+    key_width, feature_width : int
+        Width of one head of the tower, and of the rows that are reduced.
+    """
+    if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
+        return 0
+    parts = [tokens for span in passes for tokens in span]
+    signals = 0
+    if reducer.signals:
+        signals = sum(signal_flops(vision, n) for n in (parts if reducer.signal_segments else [sum(parts)]))
+    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), key_width, feature_width)
+
+
+def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:
+    """One plan for every part that is reduced by itself; all spans of a call are padded to equally many."""
+    parts = [getattr(plan, "parts", ()) for plan in plans]
+    most = max(map(len, parts), default=0)
+    if most == 0:
+        return list(plans)
+    small = []
+    for plan, counts, sizes in zip(plans, parts, passes, strict=True):
+        own = [SpanPlan(size, kept, merged, ()) for size, (kept, merged) in zip(sizes, counts, strict=False)]
+        own = own or [SpanPlan(plan.tokens, plan.dominant, plan.contextual, ())]
+        small += own + [SpanPlan(0, 0, 0, ())] * (most - len(own))
+    return small
+
+
+@lru_cache(maxsize=256)
+def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int) -> int:
+    """Matrix products of ``reducer.v2v`` on spans with these plans, counted on the meta device."""
+    batch, tokens = len(plans), max(plan.tokens for plan in plans)
+    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
+        count = torch.empty(batch, dtype=torch.long)
+        reducer.v2v(
+            VisionView(
+                valid=torch.empty(batch, tokens, dtype=torch.bool), dominant=count, contextual=count, plans=plans,
+                importance=torch.empty(batch, tokens), keys=torch.empty(batch, tokens, key_width),
+                features=torch.empty(batch, tokens, feature_width),
+            )
+        )  # fmt: skip
+    return counter.get_total_flops()
