@@ -21,6 +21,13 @@ REDUCING: dict[str, dict[str, Any]] = {
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "fastv": {"layers": 2, "keep": 0.4},
+    "frames": {"keep": 0.4},
+    "frames+visionzip+pyramiddrop": {
+        "frames_keep": 0.7,
+        "visionzip_dominant": 0.4,
+        "visionzip_contextual": 0.2,
+        "pyramiddrop_schedule": ((2, 0.5), (4, 0.25), (6, 0.1)),
+    },
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
@@ -41,6 +48,10 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("duet_plus", {"budget": 1.0}),
     ("fastv", {"keep": 1.0}),
     ("fastv", {"budget": 1.0}),
+    ("frames", {"keep": 1.0}),
+    ("frames", {"budget": 1.0}),
+    ("frames+visionzip+pyramiddrop", {"budget": 1.0}),
+    ("frames+duet", {"budget": 100_000}),
     ("pyramiddrop", {"schedule": ((2, 1.0), (4, 1.0))}),
     ("random", {"entry": 1.0}),
     ("scope", {"keep": 1.0}),
@@ -81,21 +92,17 @@ class Case:
         return duet_vlm.attach(self.model() if model is None else model, self.method, **settings)
 
 
-USUAL = ("llava", "llava_gqa", "qwen2_5_vl")  # families whose every cell is in the default tier
-
-
 def matrix(*methods: str, attention: tuple[str, ...] = ("sdpa", "eager")) -> pytest.MarkDecorator:
     """The cells of the given methods (default: all): Duet and FastV on every family, the others on two; "compact" wherever it can be.
 
-    Cells of further families are slow but for one per method and test: sdpa (or what the test asks for) and kept positions.
+    conftest.py says which cells of the further families are in the default tier.
     """
     cases = [
-        pytest.param(case, id=str(case), marks=() if family in USUAL or (implementation, positions) == (attention[0], "keep") else pytest.mark.slow)
+        pytest.param(Case(family, implementation, method, positions), id=f"{family}-{implementation}-{method}-{positions}")
         for family in FAMILIES
         for implementation in attention
         for method in methods or tuple(REDUCING)
         if family in ("llava", "qwen2_5_vl") or method in ("duet", "fastv")
         for positions in (("keep",) if FAMILIES[family].mrope else ("keep", "compact"))
-        for case in [Case(family, implementation, method, positions)]
     ]
     return pytest.mark.parametrize("case", cases)

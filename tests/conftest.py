@@ -19,3 +19,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden-dir", type=Path, default=Path(__file__).parent / "golden", help="folder of recorded cases for test_golden.py"
     )
+
+
+USUAL = ("llava", "llava_gqa", "qwen2_5_vl")  # families whose every test is in the default tier
+EVERY = (  # tests that the default tier runs on the other families, too: one cell per method
+    "test_keeping_every_token_is_bit_equal",
+    "test_padded_row_equals_row_alone",
+    "test_greedy_equals_oracle",
+    "test_forward_equals_oracle",
+    "test_beam_search_equals_oracle",
+    "test_survivors_are_those_with_the_largest_scores",
+    "test_token_map_accounts_for_every_visual_token",
+    "test_cache_and_report_match_the_schedule",
+    "test_measured_mean_is_the_solved_budget",
+    "test_detach_leaves_no_trace",
+    "test_projections_equal_the_layers_own",
+    "test_importance_equals_the_towers_attention",
+)
+CELLS = ("none", "duet", "fastv")  # and the methods that it runs on them
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of further families are slow but for the cells named above (sdpa, kept positions, left padding)."""
+    for item in items:
+        values = getattr(getattr(item, "callspec", None), "params", {})
+        case = values.get("case")
+        family = getattr(case, "family", values.get("family"))
+        if family is None or family in USUAL:
+            continue
+        cell = [getattr(case, name, values.get(name)) for name in ("attention", "positions", "method", "side")]
+        usual = (("sdpa", None), ("keep", None), (*CELLS, None), ("left", None))
+        ordinary = all(value in allowed for value, allowed in zip(cell, usual, strict=True))
+        if getattr(item, "originalname", "") not in EVERY or not ordinary:
+            item.add_marker(pytest.mark.slow)

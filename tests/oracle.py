@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from families import IMAGE, VIDEO, Inputs
+from families import FAMILIES, Family, Inputs
 from torch import Tensor, nn
 
 from duet_vlm import Handle
@@ -37,9 +37,6 @@ class Choice:
 
     def visible(self, layer: int) -> frozenset[int]:
         return self.alive[max(first for first in self.alive if first <= layer)]
-
-
-IMAGE_SIZES = ("image_grid_thw", "image_sizes")
 
 
 @dataclass
@@ -90,23 +87,16 @@ def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
     return entered
 
 
-def tower_features(model: nn.Module, inputs: Inputs) -> dict[str, list[Tensor]]:
-    """Per image and clip the features that V2V merges: before the projector (LLaVA, CLS row first) or after the merger (Qwen)."""
-    features = {}
-    if model.config.model_type == "llava":
-        states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states
-        return {"image": list(states[model.config.vision_feature_layer])}
-    for stream, pixels, sizes in (("image", "pixel_values", IMAGE_SIZES), ("video", "pixel_values_videos", ("video_grid_thw",))):
-        if pixels in inputs:
-            encode = getattr(model.model, f"get_{stream}_features")
-            features[stream] = list(encode(inputs[pixels], **{key: inputs[key] for key in sizes if key in inputs}).pooler_output)
-    return features
+def family_of(model: nn.Module) -> Family:
+    """The family of a tiny model: those of a group share what the oracle needs."""
+    return FAMILIES[model.config.model_type]
 
 
 def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cls_token: bool) -> dict[int, Tensor]:
     """The embedding of each slot that entered."""
-    pointwise = model.model.multi_modal_projector if model.config.model_type == "llava" else None
-    shift = 1 if pointwise is not None and not cls_token else 0  # the tower's CLS row is not a token
+    family = family_of(model)
+    pointwise = family.pointwise(model)
+    shift = 0 if cls_token else family.skip()
     entered = {}
     for slot, (source, joined) in rows.items():
         row = features[source + shift]
@@ -117,46 +107,46 @@ def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cl
     return entered
 
 
-def walk(model: nn.Module, ids: Tensor, images: Sequence[Tensor], grids: dict[str, Tensor], choice: Choice, watch: Sequence[int] = ()) -> Walk:
-    """One unpadded row: prompt and generated ids [T] through the eager decoder; ``images`` are its pictures' tower features."""
-    text = model.model.language_model
+def walk(
+    model: nn.Module,
+    ids: Tensor,
+    images: Sequence[Tensor],
+    deeper: Sequence[Sequence[Tensor]],
+    grids: dict[str, Tensor],
+    choice: Choice,
+    watch: Sequence[int] = (),
+) -> Walk:
+    """One unpadded row: prompt and generated ids [T] through the eager decoder; ``images`` are its pictures' tower features, ``deeper``
+    the rows of each picture that are added behind the first layers."""
+    family = family_of(model)
     hidden = model.get_input_embeddings()(ids)[None].clone()
     hidden_slots = set(range(choice.slots))
     for start, rows, features in zip(choice.starts, choice.rows, images, strict=True):
         for slot, row in entry_rows(model, features, rows, choice.merge, choice.cls_token).items():
             hidden[0, start + slot] = row
+    hidden = family.enter(model, hidden)
     total = len(ids)
-    positions = original_positions(model, ids[: choice.slots], grids, total)
+    positions = family.positions(model, ids[: choice.slots], grids, total)
     result = Walk(hidden)
-    for index, layer in enumerate(text.layers):
+    for index in range(len(family.text(model).layers)):
         seen = torch.ones(total, dtype=torch.bool)
         for slot in hidden_slots - choice.visible(index):
             seen[slot] = False
         if choice.positions == "compact":
             positions = (seen.long().cumsum(0) - 1).clamp(min=0)[None]
-        allowed = (torch.ones(total, total, dtype=torch.bool).tril() & seen[None]) | torch.eye(total, dtype=torch.bool)
+        allowed = (family.sees(model, ids, choice.slots, index) & seen[None]) | torch.eye(total, dtype=torch.bool)
         mask = torch.zeros(1, 1, total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)
-        rotary = text.rotary_emb(hidden, positions)
+        rotary = family.rotary(model, hidden, positions, index)
         if index in watch:
-            _, weights = layer.self_attn(
-                hidden_states=layer.input_layernorm(hidden), position_embeddings=rotary, attention_mask=mask, past_key_values=None
-            )
-            result.attention[index] = weights[0].mean(0)
-        hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary, position_ids=None, past_key_values=None)
-    result.logits = model.lm_head(text.norm(hidden))[0]
+            result.attention[index] = family.attended(model, index, hidden, position_embeddings=rotary, attention_mask=mask)
+        hidden = family.run(model, index, hidden, seen, attention_mask=mask, position_embeddings=rotary)
+        for start, rows, levels in zip(choice.starts, choice.rows, deeper, strict=True):
+            if index < len(levels):  # rows that the encoder adds behind the first layers
+                hidden = hidden.clone()
+                for slot, row in entry_rows(model, levels[index], rows, choice.merge, choice.cls_token).items():
+                    hidden[0, start + slot] += row
+    result.logits = family.head(model, hidden)[0]
     return result
-
-
-def original_positions(model: nn.Module, prompt: Tensor, grids: dict[str, Tensor], total: int) -> Tensor:
-    """0..T-1, or the M-RoPE positions of the prompt continued by one per token."""
-    if not hasattr(model.model, "get_rope_index"):
-        return torch.arange(total)[None]
-    positions = torch.arange(len(prompt)).expand(3, 1, -1)
-    if grids:
-        kinds = (prompt == IMAGE).int() + 2 * (prompt == VIDEO).int()
-        positions, _ = model.model.get_rope_index(prompt[None], kinds[None], **grids)
-    later = torch.arange(total - len(prompt)) + positions.max() + 1
-    return torch.cat([positions, later.expand(3, 1, -1)], -1)
 
 
 def walk_batch(
@@ -174,7 +164,10 @@ def walk_batch(
 
 
 def _walk_batch(model: nn.Module, inputs: Inputs, choices: Sequence[Choice], generated: Tensor | None, watch: Sequence[int]) -> list[Walk]:
-    features = tower_features(model, inputs) if {"pixel_values", "pixel_values_videos"} & set(inputs) else {}
+    family = family_of(model)
+    pictured = {"pixel_values", "pixel_values_videos", "pixel_values_images"} & set(inputs)
+    features = family.features(model, inputs) if pictured else {}
+    deeper = family.deeper(model, inputs) if pictured else {}
     repeat = len(choices) // len(inputs["input_ids"])
     walks = []
     for sample, choice in enumerate(choices):
@@ -187,7 +180,8 @@ def _walk_batch(model: nn.Module, inputs: Inputs, choices: Sequence[Choice], gen
             for stream, key in (("image", "image_grid_thw"), ("video", "video_grid_thw"))
             if key in inputs and (numbers := [number for name, number in choice.images if name == stream])
         }
-        walks.append(walk(model, ids, [features[name][number] for name, number in choice.images], grids, choice, watch))
+        levels = [deeper[name][number] if name in deeper else () for name, number in choice.images]
+        walks.append(walk(model, ids, [features[name][number] for name, number in choice.images], levels, grids, choice, watch))
     return walks
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, matrix
-from families import FAMILIES, MIXED, ONE, TWO, Inputs, build, forward, generate, shared
+from families import FAMILIES, FIRST, MIXED, ONE, TWO, Inputs, build, forward, generate, shared
 from oracle import Choice, choices_of, step_logits, walk_batch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
@@ -94,7 +94,7 @@ def test_prompt_lookup_equals_greedy(case: Case) -> None:
         torch.testing.assert_close(a, b, **CLOSE)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_rejected_drafts_of_a_padded_prompt_leave_no_gap(family: str) -> None:
     """The first pass carries draft tokens; those that are rejected are cut off the cache, padding stays masked."""
     row = (*ONE, 50, 51, 52, 50, 51)
@@ -161,7 +161,7 @@ def test_streaming_from_a_thread(case: Case) -> None:
     assert streamer.done.is_set() and streamer.tokens == expected.flatten().tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_two_handles_in_two_threads(family: str) -> None:
     """Each thread runs its own model and method many times; neither sees the other's calls."""
     made = FAMILIES[family]
@@ -189,7 +189,7 @@ def test_two_handles_in_two_threads(family: str) -> None:
         handles[number].detach()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_one_model_in_two_threads(family: str) -> None:
     """Calls of one attached model from several threads do not meet either."""
     made, model = FAMILIES[family], build(family)

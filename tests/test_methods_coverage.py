@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import twins
-from families import FAMILIES, MIXED, ONE, Inputs, Picture, any_res_crops, forward, pictures_of, shared
+from families import FAMILIES, FIRST, MIXED, ONE, Inputs, Picture, any_res_crops, forward, pictures_of, shared
 from test_signals import content_rows, tower_signals
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +40,7 @@ def tower_rows(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         return list(model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:].double())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_divprune_looks_at_projected_rows(family: str) -> None:
     inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
     expected = []
@@ -55,7 +55,7 @@ def test_divprune_looks_at_projected_rows(family: str) -> None:
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_scope_looks_at_tower_rows_and_attention(family: str, alpha: float) -> None:
     inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
     signals, shown = tower_signals(family, inputs, None, PICTURES), [content_rows(family, picture) for picture in PICTURES]
@@ -68,7 +68,7 @@ def test_scope_looks_at_tower_rows_and_attention(family: str, alpha: float) -> N
 
 
 @pytest.mark.parametrize("method", GREEDY)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_flops_count_the_rows_that_are_projected(family: str, method: str) -> None:
     """The projector's first matrix tells how many rows it really ran on: those that enter where V2V can run before it, else all of them.
 
@@ -95,7 +95,7 @@ def test_flops_count_the_rows_that_are_projected(family: str, method: str) -> No
     assert report.predicted.vision_flops == report.observed.vision_flops
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_flops_of_the_vision_side_are_those_that_torch_counts(family: str) -> None:
     """Crops, frames, windows and what packing cuts off included; pictures whose sides are whole windows."""
     rows = [(1, Picture(1, 4, 6), 5, Picture(2, 2, 4), 6, 7), (1, 5, Picture(3, 6, 2), 8)]
@@ -112,7 +112,7 @@ def test_flops_of_the_vision_side_are_those_that_torch_counts(family: str) -> No
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_duet_plus_looks_at_keys_and_attention(family: str, alpha: float) -> None:
     inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
     signals, shown = tower_signals(family, inputs, None, PICTURES), [content_rows(family, picture) for picture in PICTURES]
@@ -188,7 +188,7 @@ def test_bad_settings(method: str, settings: dict[str, Any], message: str) -> No
 
 
 @pytest.mark.parametrize("method", GREEDY)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_keeping_none_and_one(family: str, method: str) -> None:
     made, model = FAMILIES[family], shared(family)
     for keep in (0, 1):
@@ -197,7 +197,7 @@ def test_keeping_none_and_one(family: str, method: str) -> None:
             assert [len(tokens) for tokens in chosen_tokens(handle)] == [keep] * len(PICTURES)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_spans_of_one_batch_may_be_whole_or_cut(family: str) -> None:
     """A budget between the sizes of two pictures: the small one stays whole, the large one is cut."""
     made, model = FAMILIES[family], shared(family)
@@ -210,7 +210,7 @@ def test_spans_of_one_batch_may_be_whole_or_cut(family: str) -> None:
 
 
 @pytest.mark.parametrize("method", GREEDY)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_gradient_reaches_the_tower_through_chosen_rows(family: str, method: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([ONE])
     tower = getattr(model.model, "visual", None) or model.model.vision_tower

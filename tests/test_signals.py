@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from families import FAMILIES, MIXED, ONE, Inputs, Picture, any_res_crops, any_res_layout, forward, pictures_of, shared
+from families import FAMILIES, FIRST, MIXED, ONE, Inputs, Picture, any_res_crops, any_res_layout, forward, pictures_of, shared
 from torch import Tensor, nn
 
 import duet_vlm
@@ -106,7 +106,7 @@ def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Pi
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("layer", [None, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_importance_and_keys_are_those_of_the_tower(family: str, layer: int | None, attention: str) -> None:
     """By default the block behind the feature layer (CLIP, CLS row) or the last full-attention block (Qwen, column sums)."""
     inputs, pictures = FAMILIES[family].inputs(MIXED), pictures_of(MIXED)
@@ -122,7 +122,7 @@ def test_importance_and_keys_are_those_of_the_tower(family: str, layer: int | No
         torch.testing.assert_close(view.keys[row, content], keys, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_recording_leaves_the_features_alone(family: str) -> None:
     """Bit for bit, with the tower's own kernel: only a copy of query and key is looked at."""
     model, inputs = shared(family), FAMILIES[family].inputs([ONE])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from cases import OFFICIAL, REDUCING, Case, matrix
-from families import FAMILIES, MIXED, build, forward, generate, shared
+from families import FAMILIES, FIRST, MIXED, build, forward, generate, shared
 from torch import Tensor, nn
 
 import duet_vlm
@@ -197,7 +197,7 @@ def test_peft_like_wrappers(case: Case) -> None:
     assert len(adapters) == 48 and all(p.grad is not None and torch.isfinite(p.grad).all() for p in adapters)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FIRST)
 def test_hidden_states_follow_the_schedule(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
     with duet_vlm.attach(model, "duet", **REDUCING["duet"]):

@@ -1,0 +1,94 @@
+"""Tiny random models of every supported family, and batches for them: one file per group of families; a new file is found by itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import pkgutil
+from typing import Any
+
+import torch
+from torch import nn
+
+from families.base import (
+    DEPTH,
+    HIDDEN,
+    IMAGE,
+    PAD,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+    VOCAB,
+    Family,
+    Inputs,
+    Picture,
+    Row,
+    noise,
+    pictures_of,
+    randomise,
+)
+from families.llava import any_res_crops, any_res_layout, llava
+from families.qwen import qwen2_5_vl
+
+__all__ = [
+    "DEPTH", "FAMILIES", "FIRST", "HIDDEN", "IMAGE", "PAD", "VIDEO", "VISION_END", "VISION_START", "VOCAB", "Family", "Inputs", "Picture", "Row",
+    "any_res_crops", "any_res_layout", "build", "forward", "generate", "llava", "noise", "pictures_of", "qwen2_5_vl", "randomise", "shared",
+]  # fmt: skip
+
+FIRST = ("llava", "llava_gqa", "llava_next", "qwen2_vl", "qwen2_5_vl")  # those that every test knows by hand
+
+
+def _found() -> dict[str, Family]:
+    modules = [importlib.import_module(f"families.{module.name}") for module in pkgutil.iter_modules(__path__)]
+    known = {family.name: family for module in modules for family in getattr(module, "FAMILIES", [])}
+    return {name: known[name] for name in (*FIRST, *sorted(known.keys() - set(FIRST)))}
+
+
+FAMILIES = _found()
+
+
+def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A fresh model in eval mode; the same name always has the same weights."""
+    torch.manual_seed(0)
+    model = randomise(FAMILIES[name].make().eval()).to(dtype)
+    model.set_attn_implementation(attention)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    model.generation_config.suppress_tokens = [VIDEO, VISION_START, VISION_END, IMAGE]  # random models would write placeholders
+    return model
+
+
+def shared(name: str, attention: str = "sdpa") -> nn.Module:
+    """A model that tests may attach to and must give back untouched."""
+    return _shared(name, attention)
+
+
+@functools.lru_cache(maxsize=16)
+def _shared(name: str, attention: str) -> nn.Module:
+    return build(name, attention)
+
+
+# one, two (of different sizes where the family allows) and three images, text only; ragged text
+ONE: Row = (1, 5, Picture(1, 4, 5), 7, 8, 9, 10)
+TWO: Row = (1, Picture(2, 3, 4), 11, Picture(3, 5, 3), 12, 13, 14, 15, 16)
+THREE: Row = (1, Picture(4, 4, 6), 21, Picture(5, 2, 5), 22, 23, Picture(6, 4, 4), 24, 25)
+TEXT: Row = (1, 31, 32, 33, 34, 35)
+MIXED: tuple[Row, ...] = (ONE, THREE, TEXT)
+
+# clips, alone and among images
+CLIP: Row = (1, 5, Picture(7, 3, 4, frames=3), 41, 42, 43)
+CLIP_AND_IMAGE: Row = (1, Picture(8, 2, 3, frames=2), 44, Picture(9, 3, 4), 45, 46)
+IMAGE_AND_CLIPS: Row = (1, Picture(10, 3, 3), 47, Picture(11, 2, 3, frames=4), 48, Picture(12, 3, 2, frames=1), 49)
+CLIPS: tuple[Row, ...] = (CLIP, IMAGE_AND_CLIPS, TEXT, CLIP_AND_IMAGE, ONE)
+
+
+def generate(model: nn.Module, inputs: dict[str, Any], new: int = 4, **options: Any) -> Any:
+    """generate() with the logits of every step."""
+    defaults = {"do_sample": False, "max_new_tokens": new, "return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad():
+        return model.generate(**inputs, **(defaults | options))
+
+
+def forward(model: nn.Module, inputs: dict[str, Any], **options: Any) -> Any:
+    with torch.no_grad():
+        return model(**inputs, **options)
