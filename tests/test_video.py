@@ -9,7 +9,7 @@ from oracle import choices_of, step_logits, walk_batch
 
 import duet_vlm
 
-MOVING = [name for name in FAMILIES if name.startswith("qwen")]
+MOVING = [name for name, family in FAMILIES.items() if family.video]
 SETTINGS = {
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25))},

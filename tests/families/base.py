@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ class Family:
 
     name: str
     mrope = False
+    video = False  # takes clips, too
 
     def make(self) -> nn.Module:
         raise NotImplementedError
@@ -92,6 +93,11 @@ class Family:
     def spans(self, output: Any, inputs: Inputs) -> list[Tensor]:
         return list(output.pooler_output)
 
+    def signals(self, model: nn.Module, inputs: Inputs) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Per stream and span: importance [n] and mean keys [n, d] of the tokens, from the eager tower's own attention maps, written without
+        the library. Structure rows and rows of a fed CLS are not compared: NaN importance."""
+        raise NotImplementedError
+
     def pointwise(self, model: nn.Module) -> nn.Module | None:
         """The projector, where V2V works in front of it."""
         return None
@@ -131,6 +137,21 @@ class Family:
 
 Row = Sequence["int | Picture"]  # text token ids and pictures, in order
 Inputs = dict[str, Tensor]
+
+
+def attention_maps(attention: nn.Module, run: Callable[[], Any]) -> list[tuple[Tensor, Tensor]]:
+    """For every call of an eager vision attention while ``run`` runs: its weights [B, H, N, N] and, from its ``k_proj``, keys [B, N, H * d]."""
+    weights: list[Tensor] = []
+    keys: list[Tensor] = []
+    hooks = [
+        attention.register_forward_hook(lambda module, args, output: weights.append(output[1])),
+        attention.k_proj.register_forward_hook(lambda module, args, output: keys.append(output)),
+    ]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    return list(zip(weights, keys, strict=True))
 
 
 def pictures_of(rows: Sequence[Row]) -> list[Picture]:

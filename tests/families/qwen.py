@@ -60,6 +60,7 @@ class Qwen(Family):
     """Grids of any size, clips, M-RoPE."""
 
     mrope = True
+    video = True
 
     def tokens(self, picture: Picture) -> int:
         return (picture.frames or 1) * picture.height * picture.width
