@@ -228,26 +228,34 @@ class Adapter(ABC):
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding in the half-split layout: x [B, H, n, d], cos and sin [B or 1, n, d]."""
+    """Rotary embedding in the half-split layout: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as they are."""
     cos, sin = (t.unsqueeze(1) for t in rotary)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    turned, plain = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, plain), dim=-1)
 
 
 class LlamaLike:
-    """Queries and keys of decoder layers laid out as in Llama and Qwen2: input norm, separate projections, half-split rotary."""
+    """Queries and keys of decoder layers laid out as in Llama and Qwen2: input norm, separate projections, half-split rotary.
+
+    Norms of single heads (``q_norm``, ``k_norm``, as in Qwen3) are applied where the layer has them.
+    """
 
     def project_q(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
-        return self._project(layer, layer.self_attn.q_proj, hidden, rotary)
+        return self._project(layer, "q", hidden, rotary)
 
     def project_k(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
-        return self._project(layer, layer.self_attn.k_proj, hidden, rotary)
+        return self._project(layer, "k", hidden, rotary)
 
-    @staticmethod
-    def _project(layer: nn.Module, projection: Callable[[Tensor], Tensor], hidden: Tensor, rotary: Rotary) -> Tensor:
-        x = projection(layer.input_layernorm(hidden))
-        x = x.view(*x.shape[:2], -1, layer.self_attn.head_dim).transpose(1, 2)
-        return rotate(x, rotary)
+    def heads(self, layer: nn.Module, which: str, hidden: Tensor) -> Tensor:
+        """Projected rows [B, n, H, d] of normed rows ``hidden`` [B, n, D]; ``which`` is "q" or "k"."""
+        projected: Tensor = getattr(layer.self_attn, f"{which}_proj")(hidden)
+        return projected.unflatten(-1, (-1, layer.self_attn.head_dim))
+
+    def _project(self, layer: nn.Module, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
+        x = self.heads(layer, which, layer.input_layernorm(hidden))
+        norm = getattr(layer.self_attn, f"{which}_norm", None)
+        return rotate((x if norm is None else norm(x)).transpose(1, 2), rotary)
 
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
