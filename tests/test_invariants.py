@@ -209,7 +209,7 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
         choices = choices_of(handle)
         reducer = handle.reducer
     if not getattr(reducer, "uses_text", False):
-        assert case.method in ("divprune", "random", "scope", "uniform", "visionzip")
+        assert case.method in ("divprune", "frames", "random", "scope", "uniform", "visionzip")
         return
     drops = [layer for layer in choices[0].alive if layer > 0]
     watch = [layer - (case.method == "fastv") for layer in drops]  # FastV: by the attention of the layer before the drop

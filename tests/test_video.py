@@ -15,6 +15,9 @@ SETTINGS = {
     "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25))},
     "visionzip": {"dominant": 0.3, "contextual": 0.2},
     "fastv": {"layers": 2, "keep": 0.4},
+    "frames": {"keep": 0.5},
+    "frames+duet": {"frames_keep": 0.7, "duet_dominant": 0.4, "duet_contextual": 0.2, "duet_schedule": ((3, 0.6), (5, 0.25))},
+    "frames+pyramiddrop": {"frames_keep": 0.7, "pyramiddrop_schedule": ((3, 0.6), (5, 0.25))},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
 }
 EACH = pytest.mark.parametrize("family", MOVING)

@@ -7,6 +7,7 @@ from duet_vlm.attach import Handle, attach, remember
 from duet_vlm.budget import BudgetError, SpanPlan
 from duet_vlm.measure.report import Report
 from duet_vlm.memory import remembered
+from duet_vlm.methods.compose import compose
 from duet_vlm.presets import preset
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.registry import get, methods, register
@@ -32,6 +33,7 @@ __all__ = [
     "TextView",
     "VisionView",
     "attach",
+    "compose",
     "get",
     "methods",
     "preset",

@@ -43,8 +43,10 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 
 
 def get(name: str) -> type[Reducer]:
-    """The class of a method; unknown names raise a ``ValueError`` that lists the known ones."""
+    """The class of a method, or of a composition ("frames+duet"); unknown names raise a ``ValueError`` that lists the known ones."""
     _load()
+    if "+" in name:
+        return importlib.import_module("duet_vlm.methods.compose").composed(tuple(get(part) for part in name.split("+")))
     if name not in _methods:
         raise ValueError(f"unknown method {name!r}; known methods: {', '.join(sorted(_methods))}")
     return _methods[name]

@@ -1,0 +1,292 @@
+"""Methods one after the other as one method: frames, then V2V, then T2V, under one budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from functools import cache, cached_property
+from itertools import accumulate
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from duet_vlm import registry
+from duet_vlm.budget import (
+    EPSILON,
+    Budget,
+    BudgetError,
+    Schedule,
+    SpanPlan,
+    count_of,
+    infeasible,
+    largest,
+    largest_share,
+    target_mean,
+    within,
+)
+from duet_vlm.methods.duet import Duet, paper_schedule
+from duet_vlm.methods.duet_plus import DuetPlus, deep_schedule
+from duet_vlm.methods.frames import Frames
+from duet_vlm.methods.pyramiddrop import LATE, PyramidDrop, pyramid
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
+from duet_vlm.tokens import Selection
+
+ORDER = "at most one of each, in this order: frames, a method that reduces before the decoder, a method that drops inside it"
+USUAL_DROPS: dict[type[Reducer], Callable[[int], Schedule]] = {  # of methods that leave their schedule open: what their papers take
+    Duet: paper_schedule,
+    DuetPlus: deep_schedule,
+    PyramidDrop: lambda depth: pyramid(depth, LATE, 0.5),
+}
+FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
+SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
+SHARED = FIRST_SETTINGS | SECOND_SETTINGS
+
+Roles = tuple[Frames | None, EncoderReducer | None, DecoderReducer | None]
+
+
+def compose(*stages: Reducer) -> Composition:
+    """One method made of two or three: ``compose(Frames(), Duet())``, ``compose(Frames(keep=0.5), VisionZip(), PyramidDrop())``.
+
+    A method that reduces in both places (``Duet``) does so, unless another one follows that drops inside the decoder. See ``Composition``.
+
+    Raises
+    ------
+    ValueError
+        Stages that do not follow each other, or that want different things of what they share.
+    TypeError
+        A stage that is no method.
+    """
+    for stage in stages:
+        if not isinstance(stage, Reducer):
+            raise TypeError(f"compose: {stage!r} is no method; give instances, e.g. compose(Frames(), Duet())")
+    cls = composed(tuple(type(stage) for stage in stages))
+    settings: dict[str, Any] = {}
+    for stage in stages:
+        for each in fields(stage):
+            if cls.owners.get(each.name) in (None, type(stage)):
+                settings[each.name if each.name in SHARED else f"{stage.name}_{each.name}"] = getattr(stage, each.name)
+    for stage in stages:
+        for each in fields(stage):
+            value = getattr(stage, each.name)
+            matters = each.name == "positions" or (each.name in SHARED and value != each.default)
+            if matters and value != settings[each.name]:
+                raise ValueError(
+                    f"{cls.name}: {stage.name} wants {each.name}={value!r}, {cls.owners[each.name].name} {settings[each.name]!r}; "
+                    "a composition has one, give both the same"
+                )
+    return cls(**settings)
+
+
+@cache
+def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
+    """The class of a composition, as ``attach(model, "frames+duet")`` finds it."""
+    frames, first, second = roles = _roles(stages)
+    sees = first or frames
+    assert sees is not None  # says _roles
+    facts: dict[str, Any] = {
+        "name": "+".join(stage.name for stage in stages),
+        "paper": " + ".join(stage.paper for stage in stages),
+        "summary": ", then ".join(stage.name for stage in stages) + ", under one budget",
+        "stages": stages,
+        "roles": roles,
+        "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
+        "signals": sees.signals,
+        "reads_projected": sees.reads_projected,
+        "reads_time": frames is not None or sees.reads_time,
+    }
+    if second is not None:
+        facts |= {"uses_text": second.uses_text, "uses_tokens": second.uses_tokens, "score_before": second.score_before}
+    settings = [
+        (each.name if each.name in SHARED else f"{stage.name}_{each.name}", each.type, field(default=each.default))
+        for stage in stages
+        for each in fields(stage)
+        if facts["owners"].get(each.name) in (None, stage)
+    ]
+    base = Composition if second is None else DroppingComposition
+    return dataclasses.make_dataclass("".join(stage.__name__ for stage in stages), settings, bases=(base,), namespace=facts, frozen=True)
+
+
+def _roles(stages: tuple[type[Reducer], ...]) -> tuple[type[Frames] | None, type[EncoderReducer] | None, type[DecoderReducer] | None]:
+    """Which class narrows, which reduces before the decoder, which drops inside it; a ValueError if they do not follow each other."""
+    for stage in stages:
+        if not hasattr(stage, "name"):
+            raise ValueError(f"compose: {stage.__name__} has no name; register it first (duet_vlm.register)")
+    frames = stages[0] if stages and issubclass(stages[0], Frames) else None
+    rest = stages if frames is None else stages[1:]
+    second = rest[-1] if rest and issubclass(rest[-1], DecoderReducer) else None
+    before = rest if second is None else rest[:-1]
+    first = before[0] if before else second if second is not None and issubclass(second, EncoderReducer) else None
+    wrong = any(not issubclass(stage, EncoderReducer) for stage in before) or any(issubclass(stage, Frames | Composition) for stage in rest)
+    if not 2 <= len(stages) <= 3 or len(set(stages)) < len(stages) or len(before) > 1 or wrong:
+        names = ", ".join(stage.name for stage in stages)
+        raise ValueError(f"compose({names}): give two or three different methods, {ORDER}")
+    return frames, first, second  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Composition(EncoderReducer):
+    """Stages of a composition as one method. ``frames`` narrows a clip to a pool of candidates, the method before the decoder chooses
+    and merges within it, the method inside the decoder drops by what enters.
+
+    Settings are those of the stages behind their names (``frames_keep``, ``duet_dominant``); what all share (``positions``,
+    ``text_query``) is set once. Fractions of rows that enter are fractions of the whole span, not of the pool.
+
+    A budget holds over the whole. If one method reduces in both places, or none inside the decoder, it solves the budget as it does
+    alone. Otherwise the drops follow their own schedule, or their paper's, and as many tokens enter as the budget then allows; the
+    method before the decoder divides them into dominant and contextual rows as it does alone. ``frames_keep`` is the size of the pool and
+    never less than what enters; left out, the two stages narrow by the same factor (the geometric mean of all tokens and those that enter).
+    Without a method before the decoder the pool itself enters.
+
+    Images have no frames: there the pool is the whole image (without a method before the decoder they are thinned evenly, see ``Frames``).
+    """
+
+    stages: ClassVar[tuple[type[Reducer], ...]]
+    roles: ClassVar[tuple[type[Frames] | None, type[EncoderReducer] | None, type[DecoderReducer] | None]]
+    owners: ClassVar[dict[str, type[Reducer]]]  # whose each shared setting is
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _, first, second = self._stages
+        if second is None or second is first:
+            return
+        if getattr(first, "schedule", None):
+            raise ValueError(f"{self.name}: {second.name} drops inside the decoder, so leave {self.stages[-2].name}_schedule out")
+        if isinstance(second, EncoderReducer) and _with_drops(second, 1000).plan(4096, 1000, None).merges:
+            raise ValueError(f"{self.name}: {self.stages[-2].name} reduces before the decoder; of {second.name} set the drops only")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (self.name, self.settings())
+
+    @cached_property
+    def _stages(self) -> Roles:
+        """The stages with their settings; a method that reduces in both places stands there twice."""
+        made = {cls: cls(**self._settings_of(cls)) for cls in self.stages}
+        frames, first, second = (None if cls is None else made[cls] for cls in self.roles)
+        return frames, first, second  # type: ignore[return-value]
+
+    def _settings_of(self, cls: type[Reducer]) -> dict[str, Any]:
+        own = {each.name: getattr(self, f"{cls.name}_{each.name}") for each in fields(cls) if each.name not in SHARED}
+        return own | {each.name: getattr(self, each.name) for each in fields(cls) if each.name in SHARED and hasattr(self, each.name)}
+
+    # ---- how many
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        frames, first, second = self._stages
+        if budget is None:
+            return self._planned(tokens, depth)
+        target = target_mean(budget, tokens)
+        if target >= tokens:
+            return whole(tokens, depth)
+        if first is not None and (second is None or second is first):
+            return first.plan(tokens, depth, budget)
+        assert second is not None
+        if first is None and frames is not None and frames.keep is not None:
+            entry = max(1, count_of(frames.keep, tokens), math.floor(target + EPSILON))
+            return SpanPlan(tokens, entry, 0, second.plan(entry, depth, min(1.0, target / entry)).counts)
+        return self._solved(second, tokens, depth, target)
+
+    def _planned(self, tokens: int, depth: int) -> SpanPlan:
+        """By the stages' own settings."""
+        frames, first, second = self._stages
+        pool = None if frames is None or frames.keep is None else frames.plan(tokens, depth, None)
+        entering = pool if first is None else first.plan(tokens, depth, None)
+        if entering is None:
+            raise BudgetError(f"{self.name} needs a budget or frames_keep=")
+        if second is None or (second is first and (entering.merges or pool is None)):
+            return entering
+        if pool is not None and not entering.merges:  # nobody else reduces before the decoder: the pool enters
+            entering = pool
+        return dataclasses.replace(entering, counts=_with_drops(second, depth).plan(entering.entry, depth, None).counts)
+
+    def _solved(self, second: DecoderReducer, tokens: int, depth: int, target: float) -> SpanPlan:
+        """The largest entry whose mean under the drops is within ``target``; if all tokens leave budget over, the drops keep more: those of
+        a larger number than there is, at last the stages that drop everything."""
+        drops = _with_drops(second, depth)
+
+        def counts(entry: int, end: int) -> tuple[int, ...]:
+            return tuple(accumulate((min(kept, tokens) or end for kept in drops.plan(entry, depth, None).counts), min))
+
+        entry = largest(tokens << 30, lambda n: within(counts(n, 0), target))
+        if entry < 1:
+            raise infeasible(self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder")
+        end = largest(tokens, lambda n: within(counts(entry, n), target)) if entry >= tokens else 0
+        split = _split(self._stages[1], tokens, depth, min(entry, tokens))
+        return dataclasses.replace(split, counts=counts(entry, end))
+
+    def pool(self, plan: SpanPlan) -> int:
+        """How many tokens of a clip the frames stage lets the next one choose from."""
+        frames, first, _ = self._stages
+        if frames is None or first is None:
+            return plan.tokens if frames is None else plan.entry
+        wanted = math.ceil(math.sqrt(plan.entry * plan.tokens)) if frames.keep is None else count_of(frames.keep, plan.tokens)
+        return max(plan.entry, wanted)
+
+    # ---- which
+
+    def v2v(self, view: VisionView) -> Selection:
+        frames, first, _ = self._stages
+        if first is None:
+            assert frames is not None
+            return frames.v2v(view)
+        if frames is None or view.stream != "video":
+            return first.v2v(view)
+        sizes = [self.pool(plan) for plan in view.plans]
+        pool = frames.changed(view, torch.tensor(sizes, device=view.valid.device))
+        rows, valid = pack_right(pool, max(sizes))
+
+        def candidates(x: Tensor | None) -> Tensor | None:
+            return None if x is None else take(x, rows)
+
+        selection = first.v2v(
+            dataclasses.replace(
+                view,
+                valid=valid,
+                importance=candidates(view.importance),
+                keys=candidates(view.keys),
+                features=candidates(view.features),
+                parts=candidates(view.parts),
+            )
+        )
+        return dataclasses.replace(selection, index=rows.gather(1, selection.index), members=rows.gather(1, selection.members))
+
+
+@dataclass(frozen=True)
+class DroppingComposition(Composition, DecoderReducer):
+    """A composition whose last stage drops inside the decoder."""
+
+    def t2v(self, view: TextView) -> Tensor:
+        second = self._stages[2]
+        assert second is not None
+        return second.t2v(view)
+
+
+def _with_drops(method: DecoderReducer, depth: int) -> DecoderReducer:
+    """The method with its paper's schedule, where it has none of its own."""
+    for cls, schedule in USUAL_DROPS.items():
+        if isinstance(method, cls) and method.schedule is None:  # type: ignore[attr-defined]
+            return dataclasses.replace(method, schedule=schedule(depth))  # type: ignore[call-arg]
+    return method
+
+
+def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -> SpanPlan:
+    """``entry`` rows in dominant and contextual ones, as ``method`` divides them under the budget at which that many enter."""
+    if method is None:
+        return SpanPlan(tokens, entry, 0, ())
+
+    def entering(share: float) -> int:
+        try:
+            return method.plan(tokens, depth, share).entry
+        except BudgetError:
+            return 0
+
+    contextual = min(method.plan(tokens, depth, largest_share(lambda share: entering(share) <= entry)).contextual, entry - 1)
+    return SpanPlan(tokens, entry - contextual, contextual, ())
+
+
+def _made_again(name: str, settings: dict[str, Any]) -> Reducer:
+    """For pickle, which finds no class that was made on the fly."""
+    return registry.get(name)(**settings)
