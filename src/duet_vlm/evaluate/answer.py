@@ -102,7 +102,7 @@ def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Quest
 
 
 def _recalls(handle: duet_vlm.Handle, questions: Sequence[Question]) -> tuple[float, float, float, float] | None:
-    if any(q.needed is None or len(q.images) != 1 for q in questions):
+    if any(q.needed is None or len(q.images) + len(q.videos) != 1 for q in questions):
         return None
     middle = len(handle.report().measured) // 2
     sums = np.zeros(4)

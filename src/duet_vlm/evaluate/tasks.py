@@ -1,6 +1,6 @@
-"""Tasks: streams of questions about pictures, with short answers that can be checked.
+"""Tasks: streams of questions about pictures or clips, with short answers that can be checked.
 
-``tiny`` and ``tiny-crowded`` draw their questions (no file, no end); any other name is the path of a JSON-lines file.
+``tiny``, ``tiny-crowded`` and ``tiny-video`` draw their questions (no file, no end); any other name is the path of a JSON-lines file.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,12 @@ from PIL import Image
 
 from duet_vlm.loading import open_image
 
-DRAWN = {"tiny": False, "tiny-crowded": True}  # name -> crowded scenes
-
 
 @dataclass(frozen=True)
 class Question:
     """One question.
 
-    ``id`` is unique within a task; ``needed`` marks the visual tokens that the answer needs (None where nobody knows).
+    ``id`` is unique within a task; ``needed`` marks the visual tokens that the answer needs (None where nobody knows). A clip is its frames.
     """
 
     id: str
@@ -32,6 +31,7 @@ class Question:
     answers: tuple[str, ...]
     kind: str
     needed: np.ndarray | None = None
+    videos: tuple[tuple[Image.Image, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def task(name: str) -> Task:
         Unknown name, or a file with a broken line (its number is named).
     """
     if name in DRAWN:
-        return Task(name, _drawn(DRAWN[name]), None, 4)
+        return Task(name, DRAWN[name], None, 4)
     path = Path(name).expanduser()
     if path.suffix != ".jsonl" or not path.is_file():
         raise ValueError(f"unknown task {name!r}: give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind")
@@ -89,14 +89,25 @@ def _plain(text: str) -> str:
     return text.strip().lower().removesuffix(".")
 
 
-def _drawn(crowded: bool) -> Callable[[int, int], Question]:
+def _pictures(crowded: bool, seed: int, index: int) -> Question:
     from duet_vlm import tiny
 
-    def ask(seed: int, index: int) -> Question:
-        item = tiny.sample("test", index, seed, crowded=crowded)
-        return Question(f"{seed}/{index}", (item.image,), item.question, (item.answer,), item.kind, item.needed)
+    item = tiny.sample("test", index, seed, crowded=crowded)
+    return Question(f"{seed}/{index}", (item.image,), item.question, (item.answer,), item.kind, item.needed)
 
-    return ask
+
+def _clips(seed: int, index: int) -> Question:
+    from duet_vlm.tiny import video
+
+    item = video.sample("test", index, seed)
+    return Question(f"{seed}/{index}", (), item.question, (item.answer,), item.kind, item.needed, (item.frames,))
+
+
+DRAWN: dict[str, Callable[[int, int], Question]] = {
+    "tiny": partial(_pictures, False),
+    "tiny-crowded": partial(_pictures, True),
+    "tiny-video": _clips,
+}
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:
