@@ -16,21 +16,22 @@ from torch import Tensor, nn
 
 from duet_vlm import Handle
 
-Entered = dict[int, tuple[int, tuple[int, ...]]]  # slot -> (source token, tokens merged into it)
+Entered = dict[int, tuple[int, tuple[int, ...]]]  # token of the span -> (source token, tokens merged into it)
 
 
 @dataclass
 class Choice:
     """What the run decided for one sample; slots count within the unpadded prompt.
 
-    ``rows`` are the image slots that entered, per span; ``alive[layer]`` are the slots left from that layer on.
+    ``rows`` are the tokens that entered, per span, and ``places`` the slots of all its tokens; ``alive[layer]`` are the slots left from
+    that layer on.
     """
 
     slots: int
     positions: str
     merge: str
     rows: list[Entered]
-    starts: list[int]
+    places: list[list[int]]
     images: list[tuple[str, int]]  # which image or clip each span is: stream and number in its encoder call
     alive: dict[int, frozenset[int]]
     cls_token: bool = False
@@ -60,7 +61,7 @@ def choices_of(handle: Handle) -> list[Choice]:
         sources = run.sources[number : number + len(spans)]
         images = [(encoded.stream, image) for encoded, image in sources]
         rows = [_entered(run.positions, *source, span.tokens) for source, span in zip(sources, spans, strict=True)]
-        starts = [visual[span.offset] for span in spans]
+        places = [visual[span.offset : span.offset + span.tokens] for span in spans]
         number += len(spans)
         alive = {}
         for group in run.groups:
@@ -69,7 +70,7 @@ def choices_of(handle: Handle) -> list[Choice]:
             alive[group.first_layer] = frozenset(place[s] for s in slots)
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        choices.append(Choice(int(valid.sum()), run.positions, merge, rows, starts, images, alive, run.sources[0][0].cls_token))
+        choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, run.sources[0][0].cls_token))
     return choices
 
 
@@ -121,9 +122,9 @@ def walk(
     family = family_of(model)
     hidden = model.get_input_embeddings()(ids)[None].clone()
     hidden_slots = set(range(choice.slots))
-    for start, rows, features in zip(choice.starts, choice.rows, images, strict=True):
-        for slot, row in entry_rows(model, features, rows, choice.merge, choice.cls_token).items():
-            hidden[0, start + slot] = row
+    for places, rows, features in zip(choice.places, choice.rows, images, strict=True):
+        for token, row in entry_rows(model, features, rows, choice.merge, choice.cls_token).items():
+            hidden[0, places[token]] = row
     hidden = family.enter(model, hidden)
     total = len(ids)
     positions = family.positions(model, ids[: choice.slots], grids, total)
@@ -140,11 +141,11 @@ def walk(
         if index in watch:
             result.attention[index] = family.attended(model, index, hidden, position_embeddings=rotary, attention_mask=mask)
         hidden = family.run(model, index, hidden, seen, attention_mask=mask, position_embeddings=rotary)
-        for start, rows, levels in zip(choice.starts, choice.rows, deeper, strict=True):
+        for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers
                 hidden = hidden.clone()
-                for slot, row in entry_rows(model, levels[index], rows, choice.merge, choice.cls_token).items():
-                    hidden[0, start + slot] += row
+                for token, row in entry_rows(model, levels[index], rows, choice.merge, choice.cls_token).items():
+                    hidden[0, places[token]] += row
     result.logits = family.head(model, hidden)[0]
     return result
 

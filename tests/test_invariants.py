@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import KEEP_ALL, OFFICIAL, REDUCING, Case, matrix
-from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Row, forward, generate, pictures_of, shared
+from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Row, forward, generate, shared
 from oracle import Choice, choices_of, step_logits, walk_batch
 from torch import Tensor
 
@@ -216,12 +216,10 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
     walks = walk_batch(shared(case.family, "eager"), inputs, choices, watch=watch)
     ranked = 0
     for choice, walk in zip(choices, walks, strict=True):
-        if not choice.starts:
+        if not choice.places:
             continue
-        first_query = max(max(choice.rows[-1]) + choice.starts[-1] + 1, 0)
-        spans = {start + slot for start, rows in zip(choice.starts, choice.rows, strict=True) for slot in rows}
-        last = max(start + _span_length(case, choice, i) for i, start in enumerate(choice.starts))
-        first_query = max(first_query, last)
+        first_query = max(slot for places in choice.places for slot in places) + 1
+        spans = {places[token] for places, rows in zip(choice.places, choice.rows, strict=True) for token in rows}
         queries = range(first_query, choice.slots) if case.method in ("duet", "duet_plus") else [choice.slots - 1]
         for drop, layer in zip(drops, watch, strict=True):
             score = walk.attention[layer][list(queries)].mean(0)
@@ -231,11 +229,6 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
                 assert float(score[sorted(after)].min()) >= float(score[sorted(gone)].max()) - 1e-5
                 ranked += 1
     assert ranked >= 3
-
-
-def _span_length(case: Case, choice: Choice, number: int) -> int:
-    _, image = choice.images[number]
-    return FAMILIES[case.family].tokens(pictures_of(RAGGED)[image])
 
 
 @matrix(attention=("eager",))

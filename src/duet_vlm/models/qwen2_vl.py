@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
-from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded, Stream
+from duet_vlm.models.adapter import SLIDING, Adapter, Encoding, LlamaLike, Recorded, Stream
 from duet_vlm.ops.score import column_attention
 
 
@@ -20,7 +20,7 @@ class Qwen2VL(LlamaLike, Adapter):
     """
 
     family = "qwen2_vl"
-    model_types = ("qwen2_vl",)
+    model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     notes = "images of any size, video; kept positions only (M-RoPE)"
     example = "Qwen/Qwen2-VL-7B-Instruct"
     mrope = True
@@ -41,7 +41,7 @@ class Qwen2VL(LlamaLike, Adapter):
         )
 
     def check(self) -> None:
-        if "sliding_attention" in self.config.text_config.layer_types:
+        if SLIDING in self.layer_types:
             raise TypeError(f"{self.family}: sliding-window decoder layers are not supported, set use_sliding_window=False in the text config")
 
     def vision_attention(self, layer: int | None) -> nn.Module:
@@ -91,13 +91,13 @@ class Qwen2VL(LlamaLike, Adapter):
         vision = self.config.vision_config
         return self._vision_shape(vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio), 2, vision.hidden_size)
 
-    def _vision_shape(self, width: int, mlp: int, mlp_matrices: int, out: int, **windows: Any) -> VisionShape:
+    def _vision_shape(self, width: int, mlp: int, mlp_matrices: int, out: int, mergers: int = 1, **windows: Any) -> VisionShape:
         vision = self.config.vision_config
         unit = vision.spatial_merge_size**2
         return VisionShape(
             layers=vision.depth, width=width, mlp=mlp, mlp_matrices=mlp_matrices, patches_per_token=unit, extra_rows=0,
             patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            projector=((width * unit, width * unit), (width * unit, out)), **windows,
+            projector=((width * unit, width * unit), (width * unit, out)) * mergers, **windows,
         )  # fmt: skip
 
 

@@ -1,0 +1,45 @@
+"""Qwen3-VL: as Qwen2-VL, with visual rows of several depths that are added behind the first decoder layers (deepstack)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from duet_vlm.hooks import Hooks
+from duet_vlm.measure.shapes import VisionShape
+from duet_vlm.models.qwen2_vl import Qwen2VL
+from duet_vlm.ops.ragged import take
+from duet_vlm.tokens import TokenMap
+
+
+class Qwen3VL(Qwen2VL):
+    """``Qwen3VLForConditionalGeneration``: V2V after the mergers, one decision for the rows of every depth; any layer may drop.
+
+    The prompt shows the frames of a clip apart, a timestamp in front of each; the clip is one span all the same. Timestamps are text.
+    """
+
+    family = "qwen3_vl"
+    model_types = ("qwen3_vl", "qwen3_vl_moe")
+    notes = "images of any size, video; dense and mixture-of-experts decoders; kept positions only (M-RoPE)"
+    example = "Qwen/Qwen3-VL-8B-Instruct"
+
+    def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
+        stock = self.text_model._deepstack_process
+
+        def add_to_survivors(hidden: Tensor, visual_pos_masks: Tensor, visual_embeds: Tensor) -> Tensor:
+            """``hidden`` [B, T, D] plus the rows of the ``visual_embeds`` [n, D] of a whole prompt [B, S] whose tokens are left."""
+            tokens = running()
+            if tokens is None:
+                return stock(hidden, visual_pos_masks, visual_embeds)
+            mask, rows = visual_pos_masks.to(hidden.device), visual_embeds.to(hidden.device, hidden.dtype)
+            number = (mask.flatten().cumsum(0) - 1).clamp(min=0).view_as(mask)
+            added = rows[take(number, tokens.slot.to(hidden.device))]
+            return hidden + torch.where(tokens.visual.to(hidden.device)[..., None], added, 0)
+
+        hooks.shadow(self.text_model, "_deepstack_process", add_to_survivors)
+
+    def vision_shape(self) -> VisionShape:
+        vision = self.config.vision_config
+        return self._vision_shape(vision.hidden_size, vision.intermediate_size, 2, vision.out_hidden_size, 1 + len(vision.deepstack_visual_indexes))
