@@ -32,6 +32,7 @@ def _is_sharded(model: nn.Module) -> bool:
 
 def with_blank_image(adapter: Adapter, encode: Callable[..., Any], embeds: Tensor) -> Tensor:
     """Embeddings [B, S, D] plus nothing: zero times the mean of the features of one blank image."""
-    rows = encode(**adapter.blank_image()).pooler_output
-    nothing = 0 * torch.stack([row.mean(dtype=torch.float32) for row in rows]).mean()
+    output = encode(**adapter.blank_image())
+    levels = [output.pooler_output, *(getattr(output, "deepstack_features", None) or ())]
+    nothing = 0 * torch.stack([row.mean(dtype=torch.float32) for rows in levels for row in rows]).mean()
     return embeds + nothing.to(embeds.device, embeds.dtype)
