@@ -28,7 +28,7 @@ from duet_vlm.flow.ranks import in_step, with_blank_image
 from duet_vlm.flow.signals import Recorder
 from duet_vlm.flow.trace import rows_per_layer, trace_of
 from duet_vlm.hooks import Hooks
-from duet_vlm.measure.choice import selection_flops
+from duet_vlm.measure.choice import selection_bytes, selection_flops
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.memory import KEY, record, remembered
 from duet_vlm.models.adapter import Adapter, adapter_for, core_of
@@ -141,18 +141,18 @@ class Handle:
             cache_bytes=run.cache_bytes,
             decoded=run.decoded,
             projects_all=self.projects_all,
-            selection=self._selection_flops(samples),
+            selection=self.selection_cost(samples)[0],
         )
 
-    def _selection_flops(self, samples: list[Sample]) -> int:
-        """What signals, choice and merge before the decoder cost."""
-        adapter, vision = self.adapter, self.adapter.vision_shape()
-        if not isinstance(self.reducer, EncoderReducer):
-            return 0
-        head = adapter.vision_attention(self.reducer.signal_layer).head_dim
+    def selection_cost(self, samples: list[Sample]) -> tuple[int, int]:
+        """FLOPs and bytes of signals, choice and merge before the decoder."""
+        adapter, vision, reducer = self.adapter, self.adapter.vision_shape(), self.reducer
+        if not isinstance(reducer, EncoderReducer):
+            return 0, 0
+        plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
+        head = adapter.vision_attention(reducer.signal_layer).head_dim
         width = adapter.decoder_shape().hidden if self.projects_all else vision.width
-        plans = [plan for sample in samples for plan in sample.plans]
-        return selection_flops(self.reducer, plans, [span for sample in samples for span in sample.passes], vision, head, width)
+        return selection_flops(reducer, plans, passes, vision, head, width), selection_bytes(reducer, plans, passes, vision, head)
 
     @property
     def projects_all(self) -> bool:
@@ -199,8 +199,8 @@ class Handle:
         encoder = EncoderFlow(self.adapter, self._stacks, self._active, self._plan_span)
         adapter.install(hooks, self._running)
         if isinstance(self.reducer, EncoderReducer) and self.reducer.signals:
-            recorder = Recorder(adapter.vision_attention(self.reducer.signal_layer), self._stacks)
-            hooks.on_undo(recorder.remove)
+            for attention in adapter.vision_attentions(self.reducer.signal_layer):
+                hooks.on_undo(Recorder(attention, self._stacks).remove)
         if isinstance(self.reducer, EncoderReducer) and self.reducer.cls_token:
             hooks.add(adapter.cls_module().register_forward_hook, self._record_cls)
         if adapter.door is not None:

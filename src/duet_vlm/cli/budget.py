@@ -1,9 +1,13 @@
-"""``duet-vlm budget``: what a budget means for a model, before anything runs. Reads the config only, never the weights."""
+"""``duet-vlm budget``: what a budget means for a model, before anything runs. Reads the config only, never the weights.
+
+With ``--device`` also what that device would make of it: seconds, tokens per second, memory, devices for a load, by budget.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,26 +16,41 @@ from rich.table import Table
 
 from duet_vlm.attach import Handle
 from duet_vlm.budget import SpanPlan
+from duet_vlm.cli.fleet import Fleet
 from duet_vlm.cli.options import Model, Reduction, reducing
 from duet_vlm.loading import config_of, quiet
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.reducer import DecoderReducer
 
 
-def skeleton(name: str) -> tuple[Any, int]:
-    """The model without weights (meta device), and the bytes of one number of its cache."""
+def skeleton(name: str, config_file: Path | None = None) -> tuple[Any, int]:
+    """The model without weights (meta device), and the bytes of one number of its cache; from ``config_file`` alone if there is one."""
     import torch
     from transformers import AutoModelForImageTextToText
 
-    config = config_of(name)
+    config = config_of(name) if config_file is None else config_in(config_file)
     with quiet(), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    dtype = torch.float32 if name == "tiny" else getattr(config, "dtype", None) or torch.float32
+    dtype = torch.float32 if name == "tiny" and config_file is None else getattr(config, "dtype", None) or torch.float32
     return model, dtype.itemsize
 
 
-def planned_report(handle: Handle, tokens: int, text: int, element_bytes: int) -> Report:
-    """The report that one image of ``tokens`` and ``text`` further tokens would give."""
+def config_in(file: Path) -> Any:
+    """The config in a ``config.json`` or in a folder that holds one; nothing else is needed."""
+    from transformers import AutoConfig
+
+    file = file / "config.json" if file.is_dir() else file
+    if not file.is_file():
+        raise ValueError(f"--config-only {file}: no such file; give a config.json or a folder with one")
+    try:
+        with quiet():
+            return AutoConfig.from_pretrained(file, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--config-only {file}: not a config that transformers can read: {' '.join(str(error).split())}") from error
+
+
+def planned_sample(handle: Handle, tokens: int, text: int, parts: int = 1) -> tuple[Sample, list[int]]:
+    """One image of ``tokens`` in ``parts`` equal parts and ``text`` further tokens as the current settings plan it; the layers that rank."""
     plan, reducer = handle.plan(tokens), handle.reducer
     counts = (plan.entry, *plan.counts)
     drops = [i for i in range(len(plan.counts)) if counts[i + 1] != counts[i]]
@@ -39,11 +58,18 @@ def planned_report(handle: Handle, tokens: int, text: int, element_bytes: int) -
     scored = [i - reducer.score_before for i in drops if plan.counts[i]] if isinstance(reducer, DecoderReducer) and ranked else []
     rows = tuple(text + count for count in plan.counts)
     queries = 1 if getattr(reducer, "text_query", "") == "last" else text
+    passes = tuple(tokens * (i + 1) // parts - tokens * i // parts for i in range(parts))
+    return Sample(text, (tokens,), (passes,), (plan,), queries, (plan.counts, rows)), scored
+
+
+def planned_report(handle: Handle, sample: Sample, scored: list[int], element_bytes: int) -> Report:
+    """The report that the sample would give."""
+    reducer = handle.reducer
     return make_report(
         method=reducer.name,
         settings=reducer.settings(),
         budget=handle.budget,
-        samples=[Sample(text, (tokens,), ((tokens,),), (plan,), queries, (plan.counts, rows))],
+        samples=[sample],
         scored_layers=scored,
         decoder=handle.adapter.decoder_shape(),
         vision=handle.adapter.vision_shape(),
@@ -51,6 +77,7 @@ def planned_report(handle: Handle, tokens: int, text: int, element_bytes: int) -
         cache_bytes=None,
         decoded=0,
         projects_all=handle.projects_all,
+        selection=handle.selection_cost([sample])[0],
     )
 
 
@@ -59,21 +86,47 @@ def budget(
     reduction: Reduction,
     json_: bool,
     model: Model = "tiny",
+    config_only: Annotated[
+        Path | None, typer.Option("--config-only", help="A config.json, or a folder with one: nothing else of the model is looked for.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens of the image, where its size decides.")] = None,
-    text: Annotated[int, typer.Option("--text", min=1, help="Text tokens of the prompt, for FLOPs and bytes.")] = 32,
+    parts: Annotated[int, typer.Option("--parts", min=1, help="Crops or frames that the vision tower looks at one by one.")] = 1,
+    text: Annotated[int, typer.Option("--text", "--prompt", min=1, help="Text tokens of the prompt, for FLOPs and bytes.")] = 32,
+    device: Annotated[
+        str | None, typer.Option("--device", help="Predict time on a100, h100, h200, mi300x, l4 (data sheets) or cpu (this machine, measured).")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="With --device: requests at a time.")] = 1,
+    new: Annotated[int, typer.Option("--new", min=1, help="With --device: tokens to write.")] = 128,
+    requests: Annotated[float, typer.Option("--requests", min=0.001, help="With --device: requests per second to serve.")] = 10.0,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="With --device: bf16, fp16, fp32 or fp8. Default: bf16, on the CPU fp32.")] = None,
+    compute: Annotated[
+        float | None, typer.Option("--compute-efficiency", min=0.01, max=1, help="Share of the sheet's FLOP/s that is reached.")
+    ] = None,
+    bandwidth: Annotated[
+        float | None, typer.Option("--bandwidth-efficiency", min=0.01, max=1, help="Share of the sheet's bytes/s that is reached.")
+    ] = None,
+    launch: Annotated[float, typer.Option("--launch-us", min=0, help="Microseconds of host work per layer and pass.")] = 0.0,
 ) -> None:
-    """Solve a budget: settings, tokens per layer, FLOPs, KV bytes and the FLOPs-bound speed-up. Needs no weights."""
-    skeletal, element_bytes = skeleton(model)
+    """Solve a budget: settings, tokens per layer, FLOPs, KV bytes and the FLOPs-bound speed-up. Needs no weights.
+
+    With --device: predicted seconds, tokens/s, memory, and devices for --requests per second, at --budget or at several.
+    """
+    name = model if config_only is None else (f"{model} ({config_only})" if model != "tiny" else str(config_only))
+    skeletal, element_bytes = skeleton(model, config_only)
+    if device is not None:
+        fleet = Fleet.of(device, dtype, batch, text, new, requests, compute, bandwidth, launch)
+        fleet.show(name, skeletal, reduction, tokens, parts, planned_sample, json_)
+        return
     with reduction.attach(skeletal) as handle:
         fixed = handle.adapter.fixed_tokens
         if tokens is None and fixed is None:
             raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
-        count = tokens or fixed or 0
-        plan, report = handle.plan(count), planned_report(handle, count, text, element_bytes)
+        sample, scored = planned_sample(handle, tokens or fixed or 0, text, parts)
+        (plan,), report = sample.plans, planned_report(handle, sample, scored, element_bytes)
     if json_:
-        print(json.dumps(_plain(model, plan, report, text)))
+        print(json.dumps(_plain(name, plan, report, text)))
     else:
-        _show(model, plan, report, text)
+        _show(name, plan, report, text)
 
 
 def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, Any]:
@@ -110,6 +163,7 @@ def _show(model: str, plan: SpanPlan, report: Report, text: int) -> None:
     for name, before, after, unit, scale in (
         ("vision", full.vision_flops, less.vision_flops, "GFLOPs", 1e9),
         ("decoder prefill", full.decoder_flops, less.decoder_flops, "GFLOPs", 1e9),
+        ("selection", 0, less.selection_flops, "GFLOPs", 1e9),
         ("ranking", 0, less.ranking_flops, "GFLOPs", 1e9),
         ("KV cache", full.kv_bytes or 0, less.kv_bytes or 0, "MiB", 2**20),
     ):

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from duet_vlm.budget import SpanPlan
-from duet_vlm.measure.flops import signal_flops
+from duet_vlm.measure.flops import signal_flops, tower_rows
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
 
@@ -33,6 +33,14 @@ def selection_flops(
     if reducer.signals:
         signals = sum(signal_flops(vision, n) for n in (parts if reducer.signal_segments else [sum(parts)]))
     return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), key_width, feature_width)
+
+
+def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionShape, key_width: int) -> int:
+    """What the softmax of the signals reads and writes, in float32: every head's scores some four times."""
+    if not isinstance(reducer, EncoderReducer) or not reducer.signals or not any(plan.merges for plan in plans):
+        return 0
+    rows = [tower_rows(vision, n) for span in passes for n in span]
+    return sum(16 * (vision.width // key_width) * (vision.extra_rows or n) * n for n in rows)
 
 
 def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:

@@ -1,0 +1,154 @@
+"""What a device makes of a budget: the second half of ``duet-vlm budget``. Predictions from shapes; everything assumed is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from duet_vlm.attach import Handle
+from duet_vlm.budget import BudgetError
+from duet_vlm.cli.options import Reduction
+from duet_vlm.measure.devices import ELEMENT_BYTES, THIS, Device, device
+from duet_vlm.measure.report import Sample
+from duet_vlm.measure.roofline import Assumptions, Model, Prediction, Workload, predict
+
+BUDGETS = (0.5, 0.33, 0.22, 0.11)
+TOKENS = 1296  # of an image of 1,008 x 1,008 pixels in Qwen2.5-VL, where the family fixes no number and none is given
+
+Planner = Callable[[Handle, int, int, int], tuple[Sample, list[int]]]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """A device, a batch of equal requests of ``text`` tokens and one image, ``new`` tokens to write, and a load in requests per second."""
+
+    device: Device
+    dtype: str
+    batch: int
+    text: int
+    new: int
+    requests: float
+    assumed: Assumptions
+
+    @classmethod
+    def of(
+        cls, name: str, dtype: str | None, batch: int, text: int, new: int, requests: float, compute: float | None, bandwidth: float | None,
+        launch: float,
+    ) -> Fleet:  # fmt: skip
+        sheet = device(name)
+        dtype = dtype or ("fp32" if name == THIS else "bf16")
+        if dtype not in ELEMENT_BYTES:
+            raise ValueError(f"--dtype {dtype}: choose one of {', '.join(ELEMENT_BYTES)}")
+        sheet.peak(dtype)
+        usual = Assumptions.of(sheet)
+        assumed = dataclasses.replace(
+            usual, compute=compute or usual.compute, bandwidth=bandwidth or usual.bandwidth, launch=launch / 1e6
+        )
+        return cls(sheet, dtype, batch, text, new, requests, assumed)
+
+    def show(
+        self, name: str, skeletal: Any, reduction: Reduction, tokens: int | None, parts: int, plan: Planner, as_json: bool
+    ) -> None:
+        """Predict the untouched model and the budgets, and print them."""
+        weights = sum(p.numel() for p in skeletal.parameters())
+        first = dataclasses.replace(reduction, budget=reduction.budget if reduction.budget is not None else 1.0)
+        own = reduction.budget is None and (bool(reduction.fields) or not isinstance(reduction.method, str | None))
+        with (reduction if own else first).attach(skeletal) as handle:
+            adapter = handle.adapter
+            model = Model(adapter.decoder_shape(), adapter.vision_shape(), weights)
+            count = tokens or adapter.fixed_tokens or TOKENS
+            rows: list[dict[str, Any]] = []
+            for budget in [handle.budget] if own else [reduction.budget] if reduction.budget is not None else BUDGETS:
+                try:
+                    work = self._work(handle.set(budget=budget), count, parts, plan)
+                except BudgetError as error:
+                    rows.append({"budget": budget, "full": False, "status": "infeasible", "floor": error.floor})
+                    continue
+                if not rows or "prediction" not in rows[0]:
+                    rows.insert(0, self._row(None, work.full(), model) | {"full": True})
+                rows.append(self._row(budget, work, model))
+            method = handle.reducer.name
+        if as_json:
+            print(json.dumps(self._plain(name, method, count, parts, weights, rows)))
+        else:
+            self._print(name, method, count, parts, weights, rows)
+
+    def _work(self, handle: Handle, tokens: int, parts: int, plan: Planner) -> Workload:
+        sample, scored = plan(handle, tokens, self.text, parts)
+        return Workload(sample, self.new, tuple(scored), handle.projects_all, *handle.selection_cost([sample]))
+
+    def _row(self, budget: int | float | None, work: Workload, model: Model) -> dict[str, Any]:
+        found = predict(model, work, self.device, self.dtype, self.batch, self.assumed)
+        mean = sum(plan.mean for plan in work.sample.plans)
+        return {
+            "budget": budget, "full": False, "mean_tokens": mean, "prediction": dataclasses.asdict(found), "first_token": found.first_token,
+            "step": found.step, "total": found.total, "tokens_per_second": found.tokens_per_second,
+            "requests_per_second": found.requests_per_second, "devices_for_load": found.devices_for(self.requests), "found": found,
+        }  # fmt: skip
+
+    def _plain(self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        request = {"tokens": tokens, "parts": parts, "text": self.text, "new": self.new, "batch": self.batch}
+        return {
+            "model": name, "method": method, "weights": weights, "device": dataclasses.asdict(self.device), "dtype": self.dtype,
+            "request": request, "requests_per_second": self.requests, "assumed": dataclasses.asdict(self.assumed), "predicted": True,
+            "rows": [{key: value for key, value in row.items() if key != "found"} for row in rows],
+        }  # fmt: skip
+
+    def _print(self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]) -> None:
+        console = Console(highlight=False)
+        request = f"an image of {tokens} visual tokens" + (f" in {parts} parts" if parts > 1 else "")
+        console.print(f"[bold]predicted[/bold] from shapes, nothing was run: {method} on {name}, {weights / 1e9:.2f} G weights in {self.dtype}")
+        console.print(f"batch of {self.batch}: {request}, {self.text} text tokens, {self.new} new tokens; {self.device.name}\n")
+        full: Prediction | None = rows[0]["found"] if rows and "found" in rows[0] else None
+        table = Table("budget", *(_label(row) for row in rows), box=None, pad_edge=False)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for what, cell in self._lines(full):
+            table.add_row(what, *(cell(row, row["found"]) if "found" in row else "infeasible" for row in rows))
+        console.print(table)
+        if full is not None:
+            bounds = f"vision bound by {full.vision.bound}, prefill by {full.prefill.bound}, decode by {full.decode.bound}"
+            shared = f"{full.memory / 1e9:.1f} GB on {full.devices} device{'s' if full.devices > 1 else ''} that share a model"
+            console.print(f"\nfull model: {bounds}; {shared}")
+        sheet, a = self.device, self.assumed
+        speed = f"{sheet.peak(self.dtype) / 1e12:.4g} TFLOP/s, {sheet.bandwidth / 1e12:.4g} TB/s"
+        console.print(f"sheet: {speed}, {sheet.memory / 1e9:.4g} GB ({sheet.source})")
+        console.print(
+            f"assumed: {a.compute:.0%} of its FLOP/s and {a.bandwidth:.0%} of its bytes/s reached, {a.causal:.0%} of causal attention computed, "
+            f"{1e6 * a.launch:.0f} us of host work per layer, {a.usable:.0%} of memory usable, {a.parallel:.0%} kept when devices share a model; "
+            "requests of a batch start and end together"
+        )
+
+
+    def _lines(self, full: Prediction | None) -> list[tuple[str, Callable[[dict[str, Any], Prediction], str]]]:
+        """What the table says of each budget."""
+        return [
+            ("mean visual tokens", lambda row, _: f"{row['mean_tokens']:.1f}"),
+            ("vision", lambda _, p: _ms(p.vision.seconds)),
+            ("selection", lambda _, p: _ms(p.selection.seconds) if p.selection.seconds else "-"),
+            ("prefill", lambda _, p: _ms(p.prefill.seconds)),
+            ("per new token", lambda _, p: _ms(p.step)),
+            ("whole request", lambda _, p: _ms(p.total)),
+            ("speed-up", lambda _, p: f"{full.total / p.total:.2f}x" if full else "-"),
+            ("new tokens/s", lambda _, p: f"{p.tokens_per_second:.0f}"),
+            ("memory GB", lambda _, p: f"{p.memory / 1e9:.1f}"),
+            ("largest batch", lambda _, p: str(p.max_batch)),
+            (f"devices for {self.requests:g} requests/s", lambda row, _: str(row["devices_for_load"])),
+        ]
+
+
+def _label(row: dict[str, Any]) -> str:
+    budget = row["budget"]
+    if row["full"]:
+        return "full"
+    return "own" if budget is None else f"{budget:.0%}" if isinstance(budget, float) else str(budget)
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 10 else f"{1000 * seconds:.4g} ms"

@@ -1,0 +1,108 @@
+"""Device sheets: what accelerators can do at most, as their vendors state it, and what this machine does, as measured here."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Device:
+    """``flops``: dense FLOP/s of matrix products by dtype; ``bandwidth`` bytes/s of its memory; ``memory`` bytes.
+
+    ``measured``: these are what was reached, so no efficiency is taken off them.
+    """
+
+    name: str
+    flops: dict[str, float]
+    bandwidth: float
+    memory: float
+    source: str
+    measured: bool = False
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s in ``dtype``.
+
+        Raises
+        ------
+        ValueError
+            If the sheet does not say.
+        """
+        if dtype not in self.flops:
+            raise ValueError(f"--dtype {dtype}: the sheet of {self.name} has {', '.join(self.flops)}")
+        return self.flops[dtype]
+
+
+# dense figures (data sheets print twice as much "with sparsity"); fp32 without TF32, as torch multiplies by default
+SHEETS = {
+    device.name: device
+    for device in (
+        Device("a100", {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12}, 2.039e12, 80e9, "NVIDIA A100 80GB SXM data sheet"),
+        Device("h100", {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 67e12, "fp8": 1978.9e12}, 3.35e12, 80e9, "NVIDIA H100 SXM data sheet"),
+        Device("h200", {"bf16": 989.4e12, "fp16": 989.4e12, "fp32": 67e12, "fp8": 1978.9e12}, 4.8e12, 141e9, "NVIDIA H200 SXM data sheet"),
+        Device("mi300x", {"bf16": 1307.4e12, "fp16": 1307.4e12, "fp32": 163.4e12, "fp8": 2614.9e12}, 5.3e12, 192e9, "AMD Instinct MI300X data sheet"),
+        Device("l4", {"bf16": 121e12, "fp16": 121e12, "fp32": 30.3e12, "fp8": 242.5e12}, 300e9, 24e9, "NVIDIA L4 data sheet"),
+    )
+}
+THIS = "cpu"
+
+
+def device(name: str) -> Device:
+    """A sheet by name; "cpu" is this machine, measured once and remembered.
+
+    Raises
+    ------
+    ValueError
+        If there is no such sheet.
+    """
+    if name == THIS:
+        return this_machine()
+    if name.lower() not in SHEETS:
+        raise ValueError(f"--device {name}: no sheet of that name; choose {', '.join(SHEETS)} or {THIS} (this machine, measured)")
+    return SHEETS[name.lower()]
+
+
+def this_machine(fresh: bool = False) -> Device:
+    """This CPU with the threads that torch uses now: large products and copies, measured in a few seconds and kept in a cache file."""
+    threads = torch.get_num_threads()
+    file = _cache() / f"cpu-{threads}-threads-torch-{torch.__version__}.json"
+    if file.is_file() and not fresh:
+        return Device(**json.loads(file.read_text()))
+    found = measured()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    return found
+
+
+def measured(size: int = 1536, copied: int = 2**26) -> Device:
+    """Products of ``size`` x ``size`` in float32 and copies of ``copied`` numbers, the best of several."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    source = torch.ones(copied)
+    target = torch.empty_like(source)
+    flops = 2 * size**3 / _best(lambda: torch.mm(a, b))
+    bandwidth = 2 * source.nbytes / _best(lambda: target.copy_(source))
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    threads = torch.get_num_threads()
+    return Device(f"this CPU, {threads} threads", {"fp32": flops}, bandwidth, memory, f"measured: product of {size}, copy of {copied}", True)
+
+
+def _best(work: Callable[[], object], rounds: int = 7) -> float:
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duet-vlm"

@@ -1,0 +1,66 @@
+"""Bytes: of the weights, and at the peak of reading a prompt. Estimates from shapes; ``measure.counted`` has what really happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from duet_vlm.measure.kv import kv_bytes_per_layer, state_bytes
+from duet_vlm.measure.shapes import LINEAR, DecoderShape, VisionShape
+
+
+def layer_weights(shape: DecoderShape, layer: int, rows: int | None = None) -> float:
+    """Numbers in the maps of one decoder layer; with ``rows``, of the experts only those that so many rows are expected to visit.
+
+    Rows are taken to choose experts evenly and independently: each is left out with probability (1 - active / count) ** rows.
+    """
+    linear, experts = shape.linear, shape.experts
+    if shape.kind(layer) == LINEAR and linear is not None:
+        values = linear.value_heads * linear.value_dim
+        mixing = shape.hidden * (linear.mixed + 2 * values + 2 * linear.value_heads) + linear.mixed * linear.kernel
+    else:
+        mixing = shape.hidden * (shape.query_width + shape.wide + 2 * shape.narrow)
+    if experts is None or not shape.has_experts(layer):
+        return mixing + 3 * shape.hidden * shape.mlp
+    visited = experts.count * (1.0 if rows is None else 1 - (1 - experts.active / experts.count) ** rows)
+    return mixing + shape.hidden * (experts.count + 3 * (visited * experts.mlp + experts.shared))
+
+
+def decoder_weights(shape: DecoderShape) -> int:
+    """Numbers in the decoder's maps, its embeddings and its head."""
+    return round(sum(layer_weights(shape, layer) for layer in range(shape.layers))) + shape.hidden * shape.vocab * (2 - shape.tied)
+
+
+def vision_weights(shape: VisionShape) -> int:
+    """Numbers in the maps of the tower and its projector."""
+    per_layer = 4 * shape.width**2 + shape.mlp_matrices * shape.width * shape.mlp
+    return shape.layers * per_layer + shape.patch_inputs * shape.width + sum(a * b for a, b in shape.projector)
+
+
+def vision_peak_bytes(shape: VisionShape, rows: int, element_bytes: int) -> int:
+    """Activations at the widest place of the tower, the MLP of a layer over ``rows`` patches: its inputs, what it widens them to, and the
+    hidden states around it."""
+    return rows * (4 * shape.width + max(2, shape.mlp_matrices) * shape.mlp) * element_bytes
+
+
+def prefill_peak_bytes(shape: DecoderShape, entry: int, rows_per_layer: Sequence[int], tokens: int, element_bytes: int) -> int:
+    """Activations and cache at the peak of one prompt's pass through the decoder.
+
+    In layer l: the cache of the layers so far, ``rows_per_layer[l]`` rows in the MLP (gate, up and their product, the residual stream and
+    its norm) or in attention (queries, keys, values, what the rotation makes of them), and, held by the callers, the embeddings of the
+    ``entry`` rows and the features of ``tokens`` visual tokens, twice each.
+    """
+    held = 2 * (entry + tokens) * shape.hidden
+    cache, peak = state_bytes(shape, element_bytes), 0
+    for layer, (rows, kept) in enumerate(zip(rows_per_layer, kv_bytes_per_layer(shape, rows_per_layer, element_bytes), strict=True)):
+        cache += kept
+        widened = max(3 * _mlp_width(shape, layer), shape.query_width + 4 * shape.wide + 2 * shape.narrow)
+        peak = max(peak, cache + (held + rows * (widened + 3 * shape.hidden)) * element_bytes)
+    return peak
+
+
+def _mlp_width(shape: DecoderShape, layer: int) -> int:
+    """What an MLP widens a row to; experts work on a copy of it each."""
+    experts = shape.experts
+    if experts is None or not shape.has_experts(layer):
+        return shape.mlp
+    return experts.active * (experts.mlp + shape.hidden) + experts.shared

@@ -1,0 +1,210 @@
+"""Predicted seconds, bytes and devices: against arithmetic by hand, against real weights and measured peaks; and the verb that prints them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES
+from test_flops import DECODERS
+from typer.testing import CliRunner
+
+import duet_vlm
+from duet_vlm import tiny
+from duet_vlm.budget import SpanPlan
+from duet_vlm.cli.main import app
+from duet_vlm.measure import devices
+from duet_vlm.measure.counted import memory_of
+from duet_vlm.measure.devices import SHEETS, Device
+from duet_vlm.measure.memory import decoder_weights, layer_weights, prefill_peak_bytes, vision_peak_bytes, vision_weights
+from duet_vlm.measure.report import Sample
+from duet_vlm.measure.roofline import Assumptions, Model, Workload, memory_bytes, predict
+from duet_vlm.measure.shapes import DecoderShape, Experts, VisionShape, decoder_shape
+from duet_vlm.models.adapter import adapter_for
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from shapes import Shape, build, picture, prompt
+
+DECODER = DecoderShape(32, 4096, 32, 32, 128, 11008, 32064)  # LLaVA-1.5-7B
+VISION = VisionShape(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))
+LLAVA_7B = Model(DECODER, VISION)
+IDEAL = Assumptions(compute=1, bandwidth=1, causal=1, hidden_touches=0, mlp_touches=0, usable=1, parallel=1)
+SIMPLE = Device("simple", {"bf16": 1e15, "fp32": 1e14}, 1e13, 1e11, "made up")
+
+
+def request(entry: int, new: int = 100, text: int = 64, depth: int = 32) -> Workload:
+    plan = SpanPlan(576, entry, 0, (entry,) * depth)
+    return Workload(Sample(text, (576,), ((576,),), (plan,), text, (plan.counts, plan.counts)), new)
+
+
+def test_a_7b_model_by_hand() -> None:
+    """6.61 G weights of layers and head: compute-bound prefill, memory-bound decode."""
+    found = predict(LLAVA_7B, request(576), SIMPLE, "bf16", 1, IDEAL)
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064
+    kv = 2 * 32 * 4096 * 2 * (640 + 50)
+    head = 4096 * 32064  # one row of it: what takes the time is reading it
+    layers = 2 * 640 * (weights - head) + 32 * 4 * 640**2 * 4096
+    assert found.prefill.seconds == pytest.approx(layers / 1e15 + 2 * head / 1e13, rel=0.001)
+    assert found.step == pytest.approx((2 * weights + kv) / 1e13, rel=0.001)
+    assert (found.prefill.bound, found.decode.bound) == ("compute", "memory")
+    assert found.tokens_per_second == pytest.approx(100 / found.total)
+    assert found.selection.seconds == 0
+
+
+def test_a_reduced_prompt() -> None:
+    full, reduced = (predict(LLAVA_7B, request(entry), SIMPLE, "bf16", 8, IDEAL) for entry in (576, 64))
+    assert full.prefill.seconds / reduced.prefill.seconds == pytest.approx(640 / 128, rel=0.05)
+    assert full.vision.seconds == reduced.vision.seconds  # the tower sees every patch
+    assert 1 < full.step / reduced.step < 640 / 128
+    assert reduced.max_batch > 3 * full.max_batch
+
+
+def test_selection_and_ranking_take_time_in_float32() -> None:
+    plain = request(576)
+    found = predict(LLAVA_7B, replace(plain, selection=10**12, selection_bytes=10**9), SIMPLE, "bf16", 2, IDEAL)
+    assert found.selection.seconds == pytest.approx(2 * (1e12 / 1e14 + 1e9 / 1e13))
+    ranked = predict(LLAVA_7B, replace(plain, scored_layers=(16,)), SIMPLE, "bf16", 2, IDEAL)
+    projections = 2 * (2 * 640 * 4096**2 + 2 * 64 * 4096**2) / 1e15 + 2 * 2 * 640 * 4096 * 2 / 1e13
+    extra = projections + 2 * 2 * 64 * 640 * 4096 / 1e14 + 2 * 24 * 32 * 64 * 640 / 1e13
+    assert ranked.prefill.seconds - found.prefill.seconds == pytest.approx(extra, rel=0.001)
+
+
+def test_memory_decides_the_batch_and_the_devices() -> None:
+    work = request(576)
+    found = predict(LLAVA_7B, work, SHEETS["l4"], "bf16")
+    usable = found.devices * 24e9 * Assumptions().usable
+    assert memory_bytes(LLAVA_7B, work, 2, found.max_batch) <= usable < memory_bytes(LLAVA_7B, work, 2, found.max_batch + 1)
+    large = Model(DecoderShape(80, 8192, 64, 8, 128, 29568, 152064), VISION)  # 72 G weights, 145 GB
+    deep = request(576, depth=80)
+    assert [predict(large, deep, SHEETS[name]).devices for name in ("l4", "a100", "h200", "mi300x")] == [8, 4, 2, 1]
+    with pytest.raises(ValueError, match="do not fit"):
+        predict(large, deep, SHEETS["l4"], batch=10**7)
+
+
+def test_devices_for_a_load_are_whole_models() -> None:
+    found = predict(LLAVA_7B, request(576), SHEETS["h200"], batch=8)
+    rate = found.requests_per_second
+    assert found.devices_for(0.5 * rate) == 1 and found.devices_for(2.5 * rate) == 3
+    assert replace(found, devices=4).devices_for(2.5 * rate) == 12
+
+
+def test_experts_are_read_as_far_as_they_are_visited() -> None:
+    shape = DecoderShape(1, 64, 4, 2, 16, 96, 100, experts=Experts(8, 2, 40))
+    attention, router, expert = 64 * (2 * 64 + 2 * 32), 64 * 8, 3 * 64 * 40
+    assert layer_weights(shape, 0) == attention + router + 8 * expert
+    assert layer_weights(shape, 0, 1) == pytest.approx(attention + router + 2 * expert)
+    assert layer_weights(shape, 0, 2) == pytest.approx(attention + router + 8 * (1 - 0.75**2) * expert)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_weights_of_decoders(name: str) -> None:
+    kind, config = DECODERS[name]
+    config.tie_word_embeddings = True
+    assert decoder_weights(decoder_shape(config)) == pytest.approx(sum(p.numel() for p in kind(config).parameters()), rel=0.02)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_whole_models(family: str) -> None:
+    model = FAMILIES[family].make()
+    adapter = adapter_for(model)
+    predicted = decoder_weights(adapter.decoder_shape()) + vision_weights(adapter.vision_shape())
+    assert predicted == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.05)  # norms, biases and positions weigh much at this size
+
+
+@pytest.mark.parametrize("kv_heads", [2, 8])
+def test_peak_estimates_against_the_allocator(kv_heads: int) -> None:
+    """Tower and decoder of a model without CLS, where no intermediate states are kept."""
+    shape = Shape(
+        family="qwen2_5_vl", layers=6, hidden=256, heads=8, kv_heads=kv_heads, mlp=704, vision_layers=4, vision_hidden=128, vision_mlp=512, side=16,
+        text=40, vocab=500,
+    )  # fmt: skip
+    model, inputs, image = build(shape), prompt(shape), picture(shape)
+    adapter = adapter_for(model)
+    rows = inputs["input_ids"].shape[1]
+    with torch.inference_mode():
+        features = model.get_image_features(**image)
+        grid = {"image_grid_thw": image["image_grid_thw"]}
+        tower, _ = memory_of(lambda: model.get_image_features(**image))
+        decoder, _ = memory_of(lambda: model(**inputs, **grid, mm_encoder_outputs={"image": features}, logits_to_keep=1, use_cache=True))
+    assert vision_peak_bytes(adapter.vision_shape(), 4 * 256, 4) == pytest.approx(tower, rel=0.15)
+    assert prefill_peak_bytes(adapter.decoder_shape(), rows, [rows] * 6, 256, 4) == pytest.approx(decoder, rel=0.15)
+
+
+# ---- sheets and the verb
+
+
+def test_sheets_are_complete() -> None:
+    for sheet in SHEETS.values():
+        assert {"bf16", "fp16", "fp32"} <= set(sheet.flops) and sheet.source.endswith("data sheet") and not sheet.measured
+        assert sheet.flops["bf16"] > sheet.flops["fp32"] > sheet.bandwidth > sheet.memory
+    with pytest.raises(ValueError, match="b200"):
+        devices.device("b200")
+    with pytest.raises(ValueError, match="fp8"):
+        SHEETS["a100"].peak("fp8")
+
+
+def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+    small = devices.measured(size=64, copied=2**12)
+    monkeypatch.setattr(devices, "measured", lambda: calls.append(1) or small)
+    first, second = devices.device("cpu"), devices.device("cpu")
+    assert first == second == small and len(calls) == 1 and first.measured
+    assert Assumptions.of(first).compute == 1
+    assert devices.this_machine(fresh=True) == small and len(calls) == 2
+
+
+def call(*arguments: Any, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["budget", *map(str, arguments)])
+    assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
+    return result
+
+
+def test_the_verb_prints_what_is_predicted() -> None:
+    got = json.loads(call("--device", "h200", "--batch", 8, "--prompt", 60, "--new", 32, "--json").stdout)
+    assert [row["budget"] for row in got["rows"]] == [None, 0.5, 0.33, 0.22, 0.11]
+    assert got["assumed"] == vars(Assumptions()) and got["predicted"] is True
+    times = [row["prediction"]["prefill"]["seconds"] for row in got["rows"]]
+    assert times == sorted(times, reverse=True)
+    model, _ = tiny.load()
+    adapter = adapter_for(model)
+    numbers = sum(p.numel() for p in model.parameters())
+    plan = SpanPlan(256, 256, 0, (256,) * 12)
+    work = Workload(Sample(60, (256,), ((256,),), (plan,), 60, (plan.counts, plan.counts)), 32)
+    same = predict(Model(adapter.decoder_shape(), adapter.vision_shape(), numbers), work, SHEETS["h200"], "bf16", 8)
+    assert got["rows"][0]["total"] == pytest.approx(same.total)
+
+
+def test_a_config_is_enough(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_bytes((tiny.path() / "config.json").read_bytes())
+    for place in (config, tmp_path):
+        shown = call("--model", "some/name", "--config-only", place, "--device", "l4", "-b", 64, "--compute-efficiency", 0.5).stdout
+        assert "some/name" in shown and "NVIDIA L4 data sheet" in shown and "50% of its FLOP/s" in shown
+    assert json.loads(call("--config-only", config, "-b", 64, "--json").stdout)["plan"]["tokens"] == 256
+    assert "no such file" in call("--config-only", tmp_path / "other.json", "-b", 64, code=2).stderr
+    config.write_text("{}")
+    assert "--config-only" in call("--config-only", config, "-b", 64, code=2).stderr
+
+
+def test_sizes_that_are_free_are_named(tmp_path: Path) -> None:
+    FAMILIES["qwen2_5_vl"].make().config.save_pretrained(tmp_path)
+    assert "image of 1296 visual tokens" in " ".join(call("--config-only", tmp_path, "--device", "mi300x").stdout.split())
+    got = json.loads(call("--config-only", tmp_path, "--device", "mi300x", "--tokens", 800, "--parts", 8, "--json").stdout)
+    assert got["request"]["parts"] == 8
+    assert "choose a100" in call("--device", "toaster", code=2).stderr
+    assert "--dtype int3" in call("--device", "l4", "--dtype", "int3", code=2).stderr
+
+
+def test_budgets_below_a_floor_are_rows(tmp_path: Path) -> None:
+    got = json.loads(call("--method", "pyramiddrop", "--device", "l4", "--json").stdout)
+    assert all("total" in row or row["status"] == "infeasible" for row in got["rows"])
+    floors = json.loads(call("--method", "fastv", "--device", "l4", "--json").stdout)["rows"]
+    assert [row.get("status") for row in floors if row["budget"] == 0.11] in (["infeasible"], [None])
+    assert duet_vlm.get("fastv")().plan(256, 12, 0.11).mean <= 0.11 * 256
