@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import CLIP, CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, build, forward, generate, pictures_of, shared
+from families import CLIP, CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, VIDEO, build, forward, generate, pictures_of, shared
 from oracle import choices_of, step_logits, walk_batch
 
 import duet_vlm
@@ -85,6 +85,23 @@ def test_every_span_meets_the_budget(family: str, row: tuple[object, ...]) -> No
 @EACH
 def test_a_clip_that_was_not_passed_is_missed(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([CLIP])
-    del inputs["pixel_values_videos"], inputs["video_grid_thw"], inputs["mm_token_type_ids"]
-    with duet_vlm.attach(model, "duet", budget=0.5), pytest.raises(ValueError, match=r"sample 0 has 36 video placeholders .* no video was passed"):
-        forward(model, inputs)
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    places = int((prompt["input_ids"] == VIDEO).sum())
+    message = rf"sample 0 has {places} video placeholders .* no video was passed"
+    with duet_vlm.attach(model, "duet", budget=0.5), pytest.raises(ValueError, match=message):
+        forward(model, prompt)
+
+
+@EACH
+def test_several_answers_per_prompt_equal_the_oracle(family: str) -> None:
+    """generate() repeats the spans of every sample for its answers, clips and images apart."""
+    model, inputs = shared(family), FAMILIES[family].inputs(CLIPS)
+    with duet_vlm.attach(model, "duet", **SETTINGS["duet"]) as handle:
+        torch.manual_seed(7)
+        written = generate(model, inputs, do_sample=True, temperature=2.0, top_k=0, num_return_sequences=2)
+        choices = choices_of(handle)
+    assert len(choices) == 2 * len(CLIPS)
+    new = written.sequences[:, inputs["input_ids"].shape[1] :]
+    expected = step_logits(walk_batch(build(family, "eager"), inputs, choices, new), choices, len(written.logits))
+    for ours, wanted in zip(written.logits, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=2e-3)

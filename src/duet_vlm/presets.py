@@ -7,7 +7,7 @@ the released code (see each method). Names end in the mean token count that the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from duet_vlm.budget import Schedule
 from duet_vlm.methods.duet import Duet
@@ -82,9 +82,9 @@ PRESETS: dict[str, Preset] = {
         Duet.official_qwen25(0.65, 0.05, schedule=((7, 0.75), (14, 0.5), (21, 0.25))), 1280, 560.0, True,
         f"{DUET}, qwen2_5_vl/README.md; fractions of the image, 43.75 % on average",
     ),
-    # 160 + 32 rows of each frame's 256, as fractions: right for a frame and for a clip of 8
+    # 160 + 32 rows of each frame's 257: the model of transformers feeds the CLS row of frames, it need not be added
     "duet-video-llava-960": Preset(
-        replace(Duet.official_llava(schedule=OF_32, text_query="last"), dominant=0.625, contextual=0.125), VIDEO_LLAVA, 256, 32, 120.0, True,
+        Duet.official_llava(160, 32, schedule=OF_32, text_query="last", cls_token=False), VIDEO_LLAVA, 257, 32, 120.0, True,
         f"{DUET}, scripts/videollava; per frame, 960 per clip of 8. The released code drops tokens of the first frame only: 1464",
     ),
     "visionzip-192": _llava(VisionZip.official(162, 30), 192.0, True, VISIONZIP),

@@ -36,7 +36,8 @@ class Encoded:
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
 
     def number_of(self, rows: Tensor, position: int, total: int) -> int:
-        """Which span of the encoder call a feature tensor is: the tensor at ``position`` of the ``total`` that reached the decoder."""
+        """Which span of the encoder call a feature tensor is; failing identity (moved, or rows of one tensor), the one at ``position`` of
+        ``total``."""
         for number, known in enumerate(self.rows):
             if known is rows:
                 return number

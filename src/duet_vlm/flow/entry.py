@@ -157,7 +157,8 @@ def _spans(
 def _dealt(name: str, arrived: Arrived, visual: list[int]) -> list[list[tuple[Source, int]]]:
     """One stream's spans (with their sizes) by sample: they fill placeholders in order, so cumulated counts must meet at sample borders."""
     assert arrived.encoded is not None
-    sizes = [len(rows) for rows in arrived.features]
+    sizes, known = [len(rows) for rows in arrived.features], max(1, len(arrived.encoded.rows))
+    times = 1 if len(sizes) % known else len(sizes) // known  # beams repeat the spans of each sample
     out: list[list[tuple[Source, int]]] = []
     done = 0
     for sample, wanted in enumerate(visual):
@@ -170,7 +171,8 @@ def _dealt(name: str, arrived: Arrived, visual: list[int]) -> list[list[tuple[So
                 f"sample {sample} has {wanted} {name} placeholders, but its {name}s make {made} visual tokens ({name}s: {sizes}); "
                 "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
             )
-        numbers = [arrived.encoded.number_of(arrived.features[i], i, len(sizes)) for i in range(done, done + count)]
+        first = (done - sample % times * count) // times
+        numbers = [arrived.encoded.number_of(arrived.features[done + i], first + i, len(sizes) // times) for i in range(count)]
         out.append([((arrived.encoded, number), sizes[done + i]) for i, number in enumerate(numbers)])
         done += count
     if done != len(sizes):

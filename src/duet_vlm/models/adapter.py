@@ -124,6 +124,10 @@ class Adapter(ABC):
     def vision_attention(self, layer: int | None) -> nn.Module:
         """The attention module to record; ``layer`` None leaves the choice to the family."""
 
+    def vision_attentions(self, layer: int | None) -> list[nn.Module]:
+        """All modules to record: one in each tower, where images and clips have their own."""
+        return [self.vision_attention(layer)]
+
     @abstractmethod
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Per span, in call order: importance [n] and mean keys [n, d] of its rows (a CLS row excluded; anything for structure rows).

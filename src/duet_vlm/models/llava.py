@@ -34,42 +34,47 @@ class Llava(LlamaLike, Adapter):
         self.side = vision.image_size // vision.patch_size
         self.fixed_tokens = self.side**2 + self.feeds_cls
 
+    @property
+    def clip(self) -> nn.Module:
+        """The CLIP tower of images."""
+        return self.base.vision_tower
+
     def check(self) -> None:
-        tower = type(self.base.vision_tower).__name__
-        if not hasattr(self.base.vision_tower, "encoder") or "CLIP" not in tower:
-            raise TypeError(f"llava: the vision tower {tower} is not supported yet, only CLIP towers are")
+        tower = type(self.clip).__name__
+        if not hasattr(self.clip, "encoder") or "CLIP" not in tower:
+            raise TypeError(f"{self.family}: the vision tower {tower} is not supported yet, only CLIP towers are")
         if not all(hasattr(self.layers[0].self_attn, name) for name in ("q_proj", "k_proj")):
-            raise TypeError(f"llava: decoder layers of {type(self.text_model).__name__} have no q_proj / k_proj to rank tokens with")
+            raise TypeError(f"{self.family}: decoder layers of {type(self.text_model).__name__} have no q_proj / k_proj to rank tokens with")
 
     def feature_layer(self) -> int:
         """Index of the tower layer whose output is the (last) visual feature."""
         chosen = self.config.vision_feature_layer
-        depth = len(self.base.vision_tower.encoder.layers)
+        depth = len(self.clip.encoder.layers)
         states = [i if i >= 0 else depth + 1 + i for i in (chosen if isinstance(chosen, list | tuple) else [chosen])]
         return max(states) - 1
 
     def vision_attention(self, layer: int | None) -> nn.Module:
-        return self.base.vision_tower.encoder.layers[self.feature_layer() if layer is None else layer].self_attn
+        return self.clip.encoder.layers[self.feature_layer() if layer is None else layer].self_attn
 
     def tower(self) -> nn.Module:
-        return self.base.vision_tower
+        return self.clip
 
     def projector(self) -> nn.Module:
         return self.base.multi_modal_projector
 
     def blank_image(self) -> dict[str, Tensor]:
-        vision, weight = self.config.vision_config, next(self.base.vision_tower.parameters())
+        vision, weight = self.config.vision_config, next(self.clip.parameters())
         size = (1, vision.num_channels, vision.image_size, vision.image_size)
         return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
         several = isinstance(self.config.vision_feature_layer, list | tuple)
-        return () if several else self.base.vision_tower.encoder.layers[: self.feature_layer()]
+        return () if several else self.clip.encoder.layers[: self.feature_layer()]
 
     def cls_module(self) -> nn.Module:
         if isinstance(self.config.vision_feature_layer, list | tuple):
             raise TypeError("cls_token=True needs one vision_feature_layer, this model joins several")
-        return self.base.vision_tower.encoder.layers[self.feature_layer()]
+        return self.clip.encoder.layers[self.feature_layer()]
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls

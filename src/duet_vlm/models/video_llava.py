@@ -1,0 +1,78 @@
+"""Video-LLaVA: a CLIP tower for images and one for clips, one point-wise projector."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.models.adapter import Encoding, Recorded, Stream
+from duet_vlm.models.llava import Llava
+from duet_vlm.ops.score import cls_attention
+
+FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
+
+
+class VideoLlava(Llava):
+    """``VideoLlavaForConditionalGeneration``: images as LLaVA; clips are one span each, and V2V takes their frames one by one.
+
+    The stock model feeds the CLS row of every frame, as the first of its rows. It counts as a dominant token and is kept before any other.
+    """
+
+    family = "video_llava"
+    model_types = ("video_llava",)
+    notes = "images, and clips frame by frame with each frame's CLS row kept; decoders of the Llama layout"
+    example = "LanguageBind/Video-LLaVA-7B-hf"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.fixed_tokens = None  # clips are as long as they are
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return (
+            Stream("image", "get_image_features", self.image_token_id, "pixel_values"),
+            Stream("video", "get_video_features", self.config.video_token_id, "pixel_values_videos", each=True),
+        )
+
+    @property
+    def clip(self) -> nn.Module:
+        return self.base.image_tower
+
+    def tower(self) -> nn.Module:
+        return nn.ModuleList([self.base.image_tower, self.base.video_tower])
+
+    def vision_attentions(self, layer: int | None) -> list[nn.Module]:
+        image, video = self.base.image_tower.encoder.layers, self.base.video_tower.encoder.layers
+        number = self.feature_layer() if layer is None else layer
+        return [image[number].self_attn, video[number].self_attn]
+
+    def cls_module(self) -> nn.Module:
+        raise TypeError("video_llava feeds the CLS row of every frame already: cls_token=True cannot add one")
+
+    def door_parts(self, call: Encoding) -> int:
+        return call.arguments["pixel_values_videos"].shape[1] if call.stream == "video" else 1
+
+    def spans(self, output: object, call: Encoding) -> list[Tensor]:
+        return list(output.pooler_output.unflatten(0, (-1, self.door_parts(call))).flatten(1, 2))  # type: ignore[attr-defined]
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        if call.stream == "image":
+            return super().importance_and_keys(calls, call, segmented)
+        (recorded,) = calls
+        importance = cls_attention(recorded.query, recorded.key, recorded.scaling)
+        importance = nn.functional.pad(importance, (1, 0), value=FIRST)
+        frames = (-1, self.door_parts(call))
+        keys = recorded.key.float().mean(1)
+        return list(importance.unflatten(0, frames).flatten(1)), list(keys.unflatten(0, frames).flatten(1, 2))
+
+    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        frames = self.door_parts(call)
+        return [torch.arange(frames).repeat_interleave(count // frames) for count in counts]
+
+    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+        if call.stream == "image":
+            return super().passes(call, counts)
+        return [(self.side**2,) * self.door_parts(call)] * len(counts)
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        return super().grids(call, counts) if call.stream == "image" else (None,) * len(counts)
