@@ -139,7 +139,9 @@ def walk(
         mask = torch.zeros(1, 1, total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)
         rotary = family.rotary(model, hidden, positions, index)
         if index in watch:
-            result.attention[index] = family.attended(model, index, hidden, position_embeddings=rotary, attention_mask=mask)
+            ranking = (family.ranks(model, ids, choice.slots, index) & seen[None]) | torch.eye(total, dtype=torch.bool)
+            shown = torch.zeros(1, 1, total, total).masked_fill(~ranking, torch.finfo(torch.float32).min)
+            result.attention[index] = family.attended(model, index, hidden, position_embeddings=rotary, attention_mask=shown)
         hidden = family.run(model, index, hidden, seen, attention_mask=mask, position_embeddings=rotary)
         for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers

@@ -86,6 +86,8 @@ def test_a_copied_cache_goes_its_own_way(case: Case) -> None:
 def test_prompt_lookup_equals_greedy(case: Case) -> None:
     row = (*ONE, 50, 51, 52, 50, 51, 52, 50, 51)  # something to look up
     inputs, model = FAMILIES[case.family].inputs([row]), case.model()
+    if case.family == "paligemma":
+        pytest.skip("its prefix sees draft tokens, in the stock model too")
     with case.attach():
         greedy = generate(model, inputs, 10)
         assisted = generate(model, inputs, 10, prompt_lookup_num_tokens=3)
@@ -117,6 +119,8 @@ def test_a_cache_cropped_into_its_prompt_goes_on(case: Case) -> None:
     made, model = FAMILIES[case.family], case.model()
     pad = torch.zeros(1, 3).long()
     results = []
+    if not made.drafts:
+        pytest.skip(f"{case.family} cannot give up draft tokens")
     with case.attach() as handle:
         for drafts in ((), (61, 62, 63)):
             inputs = made.inputs([(*ONE, *drafts)])

@@ -136,7 +136,8 @@ def test_answers_do_not_choose_for_themselves(family: str) -> None:
         seen = []
         for answer in ((51, 52, 53), (61, 62, 63), (64, 65, 66)):
             inputs = made.inputs([(*question, *answer)])
-            assert survivors(handle, model, inputs, labels=labels_of(inputs, 3)) == prompt
+            labels = labels_of(inputs, 3)
+            assert survivors(handle, model, inputs | made.supervised(labels), labels=labels) == prompt
             seen.append(survivors(handle, model, inputs))
         assert any(kept != prompt for kept in seen)  # without labels the answers would have had a say
 
@@ -148,6 +149,7 @@ def test_later_questions_do_not_choose_for_earlier_answers(family: str) -> None:
     labels = two_turns["input_ids"].clone()
     supervised = torch.isin(labels, torch.tensor([51, 52, 81, 82]))
     labels[~supervised] = -100
+    two_turns |= made.supervised(labels)
     with duet_vlm.attach(model, "duet", schedule=((3, 0.4), (5, 0.2))) as handle:
         first = survivors(handle, model, made.inputs([(*ONE, 41, 42)]))
         assert survivors(handle, model, two_turns, labels=labels) == first

@@ -50,7 +50,9 @@ FAMILIES = _found()
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32) -> nn.Module:
     """A fresh model in eval mode; the same name always has the same weights."""
     torch.manual_seed(0)
-    model = randomise(FAMILIES[name].make().eval()).to(dtype)
+    model = randomise(FAMILIES[name].make().eval())
+    FAMILIES[name].finish(model)
+    model = model.to(dtype)
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD

@@ -37,9 +37,13 @@ class Family:
     name: str
     mrope = False
     video = False  # takes clips, too
+    drafts = True  # draft tokens of a prompt change nothing in front of them, and a plain cache can give them up again
 
     def make(self) -> nn.Module:
         raise NotImplementedError
+
+    def finish(self, model: nn.Module) -> None:
+        """Change random weights that the family reads in a way of its own."""
 
     def tokens(self, picture: Picture) -> int:
         """Visual tokens of a picture or clip."""
@@ -69,6 +73,10 @@ class Family:
 
     def extras(self, table: Tensor) -> Inputs:
         """Further inputs [B, S] that the family's processor makes from the ids."""
+        return {}
+
+    def supervised(self, labels: Tensor) -> Inputs:
+        """Further inputs that training with ``labels`` [B, S] brings."""
         return {}
 
     # ---- what the oracle asks
@@ -118,6 +126,10 @@ class Family:
         """Which rows [T, T] bool each row of the unreduced sequence sees in ``layer``; the first ``prompt`` ids were sent together."""
         return torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
 
+    def ranks(self, model: nn.Module, ids: Tensor, prompt: int, layer: int) -> Tensor:
+        """Which rows take part when each row's attention ranks tokens in ``layer``."""
+        return self.sees(model, ids, prompt, layer)
+
     def rotary(self, model: nn.Module, hidden: Tensor, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         return self.text(model).rotary_emb(hidden, positions)
 
@@ -131,12 +143,12 @@ class Family:
         _, weights = layer.self_attn(hidden_states=layer.input_layernorm(hidden), past_key_values=None, **arguments)
         return weights[0].mean(0)
 
+    def ranking(self, layer: int) -> int:
+        """The layer whose attention ranks what a method wants ranked by ``layer``: the same, where every layer has attention."""
+        return layer
+
     def head(self, model: nn.Module, hidden: Tensor) -> Tensor:
         return model.lm_head(self.text(model).norm(hidden))
-
-
-Row = Sequence["int | Picture"]  # text token ids and pictures, in order
-Inputs = dict[str, Tensor]
 
 
 def attention_maps(attention: nn.Module, run: Callable[[], Any]) -> list[tuple[Tensor, Tensor]]:
@@ -165,7 +177,8 @@ def randomise(model: nn.Module) -> nn.Module:
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 1:
-                weight.copy_((1.0 if "norm" in name and name.endswith("weight") else 0.0) + 0.1 * noise)
+                start = weight.mean().round() if "norm" in name and name.endswith("weight") else 0.0  # 1, or 0 where norms add it
+                weight.copy_(start + 0.1 * noise)
             elif "embed" in name and "patch" not in name:
                 weight.copy_(noise)
             else:

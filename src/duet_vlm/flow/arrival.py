@@ -26,8 +26,7 @@ def look(adapter: Adapter, active: bool, plan: Callable[[int], SpanPlan], call: 
             "inputs_embeds without input_ids and without images: visual rows merged by the caller cannot be told from text. Pass "
             "input_ids and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
         )
-    mask = arguments.get("attention_mask")
-    call.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    call.mask = arguments.get("attention_mask")
     call.input_ids, call.brings_images = ids, brings_images
     decodes = ids is not None and ids.shape[1] == 1 and not brings_images
     if not decodes and (ids is not None or embeds is not None):

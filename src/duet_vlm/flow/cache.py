@@ -65,14 +65,14 @@ class Run:
 class DecodePass:
     """One later call on a reduced prompt: a decode step, a few draft tokens, or the next turn's text."""
 
-    def __init__(self, run: Run, adapter: Adapter, cache: Any, mask: Tensor | None, kwargs: dict[str, Any]) -> None:
+    def __init__(self, run: Run, adapter: Adapter, cache: Any, mask: Any, kwargs: dict[str, Any]) -> None:
         self.run, self.adapter, self.cache = run, adapter, cache
         embeds = kwargs["inputs_embeds"]
         self.batch, self.new = embeds.shape[:2]
         self.device = embeds.device
         self.home = run.group(adapter.first_attention)  # the layers whose mask the stock code makes from what it is given here
         self.done = int(cache.get_seq_length()) - self.home.width
-        self.tail = self._tail(kwargs.get("attention_mask") if mask is None else mask)
+        self.tail = self._tail(mask)
         self.kinds = adapter.layer_types
         self.window = adapter.text_model.config.sliding_window if SLIDING in self.kinds else None
         # a window that reaches back to the first slot hides nothing
@@ -143,17 +143,14 @@ class DecodePass:
         return None if alone else compat.decoder_mask(self.adapter.text_model.config, hidden, mask, self.cache, index)
 
     def _window_mask(self, group: Group, index: int, hidden: Tensor) -> Any:
-        """Windows reach back by slots of the prompt (rows, with renumbered positions); the cache holds the last keys only."""
+        """Windows reach back by slots of the prompt as it was sent; the cache holds the last keys only."""
         config, keys = self.adapter.text_model.config, compat.cached_rows(self.cache, index) + self.new
         if not compat.makes_masks(config):  # such kernels count rows themselves
             return self._mask(group, index, hidden)
-        later = torch.arange(self.done + self.new, device=hidden.device)
-        valid = self._repeat(group.tokens.valid)
-        if self.run.positions == "compact":
-            slots, start = valid.long().cumsum(1) - 1, valid.sum(1, keepdim=True)
-        else:
-            slots, start = self._repeat(group.tokens.slot), later.new_full((self.batch, 1), self.run.rows)
-        slots = torch.cat([slots, start + later], 1)
+        rejected = max(0, -self.done)  # draft tokens that came with the prompt and were cut off again
+        later = torch.arange(self.done + rejected + self.new, device=hidden.device) + self.run.rows - rejected
+        slots = self._repeat(group.tokens.slot)[:, : group.width - rejected]
+        slots = torch.cat([slots, later.expand(self.batch, -1)], 1)
         mask = self._mask2d(group)
         mask = torch.ones_like(slots, dtype=torch.bool) if mask is None else mask
         assert self.window is not None

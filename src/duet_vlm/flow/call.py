@@ -73,7 +73,7 @@ class Call:
     salient: Tensor | None = None
     drafts: int = 0  # rows at the end that assisted decoding guessed: they are no part of the question
     input_ids: Tensor | None = None
-    mask: Tensor | None = None  # the caller's 2-D attention mask, before a family prepares others from it
+    mask: Any = None  # the caller's attention mask, before the family prepares others from it
     layer: int = 0  # the decoder layer that runs
     brings_images: bool = False
     placeholders: dict[str, Tensor] = field(default_factory=dict)

@@ -48,7 +48,7 @@ def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, A
     embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
     if compat.is_static(cache):
         raise ValueError("static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach")
-    valid = _valid_rows(kwargs.get("attention_mask") if call.mask is None else call.mask, embeds)
+    valid = _valid_rows(call.mask, embeds)
     places = {name: rows.to(valid.device) for name, rows in call.placeholders.items()}
     prompt = TokenMap.identity(valid, torch.stack(list(places.values())).any(0))
     queries = torch.zeros_like(valid)

@@ -1,0 +1,79 @@
+"""Gemma 3: SigLIP tower, average-pooled tokens, image blocks that see themselves whole, sliding windows between full layers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded, Rotary
+from duet_vlm.models.towers import cell_signals
+
+
+class Gemma3(LlamaLike, Adapter):
+    """``Gemma3ForConditionalGeneration``: V2V after the pooling projector, importance = attention received in the last tower layer.
+
+    Every image (and every crop of pan-and-scan, which the processor shows as an image of its own) is a span. Windows of sliding layers
+    count prompt slots; for ranking they are lifted. With flash attention windows count the rows that are left.
+    """
+
+    family = "gemma3"
+    model_types = ("gemma3",)
+    notes = "images, pan-and-scan crops as images of their own; sliding windows count prompt slots"
+    example = "google/gemma-3-4b-it"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.base = model, model.model
+        self.text_model = self.base.language_model
+        self.layers = self.text_model.layers
+        self.config = model.config
+        self.image_token_id = self.config.image_token_id
+        vision = self.config.vision_config
+        self.side = vision.image_size // vision.patch_size
+        self.fixed_tokens = self.tokens_per_image()
+        self.cell = self.side // int(self.fixed_tokens**0.5)
+
+    def tokens_per_image(self) -> int:
+        return int(self.config.mm_tokens_per_image)
+
+    def check(self) -> None:
+        if getattr(self.config.text_config, "attn_logit_softcapping", None):
+            raise TypeError(f"{self.family}: attention logits that are soft-capped (Gemma 2 decoders) cannot be ranked yet")
+        if not hasattr(self.base.vision_tower, "encoder"):
+            raise TypeError(f"{self.family}: the vision tower {type(self.base.vision_tower).__name__} is not supported, only SigLIP is")
+
+    def vision_attention(self, layer: int | None) -> nn.Module:
+        return self.base.vision_tower.encoder.layers[-1 if layer is None else layer].self_attn
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        (recorded,) = calls
+        return cell_signals(recorded, self.side, self.cell)
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        side = self.side // self.cell
+        return ((side, side),) * len(counts)
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, kind: str) -> Rotary:
+        return self.text_model.rotary_emb(hidden, position_ids, kind)
+
+    def tower(self) -> nn.Module:
+        return self.base.vision_tower
+
+    def projector(self) -> nn.Module:
+        return self.base.multi_modal_projector
+
+    def blank_image(self) -> dict[str, Tensor]:
+        vision, weight = self.config.vision_config, next(self.base.vision_tower.parameters())
+        size = (1, vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
+
+    def decoder_shape(self) -> DecoderShape:
+        return decoder_shape(self.config.text_config)
+
+    def vision_shape(self) -> VisionShape:
+        vision, text = self.config.vision_config, self.config.text_config
+        return VisionShape(
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
+            patches_per_token=self.cell**2, extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            projector=((vision.hidden_size, text.hidden_size),),
+        )  # fmt: skip

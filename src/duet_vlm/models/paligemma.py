@@ -1,0 +1,28 @@
+"""PaliGemma: SigLIP tower, point-wise projector, a prefix of image and question that sees itself whole."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from duet_vlm.models.adapter import Adapter, Rotary
+from duet_vlm.models.gemma3 import Gemma3
+
+
+class PaliGemma(Gemma3):
+    """``PaliGemmaForConditionalGeneration`` with a Gemma decoder: V2V before the projector, importance = attention received in the last
+    tower layer. Text of the prefix ranks by the family's own mask, which hides nothing of the prefix from it."""
+
+    family = "paligemma"
+    model_types = ("paligemma",)
+    notes = "Gemma decoders (not Gemma 2); images of fixed size"
+    example = "google/paligemma-3b-mix-224"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.door = self.base.multi_modal_projector
+
+    def tokens_per_image(self) -> int:
+        return self.side**2
+
+    def rotary(self, hidden: Tensor, position_ids: Tensor, kind: str) -> Rotary:
+        return Adapter.rotary(self, hidden, position_ids, kind)
