@@ -95,10 +95,10 @@ class Gemma3(Family):
 
 
 class PaliGemma(Gemma3):
-    """4 x 4 patches, one token each; everything that is sent with the prompt sees itself whole."""
+    """5 x 5 patches, one token each; everything that is sent with the prompt sees itself whole."""
 
     name = "paligemma"
-    side, cell = 4, 1
+    side, cell = 5, 1
 
     def make(self) -> nn.Module:
         text = GemmaConfig(
