@@ -59,19 +59,23 @@ def source(name: str) -> tuple[str, bool]:
     Raises
     ------
     ValueError
-        If it is neither 'tiny', nor a folder with a config, nor something that reads as a hub id.
+        If it is neither 'tiny' nor 'tiny-video', nor a folder with a config, nor something that reads as a hub id.
     """
     if name == "tiny":
         from duet_vlm import tiny
 
         return str(tiny.path()), True
+    if name == "tiny-video":
+        from duet_vlm.tiny import video
+
+        return str(video.path()), True
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER)):
             raise ValueError(f"--model {name}: this folder has no config.json, so it is no saved model")
         return str(folder), True
     if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ValueError(f"--model {name}: no such folder; give 'tiny', a folder saved by save_pretrained, or a hub id (owner/name)")
+        raise ValueError(f"--model {name}: no such folder; give 'tiny', 'tiny-video', a folder saved by save_pretrained, or a hub id (owner/name)")
     return name, False
 
 
@@ -104,20 +108,30 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     model under it, into which the adapters are merged; that model must be on this machine.
     """
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     config = config_of(name)
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     (place, local), base = source(name), base_of(name)
     with quiet(), _explained(name, local):
-        precision = dtype or (torch.float32 if name == "tiny" else "auto")
+        precision = dtype or (torch.float32 if name in ("tiny", "tiny-video") else "auto")
         model = AutoModelForImageTextToText.from_pretrained(base or place, dtype=precision, local_files_only=local, use_safetensors=True)
         if dtype is None and where == "cpu" and model.dtype == torch.float16:
             model = model.float()  # float16 is dozens of times slower there
         if base is not None:
             model = _merged(model, Path(place), config)
         readable, local = _with(name, "tokenizer_config.json")
-        return Loaded(name, model.eval().to(where), AutoProcessor.from_pretrained(readable, local_files_only=local))
+        return Loaded(name, model.eval().to(where), _processor(name, readable, local))
+
+
+def _processor(name: str, place: str, local: bool) -> Any:
+    if name == "tiny-video":  # the stock class of its family needs torchvision
+        from duet_vlm.tiny.video_processor import TinyVideoProcessor
+
+        return TinyVideoProcessor.from_pretrained(place)
+    from transformers import AutoProcessor
+
+    return AutoProcessor.from_pretrained(place, local_files_only=local)
 
 
 def _with(name: str, file: str) -> tuple[str, bool]:

@@ -14,11 +14,12 @@ import duet_vlm
 from duet_vlm import EncoderReducer, Selection, SpanPlan, VisionView
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Oracle(EncoderReducer):
     """A constant count from the decoder's door on, needed tokens first, then those that the vision encoder attends to most.
 
-    ``needed`` holds one bool array per image of the batch, in order. No method: a reference for tables.
+    ``needed`` holds one bool array per image or clip of the batch, in order; as arrays do not hash, two of these are never equal. No method:
+    a reference for tables.
     """
 
     name: ClassVar[str] = "oracle"
