@@ -127,7 +127,7 @@ def test_the_loss_setter_keeps_one_instance_attribute(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_modules_call_the_function_their_config_names(family: str, attention: str) -> None:
     model = shared(family, attention)
-    tower = model.model.vision_tower.encoder.layers[0].self_attn if hasattr(model.model, "vision_tower") else model.model.visual.blocks[0].attn
+    tower = FAMILIES[family].attention(FAMILIES[family].blocks(model)[0])
     function = compat.attention_function(tower, attention)
     assert callable(function) and tower.config._attn_implementation == attention
     assert (function is ALL_ATTENTION_FUNCTIONS["sdpa"]) == (attention == "sdpa")

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from cases import REDUCING, Case, matrix
-from families import FAMILIES, MIXED, build, forward, generate, shared
+from families import FAMILIES, MIXED, Family, build, forward, generate, shared
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet_vlm
+from duet_vlm.models.adapter import adapter_for
 
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
 
@@ -53,16 +54,14 @@ def boom(*_: Any, **__: Any) -> None:
     raise Boom
 
 
-PLACES = {
-    "decoder layer": lambda model: model.model.language_model.layers[5].mlp,
-    "first decoder layer": lambda model: model.model.language_model.layers[0],
-    "text model's norm": lambda model: model.model.language_model.norm,
-    "head": lambda model: model.lm_head,
-    "projector": lambda model: getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger,
-    "vision tower": lambda model: (
-        model.model.vision_tower.encoder.layers[1].mlp if hasattr(model.model, "vision_tower") else model.model.visual.blocks[1].mlp
-    ),
-    "embedding": lambda model: model.get_input_embeddings(),
+PLACES: dict[str, Callable[[Family, nn.Module], nn.Module]] = {
+    "decoder layer": lambda family, model: family.text(model).layers[5].mlp,
+    "first decoder layer": lambda family, model: family.text(model).layers[0],
+    "text model's norm": lambda family, model: family.text(model).norm,
+    "head": lambda family, model: model.lm_head,
+    "projector": lambda family, model: adapter_for(model).projector(),
+    "vision tower": lambda family, model: family.blocks(model)[1],
+    "embedding": lambda family, model: model.get_input_embeddings(),
 }
 
 
@@ -90,7 +89,7 @@ def test_an_exception_inside_forward_leaves_no_trace(case: Case, place: str) -> 
         reduced, trace = forward(model, inputs).logits, handle.trace
     for call in (forward, generate):
         with pytest.raises(Boom), case.attach(model):
-            bomb = PLACES[place](model).register_forward_pre_hook(boom)
+            bomb = PLACES[place](FAMILIES[case.family], model).register_forward_pre_hook(boom)
             try:
                 call(model, inputs)
             finally:
@@ -98,7 +97,7 @@ def test_an_exception_inside_forward_leaves_no_trace(case: Case, place: str) -> 
         assert snapshot(model) == before
         assert torch.equal(forward(model, inputs).logits, plain)
     with case.attach(model) as handle:
-        bomb = PLACES[place](model).register_forward_pre_hook(boom)
+        bomb = PLACES[place](FAMILIES[case.family], model).register_forward_pre_hook(boom)
         with pytest.raises(Boom):
             forward(model, inputs)
         bomb.remove()
@@ -192,7 +191,7 @@ def test_deepcopy_of_an_attached_model_is_refused(attached: nn.Module) -> None:
 
 
 def test_deepcopy_of_a_recorded_tower_is_refused(attached: nn.Module) -> None:
-    tower = attached.model.vision_tower if hasattr(attached.model, "vision_tower") else attached.model.visual
+    tower = FAMILIES[attached.config.model_type].tower(attached)
     with pytest.raises(TypeError, match=r"attached.* cannot be copied or pickled: detach\(\) first"):
         copy.deepcopy(tower)
 

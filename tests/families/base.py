@@ -84,6 +84,19 @@ class Family:
     def text(self, model: nn.Module) -> nn.Module:
         return model.model.language_model
 
+    def tower(self, model: nn.Module) -> nn.Module:
+        """The vision tower of images."""
+        return _first(model.model, "vision_tower", "visual", "vision_model", "image_tower")
+
+    def blocks(self, model: nn.Module) -> nn.ModuleList:
+        """The layers of the tower."""
+        tower = self.tower(model)
+        return tower.blocks if hasattr(tower, "blocks") else _first(_first(tower, "encoder", "transformer"), "layers", "layer")
+
+    def attention(self, block: nn.Module) -> nn.Module:
+        """The attention of a tower layer."""
+        return _first(block, "self_attn", "attn", "attention")
+
     def features(self, model: nn.Module, inputs: Inputs) -> dict[str, list[Tensor]]:
         """Per stream and span the rows [n, C] that V2V chooses from and merges."""
         features = {}
@@ -164,6 +177,11 @@ def attention_maps(attention: nn.Module, run: Callable[[], Any]) -> list[tuple[T
     for hook in hooks:
         hook.remove()
     return list(zip(weights, keys, strict=True))
+
+
+def _first(module: nn.Module, *names: str) -> Any:
+    """The first of these parts that a module has."""
+    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 def pictures_of(rows: Sequence[Row]) -> list[Picture]:
