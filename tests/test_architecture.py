@@ -19,6 +19,7 @@ ARROWS = {
     "tokens": {"ops"},
     "budget": set(),
     "text": set(),
+    "video": set(),
     "hooks": set(),
     "checks": {"budget", "flow", "models", "reducer"},
     "parts": {"budget"},
@@ -32,7 +33,7 @@ ARROWS = {
     "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
     "attach": {"budget", "checks", "flow", "hooks", "measure", "memory", "models", "parts", "reducer", "registry", "tokens"},
 }
-USERS = {"cli", "evaluate", "loading", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
+USERS = {"bench", "cli", "evaluate", "loading", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
 
 

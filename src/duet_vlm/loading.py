@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, UnidentifiedImageError
 
 from duet_vlm.memory import KEY
+from duet_vlm.video import FRAMES, Clip
 
 if TYPE_CHECKING:
     import torch
@@ -31,10 +32,40 @@ class Loaded:
     model: Any
     processor: Any
 
-    def inputs(self, images: Sequence[Image.Image], prompt: str) -> Any:
-        """What the model wants, on its device and in its precision."""
-        text = chat_text(self.processor, prompt, len(images))
-        return self.processor(images=list(images), text=text, return_tensors="pt").to(self.model.device, self.model.dtype)
+    @property
+    def frames(self) -> int:
+        """Frames of a clip that this model wants, where the user does not say."""
+        return getattr(getattr(self.processor, "video_processor", None), "num_frames", None) or FRAMES
+
+    def inputs(self, images: Sequence[Image.Image], prompt: str, clips: Sequence[Clip] = ()) -> Any:
+        """What the model wants, on its device and in its precision; pictures and then clips go in front of the prompt.
+
+        Raises
+        ------
+        ValueError
+            Clips for a model that takes none, or no chat template.
+        """
+        text = chat_text(self.processor, prompt, len(images), len(clips))
+        given: dict[str, Any] = {"images": list(images)} if images or not clips else {}
+        if clips:
+            given |= self._clips(clips)
+        return self.processor(text=text, return_tensors="pt", **given).to(self.model.device, self.model.dtype)
+
+    def _clips(self, clips: Sequence[Clip]) -> dict[str, Any]:
+        """The processor's arguments: frames that are chosen already, and where in the clip they stand."""
+        from duet_vlm.models.adapter import adapter_for
+
+        adapter = adapter_for(self.model)
+        if not any(stream.name == "video" for stream in adapter.streams):
+            raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' says who takes clips")
+        videos = [list(clip.frames) for clip in clips]
+        if not hasattr(self.processor, "video_processor"):
+            return {"videos": videos}
+        places = [
+            {"total_num_frames": clip.total, "fps": clip.rate, "duration": clip.total / clip.rate, "frames_indices": list(clip.indices)}
+            for clip in clips
+        ]
+        return {"videos": videos, "video_metadata": places, "do_sample_frames": False}
 
 
 @contextlib.contextmanager
@@ -157,15 +188,17 @@ def _explained(name: str, local: bool) -> Iterator[None]:
         yield
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
+        if isinstance(error, ImportError) and "torchvision" in reason.lower():
+            raise ValueError(f"--model {name}: its processor needs torchvision: pip install 'duet-vlm[video]'") from error
         how = "cannot be loaded from this folder" if local else "cannot be loaded; a hub id needs a network connection or a cached copy"
         raise ValueError(f"--model {name}: {how}: {reason}") from error
 
 
-def chat_text(processor: Any, prompt: str, images: int) -> str:
-    """The prompt as the model was taught to read it, with room for ``images`` pictures in front of the text."""
+def chat_text(processor: Any, prompt: str, images: int, clips: int = 0) -> str:
+    """The prompt as the model was taught to read it, with room for ``images`` pictures and ``clips`` clips in front of the text."""
     if not getattr(processor, "chat_template", None):
         raise ValueError("this model's processor has no chat template, so a prompt cannot be built from --prompt alone")
-    content = [{"type": "image"}] * images + [{"type": "text", "text": prompt}]
+    content = [{"type": "image"}] * images + [{"type": "video"}] * clips + [{"type": "text", "text": prompt}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
 

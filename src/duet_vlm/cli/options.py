@@ -11,17 +11,23 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from PIL import Image
 from torch import nn
 
 from duet_vlm.attach import Handle, attach
 from duet_vlm.cli.errors import friendly
+from duet_vlm.loading import Loaded, open_image
 from duet_vlm.memory import remembered
 from duet_vlm.presets import preset as preset_of
 from duet_vlm.reducer import Reducer
+from duet_vlm.video import Clip, decode, length
 
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")]
-Images = Annotated[list[Path], typer.Option("--image", "-i", help="Image file; repeat it for several.")]
-Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The question; images go in front of it.")]
+Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat it for several.")]
+Videos = Annotated[list[Path] | None, typer.Option("--video", help="Video file (needs the 'video' extra); repeat it for several.")]
+FrameCount = Annotated[int | None, typer.Option("--frames", min=1, help="Frames taken of each clip, evenly spaced. Default: the model's, else 8.")]
+Rate = Annotated[float | None, typer.Option("--fps", help="Frames taken per second of a clip, in place of --frames.")]
+Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The question; images and clips go in front of it.")]
 Method = Annotated[
     str | None, typer.Option("--method", help="Name of a method, see 'duet-vlm methods'. Default: what the model was trained with, else duet.")
 ]
@@ -41,6 +47,31 @@ Settings = Annotated[
 Device = Annotated[str | None, typer.Option("--device", help="Where to run; default: cuda if there is one, else cpu.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a prompt shows: pictures, then clips, as the options name them. Files that cannot be right are refused before a model is loaded."""
+
+    images: list[Image.Image]
+    videos: list[Path]
+    frames: int | None
+    fps: float | None
+
+    @classmethod
+    def of(cls, images: list[Path] | None, videos: list[Path] | None, frames: int | None, fps: float | None) -> Shown:
+        if not images and not videos:
+            raise ValueError("nothing to look at: give --image, --video or both")
+        if frames is not None and fps is not None:
+            raise ValueError(f"--frames {frames} and --fps {fps}: give one of them")
+        for path in videos or []:
+            length(path)
+        return cls([open_image(path) for path in images or []], videos or [], frames, fps)
+
+    def clips(self, loaded: Loaded) -> list[Clip]:
+        """The clips, with as many frames as the user or the model wants."""
+        frames = loaded.frames if self.frames is None and self.fps is None else self.frames
+        return [decode(path, frames, self.fps) for path in self.videos]
 
 
 def budget_of(text: str | None) -> int | float | None:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from duet_vlm.cli.options import Device, Images, Model, Prompt, Reduction, reducing
-from duet_vlm.loading import Loaded, load, open_image
+from duet_vlm.cli.options import Device, FrameCount, Images, Model, Prompt, Rate, Reduction, Shown, Videos, reducing
+from duet_vlm.loading import Loaded, load
 
 
 def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> str:
@@ -28,20 +28,24 @@ def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> str:
 
 @reducing
 def run(
-    image: Images,
     prompt: Prompt,
     reduction: Reduction,
     json_: bool,
+    image: Images = None,
+    video: Videos = None,
+    frames: FrameCount = None,
+    fps: Rate = None,
     model: Model = "tiny",
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with the full model.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     device: Device = None,
 ) -> None:
-    """Answer a question about images, then report tokens, FLOPs and KV bytes."""
-    pictures = [open_image(path) for path in image]
+    """Answer a question about images and clips, then report tokens, FLOPs and KV bytes."""
+    shown = Shown.of(image, video, frames, fps)
     loaded = load(model, device)
+    clips = shown.clips(loaded)
     with reduction.attach(loaded.model, loaded.processor) as handle:
-        inputs = loaded.inputs(pictures, prompt)
+        inputs = loaded.inputs(shown.images, prompt, clips)
         label = reduction.label_on(handle)
         width = max(len(label), 4)
         if compare and not json_:
@@ -56,7 +60,8 @@ def run(
             with handle.paused():
                 full = answer(loaded, inputs, max_new_tokens, not json_)
     if json_:
-        values = {"model": model, "prompt": prompt, "answer": short, "full_answer": full}
+        values: dict[str, Any] = {"model": model, "prompt": prompt, "answer": short, "full_answer": full}
+        values["clips"] = [{"file": str(path), "frames": clip.indices, "of": clip.total} for path, clip in zip(shown.videos, clips, strict=True)]
         print(json.dumps(values | {"report": json.loads(report.to_json())}))
         return
     if compare:
