@@ -111,8 +111,9 @@ class PaliGemma(Gemma3):
 
     def finish(self, model: nn.Module) -> None:
         super().finish(model)
-        with torch.no_grad():  # rows that see everything smooth each other: let the picture speak up
-            model.model.multi_modal_projector.linear.weight *= 4
+        with torch.no_grad():  # embeddings come scaled by the root of their width: let attention have its say beside them
+            for layer in self.text(model).layers:
+                layer.self_attn.o_proj.weight *= 4
 
     def places(self, picture: Picture) -> list[int]:
         return Family.places(self, picture)
