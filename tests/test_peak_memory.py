@@ -95,7 +95,7 @@ def reads_the_tower(method: str) -> bool:
 HELD = pytest.mark.xfail(strict=True, reason="queries and keys of the recorded layer are held until the encoder call ends: 1.12 of the full peak")
 
 
-@pytest.mark.parametrize("method", [pytest.param(m, marks=HELD if reads_the_tower(m) else ()) for m in METHODS])
+@pytest.mark.parametrize("method", [pytest.param(m, marks=HELD if reads_the_tower(m) else ()) for m in ("duet", "visionzip", "fastv", "random")])
 def test_where_the_tower_has_the_peak(method: str) -> None:
     """Some bytes of bookkeeping live through the tower."""
     assert peak(TOWER, method, 0.5) <= 1.001 * peak(TOWER, None)

@@ -15,12 +15,12 @@ from rich.console import Console
 from rich.table import Table
 
 from duet_vlm.attach import Handle
+from duet_vlm.bench.planned import planned_sample
 from duet_vlm.budget import SpanPlan
 from duet_vlm.cli.fleet import Fleet
 from duet_vlm.cli.options import Model, Reduction, reducing
 from duet_vlm.loading import config_of, quiet
 from duet_vlm.measure.report import Report, Sample, make_report
-from duet_vlm.reducer import DecoderReducer
 
 
 def skeleton(name: str, config_file: Path | None = None) -> tuple[Any, int]:
@@ -47,19 +47,6 @@ def config_in(file: Path) -> Any:
             return AutoConfig.from_pretrained(file, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"--config-only {file}: not a config that transformers can read: {' '.join(str(error).split())}") from error
-
-
-def planned_sample(handle: Handle, tokens: int, text: int, parts: int = 1) -> tuple[Sample, list[int]]:
-    """One image of ``tokens`` in ``parts`` equal parts and ``text`` further tokens as the current settings plan it; the layers that rank."""
-    plan, reducer = handle.plan(tokens), handle.reducer
-    counts = (plan.entry, *plan.counts)
-    drops = [i for i in range(len(plan.counts)) if counts[i + 1] != counts[i]]
-    ranked = isinstance(reducer, DecoderReducer) and reducer.uses_text
-    scored = [i - reducer.score_before for i in drops if plan.counts[i]] if isinstance(reducer, DecoderReducer) and ranked else []
-    rows = tuple(text + count for count in plan.counts)
-    queries = 1 if getattr(reducer, "text_query", "") == "last" else text
-    passes = tuple(tokens * (i + 1) // parts - tokens * i // parts for i in range(parts))
-    return Sample(text, (tokens,), (passes,), (plan,), queries, (plan.counts, rows)), scored
 
 
 def planned_report(handle: Handle, sample: Sample, scored: list[int], element_bytes: int) -> Report:
@@ -115,7 +102,7 @@ def budget(
     skeletal, element_bytes = skeleton(model, config_only)
     if device is not None:
         fleet = Fleet.of(device, dtype, batch, text, new, requests, compute, bandwidth, launch)
-        fleet.show(name, skeletal, reduction, tokens, parts, planned_sample, json_)
+        fleet.show(name, skeletal, reduction, tokens, parts, json_)
         return
     with reduction.attach(skeletal) as handle:
         fixed = handle.adapter.fixed_tokens

@@ -11,17 +11,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.attach import Handle
+from duet_vlm.bench.planned import workload
 from duet_vlm.budget import BudgetError
 from duet_vlm.cli.options import Reduction
 from duet_vlm.measure.devices import ELEMENT_BYTES, THIS, Device, device
-from duet_vlm.measure.report import Sample
 from duet_vlm.measure.roofline import Assumptions, Model, Prediction, Workload, predict
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11)
 TOKENS = 1296  # of an image of 1,008 x 1,008 pixels in Qwen2.5-VL, where the family fixes no number and none is given
-
-Planner = Callable[[Handle, int, int, int], tuple[Sample, list[int]]]
 
 
 @dataclass(frozen=True)
@@ -52,9 +49,7 @@ class Fleet:
         )
         return cls(sheet, dtype, batch, text, new, requests, assumed)
 
-    def show(
-        self, name: str, skeletal: Any, reduction: Reduction, tokens: int | None, parts: int, plan: Planner, as_json: bool
-    ) -> None:
+    def show(self, name: str, skeletal: Any, reduction: Reduction, tokens: int | None, parts: int, as_json: bool) -> None:
         """Predict the untouched model and the budgets, and print them."""
         weights = sum(p.numel() for p in skeletal.parameters())
         first = dataclasses.replace(reduction, budget=reduction.budget if reduction.budget is not None else 1.0)
@@ -66,7 +61,7 @@ class Fleet:
             rows: list[dict[str, Any]] = []
             for budget in [handle.budget] if own else [reduction.budget] if reduction.budget is not None else BUDGETS:
                 try:
-                    work = self._work(handle.set(budget=budget), count, parts, plan)
+                    work = workload(handle.set(budget=budget), count, self.text, self.new, parts)
                 except BudgetError as error:
                     rows.append({"budget": budget, "full": False, "status": "infeasible", "floor": error.floor})
                     continue
@@ -78,10 +73,6 @@ class Fleet:
             print(json.dumps(self._plain(name, method, count, parts, weights, rows)))
         else:
             self._print(name, method, count, parts, weights, rows)
-
-    def _work(self, handle: Handle, tokens: int, parts: int, plan: Planner) -> Workload:
-        sample, scored = plan(handle, tokens, self.text, parts)
-        return Workload(sample, self.new, tuple(scored), handle.projects_all, *handle.selection_cost([sample]))
 
     def _row(self, budget: int | float | None, work: Workload, model: Model) -> dict[str, Any]:
         found = predict(model, work, self.device, self.dtype, self.batch, self.assumed)

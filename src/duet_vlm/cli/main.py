@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import budget, demo, eval, methods, models, report, run, train, viz
+from duet_vlm.cli import bench, budget, demo, eval, methods, models, report, run, train, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -22,6 +22,7 @@ app.command("eval")(eval.evaluate)
 app.command("report")(report.report)
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget")(budget.budget)
+app.command("bench")(bench.bench)
 app.command("viz")(viz.viz)
 app.command("methods")(methods.methods)
 app.command("models")(models.models)

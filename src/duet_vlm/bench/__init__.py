@@ -1,0 +1,1 @@
+"""Paired measurements of a model against itself: the full model, methods and floors in turns, stage by stage."""

@@ -1,0 +1,221 @@
+"""One benchmark: sides (the full model, methods, floors) in turns on the same prompts, with everything that is known of each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import duet_vlm
+from duet_vlm.attach import Handle
+from duet_vlm.bench.inputs import Prompt, prompt_for
+from duet_vlm.bench.planned import workload
+from duet_vlm.bench.stages import Clocks
+from duet_vlm.evaluate.results import environment
+from duet_vlm.measure.counted import cache_bytes, memory_of
+from duet_vlm.measure.devices import SHEETS, Device, this_machine
+from duet_vlm.measure.roofline import Model, Workload, predict
+from duet_vlm.measure.speed import Timing, paired, ratio
+from duet_vlm.models.adapter import Adapter, adapter_for
+
+
+@dataclass(frozen=True)
+class Side:
+    """The untouched model, or a method at a budget."""
+
+    method: str | None = None
+    budget: int | float | None = None
+
+    def __str__(self) -> str:
+        if self.method is None:
+            return "full"
+        return f"{self.method} at {self.budget:.0%}" if isinstance(self.budget, float) else f"{self.method} at {self.budget}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured: every side on every (batch, text); ``tokens`` and ``frames`` as ``bench.inputs.prompt_for``."""
+
+    sides: tuple[Side, ...]
+    batches: tuple[int, ...] = (1,)
+    texts: tuple[int, ...] = (32,)
+    tokens: int | None = None
+    frames: int = 0
+    new: int = 8
+    rounds: int = 7
+    warmup: int = 2
+    memory: bool = True
+    generate: bool = True
+
+
+def sides_of(methods: Sequence[str], budgets: Sequence[int | float]) -> tuple[Side, ...]:
+    return (Side(), *(Side(method, budget) for method in methods for budget in budgets))
+
+
+def result(name: str, model: nn.Module, plan: Plan, sheet: Device | None, say: Callable[[str], object], picture: Any = None) -> dict[str, Any]:
+    """A result file: what was measured, of which model, where, and with what."""
+    weight = next(model.parameters())
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return {
+        "benchmark": "bench", "model": name, "weights": sum(p.numel() for p in model.parameters()),
+        "environment": environment(str(weight.device), dtype, 1) | {"attention": model.config._attn_implementation},
+        "sheet": None if sheet is None else dataclasses.asdict(sheet),
+        "plan": dataclasses.asdict(plan) | {"sides": [str(side) for side in plan.sides]},
+        "rows": run(model, plan, sheet, picture, say),
+    }  # fmt: skip
+
+
+def run(model: nn.Module, plan: Plan, sheet: Device | None = None, picture: Any = None, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
+    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device."""
+    adapter = adapter_for(model)
+    rows: list[dict[str, Any]] = []
+    for batch in plan.batches:
+        for text in plan.texts:
+            prompt = prompt_for(adapter, batch, text, plan.tokens, plan.frames, picture)
+            say(f"batch {batch}, {prompt.tokens} visual and {prompt.rows - prompt.tokens} other tokens")
+            rows += _compare(adapter, plan, prompt, sheet)
+    return rows
+
+
+def _compare(adapter: Adapter, plan: Plan, prompt: Prompt, sheet: Device | None) -> list[dict[str, Any]]:
+    sides, infeasible = _feasible(adapter, plan.sides, prompt)
+    passes = {side: Pass(adapter, side, prompt, plan) for side in sides}
+    with torch.inference_mode():
+        facts = {side: each.facts(sheet) for side, each in passes.items()}
+        paired({str(side): each for side, each in passes.items()}, plan.rounds, plan.warmup, {str(s): p.around for s, p in passes.items()})
+    full = passes[sides[0]].timings(plan.rounds)
+    rows = []
+    for side, each in passes.items():
+        times = each.timings(plan.rounds)
+        row: dict[str, Any] = {"side": str(side), "method": side.method, "budget": side.budget, "batch": prompt.batch, "tokens": prompt.tokens}
+        row |= {"text": prompt.rows - prompt.tokens, "new": plan.new, "pairs": plan.rounds}
+        row["ms"] = {name: _spread(times[name]) for name in times if not name.startswith(("layer ", "hook "))}
+        row["speed_up"] = {name: dataclasses.asdict(ratio(full[name], times[name])) for name in row["ms"] if min(times[name].seconds) > 0}
+        rows.append(row | facts[side] | _by_layer(times, facts[side]["rows"]))
+    return rows + infeasible
+
+
+def _feasible(adapter: Adapter, sides: Sequence[Side], prompt: Prompt) -> tuple[list[Side], list[dict[str, Any]]]:
+    """The sides that can be attached; those below a method's floor become rows that say so."""
+    found, rows = [], []
+    for side in sides:
+        try:
+            if side.method is not None:
+                duet_vlm.get(side.method)().plan(prompt.tokens, len(adapter.layers), side.budget)
+            found.append(side)
+        except duet_vlm.BudgetError as error:
+            rows.append({"side": str(side), "batch": prompt.batch, "status": "infeasible", "floor": error.floor})
+    return found, rows
+
+
+class Pass:
+    """From pixels to ``new`` tokens, of one side, with clocks; then once more by the stock generate()."""
+
+    def __init__(self, adapter: Adapter, side: Side, prompt: Prompt, plan: Plan) -> None:
+        self.adapter, self.side, self.prompt, self.plan = adapter, side, prompt, plan
+        self.clocks = Clocks.__new__(Clocks)
+        self.seen: list[dict[str, float]] = []
+
+    def attached(self) -> Handle:
+        """The side's handle; for the full model one that changes nothing."""
+        return duet_vlm.attach(self.adapter.model, self.side.method or "none", budget=self.side.budget)
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        """The full model is timed as it is, without a handle."""
+        self.clocks = Clocks(self.adapter)
+        try:
+            with contextlib.nullcontext() if self.side.method is None else self.attached():
+                self.clocks.inside()
+                yield
+            self.seen.append(self.clocks.read())
+        finally:
+            self.clocks.remove()
+
+    def __call__(self) -> None:
+        clocks, model, prompt = self.clocks, self.adapter.model, self.prompt
+        clocks.note("encode starts")
+        features = getattr(self.adapter.base, prompt.encode)(**prompt.picture)
+        clocks.note("encode ends")
+        clocks.note("prefill starts")
+        encoded = {prompt.stream: features}
+        output = model(**prompt.text, **prompt.sizes, mm_encoder_outputs=encoded, logits_to_keep=1, use_cache=True)
+        clocks.note("prefill ends")
+        mask, token = prompt.text["attention_mask"], prompt.text["input_ids"][:, -1:]
+        clocks.muted = True
+        for done in range(1, self.plan.new):
+            clocks.note("step starts")
+            step = {"input_ids": token, "attention_mask": torch.cat([mask, mask.new_ones(len(mask), done)], 1)}
+            step["position_ids"] = torch.full((3, *token.shape) if self.adapter.mrope else token.shape, prompt.rows + done - 1, device=token.device)
+            output = model(**step, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            clocks.note("step ends")
+        if self.plan.generate:
+            new = self.plan.new
+            clocks.note("generate starts")
+            model.generate(**prompt.text, **prompt.picture, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+            clocks.note("generate ends")
+
+    def timings(self, rounds: int) -> dict[str, Timing]:
+        """Seconds of every stage in the last ``rounds`` passes."""
+        last = self.seen[-rounds:]
+        return {name: Timing(tuple(each[name] for each in last)) for name in last[0]}
+
+    def whole(self) -> Any:
+        """From pixels to the first logits in one call."""
+        return self.adapter.model(**self.prompt.text, **self.prompt.picture, logits_to_keep=1, use_cache=True)
+
+    def facts(self, sheet: Device | None) -> dict[str, Any]:
+        """What the report says; the peak of memory up to the first logits (of the full model without a handle); what the sheet predicts."""
+        device, prompt = str(next(self.adapter.model.parameters()).device), self.prompt
+        text = prompt.rows - prompt.tokens
+        with self.attached() as handle:
+            held = sum(cache_bytes(self.whole().past_key_values))
+            report = handle.report()
+            work = workload(handle, prompt.tokens, text, self.plan.new)
+            peak = memory_of(self.whole, device)[0] if self.plan.memory and self.side.method is not None else None
+        if self.plan.memory and self.side.method is None:
+            peak = memory_of(self.whole, device)[0]
+        found = {
+            "mean_tokens": report.measured_mean, "rows": [round(n) + text for n in report.measured],
+            "flops": dataclasses.asdict(report.observed), "flops_share": report.observed.flops / report.full.flops,
+            "flops_bound": report.flops_bound, "kv_bytes": held, "peak_bytes": peak,
+        }  # fmt: skip
+        return found if sheet is None else found | {"predicted_ms": self._predicted(work, sheet)}
+
+    def _predicted(self, work: Workload, sheet: Device) -> dict[str, float]:
+        model = self.adapter.model
+        known = Model(self.adapter.decoder_shape(), self.adapter.vision_shape(), sum(p.numel() for p in model.parameters()))
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
+        found = predict(known, work, sheet, dtype, self.prompt.batch)
+        stages = {"vision": found.vision.seconds, "v2v": found.selection.seconds, "prefill": found.prefill.seconds, "decode step": found.step}
+        return {name: 1000 * seconds for name, seconds in (stages | {"to first token": found.first_token, "end to end": found.total}).items()}
+
+
+def _spread(timing: Timing) -> dict[str, float]:
+    low, high = timing.quartiles
+    return {"median": 1000 * timing.median, "low": 1000 * low, "high": 1000 * high}
+
+
+def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
+    """Layers that read equally many rows as one group; what the handle does in front of a layer where the number changes or it ranks."""
+    layers = [1000 * times[f"layer {i}"].median for i in range(len(rows))]
+    starts = [i for i, count in enumerate(rows) if i == 0 or count != rows[i - 1]]
+    groups = []
+    for first, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        groups.append({"layers": [first, end - 1], "rows": rows[first], "ms": sum(layers[first:end])})
+    before = [1000 * times[f"hook {i}"].median for i in range(len(rows))]
+    stages = [{"layer": i, "ms": ms, "of_a_layer": ms / layers[max(0, i - 1)]} for i, ms in enumerate(before) if i in starts[1:]]
+    return {"groups": groups, "t2v": stages, "before_layers_ms": before}
+
+
+def sheet_of(device: str) -> Device | None:
+    """The sheet of the device that runs, where there is one: by its name on CUDA, measured on a CPU."""
+    if not device.startswith("cuda"):
+        return this_machine()
+    name = torch.cuda.get_device_name(device).lower()
+    return next((sheet for key, sheet in SHEETS.items() if key in name), None)

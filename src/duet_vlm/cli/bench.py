@@ -1,0 +1,119 @@
+"""``duet-vlm bench``: measure a model against itself: the full model, methods and floors in turns, stage by stage."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.options import AsJson, Debug, Device, Model, budget_of
+
+METHODS = ("duet", "visionzip", "fastv", "uniform", "random")
+BUDGETS = ("0.33", "0.11")
+
+
+def bench(
+    model: Model = "tiny",
+    config_only: Annotated[
+        Path | None, typer.Option("--config-only", help="A config.json or a folder with one: random weights at that shape.")
+    ] = None,
+    method: Annotated[list[str] | None, typer.Option("--method", help=f"Repeat it for several; 'all'. Default: {', '.join(METHODS)}.")] = None,
+    budget: Annotated[list[str] | None, typer.Option("--budget", "-b", help=f"Repeat it for several. Default: {', '.join(BUDGETS)}.")] = None,
+    batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Rows at a time; repeat it to sweep. Default: 1.")] = None,
+    text: Annotated[list[int] | None, typer.Option("--text", min=1, help="Words after the picture; repeat it to sweep. Default: 32.")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens, where the picture's size decides.")] = None,
+    frames: Annotated[int, typer.Option("--frames", min=0, help="Steps of time of a clip; 0 for an image.")] = 0,
+    new: Annotated[int, typer.Option("--new", min=2, help="Tokens to write.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds; every side runs once in each.")] = 7,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="fp32, bf16 or fp16; default: the checkpoint's, bf16 on CUDA else fp32.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write everything as JSON to this file.")] = None,
+    plots: Annotated[Path | None, typer.Option("--plots", help="Write pictures to this folder (needs matplotlib).")] = None,
+    predict: Annotated[bool, typer.Option("--predict/--no-predict", help="Predict beside what is measured.")] = True,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and predictions beside it."""
+    with friendly(debug, json_):
+        from duet_vlm.bench.plots import draw
+        from duet_vlm.bench.run import Plan, result, sheet_of, sides_of
+
+        loaded, where, name = _model(model, config_only, device, dtype)
+        budgets = [budget_of(b) for b in budget or BUDGETS]
+        plan = Plan(
+            sides_of(_methods(method), [b for b in budgets if b is not None]), tuple(batch or [1]), tuple(text or [32]), tokens, frames, new, rounds
+        )
+        found = result(name, loaded, plan, sheet_of(where) if predict else None, lambda line: typer.echo(line, err=True))
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(found, indent=1) + "\n")
+        files = draw(found, plots) if plots is not None else []
+        if json_:
+            print(json.dumps(found | {"files": [str(f) for f in files]}))
+        else:
+            _show(found)
+
+
+def _methods(given: list[str] | None) -> list[str]:
+    import duet_vlm
+
+    if given == ["all"]:
+        return [name for name in duet_vlm.methods() if name != "none"]
+    for name in given or ():
+        duet_vlm.get(name)  # raises with the list
+    return list(given or METHODS)
+
+
+def _model(name: str, config_only: Path | None, device: str | None, dtype: str | None) -> tuple[Any, str, str]:
+    """The model to run, where, and what it is called."""
+    import torch
+
+    from duet_vlm.bench.shapes import random_model
+    from duet_vlm.loading import load
+    from duet_vlm.measure.devices import TORCH
+
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is not None and dtype not in TORCH:
+        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(TORCH)}")
+    if config_only is None:
+        return load(name, device, None if dtype is None else TORCH[dtype]).model, where, name
+    usual = torch.bfloat16 if where.startswith("cuda") else torch.float32
+    return random_model(config_only, where, usual if dtype is None else TORCH[dtype]), where, str(config_only)
+
+
+def _show(found: dict[str, Any]) -> None:
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    console.print(f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads")
+    for key in sorted({(row["batch"], row["text"]) for row in found["rows"] if "ms" in row}):
+        rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
+        console.print(f"\nbatch {key[0]}, {rows[0]['tokens']} visual tokens, {key[1]} others; ms, medians of {rows[0]['pairs']} rounds; (predicted)")
+        head = ("", "tokens", "vision", "V2V", "prefill", "T2V", "step", "first token", "speed-up", "by FLOPs", "peak MiB")
+        table = Table(*head, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*_cells(row, rows[0]))
+        console.print(table)
+    for row in found["rows"]:
+        if "ms" not in row:
+            console.print(f"{row['side']}: {row['status']} (floor {row['floor']})")
+
+
+def _cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:
+    predicted = row.get("predicted_ms", {})
+
+    def time(stage: str) -> str:
+        guess = f" ({predicted[stage]:.3g})" if stage in predicted else ""
+        return f"{row['ms'][stage]['median']:.3g}{guess}"
+
+    peak = row["peak_bytes"]
+    by_flops = full["flops_share"] / row["flops_share"]
+    return [
+        row["side"], f"{row['mean_tokens']:.1f}", time("vision"), f"{row['ms']['v2v']['median']:.3g}", time("prefill"),
+        f"{sum(stage['ms'] for stage in row['t2v']):.3g}", time("decode step"), time("to first token"),
+        f"{row['speed_up']['to first token']['median']:.2f}", f"{by_flops:.2f}", "-" if peak is None else f"{peak / 2**20:.1f}",
+    ]  # fmt: skip
