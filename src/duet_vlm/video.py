@@ -116,7 +116,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         container = av.open(str(path.absolute()), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
     except (av.error.FFmpegError, ValueError) as error:
-        raise ValueError(f"--video {path}: not a video that can be read ({_reason(error)})") from None
+        raise ValueError(f"--video {path}: not a video that can be read, or one that was cut off ({_reason(error)})") from None
     with container:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
         if not streams:

@@ -1,0 +1,258 @@
+"""Reading clips: which frames are taken, that they are the right ones, and what is said about files that cannot be read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from transformers.video_utils import VideoMetadata, default_sample_indices_fn
+from typer.testing import CliRunner
+
+from duet_vlm import video
+from duet_vlm.cli.main import app
+from duet_vlm.video import decode, length, sampled, upright
+
+WIDE, HIGH = 64, 48
+CODECS = {"clip.mp4": "libx264", "clip.mkv": "libx264", "clip.webm": "libvpx-vp9", "clip.avi": "mpeg4", "clip.ts": "libx264"}
+Picture = Callable[[int], np.ndarray]
+
+
+def grey(number: int) -> np.ndarray:
+    """A frame that says its number by its brightness: 6 steps of 256 per frame."""
+    return np.full((HIGH, WIDE, 3), 6 * number % 256, np.uint8)
+
+
+def noise(number: int) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (HIGH, WIDE, 3), np.uint8)
+
+
+def number_of(picture: Image.Image) -> int:
+    return round(float(np.asarray(picture).mean()) / 6)
+
+
+def write(path: Path, count: int = 40, picture: Picture = grey, codec: str = "libx264", rate: int = 10, turn: int = 0, **options: str) -> Path:
+    """A small clip made with PyAV."""
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = picture(0).shape[:2]
+        stream.pix_fmt = "yuv420p"
+        if turn:
+            stream.set_display_rotation(turn)
+        for number in range(count):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture(number), format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+# ---- which frames
+
+
+@given(st.integers(1, 5000), st.integers(1, 200))
+def test_frames_are_evenly_spaced(total: int, count: int) -> None:
+    indices = sampled(total, count)
+    assert indices == tuple(int(Fraction(i * total, count)) for i in range(count)) if count <= total else indices == tuple(range(total))
+
+
+@pytest.mark.parametrize(("total", "count"), [(300, 8), (40, 8), (7, 7), (1000, 16), (9, 4)])
+def test_frames_are_those_that_stock_processors_take(total: int, count: int) -> None:
+    assert list(sampled(total, count)) == default_sample_indices_fn(VideoMetadata(total, fps=10.0), num_frames=count).tolist()
+
+
+@pytest.mark.parametrize("name", CODECS)
+def test_decoded_frames_are_the_ones_asked_for(name: str, tmp_path: Path) -> None:
+    """B-frames, containers with and without an index, with and without a stated length."""
+    clip = decode(write(tmp_path / name, codec=CODECS[name]), 8)
+    assert (clip.indices, clip.total, clip.rate) == ((0, 5, 10, 15, 20, 25, 30, 35), 40, 10.0)
+    assert [number_of(frame) for frame in clip.frames] == list(clip.indices)
+    assert all(frame.mode == "RGB" and frame.size == (WIDE, HIGH) for frame in clip.frames)
+
+
+def test_an_event_is_seen_from_its_frame_on(tmp_path: Path) -> None:
+    """A red square appears at frame 17 and is gone at 28."""
+
+    def scene(number: int) -> np.ndarray:
+        picture = np.full((HIGH, WIDE, 3), 200, np.uint8)
+        if 17 <= number < 28:
+            picture[8:24, 8:24] = (255, 0, 0)
+        return picture
+
+    clip = decode(write(tmp_path / "event.mp4", picture=scene), 10)
+    red = [frame.getpixel((16, 16))[1] < 60 for frame in clip.frames]  # type: ignore[index]
+    assert clip.indices == (0, 4, 8, 12, 16, 20, 24, 28, 32, 36)
+    assert red == [17 <= index < 28 for index in clip.indices] and sum(red) == 2
+
+
+def test_frames_per_second_and_short_clips(tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4", count=30)
+    assert decode(path, fps=2).indices == (0, 5, 10, 15, 20, 25)
+    assert decode(path, fps=0.01).indices == (0,) and decode(path, fps=10_000).indices == tuple(range(30))
+    assert len(decode(path).frames) == 8
+    assert decode(path, 50).indices == tuple(range(30))
+    assert length(path) == (30, 10.0)
+
+
+def test_no_more_is_decoded_than_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, plain, seen, pictures = write(tmp_path / "clip.mp4"), video._readable, [], []
+
+    def counting(path: Path, items: Iterator[Any], total: int) -> Iterator[Any]:
+        for item in plain(path, items, total):
+            seen.append(type(item).__name__)
+            yield item
+
+    monkeypatch.setattr(video, "_readable", counting)
+    monkeypatch.setattr(video, "upright", lambda picture, rotation: pictures.append(1) or picture)
+    decode(path, 4)
+    assert seen.count("VideoFrame") == 31 and len(pictures) == 4  # up to the last one, 30; only the chosen ones become pictures
+
+
+def test_turned_clips_stand_upright(tmp_path: Path) -> None:
+    """Red in the upper right corner: turned counter-clockwise by 90 degrees it is in the upper left one."""
+
+    def scene(number: int) -> np.ndarray:
+        picture = np.zeros((HIGH, WIDE, 3), np.uint8)
+        picture[:16, -16:] = (255, 0, 0)
+        return picture
+
+    path = write(tmp_path / "turned.mp4", count=3, picture=scene, turn=90)
+    with av.open(str(path)) as container:
+        turn = next(container.decode(video=0)).rotation
+    assert turn == 90
+    frame = decode(path, 1).frames[0]
+    assert frame.size == (HIGH, WIDE) and frame.getpixel((4, 4))[0] > 150 and frame.getpixel((HIGH - 4, 4))[0] < 60  # type: ignore[index]
+    flat = Image.fromarray(scene(0))
+    assert upright(flat, 0) is flat and upright(flat, -90).getpixel((HIGH - 4, WIDE - 4)) == (255, 0, 0)
+    assert upright(flat, 180).getpixel((4, HIGH - 4)) == (255, 0, 0)
+
+
+def test_frames_that_change_size_are_made_equal(tmp_path: Path) -> None:
+    small = write(tmp_path / "a.ts", count=10)
+    large = write(tmp_path / "b.ts", count=10, picture=lambda number: np.full((2 * HIGH, 2 * WIDE, 3), 120, np.uint8))
+    both = tmp_path / "both.ts"
+    both.write_bytes(small.read_bytes() + large.read_bytes())
+    clip = decode(both, 4)
+    assert {frame.size for frame in clip.frames} == {(WIDE, HIGH)} and number_of(clip.frames[-1]) == 20
+
+
+# ---- files that cannot be read
+
+
+def refused(path: Path, *words: str, **options: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        decode(path, **options)
+    assert str(caught.value).startswith(f"--video {path}: ") and all(word in str(caught.value) for word in words), caught.value
+
+
+def test_files_that_are_no_videos(tmp_path: Path) -> None:
+    clip = write(tmp_path / "clip.mp4")
+    refused(tmp_path / "none.mp4", "no such file")
+    refused(tmp_path, "is a folder")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    (tmp_path / "words.txt").write_text("hello\n")
+    (tmp_path / "words.mp4").write_text("hello\n")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    for name in ("picture.png", "words.txt", "words.mp4", "empty.mp4", "noise.mp4"):
+        refused(tmp_path / name, "not a video that can be read")
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    refused(tmp_path / "sound.mp4", "no video stream")
+    assert clip.is_file()
+
+
+def test_files_that_name_other_files_are_not_followed(tmp_path: Path) -> None:
+    write(tmp_path / "clip.mp4")
+    path = tmp_path / "list.ffconcat"
+    path.write_text("ffconcat version 1.0\nfile clip.mp4\n")
+    with av.open(str(path)) as container:  # FFmpeg itself would
+        assert container.streams.video
+    refused(path, "not a video that can be read")
+
+
+def test_damage_names_what_can_be_read(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.mp4", count=120, picture=noise)
+    whole.write_bytes(whole.read_bytes()[: len(whole.read_bytes()) // 2])  # the index stands at the end of this file
+    refused(whole, "or one that was cut off")
+    early = write(tmp_path / "early.mp4", count=120, picture=noise, movflags="faststart")
+    early.write_bytes(early.read_bytes()[: -len(early.read_bytes()) // 3])
+    with pytest.raises(ValueError, match=r"damaged or cut off, (\d+) of 120 frames can be read") as caught:
+        decode(early)
+    assert 1 <= int(str(caught.value).split(" of 120")[0].split()[-1]) < 120
+    avi = write(tmp_path / "cut.avi", count=120, codec="mpeg4", picture=noise)
+    avi.write_bytes(avi.read_bytes()[: len(avi.read_bytes()) // 2])
+    with pytest.raises(ValueError, match=r"damaged or cut off, \d+ of 120 frames can be read \(it ends early\)"):
+        decode(avi)
+
+
+def test_damage_in_the_middle(tmp_path: Path) -> None:
+    """Every packet is there, but one in the middle holds nothing that decodes."""
+    path = write(tmp_path / "clip.mp4", count=60, movflags="faststart", picture=noise)
+    with av.open(str(path)) as container:
+        places = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    data = bytearray(path.read_bytes())
+    for place, size in places[30:34]:
+        data[place : place + size] = b"\xff" * size
+    path.write_bytes(data)
+    assert length(path)[0] == 60
+    with pytest.raises(ValueError, match=r"damaged or cut off, \d+ of 60 frames can be read") as caught:
+        decode(path, 60)
+    assert int(str(caught.value).split(" of 60")[0].split()[-1]) <= 31
+
+
+def test_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "clip.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "MAX_FRAME", WIDE * HIGH - 1)
+        refused(path, f"frames of {WIDE} x {HIGH} pixels")
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "MAX_PIXELS", 4 * WIDE * HIGH)
+        assert len(decode(path, 4).frames) == 4
+        refused(path, "5 frames of", "take at most 4", frames=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "MAX_LENGTH", 39)
+        refused(path, "more than 39 frames")
+
+
+def test_bad_numbers() -> None:
+    for options, words in (({"frames": 0}, "frames=0"), ({"frames": 2.5}, "frames=2.5"), ({"fps": 0.0}, "fps=0.0"), ({"frames": 4, "fps": 1}, "one")):
+        with pytest.raises(ValueError, match=words):
+            decode(Path("any.mp4"), **options)  # type: ignore[arg-type]
+
+
+def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "clip.mp4")
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ValueError, match=r"needs PyAV: pip install 'duet-vlm\[video\]'"):
+        decode(path)
+
+
+# ---- the command line
+
+
+def call(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    assert result.exit_code == code, result.output
+    return result
+
+
+@pytest.mark.parametrize("verb", ["run", "viz"])
+def test_what_the_command_line_refuses(verb: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4")
+    assert "give --image, --video or both" in call(verb, "-p", "x", "-b", "64", code=2).stderr
+    assert "no such file" in call(verb, "--video", tmp_path / "none.mp4", "-p", "x", "-b", "64", code=2).stderr
+    assert "--frames 4 and --fps 1.0" in call(verb, "--video", path, "-p", "x", "--frames", 4, "--fps", 1, "-b", "64", code=2).stderr
+    assert "tiny (llava) takes pictures only" in call(verb, "--video", path, "-p", "x", "-b", "64", code=2).stderr
+    assert "no such file" in json.loads(call(verb, "--video", "none.mp4", "-p", "x", "--json", code=2).stdout)["error"]
