@@ -22,7 +22,8 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.evaluate.report import markdown
 from duet_vlm.evaluate.results import load
 from duet_vlm.measure.training import Example, Trained, step_flops
-from duet_vlm.models.adapter import families
+from duet_vlm.cli.models import cell
+from duet_vlm.models.adapter import support
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,8 +108,8 @@ def methods() -> str:
 
 
 def supported() -> str:
-    rows = [[f"`{name}`", ", ".join(cls.model_types), cls.notes, f"`{cls.example}`"] for name, cls in families().items()]
-    return table(["family", "model types", "notes", "example checkpoint"], rows)
+    rows = support()
+    return table(list(rows[0]), [[cell(value) if key not in ("family", "example") else f"`{value}`" for key, value in row.items()] for row in rows])
 
 
 BLOCKS: dict[str, Callable[[], str]] = {

@@ -121,6 +121,7 @@ def test_methods_lists_all() -> None:
 def test_models_lists_families() -> None:
     rows = as_json("models")
     assert {"llava", "qwen2_5_vl"} <= {row["family"] for row in rows}
+    assert {row["family"]: row["video"] for row in rows}.items() >= {("llava", False), ("qwen2_5_vl", True)}
     assert "llava-hf/llava-1.5-7b-hf" in call("models").stdout.replace("\n", "") or "llava" in call("models").stdout
 
 
@@ -198,7 +199,7 @@ def test_bad_options(verb: str, arguments: list[str], words: list[str], tmp_path
 def test_bad_folders(tmp_path: Path) -> None:
     assert "no config.json" in call("budget", "-m", tmp_path, "-b", "64", code=2).stderr
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    assert "'bert' is not supported" in call("budget", "-m", tmp_path, "-b", "64", code=2).stderr
+    assert "(model_type='bert') is not supported" in call("budget", "-m", tmp_path, "-b", "64", code=2).stderr
     (tmp_path / "config.json").write_text("{")
     assert "cannot be loaded" in call("budget", "-m", tmp_path, "-b", "64", code=2).stderr
 

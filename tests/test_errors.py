@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +16,14 @@ from families import FAMILIES, IMAGE, MIXED, ONE, PAD, TEXT, TWO, build, forward
 from test_detach import snapshot
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastv import FastV
+from duet_vlm.models.adapter import families
+from duet_vlm.models.unsupported import REASONS
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,20 @@ def bart() -> nn.Module:
     ))  # fmt: skip
 
 
+def named(model_type: str) -> nn.Module:
+    """A model that says what it is and has nothing else."""
+    model = nn.Module()
+    model.config = SimpleNamespace(model_type=model_type)  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize("model_type", REASONS)
+def test_models_that_cannot_work_are_refused_with_the_reason(model_type: str) -> None:
+    assert model_type in CONFIG_MAPPING_NAMES and not any(model_type in cls.model_types for cls in families().values())
+    with pytest.raises(TypeError, match=rf"model_type='{model_type}'\) is not supported: {re.escape(REASONS[model_type])}\. Supported: "):
+        duet_vlm.attach(named(model_type), "duet", budget=0.5)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [(llama, "LlamaForCausalLM"), (bart, "BartForConditionalGeneration"), (lambda: nn.Linear(2, 2), "Linear"), (lambda: None, "NoneType")],
@@ -127,8 +146,8 @@ def bart() -> nn.Module:
 def test_unsupported_models(make: Callable[[], Any], name: str) -> None:
     model = make()
     before = snapshot(model) if model is not None else None
-    known = "llava, llava_next, qwen2_5_vl, qwen2_vl"
-    with pytest.raises(TypeError, match=rf"no adapter for {name} .*supported: {known}\. Pass the whole image-text-to-text model"):
+    known = ", ".join(sorted(families()))
+    with pytest.raises(TypeError, match=rf"{name} \(model_type=.*is not supported.*Supported: {known}\. Pass the whole image-text-to-text model"):
         duet_vlm.attach(model, "duet", budget=0.5)
     assert model is None or snapshot(model) == before
 

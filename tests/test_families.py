@@ -82,3 +82,10 @@ def test_importance_equals_the_towers_attention(family: str) -> None:
                 assert view.importance is not None and shown.any()
                 torch.testing.assert_close(view.importance[row, : len(importance)][shown], importance[shown], rtol=1e-4, atol=1e-6)
                 torch.testing.assert_close(view.keys[row, : len(keys)][shown], keys[shown], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_support_matrix_says_what_the_adapter_does(family: str) -> None:
+    adapter = adapter_for(shared(family))
+    assert adapter.video == any(stream.name == "video" for stream in adapter.streams) == FAMILIES[family].video
+    assert adapter.notes and adapter.example.count("/") == 1

@@ -122,13 +122,14 @@ def config_of(name: str) -> Any:
     from transformers import AutoConfig
 
     from duet_vlm.models.adapter import families
+    from duet_vlm.models.unsupported import refusal
 
     place, local = _with(name, "config.json")
     with quiet(), _explained(name, local):
         config = AutoConfig.from_pretrained(place, local_files_only=local)
     known = families()
     if not any(config.model_type in cls.model_types for cls in known.values()):
-        raise ValueError(f"--model {name}: family {config.model_type!r} is not supported; supported: {', '.join(known)}")
+        raise ValueError(f"--model {refusal(name, config.model_type, list(known))}")
     return config
 
 

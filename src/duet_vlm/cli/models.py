@@ -11,23 +11,27 @@ from rich.table import Table
 
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import AsJson, Debug
-from duet_vlm.models.adapter import families
+from duet_vlm.models.adapter import support
+
+
+def cell(value: Any) -> str:
+    """A value of the support matrix as a table shows it."""
+    if isinstance(value, bool):
+        return "yes" if value else "-"
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def models(json_: AsJson = False, debug: Debug = False) -> None:
-    """List the supported model families."""
+    """List the supported model families: what they take, and what to know about each."""
     with friendly(debug, json_):
-        rows: list[dict[str, Any]] = [
-            {"family": name, "model_types": list(cls.model_types), "notes": cls.notes, "example": cls.example}
-            for name, cls in families().items()
-        ]
+        rows = support()
         if json_:
             print(json.dumps(rows))
             return
-        table = Table("family", "model types", "notes", "example", box=SIMPLE, pad_edge=False)
+        table = Table(*rows[0], box=SIMPLE, pad_edge=False)
         for column in table.columns:
             column.overflow = "fold"
         for row in rows:
-            table.add_row(row["family"], ", ".join(row["model_types"]), row["notes"], row["example"])
+            table.add_row(*map(cell, row.values()))
         Console().print(table)
-        print("'tiny', the default of --model, is a small llava that ships with the package")
+        print("'tiny', the default of --model, is a small llava that ships with the package, 'tiny-video' a small video_llava")

@@ -14,23 +14,11 @@ from torch import Tensor, nn
 
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.models.unsupported import refusal
 from duet_vlm.tokens import TokenMap
 
 Rotary = tuple[Tensor, Tensor]
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-
-
-@dataclass(frozen=True)
-class Features:
-    """Where an encoder call stands when V2V can run: B spans padded to N rows.
-
-    ``rows`` [B, N, C], ``valid`` [B, N]; ``grids`` (rows, columns) per span; ``cls`` [B, C] the tower's CLS row if it was asked for.
-    """
-
-    rows: Tensor
-    valid: Tensor
-    grids: tuple[tuple[int, int] | None, ...]
-    cls: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +89,7 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    video: ClassVar[bool] = False
     notes: ClassVar[str] = ""
     example: ClassVar[str] = ""
 
@@ -279,6 +268,24 @@ def families() -> dict[str, type[Adapter]]:
     return {cls.family: cls for cls in sorted(_concrete(Adapter), key=lambda cls: cls.family)}
 
 
+def support() -> list[dict[str, Any]]:
+    """One row per family: what it takes and what is known of it. Images, several images per prompt and training work for every family."""
+    return [
+        {
+            "family": name,
+            "model_types": list(cls.model_types),
+            "image": True,
+            "several images": True,
+            "video": cls.video,
+            "training": True,
+            "positions": ["keep"] if cls.mrope else ["keep", "compact"],
+            "notes": cls.notes,
+            "example": cls.example,
+        }
+        for name, cls in families().items()
+    ]
+
+
 def _concrete(cls: type[Any]) -> list[type[Adapter]]:
     found = [sub for child in cls.__subclasses__() for sub in _concrete(child)]
     return found + ([cls] if "family" in vars(cls) else [])
@@ -300,7 +307,5 @@ def adapter_for(model: nn.Module) -> Adapter:
             adapter = cls(core)  # type: ignore[call-arg]
             adapter.check()
             return adapter
-    raise TypeError(
-        f"duet_vlm has no adapter for {type(core).__name__} (model_type={model_type!r}); supported: {', '.join(known)}. "
-        "Pass the whole image-text-to-text model, as AutoModelForImageTextToText loads it."
-    )
+    wanted = "Pass the whole image-text-to-text model, as AutoModelForImageTextToText loads it."
+    raise TypeError(f"{refusal(type(core).__name__, model_type, list(known))} {wanted}")

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from duet_vlm.models.adapter import Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
-from duet_vlm.ops.score import cls_attention
 
 FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 
@@ -20,6 +19,7 @@ class VideoLlava(Llava):
 
     family = "video_llava"
     model_types = ("video_llava",)
+    video = True
     notes = "images, and clips frame by frame with each frame's CLS row kept; decoders of the Llama layout"
     example = "LanguageBind/Video-LLaVA-7B-hf"
 
@@ -59,7 +59,7 @@ class VideoLlava(Llava):
         if call.stream == "image":
             return super().importance_and_keys(calls, call, segmented)
         (recorded,) = calls
-        importance = cls_attention(recorded.query, recorded.key, recorded.scaling)
+        importance, _ = self.signals(recorded)
         importance = nn.functional.pad(importance, (1, 0), value=FIRST)
         frames = (-1, self.door_parts(call))
         keys = recorded.key.float().mean(1)
