@@ -98,7 +98,7 @@ def test_layers_are_called_by_keyword_with_rows_first(family: str) -> None:
     assert len(args) == 1 and args[0].ndim == 3
     assert {"attention_mask", "position_embeddings", "position_ids", "past_key_values"} <= set(kwargs)
     cos, sin = kwargs["position_embeddings"]
-    assert cos.shape == sin.shape and cos.shape[-2:] == (args[0].shape[1], 16)  # M-RoPE tables arrive mixed
+    assert cos.shape == sin.shape and cos.shape[-2:] == (args[0].shape[1], FAMILIES[family].turned)  # M-RoPE tables arrive mixed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

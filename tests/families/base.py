@@ -37,6 +37,7 @@ class Family:
     name: str
     mrope = False
     video = False  # takes clips, too
+    turned = 16  # channels of a decoder head that rotary embeddings turn
     drafts = True  # draft tokens of a prompt change nothing in front of them, and a plain cache can give them up again
 
     def make(self) -> nn.Module:

@@ -28,6 +28,8 @@ def hybrid_text(kinds: str = KINDS) -> dict[str, Any]:
 
 class Qwen35(Qwen3):
     name = "qwen3_5"
+    turned = 8
+    drafts = False  # the state of a linear layer cannot go back
 
     def make(self) -> nn.Module:
         return Qwen3_5ForConditionalGeneration(Qwen3_5Config(vision_config=VISION, text_config=hybrid_text(), **QWEN_IDS))
