@@ -19,10 +19,10 @@ from train_step import LLAVA_7B
 
 import duet_vlm
 from duet_vlm.budget import SpanPlan
+from duet_vlm.cli.models import cell
 from duet_vlm.evaluate.report import markdown
 from duet_vlm.evaluate.results import load
 from duet_vlm.measure.training import Example, Trained, step_flops
-from duet_vlm.cli.models import cell
 from duet_vlm.models.adapter import support
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 

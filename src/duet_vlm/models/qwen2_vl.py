@@ -21,6 +21,7 @@ class Qwen2VL(LlamaLike, Adapter):
 
     family = "qwen2_vl"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
+    video = True
     notes = "images of any size, video; kept positions only (M-RoPE)"
     example = "Qwen/Qwen2-VL-7B-Instruct"
     mrope = True
