@@ -59,21 +59,13 @@ def attached(loaded: Loaded, run: Run, questions: Sequence[Question]) -> Iterato
 
 def inputs_of(loaded: Loaded, questions: Sequence[Question], salient: bool = False) -> Any:
     """Model inputs of a batch, padded on the left."""
-    text = [prompt_of(loaded.processor, q) for q in questions]
+    text = [chat_text(loaded.processor, q.text, len(q.images), len(q.videos)) for q in questions]
     given = {"images": [image for q in questions for image in q.images], "videos": [clip for q in questions for clip in q.videos]}
     pictures = {name: items for name, items in given.items() if items}
     made = loaded.processor(text=text, **pictures, return_tensors="pt", padding=True, padding_side="left")
     if not salient:
         made.pop("salient_mask", None)
     return made.to(loaded.model.device, loaded.model.dtype)
-
-
-def prompt_of(processor: Any, question: Question) -> str:
-    """A question as the model was taught to read it, clips in front of the text as pictures are."""
-    if not question.videos:
-        return chat_text(processor, question.text, len(question.images))
-    content = [{"type": "video"}] * len(question.videos) + [{"type": "text", "text": question.text}]
-    return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
 
 def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], max_new_tokens: int) -> dict[str, Outcome]:

@@ -56,7 +56,12 @@ class TinyVideoProcessor:
         (Path(folder) / FILE).write_text(json.dumps({"image_processor": plain, "processor_class": type(self).__name__}, indent=1) + "\n")
 
     def __call__(
-        self, text: str | Sequence[str], videos: Frames | Sequence[Frames] | None = None, return_tensors: str = "pt", **text_settings: Any
+        self,
+        text: str | Sequence[str],
+        videos: Frames | Sequence[Frames] | None = None,
+        images: Sequence[Image.Image] = (),
+        return_tensors: str = "pt",
+        **text_settings: Any,
     ) -> BatchFeature:
         """Inputs of one prompt or several.
 
@@ -67,6 +72,8 @@ class TinyVideoProcessor:
         videos : clip or sequence of clips, optional
             A clip is a sequence of RGB frames (PIL pictures or uint8 arrays [height, width, 3]) or one array [frames, height, width, 3].
             All clips have the same number of frames; the model was trained on 8.
+        images : sequence
+            None: the model was trained on clips only.
         return_tensors : str
             "pt", the only kind.
         **text_settings
@@ -75,8 +82,10 @@ class TinyVideoProcessor:
         Raises
         ------
         ValueError
-            Clips and ``<video>`` do not match in number, or clips differ in length.
+            Clips and ``<video>`` do not match in number, clips differ in length, or pictures are given.
         """
+        if len(images):
+            raise ValueError("tiny-video was trained on clips only: give frames as videos=, or take the model 'tiny' for pictures")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is made")
         prompts, clips, made = [text] if isinstance(text, str) else list(text), _clips(videos), {}
