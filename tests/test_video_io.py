@@ -18,9 +18,13 @@ from PIL import Image
 from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from typer.testing import CliRunner
 
+import duet_vlm
 from duet_vlm import video
 from duet_vlm.cli.main import app
+from duet_vlm.cli.viz import film, on_film
+from duet_vlm.tiny import video as tiny_video
 from duet_vlm.video import decode, length, sampled, upright
+from duet_vlm.viz.overlay import cell_box
 
 WIDE, HIGH = 64, 48
 CODECS = {"clip.mp4": "libx264", "clip.mkv": "libx264", "clip.webm": "libvpx-vp9", "clip.avi": "mpeg4", "clip.ts": "libx264"}
@@ -256,3 +260,30 @@ def test_what_the_command_line_refuses(verb: str, tmp_path: Path) -> None:
     assert "--frames 4 and --fps 1.0" in call(verb, "--video", path, "-p", "x", "--frames", 4, "--fps", 1, "-b", "64", code=2).stderr
     assert "tiny (llava) takes pictures only" in call(verb, "--video", path, "-p", "x", "-b", "64", code=2).stderr
     assert "no such file" in json.loads(call(verb, "--video", "none.mp4", "-p", "x", "--json", code=2).stdout)["error"]
+
+
+def test_a_question_about_a_file_is_answered(tmp_path: Path) -> None:
+    """A clip of the embedded task, written as a file and read again, shows the model what the frames themselves show."""
+    sample = next(s for s in tiny_video.samples("test", 40) if s.kind == "read")
+    path = write(tmp_path / "clip.mp4", count=32, picture=lambda number: np.asarray(sample.frames[number // 4]), crf="4")
+    shared = ["-m", "tiny-video", "--video", path, "-p", sample.question, "-b", "0.3"]
+    got = json.loads(call("run", *shared, "--method", "frames+duet", "--compare", "--json").stdout)
+    assert (got["answer"], got["full_answer"]) == (sample.answer, sample.answer)
+    assert got["clips"] == [{"file": str(path), "frames": list(range(0, 32, 4)), "of": 32}]
+    tokens = len(sample.needed)
+    assert got["report"]["method"] == "frames+duet" and 0.3 * tokens - 1 < got["report"]["measured_mean"] <= 0.3 * tokens
+    files = json.loads(call("viz", *shared, "--json", "-o", tmp_path / "out").stdout)["files"]
+    drawn = Image.open(files[0])
+    assert drawn.height > 8 * 150 and len(files) == 1
+
+
+def test_the_film_of_a_clip() -> None:
+    """Two frames of a CLS row and 2 x 2 patches: the CLS rows are counted first, patch p of frame f is cell 4 f + p."""
+    trace = duet_vlm.SpanTrace(duet_vlm.Span(0, 0, 10), {6: (1, 9)}, (duet_vlm.StageTrace(0, (0, 3, 6), (2, 4, 5, 7, 8)),))
+    drawn = on_film(trace, 2)
+    assert (drawn.span.grid, drawn.merged, drawn.stages[0].kept) == ((4, 2), {6: (2, 9)}, (0, 4, 6))
+    assert drawn.stages[0].dropped == (1, 3, 5, 7, 8)
+    boxes = [cell_box(drawn, token, 10) for token in (0, 1, 2, 6, 9)]
+    assert boxes == [None, None, (0, 0, 10, 10), (0, 20, 10, 30), (10, 30, 20, 40)]
+    strip = film([Image.new("RGB", (4, 2), (n, 0, 0)) for n in range(4)], 2)  # two steps of two frames each: the first frame of each
+    assert strip.size == (4, 4) and [strip.getpixel((0, y))[0] for y in range(4)] == [0, 0, 2, 2]  # type: ignore[index]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,21 +28,44 @@ def overlay(loaded: Loaded, inputs: Any, images: list[Image.Image], number: int,
     return draw(seen(images[number], pixels[number] if pixels.ndim == 4 else None, loaded.processor), trace, title=title)
 
 
-def film(clip: Clip, steps: int) -> Image.Image:
+def film(frames: Sequence[Image.Image], steps: int) -> Image.Image:
     """The frames of a clip one below the other, one for each step of time that the model makes of them."""
-    frames = [clip.frames[step * len(clip.frames) // steps] for step in range(steps)]
-    width, height = frames[0].size
+    chosen = [frames[step * len(frames) // steps] for step in range(steps)]
+    width, height = chosen[0].size
     strip = Image.new("RGB", (width, height * steps))
-    for step, frame in enumerate(frames):
+    for step, frame in enumerate(chosen):
         strip.paste(frame, (0, step * height))
     return strip
 
 
-def clip_overlay(inputs: Any, clip: Clip, number: int, trace: SpanTrace, title: str) -> Image.Image:
+def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
+    """The trace of a clip on the grid of its ``film``. Families that hand out a square per frame behind its CLS row name no grid: there the
+    CLS rows are counted first, as ``draw`` wants rows that show nothing, and the patches of all frames after them."""
+    each, side = trace.span.tokens // steps, math.isqrt(trace.span.tokens // steps)
+    patches, front = side * side, each - side * side
+    if trace.span.grid is not None or front > 1 or each * steps != trace.span.tokens:
+        return trace
+
+    def place(token: int) -> int:
+        step, row = divmod(token, each)
+        return step * front + row if row < front else steps * front + step * patches + row - front
+
+    def places(tokens: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(sorted(place(token) for token in tokens))
+
+    return SpanTrace(
+        dataclasses.replace(trace.span, grid=(steps * side, side)),
+        {place(anchor): places(members) for anchor, members in trace.merged.items()},
+        tuple(dataclasses.replace(stage, kept=places(stage.kept), dropped=places(stage.dropped)) for stage in trace.stages),
+    )
+
+
+def clip_overlay(loaded: Loaded, inputs: Any, clip: Clip, number: int, trace: SpanTrace, title: str) -> Image.Image:
     """The drawing of clip ``number`` of a one-sample call."""
-    grids = inputs.get("video_grid_thw")
-    steps = len(clip.frames) if grids is None else int(grids[number, 0])
-    return draw(film(clip, steps), trace, title=title, size=STEP * steps)
+    pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
+    frames = [seen(frame, pixels[number, i] if pixels.ndim == 5 else None, loaded.processor) for i, frame in enumerate(clip.frames)]
+    steps = len(frames) if grids is None else int(grids[number, 0])
+    return draw(film(frames, steps), on_film(trace, steps), title=title, size=STEP * steps)
 
 
 @reducing
@@ -70,7 +96,7 @@ def viz(
         if number < len(shown.images):
             sheet = overlay(loaded, inputs, shown.images, number, trace, title)
         else:
-            sheet = clip_overlay(inputs, clips[number - len(shown.images)], number - len(shown.images), trace, title)
+            sheet = clip_overlay(loaded, inputs, clips[number - len(shown.images)], number - len(shown.images), trace, title)
         files.append(out / f"{number + 1}-{path.stem}-{label}.png")
         sheet.save(files[-1])
     if json_:
