@@ -35,6 +35,8 @@ EVERY = (  # tests that the default tier runs on the other families, too: one ce
     "test_detach_leaves_no_trace",
     "test_projections_equal_the_layers_own",
     "test_importance_equals_the_towers_attention",
+    "test_every_part_keeps_its_own_best_rows",
+    "test_generation_equals_the_oracle",
 )
 CELLS = ("none", "duet", "fastv")  # and the methods that it runs on them
 

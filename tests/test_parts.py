@@ -1,0 +1,175 @@
+"""Crops and frames one by one or together, newline rows dropped or kept: counts by mathematics, choices by slow loops, logits by the oracle."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from families import CLIPS, FAMILIES, MIXED, ONE, Picture, any_res_layout, forward, generate, pictures_of, shared
+from hypothesis import given
+from hypothesis import strategies as st
+from oracle import choices_of, step_logits, walk_batch
+from test_families import Probe, seen
+
+import duet_vlm
+from duet_vlm import BudgetError
+from duet_vlm.budget import SpanPlan
+from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.parts import apportion, plan_span
+
+DEPTH = 8
+
+
+# ---- counts
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=12), st.data())
+def test_apportion_is_the_largest_remainder_rule(sizes: list[int], data: st.DataObject) -> None:
+    total = data.draw(st.integers(0, sum(sizes)))
+    shares = apportion(total, sizes)
+    assert sum(shares) == total
+    for share, size in zip(shares, sizes, strict=True):
+        exact = total * size / max(1, sum(sizes))
+        assert 0 <= share <= size and math.floor(exact) <= share <= math.ceil(exact)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=9), st.integers(0, 9), st.booleans(), st.booleans(), st.floats(0.1, 1.0))
+def test_a_budget_is_met_whatever_the_parts(sizes: list[int], newlines: int, each: bool, keep: bool, budget: float) -> None:
+    """Never above it, and within one row of the plan without parts unless the picture has no more rows to give."""
+    tokens = sum(sizes) + newlines
+    method = VisionZip()
+    plain = method.plan(tokens, DEPTH, budget) if budget * tokens >= 1 else None
+    if plain is None or (keep and newlines and plain.merges and plain.entry <= newlines):
+        with pytest.raises(BudgetError):
+            plan_span(lambda n: method.plan(n, DEPTH, budget), budget, sizes, newlines, each, keep)
+        return
+    plan = plan_span(lambda n: method.plan(n, DEPTH, budget), budget, sizes, newlines, each, keep)
+    assert plan.mean <= budget * tokens + 1e-6
+    most = tokens if keep or not plain.merges else sum(sizes)
+    assert plan.entry == min(plain.entry, most) == plan.counts[0]
+    assert plan.structure == (newlines if keep and plain.merges else 0)
+    if each and plan.merges:
+        assert sum(d for d, _ in plan.parts) == plan.dominant - plan.structure and sum(k for _, k in plan.parts) == plan.contextual
+        assert all(d >= 0 and k >= 0 and d + k <= size for (d, k), size in zip(plan.parts, sizes, strict=True))
+
+
+def test_counts_of_a_method_are_per_part_when_parts_are_taken_one_by_one() -> None:
+    """Video-LLaVA in the paper: 160 + 32 of each of 8 frames, half of them from layer 16 on, none from 24 on: 960 on average."""
+    method = Duet(dominant=160, contextual=32, schedule=((16, 0.5), (24, 0.0)))
+    plan = plan_span(lambda n: method.plan(n, 32, None), None, [257] * 8, 0, True, False)
+    assert plan.parts == ((160, 32),) * 8
+    assert plan.counts == (1536,) * 16 + (768,) * 8 + (0,) * 8 and plan.mean == 960
+    assert plan_span(lambda n: method.plan(n, 32, None), None, [257] * 8, 0, False, False).entry == 192
+
+
+def test_kept_newlines_come_on_top_of_explicit_counts_and_out_of_budgets() -> None:
+    method = VisionZip(dominant=10, contextual=2)
+    given = plan_span(lambda n: method.plan(n, 4, None), None, [20, 20], 6, False, True)
+    assert given == SpanPlan(46, 16, 2, (18,) * 4, structure=6)
+    solved = plan_span(lambda n: VisionZip().plan(n, 4, 18), 18, [20, 20], 6, False, True)
+    assert (solved.entry, solved.structure, solved.counts) == (18, 6, (18,) * 4)
+
+
+def test_a_span_that_is_kept_whole_keeps_its_newlines() -> None:
+    for each in (True, False):
+        assert plan_span(lambda n: VisionZip().plan(n, 4, 46), 46, [20, 20], 6, each, False) == SpanPlan(46, 46, 0, (46,) * 4)
+        whole = Duet(dominant=1.0, contextual=0, schedule=())
+        assert plan_span(lambda n: whole.plan(n, 4, None), None, [20, 20], 6, each, False) == SpanPlan(46, 46, 0, (46,) * 4)
+
+
+def test_a_budget_below_the_newlines_is_refused() -> None:
+    with pytest.raises(BudgetError, match=r"newline='keep': the budget lets 6 of 46 rows enter .* 6 of them are newlines; raise the budget"):
+        plan_span(lambda n: VisionZip().plan(n, 4, 6), 6, [20, 20], 6, False, True)
+
+
+@pytest.mark.parametrize(("name", "value"), [("parts", "frames"), ("newline", True)])
+def test_other_words_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{name}={value!r}: choose one of"):
+        VisionZip(**{name: value})
+
+
+# ---- choices
+
+
+def part_rows(family: str, picture: Picture) -> list[list[int]]:
+    """Rows of each crop or frame, by hand."""
+    if family == "llava_next":
+        layout = any_res_layout(picture)
+        crops = 1 + max(place[0] for place in layout if place is not None)
+        return [[i for i, place in enumerate(layout) if place is not None and place[0] == crop] for crop in range(crops)]
+    frames, size = picture.frames or 1, picture.height * picture.width
+    return [list(range(t * size, (t + 1) * size)) for t in range(frames)]
+
+
+@pytest.mark.parametrize(("family", "rows"), [("llava_next", MIXED), ("qwen2_vl", CLIPS), ("qwen2_5_vl", CLIPS)])
+def test_every_part_keeps_its_own_best_rows(family: str, rows: Any) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs(rows)
+    seen.clear()
+    with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.0, parts="joint")):
+        forward(model, inputs)
+    importance = {view.stream: view.importance for view in seen}
+    with duet_vlm.attach(model, VisionZip(dominant=0.4, contextual=0.0, parts="each")) as handle:
+        forward(model, inputs)
+        kept = [set(span.stages[0].kept) for row in handle.trace for span in row]
+    numbers = {"image": 0, "video": 0}
+    for picture, left in zip(pictures_of(rows), kept, strict=True):
+        stream = "video" if picture.frames else "image"
+        scores, expected = importance[stream][numbers[stream]], set()
+        numbers[stream] += 1
+        for part in part_rows(family, picture):
+            best = sorted(part, key=lambda row: (-float(scores[row]), row))
+            expected |= set(best[: math.floor(0.4 * len(part) + 1e-9)])
+        assert left == expected
+
+
+@pytest.mark.parametrize("method", ["duet", "visionzip", "divprune"])
+@pytest.mark.parametrize("parts", ["joint", "each"])
+def test_kept_newlines_all_enter(method: str, parts: str) -> None:
+    model, inputs = shared("llava_next"), FAMILIES["llava_next"].inputs(MIXED)
+    for newline in ("keep", "drop"):
+        with duet_vlm.attach(model, method, budget=0.5, parts=parts, newline=newline) as handle:
+            forward(model, inputs)
+            report = handle.report()
+            entered = [set(span.stages[0].kept) for row in handle.trace for span in row]
+        for picture, kept in zip(pictures_of(MIXED), entered, strict=True):
+            newlines = {i for i, place in enumerate(any_res_layout(picture)) if place is None}
+            assert kept & newlines == (newlines if newline == "keep" else set())
+        spans = [len(any_res_layout(picture)) for picture in pictures_of(MIXED)]
+        wanted = sum(spans) / 2 / len(MIXED)
+        assert wanted - len(spans) < report.measured_mean <= wanted + 1e-6
+
+
+SETTINGS = [
+    ("llava_next", MIXED, {"parts": "each", "newline": "drop"}),
+    ("llava_next", MIXED, {"parts": "joint", "newline": "keep"}),
+    ("llava_next", MIXED, {"parts": "each", "newline": "keep"}),
+    ("qwen2_5_vl", CLIPS, {"parts": "each"}),
+]
+
+
+@pytest.mark.parametrize(("family", "rows", "options"), SETTINGS, ids=str)
+@pytest.mark.parametrize("method", [{"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25))}, {"budget": 0.4}], ids=["counts", "budget"])
+def test_generation_equals_the_oracle(family: str, rows: Any, options: dict[str, Any], method: dict[str, Any]) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs(rows)
+    with duet_vlm.attach(model, "duet", **method, **options) as handle:
+        result = generate(model, inputs)
+        choices = choices_of(handle)
+        report = handle.report()
+    assert report.predicted == report.observed
+    new = result.sequences[:, inputs["input_ids"].shape[1] :]
+    expected = step_logits(walk_batch(shared(family, "eager"), inputs, choices, new), choices, len(result.logits))
+    for ours, wanted in zip(result.logits, expected, strict=True):
+        torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=2e-3)
+
+
+def test_parts_of_one_image_are_the_image() -> None:
+    model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
+    kept = []
+    for parts in ("joint", "each"):
+        with duet_vlm.attach(model, "duet", budget=0.4, parts=parts) as handle:
+            forward(model, inputs)
+            kept.append(handle.trace)
+    assert kept[0] == kept[1]
