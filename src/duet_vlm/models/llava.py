@@ -29,20 +29,23 @@ class Llava(LlamaLike, Adapter):
         self.door = self.base.multi_modal_projector
         self.config = model.config
         self.image_token_id = self.config.image_token_id
-        self.feeds_cls = self.config.vision_feature_select_strategy == "full"
+        self.feeds_cls = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
         vision = self.config.vision_config
         self.side = vision.image_size // vision.patch_size
         self.fixed_tokens = self.side**2 + self.feeds_cls
 
     @property
     def clip(self) -> nn.Module:
-        """The CLIP tower of images."""
+        """The tower of images."""
         return self.base.vision_tower
 
-    def check(self) -> None:
+    def check_tower(self) -> None:
         tower = type(self.clip).__name__
         if not hasattr(self.clip, "encoder") or "CLIP" not in tower:
             raise TypeError(f"{self.family}: the vision tower {tower} is not supported yet, only CLIP towers are")
+
+    def check(self) -> None:
+        self.check_tower()
         if not all(hasattr(self.layers[0].self_attn, name) for name in ("q_proj", "k_proj")):
             raise TypeError(f"{self.family}: decoder layers of {type(self.text_model).__name__} have no q_proj / k_proj to rank tokens with")
 
@@ -78,9 +81,12 @@ class Llava(LlamaLike, Adapter):
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
-        importance = cls_attention(recorded.query, recorded.key, recorded.scaling)
-        keys = recorded.key.float().mean(1)[:, 1:]
+        importance, keys = self.signals(recorded)
         return list(importance), list(keys)
+
+    def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
+        """Importance [B, N] and mean keys [B, N, d] of the patches that the tower saw."""
+        return cls_attention(recorded.query, recorded.key, recorded.scaling), recorded.key.float().mean(1)[:, 1:]
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
@@ -89,9 +95,10 @@ class Llava(LlamaLike, Adapter):
         return decoder_shape(self.config.text_config)
 
     def vision_shape(self) -> VisionShape:
-        vision, text = self.config.vision_config, self.config.text_config
+        vision, text, chosen = self.config.vision_config, self.config.text_config, self.config.vision_feature_layer
+        joined = vision.hidden_size * (len(chosen) if isinstance(chosen, list | tuple) else 1)
         return VisionShape(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
-            patches_per_token=1, extra_rows=1, patch_inputs=vision.num_channels * vision.patch_size**2,
-            projector=((vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)),
+            patches_per_token=1, extra_rows=int(self.has_cls), patch_inputs=vision.num_channels * vision.patch_size**2,
+            projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

@@ -10,7 +10,6 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from duet_vlm.models.adapter import Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
-from duet_vlm.ops.score import cls_attention
 
 
 class LlavaNext(Llava):
@@ -40,22 +39,22 @@ class LlavaNext(Llava):
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
-        importance = cls_attention(recorded.query, recorded.key, recorded.scaling)
-        keys = recorded.key.float().mean(1)[:, 1:]
-        packed = self.packed(torch.cat([importance[..., None], keys], -1), call, newline=0.0)
+        importance, keys = self.signals(recorded)
+        packed = self.packed(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in packed], [rows[:, 1:] for rows in packed]
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
-        numbers = [torch.arange(1.0, crops + 1)[:, None, None].expand(crops, self.side**2, 1) for crops in self.crops(call)]
-        return [rows[:, 0].long() - 1 for rows in self.packed(torch.cat(numbers), call, newline=0.0)]
+        crops = self.crops(call)
+        shown = torch.cat([torch.eye(n, max(crops)) for n in crops])[:, None].expand(-1, self.side**2, -1)  # which crop a patch is of
+        return [torch.where(rows.any(1), rows.argmax(1), -1) for rows in self.packed(shown, call)]
 
-    def packed(self, signals: Tensor, call: Encoding, newline: float) -> list[Tensor]:
-        """Signals [crops, N, c] laid out as the model lays out its features: per image [n, c]."""
+    def packed(self, signals: Tensor, call: Encoding) -> list[Tensor]:
+        """Signals [crops, N, c] laid out as the model lays out its features: per image [n, c], 0 for newlines."""
         rows, _ = self.base.pack_image_features(
             signals.split(self.crops(call)),
             call.sizes,
             vision_feature_select_strategy="default",
-            image_newline=signals.new_full(signals.shape[-1:], newline),
+            image_newline=signals.new_zeros(signals.shape[-1]),
         )
         return rows
 

@@ -1,0 +1,64 @@
+"""LLaVA-NeXT-Video: images as LLaVA-NeXT, clips with every frame's patches pooled."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from duet_vlm.models.adapter import Encoding, Recorded, Stream
+from duet_vlm.models.llava_next import LlavaNext
+from duet_vlm.models.towers import cells
+
+
+class LlavaNextVideo(LlavaNext):
+    """``LlavaNextVideoForConditionalGeneration``: a clip is one span; a token's importance and key are the means over its cell of patches,
+    however the model itself pools features (average, maximum or convolution)."""
+
+    family = "llava_next_video"
+    model_types = ("llava_next_video",)
+    video = True
+    notes = "images of any size; clips, all frames reduced together; decoders of the Llama layout"
+    example = "llava-hf/LLaVA-NeXT-Video-7B-hf"
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return (*super().streams, Stream("video", "get_video_features", self.config.video_token_id, "pixel_values_videos"))
+
+    def frames(self, call: Encoding) -> tuple[int, int]:
+        """Clips of the call, and frames of each."""
+        clips, frames = call.arguments["pixel_values_videos"].shape[:2]
+        return clips, frames
+
+    def pooled_side(self) -> int:
+        """Rows and columns of tokens of a frame."""
+        return self.side // int(self.config.spatial_pool_stride)
+
+    def pooled(self, signals: Tensor) -> Tensor:
+        """Signals of frames [F, N, c] as the model pools its features: [F, n, c]."""
+        return cells(signals, self.side, self.config.spatial_pool_stride)
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        if call.stream == "image":
+            return super().importance_and_keys(calls, call, segmented)
+        (recorded,) = calls
+        importance, keys = self.signals(recorded)
+        clips = self.pooled(torch.cat([importance[..., None], keys], -1)).unflatten(0, self.frames(call)).flatten(1, 2)
+        return list(clips[..., 0]), list(clips[..., 1:])
+
+    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        if call.stream == "image":
+            return super().parts(call, counts)
+        clips, frames = self.frames(call)
+        return [torch.arange(frames).repeat_interleave(self.pooled_side() ** 2)] * clips
+
+    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+        if call.stream == "image":
+            return super().passes(call, counts)
+        clips, frames = self.frames(call)
+        return [(self.side**2,) * frames] * clips
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        if call.stream == "image":
+            return super().grids(call, counts)
+        clips, frames = self.frames(call)
+        return ((frames * self.pooled_side(), self.pooled_side()),) * clips

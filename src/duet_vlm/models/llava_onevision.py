@@ -1,0 +1,79 @@
+"""LLaVA-OneVision: any-resolution images and clips around a SigLIP tower, resized between tower and decoder."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.llava_next import image_size_to_num_patches
+from duet_vlm.models.llava_next_video import LlavaNextVideo
+from duet_vlm.models.towers import column_signals
+
+
+class LlavaOnevision(LlavaNextVideo):
+    """``LlavaOnevisionForConditionalGeneration``: importance = attention that a patch receives in the feature layer.
+
+    Large images and all frames are resized behind the tower, and signals travel through the model's own code for it. The newline rows of
+    images and the row that ends a clip are structure. Only images that are alone in their prompt are cut into crops.
+    """
+
+    family = "llava_onevision"
+    model_types = ("llava_onevision",)
+    notes = "SigLIP towers; images of any size; clips, all frames reduced together; decoders of the Llama or Qwen2 layout"
+    example = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    has_cls = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.feeds_cls = False  # "full" strategy means all patches here
+
+    def check_tower(self) -> None:
+        tower = type(self.clip).__name__
+        if "Siglip" not in tower or self.config.vision_feature_select_strategy != "full":
+            raise TypeError(
+                f"llava_onevision: only SigLIP towers with vision_feature_select_strategy='full' are supported, got {tower} with "
+                f"{self.config.vision_feature_select_strategy!r}"
+            )
+
+    def cls_module(self) -> nn.Module:
+        raise TypeError("llava_onevision: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
+
+    def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
+        return column_signals(recorded)
+
+    def crops(self, call: Encoding) -> list[int]:
+        together = call.arguments.get("batch_num_images")
+        alone = [True] * len(call.sizes) if together is None else [n == 1 for n in torch.as_tensor(together).tolist() for _ in range(n)]
+        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        return [image_size_to_num_patches(size, pinpoints, side) if one else 1 for size, one in zip(call.sizes, alone, strict=True)]
+
+    def packed(self, signals: Tensor, call: Encoding) -> list[Tensor]:
+        rows, _ = self.base.pack_image_features(
+            signals.split(self.crops(call)),
+            call.sizes,
+            image_newline=signals.new_zeros(signals.shape[-1]),
+            vision_aspect_ratio=call.arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio,
+        )
+        return rows
+
+    def pooled_side(self) -> int:
+        return math.ceil(self.side / 2)
+
+    def pooled(self, signals: Tensor) -> Tensor:
+        return self.base.apply_pooling(signals)
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        importance, keys = super().importance_and_keys(calls, call, segmented)
+        if call.stream == "image":
+            return importance, keys
+        return [nn.functional.pad(rows, (0, 1)) for rows in importance], [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in keys]
+
+    def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        parts = super().parts(call, counts)
+        return parts if call.stream == "image" else [nn.functional.pad(rows, (0, 1), value=-1) for rows in parts]
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        return (None,) * len(counts)

@@ -1,0 +1,14 @@
+"""VipLLaVA: LLaVA whose features join several layers of the tower."""
+
+from __future__ import annotations
+
+from duet_vlm.models.llava import Llava
+
+
+class VipLlava(Llava):
+    """``VipLlavaForConditionalGeneration``: V2V before the projector, importance = CLS attention of the deepest layer that is joined."""
+
+    family = "vipllava"
+    model_types = ("vipllava",)
+    notes = "CLIP towers; images; decoders of the Llama layout"
+    example = "llava-hf/vip-llava-7b-hf"
