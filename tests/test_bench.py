@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,23 @@ def test_what_is_wrong_is_said() -> None:
     assert "choose one of" in call("--dtype", "int4", code=2).stderr
     assert "nosuch" in call("--method", "nosuch", "--no-predict", code=2).stderr
     assert "--budget many" in call("-b", "many", "--no-predict", code=2).stderr
+
+
+@pytest.mark.parametrize("names", [["llava-1.5-7b"], pytest.param([], marks=pytest.mark.slow)])
+def test_the_scripts_for_a_gpu_run_at_a_tiny_shape(names: list[str], tmp_path: Path) -> None:
+    """End to end on the CPU: every case, complete rows, the largest batch, anchors that are marked as others' figures."""
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu" / "run.py"
+    words = [sys.executable, str(script), *names, "--device", "cpu", "--shape", "tiny", "--out", str(tmp_path / "gpu.json")]
+    done = subprocess.run(words, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300, capture_output=True, text=True)
+    assert "not a comparison" in done.stdout and "SIEVE" in done.stdout
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert found["shape"] == "tiny" and len(found["cases"]) == (2 if names else 11)
+    for case in found["cases"]:
+        assert case["attention"] == "sdpa" == case["environment"]["attention"]
+        assert {"full", "duet at 33%", "duet at 22%", "duet at 11%"} <= {row["side"] for row in case["rows"] if "ms" in row}
+        assert all(("end to end" in row["ms"]) == ("largest_batch" in case) for row in case["rows"] if "ms" in row)
+    assert set(found["cases"][0]["largest_batch"]) == {"full", "duet at 33%", "duet at 22%", "duet at 11%"}
+    assert set(found["cases"][0]["largest_batch"].values()) == {2}
 
 
 def test_sheets_are_found_by_the_name_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

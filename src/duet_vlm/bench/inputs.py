@@ -18,13 +18,15 @@ BOS = 1
 
 @dataclass(frozen=True)
 class Prompt:
-    """``text``: what the model is called with besides the picture; ``picture``: the encoder's arguments; ``tokens`` visual tokens per row."""
+    """``text``: what the model is called with besides the picture; ``picture``: the encoder's arguments; ``tokens`` visual tokens per row, which
+    the tower looks at in ``parts``."""
 
     stream: str
     encode: str
     text: dict[str, Tensor]
     picture: dict[str, Any]
     tokens: int
+    parts: int = 1
 
     @property
     def rows(self) -> int:
@@ -66,9 +68,10 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
     one = {key: _placed(value, weight) for key, value in picture.items()}
     with torch.inference_mode():
         found = getattr(adapter.base, stream.encode)(**one).pooler_output
-    count = sum(len(rows) for rows in found)
+    counts = [len(rows) for rows in found]
+    parts = sum(len(span) for span in adapter.passes(stream.encoding(one), counts))
     many = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in one.items()}
-    return Prompt(name, stream.encode, _words(adapter, stream, count, text, batch), many, count)
+    return Prompt(name, stream.encode, _words(adapter, stream, sum(counts), text, batch), many, sum(counts), parts)
 
 
 def _noise(adapter: Adapter, stream: Stream, tokens: int | None, frames: int) -> dict[str, Any]:
@@ -92,7 +95,9 @@ def _placed(value: Any, weight: Tensor) -> Any:
 def _words(adapter: Adapter, stream: Stream, visual: int, text: int, batch: int) -> dict[str, Tensor]:
     """A start token, the placeholders, random words that are nothing special; the same in every row."""
     config, device = adapter.model.config, next(adapter.model.parameters()).device
-    special = {value for part in (config, config.get_text_config()) for key, value in vars(part).items() if key.endswith("_token_id")}
+    named = [(k, v) for part in (config, config.get_text_config()) for k, v in vars(part).items()]
+    special = {value for key, value in named if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
+    special |= {other.token_id for other in adapter.streams}
     vocabulary = [i for i in range(2, min(config.get_text_config().vocab_size, 2000)) if i not in special]
     words = torch.tensor(vocabulary)[torch.randint(len(vocabulary), (text,), generator=torch.Generator().manual_seed(2))]
     row = torch.cat([torch.tensor([BOS]), torch.full((visual,), stream.token_id), words])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured: every side on every (batch, text); ``tokens`` and ``frames`` as ``bench.inputs.prompt_for``."""
+    """What is measured: every side on every (batch, text); ``tokens`` and ``frames`` as ``bench.inputs.prompt_for``.
+
+    ``steps`` of decoding are clocked one by one (None: all ``new`` but the first); generate() writes ``new`` tokens in ``generate_rounds``
+    rounds of its own (None: as many as ``rounds``; 0: not at all).
+    """
 
     sides: tuple[Side, ...]
     batches: tuple[int, ...] = (1,)
@@ -50,7 +55,8 @@ class Plan:
     rounds: int = 7
     warmup: int = 2
     memory: bool = True
-    generate: bool = True
+    steps: int | None = None
+    generate_rounds: int | None = None
 
 
 def sides_of(methods: Sequence[str], budgets: Sequence[int | float]) -> tuple[Side, ...]:
@@ -88,16 +94,27 @@ def _compare(adapter: Adapter, plan: Plan, prompt: Prompt, sheet: Device | None)
     with torch.inference_mode():
         facts = {side: each.facts(sheet) for side, each in passes.items()}
         paired({str(side): each for side, each in passes.items()}, plan.rounds, plan.warmup, {str(s): p.around for s, p in passes.items()})
-    full = passes[sides[0]].timings(plan.rounds)
+        ends = _end_to_end(passes, plan)
+    full = passes[sides[0]].timings(plan.rounds) | ends.get("full", {})
     rows = []
     for side, each in passes.items():
-        times = each.timings(plan.rounds)
+        times = each.timings(plan.rounds) | ends.get(str(side), {})
         row: dict[str, Any] = {"side": str(side), "method": side.method, "budget": side.budget, "batch": prompt.batch, "tokens": prompt.tokens}
         row |= {"text": prompt.rows - prompt.tokens, "new": plan.new, "pairs": plan.rounds}
         row["ms"] = {name: _spread(times[name]) for name in times if not name.startswith(("layer ", "hook "))}
         row["speed_up"] = {name: dataclasses.asdict(ratio(full[name], times[name])) for name in row["ms"] if min(times[name].seconds) > 0}
         rows.append(row | facts[side] | _by_layer(times, facts[side]["rows"]))
     return rows + infeasible
+
+
+def _end_to_end(passes: dict[Side, Pass], plan: Plan) -> dict[str, dict[str, Timing]]:
+    """The stock generate() of every side."""
+    rounds = plan.rounds if plan.generate_rounds is None else plan.generate_rounds
+    if rounds == 0:
+        return {}
+    works = {str(side): each.generate for side, each in passes.items()}
+    times = paired(works, rounds, 0 if rounds == 1 else min(1, plan.warmup), {str(side): each.held for side, each in passes.items()})
+    return {side: {"end to end": timing} for side, timing in times.items()}
 
 
 def _feasible(adapter: Adapter, sides: Sequence[Side], prompt: Prompt) -> tuple[list[Side], list[dict[str, Any]]]:
@@ -114,7 +131,7 @@ def _feasible(adapter: Adapter, sides: Sequence[Side], prompt: Prompt) -> tuple[
 
 
 class Pass:
-    """From pixels to ``new`` tokens, of one side, with clocks; then once more by the stock generate()."""
+    """From pixels through some steps of decoding, of one side, with clocks."""
 
     def __init__(self, adapter: Adapter, side: Side, prompt: Prompt, plan: Plan) -> None:
         self.adapter, self.side, self.prompt, self.plan = adapter, side, prompt, plan
@@ -125,12 +142,15 @@ class Pass:
         """The side's handle; for the full model one that changes nothing."""
         return duet_vlm.attach(self.adapter.model, self.side.method or "none", budget=self.side.budget)
 
+    def held(self) -> AbstractContextManager[Any]:
+        """The full model is timed as it is, without a handle."""
+        return contextlib.nullcontext() if self.side.method is None else self.attached()
+
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        """The full model is timed as it is, without a handle."""
         self.clocks = Clocks(self.adapter)
         try:
-            with contextlib.nullcontext() if self.side.method is None else self.attached():
+            with self.held():
                 self.clocks.inside()
                 yield
             self.seen.append(self.clocks.read())
@@ -148,17 +168,17 @@ class Pass:
         clocks.note("prefill ends")
         mask, token = prompt.text["attention_mask"], prompt.text["input_ids"][:, -1:]
         clocks.muted = True
-        for done in range(1, self.plan.new):
+        for done in range(1, 1 + (self.plan.new - 1 if self.plan.steps is None else self.plan.steps)):
             clocks.note("step starts")
             step = {"input_ids": token, "attention_mask": torch.cat([mask, mask.new_ones(len(mask), done)], 1)}
             step["position_ids"] = torch.full((3, *token.shape) if self.adapter.mrope else token.shape, prompt.rows + done - 1, device=token.device)
             output = model(**step, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
             clocks.note("step ends")
-        if self.plan.generate:
-            new = self.plan.new
-            clocks.note("generate starts")
-            model.generate(**prompt.text, **prompt.picture, max_new_tokens=new, min_new_tokens=new, do_sample=False)
-            clocks.note("generate ends")
+
+    def generate(self) -> None:
+        """End to end: pixels to ``new`` tokens by the stock generate()."""
+        new = self.plan.new
+        self.adapter.model.generate(**self.prompt.text, **self.prompt.picture, max_new_tokens=new, min_new_tokens=new, do_sample=False)
 
     def timings(self, rounds: int) -> dict[str, Timing]:
         """Seconds of every stage in the last ``rounds`` passes."""
@@ -176,7 +196,7 @@ class Pass:
         with self.attached() as handle:
             held = sum(cache_bytes(self.whole().past_key_values))
             report = handle.report()
-            work = workload(handle, prompt.tokens, text, self.plan.new)
+            work = workload(handle, prompt.tokens, text, self.plan.new, prompt.parts)
             peak = memory_of(self.whole, device)[0] if self.plan.memory and self.side.method is not None else None
         if self.plan.memory and self.side.method is None:
             peak = memory_of(self.whole, device)[0]

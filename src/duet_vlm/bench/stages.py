@@ -66,8 +66,7 @@ class Clocks:
         for index in range(depth):
             found[f"layer {index}"] = self._first(f"layer {index} starts", f"layer {index} ends")
             found[f"hook {index}"] = self._first(f"hook {index}", f"layer {index} starts")
-        found["to first token"] = encode + found["prefill"]
-        return found | {"end to end": self._total("generate starts", "generate ends")}
+        return found | {"to first token": encode + found["prefill"]}
 
     def _pairs(self, start: str, end: str) -> list[float]:
         pairs = zip(self.notes.get(start, []), self.notes.get(end, []), strict=False)
