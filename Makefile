@@ -8,12 +8,13 @@ DEV := $(VENV)/.dev-installed
 BROWSER := $(VENV)/.browser-installed
 OLDEST := .venv-oldest
 LMMS := .venv-lmms
+VIDEO := .venv-video
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-lmms golden lint format bench compare tables train clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-lmms test-video golden lint format bench compare tables train clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -32,6 +33,9 @@ test-oldest: $(OLDEST)/.installed  ## the default tier (less packaging) on the o
 
 test-lmms: $(LMMS)/.installed  ## our model inside the real lmms-eval, in an environment of its own (2.5 GB)
 	@$(ONE_THREAD) $(LMMS)/bin/python -m pytest -q tests/test_lmms.py
+
+test-video: $(VIDEO)/.installed  ## stock video processors on real clips, in an environment of its own with torchvision (1.5 GB)
+	@$(ONE_THREAD) $(VIDEO)/bin/python -m pytest -q -m "" tests/test_video_processors.py
 
 test-browser: $(BROWSER)  ## the page of a report, in a real Chromium without a window
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
@@ -65,7 +69,7 @@ train: $(DEV)  ## train the embedded model from scratch
 	@$(BIN)/python -m duet_vlm.tiny.train
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) $(LMMS) out build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(LMMS) $(VIDEO) out build dist .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -94,4 +98,11 @@ $(LMMS)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/*)
 	$(LMMS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
 	$(LMMS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[lmms]" pytest
 	cp tests/lmms/cpu_torchvision.* "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+$(VIDEO)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/cpu_torchvision.*)
+	$(PYTHON) -m venv $(VIDEO)
+	$(VIDEO)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	$(VIDEO)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[video]" pytest hypothesis
+	cp tests/lmms/cpu_torchvision.* "$$($(VIDEO)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -12,6 +14,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+from families import build
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -275,6 +278,18 @@ def test_a_question_about_a_file_is_answered(tmp_path: Path) -> None:
     files = json.loads(call("viz", *shared, "--json", "-o", tmp_path / "out").stdout)["files"]
     drawn = Image.open(files[0])
     assert drawn.height > 8 * 150 and len(files) == 1
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_stock_video_processors_name_what_they_need(tmp_path: Path) -> None:
+    build("qwen2_vl").save_pretrained(tmp_path)
+    parts = {f"{kind}_processor": {f"{kind}_processor_type": f"Qwen2VL{kind.title()}Processor"} for kind in ("image", "video")}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen2VLProcessor", **parts}))
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_video.path() / file, tmp_path)
+    path = write(tmp_path / "clip.mp4")
+    words = call("run", "-m", tmp_path, "--video", path, "-p", "x", "-b", "0.5", code=2).stderr
+    assert "its processor needs torchvision: pip install 'duet-vlm[video]'" in words
 
 
 def test_the_film_of_a_clip() -> None:

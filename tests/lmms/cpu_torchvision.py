@@ -2,7 +2,7 @@
 
 The torchvision of PyPI is linked to CUDA. Beside a CPU torch its compiled operators are not loaded, and its import fails because their
 schemas are missing. Two empty schemas are enough for its Python part (resize, normalize); ``nms`` itself stays unusable. `make test-lmms`
-copies this file into the site-packages of its environment, with a .pth line that imports it.
+and `make test-video` copy this file into the site-packages of their environments, with a .pth line that imports it.
 """
 
 import importlib.abc
