@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import CLIPS, FAMILIES, FIRST, MIXED, build, forward, shared
+from families import FAMILIES, FIRST, MIXED, build, clips_for, forward, shared
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -69,7 +69,7 @@ def test_projections_equal_the_layers_own(family: str) -> None:
 @pytest.mark.parametrize("family", FURTHER)
 def test_importance_equals_the_towers_attention(family: str) -> None:
     made = FAMILIES[family]
-    for rows in (MIXED, CLIPS) if made.video else (MIXED,):
+    for rows in (MIXED, clips_for(family)) if made.video else (MIXED,):
         inputs = made.inputs(rows)
         expected = made.signals(shared(family, "eager"), inputs)
         seen.clear()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import twins
-from families import CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, forward, pictures_of, shared
+from families import CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, clips_for, forward, pictures_of, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -120,7 +120,7 @@ def test_settings_that_cannot_be() -> None:
 def test_reads_the_rows_that_would_enter(family: str) -> None:
     """Spans of a batch of clips and images: the choice is that of the loops over the untouched model's own rows."""
     made, model = FAMILIES[family], shared(family)
-    for batch in ([CLIP_AND_IMAGE], [IMAGE_AND_CLIPS], CLIPS):
+    for batch in (clips_for(family, rows) for rows in ([CLIP_AND_IMAGE], [IMAGE_AND_CLIPS], CLIPS)):
         inputs = made.inputs(batch)
         with torch.no_grad():
             clips = list(model.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output)

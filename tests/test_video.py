@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import CLIP, CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, VIDEO, build, forward, generate, pictures_of, shared
+from families import CLIP, CLIP_AND_IMAGE, FAMILIES, IMAGE_AND_CLIPS, build, clips_for, forward, generate, pictures_of, shared
 from oracle import choices_of, step_logits, walk_batch
 
 import duet_vlm
@@ -27,7 +27,7 @@ METHODS = pytest.mark.parametrize("method", SETTINGS)
 @EACH
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_keeping_everything_changes_nothing(family: str, attention: str) -> None:
-    model, inputs = shared(family, attention), FAMILIES[family].inputs(CLIPS)
+    model, inputs = shared(family, attention), FAMILIES[family].inputs(clips_for(family))
     plain = forward(model, inputs).logits
     for method, options in (("duet", {"budget": 1.0}), ("none", {}), ("fastv", {"keep": 1.0})):
         with duet_vlm.attach(model, method, **options):
@@ -39,7 +39,7 @@ def test_keeping_everything_changes_nothing(family: str, attention: str) -> None
 @METHODS
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_equals_the_oracle(family: str, method: str, attention: str) -> None:
-    model, inputs = shared(family, attention), FAMILIES[family].inputs(CLIPS)
+    model, inputs = shared(family, attention), FAMILIES[family].inputs(clips_for(family))
     with duet_vlm.attach(model, method, **SETTINGS[method]) as handle:
         result = generate(model, inputs)
         choices = choices_of(handle)
@@ -57,10 +57,10 @@ def test_generation_equals_the_oracle(family: str, method: str, attention: str) 
 def test_a_padded_row_equals_that_row_alone(family: str, method: str, side: str) -> None:
     model, made = shared(family), FAMILIES[family]
     with duet_vlm.attach(model, method, **SETTINGS[method]) as handle:
-        batch = made.inputs(CLIPS, side)
+        batch = made.inputs(clips_for(family), side)
         logits = forward(model, batch).logits
         slots, traces = handle.slots, handle.trace
-        for i, row in enumerate(CLIPS):
+        for i, row in enumerate(clips_for(family)):
             alone = forward(model, made.inputs([row])).logits[0]
             torch.testing.assert_close(logits[i][slots[i] >= 0], alone, rtol=1e-3, atol=2e-3)
             if pictures_of([row]):
@@ -71,9 +71,10 @@ def test_a_padded_row_equals_that_row_alone(family: str, method: str, side: str)
 @pytest.mark.parametrize("row", [CLIP, CLIP_AND_IMAGE, IMAGE_AND_CLIPS])
 def test_every_span_meets_the_budget(family: str, row: tuple[object, ...]) -> None:
     model, made = shared(family), FAMILIES[family]
-    sizes = [made.tokens(picture) for picture in pictures_of([row])]  # type: ignore[list-item]
+    rows = clips_for(family, [row])  # type: ignore[list-item]
+    sizes = [made.tokens(picture) for picture in pictures_of(rows)]
     with duet_vlm.attach(model, "duet", budget=0.5) as handle:
-        forward(model, made.inputs([row]))  # type: ignore[list-item]
+        forward(model, made.inputs(rows))
         report = handle.report()
         spans = [entry.span for entry in handle.trace[0]]
     assert [span.tokens for span in spans] == sizes
@@ -86,7 +87,7 @@ def test_every_span_meets_the_budget(family: str, row: tuple[object, ...]) -> No
 def test_a_clip_that_was_not_passed_is_missed(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([CLIP])
     prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    places = int((prompt["input_ids"] == VIDEO).sum())
+    places = sum(FAMILIES[family].tokens(picture) for picture in pictures_of([CLIP]))
     message = rf"sample 0 has {places} video placeholders .* no video was passed"
     with duet_vlm.attach(model, "duet", budget=0.5), pytest.raises(ValueError, match=message):
         forward(model, prompt)
@@ -95,12 +96,12 @@ def test_a_clip_that_was_not_passed_is_missed(family: str) -> None:
 @EACH
 def test_several_answers_per_prompt_equal_the_oracle(family: str) -> None:
     """generate() repeats the spans of every sample for its answers, clips and images apart."""
-    model, inputs = shared(family), FAMILIES[family].inputs(CLIPS)
+    model, inputs = shared(family), FAMILIES[family].inputs(clips_for(family))
     with duet_vlm.attach(model, "duet", **SETTINGS["duet"]) as handle:
         torch.manual_seed(7)
         written = generate(model, inputs, do_sample=True, temperature=2.0, top_k=0, num_return_sequences=2)
         choices = choices_of(handle)
-    assert len(choices) == 2 * len(CLIPS)
+    assert len(choices) == 2 * len(clips_for(family))
     new = written.sequences[:, inputs["input_ids"].shape[1] :]
     expected = step_logits(walk_batch(build(family, "eager"), inputs, choices, new), choices, len(written.logits))
     for ours, wanted in zip(written.logits, expected, strict=True):

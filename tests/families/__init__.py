@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ from families.qwen import qwen2_5_vl
 
 __all__ = [
     "DEPTH", "FAMILIES", "FIRST", "HIDDEN", "IMAGE", "PAD", "VIDEO", "VISION_END", "VISION_START", "VOCAB", "Family", "Inputs", "Picture", "Row",
-    "any_res_crops", "any_res_layout", "build", "forward", "generate", "llava", "noise", "pictures_of", "qwen2_5_vl", "randomise", "shared",
+    "any_res_crops", "any_res_layout", "build", "clips_for", "forward", "generate", "llava", "noise", "pictures_of", "qwen2_5_vl", "randomise",
+    "shared",
 ]  # fmt: skip
 
 FIRST = ("llava", "llava_gqa", "llava_next", "qwen2_vl", "qwen2_5_vl")  # those that every test knows by hand
@@ -82,6 +84,11 @@ CLIP: Row = (1, 5, Picture(7, 3, 4, frames=3), 41, 42, 43)
 CLIP_AND_IMAGE: Row = (1, Picture(8, 2, 3, frames=2), 44, Picture(9, 3, 4), 45, 46)
 IMAGE_AND_CLIPS: Row = (1, Picture(10, 3, 3), 47, Picture(11, 2, 3, frames=4), 48, Picture(12, 3, 2, frames=1), 49)
 CLIPS: tuple[Row, ...] = (CLIP, IMAGE_AND_CLIPS, TEXT, CLIP_AND_IMAGE, ONE)
+
+
+def clips_for(name: str, rows: Sequence[Row] = CLIPS) -> list[Row]:
+    """The rows, without their images where the family takes images or clips in one call, not both."""
+    return [tuple(item for item in row if isinstance(item, int) or item.frames or FAMILIES[name].mixes) for row in rows]
 
 
 def generate(model: nn.Module, inputs: dict[str, Any], new: int = 4, **options: Any) -> Any:

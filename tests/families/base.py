@@ -37,6 +37,7 @@ class Family:
     name: str
     mrope = False
     video = False  # takes clips, too
+    mixes = True  # images and clips in one call
     turned = 16  # channels of a decoder head that rotary embeddings turn
     drafts = True  # draft tokens of a prompt change nothing in front of them, and a plain cache can give them up again
 
@@ -81,6 +82,10 @@ class Family:
         return {}
 
     # ---- what the oracle asks
+
+    def answers(self, model: nn.Module) -> bool:
+        """Whether this family's answers are right for a model."""
+        return bool(model.config.model_type == self.name)
 
     def text(self, model: nn.Module) -> nn.Module:
         return model.model.language_model

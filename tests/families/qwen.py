@@ -78,8 +78,8 @@ class Qwen(Family):
         """The M-RoPE positions of the prompt continued by one per token."""
         positions = torch.arange(len(prompt)).expand(3, 1, -1)
         if grids:
-            kinds = (prompt == IMAGE).int() + 2 * (prompt == VIDEO).int()
-            positions, _ = model.model.get_rope_index(prompt[None], kinds[None], **grids)
+            kinds = self.extras(prompt[None])["mm_token_type_ids"]
+            positions, _ = model.model.get_rope_index(prompt[None], kinds, **grids)
         later = torch.arange(total - len(prompt)) + positions.max() + 1
         return torch.cat([positions, later.expand(3, 1, -1)], -1)
 

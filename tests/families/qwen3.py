@@ -32,7 +32,9 @@ def merged_signals(attention: nn.Module, encode: Any, sizes: Tensor) -> list[tup
         hidden = args[0] if args else kwargs["hidden_states"]
         cos, sin = (t[:, None] for t in kwargs["position_embeddings"])
         heads = attention.num_heads
-        projected = attention.qkv(hidden).unflatten(-1, (3, heads, -1)).unbind(1)[:2]
+        projected = list(attention.qkv(hidden).unflatten(-1, (3, heads, -1)).unbind(1)[:2])
+        if hasattr(attention, "q_norm"):
+            projected = [attention.q_norm(projected[0]), attention.k_norm(projected[1])]
         half = projected[0].shape[-1] // 2
         query, key = (t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin for t in projected)
     signals, start = [], 0

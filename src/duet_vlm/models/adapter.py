@@ -105,6 +105,11 @@ class Adapter(ABC):
     layers: nn.ModuleList
     image_token_id: int
 
+    @classmethod
+    def serves(cls, config: Any) -> bool:
+        """Whether models with this config are of this family."""
+        return getattr(config, "model_type", None) in cls.model_types
+
     @property
     def streams(self) -> tuple[Stream, ...]:
         return (Stream("image", "get_image_features", self.image_token_id, "pixel_values"),)
@@ -172,6 +177,10 @@ class Adapter(ABC):
     def project_k(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
         """Rotated keys [B, Hkv, n, d] of rows ``hidden`` [B, n, D] entering ``layer``."""
 
+    def key_projection(self, layer: nn.Module) -> nn.Module | None:
+        """The module that ``project_k`` and the layer itself call for keys and nothing else; None if there is none."""
+        return getattr(getattr(layer, "self_attn", None), "k_proj", None)
+
     def scaling(self, layer: nn.Module) -> float:
         return float(layer.self_attn.scaling)
 
@@ -225,14 +234,18 @@ def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     cos, sin = (t.unsqueeze(1) for t in rotary)
     turned, plain = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
     first, second = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, plain), dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned, plain), dim=-1) if plain.shape[-1] else turned
 
 
 class LlamaLike:
     """Queries and keys of decoder layers laid out as in Llama and Qwen2: input norm, separate projections, half-split rotary.
 
-    Norms of single heads (``q_norm``, ``k_norm``, as in Qwen3) are applied where the layer has them.
+    Norms of single heads (``q_norm``, ``k_norm``, as in Qwen3) are applied where the layer has them; ``rotate`` is another layout's where
+    a family says so.
     """
+
+    rotate: Callable[[Tensor, Rotary], Tensor] = staticmethod(rotate)
 
     def project_q(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
         return self._project(layer, "q", hidden, rotary)
@@ -248,7 +261,7 @@ class LlamaLike:
     def _project(self, layer: nn.Module, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
         x = self.heads(layer, which, layer.input_layernorm(hidden))
         norm = getattr(layer.self_attn, f"{which}_norm", None)
-        return rotate((x if norm is None else norm(x)).transpose(1, 2), rotary)
+        return self.rotate((x if norm is None else norm(x)).transpose(1, 2), rotary)
 
 
 WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
@@ -303,7 +316,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     model_type = getattr(getattr(core, "config", None), "model_type", None)
     known = families()
     for cls in known.values():
-        if model_type in cls.model_types and hasattr(core, "model"):  # the model with head, not the one inside it
+        if cls.serves(getattr(core, "config", None)) and hasattr(core, "model"):  # the model with head, not the one inside it
             adapter = cls(core)  # type: ignore[call-arg]
             adapter.check()
             return adapter
