@@ -29,7 +29,8 @@ FrameCount = Annotated[int | None, typer.Option("--frames", min=1, help="Frames 
 Rate = Annotated[float | None, typer.Option("--fps", help="Frames taken per second of a clip, in place of --frames.")]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The question; images and clips go in front of it.")]
 Method = Annotated[
-    str | None, typer.Option("--method", help="Name of a method, see 'duet-vlm methods'. Default: what the model was trained with, else duet.")
+    str | None,
+    typer.Option("--method", help="A method ('duet-vlm methods') or several as one (frames+duet). Default: what the model was trained with, duet."),
 ]
 Preset = Annotated[
     str | None,
