@@ -131,6 +131,7 @@ def test_settings_of_the_stages_without_a_budget() -> None:
     assert plan.counts == (100,) * 8 + (50,) * 8 + (25,) * 8 + (12,) * 8
     plan = compose(Frames(keep=0.5), Duet(schedule=((2, 0.5),))).plan(200, 4, None)  # no V2V set: the pool enters
     assert (plan.dominant, plan.contextual, plan.counts) == (100, 0, (100, 100, 50, 50))
+    assert compose(Frames(keep=0.5), VisionZip(dominant=1.0)).plan(200, 4, None).counts == (100,) * 4
     plan = compose(Frames(), Duet(dominant=50, contextual=10)).plan(200, 32, None)
     assert plan.counts == Duet(dominant=50, contextual=10).plan(200, 32, None).counts and paper_schedule(32)[0] == (16, 0.5)
     plan = compose(VisionZip(dominant=50), Duet(schedule=((1, 0.5),))).plan(200, 4, None)

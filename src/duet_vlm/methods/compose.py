@@ -196,10 +196,12 @@ class Composition(EncoderReducer):
         entering = pool if first is None else first.plan(tokens, depth, None)
         if entering is None:
             raise BudgetError(f"{self.name} needs a budget or frames_keep=")
-        if second is None or (second is first and (entering.merges or pool is None)):
-            return entering
         if pool is not None and not entering.merges:  # nobody else reduces before the decoder: the pool enters
             entering = pool
+        elif second is first:
+            return entering
+        if second is None:
+            return entering
         return dataclasses.replace(entering, counts=_with_drops(second, depth).plan(entering.entry, depth, None).counts)
 
     def _solved(self, second: DecoderReducer, tokens: int, depth: int, target: float) -> SpanPlan:
