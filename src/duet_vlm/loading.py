@@ -55,11 +55,11 @@ class Loaded:
         """The processor's arguments: frames that are chosen already, and where in the clip they stand."""
         from duet_vlm.models.adapter import adapter_for
 
-        adapter = adapter_for(self.model)
-        if not any(stream.name == "video" for stream in adapter.streams):
+        adapter, stock = adapter_for(self.model), hasattr(self.processor, "video_processor")
+        if not stock and not any(stream.name == "video" for stream in adapter.streams):
             raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' says who takes clips")
         videos = [list(clip.frames) for clip in clips]
-        if not hasattr(self.processor, "video_processor"):
+        if not stock:
             return {"videos": videos}
         places = [
             {"total_num_frames": clip.total, "fps": clip.rate, "duration": clip.total / clip.rate, "frames_indices": list(clip.indices)}

@@ -91,7 +91,10 @@ def viz(
         (spans,), report, label = handle.trace, handle.report(), reduction.label_on(handle)
     out.mkdir(parents=True, exist_ok=True)
     files = []
-    for number, (path, trace) in enumerate(zip([*(image or []), *shown.videos], spans, strict=True)):
+    paths = [*(image or []), *shown.videos]
+    if len(spans) != len(paths):
+        raise ValueError(f"{len(paths)} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet")
+    for number, (path, trace) in enumerate(zip(paths, spans, strict=True)):
         title = f"{label}, {report.measured_mean / len(spans):.1f} tokens per layer.  {prompt}  {said}"
         if number < len(shown.images):
             sheet = overlay(loaded, inputs, shown.images, number, trace, title)
