@@ -1,0 +1,105 @@
+"""Idefics3 and SmolVLM: crops of one size through a SigLIP-like tower, cells of patches shuffled into one token, Llama decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded
+from duet_vlm.ops.score import column_attention
+
+
+class Idefics3(LlamaLike, Adapter):
+    """``Idefics3ForConditionalGeneration`` and ``SmolVLMForConditionalGeneration``: V2V after the connector.
+
+    A span is one crop (a frame of a clip, which these models take as images): crops stand apart in the prompt, each behind words that name
+    its place, and nothing that reaches the model says which crops make an image. An int budget therefore counts per crop.
+    Importance = attention received in the last tower layer, mean over the patches of a token; padded patches neither ask nor receive.
+    """
+
+    family = "idefics3"
+    model_types = ("idefics3", "smolvlm")
+    notes = "images of any size and clips as frames; budgets count per crop or frame"
+    example = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.base = model, model.model
+        self.text_model = self.base.text_model
+        self.layers = self.text_model.layers
+        self.config = model.config
+        self.image_token_id = self.config.image_token_id
+        self.patch, self.side = self.config.vision_config.patch_size, self.config.scale_factor
+
+    def check(self) -> None:
+        if not all(hasattr(self.layers[0].self_attn, name) for name in ("q_proj", "k_proj")):
+            raise TypeError(f"{self.family}: decoder layers of {type(self.text_model).__name__} have no q_proj / k_proj to rank tokens with")
+
+    def vision_attention(self, layer: int | None) -> nn.Module:
+        return self.base.vision_model.encoder.layers[-1 if layer is None else layer].self_attn
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        (recorded,) = calls
+        keys = recorded.key.float().mean(1)
+        real = self._real_patches(call)
+        if real is None:
+            importance = column_attention(recorded.query, recorded.key, recorded.scaling)
+        else:
+            importance = torch.zeros_like(keys[..., 0])
+            for crop, patches in enumerate(real):
+                query, key = (x[crop : crop + 1, :, patches] for x in (recorded.query, recorded.key))
+                importance[crop, patches] = column_attention(query, key, recorded.scaling)[0]
+        return list(self._cells(importance[..., None], call)[..., 0]), list(self._cells(keys, call))
+
+    def _cells(self, patches: Tensor, call: Encoding) -> Tensor:
+        """Means [B, n, d] over the patches of each token, from rows [B, patches, d] in raster order."""
+        rows, columns = self._grid(call)
+        cells = patches.unflatten(1, (rows, self.side, columns, self.side))
+        return cells.mean((2, 4)).flatten(1, 2)
+
+    def _grid(self, call: Encoding) -> tuple[int, int]:
+        """Rows and columns of a crop's tokens."""
+        height, width = call.arguments["pixel_values"].shape[-2:]
+        return height // self.patch // self.side, width // self.patch // self.side
+
+    def _real_patches(self, call: Encoding) -> Tensor | None:
+        """[crops, patches] bool, False for padding, None if there is none; crops that are nothing but zeros are left out, as the model does."""
+        mask = call.arguments.get("pixel_attention_mask")
+        if mask is None:
+            return None
+        shown = mask.flatten(0, 1)[(call.arguments["pixel_values"].flatten(0, 1) != 0).flatten(1).any(1)]
+        shown = shown.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
+        real = (shown.sum((-1, -2)) > 0).flatten(1)
+        return None if bool(real.all()) else real
+
+    def spans(self, output: Any, call: Encoding) -> list[Tensor]:
+        rows, columns = self._grid(call)
+        return [crop for sample in output.pooler_output if len(sample) for crop in sample.split(rows * columns)]
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        return (self._grid(call),) * len(counts)
+
+    def tower(self) -> nn.Module:
+        return self.base.vision_model
+
+    def projector(self) -> nn.Module:
+        return self.base.connector
+
+    def blank_image(self) -> dict[str, Tensor]:
+        """Of ones: an image of zeros counts as padding."""
+        vision, weight = self.config.vision_config, next(self.base.vision_model.parameters())
+        size = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.ones(size, dtype=weight.dtype, device=weight.device)}
+
+    def decoder_shape(self) -> DecoderShape:
+        return decoder_shape(self.config.text_config)
+
+    def vision_shape(self) -> VisionShape:
+        vision, unit = self.config.vision_config, self.side**2
+        return VisionShape(
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2, patches_per_token=unit,
+            extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            projector=((vision.hidden_size * unit, self.config.text_config.hidden_size),),
+        )  # fmt: skip
