@@ -370,3 +370,18 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert report["method"] == "frames+duet" and report["settings"]["frames_keep"] == 0.5
     refused = CliRunner().invoke(app, [*command[:6], "duet+frames", *command[7:]])
     assert refused.exit_code != 0 and "in this order: frames" in refused.output
+
+
+def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = [SpanPlan(12, 4, 2, (6,) * 4), SpanPlan(10, 3, 1, (4,) * 4)]
+    view = with_signals(view_of([(3, 4), (2, 5)], [1, 1]), plans, 3)
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("reads the device")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    for second in (VisionZip(), Duet(), DivPrune(), Scope()):
+        made = compose(Frames(), second)
+        assert isinstance(made, EncoderReducer)
+        made.v2v(view)
