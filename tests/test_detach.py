@@ -11,6 +11,7 @@ import pytest
 import torch
 from cases import REDUCING, Case, matrix
 from families import FAMILIES, MIXED, Family, build, forward, generate, shared
+from oracle import family_of
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -191,7 +192,7 @@ def test_deepcopy_of_an_attached_model_is_refused(attached: nn.Module) -> None:
 
 
 def test_deepcopy_of_a_recorded_tower_is_refused(attached: nn.Module) -> None:
-    tower = FAMILIES[attached.config.model_type].tower(attached)
+    tower = family_of(attached).tower(attached)
     with pytest.raises(TypeError, match=r"attached.* cannot be copied or pickled: detach\(\) first"):
         copy.deepcopy(tower)
 

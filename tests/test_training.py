@@ -147,7 +147,7 @@ def test_answers_do_not_choose_for_themselves(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_later_questions_do_not_choose_for_earlier_answers(family: str) -> None:
     model, made = shared(family), FAMILIES[family]
-    two_turns = made.inputs([(*ONE, 41, 42, 51, 52, 71, 72, 73, 81, 82)])
+    two_turns = made.inputs([(*ONE, 41, 42, 51, 52, *range(71, 80), 81, 82)])
     labels = two_turns["input_ids"].clone()
     supervised = torch.isin(labels, torch.tensor([51, 52, 81, 82]))
     labels[~supervised] = -100

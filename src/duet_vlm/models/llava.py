@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,18 @@ class Llava(LlamaLike, Adapter):
         self.side = vision.image_size // vision.patch_size
         self.fixed_tokens = self.side**2 + self.feeds_cls
 
+    @classmethod
+    def serves(cls, config: Any) -> bool:
+        return super().serves(config) and (config.model_type != "llava" or config.vision_config.model_type != "pixtral")
+
     @property
     def clip(self) -> nn.Module:
         """The tower of images."""
         return self.base.vision_tower
+
+    def blocks(self) -> nn.ModuleList:
+        """The layers of the tower."""
+        return self.clip.encoder.layers
 
     def check_tower(self) -> None:
         tower = type(self.clip).__name__
@@ -52,12 +61,12 @@ class Llava(LlamaLike, Adapter):
     def feature_layer(self) -> int:
         """Index of the tower layer whose output is the (last) visual feature."""
         chosen = self.config.vision_feature_layer
-        depth = len(self.clip.encoder.layers)
+        depth = len(self.blocks())
         states = [i if i >= 0 else depth + 1 + i for i in (chosen if isinstance(chosen, list | tuple) else [chosen])]
         return max(states) - 1
 
     def vision_attention(self, layer: int | None) -> nn.Module:
-        return self.clip.encoder.layers[self.feature_layer() if layer is None else layer].self_attn
+        return self.blocks()[self.feature_layer() if layer is None else layer].self_attn
 
     def tower(self) -> nn.Module:
         return self.clip
@@ -72,12 +81,12 @@ class Llava(LlamaLike, Adapter):
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
         several = isinstance(self.config.vision_feature_layer, list | tuple)
-        return () if several else self.clip.encoder.layers[: self.feature_layer()]
+        return () if several else self.blocks()[: self.feature_layer()]
 
     def cls_module(self) -> nn.Module:
         if isinstance(self.config.vision_feature_layer, list | tuple):
             raise TypeError("cls_token=True needs one vision_feature_layer, this model joins several")
-        return self.clip.encoder.layers[self.feature_layer()]
+        return self.blocks()[self.feature_layer()]
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls

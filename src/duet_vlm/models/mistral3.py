@@ -1,0 +1,98 @@
+"""Families with a Pixtral tower: Mistral 3 and Pixtral itself. Images of any size, all of a call packed into one row of the tower."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.measure.shapes import VisionShape
+from duet_vlm.models.adapter import Encoding, Recorded, Stream
+from duet_vlm.models.llava import Llava
+from duet_vlm.ops.score import column_attention
+
+
+class Mistral3(Llava):
+    """``Mistral3ForConditionalGeneration``: V2V on the merged rows of each image; a token's importance is the mean attention that its patches
+    receive from their own image in the feature layer. Line-break tokens between the rows of an image are text and stay."""
+
+    family = "mistral3"
+    model_types = ("mistral3",)
+    notes = "images of any size; Mistral decoders"
+    example = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
+    has_cls = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.door, self.fixed_tokens, self.feeds_cls = None, None, False
+        self.merge = int(getattr(self.config, "spatial_merge_size", 1))
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        return (Stream("image", "get_image_features", self.image_token_id, "pixel_values", "image_sizes"),)
+
+    def check_tower(self) -> None:
+        tower = type(self.clip).__name__
+        if "Pixtral" not in tower:
+            raise TypeError(f"{self.family}: the vision tower {tower} is not supported, only Pixtral towers are")
+
+    def blocks(self) -> nn.ModuleList:
+        return self.clip.transformer.layers
+
+    def vision_attention(self, layer: int | None) -> nn.Module:
+        return self.blocks()[self.feature_layer() if layer is None else layer].attention
+
+    def cls_module(self) -> nn.Module:
+        raise TypeError(f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
+
+    def patches(self, call: Encoding) -> list[tuple[int, int]]:
+        """Rows and columns of patches of each image."""
+        size = self.clip.patch_size
+        return [(height // size, width // size) for height, width in call.sizes]
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        (recorded,) = calls
+        grids = self.patches(call)
+        counts = [rows * columns for rows, columns in grids]
+        pairs = [recorded.query, recorded.key]
+        images = zip(*(x.split(counts, 2) for x in pairs), strict=True) if segmented else [pairs]
+        received = torch.cat([column_attention(query, key, recorded.scaling)[0] for query, key in images])
+        signals = torch.cat([received[:, None], recorded.key[0].float().mean(0)], 1)
+        merged = [self.merged(rows, grid) for rows, grid in zip(signals.split(counts), grids, strict=True)]
+        return [rows[:, 0] for rows in merged], [rows[:, 1:] for rows in merged]
+
+    def merged(self, signals: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Means over the patches of each token: [h * w, c] -> [n, c]; what does not fill a token is left out, as the merger does."""
+        return nn.functional.avg_pool2d(signals.t().unflatten(1, grid), self.merge).flatten(1).t()
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        return tuple((rows // self.merge, columns // self.merge) for rows, columns in self.patches(call))
+
+    def blank_image(self) -> dict[str, Any]:
+        vision, weight = self.config.vision_config, next(self.clip.parameters())
+        side = 2 * self.merge * vision.patch_size  # the stock code cannot take an image of a single token
+        pixels = torch.zeros(1, vision.num_channels, side, side, dtype=weight.dtype, device=weight.device)
+        return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, side]], device=weight.device)}
+
+    def vision_shape(self) -> VisionShape:
+        vision, text, unit = self.config.vision_config, self.config.text_config, self.merge**2
+        merger = ((vision.hidden_size * unit, vision.hidden_size),) if unit > 1 else ()
+        return VisionShape(
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3, patches_per_token=unit,
+            extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            projector=(*merger, (vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)),
+        )  # fmt: skip
+
+
+class Pixtral(Mistral3):
+    """``LlavaForConditionalGeneration`` with a Pixtral tower: as Mistral 3, every patch a token."""
+
+    family = "pixtral"
+    model_types = ("llava",)
+    notes = "LLaVA models with a Pixtral tower; images of any size; Mistral decoders"
+    example = "mistral-community/pixtral-12b"
+
+    @classmethod
+    def serves(cls, config: Any) -> bool:
+        return getattr(config, "model_type", None) == "llava" and config.vision_config.model_type == "pixtral"
