@@ -23,6 +23,8 @@ import duet_vlm
 from duet_vlm import BudgetError, DecoderReducer, EncoderReducer, SpanPlan, VisionView, compose
 from duet_vlm.budget import target_mean
 from duet_vlm.cli.main import app
+from duet_vlm.evaluate import screen
+from duet_vlm.evaluate.experiment import cells_of
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet, paper_schedule
 from duet_vlm.methods.duet_plus import DuetPlus
@@ -370,6 +372,13 @@ def test_on_the_command_line(tmp_path: Path) -> None:
     assert report["method"] == "frames+duet" and report["settings"]["frames_keep"] == 0.5
     refused = CliRunner().invoke(app, [*command[:6], "duet+frames", *command[7:]])
     assert refused.exit_code != 0 and "in this order: frames" in refused.output
+
+
+def test_in_an_evaluation() -> None:
+    assert cells_of("duet,frames+duet[frames_keep=0.5;text_query=last]") == [("duet", []), ("frames+duet", ["frames_keep=0.5", "text_query=last"])]
+    made = compose(Frames(keep=0.5), Duet())
+    run = {"method": made.name, "settings": made.settings(), "solved": None}
+    assert screen.settings(run) == "frames_keep=0.5" and "frames_keep=0.5; " in screen.settings(run | {"method": "not_installed"}) + "; "
 
 
 def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:

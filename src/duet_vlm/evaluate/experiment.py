@@ -142,7 +142,7 @@ def read(path: Path) -> Experiment:
     return from_json(data, str(path))
 
 
-CELL = re.compile(r"(?P<method>[\w.-]+)(\[(?P<settings>[^\]]*)\])?")
+CELL = re.compile(r"(?P<method>[\w.+-]+)(\[(?P<settings>[^\]]*)\])?")
 
 
 def cells_of(text: str) -> list[tuple[str, list[str]]]:

@@ -60,10 +60,17 @@ def settings(run: dict[str, Any]) -> str:
         words.append(in_runs(run["solved"]["counts"]) + f" of {run['solved']['tokens']}")
         if run["solved"]["contextual"]:
             words.append(f"{run['solved']['dominant']} dominant + {run['solved']['contextual']} contextual")
-    known = duet_vlm.methods().get(run["method"])
-    defaults = {} if known is None else {f.name: f.default for f in fields(known) if f.default is not MISSING}
+    defaults = _defaults(run["method"])
     words += [f"{key}={value}" for key, value in run["settings"].items() if key not in defaults or defaults[key] != value]
     return "; ".join(words)
+
+
+def _defaults(method: str) -> dict[str, Any]:
+    """Of a method or composition; nothing for one that is not installed here."""
+    try:
+        return {f.name: f.default for f in fields(duet_vlm.get(method)) if f.default is not MISSING}
+    except ValueError:
+        return {}
 
 
 def _percent(share: float | None, digits: int = 0) -> str:
