@@ -1,0 +1,242 @@
+"""Real processors with generated pictures of many shapes: each family counts its own grid, and the reduced model spends what was asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, IMAGE, Inputs, generate, shared
+from PIL import Image
+from processors import PINPOINTS, STOCK, inputs_for, picture
+
+import duet_vlm
+from duet_vlm.models.adapter import families
+from duet_vlm.tokens import SpanTrace
+
+Size = tuple[int, int]  # width and height in pixels
+WIDE, TALL, SQUARE, TINY, ODD = (120, 40), (40, 120), (80, 80), (9, 7), (101, 67)
+SIZES = (WIDE, TALL, SQUARE, TINY, ODD)
+ROWS: tuple[tuple[Size, ...], ...] = ((WIDE,), (TALL, SQUARE, TINY), (), (ODD,))  # one, three and no pictures
+KINDS = ("gradient", "noise", "shapes")
+DEPTH, NEW, BUDGET = 8, 3, 0.3
+NAMES = [name for name in STOCK if name in FAMILIES]
+
+
+def drawn(rows: Sequence[Sequence[Size]]) -> list[list[Image.Image]]:
+    return [[picture(KINDS[number % 3], *size) for number, size in enumerate(row)] for row in rows]
+
+
+# ---- visual tokens by hand: per picture the tokens of each of its spans; ``together`` pictures are in its prompt
+
+Count = Callable[[Size, int], list[int]]
+
+
+def fixed(tokens: int) -> Count:
+    return lambda size, together: [tokens]
+
+
+def best_canvas(size: Size, canvases: Sequence[Sequence[int]]) -> Size:
+    """The canvas (height, width as the settings write them) that shows most pixels of a picture; among equals the smallest."""
+    width, height = size
+
+    def shown(canvas: Sequence[int]) -> int:
+        scale = min(Fraction(canvas[1], width), Fraction(canvas[0], height))
+        return min(math.floor(width * scale) * math.floor(height * scale), width * height)
+
+    chosen = min(canvases, key=lambda canvas: (-shown(canvas), canvas[0] * canvas[1]))
+    return chosen[1], chosen[0]
+
+
+def unpadded(size: Size, canvases: Sequence[Sequence[int]], patch: int) -> tuple[Size, Size]:
+    """Columns and rows of the patches that show the picture on its canvas, and how many are cut off at the left and at the top."""
+    (width, height), canvas = size, best_canvas(size, canvases)
+    columns, rows = canvas[0] // patch, canvas[1] // patch
+    if width * rows > height * columns:
+        cut = (rows - height * columns // width) // 2
+        return (columns, rows - 2 * cut), (0, cut)
+    cut = (columns - width * rows // height) // 2
+    return (columns - 2 * cut, rows), (cut, 0)
+
+
+def any_res(size: Size, together: int = 1, canvases: Sequence[Sequence[int]] = PINPOINTS, crop: int = 56) -> list[int]:
+    """LLaVA-NeXT: the overview, then line by line what shows the picture, each line with a newline."""
+    (columns, rows), _ = unpadded(size, canvases, 14)
+    return [(crop // 14) ** 2 + rows * (columns + 1)]
+
+
+def onevision_grid(size: Size) -> Size:
+    """LLaVA-OneVision resizes what is larger than its limit (here 1 crop of 4 x 4 patches) to about the limit."""
+    (columns, rows), _ = unpadded(size, PINPOINTS, 14)
+    ratio = math.sqrt(rows * columns / 16)
+    return (int(columns // ratio), int(rows // ratio)) if ratio > 1.1 else (columns, rows)
+
+
+def onevision(size: Size, together: int) -> list[int]:
+    """Pictures that share a prompt are one crop and one newline each."""
+    columns, rows = onevision_grid(size)
+    return [16 + (rows * (columns + 1) if together == 1 else 1)]
+
+
+def in_limits(size: Size, unit: int, least: int, most: int) -> list[int]:
+    """Qwen: sides rounded to whole tokens of ``unit`` pixels, after scaling to what the limits in pixels leave."""
+    area = size[0] * size[1]
+    sides = [round(side / unit) for side in size]
+    if math.prod(sides) * unit**2 > most:
+        sides = [max(1, math.floor(side / unit * math.sqrt(most / area))) for side in size]
+    elif math.prod(sides) * unit**2 < least:
+        sides = [math.ceil(side / unit * math.sqrt(least / area)) for side in size]
+    return [math.prod(sides)]
+
+
+def qwen(size: Size, together: int) -> list[int]:
+    return in_limits(size, 8, 16 * 16, 64 * 64)
+
+
+def glm(size: Size, together: int) -> list[int]:
+    """As Qwen, after pictures with a side of less than a token were enlarged."""
+    scale = max(Fraction(8, min(size)), Fraction(1))
+    return qwen((math.floor(size[0] * scale), math.floor(size[1] * scale)), together)
+
+
+def packed(merge: int) -> Count:
+    """Pixtral: shrunk to the longest side allowed (never enlarged), then as many tokens of 4 * merge pixels as it takes to cover it."""
+    unit = 4 * merge
+
+    def count(size: Size, together: int) -> list[int]:
+        shrink = min(Fraction(12 * unit, max(size)), Fraction(1))
+        return [math.prod(math.ceil(math.floor(side * shrink) / unit) for side in size)]
+
+    return count
+
+
+def tiles(size: Size, together: int) -> list[int]:
+    """Idefics3: the longest side becomes 80 pixels, the other an even number; tiles of 40 x 40 that cover this, and the overview: spans of 25."""
+    other = math.floor(Fraction(80 * min(size), max(size)))
+    return [25] * (2 * math.ceil((other + other % 2) / 40) + 1)
+
+
+COUNTS: dict[str, Count] = {
+    "llava": fixed(36),
+    "vipllava": fixed(16),
+    "video_llava": fixed(16),
+    "llava_next": any_res,
+    "llava_next_video": any_res,
+    "llava_onevision": onevision,
+    "qwen2_vl": qwen,
+    "qwen2_5_vl": qwen,
+    "qwen3_vl": qwen,
+    "qwen3_5": qwen,
+    "gemma3": fixed(16),
+    "paligemma": fixed(25),
+    "glm4v": glm,
+    "glm46v": glm,
+    "idefics3": tiles,
+    "smolvlm": tiles,
+    "mistral3": packed(2),
+    "pixtral": packed(1),
+}
+
+
+def counted(name: str, rows: Sequence[Sequence[Size]]) -> list[list[int]]:
+    """Per prompt the tokens of its spans."""
+    return [[tokens for size in row for tokens in COUNTS[name](size, len(row))] for row in rows]
+
+
+def test_counts_by_hand_at_the_sizes_of_released_checkpoints() -> None:
+    """Worked out on paper from the papers and the released settings."""
+    next_canvases = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    assert any_res((672, 672), 1, next_canvases, 336) == [24 * 24 + 48 * 49]
+    assert any_res((1024, 768), 1, next_canvases, 336) == [576 + 36 * 49]  # 48 x 36 of 48 x 48 patches show the picture
+    assert any_res((1000, 300), 1, next_canvases, 336) == [576 + 22 * 73]  # 72 x 24, of which 21.6 lines are needed: one is cut at each side
+    assert in_limits((1920, 1080), 28, 56 * 56, 28 * 28 * 1280) == [47 * 26]
+    assert in_limits((20, 30), 28, 56 * 56, 28 * 28 * 1280) == [2 * 3]
+    assert in_limits((640, 480), 28, 56 * 56, 28 * 28 * 1280) == [23 * 17]
+
+
+def test_every_family_has_its_processor_here() -> None:
+    assert set(families()) <= set(STOCK) and set(STOCK) == set(COUNTS)
+
+
+# ---- one batch of all shapes through generate()
+
+
+@dataclass
+class Ran:
+    """What a model made of a batch: untouched, attached and keeping everything, reduced, and after detaching."""
+
+    inputs: Inputs
+    plain: Any
+    whole: Any
+    reduced: Any
+    after: Any
+    report: duet_vlm.Report
+    trace: list[list[SpanTrace]]
+    slots: torch.Tensor
+
+
+def run(name: str) -> Ran:
+    model, inputs = shared(name), inputs_for(name, drawn(ROWS))
+    plain = generate(model, inputs, NEW)
+    with duet_vlm.attach(model, "duet", budget=1.0):
+        whole = generate(model, inputs, NEW)
+    with duet_vlm.attach(model, "duet", budget=BUDGET) as handle:
+        reduced = generate(model, inputs, NEW)
+        report, trace, slots = handle.report(), handle.trace, handle.slots
+    return Ran(inputs, plain, whole, reduced, generate(model, inputs, NEW), report, trace, slots)
+
+
+def entering(tokens: int, budget: float) -> int:
+    """DUET on 8 layers: all that enter on 4, half of them on 2, none on 2; the most that keep the mean within the budget."""
+    return max(n for n in range(tokens + 1) if 4 * n + 2 * (n // 2) <= DEPTH * budget * tokens + 1e-9)
+
+
+def text_places(inputs: Inputs) -> list[list[int]]:
+    """Per prompt the slots of everything that is neither padding nor a visual token."""
+    text = (inputs["attention_mask"] == 1) & (inputs["input_ids"] != IMAGE)
+    return [row.nonzero()[:, 0].tolist() for row in text]
+
+
+def check_cache(cache: Any, inputs: Inputs, schedules: Sequence[Sequence[Sequence[int]]], new: int = NEW) -> None:
+    """The cache of each layer with keys is as long as the longest row: its text, what its spans' schedules say, and the new tokens."""
+    text = [len(places) for places in text_places(inputs)]
+    for layer, entry in enumerate(cache.layers):
+        if hasattr(entry, "keys"):  # linear layers have a state instead
+            rows = [length + sum(schedule[layer] for schedule in spans) for length, spans in zip(text, schedules, strict=True)]
+            assert cache.get_seq_length(layer) == max(rows) + new - 1
+
+
+def check_spans(here: Ran, spans: list[list[int]]) -> None:
+    assert [[span.span.tokens for span in row] for row in here.trace] == spans
+    assert (here.inputs["input_ids"] == IMAGE).sum(1).tolist() == [sum(row) for row in spans]
+    assert here.report.tokens == sum(map(sum, spans))
+
+
+def check_budget(here: Ran, spans: list[list[int]]) -> None:
+    """Within one token per span; what is no visual token (row breaks, tags, words) is left in the last layer, and nothing else."""
+    wanted = BUDGET * sum(map(sum, spans))
+    measured = here.report.measured_mean * len(spans)
+    assert wanted - sum(map(len, spans)) < measured <= wanted + 1e-9
+    assert here.report.measured == here.report.nominal
+    assert [[slot for slot in row if slot >= 0] for row in here.slots.tolist()] == text_places(here.inputs)
+
+
+def check_undone(here: Ran) -> None:
+    """Keeping everything and detaching change no bit, reducing does."""
+    for other in (here.whole, here.after):
+        assert all(torch.equal(a, b) for a, b in zip(here.plain.logits, other.logits, strict=True))
+    assert max(float((a - b).abs().max()) for a, b in zip(here.plain.logits, here.reduced.logits, strict=True)) > 0.05
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_every_shape(name: str) -> None:
+    here, spans = run(name), counted(name, ROWS)
+    check_spans(here, spans)
+    entries = [[entering(tokens, BUDGET) for tokens in row] for row in spans]
+    check_cache(here.reduced.past_key_values, here.inputs, [[[n] * 4 + [n // 2] * 2 + [0] * 2 for n in row] for row in entries])
+    check_budget(here, spans)
+    check_undone(here)
