@@ -188,8 +188,9 @@ def prompt(name: str, pictures: int, first: int = 0) -> str:
     return " ".join(f"{mark} {words}" if pictures else words for words in said)
 
 
-def inputs_for(name: str, rows: Sequence[Sequence[Image.Image]], **options: Any) -> dict[str, torch.Tensor]:
-    """What the stock processor makes of a padded batch of prompts with these pictures."""
+def inputs_for(name: str, rows: Sequence[Sequence[Image.Image]], flat: bool = False, **options: Any) -> dict[str, torch.Tensor]:
+    """What the stock processor makes of a padded batch of prompts with these pictures, handed over prompt by prompt or in one ``flat`` list."""
     texts = [prompt(name, len(row), number) for number, row in enumerate(rows)]
-    pictures = {"images": [list(row) for row in rows]} if any(rows) else {}
-    return dict(processor(name)(text=texts, **pictures, padding=True, return_tensors="pt", **options))
+    pictures: list[Any] = [image for row in rows for image in row] if flat else [list(row) for row in rows]
+    given = {"images": pictures} if any(rows) else {}
+    return dict(processor(name)(text=texts, **given, padding=True, return_tensors="pt", **options))

@@ -179,8 +179,8 @@ class Ran:
     slots: torch.Tensor
 
 
-def run(name: str) -> Ran:
-    model, inputs = shared(name), inputs_for(name, drawn(ROWS))
+def run(name: str, inputs: Inputs) -> Ran:
+    model = shared(name)
     plain = generate(model, inputs, NEW)
     with duet_vlm.attach(model, "duet", budget=1.0):
         whole = generate(model, inputs, NEW)
@@ -232,11 +232,99 @@ def check_undone(here: Ran) -> None:
     assert max(float((a - b).abs().max()) for a, b in zip(here.plain.logits, here.reduced.logits, strict=True)) > 0.05
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_pictures_of_every_shape(name: str) -> None:
-    here, spans = run(name), counted(name, ROWS)
+def check_all(here: Ran, spans: list[list[int]]) -> None:
     check_spans(here, spans)
     entries = [[entering(tokens, BUDGET) for tokens in row] for row in spans]
     check_cache(here.reduced.past_key_values, here.inputs, [[[n] * 4 + [n // 2] * 2 + [0] * 2 for n in row] for row in entries])
     check_budget(here, spans)
     check_undone(here)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_every_shape(name: str) -> None:
+    check_all(run(name, inputs_for(name, drawn(ROWS))), counted(name, ROWS))
+
+
+# ---- what processors can be told
+
+SETTINGS: dict[str, tuple[str, dict[str, Any], dict[Size, list[int]]]] = {  # per picture the tokens of its spans, worked out on paper
+    "pan and scan": (
+        "gemma3",
+        {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 4, "pan_and_scan_min_ratio_to_activate": 1.2},
+        {WIDE: [16] * 4, TALL: [16] * 4, SQUARE: [16], TINY: [16], ODD: [16] * 3},  # the picture, and 3, 3, none, none (too small), 2 crops
+    ),
+    "no tiles": ("idefics3", {"do_image_splitting": False}, dict.fromkeys(SIZES, [25])),
+    "no tiles, smolvlm": ("smolvlm", {"do_image_splitting": False}, dict.fromkeys(SIZES, [25])),
+    "padded to squares": ("llava", {"do_pad": True}, dict.fromkeys(SIZES, [36])),
+    "other limits": (
+        "qwen2_5_vl", {"size": {"shortest_edge": 4096, "longest_edge": 8192}},
+        {WIDE: [15 * 5], TALL: [5 * 15], SQUARE: [10 * 10], TINY: [10 * 8], ODD: [13 * 8]},
+    ),
+    "a shorter side": (
+        "mistral3", {"size": {"longest_edge": 40}}, {WIDE: [5 * 2], TALL: [2 * 5], SQUARE: [5 * 5], TINY: [2 * 1], ODD: [5 * 4]}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("setting", [name if name == "pan and scan" else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS])
+def test_settings_of_the_processor(setting: str) -> None:
+    name, options, by_hand = SETTINGS[setting]
+    spans = [[tokens for size in row for tokens in by_hand[size]] for row in ROWS]
+    check_all(run(name, inputs_for(name, drawn(ROWS), images_kwargs=options)), spans)
+
+
+# ---- parts and newline rows of any-resolution pictures
+
+
+def grid_of(name: str, size: Size, together: int) -> tuple[Size, Size]:
+    """Columns and rows behind the overview of 16 tokens, each row with a newline at its end, and what was cut off at the left and at the top."""
+    if name == "llava_onevision":
+        return ((0, 1), (0, 0)) if together > 1 else (onevision_grid(size), (0, 0))
+    return unpadded(size, PINPOINTS, 14)
+
+
+def newlines(name: str, size: Size, together: int) -> set[int]:
+    (columns, rows), _ = grid_of(name, size, together)
+    return {16 + (row + 1) * (columns + 1) - 1 for row in range(rows)}
+
+
+def crops_of(size: Size) -> list[list[int]]:
+    """LLaVA-NeXT: the rows of the overview and of each crop."""
+    (columns, rows), (left, top) = unpadded(size, PINPOINTS, 14)
+    across = best_canvas(size, PINPOINTS)[0] // 56
+    crops = {0: list(range(16))}
+    for y in range(rows):
+        for x in range(columns):
+            crops.setdefault(1 + (y + top) // 4 * across + (x + left) // 4, []).append(16 + y * (columns + 1) + x)
+    return list(crops.values())
+
+
+@pytest.mark.parametrize("newline", ["keep", "drop"])
+@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_parts_and_newlines(name: str, parts: str, newline: str) -> None:
+    budget, spans = 0.4, counted(name, ROWS)
+    with duet_vlm.attach(shared(name), "duet", budget=budget, parts=parts, newline=newline) as handle:
+        generate(shared(name), inputs_for(name, drawn(ROWS)), NEW)
+        report, trace = handle.report(), handle.trace
+    wanted = budget * sum(map(sum, spans))
+    assert wanted - sum(map(len, spans)) < report.measured_mean * len(ROWS) <= wanted + 1e-9
+    uneven = 0
+    for row, found in zip(ROWS, trace, strict=True):
+        for size, span in zip(row, found, strict=True):
+            ends, kept = newlines(name, size, len(row)), set(span.stages[0].kept)
+            assert kept & ends == (ends if newline == "keep" else set())
+            assert not ends & set(span.merged) | ends & {member for members in span.merged.values() for member in members}
+            if name == "llava_next":
+                crops = crops_of(size)
+                share = len(kept - ends) / sum(map(len, crops))
+                off = [abs(len(kept & set(crop)) - share * len(crop)) for crop in crops]
+                uneven += max(off) >= 1
+    assert (uneven > 0) == (name == "llava_next" and parts == "joint")
+
+
+def test_onevision_takes_pictures_in_a_flat_list_as_if_each_were_alone() -> None:
+    """The stock processor cuts them all into crops then, and the counts follow."""
+    rows = ((WIDE, TALL), (ODD,))
+    inputs = inputs_for("llava_onevision", drawn(rows), flat=True)
+    check_all(run("llava_onevision", inputs), [[onevision(size, 1)[0] for size in row] for row in rows])
