@@ -80,7 +80,7 @@ def test_layer_hooks_under_checkpoints(family: str, reentrant: bool) -> None:
     model, calls, runs = build(family).train(), [], []
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     model.enable_input_require_grads()
-    layer = model.model.language_model.layers[3]
+    layer = FAMILIES[family].text(model).layers[3]
     layer.register_forward_pre_hook(lambda module, args, kwargs: calls.append(1), with_kwargs=True)
     layer.mlp.register_forward_pre_hook(lambda module, args: runs.append(1))
     inputs = FAMILIES[family].inputs(MIXED)
@@ -91,7 +91,8 @@ def test_layer_hooks_under_checkpoints(family: str, reentrant: bool) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_are_called_by_keyword_with_rows_first(family: str) -> None:
     model, seen = shared(family), []
-    hook = model.model.language_model.layers[3].register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
+    layer = FAMILIES[family].text(model).layers[3]
+    hook = layer.register_forward_pre_hook(lambda m, a, k: seen.append((a, k)), with_kwargs=True)
     forward(model, FAMILIES[family].inputs(MIXED))
     hook.remove()
     args, kwargs = seen[0]

@@ -83,7 +83,7 @@ class GlmOcr(Glm4V):
     name = "glm_ocr"
 
     def make(self) -> nn.Module:
-        return GlmOcrForConditionalGeneration(GlmOcrConfig(vision_config=VISION, text_config=glm_text() | {"head_dim": 16}, **GLM_IDS))
+        return GlmOcrForConditionalGeneration(GlmOcrConfig(vision_config=VISION, text_config=glm_text() | {"head_dim": 16, "intermediate_size": 80}, **GLM_IDS))
 
 
 FAMILIES = [Glm4V(), Glm4VMoe(), Glm46V(), GlmOcr()]

@@ -62,8 +62,10 @@ def is_static(cache: Any) -> bool:
 
 
 def cache_bytes(cache: Any) -> tuple[int, ...]:
-    """Bytes of keys and values per layer, read from the tensors' shapes (no device access); a linear layer's state has neither."""
-    return tuple(layer.keys.nbytes + layer.values.nbytes if hasattr(layer, "keys") else 0 for layer in cache.layers)
+    """Bytes of keys and values per layer, read from the tensors' shapes (no device access); a linear layer's state has neither, nor has a
+    layer that was not filled (recomputed layers pass the cache over)."""
+    filled = [getattr(layer, "keys", None) is not None for layer in cache.layers]
+    return tuple(layer.keys.nbytes + layer.values.nbytes if full else 0 for layer, full in zip(cache.layers, filled, strict=True))
 
 
 def cached_rows(cache: Any, layer: int) -> int:
@@ -93,6 +95,11 @@ def uses_cache(text_model: nn.Module, use_cache: bool | None) -> bool:
     if text_model.training and getattr(text_model, "gradient_checkpointing", False):
         return False
     return bool(text_model.config.use_cache if use_cache is None else use_cache)
+
+
+def is_eager(layer: nn.Module) -> bool:
+    """Whether a layer runs as plain Python, so that what its modules do can be changed from call to call."""
+    return layer._compiled_call_impl is None
 
 
 def finite(x: Tensor) -> Tensor:
