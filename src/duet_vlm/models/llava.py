@@ -31,8 +31,7 @@ class Llava(LlamaLike, Adapter):
         self.config = model.config
         self.image_token_id = self.config.image_token_id
         self.feeds_cls = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
-        vision = self.config.vision_config
-        self.side = vision.image_size // vision.patch_size
+        self.side = self.patches_a_side()
         self.fixed_tokens = self.side**2 + self.feeds_cls
 
     @classmethod
@@ -47,6 +46,11 @@ class Llava(LlamaLike, Adapter):
     def blocks(self) -> nn.ModuleList:
         """The layers of the tower."""
         return self.clip.encoder.layers
+
+    def patches_a_side(self) -> int:
+        """Rows, and columns, of patches of a picture."""
+        vision = self.config.vision_config
+        return int(vision.image_size // vision.patch_size)
 
     def check_tower(self) -> None:
         tower = type(self.clip).__name__

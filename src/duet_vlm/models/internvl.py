@@ -1,0 +1,74 @@
+"""InternVL: tiles of fixed size around a tower with CLS, tokens of 2 x 2 patches by pixel shuffle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.measure.shapes import VisionShape
+from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.llava import Llava
+from duet_vlm.models.towers import cells
+
+
+class InternVL(Llava):
+    """``InternVLForConditionalGeneration``: V2V behind the projector, importance = CLS attention of the feature layer, mean over a token's
+    patches.
+
+    The model is given tiles and does not know which belong to one image: every tile (and every frame of a clip, which the processor hands
+    over as an image) is a span with a budget of its own.
+    """
+
+    family = "internvl"
+    model_types = ("internvl",)
+    notes = "images and frames tile by tile: a budget counts per tile; decoders of the Llama, Qwen2 or Qwen3 layout"
+    example = "OpenGVLab/InternVL3-1B-hf"
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.door = None
+        self.cell = round(1 / self.config.downsample_ratio)
+        self.fixed_tokens = (self.side // self.cell) ** 2
+
+    def patches_a_side(self) -> int:
+        vision = self.config.vision_config
+        return int(vision.image_size[0] // vision.patch_size[0])
+
+    def check_tower(self) -> None:
+        tower = type(self.clip).__name__
+        if "InternVL" not in tower or self.feeds_cls:
+            raise TypeError(
+                f"internvl: only InternVL towers with vision_feature_select_strategy='default' are supported, got {tower} with "
+                f"{self.config.vision_feature_select_strategy!r}"
+            )
+
+    def blocks(self) -> nn.ModuleList:
+        return self.clip.encoder.layer
+
+    def vision_attention(self, layer: int | None) -> nn.Module:
+        return self.blocks()[self.feature_layer() if layer is None else layer].attention
+
+    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+        (recorded,) = calls
+        importance, keys = self.signals(recorded)
+        pooled = cells(torch.cat([importance[..., None], keys], -1), self.side, self.cell)
+        return list(pooled[..., 0]), list(pooled[..., 1:])
+
+    def cls_module(self) -> nn.Module:
+        raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add the CLS row")
+
+    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
+        return ((self.side // self.cell, self.side // self.cell),) * len(counts)
+
+    def blank_image(self) -> dict[str, Tensor]:
+        vision, weight = self.config.vision_config, next(self.clip.parameters())
+        size = (1, vision.num_channels, *vision.image_size)
+        return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
+
+    def vision_shape(self) -> VisionShape:
+        vision, text, unit = self.config.vision_config, self.config.text_config, self.cell**2
+        return VisionShape(
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2, patches_per_token=unit,
+            extra_rows=1, patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
+            projector=((vision.hidden_size * unit, text.hidden_size), (text.hidden_size, text.hidden_size)),
+        )  # fmt: skip
