@@ -154,7 +154,7 @@ def test_the_scripts_for_a_gpu_run_at_a_tiny_shape(names: list[str], tmp_path: P
     done = subprocess.run(words, check=True, env=os.environ | {"HF_HUB_OFFLINE": "1"}, timeout=300, capture_output=True, text=True)
     assert "not a comparison" in done.stdout and "SIEVE" in done.stdout
     found = json.loads((tmp_path / "gpu.json").read_text())
-    assert found["shape"] == "tiny" and len(found["cases"]) == (2 if names else 11)
+    assert found["shape"] == "tiny" and len(found["cases"]) == (2 if names else 12)
     for case in found["cases"]:
         assert case["attention"] == "sdpa" == case["environment"]["attention"]
         assert {"full", "duet at 33%", "duet at 22%", "duet at 11%"} <= {row["side"] for row in case["rows"] if "ms" in row}

@@ -152,7 +152,7 @@ def test_sheets_are_complete() -> None:
 def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []
-    small = devices.measured(size=64, copied=2**12)
+    small = devices.measured(size=64, rounds=3, matrices=4, width=64)
     monkeypatch.setattr(devices, "measured", lambda: calls.append(1) or small)
     first, second = devices.device("cpu"), devices.device("cpu")
     assert first == second == small and len(calls) == 1 and first.measured
