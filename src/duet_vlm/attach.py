@@ -22,6 +22,7 @@ from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Call, Stacks
 from duet_vlm.flow.encoder import EncoderFlow, check_finite
 from duet_vlm.flow.entry import enter, whole_prompts
+from duet_vlm.flow.keys import Keys, reusing
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.processor import SALIENT, SalientProcessor, accept_salient
 from duet_vlm.flow.ranks import in_step, with_blank_image
@@ -135,6 +136,7 @@ class Handle:
             budget=self.budget,
             samples=samples,
             scored_layers=run.scored_layers,
+            reused_layers=run.reused_layers,
             decoder=self.adapter.decoder_shape(),
             vision=self.adapter.vision_shape(),
             element_bytes=run.element_bytes,
@@ -218,6 +220,9 @@ class Handle:
         for index, layer in enumerate(adapter.layers):
             inner = getattr(layer, "_checkpoint_wrapped_module", layer)  # inside torch's wrapper, where FSDP gathers the layer's weights
             hooks.add(inner.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
+            keys = adapter.key_projection(layer)
+            if keys is not None and isinstance(self.reducer, DecoderReducer) and self.reducer.uses_text:
+                hooks.shadow(keys, "forward", reusing(keys.forward, self._keys))
         if not self._align:  # the public setter keeps the loss in this one instance attribute
             hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, self._stacks))
         if self._processor is not None:
@@ -232,6 +237,9 @@ class Handle:
         """The rows of the decoder layer that just ran, None where they are those of the prompt."""
         call = self._stacks.calls[-1] if self._stacks.calls else None
         return None if call is None or call.run is None else call.run.group(call.layer).tokens
+
+    def _keys(self) -> Keys | None:
+        return self._stacks.calls[-1].keys if self._stacks.calls else None
 
     def _record_cls(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stacks.encoders:
@@ -276,6 +284,7 @@ class Handle:
         step = enter(self.adapter, self._active(), call, kwargs)
         if step is not None:
             self._run, kwargs[PASS] = step.run, step
+            call.keys = getattr(step, "keys", None)
         elif call.placeholders and self._active() is not None:
             self._run = None  # a prompt without images: the last call has nothing to report
         return args, kwargs

@@ -50,6 +50,7 @@ class Run:
     groups: list[Group] = field(default_factory=list)
     asking: tuple[int, ...] = ()
     scored_layers: tuple[int, ...] = ()
+    reused_layers: tuple[int, ...] = ()  # those of them that took over the keys they were ranked by
     element_bytes: int = 4
     next_position: Tensor | None = None
     reduces: bool = False

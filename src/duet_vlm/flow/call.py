@@ -80,6 +80,7 @@ class Call:
     arrived: dict[str, Arrived] = field(default_factory=dict)
     owner: Any = None
     run: Any = None
+    keys: Any = None  # those of the prefill that runs
 
 
 class Stacks(threading.local):

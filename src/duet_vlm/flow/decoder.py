@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from duet_vlm.flow import compat
 from duet_vlm.flow.cache import Group, Run
 from duet_vlm.flow.encoder import check_finite
+from duet_vlm.flow.keys import Keys
 from duet_vlm.flow.masks import cut_mask
 from duet_vlm.flow.positions import group_rotary
 from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
@@ -36,12 +37,13 @@ class PrefillPass:
         self.run, self.adapter, self.reducer, self.cache, self.replay = run, adapter, reducer, cache, replay
         self.queries, self.asking = queries, asking
         self.kinds = adapter.layer_types
-        self.prepared = _prepared(kwargs.get("attention_mask"))
+        self.prepared = _prepared(kwargs.get("attention_mask")) if FULL in self.kinds else None  # windows are lifted for ranking
         self.drops = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
         self.scored_at = scoring_layers(adapter, reducer, [layer for layer, keeps in self.drops.items() if any(keeps)])
         run.asking = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
         self.scores: dict[int, Tensor] = {}
+        self.keys = Keys()
         self.dropped: dict[int, Tensor] = {}
         self.rotaries: dict[Any, Rotary] = {}
         self.masks: dict[Any, Any] = {}
@@ -59,10 +61,12 @@ class PrefillPass:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
         ranked = [drop for drop, scored in self.scored_at.items() if scored == index and drop not in self.replay]
         if ranked and index not in self.scores:
+            again = not torch.is_grad_enabled() and compat.is_eager(layer)  # the layer's own pass can take the keys over
             with torch.no_grad():
-                self.scores[index] = self._score(index, layer, hidden, kwargs)
+                self.scores[index] = self._score(index, layer, hidden, kwargs, again)
         if index in self.drops:
             hidden = self._drop(index, hidden)
+            self.keys.keep(self.dropped[index])
         group = self.run.group(index)
         if group is not self.run.groups[0]:
             kwargs["position_embeddings"] = self._rotary(group, index, hidden, kwargs["position_embeddings"])
@@ -98,12 +102,16 @@ class PrefillPass:
 
     # ---- ranking
 
-    def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], again: bool) -> Tensor:
         """Attention that text pays to each slot of the prompt [B, S] float32, 0 for slots that are not there any more."""
         group = self.run.group(index)
         tokens = _to(group.tokens, hidden.device)
         rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
+        self.keys.recording = again
         received = self._attention(layer, hidden.detach(), tokens, rotary).to(hidden.device)
+        self.keys.recording = False
+        if self.keys.made is not None:
+            self.run.reused_layers = (*self.run.reused_layers, index)
         received = torch.where(tokens.visual, received, 0)
         self.run.finite.append((compat.finite(received), f"the attention scores at decoder layer {index}"))
         check_finite(*self.run.finite[-1])

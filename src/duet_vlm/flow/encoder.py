@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -63,7 +64,7 @@ class EncoderFlow:
 
     def _plans(self, call: EncoderCall, parts: list[Tensor]) -> tuple[SpanPlan, ...]:
         """The plan of each span from the sizes of its parts and its structure rows."""
-        sizes = [torch.bincount(rows + 1).tolist() for rows in parts]
+        sizes = [np.bincount(rows.numpy() + 1).tolist() for rows in parts]  # numpy: on the host already, nothing waits
         return tuple(self.plan(tuple(some), structure, call.each) for structure, *some in sizes)
 
     # ---- point-wise projector: before it

@@ -15,9 +15,9 @@ from duet_vlm.flow.cache import RUN, DecodePass, Group, Run
 from duet_vlm.flow.call import Arrived, Call, Encoded
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import is_marked, not_finite
-from duet_vlm.flow.masks import cut_mask
+from duet_vlm.flow.masks import cut_mask, window
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
-from duet_vlm.models.adapter import FULL, Adapter
+from duet_vlm.models.adapter import FULL, SLIDING, Adapter
 from duet_vlm.ops.ragged import pack_left, take
 from duet_vlm.reducer import DecoderReducer, Reducer
 from duet_vlm.text import query_rows
@@ -72,7 +72,7 @@ def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, A
     run = Run(embeds.shape[1], reducer.positions, spans, plans, prompt, len(adapter.layers), sum(sources, ()))
     run.element_bytes = embeds.element_size()
     call.run = run
-    _remove_marked(run, reducer, [length for length, _, _ in layout], kwargs)
+    _remove_marked(run, adapter, reducer, [length for length, _, _ in layout], kwargs)
     run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
     if run.reduces:
         if cache is None and compat.uses_cache(adapter.text_model, kwargs.get("use_cache")):
@@ -197,7 +197,7 @@ def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:
     return tuple(SpanPlan(p.tokens, p.dominant, p.contextual, (p.entry,) * len(p.counts)) for p in plans)
 
 
-def _remove_marked(run: Run, reducer: Reducer, lengths: list[int], kwargs: dict[str, Any]) -> None:
+def _remove_marked(run: Run, adapter: Adapter, reducer: Reducer, lengths: list[int], kwargs: dict[str, Any]) -> None:
     """Take the marked rows out; an unreduced prompt is left alone, bit for bit."""
     embeds = kwargs["inputs_embeds"]
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
@@ -213,7 +213,26 @@ def _remove_marked(run: Run, reducer: Reducer, lengths: list[int], kwargs: dict[
     kwargs["inputs_embeds"] = take(embeds, index).masked_fill(~valid[..., None], 0)
     kwargs["position_ids"] = positions = entry_positions(positions, tokens, reducer.positions)
     run.next_position = next_positions(positions, embeds.shape[0])
-    kwargs["attention_mask"] = entry_mask(kwargs.get("attention_mask"), run.groups[0], index, kwargs.get("past_key_values") is None)
+    mask = kwargs.get("attention_mask")
+    if _window_bites(adapter, run.rows, mask):
+        kwargs["attention_mask"] = _slot_masks(adapter, kwargs["inputs_embeds"], tokens, run.rows)
+    else:
+        kwargs["attention_mask"] = entry_mask(mask, run.groups[0], index, kwargs.get("past_key_values") is None)
+
+
+def _window_bites(adapter: Adapter, rows: int, mask: Any) -> bool:
+    """Whether the decoder itself would make windows from the shortened sequence, where they would reach further back than before."""
+    config = adapter.text_model.config
+    prepared = isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.ndim == 4)
+    return SLIDING in adapter.layer_types and rows > config.sliding_window and not prepared and compat.makes_masks(config)
+
+
+def _slot_masks(adapter: Adapter, embeds: Tensor, tokens: TokenMap, prompt: int) -> Any:
+    """Prepared masks for the rows that are left of ``prompt``: windows count its slots. By layer type where the decoder has several."""
+    config, rows = adapter.text_model.config, embeds.shape[1]
+    sizes = {FULL: prompt, SLIDING: config.sliding_window}
+    made = {kind: compat.prepared_mask(config, embeds, window(tokens.valid, tokens.slot, rows, size)) for kind, size in sizes.items()}
+    return made if FULL in adapter.layer_types else made[SLIDING]
 
 
 def entry_mask(mask: Any, group: Group, index: Tensor, no_cache: bool) -> Any:

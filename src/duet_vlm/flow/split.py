@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -49,10 +50,11 @@ def _table(plans: tuple[SpanPlan, ...], parts: list[Tensor]) -> tuple[list[Tenso
     small: list[SpanPlan] = []
     for plan, numbers in zip(plans, parts, strict=True):
         counts = plan.parts or ((plan.dominant, plan.contextual),)
-        found = [(numbers == part).nonzero()[:, 0] for part in range(len(counts))] if plan.parts else [torch.arange(len(numbers))]
+        rows = numbers.numpy()
+        found = [np.flatnonzero(rows == part) for part in range(len(counts))] if plan.parts else [np.arange(len(rows))]
         empty = most - len(found)
-        table += [*found, *[torch.zeros(0, dtype=torch.long)] * empty]
-        small += [SpanPlan(len(rows), *pair, ()) for rows, pair in zip(found, counts, strict=True)] + [SpanPlan(0, 0, 0, ())] * empty
+        table += [torch.from_numpy(part) for part in found] + [torch.zeros(0, dtype=torch.long)] * empty
+        small += [SpanPlan(len(part), *pair, ()) for part, pair in zip(found, counts, strict=True)] + [SpanPlan(0, 0, 0, ())] * empty
     return table, tuple(small)
 
 

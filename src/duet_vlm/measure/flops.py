@@ -50,9 +50,9 @@ def mlp_flops(shape: DecoderShape, rows: int, layer: int = 0) -> int:
     return 2 * rows * shape.hidden * (experts.count + 3 * (experts.active * experts.mlp + experts.shared))
 
 
-def scoring_flops(shape: DecoderShape, rows: int, queries: int) -> int:
-    """Ranking before one drop: keys of every row, queries of the query rows, their products."""
-    return 2 * rows * shape.hidden * shape.narrow + 2 * queries * shape.hidden * shape.query_width + 2 * queries * rows * shape.wide
+def scoring_flops(shape: DecoderShape, rows: int, queries: int, reused: int = 0) -> int:
+    """Ranking before one drop: keys of every row, queries of the query rows, their products; ``reused`` of the keys serve the layer, too."""
+    return 2 * (rows - reused) * shape.hidden * shape.narrow + 2 * queries * shape.hidden * shape.query_width + 2 * queries * rows * shape.wide
 
 
 def head_flops(shape: DecoderShape, rows: int) -> int:

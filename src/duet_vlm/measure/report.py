@@ -153,6 +153,7 @@ def make_report(
     budget: int | float | None,
     samples: Sequence[Sample],
     scored_layers: Sequence[int],
+    reused_layers: Sequence[int] = (),
     decoder: DecoderShape,
     vision: VisionShape,
     element_bytes: int,
@@ -161,7 +162,8 @@ def make_report(
     projects_all: bool = False,
     selection: int = 0,
 ) -> Report:
-    """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache).
+    """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache); ``reused_layers`` are
+    scored layers that took over the keys they were ranked by.
 
     ``projects_all``: the family or the method reduces behind the projector, which then runs on every token and not only on those that enter.
     ``selection``: what signals, choice and merge before the decoder cost (``measure.choice.selection_flops``).
@@ -177,8 +179,13 @@ def make_report(
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + sum(p.entry for p in s.plans), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
-        scored = [(before[i], s.queries) for before, s in zip(entering, samples, strict=True) for i in scored_layers if ranked]
-        ranking = sum(scoring_flops(decoder, read, queries) for read, queries in scored)
+        scored = [
+            (before[i], s.queries, before[i + 1] if i in reused_layers else 0)
+            for before, s in zip(entering, samples, strict=True)
+            for i in scored_layers
+            if ranked
+        ]
+        ranking = sum(scoring_flops(decoder, *some) for some in scored)
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -135,7 +136,7 @@ class Adapter(ABC):
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         """Per span, on the host: the part (crop, frame) that each of its rows shows [n], -1 for structure rows (newlines)."""
-        return [torch.repeat_interleave(torch.tensor(sizes)) for sizes in self.passes(call, counts)]
+        return [torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.passes(call, counts)]
 
     def spans(self, output: Any, call: Encoding) -> list[Tensor]:
         """The projected rows of each span, as ``output.pooler_output`` holds them (families that hand out frames join them there)."""
@@ -187,7 +188,9 @@ class Adapter(ABC):
     @property
     def layer_types(self) -> list[str]:
         """What mixes the rows of each decoder layer, in transformers' words: full_attention, sliding_attention, linear_attention, ..."""
-        return list(getattr(self.text_model.config, "layer_types", None) or [FULL] * len(self.layers))
+        config = self.text_model.config
+        usual = FULL if getattr(config, "sliding_window", None) is None else SLIDING  # configs that name no types window every layer
+        return list(getattr(config, "layer_types", None) or [usual] * len(self.layers))
 
     def ranking_layer(self, layer: int) -> int:
         """The last layer up to ``layer`` whose attention can rank tokens; -1 if there is none."""
