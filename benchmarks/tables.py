@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import comparison_tables
+import scale_tables
 import training_tables
+import video_tables
 from train_step import LLAVA_7B
 
 import duet_vlm
@@ -123,9 +125,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "families": supported,
     **comparison_tables.BLOCKS,
+    **scale_tables.BLOCKS,
     **training_tables.BLOCKS,
+    **video_tables.BLOCKS,
 }
-PAGES = ("README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/train-with-reduction.md")
+PAGES = (
+    "README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md",
+    "docs/scale.md",
+)  # fmt: skip
 
 
 def filled(page: str) -> str:

@@ -104,6 +104,10 @@ STOCK: dict[str, Stock] = {
     "paligemma": Stock(images={"size": square(70), "image_seq_length": 25}),
     "glm4v": GLM,
     "glm46v": GLM,
+    "internvl": Stock(
+        "<IMG_CONTEXT>", roles={"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"} | CLIPS,
+        images={"size": square(32), "max_patches": 4}, processor={"image_seq_length": 16},
+    ),
     "idefics3": replace(TILES, processor={"image_seq_len": 25}),
     "smolvlm": replace(TILES, processor={"image_seq_len": 25}),
     "mistral3": packed(2),
@@ -188,9 +192,12 @@ def prompt(name: str, pictures: int, first: int = 0) -> str:
     return " ".join(f"{mark} {words}" if pictures else words for words in said)
 
 
-def inputs_for(name: str, rows: Sequence[Sequence[Image.Image]], flat: bool = False, **options: Any) -> dict[str, torch.Tensor]:
-    """What the stock processor makes of a padded batch of prompts with these pictures, handed over prompt by prompt or in one ``flat`` list."""
-    texts = [prompt(name, len(row), number) for number, row in enumerate(rows)]
+def inputs_for(name: str, rows: Sequence[Sequence[Image.Image]], flat: bool = False, first: int = 0, **options: Any) -> dict[str, torch.Tensor]:
+    """What the stock processor makes of a padded batch of prompts with these pictures, handed over prompt by prompt or in one ``flat`` list.
+
+    Prompts have different words; ``first`` is the number of the first one.
+    """
+    texts = [prompt(name, len(row), first + number) for number, row in enumerate(rows)]
     pictures: list[Any] = [image for row in rows for image in row] if flat else [list(row) for row in rows]
     given = {"images": pictures} if any(rows) else {}
     return dict(processor(name)(text=texts, **given, padding=True, return_tensors="pt", **options))

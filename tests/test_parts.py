@@ -74,9 +74,9 @@ def test_kept_newlines_come_on_top_of_explicit_counts_and_out_of_budgets() -> No
 
 
 def test_a_span_that_is_kept_whole_keeps_its_newlines() -> None:
+    whole = Duet(dominant=1.0, contextual=0, schedule=())
     for each in (True, False):
         assert plan_span(lambda n: VisionZip().plan(n, 4, 46), 46, [20, 20], 6, each, False) == SpanPlan(46, 46, 0, (46,) * 4)
-        whole = Duet(dominant=1.0, contextual=0, schedule=())
         assert plan_span(lambda n: whole.plan(n, 4, None), None, [20, 20], 6, each, False) == SpanPlan(46, 46, 0, (46,) * 4)
 
 
@@ -148,10 +148,11 @@ SETTINGS = [
     ("llava_next", MIXED, {"parts": "each", "newline": "keep"}),
     ("qwen2_5_vl", CLIPS, {"parts": "each"}),
 ]
+COUNTS = {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25))}
 
 
 @pytest.mark.parametrize(("family", "rows", "options"), SETTINGS, ids=str)
-@pytest.mark.parametrize("method", [{"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25))}, {"budget": 0.4}], ids=["counts", "budget"])
+@pytest.mark.parametrize("method", [COUNTS, {"budget": 0.4}], ids=["counts", "budget"])
 def test_generation_equals_the_oracle(family: str, rows: Any, options: dict[str, Any], method: dict[str, Any]) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows)
     with duet_vlm.attach(model, "duet", **method, **options) as handle:

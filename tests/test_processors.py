@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from cases import REDUCING
 from families import FAMILIES, IMAGE, Inputs, generate, shared
 from PIL import Image
 from processors import PINPOINTS, STOCK, inputs_for, picture
 
 import duet_vlm
+from duet_vlm import BudgetError
 from duet_vlm.models.adapter import families
 from duet_vlm.tokens import SpanTrace
 
@@ -120,6 +122,15 @@ def tiles(size: Size, together: int) -> list[int]:
     return [25] * (2 * math.ceil((other + other % 2) / 40) + 1)
 
 
+def internvl(size: Size, together: int) -> list[int]:
+    """InternVL: up to 4 tiles of 32 x 32 pixels in the grid most like the picture, of equals the largest with less than twice its area."""
+    grids = [(columns, rows) for columns in range(1, 5) for rows in range(1, 4 // columns + 1)]
+    apart = {grid: abs(Fraction(*size) - Fraction(*grid)) for grid in grids}
+    alike = sorted(math.prod(grid) for grid in grids if apart[grid] == min(apart.values()))
+    shown = max([alike[0], *(tiles for tiles in alike if tiles * 32 * 32 < 2 * math.prod(size))])
+    return [16] * (shown + (shown > 1))
+
+
 COUNTS: dict[str, Count] = {
     "llava": fixed(36),
     "vipllava": fixed(16),
@@ -135,6 +146,7 @@ COUNTS: dict[str, Count] = {
     "paligemma": fixed(25),
     "glm4v": glm,
     "glm46v": glm,
+    "internvl": internvl,
     "idefics3": tiles,
     "smolvlm": tiles,
     "mistral3": packed(2),
@@ -328,3 +340,73 @@ def test_onevision_takes_pictures_in_a_flat_list_as_if_each_were_alone() -> None
     rows = ((WIDE, TALL), (ODD,))
     inputs = inputs_for("llava_onevision", drawn(rows), flat=True)
     check_all(run("llava_onevision", inputs), [[onevision(size, 1)[0] for size in row] for row in rows])
+
+
+# ---- more combinations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_sizes_at_random(name: str) -> None:
+    """Placeholders only: no model looks at these pictures."""
+    generator = torch.Generator().manual_seed(0)
+    sides = torch.randint(5, 260, (60, 2), generator=generator).tolist()
+    for width, height in sides:
+        ids = inputs_for(name, drawn([[(width, height)]]))["input_ids"]
+        assert int((ids == IMAGE).sum()) == sum(COUNTS[name]((width, height), 1)), (width, height)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_alone(name: str, size: Size, kind: str) -> None:
+    check_all(run(name, inputs_for(name, [[picture(kind, *size)]])), counted(name, [[size]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_pictures_of_other_modes(name: str, mode: str) -> None:
+    image = picture("shapes", *ODD).convert(mode)
+    check_all(run(name, inputs_for(name, [[image]])), counted(name, [[ODD]]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_in_a_batch_equals_the_prompt_alone(name: str, side: str) -> None:
+    """Same survivors and, where text is padded on the left as generate() wants it, the same words with the same certainty."""
+    model, rows = shared(name), drawn(ROWS)
+    with duet_vlm.attach(model, "duet", budget=BUDGET) as handle:
+        together = generate(model, inputs_for(name, rows, text_kwargs={"padding_side": side}), NEW)
+        traces = handle.trace
+        for sample, row in enumerate(rows):
+            if not row:
+                continue
+            alone = generate(model, inputs_for(name, [row], first=sample), NEW)
+            assert [(s.merged, s.stages) for s in handle.trace[0]] == [(s.merged, s.stages) for s in traces[sample]]
+            for step, logits in enumerate(together.logits if side == "left" else ()):
+                torch.testing.assert_close(logits[sample : sample + 1], alone.logits[step], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [6, 20, 0.5])
+@pytest.mark.parametrize("method", REDUCING)
+@pytest.mark.parametrize("name", NAMES)
+def test_methods_and_budgets(name: str, method: str, budget: float) -> None:
+    """An int counts per span: what is no larger is kept whole. FastV and PyramidDrop cannot go below what their first layers need."""
+    spans, model, inputs = counted(name, ROWS), shared(name), inputs_for(name, drawn(ROWS))
+    flat = [tokens for row in spans for tokens in row]
+    wanted = sum(min(budget, tokens) if isinstance(budget, int) else budget * tokens for tokens in flat)
+    with duet_vlm.attach(model, method, budget=budget) as handle:
+        try:
+            written = generate(model, inputs, NEW)
+        except BudgetError:
+            assert method in ("fastv", "pyramiddrop") and budget == 6
+            return
+        report, plans = handle.report(), [[handle.plan(tokens).counts for tokens in row] for row in spans]
+        assert [[span.span.tokens for span in row] for row in handle.trace] == spans
+    check_cache(written.past_key_values, inputs, plans)
+    assert wanted - len(flat) < report.measured_mean * len(ROWS) <= wanted + 1e-9
+    assert report.clamped == tuple(number for number, tokens in enumerate(flat) if tokens <= budget and isinstance(budget, int))

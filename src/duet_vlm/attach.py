@@ -20,6 +20,7 @@ from duet_vlm.flow.align import align
 from duet_vlm.flow.arrival import adopt, look
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Call, Stacks
+from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import EncoderFlow, check_finite
 from duet_vlm.flow.entry import enter, whole_prompts
 from duet_vlm.flow.keys import Keys, reusing
@@ -59,6 +60,7 @@ class Handle:
         self._encode = getattr(adapter.base, adapter.streams[0].encode)
         self._stacks = Stacks()
         self._hooks = Hooks()
+        self._shared_keys: set[nn.Module] = set()
         self._paused = 0
         self._run: Run | None = None
         self._detached = False
@@ -220,9 +222,6 @@ class Handle:
         for index, layer in enumerate(adapter.layers):
             inner = getattr(layer, "_checkpoint_wrapped_module", layer)  # inside torch's wrapper, where FSDP gathers the layer's weights
             hooks.add(inner.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
-            keys = adapter.key_projection(layer)
-            if keys is not None and isinstance(self.reducer, DecoderReducer) and self.reducer.uses_text:
-                hooks.shadow(keys, "forward", reusing(keys.forward, self._keys))
         if not self._align:  # the public setter keeps the loss in this one instance attribute
             hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, self._stacks))
         if self._processor is not None:
@@ -237,6 +236,12 @@ class Handle:
         """The rows of the decoder layer that just ran, None where they are those of the prompt."""
         call = self._stacks.calls[-1] if self._stacks.calls else None
         return None if call is None or call.run is None else call.run.group(call.layer).tokens
+
+    def _make_keys_once(self, projection: nn.Module | None) -> None:
+        """Where a layer first ranks, not at attach: compiled layers have to stay alike, or each needs a graph of its own."""
+        if projection is not None and projection not in self._shared_keys:
+            self._shared_keys.add(projection)
+            self._hooks.shadow(projection, "forward", reusing(projection.forward, self._keys))
 
     def _keys(self) -> Keys | None:
         return self._stacks.calls[-1].keys if self._stacks.calls else None
@@ -284,7 +289,7 @@ class Handle:
         step = enter(self.adapter, self._active(), call, kwargs)
         if step is not None:
             self._run, kwargs[PASS] = step.run, step
-            call.keys = getattr(step, "keys", None)
+            call.keys = step.keys if isinstance(step, PrefillPass) else None
         elif call.placeholders and self._active() is not None:
             self._run = None  # a prompt without images: the last call has nothing to report
         return args, kwargs
@@ -301,6 +306,8 @@ class Handle:
         if self._stacks.calls:
             self._stacks.calls[-1].layer = index
         hidden = args[0] if args else kwargs.pop("hidden_states")
+        if isinstance(step, PrefillPass) and step.reuses_keys(index, layer):
+            self._make_keys_once(self.adapter.key_projection(layer))
         return (step.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
 
 

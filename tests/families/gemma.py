@@ -51,6 +51,12 @@ class Gemma3(Family):
             for module in model.modules():
                 if type(module).__name__.endswith("RMSNorm"):
                     module.weight -= 1
+            for layer in self.text(model).layers:
+                self.speak_up(layer)
+
+    def speak_up(self, layer: nn.Module) -> None:
+        """Embeddings come scaled by the root of their width: let attention have its say beside them."""
+        layer.post_attention_layernorm.weight += 2
 
     def tokens(self, picture: Picture) -> int:
         return (self.side // self.cell) ** 2
@@ -109,11 +115,8 @@ class PaliGemma(Gemma3):
             PaliGemmaConfig(text_config=text, vision_config=vision(self.side), image_token_index=IMAGE, projection_dim=HIDDEN)
         )
 
-    def finish(self, model: nn.Module) -> None:
-        super().finish(model)
-        with torch.no_grad():  # embeddings come scaled by the root of their width: let attention have its say beside them
-            for layer in self.text(model).layers:
-                layer.self_attn.o_proj.weight *= 4
+    def speak_up(self, layer: nn.Module) -> None:
+        layer.self_attn.o_proj.weight *= 4
 
     def places(self, picture: Picture) -> list[int]:
         return Family.places(self, picture)

@@ -83,7 +83,8 @@ class GlmOcr(Glm4V):
     name = "glm_ocr"
 
     def make(self) -> nn.Module:
-        return GlmOcrForConditionalGeneration(GlmOcrConfig(vision_config=VISION, text_config=glm_text() | {"head_dim": 16, "intermediate_size": 80}, **GLM_IDS))
+        text = glm_text() | {"head_dim": 16, "intermediate_size": 80}
+        return GlmOcrForConditionalGeneration(GlmOcrConfig(vision_config=VISION, text_config=text, **GLM_IDS))
 
 
 FAMILIES = [Glm4V(), Glm4VMoe(), Glm46V(), GlmOcr()]

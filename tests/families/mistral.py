@@ -27,10 +27,10 @@ def vision() -> PixtralVisionConfig:
     )
 
 
-def text() -> MistralConfig:
+def text(window: int | None = None) -> MistralConfig:
     return MistralConfig(
         hidden_size=HIDDEN, intermediate_size=96, num_hidden_layers=DEPTH, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        vocab_size=VOCAB, max_position_embeddings=1024, sliding_window=None, pad_token_id=PAD, bos_token_id=1, eos_token_id=None,
+        vocab_size=VOCAB, max_position_embeddings=1024, sliding_window=window, pad_token_id=PAD, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
 
 
@@ -51,10 +51,11 @@ class Mistral3(Family):
 
     name = "mistral3"
     merge, spare = 2, 1
+    window: int | None = None
 
     def make(self) -> nn.Module:
         config = Mistral3Config(
-            vision_config=vision(), text_config=text(), image_token_index=IMAGE, spatial_merge_size=2, tie_word_embeddings=False
+            vision_config=vision(), text_config=text(self.window), image_token_index=IMAGE, spatial_merge_size=2, tie_word_embeddings=False
         )
         return Mistral3ForConditionalGeneration(config)
 
@@ -89,6 +90,25 @@ class Mistral3(Family):
         return {"image": found}
 
 
+class Windows(Mistral3):
+    """Every decoder layer sees a window that is shorter than most prompts; the decoder makes its masks by itself."""
+
+    name = "mistral3_windows"
+    window = 24
+    drafts = False
+
+    def answers(self, model: nn.Module) -> bool:
+        return model.config.model_type == "mistral3" and model.config.text_config.sliding_window is not None
+
+    def sees(self, model: nn.Module, ids: Tensor, prompt: int, layer: int) -> Tensor:
+        place = torch.arange(len(ids))
+        return (place[None] <= place[:, None]) & (place[None] > place[:, None] - self.window)
+
+    def ranks(self, model: nn.Module, ids: Tensor, prompt: int, layer: int) -> Tensor:
+        """Windows are lifted."""
+        return torch.ones(len(ids), len(ids), dtype=torch.bool).tril()
+
+
 class Pixtral(Mistral3):
     """LLaVA's class with a Pixtral tower: every patch is a token."""
 
@@ -106,4 +126,4 @@ class Pixtral(Mistral3):
         return model.config.model_type == "llava" and model.config.vision_config.model_type == "pixtral"
 
 
-FAMILIES: list[Family] = [Mistral3(), Pixtral()]
+FAMILIES: list[Family] = [Mistral3(), Windows(), Pixtral()]

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 import duet_vlm
-from duet_vlm import BudgetError, SpanTrace
+from duet_vlm import BudgetError, Reducer, SpanTrace
 from duet_vlm.evaluate.experiment import ORACLE, Run
 from duet_vlm.evaluate.frames import WholeFrames
 from duet_vlm.evaluate.oracle import Oracle
 from duet_vlm.evaluate.shared import SharedVision
 from duet_vlm.evaluate.tasks import Question
 from duet_vlm.loading import Loaded, chat_text
+
+REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeFrames)}
 
 
 @dataclass(frozen=True)
@@ -41,19 +43,19 @@ class Outcome:
     message: str | None = None
 
 
+def method_of(run: Run) -> Reducer:
+    """What a run's settings are set on: a preset, a reference of evaluations, or a method of the registry."""
+    if run.preset:
+        return duet_vlm.preset(run.preset)
+    return (REFERENCES.get(run.method) or duet_vlm.get(run.method))()
+
+
 @contextlib.contextmanager
 def attached(loaded: Loaded, run: Run, questions: Sequence[Question]) -> Iterator[duet_vlm.Handle]:
     """The model with a run's method on it; the oracle is told what these questions need."""
-    fields, method = dict(run.settings), run.method
-    reducer: Any = method
-    if run.preset:
-        reducer = duet_vlm.preset(run.preset)
-    elif method == ORACLE:
-        reducer, fields["needed"] = Oracle(), tuple(q.needed for q in questions)
-    elif method == WholeFrames.name:
-        reducer = WholeFrames()
-    processor = loaded.processor if fields.get("text_query") == "salient" else None
-    with duet_vlm.attach(loaded.model, reducer, budget=run.budget, processor=processor, **fields) as handle:
+    told: dict[str, Any] = {"needed": tuple(q.needed for q in questions)} if run.method == ORACLE else {}
+    processor = loaded.processor if run.settings.get("text_query") == "salient" else None
+    with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings, **told) as handle:
         yield handle
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from duet_vlm import Reducer, SpanPlan, get
+from duet_vlm import SpanPlan
 from duet_vlm.evaluate import statistics
-from duet_vlm.evaluate.answer import Outcome
+from duet_vlm.evaluate.answer import Outcome, method_of
 from duet_vlm.evaluate.experiment import BASELINE, ORACLE, Experiment, Run
 from duet_vlm.evaluate.tasks import Question, right
 
@@ -34,7 +35,7 @@ def summarize(
     for run in runs:
         row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget}
         row |= {"preset": run.preset, "beside": run.beside}
-        row["settings"] = _settings(run)
+        row["settings"] = dict(run.settings) if run.method == ORACLE else replace(method_of(run), **run.settings).settings()
         refused = infeasible[run.id]
         if refused is not None:
             rows.append(row | {"status": "infeasible", "floor": refused.floor, "message": refused.message})
@@ -45,18 +46,6 @@ def summarize(
     _compare(rows, hits, experiment.against)
     gold = {"questions": [q.id for q in questions], "kinds": [q.kind for q in questions], "gold": [list(q.answers) for q in questions]}
     return rows, gold | {"answers": answers}
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Every field of the method as it was used."""
-    if run.method == ORACLE:
-        return {}
-    if run.preset:
-        from duet_vlm import preset
-
-        return preset(run.preset).settings()
-    made: Reducer = get(run.method)(**run.settings)
-    return made.settings()
 
 
 def _accuracy(experiment: Experiment, questions: Sequence[Question], hits: np.ndarray, full: np.ndarray) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def uses_cache(text_model: nn.Module, use_cache: bool | None) -> bool:
 
 def is_eager(layer: nn.Module) -> bool:
     """Whether a layer runs as plain Python, so that what its modules do can be changed from call to call."""
-    return layer._compiled_call_impl is None
+    return layer._compiled_call_impl is None and not hasattr(layer.forward, "_torchdynamo_orig_callable")
 
 
 def finite(x: Tensor) -> Tensor:

@@ -59,11 +59,9 @@ class PrefillPass:
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
-        ranked = [drop for drop, scored in self.scored_at.items() if scored == index and drop not in self.replay]
-        if ranked and index not in self.scores:
-            again = not torch.is_grad_enabled() and compat.is_eager(layer)  # the layer's own pass can take the keys over
+        if self._ranks(index):
             with torch.no_grad():
-                self.scores[index] = self._score(index, layer, hidden, kwargs, again)
+                self.scores[index] = self._score(index, layer, hidden, kwargs)
         if index in self.drops:
             hidden = self._drop(index, hidden)
             self.keys.keep(self.dropped[index])
@@ -74,6 +72,13 @@ class PrefillPass:
                 kwargs["position_ids"] = take_last(kwargs["position_ids"], group.tokens.row.to(hidden.device))
             kwargs["attention_mask"] = self._mask(group, index, hidden, kwargs.get("attention_mask"))
         return hidden
+
+    def reuses_keys(self, index: int, layer: nn.Module) -> bool:
+        """Whether ``layer`` ranks and can then take over the keys that ranking makes: not where gradients must pass, not in a fixed graph."""
+        return self._ranks(index) and not torch.is_grad_enabled() and compat.is_eager(layer)
+
+    def _ranks(self, index: int) -> bool:
+        return index not in self.scores and any(scored == index and drop not in self.replay for drop, scored in self.scored_at.items())
 
     # ---- what the layer is given
 
@@ -102,12 +107,12 @@ class PrefillPass:
 
     # ---- ranking
 
-    def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], again: bool) -> Tensor:
+    def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Attention that text pays to each slot of the prompt [B, S] float32, 0 for slots that are not there any more."""
         group = self.run.group(index)
         tokens = _to(group.tokens, hidden.device)
         rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
-        self.keys.recording = again
+        self.keys.recording = self.reuses_keys(index, layer)
         received = self._attention(layer, hidden.detach(), tokens, rotary).to(hidden.device)
         self.keys.recording = False
         if self.keys.made is not None:

@@ -1,6 +1,6 @@
 """Train the tiny video model from the shipped tiny model: ``python -m duet_vlm.tiny.train_video --out DIR --seed 0``.
 
-One stage (``recipe/video.py``), about 35 minutes on one core with bf16. Start the same command again after a kill and it goes on from the
+One stage (``recipe/video.py``), under an hour on one core with bf16. Start the same command again after a kill and it goes on from the
 last checkpoint, exactly. The schedule counts steps, never seconds.
 """
 

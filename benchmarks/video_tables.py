@@ -1,0 +1,53 @@
+"""The tables of docs/video.md, from the result files under comparison/tiny-video."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comparison_tables
+
+from duet_vlm.evaluate.report import columns
+from duet_vlm.evaluate.report.markdown import table
+from duet_vlm.evaluate.results import load
+from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS
+
+RESULT = comparison_tables.ROOT / "tiny-video" / "results" / "methods.json"
+
+
+def kept() -> str:
+    """Every row of the result: measured tokens, accuracy, what it is of the full model's, difference to the reference."""
+    result = load(RESULT)
+    head = ["", "tokens per clip", "fewer tokens", "accuracy (95 % interval)", "% of the full model's", "points against `duet`"]
+    lines = [_line(row) for row in sorted(result["runs"], key=lambda row: -(row["beside"] or 1))]
+    asked = result["questions"]
+    seeds = ", ".join(map(str, result["experiment"]["seeds"]))
+    note = f"{asked['count']:,} questions of task {result['task']} on test clips, {asked['per_seed']} for each of the seeds {seeds};"
+    return f"{table(head, lines)}\n\n{note} ▲ and ▼ differ from `duet` at that budget (adjusted p < .05)."
+
+
+def _line(row: dict[str, Any]) -> list[str]:
+    tokens = row["tokens"]
+    less = 1 - tokens["measured"] / tokens["unreduced"]
+    low, high = row["interval"]
+    accuracy = f"{row['accuracy']:.3f} ({low:.3f}-{high:.3f})"
+    more = comparison_tables._more(row).removeprefix(", ") or "-"
+    return [row["label"], columns.tokens(tokens["measured"]), f"{-less:.0%}" if less else "0%", accuracy, columns.percent(row["kept"]), more]
+
+
+def kinds() -> str:
+    """Accuracy by kind of the full model and of every method at the small budget, under what chance gives."""
+    head = ["accuracy", *KINDS]
+    floors = {"guessing": CHANCE, "without the order of frames": ORDERLESS}
+    lines = [[name, *(f"{chance[kind]:.3f}" for kind in KINDS)] for name, chance in floors.items()]
+    for row in comparison_tables.done("tiny-video", "methods"):
+        if row["beside"] in (None, 0.07):
+            lines.append([row["label"], *(f"{row['kinds'][kind]['accuracy']:.3f}" for kind in KINDS)])
+    return table(head, lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "video_kept": kept,
+    "video_kinds": kinds,
+    "video_recall": lambda: comparison_tables.recall("tiny-video", "methods", 0.07),
+}
