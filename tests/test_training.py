@@ -119,6 +119,22 @@ def test_layers_do_not_decide_twice_under_checkpointing(case: Case) -> None:
     assert traces[0] == traces[1]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_evaluation_in_between_changes_no_gradient(family: str) -> None:
+    """Without gradients a layer takes over the keys that ranked it; that must not last into the next training step."""
+    inputs, found = FAMILIES[family].inputs(MIXED), []
+    labels = labels_of(inputs)
+    for evaluate in (False, True):
+        model = build(family).train()
+        with duet_vlm.attach(model, "duet", schedule=((3, 0.4), (5, 0.2))):
+            if evaluate:
+                with torch.no_grad():
+                    model(**inputs)
+            found.append(gradients(model, model(**inputs, labels=labels).loss))
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
 # ---- who ranks the tokens in training
 
 

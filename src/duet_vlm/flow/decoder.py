@@ -60,6 +60,7 @@ class PrefillPass:
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
         if self._ranks(index):
+            self.keys.recording = self.reuses_keys(index, layer)  # asked here: ranking itself is never differentiated
             with torch.no_grad():
                 self.scores[index] = self._score(index, layer, hidden, kwargs)
         if index in self.drops:
@@ -112,7 +113,6 @@ class PrefillPass:
         group = self.run.group(index)
         tokens = _to(group.tokens, hidden.device)
         rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
-        self.keys.recording = self.reuses_keys(index, layer)
         received = self._attention(layer, hidden.detach(), tokens, rotary).to(hidden.device)
         self.keys.recording = False
         if self.keys.made is not None:
