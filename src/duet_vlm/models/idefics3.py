@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
 from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded
-from duet_vlm.ops.score import column_attention
+from duet_vlm.ops.score import query_attention
 
 
 class Idefics3(LlamaLike, Adapter):
@@ -43,14 +43,9 @@ class Idefics3(LlamaLike, Adapter):
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         keys = recorded.key.float().mean(1)
-        real = self._real_patches(call)
-        if real is None:
-            importance = column_attention(recorded.query, recorded.key, recorded.scaling)
-        else:
-            importance = torch.zeros_like(keys[..., 0])
-            for crop, patches in enumerate(real):
-                query, key = (x[crop : crop + 1, :, patches] for x in (recorded.query, recorded.key))
-                importance[crop, patches] = column_attention(query, key, recorded.scaling)[0]
+        real = self._real_patches(call, len(keys))
+        received = query_attention(recorded.query, recorded.key, recorded.scaling, real[:, None].expand(-1, real.shape[1], -1), real.float())
+        importance = received * real.sum(1, keepdim=True)  # a sum over the patches that ask, not their mean
         return list(self._cells(importance[..., None], call)[..., 0]), list(self._cells(keys, call))
 
     def _cells(self, patches: Tensor, call: Encoding) -> Tensor:
@@ -64,15 +59,13 @@ class Idefics3(LlamaLike, Adapter):
         height, width = call.arguments["pixel_values"].shape[-2:]
         return height // self.patch // self.side, width // self.patch // self.side
 
-    def _real_patches(self, call: Encoding) -> Tensor | None:
-        """[crops, patches] bool, False for padding, None if there is none; crops that are nothing but zeros are left out, as the model does."""
-        mask = call.arguments.get("pixel_attention_mask")
-        if mask is None:
-            return None
-        shown = mask.flatten(0, 1)[(call.arguments["pixel_values"].flatten(0, 1) != 0).flatten(1).any(1)]
-        shown = shown.unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
-        real = (shown.sum((-1, -2)) > 0).flatten(1)
-        return None if bool(real.all()) else real
+    def _real_patches(self, call: Encoding, crops: int) -> Tensor:
+        """[crops, patches] bool, False for padding. The model leaves out crops that are nothing but zeros; nothing is read to find them."""
+        pixels, mask = call.arguments["pixel_values"].flatten(0, 1), call.arguments.get("pixel_attention_mask")
+        mask = torch.ones_like(pixels[:, 0], dtype=torch.bool) if mask is None else mask.flatten(0, 1)
+        shown = (pixels == 0).flatten(1).all(1).int().argsort(stable=True)[:crops]  # in order, in front of the empty ones
+        patches = mask[shown].unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
+        return (patches.sum((-1, -2)) > 0).flatten(1)
 
     def spans(self, output: Any, call: Encoding) -> list[Tensor]:
         rows, columns = self._grid(call)
