@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat, masks
-from duet_vlm.models.adapter import LINEAR, SLIDING, Adapter, Rotary
+from duet_vlm.models.adapter import FULL, LINEAR, SLIDING, Adapter, Rotary
 from duet_vlm.tokens import Span, TokenMap
 
 RUN = "_duet_vlm_run"  # attribute of the cache
@@ -83,7 +83,7 @@ class DecodePass:
         self.masks: dict[Any, Any] = {}
         self.rotaries: dict[Any, Rotary] = {}
         kwargs["position_ids"] = self._positions(run.groups[0])
-        kwargs["attention_mask"] = self._mask2d(self.home)
+        kwargs["attention_mask"] = self._home_mask(mask, kwargs["attention_mask"], embeds)
 
     def _tail(self, mask: Any) -> Tensor | None:
         """The part of the caller's mask that covers tokens after the prompt, None if the caller gave no mask."""
@@ -119,6 +119,18 @@ class DecodePass:
         keys = group.width + self.done + self.new  # fewer than the prompt had where rejected draft tokens were cut off again
         tail = valid.new_ones(self.batch, max(0, self.done + self.new)) if self.tail is None else self._repeat(self.tail)
         return torch.cat([valid, tail], 1)[:, :keys]
+
+    def _home_mask(self, mask: Any, given: Any, embeds: Tensor) -> Any:
+        """What the stock decoder is given: a 2-D mask that it reads once to make its own of; or, where the family has read the caller's
+        ``mask`` before and made ``given`` of it, the same made of the rows that are left."""
+        rows = self._mask2d(self.home)
+        if mask is None or (isinstance(given, Tensor) and given.ndim == 2):
+            return rows
+        kinds = given if isinstance(given, dict) else {FULL: given}
+        if not self.home.padded and all(made is None for made in kinds.values()):  # seen to hide nothing
+            return None
+        made = compat.decoder_mask(self.adapter.text_model.config, embeds, rows, self.cache, self.adapter.first_attention)
+        return dict.fromkeys(kinds, made) if isinstance(given, dict) else made  # windows are put in at their layers
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Give ``layer`` the mask and, with renumbered positions, the rotary table of its own group."""
