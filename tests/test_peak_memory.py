@@ -92,13 +92,12 @@ def reads_the_tower(method: str) -> bool:
     return bool(getattr(duet_vlm.methods()[method], "signals", ()))
 
 
-HELD = pytest.mark.xfail(strict=True, reason="queries and keys of the recorded layer are held until the encoder call ends: 1.12 of the full peak")
-
-
-@pytest.mark.parametrize("method", [pytest.param(m, marks=HELD if reads_the_tower(m) else ()) for m in ("duet", "visionzip", "fastv", "random")])
+@pytest.mark.parametrize("method", ["duet", "visionzip", "fastv", "random"])
 def test_where_the_tower_has_the_peak(method: str) -> None:
-    """Some bytes of bookkeeping live through the tower."""
-    assert peak(TOWER, method, 0.5) <= 1.001 * peak(TOWER, None)
+    """Some bytes of bookkeeping live through the tower; beside them, for methods that read it, one mean key and one score per token."""
+    tokens, head_dim = TOWER.side**2, 64
+    signals = 4 * tokens * (head_dim + 1) if reads_the_tower(method) else 0  # float32
+    assert peak(TOWER, method, 0.5) <= 1.001 * peak(TOWER, None) + signals
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

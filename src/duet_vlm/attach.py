@@ -205,6 +205,7 @@ class Handle:
         if isinstance(self.reducer, EncoderReducer) and self.reducer.signals:
             for attention in adapter.vision_attentions(self.reducer.signal_layer):
                 hooks.on_undo(Recorder(attention, self._stacks).remove)
+                hooks.add(attention.register_forward_hook, encoder.after_attention)
         if isinstance(self.reducer, EncoderReducer) and self.reducer.cls_token:
             hooks.add(adapter.cls_module().register_forward_hook, self._record_cls)
         if adapter.door is not None:

@@ -48,11 +48,15 @@ class Encoded:
 
 @dataclass
 class EncoderCall:
-    """Scratch of one running encoder call: what the recorder saw and what the door decided. ``each``: parts are reduced one by one."""
+    """Scratch of one running encoder call: what the recorder saw and what the door decided.
+
+    ``each``: parts are reduced one by one; ``signals``: importance and mean keys per span, made of what was recorded.
+    """
 
     encoding: Encoding
     each: bool = False
     recorded: list[Any] = field(default_factory=list)
+    signals: tuple[list[Tensor], list[Tensor]] | None = None
     cls: Tensor | None = None
     pending: Encoded | None = None
 

@@ -62,6 +62,15 @@ class EncoderFlow:
 
         return encode_and_reduce
 
+    def after_attention(self, attention: nn.Module, args: Any, output: Any) -> None:
+        """Post-hook of the recorded attention: queries and keys must not live on beside what the layer's MLP needs."""
+        reducer = self.reducer()
+        if self.stacks.encoders and self.stacks.encoders[-1].recorded and isinstance(reducer, EncoderReducer):
+            call = self.stacks.encoders[-1]
+            with torch.no_grad(), compat.without_autocast(call.recorded[0].key):
+                call.signals = self.adapter.importance_and_keys(call.recorded, call.encoding, reducer.signal_segments)
+            call.recorded.clear()
+
     def _plans(self, call: EncoderCall, parts: list[Tensor]) -> tuple[SpanPlan, ...]:
         """The plan of each span from the sizes of its parts and its structure rows."""
         sizes = [np.bincount(rows.numpy() + 1).tolist() for rows in parts]  # numpy: on the host already, nothing waits
@@ -148,7 +157,7 @@ class EncoderFlow:
         content = valid & ((numbers >= 0) | whole[:, None])  # structure rows of reduced spans leave, or are kept, without being ranked
         with torch.no_grad(), compat.without_autocast(features):
             if reducer.signals:
-                importance, keys = self._signals(reducer, call, features.shape[1])
+                importance, keys = self._signals(call, features.shape[1])
             asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
             counts = torch.tensor([[p.dominant, p.contextual] for p in asked], device=features.device)
             view = VisionView(
@@ -160,10 +169,10 @@ class EncoderFlow:
                 selection = reducer.v2v(view)
         return with_structure(selection, valid & (numbers < 0), plans) if any(plan.structure for plan in plans) else selection
 
-    def _signals(self, reducer: EncoderReducer, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
-        if not call.recorded:
+    def _signals(self, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
+        if call.signals is None:
             raise RuntimeError("the vision attention was not recorded (changed after attach?): detach and attach again")
-        scores, keys = self.adapter.importance_and_keys(call.recorded, call.encoding, reducer.signal_segments)
+        scores, keys = call.signals
         importance, _ = pad_rows(scores)
         key_rows, _ = pad_rows(keys)
         check_finite(compat.finite(importance) & compat.finite(key_rows), "the vision attention scores")
