@@ -21,7 +21,7 @@ from duet_vlm.cli.main import app
 from duet_vlm.measure import devices
 from duet_vlm.measure.counted import memory_of
 from duet_vlm.measure.devices import SHEETS, Device
-from duet_vlm.measure.memory import decoder_weights, layer_weights, prefill_peak_bytes, vision_peak_bytes, vision_weights
+from duet_vlm.measure.memory import decoder_weights, layer_weights, prefill_peak_bytes, vision_peak_bytes
 from duet_vlm.measure.report import Sample
 from duet_vlm.measure.roofline import Assumptions, Model, Workload, memory_bytes, predict
 from duet_vlm.measure.shapes import DecoderShape, Experts, VisionShape, decoder_shape
@@ -113,7 +113,7 @@ def test_weights_of_decoders(name: str) -> None:
 def test_weights_of_whole_models(family: str) -> None:
     model = FAMILIES[family].make()
     adapter = adapter_for(model)
-    predicted = decoder_weights(adapter.decoder_shape()) + vision_weights(adapter.vision_shape())
+    predicted = Model(adapter.decoder_shape(), adapter.vision_shape()).numbers
     assert predicted == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.05)  # norms, biases and positions weigh much at this size
 
 

@@ -39,6 +39,7 @@ class Family:
     video = False  # takes clips, too
     mixes = True  # images and clips in one call
     turned = 16  # channels of a decoder head that rotary embeddings turn
+    offloaded = "generate"  # what the stock model can do when offloaded: this, "call" (no more than that), or "nothing"
     drafts = True  # draft tokens of a prompt change nothing in front of them, and a plain cache can give them up again
 
     def make(self) -> nn.Module:

@@ -41,6 +41,7 @@ class Glm4V(Qwen3):
     """One placeholder id for images and frames; marks around a clip tell them apart; the frames of a clip stand apart."""
 
     name = "glm4v"
+    offloaded = "nothing"  # its tower reads the position table beside the module that holds it
     mixes = False
     turned = 8
 
@@ -81,6 +82,7 @@ class Glm46V(Glm4V):
 
 class GlmOcr(Glm4V):
     name = "glm_ocr"
+    offloaded = "generate"
 
     def make(self) -> nn.Module:
         text = glm_text() | {"head_dim": 16, "intermediate_size": 80}

@@ -28,6 +28,7 @@ class Idefics3(Family):
     """One crop per picture, samples padded with crops of zeros; pictures below full size are padded inside their crop."""
 
     name = "idefics3"
+    offloaded = "nothing"  # it counts placeholders on a device without data
 
     def make(self) -> nn.Module:
         return Idefics3ForConditionalGeneration(Idefics3Config(**PARTS))
@@ -79,6 +80,7 @@ class Idefics3(Family):
 
 class SmolVLM(Idefics3):
     name = "smolvlm"
+    offloaded = "generate"
 
     def make(self) -> nn.Module:
         return SmolVLMForConditionalGeneration(SmolVLMConfig(**PARTS))

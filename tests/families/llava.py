@@ -120,6 +120,7 @@ class Llava(Family):
 
 class LlavaNext(Family):
     name = "llava_next"
+    offloaded = "call"  # its newline row is read where images are encoded, outside of the forward
 
     def make(self) -> nn.Module:
         return llava_next(4)

@@ -81,6 +81,7 @@ class LlavaNextVideo(Family):
     """Any-resolution images, and clips of equally many frames whose patches are averaged two by two."""
 
     name = "llava_next_video"
+    offloaded = "call"
     video = True
     layer = -2
 

@@ -47,7 +47,7 @@ def looked(tower: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Mistral3(Family):
-    """``merge`` x ``merge`` patches are a token; images have a line or column of patches more than their tokens need."""
+    """``merge`` x ``merge`` patches are a token; images with an even number of lines have a line of patches more than their tokens need."""
 
     name = "mistral3"
     merge, spare = 2, 1
@@ -60,7 +60,7 @@ class Mistral3(Family):
         return Mistral3ForConditionalGeneration(config)
 
     def patches(self, picture: Picture) -> tuple[int, int]:
-        return self.merge * picture.height + self.spare, self.merge * picture.width
+        return self.merge * picture.height + self.spare * (picture.height % 2 == 0), self.merge * picture.width
 
     def tokens(self, picture: Picture) -> int:
         return picture.height * picture.width

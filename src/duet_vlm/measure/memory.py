@@ -30,10 +30,10 @@ def decoder_weights(shape: DecoderShape) -> int:
     return round(sum(layer_weights(shape, layer) for layer in range(shape.layers))) + shape.hidden * shape.vocab * (2 - shape.tied)
 
 
-def vision_weights(shape: VisionShape) -> int:
-    """Numbers in the maps of the tower and its projector."""
+def vision_weights(shape: VisionShape, towers: int = 1) -> int:
+    """Numbers in the maps of the projector and of so many towers: one by default, as a picture sees it."""
     per_layer = 4 * shape.width**2 + shape.mlp_matrices * shape.width * shape.mlp
-    return shape.layers * per_layer + shape.patch_inputs * shape.width + sum(a * b for a, b in shape.projector)
+    return towers * (shape.layers * per_layer + shape.patch_inputs * shape.width) + sum(a * b for a, b in shape.projector)
 
 
 def vision_peak_bytes(shape: VisionShape, rows: int, element_bytes: int) -> int:

@@ -63,7 +63,7 @@ class Model:
 
     @property
     def numbers(self) -> int:
-        return self.weights or decoder_weights(self.decoder) + vision_weights(self.vision)
+        return self.weights or decoder_weights(self.decoder) + vision_weights(self.vision, self.vision.towers)
 
 
 @dataclass(frozen=True)

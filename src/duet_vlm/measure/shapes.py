@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 FULL, SLIDING, LINEAR = "full", "sliding", "linear"
@@ -99,6 +99,8 @@ class VisionShape:
 
     ``patches_per_token`` patches make one visual token; ``extra_rows`` are CLS-like rows; ``projector`` lists (in, out) of its linear maps,
     those of further mergers included; all but ``full_layers`` layers attend within windows of ``window`` patches (None: every layer is full).
+    The model holds ``towers`` of this shape (images and clips may have their own); a picture goes through one. Nobody reads its last
+    ``unread`` layers: stock models run them all the same, an attached model does not (outside of training).
     """
 
     layers: int
@@ -111,6 +113,12 @@ class VisionShape:
     projector: tuple[tuple[int, int], ...]
     full_layers: int | None = None
     window: int | None = None
+    towers: int = 1
+    unread: int = 0
+
+    def read(self) -> VisionShape:
+        """The tower without what nobody reads."""
+        return replace(self, layers=self.layers - self.unread, unread=0)
 
 
 def decoder_shape(config: Any) -> DecoderShape:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
+from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
 
@@ -45,6 +48,9 @@ class VideoLlava(Llava):
         image, video = self.base.image_tower.encoder.layers, self.base.video_tower.encoder.layers
         number = self.feature_layer() if layer is None else layer
         return [image[number].self_attn, video[number].self_attn]
+
+    def vision_shape(self) -> VisionShape:
+        return dataclasses.replace(super().vision_shape(), towers=2)
 
     def cls_module(self) -> nn.Module:
         raise TypeError("video_llava feeds the CLS row of every frame already: cls_token=True cannot add one")
