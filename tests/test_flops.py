@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import REDUCING
-from families import FAMILIES, Picture, Row, build
+from families import FAMILIES, Picture, Row, build, clips_for
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -63,6 +63,17 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
         assert report.full.flops == pytest.approx(counted, rel=WITHIN)
     else:
         assert counted < 0.95 * report.full.flops
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.video])
+@pytest.mark.parametrize("method", ["duet", "fastv"])
+def test_a_clip_costs_what_was_predicted(family: str, method: str) -> None:
+    model, inputs = build(family), FAMILIES[family].inputs(clips_for(family)[:1])
+    with torch.no_grad(), duet_vlm.attach(model, method, **REDUCING[method]) as handle:
+        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        report = handle.report()
+    assert report.observed.flops == pytest.approx(counted, rel=WITHIN)
+    assert report.full.flops == pytest.approx(counted_flops(lambda: model(**inputs, logits_to_keep=1)), rel=WITHIN)
 
 
 @pytest.mark.parametrize("method", ["none", "duet", "fastv", "scope"])

@@ -40,3 +40,24 @@ def test_a_tower_whose_cls_row_would_be_shuffled_is_refused() -> None:
     model.config.vision_feature_select_strategy = "full"
     with pytest.raises(TypeError, match="only InternVL towers with vision_feature_select_strategy='default'"):
         duet_vlm.attach(model, "duet", budget=0.5)
+
+
+@pytest.mark.parametrize("method", ["duet", "visionzip", "fastv"])
+def test_tiles_of_another_size_than_the_configs(method: str) -> None:
+    """The stock model interpolates its positions: 16 x 16 patches here, 64 tokens."""
+    model = shared("internvl")
+    ids = torch.tensor([[1, VISION_START, *[IMAGE] * 64, VISION_END, 5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": noise(3, 1, 3, 64, 64)}
+    with duet_vlm.attach(model, method, budget=0.5) as handle:
+        generate(model, inputs)
+        ((span,),) = handle.trace
+        report = handle.report()
+    assert 31 < report.measured_mean == report.nominal_mean <= 32
+    assert span.span.grid == (8, 8)
+
+
+def test_tiles_that_are_not_square_are_refused() -> None:
+    model = FAMILIES["internvl"].make()
+    model.config.vision_config.image_size = [32, 64]
+    with pytest.raises(TypeError, match="only square tiles are supported, got image_size 32 x 64"):
+        duet_vlm.attach(model, "duet", budget=0.5)

@@ -117,19 +117,22 @@ class Handle:
     def report(self) -> Report:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
         run = self._last_run()
-        passes = iter([encoded.passes[number] for encoded, number in run.sources])
+        rest = iter(run.sources)
+        sources = [[next(rest) for _ in row] for row in run.spans]
         samples = [
             Sample(
                 text=length - sum(span.tokens for span in spans),
                 spans=tuple(span.tokens for span in spans),
-                passes=tuple(next(passes) for _ in spans),
+                passes=tuple(encoded.passes[number] for encoded, number in of),
                 plans=plans,
                 queries=asked,
                 measured=measured,
                 grids=tuple(span.grid for span in spans),
+                projected=tuple(encoded.projected[number] for encoded, number in of),
+                skipped=any(encoded.skipped for encoded, _ in of),
             )
-            for length, spans, plans, asked, measured in zip(
-                run.prompt.valid.sum(1).tolist(), run.spans, run.plans, run.asking, rows_per_layer(run), strict=True
+            for length, spans, of, plans, asked, measured in zip(
+                run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), strict=True
             )
         ]
         return make_report(
@@ -202,10 +205,17 @@ class Handle:
         adapter, hooks = self.adapter, self._hooks
         encoder = EncoderFlow(self.adapter, self._stacks, self._active, self._plan_span)
         adapter.install(hooks, self._running)
+        recorded: list[nn.Module] = []
         if isinstance(self.reducer, EncoderReducer) and self.reducer.signals:
-            for attention in adapter.vision_attentions(self.reducer.signal_layer):
-                hooks.on_undo(Recorder(attention, self._stacks).remove)
-                hooks.add(attention.register_forward_hook, encoder.after_attention)
+            recorded = adapter.vision_attentions(self.reducer.signal_layer)
+        for attention in recorded:
+            hooks.on_undo(Recorder(attention, self._stacks).remove)
+            hooks.add(attention.register_forward_hook, encoder.after_attention)
+        unread = adapter.unread_layers()
+        if not any(module in recorded for layer in unread for module in layer.modules()):
+            encoder.skipping = bool(unread)
+            for layer in unread:
+                hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
         if isinstance(self.reducer, EncoderReducer) and self.reducer.cls_token:
             hooks.add(adapter.cls_module().register_forward_hook, self._record_cls)
         if adapter.door is not None:

@@ -57,4 +57,5 @@ def encoded_elsewhere(stream: str, features: list[Tensor], plan: Callable[[int],
             "the image features were encoded before the reducer was attached, so they cannot be merged any more; encode them with the "
             "attached model, or use a method that only drops inside the decoder"
         )
-    return Encoded(stream, features, (None,) * len(features), plans, passes=tuple((len(rows),) for rows in features))
+    sizes = tuple(len(rows) for rows in features)
+    return Encoded(stream, features, (None,) * len(features), plans, passes=tuple((n,) for n in sizes), projected=sizes)

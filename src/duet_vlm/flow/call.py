@@ -33,6 +33,8 @@ class Encoded:
     cls_token: bool = False
     finite: Tensor | None = None
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
+    projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
+    skipped: bool = False  # tower layers that nobody reads were not run
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
 
     def number_of(self, rows: Tensor, position: int, total: int) -> int:
@@ -50,11 +52,13 @@ class Encoded:
 class EncoderCall:
     """Scratch of one running encoder call: what the recorder saw and what the door decided.
 
-    ``each``: parts are reduced one by one; ``signals``: importance and mean keys per span, made of what was recorded.
+    ``each``: parts are reduced one by one; ``skips``: tower layers that nobody reads are not run; ``signals``: importance and mean keys per
+    span, made of what was recorded.
     """
 
     encoding: Encoding
     each: bool = False
+    skips: bool = False
     recorded: list[Any] = field(default_factory=list)
     signals: tuple[list[Tensor], list[Tensor]] | None = None
     cls: Tensor | None = None

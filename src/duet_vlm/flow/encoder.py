@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.budget import SpanPlan
+from duet_vlm.budget import BudgetError, SpanPlan
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Encoded, EncoderCall, Stacks
 from duet_vlm.flow.split import select_each, with_structure
-from duet_vlm.models.adapter import Adapter, Stream
+from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
-from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, VisionView
 from duet_vlm.tokens import Selection
 
 MARK = float("nan")  # of rows that do not exist any more; real rows are checked to be finite
@@ -41,6 +41,7 @@ class EncoderFlow:
 
     def __init__(self, adapter: Adapter, stacks: Stacks, reducer: Callable[[], Reducer | None], plan: Callable[..., SpanPlan]) -> None:
         self.adapter, self.stacks, self.reducer, self.plan = adapter, stacks, reducer, plan
+        self.skipping = False  # whether layers that nobody reads were found
 
     def wrap(self, encode: Callable[..., Any], stream: Stream) -> Callable[..., Any]:
         """The encoder method of a stream with V2V around it; keeps its signature, which generate() reads."""
@@ -52,7 +53,8 @@ class EncoderFlow:
             if reducer is None or self.stacks.encoders:  # nobody reduces, or one encoder method calls another
                 return encode(*args, **kwargs)
             bound = signature.bind_partial(*args, **kwargs)
-            call = EncoderCall(stream.encoding(bound.arguments), _takes_each(reducer, stream))
+            encoding = stream.encoding(bound.arguments)
+            call = EncoderCall(encoding, _takes_each(reducer, stream), self._skips(reducer, encoding))
             self.stacks.encoders.append(call)
             try:
                 output = encode(*args, **kwargs)
@@ -62,14 +64,41 @@ class EncoderFlow:
 
         return encode_and_reduce
 
+    def _skips(self, reducer: Reducer, encoding: Encoding) -> bool:
+        """Training runs the tower as it is: whoever shards or differentiates it counts on every layer."""
+        reduces = isinstance(reducer, EncoderReducer | DecoderReducer)
+        return self.skipping and reduces and not torch.is_grad_enabled() and self.adapter.reads_usual_layers(encoding)
+
+    def instead_of(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a tower layer that nobody reads."""
+
+        def pass_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.stacks.encoders and self.stacks.encoders[-1].skips:
+                return hidden_states
+            return forward(hidden_states, *args, **kwargs)
+
+        return pass_on
+
     def after_attention(self, attention: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of the recorded attention: queries and keys must not live on beside what the layer's MLP needs."""
         reducer = self.reducer()
-        if self.stacks.encoders and self.stacks.encoders[-1].recorded and isinstance(reducer, EncoderReducer):
-            call = self.stacks.encoders[-1]
+        call = self.stacks.encoders[-1] if self.stacks.encoders else None
+        if call is None or not call.recorded or not isinstance(reducer, EncoderReducer):
+            return
+        if call.signals is not None:
+            raise RuntimeError("the vision tower ran twice in one encoder call: nobody knows which of its attentions ranks the tokens")
+        if self._may_merge(call):
             with torch.no_grad(), compat.without_autocast(call.recorded[0].key):
                 call.signals = self.adapter.importance_and_keys(call.recorded, call.encoding, reducer.signal_segments)
-            call.recorded.clear()
+        call.recorded.clear()
+
+    def _may_merge(self, call: EncoderCall) -> bool:
+        """Whether spans can be reduced at all: no span is larger than all that the tower looked at."""
+        rows = sum(recorded.key.shape[0] * recorded.key.shape[2] for recorded in call.recorded)
+        try:
+            return self.plan((rows,), 0, call.each).merges
+        except BudgetError:  # so many rows cannot be reduced so far, fewer may
+            return True
 
     def _plans(self, call: EncoderCall, parts: list[Tensor]) -> tuple[SpanPlan, ...]:
         """The plan of each span from the sizes of its parts and its structure rows."""
@@ -126,6 +155,7 @@ class EncoderFlow:
         output.pooler_output = torch.stack(rows) if isinstance(output.pooler_output, Tensor) else type(output.pooler_output)(rows)
         encoded.rows = rows = list(output.pooler_output)
         encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
+        encoded.projected, encoded.skipped = tuple(self.adapter.projected(call.encoding, counts)), call.skips
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
         setattr(output, ENCODED, encoded)

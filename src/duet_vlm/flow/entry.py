@@ -142,6 +142,8 @@ def _spans(
 ) -> tuple[tuple[tuple[Span, ...], ...], tuple[tuple[Source, ...], ...]]:
     """Which span belongs to which sample, in the order of the prompt."""
     found = {name: _dealt(name, arrived, visual[name]) for name, arrived in call.arrived.items()}
+    if len(found) > 1:  # in which order a prompt shows images and clips: one more read
+        places = dict(zip(places, torch.stack(list(places.values())).cpu(), strict=True))
     spans: list[tuple[Span, ...]] = []
     sources: list[tuple[Source, ...]] = []
     for sample in range(len(next(iter(visual.values())))):
@@ -214,7 +216,8 @@ def _remove_marked(run: Run, adapter: Adapter, reducer: Reducer, lengths: list[i
     kwargs["position_ids"] = positions = entry_positions(positions, tokens, reducer.positions)
     run.next_position = next_positions(positions, embeds.shape[0])
     mask = kwargs.get("attention_mask")
-    if _window_bites(adapter, run.rows, mask):
+    unmade = isinstance(mask, dict) and run.groups[0].padded and any(prepared is None for prepared in mask.values())
+    if unmade or _window_bites(adapter, run.rows, mask):
         kwargs["attention_mask"] = _slot_masks(adapter, kwargs["inputs_embeds"], tokens, run.rows)
     else:
         kwargs["attention_mask"] = entry_mask(mask, run.groups[0], index, kwargs.get("past_key_values") is None)
@@ -239,7 +242,7 @@ def entry_mask(mask: Any, group: Group, index: Tensor, no_cache: bool) -> Any:
     """The caller's mask for the shortened sequence. Without a cache even an all-ones mask is passed: gaps in kept positions would
     otherwise be read as packed sequences."""
     if isinstance(mask, dict):
-        return {kind: entry_mask(m, group, index, no_cache) for kind, m in mask.items()}
+        return {kind: entry_mask(prepared, group, index, False) for kind, prepared in mask.items()}  # layers take these as they are
     if isinstance(mask, Tensor) and mask.ndim == 4:
         return cut_mask(mask, index, group.tokens.valid)
     return group.tokens.valid.long() if group.padded or no_cache else None

@@ -19,7 +19,9 @@ class Sample:
     """One row of the batch: ``text`` rows, ``spans`` unreduced sizes and ``plans``, query rows, (visual, all) rows measured per layer.
 
     ``passes``: per span the tokens of each part (crop, frame) that the tower looks at by itself; what packing cuts off is among them.
-    ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other.
+    ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
+    projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers that nobody reads were
+    not run.
     """
 
     text: int
@@ -29,6 +31,12 @@ class Sample:
     queries: int
     measured: tuple[tuple[int, ...], tuple[int, ...]]
     grids: tuple[Grid, ...] = ()
+    projected: tuple[int, ...] = ()
+    skipped: bool = False
+
+    @property
+    def to_project(self) -> tuple[int, ...]:
+        return self.projected or tuple(map(sum, self.passes))
 
     def parts(self) -> list[tuple[int, Grid]]:
         """Tokens and grid of everything that the tower looks at by itself."""
@@ -174,8 +182,9 @@ def make_report(
     nominal = [tuple(s.text + sum(p.counts[i] for p in s.plans) for i in range(depth)) for s in samples]
     whole = [(s.text + sum(s.spans),) * depth for s in samples]
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
-    passes = [tokens for s in samples for span in s.passes for tokens in span]
+    everything = [rows for s in samples for rows in s.to_project]
     towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
+    read = sum(vision_flops(vision.read() if s.skipped else vision, n, grid) for s in samples for n, grid in s.parts())
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + sum(p.entry for p in s.plans), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
@@ -187,9 +196,9 @@ def make_report(
         ]
         ranking = sum(scoring_flops(decoder, *some) for some in scored)
         projector = sum(projector_flops(vision, n) for n in projected)
-        return Costs(towers + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
+        return Costs((read if ranked else towers) + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 
-    before = passes if projects_all else [p.entry for p in plans]
+    before = everything if projects_all else [p.entry for p in plans]
     full_width = max(w[0] for w in whole)
     return Report(
         method=method,
@@ -199,7 +208,7 @@ def make_report(
         tokens=sum(images),
         nominal=tuple(sum(p.counts[i] for p in plans) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
-        full=costs(whole, passes, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
+        full=costs(whole, everything, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
         predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),
         observed=costs([s.measured[1] for s in samples], before, True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),

@@ -54,6 +54,11 @@ class Stream:
         return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes).tolist(), arguments)
 
 
+LLAMA_LAYOUT = (
+    "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "phi", "stablelm", "gemma",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Encoding:
     """One encoder call: its stream, on the host the size of each span as the family's processor writes it, and all its arguments."""
@@ -130,6 +135,10 @@ class Adapter(ABC):
         ``segmented`` keeps the tower's own attention segments.
         """
 
+    def projected(self, call: Encoding, counts: list[int]) -> list[int]:
+        """Per span: rows that the projector works on where V2V leaves them all to it: what the tower made, unless the family pools first."""
+        return [sum(sizes) for sizes in self.passes(call, counts)]
+
     @abstractmethod
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
@@ -149,6 +158,16 @@ class Adapter(ABC):
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         """Per span: visual tokens of each part that the tower looks at by itself (crops, frames). One part unless the family says more."""
         return [(count,) for count in counts]
+
+    def unread_layers(self) -> Sequence[nn.Module]:
+        """Layers of the tower behind the one that the features come from: stock models run them for nothing."""
+        return ()
+
+    def reads_usual_layers(self, call: Encoding) -> bool:
+        """Whether an encoder call takes its features where the config says, and nobody asked for the layers' own outputs."""
+        asked = {**call.arguments.get("kwargs", {}), **call.arguments}
+        usual = getattr(self.model.config, "vision_feature_layer", None)
+        return asked.get("vision_feature_layer") in (None, usual) and not asked.get("output_hidden_states")
 
     @abstractmethod
     def tower(self) -> nn.Module:
@@ -222,6 +241,20 @@ class Adapter(ABC):
     @abstractmethod
     def check(self) -> None:
         """Raise a clear error for configurations of this family that cannot be right."""
+
+    def check_decoder(self) -> None:
+        """Families that take decoders of any kind: refuse those whose queries and keys would come out wrong here.
+
+        Raises
+        ------
+        TypeError
+            Naming the decoder and those that are held to their own projections by a test.
+        """
+        kind = self.text_model.config.model_type
+        if kind not in LLAMA_LAYOUT:
+            raise TypeError(
+                f"{self.family}: nobody has checked how to rank tokens with a {kind} decoder; those that are: {', '.join(LLAMA_LAYOUT)}"
+            )
 
     @abstractmethod
     def decoder_shape(self) -> DecoderShape:

@@ -34,8 +34,7 @@ class Idefics3(LlamaLike, Adapter):
         self.patch, self.side = self.config.vision_config.patch_size, self.config.scale_factor
 
     def check(self) -> None:
-        if not all(hasattr(self.layers[0].self_attn, name) for name in ("q_proj", "k_proj")):
-            raise TypeError(f"{self.family}: decoder layers of {type(self.text_model).__name__} have no q_proj / k_proj to rank tokens with")
+        self.check_decoder()
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_model.encoder.layers[-1 if layer is None else layer].self_attn

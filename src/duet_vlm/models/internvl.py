@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,9 @@ class InternVL(Llava):
                 f"internvl: only InternVL towers with vision_feature_select_strategy='default' are supported, got {tower} with "
                 f"{self.config.vision_feature_select_strategy!r}"
             )
+        height, width = self.config.vision_config.image_size
+        if height != width:
+            raise TypeError(f"internvl: only square tiles are supported, got image_size {height} x {width}")
 
     def blocks(self) -> nn.ModuleList:
         return self.clip.encoder.layer
@@ -51,14 +56,11 @@ class InternVL(Llava):
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
-        pooled = cells(torch.cat([importance[..., None], keys], -1), self.side, self.cell)
+        pooled = cells(torch.cat([importance[..., None], keys], -1), math.isqrt(keys.shape[1]), self.cell)  # tiles may have another size
         return list(pooled[..., 0]), list(pooled[..., 1:])
 
     def cls_module(self) -> nn.Module:
         raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add the CLS row")
-
-    def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
-        return ((self.side // self.cell, self.side // self.cell),) * len(counts)
 
     def blank_image(self) -> dict[str, Tensor]:
         vision, weight = self.config.vision_config, next(self.clip.parameters())

@@ -59,8 +59,7 @@ class Llava(LlamaLike, Adapter):
 
     def check(self) -> None:
         self.check_tower()
-        if not all(hasattr(self.layers[0].self_attn, name) for name in ("q_proj", "k_proj")):
-            raise TypeError(f"{self.family}: decoder layers of {type(self.text_model).__name__} have no q_proj / k_proj to rank tokens with")
+        self.check_decoder()
 
     def feature_layer(self) -> int:
         """Index of the tower layer whose output is the (last) visual feature."""
@@ -71,6 +70,9 @@ class Llava(LlamaLike, Adapter):
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.blocks()[self.feature_layer() if layer is None else layer].self_attn
+
+    def unread_layers(self) -> Sequence[nn.Module]:
+        return self.blocks()[self.feature_layer() + 1 :]
 
     def tower(self) -> nn.Module:
         return self.clip
@@ -113,5 +115,5 @@ class Llava(LlamaLike, Adapter):
         return VisionShape(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
             patches_per_token=1, extra_rows=int(self.has_cls), patch_inputs=vision.num_channels * vision.patch_size**2,
-            projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
+            unread=len(self.blocks()) - 1 - self.feature_layer(), projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

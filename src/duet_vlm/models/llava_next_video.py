@@ -57,6 +57,9 @@ class LlavaNextVideo(LlavaNext):
         clips, frames = self.frames(call)
         return [(self.side**2,) * frames] * clips
 
+    def projected(self, call: Encoding, counts: list[int]) -> list[int]:
+        return super().projected(call, counts) if call.stream == "image" else counts  # clips are pooled before they are projected
+
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         if call.stream == "image":
             return super().grids(call, counts)

@@ -52,6 +52,9 @@ class VideoLlava(Llava):
     def vision_shape(self) -> VisionShape:
         return dataclasses.replace(super().vision_shape(), towers=2)
 
+    def unread_layers(self) -> list[nn.Module]:
+        return [layer for tower in (self.base.image_tower, self.base.video_tower) for layer in tower.encoder.layers[self.feature_layer() + 1 :]]
+
     def cls_module(self) -> nn.Module:
         raise TypeError("video_llava feeds the CLS row of every frame already: cls_token=True cannot add one")
 
