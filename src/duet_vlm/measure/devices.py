@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -73,14 +75,34 @@ def device(name: str) -> Device:
 
 def this_machine(fresh: bool = False) -> Device:
     """This CPU with the threads that torch uses now: products, and weights read, measured in a few seconds and kept in a cache file."""
-    threads = torch.get_num_threads()
-    file = _cache() / f"cpu-{threads}-threads-torch-{torch.__version__}.json"
-    if file.is_file() and not fresh:
-        return Device(**json.loads(file.read_text()))
+    file = _cache() / f"cpu-{_processor()}-{torch.get_num_threads()}-threads-torch-{torch.__version__}.json"
+    known = None if fresh else _read(file)
+    if known is not None:
+        return known
     found = measured()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    half = file.with_suffix(f".{os.getpid()}")  # a reader finds the whole file or none
+    half.write_text(json.dumps(asdict(found), indent=1) + "\n")
+    half.replace(file)
     return found
+
+
+def _read(file: Path) -> Device | None:
+    """What a cache file says; None if there is none, or none that can be read."""
+    try:
+        return Device(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _processor() -> str:
+    """The model of this CPU as a piece of a file's name: homes are shared between machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.split(":", 1)[1] for line in lines if line.startswith("model name")), platform.processor() or platform.machine())
+    return "-".join(re.findall("[a-z0-9]+", name.lower()))
 
 
 def measured(size: int = 512, rounds: int = 500, matrices: int = 32, width: int = 1536) -> Device:
