@@ -11,22 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Adapter, Stream
+from duet_vlm.models.adapter import Adapter, Encoding, Stream
 
 BOS = 1
+USUAL = 256  # tokens of an image (of a step of time), where its size is free and nobody says how many
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """``text``: what the model is called with besides the picture; ``picture``: the encoder's arguments; ``tokens`` visual tokens per row, which
-    the tower looks at in ``parts``."""
+    """``text``: what the model is called with besides the picture; ``picture``: the encoder's arguments; per span of a row its visual tokens,
+    and those of each part that the tower looks at by itself."""
 
     stream: str
     encode: str
     text: dict[str, Tensor]
     picture: dict[str, Any]
-    tokens: int
-    parts: int = 1
+    spans: tuple[int, ...]
+    passes: tuple[tuple[int, ...], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens per row."""
+        return sum(self.spans)
 
     @property
     def rows(self) -> int:
@@ -48,7 +54,8 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
     Parameters
     ----------
     tokens : int, optional
-        Visual tokens per picture, where the family leaves its size free: the nearest square is taken (per step of time, with ``frames``).
+        Visual tokens per picture, where the family leaves its size free: the nearest square is taken (per step of time, with ``frames``), or
+        the nearest size among whole crops.
     frames : int
         Steps of time of a clip; 0 for an image.
     picture : dict, optional
@@ -57,33 +64,75 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
     Raises
     ------
     ValueError
-        If the family has no such input.
+        If the family has no such input, or none of that size.
     """
     name = "video" if frames else "image"
     stream = next((s for s in adapter.streams if s.name == name), None)
     if stream is None:
         raise ValueError(f"{adapter.family} models take no {name}s")
-    picture = _noise(adapter, stream, tokens, frames) if picture is None else picture
     weight = next(adapter.model.parameters())
-    one = {key: _placed(value, weight) for key, value in picture.items()}
+    noise = _noise(adapter, stream, tokens, frames) if picture is None else picture
+    one = {key: _placed(value, weight) for key, value in noise.items()}
+    call = stream.encoding(one)
     with torch.inference_mode():
-        found = getattr(adapter.base, stream.encode)(**one).pooler_output
-    counts = [len(rows) for rows in found]
-    parts = sum(len(span) for span in adapter.passes(stream.encoding(one), counts))
+        spans = tuple(len(rows) for rows in adapter.spans(getattr(adapter.base, stream.encode)(**one), call))
+    if picture is None and stream.sizes is None and tokens not in (None, sum(spans)):
+        what = f"a clip of {frames} frames" if frames else "an image"
+        raise ValueError(f"tokens={tokens}: {what} has {sum(spans)} visual tokens in this {adapter.family} model; leave the number out")
     many = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in one.items()}
-    return Prompt(name, stream.encode, _words(adapter, stream, sum(counts), text, batch), many, sum(counts), parts)
+    words = _words(adapter, stream, sum(spans), text, batch)
+    return Prompt(name, stream.encode, words, many, spans, tuple(adapter.passes(call, list(spans))))
 
 
 def _noise(adapter: Adapter, stream: Stream, tokens: int | None, frames: int) -> dict[str, Any]:
-    """Free sizes come as grids of patches (time, height, width); all others as the family's own blank image, filled with noise."""
-    if stream.sizes is None or not stream.sizes.endswith("grid_thw"):
-        blank = adapter.blank_image()
+    """Where a family says sizes, it says them as patches (time, height, width), or as pixels of images that it takes whole or cuts into crops;
+    all others take their own blank image, or frames of its size, filled with noise."""
+    if stream.sizes is not None and stream.sizes.endswith("grid_thw"):
+        return _patches(adapter, stream, stream.sizes, tokens, frames)
+    blank = adapter.blank_image()
+    size = blank["pixel_values"].shape
+    if frames:
+        return {stream.pixels: torch.randn(1, frames, *size[-3:])}
+    if stream.sizes is None or (tokens is None and len(size) == 5):
         return {key: torch.randn(value.shape) if key.startswith("pixel_") else value for key, value in blank.items()}
+    height, width = _cut(adapter, stream, tokens) if tokens is not None and len(size) == 5 else _whole(adapter, tokens)
+    sizes = torch.tensor([[height, width]])
+    if len(size) == 4:
+        return {stream.pixels: torch.randn(1, size[1], height, width), stream.sizes: sizes}
+    crops = len(adapter.passes(Encoding(stream.name, [[height, width]]), [0])[0])
+    return {stream.pixels: torch.randn(1, crops, *size[2:]), stream.sizes: sizes}
+
+
+def _patches(adapter: Adapter, stream: Stream, sizes: str, tokens: int | None, frames: int) -> dict[str, Any]:
+    """A square of merged patches, or one per step of time."""
     shape = adapter.vision_shape()
     merge = math.isqrt(shape.patches_per_token)
-    side = max(2, math.isqrt((tokens or 256) // max(1, frames)))
+    side = max(2, round(math.sqrt((tokens or USUAL) / max(1, frames))))
     grid = torch.tensor([[frames or 1, merge * side, merge * side]])
-    return {stream.pixels: torch.randn(int(grid.prod()), shape.patch_inputs), stream.sizes: grid}
+    return {stream.pixels: torch.randn(int(grid.prod()), shape.patch_inputs), sizes: grid}
+
+
+def _whole(adapter: Adapter, tokens: int | None) -> tuple[int, int]:
+    """Pixels of a square image that the tower sees whole."""
+    vision = adapter.model.config.vision_config
+    pixel = vision.patch_size * math.isqrt(adapter.vision_shape().patches_per_token)  # a token's side
+    most = vision.image_size // pixel
+    side = max(2, round(math.sqrt(tokens or min(USUAL, most**2))))
+    if side > most:
+        raise ValueError(f"tokens={tokens}: images have 4 to {most**2} visual tokens in this {adapter.family} model")
+    return side * pixel, side * pixel
+
+
+def _cut(adapter: Adapter, stream: Stream, tokens: int) -> tuple[int, int]:
+    """Pixels of the image of whole crops with the nearest number of tokens, of all that the model's grids allow."""
+    config = adapter.model.config
+    side = config.vision_config.image_size
+    sizes = [range(side, most + 1, side) for most in map(max, zip(*config.image_grid_pinpoints, strict=True))]
+    counts = {(h, w): len(adapter.parts(Encoding(stream.name, [[h, w]]), [0])[0]) for h in sizes[0] for w in sizes[1]}
+    least, most = min(counts.values()), max(counts.values())
+    if not least <= tokens <= most:
+        raise ValueError(f"tokens={tokens}: images have {least} to {most} visual tokens in this {adapter.family} model, overview and crops together")
+    return min(counts, key=lambda size: abs(counts[size] - tokens))
 
 
 def _placed(value: Any, weight: Tensor) -> Any:

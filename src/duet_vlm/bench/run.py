@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -19,10 +20,12 @@ from duet_vlm.bench.planned import workload
 from duet_vlm.bench.stages import Clocks
 from duet_vlm.evaluate.results import environment
 from duet_vlm.measure.counted import cache_bytes, memory_of
-from duet_vlm.measure.devices import SHEETS, Device, this_machine
+from duet_vlm.measure.devices import SHEETS, TORCH, Device, this_machine
 from duet_vlm.measure.roofline import Model, Workload, predict
 from duet_vlm.measure.speed import Timing, paired, ratio
 from duet_vlm.models.adapter import Adapter, adapter_for
+
+CARDS = {"pcie", "nvl"}  # slower forms of modules that have the same name; the sheets are those of the modules
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def sides_of(methods: Sequence[str], budgets: Sequence[int | float]) -> tuple[Si
 
 def result(name: str, model: nn.Module, plan: Plan, sheet: Device | None, say: Callable[[str], object], picture: Any = None) -> dict[str, Any]:
     """A result file: what was measured, of which model, where, and with what."""
-    weight = next(model.parameters())
+    weight, sheet = next(model.parameters()), _known(sheet, model, say)
     dtype = str(weight.dtype).removeprefix("torch.")
     return {
         "benchmark": "bench", "model": name, "weights": sum(p.numel() for p in model.parameters()),
@@ -77,8 +80,8 @@ def result(name: str, model: nn.Module, plan: Plan, sheet: Device | None, say: C
 
 
 def run(model: nn.Module, plan: Plan, sheet: Device | None = None, picture: Any = None, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
-    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device."""
-    adapter = adapter_for(model)
+    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the dtype."""
+    adapter, sheet = adapter_for(model), _known(sheet, model, say)
     rows: list[dict[str, Any]] = []
     for batch in plan.batches:
         for text in plan.texts:
@@ -135,7 +138,7 @@ class Pass:
 
     def __init__(self, adapter: Adapter, side: Side, prompt: Prompt, plan: Plan) -> None:
         self.adapter, self.side, self.prompt, self.plan = adapter, side, prompt, plan
-        self.clocks = Clocks.__new__(Clocks)
+        self.clocks: Clocks | None = None
         self.seen: list[dict[str, float]] = []
 
     def attached(self) -> Handle:
@@ -148,17 +151,20 @@ class Pass:
 
     @contextlib.contextmanager
     def around(self) -> Iterator[None]:
-        self.clocks = Clocks(self.adapter)
+        self.clocks = clocks = Clocks(self.adapter)
         try:
             with self.held():
-                self.clocks.inside()
+                clocks.inside()
                 yield
-            self.seen.append(self.clocks.read())
+            self.seen.append(clocks.read())
         finally:
-            self.clocks.remove()
+            clocks.remove()
+            self.clocks = None
 
     def __call__(self) -> None:
+        """One pass, inside ``around``."""
         clocks, model, prompt = self.clocks, self.adapter.model, self.prompt
+        assert clocks is not None
         clocks.note("encode starts")
         features = getattr(self.adapter.base, prompt.encode)(**prompt.picture)
         clocks.note("encode ends")
@@ -196,7 +202,7 @@ class Pass:
         with self.attached() as handle:
             held = sum(cache_bytes(self.whole().past_key_values))
             report = handle.report()
-            work = workload(handle, prompt.tokens, text, self.plan.new, prompt.parts)
+            work = workload(handle, prompt.passes, text, self.plan.new, prompt.spans)
             peak = memory_of(self.whole, device)[0] if self.plan.memory and self.side.method is not None else None
         if self.plan.memory and self.side.method is None:
             peak = memory_of(self.whole, device)[0]
@@ -210,8 +216,7 @@ class Pass:
     def _predicted(self, work: Workload, sheet: Device) -> dict[str, float]:
         model = self.adapter.model
         known = Model(self.adapter.decoder_shape(), self.adapter.vision_shape(), sum(p.numel() for p in model.parameters()))
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[model.dtype]
-        found = predict(known, work, sheet, dtype, self.prompt.batch)
+        found = predict(known, work, sheet, _dtype(model), self.prompt.batch)
         stages = {"vision": found.vision.seconds, "v2v": found.selection.seconds, "prefill": found.prefill.seconds, "decode step": found.step}
         return {name: 1000 * seconds for name, seconds in (stages | {"to first token": found.first_token, "end to end": found.total}).items()}
 
@@ -233,9 +238,30 @@ def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
     return {"groups": groups, "t2v": stages, "before_layers_ms": before}
 
 
-def sheet_of(device: str) -> Device | None:
-    """The sheet of the device that runs, where there is one: by its name on CUDA, measured on a CPU."""
+def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None:
+    """The sheet of the device that runs, where there is one: measured on a CPU; on CUDA by its name and memory, which have to be those of the
+    sheet's own module (an H100 as a PCIe card is another device)."""
     if not device.startswith("cuda"):
         return this_machine()
-    name = torch.cuda.get_device_name(device).lower()
-    return next((sheet for key, sheet in SHEETS.items() if key in name), None)
+    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    words = set(re.split("[^a-z0-9]+", name.lower()))
+    for key, sheet in SHEETS.items():
+        if key in words and not words & CARDS and abs(memory / sheet.memory - 1) <= 0.1:
+            return sheet
+    say(f"nothing is predicted: there is no data sheet of {name} with {memory / 1e9:.0f} GB, only of {', '.join(SHEETS)}")
+    return None
+
+
+def _known(sheet: Device | None, model: nn.Module, say: Callable[[str], object]) -> Device | None:
+    """The sheet, if it speaks of the model's dtype."""
+    dtype = _dtype(model)
+    if sheet is None or dtype in sheet.flops:
+        return sheet
+    say(f"nothing is predicted: the sheet of {sheet.name} has {', '.join(sheet.flops)}, the model runs in {dtype}")
+    return None
+
+
+def _dtype(model: nn.Module) -> str:
+    """The dtype of the weights, as sheets call it."""
+    dtype = next(model.parameters()).dtype
+    return next((name for name, known in TORCH.items() if known == dtype), str(dtype))

@@ -31,8 +31,10 @@ class Clocks:
 
     def inside(self) -> None:
         adapter = self.adapter
-        self._before(adapter.tower(), "tower starts")
-        self._after(adapter.tower(), "tower ends")
+        tower = adapter.tower()
+        for part in tower if isinstance(tower, nn.ModuleList) else [tower]:  # a list of towers is never called itself
+            self._before(part, "tower starts")
+            self._after(part, "tower ends")
         self._before(adapter.projector(), "projector starts")
         for index, layer in enumerate(adapter.layers):
             self._before(layer, f"layer {index} starts")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -49,7 +50,8 @@ def bench(
         plan = Plan(
             sides_of(_methods(method), [b for b in budgets if b is not None]), tuple(batch or [1]), tuple(text or [32]), tokens, frames, new, rounds
         )
-        found = result(name, loaded, plan, sheet_of(where) if predict else None, lambda line: typer.echo(line, err=True))
+        say = functools.partial(typer.echo, err=True)
+        found = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(found, indent=1) + "\n")
