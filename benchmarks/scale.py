@@ -71,7 +71,7 @@ def request(model: Model, what: Input, budget: float | None) -> Workload:
     sample = Sample(what.text, (what.tokens,), passes, (plan,), what.text, (plan.counts, plan.counts))
     width = model.vision.projector[-1][1]
     cost = selection_flops(reducer, [plan], passes, model.vision, HEAD, width), selection_bytes(reducer, [plan], passes, model.vision, HEAD)
-    return Workload(sample, what.new, scored, True, *cost)
+    return Workload(sample, what.new, scored, True, *cost, reused_layers=scored)
 
 
 def scale() -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def _request(model: Model, shape: Shape, budget: float | None, encoded: bool) ->
     scored = tuple(i for i in range(depth) if counts[i + 1] not in (counts[i], 0))
     passes: tuple[tuple[int, ...], ...] = () if encoded else ((tokens,),)
     sample = Sample(shape.text + 1, (tokens,), passes, (plan,), shape.text, (plan.counts, plan.counts))
-    return Workload(sample, 1, scored, shape.family != "llava")
+    return Workload(sample, 2, scored, shape.family != "llava", reused_layers=scored)  # two tokens: one step
 
 
 def main() -> None:

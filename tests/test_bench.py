@@ -8,15 +8,17 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, ONE, build
+from families import FAMILIES, IMAGE, ONE, VIDEO, Picture, build
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm.bench.inputs import prompt_for
+from duet_vlm.bench.inputs import Prompt, prompt_for
+from duet_vlm.bench.planned import equal_parts, planned
 from duet_vlm.bench.plots import draw
 from duet_vlm.bench.run import Plan, Side, result, sides_of
 from duet_vlm.bench.shapes import random_model
@@ -83,6 +85,15 @@ def test_rows_say_what_was_planned(found: dict[str, Any]) -> None:
     assert rows["random at 50%"]["predicted_ms"]["prefill"] < rows["full"]["predicted_ms"]["prefill"]
 
 
+def test_the_clocks_see_every_tower() -> None:
+    """Video-LLaVA has a tower for images and one for clips."""
+    model = build("video_llava")
+    for frames in (0, 2):
+        plan = Plan(sides_of(["duet"], [0.5]), texts=(5,), frames=frames, memory=False, generate_rounds=0, **FAST)
+        for row in result("video_llava", model, plan, None, lambda line: None)["rows"]:
+            assert row["ms"]["vision"]["low"] > 0 and row["ms"]["projector"]["low"] > 0, (frames, row["side"])
+
+
 def test_pictures(found: dict[str, Any], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     files = draw(found, tmp_path / "deep")
@@ -94,18 +105,95 @@ def test_pictures(found: dict[str, Any], tmp_path: Path) -> None:
 def test_prompts_for_every_family(family: str) -> None:
     """The stock model takes them, and every row of a batch is the same."""
     model = build(family)
-    prompt = prompt_for(adapter_for(model), 2, 7, tokens=30)
+    check_prompt(model, prompt_for(adapter_for(model), 2, 7))
+
+
+def check_prompt(model: Any, prompt: Prompt) -> None:
     with torch.no_grad():
         logits = model(**prompt.text, **prompt.picture).logits
     assert logits.shape[:2] == (2, prompt.rows) == (2, prompt.tokens + 8)
     assert torch.allclose(logits[0], logits[1], atol=1e-4)
 
 
-def test_clips_and_what_a_family_has_not() -> None:
-    prompt = prompt_for(adapter_for(build("qwen2_vl")), 1, 5, tokens=48, frames=3)
-    assert prompt.stream == "video" and prompt.tokens == 48
+# what the nearest size is: of squares; of an overview of 4 x 4 and crops of 4 x 4, cut to an image of whole crops (56 pixels), a newline per row
+# (llava_onevision pools what is larger than one crop to 4 x 4, or 2 x 5 and 5 x 2 if it is twice as long); of a family with one size only
+SIZES = {
+    "qwen2_5_vl": (30, 25, 80, 81), "mistral3": (30, 25, 80, 81), "pixtral": (30, 25, 80, 81),
+    "llava_next": (40, 36, 80, 88), "llava_next_video": (40, 36, 80, 88), "llava_onevision": (28, 28, 35, 36),
+    "llava": (36, 36), "video_llava": (16, 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_pictures_have_the_size_that_was_asked_for(name: str) -> None:
+    model, sizes = build(name), iter(SIZES[name])
+    for asked, tokens in zip(sizes, sizes, strict=True):
+        prompt = prompt_for(adapter_for(model), 2, 7, tokens=asked)
+        assert (prompt.tokens, prompt.spans) == (tokens, (tokens,))
+        check_prompt(model, prompt)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("llava", "has 36 visual tokens"), ("internvl", "has 16 visual tokens"), ("llava_next", "36 to 88 visual tokens"),
+    ("pixtral", "4 to [0-9]+ visual tokens"),
+])  # fmt: skip
+def test_sizes_that_a_family_has_not(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"tokens=2000: .* {message} in this {name} model"):
+        prompt_for(adapter_for(build(name)), 1, 5, tokens=2000)
+
+
+# visual tokens of three frames: 16 per frame for a square of 48; frames of 4 x 4 and a CLS row; pooled to 2 x 2; pooled, and a newline behind
+@pytest.mark.parametrize(("name", "asked", "tokens"), [
+    ("qwen2_vl", 48, 48), ("video_llava", None, 3 * 17), ("llava_next_video", None, 3 * 4), ("llava_onevision", None, 3 * 4 + 1),
+])  # fmt: skip
+def test_clips(name: str, asked: int | None, tokens: int) -> None:
+    model = build(name)
+    prompt = prompt_for(adapter_for(model), 2, 7, tokens=asked, frames=3)
+    assert prompt.stream == "video" and prompt.spans == (tokens,) and len(prompt.passes[0]) == 3
+    check_prompt(model, prompt)
+
+
+def test_clips_that_a_family_has_not() -> None:
     with pytest.raises(ValueError, match="llava models take no videos"):
         prompt_for(adapter_for(build("llava")), 1, 5, frames=3)
+    with pytest.raises(ValueError, match="a clip of 3 frames has 51 visual tokens"):
+        prompt_for(adapter_for(build("video_llava")), 1, 5, tokens=48, frames=3)
+
+
+# the spans that a prompt really has, and the layers that rank: hybrid layers (LFLLFLLF) let several drops be ranked by one attention before them
+@pytest.mark.parametrize(("name", "parts", "method", "settings", "scored"), [
+    ("internvl", 5, "duet", {"budget": 4}, None),
+    ("idefics3", 3, "duet", {"budget": 4}, None),
+    ("llava", 2, "duet", {"budget": 8}, None),
+    ("qwen3_5", 1, "duet", {"dominant": 8, "contextual": 2, "schedule": ((5, 0.5), (6, 0.2), (7, 0.1))}, (4, 7)),
+    ("llava", 1, "pyramiddrop", {"budget": 0.6}, (2, 4, 6)),
+    ("llava", 1, "fastv", {"budget": 0.5}, (1,)),
+])  # fmt: skip
+def test_what_is_planned_is_what_runs(name: str, parts: int, method: str, settings: dict[str, Any], scored: tuple[int, ...] | None) -> None:
+    model, family = build(name), FAMILIES[name]
+    pictures = [Picture(i, 4, 4) for i in range(parts)]
+    each = family.tokens(pictures[0])
+    with torch.no_grad(), duet_vlm.attach(model, method, **settings) as handle:
+        model(**family.inputs([(1, *pictures, 5, 6, 7)]))
+        real = handle.report()
+        text = sum(token not in (IMAGE, VIDEO) for token in family.expand((1, *pictures, 5, 6, 7)))
+        found = planned(handle, equal_parts(handle.adapter, parts * each, parts), text)
+        run = handle._last_run()
+    assert found.sample.spans == (each,) * parts and found.sample.measured[0] == real.measured
+    assert (found.scored, found.reused) == (run.scored_layers, run.reused_layers)
+    assert scored is None or found.scored == scored
+
+
+def test_crops_are_one_span_where_the_family_joins_them() -> None:
+    assert equal_parts(adapter_for(build("llava_next")), 100, 3) == ((33, 33, 34),)
+    assert equal_parts(adapter_for(build("qwen2_vl")), 100, 2) == ((50, 50),)
+    assert equal_parts(adapter_for(build("internvl")), 48, 3) == ((16,), (16,), (16,))
+
+
+def test_ranking_needs_a_layer_with_attention_in_front() -> None:
+    with duet_vlm.attach(build("qwen3_5"), "fastv", budget=0.2) as handle:  # one layer of full width is all that this pays for: a linear one
+        with pytest.raises(ValueError, match="no attention to rank tokens by"):
+            planned(handle, ((64,),), 5)
 
 
 def test_random_models_come_from_a_config_alone(tmp_path: Path) -> None:
@@ -163,10 +251,30 @@ def test_the_scripts_for_a_gpu_run_at_a_tiny_shape(names: list[str], tmp_path: P
     assert set(found["cases"][0]["largest_batch"].values()) == {2}
 
 
-def test_sheets_are_found_by_the_name_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+GB = 10**9  # of total memory as CUDA tells it, which is a little more or less than the data sheet rounds to
+
+
+@pytest.mark.parametrize(("name", "memory", "sheet"), [
+    ("NVIDIA H200", 150.1, "h200"), ("NVIDIA H100 80GB HBM3", 85.0, "h100"), ("NVIDIA A100-SXM4-80GB", 85.1, "a100"), ("NVIDIA L4", 23.7, "l4"),
+    ("AMD Instinct MI300X", 206.1, "mi300x"),
+    ("NVIDIA GeForce RTX 4090", 25.4, None), ("NVIDIA L40", 47.7, None), ("NVIDIA L40S", 47.7, None), ("NVIDIA GH200 144G HBM3e", 150.0, None),
+    ("NVIDIA RTX A1000", 8.6, None), ("NVIDIA A100-SXM4-40GB", 42.4, None), ("NVIDIA A100-PCIE-40GB", 42.4, None),
+    ("NVIDIA A100 80GB PCIe", 85.0, None), ("NVIDIA H100 PCIe", 85.0, None), ("NVIDIA H100 NVL", 100.0, None), ("NVIDIA H200 NVL", 150.1, None),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10.5, None),
+])  # fmt: skip
+def test_sheets_are_found_by_the_name_and_memory_of_the_device(name: str, memory: float, sheet: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     from duet_vlm.bench import run
 
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    assert run.sheet_of("cuda") is SHEETS["h200"]
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
-    assert run.sheet_of("cuda:0") is None
+    said: list[str] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory * GB))
+    assert run.sheet_of("cuda:0", said.append) is (SHEETS[sheet] if sheet else None)
+    assert said == [] if sheet else len(said) == 1 and name in said[0] and "nothing is predicted" in said[0]
+
+
+def test_dtypes_that_a_sheet_does_not_know_are_measured_all_the_same() -> None:
+    said: list[str] = []
+    plan = Plan(sides_of([], []), texts=(5,), memory=False, generate_rounds=0, **FAST)
+    found = result("llava", build("llava", dtype=torch.bfloat16), plan, SHEET, said.append)
+    assert found["rows"][0]["ms"]["prefill"]["median"] > 0 and "predicted_ms" not in found["rows"][0] and found["sheet"] is None
+    assert [line for line in said if "nothing is predicted: the sheet of made up has fp32, the model runs in bf16" in line] == said[:1]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, ONE
 from test_flops import DECODERS
 from typer.testing import CliRunner
 
@@ -47,7 +47,7 @@ def test_a_7b_model_by_hand() -> None:
     """6.61 G weights of layers and head: compute-bound prefill, memory-bound decode."""
     found = predict(LLAVA_7B, request(576), SIMPLE, "bf16", 1, IDEAL)
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 4096 * 32064
-    kv = 2 * 32 * 4096 * 2 * (640 + 50)
+    kv = 2 * 32 * 4096 * 2 * (640 + 49)  # in the middle of 99 steps
     head = 4096 * 32064  # one row of it: what takes the time is reading it
     layers = 2 * 640 * (weights - head) + 32 * 4 * 640**2 * 4096
     assert found.prefill.seconds == pytest.approx(layers / 1e15 + 2 * head / 1e13, rel=0.001)
@@ -55,6 +55,25 @@ def test_a_7b_model_by_hand() -> None:
     assert (found.prefill.bound, found.decode.bound) == ("compute", "memory")
     assert found.tokens_per_second == pytest.approx(100 / found.total)
     assert found.selection.seconds == 0
+
+
+def test_the_prompt_gives_the_first_token() -> None:
+    """generate() runs the decoder once for the prompt and once for each further token."""
+    model, steps = FAMILIES["llava"].make().eval(), []
+    model.generation_config.eos_token_id = None
+    hook = model.model.language_model.register_forward_hook(lambda *ignored: steps.append(1))
+    for new in (1, 2, 7):
+        steps.clear()
+        model.generate(**FAMILIES["llava"].inputs([ONE]), max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        work = request(576, new)
+        found = predict(LLAVA_7B, work, SIMPLE)
+        assert len(steps) == 1 + work.steps == new
+        assert found.total == pytest.approx(found.first_token + work.steps * found.step)
+        assert found.step == pytest.approx(predict(LLAVA_7B, request(576, 2), SIMPLE).step if new > 1 else 0, rel=0.01)
+    hook.remove()
+    rows = 32 * 2 * 32 * 128 * 2  # bytes of one row in the caches of all layers
+    many, more = (memory_bytes(LLAVA_7B, request(576, new, text=5000), 2, 1) for new in (30001, 30002))
+    assert more - many == rows
 
 
 def test_a_reduced_prompt() -> None:
@@ -73,6 +92,9 @@ def test_selection_and_ranking_take_time_in_float32() -> None:
     projections = 2 * (2 * 640 * 4096**2 + 2 * 64 * 4096**2) / 1e15 + 2 * 2 * 640 * 4096 * 2 / 1e13
     extra = projections + 2 * 2 * 64 * 640 * 4096 / 1e14 + 2 * 24 * 32 * 64 * 640 / 1e13
     assert ranked.prefill.seconds - found.prefill.seconds == pytest.approx(extra, rel=0.001)
+    once = predict(LLAVA_7B, replace(plain, scored_layers=(16,), reused_layers=(16,)), SIMPLE, "bf16", 2, IDEAL)
+    assert ranked.prefill.flops - once.prefill.flops == 2 * 2 * 640 * 4096**2  # the keys of 640 rows, which the layer takes over
+    assert ranked.prefill.seconds - once.prefill.seconds == pytest.approx(2 * 2 * 640 * 4096**2 / 1e15, rel=0.001)
 
 
 def test_memory_decides_the_batch_and_the_devices() -> None:
@@ -160,6 +182,28 @@ def test_this_machine_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert devices.this_machine(fresh=True) == small and len(calls) == 2
 
 
+def test_each_machine_of_a_shared_home_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    speeds = iter(range(1, 9))
+    monkeypatch.setattr(devices, "measured", lambda: Device("this CPU", {"fp32": float(next(speeds))}, 1.0, 1.0, "made up", True))
+    for name, speed in (("one", 1), ("other", 2), ("one", 1), ("other", 2)):
+        monkeypatch.setattr(devices, "_processor", lambda name=name: name)
+        assert devices.this_machine().flops == {"fp32": speed}
+
+
+@pytest.mark.parametrize("half", ["", '{"name": "this CPU", "flo', '{"name": "this CPU"}', "null", "[1, 2]"])
+def test_a_broken_file_of_this_machine_is_made_anew(half: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    small = Device("this CPU", {"fp32": 2.0}, 1.0, 1.0, "made up", True)
+    monkeypatch.setattr(devices, "measured", lambda: small)
+    devices.this_machine()
+    (file,) = (tmp_path / "duet-vlm").iterdir()
+    whole = file.read_text()
+    file.write_text(half)
+    assert devices.this_machine() == small and file.read_text() == whole
+    assert list((tmp_path / "duet-vlm").iterdir()) == [file]  # nothing half-written is left beside it
+
+
 def call(*arguments: Any, code: int = 0) -> Any:
     result = CliRunner().invoke(app, ["budget", *map(str, arguments)])
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
@@ -200,6 +244,17 @@ def test_sizes_that_are_free_are_named(tmp_path: Path) -> None:
     assert got["request"]["parts"] == 8
     assert "choose a100" in call("--device", "toaster", code=2).stderr
     assert "--dtype int3" in call("--device", "l4", "--dtype", "int3", code=2).stderr
+
+
+def test_tiles_are_spans_with_budgets_of_their_own(tmp_path: Path) -> None:
+    """Five tiles of InternVL at a budget of 4 each: what a run of them reports (tests/test_bench.py) and by hand, 4 x 5 at most."""
+    FAMILIES["internvl"].make().config.save_pretrained(tmp_path)
+    options = ["--config-only", tmp_path, "--parts", 5, "-b", 4, "--json"]
+    predicted = json.loads(call(*options, "--device", "l4").stdout)
+    assert predicted["request"]["tokens"] == 5 * 16
+    solved = json.loads(call(*options).stdout)
+    assert solved["plan"]["tokens"] == 5 * 16
+    assert 15 < solved["mean_tokens"] == predicted["rows"][1]["mean_tokens"] <= 20
 
 
 def test_budgets_below_a_floor_are_rows(tmp_path: Path) -> None:

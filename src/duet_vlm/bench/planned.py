@@ -2,26 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from duet_vlm.attach import Handle
 from duet_vlm.measure.report import Sample
 from duet_vlm.measure.roofline import Workload
+from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer
 
 
-def planned_sample(handle: Handle, tokens: int, text: int, parts: int = 1) -> tuple[Sample, list[int]]:
-    """One picture of ``tokens`` in ``parts`` equal parts and ``text`` further tokens as the current settings plan it; the layers that rank."""
-    plan, reducer = handle.plan(tokens), handle.reducer
-    counts = (plan.entry, *plan.counts)
-    drops = [i for i in range(len(plan.counts)) if counts[i + 1] != counts[i]]
-    ranked = isinstance(reducer, DecoderReducer) and reducer.uses_text
-    scored = [i - reducer.score_before for i in drops if plan.counts[i]] if isinstance(reducer, DecoderReducer) and ranked else []
-    rows = tuple(text + count for count in plan.counts)
+@dataclass(frozen=True)
+class Planned:
+    """A prompt as the current settings plan it; the decoder layers that rank, and those of them that take over the keys they rank by."""
+
+    sample: Sample
+    scored: tuple[int, ...] = ()
+    reused: tuple[int, ...] = ()
+
+
+def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, ...], ...]:
+    """Tokens of each part, span by span, of a picture in ``parts`` crops or frames that the tower sees one by one: parts of one span where the
+    family joins them, each a span of its own where it does not (InternVL's tiles, several images)."""
+    sizes = tuple(tokens * (i + 1) // parts - tokens * i // parts for i in range(parts))
+    joins = type(adapter).passes is not Adapter.passes
+    return (sizes,) if joins else tuple((size,) for size in sizes)
+
+
+def planned(handle: Handle, passes: Sequence[tuple[int, ...]], text: int, spans: Sequence[int] | None = None) -> Planned:
+    """A prompt of ``text`` tokens and spans whose parts have ``passes`` tokens; ``spans``: tokens of each where packing adds or cuts rows.
+
+    Raises
+    ------
+    ValueError
+        If a drop comes before any layer that could rank for it.
+    """
+    reducer = handle.reducer
+    spans = tuple(map(sum, passes)) if spans is None else tuple(spans)
+    plans = tuple(handle.plan(tokens) for tokens in spans)
+    before = sum(plan.entry for plan in plans)
+    counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
+    drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if getattr(reducer, "text_query", "") == "last" else text
-    passes = tuple(tokens * (i + 1) // parts - tokens * i // parts for i in range(parts))
-    return Sample(text, (tokens,), (passes,), (plan,), queries, (plan.counts, rows)), scored
+    sample = Sample(text, spans, tuple(passes), plans, queries, (counts, tuple(text + count for count in counts)))
+    if not isinstance(reducer, DecoderReducer) or not reducer.uses_text:
+        return Planned(sample)
+    adapter = handle.adapter
+    scored = {drop: adapter.ranking_layer(drop - reducer.score_before) for drop in drops}
+    for drop, layer in scored.items():
+        if layer < 0:
+            raise ValueError(f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to rank tokens by")
+    layers = tuple(sorted(set(scored.values())))
+    return Planned(sample, layers, tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None))
 
 
-def workload(handle: Handle, tokens: int, text: int, new: int, parts: int = 1) -> Workload:
+def workload(handle: Handle, passes: Sequence[tuple[int, ...]], text: int, new: int, spans: Sequence[int] | None = None) -> Workload:
     """The same as a request to predict."""
-    sample, scored = planned_sample(handle, tokens, text, parts)
-    return Workload(sample, new, tuple(scored), handle.projects_all, *handle.selection_cost([sample]))
+    found = planned(handle, passes, text, spans)
+    cost = handle.selection_cost([found.sample])
+    return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused)

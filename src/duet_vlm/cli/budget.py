@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from duet_vlm.attach import Handle
-from duet_vlm.bench.planned import planned_sample
+from duet_vlm.bench.planned import Planned, equal_parts, planned
 from duet_vlm.budget import SpanPlan
 from duet_vlm.cli.fleet import Fleet
 from duet_vlm.cli.options import Model, Reduction, reducing
@@ -49,23 +49,31 @@ def config_in(file: Path) -> Any:
         raise ValueError(f"--config-only {file}: not a config that transformers can read: {' '.join(str(error).split())}") from error
 
 
-def planned_report(handle: Handle, sample: Sample, scored: list[int], element_bytes: int) -> Report:
-    """The report that the sample would give."""
+def planned_report(handle: Handle, found: Planned, element_bytes: int) -> Report:
+    """The report that the prompt would give."""
     reducer = handle.reducer
     return make_report(
         method=reducer.name,
         settings=reducer.settings(),
         budget=handle.budget,
-        samples=[sample],
-        scored_layers=scored,
+        samples=[found.sample],
+        scored_layers=found.scored,
+        reused_layers=found.reused,
         decoder=handle.adapter.decoder_shape(),
         vision=handle.adapter.vision_shape(),
         element_bytes=element_bytes,
         cache_bytes=None,
         decoded=0,
         projects_all=handle.projects_all,
-        selection=handle.selection_cost([sample])[0],
+        selection=handle.selection_cost([found.sample])[0],
     )
+
+
+def whole_of(sample: Sample) -> SpanPlan:
+    """The plans of all spans of a picture as one."""
+    plans = sample.plans
+    kept, merged = sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans)
+    return SpanPlan(sum(sample.spans), kept, merged, sample.measured[0])
 
 
 @reducing
@@ -108,8 +116,8 @@ def budget(
         fixed = handle.adapter.fixed_tokens
         if tokens is None and fixed is None:
             raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
-        sample, scored = planned_sample(handle, tokens or fixed or 0, text, parts)
-        (plan,), report = sample.plans, planned_report(handle, sample, scored, element_bytes)
+        found = planned(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
+        plan, report = whole_of(found.sample), planned_report(handle, found, element_bytes)
     if json_:
         print(json.dumps(_plain(name, plan, report, text)))
     else:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.bench.planned import workload
+from duet_vlm.bench.planned import equal_parts, workload
 from duet_vlm.budget import BudgetError
 from duet_vlm.cli.options import Reduction
 from duet_vlm.measure.devices import ELEMENT_BYTES, THIS, Device, device
@@ -57,11 +57,12 @@ class Fleet:
         with (reduction if own else first).attach(skeletal) as handle:
             adapter = handle.adapter
             model = Model(adapter.decoder_shape(), adapter.vision_shape(), weights)
-            count = tokens or adapter.fixed_tokens or TOKENS
+            count = tokens or (adapter.fixed_tokens or 0) * parts or TOKENS
+            passes = equal_parts(adapter, count, parts)
             rows: list[dict[str, Any]] = []
             for budget in [handle.budget] if own else [reduction.budget] if reduction.budget is not None else BUDGETS:
                 try:
-                    work = workload(handle.set(budget=budget), count, self.text, self.new, parts)
+                    work = workload(handle.set(budget=budget), passes, self.text, self.new)
                 except BudgetError as error:
                     rows.append({"budget": budget, "full": False, "status": "infeasible", "floor": error.floor})
                     continue
@@ -116,7 +117,6 @@ class Fleet:
             "requests of a batch start and end together"
         )
 
-
     def _lines(self, full: Prediction | None) -> list[tuple[str, Callable[[dict[str, Any], Prediction], str]]]:
         """What the table says of each budget."""
         return [
@@ -124,7 +124,7 @@ class Fleet:
             ("vision", lambda _, p: _ms(p.vision.seconds)),
             ("selection", lambda _, p: _ms(p.selection.seconds) if p.selection.seconds else "-"),
             ("prefill", lambda _, p: _ms(p.prefill.seconds)),
-            ("per new token", lambda _, p: _ms(p.step)),
+            ("per new token", lambda _, p: _ms(p.step) if p.step else "-"),
             ("whole request", lambda _, p: _ms(p.total)),
             ("speed-up", lambda _, p: f"{full.total / p.total:.2f}x" if full else "-"),
             ("new tokens/s", lambda _, p: f"{p.tokens_per_second:.0f}"),

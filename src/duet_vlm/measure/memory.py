@@ -25,6 +25,12 @@ def layer_weights(shape: DecoderShape, layer: int, rows: int | None = None) -> f
     return mixing + shape.hidden * (experts.count + 3 * (visited * experts.mlp + experts.shared))
 
 
+def mlp_width(shape: DecoderShape, layer: int) -> int:
+    """What the MLP of a layer widens a row to; all experts that a row visits together."""
+    experts = shape.experts
+    return experts.active * experts.mlp + experts.shared if experts is not None and shape.has_experts(layer) else shape.mlp
+
+
 def decoder_weights(shape: DecoderShape) -> int:
     """Numbers in the decoder's maps, its embeddings and its head."""
     return round(sum(layer_weights(shape, layer) for layer in range(shape.layers))) + shape.hidden * shape.vocab * (2 - shape.tied)
@@ -53,14 +59,7 @@ def prefill_peak_bytes(shape: DecoderShape, entry: int, rows_per_layer: Sequence
     cache, peak = state_bytes(shape, element_bytes), 0
     for layer, (rows, kept) in enumerate(zip(rows_per_layer, kv_bytes_per_layer(shape, rows_per_layer, element_bytes), strict=True)):
         cache += kept
-        widened = max(3 * _mlp_width(shape, layer), shape.query_width + 4 * shape.wide + 2 * shape.narrow)
+        copies = shape.experts.active * shape.hidden if shape.experts is not None and shape.has_experts(layer) else 0  # one for each expert
+        widened = max(3 * (mlp_width(shape, layer) + copies), shape.query_width + 4 * shape.wide + 2 * shape.narrow)
         peak = max(peak, cache + (held + rows * (widened + 3 * shape.hidden)) * element_bytes)
     return peak
-
-
-def _mlp_width(shape: DecoderShape, layer: int) -> int:
-    """What an MLP widens a row to; experts work on a copy of it each."""
-    experts = shape.experts
-    if experts is None or not shape.has_experts(layer):
-        return shape.mlp
-    return experts.active * (experts.mlp + shape.hidden) + experts.shared

@@ -13,7 +13,7 @@ from duet_vlm.budget import SpanPlan, largest
 from duet_vlm.measure.devices import ELEMENT_BYTES, Device
 from duet_vlm.measure.flops import decoder_layer_flops, head_flops, projector_flops, scoring_flops, tower_rows, vision_flops
 from duet_vlm.measure.kv import kv_bytes, kv_bytes_per_layer, state_bytes
-from duet_vlm.measure.memory import decoder_weights, layer_weights, prefill_peak_bytes, vision_peak_bytes, vision_weights
+from duet_vlm.measure.memory import decoder_weights, layer_weights, mlp_width, prefill_peak_bytes, vision_peak_bytes, vision_weights
 from duet_vlm.measure.report import Sample
 from duet_vlm.measure.shapes import LINEAR, DecoderShape, VisionShape
 
@@ -69,7 +69,8 @@ class Model:
 @dataclass(frozen=True)
 class Workload:
     """One request: a prompt as ``Sample`` describes it, FLOPs and bytes of its selection before the decoder (in float32), ``new`` tokens to
-    write."""
+    write: the prompt's pass gives the first, each further one takes a step. ``scored_layers`` rank; ``reused_layers`` among them take over the
+    keys that they rank by."""
 
     sample: Sample
     new: int
@@ -77,6 +78,12 @@ class Workload:
     projects_all: bool = True
     selection: int = 0
     selection_bytes: int = 0
+    reused_layers: tuple[int, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Passes of the decoder over one new row each."""
+        return max(0, self.new - 1)
 
     @property
     def tokens(self) -> int:
@@ -111,8 +118,8 @@ class Stage:
 class Prediction:
     """A batch of equal requests on ``devices`` devices that share one model.
 
-    ``selection`` is what comes between tower and decoder; ``decode`` is all new tokens; ``memory`` the bytes at the peak; ``max_batch`` the
-    largest batch that fits on these devices.
+    ``selection`` is what comes between tower and decoder; ``decode`` is all new tokens but the first, which the prefill gives; ``memory`` the
+    bytes at the peak; ``max_batch`` the largest batch that fits on these devices.
     """
 
     batch: int
@@ -135,7 +142,8 @@ class Prediction:
 
     @property
     def step(self) -> float:
-        return self.decode.seconds / self.new if self.new else 0.0
+        """Seconds of one step of decoding; 0 where there is none."""
+        return self.decode.seconds / (self.new - 1) if self.new > 1 else 0.0
 
     @property
     def requests_per_second(self) -> float:
@@ -178,7 +186,7 @@ def memory_bytes(model: Model, work: Workload, element_bytes: int, batch: int) -
     """Weights, and the larger of the prompt's peak and the full cache at the end."""
     depth = model.decoder.layers
     rows = work.rows(depth)
-    end = kv_bytes(model.decoder, [r + work.new for r in rows], element_bytes) + state_bytes(model.decoder, element_bytes)
+    end = kv_bytes(model.decoder, [r + work.steps for r in rows], element_bytes) + state_bytes(model.decoder, element_bytes)
     patches = sum(tower_rows(model.vision, n) for n, _ in work.sample.parts())
     peak = max(
         prefill_peak_bytes(model.decoder, work.entry, rows, work.tokens, element_bytes),
@@ -240,19 +248,20 @@ def _prefill(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
         stages.append(speed.layer(batch * flops, layer_weights(shape, layer, batch * rows), batch * touched))
     before = [work.entry, *work.rows(shape.layers)]
     for layer in work.scored_layers:  # projections as in a layer, then float32 scores of every query and row, touched some six times
-        rows, queries = before[layer], work.sample.queries
+        rows, queries, reused = before[layer], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
         product = 2 * queries * rows * shape.wide
-        projections = scoring_flops(shape, rows, queries) - product
-        stages.append(speed.layer(batch * projections, shape.hidden * (shape.narrow + shape.query_width), batch * 2 * rows * shape.hidden))
+        projections = scoring_flops(shape, rows, queries, reused) - product
+        weights = shape.hidden * (shape.query_width + (0 if reused else shape.narrow))  # keys made once are counted with the layer
+        stages.append(speed.layer(batch * projections, weights, batch * 2 * rows * shape.hidden))
         stages.append(speed.exact(batch * product, batch * 24 * shape.heads * queries * rows))
     stages.append(speed.layer(batch * head_flops(shape, 1), shape.hidden * shape.vocab, 0, 0))
     return _sum(stages)
 
 
 def _decode(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
-    """``new`` steps, each at the cache's mean length."""
-    shape, size = model.decoder, speed.size
-    lengths = [rows + work.new // 2 for rows in work.rows(shape.layers)]
+    """All steps, each at the cache's mean length."""
+    shape, size, steps = model.decoder, speed.size, work.steps
+    lengths = [rows + steps // 2 for rows in work.rows(shape.layers)]
     kept = kv_bytes_per_layer(shape, lengths, size)
     state = state_bytes(shape, size) / shape.layers
     stages = []
@@ -262,14 +271,9 @@ def _decode(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
         stages.append(speed.layer(batch * flops, read, batch * _touched(shape, layer, speed.assumed)))
     stages.append(speed.layer(batch * head_flops(shape, 1), shape.hidden * shape.vocab, 0, 0))
     once = _sum(stages)
-    return Stage(once.flops * work.new, once.bytes * work.new, once.seconds * work.new, once.bound)
+    return Stage(once.flops * steps, once.bytes * steps, once.seconds * steps, once.bound)
 
 
 def _touched(shape: DecoderShape, layer: int, assumed: Assumptions) -> float:
     """Numbers that elementwise work reads or writes per row of a layer."""
-    return assumed.hidden_touches * shape.hidden + assumed.mlp_touches * _mlp(shape, layer)
-
-
-def _mlp(shape: DecoderShape, layer: int) -> int:
-    experts = shape.experts
-    return experts.active * experts.mlp + experts.shared if experts is not None and shape.has_experts(layer) else shape.mlp
+    return assumed.hidden_touches * shape.hidden + assumed.mlp_touches * mlp_width(shape, layer)
