@@ -24,6 +24,7 @@ from duet_vlm.bench.run import Plan, Side, result, sides_of
 from duet_vlm.bench.shapes import random_model
 from duet_vlm.cli.main import app
 from duet_vlm.measure.devices import SHEETS, Device
+from duet_vlm.measure.report import make_report
 from duet_vlm.models.adapter import adapter_for
 
 SHEET = Device("made up", {"fp32": 1e11}, 1e10, 1e10, "made up", measured=True)
@@ -168,6 +169,7 @@ def test_clips_that_a_family_has_not() -> None:
     ("qwen3_5", 1, "duet", {"dominant": 8, "contextual": 2, "schedule": ((5, 0.5), (6, 0.2), (7, 0.1))}, (4, 7)),
     ("llava", 1, "pyramiddrop", {"budget": 0.6}, (2, 4, 6)),
     ("llava", 1, "fastv", {"budget": 0.5}, (1,)),
+    ("llava", 1, "visionzip", {"budget": 8, "signal_layer": -1}, ()),  # asks the tower's last layer, which is run for this alone
 ])  # fmt: skip
 def test_what_is_planned_is_what_runs(name: str, parts: int, method: str, settings: dict[str, Any], scored: tuple[int, ...] | None) -> None:
     model, family = build(name), FAMILIES[name]
@@ -179,6 +181,12 @@ def test_what_is_planned_is_what_runs(name: str, parts: int, method: str, settin
         text = sum(token not in (IMAGE, VIDEO) for token in family.expand((1, *pictures, 5, 6, 7)))
         found = planned(handle, equal_parts(handle.adapter, parts * each, parts), text)
         run = handle._last_run()
+        predicted = make_report(
+            method="", settings={}, budget=handle.budget, samples=[found.sample], scored_layers=found.scored, reused_layers=found.reused,
+            decoder=handle.adapter.decoder_shape(), vision=handle.adapter.vision_shape(), element_bytes=4, cache_bytes=None, decoded=0,
+            projects_all=handle.projects_all, selection=handle.selection_cost([found.sample])[0],
+        ).predicted  # fmt: skip
+    assert (predicted.vision_flops, predicted.decoder_flops) == (real.observed.vision_flops, real.observed.decoder_flops)
     assert found.sample.spans == (each,) * parts and found.sample.measured[0] == real.measured
     assert (found.scored, found.reused) == (run.scored_layers, run.reused_layers)
     assert scored is None or found.scored == scored

@@ -84,6 +84,16 @@ def test_a_reduced_prompt() -> None:
     assert reduced.max_batch > 3 * full.max_batch
 
 
+def test_tower_layers_that_nobody_reads_take_time_in_the_full_model_only() -> None:
+    model, work = Model(DECODER, replace(VISION, unread=1)), request(64)
+    skipped = replace(work, sample=replace(work.sample, skipped=True))
+    whole, less = (predict(model, some, SIMPLE, "bf16", 1, IDEAL).vision for some in (work, skipped))
+    layer = 8 * 577 * 1024**2 + 4 * 577 * 1024 * 4096 + 4 * 577**2 * 1024
+    assert whole.flops - less.flops == layer and whole.seconds - less.seconds == pytest.approx(layer / 1e15)
+    assert predict(model, skipped.full(), SIMPLE, "bf16", 1, IDEAL).vision == predict(LLAVA_7B, request(576), SIMPLE, "bf16", 1, IDEAL).vision
+    assert predict(model, skipped, SIMPLE).memory == predict(model, work, SIMPLE).memory  # their weights are there all the same
+
+
 def test_selection_and_ranking_take_time_in_float32() -> None:
     plain = request(576)
     found = predict(LLAVA_7B, replace(plain, selection=10**12, selection_bytes=10**9), SIMPLE, "bf16", 2, IDEAL)

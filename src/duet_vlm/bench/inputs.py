@@ -20,7 +20,7 @@ USUAL = 256  # tokens of an image (of a step of time), where its size is free an
 @dataclass(frozen=True)
 class Prompt:
     """``text``: what the model is called with besides the picture; ``picture``: the encoder's arguments; per span of a row its visual tokens,
-    and those of each part that the tower looks at by itself."""
+    those of each part that the tower looks at by itself, and the rows that the projector works on."""
 
     stream: str
     encode: str
@@ -28,6 +28,7 @@ class Prompt:
     picture: dict[str, Any]
     spans: tuple[int, ...]
     passes: tuple[tuple[int, ...], ...]
+    projected: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -81,7 +82,8 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
         raise ValueError(f"tokens={tokens}: {what} has {sum(spans)} visual tokens in this {adapter.family} model; leave the number out")
     many = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in one.items()}
     words = _words(adapter, stream, sum(spans), text, batch)
-    return Prompt(name, stream.encode, words, many, spans, tuple(adapter.passes(call, list(spans))))
+    counts = list(spans)
+    return Prompt(name, stream.encode, words, many, spans, tuple(adapter.passes(call, counts)), tuple(adapter.projected(call, counts)))
 
 
 def _noise(adapter: Adapter, stream: Stream, tokens: int | None, frames: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from duet_vlm.attach import Handle
 from duet_vlm.measure.report import Sample
 from duet_vlm.measure.roofline import Workload
 from duet_vlm.models.adapter import Adapter
-from duet_vlm.reducer import DecoderReducer
+from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,11 @@ def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, .
     return (sizes,) if joins else tuple((size,) for size in sizes)
 
 
-def planned(handle: Handle, passes: Sequence[tuple[int, ...]], text: int, spans: Sequence[int] | None = None) -> Planned:
-    """A prompt of ``text`` tokens and spans whose parts have ``passes`` tokens; ``spans``: tokens of each where packing adds or cuts rows.
+def planned(
+    handle: Handle, passes: Sequence[tuple[int, ...]], text: int, spans: Sequence[int] | None = None, projected: Sequence[int] = ()
+) -> Planned:
+    """A prompt of ``text`` tokens and spans whose parts have ``passes`` tokens; ``spans``: tokens of each where packing adds or cuts rows;
+    ``projected``: rows of each that the projector works on where it does not see them all.
 
     Raises
     ------
@@ -44,7 +47,8 @@ def planned(handle: Handle, passes: Sequence[tuple[int, ...]], text: int, spans:
     counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
     drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if getattr(reducer, "text_query", "") == "last" else text
-    sample = Sample(text, spans, tuple(passes), plans, queries, (counts, tuple(text + count for count in counts)))
+    measured = counts, tuple(text + count for count in counts)
+    sample = Sample(text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle))
     if not isinstance(reducer, DecoderReducer) or not reducer.uses_text:
         return Planned(sample)
     adapter = handle.adapter
@@ -56,8 +60,20 @@ def planned(handle: Handle, passes: Sequence[tuple[int, ...]], text: int, spans:
     return Planned(sample, layers, tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None))
 
 
-def workload(handle: Handle, passes: Sequence[tuple[int, ...]], text: int, new: int, spans: Sequence[int] | None = None) -> Workload:
+def _skips(handle: Handle) -> bool:
+    """Whether tower layers that nobody reads are not run: there are some, the method reduces, and takes no signal from them."""
+    adapter, reducer = handle.adapter, handle.reducer
+    if not isinstance(reducer, EncoderReducer | DecoderReducer):
+        return False
+    unread, asks = adapter.unread_layers(), isinstance(reducer, EncoderReducer) and reducer.signals
+    recorded = adapter.vision_attentions(reducer.signal_layer) if asks else []
+    return bool(unread) and not any(module in recorded for layer in unread for module in layer.modules())
+
+
+def workload(
+    handle: Handle, passes: Sequence[tuple[int, ...]], text: int, new: int, spans: Sequence[int] | None = None, projected: Sequence[int] = ()
+) -> Workload:
     """The same as a request to predict."""
-    found = planned(handle, passes, text, spans)
+    found = planned(handle, passes, text, spans, projected)
     cost = handle.selection_cost([found.sample])
     return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused)

@@ -202,7 +202,7 @@ class Pass:
         with self.attached() as handle:
             held = sum(cache_bytes(self.whole().past_key_values))
             report = handle.report()
-            work = workload(handle, prompt.passes, text, self.plan.new, prompt.spans)
+            work = workload(handle, prompt.passes, text, self.plan.new, prompt.spans, prompt.projected)
             peak = memory_of(self.whole, device)[0] if self.plan.memory and self.side.method is not None else None
         if self.plan.memory and self.side.method is None:
             peak = memory_of(self.whole, device)[0]

@@ -101,7 +101,7 @@ class Workload:
         """The same request to the untouched model."""
         depth = len(self.sample.plans[0].counts) if self.sample.plans else 0
         whole = tuple(SpanPlan(n, n, 0, (n,) * depth) for n in self.sample.spans)
-        return Workload(replace(self.sample, plans=whole), self.new)
+        return Workload(replace(self.sample, plans=whole, skipped=False), self.new)
 
 
 @dataclass(frozen=True)
@@ -227,11 +227,12 @@ def _sum(stages: Sequence[Stage]) -> Stage:
 
 def _vision(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
     """Tower and projector of the whole batch."""
-    shape, parts = model.vision, work.sample.parts()
+    parts = work.sample.parts()
     if not parts:
         return Stage(0, 0, 0.0, "-")
+    shape = model.vision.read() if work.sample.skipped else model.vision
     rows = sum(tower_rows(shape, n) for n, _ in parts)
-    projected = sum(n for n, _ in parts) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
+    projected = sum(work.sample.to_project) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
     flops = sum(vision_flops(shape, n, grid) for n, grid in parts) + projector_flops(shape, projected)
     touched = rows * shape.layers * (speed.assumed.hidden_touches * shape.width + speed.assumed.mlp_touches * shape.mlp)
     return speed.layer(batch * flops, vision_weights(shape), batch * touched, shape.layers)
