@@ -28,10 +28,14 @@ def models(json_: AsJson = False, debug: Debug = False) -> None:
         if json_:
             print(json.dumps(rows))
             return
-        table = Table(*rows[0], box=SIMPLE, pad_edge=False)
-        for column in table.columns:
-            column.overflow = "fold"
+        same = {key for key in rows[0] if key != "family" and all(row[key] is True for row in rows)}  # said once, below
+        columns = [key for key in rows[0] if key not in {*same, "notes", "example"}]
+        table = Table(*(key.replace("_", " ") for key in columns), box=SIMPLE, pad_edge=False)
         for row in rows:
-            table.add_row(*map(cell, row.values()))
-        Console().print(table)
+            table.add_row(*(cell(row[key]) for key in columns))
+        console = Console(highlight=False)
+        console.print(table)
+        for row in rows:
+            console.print(f"[bold]{row['family']}[/bold] (such as {row['example']}): {row['notes']}", soft_wrap=True)
+        print(f"\nevery family: {', '.join(key for key in rows[0] if key in same)}")
         print("'tiny', the default of --model, is a small llava that ships with the package, 'tiny-video' a small video_llava")

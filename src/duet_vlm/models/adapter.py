@@ -95,7 +95,7 @@ class Adapter(ABC):
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
-    video: ClassVar[bool] = False
+    video: ClassVar[bool | str] = False  # "as images": the processor hands frames over as images
     notes: ClassVar[str] = ""
     example: ClassVar[str] = ""
 

@@ -22,6 +22,7 @@ class Idefics3(LlamaLike, Adapter):
 
     family = "idefics3"
     model_types = ("idefics3", "smolvlm")
+    video = "as images"
     notes = "images of any size and clips as frames; budgets count per crop or frame"
     example = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
 

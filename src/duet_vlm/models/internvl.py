@@ -23,6 +23,7 @@ class InternVL(Llava):
 
     family = "internvl"
     model_types = ("internvl",)
+    video = "as images"
     notes = "images and frames tile by tile: a budget counts per tile; decoders of the Llama, Qwen2 or Qwen3 layout"
     example = "OpenGVLab/InternVL3-1B-hf"
 
