@@ -7,6 +7,7 @@ CORE := $(VENV)/.core-installed
 DEV := $(VENV)/.dev-installed
 BROWSER := $(VENV)/.browser-installed
 OLDEST := .venv-oldest
+NEWEST := .venv-newest
 LMMS := .venv-lmms
 VIDEO := .venv-video
 WORKERS ?= 2
@@ -14,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-lmms test-video golden lint format bench compare tables train clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-video golden lint format bench compare tables train clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -30,6 +31,13 @@ test-all: $(DEV)  ## every test, slow ones too
 
 test-oldest: $(OLDEST)/.installed  ## the default tier (less packaging) on the oldest supported transformers
 	@$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/test_package.py
+
+test-newest:  ## the default tier (less packaging) on the newest transformers that there is, asked for anew each time
+	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
+	@grep -v '^transformers==' constraints.txt > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(NEWEST)/constraints.txt --upgrade transformers -e ".[dev]"
+	@$(NEWEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	@$(ONE_THREAD) $(NEWEST)/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/test_package.py
 
 test-lmms: $(LMMS)/.installed  ## our model inside the real lmms-eval, in an environment of its own (2.5 GB)
 	@$(ONE_THREAD) $(LMMS)/bin/python -m pytest -q tests/test_lmms.py
@@ -69,7 +77,7 @@ train: $(DEV)  ## train the embedded model from scratch
 	@$(BIN)/python -m duet_vlm.tiny.train
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) $(LMMS) $(VIDEO) out build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VIDEO) out build dist .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,8 @@
 """Prefill: how many times faster the reduced prompt is read, beside what its FLOPs promise. Here ratios are plain over reduced.
 
-"decoder" starts from an encoded image, as generate() does after its encoder call; "tower and decoder" starts from pixels.
+"decoder" starts from an encoded image, as generate() does after its encoder call; "tower and decoder" starts from pixels. FLOPs promise more
+than a device keeps where rows are few and products flat. So a third side reads as many rows in every layer with nothing of ours in between
+(the prompt's first rows, whatever they show): what this machine makes of the same rows, and how close we come to it.
 """
 
 from __future__ import annotations
@@ -13,9 +15,10 @@ import torch
 from common import Options, side_by_side
 from shapes import LLAVA, TINY, Shape, build, picture, prompt, twin
 from torch import nn
+from transformers import DynamicCache
 
 import duet_vlm
-from duet_vlm.measure.speed import paired
+from duet_vlm.measure.speed import paired, ratio
 
 BUDGETS = (0.33, 0.22, 0.11)
 METHODS = ("duet", "visionzip", "pyramiddrop", "fastv")
@@ -56,9 +59,33 @@ def _compare(
             sides[label]()
             report = handle.report()
             predicted[label] = report.flops_bound if encoded else report.full.flops / report.observed.flops
+            if encoded:
+                text = prompt(shape)["input_ids"].shape[1] - shape.visual_tokens
+                sides[f"{label}, bare"] = bare_reader(plain, shape, [text + round(count) for count in report.measured])
         times = paired(sides, options.repeats(pairs), warmup=1)
     rows = [side_by_side(label, shape, times["plain"], times[label], predicted=value) for label, value in predicted.items()]
+    for row in rows:
+        if encoded:
+            bare = ratio(times["plain"], times[f"{row['name']}, bare"])
+            row["same_rows"] = {"median": bare.median, "interval": [bare.low, bare.high]}
     return rows + infeasible
+
+
+def bare_reader(model: nn.Module, shape: Shape, rows: list[int]) -> Callable[[], object]:
+    """The model's own layers over the first ``rows[l]`` rows of the prompt, and its head over the last of them."""
+    stack = model.model.language_model
+    embeds = stack.embed_tokens(prompt(shape)["input_ids"].clamp(max=shape.vocab - 1))
+    positions = torch.arange(embeds.shape[1])[None]
+
+    def read() -> object:
+        hidden, cache = embeds[:, : rows[0]], DynamicCache(config=model.config.text_config)
+        rotary = stack.rotary_emb(hidden, positions[:, : rows[0]])
+        for layer, count in zip(stack.layers, rows, strict=True):
+            hidden, rotary = hidden[:, :count].contiguous(), (rotary[0][:, :count], rotary[1][:, :count])
+            hidden = layer(hidden, attention_mask=None, position_embeddings=rotary, past_key_values=cache, use_cache=True)
+        return model.lm_head(stack.norm(hidden)[:, -1:])
+
+    return read
 
 
 def reader(model: nn.Module, shape: Shape, encoded: bool) -> Callable[[], object]:

@@ -57,7 +57,8 @@ def speed() -> str:
             low, high = entry["interval"]
             aim = [] if entry["target"] is None else [f"target {entry['target']:.3g}: {'met' if entry['met'] else '**missed**'}"]
             bound = [f"{entry['predicted']:.3f} by FLOPs"] if "predicted" in entry else []
-            rows.append([entry["name"], f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", "; ".join(aim + bound) or "-"])
+            bare = [f"{entry['same_rows']['median']:.3f} for as many bare rows"] if "same_rows" in entry else []
+            rows.append([entry["name"], f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", "; ".join(aim + bound + bare) or "-"])
     return table(["what", "ratio", "held against"], rows)
 
 

@@ -1,7 +1,8 @@
 """V2V: the vision tower with recording and selection over the plain tower, with a CLS row (LLaVA) and without (Qwen2.5-VL).
 
-LLaVA's projector is taken out of the comparison (an identity on both sides), because it gets cheaper when only the surviving rows are
-projected; a second row tells the whole encoder call. Qwen's merger runs on every row on both sides.
+What selecting costs must not hide behind what it saves: LLaVA's projector, which gets cheaper when only survivors are projected, is an
+identity on both sides, and features come from the last layer, so that no layer goes unread. Two more rows tell the tower as LLaVA reads it
+(the layer before the last; an attached model does not run the last one) and the whole encoder call. Qwen's merger runs on every row on both sides.
 """
 
 from __future__ import annotations
@@ -17,25 +18,33 @@ from torch import nn
 import duet_vlm
 from duet_vlm.measure.speed import paired
 
-TARGETS = {"llava": 1.03, "qwen2_5_vl": 1.08}
+TARGETS = {"llava": 1.01, "qwen2_5_vl": 1.05}
 
 
 def run(options: Options) -> list[dict[str, Any]]:
     llava, qwen = (TINY, TINY_QWEN) if options.quick else (replace(LLAVA, layers=2), replace(QWEN, layers=2))  # the decoder is not run
-    rows = [_compare(options, llava, "tower with CLS", 21, bare=True), _compare(options, llava, "tower and projector", 9, bare=False)]
-    return [*rows, _compare(options, qwen, "tower without CLS", 7, bare=True)]
+    return [
+        _compare(options, llava, "tower with CLS", 21, bare=True, features=-1, target=TARGETS["llava"]),
+        _compare(options, llava, "tower with CLS, last layer unread", 21, bare=True),
+        _compare(options, llava, "tower and projector", 9, bare=False),
+        _compare(options, qwen, "tower without CLS", 9, bare=True, target=TARGETS["qwen2_5_vl"]),
+    ]
 
 
-def _compare(options: Options, shape: Shape, name: str, pairs: int, bare: bool) -> dict[str, Any]:
+def _compare(
+    options: Options, shape: Shape, name: str, pairs: int, bare: bool, features: int | None = None, target: float | None = None
+) -> dict[str, Any]:
+    """``features``: the tower layer whose output is read, where it is not the usual one."""
     plain = build(shape)
     if bare and shape.family == "llava":
         if shape.hidden != shape.vision_hidden:
             shape = replace(shape, hidden=shape.vision_hidden, heads=max(1, shape.vision_hidden // 16), kv_heads=max(1, shape.vision_hidden // 16))
             plain = build(shape)
         plain.model.multi_modal_projector = nn.Identity()
+    if features is not None:
+        plain.config.vision_feature_layer = features
     attached, image = twin(plain), picture(shape)
     with torch.inference_mode(), duet_vlm.attach(attached, "duet", budget=0.22):
         sides = {"duet": lambda: attached.get_image_features(**image), "plain": lambda: plain.get_image_features(**image)}
         times = paired(sides, options.repeats(pairs), warmup=2)
-    target = TARGETS[shape.family] if bare else None
     return side_by_side(name, shape, times["duet"], times["plain"], target)
