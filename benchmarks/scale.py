@@ -115,7 +115,7 @@ def checks(sheet: Device) -> list[dict[str, Any]]:
     rows = []
     for entry in measured["v2v"]:
         model, shape = known[entry["shape"]["family"]], Shape(**entry["shape"])
-        if entry["name"] != "tower and projector":
+        if entry["name"] in ("tower with CLS", "tower without CLS"):
             found = predict(model, _request(model, shape, None, encoded=False), sheet, "fp32")
             rows.append(_check(entry["name"], found.vision.seconds, entry["milliseconds"][1]))
     model = known["llava"]
@@ -129,7 +129,7 @@ def checks(sheet: Device) -> list[dict[str, Any]]:
             rows.append(_check(f"{name}, full", full.first_token, entry["milliseconds"][0]))
         rows.append(_check(entry["name"], reduced.first_token, entry["milliseconds"][1]))
         rows[-1] |= {"speed_up": {"predicted": full.first_token / reduced.first_token, "measured": entry["median"], "by_flops": entry["predicted"]}}
-    for entry in measured["decode"]:
+    for entry in (row for row in measured["decode"] if "padded" not in row["name"]):
         shape = Shape(**entry["shape"])
         work = _request(model, shape, 0.22, encoded=True)
         rows.append(_check(entry["name"] + " at 22%", predict(model, work, sheet, "fp32").step, entry["milliseconds"][0]))
@@ -151,9 +151,8 @@ def _request(model: Model, shape: Shape, budget: float | None, encoded: bool) ->
     counts = (plan.entry, *plan.counts)
     scored = tuple(i for i in range(depth) if counts[i + 1] not in (counts[i], 0))
     passes: tuple[tuple[int, ...], ...] = () if encoded else ((tokens,),)
-    sample = Sample(shape.text + 1, (tokens,), passes, (plan,), shape.text, (plan.counts, plan.counts))
-    # two tokens: one step. When these points were measured, layers did not take over the keys they rank by, and every tower layer was run
-    return Workload(sample, 2, scored, shape.family != "llava")
+    sample = Sample(shape.text + 1, (tokens,), passes, (plan,), shape.text, (plan.counts, plan.counts), skipped=budget is not None)
+    return Workload(sample, 2, scored, shape.family != "llava", reused_layers=scored)  # two tokens: one step
 
 
 def main() -> None:
