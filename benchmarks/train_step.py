@@ -8,13 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import json
-import tempfile
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +21,7 @@ from torch import Tensor, nn
 import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.budget import SpanPlan
+from duet_vlm.measure.counted import memory_of
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.measure.speed import Timing, paired, ratio
 from duet_vlm.measure.training import Example, StepFlops, Trained, step_flops
@@ -90,8 +87,8 @@ def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch:
         times = paired({str(side): step for side, step in steps.items()}, rounds, warmup=2)
         stages = {side: step.stages(rounds) for side, step in steps.items()}
         flops = {side: step.flops for side, step in steps.items()}
-        left = {side: memory_of(step.forward)[1] / 2**20 for side, step in steps.items()}
-        peak = {side: memory_of(step)[0] / 2**20 for side, step in steps.items()}
+        left = {side: memory_of(step.forward, DEVICE)[1] / 2**20 for side, step in steps.items()}
+        peak = {side: memory_of(step, DEVICE)[0] / 2**20 for side, step in steps.items()}
     full = flops[Side()]
     gradients = sum(p.nbytes for p in plain.parameters() if p.requires_grad) / 2**20
     same = {"trained": "projector and decoder", "batch": batch.size, "device": DEVICE, "gradients_mib": gradients}
@@ -185,26 +182,6 @@ def keep_memory() -> None:
     if hasattr(library, "mallopt"):  # glibc; its numbers for "blocks mapped on their own" and "free bytes at which to give back"
         library.mallopt(-4, 0)
         library.mallopt(-1, -1)
-
-
-def memory_of(work: Callable[[], object]) -> tuple[int, int]:
-    """Bytes that tensors took beyond what was there before: at most while ``work`` ran, and at its end with its result still alive.
-
-    Counted in the allocator: on CUDA by torch's own statistics, on a CPU by adding up the allocations that the profiler saw.
-    """
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = work()
-        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        result = work()  # noqa: F841 (alive until the last allocation is counted)
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.json"
-        profile.export_chrome_trace(str(file))
-        events = json.loads(file.read_text())["traceEvents"]
-    sizes = [e["args"]["Bytes"] for e in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])]
-    return max(itertools.accumulate(sizes)), sum(sizes)
 
 
 def _now() -> float:
