@@ -72,6 +72,6 @@ class InternVL(Llava):
         vision, text, unit = self.config.vision_config, self.config.text_config, self.cell**2
         return VisionShape(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2, patches_per_token=unit,
-            extra_rows=1, patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
+            unread=len(self.unread_layers()), extra_rows=1, patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
             projector=((vision.hidden_size * unit, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

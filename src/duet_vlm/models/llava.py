@@ -115,5 +115,5 @@ class Llava(LlamaLike, Adapter):
         return VisionShape(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
             patches_per_token=1, extra_rows=int(self.has_cls), patch_inputs=vision.num_channels * vision.patch_size**2,
-            unread=len(self.blocks()) - 1 - self.feature_layer(), projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
+            unread=len(self.blocks()[self.feature_layer() + 1 :]), projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

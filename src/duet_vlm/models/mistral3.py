@@ -80,7 +80,7 @@ class Mistral3(Llava):
         merger = ((vision.hidden_size * unit, vision.hidden_size),) if unit > 1 else ()
         return VisionShape(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3, patches_per_token=unit,
-            extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            unread=len(self.unread_layers()), extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
             projector=(*merger, (vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip
 

@@ -15,8 +15,8 @@ def grouped_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """
     batch, heads, rows, width = query.shape
     groups = key.shape[1]
-    query = query.float().reshape(batch, groups, heads // groups * rows, width)
-    return (torch.matmul(query, key.float().transpose(-1, -2)) * scaling).reshape(batch, heads, rows, -1)
+    query = (query.float() * scaling).reshape(batch, groups, heads // groups * rows, width)  # fewer numbers than logits
+    return torch.matmul(query, key.float().transpose(-1, -2)).reshape(batch, heads, rows, -1)
 
 
 def cls_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -33,9 +33,11 @@ def column_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
 
     query, key [B, H, N, d] -> [B, N]; works through blocks of query rows, so memory is linear in N.
     """
-    total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
+    key, heads = key.float(), query.shape[1]
+    total = key.new_zeros(key.shape[0], key.shape[2])
     for block in query.split(QUERY_BLOCK, dim=2):
-        total += grouped_logits(block, key, scaling).softmax(-1).mean(1).sum(1)
+        weights = grouped_logits(block, key, scaling).softmax(-1).flatten(1, 2)
+        total += (weights.new_full((1, 1, weights.shape[1]), 1 / heads) @ weights)[:, 0]  # one product: two sums are two more passes
     return total
 
 
@@ -58,7 +60,8 @@ def query_attention(query: Tensor, key: Tensor, scaling: float, allowed: Tensor,
     Tensor
         [B, T] float32.
     """
-    total = key.new_zeros(key.shape[0], key.shape[2], dtype=torch.float32)
+    key = key.float()
+    total = key.new_zeros(key.shape[0], key.shape[2])
     blocks = zip(query.split(QUERY_BLOCK, 2), allowed.split(QUERY_BLOCK, 1), weight.split(QUERY_BLOCK, 1), strict=True)
     for rows, mask, share in blocks:
         logits = grouped_logits(rows, key, scaling).masked_fill_(~mask[:, None], torch.finfo(torch.float32).min)
