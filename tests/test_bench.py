@@ -145,7 +145,7 @@ def test_sizes_that_a_family_has_not(name: str, message: str) -> None:
 
 # visual tokens of three frames: 16 per frame for a square of 48; frames of 4 x 4 and a CLS row; pooled to 2 x 2; pooled, and a newline behind
 @pytest.mark.parametrize(("name", "asked", "tokens"), [
-    ("qwen2_vl", 48, 48), ("video_llava", None, 3 * 17), ("llava_next_video", None, 3 * 4), ("llava_onevision", None, 3 * 4 + 1),
+    ("qwen2_vl", 48, 48), ("qwen3_vl", 48, 48), ("qwen3_5", 48, 48), ("glm4v", 48, 48), ("video_llava", None, 3 * 17), ("llava_next_video", None, 3 * 4), ("llava_onevision", None, 3 * 4 + 1),
 ])  # fmt: skip
 def test_clips(name: str, asked: int | None, tokens: int) -> None:
     model = build(name)

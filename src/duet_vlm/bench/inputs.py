@@ -81,9 +81,11 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
         what = f"a clip of {frames} frames" if frames else "an image"
         raise ValueError(f"tokens={tokens}: {what} has {sum(spans)} visual tokens in this {adapter.family} model; leave the number out")
     many = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in one.items()}
-    words = _words(adapter, stream, sum(spans), text, batch)
     counts = list(spans)
-    return Prompt(name, stream.encode, words, many, spans, tuple(adapter.passes(call, counts)), tuple(adapter.projected(call, counts)))
+    passes = tuple(adapter.passes(call, counts))
+    written = [token for span, parts in zip(spans, passes, strict=True) for token in adapter.written(stream, span, parts)]
+    words = _words(adapter, stream, written, text, batch)
+    return Prompt(name, stream.encode, words, many, spans, passes, tuple(adapter.projected(call, counts)))
 
 
 def _noise(adapter: Adapter, stream: Stream, tokens: int | None, frames: int) -> dict[str, Any]:
@@ -143,18 +145,18 @@ def _placed(value: Any, weight: Tensor) -> Any:
     return value.to(weight.device, weight.dtype) if value.is_floating_point() else value.to(weight.device)
 
 
-def _words(adapter: Adapter, stream: Stream, visual: int, text: int, batch: int) -> dict[str, Tensor]:
-    """A start token, the placeholders, random words that are nothing special; the same in every row."""
+def _words(adapter: Adapter, stream: Stream, written: list[int], text: int, batch: int) -> dict[str, Tensor]:
+    """A start token, the picture as it is ``written``, random words that are nothing special; the same in every row."""
     config, device = adapter.model.config, next(adapter.model.parameters()).device
     named = [(k, v) for part in (config, config.get_text_config()) for k, v in vars(part).items()]
     special = {value for key, value in named if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
     special |= {other.token_id for other in adapter.streams}
     vocabulary = [i for i in range(2, min(config.get_text_config().vocab_size, 2000)) if i not in special]
     words = torch.tensor(vocabulary)[torch.randint(len(vocabulary), (text,), generator=torch.Generator().manual_seed(2))]
-    row = torch.cat([torch.tensor([BOS]), torch.full((visual,), stream.token_id), words])
+    row = torch.cat([torch.tensor([BOS, *written]), words])
     ids = row.expand(batch, -1).contiguous().to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in inspect.signature(adapter.model.forward).parameters:
         kind = 2 if stream.name == "video" else 1
-        inputs["mm_token_type_ids"] = kind * (ids == stream.token_id).long()
+        inputs["mm_token_type_ids"] = kind * adapter.placeholders(ids, None)[stream.name].long()
     return inputs

@@ -238,6 +238,10 @@ class Adapter(ABC):
         tokens = {stream.name: embed(torch.tensor(stream.token_id, device=device)) for stream in self.streams}
         return {name: (inputs_embeds == token).all(-1) for name, token in tokens.items()}
 
+    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+        """Token ids that a prompt shows a span of ``tokens`` with, whose parts (crops, frames) the tower saw as ``parts``."""
+        return [stream.token_id] * tokens
+
     @abstractmethod
     def check(self) -> None:
         """Raise a clear error for configurations of this family that cannot be right."""

@@ -11,7 +11,7 @@ from transformers import GenerationMixin
 
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Rotary, rotate
+from duet_vlm.models.adapter import Rotary, Stream, rotate
 from duet_vlm.models.qwen2_vl import Qwen2VL
 from duet_vlm.tokens import TokenMap
 
@@ -40,6 +40,11 @@ class Glm4V(Qwen2VL):
         visual = input_ids == self.image_token_id
         begun, ended = ((input_ids == mark).cumsum(1) for mark in (self.config.video_start_token_id, self.config.video_end_token_id))
         return {"image": visual & (begun <= ended), "video": visual & (begun > ended)}
+
+    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+        config, still = self.config, [self.image_token_id]
+        frames = [token for count in parts for token in (config.image_start_token_id, *still * count, config.image_end_token_id)]
+        return frames if stream.name == "image" else [config.video_start_token_id, *frames, config.video_end_token_id]
 
     def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
         model: Any = self.model

@@ -102,6 +102,12 @@ class Qwen2VL(LlamaLike, Adapter):
         )  # fmt: skip
 
 
+def frames_apart(config: Any, stream: Stream, parts: tuple[int, ...]) -> list[int]:
+    """Token ids of an image or clip as Qwen3's prompts write it: each step of time between marks of its own."""
+    start, end = config.vision_start_token_id, config.vision_end_token_id
+    return [token for count in parts for token in (start, *[stream.token_id] * count, end)]
+
+
 def segments_of(recorded: Recorded) -> list[Recorded]:
     """Split a packed call (flash attention) into the segments that the tower attends within."""
     if recorded.segments is None:

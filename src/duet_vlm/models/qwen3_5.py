@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.qwen2_vl import Qwen2VL
+from duet_vlm.models.adapter import Stream
+from duet_vlm.models.qwen2_vl import Qwen2VL, frames_apart
 
 
 class Qwen35(Qwen2VL):
@@ -19,6 +20,9 @@ class Qwen35(Qwen2VL):
     model_types = ("qwen3_5", "qwen3_5_moe")
     notes = "images of any size, video; linear and full attention, ranked by the latter; kept positions only (M-RoPE)"
     example = "Qwen/Qwen3.5-9B"
+
+    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+        return frames_apart(self.config, stream, parts)
 
     def heads(self, layer: nn.Module, which: str, hidden: Tensor) -> Tensor:
         heads = super().heads(layer, which, hidden)

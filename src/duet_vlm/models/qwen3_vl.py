@@ -9,7 +9,8 @@ from torch import Tensor
 
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.qwen2_vl import Qwen2VL
+from duet_vlm.models.adapter import Stream
+from duet_vlm.models.qwen2_vl import Qwen2VL, frames_apart
 from duet_vlm.ops.ragged import take
 from duet_vlm.tokens import TokenMap
 
@@ -24,6 +25,9 @@ class Qwen3VL(Qwen2VL):
     model_types = ("qwen3_vl", "qwen3_vl_moe")
     notes = "images of any size, video; dense and mixture-of-experts decoders; kept positions only (M-RoPE)"
     example = "Qwen/Qwen3-VL-8B-Instruct"
+
+    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+        return frames_apart(self.config, stream, parts)
 
     def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
         stock = self.text_model._deepstack_process
