@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.adapter import Adapter, Encoding, Recorded
 from duet_vlm.models.llava_next import image_size_to_num_patches
 from duet_vlm.models.llava_next_video import LlavaNextVideo
 from duet_vlm.models.towers import column_signals
@@ -74,6 +74,9 @@ class LlavaOnevision(LlavaNextVideo):
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         parts = super().parts(call, counts)
         return parts if call.stream == "image" else [nn.functional.pad(rows, (0, 1), value=-1) for rows in parts]
+
+    def projected(self, call: Encoding, counts: list[int]) -> list[int]:
+        return Adapter.projected(self, call, counts)  # clips are pooled behind the projector here
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return (None,) * len(counts)
