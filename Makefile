@@ -96,7 +96,7 @@ $(BROWSER): $(DEV)
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
-	sed 's/^transformers==.*/transformers==5.19.0/' constraints.txt > $(OLDEST)/constraints.txt
+	sed 's/^transformers==.*/transformers==5.21.0/' constraints.txt > $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -c $(OLDEST)/constraints.txt -e ".[dev]"
 	@touch $@
 

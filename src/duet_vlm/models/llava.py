@@ -61,9 +61,19 @@ class Llava(LlamaLike, Adapter):
         self.check_tower()
         self.check_decoder()
 
+    @property
+    def feature_setting(self) -> str:
+        """What the config, and encoder calls, name the tower layer that is read (VipLLaVA in the plural, before transformers 5.23)."""
+        return "vision_feature_layer" if hasattr(self.config, "vision_feature_layer") else "vision_feature_layers"
+
+    @property
+    def chosen(self) -> Any:
+        """Which of the tower's hidden states are the features: a number, or several to be joined."""
+        return getattr(self.config, self.feature_setting)
+
     def feature_layer(self) -> int:
         """Index of the tower layer whose output is the (last) visual feature."""
-        chosen = self.config.vision_feature_layer
+        chosen = self.chosen
         depth = len(self.blocks())
         states = [i if i >= 0 else depth + 1 + i for i in (chosen if isinstance(chosen, list | tuple) else [chosen])]
         return max(states) - 1
@@ -73,6 +83,10 @@ class Llava(LlamaLike, Adapter):
 
     def unread_layers(self) -> Sequence[nn.Module]:
         return self.blocks()[self.feature_layer() + 1 :]
+
+    def reads_usual_layers(self, call: Encoding) -> bool:
+        asked = {**call.arguments.get("kwargs", {}), **call.arguments}
+        return asked.get(self.feature_setting) in (None, self.chosen) and not asked.get("output_hidden_states")
 
     def tower(self) -> nn.Module:
         return self.clip
@@ -86,11 +100,11 @@ class Llava(LlamaLike, Adapter):
         return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
-        several = isinstance(self.config.vision_feature_layer, list | tuple)
+        several = isinstance(self.chosen, list | tuple)
         return () if several else self.blocks()[: self.feature_layer()]
 
     def cls_module(self) -> nn.Module:
-        if isinstance(self.config.vision_feature_layer, list | tuple):
+        if isinstance(self.chosen, list | tuple):
             raise TypeError("cls_token=True needs one vision_feature_layer, this model joins several")
         return self.blocks()[self.feature_layer()]
 
@@ -110,7 +124,7 @@ class Llava(LlamaLike, Adapter):
         return decoder_shape(self.config.text_config)
 
     def vision_shape(self) -> VisionShape:
-        vision, text, chosen = self.config.vision_config, self.config.text_config, self.config.vision_feature_layer
+        vision, text, chosen = self.config.vision_config, self.config.text_config, self.chosen
         joined = vision.hidden_size * (len(chosen) if isinstance(chosen, list | tuple) else 1)
         return VisionShape(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
