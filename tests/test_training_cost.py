@@ -125,7 +125,7 @@ def test_predicted_flops_are_the_counted_ones(family: str, what: str, method: st
 @pytest.mark.parametrize("method", [None, "duet", "visionzip"])
 def test_the_vision_stage_is_the_encoder_call(family: str, method: str | None) -> None:
     adapter, inputs = adapter_for(build(family, "eager")), FAMILIES[family].inputs(ROWS)
-    with ExitStack() as stack, FlopCounterMode(display=False) as counter, torch.no_grad():
+    with ExitStack() as stack, FlopCounterMode(display=False) as counter:  # with gradients, as in training: the whole tower runs
         handle = None if method is None else stack.enter_context(duet_vlm.attach(adapter.model, method, **REDUCING[method]))
         adapter.model.get_image_features(**{k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")})
     assert predicted(family, adapter, handle, STAGE_2).vision == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -214,7 +214,7 @@ class Handle:
         unread = adapter.unread_layers()
         if not any(module in recorded for layer in unread for module in layer.modules()):
             encoder.skipping = bool(unread)
-            for layer in unread:
+            for layer in map(_inside, unread):
                 hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
         if isinstance(self.reducer, EncoderReducer) and self.reducer.cls_token:
             hooks.add(adapter.cls_module().register_forward_hook, self._record_cls)
@@ -231,8 +231,7 @@ class Handle:
         hooks.add(adapter.text_model.register_forward_pre_hook, self._enter, with_kwargs=True, prepend=True)
         hooks.add(adapter.text_model.register_forward_hook, self._leave, with_kwargs=True)
         for index, layer in enumerate(adapter.layers):
-            inner = getattr(layer, "_checkpoint_wrapped_module", layer)  # inside torch's wrapper, where FSDP gathers the layer's weights
-            hooks.add(inner.register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
+            hooks.add(_inside(layer).register_forward_pre_hook, self._at_layer, index, with_kwargs=True)
         if not self._align:  # the public setter keeps the loss in this one instance attribute
             hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, self._stacks))
         if self._processor is not None:
@@ -320,6 +319,11 @@ class Handle:
         if isinstance(step, PrefillPass) and step.reuses_keys(index, layer):
             self._make_keys_once(self.adapter.key_projection(layer))
         return (step.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
+
+
+def _inside(layer: nn.Module) -> nn.Module:
+    """A layer inside torch's checkpointing wrapper, where FSDP gathers its weights and where hidden states are captured."""
+    return getattr(layer, "_checkpoint_wrapped_module", layer)
 
 
 def attach(

@@ -35,10 +35,14 @@ def column_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """
     key, heads = key.float(), query.shape[1]
     total = key.new_zeros(key.shape[0], key.shape[2])
-    for block in query.split(QUERY_BLOCK, dim=2):
-        weights = grouped_logits(block, key, scaling).softmax(-1).flatten(1, 2)
-        total += (weights.new_full((1, 1, weights.shape[1]), 1 / heads) @ weights)[:, 0]  # one product: two sums are two more passes
+    for block in query.split(QUERY_BLOCK, dim=2):  # no name for a block's weights: it would keep them alive beside the next ones
+        total += _column_sums(grouped_logits(block, key, scaling).softmax(-1).flatten(1, 2)) / heads
     return total
+
+
+def _column_sums(rows: Tensor) -> Tensor:
+    """[B, n, T] -> [B, T], as one product: summing twice is two more passes."""
+    return (rows.new_ones(1, 1, rows.shape[1]) @ rows)[:, 0]
 
 
 def query_attention(query: Tensor, key: Tensor, scaling: float, allowed: Tensor, weight: Tensor) -> Tensor:
