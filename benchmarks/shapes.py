@@ -47,6 +47,7 @@ class Shape:
 
 LLAVA = Shape()
 LLAVA_NARROW = replace(LLAVA, mlp=2048)
+WIDE = Shape(layers=4, hidden=4096, heads=32, kv_heads=32, mlp=11008, vision_layers=2)  # four layers of a 7B decoder
 QWEN = Shape(family="qwen2_5_vl", kv_heads=2, vision_mlp=2048)
 TINY = Shape(layers=4, hidden=64, heads=4, kv_heads=4, mlp=96, vision_layers=2, vision_hidden=32, vision_mlp=48, side=6, text=8, vocab=128)
 TINY_QWEN = replace(TINY, family="qwen2_5_vl", kv_heads=2)

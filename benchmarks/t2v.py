@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from common import Options, side_by_side
-from shapes import LLAVA, LLAVA_NARROW, QWEN, TINY, TINY_QWEN, Shape, build, picture, prompt
+from shapes import LLAVA, LLAVA_NARROW, QWEN, TINY, TINY_QWEN, WIDE, Shape, build, picture, prompt
 from torch import nn
 
 import duet_vlm
@@ -27,13 +27,13 @@ ABOVE_KEYS = 0.03  # of a layer, that a stage may cost beside keys that are made
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    cases = [("stage, MLP 3072", LLAVA), ("stage, MLP 2048", LLAVA_NARROW), ("stage, grouped heads", QWEN)]
+    cases = [("stage, MLP 3072", LLAVA, 21), ("stage, MLP 2048", LLAVA_NARROW, 21), ("stage, grouped heads", QWEN, 21), ("stage, 4096 wide", WIDE, 9)]
     if options.quick:
-        cases = [("stage", TINY), ("stage, grouped heads", TINY_QWEN)]
+        cases = [("stage", TINY, 3), ("stage, grouped heads", TINY_QWEN, 3)]
     return [row for case in cases for row in _stage(options, *case)]
 
 
-def _stage(options: Options, name: str, shape: Shape) -> list[dict[str, Any]]:
+def _stage(options: Options, name: str, shape: Shape, pairs: int) -> list[dict[str, Any]]:
     model, inputs, stage = build(shape), prompt(shape), shape.layers // 2
     layers = model.model.language_model.layers
     with torch.inference_mode(), Clocks() as clocks:
@@ -46,7 +46,7 @@ def _stage(options: Options, name: str, shape: Shape) -> list[dict[str, Any]]:
             for index in range(1, stage):
                 clocks.around(layers[index], f"layer {index}")
             grid = {k: v for k, v in picture(shape).items() if k == "image_grid_thw"}
-            for turn in range(options.repeats(21) + 2):
+            for turn in range(options.repeats(pairs) + 2):
                 clocks.turn(keep=turn >= 2)
                 model(**inputs, **grid, mm_encoder_outputs={"image": encoded}, logits_to_keep=1)
     layer = clocks.medians([f"layer {index}" for index in range(1, stage)])

@@ -32,28 +32,46 @@ def _picture(file: Path, rows: list[dict[str, Any]], paint: Callable[[Any, list[
     return file
 
 
-def _by_method(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    return {name: [row for row in rows if (row["method"] or "full") == name] for name in dict.fromkeys(row["method"] or "full" for row in rows)}
+def _groups(rows: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """Rows that agree in ``keys``, in the order in which they first appear."""
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def _points(axes: Any, rows: list[dict[str, Any]], x: Callable[[dict[str, Any]], float], y: Callable[[dict[str, Any]], dict[str, float]]) -> None:
+    """One colour per method, one mark per prompt (batch and length of the text); whiskers from low to high."""
+    colors = {method: f"C{i}" for i, (method,) in enumerate(_groups(rows, "method"))}
+    marks = dict(zip(_groups(rows, "batch", "text"), "os^Dv*PX", strict=False))
+    for (method, batch, text), some in _groups(rows, "method", "batch", "text").items():
+        found = [y(row) for row in some]
+        errors = [[f["median"] - f["low"] for f in found], [f["high"] - f["median"] for f in found]]
+        mark = marks.get((batch, text), "o")
+        axes.errorbar([x(row) for row in some], [f["median"] for f in found], errors, fmt=mark, color=colors[method], capsize=2)
+    for method, color in colors.items():
+        axes.plot([], [], "o", color=color, label=method or "full")
+    if len(marks) > 1:
+        for (batch, text), mark in marks.items():
+            axes.plot([], [], mark, color="gray", label=f"batch {batch}, {text} other tokens")
 
 
 def _time(axes: Any, rows: list[dict[str, Any]]) -> None:
-    for name, some in _by_method(rows).items():
-        tokens, times = [row["mean_tokens"] for row in some], [row["ms"]["to first token"] for row in some]
-        errors = [[t["median"] - t["low"] for t in times], [t["high"] - t["median"] for t in times]]
-        axes.errorbar(tokens, [t["median"] for t in times], errors, fmt="o", label=name, capsize=2)
+    _points(axes, rows, lambda row: row["mean_tokens"], lambda row: row["ms"]["to first token"])
     axes.set(xlabel="mean visual tokens per decoder layer", ylabel="ms to the first token (median, quartiles)", ylim=(0, None))
 
 
 def _speed_up(axes: Any, rows: list[dict[str, Any]]) -> None:
-    for name, some in _by_method(rows).items():
-        axes.plot([1 / row["flops_share"] for row in some], [row["speed_up"]["to first token"]["median"] for row in some], "o", label=name)
+    _points(axes, rows, lambda row: 1 / row["flops_share"], lambda row: row["speed_up"]["to first token"])
     most = max(1 / row["flops_share"] for row in rows)
     axes.plot([1, most], [1, most], color="gray", linewidth=1, label="as FLOPs")
-    axes.set(xlabel="speed-up by FLOPs, pixels to first token", ylabel="measured")
+    axes.set(xlabel="speed-up by FLOPs, pixels to first token", ylabel="measured (median, 95 % interval)")
 
 
 def _cache(axes: Any, rows: list[dict[str, Any]]) -> None:
-    for name, some in _by_method(rows).items():
-        context = [(row["tokens"] + row["text"]) * row["batch"] for row in some]
-        axes.plot(context, [(row["kv_bytes"] or 0) / 2**20 for row in some], "o", label=name)
-    axes.set(xlabel="tokens of the prompts", ylabel="KV cache after prefill, MiB", ylim=(0, None))
+    """All methods share a line at the same budget."""
+    for (budget, batch), some in _groups(rows, "budget", "batch").items():
+        line = dict(sorted({row["tokens"] + row["text"]: (row["kv_bytes"] or 0) / 2**20 for row in some}.items()))
+        label = "full" if budget is None else f"budget {budget:g}"
+        axes.plot(list(line), list(line.values()), "o-", label=label + (f", batch {batch}" if batch > 1 else ""))
+    axes.set(xlabel="tokens of a prompt", ylabel="KV cache after prefill, MiB", ylim=(0, None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,6 +42,7 @@ def bench(
     debug: Debug = False,
 ) -> None:
     """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and predictions beside it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, tells of its own doings otherwise
     with friendly(debug, json_):
         from duet_vlm.bench.plots import draw
         from duet_vlm.bench.run import Plan, result, sheet_of, sides_of
