@@ -200,4 +200,4 @@ def _times(console: Console, columns: list[Column], seconds: dict[str, float]) -
         table.add_row(column.name, f"{seconds[column.name] * 1e3:.1f} ms", *cells)
     console.print(f"\nPrefill of the first question, vision tower included, {ROUNDS} interleaved rounds (CPU, one thread, float32):")
     console.print(table)
-    console.print("The vision tower costs the same at every budget, and it is a large part of a model this small.")
+    console.print("The vision tower costs nearly the same at every budget, and it is a large part of a model this small.")
