@@ -31,7 +31,8 @@ ARROWS = {
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},
     "presets": {"budget", "methods", "reducer"},
     "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
-    "attach": {"budget", "checks", "flow", "hooks", "measure", "memory", "models", "parts", "reducer", "registry", "tokens"},
+    "accounts": {"flow", "measure", "models", "reducer"},
+    "attach": {"accounts", "budget", "checks", "flow", "hooks", "measure", "memory", "models", "parts", "reducer", "registry", "tokens"},
 }
 USERS = {"bench", "cli", "evaluate", "loading", "serve", "tiny", "train", "viz"}  # see the library as anyone outside does
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

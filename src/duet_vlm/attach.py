@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from duet_vlm import registry
+from duet_vlm.accounts import samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, check_budget
 from duet_vlm.checks import check, signal_layer, with_fields
 from duet_vlm.flow import compat
@@ -28,9 +29,8 @@ from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.processor import SALIENT, SalientProcessor, accept_salient
 from duet_vlm.flow.ranks import in_step, with_blank_image
 from duet_vlm.flow.signals import Recorder
-from duet_vlm.flow.trace import rows_per_layer, trace_of
+from duet_vlm.flow.trace import trace_of
 from duet_vlm.hooks import Hooks
-from duet_vlm.measure.choice import selection_bytes, selection_flops
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.memory import KEY, record, remembered
 from duet_vlm.models.adapter import Adapter, adapter_for, core_of
@@ -117,24 +117,7 @@ class Handle:
     def report(self) -> Report:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
         run = self._last_run()
-        rest = iter(run.sources)
-        sources = [[next(rest) for _ in row] for row in run.spans]
-        samples = [
-            Sample(
-                text=length - sum(span.tokens for span in spans),
-                spans=tuple(span.tokens for span in spans),
-                passes=tuple(encoded.passes[number] for encoded, number in of),
-                plans=plans,
-                queries=asked,
-                measured=measured,
-                grids=tuple(span.grid for span in spans),
-                projected=tuple(encoded.projected[number] for encoded, number in of),
-                skipped=any(encoded.skipped for encoded, _ in of),
-            )
-            for length, spans, of, plans, asked, measured in zip(
-                run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), strict=True
-            )
-        ]
+        samples = samples_of(run)
         return make_report(
             method=self.reducer.name,
             settings=self.reducer.settings(),
@@ -153,13 +136,7 @@ class Handle:
 
     def selection_cost(self, samples: list[Sample]) -> tuple[int, int]:
         """FLOPs and bytes of signals, choice and merge before the decoder."""
-        adapter, vision, reducer = self.adapter, self.adapter.vision_shape(), self.reducer
-        if not isinstance(reducer, EncoderReducer):
-            return 0, 0
-        plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
-        head = adapter.vision_attention(reducer.signal_layer).head_dim
-        width = adapter.decoder_shape().hidden if self.projects_all else vision.width
-        return selection_flops(reducer, plans, passes, vision, head, width), selection_bytes(reducer, plans, passes, vision, head)
+        return selection_cost(self.adapter, self.reducer, samples, self.projects_all)
 
     @property
     def projects_all(self) -> bool:

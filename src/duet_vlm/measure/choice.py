@@ -45,7 +45,7 @@ def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequenc
 
 def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:
     """One plan for every part that is reduced by itself; all spans of a call are padded to equally many."""
-    parts = [getattr(plan, "parts", ()) for plan in plans]
+    parts = [plan.parts for plan in plans]
     most = max(map(len, parts), default=0)
     if most == 0:
         return list(plans)

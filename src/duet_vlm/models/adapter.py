@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.hooks import Hooks
-from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
 from duet_vlm.models.unsupported import refusal
 from duet_vlm.tokens import TokenMap
 
@@ -69,12 +69,14 @@ class Encoding:
 
 
 class Adapter(ABC):
-    """A family. Subclasses fill the attributes in ``__init__`` and implement the abstract methods; nothing else knows the family.
+    """A family. Subclasses say in their attributes and methods what differs from the usual; nothing else knows the family.
 
     Attributes
     ----------
     model, base, text_model : nn.Module
         The model with head, the multimodal model inside it, and its decoder stack.
+    decoder : str
+        What the multimodal model calls its decoder stack.
     layers : nn.ModuleList
         Decoder layers.
     image_token_id : int
@@ -99,17 +101,21 @@ class Adapter(ABC):
     notes: ClassVar[str] = ""
     example: ClassVar[str] = ""
 
+    decoder: ClassVar[str] = "language_model"
+
     door: nn.Module | None = None
     fixed_tokens: int | None = None
     has_cls = False
     feeds_cls = False
     mrope = False
 
-    model: nn.Module
-    base: nn.Module
-    text_model: nn.Module
-    layers: nn.ModuleList
-    image_token_id: int
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.base: Any = model.model
+        self.text_model: Any = getattr(self.base, self.decoder)
+        self.layers: nn.ModuleList = self.text_model.layers
+        self.config: Any = model.config
+        self.image_token_id: int = self.config.image_token_id
 
     @classmethod
     def serves(cls, config: Any) -> bool:
@@ -175,9 +181,11 @@ class Adapter(ABC):
     def projector(self) -> nn.Module:
         """What maps vision features to the decoder's width."""
 
-    @abstractmethod
     def blank_image(self) -> dict[str, Tensor]:
-        """The encoder call's arguments for one small blank image."""
+        """The encoder call's arguments for one small blank image: here of the one size that the tower takes."""
+        vision, weight = self.config.vision_config, next(self.tower().parameters())
+        size = (1, vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
         """Vision layers whose outputs neither the features nor any default signal reads: the same for every method on the same pictures."""
@@ -258,9 +266,9 @@ class Adapter(ABC):
                 f"{self.family}: nobody has checked how to rank tokens with a {kind} decoder; those that are: {', '.join(LLAMA_LAYOUT)}"
             )
 
-    @abstractmethod
     def decoder_shape(self) -> DecoderShape:
         """Sizes of the decoder, for cost predictions."""
+        return decoder_shape(self.config.text_config)
 
     @abstractmethod
     def vision_shape(self) -> VisionShape:
@@ -355,7 +363,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     known = families()
     for cls in known.values():
         if cls.serves(getattr(core, "config", None)) and hasattr(core, "model"):  # the model with head, not the one inside it
-            adapter = cls(core)  # type: ignore[call-arg]
+            adapter = cls(core)
             adapter.check()
             return adapter
     wanted = "Pass the whole image-text-to-text model, as AutoModelForImageTextToText loads it."

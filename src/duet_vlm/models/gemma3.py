@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded, Rotary
 from duet_vlm.models.towers import cell_signals
 
@@ -23,11 +22,7 @@ class Gemma3(LlamaLike, Adapter):
     example = "google/gemma-3-4b-it"
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.base = model, model.model
-        self.text_model = self.base.language_model
-        self.layers = self.text_model.layers
-        self.config = model.config
-        self.image_token_id = self.config.image_token_id
+        super().__init__(model)
         vision = self.config.vision_config
         self.side = vision.image_size // vision.patch_size
         self.fixed_tokens = self.tokens_per_image()
@@ -61,14 +56,6 @@ class Gemma3(LlamaLike, Adapter):
 
     def projector(self) -> nn.Module:
         return self.base.multi_modal_projector
-
-    def blank_image(self) -> dict[str, Tensor]:
-        vision, weight = self.config.vision_config, next(self.base.vision_tower.parameters())
-        size = (1, vision.num_channels, vision.image_size, vision.image_size)
-        return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
-
-    def decoder_shape(self) -> DecoderShape:
-        return decoder_shape(self.config.text_config)
 
     def vision_shape(self) -> VisionShape:
         vision, text = self.config.vision_config, self.config.text_config

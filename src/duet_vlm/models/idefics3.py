@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded
 from duet_vlm.ops.score import query_attention
 
@@ -23,15 +23,12 @@ class Idefics3(LlamaLike, Adapter):
     family = "idefics3"
     model_types = ("idefics3", "smolvlm")
     video = "as images"
+    decoder = "text_model"
     notes = "images of any size and clips as frames; budgets count per crop or frame"
     example = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.base = model, model.model
-        self.text_model = self.base.text_model
-        self.layers = self.text_model.layers
-        self.config = model.config
-        self.image_token_id = self.config.image_token_id
+        super().__init__(model)
         self.patch, self.side = self.config.vision_config.patch_size, self.config.scale_factor
 
     def check(self) -> None:
@@ -85,9 +82,6 @@ class Idefics3(LlamaLike, Adapter):
         vision, weight = self.config.vision_config, next(self.base.vision_model.parameters())
         size = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
         return {"pixel_values": torch.ones(size, dtype=weight.dtype, device=weight.device)}
-
-    def decoder_shape(self) -> DecoderShape:
-        return decoder_shape(self.config.text_config)
 
     def vision_shape(self) -> VisionShape:
         vision, unit = self.config.vision_config, self.side**2

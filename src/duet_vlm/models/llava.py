@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded
 from duet_vlm.ops.score import cls_attention
 
@@ -24,12 +23,8 @@ class Llava(LlamaLike, Adapter):
     has_cls = True
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.base = model, model.model
-        self.text_model = self.base.language_model
-        self.layers = self.text_model.layers
+        super().__init__(model)
         self.door = self.base.multi_modal_projector
-        self.config = model.config
-        self.image_token_id = self.config.image_token_id
         self.feeds_cls = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
         self.side = self.patches_a_side()
         self.fixed_tokens = self.side**2 + self.feeds_cls
@@ -94,11 +89,6 @@ class Llava(LlamaLike, Adapter):
     def projector(self) -> nn.Module:
         return self.base.multi_modal_projector
 
-    def blank_image(self) -> dict[str, Tensor]:
-        vision, weight = self.config.vision_config, next(self.clip.parameters())
-        size = (1, vision.num_channels, vision.image_size, vision.image_size)
-        return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
-
     def layers_before_signals(self) -> Sequence[nn.Module]:
         several = isinstance(self.chosen, list | tuple)
         return () if several else self.blocks()[: self.feature_layer()]
@@ -119,9 +109,6 @@ class Llava(LlamaLike, Adapter):
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
-
-    def decoder_shape(self) -> DecoderShape:
-        return decoder_shape(self.config.text_config)
 
     def vision_shape(self) -> VisionShape:
         vision, text, chosen = self.config.vision_config, self.config.text_config, self.chosen

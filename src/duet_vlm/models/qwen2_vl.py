@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import SLIDING, Adapter, Encoding, LlamaLike, Recorded, Stream
 from duet_vlm.ops.score import column_attention
 
@@ -27,11 +27,7 @@ class Qwen2VL(LlamaLike, Adapter):
     mrope = True
 
     def __init__(self, model: nn.Module) -> None:
-        self.model, self.base = model, model.model
-        self.text_model = self.base.language_model
-        self.layers = self.text_model.layers
-        self.config = model.config
-        self.image_token_id = self.config.image_token_id
+        super().__init__(model)
         self.visual = self.base.visual
 
     @property
@@ -84,9 +80,6 @@ class Qwen2VL(LlamaLike, Adapter):
         inputs = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         pixels = torch.zeros(side * side, inputs, dtype=weight.dtype, device=weight.device)
         return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]], device=weight.device)}
-
-    def decoder_shape(self) -> DecoderShape:
-        return decoder_shape(self.config.text_config)
 
     def vision_shape(self) -> VisionShape:
         vision = self.config.vision_config

@@ -1,0 +1,45 @@
+"""What a run leaves for its report: who entered, what tower, projector and layers really read, and what choosing cost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from duet_vlm.flow.cache import Run
+from duet_vlm.flow.trace import rows_per_layer
+from duet_vlm.measure.choice import selection_bytes, selection_flops
+from duet_vlm.measure.report import Sample
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.reducer import EncoderReducer, Reducer
+
+
+def samples_of(run: Run) -> list[Sample]:
+    """The rows of the batch."""
+    rest = iter(run.sources)
+    sources = [[next(rest) for _ in row] for row in run.spans]
+    return [
+        Sample(
+            text=length - sum(span.tokens for span in spans),
+            spans=tuple(span.tokens for span in spans),
+            passes=tuple(encoded.passes[number] for encoded, number in of),
+            plans=plans,
+            queries=asked,
+            measured=measured,
+            grids=tuple(span.grid for span in spans),
+            projected=tuple(encoded.projected[number] for encoded, number in of),
+            skipped=any(encoded.skipped for encoded, _ in of),
+        )
+        for length, spans, of, plans, asked, measured in zip(
+            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), strict=True
+        )
+    ]
+
+
+def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample], projects_all: bool) -> tuple[int, int]:
+    """FLOPs and bytes of signals, choice and merge before the decoder."""
+    if not isinstance(reducer, EncoderReducer):
+        return 0, 0
+    vision = adapter.vision_shape()
+    plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
+    head = adapter.vision_attention(reducer.signal_layer).head_dim
+    width = adapter.decoder_shape().hidden if projects_all else vision.width
+    return selection_flops(reducer, plans, passes, vision, head, width), selection_bytes(reducer, plans, passes, vision, head)
