@@ -10,8 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.ragged import take
-
 
 @dataclass(frozen=True)
 class Span:
@@ -88,7 +86,7 @@ class TokenMap:
 
     def take(self, index: Tensor, valid: Tensor) -> TokenMap:
         """The map after gathering rows ``index`` [B, T'] of which ``valid`` [B, T'] are real."""
-        return TokenMap(take(self.slot, index), take(self.row, index), valid, take(self.visual, index) & valid)
+        return TokenMap(self.slot.gather(1, index), self.row.gather(1, index), valid, self.visual.gather(1, index) & valid)
 
     def entered(self) -> TokenMap:
         """The same rows seen as the sequence that enters the decoder (rows numbered anew)."""

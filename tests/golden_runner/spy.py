@@ -91,8 +91,7 @@ def scores_at(
     hidden, rotary = watch.calls[call][2][layer - 1], watch.calls[call][1][layer - 1]
     module = adapter.layers[layer]
     rotary = tuple(t.expand(len(hidden), *t.shape[1:]) for t in rotary)
-    key = adapter.project_k(module, hidden, rotary)
-    query = adapter.project_q(module, take(hidden, index), tuple(take(t, index) for t in rotary))
+    query, key = adapter.project(module, hidden, rotary, index)
     allowed = tokens.valid[:, None].expand(-1, index.shape[1], -1)
     if reducer.score_mask == "causal":
         allowed = allowed & (torch.arange(hidden.shape[1]) <= index[..., None])

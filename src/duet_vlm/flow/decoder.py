@@ -42,7 +42,8 @@ class PrefillPass:
         self.scored_at = scoring_layers(adapter, reducer, [layer for layer, keeps in self.drops.items() if any(keeps)])
         run.asking = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
-        self.scores: dict[int, Tensor] = {}
+        self.ranked: set[int] = set()
+        self.scores: dict[int, Tensor] = {}  # by the layer that made them, of the rows that are there now
         self.keys = Keys()
         self.dropped: dict[int, Tensor] = {}
         self.rotaries: dict[Any, Rotary] = {}
@@ -63,6 +64,7 @@ class PrefillPass:
             self.keys.recording = self.reuses_keys(index, layer)  # asked here: ranking itself is never differentiated
             with torch.no_grad():
                 self.scores[index] = self._score(index, layer, hidden, kwargs)
+            self.ranked.add(index)
         if index in self.drops:
             hidden = self._drop(index, hidden)
             self.keys.keep(self.dropped[index])
@@ -79,7 +81,7 @@ class PrefillPass:
         return self._ranks(index) and not torch.is_grad_enabled() and compat.is_eager(layer)
 
     def _ranks(self, index: int) -> bool:
-        return index not in self.scores and any(scored == index and drop not in self.replay for drop, scored in self.scored_at.items())
+        return index not in self.ranked and any(scored == index and drop not in self.replay for drop, scored in self.scored_at.items())
 
     # ---- what the layer is given
 
@@ -99,6 +101,8 @@ class PrefillPass:
         return self.masks[key][1]
 
     def _new_mask(self, group: Group, index: int, hidden: Tensor, mask: Any) -> Any:
+        if mask is None and not group.padded:  # the model saw that nothing is hidden, and fewer rows hide no more
+            return None
         valid = group.tokens.valid.to(hidden.device)
         if self.kinds[index] == LINEAR:
             return valid.long() if group.padded else None
@@ -109,7 +113,7 @@ class PrefillPass:
     # ---- ranking
 
     def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Attention that text pays to each slot of the prompt [B, S] float32, 0 for slots that are not there any more."""
+        """Attention that text pays to each row [B, T] float32."""
         group = self.run.group(index)
         tokens = _to(group.tokens, hidden.device)
         rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
@@ -117,10 +121,9 @@ class PrefillPass:
         self.keys.recording = False
         if self.keys.made is not None:
             self.run.reused_layers = (*self.run.reused_layers, index)
-        received = torch.where(tokens.visual, received, 0)
         self.run.finite.append((compat.finite(received), f"the attention scores at decoder layer {index}"))
         check_finite(*self.run.finite[-1])
-        return received.new_zeros(len(received), self.run.rows).scatter_add(1, tokens.slot, received)
+        return received
 
     def _attention(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary) -> Tensor:
         """Attention that the query rows pay to every row: [B, T] float32."""
@@ -130,8 +133,7 @@ class PrefillPass:
         allowed = self._seen(tokens, index).to(device)
         index, valid = index.to(device), valid.to(device)
         with compat.uncached_autocast(hidden):
-            key = self.adapter.project_k(layer, hidden, rotary)
-            query = self.adapter.project_q(layer, take(hidden, index), (take(rotary[0], index), take(rotary[1], index)))
+            query, key = self.adapter.project(layer, hidden, rotary, index)
         with compat.without_autocast(hidden):
             return query_attention(query, key, self.adapter.scaling(layer), allowed, valid.float())
 
@@ -148,7 +150,7 @@ class PrefillPass:
 
     def _query_rows(self, tokens: TokenMap) -> Tensor:
         """Query rows among the current ones; samples without any ask with their last visual token."""
-        asks = take(self.queries.to(tokens.slot.device), tokens.slot) & tokens.valid
+        asks = self.queries.to(tokens.slot.device).gather(1, tokens.slot) & tokens.valid
         if all(self.asking):
             return asks
         empty = torch.tensor([n == 0 for n in self.asking], device=asks.device)
@@ -182,36 +184,36 @@ class PrefillPass:
         """Rows [B, T'] that go on; opens the group of layers that read them."""
         group = self.run.group(index - 1) if index else self.run.groups[0]
         tokens = _to(group.tokens, hidden.device)
+        keep = tokens.valid & ~tokens.visual
         if index in self.replay:
-            gone = take(self._pad_slots(self.replay[index]).to(hidden.device), tokens.slot)
-            keep = tokens.valid & ~gone
-        else:
-            keep = tokens.valid & ~tokens.visual
-            if any(self.drops[index]):
-                with torch.no_grad(), compat.without_autocast(hidden):
-                    keep = keep | self._staying(index, tokens)
-            dropped = tokens.visual & ~keep
-            self.replay[index] = torch.zeros_like(self.run.prompt.visual).to(hidden.device).scatter(1, tokens.slot, dropped)
+            keep = keep | self._still_there(tokens, _to(self.replay[index], hidden.device))
+        elif any(self.drops[index]):
+            with torch.no_grad(), compat.without_autocast(hidden):
+                keep = keep | self._staying(index, tokens)
         alive = self._alive_before(index)
         lengths = tuple(n - b + k for n, b, k in zip(group.lengths, alive, self.drops[index], strict=True))
         chosen, valid = pack_left(keep, max(lengths))
         self.run.groups.append(Group(index, tokens.take(chosen, valid), lengths))
+        self.replay.setdefault(index, self.run.groups[-1].tokens)
+        later = {scored for drop, scored in self.scored_at.items() if drop > index}
+        self.scores = {scored: take(scores, chosen.to(scores.device)) for scored, scores in self.scores.items() if scored in later}
         return chosen
+
+    def _still_there(self, tokens: TokenMap, then: TokenMap) -> Tensor:
+        """Visual rows [B, T] bool that an earlier pass over the same prompt (or a shorter one: new slots are text) kept."""
+        kept = then.visual.new_zeros(len(then.slot), self.run.rows, dtype=torch.long).scatter_add(1, then.slot, then.visual.long())
+        return tokens.visual & kept.gather(1, tokens.slot).bool()
 
     def _staying(self, index: int, tokens: TokenMap) -> Tensor:
         """Visual rows [B, T] bool that the method keeps."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer)
         rows, real = pack_right(tokens.visual, max(self._alive_before(index)))
-        scores = take(self.scores[self.scored_at[index]].to(rows.device), take(tokens.slot, rows)) if index in self.scored_at else None
+        scores = self.scores[self.scored_at[index]].to(rows.device).gather(1, rows) if index in self.scored_at else None
         spans, span, token = self._provenance(tokens, rows) if reducer.uses_tokens else ((), None, None)
         keep = torch.tensor(self.drops[index], device=rows.device)
         stays = reducer.t2v(TextView(real, keep, spans, span, token, scores)) & real
         return torch.zeros_like(tokens.visual).scatter(1, rows, stays)
-
-    def _pad_slots(self, gone: Tensor) -> Tensor:
-        """Decisions of the first, shorter prompt, for the grown one: new slots are text."""
-        return nn.functional.pad(gone, (0, self.run.rows - gone.shape[1]))
 
 
 def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict[int, int]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
 from duet_vlm.models.unsupported import refusal
+from duet_vlm.ops.ragged import take
 from duet_vlm.tokens import TokenMap
 
 Rotary = tuple[Tensor, Tensor]
@@ -196,15 +197,12 @@ class Adapter(ABC):
         raise TypeError(f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
 
     @abstractmethod
-    def project_q(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
-        """Rotated queries [B, H, n, d] of rows ``hidden`` [B, n, D] entering ``layer``."""
-
-    @abstractmethod
-    def project_k(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
-        """Rotated keys [B, Hkv, n, d] of rows ``hidden`` [B, n, D] entering ``layer``."""
+    def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows ``hidden`` [B, n, D] entering ``layer``: rotated queries [B, H, q, d] of rows ``asking`` [B, q], rotated keys
+        [B, Hkv, n, d] of all."""
 
     def key_projection(self, layer: nn.Module) -> nn.Module | None:
-        """The module that ``project_k`` and the layer itself call for keys and nothing else; None if there is none."""
+        """The module that ``project`` and the layer itself call for keys and nothing else; None if there is none."""
         return getattr(getattr(layer, "self_attn", None), "k_proj", None)
 
     def scaling(self, layer: nn.Module) -> float:
@@ -278,10 +276,12 @@ class Adapter(ABC):
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotary embedding in the half-split layout: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as they are."""
     cos, sin = (t.unsqueeze(1) for t in rotary)
-    turned, plain = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    first, second = turned.chunk(2, dim=-1)
-    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
-    return torch.cat((turned, plain), dim=-1) if plain.shape[-1] else turned
+    turned, plain = x.tensor_split((cos.shape[-1],), dim=-1)
+    out = turned * cos
+    (first, second), (low, high), (of_low, of_high) = (t.chunk(2, dim=-1) for t in (turned, out, sin))
+    low.addcmul_(second, of_low, value=-1)  # in place: new memory costs more than the arithmetic
+    high.addcmul_(first, of_high)
+    return torch.cat((out, plain), dim=-1) if plain.shape[-1] else out
 
 
 class LlamaLike:
@@ -293,19 +293,18 @@ class LlamaLike:
 
     rotate: Callable[[Tensor, Rotary], Tensor] = staticmethod(rotate)
 
-    def project_q(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
-        return self._project(layer, "q", hidden, rotary)
-
-    def project_k(self, layer: nn.Module, hidden: Tensor, rotary: Rotary) -> Tensor:
-        return self._project(layer, "k", hidden, rotary)
+    def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
+        normed = layer.input_layernorm(hidden)
+        key = self._rotated(layer, "k", normed, rotary)
+        return self._rotated(layer, "q", take(normed, asking), (take(rotary[0], asking), take(rotary[1], asking))), key
 
     def heads(self, layer: nn.Module, which: str, hidden: Tensor) -> Tensor:
         """Projected rows [B, n, H, d] of normed rows ``hidden`` [B, n, D]; ``which`` is "q" or "k"."""
         projected: Tensor = getattr(layer.self_attn, f"{which}_proj")(hidden)
         return projected.unflatten(-1, (-1, layer.self_attn.head_dim))
 
-    def _project(self, layer: nn.Module, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
-        x = self.heads(layer, which, layer.input_layernorm(hidden))
+    def _rotated(self, layer: nn.Module, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
+        x = self.heads(layer, which, hidden)
         norm = getattr(layer.self_attn, f"{which}_norm", None)
         return self.rotate((x if norm is None else norm(x)).transpose(1, 2), rotary)
 

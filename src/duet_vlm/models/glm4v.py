@@ -71,6 +71,8 @@ class Glm4V(Qwen2VL):
 def rotate_pairs(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotary embedding of neighbouring channels: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as they are."""
     cos, sin = (t.unsqueeze(1) for t in rotary)
-    turned, plain = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
-    partner = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
-    return torch.cat((turned * cos + partner * sin, plain), dim=-1)
+    turned, plain = x.tensor_split((cos.shape[-1],), dim=-1)
+    out = turned * cos
+    out[..., ::2].addcmul_(turned[..., 1::2], sin[..., ::2], value=-1)
+    out[..., 1::2].addcmul_(turned[..., ::2], sin[..., 1::2])
+    return torch.cat((out, plain), dim=-1)

@@ -38,26 +38,21 @@ def pack_left(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
     keep : Tensor
         [B, T] bool.
     width : int
-        Rows of the result, at least the largest number kept.
+        Rows of the result: at least the largest number kept, at most T.
 
     Returns
     -------
     index, valid : Tensor
-        [B, width] long and bool; invalid entries point at dropped rows (or row 0).
+        [B, width] long and bool; invalid entries point at dropped rows.
     """
-    order = torch.argsort(keep.to(torch.int8), dim=1, stable=True)
-    count = keep.sum(1, keepdim=True)
-    place = torch.arange(width, device=keep.device)
-    if width > keep.shape[1]:
-        order = torch.cat([order.new_zeros(order.shape[0], width - keep.shape[1]), order], 1)
-    return order[:, order.shape[1] - width :], place >= width - count
+    order = keep.view(torch.uint8).sort(dim=1, stable=True).indices[:, keep.shape[1] - width :]
+    return order, keep.gather(1, order)
 
 
 def pack_right(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """As ``pack_left``, padded on the right: [B, T] bool -> indices [B, width] in ascending order, valid [B, width]."""
-    order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, :width]
-    place = torch.arange(width, device=keep.device)
-    return order, place < keep.sum(1, keepdim=True)
+    order = keep.view(torch.uint8).sort(dim=1, descending=True, stable=True).indices[:, :width]
+    return order, keep.gather(1, order)
 
 
 def pad_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,15 +8,21 @@ from torch import Tensor
 QUERY_BLOCK = 256  # rows of the score matrix alive at once: H x 256 x T instead of H x T x T
 
 
-def grouped_logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Attention logits with grouped key heads, keys not repeated.
+def grouped_logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """Attention logits with grouped key heads, keys not repeated, and scale and bias not passes of their own.
 
-    query [B, H, Q, d], key [B, Hkv, T, d] -> [B, H, Q, T] float32.
+    query [B, H, Q, d], key [B, Hkv, T, d], bias [B, Q, T] float32 -> [B, H, Q, T] float32.
     """
     batch, heads, rows, width = query.shape
-    groups = key.shape[1]
-    query = (query.float() * scaling).reshape(batch, groups, heads // groups * rows, width)  # fewer numbers than logits
-    return torch.matmul(query, key.float().transpose(-1, -2)).reshape(batch, heads, rows, -1)
+    groups, shared = key.shape[1], heads // key.shape[1]
+    query = query.float().reshape(batch * groups, shared * rows, width)
+    key = key.float().flatten(0, 1).transpose(1, 2)
+    if bias is None:
+        logits = torch.baddbmm(query.new_zeros(()), query, key, beta=0, alpha=scaling)
+    else:
+        bias = bias.repeat(1, shared, 1)[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
+        logits = torch.baddbmm(bias, query, key, alpha=scaling)
+    return logits.view(batch, heads, rows, -1)
 
 
 def cls_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
@@ -64,11 +70,12 @@ def query_attention(query: Tensor, key: Tensor, scaling: float, allowed: Tensor,
     Tensor
         [B, T] float32.
     """
-    key = key.float()
-    total = key.new_zeros(key.shape[0], key.shape[2])
-    blocks = zip(query.split(QUERY_BLOCK, 2), allowed.split(QUERY_BLOCK, 1), weight.split(QUERY_BLOCK, 1), strict=True)
-    for rows, mask, share in blocks:
-        logits = grouped_logits(rows, key, scaling).masked_fill_(~mask[:, None], torch.finfo(torch.float32).min)
-        weights = logits.softmax(-1).flatten(1, 2)  # [B, H * Q, T]: heads and queries are summed in one product
-        total += (share.repeat(1, query.shape[1])[:, None] @ weights)[:, 0]
-    return total / (query.shape[1] * weight.sum(1, keepdim=True))
+    key, heads = key.float(), query.shape[1]
+    total = key.new_zeros(key.shape[0], 1, key.shape[2])
+    share = weight / (heads * weight.sum(1, keepdim=True))
+    blocks = zip(query.split(QUERY_BLOCK, 2), allowed.split(QUERY_BLOCK, 1), share.split(QUERY_BLOCK, 1), strict=True)
+    for rows, seen, part in blocks:
+        bias = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        weights = grouped_logits(rows, key, scaling, bias).softmax(-1).flatten(1, 2)  # [B, H * Q, T]: heads and queries in one product
+        total.baddbmm_(part[:, None].expand(-1, heads, -1).reshape(len(part), 1, -1), weights)
+    return total[:, 0]
