@@ -88,16 +88,10 @@ def test_a_small_budget_saves_memory() -> None:
     assert peak(SHAPES["llava"], "duet", 0.22) < 0.75 * peak(SHAPES["llava"], None)
 
 
-def reads_the_tower(method: str) -> bool:
-    return bool(getattr(duet_vlm.methods()[method], "signals", ()))
-
-
 @pytest.mark.parametrize("method", ["duet", "visionzip", "fastv", "random"])
 def test_where_the_tower_has_the_peak(method: str) -> None:
-    """Some bytes of bookkeeping live through the tower; beside them, for methods that read it, one mean key and one score per token."""
-    tokens, head_dim = TOWER.side**2, 64
-    signals = 4 * tokens * (head_dim + 1) if reads_the_tower(method) else 0  # float32
-    assert peak(TOWER, method, 0.5) <= 1.001 * peak(TOWER, None) + signals
+    """Some bytes of bookkeeping live through the tower, the choice among them."""
+    assert peak(TOWER, method, 0.5) <= 1.001 * peak(TOWER, None)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

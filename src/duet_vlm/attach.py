@@ -24,7 +24,7 @@ from duet_vlm.flow.call import Call, Stacks
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import EncoderFlow, check_finite
 from duet_vlm.flow.entry import enter, whole_prompts
-from duet_vlm.flow.keys import Keys, reusing
+from duet_vlm.flow.made import Made, reusing
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.processor import SALIENT, SalientProcessor, accept_salient
 from duet_vlm.flow.ranks import in_step, with_blank_image
@@ -60,7 +60,7 @@ class Handle:
         self._encode = getattr(adapter.base, adapter.streams[0].encode)
         self._stacks = Stacks()
         self._hooks = Hooks()
-        self._shared_keys: set[nn.Module] = set()
+        self._made_once: set[nn.Module] = set()
         self._paused = 0
         self._run: Run | None = None
         self._detached = False
@@ -224,14 +224,15 @@ class Handle:
         call = self._stacks.calls[-1] if self._stacks.calls else None
         return None if call is None or call.run is None else call.run.group(call.layer).tokens
 
-    def _make_keys_once(self, projection: nn.Module | None) -> None:
+    def _make_once(self, layer: nn.Module) -> None:
         """Where a layer first ranks, not at attach: compiled layers have to stay alike, or each needs a graph of its own."""
-        if projection is not None and projection not in self._shared_keys:
-            self._shared_keys.add(projection)
-            self._hooks.shadow(projection, "forward", reusing(projection.forward, self._keys))
+        if layer not in self._made_once:
+            self._made_once.add(layer)
+            for module in self.adapter.run_by_ranking(layer):
+                self._hooks.shadow(module, "forward", reusing(module, self._made))
 
-    def _keys(self) -> Keys | None:
-        return self._stacks.calls[-1].keys if self._stacks.calls else None
+    def _made(self) -> Made | None:
+        return self._stacks.calls[-1].made if self._stacks.calls else None
 
     def _record_cls(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._stacks.encoders:
@@ -276,7 +277,7 @@ class Handle:
         step = enter(self.adapter, self._active(), call, kwargs)
         if step is not None:
             self._run, kwargs[PASS] = step.run, step
-            call.keys = step.keys if isinstance(step, PrefillPass) else None
+            call.made = step.made if isinstance(step, PrefillPass) else None
         elif call.placeholders and self._active() is not None:
             self._run = None  # a prompt without images: the last call has nothing to report
         return args, kwargs
@@ -293,8 +294,8 @@ class Handle:
         if self._stacks.calls:
             self._stacks.calls[-1].layer = index
         hidden = args[0] if args else kwargs.pop("hidden_states")
-        if isinstance(step, PrefillPass) and step.reuses_keys(index, layer):
-            self._make_keys_once(self.adapter.key_projection(layer))
+        if isinstance(step, PrefillPass) and step.reuses(index, layer):
+            self._make_once(layer)
         return (step.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
 
 

@@ -110,7 +110,8 @@ class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
     ``signals`` names what it asks of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
-    would get them, so that a point-wise projector runs on all of them.
+    would get them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are
+    there, and nothing but its choice lives through the rest of the tower.
 
     Attributes
     ----------
@@ -131,6 +132,7 @@ class EncoderReducer(Reducer):
 
     signals: ClassVar[frozenset[str]] = frozenset()
     reads_projected: ClassVar[bool] = False
+    reads_features: ClassVar[bool] = True
     reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
 
     cls_token: bool = False

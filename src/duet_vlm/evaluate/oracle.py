@@ -26,6 +26,7 @@ class Oracle(EncoderReducer):
     paper = "reference"
     summary = "the tokens that the answer needs (upper bound)"
     signals = frozenset({"importance"})
+    reads_features = False
 
     needed: Sequence[np.ndarray] = ()
 

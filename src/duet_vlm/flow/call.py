@@ -48,12 +48,20 @@ class Encoded:
         raise ValueError("the image features were rebuilt between encoder and decoder, their reduction is unknown: pass them on unchanged")
 
 
+@dataclass(frozen=True)
+class Choice:
+    """How many rows of each span go on, and which: ``selection`` is None where V2V leaves all spans whole."""
+
+    plans: tuple[SpanPlan, ...]
+    selection: Selection | None = None
+
+
 @dataclass
 class EncoderCall:
     """Scratch of one running encoder call: what the recorder saw and what the door decided.
 
     ``each``: parts are reduced one by one; ``skips``: tower layers that nobody reads are not run; ``signals``: importance and mean keys per
-    span, made of what was recorded.
+    span, made of what was recorded, until the choice is made of them.
     """
 
     encoding: Encoding
@@ -61,6 +69,7 @@ class EncoderCall:
     skips: bool = False
     recorded: list[Any] = field(default_factory=list)
     signals: tuple[list[Tensor], list[Tensor]] | None = None
+    choice: Choice | None = None
     cls: Tensor | None = None
     pending: Encoded | None = None
 
@@ -88,7 +97,7 @@ class Call:
     arrived: dict[str, Arrived] = field(default_factory=dict)
     owner: Any = None
     run: Any = None
-    keys: Any = None  # those of the prefill that runs
+    made: Any = None  # by ranking, in the prefill that runs
 
 
 class Stacks(threading.local):

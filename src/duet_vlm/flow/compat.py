@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -105,16 +106,19 @@ def is_eager(layer: nn.Module) -> bool:
 
 def finite(x: Tensor) -> Tensor:
     """0-dim bool tensor: every entry is finite (one reduction, no mask of the size of ``x``)."""
-    return torch.isfinite(x.detach().sum(dtype=torch.float32))
+    return x.detach().sum(dtype=torch.float32) * 0 == 0
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
+def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which tokens are ranked in float32 although bf16 training runs around it."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def uncached_autocast(x: Tensor) -> torch.autocast:
+def uncached_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """The running autocast (or none) without its cache of casted weights: up to torch 2.9 the casts that ranking made under no_grad
     were handed to the layer's own pass, whose weights then got no gradient."""
     kind = x.device.type
-    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False)
+    if not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, dtype=torch.get_autocast_dtype(kind), cache_enabled=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from duet_vlm.flow import compat
 from duet_vlm.flow.cache import Group, Run
 from duet_vlm.flow.encoder import check_finite
-from duet_vlm.flow.keys import Keys
+from duet_vlm.flow.made import Made
 from duet_vlm.flow.masks import cut_mask
 from duet_vlm.flow.positions import group_rotary
 from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
@@ -42,9 +42,9 @@ class PrefillPass:
         self.scored_at = scoring_layers(adapter, reducer, [layer for layer, keeps in self.drops.items() if any(keeps)])
         run.asking = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
-        self.ranked: set[int] = set()
+        self.to_rank = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
         self.scores: dict[int, Tensor] = {}  # by the layer that made them, of the rows that are there now
-        self.keys = Keys()
+        self.made = Made()
         self.dropped: dict[int, Tensor] = {}
         self.rotaries: dict[Any, Rotary] = {}
         self.masks: dict[Any, Any] = {}
@@ -60,14 +60,14 @@ class PrefillPass:
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
-        if self._ranks(index):
-            self.keys.recording = self.reuses_keys(index, layer)  # asked here: ranking itself is never differentiated
+        if index in self.to_rank:
+            self.made.recording = self.reuses(index, layer)  # asked here: ranking itself is never differentiated
             with torch.no_grad():
                 self.scores[index] = self._score(index, layer, hidden, kwargs)
-            self.ranked.add(index)
+            self.to_rank.remove(index)
         if index in self.drops:
             hidden = self._drop(index, hidden)
-            self.keys.keep(self.dropped[index])
+            self.made.keep(self.dropped[index])
         group = self.run.group(index)
         if group is not self.run.groups[0]:
             kwargs["position_embeddings"] = self._rotary(group, index, hidden, kwargs["position_embeddings"])
@@ -76,12 +76,9 @@ class PrefillPass:
             kwargs["attention_mask"] = self._mask(group, index, hidden, kwargs.get("attention_mask"))
         return hidden
 
-    def reuses_keys(self, index: int, layer: nn.Module) -> bool:
-        """Whether ``layer`` ranks and can then take over the keys that ranking makes: not where gradients must pass, not in a fixed graph."""
-        return self._ranks(index) and not torch.is_grad_enabled() and compat.is_eager(layer)
-
-    def _ranks(self, index: int) -> bool:
-        return index not in self.ranked and any(scored == index and drop not in self.replay for drop, scored in self.scored_at.items())
+    def reuses(self, index: int, layer: nn.Module) -> bool:
+        """Whether ``layer`` ranks and can then take over what ranking makes: not where gradients must pass, not in a fixed graph."""
+        return index in self.to_rank and not torch.is_grad_enabled() and compat.is_eager(layer)
 
     # ---- what the layer is given
 
@@ -118,8 +115,8 @@ class PrefillPass:
         tokens = _to(group.tokens, hidden.device)
         rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
         received = self._attention(layer, hidden.detach(), tokens, rotary).to(hidden.device)
-        self.keys.recording = False
-        if self.keys.made is not None:
+        self.made.recording = False
+        if self.adapter.key_projection(layer) in self.made.by:
             self.run.reused_layers = (*self.run.reused_layers, index)
         self.run.finite.append((compat.finite(received), f"the attention scores at decoder layer {index}"))
         check_finite(*self.run.finite[-1])
@@ -188,7 +185,7 @@ class PrefillPass:
         if index in self.replay:
             keep = keep | self._still_there(tokens, _to(self.replay[index], hidden.device))
         elif any(self.drops[index]):
-            with torch.no_grad(), compat.without_autocast(hidden):
+            with compat.without_autocast(hidden):
                 keep = keep | self._staying(index, tokens)
         alive = self._alive_before(index)
         lengths = tuple(n - b + k for n, b, k in zip(group.lengths, alive, self.drops[index], strict=True))

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.budget import BudgetError, SpanPlan
 from duet_vlm.flow import compat
-from duet_vlm.flow.call import ENCODED, Arrived, Encoded, EncoderCall, Stacks
+from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Stacks
 from duet_vlm.flow.split import select_each, with_structure
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
@@ -28,6 +28,9 @@ from duet_vlm.ops.ragged import pad_rows
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, VisionView
 from duet_vlm.tokens import Selection
 
+Features = Callable[[], Tensor | None]
+
+STRUCTURE, PADDING = -1, -2  # in place of the number of a part
 MARK = float("nan")  # of rows that do not exist any more; real rows are checked to be finite
 
 
@@ -80,16 +83,20 @@ class EncoderFlow:
         return pass_on
 
     def after_attention(self, attention: nn.Module, args: Any, output: Any) -> None:
-        """Post-hook of the recorded attention: queries and keys must not live on beside what the layer's MLP needs."""
+        """Post-hook of the recorded attention: nothing of it may live on beside what the layer's MLP needs, unless the choice still waits
+        for the features."""
         reducer = self.reducer()
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
         if call is None or not call.recorded or not isinstance(reducer, EncoderReducer):
             return
-        if call.signals is not None:
+        if call.signals is not None or call.choice is not None:
             raise RuntimeError("the vision tower ran twice in one encoder call: nobody knows which of its attentions ranks the tokens")
         if self._may_merge(call):
             with torch.no_grad(), compat.without_autocast(call.recorded[0].key):
                 call.signals = self.adapter.importance_and_keys(call.recorded, call.encoding, reducer.signal_segments)
+            if not reducer.reads_features:
+                counts = [len(scores) + self.adapter.feeds_cls for scores in call.signals[0]]
+                call.choice, call.signals = self._choose(reducer, call, counts, lambda: None), None
         call.recorded.clear()
 
     def _may_merge(self, call: EncoderCall) -> bool:
@@ -115,18 +122,15 @@ class EncoderFlow:
         call = self.stacks.encoders[-1]
         together = self.adapter.door_parts(call.encoding)
         features = args[0].unflatten(0, (-1, together)).flatten(1, 2)
-        parts = self.adapter.parts(call.encoding, [features.shape[1]] * features.shape[0])
-        plans = self._plans(call, parts)
-        if not plans[0].merges:
-            return None
-        valid = torch.ones(features.shape[:2], dtype=torch.bool, device=features.device)
+        counts = [features.shape[1]] * features.shape[0]
         if reducer.cls_token:
             features = torch.cat([_cls_of(call, self.adapter), features], 1)
-            valid = torch.cat([valid[:, :1], valid], 1)
-            parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
-        selection = self._select(reducer, call, features, valid, plans, parts)
-        call.pending = Encoded(call.encoding.stream, [], (), plans, selection, slots_of(selection, reducer), reducer.cls_token)
-        return (merged_rows(features, selection), *args[1:])
+        choice = self._choice(reducer, call, counts, lambda: features)
+        if choice.selection is None:
+            return None
+        slots = slots_of(choice.selection, reducer)
+        call.pending = Encoded(call.encoding.stream, [], (), choice.plans, choice.selection, slots, reducer.cls_token)
+        return (merged_rows(features, choice.selection), *args[1:])
 
     def after_door(self, door: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
         """Post-hook of the projector: rows [B, K, D] -> [B, N, D] with the missing rows marked."""
@@ -144,10 +148,10 @@ class EncoderFlow:
         rows, encoded = self.adapter.spans(output, call.encoding), call.pending
         counts = [len(r) for r in rows]
         if encoded is None:
-            parts = self.adapter.parts(call.encoding, counts)
-            encoded = Encoded(call.encoding.stream, rows, (), self._plans(call, parts))
-            if isinstance(reducer, EncoderReducer) and any(plan.merges for plan in encoded.plans):
-                self._choose(rows, call, reducer, encoded, parts)
+            choice = self._choice(reducer, call, counts, lambda: pad_rows(rows)[0])
+            encoded = Encoded(call.encoding.stream, rows, (), choice.plans, choice.selection)
+            if choice.selection is not None:
+                encoded.slots = slots_of(choice.selection, reducer)
                 rows = _reduced(rows, encoded, check=True)
                 levels = getattr(output, "deepstack_features", None)  # later layers add these to the same rows
                 if levels:
@@ -163,41 +167,49 @@ class EncoderFlow:
             self.stacks.calls[-1].arrived[call.encoding.stream] = Arrived(rows, encoded)
         return output
 
-    def _choose(self, rows: list[Tensor], call: EncoderCall, reducer: EncoderReducer, encoded: Encoded, parts: list[Tensor]) -> None:
-        if reducer.cls_token:
-            self.adapter.cls_module()  # raises: no CLS row here
-        features, valid = pad_rows(rows)
-        encoded.selection = self._select(reducer, call, features, valid, encoded.plans, parts)
-        encoded.slots = slots_of(encoded.selection, reducer)
-
     # ---- both
 
-    def _select(
-        self,
-        reducer: EncoderReducer,
-        call: EncoderCall,
-        features: Tensor,
-        valid: Tensor,
-        plans: tuple[SpanPlan, ...],
-        parts: list[Tensor],
-    ) -> Selection:
-        importance = keys = None
-        numbers = pad_sequence(parts, batch_first=True, padding_value=-1).to(features.device)
-        whole = torch.tensor([not plan.merges for plan in plans], device=features.device)
-        content = valid & ((numbers >= 0) | whole[:, None])  # structure rows of reduced spans leave, or are kept, without being ranked
-        with torch.no_grad(), compat.without_autocast(features):
-            if reducer.signals:
-                importance, keys = self._signals(call, features.shape[1])
-            asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
-            counts = torch.tensor([[p.dominant, p.contextual] for p in asked], device=features.device)
-            view = VisionView(
-                content, counts[:, 0], counts[:, 1], asked, importance, keys, features.detach(), numbers, call.encoding.stream
+    def _choice(self, reducer: Reducer, call: EncoderCall, counts: list[int], features: Features) -> Choice:
+        """What was chosen in front of the features, or is chosen now that they are there."""
+        if call.choice is None:
+            return self._choose(reducer, call, counts, features)
+        chosen_for = [plan.tokens for plan in call.choice.plans]
+        if chosen_for != counts:
+            raise RuntimeError(
+                f"{self.adapter.family}: tokens were chosen among {chosen_for}, but the encoder made {counts} of them: call it with the "
+                "settings of the model's config, or use handle.paused()"
             )
+        return call.choice
+
+    def _choose(self, reducer: Reducer, call: EncoderCall, counts: list[int], features: Features) -> Choice:
+        """Plans and selection for spans of ``counts`` rows; ``features`` makes [B, N, C], a CLS row in front if it is fed, or None."""
+        parts = self.adapter.parts(call.encoding, counts)
+        plans = self._plans(call, parts)
+        if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
+            return Choice(plans)
+        if reducer.cls_token:
+            self.adapter.cls_module()  # raises: no CLS row here
+            parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
+        numbers = pad_sequence(parts, batch_first=True, padding_value=PADDING)
+        importance, keys = self._signals(call, numbers.shape[1]) if reducer.signals else (None, None)
+        rows = features()
+        device = next(x.device for x in (importance, rows) if x is not None)
+        numbers = numbers.to(device)
+        whole = torch.tensor([not plan.merges for plan in plans], device=device)
+        structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
+        content = (numbers >= 0) | (structure & whole[:, None])
+        asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
+        planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
+        with torch.no_grad(), compat.without_autocast(planned):
+            view = VisionView(
+                content, planned[:, 0], planned[:, 1], asked, importance, keys, None if rows is None else rows.detach(),
+                numbers.clamp(min=STRUCTURE), call.encoding.stream,
+            )  # fmt: skip
             if call.each and any(plan.parts for plan in plans):
                 selection = select_each(reducer, view, parts)
             else:
                 selection = reducer.v2v(view)
-        return with_structure(selection, valid & (numbers < 0), plans) if any(plan.structure for plan in plans) else selection
+        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection)
 
     def _signals(self, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if call.signals is None:

@@ -96,6 +96,7 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
         "signals": sees.signals,
         "reads_projected": sees.reads_projected,
+        "reads_features": frames is not None or sees.reads_features,
         "reads_time": frames is not None or sees.reads_time,
     }
     if second is not None:

@@ -80,6 +80,7 @@ class Duet(EncoderReducer, DecoderReducer):
     paper = "DUET-VLM, CVPR 2026, arXiv 2602.18846"
     summary = "keep dominant, merge contextual vision tokens (V2V); drop by text attention inside the decoder (T2V)"
     signals = frozenset({"importance", "keys"})
+    reads_features = False
 
     dominant: Keep | None = None
     contextual: Keep | None = None

@@ -43,6 +43,7 @@ class VisionZip(EncoderReducer):
     paper = "VisionZip, CVPR 2025, arXiv 2412.04467"
     summary = "keep dominant vision tokens, merge all others into contextual ones before the decoder"
     signals = frozenset({"importance", "keys"})
+    reads_features = False
 
     dominant: Keep | None = None
     contextual: Keep | None = None

@@ -205,6 +205,10 @@ class Adapter(ABC):
         """The module that ``project`` and the layer itself call for keys and nothing else; None if there is none."""
         return getattr(getattr(layer, "self_attn", None), "k_proj", None)
 
+    def run_by_ranking(self, layer: nn.Module) -> list[nn.Module]:
+        """The modules that ``project`` runs on all rows, and the layer itself on those that are left, once each."""
+        return [module for module in (layer.input_layernorm, self.key_projection(layer)) if module is not None]
+
     def scaling(self, layer: nn.Module) -> float:
         return float(layer.self_attn.scaling)
 
@@ -301,7 +305,7 @@ class LlamaLike:
     def heads(self, layer: nn.Module, which: str, hidden: Tensor) -> Tensor:
         """Projected rows [B, n, H, d] of normed rows ``hidden`` [B, n, D]; ``which`` is "q" or "k"."""
         projected: Tensor = getattr(layer.self_attn, f"{which}_proj")(hidden)
-        return projected.unflatten(-1, (-1, layer.self_attn.head_dim))
+        return projected.view(*projected.shape[:-1], -1, layer.self_attn.head_dim)
 
     def _rotated(self, layer: nn.Module, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
         x = self.heads(layer, which, hidden)

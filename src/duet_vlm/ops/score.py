@@ -20,7 +20,7 @@ def grouped_logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | No
     if bias is None:
         logits = torch.baddbmm(query.new_zeros(()), query, key, beta=0, alpha=scaling)
     else:
-        bias = bias.repeat(1, shared, 1)[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
+        bias = torch.cat([bias] * shared, 1)[:, None].expand(-1, groups, -1, -1).flatten(0, 1)
         logits = torch.baddbmm(bias, query, key, alpha=scaling)
     return logits.view(batch, heads, rows, -1)
 

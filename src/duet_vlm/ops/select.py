@@ -19,7 +19,8 @@ def ranks(order: Tensor) -> Tensor:
 
 def top(scores: Tensor, valid: Tensor, count: Tensor) -> Tensor:
     """Mask of the ``count`` [B] best valid tokens of each row: [B, N] bool."""
-    return (ranks(ranking(scores, valid)) < count[:, None]) & valid
+    best = torch.arange(valid.shape[1], device=valid.device) < count[:, None]
+    return torch.zeros_like(valid).scatter_(1, ranking(scores, valid), best) & valid
 
 
 def spaced(valid: Tensor, count: Tensor) -> Tensor:
