@@ -4,69 +4,129 @@ Clocks stand in front of the handle's hook on the stage's layer, behind that lay
 what the next layers take for as many rows, is what the stage costs: also what it leaves cold for the layer, and what it spares it. The median
 of the layers in front, which read all rows, is the unit; the share of the key projection is read in the same way.
 
-Two prefills make a pair: in the first the layer makes its keys again, as in training and in compiled layers; in the second it takes over those
-of the rows that are left.
+Prefills take turns: in the first the layer makes its keys again, as in training and in compiled layers; in the second it takes over those of
+the rows that are left. In the third nothing is dropped and nothing of ours runs but the arithmetic of a stage, written down without any
+bookkeeping, in front of the same layer: what this machine needs for it at least.
 """
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
 import torch
 from common import Options, side_by_side
 from shapes import LLAVA, LLAVA_NARROW, QWEN, TINY, TINY_QWEN, WIDE, Shape, build, picture, prompt
-from torch import nn
+from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm.flow.decoder import PrefillPass
-from duet_vlm.measure.speed import Timing
+from duet_vlm.measure.speed import Timing, ratio
 
 ABOVE_KEYS = 0.03  # of a layer, that a stage may cost beside keys that are made twice; else it must stay below what keys cost
-AGAIN, ONCE = "keys made again", "keys made once"
+AGAIN, ONCE, BARE = "keys made again", "keys made once", "bare"
 
 
 def run(options: Options) -> list[dict[str, Any]]:
-    cases = [("stage, MLP 3072", LLAVA, 41), ("stage, MLP 2048", LLAVA_NARROW, 41), ("stage, grouped heads", QWEN, 41), ("stage, 4096 wide", WIDE, 9)]
+    cases = [("stage, MLP 3072", LLAVA, 31), ("stage, MLP 2048", LLAVA_NARROW, 31), ("stage, grouped heads", QWEN, 31), ("stage, 4096 wide", WIDE, 9)]
     if options.quick:
         cases = [("stage", TINY, 3), ("stage, grouped heads", TINY_QWEN, 3)]
     return [row for case in cases for row in _stage(options, *case)]
 
 
 def _stage(options: Options, name: str, shape: Shape, pairs: int) -> list[dict[str, Any]]:
+    clocks, stage = _clocked(options, shape, pairs), shape.layers // 2
+    before, behind = range(1, stage), range(stage + 1, shape.layers)
+    rows = []
+    for how in (AGAIN, ONCE):
+        full = clocks.medians(how, [f"layer {index}" for index in before])
+        fewer = clocks.medians(how, [f"layer {index}" for index in behind])
+        keys = clocks.medians(how, [f"keys {index}" for index in before])
+        spared = clocks.medians(how, [f"keys {index}" for index in behind]) if how == ONCE else [0.0] * len(full)
+        share = statistics.median(a / b for a, b in zip(keys, full, strict=True))
+        stages = clocks.between(how, "stage starts", "stage ends")
+        more = [whole - usual for whole, usual in zip(stages, fewer, strict=True)]
+        bare = clocks.between(BARE, "stage starts", "ranked")
+        unit = clocks.medians(BARE, [f"layer {index}" for index in before])
+        found = ratio(Timing(tuple(a - b for a, b in zip(bare, spared, strict=True))), Timing(tuple(unit)))
+        extra = {
+            "key_projection_share": share,
+            "hook_milliseconds": 1000 * statistics.median(clocks.between(how, "stage starts", "ranked")),
+            "arithmetic": {"median": found.median, "interval": [found.low, found.high]},
+        }
+        target = share + (ABOVE_KEYS if how == AGAIN else 0)
+        rows.append(side_by_side(f"{name}, {how}", shape, Timing(tuple(more)), Timing(tuple(full)), target, **extra))
+    return rows
+
+
+def _clocked(options: Options, shape: Shape, pairs: int) -> Clocks:
+    """The clocks of all prefills."""
     model, inputs, stage = build(shape), prompt(shape), shape.layers // 2
     layers = model.model.language_model.layers
     grid = {k: v for k, v in picture(shape).items() if k == "image_grid_thw"}
+    arithmetic = Arithmetic(shape, inputs["input_ids"].shape[1])
     with torch.inference_mode(), Clocks() as clocks:
         encoded = model.get_image_features(**picture(shape))
         clocks.before(layers[stage], "stage starts")
-        with duet_vlm.attach(model, "duet", schedule=((stage, 0.5),)):
+        clocks.hooks.append(layers[stage].register_forward_pre_hook(arithmetic, with_kwargs=True))
+        with duet_vlm.attach(model, "duet", schedule=((stage, 0.5),)) as handle:
             clocks.before(layers[stage], "ranked")
             clocks.after(layers[stage], "stage ends")
             for index in set(range(1, shape.layers)) - {stage}:
                 clocks.around(layers[index], f"layer {index}")
-            for index in range(1, stage):
                 clocks.around(layers[index].self_attn.k_proj, f"keys {index}")
             for turn in range(options.repeats(pairs) + 2):
-                for how in (AGAIN, ONCE):
+                for how in (AGAIN, ONCE, BARE):
                     clocks.turn(how, keep=turn >= 2)
-                    with mock.patch.object(PrefillPass, "reuses", PrefillPass.reuses if how == ONCE else lambda *_: False):
+                    arithmetic.on = how == BARE
+                    again = mock.patch.object(PrefillPass, "reuses", lambda *_: False) if how == AGAIN else contextlib.nullcontext()
+                    with again, handle.paused() if how == BARE else contextlib.nullcontext():
                         model(**inputs, **grid, mm_encoder_outputs={"image": encoded}, logits_to_keep=1)
-    rows = []
-    for how in (AGAIN, ONCE):
-        full = clocks.medians(how, [f"layer {index}" for index in range(1, stage)])
-        fewer = clocks.medians(how, [f"layer {index}" for index in range(stage + 1, shape.layers)])
-        keys = clocks.medians(how, [f"keys {index}" for index in range(1, stage)])
-        share = statistics.median(a / b for a, b in zip(keys, full, strict=True))
-        more = [whole - usual for whole, usual in zip(clocks.between(how, "stage starts", "stage ends"), fewer, strict=True)]
-        hook = statistics.median(clocks.between(how, "stage starts", "ranked"))
-        target = share + (ABOVE_KEYS if how == AGAIN else 0)
-        extra = {"key_projection_share": share, "hook_milliseconds": 1000 * hook}
-        rows.append(side_by_side(f"{name}, {how}", shape, Timing(tuple(more)), Timing(tuple(full)), target, **extra))
-    return rows
+    return clocks
+
+
+class Arithmetic:
+    """Norm, keys of all rows, queries of the text rows, rotation, scores, choice and the gathering of survivors, for one known prompt: image
+    first, text behind it. What it makes is thrown away."""
+
+    def __init__(self, shape: Shape, rows: int) -> None:
+        self.on, self.shape, self.width = False, shape, shape.hidden // shape.heads
+        self.first = rows - shape.text - shape.visual_tokens
+        self.asking = torch.arange(rows - shape.text, rows)
+        hidden = torch.arange(rows) > self.asking[:, None]
+        lowest = torch.finfo(torch.float32).min
+        self.bias = (hidden * lowest).repeat(shape.heads // shape.kv_heads, 1).expand(shape.kv_heads, -1, -1)
+        self.share = torch.full((1, shape.heads * shape.text), 1 / (shape.heads * shape.text))
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.on:
+            return
+        hidden, tables = args[0] if args else kwargs["hidden_states"], kwargs["position_embeddings"]
+        attention, visual = layer.self_attn, self.shape.visual_tokens
+        normed = layer.input_layernorm(hidden)
+        keys = attention.k_proj(normed)
+        key = self._rotated(keys, tables)
+        query = self._rotated(attention.q_proj(normed[:, self.asking]), [table[:, self.asking] for table in tables])
+        grouped = query.reshape(self.shape.kv_heads, -1, self.width)
+        scores = self.share @ torch.baddbmm(self.bias, grouped, key.transpose(1, 2), alpha=self.width**-0.5).softmax(-1).flatten(0, 1)
+        best = scores[0, self.first : self.first + visual].topk(visual // 2).indices.sort().values + self.first
+        rows = torch.cat([torch.arange(self.first), best, self.asking])
+        for made in (hidden, normed, keys):
+            made[0].index_select(0, rows)
+
+    def _rotated(self, projected: Tensor, tables: Sequence[Tensor]) -> Tensor:
+        """[1, n, H * d] -> [H, n, d]."""
+        x = projected.unflatten(-1, (-1, self.width))
+        cos, sin = (table[:, :, None] for table in tables)
+        turned = x * cos
+        (low, high), (a, b), (of_a, of_b) = (t.chunk(2, -1) for t in (turned, x, sin))
+        low.addcmul_(b, of_a, value=-1)
+        high.addcmul_(a, of_b)
+        return turned[0].transpose(0, 1)
 
 
 class Clocks:

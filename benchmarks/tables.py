@@ -58,7 +58,8 @@ def speed() -> str:
             aim = [] if entry["target"] is None else [f"target {entry['target']:.3g}: {'met' if entry['met'] else '**missed**'}"]
             bound = [f"{entry['predicted']:.3f} by FLOPs"] if "predicted" in entry else []
             bare = [f"{entry['same_rows']['median']:.3f} for as many bare rows"] if "same_rows" in entry else []
-            rows.append([entry["name"], f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", "; ".join(aim + bound + bare) or "-"])
+            alone = [f"{entry['arithmetic']['median']:.3f} for its arithmetic alone"] if "arithmetic" in entry else []
+            rows.append([entry["name"], f"{entry['median']:.3f} ({low:.3f}-{high:.3f})", "; ".join(aim + bound + bare + alone) or "-"])
     return table(["what", "ratio", "held against"], rows)
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 import pytest
 import torch
 from cases import REDUCING, Case, matrix
-from families import FAMILIES, FIRST, MIXED, ONE, TEXT, TWO, any_res_crops, forward, shared
+from families import FAMILIES, FIRST, MIXED, ONE, TEXT, TWO, any_res_crops, build, forward, shared
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -223,6 +223,27 @@ def test_ranking_flops_are_of_the_rows_that_were_projected(family: str, method: 
     assert rows > queries and rows >= handed_over
     wide, narrow = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     assert ranking == 2 * (rows - handed_over) * shape.hidden * narrow + 2 * queries * shape.hidden * wide + 2 * queries * rows * wide
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layer_takes_over_what_ranking_made(family: str) -> None:
+    """The norm of the rows that are left, bit for bit what the layer would have made; nothing is run twice."""
+    model, calls, runs = build(family), [], []
+    layer = FAMILIES[family].text(model).layers[FAMILIES[family].ranking(4)]
+    norm = layer.input_layernorm
+    plain = norm.forward
+
+    def counted(hidden: Tensor) -> Tensor:
+        runs.append(hidden.shape[1])
+        return plain(hidden)
+
+    norm.forward = counted
+    norm.register_forward_hook(lambda module, args, made: calls.append((args[0], made)))
+    with duet_vlm.attach(model, "duet", schedule=((4, 0.5),)):
+        forward(model, FAMILIES[family].inputs([ONE]))
+    (all_rows, _), (left, taken_over) = calls
+    assert runs == [all_rows.shape[1]] and left.shape[1] <= all_rows.shape[1]
+    assert torch.equal(taken_over, plain(left))
 
 
 @pytest.mark.parametrize("family", FIRST)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from families import FAMILIES, FIRST, MIXED, ONE, Inputs, Picture, any_res_crops, any_res_layout, forward, pictures_of, shared
+from families import FAMILIES, FIRST, MIXED, ONE, THREE, Inputs, Picture, any_res_crops, any_res_layout, forward, pictures_of, shared
 from torch import Tensor, nn
 
 import duet_vlm
@@ -134,3 +134,26 @@ def test_recording_leaves_the_features_alone(family: str) -> None:
             kept = ~reduced[:, 0].isnan()
             assert int(kept.sum()) == handle.plan(len(plain)).entry < len(plain)
     torch.testing.assert_close(reduced[kept], plain[kept], rtol=1e-5, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Patient(Probe):
+    """The same, but it wants to see the rows it reduces."""
+
+    name = "patient"
+    reads_features = True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_who_reads_no_features_chooses_before_they_are_there(family: str) -> None:
+    """And chooses the same."""
+    model, inputs = shared(family), FAMILIES[family].inputs([ONE, THREE])
+    traces = []
+    for method in (Probe, Patient):
+        with duet_vlm.attach(model, method(dominant=0.4, contextual=0.2)) as handle:
+            forward(model, inputs)
+            traces.append(handle.trace)
+    early, late = seen
+    assert early.features is None and late.features is not None and late.features.shape[1] == late.valid.shape[1]
+    assert torch.equal(early.valid, late.valid) and early.plans == late.plans
+    assert traces[0] == traces[1]

@@ -24,8 +24,8 @@ from duet_vlm.flow.call import Call, Stacks
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import EncoderFlow, check_finite
 from duet_vlm.flow.entry import enter, whole_prompts
-from duet_vlm.flow.made import Made, reusing
 from duet_vlm.flow.loss import surviving_labels
+from duet_vlm.flow.made import Made, reusing
 from duet_vlm.flow.processor import SALIENT, SalientProcessor, accept_salient
 from duet_vlm.flow.ranks import in_step, with_blank_image
 from duet_vlm.flow.signals import Recorder
@@ -296,6 +296,7 @@ class Handle:
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(step, PrefillPass) and step.reuses(index, layer):
             self._make_once(layer)
+            step.made.recording = True
         return (step.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
 
 

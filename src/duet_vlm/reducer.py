@@ -46,8 +46,9 @@ class VisionView:
     ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method asked for them in ``signals``; ``valid`` [B, N];
     ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
     are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
-    for methods that ask for them (``reads_projected``). ``parts`` [B, N] is the number of the crop, tile or frame that each row shows,
-    -1 for padding and structure rows; with ``stream`` "video" parts are steps of time, all with equally many rows in the same order.
+    for methods that ask for them (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
+    number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
+    time, all with equally many rows in the same order.
     """
 
     valid: Tensor

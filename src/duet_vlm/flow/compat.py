@@ -104,6 +104,11 @@ def is_eager(layer: nn.Module) -> bool:
     return layer._compiled_call_impl is None and not hasattr(layer.forward, "_torchdynamo_orig_callable")
 
 
+def is_dispatched(layer: nn.Module) -> bool:
+    """Whether accelerate's device map moves what the layer is given; else it runs where its input is."""
+    return hasattr(layer, "_hf_hook")
+
+
 def finite(x: Tensor) -> Tensor:
     """0-dim bool tensor: every entry is finite (one reduction, no mask of the size of ``x``)."""
     return x.detach().sum(dtype=torch.float32) * 0 == 0

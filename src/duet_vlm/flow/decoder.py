@@ -61,7 +61,6 @@ class PrefillPass:
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
         if index in self.to_rank:
-            self.made.recording = self.reuses(index, layer)  # asked here: ranking itself is never differentiated
             with torch.no_grad():
                 self.scores[index] = self._score(index, layer, hidden, kwargs)
             self.to_rank.remove(index)
@@ -250,5 +249,7 @@ def _to(tokens: TokenMap, device: torch.device) -> TokenMap:
 
 def layer_device(layer: nn.Module, hidden: Tensor) -> torch.device:
     """Where a layer's sub-modules run; offloaded layers move their inputs by themselves."""
+    if not compat.is_dispatched(layer):
+        return hidden.device
     device = next(layer.parameters()).device
     return hidden.device if device.type == "meta" else device
