@@ -1,12 +1,16 @@
-"""T2V: what one rank-and-drop stage adds to a prefill, held against a decoder layer in front of it; everything is read off the same prefill.
+"""T2V: one rank-and-drop stage, held against a decoder layer in front of it; everything is read off the same prefill.
 
-Clocks stand in front of the handle's hook on the stage's layer, behind that layer, and around every other one. Hook and layer together, less
-what the next layers take for as many rows, is what the stage costs: also what it leaves cold for the layer, and what it spares it. The median
-of the layers in front, which read all rows, is the unit; the share of the key projection is read in the same way.
+Clocks stand in front of and behind the handle's hook on the stage's layer, and around every layer, its norm and its key projection. The unit is
+the median of the layers in front, which read all rows. Prefills take turns:
 
-Prefills take turns: in the first the layer makes its keys again, as in training and in compiled layers; in the second it takes over those of
-the rows that are left. In the third nothing is dropped and nothing of ours runs but the arithmetic of a stage, written down without any
-bookkeeping, in front of the same layer: what this machine needs for it at least.
+1. The layer makes its norm and keys again, as in training and in compiled layers: the stage is the hook's whole time.
+2. The layer takes them over for the rows that are left: the stage is that, less what the next layers need for theirs, and more what the
+   stage's layer still needed.
+3. Nothing is dropped and nothing of ours runs but the arithmetic of a stage, written down without any bookkeeping, in front of the same
+   layer: what this machine needs for it at least.
+
+``whole`` is read in another way: hook and layer together, less the next layers. It also sees what a hook leaves cold or warm for its layer,
+and all the unrest of a whole layer.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -43,24 +47,37 @@ def _stage(options: Options, name: str, shape: Shape, pairs: int) -> list[dict[s
     before, behind = range(1, stage), range(stage + 1, shape.layers)
     rows = []
     for how in (AGAIN, ONCE):
-        full = clocks.medians(how, [f"layer {index}" for index in before])
-        fewer = clocks.medians(how, [f"layer {index}" for index in behind])
-        keys = clocks.medians(how, [f"keys {index}" for index in before])
-        spared = clocks.medians(how, [f"keys {index}" for index in behind]) if how == ONCE else [0.0] * len(full)
+        full, keys = clocks.medians(how, "layer", before), clocks.medians(how, "keys", before)
         share = statistics.median(a / b for a, b in zip(keys, full, strict=True))
-        stages = clocks.between(how, "stage starts", "stage ends")
-        more = [whole - usual for whole, usual in zip(stages, fewer, strict=True)]
-        bare = clocks.between(BARE, "stage starts", "ranked")
-        unit = clocks.medians(BARE, [f"layer {index}" for index in before])
-        found = ratio(Timing(tuple(a - b for a, b in zip(bare, spared, strict=True))), Timing(tuple(unit)))
+        usual = _sum(clocks.medians(how, "norm", behind), clocks.medians(how, "keys", behind))
+        own = _sum(clocks.around(how, f"norm {stage}"), clocks.around(how, f"keys {stage}"))
+        spared = [0.0] * len(full) if how == AGAIN else _difference(usual, own)
+        hook = clocks.between(how, "stage starts", "ranked")
+        whole = _difference(clocks.between(how, "stage starts", f"layer {stage} ends"), clocks.medians(how, "layer", behind))
+        alone = clocks.between(BARE, "stage starts", "dropped" if how == AGAIN else "ranked")
+        alone = alone if how == AGAIN else _difference(alone, usual)
         extra = {
             "key_projection_share": share,
-            "hook_milliseconds": 1000 * statistics.median(clocks.between(how, "stage starts", "ranked")),
-            "arithmetic": {"median": found.median, "interval": [found.low, found.high]},
+            "arithmetic": _of(alone, clocks.medians(BARE, "layer", before)),
+            "whole": _of(whole, full),
         }
         target = share + (ABOVE_KEYS if how == AGAIN else 0)
-        rows.append(side_by_side(f"{name}, {how}", shape, Timing(tuple(more)), Timing(tuple(full)), target, **extra))
+        taken, unit = Timing(tuple(_difference(hook, spared))), Timing(tuple(full))
+        rows.append(side_by_side(f"{name}, {how}", shape, taken, unit, target, **extra))
     return rows
+
+
+def _of(taken: list[float], unit: list[float]) -> dict[str, Any]:
+    found = ratio(Timing(tuple(taken)), Timing(tuple(unit)))
+    return {"median": found.median, "interval": [found.low, found.high]}
+
+
+def _sum(a: list[float], b: list[float]) -> list[float]:
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+
+def _difference(a: list[float], b: list[float]) -> list[float]:
+    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def _clocked(options: Options, shape: Shape, pairs: int) -> Clocks:
@@ -68,17 +85,17 @@ def _clocked(options: Options, shape: Shape, pairs: int) -> Clocks:
     model, inputs, stage = build(shape), prompt(shape), shape.layers // 2
     layers = model.model.language_model.layers
     grid = {k: v for k, v in picture(shape).items() if k == "image_grid_thw"}
-    arithmetic = Arithmetic(shape, inputs["input_ids"].shape[1])
     with torch.inference_mode(), Clocks() as clocks:
+        arithmetic = Arithmetic(shape, inputs["input_ids"].shape[1], clocks.note("dropped"))
         encoded = model.get_image_features(**picture(shape))
         clocks.before(layers[stage], "stage starts")
         clocks.hooks.append(layers[stage].register_forward_pre_hook(arithmetic, with_kwargs=True))
         with duet_vlm.attach(model, "duet", schedule=((stage, 0.5),)) as handle:
             clocks.before(layers[stage], "ranked")
-            clocks.after(layers[stage], "stage ends")
-            for index in set(range(1, shape.layers)) - {stage}:
-                clocks.around(layers[index], f"layer {index}")
-                clocks.around(layers[index].self_attn.k_proj, f"keys {index}")
+            for index in range(1, shape.layers):
+                clocks.watch(layers[index], f"layer {index}")
+                clocks.watch(layers[index].input_layernorm, f"norm {index}")
+                clocks.watch(layers[index].self_attn.k_proj, f"keys {index}")
             for turn in range(options.repeats(pairs) + 2):
                 for how in (AGAIN, ONCE, BARE):
                     clocks.turn(how, keep=turn >= 2)
@@ -91,9 +108,10 @@ def _clocked(options: Options, shape: Shape, pairs: int) -> Clocks:
 
 class Arithmetic:
     """Norm, keys of all rows, queries of the text rows, rotation, scores, choice and the gathering of survivors, for one known prompt: image
-    first, text behind it. What it makes is thrown away."""
+    first, text behind it. What it makes is thrown away. ``dropped`` is called before norm and keys are gathered for the layer to take over."""
 
-    def __init__(self, shape: Shape, rows: int) -> None:
+    def __init__(self, shape: Shape, rows: int, dropped: Callable[[], None]) -> None:
+        self.dropped = dropped
         self.on, self.shape, self.width = False, shape, shape.hidden // shape.heads
         self.first = rows - shape.text - shape.visual_tokens
         self.asking = torch.arange(rows - shape.text, rows)
@@ -115,7 +133,9 @@ class Arithmetic:
         scores = self.share @ torch.baddbmm(self.bias, grouped, key.transpose(1, 2), alpha=self.width**-0.5).softmax(-1).flatten(0, 1)
         best = scores[0, self.first : self.first + visual].topk(visual // 2).indices.sort().values + self.first
         rows = torch.cat([torch.arange(self.first), best, self.asking])
-        for made in (hidden, normed, keys):
+        hidden[0].index_select(0, rows)
+        self.dropped()
+        for made in (normed, keys):
             made[0].index_select(0, rows)
 
     def _rotated(self, projected: Tensor, tables: Sequence[Tensor]) -> Tensor:
@@ -150,23 +170,24 @@ class Clocks:
             self.turns.setdefault(how, []).append(self.now)
 
     def before(self, module: nn.Module, name: str) -> None:
-        self.hooks.append(module.register_forward_pre_hook(self._note(name)))
+        self.hooks.append(module.register_forward_pre_hook(self.note(name)))
 
-    def after(self, module: nn.Module, name: str) -> None:
-        self.hooks.append(module.register_forward_hook(self._note(name)))
-
-    def around(self, module: nn.Module, name: str) -> None:
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Its last run in a prefill: a ranking layer's own."""
         self.before(module, name + " starts")
-        self.after(module, name + " ends")
+        self.hooks.append(module.register_forward_hook(self.note(name + " ends")))
 
     def between(self, how: str, start: str, end: str) -> list[float]:
         return [turn[end] - turn[start] for turn in self.turns[how]]
 
-    def medians(self, how: str, names: list[str]) -> list[float]:
-        """Per turn, the median over ``names`` of the time around each."""
-        return [statistics.median(values) for values in zip(*(self.between(how, n + " starts", n + " ends") for n in names), strict=True)]
+    def around(self, how: str, name: str) -> list[float]:
+        return self.between(how, name + " starts", name + " ends")
 
-    def _note(self, name: str) -> Callable[..., None]:
+    def medians(self, how: str, name: str, layers: Iterable[int]) -> list[float]:
+        """Per turn, the median over ``layers`` of the time around each."""
+        return [statistics.median(values) for values in zip(*(self.around(how, f"{name} {index}") for index in layers), strict=True)]
+
+    def note(self, name: str) -> Callable[..., None]:
         def note(*ignored: Any) -> None:
             self.now[name] = time.perf_counter()
 
