@@ -198,6 +198,17 @@ def test_placeholders_without_images(family: str, call: Any) -> None:
     refuse(family, lambda m, i: call(m, without(i, "pixel_values", "image_grid_thw", "mm_token_type_ids")), ValueError, message)
 
 
+def test_an_encoder_call_with_other_rows_than_the_config_says() -> None:
+    """Tokens are chosen inside the tower, among the rows that the model is set to use."""
+    model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
+    with duet_vlm.attach(model, "duet", budget=0.5) as handle:
+        with pytest.raises(RuntimeError, match=r"chosen among \[36\], but the encoder made \[37\] .* model's config, or use handle.paused"):
+            model.model.get_image_features(inputs["pixel_values"], vision_feature_select_strategy="full")
+        with handle.paused():
+            model.model.get_image_features(inputs["pixel_values"], vision_feature_select_strategy="full")
+        forward(model, inputs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_without_placeholders(family: str) -> None:
     """The stock model's own check comes first and speaks of features and tokens."""
