@@ -51,19 +51,18 @@ def _stage(options: Options, name: str, shape: Shape, pairs: int) -> list[dict[s
         share = statistics.median(a / b for a, b in zip(keys, full, strict=True))
         usual = _sum(clocks.medians(how, "norm", behind), clocks.medians(how, "keys", behind))
         own = _sum(clocks.around(how, f"norm {stage}"), clocks.around(how, f"keys {stage}"))
-        spared = [0.0] * len(full) if how == AGAIN else _difference(usual, own)
-        hook = clocks.between(how, "stage starts", "ranked")
-        whole = _difference(clocks.between(how, "stage starts", f"layer {stage} ends"), clocks.medians(how, "layer", behind))
+        taken = clocks.between(how, "stage starts", "ranked")
         alone = clocks.between(BARE, "stage starts", "dropped" if how == AGAIN else "ranked")
-        alone = alone if how == AGAIN else _difference(alone, usual)
+        if how == ONCE:
+            taken, alone = _difference(taken, _difference(usual, own)), _difference(alone, usual)
+        whole = _difference(clocks.between(how, "stage starts", f"layer {stage} ends"), clocks.medians(how, "layer", behind))
         extra = {
             "key_projection_share": share,
             "arithmetic": _of(alone, clocks.medians(BARE, "layer", before)),
             "whole": _of(whole, full),
         }
         target = share + (ABOVE_KEYS if how == AGAIN else 0)
-        taken, unit = Timing(tuple(_difference(hook, spared))), Timing(tuple(full))
-        rows.append(side_by_side(f"{name}, {how}", shape, taken, unit, target, **extra))
+        rows.append(side_by_side(f"{name}, {how}", shape, Timing(tuple(taken)), Timing(tuple(full)), target, **extra))
     return rows
 
 
