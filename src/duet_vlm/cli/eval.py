@@ -23,7 +23,7 @@ def evaluate(
     ] = None,
     budgets: Annotated[str, typer.Option("--budgets", help="As for --budget elsewhere, with commas between.")] = "0.33,0.22,0.11",
     presets: Annotated[str | None, typer.Option("--presets", help="Named presets to run as well, with commas between.")] = None,
-    oracle: Annotated[bool, typer.Option("--oracle", help="Add the upper bound that knows which tokens the answer needs.")] = False,
+    oracle: Annotated[bool, typer.Option("--oracle", help="Add the reference that knows which tokens the answer needs.")] = False,
     seeds: Annotated[str, typer.Option("--seeds", help="Streams of questions, with commas between.")] = "0",
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N questions of each seed.")] = None,
     against: Annotated[str, typer.Option("--against", help="The method that all others are tested against (its label).")] = "duet",
