@@ -77,19 +77,21 @@ def attach(
         reducer = with_fields(method, fields)
     else:
         raise TypeError(f"method must be a name or a Reducer instance, got {method!r}")
+    adapter = adapter_for(model)
     if handle_of(model) is not None:
         raise ValueError(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
-    handle = Handle(adapter_for(model), reducer, budget, processor, align)
+    handle = Handle(adapter, reducer, budget, processor, align)
     _attached[core] = weakref.ref(handle)
     return handle
 
 
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of the reducer that is attached to ``model``, None if there is none."""
-    known = _attached.get(core_of(model))
+    core = core_of(model)
+    known = _attached.get(core) if isinstance(core, nn.Module) else None
     handle = None if known is None else known()
     return handle if handle is not None and handle.installed else None
 

@@ -143,7 +143,7 @@ class Followed:
         self.duet_order = self._rows(index.device)[index]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=64)
 def _followed(plain: Any) -> Any:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__, "_plain": plain}
     return type(plain.__name__, (Followed, plain), names)
