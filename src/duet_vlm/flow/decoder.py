@@ -38,6 +38,7 @@ class PrefillPass:
         self.kinds = adapter.layer_types
         self.prepared = _prepared(kwargs.get("attention_mask")) if FULL in self.kinds else None  # windows are lifted for ranking
         self.drops = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
+        self._check_rows_left()
         self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.drops if any(self._ranked(layer))])
         run.asking = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
@@ -52,6 +53,16 @@ class PrefillPass:
         """Visual tokens per sample that stay before ``layer``, None where nothing changes."""
         now = self.run.visual(layer)
         return now if now != self.run.visual(layer - 1) else None
+
+    def _check_rows_left(self) -> None:
+        """Only without ``keep_predicting``: a prompt that is nothing but an image, of which nothing is kept."""
+        first = zip(self.run.groups[0].lengths, self.run.visual(-1), self.run.visual(self.run.depth - 1), strict=True)
+        for sample, (rows, entered, left) in enumerate(first):
+            if rows - entered + left == 0:
+                raise ValueError(
+                    f"sample {sample} has no row left at the end of {self.reducer.name}'s schedule, and none that could predict: use "
+                    "keep_predicting=True, or write text behind the image"
+                )
 
     def _ranked(self, layer: int) -> list[int]:
         """Visual tokens per sample that are chosen before ``layer``, beside those that stay in any case."""

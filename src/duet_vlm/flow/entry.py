@@ -16,7 +16,7 @@ from duet_vlm.flow.cache import DecodePass, Followed, Group, Run, follow, forget
 from duet_vlm.flow.call import Call
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import is_marked
-from duet_vlm.flow.layout import Dealt, Layout, check_pictures, deal, read_layout, rows_that_stay, span_ends, spans_of
+from duet_vlm.flow.layout import Dealt, Layout, check_pictures, deal, predicting, read_layout, rows_that_stay, span_ends, spans_of
 from duet_vlm.flow.masks import cut_mask, real_rows, window
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
 from duet_vlm.flow.rules import Rules
@@ -53,9 +53,12 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     valid = real_rows(call.mask, embeds)
     places = {name: rows.to(valid.device) for name, rows in call.placeholders.items()}
     visual = torch.stack(list(places.values())).any(0)
+    stored = _decisions(call, rules) if cache is None and call.labels is None and call.arrived else {}
     stays = left_out = torch.zeros_like(valid)
     if reducer.keep_predicting and call.arrived:
-        stays, left_out = rows_that_stay(call, places, valid, visual, embeds)
+        rows = stored.setdefault("predicting", predicting(valid, visual, call.labels, call.drafts))
+        rows = torch.nn.functional.pad(rows, (0, valid.shape[1] - rows.shape[1]))
+        stays, left_out = rows_that_stay(call, rows, places, embeds)
     prompt = TokenMap.identity(valid, visual, stays)
     queries = torch.zeros_like(valid)
     if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.arrived:
@@ -84,7 +87,7 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
             cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config)
         if cache is not None:
             follow(cache, run)
-    replay = _decisions(call, run) if cache is None and call.labels is None else {}
+    replay = stored.setdefault("survivors", {}) if cache is None and run.reduces else {}
     return PrefillPass(run, adapter, cache, queries, list(layout.asking), kwargs, replay)
 
 
@@ -103,21 +106,22 @@ def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Te
     return embeds
 
 
-def _decisions(call: Call, run: Run) -> dict[Any, Any]:
-    """Without a cache generate() sends the growing prompt again and again: the survivors of its first pass are replayed.
+def _decisions(call: Call, rules: Rules) -> dict[str, Any]:
+    """Without a cache generate() sends the growing prompt again and again: what its first pass decided (rows that predict, survivors by layer)
+    is replayed.
 
-    They ride on the encoder output that it reuses; a prompt that does not continue the first one decides anew.
+    It rides on the encoder output that generate() reuses; a prompt that does not continue the first one decides anew.
     """
     first_arrived = next(iter(call.arrived.values())).encoded
     assert first_arrived is not None
     stored, ids = first_arrived.decisions, call.input_ids
-    if ids is None or not run.reduces:
+    if ids is None:
         return {}
     first: Any = stored.get("input_ids")
-    same = stored.get("rules") is run.rules and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
+    same = stored.get("rules") is rules and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
     if not (same and torch.equal(first, ids[:, : first.shape[1]])):
         stored.clear()
-        stored.update(input_ids=ids, rules=run.rules)
+        stored.update(input_ids=ids, rules=rules)
     return stored
 
 

@@ -54,9 +54,8 @@ def span_ends(arrived: Arrived, places: Tensor) -> Tensor:
     return torch.where(places & (ends[number] == rank), number, -1)
 
 
-def rows_that_stay(call: Call, places: dict[str, Tensor], valid: Tensor, visual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Visual rows [B, S] bool that predict and can be had, and those of them that V2V has left out."""
-    rows = predicting(valid, visual, call.labels, call.drafts)
+def rows_that_stay(call: Call, rows: Tensor, places: dict[str, Tensor], embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the ``rows`` [B, S] bool that predict which can be had, and those of them that V2V has left out."""
     left_out = rows & is_marked(embeds).to(rows.device)
     there = rows & ~left_out
     for name, arrived in call.arrived.items():
