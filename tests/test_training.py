@@ -55,7 +55,7 @@ def test_loss_is_the_loss_over_survivors(case: Case, side: str) -> None:
         summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(6)).loss
         torch.testing.assert_close(summed, expected * targets / 6)
     with torch.no_grad():
-        assert abs(float(model(**inputs, labels=labels).loss) - float(expected)) > 1e-3
+        assert abs(float(model(**inputs, labels=labels).loss) - float(expected)) > 1e-4  # of 5: reduced answers are others
 
 
 @matrix(*TRAINED, attention=("sdpa",))
