@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import duet_vlm
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.training import Example, StepFlops, Trained, step_flops
-from duet_vlm.models.adapter import Adapter, adapter_for
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.find import adapter_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

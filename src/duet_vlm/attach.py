@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from duet_vlm import registry
 from duet_vlm.accounts import samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, check_budget
 from duet_vlm.checks import check, signal_layer, with_fields
@@ -33,7 +32,9 @@ from duet_vlm.flow.trace import trace_of
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.memory import KEY, record, remembered
-from duet_vlm.models.adapter import Adapter, adapter_for, core_of
+from duet_vlm.methods import named as registry
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.find import adapter_for, core_of
 from duet_vlm.parts import plan_span
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tokens import SpanTrace, TokenMap

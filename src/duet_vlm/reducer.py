@@ -189,6 +189,11 @@ class DecoderReducer(Reducer):
         check_choice("training_turns", self.training_turns, TRAINING_TURNS)
         check_choice("score_mask", self.score_mask, SCORE_MASKS)
 
+    def with_drops(self, depth: int) -> DecoderReducer:
+        """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
+        that its paper uses."""
+        return self
+
     @abstractmethod
     def t2v(self, view: TextView) -> Tensor:
         """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of them per sample."""

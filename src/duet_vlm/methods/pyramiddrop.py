@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -119,6 +119,9 @@ class PyramidDrop(DecoderReducer):
         if within(counts(early), target):
             return largest_of(lambda weight: between(early, late, weight))
         return largest_of(lambda share: pyramid(depth, EARLY, share))
+
+    def with_drops(self, depth: int) -> PyramidDrop:
+        return self if self.schedule is not None else replace(self, schedule=pyramid(depth, LATE, LATE_SHARE))
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``
