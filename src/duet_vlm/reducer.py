@@ -28,6 +28,7 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
+from duet_vlm.settings import declared
 from duet_vlm.tokens import Selection
 
 POSITIONS = ("keep", "compact")
@@ -83,6 +84,9 @@ class TextView:
 class Reducer(ABC):
     """Base of all methods. Settings are fields; ``plan`` turns a budget or the settings into exact counts.
 
+    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float, bool or str nothing
+    else: a TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
+
     Attributes
     ----------
     positions : str
@@ -96,6 +100,8 @@ class Reducer(ABC):
     positions: str = "keep"
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, declared(each.name, each.type, getattr(self, each.name)))
         check_choice("positions", self.positions, POSITIONS)
 
     @abstractmethod
@@ -205,7 +211,7 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_picks(picks: int) -> None:
-    if isinstance(picks, bool) or not isinstance(picks, int) or picks < 1:
+    if picks < 1:
         raise ValueError(f"picks={picks}: how many tokens a greedy step chooses, at least 1")
 
 

@@ -12,6 +12,7 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.settings import plain
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ def make_report(
     return Report(
         method=method,
         settings=settings,
-        budget=budget,
+        budget=plain(budget),
         batch=batch,
         tokens=sum(images),
         nominal=tuple(sum(p.counts[i] for p in plans) / batch for i in range(depth)),
