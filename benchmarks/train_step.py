@@ -26,7 +26,7 @@ from duet_vlm.measure.counted import memory_of
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.measure.speed import Timing, paired, ratio
 from duet_vlm.measure.training import Example, StepFlops, Trained, step_flops
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 STAGES = ("vision", "decoder", "backward", "optimiser")
 LLAVA_7B = DecoderShape(32, 4096, 32, 32, 128, 11008, 32064), VisionShape(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))

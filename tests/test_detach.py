@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet_vlm
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
 

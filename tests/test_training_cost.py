@@ -19,7 +19,8 @@ import duet_vlm
 from duet_vlm.bench.inputs import encode
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.training import Example, StepFlops, Trained, step_flops
-from duet_vlm.models.adapter import Adapter, adapter_for
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.find import adapter_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

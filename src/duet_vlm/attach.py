@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from duet_vlm import registry
 from duet_vlm.budget import Budget, check_budget
 from duet_vlm.checks import with_fields
 from duet_vlm.handle import Handle
 from duet_vlm.memory import KEY, record, remembered
-from duet_vlm.models.adapter import adapter_for, core_of
+from duet_vlm.methods import named
+from duet_vlm.models.find import adapter_for, core_of
 from duet_vlm.reducer import Reducer
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()  # the hooks keep the handle
@@ -72,7 +72,7 @@ def attach(
         method, fields = known["method"], known["settings"] | fields
         budget = known["budget"] if budget is None else budget
     if isinstance(method, str):
-        reducer = with_fields(registry.get(method), fields)
+        reducer = with_fields(named.get(method), fields)
     elif isinstance(method, Reducer):
         reducer = with_fields(method, fields)
     else:

@@ -23,7 +23,8 @@ from duet_vlm.measure.counted import cache_bytes, memory_of
 from duet_vlm.measure.devices import SHEETS, TORCH, Device, this_machine
 from duet_vlm.measure.roofline import Model, Workload, predict
 from duet_vlm.measure.speed import Timing, paired, ratio
-from duet_vlm.models.adapter import Adapter, adapter_for
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.find import adapter_for
 
 CARDS = {"pcie", "nvl"}  # slower forms of modules that have the same name; the sheets are those of the modules
 

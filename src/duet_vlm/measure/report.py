@@ -12,6 +12,7 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.settings import plain
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,7 @@ def make_report(
     return Report(
         method=method,
         settings=settings,
-        budget=budget,
+        budget=plain(budget),
         batch=batch,
         tokens=sum(images),
         nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),

@@ -154,6 +154,9 @@ class Duet(EncoderReducer, DecoderReducer):
         contextual = min(max(1, round(entry * (0.023 if entry >= 0.45 * tokens else 0.17))), entry - 1)
         return replace(plan, dominant=entry - contextual, contextual=contextual)
 
+    def with_drops(self, depth: int) -> Duet:
+        return self if self.schedule is not None else replace(self, schedule=paper_schedule(depth))
+
     # ---- which
 
     def v2v(self, view: VisionView) -> Selection:
