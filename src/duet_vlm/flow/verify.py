@@ -18,8 +18,8 @@ Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In 
 the one read of the entry; look at ``finite`` first, numbers that are not finite explain any choice. Codes of masks wait, as the flags of
 scores do, until somebody asks for the run.
 
-Cost: a selection takes some thirty kernels over [B, N] or [B, K + P] numbers and one sum over what the method was shown; a mask takes five over
-[B, V]. Nothing is sorted, nothing is N x N.
+Cost: a selection takes some thirty small kernels (fifty with members) over [B, N] or [B, K + P] numbers, and one sum over what the method was
+shown; a mask takes six over [B, V]. About a tenth of a millisecond. Nothing is sorted, nothing is N x N, nothing is moved.
 """
 
 from __future__ import annotations
