@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+MERGES = ("mean", "anchor_plus_mean")
+
 
 @dataclass(frozen=True)
 class Span:
