@@ -87,6 +87,10 @@ class Reducer(ABC):
     ----------
     positions : str
         "keep": survivors keep their original position; "compact": positions are renumbered after every reduction.
+    keep_predicting : bool
+        A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in front of a label) never
+        leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
+        code).
     """
 
     name: ClassVar[str]
@@ -94,9 +98,12 @@ class Reducer(ABC):
     summary: ClassVar[str]
 
     positions: str = "keep"
+    keep_predicting: bool = True
 
     def __post_init__(self) -> None:
         check_choice("positions", self.positions, POSITIONS)
+        if not isinstance(self.keep_predicting, bool):
+            raise TypeError(f"keep_predicting={self.keep_predicting!r}: True or False")
 
     @abstractmethod
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

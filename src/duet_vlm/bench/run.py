@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 import duet_vlm
-from duet_vlm.attach import Handle
 from duet_vlm.bench.inputs import Prompt, prompt_for
 from duet_vlm.bench.planned import workload
 from duet_vlm.bench.stages import Clocks
 from duet_vlm.evaluate.results import environment
+from duet_vlm.handle import Handle
 from duet_vlm.measure.counted import cache_bytes, memory_of
 from duet_vlm.measure.devices import SHEETS, TORCH, Device, this_machine
 from duet_vlm.measure.roofline import Model, Workload, predict

@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 STORED = ("keys", "values", "_quantized_keys", "_quantized_values")  # attributes of a cache layer
+PREPARE = "_prepare_multimodal_encoder_kwargs_for_generation"  # the step of generate() that runs the encoders
 PREFILL = "_prefill"  # the step of generate() that may cut a prompt into chunks; gets the merged generation config
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]

@@ -36,7 +36,7 @@ from duet_vlm.reducer import (
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 
-RELEASED: dict[str, Any] = {"merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int"}  # both released codes
+RELEASED: dict[str, Any] = {"merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "keep_predicting": False}  # both released codes
 
 
 def paper_schedule(depth: int) -> Schedule:
