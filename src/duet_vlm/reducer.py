@@ -85,8 +85,8 @@ class TextView:
 class Reducer(ABC):
     """Base of all methods. Settings are fields; ``plan`` turns a budget or the settings into exact counts.
 
-    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float, bool or str nothing
-    else: a TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
+    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float or bool nothing else: a
+    TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
 
     Attributes
     ----------
