@@ -22,7 +22,7 @@ import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastv import FastV
-from duet_vlm.models.adapter import families
+from duet_vlm.models.find import families
 from duet_vlm.models.unsupported import REASONS
 
 

@@ -28,6 +28,7 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
+from duet_vlm.settings import declared
 from duet_vlm.tokens import Selection
 
 POSITIONS = ("keep", "compact")
@@ -84,10 +85,17 @@ class TextView:
 class Reducer(ABC):
     """Base of all methods. Settings are fields; ``plan`` turns a budget or the settings into exact counts.
 
+    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float, bool or str nothing
+    else: a TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
+
     Attributes
     ----------
     positions : str
         "keep": survivors keep their original position; "compact": positions are renumbered after every reduction.
+    keep_predicting : bool
+        A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in front of a label) never
+        leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
+        code).
     """
 
     name: ClassVar[str]
@@ -95,9 +103,14 @@ class Reducer(ABC):
     summary: ClassVar[str]
 
     positions: str = "keep"
+    keep_predicting: bool = True
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, declared(each.name, each.type, getattr(self, each.name)))
         check_choice("positions", self.positions, POSITIONS)
+        if not isinstance(self.keep_predicting, bool):
+            raise TypeError(f"keep_predicting={self.keep_predicting!r}: True or False")
 
     @abstractmethod
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -195,6 +208,11 @@ class DecoderReducer(Reducer):
         check_choice("score_mask", self.score_mask, SCORE_MASKS)
         check_choice("share", self.share, SHARES)
 
+    def with_drops(self, depth: int) -> DecoderReducer:
+        """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
+        that its paper uses."""
+        return self
+
     @abstractmethod
     def t2v(self, view: TextView) -> Tensor:
         """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``."""
@@ -206,7 +224,7 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_picks(picks: int) -> None:
-    if isinstance(picks, bool) or not isinstance(picks, int) or picks < 1:
+    if picks < 1:
         raise ValueError(f"picks={picks}: how many tokens a greedy step chooses, at least 1")
 
 

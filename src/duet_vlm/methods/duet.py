@@ -36,7 +36,7 @@ from duet_vlm.reducer import (
 from duet_vlm.registry import register
 from duet_vlm.tokens import MERGES, Selection
 
-RELEASED: dict[str, Any] = {"merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int"}  # both released codes
+RELEASED: dict[str, Any] = {"merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "keep_predicting": False}  # both released codes
 
 
 def paper_schedule(depth: int) -> Schedule:
@@ -153,6 +153,9 @@ class Duet(EncoderReducer, DecoderReducer):
         entry = plan.dominant
         contextual = min(max(1, round(entry * (0.023 if entry >= 0.45 * tokens else 0.17))), entry - 1)
         return replace(plan, dominant=entry - contextual, contextual=contextual)
+
+    def with_drops(self, depth: int) -> Duet:
+        return self if self.schedule is not None else replace(self, schedule=paper_schedule(depth))
 
     # ---- which
 
