@@ -47,8 +47,8 @@ USERS = {
     "bench": {"duet_vlm", "evaluate", "handle", "loading", "measure", "models", "reducer"},
     "train": {"budget", "duet_vlm", "loading", "models", "text", "tiny"},
     "cli": {
-        "attach", "bench", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "memory", "models", "presets", "reducer", "tiny", "tokens",
-        "train", "video", "viz",
+        "attach", "bench", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "memory", "models", "presets", "reducer", "tiny",
+        "tokens", "train", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

@@ -109,8 +109,6 @@ class Reducer(ABC):
         for each in fields(self):
             object.__setattr__(self, each.name, declared(each.name, each.type, getattr(self, each.name)))
         check_choice("positions", self.positions, POSITIONS)
-        if not isinstance(self.keep_predicting, bool):
-            raise TypeError(f"keep_predicting={self.keep_predicting!r}: True or False")
 
     @abstractmethod
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
