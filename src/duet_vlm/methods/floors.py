@@ -48,6 +48,8 @@ class Floor(DecoderReducer):
             check_keep("entry", self.entry)
         object.__setattr__(self, "schedule", check_schedule(self.schedule))
         if self.follow is not None:
+            if not isinstance(self.follow, str):
+                raise TypeError(f"follow={self.follow!r}: give the name of a method")
             if self.entry is not None or self.schedule:
                 raise ValueError(f"follow={self.follow!r} takes the counts of that method: leave out entry= and schedule=")
             if issubclass(get(self.follow), Floor):
