@@ -241,7 +241,7 @@ BATCH = (*MIXED[:2],)
 def refused(family: str, stage: str, spoil: Callable[..., Any], message: str) -> None:
     model = shared(family)
     with pytest.raises(ValueError, match=rf"mine\.{stage}.*{message}"):
-        with duet_vlm.attach(model, checked(Mine(stage=stage, spoil=spoil), [])):
+        with duet_vlm.attach(model, Mine(stage=stage, spoil=spoil)):
             forward(model, FAMILIES[family].inputs(BATCH))
 
 
@@ -282,7 +282,7 @@ def test_a_stage_of_a_composition_chooses_among_its_candidates(past: int) -> Non
 
     model, inputs = shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl"))
     with pytest.raises(ValueError, match=r"frames\+mine\.v2v returned a selection of tokens that do not exist \(span \d: -1\)"):
-        with duet_vlm.attach(model, checked(duet_vlm.compose(Frames(keep=0.8), Mine(stage="v2v", spoil=beyond)), [])):
+        with duet_vlm.attach(model, duet_vlm.compose(Frames(keep=0.8), Mine(stage="v2v", spoil=beyond))):
             forward(model, inputs)
 
 
