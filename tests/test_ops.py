@@ -190,7 +190,7 @@ def test_token_map_composes(batch: tuple[Tensor, Tensor], data: Any) -> None:
     _, valid = batch
     draw = torch.Generator().manual_seed(data.draw(seeds))
     visual = torch.rand(valid.shape, generator=draw) < 0.5
-    tokens, slots = TokenMap.identity(valid, visual), [row.nonzero().flatten().tolist() for row in valid]
+    tokens, slots = TokenMap.identity(valid, visual, torch.zeros_like(valid)), [row.nonzero().flatten().tolist() for row in valid]
     for _ in range(2):
         wanted = torch.rand(valid.shape, generator=draw) < 0.6  # by prompt slot
         keep = tokens.valid & wanted.gather(1, tokens.slot)

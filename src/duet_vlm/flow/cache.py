@@ -95,11 +95,6 @@ class Run:
         return self.rules.reducer.positions
 
     @property
-    def encoded(self) -> list[Any]:
-        """The encoder calls that the spans come from."""
-        return [encoded for encoded, _ in self.sources]
-
-    @property
     def plans(self) -> tuple[tuple[SpanPlan, ...], ...]:
         """Of the spans of each sample."""
         return tuple(tuple(plan for pool in row for plan in pool.plans) for row in self.pools)

@@ -60,7 +60,7 @@ class PrefillPass:
         """Only without ``keep_predicting``: a prompt that is nothing but an image, of which nothing is kept."""
         first = zip(self.run.groups[0].lengths, self.run.visual(-1), self.run.visual(self.run.depth - 1), strict=True)
         for sample, (rows, entered, left) in enumerate(first):
-            if rows - entered + left == 0:
+            if rows and rows - entered + left == 0:
                 raise ValueError(
                     f"sample {sample} has no row left at the end of {self.reducer.name}'s schedule, and none that could predict: use "
                     "keep_predicting=True, or write text behind the image"

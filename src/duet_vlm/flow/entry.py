@@ -17,7 +17,7 @@ from duet_vlm.flow.call import Call
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import is_marked
 from duet_vlm.flow.layout import Dealt, Layout, check_pictures, deal, predicting, read_layout, rows_that_stay, span_ends, spans_of
-from duet_vlm.flow.masks import cut_mask, real_rows, window
+from duet_vlm.flow.masks import cut_mask, documents, real_rows, window
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
 from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import FULL, SLIDING, Adapter
@@ -64,7 +64,9 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.arrived:
         asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
         queries = query_rows(reducer.text_query, prompt.ranked, asking, call.labels, call.salient, reducer.training_turns)
-    layout = read_layout(call, reducer, places, valid, queries, stays, left_out)
+    cached = cache is not None or compat.uses_cache(adapter.text_model, kwargs.get("use_cache"))
+    begins = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
+    layout = read_layout(call, reducer, places, valid, queries, stays, left_out, begins)
     check_pictures(call, layout)
     if not call.arrived:
         return None
@@ -78,11 +80,13 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     pools = _pools(plans, spans, layout, prompt, left_out, each=getattr(reducer, "share", "joint") == "each")
     run = Run(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.after))
     run.element_bytes, run.real = embeds.element_size(), valid.sum(1)
+    run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
     call.run = run
     if any(some.added for some in layout.staying):
         kwargs["inputs_embeds"] = _bring_back(adapter, call, dealt, places, left_out, embeds)
-    _remove_marked(run, adapter, layout, kwargs)
-    run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
+    marks = any(arrived.encoded is not None and arrived.encoded.selection is not None for arrived in call.arrived.values())
+    hidden = any(any(counts) for counts in layout.hidden.values())  # pictures under the caller's mask: rows that may be marked as well
+    _remove_marked(run, adapter, layout.lengths, hidden and (marks or run.reduces), kwargs)
     if run.reduces:
         if cache is None and compat.uses_cache(adapter.text_model, kwargs.get("use_cache")):
             cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config)
@@ -149,14 +153,13 @@ def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:
     return tuple(SpanPlan(p.tokens, p.dominant, p.contextual, (p.entry,) * len(p.counts)) for p in plans)
 
 
-def _remove_marked(run: Run, adapter: Adapter, layout: Layout, kwargs: dict[str, Any]) -> None:
-    """Take the marked rows out; an unreduced prompt is left alone, bit for bit."""
+def _remove_marked(run: Run, adapter: Adapter, lengths: tuple[int, ...], hidden: bool, kwargs: dict[str, Any]) -> None:
+    """Take the marked rows out, and those that are ``hidden`` by the mask; an unreduced prompt is left alone, bit for bit."""
     embeds = kwargs["inputs_embeds"]
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
     planned = [[sum(p.tokens for p in row) for row in run.plans], run.visual(-1)]
-    left = tuple(n - tokens + entering for n, tokens, entering in zip(layout.lengths, *planned, strict=True))
-    hidden = any(any(counts) for counts in layout.hidden.values())  # rows under the caller's mask may be marked, too
-    if left == layout.lengths and not (hidden and any(encoded.selection is not None for encoded in run.encoded)):
+    left = tuple(n - tokens + entering for n, tokens, entering in zip(lengths, *planned, strict=True))
+    if left == lengths and not hidden:
         run.groups.append(Group(0, run.prompt, left))
         run.next_position = next_positions(positions, run.prompt.valid)
         return

@@ -67,7 +67,7 @@ def rows_that_stay(call: Call, rows: Tensor, places: dict[str, Tensor], embeds: 
 
 
 def read_layout(
-    call: Call, reducer: Reducer, places: dict[str, Tensor], valid: Tensor, queries: Tensor, stays: Tensor, left_out: Tensor
+    call: Call, reducer: Reducer, places: dict[str, Tensor], valid: Tensor, queries: Tensor, stays: Tensor, left_out: Tensor, begins: Tensor
 ) -> Layout:
     """The one device-to-host read of a prefill; what could not be checked before without a read of its own is checked here."""
     answered = torch.zeros_like(valid) if call.labels is None else (call.labels.to(valid.device) != -100)
@@ -79,13 +79,19 @@ def read_layout(
             wrong = torch.maximum(wrong, arrived.encoded.wrong.to(valid.device))
     visual = torch.stack(list(places.values())).any(0)
     after = valid & (visual.flip(1).cumsum(1).flip(1) == 0)
-    masks = (valid, queries, answered, stays, left_out, after, *places.values(), *(rows & ~valid for rows in places.values()))
+    masks = (valid, queries, answered, stays, left_out, after, begins, *places.values(), *(rows & ~valid for rows in places.values()))
     table = torch.stack([*(rows.sum(1) for rows in masks), finite.long().expand(len(valid)), wrong.expand(len(valid))]).tolist()
     *table, (whole, *_), (code, *_) = table
     if not whole:
         raise not_finite("the image features")
     raise_if_wrong(code, reducer)
-    lengths, asking, answers, stay, added, behind, *rest = (tuple(column) for column in table)
+    lengths, asking, answers, stay, added, behind, documents, *rest = (tuple(column) for column in table)
+    if call.arrived and max(documents) > 1:
+        raise ValueError(
+            f"sample {documents.index(max(documents))} packs {max(documents)} documents in one row (by its attention mask or position_ids): the "
+            "visual tokens of one cannot be ranked by the text of all. Give each document a row of its own (a collator that pads), or use "
+            "handle.paused()"
+        )
     streams = len(places)
     return Layout(
         lengths, asking, tuple(map(bool, answers)), tuple(map(Staying, stay, added)), behind,
