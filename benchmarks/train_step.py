@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm import tiny
+from duet_vlm.bench.inputs import encode
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.counted import memory_of
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
@@ -136,9 +137,9 @@ class Step:
 
     def forward(self) -> Tensor:
         self.clock = [_now()]
-        images = self.model.get_image_features(pixel_values=self.batch.pixels)
+        images = encode(self.model, {"pixel_values": self.batch.pixels})
         self.clock.append(_now())
-        loss = self.model(**self.batch.text, mm_encoder_outputs={"image": images}, use_cache=False).loss
+        loss = self.model(**self.batch.text, mm_encoder_outputs=images, use_cache=False).loss
         self.clock.append(_now())
         return loss
 

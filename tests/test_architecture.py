@@ -20,7 +20,8 @@ ARROWS = {
     "settings": set(),
     "budget": {"settings"},
     "text": set(),
-    "video": set(),
+    "pictures": set(),
+    "video": {"pictures"},
     "hooks": set(),
     "checks": {"budget", "flow", "models", "reducer"},
     "parts": {"budget"},
@@ -31,22 +32,23 @@ ARROWS = {
     "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},
     "presets": {"budget", "methods", "reducer"},
-    "flow": {"budget", "models", "ops", "reducer", "text", "tokens"},
+    "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens"},
     "accounts": {"flow", "measure", "models", "reducer"},
-    "attach": {"accounts", "budget", "checks", "flow", "hooks", "measure", "memory", "methods", "models", "parts", "reducer", "tokens"},
-    "duet_vlm": {"attach", "budget", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens"},
+    "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
+    "attach": {"budget", "checks", "handle", "memory", "methods", "models", "reducer"},
+    "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens"},
 }
 # the users of the library see it as anyone outside does
 USERS = {
-    "tiny": set(),  # the embedded models: what makes them needs nothing of the library
-    "viz": {"tokens"},
-    "loading": {"memory", "models", "tiny", "video"},
-    "evaluate": {"duet_vlm", "loading", "measure", "models", "tiny"},
-    "bench": {"attach", "duet_vlm", "evaluate", "loading", "measure", "models", "reducer"},
-    "train": {"budget", "duet_vlm", "loading", "models", "text", "tiny"},
+    "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
+    "viz": {"pictures", "tokens"},
+    "loading": {"memory", "models", "pictures", "tiny", "video"},
+    "evaluate": {"duet_vlm", "loading", "measure", "models", "pictures", "tiny"},
+    "bench": {"duet_vlm", "evaluate", "handle", "loading", "measure", "models", "reducer"},
+    "train": {"budget", "duet_vlm", "loading", "models", "pictures", "text", "tiny"},
     "cli": {
-        "attach", "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "presets", "reducer", "tiny", "tokens",
-        "train", "video", "viz",
+        "attach", "bench", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "memory", "models", "pictures", "presets", "reducer",
+        "tiny", "tokens", "train", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
@@ -142,7 +144,7 @@ def test_methods_decide_and_the_flow_acts() -> None:
     assert not any(rooms & (PRIVATE | {"cli"}) for rooms in USERS.values())
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if room_of(name) in ("flow", "attach", "measure")])
+@pytest.mark.parametrize("name", [name for name in FILES if room_of(name) in ("flow", "attach", "handle", "measure")])
 def test_no_branches_on_concrete_methods_or_models(name: str) -> None:
     words = {"llava", "qwen", "duet", "fastv", "visionzip", "pyramiddrop"}
     for node in ast.walk(ast.parse(FILES[name].read_text())):

@@ -36,6 +36,7 @@ POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient")
 TRAINING_TURNS = ("first", "all")
 SCORE_MASKS = ("causal", "none")
+SHARES = ("joint", "each")
 PARTS = ("auto", "joint", "each")
 NEWLINES = ("drop", "keep")
 ROUNDINGS = ("floor", "int", "round")
@@ -66,7 +67,7 @@ class VisionView:
 
 @dataclass(frozen=True)
 class TextView:
-    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive.
+    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive. With ``share="each"`` the rows are spans.
 
     ``scores`` [B, V] attention from the text queries (None unless the method scores by text), ``valid`` [B, V], ``keep`` [B] how many
     stay. With ``uses_tokens``: ``spans`` lists, for every span of the call, its number within its sample and its unreduced token count;
@@ -95,6 +96,10 @@ class Reducer(ABC):
     clamp_below : int
         Spans of fewer visual tokens than this that a fractional budget cannot be met on are reduced to the method's floor instead of an
         error; 0: always an error.
+    keep_predicting : bool
+        A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in front of a label) never
+        leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
+        code).
     """
 
     name: ClassVar[str]
@@ -103,6 +108,7 @@ class Reducer(ABC):
 
     positions: str = "keep"
     clamp_below: int = 64
+    keep_predicting: bool = True
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -185,6 +191,9 @@ class DecoderReducer(Reducer):
         Leave samples without any supervised label whole (released DUET-VLM and PyramidDrop training code).
     score_mask : str
         "causal": a query sees what precedes it; "none": every row (released Qwen2.5-VL code of DUET-VLM).
+    share : str
+        With several images (or clips) in a prompt, "joint": all their tokens are ranked together, so that an image that matters more to the
+        text keeps more; their sum is what is planned (released code). "each": every image is ranked by itself and keeps its own share.
     """
 
     uses_text: ClassVar[bool] = True
@@ -195,12 +204,14 @@ class DecoderReducer(Reducer):
     training_turns: str = "first"
     skip_unanswered: bool = False
     score_mask: str = "causal"
+    share: str = "joint"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("text_query", self.text_query, TEXT_QUERIES)
         check_choice("training_turns", self.training_turns, TRAINING_TURNS)
         check_choice("score_mask", self.score_mask, SCORE_MASKS)
+        check_choice("share", self.share, SHARES)
 
     def with_drops(self, depth: int) -> DecoderReducer:
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
@@ -209,7 +220,7 @@ class DecoderReducer(Reducer):
 
     @abstractmethod
     def t2v(self, view: TextView) -> Tensor:
-        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of them per sample."""
+        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``."""
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -53,7 +53,7 @@ def _table(plans: tuple[SpanPlan, ...], parts: list[Tensor]) -> tuple[list[Tenso
         rows = numbers.numpy()
         found = [np.flatnonzero(rows == part) for part in range(len(counts))] if plan.parts else [np.arange(len(rows))]
         empty = most - len(found)
-        table += [torch.from_numpy(part) for part in found] + [torch.zeros(0, dtype=torch.long)] * empty
+        table += [torch.from_numpy(part) for part in found] + [torch.zeros(0, dtype=torch.long, device="cpu")] * empty
         small += [SpanPlan(len(part), *pair, ()) for part, pair in zip(found, counts, strict=True)] + [SpanPlan(0, 0, 0, ())] * empty
     return table, tuple(small)
 

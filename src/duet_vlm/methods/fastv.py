@@ -58,7 +58,7 @@ class FastV(DecoderReducer):
         check_choice("variant", variant, ("hf", "inplace", "lmms"))
         lmms = {"rounding": "int", "layers": 3, "keep": 0.5}
         presets: dict[str, dict[str, Any]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": lmms}
-        return cls(**presets[variant] | fields)
+        return cls(**{"keep_predicting": False} | presets[variant] | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         if budget is None:

@@ -109,8 +109,8 @@ class UniformTokens(Floor):
 @lru_cache(maxsize=256)
 def priorities(seed: int, spans: tuple[tuple[int, int], ...]) -> Tensor:
     """One random number per token, drawn on the CPU from (seed, span number, token count): [spans, max tokens] float32."""
-    table = torch.zeros(len(spans), max(count for _, count in spans))
+    table = torch.zeros(len(spans), max(count for _, count in spans), device="cpu")
     for row, (number, count) in enumerate(spans):
         generator = torch.Generator().manual_seed(((seed * 1_000_003 + number) * 1_000_003 + count) % 2**63)
-        table[row, :count] = torch.rand(count, generator=generator)
+        table[row, :count] = torch.rand(count, generator=generator, device="cpu")
     return table

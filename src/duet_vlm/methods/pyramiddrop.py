@@ -92,6 +92,7 @@ class PyramidDrop(DecoderReducer):
     def official(cls, schedule: Schedule = ((8, 0.5), (16, 0.25), (24, 0.125)), **fields: Any) -> PyramidDrop:
         """The released code: compact positions, truncated float products, the tokens before all answers in training."""
         preset: dict[str, Any] = {"positions": "compact", "rounding": "int", "training_turns": "all", "skip_unanswered": True}
+        preset["keep_predicting"] = False
         return cls(**{"schedule": schedule} | preset | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
