@@ -244,9 +244,14 @@ def _code(reducer: Reducer, wrong: Faults) -> Tensor:
     code = torch.zeros((), dtype=torch.int64, device=device)
     for kind in sorted(wrong):
         code = code.masked_fill(wrong[kind][0].any(), int(kind))
-    if device.type == "cpu" and int(code):
-        raise_if_wrong(int(code), reducer, _where(Wrong(int(code)), *wrong[Wrong(int(code))]))
+    if device.type == "cpu":
+        _raise_at_once(reducer, code, wrong)
     return code
+
+
+def _raise_at_once(reducer: Reducer, code: Tensor, wrong: Faults) -> None:
+    if kind := int(code):
+        raise_if_wrong(kind, reducer, _where(Wrong(kind), *wrong[Wrong(kind)]))
 
 
 def _where(kind: Wrong, table: Tensor, values: Values) -> str:

@@ -22,7 +22,8 @@ class Sample:
     ``passes``: per span the tokens of each part (crop, frame) that the tower looks at by itself; what packing cuts off is among them.
     ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
     projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers that nobody reads were
-    not run. ``staying``: visual rows that never leave because they predict, and how many of them come on top of the plans.
+    not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
+    as the plans say).
     """
 
     text: int
@@ -34,12 +35,13 @@ class Sample:
     grids: tuple[Grid, ...] = ()
     projected: tuple[int, ...] = ()
     skipped: bool = False
-    staying: tuple[int, int] = (0, 0)
+    nominal: tuple[int, ...] = ()
 
     def visual(self, layer: int) -> int:
-        """Visual rows that the plans leave at the input of ``layer`` (-1: that enter), with those that stay in any case."""
-        rows, added = self.staying
-        return max(sum(p.entry if layer < 0 else p.counts[layer] for p in self.plans) + added, rows)
+        """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""
+        if self.nominal:
+            return self.nominal[layer + 1]
+        return sum(p.entry if layer < 0 else p.counts[layer] for p in self.plans)
 
     @property
     def to_project(self) -> tuple[int, ...]:
