@@ -190,7 +190,7 @@ def test_floors_of_small_spans_are_exact(name: str, depth: int) -> None:
 
 @pytest.mark.parametrize("depth", [3, 32])
 @pytest.mark.parametrize("name", ALL)
-def test_small_spans_are_clamped_to_the_floor(name: str, depth: int) -> None:
+def test_small_spans_are_floored_to_the_floor(name: str, depth: int) -> None:
     """A fraction that a larger image could meet ends no batch for its smallest image; one that none could meet is an error."""
     method, large = ALL[name], 60_000
     for tokens in (1, 2, 5, 9, 36, 63, 64, 200):
@@ -200,8 +200,8 @@ def test_small_spans_are_clamped_to_the_floor(name: str, depth: int) -> None:
                 assert plan_within(method, tokens, depth, budget) == method.plan(tokens, depth, budget)
             elif tokens < 64 and floor_of(method, large, depth) <= budget * large:
                 plan = plan_within(method, tokens, depth, budget)
-                assert plan.clamped and plan.mean == pytest.approx(floor) and plan.tokens == tokens
-                assert dataclasses.replace(plan, clamped=False) == method.plan(tokens, depth, floor / tokens)
+                assert plan.floored and plan.mean == pytest.approx(floor) and plan.tokens == tokens
+                assert dataclasses.replace(plan, floored=False) == method.plan(tokens, depth, floor / tokens)
             else:
                 with pytest.raises(BudgetError, match=r"floor is .* tokens") as caught:
                     plan_within(method, tokens, depth, budget)
@@ -209,13 +209,13 @@ def test_small_spans_are_clamped_to_the_floor(name: str, depth: int) -> None:
 
 
 @pytest.mark.parametrize(("method", "size"), [(Scope, 1), (VisionZip, 1), (UniformTokens, 1), (Duet, 16 / 32), (DuetPlus, 8 / 32)])
-def test_what_a_clamped_span_keeps(method: Any, size: float) -> None:
+def test_what_a_floored_span_keeps(method: Any, size: float) -> None:
     """One token: in every layer, or until the first drop of DUET's and of the deep schedule (half and a quarter of the depth)."""
     for tokens in (1, 4, 9):
         assert plan_within(method(), tokens, 32, 0.01).counts == (1,) * int(32 * size) + (0,) * int(32 - 32 * size)
 
 
-def test_what_is_never_clamped() -> None:
+def test_what_is_never_floored() -> None:
     for method, tokens, budget in (
         (Scope(clamp_below=0), 3, 0.1),
         (Scope(clamp_below=9), 9, 0.1),
@@ -225,8 +225,8 @@ def test_what_is_never_clamped() -> None:
     ):
         with pytest.raises(BudgetError):
             plan_within(method, tokens, 32, budget)
-    assert plan_within(Scope(clamp_below=9), 8, 32, 0.1).clamped and plan_within(Scope(clamp_below=500), 499, 32, 0.001).clamped
-    assert plan_within(compose(Scope(clamp_below=9), Duet(clamp_below=9)), 8, 32, 0.01).clamped
+    assert plan_within(Scope(clamp_below=9), 8, 32, 0.1).floored and plan_within(Scope(clamp_below=500), 499, 32, 0.001).floored
+    assert plan_within(compose(Scope(clamp_below=9), Duet(clamp_below=9)), 8, 32, 0.01).floored
     assert plan_within(FastV(), 100, 32, None) == FastV().plan(100, 32, None)
     with pytest.raises(BudgetError, match="duet needs a budget"):
         plan_within(Duet(), 9, 32, None)
@@ -236,13 +236,13 @@ def test_what_is_never_clamped() -> None:
         compose(Duet(), PyramidDrop(clamp_below=9))
 
 
-def test_a_clamped_span_of_parts_stays_marked() -> None:
+def test_a_floored_span_of_parts_stays_marked() -> None:
     def solve(tokens: int) -> SpanPlan:
         return plan_within(Scope(), tokens, 8, 0.02)
 
     plan = plan_span(solve, 0.02, (4, 4, 4), 3, each=True, keep_structure=False)
-    assert plan.clamped and plan.entry == 1 and plan.parts == ((1, 0), (0, 0), (0, 0))
-    assert not plan_span(solve, 0.02, (40, 40), 3, each=True, keep_structure=False).clamped
+    assert plan.floored and plan.entry == 1 and plan.parts == ((1, 0), (0, 0), (0, 0))
+    assert not plan_span(solve, 0.02, (40, 40), 3, each=True, keep_structure=False).floored
 
 
 @pytest.mark.parametrize("method", SOLVERS)

@@ -93,13 +93,13 @@ class Reducer(ABC):
     ----------
     positions : str
         "keep": survivors keep their original position; "compact": positions are renumbered after every reduction.
-    clamp_below : int
-        Spans of fewer visual tokens than this that a fractional budget cannot be met on are reduced to the method's floor instead of an
-        error; 0: always an error.
     keep_predicting : bool
         A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in front of a label) never
         leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
         code).
+    clamp_below : int
+        Spans of fewer visual tokens than this that a fractional budget cannot be met on are reduced to the method's floor instead of an
+        error; 0: always an error.
     """
 
     name: ClassVar[str]
@@ -107,8 +107,8 @@ class Reducer(ABC):
     summary: ClassVar[str]
 
     positions: str = "keep"
-    clamp_below: int = 64
     keep_predicting: bool = True
+    clamp_below: int = 64
 
     def __post_init__(self) -> None:
         for each in fields(self):
@@ -262,7 +262,7 @@ def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None
             reducer.plan(math.ceil(reducer.clamp_below / budget), depth, budget)
         except BudgetError:
             raise error from None
-        return replace(reducer.plan(tokens, depth, error.floor / tokens), clamped=True)
+        return replace(reducer.plan(tokens, depth, error.floor / tokens), floored=True)
 
 
 def whole(tokens: int, depth: int) -> SpanPlan:

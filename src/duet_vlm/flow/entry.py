@@ -158,7 +158,7 @@ def _remove_marked(run: Run, adapter: Adapter, layout: Layout, kwargs: dict[str,
     hidden = any(any(counts) for counts in layout.hidden.values())  # rows under the caller's mask may be marked, too
     if left == layout.lengths and not (hidden and any(encoded.selection is not None for encoded in run.encoded)):
         run.groups.append(Group(0, run.prompt, left))
-        run.next_position = next_positions(positions, embeds.shape[0])
+        run.next_position = next_positions(positions, run.prompt.valid)
         return
     keep = run.prompt.valid & ~(is_marked(embeds) & run.prompt.visual)
     index, valid = pack_left(keep, max(left))
@@ -166,7 +166,7 @@ def _remove_marked(run: Run, adapter: Adapter, layout: Layout, kwargs: dict[str,
     run.groups.append(Group(0, tokens.entered(), left))
     kwargs["inputs_embeds"] = take(embeds, index).masked_fill(~valid[..., None], 0)
     kwargs["position_ids"] = positions = entry_positions(positions, tokens, run.positions)
-    run.next_position = next_positions(positions, embeds.shape[0])
+    run.next_position = next_positions(positions, valid)
     mask = kwargs.get("attention_mask")
     unmade = isinstance(mask, dict) and run.groups[0].padded and any(prepared is None for prepared in mask.values())
     if unmade or _window_bites(adapter, run.rows, mask):

@@ -102,7 +102,8 @@ def checked_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> S
         refuse("counts must be a tuple of ints, one per decoder layer")
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in (plan.tokens, plan.dominant, plan.contextual, *plan.counts)):
         refuse("tokens, dominant, contextual and counts must be ints")
-    whole = SpanPlan(int(plan.tokens), int(plan.dominant), int(plan.contextual), tuple(int(n) for n in plan.counts))
+    counts = tuple(int(n) for n in plan.counts)
+    whole = SpanPlan(int(plan.tokens), int(plan.dominant), int(plan.contextual), counts, floored=bool(plan.floored))
     if plan.structure or plan.parts:
         refuse("structure and parts are filled in later; leave them out")
     if whole.tokens != tokens:

@@ -91,6 +91,8 @@ class Report:
         The untouched model, the plan, and the run.
     clamped : tuple of int
         Numbers of the spans that were kept whole because they are no larger than the budget asks for.
+    floored : tuple of int
+        Numbers of the spans that were too small for their fractional budget and kept the method's floor instead (``clamp_below``).
     """
 
     method: str
@@ -104,6 +106,7 @@ class Report:
     predicted: Costs
     observed: Costs
     clamped: tuple[int, ...]
+    floored: tuple[int, ...]
     decoded: int
 
     @property
@@ -142,6 +145,8 @@ class Report:
         ]
         if self.clamped:
             lines.append(f"kept whole (no larger than the budget): images {', '.join(map(str, self.clamped))}")
+        if self.floored:
+            lines.append(f"kept the method's floor (too small for the budget): images {', '.join(map(str, self.floored))}")
         return "\n".join(lines)
 
 
@@ -221,5 +226,6 @@ def make_report(
         predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),
         observed=costs([s.measured[1] for s in samples], before, True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
+        floored=tuple(i for i, p in enumerate(plans) if p.floored),
         decoded=decoded,
     )
