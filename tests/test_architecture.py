@@ -40,15 +40,15 @@ ARROWS = {
 }
 # the users of the library see it as anyone outside does
 USERS = {
-    "tiny": set(),  # the embedded models: what makes them needs nothing of the library
-    "viz": {"tokens"},
-    "loading": {"memory", "models", "tiny", "video"},
-    "evaluate": {"duet_vlm", "loading", "measure", "models", "tiny"},
+    "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
+    "viz": {"pictures", "tokens"},
+    "loading": {"memory", "models", "pictures", "tiny", "video"},
+    "evaluate": {"duet_vlm", "loading", "measure", "models", "pictures", "tiny"},
     "bench": {"duet_vlm", "evaluate", "handle", "loading", "measure", "models", "reducer"},
-    "train": {"budget", "duet_vlm", "loading", "models", "text", "tiny"},
+    "train": {"budget", "duet_vlm", "loading", "models", "pictures", "text", "tiny"},
     "cli": {
-        "attach", "bench", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "memory", "models", "presets", "reducer", "tiny",
-        "tokens", "train", "video", "viz",
+        "attach", "bench", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "memory", "models", "pictures", "presets", "reducer",
+        "tiny", "tokens", "train", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
