@@ -190,7 +190,7 @@ def _explained(name: str, local: bool) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ImportError) and "torchvision" in reason.lower():
-            raise ValueError(f"--model {name}: its processor needs torchvision: pip install 'duet-vlm[video]'") from error
+            raise ValueError(f'--model {name}: its processor needs torchvision: pip install ".[video]" in your clone of duet-vlm') from error
         how = "cannot be loaded from this folder" if local else "cannot be loaded; a hub id needs a network connection or a cached copy"
         raise ValueError(f"--model {name}: {how}: {reason}") from error
 

@@ -96,7 +96,7 @@ def run_experiment(
         Unknown task, method or setting, or a journal that belongs to another measurement.
     """
     if importlib.util.find_spec("scipy") is None:  # said now, not after hours
-        raise ImportError("the statistics of an evaluation need scipy: pip install 'duet-vlm[eval]'")
+        raise ImportError('the statistics of an evaluation need scipy: pip install ".[eval]" in your clone of duet-vlm')
     asked, runs = task(experiment.task), experiment.runs()
     todo = batches(experiment, asked)
     loaded = load(experiment.model, device)
