@@ -16,7 +16,7 @@ import comparison_tables
 import duet_vlm
 from duet_vlm.evaluate.report import columns, markdown
 from duet_vlm.evaluate.results import load
-from duet_vlm.models.adapter import support
+from duet_vlm.models.find import support
 
 HERE = Path(__file__).parent
 WIDTH = 118  # of a line of text

@@ -26,7 +26,7 @@ from duet_vlm.cli.models import cell
 from duet_vlm.evaluate.report import markdown
 from duet_vlm.evaluate.results import load
 from duet_vlm.measure.training import Example, Trained, step_flops
-from duet_vlm.models.adapter import support
+from duet_vlm.models.find import support
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
 ROOT = Path(__file__).resolve().parent.parent

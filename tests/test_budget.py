@@ -45,14 +45,54 @@ def test_visionzip_solves_to_the_published_settings(budget: int, dominant: int, 
     assert (plan.dominant, plan.contextual, plan.counts) == (dominant, contextual, (budget,) * 32)
 
 
-@pytest.mark.parametrize("budget", [64, 128, 192])
-def test_pyramiddrop_stages(budget: int) -> None:
-    """At [8, 16, 24] of 32 layers the first quarter alone costs 144 tokens on average; below that the early stages [2, 8, 16]."""
+@pytest.mark.parametrize(("budget", "layers"), [(64, [2, 8, 16]), (192, [2, 8, 16]), (230, [2, 8, 16, 24]), (270, [8, 16, 24]), (450, [8, 16, 24])])
+def test_pyramiddrop_stages(budget: int, layers: list[int]) -> None:
+    """Up to a share of 0.56 (192 tokens) the early stages, from the paper's 0.5 (270) on the paper's stages, in between both."""
     counts = PyramidDrop().plan(576, 32, budget).counts
-    changes = [layer for layer in range(1, 32) if counts[layer] != counts[layer - 1]]
-    assert changes == ([8, 16, 24] if budget == 192 else [2, 8, 16])
-    kept = [counts[layer] / 576 for layer in changes]
-    assert kept[0] ** 2 == pytest.approx(kept[1], abs=2 / 576) and kept[0] ** 3 == pytest.approx(kept[2], abs=2 / 576)
+    assert [layer for layer in range(1, 32) if counts[layer] != counts[layer - 1]] == layers
+    if len(layers) == 3:
+        first, second, third = (counts[layer] / 576 for layer in layers)
+        assert first**2 == pytest.approx(second, abs=2 / 576) and first**3 == pytest.approx(third, abs=2 / 576)
+
+
+def pyramid_path(depth: int) -> list[list[float]]:
+    """Shares per layer along PyramidDrop's rule, from its floor to everything, written out layer by layer in small steps."""
+
+    def pyramid(layers: tuple[int, int, int], share: float) -> list[float]:
+        at = [max(1, layer * depth // 32) for layer in layers]
+        return [share ** sum(first <= layer for first in at) for layer in range(depth)]
+
+    early, late = (2, 8, 16), (8, 16, 24)
+    steps = [i / 400 for i in range(401)]
+    path = [pyramid(early, 0.56 * step) for step in steps]
+    low, high = pyramid(early, 0.56), pyramid(late, 0.5)
+    path += [[a + step * (b - a) for a, b in zip(low, high, strict=True)] for step in steps[1:]]
+    return path + [pyramid(late, 0.5 + 0.5 * step) for step in steps[1:]]
+
+
+@pytest.mark.parametrize("depth", [4, 8, 12, 27, 28, 32, 48])
+@pytest.mark.parametrize("tokens", [64, 576])
+def test_pyramiddrop_never_jumps(tokens: int, depth: int) -> None:
+    """A budget is met to within one token, so a step of the budget by b moves along the path by b + 1 tokens of the mean at most, and a layer's
+    count by that times the path's steepest slope there, and one more for rounding down."""
+    path = pyramid_path(depth)
+    means = [sum(shares) / depth for shares in path]
+    assert means == sorted(means)
+    slopes = [
+        max(abs(y - x) for x, y in zip(a, b, strict=True)) / (high - low)
+        for a, b, low, high in zip(path, path[1:], means, means[1:], strict=False)
+    ]
+    before = None
+    for budget in range(math.ceil(tokens * means[0]), tokens + 1):
+        plan = PyramidDrop().plan(tokens, depth, budget)
+        assert budget - 1 < plan.mean <= budget
+        here = min(range(len(means)), key=lambda i: abs(means[i] * tokens - plan.mean))
+        assert max(abs(tokens * share - count) for share, count in zip(path[here], plan.counts, strict=True)) < 1 + 2 * max(slopes)
+        if before is not None:
+            assert max(abs(a - b) for a, b in zip(before.counts, plan.counts, strict=True)) <= 2 * max(slopes) + 1
+            assert plan.mean >= before.mean
+        before = plan
+    assert plan.counts == (tokens,) * depth
 
 
 def test_fastv_takes_two_full_layers_where_they_fit() -> None:

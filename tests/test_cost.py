@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duet_vlm
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 from duet_vlm.ops import score
 
 HERE = str(Path(duet_vlm.__file__).parent)

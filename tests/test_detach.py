@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet_vlm
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
 
@@ -104,7 +104,8 @@ def test_an_exception_inside_forward_leaves_no_trace(case: Case, place: str) -> 
         bomb.remove()
         assert torch.equal(forward(model, inputs).logits, reduced)
         assert handle.trace == trace
-        assert not handle._stacks.calls and not handle._stacks.encoders
+        stacks = handle._traffic.stacks
+        assert not stacks.calls and not stacks.encoders and not stacks.begun
     assert snapshot(model) == before
 
 

@@ -14,7 +14,8 @@ from transformers import CONFIG_MAPPING, AttentionInterface, CLIPVisionConfig, L
 
 import duet_vlm
 from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.models.adapter import LLAMA_LAYOUT, adapter_for
+from duet_vlm.models.find import adapter_for
+from duet_vlm.models.llama_like import LLAMA_LAYOUT
 
 FURTHER = [name for name in FAMILIES if name not in FIRST]
 seen: list[Any] = []

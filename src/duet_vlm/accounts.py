@@ -27,9 +27,10 @@ def samples_of(run: Run) -> list[Sample]:
             grids=tuple(span.grid for span in spans),
             projected=tuple(encoded.projected[number] for encoded, number in of),
             skipped=any(encoded.skipped for encoded, _ in of),
+            staying=(some.rows, some.added),
         )
-        for length, spans, of, plans, asked, measured in zip(
-            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), strict=True
+        for length, spans, of, plans, asked, measured, some in zip(
+            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), run.staying, strict=True
         )
     ]
 

@@ -53,7 +53,7 @@ class Loaded:
 
     def _clips(self, clips: Sequence[Clip]) -> dict[str, Any]:
         """The processor's arguments: frames that are chosen already, and where in the clip they stand."""
-        from duet_vlm.models.adapter import adapter_for
+        from duet_vlm.models.find import adapter_for
 
         adapter, stock = adapter_for(self.model), hasattr(self.processor, "video_processor")
         if not stock and not any(stream.name == "video" for stream in adapter.streams):
@@ -121,7 +121,7 @@ def config_of(name: str) -> Any:
     """The model's config, checked for a supported family before anything large is read."""
     from transformers import AutoConfig
 
-    from duet_vlm.models.adapter import families
+    from duet_vlm.models.find import families
     from duet_vlm.models.unsupported import refusal
 
     place, local = _with(name, "config.json")

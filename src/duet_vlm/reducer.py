@@ -28,12 +28,14 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
+from duet_vlm.settings import declared
 from duet_vlm.tokens import Selection
 
 POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient")
 TRAINING_TURNS = ("first", "all")
 SCORE_MASKS = ("causal", "none")
+SHARES = ("joint", "each")
 PARTS = ("auto", "joint", "each")
 NEWLINES = ("drop", "keep")
 ROUNDINGS = ("floor", "int", "round")
@@ -64,7 +66,7 @@ class VisionView:
 
 @dataclass(frozen=True)
 class TextView:
-    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive.
+    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive. With ``share="each"`` the rows are spans.
 
     ``scores`` [B, V] attention from the text queries (None unless the method scores by text), ``valid`` [B, V], ``keep`` [B] how many
     stay. With ``uses_tokens``: ``spans`` lists, for every span of the call, its number within its sample and its unreduced token count;
@@ -83,10 +85,17 @@ class TextView:
 class Reducer(ABC):
     """Base of all methods. Settings are fields; ``plan`` turns a budget or the settings into exact counts.
 
+    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float, bool or str nothing
+    else: a TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
+
     Attributes
     ----------
     positions : str
         "keep": survivors keep their original position; "compact": positions are renumbered after every reduction.
+    keep_predicting : bool
+        A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in front of a label) never
+        leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
+        code).
     """
 
     name: ClassVar[str]
@@ -94,9 +103,14 @@ class Reducer(ABC):
     summary: ClassVar[str]
 
     positions: str = "keep"
+    keep_predicting: bool = True
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, declared(each.name, each.type, getattr(self, each.name)))
         check_choice("positions", self.positions, POSITIONS)
+        if not isinstance(self.keep_predicting, bool):
+            raise TypeError(f"keep_predicting={self.keep_predicting!r}: True or False")
 
     @abstractmethod
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -172,6 +186,9 @@ class DecoderReducer(Reducer):
         Leave samples without any supervised label whole (released DUET-VLM and PyramidDrop training code).
     score_mask : str
         "causal": a query sees what precedes it; "none": every row (released Qwen2.5-VL code of DUET-VLM).
+    share : str
+        With several images (or clips) in a prompt, "joint": all their tokens are ranked together, so that an image that matters more to the
+        text keeps more; their sum is what is planned (released code). "each": every image is ranked by itself and keeps its own share.
     """
 
     uses_text: ClassVar[bool] = True
@@ -182,16 +199,23 @@ class DecoderReducer(Reducer):
     training_turns: str = "first"
     skip_unanswered: bool = False
     score_mask: str = "causal"
+    share: str = "joint"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("text_query", self.text_query, TEXT_QUERIES)
         check_choice("training_turns", self.training_turns, TRAINING_TURNS)
         check_choice("score_mask", self.score_mask, SCORE_MASKS)
+        check_choice("share", self.share, SHARES)
+
+    def with_drops(self, depth: int) -> DecoderReducer:
+        """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
+        that its paper uses."""
+        return self
 
     @abstractmethod
     def t2v(self, view: TextView) -> Tensor:
-        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of them per sample."""
+        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``."""
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -200,7 +224,7 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_picks(picks: int) -> None:
-    if isinstance(picks, bool) or not isinstance(picks, int) or picks < 1:
+    if picks < 1:
         raise ValueError(f"picks={picks}: how many tokens a greedy step chooses, at least 1")
 
 

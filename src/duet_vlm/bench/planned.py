@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from duet_vlm.attach import Handle
+from duet_vlm.handle import Handle
 from duet_vlm.measure.report import Sample
 from duet_vlm.measure.roofline import Workload
 from duet_vlm.models.adapter import Adapter

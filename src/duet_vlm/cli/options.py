@@ -14,8 +14,9 @@ import typer
 from PIL import Image
 from torch import nn
 
-from duet_vlm.attach import Handle, attach
+from duet_vlm.attach import attach
 from duet_vlm.cli.errors import friendly
+from duet_vlm.handle import Handle
 from duet_vlm.loading import Loaded, open_image
 from duet_vlm.memory import remembered
 from duet_vlm.presets import preset as preset_of

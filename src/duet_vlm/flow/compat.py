@@ -18,6 +18,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+PREPARE = "_prepare_multimodal_encoder_kwargs_for_generation"  # the step of generate() that runs the encoders
 PREFILL = "_prefill"  # the step of generate() that may cut a prompt into chunks; gets the merged generation config
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]

@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from duet_vlm.flow.compat import is_allowed
+from duet_vlm.models.adapter import FULL
 from duet_vlm.ops.ragged import take_square
+
+
+def real_rows(mask: Any, embeds: Tensor) -> Tensor:
+    """[B, S] bool from a 2-D mask, a prepared 4-D mask (a real row sees itself), a dict of those, or nothing."""
+    if isinstance(mask, dict):
+        mask = mask.get(FULL)
+    if mask is None:
+        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attention masks of type {type(mask).__name__} cannot follow dropped tokens: use sdpa, eager or flash attention")
+    if mask.ndim == 2:
+        if mask.shape != embeds.shape[:2]:
+            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the prompt {tuple(embeds.shape[:2])}")
+        return mask.bool()
+    return is_allowed(mask[:, 0]).diagonal(dim1=1, dim2=2).expand(embeds.shape[:2])
 
 
 def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.settings import plain
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Sample:
     ``passes``: per span the tokens of each part (crop, frame) that the tower looks at by itself; what packing cuts off is among them.
     ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
     projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers that nobody reads were
-    not run.
+    not run. ``staying``: visual rows that never leave because they predict, and how many of them come on top of the plans.
     """
 
     text: int
@@ -33,6 +34,12 @@ class Sample:
     grids: tuple[Grid, ...] = ()
     projected: tuple[int, ...] = ()
     skipped: bool = False
+    staying: tuple[int, int] = (0, 0)
+
+    def visual(self, layer: int) -> int:
+        """Visual rows that the plans leave at the input of ``layer`` (-1: that enter), with those that stay in any case."""
+        rows, added = self.staying
+        return max(sum(p.entry if layer < 0 else p.counts[layer] for p in self.plans) + added, rows)
 
     @property
     def to_project(self) -> tuple[int, ...]:
@@ -179,7 +186,7 @@ def make_report(
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
     plans = [plan for s in samples for plan in s.plans]
-    nominal = [tuple(s.text + sum(p.counts[i] for p in s.plans) for i in range(depth)) for s in samples]
+    nominal = [tuple(s.text + s.visual(i) for i in range(depth)) for s in samples]
     whole = [(s.text + sum(s.spans),) * depth for s in samples]
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
     everything = [rows for s in samples for rows in s.to_project]
@@ -187,7 +194,7 @@ def make_report(
     read = sum(vision_flops(vision.read() if s.skipped else vision, n, grid) for s in samples for n, grid in s.parts())
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
-        entering = [(s.text + sum(p.entry for p in s.plans), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
+        entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
             (before[i], s.queries, before[i + 1] if i in reused_layers else 0)
             for before, s in zip(entering, samples, strict=True)
@@ -203,10 +210,10 @@ def make_report(
     return Report(
         method=method,
         settings=settings,
-        budget=budget,
+        budget=plain(budget),
         batch=batch,
         tokens=sum(images),
-        nominal=tuple(sum(p.counts[i] for p in plans) / batch for i in range(depth)),
+        nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         full=costs(whole, everything, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
         predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),

@@ -22,9 +22,10 @@ from duet_vlm.budget import (
     layer_counts,
     target_mean,
 )
+from duet_vlm.methods.named import get
 from duet_vlm.ops.select import spaced, top
 from duet_vlm.reducer import DecoderReducer, TextView, check_budget_or_fields, whole
-from duet_vlm.registry import get, register
+from duet_vlm.registry import register
 
 
 @dataclass(frozen=True)
