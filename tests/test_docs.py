@@ -31,6 +31,7 @@ from duet_vlm.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
+READ = [*PAGES, "PAPERS.md", "benchmarks/README.md", "benchmarks/gpu/README.md", "docs/configs/README.md"]
 DEMO = sorted((ROOT / "src/duet_vlm/tiny/demo").glob("*.png"))
 
 
@@ -71,6 +72,45 @@ def test_tables_agree_with_result_files() -> None:
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(target).exists(), target
+
+
+# ---- pages that people read
+
+
+def prose(page: str) -> list[tuple[int, str]]:
+    """(number, text) of the lines that are no code, no table (nor what is made with it), no picture, and no link that cannot be broken."""
+    text, found, inside = (ROOT / page).read_text(), [], False
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.lstrip().startswith("```") or line.startswith(("<!-- table:", "<!-- /table:")):
+            inside = not inside
+        elif not inside and not line.lstrip().startswith(("|", "![")) and " " in re.sub(r"\[[^\]]*\]\([^)]*\)", "", line.strip()):
+            found.append((number, line))
+    return found
+
+
+@pytest.mark.parametrize("page", READ)
+def test_lines_fit_a_screen(page: str) -> None:
+    assert not [f"{page}:{number}" for number, line in prose(page) if len(line) > 120]
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+
+
+PRIVATE = r"\bdoors?\b|\btold (are|is)\b|\bhands? (on|out|over)\b|\bhanded (on|out|over)\b|\brooms?\b|\bwhom\b|\bknows nothing\b"
+
+
+@pytest.mark.parametrize("page", READ)
+def test_pages_speak_of_tokens_as_the_field_does(page: str) -> None:
+    """Words of this code's own making that a reader cannot look up."""
+    assert not [f"{page}:{number}: {found[0]}" for number, line in prose(page) if (found := re.search(PRIVATE, line, flags=re.I))]
+
+
+def test_glossary_is_one_line_per_word_and_linked() -> None:
+    text = (ROOT / "docs/glossary.md").read_text()
+    words = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert len(words) > 50 and not [word for word in words if words.count(word) > 1 and word not in ("word", "---")]
+    assert all("glossary.md" in (ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md", "docs/how-it-works.md", "benchmarks/README.md"))
 
 
 # ---- what a fresh machine sees: README with nothing installed but what ``pip install .`` brings
@@ -173,7 +213,7 @@ def commands(page: str) -> list[list[str]]:
     """The words of every ``duet-vlm`` command of a page, in order; those that are only hinted at (``...``) or are made by the shell left out."""
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), flags=re.S | re.M)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    found = [shlex.split(line, comments=True) for line in lines if "duet-vlm " in line and not re.search(r"\.\.\.|\$\(", line)]
+    found = [shlex.split(line.split(" > ")[0], comments=True) for line in lines if "duet-vlm " in line and not re.search(r"\.\.\.|\$\(", line)]
     return [words[1:] for words in found if words[0] == "duet-vlm"]
 
 
