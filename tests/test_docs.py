@@ -110,7 +110,8 @@ def test_glossary_is_one_line_per_word_and_linked() -> None:
     text = (ROOT / "docs/glossary.md").read_text()
     words = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
     assert len(words) > 50 and not [word for word in words if words.count(word) > 1 and word not in ("word", "---")]
-    assert all("glossary.md" in (ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md", "docs/how-it-works.md", "benchmarks/README.md"))
+    linking = ("README.md", "CONTRIBUTING.md", "PAPERS.md", "docs/how-it-works.md", "docs/methods.md", "benchmarks/README.md")
+    assert all("glossary.md" in (ROOT / page).read_text() for page in linking)
 
 
 # ---- what a fresh machine sees: README with nothing installed but what ``pip install .`` brings

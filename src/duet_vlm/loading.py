@@ -57,7 +57,7 @@ class Loaded:
 
         adapter, stock = adapter_for(self.model), hasattr(self.processor, "video_processor")
         if not stock and not any(stream.name == "video" for stream in adapter.streams):
-            raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' says who takes clips")
+            raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' lists the families that take clips")
         videos = [list(clip.frames) for clip in clips]
         if not stock:
             return {"videos": videos}
