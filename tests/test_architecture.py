@@ -20,7 +20,8 @@ ARROWS = {
     "settings": set(),
     "budget": {"settings"},
     "text": set(),
-    "video": set(),
+    "pictures": set(),
+    "video": {"pictures"},
     "hooks": set(),
     "checks": {"budget", "flow", "models", "reducer"},
     "parts": {"budget"},
@@ -46,8 +47,8 @@ USERS = {
     "bench": {"duet_vlm", "evaluate", "handle", "loading", "measure", "models", "reducer"},
     "train": {"budget", "duet_vlm", "loading", "models", "text", "tiny"},
     "cli": {
-        "attach", "bench", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "memory", "models", "presets", "reducer", "tiny", "tokens",
-        "train", "video", "viz",
+        "attach", "bench", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "memory", "models", "presets", "reducer", "tiny",
+        "tokens", "train", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

@@ -120,5 +120,5 @@ def test_official_presets_drop_such_rows_as_released(preset: duet_vlm.Reducer) -
 
 
 def test_keep_predicting_is_a_bool() -> None:
-    with pytest.raises(TypeError, match="keep_predicting=1: True or False"):
+    with pytest.raises(TypeError, match="keep_predicting=1: give True or False"):
         Duet(dominant=3, keep_predicting=1)  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ from duet_vlm.budget import layer_counts
 from duet_vlm.flow import verify
 from duet_vlm.flow.verify import MESSAGES, Wrong, checked_mask, checked_plan, checked_selection, raise_if_wrong
 from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pack_right
@@ -46,7 +47,9 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
         made = type(reducer).v2v(self, view)
         found, code = checked_selection(self, made, view, view.plans)
         assert int(code) == 0 and found.merge == made.merge
-        assert all(torch.equal(getattr(found, name), getattr(made, name)) for name in ("index", "valid", "members", "into"))
+        assert torch.equal(found.valid, made.valid) and torch.equal(found.into, made.into)
+        assert torch.equal(found.index[found.valid], made.index[made.valid])
+        assert torch.equal(found.members[found.into >= 0], made.members[made.into >= 0])
         seen.append("v2v")
         return found
 
@@ -130,6 +133,7 @@ class Mine(EncoderReducer, DecoderReducer):
     """Right in itself: the first half of the tokens stays, one more is an anchor that its neighbour joins. ``spoil`` changes an answer."""
 
     name = "mine"
+    paper = "-"
     stage: str = ""
     spoil: Callable[..., Any] | None = None
 
@@ -237,7 +241,7 @@ BATCH = (*MIXED[:2],)
 def refused(family: str, stage: str, spoil: Callable[..., Any], message: str) -> None:
     model = shared(family)
     with pytest.raises(ValueError, match=rf"mine\.{stage}.*{message}"):
-        with duet_vlm.attach(model, checked(Mine(stage=stage, spoil=spoil), [])):
+        with duet_vlm.attach(model, Mine(stage=stage, spoil=spoil)):
             forward(model, FAMILIES[family].inputs(BATCH))
 
 
@@ -262,6 +266,24 @@ def test_padding_is_never_chosen(name: str) -> None:
 @pytest.mark.parametrize("name", MASKS)
 def test_wrong_masks(family: str, name: str) -> None:
     refused(family, "t2v", *MASKS[name])
+
+
+@pytest.mark.parametrize("past", [0, 1000], ids=["padding", "past the end"])
+def test_a_stage_of_a_composition_chooses_among_its_candidates(past: int) -> None:
+    """Frames hands on a pool of a clip's tokens: what is not in it is no choice, though the clip may have such a token."""
+
+    def beyond(selection: Selection, view: VisionView) -> Selection:
+        if view.stream != "video":
+            return selection
+        row = int(view.valid.sum(1).argmin())
+        index = selection.index.clone()
+        index[row, 0] = past or int(view.valid[row].sum())
+        return dataclasses.replace(selection, index=index)
+
+    model, inputs = shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl"))
+    with pytest.raises(ValueError, match=r"frames\+mine\.v2v returned a selection of tokens that do not exist \(span \d: -1\)"):
+        with duet_vlm.attach(model, duet_vlm.compose(Frames(keep=0.8), Mine(stage="v2v", spoil=beyond))):
+            forward(model, inputs)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])

@@ -34,7 +34,7 @@ class SpanPlan:
 
     ``dominant`` + ``contextual`` rows enter the decoder; ``counts[l]`` rows are read by decoder layer ``l``. ``structure`` of the
     dominant rows are newlines that are kept as they are. ``parts``: (dominant, contextual) of every crop or frame, where each is reduced
-    by itself.
+    by itself. ``floored``: the span is too small for its fractional budget and got the method's floor instead (``plan_within``).
     """
 
     tokens: int
@@ -43,6 +43,7 @@ class SpanPlan:
     counts: tuple[int, ...]
     structure: int = 0
     parts: tuple[tuple[int, int], ...] = ()
+    floored: bool = False
 
     @property
     def entry(self) -> int:

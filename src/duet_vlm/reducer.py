@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import ClassVar
 
 from torch import Tensor
@@ -85,8 +86,8 @@ class TextView:
 class Reducer(ABC):
     """Base of all methods. Settings are fields; ``plan`` turns a budget or the settings into exact counts.
 
-    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float, bool or str nothing
-    else: a TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
+    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float or bool nothing else: a
+    TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
 
     Attributes
     ----------
@@ -96,6 +97,9 @@ class Reducer(ABC):
         A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in front of a label) never
         leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
         code).
+    clamp_below : int
+        Spans of fewer visual tokens than this that a fractional budget cannot be met on are reduced to the method's floor instead of an
+        error; 0: always an error.
     """
 
     name: ClassVar[str]
@@ -104,13 +108,14 @@ class Reducer(ABC):
 
     positions: str = "keep"
     keep_predicting: bool = True
+    clamp_below: int = 64
 
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, declared(each.name, each.type, getattr(self, each.name)))
         check_choice("positions", self.positions, POSITIONS)
-        if not isinstance(self.keep_predicting, bool):
-            raise TypeError(f"keep_predicting={self.keep_predicting!r}: True or False")
+        if self.clamp_below < 0:
+            raise ValueError(f"clamp_below={self.clamp_below}: a number of visual tokens, at least 0 (0 clamps nothing)")
 
     @abstractmethod
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -235,6 +240,29 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
         raise ValueError(f"{method.name}: give either budget= or the method's own settings ({example}), not both")
     if budget is None and not given:
         raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
+
+
+def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+    """``reducer.plan``, but a small span that a fractional budget cannot be met on gets the method's floor (``Reducer.clamp_below``).
+
+    A floor of one token is more than 5 % of ten tokens and less than 5 % of a hundred: an error there would end a whole batch for its
+    smallest image. A floor that grows with the span (layers that run at full width) stays an error, as no image could meet the budget.
+
+    Raises
+    ------
+    BudgetError
+        As ``reducer.plan``, where the span is not small or a span on which the budget means ``clamp_below`` tokens is refused as well.
+    """
+    try:
+        return reducer.plan(tokens, depth, budget)
+    except BudgetError as error:
+        if budget is None or isinstance(budget, Integral) or error.floor is None or tokens >= reducer.clamp_below:
+            raise
+        try:
+            reducer.plan(math.ceil(reducer.clamp_below / budget), depth, budget)
+        except BudgetError:
+            raise error from None
+        return replace(reducer.plan(tokens, depth, error.floor / tokens), floored=True)
 
 
 def whole(tokens: int, depth: int) -> SpanPlan:

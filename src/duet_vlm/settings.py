@@ -10,7 +10,6 @@ DECLARED = {  # what a field says of itself -> which values are meant, and in wo
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number (int)"),
     "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
     "bool": (lambda value: isinstance(value, bool), "True or False"),
-    "str": (lambda value: isinstance(value, str), "a word (str)"),
 }
 
 
@@ -24,12 +23,12 @@ def plain(value: Any) -> Any:
 
 
 def declared(name: str, annotation: Any, value: Any) -> Any:
-    """The plain value of a field annotated as int, float, bool or str, or as one of them or None; other annotations are not looked at.
+    """The plain value of a field annotated as int, float or bool, or as one of them or None; other annotations are not looked at.
 
     Raises
     ------
     TypeError
-        A value of another type: fractions and truth values are no whole numbers, numbers are neither truth values nor words.
+        A value of another type: fractions and truth values are no whole numbers, numbers are no truth values.
     """
     value = plain(value)
     text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))

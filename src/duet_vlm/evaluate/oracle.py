@@ -37,7 +37,7 @@ class Oracle(EncoderReducer):
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None  # promised by ``signals``
         batch, width = view.valid.shape
-        needed = torch.zeros(batch, width)
+        needed = torch.zeros(batch, width, device="cpu")
         for row, mask in enumerate(self.needed):
             needed[row, : len(mask)] = torch.from_numpy(np.asarray(mask, np.float32))
         share = view.importance / view.importance.sum(1, keepdim=True)  # below 1, so a needed token beats any other

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat
-from duet_vlm.flow.cache import DecodePass, Followed, Group, Run, follow, forget
+from duet_vlm.flow.cache import DecodePass, Followed, Group, Pool, Run, Staying, follow, forget
 from duet_vlm.flow.call import Call
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import is_marked
@@ -24,7 +24,7 @@ from duet_vlm.models.adapter import FULL, SLIDING, Adapter
 from duet_vlm.ops.ragged import pack_left, take
 from duet_vlm.reducer import DecoderReducer
 from duet_vlm.text import query_rows
-from duet_vlm.tokens import TokenMap
+from duet_vlm.tokens import Span, TokenMap
 
 
 def enter(adapter: Adapter, call: Call, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
@@ -64,7 +64,7 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.arrived:
         asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
         queries = query_rows(reducer.text_query, prompt.ranked, asking, call.labels, call.salient, reducer.training_turns)
-    layout = read_layout(call, places, valid, queries, stays, left_out)
+    layout = read_layout(call, reducer, places, valid, queries, stays, left_out)
     check_pictures(call, layout)
     if not call.arrived:
         return None
@@ -75,7 +75,8 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
     if isinstance(reducer, DecoderReducer) and reducer.skip_unanswered and call.labels is not None:
         plans = tuple(_without_drops(row) if not answered else row for row, answered in zip(plans, layout.answered, strict=True))
-    run = Run(rules, embeds.shape[1], spans, plans, layout.staying, prompt, sum(sources, ()), min(layout.after))
+    pools = _pools(plans, spans, layout, prompt, left_out, each=getattr(reducer, "share", "joint") == "each")
+    run = Run(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.after))
     run.element_bytes, run.real = embeds.element_size(), valid.sum(1)
     call.run = run
     if any(some.added for some in layout.staying):
@@ -89,6 +90,25 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
             follow(cache, run)
     replay = stored.setdefault("survivors", {}) if cache is None and run.reduces else {}
     return PrefillPass(run, adapter, cache, queries, list(layout.asking), kwargs, replay)
+
+
+def _pools(
+    plans: tuple[tuple[SpanPlan, ...], ...], spans: tuple[tuple[Span, ...], ...], layout: Layout, prompt: TokenMap, left_out: Tensor, each: bool
+) -> tuple[tuple[Pool, ...], ...]:
+    """Which spans are ranked together: all of a sample, or each by itself."""
+    if not each:
+        return tuple((Pool(row, some),) for row, some in zip(plans, layout.staying, strict=True))
+    if not any(some.rows for some in layout.staying):
+        return tuple(tuple(Pool((plan,)) for plan in row) for row in plans)
+    rank = prompt.visual.cumsum(1) - 1  # one more read, where rows stay and it matters which span they are of
+    staying = [[r[m].tolist() for r, m in zip(rank, mask, strict=True)] for mask in (prompt.stays, left_out)]
+
+    def of(sample: int, span: Span) -> Staying:
+        return Staying(*(sum(span.offset <= r < span.offset + span.tokens for r in ranks[sample]) for ranks in staying))
+
+    return tuple(
+        tuple(Pool((plan,), of(sample, span)) for plan, span in zip(row, spans[sample], strict=True)) for sample, row in enumerate(plans)
+    )
 
 
 def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Tensor], left_out: Tensor, embeds: Tensor) -> Tensor:
@@ -138,7 +158,7 @@ def _remove_marked(run: Run, adapter: Adapter, layout: Layout, kwargs: dict[str,
     hidden = any(any(counts) for counts in layout.hidden.values())  # rows under the caller's mask may be marked, too
     if left == layout.lengths and not (hidden and any(encoded.selection is not None for encoded in run.encoded)):
         run.groups.append(Group(0, run.prompt, left))
-        run.next_position = next_positions(positions, embeds.shape[0])
+        run.next_position = next_positions(positions, run.prompt.valid)
         return
     keep = run.prompt.valid & ~(is_marked(embeds) & run.prompt.visual)
     index, valid = pack_left(keep, max(left))
@@ -146,7 +166,7 @@ def _remove_marked(run: Run, adapter: Adapter, layout: Layout, kwargs: dict[str,
     run.groups.append(Group(0, tokens.entered(), left))
     kwargs["inputs_embeds"] = take(embeds, index).masked_fill(~valid[..., None], 0)
     kwargs["position_ids"] = positions = entry_positions(positions, tokens, run.positions)
-    run.next_position = next_positions(positions, embeds.shape[0])
+    run.next_position = next_positions(positions, valid)
     mask = kwargs.get("attention_mask")
     unmade = isinstance(mask, dict) and run.groups[0].padded and any(prepared is None for prepared in mask.values())
     if unmade or _window_bites(adapter, run.rows, mask):

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from duet_vlm.flow.cache import Staying
 from duet_vlm.flow.call import Arrived, Call, Encoded
-from duet_vlm.flow.encoder import is_marked, not_finite
+from duet_vlm.flow.encoder import is_marked
+from duet_vlm.flow.verify import not_finite, raise_if_wrong
+from duet_vlm.reducer import Reducer
 from duet_vlm.tokens import Span
 
 Source = tuple[Encoded, int]  # an encoder call and the number of a span in it
@@ -65,21 +67,25 @@ def rows_that_stay(call: Call, rows: Tensor, places: dict[str, Tensor], embeds: 
 
 
 def read_layout(
-    call: Call, places: dict[str, Tensor], valid: Tensor, queries: Tensor, stays: Tensor, left_out: Tensor
+    call: Call, reducer: Reducer, places: dict[str, Tensor], valid: Tensor, queries: Tensor, stays: Tensor, left_out: Tensor
 ) -> Layout:
-    """The one device-to-host read of a prefill."""
+    """The one device-to-host read of a prefill; what could not be checked before without a read of its own is checked here."""
     answered = torch.zeros_like(valid) if call.labels is None else (call.labels.to(valid.device) != -100)
-    finite = torch.ones((), dtype=torch.bool, device=valid.device)
+    finite, wrong = torch.ones((), dtype=torch.bool, device=valid.device), torch.zeros((), dtype=torch.long, device=valid.device)
     for arrived in call.arrived.values():
         if arrived.encoded is not None and arrived.encoded.finite is not None:
             finite = finite & arrived.encoded.finite.to(valid.device)
+        if arrived.encoded is not None and arrived.encoded.wrong is not None:
+            wrong = torch.maximum(wrong, arrived.encoded.wrong.to(valid.device))
     visual = torch.stack(list(places.values())).any(0)
     after = valid & (visual.flip(1).cumsum(1).flip(1) == 0)
     masks = (valid, queries, answered, stays, left_out, after, *places.values(), *(rows & ~valid for rows in places.values()))
-    table = torch.stack([*(rows.sum(1) for rows in masks), finite.long().expand(len(valid))]).tolist()
-    if not table[-1][0]:
+    table = torch.stack([*(rows.sum(1) for rows in masks), finite.long().expand(len(valid)), wrong.expand(len(valid))]).tolist()
+    *table, (whole, *_), (code, *_) = table
+    if not whole:
         raise not_finite("the image features")
-    lengths, asking, answers, stay, added, behind, *rest = (tuple(column) for column in table[:-1])
+    raise_if_wrong(code, reducer)
+    lengths, asking, answers, stay, added, behind, *rest = (tuple(column) for column in table)
     streams = len(places)
     return Layout(
         lengths, asking, tuple(map(bool, answers)), tuple(map(Staying, stay, added)), behind,

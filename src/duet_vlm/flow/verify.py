@@ -102,7 +102,8 @@ def checked_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> S
         refuse("counts must be a tuple of ints, one per decoder layer")
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in (plan.tokens, plan.dominant, plan.contextual, *plan.counts)):
         refuse("tokens, dominant, contextual and counts must be ints")
-    whole = SpanPlan(int(plan.tokens), int(plan.dominant), int(plan.contextual), tuple(int(n) for n in plan.counts))
+    counts = tuple(int(n) for n in plan.counts)
+    whole = SpanPlan(int(plan.tokens), int(plan.dominant), int(plan.contextual), counts, floored=bool(plan.floored))
     if plan.structure or plan.parts:
         refuse("structure and parts are filled in later; leave them out")
     if whole.tokens != tokens:
@@ -244,9 +245,14 @@ def _code(reducer: Reducer, wrong: Faults) -> Tensor:
     code = torch.zeros((), dtype=torch.int64, device=device)
     for kind in sorted(wrong):
         code = code.masked_fill(wrong[kind][0].any(), int(kind))
-    if device.type == "cpu" and int(code):
-        raise_if_wrong(int(code), reducer, _where(Wrong(int(code)), *wrong[Wrong(int(code))]))
+    if device.type == "cpu":
+        _raise_at_once(reducer, code, wrong)
     return code
+
+
+def _raise_at_once(reducer: Reducer, code: Tensor, wrong: Faults) -> None:
+    if kind := int(code):
+        raise_if_wrong(kind, reducer, _where(Wrong(kind), *wrong[Wrong(kind)]))
 
 
 def _where(kind: Wrong, table: Tensor, values: Values) -> str:

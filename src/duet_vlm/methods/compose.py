@@ -243,7 +243,13 @@ class Composition(EncoderReducer):
                 parts=candidates(view.parts),
             )
         )
-        return dataclasses.replace(selection, index=rows.gather(1, selection.index), members=rows.gather(1, selection.members))
+
+        def of_span(number: Tensor) -> Tensor:
+            """Numbers of candidates as those of tokens; what is no candidate becomes no token, for the flow to refuse."""
+            inside = number.clamp(0, rows.shape[1] - 1)
+            return torch.where(valid.gather(1, inside) & (inside == number), rows.gather(1, inside), -1)
+
+        return dataclasses.replace(selection, index=of_span(selection.index), members=of_span(selection.members))
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ class Floor(DecoderReducer):
             check_keep("entry", self.entry)
         object.__setattr__(self, "schedule", check_schedule(self.schedule))
         if self.follow is not None:
+            if not isinstance(self.follow, str):
+                raise TypeError(f"follow={self.follow!r}: give the name of a method")
             if self.entry is not None or self.schedule:
                 raise ValueError(f"follow={self.follow!r} takes the counts of that method: leave out entry= and schedule=")
             if issubclass(get(self.follow), Floor):
@@ -107,8 +109,8 @@ class UniformTokens(Floor):
 @lru_cache(maxsize=256)
 def priorities(seed: int, spans: tuple[tuple[int, int], ...]) -> Tensor:
     """One random number per token, drawn on the CPU from (seed, span number, token count): [spans, max tokens] float32."""
-    table = torch.zeros(len(spans), max(count for _, count in spans))
+    table = torch.zeros(len(spans), max(count for _, count in spans), device="cpu")
     for row, (number, count) in enumerate(spans):
         generator = torch.Generator().manual_seed(((seed * 1_000_003 + number) * 1_000_003 + count) % 2**63)
-        table[row, :count] = torch.rand(count, generator=generator)
+        table[row, :count] = torch.rand(count, generator=generator, device="cpu")
     return table

@@ -57,7 +57,7 @@ class Stream:
     def encoding(self, arguments: dict[str, Any]) -> Encoding:
         """What is to be known of a call with these arguments; sizes are read from the device here, once."""
         sizes = arguments.get(self.sizes) if self.sizes else None
-        return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes).tolist(), arguments)
+        return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes, device="cpu").tolist(), arguments)
 
 
 class Adapter(ABC):

@@ -60,7 +60,7 @@ class Qwen2VL(LlamaLike):
 
     def raster(self, sizes: list[list[int]]) -> Tensor:
         """Where the merged tokens of the call, in raster order, stand in the order that the blocks work in."""
-        return torch.arange(sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2)
+        return torch.arange(sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2, device="cpu")
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         size = self.visual.config.spatial_merge_size
