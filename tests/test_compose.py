@@ -235,7 +235,7 @@ def test_stages_that_want_different_things() -> None:
         compose(Duet(schedule=((2, 0.5),)), PyramidDrop())
     with pytest.raises(ValueError, match="of duet set the drops only"):
         compose(VisionZip(), Duet(dominant=5))
-    with pytest.raises(ValueError, match="parts='each' takes apart"):
+    with pytest.raises(ValueError, match="parts='each' would separate them"):
         compose(Frames(), VisionZip(parts="each"))
     with pytest.raises(TypeError, match="is no method; give instances"):
         compose(Frames(), "duet")  # type: ignore[arg-type]

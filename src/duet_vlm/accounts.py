@@ -1,4 +1,4 @@
-"""What a run leaves for its report: who entered, what tower, projector and layers really read, and what choosing cost."""
+"""What a run leaves for its report: which rows entered, what tower, projector and layers really processed, what the selection cost."""
 
 from __future__ import annotations
 

@@ -46,10 +46,10 @@ ROUNDINGS = ("floor", "int", "round")
 class VisionView:
     """What an encoder reducer may look at; B spans of up to N tokens.
 
-    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method asked for them in ``signals``; ``valid`` [B, N];
+    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method names them in ``signals``; ``valid`` [B, N];
     ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
     are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
-    for methods that ask for them (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
+    for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
     number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
     time, all with equally many rows in the same order.
     """
@@ -129,7 +129,7 @@ class Reducer(ABC):
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    ``signals`` names what it asks of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
+    ``signals`` names what it needs of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
     would get them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are
     there, and nothing but its choice lives through the rest of the tower.
 
@@ -174,7 +174,7 @@ class EncoderReducer(Reducer):
 
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:
-        """Which rows enter the decoder and who is merged into whom."""
+        """Which rows enter the decoder, and which tokens are merged into which row."""
 
 
 @dataclass(frozen=True)

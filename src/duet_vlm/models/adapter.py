@@ -76,7 +76,7 @@ class Adapter(ABC):
     streams : tuple of Stream
         The visual inputs; images unless the family says more.
     door : nn.Module or None
-        Point-wise projector: V2V runs before it. None: V2V runs after the encoder call (grid mergers).
+        Point-wise projector, where there is one: V2V then runs before it. None: V2V runs after the encoder call (grid mergers).
     fixed_tokens : int or None
         Visual tokens per image where the tower fixes them.
     has_cls : bool
@@ -158,7 +158,7 @@ class Adapter(ABC):
         return ()
 
     def reads_usual_layers(self, call: Encoding) -> bool:
-        """Whether an encoder call takes its features where the config says, and nobody asked for the layers' own outputs."""
+        """Whether an encoder call takes its features where the config says, and the caller did not request the layers' own outputs."""
         return True
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
@@ -211,11 +211,11 @@ class Adapter(ABC):
         return [torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.passes(call, counts)]
 
     def spans(self, output: Any, call: Encoding) -> list[Tensor]:
-        """The projected rows of each span, as ``output.pooler_output`` holds them (families that hand out frames join them there)."""
+        """The projected rows of each span, as ``output.pooler_output`` holds them (families that return frames one by one join them there)."""
         return list(output.pooler_output)
 
     def door_parts(self, call: Encoding) -> int:
-        """How many consecutive rows of a batch at the door (frames) make one span."""
+        """How many consecutive rows of the projector's batch (frames) make one span."""
         return 1
 
     # ---- the decoder, and what ranks inside it

@@ -70,5 +70,5 @@ class LlamaLike(Adapter):
         kind = self.text_model.config.model_type
         if kind not in LLAMA_LAYOUT:
             raise TypeError(
-                f"{self.family}: nobody has checked how to rank tokens with a {kind} decoder; those that are: {', '.join(LLAMA_LAYOUT)}"
+                f"{self.family}: ranking tokens with a {kind} decoder is not tested here, so it is refused; tested are: {', '.join(LLAMA_LAYOUT)}"
             )

@@ -1,4 +1,4 @@
-"""What the Trainer is asked to do beside its own work: set the step's budget, remember the reduction, show progress."""
+"""Callbacks of the Trainer: set the step's budget, remember the reduction, show progress."""
 
 from __future__ import annotations
 
