@@ -17,7 +17,8 @@ from duet_vlm import tiny
 from duet_vlm.cli import demo as demo_verb
 from duet_vlm.cli.main import app
 from duet_vlm.cli.options import budget_of, settings_of
-from duet_vlm.loading import MAX_PIXELS, chat_text
+from duet_vlm.loading import chat_text
+from duet_vlm.pictures import MAX_PIXELS
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
 QUESTION = "What color is the ring?"

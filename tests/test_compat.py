@@ -7,13 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from cases import REDUCING
 from families import FAMILIES, MIXED, ONE, build, forward, generate, shared
 from torch import nn
-from transformers import DynamicCache, GenerationMixin, StaticCache
+from transformers import DynamicCache, GenerationMixin, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import duet_vlm
 from duet_vlm.flow import compat
+from duet_vlm.models.adapter import FULL, adapter_for
 
 FILLED = (3, 5, 2, 2, 2, 2, 2, 2)  # rows in the cache of each layer
 
@@ -65,6 +69,86 @@ def test_caches_take_layers_of_different_lengths() -> None:
     assert compat.cache_bytes(cache) == tuple(2 * 4 * rows * 16 * 4 for rows in FILLED)
     cache.crop(-2)  # relative, so that every layer loses its own last rows
     assert tuple(cache.get_seq_length(layer) for layer in range(8)) == tuple(rows - 2 for rows in FILLED)
+
+
+class InTwoFours(QuantizedLayer):
+    """Two numbers in a byte, and a float16 scale for each row of 16: what the group-wise backends store, without one of them."""
+
+    def _quantize(self, tensor: torch.Tensor, axis: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        scale = tensor.abs().amax(-1, keepdim=True).clamp(min=1e-6).half()
+        whole = (tensor / scale * 7 + 8).round().clamp(0, 15).to(torch.uint8)
+        return whole[..., ::2] * 16 + whole[..., 1::2], {"scale": scale, "nbits": 4, "shape": tensor.shape}
+
+    def _dequantize(self, packed: tuple[torch.Tensor, dict[str, Any]]) -> torch.Tensor:
+        values, meta = packed
+        return (torch.stack([values // 16, values % 16], -1).flatten(-2).float() - 8) / 7 * meta["scale"]
+
+
+def test_bytes_of_a_quantised_cache_are_those_that_it_stores() -> None:
+    cache = Cache(layers=[InTwoFours(q_group_size=16, residual_length=4) for _ in range(2)])
+    cache.update(torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16), 0)
+    packed = 2 * (2 * 3 * 5) * (16 // 2 + 2)  # keys and values; per row 8 bytes of numbers and 2 of scale
+    assert compat.cache_bytes(cache) == (packed, 0)
+    cache.update(torch.randn(2, 3, 1, 16), torch.randn(2, 3, 1, 16), 0)
+    assert compat.cache_bytes(cache) == (packed + 2 * 2 * 3 * 16 * 4, 0)  # and a row in float32 that waits to be packed
+
+
+class InOneTensor(torch.Tensor):
+    """States another size than it stores, as packed tensors do."""
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+
+def test_bytes_of_packed_tensors_are_those_of_their_parts() -> None:
+    class Packing(InTwoFours):
+        def _quantize(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+            packed = tensor.as_subclass(InOneTensor)
+            packed.inner = torch.zeros(7, dtype=torch.uint8)
+            return packed
+
+    cache = Cache(layers=[Packing()])
+    cache.update(torch.randn(2, 3, 5, 16), torch.randn(2, 3, 5, 16), 0)
+    assert compat.cache_bytes(cache) == (14,)
+
+
+def test_bytes_of_a_cache_that_stores_rows_elsewhere_are_unknown_not_zero() -> None:
+    class Elsewhere(DynamicLayer):
+        def get_seq_length(self) -> int:
+            return 5
+
+    assert compat.cache_bytes(Cache(layers=[Elsewhere()])) is None
+    assert compat.cache_bytes(Cache(layers=[DynamicLayer()])) == (0,)
+
+
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "hqq"])
+def test_bytes_of_the_backends_that_are_installed(backend: str) -> None:
+    """A prompt of 40 rows, 4 heads of 16: eight bits each and one scale; four bits each and a scale and a zero for every group of 16."""
+    options = {} if backend == "fp8" else {"nbits": 4, "q_group_size": 16, "axis_key": 0 if backend == "quanto" else 1}
+    config = shared("llava").config
+    try:
+        cache = QuantizedCache(backend=backend, config=config, **options)
+    except (ImportError, ValueError, TypeError) as error:
+        pytest.skip(f"{backend}: {error}")
+    rows = 40 * 4
+    cache.update(torch.randn(1, 4, 40, 16), torch.randn(1, 4, 40, 16), 0)
+    groups = 0 if backend == "fp8" else rows * 2 * 4
+    expected = 2 * (rows * 16 + 4) if backend == "fp8" else 2 * (rows * 8 + groups)
+    assert compat.cache_bytes(cache)[:2] == (expected, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_reports_count_what_a_quantised_cache_stores(family: str) -> None:
+    """A row of d numbers takes d / 2 + 2 bytes where it took 4 d."""
+    model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
+    if set(adapter_for(model).layer_types) != {FULL}:
+        pytest.skip("stock quantised caches take models with nothing but full attention")
+    size = adapter_for(model).decoder_shape().head_dim
+    with duet_vlm.attach(model, "duet", **REDUCING["duet"]) as handle:
+        generate(model, inputs, 3)
+        plain = handle.report().observed.kv_bytes
+        generate(model, inputs, 3, past_key_values=Cache(layers=[InTwoFours(q_group_size=16) for _ in range(8)]))
+        assert handle.report().observed.kv_bytes * 4 * size == plain * (size // 2 + 2)
 
 
 def test_static_caches_are_told_apart() -> None:

@@ -141,6 +141,34 @@ def test_turned_clips_stand_upright(tmp_path: Path) -> None:
     assert upright(flat, 180).getpixel((4, HIGH - 4)) == (255, 0, 0)
 
 
+def test_what_is_transparent_is_put_on_white(tmp_path: Path) -> None:
+    """Red that cannot be seen on the left, red on the right."""
+    drawn = np.zeros((HIGH, WIDE, 4), np.uint8)
+    drawn[..., 0], drawn[:, WIDE // 2 :, 3] = 255, 255
+    with av.open(str(tmp_path / "clear.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=5)
+        stream.height, stream.width, stream.pix_fmt = HIGH, WIDE, "bgra"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(drawn, format="rgba")))
+        container.mux(stream.encode())
+    (frame,) = decode(tmp_path / "clear.mkv").frames
+    assert frame.mode == "RGB" and frame.getpixel((2, 2)) == (255, 255, 255) and frame.getpixel((WIDE - 2, 2)) == (255, 0, 0)
+
+
+def test_numbers_of_16_bits_are_scaled(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "deep.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=5)
+        stream.height, stream.width, stream.pix_fmt = HIGH, WIDE, "gray16le"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((HIGH, WIDE), 257 * 90, np.uint16), format="gray16le")))
+        container.mux(stream.encode())
+    (frame,) = decode(tmp_path / "deep.mkv").frames
+    assert abs(np.asarray(frame).astype(int) - 90).max() <= 1
+
+
+def test_addresses_are_not_opened() -> None:
+    with pytest.raises(ValueError, match=r"^--video https://x\.org/clip\.mp4: a URL is not opened.*download the file and give its path"):
+        length(Path("https://x.org/clip.mp4"))
+
+
 def test_frames_that_change_size_are_made_equal(tmp_path: Path) -> None:
     small = write(tmp_path / "a.ts", count=10)
     large = write(tmp_path / "b.ts", count=10, picture=lambda number: np.full((2 * HIGH, 2 * WIDE, 3), 120, np.uint8))
@@ -242,7 +270,7 @@ def test_bad_numbers() -> None:
 def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "clip.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"needs PyAV: pip install 'duet-vlm\[video\]'"):
+    with pytest.raises(ValueError, match=r'needs PyAV: pip install "\.\[video\]"'):
         decode(path)
 
 
@@ -289,7 +317,7 @@ def test_stock_video_processors_name_what_they_need(tmp_path: Path) -> None:
         shutil.copy(tiny_video.path() / file, tmp_path)
     path = write(tmp_path / "clip.mp4")
     words = call("run", "-m", tmp_path, "--video", path, "-p", "x", "-b", "0.5", code=2).stderr
-    assert "its processor needs torchvision: pip install 'duet-vlm[video]'" in words
+    assert 'its processor needs torchvision: pip install ".[video]"' in words
 
 
 def test_the_film_of_a_clip() -> None:

@@ -3,14 +3,16 @@
 from importlib.metadata import PackageNotFoundError, version
 
 import duet_vlm.methods as _files  # noqa: F401  bound first: imported later, the folder would replace the function methods() below
-from duet_vlm.attach import Handle, attach, remember
+from duet_vlm.attach import attach, detach, handle_of, remember
 from duet_vlm.budget import BudgetError, SpanPlan
+from duet_vlm.handle import Handle
 from duet_vlm.measure.report import Report
 from duet_vlm.memory import remembered
 from duet_vlm.methods.compose import compose
+from duet_vlm.methods.named import get
 from duet_vlm.presets import preset
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
-from duet_vlm.registry import get, methods, register
+from duet_vlm.registry import methods, register
 from duet_vlm.tokens import Selection, Span, SpanTrace, StageTrace
 
 try:
@@ -34,7 +36,9 @@ __all__ = [
     "VisionView",
     "attach",
     "compose",
+    "detach",
     "get",
+    "handle_of",
     "methods",
     "preset",
     "register",

@@ -1,25 +1,24 @@
-"""Models and images by name, with clear errors. Nothing is fetched unless the user names a hub id."""
+"""Models by name, with clear errors. Nothing is fetched unless the user names a hub id."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import re
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from duet_vlm.memory import KEY
+from duet_vlm.pictures import rgb
 from duet_vlm.video import FRAMES, Clip
 
 if TYPE_CHECKING:
     import torch
 
-MAX_PIXELS = 64_000_000  # larger pictures are refused before they are decoded
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 ADAPTER = "adapter_config.json"  # what makes a folder one of PEFT adapters
 
@@ -46,18 +45,18 @@ class Loaded:
             Clips for a model that takes none, or no chat template.
         """
         text = chat_text(self.processor, prompt, len(images), len(clips))
-        given: dict[str, Any] = {"images": list(images)} if images or not clips else {}
+        given: dict[str, Any] = {"images": [rgb(image) for image in images]} if images or not clips else {}
         if clips:
             given |= self._clips(clips)
         return self.processor(text=text, return_tensors="pt", **given).to(self.model.device, self.model.dtype)
 
     def _clips(self, clips: Sequence[Clip]) -> dict[str, Any]:
         """The processor's arguments: frames that are chosen already, and where in the clip they stand."""
-        from duet_vlm.models.adapter import adapter_for
+        from duet_vlm.models.find import adapter_for
 
         adapter, stock = adapter_for(self.model), hasattr(self.processor, "video_processor")
         if not stock and not any(stream.name == "video" for stream in adapter.streams):
-            raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' says who takes clips")
+            raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' lists the families that take clips")
         videos = [list(clip.frames) for clip in clips]
         if not stock:
             return {"videos": videos}
@@ -121,7 +120,7 @@ def config_of(name: str) -> Any:
     """The model's config, checked for a supported family before anything large is read."""
     from transformers import AutoConfig
 
-    from duet_vlm.models.adapter import families
+    from duet_vlm.models.find import families
     from duet_vlm.models.unsupported import refusal
 
     place, local = _with(name, "config.json")
@@ -190,7 +189,7 @@ def _explained(name: str, local: bool) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ImportError) and "torchvision" in reason.lower():
-            raise ValueError(f"--model {name}: its processor needs torchvision: pip install 'duet-vlm[video]'") from error
+            raise ValueError(f'--model {name}: its processor needs torchvision: pip install ".[video]" in your clone of duet-vlm') from error
         how = "cannot be loaded from this folder" if local else "cannot be loaded; a hub id needs a network connection or a cached copy"
         raise ValueError(f"--model {name}: {how}: {reason}") from error
 
@@ -201,32 +200,3 @@ def chat_text(processor: Any, prompt: str, images: int, clips: int = 0) -> str:
         raise ValueError("this model's processor has no chat template, so a prompt cannot be built from --prompt alone")
     content = [{"type": "image"}] * images + [{"type": "video"}] * clips + [{"type": "text", "text": prompt}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-
-def open_image(path: Path) -> Image.Image:
-    """An RGB picture, refused with the reason if it is missing, broken or huge.
-
-    Raises
-    ------
-    ValueError
-        With the path and what is wrong with it.
-    """
-    if not path.is_file():
-        raise ValueError(f"--image {path}: {'is a folder' if path.is_dir() else 'no such file'}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise _too_large(path, f"{image.width} x {image.height} pixels")
-                return image.convert("RGB")
-    except Image.DecompressionBombError:
-        raise _too_large(path, "a decompression bomb, says its header") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"--image {path}: not an image that can be read") from None
-    except (OSError, SyntaxError, EOFError) as error:
-        raise ValueError(f"--image {path}: the file is damaged or cannot be read ({' '.join(str(error).split())})") from None
-
-
-def _too_large(path: Path, what: str) -> ValueError:
-    return ValueError(f"--image {path}: {what}; at most {MAX_PIXELS / 1e6:.0f} million pixels are read. Make it smaller first")

@@ -27,7 +27,7 @@ def query_rows(
     visual, valid : Tensor
         [B, S] bool.
     labels : Tensor, optional
-        [B, S]; with labels only unsupervised rows (-100) ask, those before the first answer or of all ``turns``.
+        [B, S]; with labels only unsupervised rows (-100) are query rows: those before the first answer, or of all ``turns``.
     salient : Tensor, optional
         [B, S] bool, needed for "salient" (rows after the prompt it was made for count as not salient).
 
@@ -101,11 +101,11 @@ def salient_mask(tokenizer: Any, text: str | Sequence[str], input_ids: Tensor, i
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"salient words need a fast tokenizer (with offsets), got {type(tokenizer).__name__}")
     texts = [text] if isinstance(text, str) else list(text)
-    ids = torch.as_tensor(input_ids)
+    ids = input_ids if isinstance(input_ids, Tensor) else torch.as_tensor(input_ids, device="cpu")
     if len(texts) != len(ids):
         raise ValueError(f"{len(texts)} texts for {len(ids)} rows of input_ids")
     image = getattr(tokenizer, "image_token_id", None) if image_token_id is None else image_token_id
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
+    mask = torch.zeros(ids.shape, dtype=torch.bool, device="cpu")
     for row, (prompt, tokens) in enumerate(zip(texts, ids.tolist(), strict=True)):
         mask[row, _salient_columns(tokenizer, prompt, tokens, image)] = True
     return mask.to(ids.device)

@@ -1,14 +1,16 @@
-"""The values that travel between rooms: spans, selections, and the map of who is where and who became whom.
+"""The values that the parts of the package pass on: spans, selections, and the map of where every row comes from.
 
 Shapes: B batch (samples or spans), N visual tokens of a span, K rows kept, P merged members, S prompt rows, T current rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+MERGES = ("mean", "anchor_plus_mean")
 
 
 @dataclass(frozen=True)
@@ -71,27 +73,42 @@ class TokenMap:
         [B, T] bool, False for padding rows.
     visual : Tensor
         [B, T] bool, True for visual tokens.
+    stays : Tensor
+        [B, T] bool, True for visual tokens whose row predicts (the last of a prompt, one in front of a label): they never leave.
     """
 
     slot: Tensor
     row: Tensor
     valid: Tensor
     visual: Tensor
+    stays: Tensor
 
     @classmethod
-    def identity(cls, valid: Tensor, visual: Tensor) -> TokenMap:
-        """The map of an untouched prompt; ``valid`` and ``visual`` are [B, S] bool."""
+    def identity(cls, valid: Tensor, visual: Tensor, stays: Tensor) -> TokenMap:
+        """The map of an untouched prompt; ``valid``, ``visual`` and ``stays`` are [B, S] bool."""
         slot = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
-        return cls(slot, slot, valid, visual & valid)
+        return cls(slot, slot, valid, visual & valid, stays & visual & valid)
+
+    @property
+    def ranked(self) -> Tensor:
+        """[B, T] bool, visual tokens that may leave."""
+        return self.visual & ~self.stays
 
     def take(self, index: Tensor, valid: Tensor) -> TokenMap:
         """The map after gathering rows ``index`` [B, T'] of which ``valid`` [B, T'] are real."""
-        return TokenMap(self.slot.gather(1, index), self.row.gather(1, index), valid, self.visual.gather(1, index) & valid)
+        slot, row, visual, stays = (x.gather(1, index) for x in (self.slot, self.row, self.visual, self.stays))
+        return TokenMap(slot, row, valid, visual & valid, stays & valid)
 
     def entered(self) -> TokenMap:
         """The same rows seen as the sequence that enters the decoder (rows numbered anew)."""
         row = torch.arange(self.slot.shape[1], device=self.slot.device).expand(self.slot.shape)
-        return TokenMap(self.slot, row, self.valid, self.visual)
+        return replace(self, row=row)
+
+    def to(self, device: torch.device) -> TokenMap:
+        """The map on the device of the layer that reads it (a device map may spread layers)."""
+        if self.slot.device == device:
+            return self
+        return TokenMap(*(x.to(device) for x in (self.slot, self.row, self.valid, self.visual, self.stays)))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from duet_vlm.pictures import local, rgb
+
 FRAMES = 8  # where neither the user nor the model says how many
 MAX_FRAME = 64_000_000  # pixels of one frame; larger ones are refused before they are decoded
 MAX_PIXELS = 512_000_000  # of all chosen frames: they are held together, three bytes each
@@ -84,6 +86,7 @@ def decode(path: Path, frames: int | None = None, fps: float | None = None) -> C
 
 def length(path: Path) -> tuple[int, float]:
     """Frames in a video file, and how many of them make a second. Packets are counted, nothing is decoded. Errors as ``decode``."""
+    local(path, "--video ")
     if not path.is_file():
         raise ValueError(f"--video {path}: {'is a folder' if path.is_dir() else 'no such file'}")
     with _opened(path) as (container, stream):
@@ -105,7 +108,7 @@ def _pyav() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ValueError("reading video files needs PyAV: pip install 'duet-vlm[video]'") from error
+        raise ValueError('reading video files needs PyAV: pip install ".[video]" in your clone of duet-vlm') from error
     return av
 
 
@@ -151,7 +154,8 @@ def _pictures(path: Path, indices: tuple[int, ...], total: int) -> Iterator[Imag
                 raise ValueError(
                     f"--video {path}: {len(indices)} frames of {frame.width} x {frame.height} pixels are too many to hold; take at most {most}"
                 )
-            picture = upright(frame.to_image(), frame.rotation)
+            alpha = any(component.is_alpha for component in frame.format.components)
+            picture = upright(rgb(frame.to_ndarray(format="rgba")) if alpha else frame.to_image(), frame.rotation)
             size = size or picture.size
             yield picture if picture.size == size else picture.resize(size)
             if done > indices[-1]:

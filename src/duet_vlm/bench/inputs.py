@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 
@@ -23,7 +23,6 @@ class Prompt:
     those of each part that the tower looks at by itself, and the rows that the projector works on."""
 
     stream: str
-    encode: str
     text: dict[str, Tensor]
     picture: dict[str, Any]
     spans: tuple[int, ...]
@@ -85,7 +84,13 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
     passes = tuple(adapter.passes(call, counts))
     written = [token for span, parts in zip(spans, passes, strict=True) for token in adapter.written(stream, span, parts)]
     words = _words(adapter, stream, written, text, batch)
-    return Prompt(name, stream.encode, words, many, spans, passes, tuple(adapter.projected(call, counts)))
+    return Prompt(name, words, many, spans, passes, tuple(adapter.projected(call, counts)))
+
+
+def encode(model: nn.Module, pictures: dict[str, Any]) -> dict[str, Any]:
+    """``mm_encoder_outputs`` for the prompts of ``pictures``, as generate() makes them before its prefill: reduced where a reducer is attached
+    (a call of ``get_image_features`` by hand gives the stock rows)."""
+    return model._prepare_multimodal_encoder_kwargs_for_generation(dict(pictures))["mm_encoder_outputs"]  # type: ignore[no-any-return]
 
 
 def _noise(adapter: Adapter, stream: Stream, tokens: int | None, frames: int) -> dict[str, Any]:
@@ -96,15 +101,15 @@ def _noise(adapter: Adapter, stream: Stream, tokens: int | None, frames: int) ->
     blank = adapter.blank_image()
     size = blank["pixel_values"].shape
     if frames:
-        return {stream.pixels: torch.randn(1, frames, *size[-3:])}
+        return {stream.pixels: torch.randn(1, frames, *size[-3:], device="cpu")}
     if stream.sizes is None or (tokens is None and len(size) == 5):
-        return {key: torch.randn(value.shape) if key.startswith("pixel_") else value for key, value in blank.items()}
+        return {key: torch.randn(value.shape, device="cpu") if key.startswith("pixel_") else value for key, value in blank.items()}
     height, width = _cut(adapter, stream, tokens) if tokens is not None and len(size) == 5 else _whole(adapter, tokens)
-    sizes = torch.tensor([[height, width]])
+    sizes = torch.tensor([[height, width]], device="cpu")
     if len(size) == 4:
-        return {stream.pixels: torch.randn(1, size[1], height, width), stream.sizes: sizes}
+        return {stream.pixels: torch.randn(1, size[1], height, width, device="cpu"), stream.sizes: sizes}
     crops = len(adapter.passes(Encoding(stream.name, [[height, width]]), [0])[0])
-    return {stream.pixels: torch.randn(1, crops, *size[2:]), stream.sizes: sizes}
+    return {stream.pixels: torch.randn(1, crops, *size[2:], device="cpu"), stream.sizes: sizes}
 
 
 def _patches(adapter: Adapter, stream: Stream, sizes: str, tokens: int | None, frames: int) -> dict[str, Any]:
@@ -112,8 +117,8 @@ def _patches(adapter: Adapter, stream: Stream, sizes: str, tokens: int | None, f
     shape = adapter.vision_shape()
     merge = math.isqrt(shape.patches_per_token)
     side = max(2, round(math.sqrt((tokens or USUAL) / max(1, frames))))
-    grid = torch.tensor([[frames or 1, merge * side, merge * side]])
-    return {stream.pixels: torch.randn(int(grid.prod()), shape.patch_inputs), sizes: grid}
+    grid = torch.tensor([[frames or 1, merge * side, merge * side]], device="cpu")
+    return {stream.pixels: torch.randn(int(grid.prod()), shape.patch_inputs, device="cpu"), sizes: grid}
 
 
 def _whole(adapter: Adapter, tokens: int | None) -> tuple[int, int]:
@@ -152,8 +157,8 @@ def _words(adapter: Adapter, stream: Stream, written: list[int], text: int, batc
     special = {value for key, value in named if key.endswith(("_token_id", "_token_index")) and isinstance(value, int)}
     special |= {other.token_id for other in adapter.streams}
     vocabulary = [i for i in range(2, min(config.get_text_config().vocab_size, 2000)) if i not in special]
-    words = torch.tensor(vocabulary)[torch.randint(len(vocabulary), (text,), generator=torch.Generator().manual_seed(2))]
-    row = torch.cat([torch.tensor([BOS, *written]), words])
+    chosen = torch.randint(len(vocabulary), (text,), generator=torch.Generator().manual_seed(2), device="cpu").tolist()
+    row = torch.tensor([BOS, *written, *(vocabulary[word] for word in chosen)], device="cpu")
     ids = row.expand(batch, -1).contiguous().to(device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if "mm_token_type_ids" in inspect.signature(adapter.model.forward).parameters:

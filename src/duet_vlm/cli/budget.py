@@ -14,11 +14,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.attach import Handle
 from duet_vlm.bench.planned import Planned, equal_parts, planned
 from duet_vlm.budget import SpanPlan
 from duet_vlm.cli.fleet import Fleet
 from duet_vlm.cli.options import Model, Reduction, reducing
+from duet_vlm.handle import Handle
 from duet_vlm.loading import config_of, quiet
 from duet_vlm.measure.report import Report, Sample, make_report
 

@@ -14,10 +14,12 @@ import typer
 from PIL import Image
 from torch import nn
 
-from duet_vlm.attach import Handle, attach
+from duet_vlm.attach import attach
 from duet_vlm.cli.errors import friendly
-from duet_vlm.loading import Loaded, open_image
+from duet_vlm.handle import Handle
+from duet_vlm.loading import Loaded
 from duet_vlm.memory import remembered
+from duet_vlm.pictures import open_image
 from duet_vlm.presets import preset as preset_of
 from duet_vlm.reducer import Reducer
 from duet_vlm.video import Clip, decode, length

@@ -16,7 +16,7 @@ from duet_vlm import EncoderReducer, Selection, SpanPlan, VisionView
 
 @dataclass(frozen=True, eq=False)
 class Oracle(EncoderReducer):
-    """A constant count from the decoder's door on, needed tokens first, then those that the vision encoder attends to most.
+    """A constant count from the decoder's entry on, needed tokens first, then those that the vision encoder attends to most.
 
     ``needed`` holds one bool array per image or clip of the batch, in order; as arrays do not hash, two of these are never equal. No method:
     a reference for tables.
@@ -37,7 +37,7 @@ class Oracle(EncoderReducer):
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None  # promised by ``signals``
         batch, width = view.valid.shape
-        needed = torch.zeros(batch, width)
+        needed = torch.zeros(batch, width, device="cpu")
         for row, mask in enumerate(self.needed):
             needed[row, : len(mask)] = torch.from_numpy(np.asarray(mask, np.float32))
         share = view.importance / view.importance.sum(1, keepdim=True)  # below 1, so a needed token beats any other

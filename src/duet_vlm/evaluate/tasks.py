@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from duet_vlm.loading import open_image
+from duet_vlm.pictures import local, open_image
 
 
 @dataclass(frozen=True)
 class Question:
     """One question.
 
-    ``id`` is unique within a task; ``needed`` marks the visual tokens that the answer needs (None where nobody knows). A clip is its frames.
+    ``id`` is unique within a task; ``needed`` marks the visual tokens that the answer needs (None where the task does not say). A clip is its frames.
     """
 
     id: str
@@ -117,11 +117,14 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
             raise ValueError("not an object")
         images = row["image"] if isinstance(row["image"], list) else [row["image"]]
         answers = row["answers"] if "answers" in row else [row["answer"]]
-        return {"images": images, "question": row["question"], "answers": answers, "kind": row.get("kind", "all")}
+        checked = {"images": images, "question": row["question"], "answers": answers, "kind": row.get("kind", "all")}
     except KeyError as error:
         raise ValueError(f"{path}, line {number}: needs image, question and answer; {error} is missing") from error
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
+    for name in images:
+        local(name, f"{path}, line {number}: ")
+    return checked
 
 
 def _question(path: Path, row: dict[str, Any], index: int) -> Question:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from duet_vlm.evaluate.lmms.engine import Engine
 from duet_vlm.evaluate.lmms.settings import chosen
+from duet_vlm.pictures import open_image
 
 
 class Model:
@@ -65,6 +64,5 @@ class Model:
 
 def _part(kind: str, value: str) -> dict[str, Any]:
     if kind == "image":
-        with Image.open(value) as image:
-            return {"type": "image", "image": image.convert("RGB")}
+        return {"type": "image", "image": open_image(Path(value))}
     return {"type": kind, "text": value}

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import dataclasses
 from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.budget import SpanPlan
 from duet_vlm.flow.call import ENCODED, Arrived, Call, Encoded
+from duet_vlm.flow.encoder import hand_out, is_marked
+from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import Adapter
 
+OUTPUTS = "mm_encoder_outputs"  # of a forward call, and of generate()
+SHOWN = ("image_hidden_states", "video_hidden_states")  # features among a model's outputs
 
-def look(adapter: Adapter, active: bool, plan: Callable[[int], SpanPlan], call: Call, arguments: dict[str, Any]) -> None:
-    """Note in ``call`` what a forward of the multimodal model was given; ``active``: a reducer is at work, so refuse what it cannot serve."""
+
+def take_up(rules: Rules | None, kwargs: dict[str, Any], whole: bool = False) -> None:
+    """Where encoder outputs come along that were made for the user, with all rows: those of a call that reduces get the reduced ones.
+
+    ``whole``: also copy outputs that are not reduced, since generate() writes into what it is given.
+    """
+    outputs = kwargs.get(OUTPUTS)
+    if rules is not None and outputs:
+        kwargs[OUTPUTS] = {name: _taken_up(output, whole) for name, output in outputs.items()}
+
+
+def _taken_up(output: Any, whole: bool) -> Any:
+    encoded = getattr(output, ENCODED, None)
+    if encoded is None or (encoded.aside is None and not whole):
+        return output
+    output, encoded = copy.copy(output), dataclasses.replace(encoded, decisions={})
+    if encoded.aside is not None:
+        hand_out(output, encoded)
+    setattr(output, ENCODED, encoded)
+    return output
+
+
+def adopt(call: Call, outputs: dict[str, Any] | None) -> None:
+    """Take features and decisions from encoder outputs. Done where the outermost forward begins: hooks of device maps rebuild the outputs
+    on their way in, and what rode on them is lost. A full model is given no decisions but those that its features cannot do without."""
+    for name, output in (outputs or {}).items():
+        encoded = getattr(output, ENCODED, None)
+        if encoded is not None and encoded.aside is None and (call.rules is not None or encoded.selection is not None):
+            call.arrived[name] = Arrived(list(output.pooler_output), encoded)
+
+
+def look(adapter: Adapter, call: Call, arguments: dict[str, Any]) -> None:
+    """Note in ``call`` what a forward of the multimodal model was given; if it reduces, refuse what it cannot serve."""
     ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-    outputs = arguments.get("mm_encoder_outputs") or {}
+    outputs = arguments.get(OUTPUTS) or {}
     known = {stream.name for stream in adapter.streams}
+    active = call.rules is not None
     for name, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
         if active and name not in known and (arguments.get(pixels) is not None or outputs.get(name) is not None):
             raise ValueError(f"{adapter.family}: {name} inputs are not supported yet: use handle.paused() for this call, or detach")
@@ -31,31 +67,44 @@ def look(adapter: Adapter, active: bool, plan: Callable[[int], SpanPlan], call: 
     decodes = ids is not None and ids.shape[1] == 1 and not brings_images
     if not decodes and (ids is not None or embeds is not None):
         call.placeholders = adapter.placeholders(ids, embeds)
-    for name in known & set(outputs):
-        if outputs[name] is not None and (name not in call.arrived or call.arrived[name].encoded is None):
-            arrived = adopt(call, name, outputs[name])
-            if arrived.encoded is None and active:
-                arrived.encoded = encoded_elsewhere(name, list(arrived.features), plan)
-
-
-def adopt(call: Call, stream: str, output: Any) -> Arrived:
-    """Take features and decisions from an encoder output. Done where the outermost forward begins: hooks of device maps rebuild the
-    output on their way in, and what rode on it is lost."""
-    call.arrived[stream] = Arrived(list(output.pooler_output), getattr(output, ENCODED, None))
-    return call.arrived[stream]
+    adopt(call, {name: output for name, output in outputs.items() if name in known - call.arrived.keys()})
+    for name in known & outputs.keys() - call.arrived.keys():
+        if call.rules is not None and outputs[name] is not None:
+            call.arrived[name] = _encoded_elsewhere(name, list(outputs[name].pooler_output), call.rules)
 
 
 def _is_prompt(cache: Any) -> bool:
     return cache is None or int(cache.get_seq_length()) == 0
 
 
-def encoded_elsewhere(stream: str, features: list[Tensor], plan: Callable[[int], SpanPlan]) -> Encoded:
+def _encoded_elsewhere(stream: str, features: list[Tensor], rules: Rules) -> Arrived:
     """Decisions for features that the caller encoded without us: every row enters, drops inside the decoder follow the plan."""
-    plans = tuple(plan(len(rows)) for rows in features)
+    plans = tuple(rules.plan(len(rows)) for rows in features)
     if any(p.merges for p in plans):
         raise ValueError(
-            "the image features were encoded before the reducer was attached, so they cannot be merged any more; encode them with the "
-            "attached model, or use a method that only drops inside the decoder"
+            "the image features were encoded before the reducer was attached (or while it was paused), so they cannot be merged any more; "
+            "encode them with the attached model, or use a method that only drops inside the decoder"
         )
     sizes = tuple(len(rows) for rows in features)
-    return Encoded(stream, features, (None,) * len(features), plans, passes=tuple((n,) for n in sizes), projected=sizes)
+    passes = tuple((n,) for n in sizes)
+    return Arrived(features, Encoded(stream, features, (None,) * len(features), plans, rules, passes=passes, projected=sizes))
+
+
+def without_marks(output: Any) -> Any:
+    """A model's output whose image features hold zeros where rows left: NaN, which marks them on the way, is nothing to hand to users."""
+    for name in SHOWN:
+        if getattr(output, name, None) is not None:
+            setattr(output, name, _zeroed(getattr(output, name)))
+    return output
+
+
+def _zeroed(shown: Any) -> Any:
+    """Features as a family shows them: rows, several of them, or the encoder's own output (which generate() goes on using)."""
+    if isinstance(shown, Tensor):
+        return shown.masked_fill(is_marked(shown)[..., None], 0)
+    if isinstance(shown, list | tuple):
+        return type(shown)(_zeroed(rows) for rows in shown)
+    if getattr(shown, "pooler_output", None) is not None:
+        shown = copy.copy(shown)
+        shown.pooler_output = _zeroed(shown.pooler_output)
+    return shown

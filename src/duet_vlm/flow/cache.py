@@ -1,7 +1,8 @@
-"""What decoding needs to know about a reduced prompt. It lives on the cache object, so beams, copies and conversations keep it."""
+"""What decoding needs to know about a reduced prompt. It lives on the cache, follows what is done to it, and dies with its rows."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,9 @@ from torch import Tensor, nn
 
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat, masks
+from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import FULL, LINEAR, SLIDING, Adapter, Rotary
 from duet_vlm.tokens import Span, TokenMap
-
-RUN = "_duet_vlm_run"  # attribute of the cache
 
 
 @dataclass(eq=False)
@@ -33,47 +33,175 @@ class Group:
         return min(self.lengths) < self.width
 
 
+@dataclass(frozen=True)
+class Staying:
+    """Visual rows that never leave, since they predict: ``rows`` of them, ``added`` of which the method had left out."""
+
+    rows: int = 0
+    added: int = 0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Spans of one sample whose visual tokens are ranked together, and what of them stays in any case."""
+
+    plans: tuple[SpanPlan, ...]
+    staying: Staying = Staying()
+
+    def alive(self, layer: int) -> int:
+        """Visual rows at the input of ``layer``; -1: those that entered."""
+        planned = sum(plan.entry if layer < 0 else plan.counts[layer] for plan in self.plans)
+        return max(planned + self.staying.added, self.staying.rows)
+
+    def ranked(self, layer: int) -> int:
+        """Those of them that a method chose, or that simply are still there."""
+        return self.alive(layer) - self.staying.rows
+
+
 @dataclass
 class Run:
     """One prompt: its spans, what each layer saw, and where decoding goes on. Plain data; no modules, no cache.
 
     ``rows`` is the prompt's length as sent; ``groups[0]`` is the sequence that entered the decoder, ``group(l)`` what layer l reads.
+    ``after`` is the least number of rows of a sample behind its last visual one.
     """
 
+    rules: Rules
     rows: int
-    positions: str
     spans: tuple[tuple[Span, ...], ...]
-    plans: tuple[tuple[SpanPlan, ...], ...]
+    pools: tuple[tuple[Pool, ...], ...]
     prompt: TokenMap
-    depth: int
     sources: tuple[tuple[Any, int], ...] = ()
+    after: int = 0
     groups: list[Group] = field(default_factory=list)
     asking: tuple[int, ...] = ()
     scored_layers: tuple[int, ...] = ()
     reused_layers: tuple[int, ...] = ()  # those of them that took over the keys they were ranked by
     element_bytes: int = 4
+    real: Tensor | None = None  # [B] rows of each sample that are no padding
     next_position: Tensor | None = None
     reduces: bool = False
     cache_bytes: tuple[int, ...] | None = None
     finite: list[tuple[Tensor, str]] = field(default_factory=list)
+    wrong: list[Tensor] = field(default_factory=list)  # codes of what the method returned at its drops
     decoded: int = 0
+
+    @property
+    def depth(self) -> int:
+        return self.rules.depth
+
+    @property
+    def positions(self) -> str:
+        return self.rules.reducer.positions
+
+    @property
+    def plans(self) -> tuple[tuple[SpanPlan, ...], ...]:
+        """Of the spans of each sample."""
+        return tuple(tuple(plan for pool in row for plan in pool.plans) for row in self.pools)
+
+    def visual(self, layer: int) -> list[int]:
+        """Visual rows per sample at the input of ``layer``; -1: those that entered."""
+        return [sum(pool.alive(layer) for pool in row) for row in self.pools]
+
+    def ranked(self, layer: int) -> list[list[int]]:
+        """As ``visual``, by pool and without the rows that stay in any case."""
+        return [[pool.ranked(layer) for pool in row] for row in self.pools]
 
     def group(self, layer: int) -> Group:
         """The group that ``layer`` belongs to."""
         return next(g for g in reversed(self.groups) if g.first_layer <= layer)
 
 
+class Followed:
+    """Mixed into the class of one cache (``follow``): the run that its rows belong to, and which of the run's samples each row is.
+
+    ``duet_order`` is None as long as every row is the sample of its number, else [rows] long.
+    """
+
+    layers: list[Any]
+    duet_run: Run
+    duet_order: Tensor | None
+    _plain: Any
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)  # type: ignore[misc]
+        self._reorder(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]
+        self._reorder(self._rows(self.duet_run.prompt.slot.device).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back rows behind the last visual one, or all of them: the layers hold different rows of what is between."""
+        held, removed = int(self.get_seq_length()), abs(int(tokens_to_remove))  # type: ignore[attr-defined]
+        said = held - self.duet_run.group(self._home()).width
+        if said + self.duet_run.after < removed < held:
+            raise ValueError(
+                f"crop({tokens_to_remove}) would cut into the visual tokens of a reduced prompt, of which each layer holds others: remove at "
+                f"most {said + self.duet_run.after} tokens, or begin anew with cache.reset()"
+            )
+        super().crop(tokens_to_remove)  # type: ignore[misc]
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        forget(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _again, (self._plain,), self.__dict__
+
+    def _home(self) -> int:
+        return next(index for index, layer in enumerate(self.layers) if getattr(layer, "keys", None) is not None)
+
+    def _rows(self, device: torch.device) -> Tensor:
+        return torch.arange(len(self.duet_run.spans), device=device) if self.duet_order is None else self.duet_order
+
+    def _reorder(self, index: Tensor) -> None:
+        self.duet_order = self._rows(index.device)[index]
+
+
+@functools.lru_cache(maxsize=64)
+def _followed(plain: Any) -> Any:
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__, "_plain": plain}
+    return type(plain.__name__, (Followed, plain), names)
+
+
+def _again(plain: Any) -> Any:
+    """For copies and pickles, which find no class that was made on the fly."""
+    cls = _followed(plain)
+    return cls.__new__(cls)
+
+
+def follow(cache: Any, run: Run) -> None:
+    """From now on ``cache`` knows that its rows are those of ``run``."""
+    if not isinstance(cache, Followed):
+        cache.__class__ = _followed(cache.__class__)
+    cache.duet_run, cache.duet_order = run, None
+
+
+def forget(cache: Any) -> None:
+    """``cache`` is an ordinary one again."""
+    if isinstance(cache, Followed):
+        del cache.duet_run, cache.duet_order
+        cache.__class__ = cache._plain
+
+
 class DecodePass:
     """One later call on a reduced prompt: a decode step, a few draft tokens, or the next turn's text."""
 
-    def __init__(self, run: Run, adapter: Adapter, cache: Any, mask: Any, kwargs: dict[str, Any]) -> None:
+    def __init__(self, adapter: Adapter, cache: Followed, mask: Any, kwargs: dict[str, Any]) -> None:
+        run = cache.duet_run
         self.run, self.adapter, self.cache = run, adapter, cache
         embeds = kwargs["inputs_embeds"]
         self.batch, self.new = embeds.shape[:2]
         self.device = embeds.device
         self.home = run.group(adapter.first_attention)  # the layers whose mask the stock code makes from what it is given here
-        self.done = int(cache.get_seq_length()) - self.home.width
+        self.done = int(cache.get_seq_length()) - self.home.width  # type: ignore[attr-defined]
         self.tail = self._tail(mask)
+        self.steps = self._steps(mask)
         self.kinds = adapter.layer_types
         self.window = adapter.text_model.config.sliding_window if SLIDING in self.kinds else None
         # a window that reaches back to the first slot hides nothing
@@ -100,24 +228,37 @@ class DecodePass:
             )
         return mask[:, self.run.rows :].bool()
 
-    def _repeat(self, x: Tensor, dim: int = 0) -> Tensor:
-        """Beams and samples multiply the batch after the prompt."""
+    def _rows(self, x: Tensor, dim: int = 0) -> Tensor:
+        """``x`` of the run's samples as that of the cache's rows, reordered as the cache was."""
+        order = self.cache.duet_order
+        return self._repeated(x if order is None else x.index_select(dim, order.to(x.device)), dim)
+
+    def _repeated(self, x: Tensor, dim: int = 0) -> Tensor:
+        """What the caller made for the prompts, where he repeated these himself."""
         return x if x.shape[dim] == self.batch else x.repeat_interleave(self.batch // x.shape[dim], dim)
 
+    def _steps(self, mask: Tensor | None) -> Tensor:
+        """How far behind the first position after the prompt each new token stands: [new] or [B, new]. Tokens that the mask hides do not count."""
+        if mask is None:
+            return torch.arange(self.new, device=self.device) + self.done
+        assert self.run.real is not None
+        real = self._rows(self.run.real).to(self.device)
+        return self._repeated(mask).to(self.device).long().cumsum(1)[:, -self.new :] - 1 - real[:, None]
+
     def _positions(self, group: Group) -> Tensor:
-        step = torch.arange(self.new, device=self.device) + self.done
         if self.run.positions == "compact" and group is not self.run.groups[0]:
-            return self._repeat(torch.tensor(group.lengths, device=self.device))[:, None] + step
-        start = self.run.next_position
-        assert start is not None
-        return self._repeat(start, start.ndim - 1)[..., None] + step
+            start = torch.tensor(group.lengths, device=self.device)
+        else:
+            assert self.run.next_position is not None
+            start = self.run.next_position.to(self.device)
+        return (self._rows(start, start.ndim - 1)[..., None] + self.steps).clamp(min=0)
 
     def _mask2d(self, group: Group) -> Tensor | None:
         if self.tail is None and not group.padded:
             return None
-        valid = self._repeat(group.tokens.valid)
+        valid = self._rows(group.tokens.valid)
         keys = group.width + self.done + self.new  # fewer than the prompt had where rejected draft tokens were cut off again
-        tail = valid.new_ones(self.batch, max(0, self.done + self.new)) if self.tail is None else self._repeat(self.tail)
+        tail = valid.new_ones(self.batch, max(0, self.done + self.new)) if self.tail is None else self._repeated(self.tail)
         return torch.cat([valid, tail], 1)[:, :keys]
 
     def _home_mask(self, mask: Any, given: Any, embeds: Tensor) -> Any:
@@ -162,7 +303,7 @@ class DecodePass:
             return self._mask(group, index, hidden)
         rejected = max(0, -self.done)  # draft tokens that came with the prompt and were cut off again
         later = torch.arange(self.done + rejected + self.new, device=hidden.device) + self.run.rows - rejected
-        slots = self._repeat(group.tokens.slot)[:, : group.width - rejected]
+        slots = self._rows(group.tokens.slot)[:, : group.width - rejected]
         slots = torch.cat([slots, later.expand(self.batch, -1)], 1)
         mask = self._mask2d(group)
         mask = torch.ones_like(slots, dtype=torch.bool) if mask is None else mask

@@ -1,4 +1,4 @@
-"""What one top-level forward call knows, on a stack per thread: nothing lives on modules, so calls nest and threads do not meet."""
+"""What one call knows, on stacks per thread: nothing lives on modules, so calls nest and threads do not meet."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from duet_vlm.budget import SpanPlan
+from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import Encoding
 from duet_vlm.tokens import Selection
 
@@ -22,16 +23,26 @@ class Encoded:
 
     ``rows`` are the feature tensors as handed out, one per span: beam expansion repeats these very objects, so a span is found by
     identity. ``selection`` is None where V2V left the spans whole; ``slots`` [spans, K] says where its rows were put within their span.
+
+    ``aside``: the encoder was called by the user, who got all rows; these are the reduced ones, for when its output comes back with a
+    prompt, and ``levels`` those of the rows that are added behind the first decoder layers. ``ends`` [spans, C] are the last rows of the
+    spans (before the projector if ``at_door``), for prompts that are predicted from such a row.
     """
 
     stream: str
     rows: list[Tensor]
     grids: tuple[tuple[int, int] | None, ...]
     plans: tuple[SpanPlan, ...]
+    rules: Rules
     selection: Selection | None = None
     slots: Tensor | None = None
     cls_token: bool = False
+    aside: list[Tensor] | None = None
+    levels: list[tuple[Tensor, ...]] | None = None
+    ends: Tensor | None = None
+    at_door: bool = False
     finite: Tensor | None = None
+    wrong: Tensor | None = None  # the code of what the method returned (flow/verify.py)
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
     projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
     skipped: bool = False  # tower layers that nobody reads were not run
@@ -54,17 +65,21 @@ class Choice:
 
     plans: tuple[SpanPlan, ...]
     selection: Selection | None = None
+    wrong: Tensor | None = None
 
 
 @dataclass
 class EncoderCall:
     """Scratch of one running encoder call: what the recorder saw and what the door decided.
 
-    ``each``: parts are reduced one by one; ``skips``: tower layers that nobody reads are not run; ``signals``: importance and mean keys per
-    span, made of what was recorded, until the choice is made of them.
+    ``aside``: the user called the encoder, and gets what the stock model gives; ``each``: parts are reduced one by one; ``skips``: tower
+    layers that nobody reads are not run; ``signals``: importance and mean keys per span, made of what was recorded, until the choice is made
+    of them; ``merged``: the rows that go through the projector a second time, beside all of them.
     """
 
     encoding: Encoding
+    rules: Rules
+    aside: bool = False
     each: bool = False
     skips: bool = False
     recorded: list[Any] = field(default_factory=list)
@@ -72,6 +87,7 @@ class EncoderCall:
     choice: Choice | None = None
     cls: Tensor | None = None
     pending: Encoded | None = None
+    merged: Tensor | None = None
 
 
 @dataclass
@@ -86,6 +102,10 @@ class Arrived:
 class Call:
     """One running forward of the model; ``placeholders`` and ``arrived`` are by stream (image, video)."""
 
+    owner: Any
+    rules: Rules | None
+    inside: bool = False  # the multimodal model inside the owner runs
+    by_slot: bool = False  # the caller counts rows by prompt slots: the output gets one row for each
     labels: Tensor | None = None
     salient: Tensor | None = None
     drafts: int = 0  # rows at the end that assisted decoding guessed: they are no part of the question
@@ -95,14 +115,18 @@ class Call:
     brings_images: bool = False
     placeholders: dict[str, Tensor] = field(default_factory=dict)
     arrived: dict[str, Arrived] = field(default_factory=dict)
-    owner: Any = None
     run: Any = None
     made: Any = None  # by ranking, in the prefill that runs
 
 
 class Stacks(threading.local):
-    """Per thread: the running forward calls, the running encoder calls."""
+    """Per thread: the rules of what has begun (generate, forward, encoder calls, innermost last), the running forward and encoder calls,
+    and the last run (None: nothing to report)."""
 
     def __init__(self) -> None:
+        self.begun: list[Rules | None] = []
         self.calls: list[Call] = []
         self.encoders: list[EncoderCall] = []
+        self.preparing = 0  # generate() encodes what its prompt shows
+        self.has_run = False
+        self.last: Any = None

@@ -18,6 +18,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+STORED = ("keys", "values", "_quantized_keys", "_quantized_values")  # attributes of a cache layer
+PREPARE = "_prepare_multimodal_encoder_kwargs_for_generation"  # the step of generate() that runs the encoders
 PREFILL = "_prefill"  # the step of generate() that may cut a prompt into chunks; gets the merged generation config
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
@@ -63,11 +65,22 @@ def is_static(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False))
 
 
-def cache_bytes(cache: Any) -> tuple[int, ...]:
+def cache_bytes(cache: Any) -> tuple[int, ...] | None:
     """Bytes of keys and values per layer, read from the tensors' shapes (no device access); a linear layer's state has neither, nor has a
-    layer that was not filled (recomputed layers pass the cache over)."""
-    filled = [getattr(layer, "keys", None) is not None for layer in cache.layers]
-    return tuple(layer.keys.nbytes + layer.values.nbytes if full else 0 for layer, full in zip(cache.layers, filled, strict=True))
+    layer that was not filled (recomputed layers pass the cache over). A quantised layer's are its packed numbers, their scales and what it has
+    not packed yet. None where a layer holds rows, but not where any known layer has them."""
+    stored = tuple(sum(_bytes(getattr(layer, name, None)) for name in STORED) for layer in cache.layers)
+    unknown = any(size == 0 and getattr(layer, "get_seq_length", int)() > 0 for layer, size in zip(cache.layers, stored, strict=True))
+    return None if unknown else stored
+
+
+def _bytes(held: Any) -> int:
+    if hasattr(held, "__tensor_flatten__"):  # a packed tensor states the size of what it stands for
+        return sum(_bytes(getattr(held, name)) for name in held.__tensor_flatten__()[0])
+    if isinstance(held, Tensor):
+        return held.nbytes
+    parts = held.values() if isinstance(held, dict) else held if isinstance(held, tuple | list) else ()
+    return sum(map(_bytes, parts))
 
 
 def cached_rows(cache: Any, layer: int) -> int:
@@ -90,6 +103,11 @@ def register_attention(name: str, function: AttentionFunction) -> None:
 def use_attention(config: Any, name: str) -> None:
     """Set the implementation on a private config copy without the validation that the public setter runs."""
     config._attn_implementation_internal = name
+
+
+def drafts(options: dict[str, Any]) -> bool:
+    """Whether a call of generate() is that of another model's assistant (assisted decoding)."""
+    return bool(getattr(options.get("generation_config"), "is_assistant", None))
 
 
 def uses_cache(text_model: nn.Module, use_cache: bool | None) -> bool:

@@ -13,9 +13,11 @@ from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.made import Made
 from duet_vlm.flow.masks import cut_mask
 from duet_vlm.flow.positions import group_rotary
+from duet_vlm.flow.verify import checked_mask
 from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
 from duet_vlm.ops.ragged import pack_left, pack_right, take, take_last
 from duet_vlm.ops.score import query_attention
+from duet_vlm.ops.spans import SpanRows
 from duet_vlm.reducer import DecoderReducer, Reducer, TextView
 from duet_vlm.tokens import TokenMap
 
@@ -27,19 +29,19 @@ class PrefillPass:
         self,
         run: Run,
         adapter: Adapter,
-        reducer: Reducer,
         cache: Any,
         queries: Tensor,
         asking: list[int],
         kwargs: dict[str, Any],
         replay: dict[Any, Any],
     ) -> None:
-        self.run, self.adapter, self.reducer, self.cache, self.replay = run, adapter, reducer, cache, replay
+        self.run, self.adapter, self.reducer, self.cache, self.replay = run, adapter, run.rules.reducer, cache, replay
         self.queries, self.asking = queries, asking
         self.kinds = adapter.layer_types
         self.prepared = _prepared(kwargs.get("attention_mask")) if FULL in self.kinds else None  # windows are lifted for ranking
         self.drops = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
-        self.scored_at = scoring_layers(adapter, reducer, [layer for layer, keeps in self.drops.items() if any(keeps)])
+        self._check_rows_left()
+        self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.drops if _any(run.ranked(layer))])
         run.asking = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
         self.to_rank = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
@@ -51,12 +53,18 @@ class PrefillPass:
 
     def _keeps_at(self, layer: int) -> list[int] | None:
         """Visual tokens per sample that stay before ``layer``, None where nothing changes."""
-        now = [sum(p.counts[layer] for p in row) for row in self.run.plans]
-        return now if now != self._alive_before(layer) else None
+        now = self.run.visual(layer)
+        return now if now != self.run.visual(layer - 1) else None
 
-    def _alive_before(self, layer: int) -> list[int]:
-        """Visual tokens per sample in front of ``layer``'s drop."""
-        return [sum(p.counts[layer - 1] if layer else p.entry for p in row) for row in self.run.plans]
+    def _check_rows_left(self) -> None:
+        """Only without ``keep_predicting``: a prompt that is nothing but an image, of which nothing is kept."""
+        first = zip(self.run.groups[0].lengths, self.run.visual(-1), self.run.visual(self.run.depth - 1), strict=True)
+        for sample, (rows, entered, left) in enumerate(first):
+            if rows and rows - entered + left == 0:
+                raise ValueError(
+                    f"sample {sample} has no row left at the end of {self.reducer.name}'s schedule, and none that could predict: use "
+                    "keep_predicting=True, or write text behind the image"
+                )
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
@@ -86,7 +94,7 @@ class PrefillPass:
             return rotary
         key = (group.first_layer, self.kinds[index])
         if key not in self.rotaries:
-            tokens = _to(group.tokens, rotary[0].device)
+            tokens = group.tokens.to(rotary[0].device)
             self.rotaries[key] = group_rotary(self.adapter, hidden, rotary, tokens, self.run.positions, self.kinds[index])
         return self.rotaries[key]
 
@@ -111,7 +119,7 @@ class PrefillPass:
     def _score(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Attention that text pays to each row [B, T] float32."""
         group = self.run.group(index)
-        tokens = _to(group.tokens, hidden.device)
+        tokens = group.tokens.to(hidden.device)
         rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
         received = self._attention(layer, hidden.detach(), tokens, rotary).to(hidden.device)
         self.made.recording = False
@@ -179,14 +187,14 @@ class PrefillPass:
     def _decide(self, index: int, hidden: Tensor) -> Tensor:
         """Rows [B, T'] that go on; opens the group of layers that read them."""
         group = self.run.group(index - 1) if index else self.run.groups[0]
-        tokens = _to(group.tokens, hidden.device)
-        keep = tokens.valid & ~tokens.visual
+        tokens = group.tokens.to(hidden.device)
+        keep = tokens.valid & ~tokens.ranked
         if index in self.replay:
-            keep = keep | self._still_there(tokens, _to(self.replay[index], hidden.device))
-        elif any(self.drops[index]):
+            keep = keep | self._still_there(tokens, self.replay[index].to(hidden.device))
+        elif _any(self.run.ranked(index)):
             with compat.without_autocast(hidden):
                 keep = keep | self._staying(index, tokens)
-        alive = self._alive_before(index)
+        alive = self.run.visual(index - 1)
         lengths = tuple(n - b + k for n, b, k in zip(group.lengths, alive, self.drops[index], strict=True))
         chosen, valid = pack_left(keep, max(lengths))
         self.run.groups.append(Group(index, tokens.take(chosen, valid), lengths))
@@ -204,12 +212,25 @@ class PrefillPass:
         """Visual rows [B, T] bool that the method keeps."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer)
-        rows, real = pack_right(tokens.visual, max(self._alive_before(index)))
+        alive, kept = self.run.ranked(index - 1), self.run.ranked(index)
+        rows, real = pack_right(tokens.ranked, max(map(sum, alive)))
         scores = self.scores[self.scored_at[index]].to(rows.device).gather(1, rows) if index in self.scored_at else None
         spans, span, token = self._provenance(tokens, rows) if reducer.uses_tokens else ((), None, None)
-        keep = torch.tensor(self.drops[index], device=rows.device)
-        stays = reducer.t2v(TextView(real, keep, spans, span, token, scores)) & real
+        if reducer.share == "joint":
+            stays = self._choose(TextView(real, torch.tensor([*map(sum, kept)], device=rows.device), spans, span, token, scores))
+        else:
+            layout = SpanRows.of(alive, rows.shape[1], rows.device)
+            columns = [None if x is None else layout.take(x) for x in (span, token, scores)]
+            keep = torch.tensor([count for sample in kept for count in sample], device=rows.device)
+            stays = layout.put(self._choose(TextView(layout.valid, keep, spans, *columns)))
         return torch.zeros_like(tokens.visual).scatter(1, rows, stays)
+
+    def _choose(self, view: TextView) -> Tensor:
+        """What the method keeps of ``view``, checked: [B, V] bool."""
+        assert isinstance(self.reducer, DecoderReducer)
+        mask, wrong = checked_mask(self.reducer, self.reducer.t2v(view), view.valid, view.keep)
+        self.run.wrong.append(wrong)
+        return mask
 
 
 def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict[int, int]:
@@ -233,18 +254,15 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict
     return scored
 
 
+def _any(counts: list[list[int]]) -> bool:
+    return any(any(row) for row in counts)
+
+
 def _prepared(mask: Any) -> Tensor | None:
     """The 4-D mask of full attention, where the caller or the family prepared one."""
     if isinstance(mask, dict):
         mask = mask.get(FULL)
     return mask if isinstance(mask, Tensor) and mask.ndim == 4 else None
-
-
-def _to(tokens: TokenMap, device: torch.device) -> TokenMap:
-    """The map on the device of the layer that reads it (device_map may spread layers)."""
-    if tokens.slot.device == device:
-        return tokens
-    return TokenMap(tokens.slot.to(device), tokens.row.to(device), tokens.valid.to(device), tokens.visual.to(device))
 
 
 def layer_device(layer: nn.Module, hidden: Tensor) -> torch.device:

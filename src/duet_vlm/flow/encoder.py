@@ -1,7 +1,8 @@
 """V2V: reduce the rows of each span between vision tower and decoder, without changing how many rows the model counts.
 
 Reduced spans keep their length: rows that are gone are marked, so the model's own checks, packing, position code and beam expansion
-keep working; the marked rows are removed where the decoder begins. Point-wise projectors are reduced at their door (only the surviving
+keep working; the marked rows are removed where the decoder begins. Users who call the encoder themselves get what the stock model gives;
+the reduced rows ride along, in case its output comes back with a prompt. Point-wise projectors are reduced at their door (only the surviving
 rows are projected, merged ones included); grid mergers, and methods that read projected rows, after the encoder call.
 """
 
@@ -11,6 +12,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,9 @@ from torch.nn.utils.rnn import pad_sequence
 from duet_vlm.budget import BudgetError, SpanPlan
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Stacks
+from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.split import select_each, with_structure
+from duet_vlm.flow.verify import checked_selection, not_finite
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
@@ -34,16 +38,16 @@ STRUCTURE, PADDING = -1, -2  # in place of the number of a part
 MARK = float("nan")  # of rows that do not exist any more; real rows are checked to be finite
 
 
-def is_marked(embeds: Tensor) -> Tensor:
-    """[B, S, D] -> [B, S] bool."""
-    return embeds[..., 0].isnan()
+def is_marked(rows: Tensor) -> Tensor:
+    """[..., D] -> [...] bool."""
+    return rows[..., 0].isnan()
 
 
 class EncoderFlow:
-    """Wraps the encoder call of one model. ``reducer`` and ``plan`` (part sizes, structure rows, each -> plan) are read at call time."""
+    """Wraps the encoder call of one model. ``begun`` says by which rules a call runs (None: the full model)."""
 
-    def __init__(self, adapter: Adapter, stacks: Stacks, reducer: Callable[[], Reducer | None], plan: Callable[..., SpanPlan]) -> None:
-        self.adapter, self.stacks, self.reducer, self.plan = adapter, stacks, reducer, plan
+    def __init__(self, adapter: Adapter, stacks: Stacks, begun: Callable[[], AbstractContextManager[Rules | None]]) -> None:
+        self.adapter, self.stacks, self.begun = adapter, stacks, begun
         self.skipping = False  # whether layers that nobody reads were found
 
     def wrap(self, encode: Callable[..., Any], stream: Stream) -> Callable[..., Any]:
@@ -52,20 +56,23 @@ class EncoderFlow:
 
         @functools.wraps(encode)
         def encode_and_reduce(*args: Any, **kwargs: Any) -> Any:
-            reducer = self.reducer()
-            if reducer is None or self.stacks.encoders:  # nobody reduces, or one encoder method calls another
-                return encode(*args, **kwargs)
-            bound = signature.bind_partial(*args, **kwargs)
-            encoding = stream.encoding(bound.arguments)
-            call = EncoderCall(encoding, _takes_each(reducer, stream), self._skips(reducer, encoding))
-            self.stacks.encoders.append(call)
-            try:
-                output = encode(*args, **kwargs)
-            finally:
-                self.stacks.encoders.pop()
-            return self._finish(output, call, reducer)
+            with self.begun() as rules:
+                if rules is None or self.stacks.encoders:  # nobody reduces, or one encoder method calls another
+                    return encode(*args, **kwargs)
+                bound = signature.bind_partial(*args, **kwargs)
+                call = self._call(stream, stream.encoding(bound.arguments), rules)
+                self.stacks.encoders.append(call)
+                try:
+                    output = encode(*args, **kwargs)
+                finally:
+                    self.stacks.encoders.pop()
+                return self._finish(output, call)
 
         return encode_and_reduce
+
+    def _call(self, stream: Stream, encoding: Encoding, rules: Rules) -> EncoderCall:
+        aside = not (self.stacks.calls or self.stacks.preparing)
+        return EncoderCall(encoding, rules, aside, _takes_each(rules.reducer, stream), not aside and self._skips(rules.reducer, encoding))
 
     def _skips(self, reducer: Reducer, encoding: Encoding) -> bool:
         """Training runs the tower as it is: whoever shards or differentiates it counts on every layer."""
@@ -85,10 +92,10 @@ class EncoderFlow:
     def after_attention(self, attention: nn.Module, args: Any, output: Any) -> None:
         """Post-hook of the recorded attention: nothing of it may live on beside what the layer's MLP needs, unless the choice still waits
         for the features."""
-        reducer = self.reducer()
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
-        if call is None or not call.recorded or not isinstance(reducer, EncoderReducer):
+        if call is None or not call.recorded or not isinstance(call.rules.reducer, EncoderReducer):
             return
+        reducer = call.rules.reducer
         if call.signals is not None or call.choice is not None:
             raise RuntimeError("the vision tower ran twice in one encoder call: nobody knows which of its attentions ranks the tokens")
         if self._may_merge(call):
@@ -96,83 +103,98 @@ class EncoderFlow:
                 call.signals = self.adapter.importance_and_keys(call.recorded, call.encoding, reducer.signal_segments)
             if not reducer.reads_features:
                 counts = [len(scores) + self.adapter.feeds_cls for scores in call.signals[0]]
-                call.choice, call.signals = self._choose(reducer, call, counts, lambda: None), None
+                call.choice, call.signals = self._choose(call, counts, lambda: None), None
         call.recorded.clear()
 
     def _may_merge(self, call: EncoderCall) -> bool:
         """Whether spans can be reduced at all: no span is larger than all that the tower looked at."""
         rows = sum(recorded.key.shape[0] * recorded.key.shape[2] for recorded in call.recorded)
         try:
-            return self.plan((rows,), 0, call.each).merges
+            return call.rules.span((rows,), 0, call.each).merges
         except BudgetError:  # so many rows cannot be reduced so far, fewer may
             return True
 
     def _plans(self, call: EncoderCall, parts: list[Tensor]) -> tuple[SpanPlan, ...]:
         """The plan of each span from the sizes of its parts and its structure rows."""
         sizes = [np.bincount(rows.numpy() + 1).tolist() for rows in parts]  # numpy: on the host already, nothing waits
-        return tuple(self.plan(tuple(some), structure, call.each) for structure, *some in sizes)
+        return tuple(call.rules.span(tuple(some), structure, call.each) for structure, *some in sizes)
 
     # ---- point-wise projector: before it
 
     def at_door(self, door: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Pre-hook of the projector: features [B, N, C] -> surviving rows [B, K, C]."""
-        reducer = self.reducer()
-        if not self.stacks.encoders or not isinstance(reducer, EncoderReducer) or reducer.reads_projected:
+        call = self.stacks.encoders[-1] if self.stacks.encoders else None
+        if call is None or not isinstance(call.rules.reducer, EncoderReducer) or call.rules.reducer.reads_projected:
             return None
-        call = self.stacks.encoders[-1]
+        reducer = call.rules.reducer
         together = self.adapter.door_parts(call.encoding)
-        features = args[0].unflatten(0, (-1, together)).flatten(1, 2)
-        counts = [features.shape[1]] * features.shape[0]
+        spans = features = args[0].unflatten(0, (-1, together)).flatten(1, 2)
         if reducer.cls_token:
             features = torch.cat([_cls_of(call, self.adapter), features], 1)
-        choice = self._choice(reducer, call, counts, lambda: features)
+        choice = self._choice(call, [spans.shape[1]] * spans.shape[0], lambda: features)
         if choice.selection is None:
             return None
         slots = slots_of(choice.selection, reducer)
-        call.pending = Encoded(call.encoding.stream, [], (), choice.plans, choice.selection, slots, reducer.cls_token)
-        return (merged_rows(features, choice.selection), *args[1:])
+        call.pending = Encoded(
+            call.encoding.stream, [], (), choice.plans, call.rules, choice.selection, slots, reducer.cls_token,
+            wrong=choice.wrong, ends=spans[:, -1].clone(), at_door=True,
+        )  # fmt: skip
+        merged = merged_rows(features, choice.selection)
+        if call.aside:
+            call.merged = merged
+            return None
+        return (merged, *args[1:])
 
     def after_door(self, door: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
         """Post-hook of the projector: rows [B, K, D] -> [B, N, D] with the missing rows marked."""
-        pending = self.stacks.encoders[-1].pending if self.stacks.encoders else None
-        if pending is None:
+        call = self.stacks.encoders[-1] if self.stacks.encoders else None
+        if call is None or call.pending is None:
             return None
-        together = self.adapter.door_parts(self.stacks.encoders[-1].encoding)
-        return _marked(projected, pending, pending.plans[0].tokens).unflatten(1, (together, -1)).flatten(0, 1)
+        width = call.pending.plans[0].tokens
+        if call.merged is not None:
+            call.pending.aside = list(_marked(door.forward(call.merged), call.pending, width))
+            return None
+        together = self.adapter.door_parts(call.encoding)
+        return _marked(projected, call.pending, width).unflatten(1, (together, -1)).flatten(0, 1)
 
     # ---- grid merger, or a method that reads projected rows: after the call
 
-    def _finish(self, output: Any, call: EncoderCall, reducer: Reducer) -> Any:
+    def _finish(self, output: Any, call: EncoderCall) -> Any:
         if not hasattr(output, "pooler_output"):
             raise TypeError(f"{self.adapter.family}: the encoder returned {type(output).__name__}; call it with return_dict=True or detach")
-        rows, encoded = self.adapter.spans(output, call.encoding), call.pending
+        rows = self.adapter.spans(output, call.encoding)
         counts = [len(r) for r in rows]
-        if encoded is None:
-            choice = self._choice(reducer, call, counts, lambda: pad_rows(rows)[0])
-            encoded = Encoded(call.encoding.stream, rows, (), choice.plans, choice.selection)
-            if choice.selection is not None:
-                encoded.slots = slots_of(choice.selection, reducer)
-                rows = _reduced(rows, encoded, check=True)
-                levels = getattr(output, "deepstack_features", None)  # later layers add these to the same rows
-                if levels:
-                    output.deepstack_features = [type(level)(_reduced(list(level), encoded)) for level in levels]
-        output.pooler_output = torch.stack(rows) if isinstance(output.pooler_output, Tensor) else type(output.pooler_output)(rows)
-        encoded.rows = rows = list(output.pooler_output)
+        encoded = call.pending or self._behind(rows, getattr(output, "deepstack_features", None), call)
+        encoded.rows = rows
         encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
         encoded.projected, encoded.skipped = tuple(self.adapter.projected(call.encoding, counts)), call.skips
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
         setattr(output, ENCODED, encoded)
-        if self.stacks.calls:  # inside forward: the decoder of this very call wants them
-            self.stacks.calls[-1].arrived[call.encoding.stream] = Arrived(rows, encoded)
+        if not call.aside:
+            hand_out(output, encoded)
+            if self.stacks.calls:  # inside forward: the decoder of this very call wants them
+                self.stacks.calls[-1].arrived[call.encoding.stream] = Arrived(encoded.rows, encoded)
         return output
+
+    def _behind(self, rows: list[Tensor], levels: Any, call: EncoderCall) -> Encoded:
+        """Spans reduced behind the encoder call; ``levels`` are rows that later layers add to the same ones."""
+        choice = self._choice(call, [len(r) for r in rows], lambda: pad_rows(rows)[0])
+        encoded = Encoded(call.encoding.stream, rows, (), choice.plans, call.rules, choice.selection)
+        if choice.selection is not None:
+            encoded.slots, encoded.wrong = slots_of(choice.selection, call.rules.reducer), choice.wrong
+            encoded.ends = torch.stack([row[-1] for row in rows])
+            features, _ = pad_rows(rows)
+            encoded.aside = _cut(_marked(merged_rows(features, choice.selection), encoded, features.shape[1]), rows)
+            encoded.levels = [type(level)(_overwritten(list(level), encoded)) for level in levels or ()]
+        return encoded
 
     # ---- both
 
-    def _choice(self, reducer: Reducer, call: EncoderCall, counts: list[int], features: Features) -> Choice:
+    def _choice(self, call: EncoderCall, counts: list[int], features: Features) -> Choice:
         """What was chosen in front of the features, or is chosen now that they are there."""
         if call.choice is None:
-            return self._choose(reducer, call, counts, features)
+            return self._choose(call, counts, features)
         chosen_for = [plan.tokens for plan in call.choice.plans]
         if chosen_for != counts:
             raise RuntimeError(
@@ -181,8 +203,9 @@ class EncoderFlow:
             )
         return call.choice
 
-    def _choose(self, reducer: Reducer, call: EncoderCall, counts: list[int], features: Features) -> Choice:
+    def _choose(self, call: EncoderCall, counts: list[int], features: Features) -> Choice:
         """Plans and selection for spans of ``counts`` rows; ``features`` makes [B, N, C], a CLS row in front if it is fed, or None."""
+        reducer = call.rules.reducer
         parts = self.adapter.parts(call.encoding, counts)
         plans = self._plans(call, parts)
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
@@ -206,10 +229,10 @@ class EncoderFlow:
                 numbers.clamp(min=STRUCTURE), call.encoding.stream,
             )  # fmt: skip
             if call.each and any(plan.parts for plan in plans):
-                selection = select_each(reducer, view, parts)
+                selection, wrong = select_each(reducer, view, parts)
             else:
-                selection = reducer.v2v(view)
-        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection)
+                selection, wrong = checked_selection(reducer, reducer.v2v(view), view, view.plans)
+        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection, wrong)
 
     def _signals(self, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if call.signals is None:
@@ -238,22 +261,41 @@ def _takes_each(reducer: Reducer, stream: Stream) -> bool:
     return reducer.parts == "each" or (stream.each and not reducer.reads_time)
 
 
-def _reduced(rows: list[Tensor], encoded: Encoded, check: bool = False) -> list[Tensor]:
-    """The rows of each span [n, D], survivors and merged ones in their slots and the others marked."""
+def hand_out(output: Any, encoded: Encoded) -> None:
+    """Put the reduced rows in the place of those that the encoder made, if it has reduced any."""
+    rows = encoded.rows if encoded.aside is None else encoded.aside
+    made = output.pooler_output
+    output.pooler_output = torch.stack(rows) if isinstance(made, Tensor) else type(made)(rows)
+    if encoded.levels:
+        output.deepstack_features = encoded.levels
+    encoded.rows, encoded.aside = list(output.pooler_output), None
+
+
+def _marked(rows: Tensor, encoded: Encoded, width: int) -> Tensor:
+    """[B, K, D] -> [B, width, D]: rows in their slots, all others marked."""
+    selection = encoded.selection
+    assert selection is not None
+    encoded.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
+    return _placed(rows, encoded, rows.new_full((rows.shape[0], width, rows.shape[2]), MARK))
+
+
+def _overwritten(rows: list[Tensor], encoded: Encoded) -> list[Tensor]:
+    """Rows of a later level [n, D] with merged ones in their slots; nobody reads those that left, so they stay as they are."""
     features, _ = pad_rows(rows)
     assert encoded.selection is not None
-    marked = _marked(merged_rows(features, encoded.selection), encoded, features.shape[1], check)
-    return [row[: len(old)] for row, old in zip(marked, rows, strict=True)]
+    return _cut(_placed(merged_rows(features, encoded.selection), encoded, features), rows)
 
 
-def _marked(rows: Tensor, encoded: Encoded, width: int, check: bool = True) -> Tensor:
+def _placed(rows: Tensor, encoded: Encoded, onto: Tensor) -> Tensor:
+    """``onto`` [B, N, D] with ``rows`` [B, K, D] in their slots; those that do not exist go to a slot past the end."""
     selection, slots = encoded.selection, encoded.slots
     assert selection is not None and slots is not None
-    if check:
-        encoded.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
-    spare = torch.where(selection.valid, slots, width)  # rows that do not exist go to a slot past the end
-    full = rows.new_full((rows.shape[0], width + 1, rows.shape[2]), MARK)
-    return full.scatter(1, spare[..., None].expand_as(rows), rows)[:, :width]
+    spare = torch.where(selection.valid, slots, onto.shape[1])[..., None].expand_as(rows)
+    return nn.functional.pad(onto, (0, 0, 0, 1)).scatter(1, spare, rows)[:, : onto.shape[1]]
+
+
+def _cut(padded: Tensor, rows: list[Tensor]) -> list[Tensor]:
+    return [row[: len(old)] for row, old in zip(padded, rows, strict=True)]
 
 
 def _cls_of(call: EncoderCall, adapter: Adapter) -> Tensor:
@@ -267,9 +309,3 @@ def check_finite(flag: Tensor, what: str) -> None:
     """Raise if a device flag says that something is not finite. Read at once on the CPU only: elsewhere the entry read covers the rows."""
     if flag.device.type == "cpu" and not bool(flag):
         raise not_finite(what)
-
-
-def not_finite(what: str) -> ValueError:
-    return ValueError(
-        f"{what} contain NaN or Inf: tokens cannot be ranked. Check the input image, the weights and the dtype (try bfloat16 or float32)."
-    )

@@ -1,9 +1,10 @@
-"""The decoder's door: marked rows leave, and everything indexed by row shrinks with them: embeddings, masks, positions."""
+"""Where the decoder begins: marked rows leave, and everything indexed by row shrinks with them: embeddings, masks, positions."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -11,210 +12,164 @@ from torch import Tensor
 
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat
-from duet_vlm.flow.cache import RUN, DecodePass, Group, Run
-from duet_vlm.flow.call import Arrived, Call, Encoded
+from duet_vlm.flow.cache import DecodePass, Followed, Group, Pool, Run, Staying, follow, forget
+from duet_vlm.flow.call import Call
 from duet_vlm.flow.decoder import PrefillPass
-from duet_vlm.flow.encoder import is_marked, not_finite
-from duet_vlm.flow.masks import cut_mask, window
+from duet_vlm.flow.encoder import is_marked
+from duet_vlm.flow.layout import Dealt, Layout, check_pictures, deal, predicting, read_layout, rows_that_stay, span_ends, spans_of
+from duet_vlm.flow.masks import cut_mask, documents, real_rows, window
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
+from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import FULL, SLIDING, Adapter
 from duet_vlm.ops.ragged import pack_left, take
-from duet_vlm.reducer import DecoderReducer, Reducer
+from duet_vlm.reducer import DecoderReducer
 from duet_vlm.text import query_rows
 from duet_vlm.tokens import Span, TokenMap
 
 
-def enter(adapter: Adapter, reducer: Reducer | None, call: Call, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
+def enter(adapter: Adapter, call: Call, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
     """Prepare one call of the decoder stack; ``kwargs`` are changed in place. None: nothing to do, the stock path runs."""
     cache = kwargs.get("past_key_values")
     filled = cache is not None and int(cache.get_seq_length()) > 0
-    run = getattr(cache, RUN, None) if filled else None
-    brings_images = bool(call.arrived)
-    if run is not None:
-        if brings_images:
+    if not filled:
+        forget(cache)
+    if isinstance(cache, Followed):
+        if call.arrived:
             raise ValueError("new image on a reduced cache: start a new conversation (no past_key_values) or detach")
-        run.decoded += kwargs["inputs_embeds"].shape[1]
-        return DecodePass(run, adapter, cache, call.mask, kwargs)
-    if reducer is None:
+        cache.duet_run.decoded += kwargs["inputs_embeds"].shape[1]
+        return DecodePass(adapter, cache, call.mask, kwargs)
+    rules = next((arrived.encoded.rules for arrived in call.arrived.values() if arrived.encoded is not None), call.rules)
+    if rules is None:
         return None
-    if filled and brings_images:
+    if filled and call.arrived:
         raise ValueError("new image on a cache that already holds tokens: start a new conversation (no past_key_values) or detach")
     if not call.placeholders or filled:
         return None
-    return _prefill(adapter, reducer, call, kwargs)
+    return _prefill(adapter, rules, call, kwargs)
 
 
-def _prefill(adapter: Adapter, reducer: Reducer, call: Call, kwargs: dict[str, Any]) -> PrefillPass | None:
-    embeds, cache = kwargs["inputs_embeds"], kwargs.get("past_key_values")
-    if compat.is_static(cache):
-        raise ValueError("static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach")
-    valid = _valid_rows(call.mask, embeds)
+def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any]) -> PrefillPass | None:
+    embeds, cache, reducer = kwargs["inputs_embeds"], kwargs.get("past_key_values"), rules.reducer
+    valid = real_rows(call.mask, embeds)
     places = {name: rows.to(valid.device) for name, rows in call.placeholders.items()}
-    prompt = TokenMap.identity(valid, torch.stack(list(places.values())).any(0))
+    visual = torch.stack(list(places.values())).any(0)
+    stored = _decisions(call, rules) if cache is None and call.labels is None and call.arrived else {}
+    stays = left_out = torch.zeros_like(valid)
+    if reducer.keep_predicting and call.arrived:
+        rows = stored.setdefault("predicting", predicting(valid, visual, call.labels, call.drafts))
+        rows = torch.nn.functional.pad(rows, (0, valid.shape[1] - rows.shape[1]))
+        stays, left_out = rows_that_stay(call, rows, places, embeds)
+    prompt = TokenMap.identity(valid, visual, stays)
     queries = torch.zeros_like(valid)
     if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.arrived:
         asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
-        queries = query_rows(reducer.text_query, prompt.visual, asking, call.labels, call.salient, reducer.training_turns)
-    layout, visual = _read_layout(call, places, valid, queries)
-    for name in places.keys() - call.arrived.keys():
-        if any(visual[name]):
-            row = next(i for i, count in enumerate(visual[name]) if count)
-            raise ValueError(
-                f"sample {row} has {visual[name][row]} {name} placeholders in its text, but no {name} was passed: pass {name}s to the "
-                "processor (pixel_values), or remove the placeholders"
-            )
+        queries = query_rows(reducer.text_query, prompt.ranked, asking, call.labels, call.salient, reducer.training_turns)
+    cached = cache is not None or compat.uses_cache(adapter.text_model, kwargs.get("use_cache"))
+    begins = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
+    layout = read_layout(call, reducer, places, valid, queries, stays, left_out, begins)
+    check_pictures(call, layout)
     if not call.arrived:
         return None
-    spans, sources = _spans(call, visual, places)
+    if compat.is_static(cache):
+        raise ValueError("static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach")
+    dealt = deal(call, layout)
+    spans, sources = spans_of(dealt, layout, places, valid)
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
     if isinstance(reducer, DecoderReducer) and reducer.skip_unanswered and call.labels is not None:
-        plans = tuple(_without_drops(row) if not answered else row for row, (_, _, answered) in zip(plans, layout, strict=True))
-    run = Run(embeds.shape[1], reducer.positions, spans, plans, prompt, len(adapter.layers), sum(sources, ()))
-    run.element_bytes = embeds.element_size()
-    call.run = run
-    _remove_marked(run, adapter, reducer, [length for length, _, _ in layout], kwargs)
+        plans = tuple(_without_drops(row) if not answered else row for row, answered in zip(plans, layout.answered, strict=True))
+    pools = _pools(plans, spans, layout, prompt, left_out, each=getattr(reducer, "share", "joint") == "each")
+    run = Run(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.after))
+    run.element_bytes, run.real = embeds.element_size(), valid.sum(1)
     run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
+    call.run = run
+    if any(some.added for some in layout.staying):
+        kwargs["inputs_embeds"] = _bring_back(adapter, call, dealt, places, left_out, embeds)
+    marks = any(arrived.encoded is not None and arrived.encoded.selection is not None for arrived in call.arrived.values())
+    hidden = any(any(counts) for counts in layout.hidden.values())  # pictures under the caller's mask: rows that may be marked as well
+    _remove_marked(run, adapter, layout.lengths, hidden and (marks or run.reduces), kwargs)
     if run.reduces:
         if cache is None and compat.uses_cache(adapter.text_model, kwargs.get("use_cache")):
             cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config)
         if cache is not None:
-            setattr(cache, RUN, run)
-    replay = _decisions(call, run, reducer) if cache is None and call.labels is None else {}
-    return PrefillPass(run, adapter, reducer, cache, queries, [n for _, n, _ in layout], kwargs, replay)
+            follow(cache, run)
+    replay = stored.setdefault("survivors", {}) if cache is None and run.reduces else {}
+    return PrefillPass(run, adapter, cache, queries, list(layout.asking), kwargs, replay)
 
 
-def _decisions(call: Call, run: Run, reducer: Reducer) -> dict[Any, Any]:
-    """Without a cache generate() sends the growing prompt again and again: the survivors of its first pass are replayed.
+def _pools(
+    plans: tuple[tuple[SpanPlan, ...], ...], spans: tuple[tuple[Span, ...], ...], layout: Layout, prompt: TokenMap, left_out: Tensor, each: bool
+) -> tuple[tuple[Pool, ...], ...]:
+    """Which spans are ranked together: all of a sample, or each by itself."""
+    if not each:
+        return tuple((Pool(row, some),) for row, some in zip(plans, layout.staying, strict=True))
+    if not any(some.rows for some in layout.staying):
+        return tuple(tuple(Pool((plan,)) for plan in row) for row in plans)
+    rank = prompt.visual.cumsum(1) - 1  # one more read, where rows stay and it matters which span they are of
+    staying = [[r[m].tolist() for r, m in zip(rank, mask, strict=True)] for mask in (prompt.stays, left_out)]
 
-    They ride on the encoder output that it reuses; a prompt that does not continue the first one decides anew.
+    def of(sample: int, span: Span) -> Staying:
+        return Staying(*(sum(span.offset <= r < span.offset + span.tokens for r in ranks[sample]) for ranks in staying))
+
+    return tuple(
+        tuple(Pool((plan,), of(sample, span)) for plan, span in zip(row, spans[sample], strict=True)) for sample, row in enumerate(plans)
+    )
+
+
+def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Tensor], left_out: Tensor, embeds: Tensor) -> Tensor:
+    """Embeddings [B, S, D] with the rows that predict although V2V has left them out: the last tokens of their spans, as the tower made them."""
+    for name, arrived in call.arrived.items():
+        encoded = arrived.encoded
+        if encoded is None or encoded.ends is None:
+            continue
+        place = span_ends(arrived, places[name])
+        numbers = [number for sample in dealt[name] for (_, number), _ in sample]
+        rows = encoded.ends[torch.tensor(numbers, device=encoded.ends.device)]
+        rows = adapter.door.forward(rows[:, None])[:, 0] if encoded.at_door and adapter.door is not None else rows
+        rows = rows.to(embeds.device, embeds.dtype)[place.clamp(min=0).to(embeds.device)]
+        embeds = torch.where((left_out & (place >= 0)).to(embeds.device)[..., None], rows, embeds)
+    return embeds
+
+
+def _decisions(call: Call, rules: Rules) -> dict[str, Any]:
+    """Without a cache generate() sends the growing prompt again and again: what its first pass decided (rows that predict, survivors by layer)
+    is replayed.
+
+    It rides on the encoder output that generate() reuses; a prompt that does not continue the first one decides anew.
     """
     first_arrived = next(iter(call.arrived.values())).encoded
     assert first_arrived is not None
     stored, ids = first_arrived.decisions, call.input_ids
-    if ids is None or not run.reduces:
+    if ids is None:
         return {}
     first: Any = stored.get("input_ids")
-    same = stored.get("reducer") == reducer and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
+    same = stored.get("rules") is rules and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
     if not (same and torch.equal(first, ids[:, : first.shape[1]])):
         stored.clear()
-        stored.update(input_ids=ids, reducer=reducer)
+        stored.update(input_ids=ids, rules=rules)
     return stored
-
-
-def _valid_rows(mask: Any, embeds: Tensor) -> Tensor:
-    """[B, S] bool from a 2-D mask, a prepared 4-D mask (its last query sees every real key), a dict of those, or nothing."""
-    if isinstance(mask, dict):
-        mask = mask.get(FULL)
-    if mask is None:
-        return torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"attention masks of type {type(mask).__name__} cannot follow dropped tokens: use sdpa, eager or flash attention")
-    if mask.ndim == 2:
-        if mask.shape != embeds.shape[:2]:
-            raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, the prompt {tuple(embeds.shape[:2])}")
-        return mask.bool()
-    last = mask[:, 0, -1, : embeds.shape[1]]
-    return (last if last.dtype == torch.bool else last == 0).expand(embeds.shape[:2])
-
-
-def _read_layout(
-    call: Call, places: dict[str, Tensor], valid: Tensor, queries: Tensor
-) -> tuple[list[tuple[int, int, bool]], dict[str, list[int]]]:
-    """The one device-to-host read of a prefill: per sample (real rows, query rows, has a supervised label), and placeholders by stream."""
-    answered = torch.zeros_like(valid) if call.labels is None else (call.labels.to(valid.device) != -100)
-    finite = torch.ones((), dtype=torch.bool, device=valid.device)
-    for arrived in call.arrived.values():
-        if arrived.encoded is not None and arrived.encoded.finite is not None:
-            finite = finite & arrived.encoded.finite.to(valid.device)
-    columns = [valid.sum(1), queries.sum(1), answered.sum(1), finite.long().expand(len(valid)), *(rows.sum(1) for rows in places.values())]
-    table = torch.stack(columns, 1).tolist()
-    if not table[0][3]:
-        raise not_finite("the image features")
-    visual = {name: [row[4 + i] for row in table] for i, name in enumerate(places)}
-    return [(rows, asking, answers > 0) for rows, asking, answers, *_ in table], visual
-
-
-Source = tuple[Encoded, int]  # an encoder call and the number of a span in it
-
-
-def _spans(
-    call: Call, visual: dict[str, list[int]], places: dict[str, Tensor]
-) -> tuple[tuple[tuple[Span, ...], ...], tuple[tuple[Source, ...], ...]]:
-    """Which span belongs to which sample, in the order of the prompt."""
-    found = {name: _dealt(name, arrived, visual[name]) for name, arrived in call.arrived.items()}
-    if len(found) > 1:  # in which order a prompt shows images and clips: one more read
-        places = dict(zip(places, torch.stack(list(places.values())).cpu(), strict=True))
-    spans: list[tuple[Span, ...]] = []
-    sources: list[tuple[Source, ...]] = []
-    for sample in range(len(next(iter(visual.values())))):
-        queues = {name: rows[sample] for name, rows in found.items() if rows[sample]}
-        order = _order(sample, queues, places)
-        offsets = [sum(size for _, size in order[:i]) for i in range(len(order))]
-        grids = [encoded.grids[number] if encoded.grids else None for (encoded, number), _ in order]
-        spans.append(tuple(Span(sample, offset, size, grid) for offset, (_, size), grid in zip(offsets, order, grids, strict=True)))
-        sources.append(tuple(source for source, _ in order))
-    return tuple(spans), tuple(sources)
-
-
-def _dealt(name: str, arrived: Arrived, visual: list[int]) -> list[list[tuple[Source, int]]]:
-    """One stream's spans (with their sizes) by sample: they fill placeholders in order, so cumulated counts must meet at sample borders."""
-    assert arrived.encoded is not None
-    sizes, known = [len(rows) for rows in arrived.features], max(1, len(arrived.encoded.rows))
-    times = 1 if len(sizes) % known else len(sizes) // known  # beams repeat the spans of each sample
-    out: list[list[tuple[Source, int]]] = []
-    done = 0
-    for sample, wanted in enumerate(visual):
-        count = 0
-        while sum(sizes[done : done + count]) < wanted and done + count < len(sizes):
-            count += 1
-        made = sum(sizes[done : done + count])
-        if made != wanted:
-            raise ValueError(
-                f"sample {sample} has {wanted} {name} placeholders, but its {name}s make {made} visual tokens ({name}s: {sizes}); "
-                "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
-            )
-        first = (done - sample % times * count) // times
-        numbers = [arrived.encoded.number_of(arrived.features[done + i], first + i, len(sizes) // times) for i in range(count)]
-        out.append([((arrived.encoded, number), sizes[done + i]) for i, number in enumerate(numbers)])
-        done += count
-    if done != len(sizes):
-        raise ValueError(f"{len(sizes)} {name}s were passed, but the text has placeholders for {done}")
-    return out
-
-
-def _order(sample: int, queues: dict[str, list[tuple[Source, int]]], places: dict[str, Tensor]) -> list[tuple[Source, int]]:
-    """The spans of a sample as its prompt shows them; only samples that mix streams need to look."""
-    if len(queues) < 2:
-        return [entry for queue in queues.values() for entry in queue]
-    begins = []
-    for name, queue in queues.items():
-        slots, done = places[name][sample].nonzero()[:, 0].tolist(), 0
-        for entry in queue:
-            begins.append((slots[done], entry))
-            done += entry[1]
-    return [entry for _, entry in sorted(begins, key=lambda begin: begin[0])]
 
 
 def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:
     return tuple(SpanPlan(p.tokens, p.dominant, p.contextual, (p.entry,) * len(p.counts)) for p in plans)
 
 
-def _remove_marked(run: Run, adapter: Adapter, reducer: Reducer, lengths: list[int], kwargs: dict[str, Any]) -> None:
-    """Take the marked rows out; an unreduced prompt is left alone, bit for bit."""
+def _remove_marked(run: Run, adapter: Adapter, lengths: tuple[int, ...], hidden: bool, kwargs: dict[str, Any]) -> None:
+    """Take the marked rows out, and those that are ``hidden`` by the mask; an unreduced prompt is left alone, bit for bit."""
     embeds = kwargs["inputs_embeds"]
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
-    left = tuple(n - sum(p.tokens - p.entry for p in row) for n, row in zip(lengths, run.plans, strict=True))
-    if left == tuple(lengths):
-        run.groups.append(Group(0, run.prompt, tuple(lengths)))
-        run.next_position = next_positions(positions, embeds.shape[0])
+    planned = [[sum(p.tokens for p in row) for row in run.plans], run.visual(-1)]
+    left = tuple(n - tokens + entering for n, tokens, entering in zip(lengths, *planned, strict=True))
+    if left == lengths and not hidden:
+        run.groups.append(Group(0, run.prompt, left))
+        run.next_position = next_positions(positions, run.prompt.valid)
         return
     keep = run.prompt.valid & ~(is_marked(embeds) & run.prompt.visual)
     index, valid = pack_left(keep, max(left))
     tokens = run.prompt.take(index, valid)
     run.groups.append(Group(0, tokens.entered(), left))
     kwargs["inputs_embeds"] = take(embeds, index).masked_fill(~valid[..., None], 0)
-    kwargs["position_ids"] = positions = entry_positions(positions, tokens, reducer.positions)
-    run.next_position = next_positions(positions, embeds.shape[0])
+    kwargs["position_ids"] = positions = entry_positions(positions, tokens, run.positions)
+    run.next_position = next_positions(positions, valid)
     mask = kwargs.get("attention_mask")
     unmade = isinstance(mask, dict) and run.groups[0].padded and any(prepared is None for prepared in mask.values())
     if unmade or _window_bites(adapter, run.rows, mask):
@@ -248,14 +203,15 @@ def entry_mask(mask: Any, group: Group, index: Tensor, no_cache: bool) -> Any:
     return group.tokens.valid.long() if group.padded or no_cache else None
 
 
-def whole_prompts(prefill: Callable[..., Any], active: Callable[[], Reducer | None]) -> Callable[..., Any]:
+def whole_prompts(prefill: Callable[..., Any], begun: Callable[[], AbstractContextManager[Rules | None]]) -> Callable[..., Any]:
     """generate()'s prefill step that refuses to cut prompts: the first chunk would decide without having seen the question."""
 
     @functools.wraps(prefill)
     def prefill_whole(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         size = getattr(generation_config, "prefill_chunk_size", None)
-        if size is not None and active() is not None:
-            raise ValueError(f"prefill_chunk_size={size}: tokens cannot be ranked by half a prompt; leave it None, or use handle.paused()")
-        return prefill(input_ids, generation_config, *args, **kwargs)
+        with begun() as rules:
+            if size is not None and rules is not None:
+                raise ValueError(f"prefill_chunk_size={size}: tokens cannot be ranked by half a prompt; leave it None, or use handle.paused()")
+            return prefill(input_ids, generation_config, *args, **kwargs)
 
     return prefill_whole

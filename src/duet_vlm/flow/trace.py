@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Encoded
 from duet_vlm.tokens import SpanTrace, StageTrace
@@ -15,13 +17,16 @@ def rows_per_layer(run: Run) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 
 def trace_of(run: Run) -> list[list[SpanTrace]]:
-    """The history of every span, token numbers counted within the span (a fed CLS row of official presets is left out)."""
+    """The history of every span, token numbers counted within the span (a fed CLS row of official presets is left out).
+
+    A token that V2V left out, or merged, and that came back since its row predicts, is one that is kept.
+    """
     rank = run.prompt.visual.cumsum(1) - 1
     ranks = rank.tolist()
+    back = [{ranks[b][s] for s in slots} for b, slots in enumerate(_slots(run.prompt.slot, run.prompt.stays))]
     alive = []  # per group: the visual ranks of each sample that are left
     for group in run.groups:
-        slots, visual = group.tokens.slot.tolist(), group.tokens.visual.tolist()
-        alive.append([{ranks[b][s] for s, v in zip(slots[b], visual[b], strict=True) if v} for b in range(len(slots))])
+        alive.append([{ranks[b][s] for s in slots} for b, slots in enumerate(_slots(group.tokens.slot, group.tokens.visual))])
     history: list[list[SpanTrace]] = []
     number = 0
     for sample, spans in enumerate(run.spans):
@@ -29,6 +34,11 @@ def trace_of(run: Run) -> list[list[SpanTrace]]:
         for span in spans:
             token_at, merged = _entry(*run.sources[number], span.tokens)
             number += 1
+            own = {r - span.offset for r in back[sample] if 0 <= r - span.offset < span.tokens and token_at[r - span.offset] < 0}
+            for token in own:
+                token_at[token] = token
+            merged = {anchor: tuple(m for m in members if m not in own) for anchor, members in merged.items()}
+            merged = {anchor: members for anchor, members in merged.items() if members}
             before, stages = set(range(span.tokens)) - {m for members in merged.values() for m in members}, []
             for group, left in zip(run.groups, alive, strict=True):
                 here = {token_at[r - span.offset] for r in left[sample] if span.offset <= r < span.offset + span.tokens}
@@ -38,6 +48,11 @@ def trace_of(run: Run) -> list[list[SpanTrace]]:
             row.append(SpanTrace(span, merged, tuple(stages)))
         history.append(row)
     return history
+
+
+def _slots(slot: Tensor, mask: Tensor) -> list[list[int]]:
+    """Per sample the slots [B, T] where ``mask`` [B, T] is true."""
+    return [[s for s, there in zip(*row, strict=True) if there] for row in zip(slot.tolist(), mask.tolist(), strict=True)]
 
 
 def _entry(encoded: Encoded, number: int, tokens: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:

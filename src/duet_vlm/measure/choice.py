@@ -61,13 +61,13 @@ def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> 
 def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int) -> int:
     """Matrix products of ``reducer.v2v`` on spans with these plans, counted on the meta device."""
     batch, tokens = len(plans), max(plan.tokens for plan in plans)
-    with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
-        count = torch.empty(batch, dtype=torch.long)
+    with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
+        count = torch.empty(batch, dtype=torch.long, device=meta)
         reducer.v2v(
             VisionView(
-                valid=torch.empty(batch, tokens, dtype=torch.bool), dominant=count, contextual=count, plans=plans,
-                importance=torch.empty(batch, tokens), keys=torch.empty(batch, tokens, key_width),
-                features=torch.empty(batch, tokens, feature_width),
+                valid=torch.empty(batch, tokens, dtype=torch.bool, device=meta), dominant=count, contextual=count, plans=plans,
+                importance=torch.empty(batch, tokens, device=meta), keys=torch.empty(batch, tokens, key_width, device=meta),
+                features=torch.empty(batch, tokens, feature_width, device=meta),
             )
         )  # fmt: skip
     return counter.get_total_flops()

@@ -112,9 +112,9 @@ def measured(size: int = 512, rounds: int = 500, matrices: int = 32, width: int 
     Both are many short pieces of work, of which the fast ones are believed: what else runs on the machine slows only some of them. The best of
     ``rounds`` products; the matrix that a quarter of the matrices beat.
     """
-    a, b, c = (torch.randn(size, size) for _ in range(3))
+    a, b, c = (torch.randn(size, size, device="cpu") for _ in range(3))
     product = min(_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(rounds))
-    row, weights = torch.randn(1, width), torch.randn(matrices, width, width)
+    row, weights = torch.randn(1, width, device="cpu"), torch.randn(matrices, width, width, device="cpu")
     reads = sorted(_seconds(lambda w=weight: torch.mm(row, w.t())) for weight in weights)  # type: ignore[misc]
     bandwidth = 4 * width * width / reads[len(reads) // 4]
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

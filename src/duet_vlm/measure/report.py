@@ -12,6 +12,7 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.settings import plain
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Sample:
 
     ``passes``: per span the tokens of each part (crop, frame) that the tower looks at by itself; what packing cuts off is among them.
     ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
-    projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers that nobody reads were
-    not run.
+    projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
+    were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
+    as the plans say).
     """
 
     text: int
@@ -33,6 +35,13 @@ class Sample:
     grids: tuple[Grid, ...] = ()
     projected: tuple[int, ...] = ()
     skipped: bool = False
+    nominal: tuple[int, ...] = ()
+
+    def visual(self, layer: int) -> int:
+        """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""
+        if self.nominal:
+            return self.nominal[layer + 1]
+        return sum(p.entry if layer < 0 else p.counts[layer] for p in self.plans)
 
     @property
     def to_project(self) -> tuple[int, ...]:
@@ -82,6 +91,8 @@ class Report:
         The untouched model, the plan, and the run.
     clamped : tuple of int
         Numbers of the spans that were kept whole because they are no larger than the budget asks for.
+    floored : tuple of int
+        Numbers of the spans that were too small for their fractional budget and kept the method's floor instead (``clamp_below``).
     """
 
     method: str
@@ -95,6 +106,7 @@ class Report:
     predicted: Costs
     observed: Costs
     clamped: tuple[int, ...]
+    floored: tuple[int, ...]
     decoded: int
 
     @property
@@ -133,6 +145,8 @@ class Report:
         ]
         if self.clamped:
             lines.append(f"kept whole (no larger than the budget): images {', '.join(map(str, self.clamped))}")
+        if self.floored:
+            lines.append(f"kept the method's floor (too small for the budget): images {', '.join(map(str, self.floored))}")
         return "\n".join(lines)
 
 
@@ -179,7 +193,7 @@ def make_report(
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
     plans = [plan for s in samples for plan in s.plans]
-    nominal = [tuple(s.text + sum(p.counts[i] for p in s.plans) for i in range(depth)) for s in samples]
+    nominal = [tuple(s.text + s.visual(i) for i in range(depth)) for s in samples]
     whole = [(s.text + sum(s.spans),) * depth for s in samples]
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
     everything = [rows for s in samples for rows in s.to_project]
@@ -187,7 +201,7 @@ def make_report(
     read = sum(vision_flops(vision.read() if s.skipped else vision, n, grid) for s in samples for n, grid in s.parts())
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
-        entering = [(s.text + sum(p.entry for p in s.plans), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
+        entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
             (before[i], s.queries, before[i + 1] if i in reused_layers else 0)
             for before, s in zip(entering, samples, strict=True)
@@ -203,14 +217,15 @@ def make_report(
     return Report(
         method=method,
         settings=settings,
-        budget=budget,
+        budget=plain(budget),
         batch=batch,
         tokens=sum(images),
-        nominal=tuple(sum(p.counts[i] for p in plans) / batch for i in range(depth)),
+        nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         full=costs(whole, everything, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
         predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),
         observed=costs([s.measured[1] for s in samples], before, True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
+        floored=tuple(i for i, p in enumerate(plans) if p.floored),
         decoded=decoded,
     )

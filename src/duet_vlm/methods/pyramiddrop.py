@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -92,6 +92,7 @@ class PyramidDrop(DecoderReducer):
     def official(cls, schedule: Schedule = ((8, 0.5), (16, 0.25), (24, 0.125)), **fields: Any) -> PyramidDrop:
         """The released code: compact positions, truncated float products, the tokens before all answers in training."""
         preset: dict[str, Any] = {"positions": "compact", "rounding": "int", "training_turns": "all", "skip_unanswered": True}
+        preset["keep_predicting"] = False
         return cls(**{"schedule": schedule} | preset | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -119,6 +120,9 @@ class PyramidDrop(DecoderReducer):
         if within(counts(early), target):
             return largest_of(lambda weight: between(early, late, weight))
         return largest_of(lambda share: pyramid(depth, EARLY, share))
+
+    def with_drops(self, depth: int) -> PyramidDrop:
+        return self if self.schedule is not None else replace(self, schedule=pyramid(depth, LATE, LATE_SHARE))
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``

@@ -14,7 +14,7 @@ from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.ops.select import places, top
 from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields, check_choice, whole
 from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.tokens import MERGES, Selection
 
 
 @register("visionzip")
@@ -57,13 +57,14 @@ class VisionZip(EncoderReducer):
                 check_keep(name, getattr(self, name))
         if self.contextual is not None and self.dominant is None:
             raise ValueError(f"contextual={self.contextual} needs dominant= too")
-        check_choice("merge", self.merge, ("mean", "anchor_plus_mean"))
+        check_choice("merge", self.merge, MERGES)
         check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
 
     @classmethod
     def official(cls, dominant: int = 54, contextual: int = 10, **fields: Any) -> VisionZip:
         """The released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS, dominant, contextual] at compact positions."""
         preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
+        preset["keep_predicting"] = False
         return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

@@ -45,7 +45,7 @@ class LlavaNext(Llava):
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         crops = self.crops(call)
-        shown = torch.cat([torch.eye(n, max(crops)) for n in crops])[:, None].expand(-1, self.side**2, -1)  # which crop a patch is of
+        shown = torch.cat([torch.eye(n, max(crops), device="cpu") for n in crops])[:, None].expand(-1, self.side**2, -1)  # which crop a patch is of
         return [torch.where(rows.any(1), rows.argmax(1), -1) for rows in self.packed(shown, call)]
 
     def packed(self, signals: Tensor, call: Encoding) -> list[Tensor]:

@@ -49,7 +49,7 @@ class LlavaNextVideo(LlavaNext):
         if call.stream == "image":
             return super().parts(call, counts)
         clips, frames = self.frames(call)
-        return [torch.arange(frames).repeat_interleave(self.pooled_side() ** 2)] * clips
+        return [torch.arange(frames, device="cpu").repeat_interleave(self.pooled_side() ** 2)] * clips
 
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         if call.stream == "image":

@@ -24,10 +24,9 @@ class Qwen25VL(Qwen2VL):
         return self.visual.blocks[max(self.visual.fullatt_block_indexes) if layer is None else layer].attn
 
     def raster(self, sizes: list[list[int]]) -> Tensor:
-        grid = torch.tensor(sizes)  # on the host: the window index reads it many times
-        order, _ = get_vision_window_index(
-            grid, spatial_merge_size=self.visual.spatial_merge_size, window_size=self.visual.window_size, patch_size=self.visual.patch_size
-        )
+        sides = {"spatial_merge_size": self.visual.spatial_merge_size, "window_size": self.visual.window_size, "patch_size": self.visual.patch_size}
+        with torch.device("cpu"):  # on the host, whatever the default device: the window index reads its grid many times
+            order, _ = get_vision_window_index(torch.tensor(sizes, device="cpu"), **sides)
         return torch.argsort(order)
 
     def vision_shape(self) -> VisionShape:

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import SLIDING, Adapter, Encoding, LlamaLike, Recorded, Stream
+from duet_vlm.models.adapter import SLIDING, Encoding, Recorded, Stream
+from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.ops.score import column_attention
 
 
-class Qwen2VL(LlamaLike, Adapter):
+class Qwen2VL(LlamaLike):
     """``Qwen2VLForConditionalGeneration``: V2V after the merger, importance = attention received in the last vision block.
 
     The unit of choice is a merged token (2x2 patches, two frames of a video): scores and keys are means over its patches. A video is one
@@ -59,7 +60,7 @@ class Qwen2VL(LlamaLike, Adapter):
 
     def raster(self, sizes: list[list[int]]) -> Tensor:
         """Where the merged tokens of the call, in raster order, stand in the order that the blocks work in."""
-        return torch.arange(sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2)
+        return torch.arange(sum(t * h * w for t, h, w in sizes) // self.visual.config.spatial_merge_size**2, device="cpu")
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         size = self.visual.config.spatial_merge_size

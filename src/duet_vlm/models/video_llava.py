@@ -76,7 +76,7 @@ class VideoLlava(Llava):
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         frames = self.door_parts(call)
-        return [torch.arange(frames).repeat_interleave(count // frames) for count in counts]
+        return [torch.arange(frames, device="cpu").repeat_interleave(count // frames) for count in counts]
 
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         if call.stream == "image":

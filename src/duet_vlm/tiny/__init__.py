@@ -136,11 +136,10 @@ def samples(split: str, n: int, seed: int = 0, crowded: bool = False) -> list[Sa
 
 def demo_images() -> list[DemoImage]:
     """The shipped demo pictures with their questions and right answers."""
-    from PIL import Image
+    from duet_vlm.pictures import open_image
 
     listed = json.loads((_HERE / "demo" / "questions.json").read_text())
     out = []
     for name, pairs in listed.items():
-        with Image.open(_HERE / "demo" / name) as image:
-            out.append(DemoImage(name, image.convert("RGB"), tuple((q, a) for q, a in pairs)))
+        out.append(DemoImage(name, open_image(_HERE / "demo" / name), tuple((q, a) for q, a in pairs)))
     return out

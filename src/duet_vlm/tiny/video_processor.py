@@ -16,6 +16,8 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from duet_vlm.pictures import eight_bits, rgb
+
 from .clips import PATCH, SIDE
 from .video_network import VIDEO, build_video_tokenizer
 
@@ -70,8 +72,9 @@ class TinyVideoProcessor:
         text : str or sequence of str
             Prompts with one ``<video>`` for each clip, in order.
         videos : clip or sequence of clips, optional
-            A clip is a sequence of RGB frames (PIL pictures or uint8 arrays [height, width, 3]) or one array [frames, height, width, 3].
-            All clips have the same number of frames; the model was trained on 8.
+            A clip is a sequence of frames (PIL pictures, or arrays [height, width, 3] of one size) or one array [frames, height, width, 3].
+            Modes and numbers as in ``duet_vlm.pictures.rgb``; the range of numbers is that of the whole clip. All clips have the same
+            number of frames; the model was trained on 8.
         images : sequence
             None: the model was trained on clips only.
         return_tensors : str
@@ -96,7 +99,7 @@ class TinyVideoProcessor:
             lengths = sorted({len(clip) for clip in clips})
             if len(lengths) > 1 or not lengths[0]:
                 raise ValueError(f"clips of {lengths} frames: give all clips of a batch the same number of frames, at least 1")
-            pixels = self.image_processor(images=[frame for clip in clips for frame in clip], return_tensors="pt")["pixel_values"]
+            pixels = self.image_processor(images=[frame for clip in clips for frame in _frames(clip)], return_tensors="pt")["pixel_values"]
             made["pixel_values_videos"] = pixels.view(len(clips), lengths[0], *pixels.shape[1:])
             rows = lengths[0] * ((pixels.shape[-2] // PATCH) * (pixels.shape[-1] // PATCH) + 1)  # CLS is handed over, too
             prompts = [prompt.replace(VIDEO, VIDEO * rows) for prompt in prompts]
@@ -125,6 +128,13 @@ def _clips(videos: Any) -> list[list[Any]]:
     items = list(videos)
     single = items and (isinstance(items[0], Image.Image) or (hasattr(items[0], "ndim") and items[0].ndim == 3))
     return [items] if single else [list(clip) for clip in items]
+
+
+def _frames(clip: list[Any]) -> list[Image.Image]:
+    """The frames of a clip as RGB pictures."""
+    if all(isinstance(frame, Image.Image) for frame in clip):
+        return [rgb(frame) for frame in clip]
+    return [rgb(frame) for frame in eight_bits(np.stack([np.asarray(frame) for frame in clip]))]
 
 
 def _image_processor(**kept: Any) -> Any:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
 from duet_vlm import tiny
-from duet_vlm.loading import open_image
+from duet_vlm.pictures import local, open_image
 
 DRAWN = {"tiny": False, "tiny-crowded": True}  # name -> crowded scenes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -154,7 +154,7 @@ def _file(part: dict[str, Any], waiting: list[Any], where: str) -> str:
         raise ValueError(f"{where}: more places for images than images")
     if not isinstance(file, str):
         raise ValueError(f"{where}: images are given by their paths, got {type(file).__name__}")
-    return file.removeprefix("file://")
+    return str(local(file.removeprefix("file://"), f"{where}: "))
 
 
 def _parts(content: Any, where: str) -> list[dict[str, Any]]:

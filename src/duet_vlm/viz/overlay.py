@@ -1,4 +1,4 @@
-"""Panels side by side: the image, what V2V made of it, and who is left after each drop inside the decoder."""
+"""Panels side by side: the image, what V2V made of it, and which tokens are left after each drop inside the decoder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from duet_vlm.pictures import rgb
 from duet_vlm.tokens import SpanTrace, StageTrace
 
 Color = tuple[int, int, int]
@@ -69,7 +70,7 @@ def draw(image: Image.Image, trace: SpanTrace, *, title: str = "", size: int = 3
         raise ValueError(f"the {trace.span.tokens} tokens of this image form no grid, so they cannot be drawn on it")
     rows, columns = trace.span.grid
     cell = max(4, round(size / max(rows, columns)))
-    base = image.convert("RGB").resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
+    base = rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
     panels = [Panel("image", f"{trace.span.tokens} visual tokens", base)]
     panels += [_panel(base, trace, number, cell) for number in range(len(trace.stages))]
     return _sheet(panels, title, bool(trace.merged))

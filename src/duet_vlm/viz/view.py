@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from duet_vlm.pictures import rgb
+
 
 def seen(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
     """The part of ``image`` that the tokens cover.
@@ -22,7 +24,7 @@ def seen(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
     """
     settings = getattr(processor, "image_processor", processor)
     if getattr(pixels, "ndim", 0) != 3 or not getattr(settings, "do_center_crop", False):
-        return image.convert("RGB")
+        return rgb(image)
     values = pixels.detach().float().cpu().numpy().transpose(1, 2, 0)
     if getattr(settings, "do_normalize", False):
         values = values * np.asarray(settings.image_std) + np.asarray(settings.image_mean)

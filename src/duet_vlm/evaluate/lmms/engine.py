@@ -16,6 +16,7 @@ import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.evaluate.lmms.costs import Costs
 from duet_vlm.evaluate.lmms.settings import Chosen, cut, generation_of
+from duet_vlm.pictures import rgb
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -90,7 +91,7 @@ class Engine:
         other = sorted({part["type"] for part in parts} - {"text", "image"})
         if other:
             raise ValueError(f"task {task} brings {', '.join(other)}: duet_vlm reduces images only")
-        images = [part["image"] for part in parts if part["type"] == "image"]
+        images = [rgb(part["image"]) for part in parts if part["type"] == "image"]
         text = [self.processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
         inputs = self.processor(images=images or None, text=text, return_tensors="pt", padding=True, padding_side="left")
         inputs = inputs.to(self.model.device, self.model.dtype)

@@ -1,0 +1,77 @@
+"""Every hook on one model, in the order in which they must stand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from duet_vlm.flow import compat
+from duet_vlm.flow.encoder import EncoderFlow
+from duet_vlm.flow.entry import whole_prompts
+from duet_vlm.flow.loss import surviving_labels
+from duet_vlm.flow.processor import SalientProcessor, accept_salient
+from duet_vlm.flow.signals import Recorder
+from duet_vlm.flow.traffic import Traffic
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
+
+
+def install(traffic: Traffic, reducer: Reducer, processor: Any) -> None:
+    """Put the hooks that ``reducer`` needs on the model; ``traffic.hooks`` takes them off again."""
+    _on_tower(traffic, reducer)
+    _on_model(traffic)
+    _on_decoder(traffic)
+    if processor is not None:
+        traffic.hooks.on_undo(SalientProcessor(processor, traffic.adapter.image_token_id).remove)
+    model, hooks = traffic.adapter.model, traffic.hooks
+    if processor is not None or isinstance(reducer, DecoderReducer):
+        hooks.shadow(model, "prepare_inputs_for_generation", accept_salient(model.prepare_inputs_for_generation))
+
+
+def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
+    adapter, hooks = traffic.adapter, traffic.hooks
+    encoder = EncoderFlow(adapter, traffic.stacks, traffic.begun)
+    recorded: list[nn.Module] = []
+    if isinstance(reducer, EncoderReducer) and reducer.signals:
+        recorded = adapter.vision_attentions(reducer.signal_layer)
+    for attention in recorded:
+        hooks.on_undo(Recorder(attention, traffic.stacks).remove)
+        hooks.add(attention.register_forward_hook, encoder.after_attention)
+    unread = adapter.unread_layers()
+    if not any(module in recorded for layer in unread for module in layer.modules()):
+        encoder.skipping = bool(unread)
+        for layer in map(_inside, unread):
+            hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
+    if isinstance(reducer, EncoderReducer) and reducer.cls_token:
+        hooks.add(adapter.cls_module().register_forward_hook, traffic.record_cls)
+    if adapter.door is not None:
+        hooks.add(adapter.door.register_forward_pre_hook, encoder.at_door)
+        hooks.add(adapter.door.register_forward_hook, encoder.after_door)
+    for stream in adapter.streams:
+        hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream))
+
+
+def _on_model(traffic: Traffic) -> None:
+    adapter, hooks = traffic.adapter, traffic.hooks
+    for module in (adapter.model, adapter.base):
+        hooks.shadow(module, "forward", traffic.forward(module, module.forward))
+    if not traffic.align:  # the public setter keeps the loss in this one instance attribute
+        hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, traffic.stacks))
+    steps = {"generate": traffic.generate, compat.PREPARE: traffic.prepare, compat.PREFILL: lambda plain: whole_prompts(plain, traffic.begun)}
+    for name, around in steps.items():
+        if hasattr(adapter.model, name):
+            hooks.shadow(adapter.model, name, around(getattr(adapter.model, name)))
+
+
+def _on_decoder(traffic: Traffic) -> None:
+    adapter, hooks = traffic.adapter, traffic.hooks
+    adapter.install(hooks, traffic.running)
+    hooks.add(adapter.text_model.register_forward_pre_hook, traffic.enter, with_kwargs=True, prepend=True)
+    hooks.add(adapter.text_model.register_forward_hook, traffic.leave, with_kwargs=True)
+    for index, layer in enumerate(adapter.layers):
+        hooks.add(_inside(layer).register_forward_pre_hook, traffic.at_layer, index, with_kwargs=True)
+
+
+def _inside(layer: nn.Module) -> nn.Module:
+    """A layer inside torch's checkpointing wrapper, where FSDP gathers its weights and where hidden states are captured."""
+    return getattr(layer, "_checkpoint_wrapped_module", layer)

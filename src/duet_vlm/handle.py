@@ -1,0 +1,183 @@
+"""What attach() returns: the user's verbs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import EllipsisType, TracebackType
+from typing import Any
+
+from torch import Tensor
+
+from duet_vlm.accounts import samples_of, selection_cost
+from duet_vlm.budget import Budget, SpanPlan, check_budget
+from duet_vlm.checks import check, signal_layer, with_fields
+from duet_vlm.flow.cache import Run
+from duet_vlm.flow.encoder import check_finite
+from duet_vlm.flow.gate import Gate
+from duet_vlm.flow.install import install
+from duet_vlm.flow.rules import Rules
+from duet_vlm.flow.trace import trace_of
+from duet_vlm.flow.traffic import Traffic
+from duet_vlm.flow.verify import raise_if_wrong
+from duet_vlm.hooks import Hooks
+from duet_vlm.measure.report import Report, Sample, make_report
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.reducer import Reducer
+from duet_vlm.tokens import SpanTrace
+
+
+class Handle:
+    """What ``attach`` returns; a context manager that detaches at its end.
+
+    A call (``generate()``, ``forward``) runs to its end by the settings that it began with, in every thread. ``paused()`` belongs to the
+    thread (the context) that asked for it, ``report()``, ``trace`` and ``slots`` to the last call of the thread that reads them; a thread that
+    made no call itself (a streamer generates in another one) reads those of the last call of all.
+
+    Attributes
+    ----------
+    reducer : Reducer
+        The method with its settings.
+    budget : int, float or None
+        As given.
+    """
+
+    def __init__(self, adapter: Adapter, reducer: Reducer, budget: Budget | None, processor: Any, align: bool) -> None:
+        self.adapter = adapter
+        self._processor = processor
+        rules = Rules(reducer, budget, len(adapter.layers))
+        check(adapter, reducer, rules.plan, processor, budget)
+        self._hooks = Hooks()
+        self._gate = Gate(rules, self._hooks.undo)
+        self._traffic = Traffic(adapter, self._gate, self._hooks, align)
+        self._traffic.owner = self
+        try:
+            install(self._traffic, reducer, processor)
+        except BaseException:
+            self._gate.close()
+            raise
+
+    @property
+    def reducer(self) -> Reducer:
+        return self._gate.rules.reducer
+
+    @property
+    def budget(self) -> Budget | None:
+        return self._gate.rules.budget
+
+    @property
+    def installed(self) -> bool:
+        """Whether the hooks are on the model: until ``detach()``, and until the calls that ran then have ended."""
+        return not self._gate.gone
+
+    def __enter__(self) -> Handle:
+        self._check_attached()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.detach()
+
+    def detach(self) -> None:
+        """Take every hook off again; the model is then exactly what it was. Calling it twice is harmless.
+
+        Calls of other threads that run are waited for, since they go on by what they began with. Inside a running call of this thread (a
+        streamer, a logits processor) the hooks go when that call ends.
+        """
+        self._gate.close()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[Handle]:
+        """Run the full model inside the ``with`` block (new prompts only; a reduced cache goes on as it is).
+
+        The pause belongs to this thread, or asyncio task: others go on, and so does a thread started inside the block (run it in
+        ``contextvars.copy_context()`` to take the pause along).
+        """
+        self._check_attached()
+        with self._gate.paused():
+            yield self
+
+    def set(self, *, budget: Budget | None | EllipsisType = ..., **fields: Any) -> Handle:
+        """Change the budget or the method's settings for the calls to come; what is not named stays (``budget=None`` takes a budget away).
+
+        Raises
+        ------
+        ValueError, TypeError
+            As ``attach``; the old settings then stay in force.
+        """
+        self._check_attached()
+        reducer = with_fields(self.reducer, fields) if fields else self.reducer
+        budget = self.budget if isinstance(budget, EllipsisType) else budget
+        check_budget(budget)
+        rules = Rules(reducer, budget, len(self.adapter.layers))
+        check(self.adapter, reducer, rules.plan, self._processor, budget)
+        if signal_layer(reducer) != signal_layer(self.reducer):
+            raise ValueError("signal_layer cannot change while attached: detach and attach again")
+        self._gate.rules = rules
+        return self
+
+    def plan(self, tokens: int) -> SpanPlan:
+        """What the current settings make of a span of ``tokens`` visual tokens."""
+        return self._gate.rules.plan(tokens)
+
+    def report(self) -> Report:
+        """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
+        run = self._last_run()
+        reducer = run.rules.reducer
+        samples = samples_of(run)
+        projects_all = self._projects_all(reducer)
+        return make_report(
+            method=reducer.name,
+            settings=reducer.settings(),
+            budget=run.rules.budget,
+            samples=samples,
+            scored_layers=run.scored_layers,
+            reused_layers=run.reused_layers,
+            decoder=self.adapter.decoder_shape(),
+            vision=self.adapter.vision_shape(),
+            element_bytes=run.element_bytes,
+            cache_bytes=run.cache_bytes,
+            decoded=run.decoded,
+            projects_all=projects_all,
+            selection=selection_cost(self.adapter, reducer, samples, projects_all)[0],
+        )
+
+    def selection_cost(self, samples: list[Sample]) -> tuple[int, int]:
+        """FLOPs and bytes of signals, choice and merge before the decoder."""
+        return selection_cost(self.adapter, self.reducer, samples, self.projects_all)
+
+    @property
+    def projects_all(self) -> bool:
+        """Whether the projector runs on every visual token, and not only on those that enter the decoder."""
+        return self._projects_all(self.reducer)
+
+    @property
+    def trace(self) -> list[list[SpanTrace]]:
+        """For each sample and span of the last prompt: which tokens were kept, merged into whom, and dropped, stage by stage."""
+        return trace_of(self._last_run())
+
+    @property
+    def slots(self) -> Tensor:
+        """[B, T] prompt slots of the rows that reached the last layer in the last prompt, -1 for padding: aligns logits with labels."""
+        tokens = self._last_run().groups[-1].tokens
+        return tokens.slot.masked_fill(~tokens.valid, -1)
+
+    def _projects_all(self, reducer: Reducer) -> bool:
+        return self.adapter.door is None or getattr(reducer, "reads_projected", False)
+
+    def _check_attached(self) -> None:
+        if self._gate.closed:
+            raise RuntimeError("this handle is detached: call attach() again")
+
+    @property
+    def _run(self) -> Run | None:
+        return self._traffic.run
+
+    def _last_run(self) -> Run:
+        run = self._run
+        if run is None:
+            raise RuntimeError("nothing to report yet: run the attached model on a prompt with an image first")
+        for flag, what in run.finite:
+            check_finite(flag.cpu(), what)
+        for code in run.wrong:
+            raise_if_wrong(int(code), run.rules.reducer)
+        return run
