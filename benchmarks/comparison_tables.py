@@ -20,13 +20,15 @@ Row = dict[str, Any]
 
 
 def done(task: str, name: str) -> list[Row]:
-    """The feasible rows of a result."""
-    return [row for row in load(ROOT / task / "results" / f"{name}.json")["runs"] if row["status"] == "ok"]
+    """The feasible rows of a result, in the order of the experiment's cells."""
+    result = load(ROOT / task / "results" / f"{name}.json")
+    places = columns.places(result)
+    return sorted((row for row in result["runs"] if row["status"] == "ok"), key=lambda row: places.get(row["label"], -1))
 
 
 def by_budget(title: str, runs: list[Row], cell: Callable[[Row], str]) -> str:
     """Labels by budget."""
-    budgets = list(dict.fromkeys(row["beside"] for row in runs))
+    budgets = sorted({row["beside"] for row in runs}, reverse=True)
     cells: dict[str, dict[float, str]] = {}
     for row in runs:
         cells.setdefault(row["label"], {})[row["beside"]] = cell(row)

@@ -19,7 +19,8 @@ def kept(name: str) -> str:
     """Every row of a result: measured tokens, accuracy, what it is of the full model's, difference to the reference."""
     result = load(RESULTS / f"{name}.json")
     head = ["", "tokens per clip", "fewer tokens", "accuracy (95 % interval)", "% of the full model's", "points against `duet`"]
-    lines = [_line(row) for row in sorted(result["runs"], key=lambda row: -(row["beside"] or 1))]
+    places = columns.places(result)
+    lines = [_line(row) for row in sorted(result["runs"], key=lambda row: (-(row["beside"] or 1), places.get(row["label"], -1)))]
     asked = result["questions"]
     seeds = ", ".join(map(str, result["experiment"]["seeds"]))
     note = f"{asked['count']:,} questions of task {result['task']} on test clips, {asked['per_seed']} for each of the seeds {seeds}, by the code of"

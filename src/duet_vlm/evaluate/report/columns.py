@@ -219,6 +219,12 @@ def ordered(result: dict[str, Any]) -> list[Run]:
     return [first, *sorted(others, key=fraction, reverse=True)]
 
 
+def places(result: dict[str, Any]) -> dict[str, int]:
+    """Place of every label among the cells of the experiment: runs that lack the larger budgets stand where they were written."""
+    cells = result["experiment"].get("cells") or []
+    return {label: place for place, label in reversed(list(enumerate(cell.get("label") or cell.get("method") for cell in cells)))}
+
+
 def refusal(run: Run) -> str:
     """What stands in place of numbers: ``infeasible, floor 21.3``."""
     floor = run.get("floor")

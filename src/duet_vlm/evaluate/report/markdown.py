@@ -60,7 +60,9 @@ def matrix(result: dict[str, Any]) -> str:
     for run in runs:
         said = f"{columns.KEPT.cell(run) or columns.NOTHING} {columns.verdict(run)}".strip() if run["status"] == "ok" else columns.refusal(run)
         cells.setdefault(run["label"], {})[columns.budget(run["budget"]) or "own settings"] = escape(said)
-    rows = [[escape(label), *(some.get(budget, columns.NOTHING) for budget in budgets)] for label, some in cells.items()]
+    places = columns.places(result)
+    labels = sorted(cells, key=lambda label: places.get(label, len(places)))
+    rows = [[escape(label), *(cells[label].get(budget, columns.NOTHING) for budget in budgets)] for label in labels]
     text = table(["kept, % of the full model's accuracy, at", *budgets], rows)
     full = columns.ACCURACY.cell(result["runs"][0])
     return f"{text}\n\n{facts(result)} The full model's accuracy is {full}. {NOTE_KEPT}"
