@@ -80,7 +80,7 @@ def test_run_salient_gets_the_processor() -> None:
 def test_budget_predicts_what_run_measures(method: str, budget: str) -> None:
     ran = as_json("run", "-i", PICTURE, "-p", QUESTION, "-b", budget, "--method", method)["report"]
     text = round(ran["full"]["kv_bytes"] / (2 * 12 * 128 * 4)) - 256
-    solved = as_json("budget", "-b", budget, "--method", method, "--text", text)
+    solved = as_json("budget", "-b", budget, "--method", method, "--prompt-tokens", text)
     assert solved["plan"]["counts"] == ran["measured"]
     assert solved["full"] == ran["full"]
     for name in ("vision_flops", "decoder_flops", "kv_bytes"):

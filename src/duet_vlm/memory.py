@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duet_vlm.budget import Budget
-from duet_vlm.reducer import Reducer
+
+if TYPE_CHECKING:
+    from duet_vlm.reducer import Reducer
 
 KEY = "duet_vlm"  # of the config
 PARTS = {"method", "budget", "settings"}

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.options import AsJson, Debug
+from duet_vlm.cli.options import AsJson, Debug, several_paths
 
 
 def report(
@@ -22,7 +22,7 @@ def report(
     with friendly(debug, json_):
         from duet_vlm.evaluate.report import write
 
-        written = write(files, out)
+        written = write(several_paths(files), out)
         if json_:
             print(json.dumps({"files": [str(file) for file in written]}))
             return

@@ -80,7 +80,8 @@ def run_experiment(
     name : str
         What the result is called.
     journal : Path
-        Diary of finished batches; a second call goes on from it, also with other runs on the same questions.
+        Diary of finished batches; a second call goes on from it, also with other runs on the same questions. One process writes to it at a
+        time: hold ``journal.alone`` where another may start.
     device : str, optional
         cuda where there is one, unless given.
     workers : int
@@ -100,6 +101,8 @@ def run_experiment(
     asked, runs = task(experiment.task), experiment.runs()
     todo = batches(experiment, asked)
     loaded = load(experiment.model, device)
+    if todo[0].questions(asked)[0].videos and not loaded.takes_clips:
+        raise ValueError(f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
     facts = model_facts(loaded)
     infeasible = preflight(loaded, runs, todo[0].questions(asked)[:1])
     possible = [run for run in runs if run.id not in infeasible]

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from duet_vlm.loading import open_image
+from duet_vlm.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Task:
         return min(x for x in (self.size, limit) if x is not None)
 
 
+def usual_model(name: str) -> str:
+    """The embedded model that reads what a task shows."""
+    return "tiny-video" if name == "tiny-video" else "tiny"
+
+
 def task(name: str) -> Task:
     """A task by name, or of a JSON-lines file: one ``{"image": path or [paths], "question", "answer" or "answers", "kind"}`` per line.
 
@@ -67,11 +73,17 @@ def task(name: str) -> Task:
     if name in DRAWN:
         return Task(name, DRAWN[name], None, 4)
     path = Path(name).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file():
-        raise ValueError(f"unknown task {name!r}: give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind")
+    if path.suffix != ".jsonl":
+        near = did_you_mean(name, DRAWN)
+        raise ValueError(f"unknown task {name!r}{near}: give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind")
+    if not path.is_file():
+        raise ValueError(f"--tasks {name}: {'is a folder' if path.is_dir() else 'no such file'}")
     rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path}: no questions in it")
+    for file in (path.parent / name for row in rows for name in row["images"]):
+        if not file.is_file():  # said now, not after hours; broken ones are found when they are opened
+            raise ValueError(f"{path}: its image {file}: no such file")
     return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32)
 
 
