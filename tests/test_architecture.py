@@ -26,7 +26,7 @@ ARROWS = {
     "parts": {"budget"},
     "reducer": {"budget", "tokens"},
     "registry": {"reducer"},
-    "measure": {"budget", "reducer", "tokens"},
+    "measure": {"budget", "reducer", "spelling", "tokens"},
     "memory": {"budget", "reducer"},
     "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},

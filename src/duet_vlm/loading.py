@@ -218,9 +218,11 @@ def _merged(model: Any, adapters: Path, config: Any) -> Any:
 
 @contextlib.contextmanager
 def _explained(name: str, local: bool) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ImportError) and "torchvision" in reason.lower():
             raise ValueError(f"--model {name}: its processor needs torchvision: pip install 'duet-vlm[video]'") from error
@@ -232,6 +234,10 @@ def chat_text(processor: Any, prompt: str, images: int, clips: int = 0) -> str:
     """The prompt as the model was taught to read it, with room for ``images`` pictures and ``clips`` clips in front of the text."""
     if not getattr(processor, "chat_template", None):
         raise ValueError("this model's processor has no chat template, so a prompt cannot be built from --prompt alone")
+    for name in ("image_token", "video_token"):
+        token = getattr(processor, name, None)
+        if token and token in prompt:
+            raise ValueError(f"--prompt holds {token!r}, which stands for a picture or clip: leave it out, they go in front by themselves")
     content = [{"type": "image"}] * images + [{"type": "video"}] * clips + [{"type": "text", "text": prompt}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 

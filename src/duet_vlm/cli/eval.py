@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,6 +67,8 @@ def evaluate(
     with friendly(debug, json_):
         from duet_vlm.evaluate.experiment import read
 
+        if name is not None and not re.fullmatch(r"[\w.+=@-]+", name):
+            raise ValueError(f"--name {name}: give a plain word, it becomes the name of files")
         if harness not in ("own", "lmms-eval"):
             raise ValueError(f"--harness {harness}: give 'own' or 'lmms-eval'")
         if harness == "lmms-eval" and (oracle or experiment is not None):
@@ -196,13 +199,18 @@ def _asked(job: Experiment, name: str, journal: Path, workers: int | None, timin
     where = device_for(device)
     processes = workers or (os.cpu_count() or 1 if where.startswith("cpu") else 1)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
+    progress = Progress(*columns, console=Console(stderr=True))
+    bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
 
-        def advance(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
+    def advance(done: int, total: int) -> None:
+        progress.start()  # nothing is shown before everything has been found right
+        progress.update(bar, completed=done, total=total)
 
+    try:
         return run_experiment(job, name, journal, device=where, workers=processes, timing_rounds=timing_rounds, advance=advance)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def _told(file: Path, found: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pkgutil
 import sys
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -63,9 +64,10 @@ def check_method(text: str, *others: str) -> None:
             raise unknown("methods", part, known)
 
 
-def unknown(name: str, given: str, known: Any) -> ValueError:
-    """The error for a name that is in no list."""
-    return ValueError(f"unknown {name.removesuffix('s')} {given!r}{did_you_mean(given, known)}; known {name}: {', '.join(known)}")
+def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not in a list."""
+    one, all_ = ("family", "families") if name == "models" else (name.removesuffix("s"), name)
+    return ValueError(f"unknown {one} {given!r}{did_you_mean(given, known)}; known {all_}: {', '.join(known)}")
 
 
 def content() -> str:

@@ -129,6 +129,8 @@ class Shown:
             raise ValueError("nothing to look at: give --image, --video or both")
         if frames is not None and fps is not None:
             raise ValueError(f"--frames {frames} and --fps {fps}: give one of them")
+        if not clips and (frames is not None or fps is not None):
+            raise ValueError("--frames and --fps choose frames of a clip: give --video, or leave them out")
         for path in clips:
             length(path)
         return cls([open_image(path) for path in pictures], clips, frames, fps, [*pictures, *clips])

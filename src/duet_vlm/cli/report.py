@@ -13,7 +13,7 @@ from duet_vlm.cli.options import AsJson, Debug, several_paths
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.json ...", help="Result files that 'duet-vlm eval' wrote.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Result files that 'duet-vlm eval' wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page, the tables and the plots.")] = Path("out/report"),
     json_: AsJson = False,
     debug: Debug = False,

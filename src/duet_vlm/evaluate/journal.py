@@ -31,7 +31,7 @@ def alone(journal: Path) -> Iterator[None]:
     ValueError
         If another process holds it; names the process.
     """
-    path = journal.with_name(f"{journal.name.split('.')[0]}.lock")
+    path = journal.with_name(f"{journal.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path) as file:
         file.truncate(0)

@@ -155,8 +155,12 @@ def settings_from(recipe: str | None = None, config: Path | None = None, options
         layers.append(mapping((resources.files("duet_vlm.train") / "recipes" / f"{recipe}.yaml").read_text(), recipe))
     if config is not None:
         if not config.is_file():
-            raise ValueError(f"--config {config}: no such file")
-        layers.append(mapping(config.read_text(), str(config)))
+            raise ValueError(f"--config {config}: {'is a folder' if config.is_dir() else 'no such file'}")
+        try:
+            text = config.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--config {config}: not a text file in UTF-8") from error
+        layers.append(mapping(text, str(config)))
     merged: dict[str, Any] = {}
     known = {f.name for f in dataclasses.fields(Settings)}
     for layer in (*layers, options or {}):
