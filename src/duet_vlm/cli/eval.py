@@ -90,10 +90,13 @@ def evaluate(
             folder = folder_for("--out", out / "lmms-eval")
             told = through_lmms_eval(jobs[0], [job.task for job in jobs], device, folder, restart, json_)
         else:
+            from duet_vlm.loading import device_for
+
             _check_tasks(jobs)
+            where = device_for(device)
             folder_for("--out", out)
             title = name or ("eval" if experiment is None else experiment.stem)
-            told = [_measure(job, title, out, restart, workers, timing_rounds, device, json_) for job in jobs]
+            told = [_measure(job, title, out, restart, workers, timing_rounds, where, json_) for job in jobs]
         if json_:
             print(json.dumps({"results": told}))
 
@@ -155,7 +158,7 @@ def _check_tasks(jobs: list[Experiment]) -> None:
 
 
 def _measure(
-    job: Experiment, name: str, out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None, quiet: bool
+    job: Experiment, name: str, out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str, quiet: bool
 ) -> dict[str, Any]:
     """One experiment, from its journal to its result file; the result without its predictions."""
     from duet_vlm.evaluate.journal import alone
@@ -188,16 +191,14 @@ def _measure(
     return _told(result, found)
 
 
-def _asked(job: Experiment, name: str, journal: Path, workers: int | None, timing_rounds: int, device: str | None) -> dict[str, Any]:
+def _asked(job: Experiment, name: str, journal: Path, workers: int | None, timing_rounds: int, device: str) -> dict[str, Any]:
     """The measurement, with a bar on stderr."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from duet_vlm.evaluate.run import run_experiment
-    from duet_vlm.loading import device_for
 
-    where = device_for(device)
-    processes = workers or (os.cpu_count() or 1 if where.startswith("cpu") else 1)
+    processes = workers or (os.cpu_count() or 1 if device.startswith("cpu") else 1)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True))
     bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
@@ -207,7 +208,7 @@ def _asked(job: Experiment, name: str, journal: Path, workers: int | None, timin
         progress.update(bar, completed=done, total=total)
 
     try:
-        return run_experiment(job, name, journal, device=where, workers=processes, timing_rounds=timing_rounds, advance=advance)
+        return run_experiment(job, name, journal, device=device, workers=processes, timing_rounds=timing_rounds, advance=advance)
     finally:
         if progress.live.is_started:
             progress.stop()
