@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import typer
 from families import PAD, llava, qwen2_5_vl, randomise
 from packaging.requirements import Requirement
 from PIL import Image
@@ -61,6 +62,24 @@ def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.
         duet_vlm.registry._methods.update(known)
     if page == "README.md":
         assert "FLOPs-bound speed-up" in capsys.readouterr().out
+
+
+COMMANDS = [*PAGES, "benchmarks/README.md", "comparison/checkpoints/README.md", "comparison/training/README.md"]
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_commands_have_the_options_that_pages_show(page: str) -> None:
+    """Every ``duet-vlm VERB ...`` of a page is read as the command line reads it; nothing is run."""
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    blocks = [line for block in re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
+    prose = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    for line in (*blocks, *prose):
+        found = re.match(r"(?:\S*/)?duet-vlm ([a-z]+) (.*)", line.strip())
+        if found and found[1] in verbs:
+            words = shlex.split(found[2], comments=True)
+            known = {name for option in verbs[found[1]].params for name in (*option.opts, *option.secondary_opts)}
+            assert {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= {*known, "--help"}, line
 
 
 def test_tables_agree_with_result_files() -> None:
