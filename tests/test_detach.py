@@ -16,6 +16,7 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet_vlm
+from duet_vlm.flow import compat, signals
 from duet_vlm.models.find import adapter_for
 
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
@@ -175,6 +176,143 @@ def test_other_hooks_stay_where_they_are() -> None:
     early.remove()
     late.remove()
     assert not layer._forward_pre_hooks
+
+
+# ---- what others put on the model
+
+
+def standing(model: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """Every instance attribute of every module that can be called."""
+    return {(m, key): value for m in model.modules() for key, value in vars(m).items() if callable(value)}
+
+
+def around(plain: Callable[..., Any], calls: list[str], name: str) -> Callable[..., Any]:
+    """Somebody else's wrapper, which counts."""
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return plain(*args, **kwargs)
+
+    counted.__signature__ = inspect.signature(plain)  # type: ignore[attr-defined]
+    return counted
+
+
+def wrap_all(model: nn.Module, before: dict[tuple[nn.Module, str], Any], calls: list[str]) -> dict[tuple[nn.Module, str], Any]:
+    """Put a wrapper of somebody else on everything that attach put in front of a method; what it stands on."""
+    ours = {place: value for place, value in standing(model).items() if before.get(place) is not value}
+    for (module, name), value in ours.items():
+        vars(module)[name] = around(value, calls, name)
+    return ours
+
+
+@matrix("duet", "fastv", attention=("sdpa",))
+def test_others_wrappers_stay_and_pass_straight_through_ours(case: Case) -> None:
+    model, inputs = warm(case.family), FAMILIES[case.family].inputs(MIXED)
+    before, found, plain = snapshot(model), standing(model), generate(model, inputs, 3)
+    calls: list[str] = []
+    handle = case.attach(model)
+    reduced = generate(model, inputs, 3)
+    ours = wrap_all(model, found, calls)
+    assert {"forward", "generate", "_loss_function", adapter_for(model).streams[0].encode} <= {name for _, name in ours}
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, inputs, 3).logits, reduced.logits, strict=True))
+    theirs = {place: vars(place[0])[place[1]] for place in ours}
+    with pytest.warns(UserWarning, match=r"left there: .*\(counted of test_detach\.py\)") as caught:
+        handle.detach()
+    assert len(caught) == 1 and all(f"{type(module).__name__}.{name} (" in str(caught[0].message) for module, name in ours)
+    assert {place: vars(place[0])[place[1]] for place in ours} == theirs
+    calls.clear()
+    after = generate(model, inputs, 3)
+    assert all(torch.equal(a, b) for a, b in zip(after.logits, plain.logits, strict=True)) and {"forward", "generate"} <= set(calls)
+    twin = copy.deepcopy(model)
+    for (module, name), value in ours.items():  # they put back what they found: ours, which is inert
+        vars(module)[name] = value
+    assert all(torch.equal(a, b) for a, b in zip(generate(model, inputs, 3).logits, plain.logits, strict=True))
+    with case.attach(model):
+        generate(model, inputs, 3)
+    assert snapshot(model) == before  # the next handle takes them along
+    assert torch.equal(forward(twin, inputs).logits, forward(model, inputs).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_others_wrappers_that_come_and_go_while_attached(family: str, recwarn: pytest.WarningsRecorder) -> None:
+    model, inputs = warm(family), FAMILIES[family].inputs(MIXED)
+    before, found = snapshot(model), standing(model)
+    with duet_vlm.attach(model, "duet", **REDUCING["duet"]):
+        for (module, name), value in wrap_all(model, found, []).items():
+            forward(model, inputs)
+            vars(module)[name] = value
+    assert snapshot(model) == before and not [w for w in recwarn if "left there" in str(w.message)]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_others_wrappers_from_before_taken_off(family: str, when: str, recwarn: pytest.WarningsRecorder) -> None:
+    """Before detach that takes ours off as well, and detach does not bring theirs back; after detach they are as they were."""
+    model, inputs, calls = warm(family), FAMILIES[family].inputs(MIXED), []
+    before, plain = snapshot(model), forward(model, inputs).logits
+    places = [(model, "forward"), (model, "generate"), (model.model, adapter_for(model).streams[0].encode), (model.model, "forward")]
+    for module, name in places:
+        vars(module)[name] = around(getattr(module, name), calls, name)
+    wrapped = snapshot(model)
+    handle = duet_vlm.attach(model, "duet", **REDUCING["duet"])
+    forward(model, inputs)
+    if when == "after":
+        handle.detach()
+        assert snapshot(model) == wrapped and calls
+    for module, name in reversed(places):
+        del vars(module)[name]
+    handle.detach()
+    assert snapshot(model) == before and not [w for w in recwarn if "left there" in str(w.message)]
+    assert torch.equal(forward(model, inputs).logits, plain)
+
+
+def test_a_loss_and_a_config_that_others_set_while_attached_stay() -> None:
+    model, inputs = warm("llava"), FAMILIES["llava"].inputs(MIXED)
+    plain = forward(model, inputs).logits
+    (attention,) = adapter_for(model).vision_attentions(None)
+    config = copy.copy(attention.config)
+
+    def loss(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.tensor(7.0)
+
+    handle = duet_vlm.attach(model, "duet", **REDUCING["duet"])
+    model.loss_function, attention.config = loss, config
+    with pytest.warns(UserWarning, match=r"LlavaForConditionalGeneration\._loss_function \(loss of test_detach\.py\).*config \(CLIPVisionConfig\)"):
+        handle.detach()
+    assert model.loss_function is loss and attention.config is config
+    out = forward(model, inputs, labels=inputs["input_ids"])
+    assert out.loss == 7 and torch.equal(out.logits, plain)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hooks_that_somebody_still_holds_are_inert(family: str) -> None:
+    model, inputs = warm(family), FAMILIES[family].inputs(MIXED)
+    found, plain = standing(model), generate(model, inputs, 3)
+    kinds = ("_forward_hooks", "_forward_pre_hooks")
+    known = {id(hook) for module in model.modules() for kind in kinds for hook in getattr(module, kind).values()}
+    handle = duet_vlm.attach(model, "duet", **REDUCING["duet"])
+    generate(model, inputs, 3)
+    ours = {place: value for place, value in standing(model).items() if found.get(place) is not value}
+    held = [hook for module in model.modules() for kind in kinds for hook in getattr(module, kind).values() if id(hook) not in known]
+    handle.detach()
+    assert held and all(hook(model, (), {}, None) is None for hook in held)
+    vars(model)["generate"], vars(model)["forward"] = ours[model, "generate"], ours[model, "forward"]
+    again = generate(model, inputs, 3)
+    assert all(torch.equal(a, b) for a, b in zip(again.logits, plain.logits, strict=True))
+    with pytest.raises(RuntimeError, match="nothing to report yet|detached"):
+        duet_vlm.attach(model, "duet", **REDUCING["duet"]).report()
+
+
+def test_an_attention_that_was_called_before_its_recorder_went() -> None:
+    """The name of the attention function is read first and the recorder second; another thread may detach in between."""
+    model, inputs = warm("llava"), FAMILIES["llava"].inputs(MIXED)
+    (attention,) = adapter_for(model).vision_attentions(None)
+    query = torch.randn(1, 2, 5, 4)
+    with duet_vlm.attach(model, "duet", **REDUCING["duet"]):
+        forward(model, inputs)
+    arguments = {"scaling": 0.5, "dropout": 0.0}
+    expected, _ = compat.attention_function(attention, "sdpa")(attention, query, query, query, None, **arguments)
+    assert torch.equal(signals.attend(attention, query, query, query, None, **arguments)[0], expected)
 
 
 # ---- copies and attaching twice

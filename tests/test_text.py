@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import pickle
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
 import pytest
 import torch
-from families import IMAGE, PAD, VOCAB, forward, generate, shared
+from families import IMAGE, PAD, VOCAB, build, forward, generate, shared
 from test_training import survivors
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -20,6 +23,7 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 
 import duet_vlm
 from duet_vlm import text
+from duet_vlm.flow.processor import SalientProcessor
 from duet_vlm.text import content_words, salient_mask
 
 WORDS = "USER : what color is the big car on left of tree a an it ? . ASSISTANT red and blue who drives 2 12 où est le chat".split()
@@ -255,3 +259,103 @@ def test_detach_after_an_error_gives_the_processor_back(processor: LlavaProcesso
         assert type(processor) is not plain
         raise KeyError
     assert type(processor) is plain and "__call__" not in vars(processor)
+
+
+def attach(family: str, processor: Any) -> duet_vlm.Handle:
+    return duet_vlm.attach(build(family), "duet", budget=12, text_query="salient", processor=processor)
+
+
+def marks(processor: Any) -> bool:
+    return "salient_mask" in processor(text=QUESTION, return_tensors="pt")
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_one_processor_of_several_models_is_given_back_by_the_last(order: tuple[int, ...], processor: LlavaProcessor) -> None:
+    plain, state = type(processor), dict(vars(processor))
+    handles = [attach("llava", processor) for _ in range(3)]
+    assert type(processor).__mro__.count(plain) == 1 and type(processor).__base__ is plain  # one wrapper, however many users
+    for number in order:
+        assert marks(processor) and isinstance(processor, plain)
+        handles[number].detach()
+    assert type(processor) is plain and vars(processor) == state and not marks(processor)
+
+
+def test_each_model_marks_by_its_own_placeholder(processor: LlavaProcessor) -> None:
+    """The last one that was attached says which; a processor has one."""
+    first, second = SalientProcessor(processor, IMAGE), SalientProcessor(processor, 12)
+    assert marks(processor)
+    first.remove()
+    assert marks(processor)
+    second.remove()
+    assert not marks(processor)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    **{f"pickle {n}": lambda processor, n=n: pickle.loads(pickle.dumps(processor, n)) for n in range(2, pickle.HIGHEST_PROTOCOL + 1)},
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_of_an_attached_processor_are_plain(kind: str, processor: LlavaProcessor) -> None:
+    plain = type(processor)
+    with attach("llava", processor):
+        twin = COPIES[kind](processor)
+        assert type(twin) is plain and not marks(twin)
+        assert marks(processor)
+        with attach("llava", twin):  # which can be attached by itself
+            assert marks(twin) and type(twin) is not type(processor)
+        assert type(twin) is plain and not marks(twin) and marks(processor)
+    assert type(processor) is plain and not marks(processor)
+
+
+def test_an_instance_made_by_the_class_of_an_attached_processor_marks_nothing(processor: LlavaProcessor) -> None:
+    with attach("llava", processor):
+        twin = type(processor)(processor.image_processor, processor.tokenizer, patch_size=14, vision_feature_select_strategy="default")
+        assert not marks(twin)
+        with attach("llava", twin):
+            assert marks(twin) and marks(processor)
+        assert not marks(twin) and marks(processor)
+
+
+def test_a_class_that_somebody_put_on_top_stays(processor: LlavaProcessor) -> None:
+    handle, plain = attach("llava", processor), type(processor).__base__
+    theirs = processor.__class__ = type("Theirs", (type(processor),), {})
+    assert marks(processor)
+    other = attach("llava", processor)  # one on top of theirs uses the wrapper that is there
+    assert type(processor) is theirs
+    other.detach()
+    with pytest.warns(UserWarning, match=r"left there: the processor's class Theirs\."):
+        handle.detach()
+    assert type(processor) is theirs and not marks(processor)
+    processor.__class__ = plain
+
+
+def test_a_class_that_somebody_took_off_with_theirs(processor: LlavaProcessor, recwarn: pytest.WarningsRecorder) -> None:
+    plain = type(processor)
+    processor.__class__ = type("Theirs", (plain,), {})
+    handle = attach("llava", processor)
+    processor.__class__ = plain
+    handle.detach()
+    assert type(processor) is plain and not [w for w in recwarn if "left there" in str(w.message)]
+
+
+RAGGED = [f"USER: <image> {QUESTION} ASSISTANT:", "USER: <image> who drives it ? ASSISTANT:"]
+
+
+def test_ragged_ids_get_ragged_masks(processor: LlavaProcessor) -> None:
+    """Without return_tensors rows have lengths of their own; each row's mask is that of the row alone."""
+    pictures = [picture(1), picture(2)]
+    with attach("llava", processor):
+        lists = processor(images=pictures, text=RAGGED)
+        assert [len(row) for row in lists["salient_mask"]] == [len(row) for row in lists["input_ids"]] and len({*map(len, lists["input_ids"])}) == 2
+        for row, (image, text) in enumerate(zip(pictures, RAGGED, strict=True)):
+            alone = processor(images=image, text=text, return_tensors="pt")
+            assert lists["salient_mask"][row] == alone["salient_mask"][0].tolist()
+        one = processor(text=RAGGED[1].replace("<image>", ""))
+        assert [len(row) for row in one["salient_mask"]] == [len(row) for row in one["input_ids"]]
+        arrays = processor(images=pictures, text=RAGGED, padding=True, return_tensors="np")
+        tensors = processor(images=pictures, text=RAGGED, padding=True, return_tensors="pt")
+        assert isinstance(arrays["salient_mask"], numpy.ndarray)
+        assert numpy.array_equal(arrays["salient_mask"], tensors["salient_mask"].numpy())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import io
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import remove_hook_from_module
 from cases import OFFICIAL, REDUCING, Case, matrix
 from families import FAMILIES, FIRST, MIXED, build, forward, generate, shared
 from torch import Tensor, nn
@@ -111,6 +113,21 @@ def test_offloaded_and_dispatched_models(case: Case, how: str, when: str) -> Non
         assert handle.trace == trace
     for a, b in zip(found.logits, expected.logits, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_device_map_made_while_attached_outlives_the_handle(family: str) -> None:
+    """accelerate's forwards stand on ours and keep calling them; they may go at any time after."""
+    model, inputs = build(family), FAMILIES[family].inputs(MIXED)
+    plain = forward(model, inputs).logits
+    handle = duet_vlm.attach(model, "duet", **REDUCING["duet"])
+    dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    with pytest.warns(UserWarning, match=r"left there: .*\.forward \(new_forward of hooks\.py\)"):
+        handle.detach()
+    assert torch.equal(forward(model, inputs).logits, plain)
+    remove_hook_from_module(model, recurse=True)
+    assert torch.equal(forward(model, inputs).logits, plain)
+    assert torch.equal(forward(copy.deepcopy(model), inputs).logits, plain)
 
 
 class Packed(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import Stacks
+from duet_vlm.hooks import foreign
 from duet_vlm.models.adapter import Recorded
 
 NAME = "duet_vlm_recorder"
@@ -30,10 +31,14 @@ class Recorder:
         compat.register_attention(FLASH_NAME, attend)
         flash = "flash" in (self.config._attn_implementation or "")
         compat.use_attention(private, FLASH_NAME if flash else NAME)
-        module.config = private
+        self.private = module.config = private
 
-    def remove(self) -> None:
+    def remove(self) -> str | None:
+        """Give the config back, or name the one that somebody else has put there since."""
+        if self.module.config is not self.private:
+            return foreign(f"{type(self.module).__name__}.config", self.module.config)
         self.module.config = self.config
+        return None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("this vision tower has a duet_vlm reducer attached and cannot be copied or pickled: detach() first, then copy")
@@ -47,9 +52,9 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that records and delegates."""
-    recorder: Recorder | None = getattr(module.config, "_duet_vlm_recorder", None)
-    if recorder is not None:  # else another thread detached since this function was chosen
+    recorder: Recorder | None = getattr(module.config, "_duet_vlm_recorder", None)  # None: removed since this layer was called
+    if recorder is not None:
         ends = kwargs.get("cu_seq_lens_q")
         recorder.record(query, key, kwargs["scaling"], None if ends is None else ends[1:] - ends[:-1])
-    implementation = (module.config if recorder is None else recorder.config)._attn_implementation
+    implementation = (module if recorder is None else recorder).config._attn_implementation
     return compat.attention_function(module, implementation)(module, query, key, value, attention_mask, **kwargs)
