@@ -87,6 +87,18 @@ def test_tables_agree_with_result_files() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_headline_is_what_was_measured() -> None:
+    """Worked out from the medians in the result files, not from the ratios that the table takes."""
+    readme = (ROOT / "README.md").read_text()
+    said = re.search(r"At 11 % .*first token (\S+)x faster, an answer of (\d+) tokens (\S+)x faster, KV cache (\d+)x", readme)
+    assert said
+    rows = json.loads((ROOT / "benchmarks/results/bench.json").read_text())["rows"]
+    full, small = (next(row for row in rows if row["side"] == side and row["text"] == 65) for side in ("full", "duet at 11%"))
+    for stage, number in (("to first token", said[1]), ("end to end", said[3])):
+        assert full["ms"][stage]["median"] / small["ms"][stage]["median"] == pytest.approx(float(number), abs=0.1)
+    assert (full["new"], round(full["kv_bytes"] / small["kv_bytes"])) == (int(said[2]), int(said[4]))
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text()):
