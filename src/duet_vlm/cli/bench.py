@@ -77,7 +77,7 @@ def _writable(out: Path | None, plots: Path | None) -> None:
         folder_for("--out", out.parent)
     if plots is not None:
         if importlib.util.find_spec("matplotlib") is None:
-            raise ImportError("--plots needs matplotlib: pip install 'duet-vlm[viz]'")
+            raise ImportError("--plots needs matplotlib: pip install '.[viz]'")
         folder_for("--plots", plots)
 
 
