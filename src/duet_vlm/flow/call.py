@@ -26,7 +26,7 @@ class Encoded:
 
     ``aside``: the encoder was called by the user, who got all rows; these are the reduced ones, for when its output comes back with a
     prompt, and ``levels`` those of the rows that are added behind the first decoder layers. ``ends`` [spans, C] are the last rows of the
-    spans (before the projector if ``at_door``), for prompts that are predicted from such a row.
+    spans (before the projector if ``unprojected``), for prompts that are predicted from such a row.
     """
 
     stream: str
@@ -40,7 +40,7 @@ class Encoded:
     aside: list[Tensor] | None = None
     levels: list[tuple[Tensor, ...]] | None = None
     ends: Tensor | None = None
-    at_door: bool = False
+    unprojected: bool = False
     finite: Tensor | None = None
     wrong: Tensor | None = None  # the code of what the method returned (flow/verify.py)
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
@@ -70,7 +70,7 @@ class Choice:
 
 @dataclass
 class EncoderCall:
-    """Scratch of one running encoder call: what the recorder saw and what the door decided.
+    """Scratch of one running encoder call: what the recorder saw and what was decided in front of the projector.
 
     ``aside``: the user called the encoder, and gets what the stock model gives; ``each``: parts are reduced one by one; ``skips``: tower
     layers that nobody reads are not run; ``signals``: importance and mean keys per span, made of what was recorded, until the choice is made

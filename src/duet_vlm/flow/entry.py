@@ -124,7 +124,7 @@ def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Te
         place = span_ends(arrived, places[name])
         numbers = [number for sample in dealt[name] for (_, number), _ in sample]
         rows = encoded.ends[torch.tensor(numbers, device=encoded.ends.device)]
-        rows = adapter.door.forward(rows[:, None])[:, 0] if encoded.at_door and adapter.door is not None else rows
+        rows = adapter.pointwise.forward(rows[:, None])[:, 0] if encoded.unprojected and adapter.pointwise is not None else rows
         rows = rows.to(embeds.device, embeds.dtype)[place.clamp(min=0).to(embeds.device)]
         embeds = torch.where((left_out & (place >= 0)).to(embeds.device)[..., None], rows, embeds)
     return embeds

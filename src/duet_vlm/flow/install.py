@@ -44,9 +44,9 @@ def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
             hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
     if isinstance(reducer, EncoderReducer) and reducer.cls_token:
         hooks.add(adapter.cls_module().register_forward_hook, traffic.record_cls)
-    if adapter.door is not None:
-        hooks.add(adapter.door.register_forward_pre_hook, encoder.at_door)
-        hooks.add(adapter.door.register_forward_hook, encoder.after_door)
+    if adapter.pointwise is not None:
+        hooks.add(adapter.pointwise.register_forward_pre_hook, encoder.before_projector)
+        hooks.add(adapter.pointwise.register_forward_hook, encoder.after_projector)
     for stream in adapter.streams:
         hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream))
 
