@@ -18,6 +18,7 @@ from torch import nn
 from transformers import DynamicCache
 
 import duet_vlm
+from duet_vlm.bench.inputs import encode
 from duet_vlm.measure.speed import paired, ratio
 
 BUDGETS = (0.33, 0.22, 0.11)
@@ -92,5 +93,5 @@ def reader(model: nn.Module, shape: Shape, encoded: bool) -> Callable[[], object
     inputs, image = prompt(shape), picture(shape)
     if not encoded:
         return lambda: model(**inputs, **image, logits_to_keep=1)
-    output = model.get_image_features(**image)
-    return lambda: model(**inputs, mm_encoder_outputs={"image": output}, logits_to_keep=1)
+    outputs = encode(model, image)
+    return lambda: model(**inputs, mm_encoder_outputs=outputs, logits_to_keep=1)

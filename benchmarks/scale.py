@@ -20,7 +20,7 @@ from duet_vlm.measure.devices import SHEETS, Device, this_machine
 from duet_vlm.measure.report import Sample
 from duet_vlm.measure.roofline import Assumptions, Model, Prediction, Workload, predict
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 RESULTS = HERE / "results"
 BUDGETS = (0.33, 0.22, 0.11)

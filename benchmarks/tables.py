@@ -1,4 +1,4 @@
-"""Regenerate every table in README.md and docs/ from committed result files, the registry and the adapters: ``make tables``.
+"""Regenerate every table in README.md, docs/ and benchmarks/ from committed result files, the registry and the adapters: ``make tables``.
 
 ``--check`` writes nothing and exits with 1 if a page differs from what the files say.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import comparison_tables
+import readme_tables
 import scale_tables
 import training_tables
 import video_tables
@@ -25,7 +26,7 @@ from duet_vlm.cli.models import cell
 from duet_vlm.evaluate.report import markdown
 from duet_vlm.evaluate.results import load
 from duet_vlm.measure.training import Example, Trained, step_flops
-from duet_vlm.models.adapter import support
+from duet_vlm.models.find import support
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,13 +128,14 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "methods": methods,
     "families": supported,
     **comparison_tables.BLOCKS,
+    **readme_tables.BLOCKS,
     **scale_tables.BLOCKS,
     **training_tables.BLOCKS,
     **video_tables.BLOCKS,
 }
 PAGES = (
     "README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md",
-    "docs/scale.md",
+    "docs/scale.md", "benchmarks/README.md", "benchmarks/NOTES.md",
 )  # fmt: skip
 
 

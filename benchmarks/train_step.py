@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm import tiny
+from duet_vlm.bench.inputs import encode
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.counted import memory_of
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.measure.speed import Timing, paired, ratio
 from duet_vlm.measure.training import Example, StepFlops, Trained, step_flops
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 STAGES = ("vision", "decoder", "backward", "optimiser")
 LLAVA_7B = DecoderShape(32, 4096, 32, 32, 128, 11008, 32064), VisionShape(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))
@@ -136,9 +137,9 @@ class Step:
 
     def forward(self) -> Tensor:
         self.clock = [_now()]
-        images = self.model.get_image_features(pixel_values=self.batch.pixels)
+        images = encode(self.model, {"pixel_values": self.batch.pixels})
         self.clock.append(_now())
-        loss = self.model(**self.batch.text, mm_encoder_outputs={"image": images}, use_cache=False).loss
+        loss = self.model(**self.batch.text, mm_encoder_outputs=images, use_cache=False).loss
         self.clock.append(_now())
         return loss
 

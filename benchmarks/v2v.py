@@ -16,6 +16,7 @@ from shapes import LLAVA, QWEN, TINY, TINY_QWEN, Shape, build, picture, twin
 from torch import nn
 
 import duet_vlm
+from duet_vlm.bench.inputs import encode
 from duet_vlm.measure.speed import paired
 
 TARGETS = {"llava": 1.01, "qwen2_5_vl": 1.05}
@@ -45,6 +46,6 @@ def _compare(
         plain.config.vision_feature_layer = features
     attached, image = twin(plain), picture(shape)
     with torch.inference_mode(), duet_vlm.attach(attached, "duet", budget=0.22):
-        sides = {"duet": lambda: attached.get_image_features(**image), "plain": lambda: plain.get_image_features(**image)}
+        sides = {"duet": lambda: encode(attached, image), "plain": lambda: encode(plain, image)}
         times = paired(sides, options.repeats(pairs), warmup=2)
     return side_by_side(name, shape, times["duet"], times["plain"], target)

@@ -37,6 +37,7 @@ EVERY = (  # tests that the default tier runs on the other families, too: one ce
     "test_importance_equals_the_towers_attention",
     "test_every_part_keeps_its_own_best_rows",
     "test_generation_equals_the_oracle",
+    "test_every_method_passes_wherever_it_runs",
     "test_every_tensor_names_its_device",
     "test_a_default_device_changes_nothing",
 )

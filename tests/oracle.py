@@ -63,6 +63,11 @@ def choices_of(handle: Handle) -> list[Choice]:
         rows = [_entered(run.positions, *source, span.tokens) for source, span in zip(sources, spans, strict=True)]
         places = [visual[span.offset : span.offset + span.tokens] for span in spans]
         number += len(spans)
+        for span, span_rows, span_places in zip(spans, rows, places, strict=True):  # a last token that V2V left out, but whose row predicts
+            last = place[int(run.prompt.slot[sample][run.prompt.visual[sample]][span.offset + span.tokens - 1])]
+            there = {place[s] for s in run.groups[0].tokens.slot[sample][run.groups[0].tokens.valid[sample]].tolist()}
+            if last in there and span_places[-1] == last and span.tokens - 1 not in span_rows:
+                span_rows[span.tokens - 1] = (span.tokens - 1, ())
         alive = {}
         for group in run.groups:
             slots = group.tokens.slot[sample][group.tokens.valid[sample]].tolist()

@@ -154,7 +154,11 @@ def processor_class(name: str) -> Any:
 @functools.cache
 def processor(name: str) -> Any:
     """The stock processor of a model type, sized for its tiny model."""
-    stock = STOCK[name]
+    return made(name, STOCK[name])
+
+
+def made(name: str, stock: Stock) -> Any:
+    """The stock processor of a model type with these settings."""
     variants, cls = IMAGE_PROCESSOR_MAPPING_NAMES[stock.like or name], processor_class(stock.like or name)
     wanted = "torchvision" if is_torchvision_available() and "torchvision" in variants else "pil"
     parts = {

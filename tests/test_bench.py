@@ -25,7 +25,7 @@ from duet_vlm.bench.shapes import random_model
 from duet_vlm.cli.main import app
 from duet_vlm.measure.devices import SHEETS, Device
 from duet_vlm.measure.report import make_report
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 SHEET = Device("made up", {"fp32": 1e11}, 1e10, 1e10, "made up", measured=True)
 FAST = {"new": 3, "rounds": 2, "warmup": 0}

@@ -33,6 +33,10 @@ def test_quick_results_are_complete(results: Path, name: str) -> None:
         assert 0 < low <= row["median"] <= high
         assert row["quartiles"][0] <= row["median"] <= row["quartiles"][1]
         assert row["pairs"] == 3 and row["shape"]["hidden"] > 0
+    if name == "t2v":  # held against what its arithmetic took in the same prefills
+        assert len(measured) == 4
+        for row in measured:
+            assert row["target"] == pytest.approx(row["arithmetic"]["median"] + 0.02) and row["met"] == (row["median"] <= row["target"])
     if name == "prefill":
         assert all(row["predicted"] > 1 for row in measured)
     if name == "train_step":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -11,17 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import duet_vlm
-from duet_vlm import BudgetError
+from duet_vlm import BudgetError, SpanPlan, compose
 from duet_vlm.budget import check_budget, check_schedule, count_of, largest, layer_counts, target_mean
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.duet_plus import DuetPlus
 from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.floors import RandomTokens, UniformTokens
+from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.none import NoReduction
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.parts import plan_span
+from duet_vlm.reducer import plan_within
 
 SOLVERS = {method.name: method for method in (DivPrune, Duet, DuetPlus, FastV, PyramidDrop, Scope, VisionZip, RandomTokens, UniformTokens)}
 many = settings(max_examples=200, deadline=None, derandomize=True)
@@ -45,14 +49,54 @@ def test_visionzip_solves_to_the_published_settings(budget: int, dominant: int, 
     assert (plan.dominant, plan.contextual, plan.counts) == (dominant, contextual, (budget,) * 32)
 
 
-@pytest.mark.parametrize("budget", [64, 128, 192])
-def test_pyramiddrop_stages(budget: int) -> None:
-    """At [8, 16, 24] of 32 layers the first quarter alone costs 144 tokens on average; below that the early stages [2, 8, 16]."""
+@pytest.mark.parametrize(("budget", "layers"), [(64, [2, 8, 16]), (192, [2, 8, 16]), (230, [2, 8, 16, 24]), (270, [8, 16, 24]), (450, [8, 16, 24])])
+def test_pyramiddrop_stages(budget: int, layers: list[int]) -> None:
+    """Up to a share of 0.56 (192 tokens) the early stages, from the paper's 0.5 (270) on the paper's stages, in between both."""
     counts = PyramidDrop().plan(576, 32, budget).counts
-    changes = [layer for layer in range(1, 32) if counts[layer] != counts[layer - 1]]
-    assert changes == ([8, 16, 24] if budget == 192 else [2, 8, 16])
-    kept = [counts[layer] / 576 for layer in changes]
-    assert kept[0] ** 2 == pytest.approx(kept[1], abs=2 / 576) and kept[0] ** 3 == pytest.approx(kept[2], abs=2 / 576)
+    assert [layer for layer in range(1, 32) if counts[layer] != counts[layer - 1]] == layers
+    if len(layers) == 3:
+        first, second, third = (counts[layer] / 576 for layer in layers)
+        assert first**2 == pytest.approx(second, abs=2 / 576) and first**3 == pytest.approx(third, abs=2 / 576)
+
+
+def pyramid_path(depth: int) -> list[list[float]]:
+    """Shares per layer along PyramidDrop's rule, from its floor to everything, written out layer by layer in small steps."""
+
+    def pyramid(layers: tuple[int, int, int], share: float) -> list[float]:
+        at = [max(1, layer * depth // 32) for layer in layers]
+        return [share ** sum(first <= layer for first in at) for layer in range(depth)]
+
+    early, late = (2, 8, 16), (8, 16, 24)
+    steps = [i / 400 for i in range(401)]
+    path = [pyramid(early, 0.56 * step) for step in steps]
+    low, high = pyramid(early, 0.56), pyramid(late, 0.5)
+    path += [[a + step * (b - a) for a, b in zip(low, high, strict=True)] for step in steps[1:]]
+    return path + [pyramid(late, 0.5 + 0.5 * step) for step in steps[1:]]
+
+
+@pytest.mark.parametrize("depth", [4, 8, 12, 27, 28, 32, 48])
+@pytest.mark.parametrize("tokens", [64, 576])
+def test_pyramiddrop_never_jumps(tokens: int, depth: int) -> None:
+    """A budget is met to within one token, so a step of the budget by b moves along the path by b + 1 tokens of the mean at most, and a layer's
+    count by that times the path's steepest slope there, and one more for rounding down."""
+    path = pyramid_path(depth)
+    means = [sum(shares) / depth for shares in path]
+    assert means == sorted(means)
+    slopes = [
+        max(abs(y - x) for x, y in zip(a, b, strict=True)) / (high - low)
+        for a, b, low, high in zip(path, path[1:], means, means[1:], strict=False)
+    ]
+    before = None
+    for budget in range(math.ceil(tokens * means[0]), tokens + 1):
+        plan = PyramidDrop().plan(tokens, depth, budget)
+        assert budget - 1 < plan.mean <= budget
+        here = min(range(len(means)), key=lambda i: abs(means[i] * tokens - plan.mean))
+        assert max(abs(tokens * share - count) for share, count in zip(path[here], plan.counts, strict=True)) < 1 + 2 * max(slopes)
+        if before is not None:
+            assert max(abs(a - b) for a, b in zip(before.counts, plan.counts, strict=True)) <= 2 * max(slopes) + 1
+            assert plan.mean >= before.mean
+        before = plan
+    assert plan.counts == (tokens,) * depth
 
 
 def test_fastv_takes_two_full_layers_where_they_fit() -> None:
@@ -107,6 +151,98 @@ def test_a_larger_budget_never_keeps_fewer(method: str, tokens: int, depth: int,
     except BudgetError:
         return
     assert SOLVERS[method]().plan(tokens, depth, small + more).mean >= few.mean - 1
+
+
+COMPOSED: dict[str, duet_vlm.Reducer] = {
+    "frames+duet": compose(Frames(), Duet()),
+    "frames+visionzip": compose(Frames(keep=0.5), VisionZip()),
+    "scope+duet_plus": compose(Scope(), DuetPlus()),
+    "visionzip+pyramiddrop": compose(VisionZip(), PyramidDrop()),
+    "visionzip+fastv": compose(VisionZip(), FastV()),
+    "frames+scope+pyramiddrop": compose(Frames(), Scope(), PyramidDrop()),
+    "frames+pyramiddrop": compose(Frames(), PyramidDrop()),
+    "half the frames+pyramiddrop": compose(Frames(keep=0.5), PyramidDrop()),
+    "five rows of frames+fastv": compose(Frames(keep=5), FastV()),
+    "random after duet": RandomTokens(follow="duet"),
+    "uniform after fastv": UniformTokens(follow="fastv"),
+}
+ALL: dict[str, duet_vlm.Reducer] = {**{name: method() for name, method in SOLVERS.items()}, **COMPOSED}
+
+
+def floor_of(method: duet_vlm.Reducer, tokens: int, depth: int) -> float:
+    with pytest.raises(BudgetError) as caught:
+        method.plan(tokens, depth, 1e-7)
+    assert caught.value.floor is not None
+    return caught.value.floor
+
+
+@pytest.mark.parametrize("depth", [3, 4, 12, 28])
+@pytest.mark.parametrize("name", ALL)
+def test_floors_of_small_spans_are_exact(name: str, depth: int) -> None:
+    """A plan is made at the floor, with the floor as its mean, and at nothing below it."""
+    for tokens in range(1, 65):
+        floor = floor_of(ALL[name], tokens, depth)
+        assert 0 < floor <= tokens
+        assert ALL[name].plan(tokens, depth, floor / tokens).mean == pytest.approx(floor, abs=1e-12)
+        with pytest.raises(BudgetError):
+            ALL[name].plan(tokens, depth, floor / tokens * (1 - 1e-6))
+
+
+@pytest.mark.parametrize("depth", [3, 32])
+@pytest.mark.parametrize("name", ALL)
+def test_small_spans_are_floored_to_the_floor(name: str, depth: int) -> None:
+    """A fraction that a larger image could meet ends no batch for its smallest image; one that none could meet is an error."""
+    method, large = ALL[name], 60_000
+    for tokens in (1, 2, 5, 9, 36, 63, 64, 200):
+        for budget in (0.004, 0.02, 0.11, 0.33):
+            floor = floor_of(method, tokens, depth)
+            if floor <= budget * tokens:
+                assert plan_within(method, tokens, depth, budget) == method.plan(tokens, depth, budget)
+            elif tokens < 64 and floor_of(method, large, depth) <= budget * large:
+                plan = plan_within(method, tokens, depth, budget)
+                assert plan.floored and plan.mean == pytest.approx(floor) and plan.tokens == tokens
+                assert dataclasses.replace(plan, floored=False) == method.plan(tokens, depth, floor / tokens)
+            else:
+                with pytest.raises(BudgetError, match=r"floor is .* tokens") as caught:
+                    plan_within(method, tokens, depth, budget)
+                assert caught.value.floor == floor
+
+
+@pytest.mark.parametrize(("method", "size"), [(Scope, 1), (VisionZip, 1), (UniformTokens, 1), (Duet, 16 / 32), (DuetPlus, 8 / 32)])
+def test_what_a_floored_span_keeps(method: Any, size: float) -> None:
+    """One token: in every layer, or until the first drop of DUET's and of the deep schedule (half and a quarter of the depth)."""
+    for tokens in (1, 4, 9):
+        assert plan_within(method(), tokens, 32, 0.01).counts == (1,) * int(32 * size) + (0,) * int(32 - 32 * size)
+
+
+def test_what_is_never_floored() -> None:
+    for method, tokens, budget in (
+        (Scope(clamp_below=0), 3, 0.1),
+        (Scope(clamp_below=9), 9, 0.1),
+        (FastV(), 9, 3 / 576),
+        (PyramidDrop(), 60, 2),  # a token count is meant for every image
+        (compose(Scope(clamp_below=0), Duet(clamp_below=0)), 3, 0.1),
+    ):
+        with pytest.raises(BudgetError):
+            plan_within(method, tokens, 32, budget)
+    assert plan_within(Scope(clamp_below=9), 8, 32, 0.1).floored and plan_within(Scope(clamp_below=500), 499, 32, 0.001).floored
+    assert plan_within(compose(Scope(clamp_below=9), Duet(clamp_below=9)), 8, 32, 0.01).floored
+    assert plan_within(FastV(), 100, 32, None) == FastV().plan(100, 32, None)
+    with pytest.raises(BudgetError, match="duet needs a budget"):
+        plan_within(Duet(), 9, 32, None)
+    with pytest.raises(ValueError, match="clamp_below=-1: a number of visual tokens, at least 0"):
+        Duet(clamp_below=-1)
+    with pytest.raises(ValueError, match="pyramiddrop wants clamp_below=9, duet 64; a composition has one"):
+        compose(Duet(), PyramidDrop(clamp_below=9))
+
+
+def test_a_floored_span_of_parts_stays_marked() -> None:
+    def solve(tokens: int) -> SpanPlan:
+        return plan_within(Scope(), tokens, 8, 0.02)
+
+    plan = plan_span(solve, 0.02, (4, 4, 4), 3, each=True, keep_structure=False)
+    assert plan.floored and plan.entry == 1 and plan.parts == ((1, 0), (0, 0), (0, 0))
+    assert not plan_span(solve, 0.02, (40, 40), 3, each=True, keep_structure=False).floored
 
 
 @pytest.mark.parametrize("method", SOLVERS)

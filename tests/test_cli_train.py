@@ -142,7 +142,7 @@ def test_mistakes_name_value_and_remedy(tmp_path: Path) -> None:
 
 def test_the_extra_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verb, "NEEDED", ("accelerate", "no_such_module"))
-    assert "training needs no_such_module: pip install 'duet-vlm[train]'" in refused("--recipe", "tiny")
+    assert 'training needs no_such_module: pip install ".[train]"' in refused("--recipe", "tiny")
 
 
 # ---- recipes

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from test_methods_frames import Clip, kept_of_clip, view_of
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import BudgetError, DecoderReducer, EncoderReducer, SpanPlan, VisionView, compose
+from duet_vlm import BudgetError, DecoderReducer, EncoderReducer, SpanPlan, VisionView, compose, registry
 from duet_vlm.budget import target_mean
 from duet_vlm.cli.main import app
 from duet_vlm.evaluate import screen
@@ -116,6 +118,32 @@ def test_rows_are_divided_as_the_method_divides_them_alone(entry: int, dominant:
     assert (plan.dominant, plan.contextual) == (54, 10)  # as published for 64 tokens
 
 
+def test_a_method_of_somebody_else_names_its_usual_drops_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_methods", dict(duet_vlm.methods()))
+
+    @duet_vlm.register("half_way")
+    @dataclass(frozen=True)
+    class HalfWay(DecoderReducer):
+        """Leaves its one drop to a budget, or to the middle of the decoder."""
+
+        paper = summary = "-"
+        at: int | None = None
+
+        def with_drops(self, depth: int) -> HalfWay:
+            return self if self.at is not None else dataclasses.replace(self, at=depth // 2)
+
+        def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
+            assert self.at is not None
+            return SpanPlan(tokens, tokens, 0, tuple(tokens if layer < self.at else 0 for layer in range(depth)))
+
+        def t2v(self, view: duet_vlm.TextView) -> torch.Tensor:
+            return view.valid
+
+    assert compose(Scope(), HalfWay()).plan(100, 8, 10).counts == (20,) * 4 + (0,) * 4
+    assert compose(Scope(), HalfWay(at=2)).plan(100, 8, 10).counts == (40,) * 2 + (0,) * 6
+    assert duet_vlm.get("scope+half_way")() == compose(Scope(), HalfWay())
+
+
 def test_the_pool() -> None:
     """Given, never less than what enters; or the geometric mean of all tokens and those that enter."""
     plan = SpanPlan(1000, 80, 10, (90,) * 4)
@@ -207,7 +235,7 @@ def test_stages_that_want_different_things() -> None:
         compose(Duet(schedule=((2, 0.5),)), PyramidDrop())
     with pytest.raises(ValueError, match="of duet set the drops only"):
         compose(VisionZip(), Duet(dominant=5))
-    with pytest.raises(ValueError, match="parts='each' takes apart"):
+    with pytest.raises(ValueError, match="parts='each' would separate them"):
         compose(Frames(), VisionZip(parts="each"))
     with pytest.raises(TypeError, match="is no method; give instances"):
         compose(Frames(), "duet")  # type: ignore[arg-type]

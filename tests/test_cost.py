@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duet_vlm
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 from duet_vlm.ops import score
 
 HERE = str(Path(duet_vlm.__file__).parent)
@@ -44,7 +44,7 @@ def called_by_stock(file: str) -> bool:
 
 
 class Reads(TorchDispatchMode):
-    """Counts operations whose result the host waits for; the finite checks that run on the CPU only are left out."""
+    """Counts operations whose result the host waits for; checks that run on the CPU only are left out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Reads(TorchDispatchMode):
 
     def note(self) -> None:
         on_the_host = called_from("importance_and_keys") and called_by_stock("vision_utils.py")  # given a copy that was read before
-        self.count += not (called_from("check_finite") or on_the_host)
+        self.count += not (called_from("check_finite") or called_from("_raise_at_once") or on_the_host)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func._schema.name in READS:

@@ -17,7 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet_vlm
 from duet_vlm.flow import compat, signals
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
 

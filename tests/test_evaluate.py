@@ -245,7 +245,7 @@ def test_floors_follow_a_method_count_for_count() -> None:
             assert duet_vlm.get(floor)(follow="duet").plan(tokens, depth, budget).counts == wanted
     with pytest.raises(ValueError, match="leave out entry= and schedule="):
         duet_vlm.get("random")(follow="duet", entry=5)
-    with pytest.raises(ValueError, match="no floor itself"):
+    with pytest.raises(ValueError, match="other than the random baselines"):
         duet_vlm.get("random")(follow="uniform")
     with pytest.raises(ValueError, match="unknown method 'nobody'"):
         duet_vlm.get("random")(follow="nobody")

@@ -89,7 +89,7 @@ def test_the_embedded_model(method: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_those_that_the_layers_were_given(family: str) -> None:
     model, inputs = build(family), FAMILIES[family].inputs([ROW])
-    layers = duet_vlm.models.adapter.adapter_for(model).layers  # type: ignore[attr-defined]
+    layers = duet_vlm.models.find.adapter_for(model).layers  # type: ignore[attr-defined]
     with torch.no_grad(), duet_vlm.attach(model, "duet", **REDUCING["duet"]) as handle, counted_rows(layers) as calls:
         cache = model(**inputs, use_cache=True).past_key_values
         report, shape = handle.report(), handle.adapter.decoder_shape()

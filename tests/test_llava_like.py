@@ -10,7 +10,7 @@ from oracle import choices_of, step_logits, walk_batch
 
 import duet_vlm
 from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 BOTH = (Picture(1, 4, 5), Picture(2, 3, 4))  # in one prompt: neither is cut into crops
 

@@ -92,7 +92,7 @@ def test_argument_text_refuses_what_lmms_eval_would_cut() -> None:
 
 def test_without_lmms_eval_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'duet-vlm\[lmms\]'"):
+    with pytest.raises(ImportError, match=r'pip install "\.\[lmms\]"'):
         run("tiny", "duet_tiny", budget=0.5, out=tmp_path)
 
 

@@ -177,7 +177,6 @@ def test_counts(method: str) -> None:
         ("duet_plus", {"alpha": -1}, "alpha=-1: must be a number of at least 0"),
         ("duet_plus", {"pool": float("inf")}, "pool=inf: must be"),
         ("duet_plus", {"tau": 2}, "tau=2: a cosine"),
-        ("duet_plus", {"picks": True}, "picks=True"),
         ("duet_plus", {"keep": 2.0}, "keep=2.0"),
         ("duet_plus", {"schedule": ((4, 0.5), (3, 0.2))}, "strictly increasing"),
     ],

@@ -105,9 +105,9 @@ def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="parts='each' takes apart"):
+    with pytest.raises(ValueError, match="parts='each' would separate them"):
         Frames(parts="each")
-    with pytest.raises(ValueError, match="no place to be compared at"):
+    with pytest.raises(ValueError, match="no place in the frame to compare"):
         Frames(cls_token=True, positions="compact")
     with pytest.raises(ValueError, match=r"keep=1.5"):
         Frames(keep=1.5)

@@ -18,6 +18,7 @@ from duet_vlm.methods.floors import RandomTokens, UniformTokens
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops import merge, ragged, score, select
+from duet_vlm.ops.spans import SpanRows
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 from duet_vlm.text import query_rows
 from duet_vlm.tokens import Selection, TokenMap
@@ -189,7 +190,7 @@ def test_token_map_composes(batch: tuple[Tensor, Tensor], data: Any) -> None:
     _, valid = batch
     draw = torch.Generator().manual_seed(data.draw(seeds))
     visual = torch.rand(valid.shape, generator=draw) < 0.5
-    tokens, slots = TokenMap.identity(valid, visual), [row.nonzero().flatten().tolist() for row in valid]
+    tokens, slots = TokenMap.identity(valid, visual, torch.zeros_like(valid)), [row.nonzero().flatten().tolist() for row in valid]
     for _ in range(2):
         wanted = torch.rand(valid.shape, generator=draw) < 0.6  # by prompt slot
         keep = tokens.valid & wanted.gather(1, tokens.slot)
@@ -345,6 +346,63 @@ def test_random_is_uniform_and_depends_on_the_seed() -> None:
     view = TextView(torch.ones(1, 10, dtype=torch.bool), torch.tensor([3]), spans_, span, token)
     often = sum(RandomTokens(seed=seed, entry=1).t2v(view)[0].long() for seed in range(1000))
     assert isinstance(often, Tensor) and int(often.min()) > 227 and int(often.max()) < 373
+
+
+# ---- by span
+
+
+@st.composite
+def samples(draw: Any) -> tuple[list[list[int]], int]:
+    """Rows of the spans of up to three samples, samples without a span and spans without a row too, and columns for all of them."""
+    alive = draw(st.lists(st.lists(st.integers(0, 5), max_size=3), min_size=1, max_size=3))
+    return alive, max(map(sum, alive)) + draw(st.integers(0, 2))
+
+
+def by_span(rows: list[list[Any]], alive: list[list[int]]) -> list[list[Any]]:
+    """The rows of every span, cut out of the samples one after the other."""
+    return [row[sum(sizes[:i]) : sum(sizes[: i + 1])] for row, sizes in zip(rows, alive, strict=True) for i in range(len(sizes))]
+
+
+@quick
+@given(samples(), st.data())
+def test_rows_by_span_and_back(batch: tuple[list[list[int]], int], data: Any) -> None:
+    alive, width = batch
+    rows = torch.arange(len(alive) * width).view(len(alive), width)
+    spans = SpanRows.of(alive, width, rows.device)
+    taken, valid = spans.take(rows).tolist(), spans.valid.tolist()
+    expected = by_span(rows.tolist(), alive)
+    assert [[x for x, real in zip(row, ok, strict=True) if real] for row, ok in zip(taken, valid, strict=True)] == expected
+    assert all(ok == sorted(ok, reverse=True) for ok in valid) and spans.valid.shape[1] == max(map(len, expected), default=0)
+    assert torch.equal(spans.take(rows[..., None]), spans.take(rows)[..., None])
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows.numel(), max_size=rows.numel())), dtype=torch.bool).view(rows.shape)
+    real = torch.arange(width) < torch.tensor([sum(sizes) for sizes in alive])[:, None]
+    assert torch.equal(spans.put(spans.take(mask)), mask & real)
+    assert torch.equal(spans.put(torch.ones_like(spans.valid)), real)
+
+
+@pytest.mark.parametrize("method", [Duet(), FastV(), PyramidDrop(), UniformTokens(), RandomTokens(entry=1)], ids=lambda m: m.name)
+@quick
+@given(samples(), seeds, st.data())
+def test_ranked_by_span_every_span_chooses_as_if_it_were_alone(
+    method: DecoderReducer, batch: tuple[list[list[int]], int], seed: int, data: Any
+) -> None:
+    alive, width = batch
+    scores = normal(seed, len(alive), width).round(decimals=1)
+    spans = SpanRows.of(alive, width, scores.device)
+    keep = [data.draw(st.integers(0, rows)) for sample in alive for rows in sample]
+    numbers = tuple((number, 9) for sample in alive for number in range(len(sample)))
+
+    def chosen(valid: Tensor, keep: list[int], scores: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
+        span, token = (torch.arange(n) for n in valid.shape)
+        return method.t2v(TextView(valid, torch.tensor(keep), spans, span[:, None].expand(valid.shape), token.expand(valid.shape), scores))
+
+    found = by_span(spans.put(chosen(spans.valid, keep, spans.take(scores), numbers)).tolist(), alive) if keep else []
+    for stays, kept, own, number in zip(found, keep, by_span(scores.tolist(), alive), numbers, strict=True):
+        assert sum(stays) == kept
+        if own:
+            assert stays == chosen(torch.ones(1, len(own), dtype=torch.bool), [kept], torch.tensor([own]), (number,))[0].tolist()
+        if method.uses_text:
+            assert {i for i, stay in enumerate(stays) if stay} == set(twins.best(own, [True] * len(own), kept))
 
 
 # ---- who asks

@@ -20,7 +20,7 @@ from processors import PINPOINTS, STOCK, inputs_for, picture, processor, prompt
 import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.budget import SpanPlan
-from duet_vlm.models.adapter import families
+from duet_vlm.models.find import families
 from duet_vlm.tokens import SpanTrace
 
 Size = tuple[int, int]  # width and height in pixels

@@ -408,7 +408,7 @@ def test_same_file_same_bytes(tmp_path: Path) -> None:
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "pip install 'duet-vlm[viz]'" in call(save(tmp_path, WHOLE), "--out", tmp_path / "out", code=2).stderr
+    assert 'pip install ".[viz]"' in call(save(tmp_path, WHOLE), "--out", tmp_path / "out", code=2).stderr
     assert not (tmp_path / "out").exists()
 
 

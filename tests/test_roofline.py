@@ -25,7 +25,7 @@ from duet_vlm.measure.memory import decoder_weights, layer_weights, prefill_peak
 from duet_vlm.measure.report import Sample
 from duet_vlm.measure.roofline import Assumptions, Model, Workload, memory_bytes, predict
 from duet_vlm.measure.shapes import DecoderShape, Experts, VisionShape, decoder_shape
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm import Selection, VisionView
+from duet_vlm.bench.inputs import encode
 from duet_vlm.methods.duet import Duet
 
 seen: list[VisionView] = []
@@ -130,7 +131,8 @@ def test_recording_leaves_the_features_alone(family: str) -> None:
     with torch.no_grad():
         plain = model.model.get_image_features(inputs["pixel_values"], *grids, return_dict=True).pooler_output[0]
         with duet_vlm.attach(model, Probe(dominant=0.5, contextual=0)) as handle:
-            reduced = model.model.get_image_features(inputs["pixel_values"], *grids, return_dict=True).pooler_output[0]
+            names = ("pixel_values", "image_grid_thw", "image_sizes")
+            reduced = encode(model, {name: inputs[name] for name in names if name in inputs})["image"].pooler_output[0]
             kept = ~reduced[:, 0].isnan()
             assert int(kept.sum()) == handle.plan(len(plain)).entry < len(plain)
     torch.testing.assert_close(reduced[kept], plain[kept], rtol=1e-5, atol=1e-6)

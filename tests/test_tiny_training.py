@@ -14,12 +14,12 @@ from duet_vlm.tiny.recipe.join import JoinStage, ProjectorStage
 from duet_vlm.tiny.recipe.optim import Muon, orthogonal, rate
 from duet_vlm.tiny.recipe.packing import Lesson, pack
 from duet_vlm.tiny.recipe.reading import Watch, answer_logits, count_loss, decode
+from duet_vlm.tiny.recipe.stages import Stage, curve, fit, last_checkpoint, weights
 from duet_vlm.tiny.recipe.starts import NEIGHBOURS, start_tower
 from duet_vlm.tiny.recipe.tower import TowerStage
 from duet_vlm.tiny.render import render
 from duet_vlm.tiny.text import prompt
 from duet_vlm.tiny.train import main
-from duet_vlm.train.stages import Stage, curve, fit, last_checkpoint, weights
 
 
 class Line(Stage):
@@ -77,8 +77,8 @@ def test_a_stage_equals_a_loop_by_hand(tmp_path, bf16):
 
 
 def test_a_killed_stage_goes_on_from_its_last_whole_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr("duet_vlm.train.stages.SAVE", 2)
-    monkeypatch.setattr("duet_vlm.train.stages.LOG", 1)
+    monkeypatch.setattr("duet_vlm.tiny.recipe.stages.SAVE", 2)
+    monkeypatch.setattr("duet_vlm.tiny.recipe.stages.LOG", 1)
     whole = Line()
     fit(whole, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

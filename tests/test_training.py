@@ -55,7 +55,7 @@ def test_loss_is_the_loss_over_survivors(case: Case, side: str) -> None:
         summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(6)).loss
         torch.testing.assert_close(summed, expected * targets / 6)
     with torch.no_grad():
-        assert abs(float(model(**inputs, labels=labels).loss) - float(expected)) > 1e-3
+        assert abs(float(model(**inputs, labels=labels).loss) - float(expected)) > 1e-4  # of 5: reduced answers are others
 
 
 @matrix(*TRAINED, attention=("sdpa",))
@@ -208,4 +208,6 @@ def test_captions_right_after_the_image(family: str, method: str) -> None:
     labels = labels_of(inputs, 4 if FAMILIES[family].mrope else 3)  # Qwen's end-of-image token comes first
     with Case(family, "sdpa", method, "keep").attach() as handle:
         kept = survivors(handle, shared(family), inputs, labels=labels)
-        assert len(kept[0][-1]) == handle.plan(FAMILIES[family].tokens(ONE[2])).counts[-1]  # type: ignore[arg-type]
+        first = int((labels[0] != -100).nonzero()[0])
+        predicts = inputs["input_ids"][0, first - 1] == IMAGE  # the last visual token then never leaves
+        assert len(kept[0][-1]) == max(handle.plan(FAMILIES[family].tokens(ONE[2])).counts[-1], int(predicts))  # type: ignore[arg-type]

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import duet_vlm
+from duet_vlm.bench.inputs import encode
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.training import Example, StepFlops, Trained, step_flops
-from duet_vlm.models.adapter import Adapter, adapter_for
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.find import adapter_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -127,7 +129,7 @@ def test_the_vision_stage_is_the_encoder_call(family: str, method: str | None) -
     adapter, inputs = adapter_for(build(family, "eager")), FAMILIES[family].inputs(ROWS)
     with ExitStack() as stack, FlopCounterMode(display=False) as counter:  # with gradients, as in training: the whole tower runs
         handle = None if method is None else stack.enter_context(duet_vlm.attach(adapter.model, method, **REDUCING[method]))
-        adapter.model.get_image_features(**{k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")})
+        encode(adapter.model, {k: v for k, v in inputs.items() if k in ("pixel_values", "image_grid_thw")})
     assert predicted(family, adapter, handle, STAGE_2).vision == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -270,7 +270,7 @@ def test_bad_numbers() -> None:
 def test_without_pyav(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "clip.mp4")
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ValueError, match=r"needs PyAV: pip install 'duet-vlm\[video\]'"):
+    with pytest.raises(ValueError, match=r'needs PyAV: pip install "\.\[video\]"'):
         decode(path)
 
 
@@ -317,7 +317,7 @@ def test_stock_video_processors_name_what_they_need(tmp_path: Path) -> None:
         shutil.copy(tiny_video.path() / file, tmp_path)
     path = write(tmp_path / "clip.mp4")
     words = call("run", "-m", tmp_path, "--video", path, "-p", "x", "-b", "0.5", code=2).stderr
-    assert "its processor needs torchvision: pip install 'duet-vlm[video]'" in words
+    assert 'its processor needs torchvision: pip install ".[video]"' in words
 
 
 def test_the_film_of_a_clip() -> None:

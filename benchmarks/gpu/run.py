@@ -26,7 +26,7 @@ import duet_vlm
 from duet_vlm.bench.inputs import prompt_for
 from duet_vlm.bench.run import Plan, Side, result, sheet_of, sides_of
 from duet_vlm.bench.shapes import random_model
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 RESULTS = Path(__file__).parents[1] / "results"
 BUDGETS = (0.33, 0.22, 0.111)

@@ -9,9 +9,10 @@ from duet_vlm.handle import Handle
 from duet_vlm.measure.report import Report
 from duet_vlm.memory import remembered
 from duet_vlm.methods.compose import compose
+from duet_vlm.methods.named import get
 from duet_vlm.presets import preset
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
-from duet_vlm.registry import get, methods, register
+from duet_vlm.registry import methods, register
 from duet_vlm.tokens import Selection, Span, SpanTrace, StageTrace
 
 try:

@@ -1,4 +1,4 @@
-"""What a run leaves for its report: who entered, what tower, projector and layers really read, and what choosing cost."""
+"""What a run leaves for its report: which rows entered, what tower, projector and layers really processed, what the selection cost."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def samples_of(run: Run) -> list[Sample]:
     """The rows of the batch."""
     rest = iter(run.sources)
     sources = [[next(rest) for _ in row] for row in run.spans]
+    nominal_rows = zip(*(run.visual(layer) for layer in range(-1, run.depth)), strict=True)
     return [
         Sample(
             text=length - sum(span.tokens for span in spans),
@@ -27,10 +28,10 @@ def samples_of(run: Run) -> list[Sample]:
             grids=tuple(span.grid for span in spans),
             projected=tuple(encoded.projected[number] for encoded, number in of),
             skipped=any(encoded.skipped for encoded, _ in of),
-            staying=(some.rows, some.added),
+            nominal=nominal,
         )
-        for length, spans, of, plans, asked, measured, some in zip(
-            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), run.staying, strict=True
+        for length, spans, of, plans, asked, measured, nominal in zip(
+            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), nominal_rows, strict=True
         )
     ]
 

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from duet_vlm import registry
 from duet_vlm.budget import Budget, check_budget
 from duet_vlm.checks import with_fields
 from duet_vlm.handle import Handle
 from duet_vlm.memory import KEY, record, remembered
-from duet_vlm.models.adapter import adapter_for, core_of
+from duet_vlm.methods import named
+from duet_vlm.models.find import adapter_for, core_of
 from duet_vlm.reducer import Reducer
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()  # the hooks keep the handle
@@ -72,24 +72,26 @@ def attach(
         method, fields = known["method"], known["settings"] | fields
         budget = known["budget"] if budget is None else budget
     if isinstance(method, str):
-        reducer = with_fields(registry.get(method), fields)
+        reducer = with_fields(named.get(method), fields)
     elif isinstance(method, Reducer):
         reducer = with_fields(method, fields)
     else:
         raise TypeError(f"method must be a name or a Reducer instance, got {method!r}")
+    adapter = adapter_for(model)
     if handle_of(model) is not None:
         raise ValueError(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
-    handle = Handle(adapter_for(model), reducer, budget, processor, align)
+    handle = Handle(adapter, reducer, budget, processor, align)
     _attached[core] = weakref.ref(handle)
     return handle
 
 
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of the reducer that is attached to ``model``, None if there is none."""
-    known = _attached.get(core_of(model))
+    core = core_of(model)
+    known = _attached.get(core) if isinstance(core, nn.Module) else None
     handle = None if known is None else known()
     return handle if handle is not None and handle.installed else None
 

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
+from duet_vlm.settings import plain
+
 EPSILON = 1e-9  # a keep of 0.3 of 10 tokens means 3, whatever the binary fraction says
 
 Budget = int | float
@@ -32,7 +34,7 @@ class SpanPlan:
 
     ``dominant`` + ``contextual`` rows enter the decoder; ``counts[l]`` rows are read by decoder layer ``l``. ``structure`` of the
     dominant rows are newlines that are kept as they are. ``parts``: (dominant, contextual) of every crop or frame, where each is reduced
-    by itself.
+    by itself. ``floored``: the span is too small for its fractional budget and got the method's floor instead (``plan_within``).
     """
 
     tokens: int
@@ -41,6 +43,7 @@ class SpanPlan:
     counts: tuple[int, ...]
     structure: int = 0
     parts: tuple[tuple[int, int], ...] = ()
+    floored: bool = False
 
     @property
     def entry(self) -> int:
@@ -107,11 +110,11 @@ Schedule = tuple[tuple[int, Keep], ...]
 def check_schedule(schedule: Sequence[Sequence[Keep]]) -> Schedule:
     """A schedule as sorted tuples ((layer, keep), ...); keeps are relative to decoder entry and may not grow with depth."""
     try:
-        stages = tuple((layer, keep) for layer, keep in schedule)
+        stages = tuple((plain(layer), plain(keep)) for layer, keep in schedule)
     except (TypeError, ValueError):
         raise TypeError(f"schedule must be a sequence of (layer, keep) pairs, got {schedule!r}") from None
     for layer, keep in stages:
-        if isinstance(layer, bool) or not isinstance(layer, Integral) or layer < 0:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
             raise ValueError(f"schedule={schedule!r}: layer {layer!r} must be an int >= 0 (drop before that decoder layer)")
         check_keep("schedule keep", keep)
     layers = [layer for layer, _ in stages]
@@ -120,7 +123,7 @@ def check_schedule(schedule: Sequence[Sequence[Keep]]) -> Schedule:
     for (_, a), (_, b) in zip(stages, stages[1:], strict=False):
         if isinstance(a, Integral) == isinstance(b, Integral) and b > a:
             raise ValueError(f"schedule={schedule!r}: a later stage cannot keep more ({b}) than an earlier one ({a})")
-    return tuple((int(layer), keep) for layer, keep in stages)
+    return stages
 
 
 def layer_counts(entry: int, depth: int, schedule: Schedule, rounding: str = "floor") -> tuple[int, ...]:

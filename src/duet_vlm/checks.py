@@ -54,7 +54,10 @@ def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], p
     if adapter.fixed_tokens is not None:
         _check_counts(adapter.fixed_tokens, reducer)
     if adapter.fixed_tokens is not None or budget is None:  # layers out of range are wrong for every image; budgets wait for its size
-        counts = plan(adapter.fixed_tokens or ANY_SIZE).counts
+        made = plan(adapter.fixed_tokens or ANY_SIZE)
+        counts = made.counts
+        if made.floored:
+            reducer.plan(made.tokens, len(counts), budget)  # raises: no image of this tower could do better
         scoring_layers(adapter, reducer, [layer for layer in range(1, len(counts)) if 0 < counts[layer] < counts[layer - 1]])
 
 

@@ -19,6 +19,7 @@ from duet_vlm.flow.install import install
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.trace import trace_of
 from duet_vlm.flow.traffic import Traffic
+from duet_vlm.flow.verify import raise_if_wrong
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.models.adapter import Adapter
@@ -177,4 +178,6 @@ class Handle:
             raise RuntimeError("nothing to report yet: run the attached model on a prompt with an image first")
         for flag, what in run.finite:
             check_finite(flag.cpu(), what)
+        for code in run.wrong:
+            raise_if_wrong(int(code), run.rules.reducer)
         return run

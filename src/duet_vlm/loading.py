@@ -52,11 +52,11 @@ class Loaded:
 
     def _clips(self, clips: Sequence[Clip]) -> dict[str, Any]:
         """The processor's arguments: frames that are chosen already, and where in the clip they stand."""
-        from duet_vlm.models.adapter import adapter_for
+        from duet_vlm.models.find import adapter_for
 
         adapter, stock = adapter_for(self.model), hasattr(self.processor, "video_processor")
         if not stock and not any(stream.name == "video" for stream in adapter.streams):
-            raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' says who takes clips")
+            raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' lists the families that take clips")
         videos = [list(clip.frames) for clip in clips]
         if not stock:
             return {"videos": videos}
@@ -120,7 +120,7 @@ def config_of(name: str) -> Any:
     """The model's config, checked for a supported family before anything large is read."""
     from transformers import AutoConfig
 
-    from duet_vlm.models.adapter import families
+    from duet_vlm.models.find import families
     from duet_vlm.models.unsupported import refusal
 
     place, local = _with(name, "config.json")
@@ -189,7 +189,7 @@ def _explained(name: str, local: bool) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ImportError) and "torchvision" in reason.lower():
-            raise ValueError(f"--model {name}: its processor needs torchvision: pip install 'duet-vlm[video]'") from error
+            raise ValueError(f'--model {name}: its processor needs torchvision: pip install ".[video]" in your clone of duet-vlm') from error
         how = "cannot be loaded from this folder" if local else "cannot be loaded; a hub id needs a network connection or a cached copy"
         raise ValueError(f"--model {name}: {how}: {reason}") from error
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from duet_vlm.budget import Budget
 from duet_vlm.reducer import Reducer
+from duet_vlm.settings import plain
 
 KEY = "duet_vlm"  # of the config
 PARTS = {"method", "budget", "settings"}
@@ -19,7 +20,7 @@ def record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     changed = {
         field.name: getattr(reducer, field.name) for field in dataclasses.fields(reducer) if getattr(reducer, field.name) != field.default
     }
-    return {"method": reducer.name, "budget": budget, "settings": changed}
+    return {"method": reducer.name, "budget": plain(budget), "settings": changed}
 
 
 def remembered(place: Any) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from numbers import Integral
 from typing import ClassVar
 
 from torch import Tensor
@@ -28,12 +29,14 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
+from duet_vlm.settings import declared
 from duet_vlm.tokens import Selection
 
 POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient")
 TRAINING_TURNS = ("first", "all")
 SCORE_MASKS = ("causal", "none")
+SHARES = ("joint", "each")
 PARTS = ("auto", "joint", "each")
 NEWLINES = ("drop", "keep")
 ROUNDINGS = ("floor", "int", "round")
@@ -43,10 +46,10 @@ ROUNDINGS = ("floor", "int", "round")
 class VisionView:
     """What an encoder reducer may look at; B spans of up to N tokens.
 
-    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method asked for them in ``signals``; ``valid`` [B, N];
+    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method names them in ``signals``; ``valid`` [B, N];
     ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
     are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
-    for methods that ask for them (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
+    for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
     number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
     time, all with equally many rows in the same order.
     """
@@ -64,7 +67,7 @@ class VisionView:
 
 @dataclass(frozen=True)
 class TextView:
-    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive.
+    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive. With ``share="each"`` the rows are spans.
 
     ``scores`` [B, V] attention from the text queries (None unless the method scores by text), ``valid`` [B, V], ``keep`` [B] how many
     stay. With ``uses_tokens``: ``spans`` lists, for every span of the call, its number within its sample and its unreduced token count;
@@ -83,6 +86,9 @@ class TextView:
 class Reducer(ABC):
     """Base of all methods. Settings are fields; ``plan`` turns a budget or the settings into exact counts.
 
+    Fields hold plain Python values (numbers of numpy become Python's), and those annotated as int, float or bool nothing else: a
+    TypeError otherwise. A subclass with checks of its own calls ``super().__post_init__()`` first.
+
     Attributes
     ----------
     positions : str
@@ -91,6 +97,9 @@ class Reducer(ABC):
         A visual row whose logits predict text (the last row of a prompt that ends in an image; in training, one in front of a label) never
         leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
         code).
+    clamp_below : int
+        Spans of fewer visual tokens than this that a fractional budget cannot be met on are reduced to the method's floor instead of an
+        error; 0: always an error.
     """
 
     name: ClassVar[str]
@@ -99,11 +108,14 @@ class Reducer(ABC):
 
     positions: str = "keep"
     keep_predicting: bool = True
+    clamp_below: int = 64
 
     def __post_init__(self) -> None:
+        for each in fields(self):
+            object.__setattr__(self, each.name, declared(each.name, each.type, getattr(self, each.name)))
         check_choice("positions", self.positions, POSITIONS)
-        if not isinstance(self.keep_predicting, bool):
-            raise TypeError(f"keep_predicting={self.keep_predicting!r}: True or False")
+        if self.clamp_below < 0:
+            raise ValueError(f"clamp_below={self.clamp_below}: a number of visual tokens, at least 0 (0 clamps nothing)")
 
     @abstractmethod
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -117,7 +129,7 @@ class Reducer(ABC):
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    ``signals`` names what it asks of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
+    ``signals`` names what it needs of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
     would get them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are
     there, and nothing but its choice lives through the rest of the tower.
 
@@ -162,7 +174,7 @@ class EncoderReducer(Reducer):
 
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:
-        """Which rows enter the decoder and who is merged into whom."""
+        """Which rows enter the decoder, and which tokens are merged into which row."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,9 @@ class DecoderReducer(Reducer):
         Leave samples without any supervised label whole (released DUET-VLM and PyramidDrop training code).
     score_mask : str
         "causal": a query sees what precedes it; "none": every row (released Qwen2.5-VL code of DUET-VLM).
+    share : str
+        With several images (or clips) in a prompt, "joint": all their tokens are ranked together, so that an image that matters more to the
+        text keeps more; their sum is what is planned (released code). "each": every image is ranked by itself and keeps its own share.
     """
 
     uses_text: ClassVar[bool] = True
@@ -189,16 +204,23 @@ class DecoderReducer(Reducer):
     training_turns: str = "first"
     skip_unanswered: bool = False
     score_mask: str = "causal"
+    share: str = "joint"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("text_query", self.text_query, TEXT_QUERIES)
         check_choice("training_turns", self.training_turns, TRAINING_TURNS)
         check_choice("score_mask", self.score_mask, SCORE_MASKS)
+        check_choice("share", self.share, SHARES)
+
+    def with_drops(self, depth: int) -> DecoderReducer:
+        """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
+        that its paper uses."""
+        return self
 
     @abstractmethod
     def t2v(self, view: TextView) -> Tensor:
-        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of them per sample."""
+        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``."""
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -207,7 +229,7 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def check_picks(picks: int) -> None:
-    if isinstance(picks, bool) or not isinstance(picks, int) or picks < 1:
+    if picks < 1:
         raise ValueError(f"picks={picks}: how many tokens a greedy step chooses, at least 1")
 
 
@@ -218,6 +240,29 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
         raise ValueError(f"{method.name}: give either budget= or the method's own settings ({example}), not both")
     if budget is None and not given:
         raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
+
+
+def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+    """``reducer.plan``, but a small span that a fractional budget cannot be met on gets the method's floor (``Reducer.clamp_below``).
+
+    A floor of one token is more than 5 % of ten tokens and less than 5 % of a hundred: an error there would end a whole batch for its
+    smallest image. A floor that grows with the span (layers that run at full width) stays an error, as no image could meet the budget.
+
+    Raises
+    ------
+    BudgetError
+        As ``reducer.plan``, where the span is not small or a span on which the budget means ``clamp_below`` tokens is refused as well.
+    """
+    try:
+        return reducer.plan(tokens, depth, budget)
+    except BudgetError as error:
+        if budget is None or isinstance(budget, Integral) or error.floor is None or tokens >= reducer.clamp_below:
+            raise
+        try:
+            reducer.plan(math.ceil(reducer.clamp_below / budget), depth, budget)
+        except BudgetError:
+            raise error from None
+        return replace(reducer.plan(tokens, depth, error.floor / tokens), floored=True)
 
 
 def whole(tokens: int, depth: int) -> SpanPlan:

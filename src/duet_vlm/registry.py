@@ -1,9 +1,7 @@
-"""Methods by name: those of this package, those registered by the user, and those of installed packages (entry points)."""
+"""Single methods by name: those that registered themselves, and those of installed packages (entry points)."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
@@ -43,10 +41,8 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 
 
 def get(name: str) -> type[Reducer]:
-    """The class of a method, or of a composition ("frames+duet"); unknown names raise a ``ValueError`` that lists the known ones."""
+    """The class of a method; unknown names raise a ``ValueError`` that lists the known ones."""
     _load()
-    if "+" in name:
-        return importlib.import_module("duet_vlm.methods.compose").composed(tuple(get(part) for part in name.split("+")))
     if name not in _methods:
         raise ValueError(f"unknown method {name!r}; known methods: {', '.join(sorted(_methods))}")
     return _methods[name]
@@ -59,13 +55,10 @@ def methods() -> dict[str, type[Reducer]]:
 
 
 def _load() -> None:
-    """Import the package's own method files and the entry points of others, once."""
+    """Import the methods that other packages offer, once."""
     global _loaded
     if _loaded:
         return
     _loaded = True
-    package = importlib.import_module("duet_vlm.methods")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"duet_vlm.methods.{module.name}")
     for entry in entry_points(group=ENTRY_POINT_GROUP):
         register(entry.name)(entry.load())

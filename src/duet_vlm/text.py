@@ -27,7 +27,7 @@ def query_rows(
     visual, valid : Tensor
         [B, S] bool.
     labels : Tensor, optional
-        [B, S]; with labels only unsupervised rows (-100) ask, those before the first answer or of all ``turns``.
+        [B, S]; with labels only unsupervised rows (-100) are query rows: those before the first answer, or of all ``turns``.
     salient : Tensor, optional
         [B, S] bool, needed for "salient" (rows after the prompt it was made for count as not salient).
 

@@ -1,4 +1,4 @@
-"""The values that travel between rooms: spans, selections, and the map of who is where and who became whom.
+"""The values that the parts of the package pass on: spans, selections, and the map of where every row comes from.
 
 Shapes: B batch (samples or spans), N visual tokens of a span, K rows kept, P merged members, S prompt rows, T current rows.
 """
@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+MERGES = ("mean", "anchor_plus_mean")
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def _pyav() -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise ValueError("reading video files needs PyAV: pip install 'duet-vlm[video]'") from error
+        raise ValueError('reading video files needs PyAV: pip install ".[video]" in your clone of duet-vlm') from error
     return av
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from duet_vlm import Handle, Reducer, Selection, SpanPlan, TextView, VisionView, attach
+from duet_vlm.bench.inputs import encode
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.none import NoReduction
 from duet_vlm.methods.visionzip import VisionZip
@@ -120,7 +121,7 @@ class Qwen:
         """What V2V would look at."""
         views: list[Any] = []
         with attach(self.model, spying(Duet.official_qwen25(1, 1, schedule=(), **self.signal), views)):
-            self.model.model.get_image_features(self.inputs["pixel_values"], self.inputs["image_grid_thw"])
+            encode(self.model, {name: self.inputs[name] for name in ("pixel_values", "image_grid_thw")})
         return views[0]
 
     def compare(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm import SpanPlan, VisionView, attach
+from duet_vlm.bench.inputs import encode
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.merge import merged_rows
@@ -86,7 +87,7 @@ def signals(model: Any, pixels: Tensor) -> VisionView:
     """Importance and keys as the library's own recorder sees them."""
     seen: list[VisionView] = []
     with attach(model, spying(Duet.official_llava(1, 1, 1, schedule=()), seen)):
-        model.model.get_image_features(pixels)
+        encode(model, {"pixel_values": pixels})
     return seen[0]
 
 
@@ -96,7 +97,7 @@ def through_hooks(model: Any, reducer: Duet | VisionZip, pixels: Tensor) -> Tens
     hook = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: rows.append(args[0]))
     try:
         with attach(model, reducer):
-            model.model.get_image_features(pixels)
+            encode(model, {"pixel_values": pixels})
     finally:
         hook.remove()
     return rows[0]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 
@@ -23,7 +23,6 @@ class Prompt:
     those of each part that the tower looks at by itself, and the rows that the projector works on."""
 
     stream: str
-    encode: str
     text: dict[str, Tensor]
     picture: dict[str, Any]
     spans: tuple[int, ...]
@@ -85,7 +84,13 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
     passes = tuple(adapter.passes(call, counts))
     written = [token for span, parts in zip(spans, passes, strict=True) for token in adapter.written(stream, span, parts)]
     words = _words(adapter, stream, written, text, batch)
-    return Prompt(name, stream.encode, words, many, spans, passes, tuple(adapter.projected(call, counts)))
+    return Prompt(name, words, many, spans, passes, tuple(adapter.projected(call, counts)))
+
+
+def encode(model: nn.Module, pictures: dict[str, Any]) -> dict[str, Any]:
+    """``mm_encoder_outputs`` for the prompts of ``pictures``, as generate() makes them before its prefill: reduced where a reducer is attached
+    (a call of ``get_image_features`` by hand gives the stock rows)."""
+    return model._prepare_multimodal_encoder_kwargs_for_generation(dict(pictures))["mm_encoder_outputs"]  # type: ignore[no-any-return]
 
 
 def _noise(adapter: Adapter, stream: Stream, tokens: int | None, frames: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a handle will make of a prompt that nobody has run yet, in the words of the reports and of the roofline."""
+"""What a handle will make of a prompt before it is run, as reports and the roofline describe it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def planned(
 
 
 def _skips(handle: Handle) -> bool:
-    """Whether tower layers that nobody reads are not run: there are some, the method reduces, and takes no signal from them."""
+    """Whether unused tower layers are skipped: there are some, the method reduces, and takes no signal from them."""
     adapter, reducer = handle.adapter, handle.reducer
     if not isinstance(reducer, EncoderReducer | DecoderReducer):
         return False

@@ -12,7 +12,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[Path]:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError("--plots needs matplotlib: pip install 'duet-vlm[viz]'") from error
+        raise ImportError('--plots needs matplotlib: pip install ".[viz]" in your clone of duet-vlm') from error
     matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in found["rows"] if "ms" in row]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import duet_vlm
-from duet_vlm.bench.inputs import Prompt, prompt_for
+from duet_vlm.bench.inputs import Prompt, encode, prompt_for
 from duet_vlm.bench.planned import workload
 from duet_vlm.bench.stages import Clocks
 from duet_vlm.evaluate.results import environment
@@ -23,7 +23,8 @@ from duet_vlm.measure.counted import cache_bytes, memory_of
 from duet_vlm.measure.devices import SHEETS, TORCH, Device, this_machine
 from duet_vlm.measure.roofline import Model, Workload, predict
 from duet_vlm.measure.speed import Timing, paired, ratio
-from duet_vlm.models.adapter import Adapter, adapter_for
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.find import adapter_for
 
 CARDS = {"pcie", "nvl"}  # slower forms of modules that have the same name; the sheets are those of the modules
 
@@ -166,10 +167,9 @@ class Pass:
         clocks, model, prompt = self.clocks, self.adapter.model, self.prompt
         assert clocks is not None
         clocks.note("encode starts")
-        features = getattr(self.adapter.base, prompt.encode)(**prompt.picture)
+        encoded = encode(model, prompt.picture)
         clocks.note("encode ends")
         clocks.note("prefill starts")
-        encoded = {prompt.stream: features}
         output = model(**prompt.text, **prompt.sizes, mm_encoder_outputs=encoded, logits_to_keep=1, use_cache=True)
         clocks.note("prefill ends")
         mask, token = prompt.text["attention_mask"], prompt.text["input_ids"][:, -1:]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import AsJson, Debug
-from duet_vlm.models.adapter import support
+from duet_vlm.models.find import support
 
 
 def cell(value: Any) -> str:

@@ -57,7 +57,7 @@ def train(
     with friendly(debug):
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         if missing:
-            raise ValueError(f"training needs {', '.join(missing)}: pip install 'duet-vlm[train]'")
+            raise ValueError(f'training needs {", ".join(missing)}: pip install ".[train]" in your clone of duet-vlm')
         given: dict[str, Any] = {
             "model": model, "data": data, "images": images, "limit": limit, "tune": tune, "method": method, "out": out,
             "budget": _budgets(budget), "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until,

@@ -26,7 +26,7 @@ REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeF
 class Outcome:
     """What one run made of one batch. Sums over its questions, except ``answers``; ``floor`` is set where the budget was infeasible.
 
-    ``recalls`` counts questions with known needed tokens, and sums the shares of these that are alive at the decoder's door, alive or
+    ``recalls`` counts questions with known needed tokens, and sums the shares of these that are alive at the decoder's entry, alive or
     merged there, and alive in the middle of the decoder.
     """
 
@@ -52,7 +52,7 @@ def method_of(run: Run) -> Reducer:
 
 @contextlib.contextmanager
 def attached(loaded: Loaded, run: Run, questions: Sequence[Question]) -> Iterator[duet_vlm.Handle]:
-    """The model with a run's method on it; the oracle is told what these questions need."""
+    """The model with a run's method on it; the oracle is given what these questions need."""
     told: dict[str, Any] = {"needed": tuple(q.needed for q in questions)} if run.method == ORACLE else {}
     processor = loaded.processor if run.settings.get("text_query") == "salient" else None
     with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings, **told) as handle:

@@ -12,7 +12,7 @@ from duet_vlm import EncoderReducer, Selection, SpanPlan, VisionView
 
 @dataclass(frozen=True)
 class WholeFrames(EncoderReducer):
-    """``frames`` of every ``of`` frames stay as they are, at the position numbers that they had; the rest leave at the decoder's door.
+    """``frames`` of every ``of`` frames stay as they are, at the position numbers that they had; the rest leave at the decoder's entry.
 
     Has no budget of its own: a count of frames can be no finer than a frame.
     """

@@ -1,4 +1,4 @@
-"""The diary of a running experiment: one line per finished batch, so that a killed run goes on where it stopped.
+"""The record of a running experiment: one line per finished batch, so that a killed run goes on where it stopped.
 
 A batch may have several lines: runs that were added to the experiment later are asked alone.
 """

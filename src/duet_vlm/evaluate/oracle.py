@@ -16,7 +16,7 @@ from duet_vlm import EncoderReducer, Selection, SpanPlan, VisionView
 
 @dataclass(frozen=True, eq=False)
 class Oracle(EncoderReducer):
-    """A constant count from the decoder's door on, needed tokens first, then those that the vision encoder attends to most.
+    """A constant count from the decoder's entry on, needed tokens first, then those that the vision encoder attends to most.
 
     ``needed`` holds one bool array per image or clip of the batch, in order; as arrays do not hash, two of these are never equal. No method:
     a reference for tables.

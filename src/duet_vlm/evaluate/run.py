@@ -80,7 +80,7 @@ def run_experiment(
     name : str
         What the result is called.
     journal : Path
-        Diary of finished batches; a second call goes on from it, also with other runs on the same questions.
+        Record of finished batches; a second call goes on from it, also with other runs on the same questions.
     device : str, optional
         cuda where there is one, unless given.
     workers : int
@@ -96,7 +96,7 @@ def run_experiment(
         Unknown task, method or setting, or a journal that belongs to another measurement.
     """
     if importlib.util.find_spec("scipy") is None:  # said now, not after hours
-        raise ImportError("the statistics of an evaluation need scipy: pip install 'duet-vlm[eval]'")
+        raise ImportError('the statistics of an evaluation need scipy: pip install ".[eval]" in your clone of duet-vlm')
     asked, runs = task(experiment.task), experiment.runs()
     todo = batches(experiment, asked)
     loaded = load(experiment.model, device)
@@ -154,7 +154,7 @@ def preflight(loaded: Loaded, runs: list[Run], first: list[Question]) -> dict[st
     out = {}
     for run in runs:
         if run.method == ORACLE and any(q.needed is None for q in first):
-            raise ValueError(f"{run.id}: nobody knows which tokens this task's answers need; leave the oracle out")
+            raise ValueError(f"{run.id}: this task does not say which tokens its answers need; leave the oracle out")
         try:
             with attached(loaded, run, first):
                 pass

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 
 class SharedVision:

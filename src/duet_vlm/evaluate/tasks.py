@@ -22,7 +22,7 @@ from duet_vlm.pictures import local, open_image
 class Question:
     """One question.
 
-    ``id`` is unique within a task; ``needed`` marks the visual tokens that the answer needs (None where nobody knows). A clip is its frames.
+    ``id`` is unique within a task; ``needed`` marks the visual tokens that the answer needs (None where the task does not say). A clip is its frames.
     """
 
     id: str

@@ -17,19 +17,23 @@ OUTPUTS = "mm_encoder_outputs"  # of a forward call, and of generate()
 SHOWN = ("image_hidden_states", "video_hidden_states")  # features among a model's outputs
 
 
-def take_up(rules: Rules | None, kwargs: dict[str, Any]) -> None:
-    """Where encoder outputs come along that were made for the user, with all rows: those of a call that reduces get the reduced ones."""
+def take_up(rules: Rules | None, kwargs: dict[str, Any], whole: bool = False) -> None:
+    """Where encoder outputs come along that were made for the user, with all rows: those of a call that reduces get the reduced ones.
+
+    ``whole``: also copy outputs that are not reduced, since generate() writes into what it is given.
+    """
     outputs = kwargs.get(OUTPUTS)
     if rules is not None and outputs:
-        kwargs[OUTPUTS] = {name: _reduced(output) for name, output in outputs.items()}
+        kwargs[OUTPUTS] = {name: _taken_up(output, whole) for name, output in outputs.items()}
 
 
-def _reduced(output: Any) -> Any:
+def _taken_up(output: Any, whole: bool) -> Any:
     encoded = getattr(output, ENCODED, None)
-    if encoded is None or encoded.aside is None:
+    if encoded is None or (encoded.aside is None and not whole):
         return output
     output, encoded = copy.copy(output), dataclasses.replace(encoded, decisions={})
-    hand_out(output, encoded)
+    if encoded.aside is not None:
+        hand_out(output, encoded)
     setattr(output, ENCODED, encoded)
     return output
 

@@ -35,10 +35,27 @@ class Group:
 
 @dataclass(frozen=True)
 class Staying:
-    """Visual rows of one sample that never leave, since they predict: ``rows`` of them, ``added`` of which the method had left out."""
+    """Visual rows that never leave, since they predict: ``rows`` of them, ``added`` of which the method had left out."""
 
     rows: int = 0
     added: int = 0
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Spans of one sample whose visual tokens are ranked together, and what of them stays in any case."""
+
+    plans: tuple[SpanPlan, ...]
+    staying: Staying = Staying()
+
+    def alive(self, layer: int) -> int:
+        """Visual rows at the input of ``layer``; -1: those that entered."""
+        planned = sum(plan.entry if layer < 0 else plan.counts[layer] for plan in self.plans)
+        return max(planned + self.staying.added, self.staying.rows)
+
+    def ranked(self, layer: int) -> int:
+        """Those of them that a method chose, or that simply are still there."""
+        return self.alive(layer) - self.staying.rows
 
 
 @dataclass
@@ -52,8 +69,7 @@ class Run:
     rules: Rules
     rows: int
     spans: tuple[tuple[Span, ...], ...]
-    plans: tuple[tuple[SpanPlan, ...], ...]
-    staying: tuple[Staying, ...]
+    pools: tuple[tuple[Pool, ...], ...]
     prompt: TokenMap
     sources: tuple[tuple[Any, int], ...] = ()
     after: int = 0
@@ -67,6 +83,7 @@ class Run:
     reduces: bool = False
     cache_bytes: tuple[int, ...] | None = None
     finite: list[tuple[Tensor, str]] = field(default_factory=list)
+    wrong: list[Tensor] = field(default_factory=list)  # codes of what the method returned at its drops
     decoded: int = 0
 
     @property
@@ -78,14 +95,17 @@ class Run:
         return self.rules.reducer.positions
 
     @property
-    def encoded(self) -> list[Any]:
-        """The encoder calls that the spans come from."""
-        return [encoded for encoded, _ in self.sources]
+    def plans(self) -> tuple[tuple[SpanPlan, ...], ...]:
+        """Of the spans of each sample."""
+        return tuple(tuple(plan for pool in row for plan in pool.plans) for row in self.pools)
 
     def visual(self, layer: int) -> list[int]:
         """Visual rows per sample at the input of ``layer``; -1: those that entered."""
-        planned = [sum(p.entry if layer < 0 else p.counts[layer] for p in row) for row in self.plans]
-        return [max(count + some.added, some.rows) for count, some in zip(planned, self.staying, strict=True)]
+        return [sum(pool.alive(layer) for pool in row) for row in self.pools]
+
+    def ranked(self, layer: int) -> list[list[int]]:
+        """As ``visual``, by pool and without the rows that stay in any case."""
+        return [[pool.ranked(layer) for pool in row] for row in self.pools]
 
     def group(self, layer: int) -> Group:
         """The group that ``layer`` belongs to."""
@@ -143,7 +163,7 @@ class Followed:
         self.duet_order = self._rows(index.device)[index]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.lru_cache(maxsize=64)
 def _followed(plain: Any) -> Any:
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__, "_plain": plain}
     return type(plain.__name__, (Followed, plain), names)

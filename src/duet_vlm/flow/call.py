@@ -42,6 +42,7 @@ class Encoded:
     ends: Tensor | None = None
     at_door: bool = False
     finite: Tensor | None = None
+    wrong: Tensor | None = None  # the code of what the method returned (flow/verify.py)
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
     projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
     skipped: bool = False  # tower layers that nobody reads were not run
@@ -64,6 +65,7 @@ class Choice:
 
     plans: tuple[SpanPlan, ...]
     selection: Selection | None = None
+    wrong: Tensor | None = None
 
 
 @dataclass

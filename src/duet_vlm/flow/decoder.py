@@ -13,9 +13,11 @@ from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.made import Made
 from duet_vlm.flow.masks import cut_mask
 from duet_vlm.flow.positions import group_rotary
+from duet_vlm.flow.verify import checked_mask
 from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
 from duet_vlm.ops.ragged import pack_left, pack_right, take, take_last
 from duet_vlm.ops.score import query_attention
+from duet_vlm.ops.spans import SpanRows
 from duet_vlm.reducer import DecoderReducer, Reducer, TextView
 from duet_vlm.tokens import TokenMap
 
@@ -38,7 +40,8 @@ class PrefillPass:
         self.kinds = adapter.layer_types
         self.prepared = _prepared(kwargs.get("attention_mask")) if FULL in self.kinds else None  # windows are lifted for ranking
         self.drops = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
-        self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.drops if any(self._ranked(layer))])
+        self._check_rows_left()
+        self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.drops if _any(run.ranked(layer))])
         run.asking = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
         self.to_rank = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
@@ -53,9 +56,15 @@ class PrefillPass:
         now = self.run.visual(layer)
         return now if now != self.run.visual(layer - 1) else None
 
-    def _ranked(self, layer: int) -> list[int]:
-        """Visual tokens per sample that are chosen before ``layer``, beside those that stay in any case."""
-        return [keep - some.rows for keep, some in zip(self.drops[layer], self.run.staying, strict=True)]
+    def _check_rows_left(self) -> None:
+        """Only without ``keep_predicting``: a prompt that is nothing but an image, of which nothing is kept."""
+        first = zip(self.run.groups[0].lengths, self.run.visual(-1), self.run.visual(self.run.depth - 1), strict=True)
+        for sample, (rows, entered, left) in enumerate(first):
+            if rows and rows - entered + left == 0:
+                raise ValueError(
+                    f"sample {sample} has no row left at the end of {self.reducer.name}'s schedule, and none that could predict: use "
+                    "keep_predicting=True, or write text behind the image"
+                )
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
@@ -182,7 +191,7 @@ class PrefillPass:
         keep = tokens.valid & ~tokens.ranked
         if index in self.replay:
             keep = keep | self._still_there(tokens, self.replay[index].to(hidden.device))
-        elif any(self._ranked(index)):
+        elif _any(self.run.ranked(index)):
             with compat.without_autocast(hidden):
                 keep = keep | self._staying(index, tokens)
         alive = self.run.visual(index - 1)
@@ -203,13 +212,25 @@ class PrefillPass:
         """Visual rows [B, T] bool that the method keeps."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer)
-        alive = [count - some.rows for count, some in zip(self.run.visual(index - 1), self.run.staying, strict=True)]
-        rows, real = pack_right(tokens.ranked, max(alive))
+        alive, kept = self.run.ranked(index - 1), self.run.ranked(index)
+        rows, real = pack_right(tokens.ranked, max(map(sum, alive)))
         scores = self.scores[self.scored_at[index]].to(rows.device).gather(1, rows) if index in self.scored_at else None
         spans, span, token = self._provenance(tokens, rows) if reducer.uses_tokens else ((), None, None)
-        keep = torch.tensor(self._ranked(index), device=rows.device)
-        stays = reducer.t2v(TextView(real, keep, spans, span, token, scores)) & real
+        if reducer.share == "joint":
+            stays = self._choose(TextView(real, torch.tensor([*map(sum, kept)], device=rows.device), spans, span, token, scores))
+        else:
+            layout = SpanRows.of(alive, rows.shape[1], rows.device)
+            columns = [None if x is None else layout.take(x) for x in (span, token, scores)]
+            keep = torch.tensor([count for sample in kept for count in sample], device=rows.device)
+            stays = layout.put(self._choose(TextView(layout.valid, keep, spans, *columns)))
         return torch.zeros_like(tokens.visual).scatter(1, rows, stays)
+
+    def _choose(self, view: TextView) -> Tensor:
+        """What the method keeps of ``view``, checked: [B, V] bool."""
+        assert isinstance(self.reducer, DecoderReducer)
+        mask, wrong = checked_mask(self.reducer, self.reducer.t2v(view), view.valid, view.keep)
+        self.run.wrong.append(wrong)
+        return mask
 
 
 def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict[int, int]:
@@ -231,6 +252,10 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict
                 f"{adapter.first_attention}: drop before layer {lowest} or later"
             )
     return scored
+
+
+def _any(counts: list[list[int]]) -> bool:
+    return any(any(row) for row in counts)
 
 
 def _prepared(mask: Any) -> Tensor | None:

@@ -25,6 +25,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Stacks
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.split import select_each, with_structure
+from duet_vlm.flow.verify import checked_selection, not_finite
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
@@ -136,7 +137,7 @@ class EncoderFlow:
         slots = slots_of(choice.selection, reducer)
         call.pending = Encoded(
             call.encoding.stream, [], (), choice.plans, call.rules, choice.selection, slots, reducer.cls_token,
-            ends=spans[:, -1].clone(), at_door=True,
+            wrong=choice.wrong, ends=spans[:, -1].clone(), at_door=True,
         )  # fmt: skip
         merged = merged_rows(features, choice.selection)
         if call.aside:
@@ -181,7 +182,7 @@ class EncoderFlow:
         choice = self._choice(call, [len(r) for r in rows], lambda: pad_rows(rows)[0])
         encoded = Encoded(call.encoding.stream, rows, (), choice.plans, call.rules, choice.selection)
         if choice.selection is not None:
-            encoded.slots = slots_of(choice.selection, call.rules.reducer)
+            encoded.slots, encoded.wrong = slots_of(choice.selection, call.rules.reducer), choice.wrong
             encoded.ends = torch.stack([row[-1] for row in rows])
             features, _ = pad_rows(rows)
             encoded.aside = _cut(_marked(merged_rows(features, choice.selection), encoded, features.shape[1]), rows)
@@ -228,10 +229,10 @@ class EncoderFlow:
                 numbers.clamp(min=STRUCTURE), call.encoding.stream,
             )  # fmt: skip
             if call.each and any(plan.parts for plan in plans):
-                selection = select_each(reducer, view, parts)
+                selection, wrong = select_each(reducer, view, parts)
             else:
-                selection = reducer.v2v(view)
-        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection)
+                selection, wrong = checked_selection(reducer, reducer.v2v(view), view, view.plans)
+        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection, wrong)
 
     def _signals(self, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if call.signals is None:
@@ -308,9 +309,3 @@ def check_finite(flag: Tensor, what: str) -> None:
     """Raise if a device flag says that something is not finite. Read at once on the CPU only: elsewhere the entry read covers the rows."""
     if flag.device.type == "cpu" and not bool(flag):
         raise not_finite(what)
-
-
-def not_finite(what: str) -> ValueError:
-    return ValueError(
-        f"{what} contain NaN or Inf: tokens cannot be ranked. Check the input image, the weights and the dtype (try bfloat16 or float32)."
-    )

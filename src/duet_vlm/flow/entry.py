@@ -12,19 +12,19 @@ from torch import Tensor
 
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat
-from duet_vlm.flow.cache import DecodePass, Followed, Group, Run, follow, forget
+from duet_vlm.flow.cache import DecodePass, Followed, Group, Pool, Run, Staying, follow, forget
 from duet_vlm.flow.call import Call
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.encoder import is_marked
-from duet_vlm.flow.layout import Dealt, Layout, check_pictures, deal, read_layout, rows_that_stay, span_ends, spans_of
-from duet_vlm.flow.masks import cut_mask, real_rows, window
+from duet_vlm.flow.layout import Dealt, Layout, check_pictures, deal, predicting, read_layout, rows_that_stay, span_ends, spans_of
+from duet_vlm.flow.masks import cut_mask, documents, real_rows, window
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
 from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import FULL, SLIDING, Adapter
 from duet_vlm.ops.ragged import pack_left, take
 from duet_vlm.reducer import DecoderReducer
 from duet_vlm.text import query_rows
-from duet_vlm.tokens import TokenMap
+from duet_vlm.tokens import Span, TokenMap
 
 
 def enter(adapter: Adapter, call: Call, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
@@ -53,15 +53,20 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     valid = real_rows(call.mask, embeds)
     places = {name: rows.to(valid.device) for name, rows in call.placeholders.items()}
     visual = torch.stack(list(places.values())).any(0)
+    stored = _decisions(call, rules) if cache is None and call.labels is None and call.arrived else {}
     stays = left_out = torch.zeros_like(valid)
     if reducer.keep_predicting and call.arrived:
-        stays, left_out = rows_that_stay(call, places, valid, visual, embeds)
+        rows = stored.setdefault("predicting", predicting(valid, visual, call.labels, call.drafts))
+        rows = torch.nn.functional.pad(rows, (0, valid.shape[1] - rows.shape[1]))
+        stays, left_out = rows_that_stay(call, rows, places, embeds)
     prompt = TokenMap.identity(valid, visual, stays)
     queries = torch.zeros_like(valid)
     if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.arrived:
         asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
         queries = query_rows(reducer.text_query, prompt.ranked, asking, call.labels, call.salient, reducer.training_turns)
-    layout = read_layout(call, places, valid, queries, stays, left_out)
+    cached = cache is not None or compat.uses_cache(adapter.text_model, kwargs.get("use_cache"))
+    begins = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
+    layout = read_layout(call, reducer, places, valid, queries, stays, left_out, begins)
     check_pictures(call, layout)
     if not call.arrived:
         return None
@@ -72,20 +77,42 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
     if isinstance(reducer, DecoderReducer) and reducer.skip_unanswered and call.labels is not None:
         plans = tuple(_without_drops(row) if not answered else row for row, answered in zip(plans, layout.answered, strict=True))
-    run = Run(rules, embeds.shape[1], spans, plans, layout.staying, prompt, sum(sources, ()), min(layout.after))
+    pools = _pools(plans, spans, layout, prompt, left_out, each=getattr(reducer, "share", "joint") == "each")
+    run = Run(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.after))
     run.element_bytes, run.real = embeds.element_size(), valid.sum(1)
+    run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
     call.run = run
     if any(some.added for some in layout.staying):
         kwargs["inputs_embeds"] = _bring_back(adapter, call, dealt, places, left_out, embeds)
-    _remove_marked(run, adapter, layout, kwargs)
-    run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
+    marks = any(arrived.encoded is not None and arrived.encoded.selection is not None for arrived in call.arrived.values())
+    hidden = any(any(counts) for counts in layout.hidden.values())  # pictures under the caller's mask: rows that may be marked as well
+    _remove_marked(run, adapter, layout.lengths, hidden and (marks or run.reduces), kwargs)
     if run.reduces:
         if cache is None and compat.uses_cache(adapter.text_model, kwargs.get("use_cache")):
             cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config)
         if cache is not None:
             follow(cache, run)
-    replay = _decisions(call, run) if cache is None and call.labels is None else {}
+    replay = stored.setdefault("survivors", {}) if cache is None and run.reduces else {}
     return PrefillPass(run, adapter, cache, queries, list(layout.asking), kwargs, replay)
+
+
+def _pools(
+    plans: tuple[tuple[SpanPlan, ...], ...], spans: tuple[tuple[Span, ...], ...], layout: Layout, prompt: TokenMap, left_out: Tensor, each: bool
+) -> tuple[tuple[Pool, ...], ...]:
+    """Which spans are ranked together: all of a sample, or each by itself."""
+    if not each:
+        return tuple((Pool(row, some),) for row, some in zip(plans, layout.staying, strict=True))
+    if not any(some.rows for some in layout.staying):
+        return tuple(tuple(Pool((plan,)) for plan in row) for row in plans)
+    rank = prompt.visual.cumsum(1) - 1  # one more read, where rows stay and it matters which span they are of
+    staying = [[r[m].tolist() for r, m in zip(rank, mask, strict=True)] for mask in (prompt.stays, left_out)]
+
+    def of(sample: int, span: Span) -> Staying:
+        return Staying(*(sum(span.offset <= r < span.offset + span.tokens for r in ranks[sample]) for ranks in staying))
+
+    return tuple(
+        tuple(Pool((plan,), of(sample, span)) for plan, span in zip(row, spans[sample], strict=True)) for sample, row in enumerate(plans)
+    )
 
 
 def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Tensor], left_out: Tensor, embeds: Tensor) -> Tensor:
@@ -103,21 +130,22 @@ def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Te
     return embeds
 
 
-def _decisions(call: Call, run: Run) -> dict[Any, Any]:
-    """Without a cache generate() sends the growing prompt again and again: the survivors of its first pass are replayed.
+def _decisions(call: Call, rules: Rules) -> dict[str, Any]:
+    """Without a cache generate() sends the growing prompt again and again: what its first pass decided (rows that predict, survivors by layer)
+    is replayed.
 
-    They ride on the encoder output that it reuses; a prompt that does not continue the first one decides anew.
+    It rides on the encoder output that generate() reuses; a prompt that does not continue the first one decides anew.
     """
     first_arrived = next(iter(call.arrived.values())).encoded
     assert first_arrived is not None
     stored, ids = first_arrived.decisions, call.input_ids
-    if ids is None or not run.reduces:
+    if ids is None:
         return {}
     first: Any = stored.get("input_ids")
-    same = stored.get("rules") is run.rules and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
+    same = stored.get("rules") is rules and first is not None and first.shape[0] == ids.shape[0] and first.shape[1] < ids.shape[1]
     if not (same and torch.equal(first, ids[:, : first.shape[1]])):
         stored.clear()
-        stored.update(input_ids=ids, rules=run.rules)
+        stored.update(input_ids=ids, rules=rules)
     return stored
 
 
@@ -125,16 +153,15 @@ def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:
     return tuple(SpanPlan(p.tokens, p.dominant, p.contextual, (p.entry,) * len(p.counts)) for p in plans)
 
 
-def _remove_marked(run: Run, adapter: Adapter, layout: Layout, kwargs: dict[str, Any]) -> None:
-    """Take the marked rows out; an unreduced prompt is left alone, bit for bit."""
+def _remove_marked(run: Run, adapter: Adapter, lengths: tuple[int, ...], hidden: bool, kwargs: dict[str, Any]) -> None:
+    """Take the marked rows out, and those that are ``hidden`` by the mask; an unreduced prompt is left alone, bit for bit."""
     embeds = kwargs["inputs_embeds"]
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
     planned = [[sum(p.tokens for p in row) for row in run.plans], run.visual(-1)]
-    left = tuple(n - tokens + entering for n, tokens, entering in zip(layout.lengths, *planned, strict=True))
-    hidden = any(any(counts) for counts in layout.hidden.values())  # rows under the caller's mask may be marked, too
-    if left == layout.lengths and not (hidden and any(encoded.selection is not None for encoded in run.encoded)):
+    left = tuple(n - tokens + entering for n, tokens, entering in zip(lengths, *planned, strict=True))
+    if left == lengths and not hidden:
         run.groups.append(Group(0, run.prompt, left))
-        run.next_position = next_positions(positions, embeds.shape[0])
+        run.next_position = next_positions(positions, run.prompt.valid)
         return
     keep = run.prompt.valid & ~(is_marked(embeds) & run.prompt.visual)
     index, valid = pack_left(keep, max(left))
@@ -142,7 +169,7 @@ def _remove_marked(run: Run, adapter: Adapter, layout: Layout, kwargs: dict[str,
     run.groups.append(Group(0, tokens.entered(), left))
     kwargs["inputs_embeds"] = take(embeds, index).masked_fill(~valid[..., None], 0)
     kwargs["position_ids"] = positions = entry_positions(positions, tokens, run.positions)
-    run.next_position = next_positions(positions, embeds.shape[0])
+    run.next_position = next_positions(positions, valid)
     mask = kwargs.get("attention_mask")
     unmade = isinstance(mask, dict) and run.groups[0].padded and any(prepared is None for prepared in mask.values())
     if unmade or _window_bites(adapter, run.rows, mask):

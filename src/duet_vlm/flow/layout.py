@@ -9,7 +9,9 @@ from torch import Tensor
 
 from duet_vlm.flow.cache import Staying
 from duet_vlm.flow.call import Arrived, Call, Encoded
-from duet_vlm.flow.encoder import is_marked, not_finite
+from duet_vlm.flow.encoder import is_marked
+from duet_vlm.flow.verify import not_finite, raise_if_wrong
+from duet_vlm.reducer import Reducer
 from duet_vlm.tokens import Span
 
 Source = tuple[Encoded, int]  # an encoder call and the number of a span in it
@@ -54,9 +56,8 @@ def span_ends(arrived: Arrived, places: Tensor) -> Tensor:
     return torch.where(places & (ends[number] == rank), number, -1)
 
 
-def rows_that_stay(call: Call, places: dict[str, Tensor], valid: Tensor, visual: Tensor, embeds: Tensor) -> tuple[Tensor, Tensor]:
-    """Visual rows [B, S] bool that predict and can be had, and those of them that V2V has left out."""
-    rows = predicting(valid, visual, call.labels, call.drafts)
+def rows_that_stay(call: Call, rows: Tensor, places: dict[str, Tensor], embeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of the ``rows`` [B, S] bool that predict which can be had, and those of them that V2V has left out."""
     left_out = rows & is_marked(embeds).to(rows.device)
     there = rows & ~left_out
     for name, arrived in call.arrived.items():
@@ -66,21 +67,31 @@ def rows_that_stay(call: Call, places: dict[str, Tensor], valid: Tensor, visual:
 
 
 def read_layout(
-    call: Call, places: dict[str, Tensor], valid: Tensor, queries: Tensor, stays: Tensor, left_out: Tensor
+    call: Call, reducer: Reducer, places: dict[str, Tensor], valid: Tensor, queries: Tensor, stays: Tensor, left_out: Tensor, begins: Tensor
 ) -> Layout:
-    """The one device-to-host read of a prefill."""
+    """The one device-to-host read of a prefill; what could not be checked before without a read of its own is checked here."""
     answered = torch.zeros_like(valid) if call.labels is None else (call.labels.to(valid.device) != -100)
-    finite = torch.ones((), dtype=torch.bool, device=valid.device)
+    finite, wrong = torch.ones((), dtype=torch.bool, device=valid.device), torch.zeros((), dtype=torch.long, device=valid.device)
     for arrived in call.arrived.values():
         if arrived.encoded is not None and arrived.encoded.finite is not None:
             finite = finite & arrived.encoded.finite.to(valid.device)
+        if arrived.encoded is not None and arrived.encoded.wrong is not None:
+            wrong = torch.maximum(wrong, arrived.encoded.wrong.to(valid.device))
     visual = torch.stack(list(places.values())).any(0)
     after = valid & (visual.flip(1).cumsum(1).flip(1) == 0)
-    masks = (valid, queries, answered, stays, left_out, after, *places.values(), *(rows & ~valid for rows in places.values()))
-    table = torch.stack([*(rows.sum(1) for rows in masks), finite.long().expand(len(valid))]).tolist()
-    if not table[-1][0]:
+    masks = (valid, queries, answered, stays, left_out, after, begins, *places.values(), *(rows & ~valid for rows in places.values()))
+    table = torch.stack([*(rows.sum(1) for rows in masks), finite.long().expand(len(valid)), wrong.expand(len(valid))]).tolist()
+    *table, (whole, *_), (code, *_) = table
+    if not whole:
         raise not_finite("the image features")
-    lengths, asking, answers, stay, added, behind, *rest = (tuple(column) for column in table[:-1])
+    raise_if_wrong(code, reducer)
+    lengths, asking, answers, stay, added, behind, documents, *rest = (tuple(column) for column in table)
+    if call.arrived and max(documents) > 1:
+        raise ValueError(
+            f"sample {documents.index(max(documents))} packs {max(documents)} documents in one row (by its attention mask or position_ids): the "
+            "visual tokens of one cannot be ranked by the text of all. Give each document a row of its own (a collator that pads), or use "
+            "handle.paused()"
+        )
     streams = len(places)
     return Layout(
         lengths, asking, tuple(map(bool, answers)), tuple(map(Staying, stay, added)), behind,

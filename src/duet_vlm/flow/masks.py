@@ -27,6 +27,22 @@ def real_rows(mask: Any, embeds: Tensor) -> Tensor:
     return is_allowed(mask[:, 0]).diagonal(dim1=1, dim2=2).expand(embeds.shape[:2])
 
 
+def documents(mask: Any, position_ids: Tensor | None, valid: Tensor, cached: bool) -> Tensor:
+    """[B, S] bool: where a document begins, in rows that pack several of them, as stock models find it out: in a prepared mask a row that
+    sees nothing before itself; without mask and cache, positions that do not follow each other."""
+    if isinstance(mask, dict):
+        mask = mask.get(FULL)
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        first = is_allowed(mask[:, 0]).to(torch.uint8).argmax(-1).expand(valid.shape)
+        return valid & (first == torch.arange(valid.shape[1], device=valid.device))
+    begins = torch.zeros_like(valid)
+    if mask is None and not cached and position_ids is not None and (position_ids.ndim == 2 or len(position_ids) == 4):
+        text = position_ids if position_ids.ndim == 2 else position_ids[0]  # the other three say where patches are
+        begins[:, 1:] = (text.diff(dim=-1) != 1).to(valid.device)
+        begins[:, 0] = begins.any(1)
+    return begins
+
+
 def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """A prepared 4-D mask for the rows ``index`` [B, T']; keys that are not ``valid`` [B, T'] are hidden."""
     cut = take_square(mask, index)

@@ -24,12 +24,11 @@ def entry_positions(position_ids: Tensor, tokens: TokenMap, positions: str) -> T
     return compact_positions(tokens.valid) if positions == "compact" else take_last(position_ids, tokens.slot)
 
 
-def next_positions(position_ids: Tensor, batch: int) -> Tensor:
-    """First position after the prompt: [B] or, with M-RoPE, [3, B] (the largest of time, height, width in every row)."""
-    if position_ids.ndim == 2:
-        return position_ids.amax(-1).expand(batch) + 1
-    spatial = position_ids[-3:].amax(-1).amax(0) + 1
-    return spatial.expand(3, batch)
+def next_positions(position_ids: Tensor, valid: Tensor) -> Tensor:
+    """First position after the real rows, ``valid`` [B, T], of the prompts: [B] or, with M-RoPE, [3, B] (the largest of time, height, width
+    in every row)."""
+    last = position_ids.masked_fill(~valid.to(position_ids.device), -1).amax(-1)
+    return last + 1 if position_ids.ndim == 2 else (last[-3:].amax(0) + 1).expand(3, len(valid))
 
 
 def group_rotary(adapter: Adapter, hidden: Tensor, rotary: Rotary, tokens: TokenMap, positions: str, kind: str) -> Rotary:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from duet_vlm.budget import Budget, SpanPlan
+from duet_vlm.flow.verify import checked_plan
 from duet_vlm.parts import plan_span
-from duet_vlm.reducer import Reducer
+from duet_vlm.reducer import Reducer, plan_within
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,8 @@ class Rules:
     def plan(self, tokens: int) -> SpanPlan:
         """The plan of a span of ``tokens`` visual tokens, solved once."""
         if tokens not in self._plans:
-            self._plans[tokens] = self.reducer.plan(tokens, self.depth, self.budget)
+            plan = plan_within(self.reducer, tokens, self.depth, self.budget)
+            self._plans[tokens] = checked_plan(self.reducer, plan, tokens, self.depth)
         return self._plans[tokens]
 
     def span(self, sizes: Sequence[int], structure: int, each: bool) -> SpanPlan:

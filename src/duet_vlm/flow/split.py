@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.budget import SpanPlan
+from duet_vlm.flow.verify import checked_selection
 from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.reducer import EncoderReducer, VisionView
 from duet_vlm.tokens import Selection
 
 
-def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) -> Selection:
-    """What ``reducer`` selects when it sees every part by itself.
+def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) -> tuple[Selection, Tensor]:
+    """What ``reducer`` selects when it sees every part by itself, and the code of what is wrong with it.
 
     ``parts`` are the part numbers of each span's rows on the host, as ``view.parts``; the plans of reduced spans say what each part keeps.
     """
@@ -40,7 +41,8 @@ def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) 
         torch.where(real, 0, -1),
         view.stream,
     )
-    return _joined(reducer.v2v(pieces), index, count)
+    selection, wrong = checked_selection(reducer, reducer.v2v(pieces), pieces, plans)
+    return _joined(selection, index, count), wrong
 
 
 def _table(plans: tuple[SpanPlan, ...], parts: list[Tensor]) -> tuple[list[Tensor], tuple[SpanPlan, ...]]:

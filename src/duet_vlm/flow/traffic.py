@@ -64,7 +64,7 @@ class Traffic:
         @functools.wraps(plain)
         def generate(*args: Any, **kwargs: Any) -> Any:
             with self.begun() as rules:
-                take_up(rules, kwargs)
+                take_up(rules, kwargs, whole=True)
                 return plain(*args, **kwargs)
 
         return generate

@@ -12,6 +12,7 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.settings import plain
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class Sample:
 
     ``passes``: per span the tokens of each part (crop, frame) that the tower looks at by itself; what packing cuts off is among them.
     ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
-    projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers that nobody reads were
-    not run. ``staying``: visual rows that never leave because they predict, and how many of them come on top of the plans.
+    projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
+    were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
+    as the plans say).
     """
 
     text: int
@@ -33,12 +35,13 @@ class Sample:
     grids: tuple[Grid, ...] = ()
     projected: tuple[int, ...] = ()
     skipped: bool = False
-    staying: tuple[int, int] = (0, 0)
+    nominal: tuple[int, ...] = ()
 
     def visual(self, layer: int) -> int:
-        """Visual rows that the plans leave at the input of ``layer`` (-1: that enter), with those that stay in any case."""
-        rows, added = self.staying
-        return max(sum(p.entry if layer < 0 else p.counts[layer] for p in self.plans) + added, rows)
+        """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""
+        if self.nominal:
+            return self.nominal[layer + 1]
+        return sum(p.entry if layer < 0 else p.counts[layer] for p in self.plans)
 
     @property
     def to_project(self) -> tuple[int, ...]:
@@ -88,6 +91,8 @@ class Report:
         The untouched model, the plan, and the run.
     clamped : tuple of int
         Numbers of the spans that were kept whole because they are no larger than the budget asks for.
+    floored : tuple of int
+        Numbers of the spans that were too small for their fractional budget and kept the method's floor instead (``clamp_below``).
     """
 
     method: str
@@ -101,6 +106,7 @@ class Report:
     predicted: Costs
     observed: Costs
     clamped: tuple[int, ...]
+    floored: tuple[int, ...]
     decoded: int
 
     @property
@@ -139,6 +145,8 @@ class Report:
         ]
         if self.clamped:
             lines.append(f"kept whole (no larger than the budget): images {', '.join(map(str, self.clamped))}")
+        if self.floored:
+            lines.append(f"kept the method's floor (too small for the budget): images {', '.join(map(str, self.floored))}")
         return "\n".join(lines)
 
 
@@ -209,7 +217,7 @@ def make_report(
     return Report(
         method=method,
         settings=settings,
-        budget=budget,
+        budget=plain(budget),
         batch=batch,
         tokens=sum(images),
         nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
@@ -218,5 +226,6 @@ def make_report(
         predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),
         observed=costs([s.measured[1] for s in samples], before, True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
+        floored=tuple(i for i, p in enumerate(plans) if p.floored),
         decoded=decoded,
     )

@@ -117,7 +117,7 @@ class VisionShape:
     unread: int = 0
 
     def read(self) -> VisionShape:
-        """The tower without what nobody reads."""
+        """The tower without its unused last layers."""
         return replace(self, layers=self.layers - self.unread, unread=0)
 
 

@@ -71,7 +71,7 @@ class Example:
     plans : tuple of SpanPlan
         What becomes of each image.
     queries : int
-        Rows that rank the visual tokens before a drop; 0 where the method does not ask the text.
+        Rows that rank the visual tokens before a drop; 0 where the method does not use the text.
     signals : bool
         The method reads the tower's attention.
     projects_all : bool
@@ -126,7 +126,7 @@ def step_flops(
     Parameters
     ----------
     unread_layers : int
-        Last layers of the tower whose output nobody reads (1 for LLaVA, which takes the last but one): run forward, no gradient.
+        Last layers of the tower whose output is not used (1 for LLaVA, which takes the last but one): run forward, no gradient.
     """
     depth = decoder.layers
     images = [(plan.tokens, _projected(e, plan), e.signals) for e in examples for plan in e.plans]

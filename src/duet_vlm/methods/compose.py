@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from itertools import accumulate
@@ -13,12 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm import registry
 from duet_vlm.budget import (
     EPSILON,
     Budget,
     BudgetError,
-    Schedule,
     SpanPlan,
     count_of,
     infeasible,
@@ -27,20 +24,12 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
-from duet_vlm.methods.duet import Duet, paper_schedule
-from duet_vlm.methods.duet_plus import DuetPlus, deep_schedule
 from duet_vlm.methods.frames import Frames
-from duet_vlm.methods.pyramiddrop import LATE, PyramidDrop, pyramid
 from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
 from duet_vlm.tokens import Selection
 
 ORDER = "at most one of each, in this order: frames, a method that reduces before the decoder, a method that drops inside it"
-USUAL_DROPS: dict[type[Reducer], Callable[[int], Schedule]] = {  # of methods that leave their schedule open: what their papers take
-    Duet: paper_schedule,
-    DuetPlus: deep_schedule,
-    PyramidDrop: lambda depth: pyramid(depth, LATE, 0.5),
-}
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
@@ -156,11 +145,11 @@ class Composition(EncoderReducer):
             return
         if getattr(first, "schedule", None):
             raise ValueError(f"{self.name}: {second.name} drops inside the decoder, so leave {self.stages[-2].name}_schedule out")
-        if isinstance(second, EncoderReducer) and _with_drops(second, 1000).plan(4096, 1000, None).merges:
+        if isinstance(second, EncoderReducer) and second.with_drops(1000).plan(4096, 1000, None).merges:
             raise ValueError(f"{self.name}: {self.stages[-2].name} reduces before the decoder; of {second.name} set the drops only")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _made_again, (self.name, self.settings())
+        return _made_again, (self.stages, self.settings())
 
     @cached_property
     def _stages(self) -> Roles:
@@ -203,12 +192,12 @@ class Composition(EncoderReducer):
             return entering
         if second is None:
             return entering
-        return dataclasses.replace(entering, counts=_with_drops(second, depth).plan(entering.entry, depth, None).counts)
+        return dataclasses.replace(entering, counts=second.with_drops(depth).plan(entering.entry, depth, None).counts)
 
     def _solved(self, second: DecoderReducer, tokens: int, depth: int, target: float) -> SpanPlan:
         """The largest entry whose mean under the drops is within ``target``; if all tokens leave budget over, the drops keep more: those of
         a larger number than there is, at last the stages that drop everything."""
-        drops = _with_drops(second, depth)
+        drops = second.with_drops(depth)
 
         def counts(entry: int, end: int) -> tuple[int, ...]:
             return tuple(accumulate((min(kept, tokens) or end for kept in drops.plan(entry, depth, None).counts), min))
@@ -254,7 +243,13 @@ class Composition(EncoderReducer):
                 parts=candidates(view.parts),
             )
         )
-        return dataclasses.replace(selection, index=rows.gather(1, selection.index), members=rows.gather(1, selection.members))
+
+        def of_span(number: Tensor) -> Tensor:
+            """Numbers of candidates as those of tokens; what is no candidate becomes no token, for the flow to refuse."""
+            inside = number.clamp(0, rows.shape[1] - 1)
+            return torch.where(valid.gather(1, inside) & (inside == number), rows.gather(1, inside), -1)
+
+        return dataclasses.replace(selection, index=of_span(selection.index), members=of_span(selection.members))
 
 
 @dataclass(frozen=True)
@@ -265,14 +260,6 @@ class DroppingComposition(Composition, DecoderReducer):
         second = self._stages[2]
         assert second is not None
         return second.t2v(view)
-
-
-def _with_drops(method: DecoderReducer, depth: int) -> DecoderReducer:
-    """The method with its paper's schedule, where it has none of its own."""
-    for cls, schedule in USUAL_DROPS.items():
-        if isinstance(method, cls) and method.schedule is None:  # type: ignore[attr-defined]
-            return dataclasses.replace(method, schedule=schedule(depth))  # type: ignore[call-arg]
-    return method
 
 
 def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -> SpanPlan:
@@ -290,6 +277,6 @@ def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -
     return SpanPlan(tokens, entry - contextual, contextual, ())
 
 
-def _made_again(name: str, settings: dict[str, Any]) -> Reducer:
+def _made_again(stages: tuple[type[Reducer], ...], settings: dict[str, Any]) -> Composition:
     """For pickle, which finds no class that was made on the fly."""
-    return registry.get(name)(**settings)
+    return composed(stages)(**settings)

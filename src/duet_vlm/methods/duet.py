@@ -34,7 +34,7 @@ from duet_vlm.reducer import (
     whole,
 )
 from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.tokens import MERGES, Selection
 
 RELEASED: dict[str, Any] = {"merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "keep_predicting": False}  # both released codes
 
@@ -102,7 +102,7 @@ class Duet(EncoderReducer, DecoderReducer):
             raise ValueError(f"cluster_width={self.cluster_width}: must be at least {lowest}")
         if self.schedule is not None:
             object.__setattr__(self, "schedule", check_schedule(self.schedule))
-        check_choice("merge", self.merge, ("mean", "anchor_plus_mean"))
+        check_choice("merge", self.merge, MERGES)
         check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
         check_choice("rounding", self.rounding, ROUNDINGS)
 
@@ -153,6 +153,9 @@ class Duet(EncoderReducer, DecoderReducer):
         entry = plan.dominant
         contextual = min(max(1, round(entry * (0.023 if entry >= 0.45 * tokens else 0.17))), entry - 1)
         return replace(plan, dominant=entry - contextual, contextual=contextual)
+
+    def with_drops(self, depth: int) -> Duet:
+        return self if self.schedule is not None else replace(self, schedule=paper_schedule(depth))
 
     # ---- which
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -96,6 +96,9 @@ class DuetPlus(EncoderReducer, DecoderReducer):
             raise ValueError(f"schedule={schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts")
         target = target_mean(budget, tokens)
         return whole(tokens, depth) if target >= tokens else scheduled(self, schedule, tokens, depth, target)
+
+    def with_drops(self, depth: int) -> DuetPlus:
+        return self if self.schedule is not None else replace(self, schedule=deep_schedule(depth))
 
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None and view.keys is not None  # promised by ``signals``

@@ -47,8 +47,8 @@ class FastV(DecoderReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layers, bool) or not isinstance(self.layers, int) or self.layers < 1:
-            raise ValueError(f"layers={self.layers!r}: at least one layer must see every token, its attention ranks them")
+        if self.layers < 1:
+            raise ValueError(f"layers={self.layers}: at least one layer must see every token, its attention ranks them")
         check_keep("keep", self.keep)
         check_choice("rounding", self.rounding, ROUNDINGS)
 

@@ -1,4 +1,4 @@
-"""The floors of every comparison: random and uniform choice, at a constant count, along a schedule, or with another method's counts."""
+"""The random baselines of every comparison: random and uniform choice, at a constant count, along a schedule, or with another method's counts."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from duet_vlm.budget import (
     layer_counts,
     target_mean,
 )
+from duet_vlm.methods.named import get
 from duet_vlm.ops.select import spaced, top
 from duet_vlm.reducer import DecoderReducer, TextView, check_budget_or_fields, whole
-from duet_vlm.registry import get, register
+from duet_vlm.registry import register
 
 
 @dataclass(frozen=True)
 class Floor(DecoderReducer):
-    """Common to both floors.
+    """Common to both random baselines.
 
     ``entry`` tokens stay from the first decoder layer on, ``schedule`` drops later (default: nothing). With ``follow`` every layer reads
-    as many tokens as that method would give it at the same budget: what is left of the method when its choice is taken away.
+    as many tokens as that method would give it at the same budget: the method without its choice of tokens.
     """
 
     uses_text = False
@@ -47,10 +48,12 @@ class Floor(DecoderReducer):
             check_keep("entry", self.entry)
         object.__setattr__(self, "schedule", check_schedule(self.schedule))
         if self.follow is not None:
+            if not isinstance(self.follow, str):
+                raise TypeError(f"follow={self.follow!r}: give the name of a method")
             if self.entry is not None or self.schedule:
                 raise ValueError(f"follow={self.follow!r} takes the counts of that method: leave out entry= and schedule=")
             if issubclass(get(self.follow), Floor):
-                raise ValueError(f"follow={self.follow!r}: name a method that is no floor itself")
+                raise ValueError(f"follow={self.follow!r}: name a method other than the random baselines (random, uniform)")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         if self.follow is not None:
@@ -78,8 +81,8 @@ class RandomTokens(Floor):
     later stages keep a subset of earlier ones. Needs nothing; costs nothing.
     """
 
-    paper = "floor"
-    summary = "a random choice of tokens (floor)"
+    paper = "baseline"
+    summary = "a random choice of tokens (baseline)"
 
     uses_tokens = True
 
@@ -96,8 +99,8 @@ class RandomTokens(Floor):
 class UniformTokens(Floor):
     """Visual tokens evenly spaced in raster order, at each stage evenly spaced over the survivors. Needs nothing; costs nothing."""
 
-    paper = "floor"
-    summary = "evenly spaced tokens in raster order (floor)"
+    paper = "baseline"
+    summary = "evenly spaced tokens in raster order (baseline)"
 
     def t2v(self, view: TextView) -> Tensor:
         return spaced(view.valid, view.keep)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from duet_vlm.budget import (
+    EPSILON,
     Budget,
     Schedule,
     SpanPlan,
@@ -23,6 +25,7 @@ from duet_vlm.reducer import ROUNDINGS, DecoderReducer, TextView, check_budget_o
 from duet_vlm.registry import register
 
 LATE, EARLY = (8, 16, 24), (2, 8, 16)  # of 32 layers: the paper's stages, and the authors' answer for small budgets
+LATE_SHARE, EARLY_SHARE = 0.5, 0.56  # kept per stage in the paper (a mean of 270 of 576 tokens), and early for a mean of 192
 
 
 def pyramid(depth: int, layers: tuple[int, ...], share: float) -> Schedule:
@@ -31,6 +34,16 @@ def pyramid(depth: int, layers: tuple[int, ...], share: float) -> Schedule:
     for power, layer in enumerate(layers, start=1):
         stages[max(1, layer * depth // 32)] = share**power
     return tuple(stages.items())
+
+
+def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
+    """Two schedules of fractions mixed layer by layer: what ``early`` keeps there, moved by ``weight`` towards what ``late`` keeps."""
+
+    def kept(schedule: Schedule, layer: int) -> float:
+        return ([1.0] + [keep for at, keep in schedule if at <= layer])[-1]
+
+    layers = sorted({layer for layer, _ in early + late})
+    return tuple((layer, (1 - weight) * kept(early, layer) + weight * kept(late, layer)) for layer in layers)
 
 
 @register("pyramiddrop")
@@ -45,9 +58,15 @@ class PyramidDrop(DecoderReducer):
     ----------
     schedule : ((layer, keep), ...), optional
         Drops before ``layer``; keeps are relative to the entering tokens. The paper: [8, 16, 24] of 32 layers, halving each time.
-        With a budget, the share kept per stage is solved, at [8, 16, 24]/32 of the depth or, if that cannot reach it, at [2, 8, 16]/32.
+        With a budget the schedule is solved, see below.
     rounding : str
         "floor" (exact product) or "int" (truncated float product, released code).
+
+    A budget moves along one path of schedules, without a jump. From the floor up, the share kept per stage grows at the stages that the
+    authors give for small budgets, [2, 8, 16]/32 of the depth, until it is 0.56. Then every layer keeps a mix of that schedule and the
+    paper's (half per stage at [8, 16, 24]/32), ever more of the paper's. From the paper's on the share grows at the paper's stages, until
+    nothing is dropped. For LLaVA-1.5-7B this passes through every setting in ``presets``: shares of 0.19, 0.42 and 0.56 at the early
+    stages (means of 63, 127 and 192 tokens) and the paper's (270).
 
     Cost: one key projection and one query row per stage; the first stage's layers run at full width, which is the floor.
     Needs: text after the image. Usable in training.
@@ -84,15 +103,26 @@ class PyramidDrop(DecoderReducer):
         target = target_mean(budget, tokens)
         if target >= tokens:
             return whole(tokens, depth)
-        for layers in (LATE, EARLY):
-            if within(layer_counts(tokens, depth, pyramid(depth, layers, 0.0)), target):
-                return self._solved(tokens, depth, layers, target)
-        first = pyramid(depth, EARLY, 0.0)[0][0]
-        raise infeasible(self.name, target, tokens * first / depth, tokens, f"its first {first} of {depth} layers run at full width")
+        early, late = pyramid(depth, EARLY, EARLY_SHARE), pyramid(depth, LATE, LATE_SHARE)
+        first = early[0][0]
+        if tokens * first > target * depth + EPSILON:
+            raise infeasible(self.name, target, tokens * first / depth, tokens, f"its first {first} of {depth} layers run at full width")
 
-    def _solved(self, tokens: int, depth: int, layers: tuple[int, ...], target: float) -> SpanPlan:
-        share = largest_share(lambda s: within(layer_counts(tokens, depth, pyramid(depth, layers, s)), target))
-        return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, pyramid(depth, layers, share)))
+        def counts(schedule: Schedule) -> tuple[int, ...]:
+            return layer_counts(tokens, depth, schedule)
+
+        def largest_of(path: Callable[[float], Schedule]) -> SpanPlan:
+            share = largest_share(lambda s: within(counts(path(s)), target))
+            return SpanPlan(tokens, tokens, 0, counts(path(share)))
+
+        if within(counts(late), target):
+            return largest_of(lambda share: pyramid(depth, LATE, share))
+        if within(counts(early), target):
+            return largest_of(lambda weight: between(early, late, weight))
+        return largest_of(lambda share: pyramid(depth, EARLY, share))
+
+    def with_drops(self, depth: int) -> PyramidDrop:
+        return self if self.schedule is not None else replace(self, schedule=pyramid(depth, LATE, LATE_SHARE))
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``

@@ -14,7 +14,7 @@ from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.ops.select import places, top
 from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields, check_choice, whole
 from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.tokens import MERGES, Selection
 
 
 @register("visionzip")
@@ -57,7 +57,7 @@ class VisionZip(EncoderReducer):
                 check_keep(name, getattr(self, name))
         if self.contextual is not None and self.dominant is None:
             raise ValueError(f"contextual={self.contextual} needs dominant= too")
-        check_choice("merge", self.merge, ("mean", "anchor_plus_mean"))
+        check_choice("merge", self.merge, MERGES)
         check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
 
     @classmethod

@@ -1,9 +1,7 @@
-"""What the flow must know about a model family, and how the right adapter is found for a model."""
+"""What the flow must know about a model family."""
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +13,6 @@ from torch import Tensor, nn
 
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
-from duet_vlm.models.unsupported import refusal
-from duet_vlm.ops.ragged import take
 from duet_vlm.tokens import TokenMap
 
 Rotary = tuple[Tensor, Tensor]
@@ -34,6 +30,15 @@ class Recorded:
     key: Tensor
     scaling: float
     segments: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """One encoder call: its stream, on the host the size of each span as the family's processor writes it, and all its arguments."""
+
+    stream: str
+    sizes: list[list[int]] = field(default_factory=list)
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,20 +60,6 @@ class Stream:
         return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes, device="cpu").tolist(), arguments)
 
 
-LLAMA_LAYOUT = (
-    "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "phi", "stablelm", "gemma",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """One encoder call: its stream, on the host the size of each span as the family's processor writes it, and all its arguments."""
-
-    stream: str
-    sizes: list[list[int]] = field(default_factory=list)
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
 class Adapter(ABC):
     """A family. Subclasses say in their attributes and methods what differs from the usual; nothing else knows the family.
 
@@ -85,7 +76,7 @@ class Adapter(ABC):
     streams : tuple of Stream
         The visual inputs; images unless the family says more.
     door : nn.Module or None
-        Point-wise projector: V2V runs before it. None: V2V runs after the encoder call (grid mergers).
+        Point-wise projector, where there is one: V2V then runs before it. None: V2V runs after the encoder call (grid mergers).
     fixed_tokens : int or None
         Visual tokens per image where the tower fixes them.
     has_cls : bool
@@ -118,14 +109,73 @@ class Adapter(ABC):
         self.config: Any = model.config
         self.image_token_id: int = self.config.image_token_id
 
+    # ---- which models
+
     @classmethod
     def serves(cls, config: Any) -> bool:
         """Whether models with this config are of this family."""
         return getattr(config, "model_type", None) in cls.model_types
 
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a clear error for configurations of this family that cannot be right."""
+
+    def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
+        """More hooks, where a family does something else with rows; ``running`` is the map of the decoder layer that just ran."""
+        return None
+
+    # ---- the prompt
+
     @property
     def streams(self) -> tuple[Stream, ...]:
         return (Stream("image", "get_image_features", self.image_token_id, "pixel_values"),)
+
+    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
+        """Per stream [B, S] bool: rows that will hold its visual tokens, by id or (as the stock model does) by embedding."""
+        if input_ids is not None:
+            return {stream.name: input_ids == stream.token_id for stream in self.streams}
+        assert inputs_embeds is not None
+        embed, device = self.base.get_input_embeddings(), inputs_embeds.device
+        tokens = {stream.name: embed(torch.tensor(stream.token_id, device=device)) for stream in self.streams}
+        return {name: (inputs_embeds == token).all(-1) for name, token in tokens.items()}
+
+    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+        """Token ids that a prompt shows a span of ``tokens`` with, whose parts (crops, frames) the tower saw as ``parts``."""
+        return [stream.token_id] * tokens
+
+    # ---- the tower
+
+    @abstractmethod
+    def tower(self) -> nn.Module:
+        """The vision tower, without the projector."""
+
+    @abstractmethod
+    def projector(self) -> nn.Module:
+        """What maps vision features to the decoder's width."""
+
+    def unread_layers(self) -> Sequence[nn.Module]:
+        """Layers of the tower behind the one that the features come from: stock models run them for nothing."""
+        return ()
+
+    def reads_usual_layers(self, call: Encoding) -> bool:
+        """Whether an encoder call takes its features where the config says, and the caller did not request the layers' own outputs."""
+        return True
+
+    def layers_before_signals(self) -> Sequence[nn.Module]:
+        """Vision layers whose outputs neither the features nor any default signal reads: the same for every method on the same pictures."""
+        return ()
+
+    def cls_module(self) -> nn.Module:
+        """The vision layer whose output's first row is the CLS feature."""
+        raise TypeError(f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
+
+    def blank_image(self) -> dict[str, Tensor]:
+        """The encoder call's arguments for one small blank image: here of the one size that the tower takes."""
+        vision, weight = self.config.vision_config, next(self.tower().parameters())
+        size = (1, vision.num_channels, vision.image_size, vision.image_size)
+        return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
+
+    # ---- what ranks and merges before the decoder
 
     @abstractmethod
     def vision_attention(self, layer: int | None) -> nn.Module:
@@ -142,6 +192,12 @@ class Adapter(ABC):
         ``segmented`` keeps the tower's own attention segments.
         """
 
+    # ---- what a call made: spans, their parts and their grids
+
+    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+        """Per span: visual tokens of each part that the tower looks at by itself (crops, frames). One part unless the family says more."""
+        return [(count,) for count in counts]
+
     def projected(self, call: Encoding, counts: list[int]) -> list[int]:
         """Per span: rows that the projector works on where V2V leaves them all to it: what the tower made, unless the family pools first."""
         return [sum(sizes) for sizes in self.passes(call, counts)]
@@ -155,62 +211,14 @@ class Adapter(ABC):
         return [torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.passes(call, counts)]
 
     def spans(self, output: Any, call: Encoding) -> list[Tensor]:
-        """The projected rows of each span, as ``output.pooler_output`` holds them (families that hand out frames join them there)."""
+        """The projected rows of each span, as ``output.pooler_output`` holds them (families that return frames one by one join them there)."""
         return list(output.pooler_output)
 
     def door_parts(self, call: Encoding) -> int:
-        """How many consecutive rows of a batch at the door (frames) make one span."""
+        """How many consecutive rows of the projector's batch (frames) make one span."""
         return 1
 
-    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
-        """Per span: visual tokens of each part that the tower looks at by itself (crops, frames). One part unless the family says more."""
-        return [(count,) for count in counts]
-
-    def unread_layers(self) -> Sequence[nn.Module]:
-        """Layers of the tower behind the one that the features come from: stock models run them for nothing."""
-        return ()
-
-    def reads_usual_layers(self, call: Encoding) -> bool:
-        """Whether an encoder call takes its features where the config says, and nobody asked for the layers' own outputs."""
-        return True
-
-    @abstractmethod
-    def tower(self) -> nn.Module:
-        """The vision tower, without the projector."""
-
-    @abstractmethod
-    def projector(self) -> nn.Module:
-        """What maps vision features to the decoder's width."""
-
-    def blank_image(self) -> dict[str, Tensor]:
-        """The encoder call's arguments for one small blank image: here of the one size that the tower takes."""
-        vision, weight = self.config.vision_config, next(self.tower().parameters())
-        size = (1, vision.num_channels, vision.image_size, vision.image_size)
-        return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
-
-    def layers_before_signals(self) -> Sequence[nn.Module]:
-        """Vision layers whose outputs neither the features nor any default signal reads: the same for every method on the same pictures."""
-        return ()
-
-    def cls_module(self) -> nn.Module:
-        """The vision layer whose output's first row is the CLS feature."""
-        raise TypeError(f"{self.family}: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
-
-    @abstractmethod
-    def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
-        """Of rows ``hidden`` [B, n, D] entering ``layer``: rotated queries [B, H, q, d] of rows ``asking`` [B, q], rotated keys
-        [B, Hkv, n, d] of all."""
-
-    def key_projection(self, layer: nn.Module) -> nn.Module | None:
-        """The module that ``project`` and the layer itself call for keys and nothing else; None if there is none."""
-        return getattr(getattr(layer, "self_attn", None), "k_proj", None)
-
-    def run_by_ranking(self, layer: nn.Module) -> list[nn.Module]:
-        """The modules that ``project`` runs on all rows, and the layer itself on those that are left, once each."""
-        return [module for module in (layer.input_layernorm, self.key_projection(layer)) if module is not None]
-
-    def scaling(self, layer: nn.Module) -> float:
-        return float(layer.self_attn.scaling)
+    # ---- the decoder, and what ranks inside it
 
     @property
     def layer_types(self) -> list[str]:
@@ -233,40 +241,24 @@ class Adapter(ABC):
         """(cos, sin) of a layer of type ``kind`` for 1-D positions [B, n]."""
         return self.text_model.rotary_emb(hidden, position_ids)
 
-    def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
-        """More hooks, where a family does something else with rows; ``running`` is the map of the decoder layer that just ran."""
-        return None
-
-    def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
-        """Per stream [B, S] bool: rows that will hold its visual tokens, by id or (as the stock model does) by embedding."""
-        if input_ids is not None:
-            return {stream.name: input_ids == stream.token_id for stream in self.streams}
-        assert inputs_embeds is not None
-        embed, device = self.base.get_input_embeddings(), inputs_embeds.device
-        tokens = {stream.name: embed(torch.tensor(stream.token_id, device=device)) for stream in self.streams}
-        return {name: (inputs_embeds == token).all(-1) for name, token in tokens.items()}
-
-    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
-        """Token ids that a prompt shows a span of ``tokens`` with, whose parts (crops, frames) the tower saw as ``parts``."""
-        return [stream.token_id] * tokens
+    @abstractmethod
+    def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
+        """Of rows ``hidden`` [B, n, D] entering ``layer``: rotated queries [B, H, q, d] of rows ``asking`` [B, q], rotated keys
+        [B, Hkv, n, d] of all."""
 
     @abstractmethod
-    def check(self) -> None:
-        """Raise a clear error for configurations of this family that cannot be right."""
+    def key_projection(self, layer: nn.Module) -> nn.Module | None:
+        """The module that ``project`` and the layer itself call for keys and nothing else; None if there is none."""
 
-    def check_decoder(self) -> None:
-        """Families that take decoders of any kind: refuse those whose queries and keys would come out wrong here.
+    @abstractmethod
+    def run_by_ranking(self, layer: nn.Module) -> list[nn.Module]:
+        """The modules that ``project`` runs on all rows, and the layer itself on those that are left, once each."""
 
-        Raises
-        ------
-        TypeError
-            Naming the decoder and those that are held to their own projections by a test.
-        """
-        kind = self.text_model.config.model_type
-        if kind not in LLAMA_LAYOUT:
-            raise TypeError(
-                f"{self.family}: nobody has checked how to rank tokens with a {kind} decoder; those that are: {', '.join(LLAMA_LAYOUT)}"
-            )
+    @abstractmethod
+    def scaling(self, layer: nn.Module) -> float:
+        """What the layer multiplies products of queries and keys by."""
+
+    # ---- sizes, for cost predictions
 
     def decoder_shape(self) -> DecoderShape:
         """Sizes of the decoder, for cost predictions."""
@@ -275,99 +267,3 @@ class Adapter(ABC):
     @abstractmethod
     def vision_shape(self) -> VisionShape:
         """Sizes of tower and projector, for cost predictions."""
-
-
-def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding in the half-split layout: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as they are."""
-    cos, sin = (t.unsqueeze(1) for t in rotary)
-    turned, plain = x.tensor_split((cos.shape[-1],), dim=-1)
-    out = turned * cos
-    (first, second), (low, high), (of_low, of_high) = (t.chunk(2, dim=-1) for t in (turned, out, sin))
-    low.addcmul_(second, of_low, value=-1)  # in place: new memory costs more than the arithmetic
-    high.addcmul_(first, of_high)
-    return torch.cat((out, plain), dim=-1) if plain.shape[-1] else out
-
-
-class LlamaLike:
-    """Queries and keys of decoder layers laid out as in Llama and Qwen2: input norm, separate projections, half-split rotary.
-
-    Norms of single heads (``q_norm``, ``k_norm``, as in Qwen3) are applied where the layer has them; ``rotate`` is another layout's where
-    a family says so.
-    """
-
-    rotate: Callable[[Tensor, Rotary], Tensor] = staticmethod(rotate)
-
-    def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
-        normed = layer.input_layernorm(hidden)
-        key = self._rotated(layer, "k", normed, rotary)
-        return self._rotated(layer, "q", take(normed, asking), (take(rotary[0], asking), take(rotary[1], asking))), key
-
-    def heads(self, layer: nn.Module, which: str, hidden: Tensor) -> Tensor:
-        """Projected rows [B, n, H, d] of normed rows ``hidden`` [B, n, D]; ``which`` is "q" or "k"."""
-        projected: Tensor = getattr(layer.self_attn, f"{which}_proj")(hidden)
-        return projected.view(*projected.shape[:-1], -1, layer.self_attn.head_dim)
-
-    def _rotated(self, layer: nn.Module, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
-        x = self.heads(layer, which, hidden)
-        norm = getattr(layer.self_attn, f"{which}_norm", None)
-        return self.rotate((x if norm is None else norm(x)).transpose(1, 2), rotary)
-
-
-WRAPPERS = ("DistributedDataParallel", "DataParallel", "DeepSpeedEngine")
-
-
-def core_of(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT and parallel wrappers."""
-    inner = getattr(model, "module", model) if type(model).__name__ in WRAPPERS else model
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-
-
-def families() -> dict[str, type[Adapter]]:
-    """All adapters by family name, sorted."""
-    package = importlib.import_module("duet_vlm.models")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"duet_vlm.models.{module.name}")
-    return {cls.family: cls for cls in sorted(_concrete(Adapter), key=lambda cls: cls.family)}
-
-
-def support() -> list[dict[str, Any]]:
-    """One row per family: what it takes and what is known of it. Images, several images per prompt and training work for every family."""
-    return [
-        {
-            "family": name,
-            "model_types": list(cls.model_types),
-            "image": True,
-            "several images": True,
-            "video": cls.video,
-            "training": True,
-            "positions": ["keep"] if cls.mrope else ["keep", "compact"],
-            "notes": cls.notes,
-            "example": cls.example,
-        }
-        for name, cls in families().items()
-    ]
-
-
-def _concrete(cls: type[Any]) -> list[type[Adapter]]:
-    found = [sub for child in cls.__subclasses__() for sub in _concrete(child)]
-    return found + ([cls] if "family" in vars(cls) else [])
-
-
-def adapter_for(model: nn.Module) -> Adapter:
-    """The adapter of a loaded model.
-
-    Raises
-    ------
-    TypeError
-        If the family is not supported; the message lists the families that are.
-    """
-    core = core_of(model)
-    model_type = getattr(getattr(core, "config", None), "model_type", None)
-    known = families()
-    for cls in known.values():
-        if cls.serves(getattr(core, "config", None)) and hasattr(core, "model"):  # the model with head, not the one inside it
-            adapter = cls(core)
-            adapter.check()
-            return adapter
-    wanted = "Pass the whole image-text-to-text model, as AutoModelForImageTextToText loads it."
-    raise TypeError(f"{refusal(type(core).__name__, model_type, list(known))} {wanted}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded, Rotary
+from duet_vlm.models.adapter import Encoding, Recorded, Rotary
+from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.towers import cell_signals
 
 
-class Gemma3(LlamaLike, Adapter):
+class Gemma3(LlamaLike):
     """``Gemma3ForConditionalGeneration``: V2V after the pooling projector, importance = attention received in the last tower layer.
 
     Every image (and every crop of pan-and-scan, which the processor shows as an image of its own) is a span. Windows of sliding layers

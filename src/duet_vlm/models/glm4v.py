@@ -11,7 +11,8 @@ from transformers import GenerationMixin
 
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Rotary, Stream, rotate
+from duet_vlm.models.adapter import Rotary, Stream
+from duet_vlm.models.llama_like import rotate
 from duet_vlm.models.qwen2_vl import Qwen2VL
 from duet_vlm.tokens import TokenMap
 

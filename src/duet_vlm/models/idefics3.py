@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded
+from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.ops.score import query_attention
 
 
-class Idefics3(LlamaLike, Adapter):
+class Idefics3(LlamaLike):
     """``Idefics3ForConditionalGeneration`` and ``SmolVLMForConditionalGeneration``: V2V after the connector.
 
     A span is one crop (a frame of a clip, which these models take as images): crops stand apart in the prompt, each behind words that name

@@ -9,11 +9,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Adapter, Encoding, LlamaLike, Recorded
+from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.ops.score import cls_attention
 
 
-class Llava(LlamaLike, Adapter):
+class Llava(LlamaLike):
     """``LlavaForConditionalGeneration`` with a CLIP tower: V2V before the projector, importance = CLS attention of the feature layer."""
 
     family = "llava"

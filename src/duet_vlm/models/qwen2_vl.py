@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import SLIDING, Adapter, Encoding, LlamaLike, Recorded, Stream
+from duet_vlm.models.adapter import SLIDING, Encoding, Recorded, Stream
+from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.ops.score import column_attention
 
 
-class Qwen2VL(LlamaLike, Adapter):
+class Qwen2VL(LlamaLike):
     """``Qwen2VLForConditionalGeneration``: V2V after the merger, importance = attention received in the last vision block.
 
     The unit of choice is a merged token (2x2 patches, two frames of a video): scores and keys are means over its patches. A video is one

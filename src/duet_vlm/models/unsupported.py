@@ -1,8 +1,8 @@
-"""Model types that look as if they should work and cannot, with the reason."""
+"""Model types that look supported and cannot be, with the reason."""
 
 from __future__ import annotations
 
-CROSS = "its decoder looks at pictures through cross attention; visual tokens are no rows of the prompt that could be dropped"
+CROSS = "its decoder reads pictures through cross attention, so visual tokens are no rows of the prompt that could be dropped"
 SHARED = "later decoder layers reuse keys and values of earlier ones, so rows cannot be dropped between them"
 QUERIES = "a few learned queries already stand for the picture; there are no patch tokens to reduce"
 DISCRETE = "pictures are discrete tokens of the vocabulary, with no vision features to rank or merge"
@@ -21,7 +21,7 @@ REASONS = {
     "emu3": DISCRETE,
     "janus": "its decoder also writes pictures, whose tokens must not be mistaken for those it reads",
     "florence2": "it is an encoder-decoder model: the text encoder reads picture and prompt at once, and the decoder's cache holds neither",
-    "fuyu": "patches go into the decoder through one linear map; there is no vision tower to rank them",
+    "fuyu": "patches enter the decoder through one linear map, and there is no vision tower whose attention could rank them",
 }
 
 

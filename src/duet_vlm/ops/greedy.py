@@ -73,7 +73,7 @@ def _unlike(score: Tensor, similarity: Tensor, picks: int) -> Tensor:
 
 
 def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
-    """Greedy max-min: first the token that is least like its nearest neighbour, then whoever is least like the nearest chosen one.
+    """Greedy max-min: first the token that is least like its nearest neighbour, then the one that is least like its nearest chosen one.
 
     similarity [B, N, N], valid [B, N], count [B] of which ``steps`` is the largest -> the chosen tokens [B, N] bool.
     """

@@ -1,4 +1,4 @@
-"""Merging tokens: who joins which anchor, and what the merged rows are."""
+"""Merging tokens: which token joins which anchor, and what the merged rows are."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     if selection.members.shape[1] == 0:
         return rows
     width = rows.shape[1]
-    into = selection.into.masked_fill(selection.into < 0, width)  # one spare row collects the tokens that join nobody
+    into = selection.into.masked_fill(selection.into < 0, width)  # one spare row collects the tokens that join no row
     members = take(features, selection.members).float()
     total = members.new_zeros(rows.shape[0], width + 1, rows.shape[2])
     total = total.scatter_add(1, into[..., None].expand_as(members), members)[:, :width]

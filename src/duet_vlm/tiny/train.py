@@ -4,7 +4,7 @@ Stage A (tower) and stage B (decoder) run side by side, one core each; stage C j
 a kill and it goes on from the last checkpoint. The schedule counts steps, never seconds.
 
 ``--finish-unguided`` instead takes the shipped model, undoes its attention supervision and goes on from answers alone
-(``recipe/finish.py``). Every stage is one ``duet_vlm.train.stages.fit``: transformers' Trainer (extra ``train``).
+(``recipe/finish.py``). Every stage is one ``recipe.stages.fit``: transformers' Trainer (extra ``train``).
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from pathlib import Path
 
 import torch
 
-from duet_vlm.train.stages import Stage, curve, fit, weights
-
 from .network import build_model
 from .recipe.decoder import DecoderStage
 from .recipe.finish import FinishStage
 from .recipe.join import JoinStage, ProjectorStage
+from .recipe.stages import Stage, curve, fit, weights
 from .recipe.tower import TowerStage
 from .text import save_processor
 

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 
-from duet_vlm.train.stages import curve, fit, weights
-
+from .recipe.stages import curve, fit, weights
 from .recipe.video import VideoStage
 from .video_network import build_video_model
 

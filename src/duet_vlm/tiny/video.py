@@ -1,4 +1,4 @@
-"""The tiny model's sibling for video: a stock Video-LLaVA that reads eight frames, and the questions that it answers.
+"""A second tiny model, for video: a stock Video-LLaVA that reads eight frames, and the questions that it answers.
 
 >>> from duet_vlm.tiny import video
 >>> model, processor = video.load()

@@ -1,4 +1,4 @@
-"""What the Trainer is asked to do beside its own work: set the step's budget, remember the reduction, show progress."""
+"""Callbacks of the Trainer: set the step's budget, remember the reduction, show progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from duet_vlm import Handle, remember
 from duet_vlm.budget import Budget
-from duet_vlm.models.adapter import core_of
+from duet_vlm.models.find import core_of
 from duet_vlm.train.settings import Settings
 
 SHOWN = {"loss": "loss", "lr": "learning_rate", "held-out loss": "eval_loss"}

@@ -86,7 +86,7 @@ class Collator:
             answered = self.processor.apply_chat_template(messages[: number + 1])
             if not (whole.startswith(asked) and whole.startswith(answered) and done <= len(asked) <= len(answered)):
                 raise ValueError(
-                    f"{conversation.where}: the chat template writes earlier turns anew, so it cannot be told which tokens turn {number} adds"
+                    f"{conversation.where}: the chat template changes earlier turns when one is added, so the tokens of turn {number} cannot be found"
                 )
             pieces += [(whole[done : len(asked)], False), (whole[len(asked) : len(answered)], True)]
             done = len(answered)

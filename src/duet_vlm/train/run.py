@@ -11,7 +11,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from duet_vlm import Handle, attach
 from duet_vlm.loading import base_of, load, quiet
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
 from duet_vlm.train.collate import IGNORED, Collator

@@ -1,4 +1,4 @@
-"""What a training run is told: recipes and YAML files in layers, each value checked before anything large is loaded."""
+"""Settings of a training run: recipes and YAML files in layers, each value checked before anything large is loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Panels side by side: the image, what V2V made of it, and who is left after each drop inside the decoder."""
+"""Panels side by side: the image, what V2V made of it, and which tokens are left after each drop inside the decoder."""
 
 from __future__ import annotations
 

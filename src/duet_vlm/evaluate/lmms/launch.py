@@ -16,7 +16,7 @@ from duet_vlm.evaluate.lmms.plugin import MODEL
 from duet_vlm.evaluate.lmms.settings import chosen, value_of
 
 TASKS = Path(__file__).parent / "tasks"  # for --include_path
-INSTALL = "lmms-eval is not installed here: pip install 'duet-vlm[lmms]' (in an environment of its own, it brings some hundred packages)"
+INSTALL = 'lmms-eval is not installed here: pip install ".[lmms]" in your clone of duet-vlm (in an environment of its own: about a hundred packages)'
 
 
 def run(

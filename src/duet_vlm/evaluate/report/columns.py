@@ -134,7 +134,7 @@ KEPT = Column(
 OF_ORACLE = Column(
     "of_oracle",
     "of oracle, %",
-    "Accuracy as a share of the oracle's at the same budget; the oracle is told what the answer needs",
+    "Accuracy as a share of the oracle's at the same budget; the oracle is given what the answer needs",
     ("of_oracle",),
     percent,
 )

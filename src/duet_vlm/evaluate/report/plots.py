@@ -57,7 +57,7 @@ def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
     try:
         from matplotlib import style
     except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install 'duet-vlm[viz]'") from error
+        raise ImportError('plots need matplotlib: pip install ".[viz]" in your clone of duet-vlm') from error
     makers: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
         "tokens": ("Accuracy kept against measured visual tokens", kept_against_tokens),
         "time": ("Accuracy against measured prefill time", accuracy_against_time),

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from duet_vlm.train.stages import Stage
-
 from ..assets import WORDS
 from ..labels import LABELS
 from ..network import DECODER_LAYERS, VISUAL_TOKENS, WIDTH, decoder_config
@@ -20,6 +18,7 @@ from ..text import TOKEN
 from .optim import optimizers, rate
 from .packing import Lesson, Packed, choose_patches, lesson, pack
 from .reading import Probes, Watch, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
+from .stages import Stage
 from .starts import position_waves, start_decoder
 
 BATCH, QUESTIONS = 8, 12

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from transformers import LlamaModel, LlavaForConditionalGeneration
 
-from duet_vlm.train.stages import Stage
-
 from .. import load
 from ..network import DECODER_LAYERS, VISUAL_TOKENS
 from .decoder import FEW, all_patches, lessons, shorten
@@ -24,6 +22,7 @@ from .join import BATCH, QUESTIONS, pixels_of, validate, visual_tokens
 from .optim import optimizers, rate
 from .packing import PREFIX, Lesson, Packed, pack
 from .reading import GUIDED_LAYERS, Watch, accuracy_by_kind, answer_loss, decode
+from .stages import Stage
 from .starts import start_decoder
 
 

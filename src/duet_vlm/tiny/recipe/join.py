@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from transformers import LlavaModel
 
-from duet_vlm.train.stages import Stage, weights
-
 from ..labels import presence
 from ..network import DECODER_LAYERS, FEATURE_LAYER, VISUAL_TOKENS, build_model
 from ..render import render
@@ -19,6 +17,7 @@ from .decoder import FEW, DecoderStage, all_patches, lessons, shorten
 from .optim import optimizers, rate
 from .packing import Lesson, Packed, pack
 from .reading import Watch, accuracy_by_kind, answer_loss, attention_loss, count_loss, decode, probe_loss
+from .stages import Stage, weights
 from .tower import TowerStage, dense_loss, presence_loss, to_pixels
 
 BATCH, QUESTIONS = 8, 16

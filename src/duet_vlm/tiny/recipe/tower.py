@@ -11,13 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from duet_vlm.train.stages import Stage
-
 from ..labels import LABELS, PRESENCE, patch_labels, presence
 from ..network import FEATURE_LAYER, WIDTH, tower_config
 from ..render import render
 from ..scenes import GRID, scene
 from .optim import optimizers, rate
+from .stages import Stage
 from .starts import start_tower
 
 BATCH = 8

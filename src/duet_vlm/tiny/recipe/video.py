@@ -10,8 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import VideoLlavaModel
 
-from duet_vlm.train.stages import Stage
-
 from ..clips import FRAMES, ROWS, clip, render
 from ..clips_questions import KINDS
 from ..network import DECODER_LAYERS, FEATURE_LAYER, WIDTH
@@ -19,6 +17,7 @@ from ..video_network import start_from_pictures
 from .optim import optimizers, rate
 from .packing import PREFIX, Packed
 from .reading import PAIR_LAYER, Watch, answer_loss, attention_loss, count_loss, decode
+from .stages import Stage
 from .tower import to_pixels
 from .video_packing import ClipLesson, all_rows, choose_rows, clip_lesson, pack_clips
 

@@ -18,9 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from duet_vlm.train.callbacks import ProgressCallback
-from duet_vlm.train.run import DEFAULTS
-
 LOG, CHECK, SAVE = 50, 400, 200  # steps
 
 
@@ -123,9 +120,22 @@ def fit(stage: Stage, folder: Path, stop: int | None = None, report_to: str = "n
     if last is not None and _step(last) >= end:
         stage.load_state_dict(weights(folder))
         return
-    once = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential", "max_grad_norm": 1.0}
-    often = {"logging_steps": LOG, "save_steps": SAVE, "eval_on_start": last is None, "report_to": report_to}
-    args = TrainingArguments(str(folder), use_cpu=True, dataloader_pin_memory=False, **{**DEFAULTS, **once, **often})
+    args = TrainingArguments(
+        str(folder),
+        use_cpu=True,
+        dataloader_pin_memory=False,
+        num_train_epochs=1,
+        per_device_train_batch_size=1,
+        train_sampling_strategy="sequential",
+        max_grad_norm=1.0,
+        remove_unused_columns=False,
+        logging_steps=LOG,
+        save_steps=SAVE,
+        save_total_limit=2,
+        eval_on_start=last is None,
+        report_to=report_to,
+        disable_tqdm=parent_process() is not None,  # bars of two processes would collide
+    )
     optimizer = _Together(stage)
     trainer = _StageTrainer(
         model=stage,
@@ -133,7 +143,7 @@ def fit(stage: Stage, folder: Path, stop: int | None = None, report_to: str = "n
         train_dataset=range(stage.steps),
         data_collator=lambda steps: stage.batch(steps[0]),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, stage.rate)),
-        callbacks=[_Rhythm(end)] if parent_process() else [_Rhythm(end), ProgressCallback()],  # bars of two processes would collide
+        callbacks=[_Rhythm(end)],
     )
     trainer.since = time.time()
     trainer.train(resume_from_checkpoint=last and str(last))

@@ -1,0 +1,193 @@
+"""The headline and the short tables of README.md, and the tables of benchmarks/README.md, from committed result files.
+
+Result files keep the names that the benchmarks give their rows; ``WORDS`` says them as these pages do.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import comparison_tables
+
+import duet_vlm
+from duet_vlm.evaluate.report import columns, markdown
+from duet_vlm.evaluate.results import load
+from duet_vlm.models.find import support
+
+HERE = Path(__file__).parent
+WIDTH = 118  # of a line of text
+TOY, SHOWN = "tiny-crowded", ("duet_plus", "duet", "scope", "random, DUET's counts")  # the rows of README's accuracy table
+METHOD, BUDGETS = "duet", ("33%", "11%")  # the columns of its speed table
+
+WORDS = {  # in this order
+    "tower with CLS, last layer unread": "with a CLS token (LLaVA), its unused last layer skipped",
+    "tower with CLS": "with a CLS token (LLaVA)",
+    "tower without CLS": "without a CLS token (Qwen2.5-VL)",
+    "tower and projector": "with a CLS token, its unused last layer skipped, and projector",
+    "choice, ": "",
+    "picks=1": "one token per step",
+    "picks=": "tokens per step: ",
+    "stage, ": "",
+    "keys made again": "key recompute",
+    "keys made once": "key reuse",
+    "grouped heads": "grouped-query attention",
+    "decode step, padded, duet over no mask": "`duet`, padded batch of 2 (plain model: no mask)",
+    "decode step, padded, visionzip": "`visionzip`, padded batch of 2",
+    "decode step, long text": "`duet`, 512 text tokens",
+    "decode step": "`duet`, 64 text tokens",
+    "tower and decoder": "vision tower and decoder",
+}
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    return json.loads((HERE / "results" / f"{name}.json").read_text())["results"]
+
+
+def _words(name: str) -> str:
+    for theirs, ours in WORDS.items():
+        if theirs in name:
+            name = name.replace(theirs, ours)
+            if theirs.startswith(("tower", "decode step")):
+                break
+    return name
+
+
+def _ratio(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['median']:.3f} ({low:.3f}-{high:.3f})"
+
+
+def _speed_up(median: float, low: float, high: float) -> str:
+    return f"{median:.2f}x ({low:.2f}-{high:.2f})"
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+# ---- README.md
+
+
+def _bench() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The end-to-end benchmark, and its rows at the shorter text: the full model's and those of ``METHOD``."""
+    found = json.loads((HERE / "results" / "bench.json").read_text())
+    text = min(row["text"] for row in found["rows"])
+    sides = {row["side"]: row for row in found["rows"] if row["text"] == text}
+    return found, {"full": sides["full"]} | {budget: sides[f"{METHOD} at {budget}"] for budget in BUDGETS}
+
+
+def _spaced(budget: str) -> str:
+    return budget.replace("%", " %")
+
+
+def headline() -> str:
+    """What the smallest budget of the speed table saves, and what it keeps."""
+    _, rows = _bench()
+    budget = BUDGETS[-1]
+    full, small, share = rows["full"], rows[budget], float(budget.rstrip("%")) / 100
+    first, whole = (small["speed_up"][stage]["median"] for stage in ("to first token", "end to end"))
+    kept = {row["label"]: columns.percent(row["kept"]) for row in comparison_tables.done(TOY, "methods") if row["beside"] == share}
+    return (
+        f"**At {_spaced(budget)} of the visual tokens: first token {first:.1f}x faster, whole answer {whole:.1f}x faster, "
+        f"KV cache {full['kv_bytes'] / small['kv_bytes']:.0f}x smaller.**\n"
+        f"On a toy benchmark the answers keep {kept['duet']} % (`duet`) to {kept['duet_plus']} % (`duet_plus`) of the full model's accuracy.\n"
+        "Measured end to end on a CPU; not yet measured on a GPU."
+    )
+
+
+def names() -> str:
+    """Which families and methods there are."""
+    families, methods = [row["family"] for row in support()], [name for name in duet_vlm.methods() if name != "none"]
+
+    def listed(found: list[str]) -> str:
+        return ", ".join(f"`{name}`" for name in found)
+
+    return _filled(
+        f"[{len(families)} model families](docs/families.md): {listed(families)}. [{len(methods)} methods](docs/methods.md): {listed(methods)}."
+    )
+
+
+def kept_short() -> str:
+    """A few methods at every budget on the harder pictures; docs/comparison.md has all of them."""
+    result = load(comparison_tables.ROOT / TOY / "results" / "methods.json")
+    runs = sorted((row for row in comparison_tables.done(TOY, "methods") if row["label"] in SHOWN), key=lambda row: SHOWN.index(row["label"]))
+    title = "toy benchmark: % of the full model's accuracy kept at"
+    full, size = columns.ACCURACY.cell(result["runs"][0]), result["model"]["parameters"] / 1e6
+    note = _filled(
+        f"A toy: {result['questions']['count']:,} questions about crowded drawn pictures, answered by the embedded model ({size:.1f} million "
+        f"parameters, 256 visual tokens). The full model's accuracy is {full}. Brackets hold 95 % intervals over questions."
+    )
+    return f"{comparison_tables.by_budget(title, runs, lambda row: str(columns.KEPT.cell(row)))}\n\n{note}"
+
+
+def gains() -> str:
+    """First token, whole answer, memory."""
+    found, rows = _bench()
+    full, made = rows["full"], found["environment"]
+
+    def time(stage: str) -> list[str]:
+        taken = [f"{row['ms'][stage]['median'] / 1000:.2f} s" for row in rows.values()]
+        faster = [_speed_up(**row["speed_up"][stage]) for row in rows.values()]
+        return [taken[0], *(f"{seconds}: {ratio}" for seconds, ratio in zip(taken[1:], faster[1:], strict=True))]
+
+    memory = [f"peak {row['peak_bytes'] / 2**20:.0f} MiB, KV cache {row['kv_bytes'] / 2**20:.0f} MiB" for row in rows.values()]
+    lines = [
+        ["time to first token", *time("to first token")],
+        [f"whole answer, {full['new']} tokens", *time("end to end")],
+        ["memory beside the weights", *memory],
+    ]
+    shape, rounds = json.loads((HERE / Path(found["model"]).name).read_text()), full["pairs"]
+    decoder, vision = shape["text_config"], shape["vision_config"]
+    spread = "95 % intervals" if rounds >= 6 else f"the lowest and the highest of {rounds} rounds"  # fewer cannot carry an interval of 95 %
+    note = _filled(
+        f"**Not yet measured on a GPU.** {made['threads']} CPU threads, {made['dtype']}, {made['attention']}, batch of {full['batch']}. "
+        f"Random weights: a decoder of {decoder['num_hidden_layers']} layers x {decoder['hidden_size']}, a vision tower of "
+        f"{vision['num_hidden_layers']} x {vision['hidden_size']}; {full['text']} tokens besides the image. Times include the vision tower. "
+        f"Both sides run in turns; brackets hold {spread}. Peak memory is that of reading the prompt."
+    )
+    head = ["", f"all {full['tokens']} visual tokens", *(f"`{METHOD}` at {_spaced(budget)}" for budget in BUDGETS)]
+    return f"{markdown.table(head, lines)}\n\n{note}"
+
+
+# ---- benchmarks/README.md
+
+
+def tower() -> str:
+    return markdown.table(["vision tower, attached / plain", "ratio (95 % interval)"], [[_words(row["name"]), _ratio(row)] for row in _rows("v2v")])
+
+
+def selection() -> str:
+    rows = [[_words(row["name"]), _ratio(row)] for row in _rows("greedy")]
+    return markdown.table(["token selection / full prefill of the decoder", "ratio (95 % interval)"], rows)
+
+
+def stage() -> str:
+    rows = [[_words(row["name"]), _ratio(row), _ratio(row["arithmetic"])] for row in _rows("t2v")]
+    return markdown.table(["T2V stage / dense layer of equal length", "ratio (95 % interval)", "its arithmetic alone"], rows)
+
+
+def step() -> str:
+    return markdown.table(["decode step, attached / plain", "ratio (95 % interval)"], [[_words(row["name"]), _ratio(row)] for row in _rows("decode")])
+
+
+def prefill() -> str:
+    rows = []
+    for row in _rows("prefill"):
+        name = _words(row["name"])
+        if row.get("status") == "infeasible":
+            rows.append([name, row["status"], "-", "-"])
+            continue
+        dense = row.get("same_rows")
+        bare = _speed_up(dense["median"], *dense["interval"]) if dense else "-"
+        rows.append([name, _speed_up(row["median"], *row["interval"]), bare, f"{row['predicted']:.2f}x"])
+    return markdown.table(["prefill speed-up, plain / attached", "measured (95 % interval)", "dense layers of equal length", "by FLOPs"], rows)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "headline": headline, "names": names, "kept_short": kept_short, "gains": gains, "speed_tower": tower, "speed_selection": selection,
+    "speed_stage": stage, "speed_step": step, "speed_prefill": prefill,
+}  # fmt: skip

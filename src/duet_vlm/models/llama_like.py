@@ -1,0 +1,74 @@
+"""How decoders of the Llama layout make queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.models.adapter import Adapter, Rotary
+from duet_vlm.ops.ragged import take
+
+LLAMA_LAYOUT = (
+    "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "phi", "stablelm", "gemma",
+)  # fmt: skip
+
+
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Rotary embedding in the half-split layout: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as they are."""
+    cos, sin = (t.unsqueeze(1) for t in rotary)
+    turned, plain = x.tensor_split((cos.shape[-1],), dim=-1)
+    out = turned * cos
+    (first, second), (low, high), (of_low, of_high) = (t.chunk(2, dim=-1) for t in (turned, out, sin))
+    low.addcmul_(second, of_low, value=-1)  # in place: new memory costs more than the arithmetic
+    high.addcmul_(first, of_high)
+    return torch.cat((out, plain), dim=-1) if plain.shape[-1] else out
+
+
+class LlamaLike(Adapter):
+    """A family whose decoder layers are laid out as in Llama and Qwen2: input norm, separate projections, half-split rotary.
+
+    Norms of single heads (``q_norm``, ``k_norm``, as in Qwen3) are applied where the layer has them; ``rotate`` is another layout's where
+    a family says so.
+    """
+
+    rotate: Callable[[Tensor, Rotary], Tensor] = staticmethod(rotate)
+
+    def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
+        normed = layer.input_layernorm(hidden)
+        key = self._rotated(layer, "k", normed, rotary)
+        return self._rotated(layer, "q", take(normed, asking), (take(rotary[0], asking), take(rotary[1], asking))), key
+
+    def key_projection(self, layer: nn.Module) -> nn.Module | None:
+        return getattr(getattr(layer, "self_attn", None), "k_proj", None)
+
+    def run_by_ranking(self, layer: nn.Module) -> list[nn.Module]:
+        return [module for module in (layer.input_layernorm, self.key_projection(layer)) if module is not None]
+
+    def scaling(self, layer: nn.Module) -> float:
+        return float(layer.self_attn.scaling)
+
+    def heads(self, layer: nn.Module, which: str, hidden: Tensor) -> Tensor:
+        """Projected rows [B, n, H, d] of normed rows ``hidden`` [B, n, D]; ``which`` is "q" or "k"."""
+        projected: Tensor = getattr(layer.self_attn, f"{which}_proj")(hidden)
+        return projected.view(*projected.shape[:-1], -1, layer.self_attn.head_dim)
+
+    def _rotated(self, layer: nn.Module, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
+        x = self.heads(layer, which, hidden)
+        norm = getattr(layer.self_attn, f"{which}_norm", None)
+        return self.rotate((x if norm is None else norm(x)).transpose(1, 2), rotary)
+
+    def check_decoder(self) -> None:
+        """For families that take decoders of any kind: refuse those whose queries and keys would come out wrong here.
+
+        Raises
+        ------
+        TypeError
+            Naming the decoder and those that are held to their own projections by a test.
+        """
+        kind = self.text_model.config.model_type
+        if kind not in LLAMA_LAYOUT:
+            raise TypeError(
+                f"{self.family}: ranking tokens with a {kind} decoder is not tested here, so it is refused; tested are: {', '.join(LLAMA_LAYOUT)}"
+            )

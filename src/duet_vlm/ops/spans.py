@@ -1,0 +1,52 @@
+"""Visual rows of samples laid out by span (image or clip), so that each span can be ranked by itself, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SpanRows:
+    """Where the rows of each of S spans are in tensors [B, V], whose spans follow each other within a sample, padded on the right.
+
+    Attributes
+    ----------
+    index : Tensor
+        [S, W] long, numbers of the flattened [B * V] rows, W the most rows of a span; those that are not valid point at row 0.
+    valid : Tensor
+        [S, W] bool.
+    batch, width : int
+        B and V.
+    """
+
+    index: Tensor
+    valid: Tensor
+    batch: int
+    width: int
+
+    @classmethod
+    def of(cls, alive: Sequence[Sequence[int]], width: int, device: torch.device) -> SpanRows:
+        """From the rows that each span of each sample has, known on the host; spans are numbered in the order of the batch.
+
+        Two numbers per span are moved to ``device``, once; nothing is read back.
+        """
+        sizes = [rows for sample in alive for rows in sample]
+        starts = [number * width + sum(sample[:before]) for number, sample in enumerate(alive) for before in range(len(sample))]
+        start, size = torch.tensor([starts, sizes], dtype=torch.long, device=device)[..., None]
+        place = torch.arange(max(sizes, default=0), device=device)
+        valid = place < size
+        return cls(torch.where(valid, start + place, 0), valid, len(alive), width)
+
+    def take(self, x: Tensor) -> Tensor:
+        """[B, V, ...] -> [S, W, ...]; what is not valid holds any row."""
+        return x.flatten(0, 1)[self.index]
+
+    def put(self, mask: Tensor) -> Tensor:
+        """A mask of rows by span [S, W] bool as one by sample: [B, V] bool, False where no span has a row."""
+        flat = mask.new_zeros(self.batch * self.width + 1)  # the last one collects what is not valid
+        index = self.index.masked_fill(~self.valid, self.batch * self.width)
+        return flat.scatter_(0, index.flatten(), (mask & self.valid).flatten())[:-1].view(self.batch, self.width)

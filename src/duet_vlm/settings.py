@@ -1,0 +1,40 @@
+"""Settings as plain Python values of the type that their field declares."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+DECLARED = {  # what a field says of itself -> which values are meant, and in words
+    "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number (int)"),
+    "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
+    "bool": (lambda value: isinstance(value, bool), "True or False"),
+}
+
+
+def plain(value: Any) -> Any:
+    """Numbers of numpy as Python's, lists as tuples; all else as it is. What comes out can be written as JSON and compared."""
+    if isinstance(value, list | tuple):
+        return tuple(plain(item) for item in value)
+    if isinstance(value, np.floating):
+        return float(str(value))  # the decimal that was written: float32's 0.7 is meant as 0.7, not as 0.699999988
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def declared(name: str, annotation: Any, value: Any) -> Any:
+    """The plain value of a field annotated as int, float or bool, or as one of them or None; other annotations are not looked at.
+
+    Raises
+    ------
+    TypeError
+        A value of another type: fractions and truth values are no whole numbers, numbers are no truth values.
+    """
+    value = plain(value)
+    text = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", str(annotation))
+    kind = text.removesuffix(" | None")
+    if kind in DECLARED and not (value is None and kind != text):
+        meant, words = DECLARED[kind]
+        if not meant(value):
+            raise TypeError(f"{name}={value!r}: give {words}{' or None' if kind != text else ''}")
+    return value
