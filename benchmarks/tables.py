@@ -109,7 +109,7 @@ def methods() -> str:
         where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
         asks = issubclass(cls, DecoderReducer) and cls.uses_text
         rows.append([f"`{name}`", cls.summary, " + ".join(where) or "-", "yes" if asks else "no", cls.paper])
-    return table(["method", "what it does", "decoder", "asks the text", "paper"], rows)
+    return table(["method", "what it does", "decoder", "uses the text", "paper"], rows)
 
 
 def supported() -> str:

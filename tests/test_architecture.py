@@ -33,7 +33,7 @@ ARROWS = {
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},
     "presets": {"budget", "methods", "reducer"},
     "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens"},
-    "accounts": {"flow", "measure", "models", "reducer"},
+    "accounts": {"flow", "measure", "models", "reducer", "tokens"},
     "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "checks", "handle", "memory", "methods", "models", "reducer"},
     "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens"},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -388,7 +390,46 @@ def test_floors_of_free_sizes_are_found_before_any_layer_runs() -> None:
     assert caught.value.floor == 2.5 and not ran
 
 
+@pytest.mark.parametrize("how", ["torch.compile", "model.compile"])
+def test_models_that_are_compiled_as_a_whole(how: str) -> None:
+    model = build("llava")
+    if how == "model.compile":
+        model.compile(backend="eager")
+    given = torch.compile(model, backend="eager") if how == "torch.compile" else model
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"this LlavaForConditionalGeneration is compiled as a whole .* compile the decoder layers instead"):
+        duet_vlm.attach(given, "duet", budget=0.5)
+    assert snapshot(model) == before
+
+
 # ---- the handle
+
+
+def test_a_handle_that_nobody_kept() -> None:
+    model, inputs = build("llava"), FAMILIES["llava"].inputs([ONE])
+    plain = forward(model, inputs).logits
+    before = snapshot(model)
+    assert duet_vlm.handle_of(model) is None
+    duet_vlm.detach(model)  # harmless
+    duet_vlm.attach(model, "duet", budget=12)
+    gc.collect()
+    reduced = forward(model, inputs).logits
+    found = duet_vlm.handle_of(model)
+    assert found is not None and found.budget == 12 and found.report().batch == 1 and not torch.equal(reduced[:, -1], plain[:, -1])
+    with pytest.raises(ValueError, match=r"duet_vlm\.detach\(model\) if nobody kept it"):
+        duet_vlm.attach(model, "fastv")
+    duet_vlm.detach(model)
+    assert duet_vlm.handle_of(model) is None and snapshot(model) == before
+    assert torch.equal(forward(model, inputs).logits, plain)
+
+
+def test_a_model_takes_its_handle_along() -> None:
+    model = build("llava")
+    duet_vlm.attach(model, "duet", budget=12)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 def test_report_and_trace_before_any_run() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Case, matrix
-from families import FAMILIES, FIRST, MIXED, ONE, TWO, Inputs, build, forward, generate, shared
+from families import FAMILIES, FIRST, MIXED, ONE, TEXT, TWO, Inputs, build, forward, generate, shared
 from oracle import Choice, choices_of, step_logits, walk_batch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
@@ -109,6 +110,29 @@ def test_prompt_lookup_equals_greedy(case: Case) -> None:
     assert torch.equal(greedy.sequences, assisted.sequences)
     for a, b in zip(greedy.logits, assisted.logits, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+@pytest.mark.parametrize("attached", ["assistant", "model", "both"])
+@pytest.mark.parametrize("family", ["llava", "llava_gqa", "qwen2_5_vl"])
+def test_a_model_with_an_assistant(family: str, attached: str) -> None:
+    """Whichever of the two is reduced: the answer is that of the model. An assistant is given no pictures, and so reduces none."""
+    model, assistant, inputs = build(family), build(family), FAMILIES[family].inputs([ONE])
+    with contextlib.ExitStack() as stack:
+        if attached != "assistant":
+            stack.enter_context(duet_vlm.attach(model, "duet", budget=0.4))
+        if attached != "model":
+            stack.enter_context(duet_vlm.attach(assistant, "duet", budget=0.3))
+        alone, assisted = generate(model, inputs, 8), generate(model, inputs, 8, assistant_model=assistant)
+    assert torch.equal(alone.sequences, assisted.sequences)
+
+
+@pytest.mark.parametrize("family", FIRST)
+def test_a_static_cache_for_text(family: str) -> None:
+    model, inputs = build(family), FAMILIES[family].inputs([TEXT])
+    plain = generate(model, inputs, 4, cache_implementation="static").logits
+    with duet_vlm.attach(model, "duet", budget=0.4):
+        found = generate(model, inputs, 4, cache_implementation="static").logits
+    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 @pytest.mark.parametrize("family", FIRST)

@@ -16,7 +16,7 @@ from torch import nn
 
 from duet_vlm.hooks import Hooks
 
-ONE = torch.ones(1, dtype=torch.int64)
+ONE = torch.ones(1, dtype=torch.float64)  # products of many primes
 
 
 class Twice(nn.Module):

@@ -105,6 +105,11 @@ def use_attention(config: Any, name: str) -> None:
     config._attn_implementation_internal = name
 
 
+def drafts(options: dict[str, Any]) -> bool:
+    """Whether a call of generate() is that of another model's assistant (assisted decoding)."""
+    return bool(getattr(options.get("generation_config"), "is_assistant", None))
+
+
 def uses_cache(text_model: nn.Module, use_cache: bool | None) -> bool:
     """Whether the text model will create a cache when none is given (its own rule)."""
     if text_model.training and getattr(text_model, "gradient_checkpointing", False):

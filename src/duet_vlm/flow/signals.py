@@ -52,9 +52,9 @@ def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention function that records and delegates."""
-    recorder: Recorder | None = getattr(module.config, "_duet_vlm_recorder", None)
-    if recorder is not None:  # else another thread detached since this function was chosen
+    recorder: Recorder | None = getattr(module.config, "_duet_vlm_recorder", None)  # None: removed since this layer was called
+    if recorder is not None:
         ends = kwargs.get("cu_seq_lens_q")
         recorder.record(query, key, kwargs["scaling"], None if ends is None else ends[1:] - ends[:-1])
-    implementation = (module.config if recorder is None else recorder.config)._attn_implementation
+    implementation = (module if recorder is None else recorder).config._attn_implementation
     return compat.attention_function(module, implementation)(module, query, key, value, attention_mask, **kwargs)

@@ -48,11 +48,12 @@ class Traffic:
     # ---- calls: generate, its encoding, forwards
 
     @contextlib.contextmanager
-    def begun(self) -> Iterator[Rules | None]:
-        """Whatever begins runs by the rules of the call around it, unless that thread paused in between; an outermost one by those of now."""
+    def begun(self, full: bool = False) -> Iterator[Rules | None]:
+        """Whatever begins runs by the rules of the call around it, unless that thread paused in between; an outermost one by those of now.
+        ``full``: by none."""
         begun = self.stacks.begun
         with contextlib.nullcontext(begun[-1]) if begun else self.gate.call() as rules:
-            begun.append(None if self.gate.paused_here else rules)
+            begun.append(None if full or self.gate.paused_here else rules)
             try:
                 yield begun[-1]
             finally:
@@ -63,7 +64,7 @@ class Traffic:
 
         @functools.wraps(plain)
         def generate(*args: Any, **kwargs: Any) -> Any:
-            with self.begun() as rules:
+            with self.begun(full=compat.drafts(kwargs)) as rules:  # an assistant is given no pictures, only their placeholders
                 take_up(rules, kwargs, whole=True)
                 return plain(*args, **kwargs)
 

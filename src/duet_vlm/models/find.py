@@ -57,9 +57,15 @@ def adapter_for(model: nn.Module) -> Adapter:
     Raises
     ------
     TypeError
-        If the family is not supported; the message lists the families that are.
+        If the family is not supported (the message lists the families that are), or the model is compiled as a whole.
     """
     core = core_of(model)
+    if hasattr(core, "_orig_mod") or getattr(core, "_compiled_call_impl", None) is not None:
+        raise TypeError(
+            f"this {type(getattr(core, '_orig_mod', core)).__name__} is compiled as a whole (torch.compile), and what is attached cannot be part of "
+            "its graph: attach to the model as it was before, and compile the decoder layers instead (layer.forward = "
+            "torch.compile(layer.forward) for each of them)"
+        )
     model_type = getattr(getattr(core, "config", None), "model_type", None)
     known = families()
     for cls in known.values():
