@@ -98,6 +98,17 @@ class Arrived:
     encoded: Encoded | None
 
 
+@dataclass(frozen=True)
+class Note:
+    """What a module was called with, before anybody who wraps its forward changed it: a device map rebuilds encoder outputs, a trainer's
+    fused head takes the labels away."""
+
+    labels: Tensor | None = None
+    salient: Tensor | None = None
+    kept: Any = None  # logits_to_keep
+    outputs: dict[str, Any] | None = None
+
+
 @dataclass
 class Call:
     """One running forward of the model; ``placeholders`` and ``arrived`` are by stream (image, video)."""
@@ -128,5 +139,6 @@ class Stacks(threading.local):
         self.calls: list[Call] = []
         self.encoders: list[EncoderCall] = []
         self.preparing = 0  # generate() encodes what its prompt shows
+        self.note: Note | None = None  # of the model that was called last, until its own forward has ended
         self.has_run = False
         self.last: Any = None

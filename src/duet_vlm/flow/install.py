@@ -54,6 +54,8 @@ def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
 def _on_model(traffic: Traffic) -> None:
     adapter, hooks = traffic.adapter, traffic.hooks
     for module in (adapter.model, adapter.base):
+        hooks.add(module.register_forward_pre_hook, traffic.called, with_kwargs=True)
+        hooks.add(module.register_forward_hook, traffic.answered, always_call=True)
         hooks.shadow(module, "forward", traffic.forward(module, module.forward))
     if not traffic.align:  # the public setter keeps the loss in this one instance attribute
         hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, traffic.stacks))
