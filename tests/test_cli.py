@@ -208,6 +208,14 @@ def test_bad_images(kind: str, tmp_path: Path) -> None:
     assert result.stderr.count("\n") == 1 and result.stdout == ""
 
 
+@pytest.mark.parametrize("verb", ["run", "viz"])
+def test_urls_are_named_and_not_opened(verb: str) -> None:
+    """A path keeps one slash of two; the message has both."""
+    for option in ("--image", "--video"):
+        result = call(verb, option, "https://example.org/a.png", "-p", "x", "-b", "64", code=2)
+        assert result.stderr.startswith(f"error: {option} https://example.org/a.png: a URL is not opened") and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
