@@ -6,9 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.evaluate.results import load
+from duet_vlm.evaluate.results import load, unpack
+from duet_vlm.evaluate.statistics import difference_interval, sign_test
+from duet_vlm.evaluate.tasks import accepted
 
 ROOT = Path(__file__).resolve().parent.parent / "comparison"
 
@@ -60,6 +64,37 @@ def ablation(group: str) -> str:
         shown = [f"{solved['dominant']} + {solved['contextual']}", columns.tokens(row["tokens"]["measured"]), columns.share(row["accuracy"])]
         out.append([f"{beside:.0%}", row["label"].partition(": ")[2] if other else "default", *shown, _more(row).removeprefix(", ") or "-"])
     return table(["budget", group, "dominant + contextual", "measured tokens", "accuracy", "points against the default"], out)
+
+
+FRONTS = {  # what chooses before the decoder: the runs that keep one count, follow DUET's schedule, and follow the deep one
+    "duet_plus": (None, "duet_plus[schedule=((6, 0.5), (9, 0.0))]", "duet_plus"),
+    "duet": (None, "duet", "duet+duet_plus"),
+    **{name: (name, f"{name}+duet", f"{name}+duet_plus") for name in ("scope", "divprune", "visionzip")},
+    "even choice": ("uniform", None, "frames+pyramiddrop[pyramiddrop_schedule=((3, 0.6), (5, 0.3), (8, 0.1), (10, 0.0)),text_query=all]"),
+}
+
+
+def right(task: str, name: str) -> dict[str, np.ndarray]:
+    """Per run which questions were answered right."""
+    found = unpack(load(ROOT / task / "results" / f"{name}.json"))
+    return {key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)]) for key, said in found["answers"].items()}
+
+
+def fronts(task: str, name: str) -> str:
+    """Who chooses, under which schedule: percent kept, and with the deep schedule the points more or fewer than ``duet_plus``."""
+    hits, kept = right(task, name), {row["id"]: row["kept"] for row in done(task, name)}
+    lines = []
+    for budget in (0.11, 0.07, 0.05):
+        best = hits[f"duet_plus@{budget:g}"]
+        for front, runs in FRONTS.items():
+            cells = ["-" if run is None else columns.percent(kept[f"{run}@{budget:g}"]) for run in runs]
+            own = hits[f"{runs[-1]}@{budget:g}"]
+            low, high = map(columns.points, difference_interval(own, best))
+            wins, losses, p_value = sign_test(own, best)
+            more = f"{columns.points(own.mean() - best.mean())} ({low} to {high}); {wins} : {losses}, p {columns.chance(p_value)}"
+            lines.append([f"{budget:.0%}", front, *cells, "-" if front == "duet_plus" else more])
+    head = ["budget", "chosen by", "one count", "DUET's schedule", "deep schedule", "deep schedule: points against duet_plus; wins : losses"]
+    return table(head, lines)
 
 
 def unguided(task: str) -> str:
@@ -115,7 +150,8 @@ GROUPS = ("queries", "positions", "cluster width", "contextual share", "stages",
 BLOCKS: dict[str, Callable[[], str]] = {
     "kinds_crowded": lambda: kinds("tiny-crowded", "methods", 0.07),
     "recall_crowded": lambda: recall("tiny-crowded", "methods", 0.07),
-    "unguided_tiny": lambda: unguided("tiny"),
+    "fronts_tiny": lambda: fronts("tiny", "methods"),
+    "fronts_crowded": lambda: fronts("tiny-crowded", "methods"),
     "unguided_crowded": lambda: unguided("tiny-crowded"),
     "schedules_unguided": schedules_unguided,
     "random_seeds": random_seeds,

@@ -12,21 +12,24 @@ from duet_vlm.evaluate.report.markdown import table
 from duet_vlm.evaluate.results import load
 from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS
 
-RESULT = comparison_tables.ROOT / "tiny-video" / "results" / "methods.json"
+RESULTS = comparison_tables.ROOT / "tiny-video" / "results"
 
 
-def kept() -> str:
-    """Every row of the result: measured tokens, accuracy, what it is of the full model's, difference to the reference."""
-    result = load(RESULT)
+def kept(name: str) -> str:
+    """Every row of a result: measured tokens, accuracy, what it is of the full model's, difference to the reference."""
+    result = load(RESULTS / f"{name}.json")
     head = ["", "tokens per clip", "fewer tokens", "accuracy (95 % interval)", "% of the full model's", "points against `duet`"]
     lines = [_line(row) for row in sorted(result["runs"], key=lambda row: -(row["beside"] or 1))]
     asked = result["questions"]
     seeds = ", ".join(map(str, result["experiment"]["seeds"]))
-    note = f"{asked['count']:,} questions of task {result['task']} on test clips, {asked['per_seed']} for each of the seeds {seeds};"
+    note = f"{asked['count']:,} questions of task {result['task']} on test clips, {asked['per_seed']} for each of the seeds {seeds}, by the code of"
+    note += f" commit {result['environment']['commit']};"
     return f"{table(head, lines)}\n\n{note} ▲ and ▼ differ from `duet` at that budget (adjusted p < .05)."
 
 
 def _line(row: dict[str, Any]) -> list[str]:
+    if row["status"] != "ok":
+        return [f"{row['label']} {row['beside']:.0%}", columns.refusal(row), *["-"] * 4]
     tokens = row["tokens"]
     less = 1 - tokens["measured"] / tokens["unreduced"]
     low, high = row["interval"]
@@ -47,7 +50,8 @@ def kinds() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "video_kept": kept,
+    "video_kept": lambda: kept("methods"),
+    "video_more": lambda: kept("more"),
     "video_kinds": kinds,
     "video_recall": lambda: comparison_tables.recall("tiny-video", "methods", 0.07),
 }

@@ -104,16 +104,23 @@ def test_pictures(found: dict[str, Any], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_for_every_family(family: str) -> None:
-    """The stock model takes them, and every row of a batch is the same."""
+    """The stock model takes them, reads the picture, and every row of a batch is what the same picture and words are alone."""
     model, marks = build(family), 2 * family.startswith(("qwen3", "glm"))  # these find an image by a mark on either side
     check_prompt(model, prompt_for(adapter_for(model), 2, 7), marks)
 
 
 def check_prompt(model: Any, prompt: Prompt, marks: int = 0) -> None:
+    words, picture = (
+        {key: value[: len(value) // 2] if isinstance(value, torch.Tensor) else value for key, value in part.items()}
+        for part in (prompt.text, prompt.picture)
+    )
+    negative = {key: -value if key.startswith("pixel_values") else value for key, value in picture.items()}
     with torch.no_grad():
         logits = model(**prompt.text, **prompt.picture).logits
+        alone, other = (model(**words, **shown).logits for shown in (picture, negative))
     assert logits.shape[:2] == (2, prompt.rows) == (2, prompt.tokens + 8 + marks)
-    assert torch.allclose(logits[0], logits[1], atol=1e-4)
+    torch.testing.assert_close(logits, alone.expand_as(logits), rtol=1e-3, atol=1e-4)
+    assert float((alone - other)[0, -1].abs().max()) > 1e-3
 
 
 # what the nearest size is: of squares; of an overview of 4 x 4 and crops of 4 x 4, cut to an image of whole crops (56 pixels), a newline per row

@@ -25,9 +25,12 @@ from duet_vlm.evaluate.answer import alive, answer, attached, inputs_of
 from duet_vlm.evaluate.experiment import Experiment, Run, cells_of, from_json, read
 from duet_vlm.evaluate.journal import Journal, alone
 from duet_vlm.evaluate.oracle import Oracle
+from duet_vlm.evaluate.report.markdown import matrix
 from duet_vlm.evaluate.results import load, pack, save, unpack
 from duet_vlm.evaluate.run import batches, run_experiment
+from duet_vlm.evaluate.screen import show
 from duet_vlm.evaluate.shared import SharedVision
+from duet_vlm.evaluate.source import Source, source
 from duet_vlm.evaluate.tasks import Question, right, task
 from duet_vlm.loading import Loaded
 
@@ -361,6 +364,82 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
     (tmp_path / "j").write_text((tmp_path / "j").read_text().replace('"x"', "x") + "{}\n")
     with pytest.raises(ValueError, match="damaged"):
         Journal(tmp_path / "j", {})
+
+
+# ---- the code that answers
+
+
+def checkout(folder: Path) -> Path:
+    """A package in a git repository of its own."""
+    package = folder / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("x = 1\n")
+    for words in (["init", "-q"], ["add", "-A"], ["-c", "user.name=a", "-c", "user.email=a@b.c", "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(folder), *words], check=True)
+    return package
+
+
+def test_source_names_the_commit_and_every_character(tmp_path: Path) -> None:
+    package = checkout(tmp_path)
+    first = source(package)
+    assert first.clean and first.commit and first == source(package)
+    (tmp_path / "page.md").write_text("beside the code")
+    assert source(package) == first
+    (package / "new.py").write_text("y = 1\n")  # git knows nothing of it, Python imports it
+    untracked = source(package)
+    assert untracked.commit == f"{first.commit}+changes" and untracked.files != first.files and not untracked.clean
+    (package / "new.py").unlink()
+    (package / "__init__.py").write_text("x = 2\n")
+    one = source(package)
+    (package / "__init__.py").write_text("x = 3\n")
+    other = source(package)
+    assert one.commit == other.commit == f"{first.commit}+changes" and len({first.files, untracked.files, one.files, other.files}) == 4
+
+
+def test_a_package_outside_of_git_still_has_a_source(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("x = 1\n")
+    found = source(tmp_path)
+    assert found.commit is None and len(found.files) == 16 and not found.clean and found.until(Source(None, "other")) == found
+
+
+def test_code_that_changes_while_it_measures_is_marked() -> None:
+    start = Source("abc1234", "f" * 16)
+    assert start.until(Source("def5678", "f" * 16)) == start  # another commit with the same code
+    assert start.until(Source("abc1234+changes", "0" * 16)) == Source("abc1234+changes", "f" * 16)
+    dirty = Source("abc1234+changes", "f" * 16)
+    assert dirty.until(Source("abc1234", "0" * 16)) == dirty
+
+
+def test_a_journal_of_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a measurement of one version is not finished by another: not after a commit, and not after one more change without a commit."""
+    few = Experiment("tiny", ({"method": "uniform", "budgets": [0.11]},), limit=4, batch=2, against="uniform")
+
+    def measured(code: Source, advance: Any = lambda done, total: None) -> dict[str, Any]:
+        monkeypatch.setattr("duet_vlm.evaluate.run.source", lambda: code)
+        return run_experiment(few, "few", tmp_path / "j.jsonl", device="cpu", timing_rounds=0, advance=advance)
+
+    def stop(done: int, total: int) -> None:
+        if done == 1:
+            raise KeyboardInterrupt
+
+    begun = Source("abc1234+changes", "f" * 16)
+    with pytest.raises(KeyboardInterrupt):
+        measured(begun, stop)
+    text = (tmp_path / "j.jsonl").read_text()
+    for other in (Source("abc1234+changes", "0" * 16), Source("def5678", "0" * 16)):
+        with pytest.raises(ValueError, match="another measurement .different source code"):
+            measured(other)
+        assert (tmp_path / "j.jsonl").read_text() == text
+    environment = measured(begun)["environment"]
+    assert (environment["commit"], environment["source"]) == ("abc1234+changes", "f" * 16)
+
+
+def test_a_result_of_changed_code_says_so_wherever_it_is_shown(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    dirty, clean = (result | {"environment": result["environment"] | {"commit": commit}} for commit in ("abc1234+changes", "abc1234"))
+    for found, warned in ((dirty, True), (clean, False)):
+        show(found)
+        assert ("NOT REPRODUCIBLE" in capsys.readouterr().out) == warned
+        assert ("NOT REPRODUCIBLE" in matrix(found)) == warned and "commit abc1234" in matrix(found)
 
 
 # ---- result files

@@ -39,3 +39,15 @@ def test_golden(golden: Path | None, request: pytest.FixtureRequest) -> None:
     with torch.no_grad():
         KINDS[stage](case)
     case.finish()
+
+
+@pytest.mark.parametrize("name", ["e2e_llava_b1_s951", "qwen25vl_duet_b1_s901"])
+def test_recorded_tokens_run_past_the_end_of_a_sequence(name: str) -> None:
+    """The recording goes on behind an end-of-sequence token: here every run's first token is declared to be one."""
+    case = Case(Path(__file__).parent / "golden" / f"{name}.json")
+    first = {int(t[0, 0]) for key, t in case.tensors.items() if key.endswith(("/generated_token_ids", "/new_token_ids"))}
+    assert first
+    case.config["llm_config"]["eos_token_id"] = sorted(first)
+    with torch.no_grad():
+        KINDS[case.meta["stage"]](case)
+    case.finish()

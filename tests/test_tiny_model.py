@@ -1,4 +1,4 @@
-"""The shipped model: loads without network, answers, and really is as good as the committed comparison says."""
+"""The shipped model: loads without network, and answers (what it answered when it was measured: test_comparison.py)."""
 
 import subprocess
 import sys
@@ -11,8 +11,7 @@ import torch
 from duet_vlm import tiny
 from duet_vlm.evaluate.answer import answer
 from duet_vlm.evaluate.experiment import Run
-from duet_vlm.evaluate.results import load, unpack
-from duet_vlm.evaluate.tasks import task
+from duet_vlm.evaluate.tasks import right, task
 from duet_vlm.loading import Loaded
 from duet_vlm.tiny.questions import CHANCE
 from duet_vlm.tiny.text import TOKEN, prompt
@@ -28,12 +27,6 @@ def loaded():
 def said(model, processor, questions, *runs: Run) -> list[list[str]]:
     found = answer(Loaded("tiny", model, processor), runs or [Run("none")], questions, 4)
     return [list(outcome.answers) for outcome in found.values()]
-
-
-def differ(result: dict, model, processor, questions: int) -> int:
-    """How many of the first recorded answers of the full model are others today."""
-    asked = [task("tiny").ask(0, i) for i in range(questions)]
-    return sum(a != b for a, b in zip(said(model, processor, asked)[0], unpack(result)["answers"]["none"][:questions], strict=True))
 
 
 def test_import_is_light():
@@ -97,16 +90,19 @@ def test_batch_equals_single(loaded):
     assert said(*loaded, questions)[0] == [said(*loaded, [q])[0][0] for q in questions]
 
 
-def test_recorded_accuracy_passes_the_gate():
-    full = load(COMPARISON / "tiny/results/methods.json")["runs"][0]
-    assert full["method"] == "none" and full["accuracy"] >= 0.90
-    assert all(values["accuracy"] >= 0.95 for kind, values in full["kinds"].items() if kind != "count")
-    assert all(values["accuracy"] > CHANCE[kind] + 0.3 for kind, values in full["kinds"].items())
+def right_by_kind(model, processor, questions) -> dict[str, list[bool]]:
+    hits: dict[str, list[bool]] = {}
+    for question, text in zip(questions, said(model, processor, questions)[0], strict=True):
+        hits.setdefault(question.kind, []).append(right(question, text))
+    return hits
 
 
-def test_shipped_weights_give_the_recorded_answers(loaded):
-    """One in a hundred may tip over on another CPU."""
-    assert differ(load(COMPARISON / "tiny/results/methods.json"), *loaded, 140) <= 1
+def test_shipped_model_answers(loaded):
+    """Questions that nothing was tuned on and no file remembers: every kind clearly above what guessing gives."""
+    hits = right_by_kind(*loaded, [task("tiny").ask(30, i) for i in range(140)])
+    assert set(hits) == set(CHANCE) and np.mean(sum(hits.values(), [])) >= 0.93
+    assert all(np.mean(values) >= 0.9 for kind, values in hits.items() if kind != "count")
+    assert all(np.mean(values) > CHANCE[kind] + 0.3 for kind, values in hits.items())
 
 
 def test_model_needs_to_look(loaded):
@@ -148,6 +144,5 @@ def test_unguided_checkpoint_is_what_its_readme_says(loaded):
     same = [name for name, value in model.model.state_dict().items() if torch.equal(value, shipped[name])]
     assert [n for n in shipped if n.startswith("vision_tower")] == [n for n in same if n.startswith("vision_tower")]
     assert not any(n.startswith("language_model") and n.endswith("_proj.weight") for n in same)
-    result = load(COMPARISON / "tiny/results/unguided.json")
-    assert result["runs"][0]["accuracy"] >= 0.95
-    assert differ(result, model, AutoProcessor.from_pretrained(folder / "unguided"), 140) <= 1
+    hits = right_by_kind(model, AutoProcessor.from_pretrained(folder / "unguided"), [task("tiny").ask(30, i) for i in range(70)])
+    assert np.mean(sum(hits.values(), [])) >= 0.93

@@ -1,6 +1,5 @@
 """The tiny video model: its processor, its recipe, and the shipped weights."""
 
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from duet_vlm import tiny
 from duet_vlm.evaluate.answer import answer
 from duet_vlm.evaluate.experiment import Run
 from duet_vlm.evaluate.frames import WholeFrames
-from duet_vlm.evaluate.results import load, unpack
 from duet_vlm.evaluate.tasks import task
 from duet_vlm.loading import Loaded
 from duet_vlm.loading import load as load_by_name
@@ -25,8 +23,6 @@ from duet_vlm.tiny.recipe.video import BATCH, VideoStage, lessons, visual_rows
 from duet_vlm.tiny.recipe.video_packing import all_rows, choose_rows, pack_clips
 from duet_vlm.tiny.video_network import VIDEO, VIDEO_TOKEN, build_video_model, start_from_pictures
 from duet_vlm.tiny.video_processor import TinyVideoProcessor, build_video_processor
-
-RESULT = Path(__file__).parents[1] / "comparison/tiny-video/results/methods.json"
 
 
 @pytest.fixture(scope="module")
@@ -180,13 +176,14 @@ def test_tower_is_the_picture_tower(loaded):
 
 def test_shipped_model_answers(loaded):
     """Every kind clearly above what guessing gives, and above what a reader reaches who does not know the order of the frames."""
-    items = video.samples("test", 30, seed=9)
+    items = video.samples("test", 60, seed=9)
     right = {kind: [] for kind in KINDS}
     for item, text in zip(items, said(loaded, items), strict=True):
         right[item.kind].append(text == item.answer)
     share = {kind: np.mean(hits) for kind, hits in right.items()}
     assert np.mean(list(share.values())) >= 0.9
     assert all(share[kind] > CHANCE[kind] + 0.3 for kind in KINDS), share
+    assert all(share[kind] > ORDERLESS[kind] + 0.3 for kind in KINDS if kind != "count"), share
 
 
 def test_backwards_it_answers_the_opposite(loaded):
@@ -252,17 +249,3 @@ def test_questions_know_what_they_need(loaded):
     questions = [task("tiny-video").ask(0, i) for i in range(10)]
     oracle, chance = ran(loaded, questions, Run("oracle", 0.07, {"parts": "joint"}), Run("random", 0.07)).values()
     assert oracle.recalls[1] == oracle.recalls[0] and chance.recalls[1] < 0.3 * chance.recalls[0]
-
-
-def test_recorded_accuracy_passes_the_gate():
-    full = load(RESULT)["runs"][0]
-    assert full["method"] == "none" and full["accuracy"] >= 0.90 and load(RESULT)["questions"]["count"] >= 1000
-    assert all(values["accuracy"] > CHANCE[kind] + 0.3 for kind, values in full["kinds"].items())
-    assert all(full["kinds"][kind]["accuracy"] > ORDERLESS[kind] + 0.3 for kind in KINDS if kind != "count")
-
-
-def test_shipped_weights_give_the_recorded_answers(loaded):
-    """One in fifty may tip over on another CPU."""
-    questions = [task("tiny-video").ask(0, i) for i in range(40)]
-    (found,) = ran(loaded, questions, Run("none")).values()
-    assert sum(a != b for a, b in zip(found.answers, unpack(load(RESULT))["answers"]["none"][:40], strict=True)) <= 1

@@ -11,7 +11,7 @@ from duet_vlm import Reducer, TextView, attach
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.none import NoReduction
 from golden_runner.case import Case
-from golden_runner.models import llava, renamed
+from golden_runner.models import generate, llava, renamed
 from golden_runner.spy import Watch, scores_at, spying
 from golden_runner.v2v import tolerances
 
@@ -73,12 +73,8 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], model: Any, ids: 
         try:
             watched = spying(reducer, views) if isinstance(reducer, Duet) else reducer
             with attach(model, watched) as handle, Watch(model.model.language_model) as watch:
-                result = model.generate(
-                    input_ids=prompt, attention_mask=torch.ones_like(prompt), pixel_values=pixels, do_sample=False,
-                    max_new_tokens=case.out(run, "generated_token_ids").shape[1] if recorded else 2,
-                    eos_token_id=config["llm_config"]["eos_token_id"], pad_token_id=config["llm_config"]["pad_token_id"],
-                    return_dict_in_generate=True, output_logits=True,
-                )  # fmt: skip
+                inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "pixel_values": pixels}
+                result = generate(model, inputs, case.out(run, "generated_token_ids").shape[1] if recorded else 2)
                 if recorded:
                     case.same(run, "generated_token_ids", result.sequences[:, prompt.shape[1] :])
                     compare_stages(case, run, settings["layer_list"], handle, watch, views, exact)

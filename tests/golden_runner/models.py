@@ -46,6 +46,13 @@ def llava(
     return model
 
 
+def generate(model: Any, inputs: dict[str, Tensor], tokens: int) -> Any:
+    """Greedy, exactly as many tokens as were recorded: the released code's loop does not end where a sequence does."""
+    for name in ("eos_token_id", "pad_token_id"):
+        setattr(model.generation_config, name, None)
+    return model.generate(**inputs, do_sample=False, max_new_tokens=tokens, return_dict_in_generate=True, output_logits=True)
+
+
 def load(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
     """Every recorded weight must find its place."""
     result = model.load_state_dict(weights, strict=False)

@@ -21,7 +21,7 @@ from duet_vlm.methods.none import NoReduction
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.select import ranking
 from golden_runner.case import SCORE, Case, equal, near
-from golden_runner.models import load, renamed
+from golden_runner.models import generate, load, renamed
 from golden_runner.spy import Watch, scores_at, spying
 from golden_runner.twin import OfficialDrop, best, ranking_scores
 
@@ -260,10 +260,7 @@ class Qwen:
         if not case.names(run, "generate/"):
             return
         first, steps = len(watch.calls), case.out(run, "generate/new_token_ids").shape[1]
-        result = self.model.generate(
-            **self.inputs, max_new_tokens=steps, do_sample=False, return_dict_in_generate=True, output_logits=True,
-            eos_token_id=self.case.config["llm_config"]["eos_token_id"], pad_token_id=self.case.config["llm_config"]["pad_token_id"],
-        )  # fmt: skip
+        result = generate(self.model, self.inputs, steps)
         case.same(run, "generate/new_token_ids", result.sequences[:, self.inputs["input_ids"].shape[1] :])
         case.close(run, "generate/step_logits", torch.cat(result.logits))
         for name, layer in (("layer0", 0), ("last_layer", len(watch.hidden) - 1)):

@@ -72,7 +72,7 @@ class Journal:
     path : Path
         The file; made with its folder if missing.
     subject : dict
-        What is measured, apart from the runs (questions, model, versions). A file about something else is refused.
+        What is measured, apart from the runs, and by what (questions, model, versions, source code). A file about something else is refused.
     """
 
     def __init__(self, path: Path, subject: dict[str, Any]) -> None:
@@ -120,5 +120,5 @@ class Journal:
             differ = sorted(key for key in {*old, *subject} if old.get(key) != subject.get(key))
             raise ValueError(
                 f"{self.path}: holds the beginning of another measurement (different {', '.join(differ) or 'contents'}); "
-                "finish it with its own settings, choose another --name, or use --restart to drop it"
+                "finish it with its own settings and code, choose another --name, or use --restart to drop it and ask anew"
             )

@@ -1,4 +1,4 @@
-"""The upper bound that no method can know: keep the tokens that the answer needs, fill up by importance."""
+"""A reference that no method can know: keep the tokens that the answer needs, fill up by importance. No bound: methods may pass it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Oracle(EncoderReducer):
 
     name: ClassVar[str] = "oracle"
     paper = "reference"
-    summary = "the tokens that the answer needs (upper bound)"
+    summary = "the tokens that the answer needs (reference)"
     signals = frozenset({"importance"})
     reads_features = False
 

@@ -7,11 +7,12 @@ import json
 import lzma
 import os
 import platform
-import subprocess
 import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from duet_vlm.evaluate.source import Source, source
 
 FORMAT = 1
 ENCODING = "json+xz+base64"
@@ -74,16 +75,18 @@ def unpack(result: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the predictions of result {result.get('name')!r} are damaged ({error})") from error
 
 
-def environment(device: str, dtype: str, workers: int) -> dict[str, Any]:
-    """Where and with what a result was made."""
+def environment(device: str, dtype: str, workers: int, code: Source | None = None) -> dict[str, Any]:
+    """Where and with what a result was made; ``code`` is the package as it lies there now, unless given."""
     import torch
     import transformers
 
     import duet_vlm
 
+    code = code or source()
     return {
         "duet_vlm": duet_vlm.__version__,
-        "commit": _commit(),
+        "commit": code.commit,
+        "source": code.files,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
@@ -95,21 +98,6 @@ def environment(device: str, dtype: str, workers: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
     }
-
-
-def _commit() -> str | None:
-    """Commit of the source tree that runs, with +changes if the code differs from it; None when installed from a package."""
-    here = Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if not git("ls-files", "__init__.py"):
-            return None
-        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no", "--", ".") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def cpu_name() -> str:

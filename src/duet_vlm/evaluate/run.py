@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 import duet_vlm
 from duet_vlm import BudgetError
@@ -25,6 +26,7 @@ from duet_vlm.evaluate.answer import Outcome, answer, attached
 from duet_vlm.evaluate.experiment import ORACLE, Experiment, Run
 from duet_vlm.evaluate.journal import Journal
 from duet_vlm.evaluate.results import FORMAT, environment, pack
+from duet_vlm.evaluate.source import source
 from duet_vlm.evaluate.summary import summarize
 from duet_vlm.evaluate.tasks import Question, Task, task
 from duet_vlm.evaluate.timing import prefill_times
@@ -96,10 +98,11 @@ def run_experiment(
     Raises
     ------
     ValueError
-        Unknown task, method or setting, or a journal that belongs to another measurement.
+        Unknown task, method or setting, or a journal that belongs to another measurement or was begun by other code.
     """
     if importlib.util.find_spec("scipy") is None:  # said now, not after hours
         raise ImportError('the statistics of an evaluation need scipy: pip install ".[eval]" in your clone of duet-vlm')
+    code = source()
     asked, runs = task(experiment.task), experiment.runs()
     todo = batches(experiment, asked)
     loaded = load(experiment.model, device)
@@ -108,9 +111,9 @@ def run_experiment(
     facts = model_facts(loaded)
     infeasible = preflight(loaded, runs, todo[0].questions(asked)[:1])
     possible = [run for run in runs if run.id not in infeasible]
-    versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "format": FORMAT}
+    versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "format": FORMAT}
     questions = {key: value for key, value in experiment.to_json().items() if key not in ("cells", "against")}
-    diary = Journal(journal, {"questions": questions, "model": facts, "versions": versions})
+    diary = Journal(journal, {"questions": questions, "model": facts, "versions": versions, "source code": code.files})
     jobs = [Job(batch, missing) for batch in todo if (missing := _missing(possible, diary.batches.get(batch.name)))]
     advance(len(todo) - len(jobs), len(todo))
     for done, (batch, page) in enumerate(_answered(experiment, jobs, asked, loaded, device, workers), 1):
@@ -132,7 +135,7 @@ def run_experiment(
         "name": name,
         "task": asked.name,
         "experiment": experiment.to_json(),
-        "environment": environment(str(parameter.device), str(parameter.dtype).removeprefix("torch."), workers),
+        "environment": environment(str(parameter.device), str(parameter.dtype).removeprefix("torch."), workers, code.until(source())),
         "model": facts,
         "questions": {
             "count": len(asked_for),

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 import duet_vlm
+from duet_vlm.evaluate.source import unclean
 from duet_vlm.measure.report import in_runs
 
 WIDTH = 150  # where the output goes to a file
@@ -45,6 +46,8 @@ def show(result: dict[str, Any]) -> None:
     for run in result["runs"]:
         if run["status"] == "ok":
             console.print(f"  {title(run):<36} {settings(run)}", highlight=False, markup=False, soft_wrap=True)
+    if warning := unclean(result["environment"].get("commit")):
+        console.print(warning, style="bold", highlight=False, markup=False, soft_wrap=True)
 
 
 def title(run: dict[str, Any]) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from duet_vlm.evaluate.source import CHANGED, unclean
+
 Run = dict[str, Any]
 NOTHING = "-"
 
@@ -224,7 +226,10 @@ def refusal(run: Run) -> str:
 
 
 def facts(result: dict[str, Any]) -> str:
-    """One sentence on what was asked."""
+    """What was asked and by which code; a second sentence where no commit has that code."""
     asked, seeds = result["questions"], result["experiment"].get("seeds") or []
     each = f", {asked['per_seed']:,} for each of the seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else ""
-    return f"{asked['count']:,} questions of task {result['task']}{each}, on model {result['model'].get('name', 'unknown')}."
+    commit = str(result["environment"].get("commit") or "")
+    code = f", by the code of commit {commit.removesuffix(CHANGED)}" if commit else ""
+    text = f"{asked['count']:,} questions of task {result['task']}{each}, on model {result['model'].get('name', 'unknown')}{code}."
+    return f"{text} {warning}" if (warning := unclean(commit)) else text

@@ -10,7 +10,7 @@ from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.columns import Column
 from duet_vlm.evaluate.report.style import one_line
 
-ORACLE = "`oracle` is no method: it is told which patches the answer needs."
+ORACLE = "`oracle` is no method but a reference: it is told which patches the answer needs."
 NOTE_KEPT = (
     "Brackets hold 95 % intervals of the paired bootstrap; ▲ and ▼ differ from the reference method at that budget (adjusted p < .05); "
     f"infeasible budgets give the method's floor in tokens. {ORACLE}"

@@ -14,7 +14,7 @@ VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", GROUND: "ground"} | {colo
 MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)))
 FLOORS = frozenset({"random", "uniform"})  # chance and habit: what a method must beat
-ORACLE = "oracle"  # told what is needed: what no method can be expected to beat
+ORACLE = "oracle"  # told what is needed; keeps one count throughout, so a method with a schedule may pass it
 LONGEST = 48
 
 

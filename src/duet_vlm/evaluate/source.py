@@ -1,0 +1,59 @@
+"""Which code answers: its commit, and a digest of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+CHANGED = "+changes"
+PACKAGE = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Source:
+    """``commit`` is short, ends with ``+changes`` where the package differs from it, and is None outside of a git checkout. ``files`` is a
+    digest of every Python file of the package: two states of the code that differ in one character differ in it, committed or not."""
+
+    commit: str | None
+    files: str
+
+    @property
+    def clean(self) -> bool:
+        """Whether the commit alone says which code this is."""
+        return self.commit is not None and not self.commit.endswith(CHANGED)
+
+    def until(self, end: Source) -> Source:
+        """This source, marked as changed if its files are others at the ``end`` of a measurement: modules are loaded on first use."""
+        if end.files == self.files or not self.clean:
+            return self
+        return Source(f"{self.commit}{CHANGED}", self.files)
+
+
+def source(package: Path = PACKAGE) -> Source:
+    """The code of the package as it lies on the disk now."""
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return Source(_commit(package), digest.hexdigest()[:16])
+
+
+def unclean(commit: str | None) -> str:
+    """A warning if no commit has the code that gave a result, else nothing."""
+    if not (commit or "").endswith(CHANGED):
+        return ""
+    return "NOT REPRODUCIBLE: measured with changes that were not committed; commit them and measure again."
+
+
+def _commit(package: Path) -> str | None:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(package), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "__init__.py"):
+            return None
+        return git("rev-parse", "--short", "HEAD") + (CHANGED if git("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
