@@ -448,7 +448,11 @@ def test_ctrl_c_ends_all_processes_quietly(tmp_path: Path) -> None:
             time.sleep(0.05)
         time.sleep(0.5)  # the workers import
         os.killpg(process.pid, signal.SIGINT)
-        out, said = process.communicate(timeout=60)
+        try:
+            out, said = process.communicate(timeout=60)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130 and "Traceback" not in out + said
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline and group(process.pid):

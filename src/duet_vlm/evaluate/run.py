@@ -222,15 +222,16 @@ def _answered(
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Processes that are started inside do not hear Ctrl-C, which a terminal sends to all of them: this one does, and ends them."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may ask for it
+    """Processes that are started inside do not hear Ctrl-C, which a terminal sends to all of them: this one does, and ends them. Blocked and
+    not ignored: what comes in the meantime is heard at the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(name: str, model: str, device: str | None) -> None:
