@@ -110,7 +110,7 @@ def test_fields_of_a_preset_can_be_overridden() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown preset 'duet-65'; known presets: duet-192, duet-128, duet-64, .*fastv-315"):
+    with pytest.raises(ValueError, match=r"unknown preset 'duet-65' \\(did you mean 'duet-64'\\?\\); known presets: duet-192, duet-128, duet-64, .*fastv-315"):
         duet_vlm.preset("duet-65")
 
 
