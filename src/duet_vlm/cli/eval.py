@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 METHODS = "duet,visionzip,pyramiddrop,fastv,random,uniform"
 BUDGETS = "0.33,0.22,0.11"
-LIMIT = 200  # questions: ten minutes or so on a CPU, intervals of a few points
+LIMIT = 200  # questions: minutes on a CPU, intervals of a few points
 OUT = Path("out/eval")  # comparison/ holds the results that this repository publishes
 
 Texts = list[str] | None
