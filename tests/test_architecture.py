@@ -27,7 +27,7 @@ ARROWS = {
     "checks": {"budget", "flow", "models", "reducer", "spelling"},
     "parts": {"budget"},
     "reducer": {"budget", "settings", "tokens"},
-    "registry": {"reducer"},
+    "registry": {"reducer", "spelling"},
     "measure": {"budget", "reducer", "settings", "spelling"},
     "memory": {"budget", "reducer", "settings"},
     "models": {"hooks", "measure", "ops", "tokens"},
