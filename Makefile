@@ -68,9 +68,9 @@ bench: $(DEV)  ## paired benchmarks, written to benchmarks/results
 	@$(BIN)/python benchmarks/run.py
 
 compare: $(DEV)  ## measure every experiment under comparison/ that has no result yet (an hour or two for all of them)
-	@for file in comparison/*/experiments/*.json; do $(ONE_THREAD) $(BIN)/duet-vlm eval --experiment $$file || exit 1; done
+	@for file in comparison/*/experiments/*.json; do $(ONE_THREAD) $(BIN)/duet-vlm eval --experiment $$file --out comparison || exit 1; done
 
-tables: $(DEV)  ## write the tables of README and docs anew from the result files
+tables: $(DEV)  ## write the tables of README and docs, and the lists of the command line, anew from what they are made of
 	@$(BIN)/python benchmarks/tables.py
 
 train: $(DEV)  ## train the embedded model from scratch

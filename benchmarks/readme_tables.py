@@ -92,10 +92,10 @@ def headline() -> str:
     first, whole = (small["speed_up"][stage]["median"] for stage in ("to first token", "end to end"))
     kept = {row["label"]: columns.percent(row["kept"]) for row in comparison_tables.done(TOY, "methods") if row["beside"] == share}
     return (
-        f"**At {_spaced(budget)} of the visual tokens: first token {first:.1f}x faster, whole answer {whole:.1f}x faster, "
+        f"**At {_spaced(budget)} of the visual tokens: first token {first:.1f}x faster, an answer of {full['new']} tokens {whole:.1f}x faster, "
         f"KV cache {full['kv_bytes'] / small['kv_bytes']:.0f}x smaller.**\n"
         f"On a toy benchmark the answers keep {kept['duet']} % (`duet`) to {kept['duet_plus']} % (`duet_plus`) of the full model's accuracy.\n"
-        "Measured end to end on a CPU; not yet measured on a GPU."
+        "Times are measured end to end on a CPU, with random weights; not yet measured on a GPU."
     )
 
 

@@ -1,4 +1,5 @@
-"""Regenerate every table in README.md, docs/ and benchmarks/ from committed result files, the registry and the adapters: ``make tables``.
+"""Regenerate every table in README.md, docs/ and benchmarks/, and the lists that the command line prints, from committed result files, the
+registry and the adapters: ``make tables``.
 
 ``--check`` writes nothing and exits with 1 if a page differs from what the files say.
 """
@@ -22,6 +23,7 @@ from train_step import LLAVA_7B
 
 import duet_vlm
 from duet_vlm.budget import SpanPlan
+from duet_vlm.cli import lists
 from duet_vlm.cli.models import cell
 from duet_vlm.evaluate.report import markdown
 from duet_vlm.evaluate.results import load
@@ -159,7 +161,11 @@ def main() -> int:
             stale.append(page)
             if not check:
                 (ROOT / page).write_text(text)
-    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else "all tables agree with the result files")
+    if lists.FILE.read_text() != lists.content():
+        stale.append(lists.FILE.name)
+        if not check:
+            lists.FILE.write_text(lists.content())
+    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else "all tables and lists agree with what they are made from")
     return int(check and bool(stale))
 
 

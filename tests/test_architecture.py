@@ -23,17 +23,18 @@ ARROWS = {
     "pictures": set(),
     "video": {"pictures"},
     "hooks": set(),
-    "checks": {"budget", "flow", "models", "reducer"},
+    "spelling": set(),
+    "checks": {"budget", "flow", "models", "reducer", "spelling"},
     "parts": {"budget"},
     "reducer": {"budget", "settings", "tokens"},
-    "registry": {"reducer"},
-    "measure": {"budget", "reducer", "settings"},
+    "registry": {"reducer", "spelling"},
+    "measure": {"budget", "reducer", "settings", "spelling"},
     "memory": {"budget", "reducer", "settings"},
     "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens"},
-    "presets": {"budget", "methods", "reducer"},
+    "presets": {"budget", "methods", "reducer", "spelling"},
     "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens"},
-    "accounts": {"flow", "measure", "models", "reducer"},
+    "accounts": {"flow", "measure", "models", "reducer", "tokens"},
     "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "checks", "handle", "memory", "methods", "models", "reducer"},
     "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens"},
@@ -42,13 +43,13 @@ ARROWS = {
 USERS = {
     "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
     "viz": {"pictures", "tokens"},
-    "loading": {"memory", "models", "pictures", "tiny", "video"},
-    "evaluate": {"duet_vlm", "loading", "measure", "models", "pictures", "tiny"},
-    "bench": {"duet_vlm", "evaluate", "handle", "loading", "measure", "models", "reducer"},
-    "train": {"budget", "duet_vlm", "loading", "models", "pictures", "text", "tiny"},
+    "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
+    "evaluate": {"duet_vlm", "loading", "measure", "models", "pictures", "spelling", "tiny"},
+    "bench": {"budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "reducer"},
+    "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "attach", "bench", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "memory", "models", "pictures", "presets", "reducer",
-        "tiny", "tokens", "train", "video", "viz",
+        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "spelling", "tiny", "train", "video",
+        "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
@@ -79,7 +80,7 @@ def imports(name: str) -> list[tuple[str, int]]:
             found += [(module if public and alias.name in duet_vlm.__all__ else f"{module}.{alias.name}", node.lineno) for alias in node.names]
         elif isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and name != "duet_vlm":  # says it for types, too
             text = ast.unparse(node.args[0]).lstrip("f").strip("\"'").replace("{__name__}", name)
             folder = text.partition("{")[0].rstrip(".")  # all files of a folder, where the string is put together
             found += [(each, node.lineno) for each in FILES if each == text or ("{" in text and each.rpartition(".")[0] == folder)]
@@ -173,6 +174,47 @@ after = [dict(vars(c)) for c in classes], sorted(ALL_ATTENTION_FUNCTIONS.keys())
 print(before == after)
 """
     assert run(code) == "True"
+
+
+def test_importing_loads_nothing_large() -> None:
+    """Public names are loaded when they are used; type checkers read them in a block of their own, which says the same."""
+    loaded = "[name for name in ('torch', 'transformers', 'numpy', 'typer') if name in sys.modules]"
+    assert run(f"import sys, duet_vlm; dir(duet_vlm); print({loaded})") == "[]"
+    tree = ast.parse((ROOT / "__init__.py").read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    said = {name.name: str(node.module) for node in block.body if isinstance(node, ast.ImportFrom) for name in node.names}
+    assert said == {name: f"duet_vlm.{home}" for name, home in duet_vlm._HOMES.items()}
+    assert sorted(said) == duet_vlm.__all__ and set(duet_vlm.__all__) <= set(dir(duet_vlm))
+    with pytest.raises(AttributeError, match="no attribute 'atach'"):
+        duet_vlm.atach  # noqa: B018
+    with pytest.raises(ImportError, match="atach"):
+        from duet_vlm import atach  # type: ignore[attr-defined]  # noqa: F401
+
+
+@pytest.mark.parametrize("first", ["duet_vlm.attach", "duet_vlm.methods.fastv", "duet_vlm.cli.main", "duet_vlm"])
+def test_files_do_not_replace_the_functions_that_they_are_called_as(first: str) -> None:
+    code = f"import {first}\nimport duet_vlm, inspect\nfrom duet_vlm import attach, methods\n"
+    code += "print(all(map(inspect.isfunction, (attach, methods, duet_vlm.attach, duet_vlm.methods))), attach is duet_vlm.attach, len(methods()) > 9)"
+    assert run(code) == "True True True"
+
+
+def test_any_file_can_be_imported_first() -> None:
+    """No order of imports is needed: each file in a package that has loaded nothing yet (torch stays, for the sake of time)."""
+    names = sorted(FILES)
+    code = f"""
+import importlib, sys, torch, transformers
+for name in {names}:
+    for known in [known for known in sys.modules if known.split(".")[0] == "duet_vlm"]:
+        del sys.modules[known]
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name.split(".")[0] not in ("lmms_eval", "peft", "accelerate", "yaml", "matplotlib", "scipy"):
+            print(name, error)
+    except ImportError as error:
+        print(name, error)
+"""
+    assert run(code) == ""
 
 
 def test_torchvision_is_never_imported() -> None:

@@ -239,19 +239,23 @@ def call(*arguments: Any, code: int = 0) -> Any:
 
 def test_the_verb(tmp_path: Path) -> None:
     FAMILIES["llava"].make().config.save_pretrained(tmp_path)
-    words = ["--config-only", tmp_path, "--method", "duet", "-b", "0.5", "--rounds", 1, "--new", 2, "--no-predict", "--batch", 1, "--batch", 2]
+    words = ["--config-only", tmp_path, "--method", "duet", "-b", "0.5", "--rounds", 1, "--new", 2, "--no-predict", "--batch", "1,2"]
     shown = call(*words, "--out", tmp_path / "r" / "out.json", "--plots", tmp_path / "pictures").stdout
     assert "duet at 50%" in shown and "batch 2" in shown
     written = json.loads((tmp_path / "r" / "out.json").read_text())
     assert len(written["rows"]) == 4 and math.isfinite(written["rows"][1]["speed_up"]["prefill"]["median"])
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 3
-    printed = json.loads(call(*words, "--json").stdout)
+    printed = json.loads(call(*words[:-1], 1, "--batch", 2, "--prompt-tokens", 32, "--json").stdout)
+    assert [(row["batch"], row["text"]) for row in printed["rows"]] == [(row["batch"], row["text"]) for row in written["rows"]]
     assert [row["side"] for row in printed["rows"]] == [row["side"] for row in written["rows"]] and printed["sheet"] is None
 
 
-def test_what_is_wrong_is_said() -> None:
+def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     assert "choose one of" in call("--dtype", "int4", code=2).stderr
     assert "nosuch" in call("--method", "nosuch", "--no-predict", code=2).stderr
+    assert "did you mean 'fastv'?" in call("--method", "duet,fstv", code=2).stderr
+    assert "--batch 0: give whole numbers, at least 1" in call("--batch", "1,0", code=2).stderr
+    assert "is a folder" in call("--out", tmp_path, code=2).stderr
     assert "--budget many" in call("-b", "many", "--no-predict", code=2).stderr
 
 

@@ -74,6 +74,15 @@ def test_budgets(text: str, value: Any) -> None:
     assert found == value and [type(b) for b in _listed(found)] == [type(b) for b in _listed(value)]
 
 
+def test_several_values_have_one_convention(tmp_path: Path) -> None:
+    for option in (["-b", "0.33", "-b", "0.11"], ["--budget", "0.33,0.11"], ["--budgets", "0.33", "--budget", "0.11"]):
+        assert printed("--data", "tiny", *option)["budget"] == [0.33, 0.11]
+    assert printed("--data", "a.json,b.jsonl")["data"] == printed("--data", "a.json", "--data", "b.jsonl")["data"] == ["a.json", "b.jsonl"]
+    (tmp_path / "a,b.json").touch()
+    assert printed("--data", tmp_path / "a,b.json")["data"] == [str(tmp_path / "a,b.json")]
+    assert as_json("train", "--data", "tiny", "--print-config") == printed("--data", "tiny")
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
@@ -118,10 +127,16 @@ def test_mistakes_name_value_and_remedy(tmp_path: Path) -> None:
         (["--data", "tiny", "--limit", 4, "--method", "magic"], "magic"),
         (["--data", "tiny", "--limit", 4, "--set", "speed=3"], "duet has no setting 'speed'"),
         (["--data", "tiny", "--limit", 4, "--budget", "0.5", "--model", "gone"], "--model gone: no such folder"),
-        (["--data", "tiny", "--trainer", "lerning_rate=1"], "lerning_rate"),
+        (["--data", "tiny", "--trainer", "lerning_rate=1"], "trainer: lerning_rate: unknown (did you mean 'learning_rate'?)"),
+        (["--data", "tiny", "--trainer", "max_steps=many"], "trainer: max_steps: 'many': give a number"),
+        (["--data", "tiny", "--trainer", "bf16=perhaps"], "trainer: bf16: 'perhaps': give a truth value"),
+        (["--recipe", "tinny"], "--recipe tinny: unknown (did you mean 'tiny'?)"),
+        (["--config", tmp_path], f"--config {tmp_path}: is a folder"),
+        (["--data", "tiny", "--limit", 4, "--method", "deut"], "unknown method 'deut' (did you mean 'duet'?)"),
+        (["--data", "tiny", "--method", "duet,fastv"], "--method duet,fastv: give one"),
     ]  # fmt: skip
     written = {
-        "budgets: 3\ndata: [tiny]": "unknown setting 'budgets'; known: anneal_from, anneal_until, budget,",
+        "budgets: 3\ndata: [tiny]": "unknown setting 'budgets' (did you mean 'budget'?); known: anneal_from, anneal_until, budget,",
         "- 1": "expected a mapping of settings, got list",
         "a: [": "bad.yaml: not YAML",
         "data: [tiny]\nbudget: 22%": "'22%'",
@@ -185,7 +200,12 @@ def test_train_then_run_what_was_trained(tmp_path: Path) -> None:
     command = [*options(tmp_path / "out", eval_strategy="no"), "--method", "visionzip", "--budget", "0.25", "--tune", "projector"]
     assert f"trained: {tmp_path / 'out'}" in call(*command).stdout
     assert "is finished already (--restart trains anew)" in call(*command).stdout
+    told = as_json(*command)
+    assert set(told) == {"out", "was_finished", "steps", "epoch", "loss", "eval_loss"}
+    assert (told["out"], told["was_finished"], told["steps"], told["eval_loss"]) == (str(tmp_path / "out"), True, 2, None)
     assert f"trained: {tmp_path / 'out'}" in call(*command, "--restart").stdout
+    again = as_json(*command, "--restart")  # what the Trainer says meanwhile is on stderr
+    assert (again["was_finished"], again["steps"], again["loss"]) == (False, 2, told["loss"])
     assert "holds a run with other settings (limit)" in call(*command, "--limit", "9", code=2).stderr
     saved = json.loads((tmp_path / "out" / "config.json").read_text())["duet_vlm"]
     assert saved == {"method": "visionzip", "budget": 0.25, "settings": {}}

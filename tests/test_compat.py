@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import duet_vlm
 from duet_vlm.flow import compat
-from duet_vlm.models.adapter import FULL, adapter_for
+from duet_vlm.models.adapter import FULL
+from duet_vlm.models.find import adapter_for
 
 FILLED = (3, 5, 2, 2, 2, 2, 2, 2)  # rows in the cache of each layer
 

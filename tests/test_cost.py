@@ -251,8 +251,8 @@ def test_only_survivors_are_projected(family: str) -> None:
     """LLaVA's projector runs on the rows that enter the decoder, merged ones included; a grid merger on every patch, and so does the
     projector of LLaVA-NeXT, which packs and cuts what comes out of it."""
     model, rows = shared(family), []
-    door = getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger
-    inner = door.linear_1 if hasattr(door, "linear_1") else door
+    projector = getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger
+    inner = projector.linear_1 if hasattr(projector, "linear_1") else projector
     hook = inner.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[:-1].numel()))
     with duet_vlm.attach(model, "duet", **REDUCING["duet"]) as handle:
         forward(model, FAMILIES[family].inputs([ONE]))

@@ -18,7 +18,7 @@ from torch.utils._device import _device_constructors
 
 import duet_vlm
 from duet_vlm.bench.inputs import prompt_for
-from duet_vlm.models.adapter import adapter_for
+from duet_vlm.models.find import adapter_for
 
 ROOT = Path(duet_vlm.__file__).parent
 

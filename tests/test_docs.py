@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import typer
 from families import PAD, llava, qwen2_5_vl, randomise
 from packaging.requirements import Requirement
 from PIL import Image
@@ -63,9 +64,39 @@ def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.
         assert "FLOPs-bound speed-up" in capsys.readouterr().out
 
 
+COMMANDS = [*PAGES, "benchmarks/README.md", "comparison/checkpoints/README.md", "comparison/training/README.md"]
+
+
+@pytest.mark.parametrize("page", COMMANDS)
+def test_commands_have_the_options_that_pages_show(page: str) -> None:
+    """Every ``duet-vlm VERB ...`` of a page is read as the command line reads it; nothing is run."""
+    verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    blocks = [line for block in re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
+    prose = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    for line in (*blocks, *prose):
+        found = re.match(r"(?:\S*/)?duet-vlm ([a-z]+) (.*)", line.strip())
+        if found and found[1] in verbs:
+            words = shlex.split(found[2], comments=True)
+            known = {name for option in verbs[found[1]].params for name in (*option.opts, *option.secondary_opts)}
+            assert {word.split("=")[0] for word in words if re.match(r"--?[a-z]", word)} <= {*known, "--help"}, line
+
+
 def test_tables_agree_with_result_files() -> None:
     done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_headline_is_what_was_measured() -> None:
+    """Worked out from the medians in the result files, not from the ratios that the table takes."""
+    readme = (ROOT / "README.md").read_text()
+    said = re.search(r"At 11 % .*first token (\S+)x faster, an answer of (\d+) tokens (\S+)x faster, KV cache (\d+)x", readme)
+    assert said
+    rows = json.loads((ROOT / "benchmarks/results/bench.json").read_text())["rows"]
+    full, small = (next(row for row in rows if row["side"] == side and row["text"] == 65) for side in ("full", "duet at 11%"))
+    for stage, number in (("to first token", said[1]), ("end to end", said[3])):
+        assert full["ms"][stage]["median"] / small["ms"][stage]["median"] == pytest.approx(float(number), abs=0.1)
+    assert (full["new"], round(full["kv_bytes"] / small["kv_bytes"])) == (int(said[2]), int(said[4]))
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -466,3 +466,16 @@ def test_names_are_checked() -> None:
     with pytest.raises(ValueError, match=r"method 'fastv' is already registered by duet_vlm\.methods\.fastv\.FastV"):
         duet_vlm.register("fastv")(type("Other", (FastV,), {}))
     assert duet_vlm.get("fastv") is FastV
+
+
+def test_two_models_that_share_a_tower() -> None:
+    first, second = build("llava"), build("llava")
+    second.model.vision_tower = first.model.vision_tower
+    forward(second, FAMILIES["llava"].inputs([ONE]))
+    before = snapshot(second)
+    with duet_vlm.attach(first, "duet", budget=12):
+        with pytest.raises(ValueError, match="another model records this vision tower already"):
+            duet_vlm.attach(second, "duet", budget=12)
+    assert snapshot(second) == before
+    with duet_vlm.attach(second, "duet", budget=12):
+        forward(second, FAMILIES["llava"].inputs([ONE]))

@@ -23,7 +23,8 @@ from duet_vlm.cli.main import app
 from duet_vlm.evaluate import statistics
 from duet_vlm.evaluate.answer import alive, answer, attached, inputs_of
 from duet_vlm.evaluate.experiment import Experiment, Run, cells_of, from_json, read
-from duet_vlm.evaluate.journal import Journal
+from duet_vlm.evaluate.journal import Journal, alone
+from duet_vlm.evaluate.oracle import Oracle
 from duet_vlm.evaluate.report.markdown import matrix
 from duet_vlm.evaluate.results import load, pack, save, unpack
 from duet_vlm.evaluate.run import batches, run_experiment
@@ -503,6 +504,34 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, says: str) -> None:
         task(str(tmp_path / "t.jsonl"))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": 3, "question": "?", "answer": "a"},
+        {"image": [], "question": "?", "answer": "a"},
+        {"image": "a.png", "question": 5, "answer": "a"},
+        {"image": "a.png", "question": "?", "answer": None},
+        {"image": "a.png", "question": "?", "answers": []},
+        {"image": "a.png", "question": "?", "answer": True},
+    ],
+)
+def test_values_of_a_wrong_kind_are_named(row: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "a.png").touch()
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="t.jsonl, line 1: image, question, answer and kind are texts"):
+        task(str(tmp_path / "t.jsonl"))
+
+
+def test_answers_as_people_write_them(tmp_path: Path) -> None:
+    """A text under "answers" was taken apart into its letters."""
+    tiny.sample("test", 0).image.save(tmp_path / "a.png")
+    rows = [{"answers": "red"}, {"answer": 3}, {"answers": ["two", 2]}, {"answer": "a\u2028b"}]
+    lines = [json.dumps({"image": "a.png", "question": "?"} | row, ensure_ascii=False) for row in rows]
+    (tmp_path / "t.jsonl").write_text("\r\n".join(lines), encoding="utf-8")
+    asked = task(str(tmp_path / "t.jsonl"))
+    assert [asked.ask(0, i).answers for i in range(4)] == [("red",), ("3",), ("two", "2"), ("a\u2028b",)]
+
+
 def test_tasks_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unknown task 'gqa': give tiny, tiny-crowded, tiny-video, or the path"):
         task("gqa")
@@ -512,8 +541,18 @@ def test_tasks_say_what_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="without end: give --limit"):
         task("tiny").count(None)
     (tmp_path / "t.jsonl").write_text('{"image": "gone.png", "question": "?", "answer": "a"}')
-    with pytest.raises(ValueError, match=r"gone\.png: no such file"):
+    with pytest.raises(ValueError, match=r"t\.jsonl: its image .*gone\.png: no such file"):
+        task(str(tmp_path / "t.jsonl"))
+    (tmp_path / "gone.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"t\.jsonl: .*gone\.png: not an image"):
         task(str(tmp_path / "t.jsonl")).ask(0, 0)
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"bytes\.jsonl: not a text file in UTF-8"):
+        task(str(tmp_path / "bytes.jsonl"))
+    for name in ("none.jsonl", "folder.jsonl"):
+        (tmp_path / "folder.jsonl").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match=f"--tasks .*{name}: (no such file|is a folder)"):
+            task(str(tmp_path / name))
 
 
 # ---- statistics, against arithmetic
@@ -574,8 +613,18 @@ def run_cli(*words: str) -> Any:
     ("words", "says"),
     [
         (["--limit", "2", "--tasks", "gqa"], "unknown task 'gqa'"),
-        ([], "give --limit"),
-        (["--limit", "2", "--methods", "nobody"], "nobody@0.33: unknown method 'nobody'"),
+        (["--limit", "2", "--tasks", "tyni"], "unknown task 'tyni' (did you mean 'tiny'?)"),
+        (["--limit", "all"], "give --limit a number"),
+        (["--limit", "0"], "--limit 0: give a whole number, at least 1, or 'all'"),
+        (["--limit", "2", "--methods", "nobody"], "unknown method 'nobody'; known methods: divprune, duet"),
+        (["--limit", "2", "--methods", "duet,deut"], "unknown method 'deut' (did you mean 'duet'?)"),
+        (["--limit", "2", "--presets", "duet-65"], "unknown preset 'duet-65' (did you mean 'duet-64'?)"),
+        (["--limit", "2", "--methods", "duet[mrege=mean]"], "no setting 'mrege' (did you mean 'merge'?)"),
+        (["--limit", "2", "--against", "nobody"], "against 'nobody': no run is called so; there are full model, duet, visionzip"),
+        (["--limit", "2", "--against", "visonzip"], "(did you mean 'visionzip'?)"),
+        (["--limit", "2", "--methods", "fastv", "--against", "duet"], "against 'duet': no run is called so; there are full model, fastv"),
+        (["--limit", "2", "--name", "a/b"], "--name a/b: give a plain word"),
+        (["--experiment", "gone.json", "--limit", "2"], "--experiment gone.json says what is asked: leave out --limit"),
         (["--limit", "2", "--methods", "duet[merge=sum]"], "merge='sum'"),
         (["--limit", "2", "--budgets", "1.5"], "budget=1.5"),
         (["--limit", "2", "--seeds", "-1"], "--seeds -1"),
@@ -587,6 +636,120 @@ def test_a_wrong_command_is_explained(words: list[str], says: str, tmp_path: Pat
     found = run_cli(*words, "--out", str(tmp_path), "--device", "cpu")
     assert found.exit_code == 2 and says in found.stderr and "Traceback" not in found.stderr
     assert not list(tmp_path.rglob("results/*.json"))
+
+
+@pytest.mark.parametrize("words", [["--against", "nobody"], ["--methods", "deut"], ["--tasks", "tiny,tyni"], ["--device", "tpu"]])
+def test_what_is_wrong_is_said_before_anything_runs(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duet_vlm.evaluate.run.load", lambda *_: pytest.fail("a model was loaded"))
+    assert run_cli("--limit", "2", *words, "--out", str(tmp_path / "out")).exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def asked_for(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[Experiment]:
+    """The experiments that a command line means."""
+    found: list[Experiment] = []
+    monkeypatch.setattr("duet_vlm.cli.eval._measure", lambda job, *_: found.append(job) or {})
+    result = run_cli(*words, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    return found
+
+
+def test_several_values_have_one_convention(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path)]
+    by_hand = "random[follow=duet]"
+    joined = ["--tasks", "tiny,tiny-crowded", "--methods", f"duet,{by_hand}", "--budgets", "0.33,64", "--presets", "fastv-306,fastv-171"]
+    joined += ["--seeds", "1,2"]
+    apart = ["--task", "tiny", "--task", "tiny-crowded", "--method", "duet", "--method", by_hand, "-b", "0.33", "--budget", "64"]
+    apart += ["--preset", "fastv-306", "--preset", "fastv-171", "--seed", "1", "--seed", "2"]
+    expected = [
+        Experiment(
+            name,
+            (
+                {"method": "duet", "budgets": [0.33, 64], "settings": {}},
+                {"method": "random", "budgets": [0.33, 64], "settings": {"follow": "duet"}},
+                {"preset": "fastv-306"},
+                {"preset": "fastv-171"},
+            ),
+            seeds=(1, 2),
+            limit=200,
+        )
+        for name in ("tiny", "tiny-crowded")
+    ]
+    assert asked_for(monkeypatch, *joined, *out) == asked_for(monkeypatch, *apart, *out) == expected
+
+
+def test_defaults_are_small_and_out_of_the_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (job,) = asked_for(monkeypatch)
+    assert (job.task, job.model, job.seeds, job.limit, job.against) == ("tiny", "tiny", (0,), 200, "duet")
+    assert len(job.runs()) * job.limit <= 4000
+    assert (tmp_path / "out" / "eval").is_dir() and not (tmp_path / "comparison").exists()
+
+
+def test_a_task_chooses_the_model_that_reads_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    jobs = asked_for(monkeypatch, "--tasks", "tiny-video,tiny", "--out", str(tmp_path))
+    assert [(job.task, job.model) for job in jobs] == [("tiny-video", "tiny-video"), ("tiny", "tiny")]
+    assert asked_for(monkeypatch, "--tasks", "tiny-video", "--model", "x/y", "--out", str(tmp_path))[0].model == "x/y"
+
+
+def test_a_picture_model_is_not_asked_about_clips(tmp_path: Path) -> None:
+    """It was, without any picture, and answered."""
+    found = run_cli("--tasks", "tiny-video", "--model", "tiny", "--limit", "2", "--device", "cpu", "--out", str(tmp_path))
+    assert found.exit_code == 2 and "task 'tiny-video' shows clips, and --model tiny takes pictures only" in found.stderr
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_the_oracle_reads_clips(tmp_path: Path) -> None:
+    """Needed tokens are those of the whole clip, which the method before the decoder may see frame by frame."""
+    words = ["--tasks", "tiny-video", "--methods", "duet", "--budgets", "0.22", "--oracle", "--limit", "4", "--batch", "2", "--timing-rounds", "0"]
+    found = run_cli(*words, "--workers", "1", "--device", "cpu", "--out", str(tmp_path), "--json")
+    assert found.exit_code == 0, found.output
+    (result,) = json.loads(found.stdout)["results"]
+    by_id = rows(result)
+    assert by_id["oracle@0.22"]["recall"]["entry"] == 1 and by_id["oracle@0.22"]["tokens"]["measured"] == 114  # .22 of 520
+    assert by_id["none"]["tokens"]["measured"] == 520 and result["model"]["name"] == "tiny-video"
+    with pytest.raises(ValueError, match="use parts='joint', not 'each'"):
+        Oracle(parts="each")
+
+
+def test_json_holds_everything_but_the_answers(tmp_path: Path) -> None:
+    words = ["--methods", "uniform", "--budgets", "0.11", "--limit", "2", "--timing-rounds", "0", "--out", str(tmp_path), "--device", "cpu", "--json"]
+    told = [json.loads(run_cli(*words).stdout)["results"] for _ in range(2)]  # the second time it is finished already
+    assert told[0] == told[1] and len(told[0]) == 1
+    kept = load(tmp_path / "tiny/results/eval.json")
+    assert told[0][0] == {"file": str(tmp_path / "tiny/results/eval.json")} | {key: kept[key] for key in kept if key != "predictions"}
+    failed = run_cli("--methods", "deut", "--json")
+    assert "did you mean 'duet'" in json.loads(failed.stdout)["error"]
+
+
+def test_two_at_once_are_refused_and_a_killed_one_stops_nobody(tmp_path: Path) -> None:
+    journal = tmp_path / "results" / "eval.partial.jsonl"
+    code = "import sys, time; from pathlib import Path; from duet_vlm.evaluate.journal import alone\n"
+    code += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(journal)], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None and first.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"process {first.pid} is measuring this already; .* choose another --name or --out"), alone(journal):
+            pytest.fail("both hold it")
+        with alone(journal.with_name("other.partial.jsonl")):  # nobody holds that one
+            pass
+        first.send_signal(signal.SIGKILL)
+    assert [file.name for file in journal.parent.iterdir()] == [f"{journal.name}.lock"]  # what a kill leaves
+    with alone(journal):
+        with pytest.raises(ValueError, match=f"process {os.getpid()} "), alone(journal):
+            pytest.fail("held twice")
+    assert list(journal.parent.iterdir()) == []
+
+
+def test_the_command_holds_its_journal(tmp_path: Path) -> None:
+    words = ["--methods", "uniform", "--budgets", "0.11", "--limit", "2", "--timing-rounds", "0", "--out", str(tmp_path), "--device", "cpu"]
+    journal = tmp_path / "tiny/results/eval.partial.jsonl"
+    with alone(journal):
+        for more in ([], ["--restart"]):
+            found = run_cli(*words, *more)
+            assert found.exit_code == 2 and "is measuring this already" in found.stderr and found.stderr.count("\n") == 1
+        assert run_cli(*words, "--name", "other").exit_code == 0
+    assert run_cli(*words).exit_code == 0
+    assert sorted(file.name for file in journal.parent.iterdir()) == ["eval.json", "other.json"]
 
 
 def test_a_model_without_processor_is_refused_at_once(tmp_path: Path) -> None:

@@ -75,12 +75,12 @@ def test_flops_count_the_rows_that_are_projected(family: str, method: str) -> No
     LLaVA-NeXT packs behind the projector, so every patch of every crop goes through it.
     """
     made, model, seen = FAMILIES[family], shared(family), []
-    door = getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger
+    projector = getattr(model.model, "multi_modal_projector", None) or model.model.visual.merger
 
     def note(matrix: Any, args: Any) -> None:
         seen.append((args[0].numel() // matrix.in_features, matrix.in_features, matrix.out_features))
 
-    hooks = [m.register_forward_pre_hook(note) for m in door.modules() if isinstance(m, nn.Linear)]
+    hooks = [m.register_forward_pre_hook(note) for m in projector.modules() if isinstance(m, nn.Linear)]
     with duet_vlm.attach(model, method, keep=5, **GREEDY[method]) as handle:
         model(**made.inputs([ONE]))  # with gradients, so that the whole tower runs
         report = handle.report()

@@ -25,6 +25,7 @@ NEEDED = [
     "duet_vlm/train/recipes/tiny.yaml",
     "duet_vlm/tiny/demo/questions.json",
     "duet_vlm/tiny/demo/scene_1.png",
+    "duet_vlm/cli/lists.json",
     "duet_vlm/evaluate/report/page.html.j2",
     "duet_vlm/evaluate/report/page.css",
     "duet_vlm/evaluate/report/page.js",

@@ -110,7 +110,7 @@ def test_fields_of_a_preset_can_be_overridden() -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"unknown preset 'duet-65'; known presets: duet-192, duet-128, duet-64, .*fastv-315"):
+    with pytest.raises(ValueError, match=r"unknown preset 'duet-65' \(did you mean 'duet-64'\?\); known presets: duet-192, .*fastv-315"):
         duet_vlm.preset("duet-65")
 
 
@@ -152,7 +152,7 @@ def test_a_model_measures_what_a_preset_plans(deep: Path, name: str, mean: float
 def test_viz_and_budget_take_presets_too(deep: Path, tmp_path: Path) -> None:
     got = json.loads(call("viz", "-m", deep, "-i", PICTURE, "-p", QUESTION, "--preset", "duet-64", "-o", tmp_path, "--json").stdout)
     assert got["mean_tokens"] == 63.75
-    assert [Path(file).name for file in got["files"]] == ["1-scene_1-duet-64.png"]
+    assert [Path(file).name for file in got["files"]] == ["1-scene_1-preset-duet-64.png"]
     with Image.open(got["files"][0]) as sheet:
         assert sheet.width > 4 * 352
     planned = json.loads(call("budget", "-m", deep, "--preset", "duet-64", "--json").stdout)
@@ -183,7 +183,7 @@ def test_a_preset_stands_alone(verb: tuple[Any, ...], other: tuple[str, str]) ->
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: verb[0])
 def test_an_unknown_preset_lists_the_known_ones(verb: tuple[Any, ...]) -> None:
     message = call(*verb, "--preset", "duet", code=2).stderr
-    assert message.startswith("error: unknown preset 'duet'; known presets: duet-192,") and message.count("\n") == 1
+    assert message.startswith("error: unknown preset 'duet' (did you mean 'duet-64'?); known presets: duet-192,") and message.count("\n") == 1
 
 
 def test_a_preset_for_a_larger_model_says_what_does_not_fit() -> None:

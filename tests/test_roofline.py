@@ -221,7 +221,7 @@ def call(*arguments: Any, code: int = 0) -> Any:
 
 
 def test_the_verb_prints_what_is_predicted() -> None:
-    got = json.loads(call("--device", "h200", "--batch", 8, "--prompt", 60, "--new", 32, "--json").stdout)
+    got = json.loads(call("--device", "h200", "--batch", 8, "--prompt-tokens", 60, "--new", 32, "--json").stdout)
     assert [row["budget"] for row in got["rows"]] == [None, 0.5, 0.33, 0.22, 0.11]
     assert got["assumed"] == vars(Assumptions()) and got["predicted"] is True
     times = [row["prediction"]["prefill"]["seconds"] for row in got["rows"]]

@@ -33,7 +33,11 @@ def test_what_an_image_keeps(family: str, method: str, share: str) -> None:
         with duet_vlm.attach(shared(family), method, **REDUCING[method], share=share) as handle:
             forward(shared(family), FAMILIES[family].inputs(rows))
             kept, planned = kept_and_planned(handle)
-            assert handle.report().nominal == handle.report().measured
+            report = handle.report()
+            assert report.nominal == report.measured
+            means = [tuple(sum(layers) / len(layers) for layers in row) for row in kept]
+            assert [pytest.approx(row) for row in report.images] == means
+            assert ("mean visual tokens by image" in str(report)) == any(len(row) > 1 for row in means)
         if share == "each":
             assert kept == planned
         else:

@@ -115,7 +115,7 @@ def test_model_needs_to_look(loaded):
 
 
 def test_cls_attention_prefers_foreground(loaded):
-    """At the decoder's door the tokens that CLS attends to most hold far more needed patches than their share of the picture."""
+    """In front of the decoder the tokens that CLS attends to most hold far more needed patches than their share of the picture."""
     questions = [task("tiny").ask(0, i) for i in range(14)]
     runs = [Run("duet", settings={"dominant": 64, "contextual": 0, "schedule": ()})]
     (found,) = answer(Loaded("tiny", *loaded), runs, questions, 4).values()

@@ -356,7 +356,7 @@ def test_a_broken_image_is_one_clear_line(workers: int, start: Path, tmp_path: P
 
 
 def test_arguments_that_cannot_be_right(start: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="trainer: .*'lerning_rate'.*arguments of transformers.TrainingArguments"):
+    with pytest.raises(ValueError, match="trainer: lerning_rate: unknown .did you mean 'learning_rate'.*arguments of transformers.TrainingArguments"):
         train(settings(start, tmp_path, trainer={"lerning_rate": 1.0}))
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         train(settings(start, tmp_path, trainer={"label_smoothing_factor": 0.1}))

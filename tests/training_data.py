@@ -29,7 +29,7 @@ class Sample:
 SAMPLES = (
     Sample(ONE, 3),
     Sample(TEXT, 2),
-    Sample(THREE, 2),
+    Sample((*THREE, 28, 29), 3),
     Sample((1, Picture(11, 3, 5), 44, 45, 46), 0),
     Sample(TWO, 4),
     Sample((1, 33, 34, 41, 42, 43, 44, 45, 46), 3),

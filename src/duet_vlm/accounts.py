@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from duet_vlm.flow.cache import Run
-from duet_vlm.flow.trace import rows_per_layer
+from duet_vlm.flow.trace import rows_per_layer, trace_of
 from duet_vlm.measure.choice import selection_bytes, selection_flops
 from duet_vlm.measure.report import Sample
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import EncoderReducer, Reducer
+from duet_vlm.tokens import SpanTrace
 
 
 def samples_of(run: Run) -> list[Sample]:
@@ -29,11 +30,18 @@ def samples_of(run: Run) -> list[Sample]:
             projected=tuple(encoded.projected[number] for encoded, number in of),
             skipped=any(encoded.skipped for encoded, _ in of),
             nominal=nominal,
+            kept=tuple(_mean_kept(span, run.depth) for span in history),
         )
-        for length, spans, of, plans, asked, measured, nominal in zip(
-            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), nominal_rows, strict=True
+        for length, spans, of, plans, asked, measured, nominal, history in zip(
+            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.asking, rows_per_layer(run), nominal_rows, trace_of(run), strict=True
         )
     ]
+
+
+def _mean_kept(span: SpanTrace, depth: int) -> float:
+    """Visual tokens of a span per layer, over its stages."""
+    ends = [*(stage.layer for stage in span.stages[1:]), depth]
+    return sum(len(stage.kept) * (end - stage.layer) for stage, end in zip(span.stages, ends, strict=True)) / depth
 
 
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample], projects_all: bool) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from duet_vlm.budget import Budget, SpanPlan
 from duet_vlm.flow.decoder import scoring_layers
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.spelling import did_you_mean
 
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
@@ -21,7 +22,7 @@ def with_fields(method: type[Reducer] | Reducer, fields: dict[str, Any]) -> Redu
     known = [field.name for field in dataclasses.fields(cls)]
     for name in fields:
         if name not in known:
-            raise ValueError(f"{cls.name} has no setting {name!r}; its settings: {', '.join(known)}")
+            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
     return method(**fields) if isinstance(method, type) else dataclasses.replace(method, **fields)
 
 

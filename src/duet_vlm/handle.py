@@ -162,7 +162,7 @@ class Handle:
         return tokens.slot.masked_fill(~tokens.valid, -1)
 
     def _projects_all(self, reducer: Reducer) -> bool:
-        return self.adapter.door is None or getattr(reducer, "reads_projected", False)
+        return self.adapter.pointwise is None or getattr(reducer, "reads_projected", False)
 
     def _check_attached(self) -> None:
         if self._gate.closed:

@@ -14,12 +14,14 @@ from PIL import Image
 
 from duet_vlm.memory import KEY
 from duet_vlm.pictures import rgb
+from duet_vlm.spelling import did_you_mean
 from duet_vlm.video import FRAMES, Clip
 
 if TYPE_CHECKING:
     import torch
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+EMBEDDED = ("tiny", "tiny-video")
 ADAPTER = "adapter_config.json"  # what makes a folder one of PEFT adapters
 
 
@@ -35,6 +37,12 @@ class Loaded:
     def frames(self) -> int:
         """Frames of a clip that this model wants, where the user does not say."""
         return getattr(getattr(self.processor, "video_processor", None), "num_frames", None) or FRAMES
+
+    @property
+    def takes_clips(self) -> bool:
+        from duet_vlm.models.find import adapter_for
+
+        return hasattr(self.processor, "video_processor") or any(stream.name == "video" for stream in adapter_for(self.model).streams)
 
     def inputs(self, images: Sequence[Image.Image], prompt: str, clips: Sequence[Clip] = ()) -> Any:
         """What the model wants, on its device and in its precision; pictures and then clips go in front of the prompt.
@@ -52,11 +60,10 @@ class Loaded:
 
     def _clips(self, clips: Sequence[Clip]) -> dict[str, Any]:
         """The processor's arguments: frames that are chosen already, and where in the clip they stand."""
-        from duet_vlm.models.find import adapter_for
-
-        adapter, stock = adapter_for(self.model), hasattr(self.processor, "video_processor")
-        if not stock and not any(stream.name == "video" for stream in adapter.streams):
-            raise ValueError(f"--video: {self.name} ({adapter.family}) takes pictures only; 'duet-vlm models' lists the families that take clips")
+        if not self.takes_clips:
+            family = self.model.config.model_type
+            raise ValueError(f"--video: {self.name} ({family}) takes pictures only; 'duet-vlm models' says who takes clips")
+        stock = hasattr(self.processor, "video_processor")
         videos = [list(clip.frames) for clip in clips]
         if not stock:
             return {"videos": videos}
@@ -83,6 +90,31 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def device_for(device: str | None = None) -> str:
+    """Where a model runs: ``device``, which has to be there; without one "cuda" where there is one, else "cpu".
+
+    Raises
+    ------
+    ValueError
+        No such device on this machine; the message says which there are.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    there = ["cpu"] + ([] if found is None else [f"{found.type}:{i}" for i in range(torch.accelerator.device_count())])
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:  # no kind of device
+        wanted = None
+    if wanted is not None and (wanted.type == "cpu" or f"{wanted.type}:{wanted.index or 0}" in there):
+        return device
+    without = wanted is not None and wanted.type == "cuda" and torch.version.cuda is None and torch.version.hip is None
+    why = f" (torch {torch.__version__} is built without CUDA)" if without else ""
+    raise ValueError(f"--device {device}: not on this machine{why}; there is {', '.join(there)}")
+
+
 def source(name: str) -> tuple[str, bool]:
     """Where a model comes from: (folder or hub id, whether it is local).
 
@@ -105,7 +137,8 @@ def source(name: str) -> tuple[str, bool]:
             raise ValueError(f"--model {name}: this folder has no config.json, so it is no saved model")
         return str(folder), True
     if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
-        raise ValueError(f"--model {name}: no such folder; give 'tiny', 'tiny-video', a folder saved by save_pretrained, or a hub id (owner/name)")
+        what = "a file, no folder" if folder.exists() else f"no such folder{did_you_mean(name, EMBEDDED)}"
+        raise ValueError(f"--model {name}: {what}; give 'tiny', 'tiny-video', a folder saved by save_pretrained, or a hub id (owner/name)")
     return name, False
 
 
@@ -141,11 +174,11 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     import torch
     from transformers import AutoModelForImageTextToText
 
+    where = device_for(device)
     config = config_of(name)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     (place, local), base = source(name), base_of(name)
     with quiet(), _explained(name, local):
-        precision = dtype or (torch.float32 if name in ("tiny", "tiny-video") else "auto")
+        precision = dtype or (torch.float32 if name in EMBEDDED else "auto")
         model = AutoModelForImageTextToText.from_pretrained(base or place, dtype=precision, local_files_only=local, use_safetensors=True)
         if dtype is None and where == "cpu" and model.dtype == torch.float16:
             model = model.float()  # float16 is dozens of times slower there
@@ -184,9 +217,11 @@ def _merged(model: Any, adapters: Path, config: Any) -> Any:
 
 @contextlib.contextmanager
 def _explained(name: str, local: bool) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         if isinstance(error, ImportError) and "torchvision" in reason.lower():
             raise ValueError(f'--model {name}: its processor needs torchvision: pip install ".[video]" in your clone of duet-vlm') from error
@@ -198,5 +233,9 @@ def chat_text(processor: Any, prompt: str, images: int, clips: int = 0) -> str:
     """The prompt as the model was taught to read it, with room for ``images`` pictures and ``clips`` clips in front of the text."""
     if not getattr(processor, "chat_template", None):
         raise ValueError("this model's processor has no chat template, so a prompt cannot be built from --prompt alone")
+    for name in ("image_token", "video_token"):
+        token = getattr(processor, name, None)
+        if token and token in prompt:
+            raise ValueError(f"--prompt holds {token!r}, which stands for a picture or clip: leave it out, they go in front by themselves")
     content = [{"type": "image"}] * images + [{"type": "video"}] * clips + [{"type": "text", "text": prompt}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)

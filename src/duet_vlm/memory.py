@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duet_vlm.budget import Budget
-from duet_vlm.reducer import Reducer
 from duet_vlm.settings import plain
+
+if TYPE_CHECKING:
+    from duet_vlm.reducer import Reducer
 
 KEY = "duet_vlm"  # of the config
 PARTS = {"method", "budget", "settings"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from duet_vlm.reducer import Reducer
+from duet_vlm.spelling import did_you_mean
 
 ENTRY_POINT_GROUP = "duet_vlm.methods"
 
@@ -44,7 +45,7 @@ def get(name: str) -> type[Reducer]:
     """The class of a method; unknown names raise a ``ValueError`` that lists the known ones."""
     _load()
     if name not in _methods:
-        raise ValueError(f"unknown method {name!r}; known methods: {', '.join(sorted(_methods))}")
+        raise ValueError(f"unknown method {name!r}{did_you_mean(name, _methods)}; known methods: {', '.join(sorted(_methods))}")
     return _methods[name]
 
 

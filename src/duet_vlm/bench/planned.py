@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from duet_vlm.budget import SpanPlan
 from duet_vlm.handle import Handle
-from duet_vlm.measure.report import Sample
+from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.measure.roofline import Workload
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
@@ -77,3 +78,30 @@ def workload(
     found = planned(handle, passes, text, spans, projected)
     cost = handle.selection_cost([found.sample])
     return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused)
+
+
+def planned_report(handle: Handle, found: Planned, element_bytes: int) -> Report:
+    """The report that the prompt would give."""
+    reducer = handle.reducer
+    return make_report(
+        method=reducer.name,
+        settings=reducer.settings(),
+        budget=handle.budget,
+        samples=[found.sample],
+        scored_layers=found.scored,
+        reused_layers=found.reused,
+        decoder=handle.adapter.decoder_shape(),
+        vision=handle.adapter.vision_shape(),
+        element_bytes=element_bytes,
+        cache_bytes=None,
+        decoded=0,
+        projects_all=handle.projects_all,
+        selection=handle.selection_cost([found.sample])[0],
+    )
+
+
+def whole_of(sample: Sample) -> SpanPlan:
+    """The plans of all spans of a picture as one."""
+    plans = sample.plans
+    kept, merged = sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans)
+    return SpanPlan(sum(sample.spans), kept, merged, sample.measured[0])

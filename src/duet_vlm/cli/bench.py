@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import os
 import sys
@@ -13,8 +14,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.options import AsJson, Debug, Device, Model, budget_of
+from duet_vlm.cli.errors import folder_for, friendly
+from duet_vlm.cli.lists import check_method
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, Model, budgets_of, counts, several
 
 METHODS = ("duet", "visionzip", "fastv", "uniform", "random")
 BUDGETS = ("0.33", "0.11")
@@ -25,10 +27,14 @@ def bench(
     config_only: Annotated[
         Path | None, typer.Option("--config-only", help="A config.json or a folder with one: random weights at that shape.")
     ] = None,
-    method: Annotated[list[str] | None, typer.Option("--method", help=f"Repeat it for several; 'all'. Default: {', '.join(METHODS)}.")] = None,
-    budget: Annotated[list[str] | None, typer.Option("--budget", "-b", help=f"Repeat it for several. Default: {', '.join(BUDGETS)}.")] = None,
-    batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Rows at a time; repeat it to sweep. Default: 1.")] = None,
-    text: Annotated[list[int] | None, typer.Option("--text", min=1, help="Words after the picture; repeat it to sweep. Default: 32.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", "--methods", help=f"{SEVERAL} 'all' takes every method. Default: {','.join(METHODS)}.")
+    ] = None,
+    budget: Annotated[list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"{SEVERAL} Default: {','.join(BUDGETS)}.")] = None,
+    batch: Annotated[list[str] | None, typer.Option("--batch", help=f"Rows at a time. {SEVERAL} Default: 1.")] = None,
+    prompt_tokens: Annotated[
+        list[str] | None, typer.Option("--prompt-tokens", help=f"Text tokens after the picture. {SEVERAL} Default: 32.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens, where the picture's size decides.")] = None,
     frames: Annotated[int, typer.Option("--frames", min=0, help="Steps of time of a clip; 0 for an image.")] = 0,
     new: Annotated[int, typer.Option("--new", min=2, help="Tokens to write.")] = 8,
@@ -44,18 +50,17 @@ def bench(
     """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and predictions beside it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, tells of its own doings otherwise
     with friendly(debug, json_):
+        methods, budgets = _methods(method), budgets_of(budget or BUDGETS)
+        batches, texts = counts("--batch", batch, 1), counts("--prompt-tokens", prompt_tokens, 32)
+        _writable(out, plots)
         from duet_vlm.bench.plots import draw
         from duet_vlm.bench.run import Plan, result, sheet_of, sides_of
 
         loaded, where, name = _model(model, config_only, device, dtype)
-        budgets = [budget_of(b) for b in budget or BUDGETS]
-        plan = Plan(
-            sides_of(_methods(method), [b for b in budgets if b is not None]), tuple(batch or [1]), tuple(text or [32]), tokens, frames, new, rounds
-        )
+        plan = Plan(sides_of(methods, budgets), batches, texts, tokens, frames, new, rounds)
         say = functools.partial(typer.echo, err=True)
         found = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
         if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(found, indent=1) + "\n")
         files = draw(found, plots) if plots is not None else []
         if json_:
@@ -64,14 +69,27 @@ def bench(
             _show(found)
 
 
-def _methods(given: list[str] | None) -> list[str]:
-    import duet_vlm
+def _writable(out: Path | None, plots: Path | None) -> None:
+    """What would fail at the end of the measurement fails here."""
+    if out is not None and out.is_dir():
+        raise ValueError(f"--out {out}: is a folder; give a file to write JSON to")
+    if out is not None:
+        folder_for("--out", out.parent)
+    if plots is not None:
+        if importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("--plots needs matplotlib: pip install '.[viz]'")
+        folder_for("--plots", plots)
 
-    if given == ["all"]:
+
+def _methods(given: list[str] | None) -> list[str]:
+    found = several(given) or list(METHODS)
+    if found == ["all"]:
+        import duet_vlm
+
         return [name for name in duet_vlm.methods() if name != "none"]
-    for name in given or ():
-        duet_vlm.get(name)  # raises with the list
-    return list(given or METHODS)
+    for name in found:
+        check_method(name)
+    return found
 
 
 def _model(name: str, config_only: Path | None, device: str | None, dtype: str | None) -> tuple[Any, str, str]:
@@ -79,10 +97,10 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
     import torch
 
     from duet_vlm.bench.shapes import random_model
-    from duet_vlm.loading import load
+    from duet_vlm.loading import device_for, load
     from duet_vlm.measure.devices import TORCH
 
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device_for(device)
     if dtype is not None and dtype not in TORCH:
         raise ValueError(f"--dtype {dtype}: choose one of {', '.join(TORCH)}")
     if config_only is None:

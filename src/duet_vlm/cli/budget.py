@@ -8,77 +8,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.bench.planned import Planned, equal_parts, planned
-from duet_vlm.budget import SpanPlan
-from duet_vlm.cli.fleet import Fleet
 from duet_vlm.cli.options import Model, Reduction, reducing
-from duet_vlm.handle import Handle
-from duet_vlm.loading import config_of, quiet
-from duet_vlm.measure.report import Report, Sample, make_report
 
-
-def skeleton(name: str, config_file: Path | None = None) -> tuple[Any, int]:
-    """The model without weights (meta device), and the bytes of one number of its cache; from ``config_file`` alone if there is one."""
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    config = config_of(name) if config_file is None else config_in(config_file)
-    with quiet(), torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    dtype = torch.float32 if name == "tiny" and config_file is None else getattr(config, "dtype", None) or torch.float32
-    return model, dtype.itemsize
-
-
-def config_in(file: Path) -> Any:
-    """The config in a ``config.json`` or in a folder that holds one; nothing else is needed."""
-    from transformers import AutoConfig
-
-    file = file / "config.json" if file.is_dir() else file
-    if not file.is_file():
-        raise ValueError(f"--config-only {file}: no such file; give a config.json or a folder with one")
-    try:
-        with quiet():
-            return AutoConfig.from_pretrained(file, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--config-only {file}: not a config that transformers can read: {' '.join(str(error).split())}") from error
-
-
-def planned_report(handle: Handle, found: Planned, element_bytes: int) -> Report:
-    """The report that the prompt would give."""
-    reducer = handle.reducer
-    return make_report(
-        method=reducer.name,
-        settings=reducer.settings(),
-        budget=handle.budget,
-        samples=[found.sample],
-        scored_layers=found.scored,
-        reused_layers=found.reused,
-        decoder=handle.adapter.decoder_shape(),
-        vision=handle.adapter.vision_shape(),
-        element_bytes=element_bytes,
-        cache_bytes=None,
-        decoded=0,
-        projects_all=handle.projects_all,
-        selection=handle.selection_cost([found.sample])[0],
-    )
-
-
-def whole_of(sample: Sample) -> SpanPlan:
-    """The plans of all spans of a picture as one."""
-    plans = sample.plans
-    kept, merged = sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans)
-    return SpanPlan(sum(sample.spans), kept, merged, sample.measured[0])
+if TYPE_CHECKING:
+    from duet_vlm import Report, SpanPlan
 
 
 @reducing
 def budget(
-    reduction: Reduction,
+    reductions: list[Reduction],
     json_: bool,
     model: Model = "tiny",
     config_only: Annotated[
@@ -86,7 +30,7 @@ def budget(
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens of the image, where its size decides.")] = None,
     parts: Annotated[int, typer.Option("--parts", min=1, help="Crops or frames that the vision tower looks at one by one.")] = 1,
-    text: Annotated[int, typer.Option("--text", "--prompt", min=1, help="Text tokens of the prompt, for FLOPs and bytes.")] = 32,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="Text tokens of the prompt, for FLOPs and bytes.")] = 32,
     device: Annotated[
         str | None, typer.Option("--device", help="Predict time on a100, h100, h200, mi300x, l4 (data sheets) or cpu (this machine, measured).")
     ] = None,
@@ -104,24 +48,36 @@ def budget(
 ) -> None:
     """Solve a budget: settings, tokens per layer, FLOPs, KV bytes and the FLOPs-bound speed-up. Needs no weights.
 
-    With --device: predicted seconds, tokens/s, memory, and devices for --requests per second, at --budget or at several.
+    With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown one after the other.
     """
+    from duet_vlm.bench.shapes import skeleton
+    from duet_vlm.cli.fleet import Fleet
+
     name = model if config_only is None else (f"{model} ({config_only})" if model != "tiny" else str(config_only))
     skeletal, element_bytes = skeleton(model, config_only)
     if device is not None:
-        fleet = Fleet.of(device, dtype, batch, text, new, requests, compute, bandwidth, launch)
-        fleet.show(name, skeletal, reduction, tokens, parts, json_)
+        fleet = Fleet.of(device, dtype, batch, prompt_tokens, new, requests, compute, bandwidth, launch)
+        fleet.show(name, skeletal, reductions, tokens, parts, json_)
         return
-    with reduction.attach(skeletal) as handle:
+    plans = [(name, *_planned(reduction, skeletal, element_bytes, tokens, parts, prompt_tokens), prompt_tokens) for reduction in reductions]
+    if json_:
+        plain = [_plain(*plan) for plan in plans]
+        print(json.dumps(plain if len(plain) > 1 else plain[0]))
+        return
+    for number, plan in enumerate(plans):
+        print("\n" if number else "", end="")
+        _show(*plan)
+
+
+def _planned(reduction: Reduction, model: Any, element_bytes: int, tokens: int | None, parts: int, text: int) -> tuple[SpanPlan, Report]:
+    from duet_vlm.bench.planned import equal_parts, planned, planned_report, whole_of
+
+    with reduction.attach(model) as handle:
         fixed = handle.adapter.fixed_tokens
         if tokens is None and fixed is None:
             raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
         found = planned(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
-        plan, report = whole_of(found.sample), planned_report(handle, found, element_bytes)
-    if json_:
-        print(json.dumps(_plain(name, plan, report, text)))
-    else:
-        _show(name, plan, report, text)
+        return whole_of(found.sample), planned_report(handle, found, element_bytes)
 
 
 def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, Any]:

@@ -9,20 +9,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.attach import attach
-from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.options import AsJson, Debug
 from duet_vlm.loading import quiet
-from duet_vlm.measure.report import Report
-from duet_vlm.measure.speed import Ratio, paired, ratio
-from duet_vlm.viz import draw, seen
+
+if TYPE_CHECKING:
+    from duet_vlm import Report
+    from duet_vlm.measure.speed import Ratio
 
 BUDGETS = (0.33, 0.22, 0.11)
 DRAWN = 0.22
@@ -72,10 +72,12 @@ def batches(processor: Any) -> list[tuple[Any, Any]]:
 
 def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path) -> tuple[list[Column], list[Path]]:
     """Every question in full and at every budget; one picture per image on the way."""
+    from duet_vlm import attach
+    from duet_vlm.viz import draw, seen
+
     columns, files = [Column("full", None)], []
     for _, inputs in asked:
         columns[0].answers += ask(model, processor, inputs)
-    out.mkdir(parents=True, exist_ok=True)
     for budget in BUDGETS:
         column = Column(f"{budget:.0%}", budget)
         with attach(model, "duet", budget=budget) as handle:
@@ -93,6 +95,9 @@ def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Pa
 def time_all(model: Any, columns: list[Column], inputs: Any) -> dict[str, float]:
     """Median seconds of a prefill, full and reduced in turns, each on its own copy of the model; fills in speed-ups and reports."""
     import torch
+
+    from duet_vlm import attach
+    from duet_vlm.measure.speed import paired, ratio
 
     copies = {column.name: copy.deepcopy(model) for column in columns}
     handles = [attach(copies[column.name], "duet", budget=column.budget) for column in columns if column.budget is not None]
@@ -121,6 +126,7 @@ def demo(
     """Answer 20 questions with the embedded model, in full and at 33 / 22 / 11 % of the visual tokens; compare answers, cost and time."""
     with friendly(debug, json_):
         start = time.perf_counter()
+        folder_for("--out", out)
         from duet_vlm import tiny
 
         with quiet(), one_thread():

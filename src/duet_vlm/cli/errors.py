@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import typer
 
@@ -25,12 +27,15 @@ def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has gone ('| head')
+        _silence_stdout()
         raise typer.Exit(1) from None
-    except EXPECTED as error:
-        if debug:
+    except Exception as error:
+        if debug or isinstance(error, typer.Exit):
             raise
-        message = one_line(error)
+        expected = isinstance(error, EXPECTED)
+        message = one_line(error) if expected else f"unexpected {type(error).__name__}: {one_line(error)} (--debug shows where)"
         if as_json:
             typer.echo(json.dumps({"error": message, "floor": getattr(error, "floor", None)}))
         typer.echo(f"error: {message}", err=True)
@@ -41,5 +46,31 @@ def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; the type where there is no message."""
+    """The message of an error without line breaks; the type where there is no message, the file where it is the system's."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def folder_for(option: str, folder: Path) -> Path:
+    """A folder to write to, made if missing. Asked for before the work, so that hours are not lost at their end.
+
+    Raises
+    ------
+    ValueError
+        If nothing can be written there; names the option, the folder and the reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".duet-vlm-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror})") from error
+    return folder
+
+
+def _silence_stdout() -> None:
+    """Nothing is left to be written at exit, where Python would complain again."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,127 +2,217 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.options import Debug, Device, Model, budget_of, settings_of
+from duet_vlm.cli.errors import folder_for, friendly
+from duet_vlm.cli.lists import check_method, chosen
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, settings_of, several, several_paths
+
+if TYPE_CHECKING:
+    from duet_vlm.evaluate.experiment import Experiment
 
 METHODS = "duet,visionzip,pyramiddrop,fastv,random,uniform"
+BUDGETS = "0.33,0.22,0.11"
+LIMIT = 200  # questions: minutes on a CPU, intervals of a few points
+OUT = Path("out/eval")  # comparison/ holds the results that this repository publishes
+
+Texts = list[str] | None
 
 
 def evaluate(
-    tasks: Annotated[str, typer.Option("--tasks", help="tiny, tiny-crowded, tiny-video, or .jsonl files, with commas between.")] = "tiny",
-    model: Model = "tiny",
-    methods: Annotated[
-        str | None,
-        typer.Option("--methods", help=f"Methods with commas between, settings in brackets: duet[text_query=last]. Default: {METHODS}."),
+    tasks: Annotated[
+        Texts, typer.Option("--tasks", "--task", help=f"tiny, tiny-crowded, tiny-video, or .jsonl files. {SEVERAL} Default: tiny.")
     ] = None,
-    budgets: Annotated[str, typer.Option("--budgets", help="As for --budget elsewhere, with commas between.")] = "0.33,0.22,0.11",
-    presets: Annotated[str | None, typer.Option("--presets", help="Named presets to run as well, with commas between.")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task, tiny or tiny-video."),
+    ] = None,
+    methods: Annotated[
+        Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]. {SEVERAL} Default: {METHODS}.")
+    ] = None,
+    budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {BUDGETS}.")] = None,
+    presets: Annotated[Texts, typer.Option("--presets", "--preset", help=f"Named presets to run as well. {SEVERAL}")] = None,
     oracle: Annotated[bool, typer.Option("--oracle", help="Add the reference that knows which tokens the answer needs.")] = False,
-    seeds: Annotated[str, typer.Option("--seeds", help="Streams of questions, with commas between.")] = "0",
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N questions of each seed.")] = None,
-    against: Annotated[str, typer.Option("--against", help="The method that all others are tested against (its label).")] = "duet",
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions per batch.")] = 40,
+    seeds: Annotated[Texts, typer.Option("--seeds", "--seed", help=f"Streams of questions. {SEVERAL} Default: 0.")] = None,
+    limit: Annotated[
+        str | None, typer.Option("--limit", metavar="N", help=f"The first N questions of each seed, or 'all' that a task has. Default: {LIMIT}.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="The run that all others are tested against, by its label. Default: duet, where it runs.")
+    ] = None,
+    batch: Annotated[int | None, typer.Option("--batch", min=1, help="Questions per batch. Default: 40.")] = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per core without a GPU, else 1.")] = None,
     timing_rounds: Annotated[int, typer.Option("--timing-rounds", min=0, help="Rounds of the prefill timing; 0 leaves it out.")] = 20,
     experiment: Annotated[
-        Path | None, typer.Option("--experiment", help="An experiment file instead of tasks, model, methods, budgets, seeds, limit ...")
+        Path | None, typer.Option("--experiment", help="An experiment file in place of all options above but --workers and --timing-rounds.")
     ] = None,
-    name: Annotated[str, typer.Option("--name", help="What the result is called.")] = "eval",
-    out: Annotated[Path, typer.Option("--out", help="Folder for TASK/experiments and TASK/results.")] = Path("comparison"),
+    name: Annotated[str | None, typer.Option("--name", help="What the result is called. Default: eval, or the experiment file's name.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for TASK/experiments and TASK/results.")] = OUT,
     restart: Annotated[bool, typer.Option("--restart", help="Drop an unfinished or finished result of that name and begin anew.")] = False,
     harness: Annotated[str, typer.Option("--harness", help="'own' or 'lmms-eval' (then --tasks are its tasks).")] = "own",
     device: Device = None,
+    json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure accuracy, tokens, FLOPs, KV bytes and prefill time of methods and budgets, beside the full model, on the same questions.
 
     Start the same command again after a kill and it goes on where it stopped.
     """
-    with friendly(debug):
-        from duet_vlm.evaluate.experiment import Experiment, read
+    with friendly(debug, json_):
+        from duet_vlm.evaluate.experiment import read
 
+        if name is not None and not re.fullmatch(r"[\w.+=@-]+", name):
+            raise ValueError(f"--name {name}: give a plain word, it becomes the name of files")
         if harness not in ("own", "lmms-eval"):
             raise ValueError(f"--harness {harness}: give 'own' or 'lmms-eval'")
+        if harness == "lmms-eval" and (oracle or experiment is not None):
+            raise ValueError("--oracle and --experiment need the own harness: lmms-eval's tasks do not say which tokens an answer needs")
+        asked: dict[str, Any] = {"--tasks": tasks, "--model": model, "--methods": methods, "--budgets": budgets, "--presets": presets}
+        asked |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
         if experiment is not None:
-            jobs, name = [read(experiment)], experiment.stem
+            given = [option for option, value in asked.items() if value]
+            if given:
+                raise ValueError(f"--experiment {experiment} says what is asked: leave out {', '.join(given)}, or change a copy of the file")
+            jobs = [read(experiment)]
         else:
-            if methods is None:
-                methods = "" if presets else METHODS
-            cells = _cells(methods, budgets, presets, oracle)
-            numbers = tuple(_seed(text) for text in _listed(seeds))
-            jobs = [Experiment(task, cells, model, numbers, limit, batch, against) for task in _listed(tasks)]
+            cells, numbers, questions = _cells(methods, budgets, presets, oracle), _seeds(seeds), _limit(limit)
+            names = several(tasks) if harness == "lmms-eval" else [str(path) for path in several_paths(list(map(Path, tasks or [])))]
+            jobs = [_job(task, model, cells, numbers, questions, against, batch) for task in names or ["tiny"]]
         if harness == "lmms-eval":
             from duet_vlm.cli.harness import through_lmms_eval
 
-            if oracle or experiment is not None:
-                raise ValueError("--oracle and --experiment need the own harness: lmms-eval's tasks do not say which tokens an answer needs")
-            through_lmms_eval(model, _listed(tasks), jobs[0].runs(), limit, batch, device, out / "lmms-eval", restart)
-            return
-        for job in jobs:
-            _measure(job, name, out, restart, workers, timing_rounds, device)
+            folder = folder_for("--out", out / "lmms-eval")
+            told = through_lmms_eval(jobs[0], [job.task for job in jobs], device, folder, restart, json_)
+        else:
+            from duet_vlm.loading import device_for
+
+            _check_tasks(jobs)
+            where = device_for(device)
+            folder_for("--out", out)
+            title = name or ("eval" if experiment is None else experiment.stem)
+            told = [_measure(job, title, out, restart, workers, timing_rounds, where, json_) for job in jobs]
+        if json_:
+            print(json.dumps({"results": told}))
 
 
-def _measure(job: Any, name: str, out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None) -> None:
-    import json
+def _job(
+    task: str, model: str | None, cells: tuple[dict[str, Any], ...], seeds: tuple[int, ...], limit: int | None, against: str | None, batch: int | None
+) -> Experiment:
+    from duet_vlm.evaluate.experiment import AGAINST, Experiment
+    from duet_vlm.evaluate.tasks import usual_model
 
-    import torch
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    job = Experiment(task, cells, model or usual_model(task), seeds, limit, batch or 40, against or AGAINST)
+    if against is not None:
+        job.check_against()
+    return job
 
+
+def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tuple[dict[str, Any], ...]:
+    from duet_vlm.evaluate.experiment import ORACLE, REFERENCES, cells_of
+
+    text = METHODS if methods is None and presets is None else ",".join(several(methods))
+    wanted, published, named = budgets_of(budgets or [BUDGETS]), several(presets), cells_of(text) if text else []
+    for method, _ in named:
+        check_method(method, *REFERENCES)
+    if published:
+        chosen("presets", "name", published)
+    cells: list[dict[str, Any]] = [{"method": method, "budgets": wanted, "settings": settings_of(pairs)} for method, pairs in named]
+    cells += [{"preset": preset} for preset in published]
+    return (*cells, {"method": ORACLE, "budgets": wanted}) if oracle else tuple(cells)
+
+
+def _seeds(values: Texts) -> tuple[int, ...]:
+    for text in (found := several(values) or ["0"]):
+        if not text.isdecimal():
+            raise ValueError(f"--seeds {text}: give integers, 0 or more")
+    return tuple(map(int, found))
+
+
+def _limit(text: str | None) -> int | None:
+    """Questions per seed; None for all that there are."""
+    if text is None or text == "all":
+        return LIMIT if text is None else None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--limit {text}: give a whole number, at least 1, or 'all'")
+    return int(text)
+
+
+def _check_tasks(jobs: list[Experiment]) -> None:
+    """All tasks are looked at before the first one takes its time."""
+    from duet_vlm.evaluate.tasks import task
+
+    names = []
+    for job in jobs:
+        found = task(job.task)
+        found.count(job.limit)
+        names.append(found.name)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--tasks: two are called {', '.join(twice)} and would have one result; run them one by one, with different --out")
+
+
+def _measure(
+    job: Experiment, name: str, out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str, quiet: bool
+) -> dict[str, Any]:
+    """One experiment, from its journal to its result file; the result without its predictions."""
+    from duet_vlm.evaluate.journal import alone
     from duet_vlm.evaluate.results import load, save
-    from duet_vlm.evaluate.run import run_experiment
     from duet_vlm.evaluate.screen import show
     from duet_vlm.evaluate.tasks import task
 
     folder = out / task(job.task).name
     result, journal = folder / "results" / f"{name}.json", folder / "results" / f"{name}.partial.jsonl"
-    if restart:
-        result.unlink(missing_ok=True)
-        journal.unlink(missing_ok=True)
-    if result.exists():
-        if load(result)["experiment"] != job.to_json():
-            raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
-        typer.echo(f"{result} is finished already (--restart measures again)")
-        return
-    file = folder / "experiments" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(job.to_json(), indent=1) + "\n")
-    accelerated = torch.cuda.is_available() and not (device or "").startswith("cpu")
-    processes = workers or (1 if accelerated else os.cpu_count() or 1)
+    with alone(journal):
+        if restart:
+            result.unlink(missing_ok=True)
+            journal.unlink(missing_ok=True)
+        if result.exists():
+            found = load(result)
+            if found["experiment"] != job.to_json():
+                raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
+            if not quiet:
+                typer.echo(f"{result} is finished already (--restart measures again)")
+            return _told(result, found)
+        file = folder / "experiments" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(job.to_json(), indent=1) + "\n")
+        found = _asked(job, name, journal, workers, timing_rounds, device)
+        save(result, found)
+        journal.unlink()
+    if not quiet:
+        show(found)
+        typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
+    return _told(result, found)
+
+
+def _asked(job: Experiment, name: str, journal: Path, workers: int | None, timing_rounds: int, device: str) -> dict[str, Any]:
+    """The measurement, with a bar on stderr."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from duet_vlm.evaluate.run import run_experiment
+
+    processes = workers or (os.cpu_count() or 1 if device.startswith("cpu") else 1)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
+    progress = Progress(*columns, console=Console(stderr=True))
+    bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
 
-        def advance(done: int, total: int) -> None:
-            progress.update(bar, completed=done, total=total)
+    def advance(done: int, total: int) -> None:
+        progress.start()  # nothing is shown before everything has been found right
+        progress.update(bar, completed=done, total=total)
 
-        found = run_experiment(job, name, journal, device=device, workers=processes, timing_rounds=timing_rounds, advance=advance)
-    save(result, found)
-    journal.unlink()
-    show(found)
-    typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
-
-
-def _cells(methods: str, budgets: str, presets: str | None, oracle: bool) -> tuple[dict[str, Any], ...]:
-    from duet_vlm.evaluate.experiment import cells_of
-
-    wanted = [budget_of(text) for text in _listed(budgets)]
-    named = cells_of(methods) if methods.strip() else []
-    cells: list[dict[str, Any]] = [{"method": method, "budgets": wanted, "settings": settings_of(pairs)} for method, pairs in named]
-    cells += [{"preset": preset} for preset in _listed(presets or "")]
-    return (*cells, {"method": "oracle", "budgets": wanted}) if oracle else tuple(cells)
+    try:
+        return run_experiment(job, name, journal, device=device, workers=processes, timing_rounds=timing_rounds, advance=advance)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise ValueError(f"--seeds {text}: give integers, 0 or more, with commas between")
-    return int(text)
+def _told(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    return {"file": str(file)} | {key: value for key, value in found.items() if key != "predictions"}

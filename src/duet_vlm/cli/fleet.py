@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,18 +49,18 @@ class Fleet:
         )
         return cls(sheet, dtype, batch, text, new, requests, assumed)
 
-    def show(self, name: str, skeletal: Any, reduction: Reduction, tokens: int | None, parts: int, as_json: bool) -> None:
-        """Predict the untouched model and the budgets, and print them."""
+    def show(self, name: str, skeletal: Any, reductions: Sequence[Reduction], tokens: int | None, parts: int, as_json: bool) -> None:
+        """Predict the untouched model and the budgets (of one method), and print them."""
         weights = sum(p.numel() for p in skeletal.parameters())
-        first = dataclasses.replace(reduction, budget=reduction.budget if reduction.budget is not None else 1.0)
-        own = reduction.budget is None and (bool(reduction.fields) or not isinstance(reduction.method, str | None))
-        with (reduction if own else first).attach(skeletal) as handle:
+        first, asked = reductions[0], [reduction.budget for reduction in reductions if reduction.budget is not None]
+        own = not asked and (bool(first.fields) or not isinstance(first.method, str | None))
+        with (first if own else dataclasses.replace(first, budget=asked[0] if asked else 1.0)).attach(skeletal) as handle:
             adapter = handle.adapter
             model = Model(adapter.decoder_shape(), adapter.vision_shape(), weights)
             count = tokens or (adapter.fixed_tokens or 0) * parts or TOKENS
             passes = equal_parts(adapter, count, parts)
             rows: list[dict[str, Any]] = []
-            for budget in [handle.budget] if own else [reduction.budget] if reduction.budget is not None else BUDGETS:
+            for budget in [handle.budget] if own else asked or BUDGETS:
                 try:
                     work = workload(handle.set(budget=budget), passes, self.text, self.new)
                 except BudgetError as error:

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.evaluate.experiment import Run
 from duet_vlm.evaluate.results import save
 
+if TYPE_CHECKING:
+    from duet_vlm.evaluate.experiment import Experiment
 
-def through_lmms_eval(
-    model: str, tasks: Sequence[str], runs: Sequence[Run], limit: int | None, batch: int, device: str | None, out: Path, restart: bool
-) -> None:
-    """A folder per run under ``out``, and a table at the end. Finished runs are not repeated; a failed one is a row, not an abort."""
+
+def through_lmms_eval(job: Experiment, tasks: Sequence[str], device: str | None, out: Path, restart: bool, as_json: bool) -> list[dict[str, Any]]:
+    """A folder per run under ``out``, and a table at the end, unless it is told ``as_json``: then lmms-eval speaks on stderr. Finished runs are
+    not repeated; a failed one is a row, not an abort."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        found = _each(job, tasks, device, out, restart)
+    if not as_json:
+        Console().print(_table(found))
+    return [{"run": name} | result for name, result in found.items()]
+
+
+def _each(job: Experiment, tasks: Sequence[str], device: str | None, out: Path, restart: bool) -> dict[str, dict[str, Any]]:
     from duet_vlm.evaluate import lmms
 
     console, found = Console(), {}
-    for run in runs:
-        asked = {"model": model, "tasks": list(tasks), "run": run.id, "limit": limit}
+    for run in job.runs():
+        asked = {"model": job.model, "tasks": list(tasks), "run": run.id, "limit": job.limit}
         mark = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
         folder = out / f"{run.method}-{mark}"
         file = folder / "result.json"
@@ -33,12 +44,12 @@ def through_lmms_eval(
         console.rule(run.id)
         method = {"preset": run.preset} if run.preset else {"method": run.method, "budget": run.budget, "settings": run.settings}
         try:
-            found[run.id] = lmms.run(model, tasks, **method, limit=limit, batch=batch, device=device, out=folder)
+            found[run.id] = lmms.run(job.model, tasks, **method, limit=job.limit, batch=job.batch, device=device, out=folder)
         except RuntimeError as error:
             found[run.id] = {"failed": str(error)}
             continue
         save(file, {"asked": asked, "result": found[run.id]})
-    console.print(_table(found))
+    return found
 
 
 def _table(found: dict[str, dict[str, Any]]) -> Table:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import bench, budget, demo, eval, methods, models, report, run, train, viz
+from duet_vlm.cli import bench, budget, demo, eval, methods, models, presets, report, run, train, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -25,6 +25,7 @@ app.command("budget")(budget.budget)
 app.command("bench")(bench.bench)
 app.command("viz")(viz.viz)
 app.command("methods")(methods.methods)
+app.command("presets")(presets.presets)
 app.command("models")(models.models)
 app.command("demo")(demo.demo)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.lists import chosen, rows
 from duet_vlm.cli.options import AsJson, Debug
-from duet_vlm.models.find import support
 
 
 def cell(value: Any) -> str:
@@ -21,21 +22,25 @@ def cell(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def models(json_: AsJson = False, debug: Debug = False) -> None:
+def models(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[FAMILY]...", help="Only these families.")] = None,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """List the supported model families: what they take, and what to know about each."""
     with friendly(debug, json_):
-        rows = support()
+        found, everyone = chosen("models", "family", names), rows("models")
         if json_:
-            print(json.dumps(rows))
+            print(json.dumps(found))
             return
-        same = {key for key in rows[0] if key != "family" and all(row[key] is True for row in rows)}  # said once, below
-        columns = [key for key in rows[0] if key not in {*same, "notes", "example"}]
+        same = [key for key in everyone[0] if all(row[key] is True for row in everyone)]  # said once, below
+        columns = [key for key in everyone[0] if key not in {*same, "notes", "example"}]
         table = Table(*(key.replace("_", " ") for key in columns), box=SIMPLE, pad_edge=False)
-        for row in rows:
+        for row in found:
             table.add_row(*(cell(row[key]) for key in columns))
         console = Console(highlight=False)
         console.print(table)
-        for row in rows:
+        for row in found:
             console.print(f"[bold]{row['family']}[/bold] (such as {row['example']}): {row['notes']}", soft_wrap=True)
-        print(f"\nevery family: {', '.join(key for key in rows[0] if key in same)}")
+        print(f"\nevery family: {', '.join(same)}")
         print("'tiny', the default of --model, is a small llava that ships with the package, 'tiny-video' a small video_llava")

@@ -1,46 +1,57 @@
-"""Options that several verbs share, and how their text becomes values."""
+"""Options that several verbs share, and how their text becomes values. Nothing here loads torch before a verb runs."""
 
 from __future__ import annotations
 
 import ast
 import functools
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
-from torch import nn
 
-from duet_vlm.attach import attach
+from duet_vlm.budget import check_budget
 from duet_vlm.cli.errors import friendly
-from duet_vlm.handle import Handle
+from duet_vlm.cli.lists import check_method, chosen
 from duet_vlm.loading import Loaded
-from duet_vlm.memory import remembered
 from duet_vlm.pictures import open_image
-from duet_vlm.presets import preset as preset_of
-from duet_vlm.reducer import Reducer
 from duet_vlm.video import Clip, decode, length
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from duet_vlm import Handle, Reducer
+
+SEVERAL = "Several: commas between, or the option again."
+
 Model = Annotated[str, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")]
-Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help="Image file; repeat it for several.")]
-Videos = Annotated[list[Path] | None, typer.Option("--video", help="Video file (needs the 'video' extra); repeat it for several.")]
+Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help=f"Image file. {SEVERAL}")]
+Videos = Annotated[list[Path] | None, typer.Option("--video", help=f"Video file (needs the 'video' extra). {SEVERAL}")]
 FrameCount = Annotated[int | None, typer.Option("--frames", min=1, help="Frames taken of each clip, evenly spaced. Default: the model's, else 8.")]
 Rate = Annotated[float | None, typer.Option("--fps", help="Frames taken per second of a clip, in place of --frames.")]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The question; images and clips go in front of it.")]
 Method = Annotated[
-    str | None,
-    typer.Option("--method", help="A method ('duet-vlm methods') or several as one (frames+duet). Default: what the model was trained with, duet."),
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="TEXT",
+        help="A method ('duet-vlm methods') or several as one (frames+duet). Default: what the model was trained with, else duet.",
+    ),
 ]
 Preset = Annotated[
-    str | None,
-    typer.Option("--preset", help="A method with all its settings as published, e.g. duet-192; in place of --method, --budget and --set."),
+    list[str] | None,
+    typer.Option(
+        "--preset",
+        metavar="TEXT",
+        help="A method with all its settings as published ('duet-vlm presets'); in place of --method, --budget and --set.",
+    ),
 ]
 BudgetText = Annotated[
-    str | None,
-    typer.Option("--budget", "-b", help="Mean visual tokens per decoder layer and image (64), or that as a fraction (0.22 or 22%)."),
+    list[str] | None,
+    typer.Option("--budget", "-b", metavar="TEXT", help="Mean visual tokens per decoder layer and image (64), or that as a fraction (0.22 or 22%)."),
 ]
 Positions = Annotated[str | None, typer.Option("--positions", help="'keep' (default) or 'compact'.")]
 Settings = Annotated[
@@ -52,6 +63,56 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON and nothing els
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
+def several(values: Sequence[str] | None) -> list[str]:
+    """The values of an option that takes several: ``-b .33 -b .11`` and ``-b .33,.11`` are the same. Commas inside brackets separate nothing."""
+    return [part for value in values or () for part in _separated(value)]
+
+
+def _separated(text: str) -> list[str]:
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[(") - (letter in "])")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()] or [text]
+
+
+def several_paths(values: Sequence[Path] | None) -> list[Path]:
+    """As ``several``, of files: a comma in the name of a file that is there separates nothing."""
+    return [path for value in values or () for path in ([value] if value.exists() else map(Path, _separated(str(value))))]
+
+
+def one(option: str, values: Sequence[str] | None) -> str | None:
+    """The value of an option that takes several elsewhere and one here.
+
+    Raises
+    ------
+    ValueError
+        If there are more; they would be dropped in silence otherwise.
+    """
+    found = several(values)
+    if len(found) > 1:
+        raise ValueError(f"{option} {','.join(found)}: give one; 'duet-vlm eval' and 'duet-vlm bench' compare several")
+    return found[0] if found else None
+
+
+def counts(option: str, values: Sequence[str] | None, default: int) -> tuple[int, ...]:
+    """Several counts, each at least 1.
+
+    Raises
+    ------
+    ValueError
+        If one is none.
+    """
+    found = several(values) or [str(default)]
+    for text in found:
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(f"{option} {text}: give whole numbers, at least 1")
+    return tuple(map(int, found))
+
+
 @dataclass(frozen=True)
 class Shown:
     """What a prompt shows: pictures, then clips, as the options name them. Files that cannot be right are refused before a model is loaded."""
@@ -60,16 +121,20 @@ class Shown:
     videos: list[Path]
     frames: int | None
     fps: float | None
+    paths: list[Path] = field(default_factory=list)
 
     @classmethod
     def of(cls, images: list[Path] | None, videos: list[Path] | None, frames: int | None, fps: float | None) -> Shown:
-        if not images and not videos:
+        pictures, clips = several_paths(images), several_paths(videos)
+        if not pictures and not clips:
             raise ValueError("nothing to look at: give --image, --video or both")
         if frames is not None and fps is not None:
             raise ValueError(f"--frames {frames} and --fps {fps}: give one of them")
-        for path in videos or []:
+        if not clips and (frames is not None or fps is not None):
+            raise ValueError("--frames and --fps choose frames of a clip: give --video, or leave them out")
+        for path in clips:
             length(path)
-        return cls([open_image(path) for path in images or []], videos or [], frames, fps)
+        return cls([open_image(path) for path in pictures], clips, frames, fps, [*pictures, *clips])
 
     def clips(self, loaded: Loaded) -> list[Clip]:
         """The clips, with as many frames as the user or the model wants."""
@@ -78,22 +143,32 @@ class Shown:
 
 
 def budget_of(text: str | None) -> int | float | None:
-    """``64`` is a token count, ``0.22`` and ``22%`` are fractions.
+    """``64`` is a token count, ``0.22`` and ``22%`` are fractions; ``1`` is said to be one token.
 
     Raises
     ------
     ValueError
-        If the text is neither.
+        If the text is neither, or out of range.
     """
     if text is None:
         return None
     cleaned = text.strip()
     try:
         if cleaned.endswith("%"):
-            return float(cleaned[:-1]) / 100
-        return int(cleaned) if cleaned.lstrip("+-").isdigit() else float(cleaned)
+            value: int | float = float(cleaned[:-1]) / 100
+        else:
+            value = int(cleaned) if cleaned.lstrip("+-").isdigit() else float(cleaned)
     except ValueError:
         raise ValueError(f"--budget {text}: give a token count (64), a fraction (0.22) or a percentage (22%)") from None
+    check_budget(value)
+    if value == 1 and isinstance(value, int):
+        typer.echo("warning: --budget 1 is one token per image; all tokens are 1.0 or 100%. Did you mean 1.0?", err=True)
+    return value
+
+
+def budgets_of(values: Sequence[str] | None) -> list[int | float]:
+    """Several of them."""
+    return [budget for budget in map(budget_of, several(values)) if budget is not None]
 
 
 def settings_of(pairs: list[str] | None) -> dict[str, Any]:
@@ -114,41 +189,50 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
 class Reduction:
     """What the options of one command line ask for, ready to be attached; ``method`` None is what the model remembers, else duet."""
 
-    label: str | None
+    preset: str | None
     method: str | Reducer | None
     budget: int | float | None
     fields: dict[str, Any]
 
     def label_on(self, handle: Handle) -> str:
         """What it is called."""
-        return self.label or handle.reducer.name
+        return self.preset or handle.reducer.name
 
     def attach(self, model: nn.Module, processor: Any = None) -> Handle:
         """Attach it; ``processor`` is used where the settings need one."""
+        from duet_vlm import attach, remembered
+
         known = remembered(model) if self.method is None else None
         fields = (known or {}).get("settings", {}) | self.fields
         marked = processor if fields.get("text_query") == "salient" else None
         return attach(model, self.method, budget=self.budget, processor=marked, **self.fields)
 
 
-def reduction_of(
-    method: str | None, preset: str | None, budget: str | None, positions: str | None, settings: list[str] | None
-) -> Reduction:
-    """The texts of the shared options as values.
+def reductions_of(
+    method: list[str] | None, preset: list[str] | None, budget: list[str] | None, positions: str | None, settings: list[str] | None
+) -> list[Reduction]:
+    """The texts of the shared options as values: a reduction for each budget.
 
     Raises
     ------
     ValueError
-        A preset beside other choices, an unknown preset, a budget or a setting that does not read as one.
+        A preset beside other choices, an unknown method or preset, a budget or a setting that does not read as one.
     """
-    if preset is None:
+    name, published = one("--method", method), one("--preset", preset)
+    if published is None:
+        if name is not None:
+            check_method(name)
         fields = settings_of(settings) | ({} if positions is None else {"positions": positions})
-        return Reduction(method, method, budget_of(budget), fields)
+        budgets: list[int | float | None] = [*budgets_of(budget)]
+        return [Reduction(None, name, value, fields) for value in budgets or [None]]
     others = {"--method": method, "--budget": budget, "--positions": positions, "--set": settings}
     given = [option for option, value in others.items() if value]
     if given:
-        raise ValueError(f"--preset {preset} brings its method and all settings: leave out {', '.join(given)}")
-    return Reduction(preset, preset_of(preset), None, {})
+        raise ValueError(f"--preset {published} brings its method and all settings: leave out {', '.join(given)}")
+    chosen("presets", "name", [published])  # refused before anything large is loaded
+    from duet_vlm import preset as preset_of
+
+    return [Reduction(published, preset_of(published), None, {})]
 
 
 def _shared(
@@ -164,14 +248,21 @@ def _shared(
 
 
 def reducing(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the shared options; it receives them as ``reduction`` and ``json_``, and its errors as one line."""
-    own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name not in ("reduction", "json_")]
+    """Give a verb the shared options; it receives them as ``reduction`` (or ``reductions``, where it takes several budgets) and ``json_``, and
+    its errors as one line."""
+    parameters = inspect.signature(verb, eval_str=True).parameters
+    own = [p for p in parameters.values() if p.name not in ("reduction", "reductions", "json_")]
     shared = list(inspect.signature(_shared, eval_str=True).parameters.values())
 
     @functools.wraps(verb)
     def command(method: Any, preset: Any, budget: Any, positions: Any, settings: Any, json_: bool, debug: bool, **values: Any) -> None:
         with friendly(debug, json_):
-            verb(**values, reduction=reduction_of(method, preset, budget, positions, settings), json_=json_)
+            if "reductions" in parameters:
+                verb(**values, reductions=reductions_of(method, preset, budget, positions, settings), json_=json_)
+                return
+            one("--budget", budget)
+            (reduction,) = reductions_of(method, preset, budget, positions, settings)
+            verb(**values, reduction=reduction, json_=json_)
 
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}  # typer reads both

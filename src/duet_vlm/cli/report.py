@@ -9,11 +9,11 @@ from typing import Annotated
 import typer
 
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.options import AsJson, Debug
+from duet_vlm.cli.options import AsJson, Debug, several_paths
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE.json ...", help="Result files that 'duet-vlm eval' wrote.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Result files that 'duet-vlm eval' wrote.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the page, the tables and the plots.")] = Path("out/report"),
     json_: AsJson = False,
     debug: Debug = False,
@@ -22,7 +22,7 @@ def report(
     with friendly(debug, json_):
         from duet_vlm.evaluate.report import write
 
-        written = write(files, out)
+        written = write(several_paths(files), out)
         if json_:
             print(json.dumps({"files": [str(file) for file in written]}))
             return

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -12,18 +14,43 @@ from duet_vlm.cli.options import Device, FrameCount, Images, Model, Prompt, Rate
 from duet_vlm.loading import Loaded, load
 
 
-def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> str:
+@dataclass(frozen=True)
+class Answer:
+    """What was said, in how many ``tokens``; seconds to the first of them and to the last."""
+
+    text: str
+    tokens: int
+    first_token: float
+    seconds: float
+
+    def timing(self) -> str:
+        return f"{self.first_token:.3g} s to the first token, {self.seconds:.3g} s to the last of {self.tokens}"
+
+
+def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> Answer:
     """Greedy answer of the model as it stands; with ``show`` it is written to stdout as it comes."""
     from transformers import TextStreamer
 
     class Screen(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            sys.stdout.write(text + ("\n" if stream_end else ""))
-            sys.stdout.flush()
+        first: float | None = None
 
-    streamer = Screen(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+        def put(self, value: Any) -> None:
+            if not self.next_tokens_are_prompt and self.first is None:  # the prompt comes first; tokens arrive on the host
+                self.first = time.perf_counter()
+            super().put(value)
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if show:
+                sys.stdout.write(text + ("\n" if stream_end else ""))
+                sys.stdout.flush()
+
+    streamer = Screen(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    start = time.perf_counter()
     out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    return str(loaded.processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    new = out[0, inputs["input_ids"].shape[1] :].tolist()
+    end = time.perf_counter()
+    text = str(loaded.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
+    return Answer(text, len(new), (streamer.first or end) - start, end - start)
 
 
 @reducing
@@ -36,7 +63,7 @@ def run(
     frames: FrameCount = None,
     fps: Rate = None,
     model: Model = "tiny",
-    compare: Annotated[bool, typer.Option("--compare", help="Also answer with the full model.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also answer with the full model, and say how long each took.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     device: Device = None,
 ) -> None:
@@ -48,6 +75,8 @@ def run(
         inputs = loaded.inputs(shown.images, prompt, clips)
         label = reduction.label_on(handle)
         width = max(len(label), 4)
+        if compare:
+            answer(loaded, inputs, 1, False)  # the first call of a process pays for what all later ones find made
         if compare and not json_:
             sys.stdout.write(f"{label:<{width}} | ")
         short = answer(loaded, inputs, max_new_tokens, not json_)
@@ -60,10 +89,17 @@ def run(
             with handle.paused():
                 full = answer(loaded, inputs, max_new_tokens, not json_)
     if json_:
-        values: dict[str, Any] = {"model": model, "prompt": prompt, "answer": short, "full_answer": full}
+        values: dict[str, Any] = {"model": model, "prompt": prompt, "answer": short.text, "full_answer": full and full.text}
+        values["timing"] = {"reduced": _plain(short), "full": full and _plain(full)}
         values["clips"] = [{"file": str(path), "frames": clip.indices, "of": clip.total} for path, clip in zip(shown.videos, clips, strict=True)]
         print(json.dumps(values | {"report": json.loads(report.to_json())}))
         return
-    if compare:
-        print("same answer" if full == short else "the answers differ")
+    if full is not None:
+        print("same answer" if full.text == short.text else "the answers differ")
+        print(f"\n{label:<{width}} : {short.timing()}\n{'full':<{width}} : {full.timing()}")
+        print("measured once, on this machine; 'duet-vlm bench' measures in pairs and takes medians")
     print(f"\n{report}")
+
+
+def _plain(found: Answer) -> dict[str, Any]:
+    return {key: value for key, value in asdict(found).items() if key != "text"}

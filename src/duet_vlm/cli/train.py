@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import json
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.options import Debug, budget_of, settings_of
+from duet_vlm.cli.errors import folder_for, friendly
+from duet_vlm.cli.lists import check_method
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, budget_of, budgets_of, one, settings_of, several_paths
 from duet_vlm.train.settings import TUNED, Settings, recipes, settings_from
 
 NEEDED = ("accelerate", "yaml")  # of the extra 'train', in every run
@@ -25,14 +29,17 @@ def train(
     config: Annotated[Path | None, typer.Option("--config", help="A YAML file of settings, over the recipe's.")] = None,
     model: Annotated[Text, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")] = None,
     data: Annotated[
-        list[str] | None, typer.Option("--data", help="LLaVA or chat JSON, JSON lines, 'tiny' or 'tiny-crowded'; repeat it for several.")
+        list[str] | None, typer.Option("--data", help=f"LLaVA or chat JSON, JSON lines, 'tiny' or 'tiny-crowded'. {SEVERAL}")
     ] = None,
     images: Annotated[Text, typer.Option("--images", help="Folder that image paths are relative to; default: that of the data.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N conversations of each source.")] = None,
     tune: Annotated[Text, typer.Option("--tune", help=f"What learns: {', '.join(TUNED)} (lora: and the projector).")] = None,
-    method: Annotated[Text, typer.Option("--method", help="Name of a method, see 'duet-vlm methods'; 'none' trains the full model.")] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", metavar="TEXT", help="Name of a method, see 'duet-vlm methods'; 'none' trains the full model."),
+    ] = None,
     budget: Annotated[
-        Text, typer.Option("--budget", "-b", help="As elsewhere (64, 0.22, 22%); several with commas between: every step draws one.")
+        list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"As elsewhere (64, 0.22, 22%). {SEVERAL} Every step then draws one.")
     ] = None,
     schedule: Annotated[Text, typer.Option("--schedule", help="Drops inside the decoder, e.g. '((16, .5), (24, 0.0))'.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")] = None,
@@ -47,6 +54,7 @@ def train(
     ] = None,
     print_config: Annotated[bool, typer.Option("--print-config", help="Print all settings as YAML (for --config) and stop.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Delete the checkpoints of an earlier run in --out and begin anew.")] = False,
+    json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Train a model under the reduction it will run with. The checkpoint remembers it.
@@ -54,44 +62,49 @@ def train(
     Start the same command again after a kill and it goes on from the last checkpoint. On several GPUs:
     'accelerate launch -m duet_vlm.cli.main train ...'.
     """
-    with friendly(debug):
+    with friendly(debug, json_):
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f'training needs {", ".join(missing)}: pip install ".[train]" in your clone of duet-vlm')
+        name = one("--method", method)
+        if name is not None:
+            check_method(name)
+        budgets = budgets_of(budget)
         given: dict[str, Any] = {
-            "model": model, "data": data, "images": images, "limit": limit, "tune": tune, "method": method, "out": out,
-            "budget": _budgets(budget), "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until,
-            "settings": settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None), "trainer": _arguments(trainer),
+            "model": model, "data": [str(path) for path in several_paths(list(map(Path, data or [])))] or None, "images": images, "limit": limit,
+            "tune": tune, "method": name, "out": out, "budget": (budgets[0] if len(budgets) == 1 else budgets) if budgets else None,
+            "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "trainer": _arguments(trainer),
+            "settings": settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
         }  # fmt: skip
         settings = settings_from(recipe, config, {name: value for name, value in given.items() if value is not None})
         if print_config:
             from duet_vlm.train.yaml_text import written
 
-            typer.echo(written(settings.to_dict()), nl=False)
+            typer.echo(json.dumps(settings.to_dict()) if json_ else written(settings.to_dict()), nl=json_)
             return
-        _train(settings, restart)
+        _train(settings, restart, json_)
 
 
-def _train(settings: Settings, restart: bool) -> None:
+def _train(settings: Settings, restart: bool, as_json: bool) -> None:
+    first = os.environ.get("RANK", "0") == "0"
+    out = Path(settings.out)
+    if first:
+        folder_for("--out", out)
     from duet_vlm.train import resume
     from duet_vlm.train.run import train as run
 
-    first = os.environ.get("RANK", "0") == "0"
-    done = resume.finished(Path(settings.out)) and not restart
-    with warnings.catch_warnings():
+    done = resume.finished(out) and not restart
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         warnings.simplefilter("ignore", FutureWarning if first else Warning)  # only the first process speaks
-        out = run(settings, restart)
-    if first and done:
+        run(settings, restart)
+    if not first:
+        return
+    if as_json:
+        typer.echo(json.dumps({"out": settings.out, "was_finished": done} | resume.state(out)))
+    elif done:
         typer.echo(f"{out} is finished already (--restart trains anew)")
-    elif first:
+    else:
         typer.echo(f"trained: {out}\nnext: duet-vlm run --model {out} --image FILE --prompt TEXT")
-
-
-def _budgets(text: str | None) -> Any:
-    if text is None:
-        return None
-    found = [budget_of(part) for part in text.split(",")]
-    return found[0] if len(found) == 1 else found
 
 
 def _arguments(pairs: list[str] | None) -> dict[str, Any]:

@@ -9,8 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from duet_vlm.spelling import did_you_mean
+
 BASELINE = "none"
 ORACLE = "oracle"
+REFERENCES = (ORACLE, "whole_frames")  # names that stand for no method
+AGAINST = "duet"
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Experiment:
     batch : int
         Questions per batch. Which questions share a batch depends on nothing else.
     against : str
-        Label of the cell that all others are tested against, budget by budget.
+        Label of the cell that all others are tested against, budget by budget. Where nothing is called as the default, nothing is tested.
     """
 
     task: str
@@ -62,7 +66,7 @@ class Experiment:
     seeds: tuple[int, ...] = (0,)
     limit: int | None = None
     batch: int = 40
-    against: str = "duet"
+    against: str = AGAINST
 
     def __post_init__(self) -> None:
         if not self.cells:
@@ -81,6 +85,14 @@ class Experiment:
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
             raise ValueError(f"the experiment asks twice for {', '.join(twice)}")
+        if self.against != AGAINST:
+            self.check_against()
+
+    def check_against(self) -> None:
+        """Refuse a reference that is not run."""
+        labels = dict.fromkeys(run.label for run in self.runs())
+        if self.against not in labels:
+            raise ValueError(f"against {self.against!r}: no run is called so{did_you_mean(self.against, labels)}; there are {', '.join(labels)}")
 
     def runs(self) -> list[Run]:
         """The baseline, then every cell at each of its budgets, budget by budget."""
@@ -121,7 +133,8 @@ def from_json(data: Any, where: str) -> Experiment:
     if not isinstance(data, dict) or not {"task", "cells"} <= set(data):
         raise ValueError(f"{where}: an experiment is a JSON object with 'task' and 'cells'")
     if set(data) - known:
-        raise ValueError(f"{where}: unknown entries {', '.join(sorted(set(data) - known))}; known: {', '.join(sorted(known))}")
+        words = ", ".join(f"{key}{did_you_mean(key, known)}" for key in sorted(set(data) - known))
+        raise ValueError(f"{where}: unknown entries {words}; known: {', '.join(sorted(known))}")
     if not isinstance(data["cells"], list) or not all(isinstance(cell, dict) for cell in data["cells"]):
         raise ValueError(f"{where}: 'cells' is a list of objects like {{'method': 'duet', 'budgets': [0.22]}}, got {data['cells']!r}")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -5,11 +5,63 @@ A batch may have several lines: runs that were added to the experiment later are
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing is locked
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def alone(journal: Path) -> Iterator[None]:
+    """Nobody else writes to ``journal`` meanwhile: a second process is refused at once.
+
+    What is held is a lock of the operating system on a file beside the journal. It ends with the process however that ends, so a file that a
+    kill leaves behind stops nobody.
+
+    Raises
+    ------
+    ValueError
+        If another process holds it; names the process.
+    """
+    path = journal.with_name(f"{journal.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path) as file:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path) -> IO[str]:
+    """The file, open and locked; one that its owner deletes while we wait for it is asked for again."""
+    while True:
+        file = path.open("a+")
+        if fcntl is None:
+            return file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise ValueError(
+                f"{path}: process {owner} is measuring this already; wait for it or end it, or choose another --name or --out"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
 
 
 class Journal:

@@ -18,8 +18,8 @@ from duet_vlm import EncoderReducer, Selection, SpanPlan, VisionView
 class Oracle(EncoderReducer):
     """A constant count from the decoder's entry on, needed tokens first, then those that the vision encoder attends to most.
 
-    ``needed`` holds one bool array per image or clip of the batch, in order; as arrays do not hash, two of these are never equal. No method:
-    a reference for tables.
+    ``needed`` holds one bool array per image or clip of the batch, in order, so that a clip is never taken apart; as arrays do not hash, two of
+    these are never equal. No method: a reference for tables.
     """
 
     name: ClassVar[str] = "oracle"
@@ -28,7 +28,13 @@ class Oracle(EncoderReducer):
     signals = frozenset({"importance"})
     reads_features = False
 
+    parts: str = "joint"
     needed: Sequence[np.ndarray] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.parts != "joint":
+            raise ValueError(f"the oracle knows what a whole picture or clip needs: use parts='joint', not {self.parts!r}")
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
         counts = duet_vlm.get("uniform")().plan(tokens, depth, budget).counts  # the floors' rule: one count for all layers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -82,7 +84,8 @@ def run_experiment(
     name : str
         What the result is called.
     journal : Path
-        Record of finished batches; a second call goes on from it, also with other runs on the same questions.
+        Record of finished batches; a second call goes on from it, also with other runs on the same questions. One process writes to it at
+        a time: hold ``journal.alone`` where another may start.
     device : str, optional
         cuda where there is one, unless given.
     workers : int
@@ -103,6 +106,8 @@ def run_experiment(
     asked, runs = task(experiment.task), experiment.runs()
     todo = batches(experiment, asked)
     loaded = load(experiment.model, device)
+    if todo[0].questions(asked)[0].videos and not loaded.takes_clips:
+        raise ValueError(f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
     facts = model_facts(loaded)
     infeasible = preflight(loaded, runs, todo[0].questions(asked)[:1])
     possible = [run for run in runs if run.id not in infeasible]
@@ -198,16 +203,35 @@ def _answered(
         for job in jobs:
             yield job.batch, _page(loaded, job, asked)
         return
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
     with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (experiment.task, experiment.model, device)) as pool:
-        futures = {pool.submit(_work, job): job.batch for job in jobs}
+        with _without_interrupts():
+            futures = {pool.submit(_work, job): job.batch for job in jobs}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise RuntimeError("a worker process died (out of memory?); run the same command again to go on, perhaps with fewer --workers") from error
-        finally:
+        except BaseException as error:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():
+                if worker not in others:  # a batch takes long, and nobody waits for it any more
+                    worker.terminate()
+            if not isinstance(error, BrokenProcessPool):
+                raise
+            raise RuntimeError("a worker process died (out of memory?); run the same command again to go on, perhaps with fewer --workers") from error
+
+
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started inside do not hear Ctrl-C, which a terminal sends to all of them: this one does, and ends them. Blocked and
+    not ignored: what comes in the meantime is heard at the end."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(name: str, model: str, device: str | None) -> None:

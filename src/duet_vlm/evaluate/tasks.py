@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from duet_vlm.pictures import local, open_image
+from duet_vlm.spelling import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ class Task:
             If the task has no end and no limit is given.
         """
         if self.size is None and limit is None:
-            raise ValueError(f"task {self.name!r} draws questions without end: give --limit")
+            raise ValueError(f"task {self.name!r} draws questions without end: give --limit a number")
         return min(x for x in (self.size, limit) if x is not None)
+
+
+def usual_model(name: str) -> str:
+    """The embedded model that reads what a task shows."""
+    return "tiny-video" if name == "tiny-video" else "tiny"
 
 
 def task(name: str) -> Task:
@@ -67,11 +73,21 @@ def task(name: str) -> Task:
     if name in DRAWN:
         return Task(name, DRAWN[name], None, 4)
     path = Path(name).expanduser()
-    if path.suffix != ".jsonl" or not path.is_file():
-        raise ValueError(f"unknown task {name!r}: give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind")
-    rows = [_row(path, number, line) for number, line in enumerate(path.read_text().splitlines(), 1) if line.strip()]
+    if path.suffix != ".jsonl":
+        near = did_you_mean(name, DRAWN)
+        raise ValueError(f"unknown task {name!r}{near}: give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind")
+    if not path.is_file():
+        raise ValueError(f"--tasks {name}: {'is a folder' if path.is_dir() else 'no such file'}")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
+    rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path}: no questions in it")
+    for file in (path.parent / name for row in rows for name in row["images"]):
+        if not file.is_file():  # said now, not after hours; broken ones are found when they are opened
+            raise ValueError(f"{path}: its image {file}: no such file")
     return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32)
 
 
@@ -115,18 +131,33 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise ValueError("not an object")
-        images = row["image"] if isinstance(row["image"], list) else [row["image"]]
-        answers = row["answers"] if "answers" in row else [row["answer"]]
-        checked = {"images": images, "question": row["question"], "answers": answers, "kind": row.get("kind", "all")}
-    except KeyError as error:
-        raise ValueError(f"{path}, line {number}: needs image, question and answer; {error} is missing") from error
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
+    try:
+        images, answers = _several(row["image"]), _several(row["answers"] if "answers" in row else row["answer"])
+        found = {"images": images, "question": row["question"], "answers": list(map(_word, answers)), "kind": _word(row.get("kind", "all"))}
+    except KeyError as error:
+        raise ValueError(f"{path}, line {number}: needs image, question and answer; {error} is missing") from error
+    texts = [found["question"], found["kind"], *found["images"], *found["answers"]]
+    if not images or not answers or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{path}, line {number}: image, question, answer and kind are texts; image and answers may be lists of them, not empty ones")
     for name in images:
         local(name, f"{path}, line {number}: ")
-    return checked
+    return found
+
+
+def _several(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _word(value: Any) -> Any:
+    """Answers and kinds are compared as text, and 3 is a natural way to write one."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _question(path: Path, row: dict[str, Any], index: int) -> Question:
-    images = tuple(open_image(path.parent / name) for name in row["images"])
+    try:
+        images = tuple(open_image(path.parent / name) for name in row["images"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {str(error).removeprefix('--image ')}") from error
     return Question(str(index), images, row["question"], tuple(row["answers"]), row["kind"])

@@ -8,13 +8,21 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.flow.call import ENCODED, Arrived, Call, Encoded
+from duet_vlm.flow.call import ENCODED, Arrived, Call, Encoded, Note
 from duet_vlm.flow.encoder import hand_out, is_marked
 from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import Adapter
 
 OUTPUTS = "mm_encoder_outputs"  # of a forward call, and of generate()
 SHOWN = ("image_hidden_states", "video_hidden_states")  # features among a model's outputs
+
+
+def restore(note: Note | None, kwargs: dict[str, Any]) -> None:
+    """Give encoder outputs their decisions back, where they were rebuilt on their way from the call to the forward."""
+    for name, given in ((note and note.outputs) or {}).items():
+        output = (kwargs.get(OUTPUTS) or {}).get(name)
+        if output is not None and hasattr(given, ENCODED) and not hasattr(output, ENCODED):
+            setattr(output, ENCODED, getattr(given, ENCODED))
 
 
 def take_up(rules: Rules | None, kwargs: dict[str, Any], whole: bool = False) -> None:

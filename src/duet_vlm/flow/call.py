@@ -26,7 +26,7 @@ class Encoded:
 
     ``aside``: the encoder was called by the user, who got all rows; these are the reduced ones, for when its output comes back with a
     prompt, and ``levels`` those of the rows that are added behind the first decoder layers. ``ends`` [spans, C] are the last rows of the
-    spans (before the projector if ``at_door``), for prompts that are predicted from such a row.
+    spans (before the projector if ``unprojected``), for prompts that are predicted from such a row.
     """
 
     stream: str
@@ -40,7 +40,7 @@ class Encoded:
     aside: list[Tensor] | None = None
     levels: list[tuple[Tensor, ...]] | None = None
     ends: Tensor | None = None
-    at_door: bool = False
+    unprojected: bool = False
     finite: Tensor | None = None
     wrong: Tensor | None = None  # the code of what the method returned (flow/verify.py)
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
@@ -70,7 +70,7 @@ class Choice:
 
 @dataclass
 class EncoderCall:
-    """Scratch of one running encoder call: what the recorder saw and what the door decided.
+    """Scratch of one running encoder call: what the recorder saw and what was decided in front of the projector.
 
     ``aside``: the user called the encoder, and gets what the stock model gives; ``each``: parts are reduced one by one; ``skips``: tower
     layers that nobody reads are not run; ``signals``: importance and mean keys per span, made of what was recorded, until the choice is made
@@ -96,6 +96,17 @@ class Arrived:
 
     features: Sequence[Tensor]
     encoded: Encoded | None
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a module was called with, before anybody who wraps its forward changed it: a device map rebuilds encoder outputs, a trainer's
+    fused head takes the labels away."""
+
+    labels: Tensor | None = None
+    salient: Tensor | None = None
+    kept: Any = None  # logits_to_keep
+    outputs: dict[str, Any] | None = None
 
 
 @dataclass
@@ -128,5 +139,6 @@ class Stacks(threading.local):
         self.calls: list[Call] = []
         self.encoders: list[EncoderCall] = []
         self.preparing = 0  # generate() encodes what its prompt shows
+        self.note: Note | None = None  # of the model that was called last, until its own forward has ended
         self.has_run = False
         self.last: Any = None

@@ -2,7 +2,7 @@
 
 Reduced spans keep their length: rows that are gone are marked, so the model's own checks, packing, position code and beam expansion
 keep working; the marked rows are removed where the decoder begins. Users who call the encoder themselves get what the stock model gives;
-the reduced rows ride along, in case its output comes back with a prompt. Point-wise projectors are reduced at their door (only the surviving
+the reduced rows ride along, in case its output comes back with a prompt. Point-wise projectors are reduced in front (only the surviving
 rows are projected, merged ones included); grid mergers, and methods that read projected rows, after the encoder call.
 """
 
@@ -121,13 +121,13 @@ class EncoderFlow:
 
     # ---- point-wise projector: before it
 
-    def at_door(self, door: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before_projector(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Pre-hook of the projector: features [B, N, C] -> surviving rows [B, K, C]."""
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
         if call is None or not isinstance(call.rules.reducer, EncoderReducer) or call.rules.reducer.reads_projected:
             return None
         reducer = call.rules.reducer
-        together = self.adapter.door_parts(call.encoding)
+        together = self.adapter.projected_together(call.encoding)
         spans = features = args[0].unflatten(0, (-1, together)).flatten(1, 2)
         if reducer.cls_token:
             features = torch.cat([_cls_of(call, self.adapter), features], 1)
@@ -137,7 +137,7 @@ class EncoderFlow:
         slots = slots_of(choice.selection, reducer)
         call.pending = Encoded(
             call.encoding.stream, [], (), choice.plans, call.rules, choice.selection, slots, reducer.cls_token,
-            wrong=choice.wrong, ends=spans[:, -1].clone(), at_door=True,
+            wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True,
         )  # fmt: skip
         merged = merged_rows(features, choice.selection)
         if call.aside:
@@ -145,16 +145,16 @@ class EncoderFlow:
             return None
         return (merged, *args[1:])
 
-    def after_door(self, door: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
+    def after_projector(self, projector: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
         """Post-hook of the projector: rows [B, K, D] -> [B, N, D] with the missing rows marked."""
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
         if call is None or call.pending is None:
             return None
         width = call.pending.plans[0].tokens
         if call.merged is not None:
-            call.pending.aside = list(_marked(door.forward(call.merged), call.pending, width))
+            call.pending.aside = list(_marked(projector.forward(call.merged), call.pending, width))
             return None
-        together = self.adapter.door_parts(call.encoding)
+        together = self.adapter.projected_together(call.encoding)
         return _marked(projected, call.pending, width).unflatten(1, (together, -1)).flatten(0, 1)
 
     # ---- grid merger, or a method that reads projected rows: after the call

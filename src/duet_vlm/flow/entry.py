@@ -53,7 +53,8 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     valid = real_rows(call.mask, embeds)
     places = {name: rows.to(valid.device) for name, rows in call.placeholders.items()}
     visual = torch.stack(list(places.values())).any(0)
-    stored = _decisions(call, rules) if cache is None and call.labels is None and call.arrived else {}
+    cached = cache is not None or compat.uses_cache(adapter.text_model, kwargs.get("use_cache"))
+    stored = _decisions(call, rules) if not cached and call.labels is None and call.arrived else {}
     stays = left_out = torch.zeros_like(valid)
     if reducer.keep_predicting and call.arrived:
         rows = stored.setdefault("predicting", predicting(valid, visual, call.labels, call.drafts))
@@ -64,7 +65,6 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.arrived:
         asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
         queries = query_rows(reducer.text_query, prompt.ranked, asking, call.labels, call.salient, reducer.training_turns)
-    cached = cache is not None or compat.uses_cache(adapter.text_model, kwargs.get("use_cache"))
     begins = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
     layout = read_layout(call, reducer, places, valid, queries, stays, left_out, begins)
     check_pictures(call, layout)
@@ -87,12 +87,10 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     marks = any(arrived.encoded is not None and arrived.encoded.selection is not None for arrived in call.arrived.values())
     hidden = any(any(counts) for counts in layout.hidden.values())  # pictures under the caller's mask: rows that may be marked as well
     _remove_marked(run, adapter, layout.lengths, hidden and (marks or run.reduces), kwargs)
-    if run.reduces:
-        if cache is None and compat.uses_cache(adapter.text_model, kwargs.get("use_cache")):
-            cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config)
-        if cache is not None:
-            follow(cache, run)
-    replay = stored.setdefault("survivors", {}) if cache is None and run.reduces else {}
+    if run.reduces and cached:
+        cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config) if cache is None else cache
+        follow(cache, run)
+    replay = stored.setdefault("survivors", {}) if run.reduces and not cached else {}
     return PrefillPass(run, adapter, cache, queries, list(layout.asking), kwargs, replay)
 
 
@@ -124,7 +122,7 @@ def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Te
         place = span_ends(arrived, places[name])
         numbers = [number for sample in dealt[name] for (_, number), _ in sample]
         rows = encoded.ends[torch.tensor(numbers, device=encoded.ends.device)]
-        rows = adapter.door.forward(rows[:, None])[:, 0] if encoded.at_door and adapter.door is not None else rows
+        rows = adapter.pointwise.forward(rows[:, None])[:, 0] if encoded.unprojected and adapter.pointwise is not None else rows
         rows = rows.to(embeds.device, embeds.dtype)[place.clamp(min=0).to(embeds.device)]
         embeds = torch.where((left_out & (place >= 0)).to(embeds.device)[..., None], rows, embeds)
     return embeds

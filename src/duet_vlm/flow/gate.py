@@ -65,5 +65,7 @@ class Gate:
     def _leave_if_empty(self) -> None:
         if self.closed and not self._running and not self.gone:
             self.gone = True
-            self._leave()
-            self._changed.notify_all()
+            try:
+                self._leave()
+            finally:  # who waits must not wait for ever, whatever went wrong
+                self._changed.notify_all()

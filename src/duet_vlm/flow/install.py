@@ -44,9 +44,9 @@ def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
             hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
     if isinstance(reducer, EncoderReducer) and reducer.cls_token:
         hooks.add(adapter.cls_module().register_forward_hook, traffic.record_cls)
-    if adapter.door is not None:
-        hooks.add(adapter.door.register_forward_pre_hook, encoder.at_door)
-        hooks.add(adapter.door.register_forward_hook, encoder.after_door)
+    if adapter.pointwise is not None:
+        hooks.add(adapter.pointwise.register_forward_pre_hook, encoder.before_projector)
+        hooks.add(adapter.pointwise.register_forward_hook, encoder.after_projector)
     for stream in adapter.streams:
         hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream))
 
@@ -54,6 +54,8 @@ def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
 def _on_model(traffic: Traffic) -> None:
     adapter, hooks = traffic.adapter, traffic.hooks
     for module in (adapter.model, adapter.base):
+        hooks.add(module.register_forward_pre_hook, traffic.called, with_kwargs=True)
+        hooks.add(module.register_forward_hook, traffic.answered, always_call=True)
         hooks.shadow(module, "forward", traffic.forward(module, module.forward))
     if not traffic.align:  # the public setter keeps the loss in this one instance attribute
         hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, traffic.stacks))

@@ -25,6 +25,8 @@ class Recorder:
 
     def __init__(self, module: nn.Module, stacks: Stacks) -> None:
         self.module, self.stacks, self.config = module, stacks, module.config
+        if hasattr(self.config, "_duet_vlm_recorder"):
+            raise ValueError("a reducer of another model records this vision tower already (the models share it): detach that one first")
         private = copy.copy(self.config)
         private._duet_vlm_recorder = self
         compat.register_attention(NAME, attend)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.align import align
-from duet_vlm.flow.arrival import OUTPUTS, adopt, look, take_up, without_marks
+from duet_vlm.flow.arrival import OUTPUTS, adopt, look, restore, take_up, without_marks
 from duet_vlm.flow.cache import Run
-from duet_vlm.flow.call import Call, Stacks
+from duet_vlm.flow.call import Call, Note, Stacks
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.entry import enter
 from duet_vlm.flow.gate import Gate
@@ -83,23 +83,34 @@ class Traffic:
 
         return prepare
 
+    def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Pre-hook of the model and of the multimodal model inside it, in front of whatever wraps their forward."""
+        salient = kwargs.pop(SALIENT, None)
+        if module is self.adapter.model or self.stacks.note is None:
+            self.stacks.note = Note(kwargs.get("labels"), salient, kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS))
+        return args, kwargs
+
+    def answered(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Post-hook of the same modules."""
+        if module is self.adapter.model or not self.stacks.calls:
+            self.stacks.note = None
+
     def forward(self, module: nn.Module, plain: Callable[..., Any]) -> Callable[..., Any]:
         """The forward of the model, or of the multimodal model inside it: collects what the decoder stack cannot see."""
         named = inspect.signature(plain)
-        outer = module is self.adapter.model
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
             with self.begun() as rules, self._call(module, rules) as call:
+                restore(self.stacks.note, kwargs)
                 take_up(rules, kwargs)
                 arguments = named.bind_partial(*args, **kwargs).arguments if args else kwargs
-                if outer:
-                    self._note(call, arguments)
-                    kwargs.pop(SALIENT, None)
-                else:
+                if call.owner is module:
+                    self._heed(call, arguments)
+                if module is self.adapter.base:
                     look(self.adapter, call, arguments)
                 output = plain(*args, **kwargs)
-                return output if outer else self._outwards(call, output)
+                return self._outwards(call, output) if module is self.adapter.base else output
 
         return forward
 
@@ -119,10 +130,12 @@ class Traffic:
             yield calls[-1]
         finally:
             calls.pop()
+            self.stacks.note = None
 
-    def _note(self, call: Call, arguments: dict[str, Any]) -> None:
-        call.labels, call.salient = arguments.get("labels"), arguments.get(SALIENT)
-        kept = arguments.get("logits_to_keep")
+    def _heed(self, call: Call, arguments: dict[str, Any]) -> None:
+        """What an outermost forward was called with, as noted where it was called; one that is not called as a module says it itself."""
+        note = self.stacks.note or Note(arguments.get("labels"), None, arguments.get("logits_to_keep"))
+        call.labels, call.salient, kept = note.labels, note.salient, note.kept
         call.drafts = max(0, kept - 1) if isinstance(kept, int) and call.labels is None else 0  # assisted decoding wants their logits too
         call.by_slot = isinstance(kept, Tensor) and call.labels is None
         adopt(call, arguments.get(OUTPUTS))

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from duet_vlm.spelling import did_you_mean
+
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -69,7 +71,8 @@ def device(name: str) -> Device:
     if name == THIS:
         return this_machine()
     if name.lower() not in SHEETS:
-        raise ValueError(f"--device {name}: no sheet of that name; choose {', '.join(SHEETS)} or {THIS} (this machine, measured)")
+        near = did_you_mean(name, SHEETS)
+        raise ValueError(f"--device {name}: no sheet of that name{near}; choose {', '.join(SHEETS)} or {THIS} (this machine, measured)")
     return SHEETS[name.lower()]
 
 

@@ -23,7 +23,7 @@ class Sample:
     ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
     projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
-    as the plans say).
+    as the plans say). ``kept``: per span, tokens per layer as measured.
     """
 
     text: int
@@ -36,6 +36,7 @@ class Sample:
     projected: tuple[int, ...] = ()
     skipped: bool = False
     nominal: tuple[int, ...] = ()
+    kept: tuple[float, ...] = ()
 
     def visual(self, layer: int) -> int:
         """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""
@@ -87,6 +88,9 @@ class Report:
     ----------
     nominal, measured : tuple of float
         Visual tokens per decoder layer, mean over the batch.
+    images : tuple of tuple of float
+        For each sample the visual tokens per decoder layer of each of its images (or clips), measured. Images of one prompt that are ranked
+        together (``share="joint"``) may differ from their own budget, their sum does not.
     full, predicted, observed : Costs
         The untouched model, the plan, and the run.
     clamped : tuple of int
@@ -102,6 +106,7 @@ class Report:
     tokens: int
     nominal: tuple[float, ...]
     measured: tuple[float, ...]
+    images: tuple[tuple[float, ...], ...]
     full: Costs
     predicted: Costs
     observed: Costs
@@ -143,6 +148,9 @@ class Report:
             "visual tokens per layer, nominal:  " + in_runs(self.nominal),
             "visual tokens per layer, measured: " + in_runs(self.measured),
         ]
+        if any(len(row) > 1 for row in self.images):
+            each = "; ".join(", ".join(f"{count:.2f}" for count in row) or "-" for row in self.images)
+            lines.append(f"mean visual tokens by image, measured: {each}")
         if self.clamped:
             lines.append(f"kept whole (no larger than the budget): images {', '.join(map(str, self.clamped))}")
         if self.floored:
@@ -222,6 +230,7 @@ def make_report(
         tokens=sum(images),
         nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
+        images=tuple(s.kept for s in samples),
         full=costs(whole, everything, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
         predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),
         observed=costs([s.measured[1] for s in samples], before, True, None if cache_bytes is None else sum(cache_bytes)),

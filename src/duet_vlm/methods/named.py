@@ -17,3 +17,8 @@ def get(name: str) -> type[Reducer]:
     """
     classes = tuple(registry.get(part) for part in name.split("+"))
     return classes[0] if len(classes) == 1 else composed(classes)
+
+
+def methods() -> dict[str, type[Reducer]]:
+    """All registered methods by name, sorted."""
+    return registry.methods()

@@ -75,7 +75,7 @@ class Adapter(ABC):
         Placeholder id of images in ``input_ids``.
     streams : tuple of Stream
         The visual inputs; images unless the family says more.
-    door : nn.Module or None
+    pointwise : nn.Module or None
         Point-wise projector, where there is one: V2V then runs before it. None: V2V runs after the encoder call (grid mergers).
     fixed_tokens : int or None
         Visual tokens per image where the tower fixes them.
@@ -95,7 +95,7 @@ class Adapter(ABC):
 
     decoder: ClassVar[str] = "language_model"
 
-    door: nn.Module | None = None
+    pointwise: nn.Module | None = None
     fixed_tokens: int | None = None
     has_cls = False
     feeds_cls = False
@@ -214,7 +214,7 @@ class Adapter(ABC):
         """The projected rows of each span, as ``output.pooler_output`` holds them (families that return frames one by one join them there)."""
         return list(output.pooler_output)
 
-    def door_parts(self, call: Encoding) -> int:
+    def projected_together(self, call: Encoding) -> int:
         """How many consecutive rows of the projector's batch (frames) make one span."""
         return 1
 

@@ -29,7 +29,7 @@ class InternVL(Llava):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.door = None
+        self.pointwise = None
         self.cell = round(1 / self.config.downsample_ratio)
         self.fixed_tokens = (self.side // self.cell) ** 2
 

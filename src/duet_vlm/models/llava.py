@@ -25,7 +25,7 @@ class Llava(LlamaLike):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.door = self.base.multi_modal_projector
+        self.pointwise = self.base.multi_modal_projector
         self.feeds_cls = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
         self.side = self.patches_a_side()
         self.fixed_tokens = self.side**2 + self.feeds_cls

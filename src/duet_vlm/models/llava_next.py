@@ -26,7 +26,7 @@ class LlavaNext(Llava):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.door, self.fixed_tokens = None, None
+        self.pointwise, self.fixed_tokens = None, None
 
     @property
     def streams(self) -> tuple[Stream, ...]:

@@ -25,7 +25,7 @@ class Mistral3(Llava):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.door, self.fixed_tokens, self.feeds_cls = None, None, False
+        self.pointwise, self.fixed_tokens, self.feeds_cls = None, None, False
         self.merge = int(getattr(self.config, "spatial_merge_size", 1))
 
     @property

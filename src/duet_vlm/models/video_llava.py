@@ -58,11 +58,11 @@ class VideoLlava(Llava):
     def cls_module(self) -> nn.Module:
         raise TypeError("video_llava feeds the CLS row of every frame already: cls_token=True cannot add one")
 
-    def door_parts(self, call: Encoding) -> int:
+    def projected_together(self, call: Encoding) -> int:
         return call.arguments["pixel_values_videos"].shape[1] if call.stream == "video" else 1
 
     def spans(self, output: object, call: Encoding) -> list[Tensor]:
-        return list(output.pooler_output.unflatten(0, (-1, self.door_parts(call))).flatten(1, 2))  # type: ignore[attr-defined]
+        return list(output.pooler_output.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))  # type: ignore[attr-defined]
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":
@@ -70,18 +70,18 @@ class VideoLlava(Llava):
         (recorded,) = calls
         importance, _ = self.signals(recorded)
         importance = nn.functional.pad(importance, (1, 0), value=FIRST)
-        frames = (-1, self.door_parts(call))
+        frames = (-1, self.projected_together(call))
         keys = recorded.key.float().mean(1)
         return list(importance.unflatten(0, frames).flatten(1)), list(keys.unflatten(0, frames).flatten(1, 2))
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
-        frames = self.door_parts(call)
+        frames = self.projected_together(call)
         return [torch.arange(frames, device="cpu").repeat_interleave(count // frames) for count in counts]
 
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         if call.stream == "image":
             return super().passes(call, counts)
-        return [(self.side**2,) * self.door_parts(call)] * len(counts)
+        return [(self.side**2,) * self.projected_together(call)] * len(counts)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return super().grids(call, counts) if call.stream == "image" else (None,) * len(counts)

@@ -45,6 +45,13 @@ def finished(out: Path) -> bool:
     return (out / STATE).is_file()
 
 
+def state(out: Path) -> dict[str, Any]:
+    """What a finished run says of itself: ``steps``, ``epoch``, and the last ``loss`` and ``eval_loss`` that were logged (None: never)."""
+    found = json.loads((out / STATE).read_text())
+    logged = {key: line[key] for line in found["log_history"] for key in ("loss", "eval_loss") if key in line}
+    return {"steps": found["global_step"], "epoch": found["epoch"], "loss": logged.get("loss"), "eval_loss": logged.get("eval_loss")}
+
+
 def checkpoints(out: Path) -> list[Path]:
     """The checkpoints in a folder, newest first."""
     found = [path for path in out.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from duet_vlm import Handle, attach
 from duet_vlm.loading import base_of, load, quiet
 from duet_vlm.models.find import adapter_for
+from duet_vlm.spelling import did_you_mean
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
 from duet_vlm.train.collate import IGNORED, Collator
@@ -59,6 +61,13 @@ def arguments(settings: Settings) -> TrainingArguments:
         A name that TrainingArguments does not know, or a value it refuses.
     """
     here = {"dataloader_pin_memory": torch.accelerator.is_available(), "eval_strategy": "epoch" if settings.eval_data else "no"}
+    usual = {each.name: each.default for each in dataclasses.fields(TrainingArguments)}
+    for name, value in settings.trainer.items():
+        if name not in usual:
+            near = did_you_mean(name, usual)
+            raise ValueError(f"trainer: {name}: unknown{near}; these are the arguments of transformers.TrainingArguments")
+        if isinstance(value, str) and isinstance(usual[name], int | float):
+            raise ValueError(f"trainer: {name}: {value!r}: give a {'truth value' if isinstance(usual[name], bool) else 'number'}")
     try:
         args = TrainingArguments(**{**DEFAULTS, **here, **settings.trainer, "output_dir": settings.out})
     except TypeError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_vlm.budget import Budget, check_budget
+from duet_vlm.spelling import did_you_mean
 from duet_vlm.train.yaml_text import mapping
 
 TUNED = ("full", "lora", "projector")
@@ -150,18 +151,22 @@ def settings_from(recipe: str | None = None, config: Path | None = None, options
     layers: list[Mapping[str, Any]] = []
     if recipe is not None:
         if recipe not in recipes():
-            raise ValueError(f"--recipe {recipe}: unknown; there are {', '.join(recipes())}")
+            raise ValueError(f"--recipe {recipe}: unknown{did_you_mean(recipe, recipes())}; there are {', '.join(recipes())}")
         layers.append(mapping((resources.files("duet_vlm.train") / "recipes" / f"{recipe}.yaml").read_text(), recipe))
     if config is not None:
         if not config.is_file():
-            raise ValueError(f"--config {config}: no such file")
-        layers.append(mapping(config.read_text(), str(config)))
+            raise ValueError(f"--config {config}: {'is a folder' if config.is_dir() else 'no such file'}")
+        try:
+            text = config.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--config {config}: not a text file in UTF-8") from error
+        layers.append(mapping(text, str(config)))
     merged: dict[str, Any] = {}
     known = {f.name for f in dataclasses.fields(Settings)}
     for layer in (*layers, options or {}):
         for key, value in layer.items():
             if key not in known:
-                raise ValueError(f"unknown setting {key!r}; known: {', '.join(sorted(known))}")
+                raise ValueError(f"unknown setting {key!r}{did_you_mean(key, known)}; known: {', '.join(sorted(known))}")
             merged[key] = {**merged.get(key, {}), **_pairs(key, value)} if key in MERGED else value
     return Settings(**merged)
 

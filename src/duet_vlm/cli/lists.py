@@ -1,0 +1,129 @@
+"""What ``methods``, ``presets`` and ``models`` print, kept as data beside this file: making it anew takes torch, which takes seconds to load.
+
+``make tables`` writes the file, a test holds it equal to what the package says of itself. Where more is installed than the package ships
+(methods of other packages, a file that somebody adds to the source), the package is asked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pkgutil
+import sys
+from collections.abc import Iterable
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import duet_vlm
+from duet_vlm.spelling import did_you_mean
+
+FILE = Path(__file__).with_name("lists.json")
+ENTRY_POINTS = "duet_vlm.methods"  # where other packages name their methods, see duet_vlm.registry
+FOLDERS = {"methods": "duet_vlm.methods", "models": "duet_vlm.models"}  # a file in these makes a row of that list
+
+Rows = list[dict[str, Any]]
+
+
+def rows(name: str) -> Rows:
+    """A list by its name: "methods", "presets" or "models"."""
+    kept = json.loads(FILE.read_text())
+    more = name == "methods" and entry_points(group=ENTRY_POINTS) or name in FOLDERS and kept["files"][name] != _files(name)
+    if more or "torch" in sys.modules:  # asking costs nothing any more, and knows what this process has registered
+        return MADE[name]()
+    return kept[name]
+
+
+def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
+    """The rows whose ``key`` is ``wanted``; all of them where nothing is.
+
+    Raises
+    ------
+    ValueError
+        An unknown name; the nearest one, and all that there are, are named.
+    """
+    found = {row[key]: row for row in rows(name)}
+    for each in wanted or ():
+        if each not in found:
+            raise unknown(name, each, found)
+    return [found[each] for each in wanted or found]
+
+
+def check_method(text: str, *others: str) -> None:
+    """Refuse a method, or a composition ("frames+duet"), that does not exist; ``others`` are names that are taken as well.
+
+    Raises
+    ------
+    ValueError
+        As ``chosen``.
+    """
+    known = [row["name"] for row in rows("methods")]
+    for part in text.split("+"):
+        if part not in (*known, *others):
+            raise unknown("methods", part, known)
+
+
+def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
+    """The error for a name that is not in a list."""
+    one, all_ = ("family", "families") if name == "models" else (name.removesuffix("s"), name)
+    return ValueError(f"unknown {one} {given!r}{did_you_mean(given, known)}; known {all_}: {', '.join(known)}")
+
+
+def content() -> str:
+    """What the file has to hold, from the package itself."""
+    own = [row for row in _methods() if duet_vlm.get(row["name"]).__module__.startswith("duet_vlm.")]  # other packages differ by machine
+    found = {"files": {name: _files(name) for name in FOLDERS}, "methods": own, "presets": _presets(), "models": _models()}
+    return json.dumps(found, indent=1) + "\n"
+
+
+def _files(name: str) -> list[str]:
+    spec = find_spec(FOLDERS[name])
+    assert spec is not None and spec.submodule_search_locations is not None  # a folder of this package
+    return sorted(module.name for module in pkgutil.iter_modules(spec.submodule_search_locations))
+
+
+def _methods() -> Rows:
+    return [describe(name, cls) for name, cls in duet_vlm.methods().items()]
+
+
+def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
+    """A method as plain values."""
+    places = (("before the decoder", duet_vlm.EncoderReducer), ("inside the decoder", duet_vlm.DecoderReducer))
+    stages = [word for word, base in places if issubclass(cls, base)]
+    return {
+        "name": name,
+        "summary": cls.summary,
+        "stage": " + ".join(stages) or "-",
+        "needs_text": issubclass(cls, duet_vlm.DecoderReducer) and cls.uses_text,
+        "paper": cls.paper,
+        "settings": [field.name for field in dataclasses.fields(cls)],
+    }
+
+
+def _presets() -> Rows:
+    from duet_vlm.presets import PRESETS
+
+    return [
+        {
+            "name": name,
+            "method": row.reducer.name,
+            "model": row.model,
+            "tokens": row.tokens,
+            "depth": row.depth,
+            "mean": row.mean,
+            "published": row.published,
+            "source": row.source,
+            "settings": json.loads(json.dumps(row.reducer.settings())),
+        }
+        for name, row in PRESETS.items()
+    ]
+
+
+def _models() -> Rows:
+    from duet_vlm.models.find import support
+
+    return support()
+
+
+MADE = {"methods": _methods, "presets": _presets, "models": _models}
