@@ -168,7 +168,8 @@ def test_matrix_leaves_what_was_not_run_empty() -> None:
     result["runs"][2]["budget"] = None
     ((head, *rows),) = tables(markdown.matrix(result))
     assert head[1:] == ["own settings", "22 %", "11 %"]
-    assert [[cell != "-" for cell in row[1:]] for row in rows] == [[True, False, True], [False, True, False], [False, True, True]]
+    assert [row[0] for row in rows] == [cell["label"] for cell in result["experiment"]["cells"]]  # whatever the largest budget of each is
+    assert [[cell != "-" for cell in row[1:]] for row in rows] == [[False, True, False], [True, False, True], [False, True, True]]
 
 
 def test_rows_go_from_large_to_small_budgets() -> None:
