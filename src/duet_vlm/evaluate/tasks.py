@@ -1,6 +1,6 @@
 """Tasks: streams of questions about pictures or clips, with short answers that can be checked.
 
-``tiny``, ``tiny-crowded`` and ``tiny-video`` draw their questions (no file, no end); any other name is the path of a JSON-lines file.
+``tiny``, ``tiny-crowded``, ``tiny-chain`` and ``tiny-video`` draw their questions (no file, no end); any other name is the path of a JSON-lines file.
 """
 
 from __future__ import annotations
@@ -96,6 +96,13 @@ def _pictures(crowded: bool, seed: int, index: int) -> Question:
     return Question(f"{seed}/{index}", (item.image,), item.question, (item.answer,), item.kind, item.needed)
 
 
+def _chains(seed: int, index: int) -> Question:
+    from duet_vlm.tiny import chain
+
+    item = chain.sample("test", index, seed)
+    return Question(f"{seed}/{index}", item.images, item.question, (item.answer,), item.kind, item.needed)
+
+
 def _clips(seed: int, index: int) -> Question:
     from duet_vlm.tiny import video
 
@@ -106,6 +113,7 @@ def _clips(seed: int, index: int) -> Question:
 DRAWN: dict[str, Callable[[int, int], Question]] = {
     "tiny": partial(_pictures, False),
     "tiny-crowded": partial(_pictures, True),
+    "tiny-chain": _chains,
     "tiny-video": _clips,
 }
 
