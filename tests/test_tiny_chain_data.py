@@ -1,5 +1,6 @@
 """The generator of ``tiny-chain``: pinned, right, and no hop of a chain can be skipped."""
 
+import functools
 import hashlib
 import re
 
@@ -10,13 +11,13 @@ from duet_vlm.evaluate.tasks import task
 from duet_vlm.tiny import chain
 from duet_vlm.tiny.assets import WORDS
 from duet_vlm.tiny.chain_network import CHAIN_TOKEN
-from duet_vlm.tiny.chain_questions import CHAINS, CHANCE, KINDS, MOVES, PAIRS, SINGLE, needed_of, pair_question, question
+from duet_vlm.tiny.chain_questions import CHAINS, CHANCE, KINDS, MOVES, PAIRS, SINGLE, needed_of, neighbours, pair_question, question, readable, walk
 from duet_vlm.tiny.chain_scenes import BOX, ROOM, SIDE, grid_scene
 from duet_vlm.tiny.labels import body_patches, tag_patches
 from duet_vlm.tiny.questions import PLURALS, split_words
 from duet_vlm.tiny.scenes import COLOR_NAMES, SHAPES
 
-PINNED = ""
+PINNED = "19e447f50e2f90e32d689b25fa79d6b4e1213e0503a8eef34e7c2d32477e2157"
 
 
 def stream_hash() -> str:
@@ -34,6 +35,7 @@ def test_twelve_samples_are_pinned():
     assert stream_hash() == PINNED
 
 
+@functools.cache
 def asked_of(kind: str, n: int = 400, split: str = "validation", seed: int = 3) -> list:
     """(scene, question) of the first ``n`` pictures that offer ``kind``."""
     drawn = (grid_scene(split, seed, i) for i in range(n))
@@ -67,14 +69,13 @@ def reading(found, read: str) -> str | None:
     shape, _, thing = found
     if read == "shape":
         return shape
-    kind, names = ("digit", "0123456789") if read == "number" else ("word", WORDS)
-    return names[thing.tag.value] if thing.tag and thing.tag.kind == kind else None
+    return ("0123456789" if thing.tag.kind == "digit" else WORDS)[thing.tag.value] if thing.tag else None
 
 
 @pytest.mark.parametrize("kind", CHAINS)
 def test_chains_lead_where_they_say(kind):
     asked = asked_of(kind)
-    assert len(asked) > 350
+    assert len(asked) > 370
     for scene, q in asked:
         assert follow(q.text, scene) == q.answer
         assert len(set(q.path)) == len(q.moves) + 1 == CHAINS[kind] + 1
@@ -85,36 +86,43 @@ def test_chains_lead_where_they_say(kind):
 
 @pytest.mark.parametrize("kind", CHAINS)
 def test_no_hop_can_be_skipped(kind):
-    """Answerers that know the picture perfectly but leave out one hop, or read the thing named, or any tag of the right sort."""
-    asked, rng = asked_of(kind, 1200), np.random.default_rng(0)
-    chance = CHANCE[kind]
+    """Answerers that see the picture perfectly but leave out one hop, read the thing named or any other, or follow the moves from anywhere."""
+    asked, rng = asked_of(kind), np.random.default_rng(0)
+    assert len(asked) > 370
+
+    def share(answers) -> float:
+        return float(np.mean([answer == q.answer for answer, (_, q) in zip(answers, asked, strict=True)]))
+
+    def one_of(told: list) -> str:
+        told = [answer for answer in told if answer]
+        return told[rng.integers(len(told))]
+
     for hop in range(CHAINS[kind]):
-        assert np.mean([follow(q.text, s, skip=hop) == q.answer for s, q in asked]) < chance + 0.03, hop
-    first = [reading(by_cell(s)[s.cells[q.path[0]]], q.read) == q.answer for s, q in asked]
-    assert np.mean(first) < chance
-    anything = []
-    for s, q in asked:
-        tags = [r for found in by_cell(s).values() if (r := reading(found, q.read))]
-        anything.append(tags[rng.integers(len(tags))] == q.answer)
-    assert np.mean(anything) < 0.25  # one of the three to six that are there
+        assert share([follow(q.text, s, skip=hop) for s, q in asked]) < 0.1, hop
+    assert share([reading(by_cell(s)[s.cells[q.path[0]]], q.read) for s, q in asked]) < 0.1
+    assert share([one_of([reading(found, q.read) for found in by_cell(s).values()]) for s, q in asked]) < 0.15
+    steps = [{move: neighbours(s, move) for move in MOVES} for s, _ in asked]
+    ends = [[walk(step, i, q.moves) for i in range(16)] for step, (_, q) in zip(steps, asked, strict=True)]
+    anywhere = [one_of([readable(s, path[-1], q.read) for path in paths if path]) for paths, (s, q) in zip(ends, asked, strict=True)]
+    assert abs(share(anywhere) - CHANCE[kind]) < 0.05  # the best guess that looks at no name
 
 
-def test_moves_and_what_is_read_are_balanced():
+def test_moves_and_answers_are_balanced():
     for kind in CHAINS:
-        asked = [q for _, q in asked_of(kind, 900)]
+        asked = [q for _, q in asked_of(kind)]
         for n in range(CHAINS[kind]):
             share = [np.mean([q.moves[n] == move for q in asked]) for move in MOVES]
-            assert min(share) > 0.2 and max(share) < 0.5, (kind, share)
-        for read, answers in (("number", 10), ("word", 16), ("shape", 10)):
+            assert min(share) > 0.15 and max(share) < 0.5, (kind, share)
+        for read in ("tag", "shape"):
             said = [q.answer for q in asked if q.read == read]
-            assert 0.25 < len(said) / len(asked) < 0.42
-            assert max(said.count(a) for a in set(said)) / len(said) < 1 / answers + 0.08
+            assert 0.25 < len(said) / len(asked) < 0.75
+            assert max(said.count(a) for a in set(said)) / len(said) < 0.2
 
 
 def test_things_keep_to_their_cells_and_never_touch():
     for i in range(120):
-        scene = grid_scene("test", 0, i, few=i % 2 == 1)
-        assert len(set(scene.cells)) == len(scene.things) <= 13
+        scene = grid_scene("test", 0, i, side=2 + i % 3)
+        assert len(set(scene.cells)) == len(scene.things) == scene.side**2
         for (row, column), t in zip(scene.cells, scene.things, strict=True):
             boxes = [(t.x, t.y, t.size, t.size)] + ([(t.tag.x, t.tag.y, t.tag.width, t.tag.height)] if t.tag else [])
             for x, y, width, height in boxes:
@@ -125,7 +133,7 @@ def test_things_keep_to_their_cells_and_never_touch():
 def test_pair_questions_need_both_pictures():
     answers = {kind: [] for kind in PAIRS}
     alone = {kind: [] for kind in PAIRS}
-    for i in range(600):
+    for i in range(400):
         scenes = grid_scene("validation", 1, 2 * i), grid_scene("validation", 1, 2 * i + 1)
         for kind in PAIRS:
             q = pair_question(scenes, kind, scenes[0].generator(2))
@@ -144,7 +152,7 @@ def test_pair_questions_need_both_pictures():
             assert all(part.any() == bool(seen) for part, seen in zip(np.split(q.needed, 2), found, strict=True))
             answers[kind].append(q.answer)
     for kind, said in answers.items():
-        assert len(said) > 150 and max(said.count(a) for a in set(said)) / len(said) < CHANCE[kind] + 0.16, (kind, len(said))
+        assert len(said) > 100 and max(said.count(a) for a in set(said)) / len(said) < CHANCE[kind] + 0.16, (kind, len(said))
     assert np.mean(alone["pair_count"]) < 0.35
 
 

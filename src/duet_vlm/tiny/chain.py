@@ -1,4 +1,4 @@
-"""``tiny-chain``: a sibling of the tiny model whose decoder learned from answers alone, and questions that need one to three hops.
+"""``tiny-chain``: questions that need one to three hops over a picture, or two pictures, next to the kinds of the tiny model.
 
 >>> from duet_vlm.tiny import chain
 >>> item = chain.sample("test", 8)
@@ -9,18 +9,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from PIL import Image
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["ChainSample", "load", "path", "prompt", "sample", "samples"]
+__all__ = ["ChainSample", "prompt", "sample", "samples"]
 
-_HERE = Path(__file__).parent
 _TRIES = 64  # pictures looked at for one question; a picture does not offer every kind
 
 
@@ -42,20 +38,6 @@ class ChainSample:
     answer: str
     kind: str
     needed: np.ndarray
-
-
-def path() -> Path:
-    """Folder of the shipped weights; works with ``from_pretrained``."""
-    return _HERE / "chain_weights"
-
-
-def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The trained model in evaluation mode and its processor, from the package, without network; float32 unless ``dtype`` is given."""
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-
-    model = LlavaForConditionalGeneration.from_pretrained(path(), dtype=dtype or torch.float32, local_files_only=True)
-    return model.eval(), AutoProcessor.from_pretrained(path(), local_files_only=True)
 
 
 def prompt(question: str, images: int = 1) -> str:

@@ -10,7 +10,7 @@ from .questions import PLURALS
 from .scenes import SHAPES
 from .text import TOKEN
 
-NEW_WORDS = (",", ":", "both", "in", "pictures")
+NEW_WORDS = (",", ":", "both", "in", "pictures", "tag")
 CHAIN_TOKEN = {**TOKEN, **{word: len(TOKEN) + i for i, word in enumerate(NEW_WORDS)}}
 MATCH, VALUE, OUTPUT = 1.3, 0.5, 0.3  # how strong a layer starts: queries and keys, values, outputs
 

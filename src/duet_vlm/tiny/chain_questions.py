@@ -1,7 +1,8 @@
 """Questions of ``tiny-chain``: the kinds of the tiny model, chains of one to three hops, and questions over two pictures.
 
-A chain names a thing and goes from neighbour to neighbour: "Star, right, same color: what number?" starts at the star, goes to the thing in
-the next cell on the right, then to the only other thing of that colour, and reads the number there. Every hop is one such step.
+A chain names a thing and goes from neighbour to neighbour: "Star, right, same color: what tag?" starts at the star, goes to the thing in
+the next cell on the right, then to the only other thing of that colour, and reads the number or word there. Every hop is one such step. No
+step can be left out, nor can the start: the same moves lead from other things to other answers.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ CHAINS = {"hop1": 1, "hop2": 2, "hop3": 3}
 SINGLE = (*plain.KINDS, *CHAINS)
 PAIRS = ("pair_compare", "pair_count")
 KINDS = (*SINGLE, *PAIRS)
-CHANCE = {**plain.CHANCE, **dict.fromkeys(CHAINS, (1 / 10 + 1 / 16 + 1 / 9) / 3), "pair_compare": 0.5, "pair_count": 0.2}
-READS = ("number", "word", "shape")
+CHANCE = {**plain.CHANCE, "hop1": 0.1, "hop2": 0.14, "hop3": 0.2, "pair_compare": 0.5, "pair_count": 0.2}
+READS = ("tag", "tag", "shape")  # a tag is a number or a word
+LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
 
@@ -38,21 +40,22 @@ class Chain(Question):
     read: str = ""
 
 
-def neighbour(scene: GridScene, i: int, move: str) -> int | None:
-    """The thing that ``move`` leads to from thing ``i``, or None where there is none or more than one."""
+def neighbours(scene: GridScene, move: str) -> list[int | None]:
+    """For each thing, the one that ``move`` leads to, or None where there is none or more than one."""
     if move in STEPS:
-        (row, column), (down, along) = scene.cells[i], STEPS[move]
-        wanted = (row + down, column + along)
-        return scene.cells.index(wanted) if wanted in scene.cells else None
-    same = [j for j, t in enumerate(scene.things) if t.color == scene.things[i].color and j != i]
-    return same[0] if len(same) == 1 else None
+        down, along = STEPS[move]
+        at = {cell: i for i, cell in enumerate(scene.cells)}
+        return [at.get((row + down, column + along)) for row, column in scene.cells]
+    colors = [t.color for t in scene.things]
+    others = [[j for j, color in enumerate(colors) if color == mine and j != i] for i, mine in enumerate(colors)]
+    return [found[0] if len(found) == 1 else None for found in others]
 
 
-def walk(scene: GridScene, start: int, moves: tuple[str, ...]) -> tuple[int, ...] | None:
-    """The things that ``moves`` lead through from ``start``, or None where a step leads nowhere or back."""
+def walk(steps: dict[str, list[int | None]], start: int, moves: tuple[str, ...]) -> tuple[int, ...] | None:
+    """The things that ``moves`` lead through from ``start``, or None where a step leads nowhere or back; ``steps``: :func:`neighbours`."""
     path = [start]
     for move in moves:
-        found = neighbour(scene, path[-1], move)
+        found = steps[move][path[-1]]
         if found is None or found in path:
             return None
         path.append(found)
@@ -60,13 +63,13 @@ def walk(scene: GridScene, start: int, moves: tuple[str, ...]) -> tuple[int, ...
 
 
 def readable(scene: GridScene, i: int, read: str) -> str | None:
-    """What reading thing ``i`` gives, or None where it has no such tag."""
+    """What reading thing ``i`` gives, or None where it has no tag."""
     thing = scene.things[i]
     if read == "shape":
         return SHAPES[thing.shape]
-    if thing.tag is None or thing.tag.kind != ("digit" if read == "number" else "word"):
+    if thing.tag is None:
         return None
-    return str(thing.tag.value) if read == "number" else WORDS[thing.tag.value]
+    return str(thing.tag.value) if thing.tag.kind == "digit" else WORDS[thing.tag.value]
 
 
 class _Asker(plain.Asker):
@@ -74,15 +77,21 @@ class _Asker(plain.Asker):
 
     scene: GridScene
 
+    def __init__(self, scene: GridScene, rng: np.random.Generator):
+        super().__init__(scene, rng)
+        self.steps = {move: neighbours(scene, move) for move in MOVES}
+
     def chain(self, hops: int) -> Chain | None:
         """What is read and the moves are drawn first, so that neither depends on where things stand."""
-        read = READS[int(self.rng.integers(3))]
+        read, limit = READS[int(self.rng.integers(len(READS)))], LIMITS[self.scene.side]
         ways = list(product(MOVES, repeat=hops))
         for n in self.rng.permutation(len(ways)):
-            paths = [walk(self.scene, i, ways[n]) for i in self.unique]
-            paths = [p for p in paths if p and readable(self.scene, p[-1], read)]
-            if paths:
-                return self.asked(self.pick(paths), ways[n], read)
+            paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, ways[n]))]
+            said = [readable(self.scene, path[-1], read) for path in paths]
+            shown = [answer for answer in said if answer]
+            fair = [p for p, a in zip(paths, said, strict=True) if a and p[0] in self.unique and shown.count(a) <= limit * len(shown)]
+            if fair:
+                return self.asked(self.pick(fair), ways[n], read)
         return None
 
     def asked(self, path: tuple[int, ...], moves: tuple[str, ...], read: str) -> Chain:

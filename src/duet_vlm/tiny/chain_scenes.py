@@ -1,6 +1,6 @@
-"""Layouts of ``tiny-chain``: things on a grid of 4 x 4 cells, so that every thing has neighbours to go to.
+"""Layouts of ``tiny-chain``: things on a grid of 4 x 4 cells, a thing in every one, so that there are neighbours to go to.
 
-The things, their tags and the drawing are those of :mod:`duet_vlm.tiny.scenes`; a layout is a pure function of (split, seed, index, few).
+The things, their tags and the drawing are those of :mod:`duet_vlm.tiny.scenes`; a layout is a pure function of (split, seed, index, side).
 """
 
 from __future__ import annotations
@@ -15,33 +15,38 @@ from .scenes import CELL, COLORS, SHAPES, SIZES, Scene, Tag, Thing, _variant, ge
 SIDE = 4  # cells in a row and in a column
 ROOM = 56  # pixels of a cell: four patches
 BOX = ROOM - CELL  # what a thing and its tag may fill: things of two cells never touch
-STREAM, FEW_STREAM = 20, 30  # added to the purpose of random numbers: these pictures share none with the others
-TAGS = (0.15, 0.45, 0.4)  # none, digit, word
+STREAMS = {4: 20, 3: 30, 2: 40}  # by ``side``, added to the purpose of random numbers: these pictures share none with the others
+TAGS = (0.1, 0.45, 0.45)  # none, digit, word
 
 
 @dataclass(frozen=True)
 class GridScene(Scene):
-    """A scene whose things stand in cells; ``cells`` gives (row, column) of each thing. ``few`` are the first lessons of training."""
+    """A scene whose things stand in cells; ``cells`` gives (row, column) of each thing, ``side`` how many are in a row."""
 
     cells: tuple[tuple[int, int], ...] = ()
-    few: bool = False
+    side: int = SIDE
 
     def generator(self, purpose: int) -> np.random.Generator:
-        return generator(self.split, self.seed, self.index, purpose + (FEW_STREAM if self.few else STREAM))
+        return generator(self.split, self.seed, self.index, purpose + STREAMS[self.side])
 
 
-def _cells(n: int, few: bool, rng: np.random.Generator) -> list[tuple[int, int]]:
-    """``n`` cells in random order; with ``few`` they fill a block, so that neighbours are not rare."""
-    if not few:
-        return [divmod(int(c), SIDE) for c in rng.permutation(SIDE * SIDE)[:n]]
-    rows, columns = (2, 3) if rng.random() < 0.5 else (3, 2)
-    top, left = int(rng.integers(SIDE - rows + 1)), int(rng.integers(SIDE - columns + 1))
-    block = [(top + r, left + c) for r in range(rows) for c in range(columns)]
-    return [block[int(i)] for i in rng.permutation(len(block))[:n]]
+def _shapes(side: int, rng: np.random.Generator) -> tuple[list[int], int, int | None]:
+    """Shapes of the things (some once, some repeated, at least one not at all), the answer for counting and the shape counted."""
+    count, order = int(rng.integers(3 if side == 2 else 5)), [int(s) for s in rng.permutation(len(SHAPES))]
+    first = count if count >= 2 else int(rng.integers(2, 5))
+    if side == 2:
+        single, sizes = (2, (2,)) if count == 2 else (4, ())
+    elif side == 3:
+        single, sizes = 5, (first, 4 - first)
+    else:
+        second = int(rng.integers(3, 8 - first))
+        single, sizes = 6, (first, second, 10 - first - second)
+    shapes = order[:single] + [shape for shape, n in zip(order[single:], sizes, strict=False) for _ in range(n)]
+    return shapes, count, order[single] if count >= 2 else None
 
 
 def _colors(n: int, rng: np.random.Generator) -> list[int]:
-    """Colours of ``n`` things: as many as possible in pairs, so that "the same color" leads to one other thing."""
+    """Colours of ``n`` things, none more than twice, so that "the same color" leads to one other thing."""
     pairs = int(rng.integers(max(0, n - len(COLORS)), n // 2 + 1))
     order = rng.permutation(len(COLORS))[: n - pairs]
     return [int(c) for c in rng.permutation([*order, *order[:pairs]])]
@@ -75,8 +80,8 @@ def _thing(cell: tuple[int, int], shape: int, color: int, kind: int, split: str,
     return Thing(shape, color, size, *body, Tag("digit" if kind == 1 else "word", value, drawn, *corner, tag_w, tag_h))
 
 
-def grid_scene(split: str, seed: int, index: int, few: bool = False) -> GridScene:
-    """The layout number ``index`` of a stream.
+def grid_scene(split: str, seed: int, index: int, side: int = SIDE) -> GridScene:
+    """The layout number ``index`` of a stream: a thing in each of the 16 cells.
 
     Parameters
     ----------
@@ -84,17 +89,14 @@ def grid_scene(split: str, seed: int, index: int, few: bool = False) -> GridScen
         "train", "validation" or "test".
     seed, index : int
         Stream and position in it.
-    few : bool
-        Five or six things in a block instead of eight to thirteen anywhere: the first lessons of training.
+    side : int
+        2 or 3: only a block of so many cells in a row and in a column is filled, somewhere. The first lessons of training.
     """
-    rng = generator(split, seed, index, FEW_STREAM if few else STREAM)
-    count = int(rng.integers(0, 3 if few else 5))
-    order = [int(s) for s in rng.permutation(len(SHAPES))]
-    single = (4 if few else 8) if count >= 2 else (6 if few else 9)
-    group = order[single] if count >= 2 else None
-    shapes = order[:single] + [order[single]] * (count if count >= 2 else 0)
-    cells = _cells(len(shapes), few, rng)
+    rng = generator(split, seed, index, STREAMS[side])
+    shapes, count, group = _shapes(side, rng)
+    top, left = (int(n) for n in rng.integers(SIDE - side + 1, size=2))
+    cells = [(top + int(c) // side, left + int(c) % side) for c in rng.permutation(side * side)]
     colors = _colors(len(shapes), rng)
     kinds = rng.choice(3, len(shapes), p=TAGS)
     things = tuple(_thing(c, s, k, int(t), split, rng) for c, s, k, t in zip(cells, shapes, colors, kinds, strict=True))
-    return GridScene(split, seed, index, things, count, group, cells=tuple(cells), few=few)
+    return GridScene(split, seed, index, things, count, group, cells=tuple(cells), side=side)

@@ -20,10 +20,10 @@ from duet_vlm.train.stages import Stage
 
 from .. import load
 from ..chain_network import build_decoder
-from ..chain_questions import CHAINS, KINDS, PAIRS, SINGLE, GridScene, pair_question, questions
-from ..chain_scenes import grid_scene
+from ..chain_questions import KINDS, PAIRS, SINGLE, GridScene, pair_question, questions
+from ..chain_scenes import SIDE, STREAMS, grid_scene
 from ..labels import patch_labels
-from ..network import FEATURE_LAYER, VISUAL_TOKENS, WIDTH
+from ..network import FEATURE_LAYER, VISUAL_TOKENS
 from ..render import render
 from .chain_packing import Asked, Packed, answer_loss, decode, pack
 from .decoder import LabelFeatures
@@ -31,9 +31,9 @@ from .optim import optimizers
 from .packing import Lesson, choose_patches, lesson
 from .tower import to_pixels
 
-BATCH, QUESTIONS = 4, 24
-PAIR_BATCH, PAIR_QUESTIONS, PAIR_EVERY = 2, 12, 6
-FEW_KEPT = 24  # visual tokens of the shortest pictures
+ANSWERS = 96  # of a step, about one picture or about several
+PAIRS_SHOWN, PAIR_EVERY = 4, 6
+FEW_KEPT = {2: 10, 3: 20}  # by side: visual tokens of the shortest pictures in validation
 CHUNK = 4  # pictures that go through the tower together
 WARM, FALL = 100, 2000  # steps of the learning rate's rise and of its fall at the end
 LOOKUPS = ("attribute", "read_digit", "read_word")
@@ -42,10 +42,11 @@ FIT_STEPS, FIT_ROWS, FIT_PICTURES = 1500, 1024, 320
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the curriculum: up to step ``until``, pictures with few things or whole ones, ``keep`` visual tokens, weighted kinds."""
+    """A part of the curriculum, up to step ``until``: pictures of side x side cells, so many a step with ``keep`` tokens each; weighted kinds."""
 
     until: int
-    few: bool
+    side: int
+    pictures: int
     keep: tuple[int, ...]
     kinds: dict[str, float]
 
@@ -54,12 +55,12 @@ MORE = ("existence", "count", "spatial", "compare")
 EVERY = {**dict.fromkeys(LOOKUPS, 0.5), **dict.fromkeys(MORE, 1.0), "spatial": 1.5, "hop1": 1.5, "hop2": 2.0, "hop3": 2.0}
 KNOWN = {**dict.fromkeys(LOOKUPS, 0.3), **dict.fromkeys(MORE, 0.5)}
 PARTS = (
-    Part(600, True, (FEW_KEPT,), dict.fromkeys(LOOKUPS, 1.0)),
-    Part(1400, True, (FEW_KEPT,), {**KNOWN, "hop1": 2.5}),
-    Part(2400, True, (FEW_KEPT, 32), {**KNOWN, "hop1": 1.5, "hop2": 2.0}),
-    Part(3500, True, (FEW_KEPT, 32), {**KNOWN, "hop1": 1.0, "hop2": 1.5, "hop3": 2.0}),
-    Part(6000, False, (32, 40, 57), EVERY),
-    Part(10**9, False, (VISUAL_TOKENS,), EVERY),
+    Part(500, 2, 8, (10,), dict.fromkeys(LOOKUPS, 1.0)),
+    Part(1100, 2, 8, (10,), {**KNOWN, "hop1": 2.5}),
+    Part(2000, 3, 8, (20, 28), {**KNOWN, "hop1": 1.5, "hop2": 2.0}),
+    Part(3000, 3, 8, (20, 28), {**KNOWN, "hop1": 1.0, "hop2": 1.5, "hop3": 2.0}),
+    Part(5000, 4, 8, (32, 40, 57), EVERY),
+    Part(10**9, 4, 4, (VISUAL_TOKENS,), EVERY),
 )
 
 
@@ -77,15 +78,15 @@ def tower() -> CLIPVisionModel:
 class Pool:
     """Pictures of a stream with what the tower sees on them, in memory, made when they are first asked for; always ``CHUNK`` at a time."""
 
-    def __init__(self, split: str, seed: int, few: bool, size: int, bf16: bool) -> None:
-        self.split, self.seed, self.few, self.size, self.bf16 = split, seed, few, size, bf16
+    def __init__(self, split: str, seed: int, side: int, size: int, bf16: bool) -> None:
+        self.split, self.seed, self.side, self.size, self.bf16 = split, seed, side, size, bf16
         self.tower = tower()
         self.chunks: dict[int, tuple[list[Lesson], Tensor]] = {}
 
     @torch.no_grad()
     def chunk(self, number: int) -> tuple[list[Lesson], Tensor]:
         if number not in self.chunks:
-            scenes = [grid_scene(self.split, self.seed, number * CHUNK + i, self.few) for i in range(CHUNK)]
+            scenes = [grid_scene(self.split, self.seed, number * CHUNK + i, self.side) for i in range(CHUNK)]
             with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
                 seen = self.tower(to_pixels([render(s) for s in scenes]), output_hidden_states=True).hidden_states[FEATURE_LAYER][:, 1:]
             self.chunks[number] = [lesson(s, []) for s in scenes], seen.half()
@@ -130,32 +131,32 @@ def draw_kinds(kinds: dict[str, float], n: int, rng: np.random.Generator) -> lis
 
 
 class ChainStage(Stage):
-    """Projector and decoder on ``BATCH`` pictures, or ``PAIR_BATCH`` pairs of pictures, a step."""
+    """Projector and decoder on some pictures, or on ``PAIRS_SHOWN`` pairs of pictures, a step."""
 
     def __init__(self, seed: int, steps: int, bf16: bool, pictures: int = 2400) -> None:
         super().__init__(seed, steps, bf16)
-        self.pools = {few: Pool("train", seed, few, pictures // 3 if few else pictures, bf16) for few in (True, False)}
+        self.pools = {side: Pool("train", seed, side, pictures if side == SIDE else pictures // 3, bf16) for side in STREAMS}
         self.decoder = build_decoder(seed)
-        self.projector: nn.Module = start_projector(self.decoder.embed_tokens.weight.detach(), self.pools[False], seed)
-        self.held = Pool("validation", seed, True, 10**6, bf16), Pool("validation", seed, False, 10**6, bf16)
+        self.projector: nn.Module = start_projector(self.decoder.embed_tokens.weight.detach(), self.pools[SIDE], seed)
+        self.held = {side: Pool("validation", seed, side, 10**6, bf16) for side in STREAMS}
 
     def batch(self, step: int) -> dict[str, Any]:
         part, rng = part_at(step), np.random.default_rng([self.seed, 14, step])
-        if not part.few and step % PAIR_EVERY == 0:
-            return self.pair_batch(part, step, rng)
-        lessons, seen = self.pools[part.few].take(step * BATCH, BATCH)
-        kinds = draw_kinds(part.kinds, QUESTIONS, rng)
+        if part.side == SIDE and step % PAIR_EVERY == 0:
+            return self.pair_batch(part, rng)
+        lessons, seen = self.pools[part.side].take(step * part.pictures, part.pictures)
+        kinds = draw_kinds(part.kinds, ANSWERS // part.pictures, rng)
         asked = [questions(x.scene, kinds, rng) for x in lessons]
         patches = chosen(lessons, int(rng.choice(part.keep)), rng)
         return {"asked": asked, "seen": seen, "patches": patches, "packed": pack(asked, patches, VISUAL_TOKENS)}
 
-    def pair_batch(self, part: Part, step: int, rng: np.random.Generator) -> dict[str, Any]:
+    def pair_batch(self, part: Part, rng: np.random.Generator) -> dict[str, Any]:
         """Pairs of pictures that stand at random places of the pool."""
-        pool, pairs, asked = self.pools[False], [], []
-        for _ in range(PAIR_BATCH):
+        pool, pairs, asked = self.pools[SIDE], [], []
+        for _ in range(PAIRS_SHOWN):
             a, b = (pool.take(int(i), 1) for i in rng.integers(pool.size, size=2))
             found: list[Asked] = []
-            while len(found) < PAIR_QUESTIONS:
+            while len(found) < ANSWERS // PAIRS_SHOWN // 2:
                 one = pair_question((a[0][0].scene, b[0][0].scene), PAIRS[int(rng.integers(2))], rng)
                 found += [one] if one else []
             pairs.append((a, b))
@@ -183,28 +184,25 @@ class ChainStage(Stage):
 
     @torch.no_grad()
     def validate(self, pictures: int = 24) -> dict[str, float]:
-        """Accuracy per kind on validation pictures with all their tokens; ``few_``: on pictures with few things and ``FEW_KEPT`` tokens."""
-        few, whole = self.held
-        rng, hits, asked = np.random.default_rng(0), [], []
-        for first in range(0, 2 * pictures, BATCH):
-            lessons, seen = few.take(first, BATCH)
-            mine = [questions(x.scene, [*SINGLE, *SINGLE], x.scene.generator(2)) for x in lessons]
-            patches = chosen(lessons, FEW_KEPT, rng)
-            hits += list(self.answers(mine, seen, patches, pack(mine, patches, VISUAL_TOKENS))[1])
-            asked += mine
-        short = {f"few_{kind}": value for kind, value in by_kind(hits, asked).items()}
-        hits, asked, everything = [], [], np.tile(np.arange(2 * VISUAL_TOKENS), (BATCH, 1))
-        for first in range(0, pictures, BATCH):
-            lessons, seen = whole.take(first, BATCH)
-            mine = [questions(x.scene, [*SINGLE, *SINGLE], x.scene.generator(2)) for x in lessons]
-            single = everything[:, :VISUAL_TOKENS]
-            hits += list(self.answers(mine, seen, single, pack(mine, single, VISUAL_TOKENS))[1])
-            scenes = [(lessons[i].scene, lessons[i - 1].scene) for i in range(BATCH)]
-            two = [some_pairs(s, s[0].generator(3)) for s in scenes]
-            seen = torch.stack([torch.cat([seen[i], seen[i - 1]]) for i in range(BATCH)])
-            hits += list(self.answers(two, seen, everything, pack(two, everything, 2 * VISUAL_TOKENS))[1])
-            asked += mine + two
-        return {**by_kind(hits, asked), **short}
+        """Accuracy per kind on validation pictures with all their tokens; ``few2_`` and ``few3_``: on smaller ones with few tokens."""
+        out: dict[str, float] = {}
+        for side, pool in self.held.items():
+            rng, hits, asked = np.random.default_rng(0), [], []
+            for first in range(0, pictures, 4):
+                lessons, seen = pool.take(first, 4)
+                mine = [questions(x.scene, [*SINGLE, *SINGLE], x.scene.generator(2)) for x in lessons]
+                patches = chosen(lessons, FEW_KEPT.get(side, VISUAL_TOKENS), rng)
+                hits += list(self.answers(mine, seen, patches, pack(mine, patches, VISUAL_TOKENS))[1])
+                asked += mine
+                if side == SIDE:
+                    mine = [some_pairs((lessons[i].scene, lessons[i - 1].scene), lessons[i].scene.generator(3)) for i in range(4)]
+                    seen = torch.stack([torch.cat([seen[i], seen[i - 1]]) for i in range(4)])
+                    everything = np.tile(np.arange(2 * VISUAL_TOKENS), (4, 1))
+                    hits += list(self.answers(mine, seen, everything, pack(mine, everything, 2 * VISUAL_TOKENS))[1])
+                    asked += mine
+            name = "" if side == SIDE else f"few{side}_"
+            out |= {f"{name}{kind}": value for kind, value in by_kind(hits, asked).items()}
+        return out
 
 
 def some_pairs(scenes: tuple[GridScene, GridScene], rng: np.random.Generator, n: int = 4) -> list[Asked]:
@@ -226,8 +224,8 @@ def chosen(lessons: list[Lesson], keep: int, rng: np.random.Generator) -> np.nda
 def by_kind(hits: Tensor | list[Tensor], asked: list[list[Asked]]) -> dict[str, float]:
     """Share of right answers per kind, and the mean of the kinds."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for row, questions in zip(hits, asked, strict=True):
-        for hit, one in zip(row.tolist(), questions, strict=True):
+    for row, mine in zip(hits, asked, strict=True):
+        for hit, one in zip(row.tolist(), mine, strict=True):
             found[one.kind].append(hit)
     out = {kind: round(float(np.mean(v)), 3) for kind, v in found.items() if v}
     return {"all": round(float(np.mean(list(out.values()))), 3), **out}
