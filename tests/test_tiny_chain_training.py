@@ -1,5 +1,8 @@
 """The recipe of ``tiny-chain``: packing equals one question at a time, exact resume, and nothing but answers to learn from."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +17,7 @@ from duet_vlm.tiny.chain_questions import KINDS, PAIRS, SINGLE, question
 from duet_vlm.tiny.chain_scenes import grid_scene
 from duet_vlm.tiny.network import DECODER_LAYERS
 from duet_vlm.tiny.questions import split_words
-from duet_vlm.tiny.recipe.chain import PARTS, ChainStage, draw_kinds, part_at
+from duet_vlm.tiny.recipe.chain import PARTS, ChainStage, Part, draw_kinds, part_at
 from duet_vlm.tiny.recipe.chain_packing import PREFIX, decode, pack
 from duet_vlm.tiny.train_chain import STEPS, main
 from duet_vlm.train.stages import fit, last_checkpoint, weights
@@ -22,13 +25,28 @@ from duet_vlm.train.stages import fit, last_checkpoint, weights
 pytestmark = pytest.mark.train
 
 
+def shrink(patch: pytest.MonkeyPatch) -> None:
+    """Two pictures a step, a step for each part of the curriculum, and pairs in every second step with whole pictures."""
+    for name, value in {"ANSWERS": 16, "PAIRS_SHOWN": 2, "PAIR_EVERY": 2, "FIT_STEPS": 2, "FIT_PICTURES": 2, "CHUNK": 1}.items():
+        patch.setattr(f"duet_vlm.tiny.recipe.chain.{name}", value)
+    patch.setattr(ChainStage, "validate", lambda self: {"all": 0.0})
+    parts = (Part(min(p.until, i + 1) if i + 1 < len(PARTS) else p.until, p.side, 2, p.keep, p.kinds) for i, p in enumerate(PARTS))
+    patch.setattr("duet_vlm.tiny.recipe.chain.PARTS", tuple(parts))
+
+
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in {"ANSWERS": 16, "PAIRS_SHOWN": 2, "FIT_STEPS": 2, "FIT_PICTURES": 4, "CHUNK": 1}.items():
-        monkeypatch.setattr(f"duet_vlm.tiny.recipe.chain.{name}", value)
-    monkeypatch.setattr(ChainStage, "validate", lambda self: {"all": 0.0})
-    shorter = [(part.until if part.until > 10**6 else 2 * i + 2, part) for i, part in enumerate(PARTS)]
-    monkeypatch.setattr("duet_vlm.tiny.recipe.chain.PARTS", tuple(type(p)(until, p.side, 2, p.keep, p.kinds) for until, p in shorter))
+    shrink(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What one command leaves after one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        main(["--out", str(folder), "--steps", "1", "--pictures", "6", "--fp32"])
+    return folder / "weights"
 
 
 def test_packed_questions_equal_single_ones_through_the_stock_layers():
@@ -49,16 +67,16 @@ def test_packed_questions_equal_single_ones_through_the_stock_layers():
 
 
 def test_resume_gives_the_same_weights(tmp_path, small):
-    """Through a part with few tokens and, at the end, a pair of pictures with all of them."""
+    """Through every part of the curriculum, pairs of whole pictures among them."""
 
     def build() -> ChainStage:
-        return ChainStage(0, 13, False, 6)
+        return ChainStage(0, 7, False, 6)
 
     whole = build()
     start = {key: value.clone() for key, value in whole.state_dict().items()}
     fit(whole, tmp_path / "whole")
-    fit(build(), tmp_path / "halves", stop=7)
-    assert last_checkpoint(tmp_path / "halves").name == "checkpoint-7"
+    fit(build(), tmp_path / "halves", stop=4)
+    assert last_checkpoint(tmp_path / "halves").name == "checkpoint-4"
     resumed = build()
     fit(resumed, tmp_path / "halves")
     after = whole.state_dict()
@@ -79,7 +97,7 @@ def test_every_layer_starts_alike():
 
 
 def test_only_projector_and_decoder_learn_from_tokens_and_answers_alone(small):
-    stage = ChainStage(0, 20, False, 4)
+    stage = ChainStage(0, 20, False, 6)
     assert {name.split(".")[0] for name, _ in stage.named_parameters()} == {"projector", "decoder"}
     moved = {id(p) for part in stage.optimizers() for group in part.param_groups for p in group["params"]}
     assert moved == {id(p) for p in stage.parameters()}
@@ -97,21 +115,19 @@ def test_lessons_get_longer_and_the_last_half_is_whole_pictures():
     assert len(kinds) == 24 and 16 <= kinds.count("hop1") <= 20
 
 
-def test_one_command_trains_and_exports_a_model_that_answers(tmp_path, small):
-    main(["--out", str(tmp_path), "--steps", "2", "--pictures", "4", "--fp32"])
-    loaded = load(str(tmp_path / "weights"))
-    assert (tmp_path / "weights/model.safetensors").stat().st_size < 15e6 and "curve" in (tmp_path / "weights/training_log.json").read_text()
+def test_one_command_trains_and_exports_a_model_that_answers(trained):
+    loaded = load(str(trained))
+    assert (trained / "model.safetensors").stat().st_size < 15e6 and "curve" in (trained / "training_log.json").read_text()
     questions = [task("tiny-chain").ask(0, i) for i in range(len(KINDS))]
-    found = answer(loaded, [Run("none"), Run("oracle", 0.22), Run("random", 0.22)], questions, 4)
+    found = answer(loaded, [Run("none"), Run("oracle", 0.22), Run("random", 0.22)], questions, 1)
     assert [len(outcome.answers) for outcome in found.values()] == [len(KINDS)] * 3
     oracle, chance = found["oracle@0.22"].recalls, found["random@0.22"].recalls
     assert oracle[0] == oracle[1] > 2 * chance[1] > 0
 
 
 @pytest.mark.parametrize("kind", ["hop2", PAIRS[0]])
-def test_the_stock_model_reads_prompts_as_training_packs_them(kind, tmp_path, small):
-    main(["--out", str(tmp_path), "--steps", "1", "--pictures", "4", "--fp32"])
-    loaded, item = load(str(tmp_path / "weights")), chain.sample("validation", KINDS.index(kind))
+def test_the_stock_model_reads_prompts_as_training_packs_them(kind, trained):
+    loaded, item = load(str(trained)), chain.sample("validation", KINDS.index(kind))
     model = loaded.model.model
     inputs = loaded.processor(images=list(item.images), text=chain.prompt(item.question, len(item.images)), return_tensors="pt")
     assert loaded.inputs(item.images, item.question)["input_ids"].equal(inputs["input_ids"])
@@ -127,3 +143,25 @@ def test_the_stock_model_reads_prompts_as_training_packs_them(kind, tmp_path, sm
 def item_of(item):
     """A sample as packing reads it."""
     return type("Asked", (), {"text": item.question, "answer": item.answer, "kind": item.kind})
+
+
+def load_acceptance():
+    spec = importlib.util.spec_from_file_location("chain_acceptance", Path(__file__).parents[1] / "benchmarks/chain_acceptance.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_acceptance_asks_for_a_picture_that_is_needed_late():
+    acceptance = load_acceptance()
+
+    def row(every: float, **kinds: float) -> dict:
+        return {"accuracy": every, "kinds": {kind: {"accuracy": kinds.get(kind, every)} for kind in KINDS}}
+
+    runs = {run.label: row(0.9) for run in acceptance.experiment("x", 8, 0).runs()}
+    assert len(runs) == 1 + 11 + 3  # the full model, a run for each layer but the first, the references
+    judged = acceptance.judge(runs)
+    assert [c["holds"] for c in judged.values()] == [True, True, False, False, False, True, False]
+    late = {"none from layer 6": row(0.8, hop2=0.79, count=0.5), "none from layer 8": row(0.85, hop3=0.7), acceptance.RANDOM: row(0.6)}
+    assert all(c["holds"] for c in acceptance.judge(runs | late).values())
+    assert not all(c["holds"] for c in acceptance.judge(runs | late | {"full model": row(0.9, hop3=0.7)}).values())

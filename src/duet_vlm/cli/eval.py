@@ -15,7 +15,7 @@ METHODS = "duet,visionzip,pyramiddrop,fastv,random,uniform"
 
 
 def evaluate(
-    tasks: Annotated[str, typer.Option("--tasks", help="tiny, tiny-crowded, tiny-video, or .jsonl files, with commas between.")] = "tiny",
+    tasks: Annotated[str, typer.Option("--tasks", help="tiny, tiny-crowded, tiny-chain, tiny-video, or .jsonl files, with commas between.")] = "tiny",
     model: Model = "tiny",
     methods: Annotated[
         str | None,

@@ -55,11 +55,11 @@ MORE = ("existence", "count", "spatial", "compare")
 EVERY = {**dict.fromkeys(LOOKUPS, 0.5), **dict.fromkeys(MORE, 1.0), "spatial": 1.5, "hop1": 1.5, "hop2": 2.0, "hop3": 2.0}
 KNOWN = {**dict.fromkeys(LOOKUPS, 0.3), **dict.fromkeys(MORE, 0.5)}
 PARTS = (
-    Part(500, 2, 8, (10,), dict.fromkeys(LOOKUPS, 1.0)),
-    Part(1100, 2, 8, (10,), {**KNOWN, "hop1": 2.5}),
-    Part(2000, 3, 8, (20, 28), {**KNOWN, "hop1": 1.5, "hop2": 2.0}),
-    Part(3000, 3, 8, (20, 28), {**KNOWN, "hop1": 1.0, "hop2": 1.5, "hop3": 2.0}),
-    Part(5000, 4, 8, (32, 40, 57), EVERY),
+    Part(1000, 2, 8, (10,), dict.fromkeys(LOOKUPS, 1.0)),
+    Part(1800, 2, 8, (10,), {**KNOWN, "hop1": 2.5}),
+    Part(3000, 3, 8, (20, 28), {**KNOWN, "hop1": 1.5, "hop2": 2.0}),
+    Part(4200, 3, 8, (20, 28), {**KNOWN, "hop1": 1.0, "hop2": 1.5, "hop3": 2.0}),
+    Part(6000, 4, 8, (32, 40, 57), EVERY),
     Part(10**9, 4, 4, (VISUAL_TOKENS,), EVERY),
 )
 
