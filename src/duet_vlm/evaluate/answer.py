@@ -107,14 +107,13 @@ def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Quest
     )
 
 
-def needed_parts(question: Question) -> list[np.ndarray | None]:
-    """What a question needs of each of its pictures and clips, which are of one size; None where nobody knows."""
-    parts = len(question.images) + len(question.videos)
-    return [None] * parts if question.needed is None else np.split(np.asarray(question.needed), parts)
+def needed_parts(question: Question) -> list[np.ndarray]:
+    """What a question that knows it needs of each of its pictures or clips, which are of one size."""
+    return np.split(np.asarray(question.needed), len(question.images) + len(question.videos))
 
 
 def _recalls(handle: duet_vlm.Handle, questions: Sequence[Question]) -> tuple[float, float, float, float] | None:
-    if any(q.needed is None or not (q.images or q.videos) for q in questions):
+    if any(q.needed is None for q in questions):
         return None
     middle = len(handle.report().measured) // 2
     sums = np.zeros(4)
