@@ -17,7 +17,7 @@ from duet_vlm.tiny.chain_questions import KINDS, PAIRS, SINGLE, question
 from duet_vlm.tiny.chain_scenes import grid_scene
 from duet_vlm.tiny.network import DECODER_LAYERS
 from duet_vlm.tiny.questions import split_words
-from duet_vlm.tiny.recipe.chain import PARTS, ChainStage, Part, draw_kinds, part_at
+from duet_vlm.tiny.recipe.chain import PARTS, ChainStage, Part, answers_seen, draw_kinds, part_at
 from duet_vlm.tiny.recipe.chain_packing import PREFIX, decode, pack
 from duet_vlm.tiny.train_chain import STEPS, main
 from duet_vlm.train.stages import fit, last_checkpoint, weights
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.train
 
 def shrink(patch: pytest.MonkeyPatch) -> None:
     """Two pictures a step, a step for each part of the curriculum, and pairs in every second step with whole pictures."""
-    for name, value in {"ANSWERS": 16, "PAIRS_SHOWN": 2, "PAIR_EVERY": 2, "FIT_STEPS": 2, "FIT_PICTURES": 2, "CHUNK": 1}.items():
+    for name, value in {"ANSWERS": 16, "PAIRS_SHOWN": 2, "PAIR_QUESTIONS": 3, "PAIR_EVERY": 2, "FIT_STEPS": 2, "FIT_PICTURES": 2, "CHUNK": 1}.items():
         patch.setattr(f"duet_vlm.tiny.recipe.chain.{name}", value)
     patch.setattr(ChainStage, "validate", lambda self: {"all": 0.0})
     parts = (Part(min(p.until, i + 1) if i + 1 < len(PARTS) else p.until, p.side, 2, p.keep, p.kinds) for i, p in enumerate(PARTS))
@@ -104,6 +104,12 @@ def test_only_projector_and_decoder_learn_from_tokens_and_answers_alone(small):
     batch = stage.batch(0)
     assert set(vars(batch["packed"])) == {"ids", "positions", "mask", "answer_rows", "answers"}
     assert batch["packed"].mask.dtype == torch.bool
+
+
+def test_answers_are_counted_as_they_are_asked(small):
+    stage = ChainStage(0, 20, False, 6)
+    asked = [sum(len(q) for q in stage.batch(step)["asked"]) for step in range(8)]
+    assert [answers_seen(step) for step in range(9)] == np.cumsum([0, *asked]).tolist() and len(set(asked)) == 2
 
 
 def test_lessons_get_longer_and_the_last_half_is_whole_pictures():

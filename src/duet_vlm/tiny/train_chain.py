@@ -19,7 +19,7 @@ from duet_vlm.train.stages import curve, fit, weights
 from . import load
 from .chain_network import CHAIN_TOKEN
 from .network import build_model
-from .recipe.chain import ChainStage
+from .recipe.chain import ChainStage, answers_seen
 from .text import build_processor
 
 STEPS = 12000
@@ -34,7 +34,8 @@ def export(folder: Path, target: Path, settings: dict) -> None:
     model.half().save_pretrained(target)
     build_processor(CHAIN_TOKEN).save_pretrained(target)
     (target / "model.safetensors").chmod(0o644)
-    log = {"settings": settings, "torch": torch.__version__, "curve": [line for line in curve(folder) if "val_all" in line]}
+    lines = [{"answers": answers_seen(int(line["step"])), **line} for line in curve(folder) if "val_all" in line]
+    log = {"settings": settings, "torch": torch.__version__, "curve": lines}
     (target / "training_log.json").write_text(json.dumps(log).replace("}, {", "},\n{") + "\n")
 
 

@@ -31,8 +31,8 @@ from .optim import optimizers
 from .packing import Lesson, choose_patches, lesson
 from .tower import to_pixels
 
-ANSWERS = 96  # of a step, about one picture or about several
-PAIRS_SHOWN, PAIR_EVERY = 4, 6
+ANSWERS = 96  # of a step about single pictures
+PAIRS_SHOWN, PAIR_QUESTIONS, PAIR_EVERY = 4, 12, 6  # every so many steps pairs of pictures, once pictures are whole
 FEW_KEPT = {2: 10, 3: 20}  # by side: visual tokens of the shortest pictures in validation
 CHUNK = 4  # pictures that go through the tower together
 WARM, FALL = 100, 2000  # steps of the learning rate's rise and of its fall at the end
@@ -67,6 +67,16 @@ PARTS = (
 def part_at(step: int) -> Part:
     """Which part of the curriculum a step belongs to."""
     return next(part for part in PARTS if step < part.until)
+
+
+def shows_pairs(step: int) -> bool:
+    """Whether a step asks about pairs of pictures."""
+    return part_at(step).side == SIDE and step % PAIR_EVERY == 0
+
+
+def answers_seen(step: int) -> int:
+    """How many answers were learned from before ``step``."""
+    return sum(PAIRS_SHOWN * PAIR_QUESTIONS if shows_pairs(s) else ANSWERS for s in range(step))
 
 
 @functools.cache
@@ -142,7 +152,7 @@ class ChainStage(Stage):
 
     def batch(self, step: int) -> dict[str, Any]:
         part, rng = part_at(step), np.random.default_rng([self.seed, 14, step])
-        if part.side == SIDE and step % PAIR_EVERY == 0:
+        if shows_pairs(step):
             return self.pair_batch(part, rng)
         lessons, seen = self.pools[part.side].take(step * part.pictures, part.pictures)
         kinds = draw_kinds(part.kinds, ANSWERS // part.pictures, rng)
@@ -156,7 +166,7 @@ class ChainStage(Stage):
         for _ in range(PAIRS_SHOWN):
             a, b = (pool.take(int(i), 1) for i in rng.integers(pool.size, size=2))
             found: list[Asked] = []
-            while len(found) < ANSWERS // PAIRS_SHOWN // 2:
+            while len(found) < PAIR_QUESTIONS:
                 one = pair_question((a[0][0].scene, b[0][0].scene), PAIRS[int(rng.integers(2))], rng)
                 found += [one] if one else []
             pairs.append((a, b))
