@@ -70,7 +70,7 @@ def test_resume_gives_the_same_weights(tmp_path, small):
     """Through every part of the curriculum, pairs of whole pictures among them."""
 
     def build() -> ChainStage:
-        return ChainStage(0, 7, False, 6)
+        return ChainStage(0, 9, False, 6)
 
     whole = build()
     start = {key: value.clone() for key, value in whole.state_dict().items()}
@@ -108,8 +108,8 @@ def test_only_projector_and_decoder_learn_from_tokens_and_answers_alone(small):
 
 def test_answers_are_counted_as_they_are_asked(small):
     stage = ChainStage(0, 20, False, 6)
-    asked = [sum(len(q) for q in stage.batch(step)["asked"]) for step in range(8)]
-    assert [answers_seen(step) for step in range(9)] == np.cumsum([0, *asked]).tolist() and len(set(asked)) == 2
+    asked = [sum(len(q) for q in stage.batch(step)["asked"]) for step in range(9)]
+    assert [answers_seen(step) for step in range(10)] == np.cumsum([0, *asked]).tolist() and len(set(asked)) == 2
 
 
 def test_lessons_get_longer_and_the_last_half_is_whole_pictures():

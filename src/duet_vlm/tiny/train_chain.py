@@ -22,7 +22,7 @@ from .network import build_model
 from .recipe.chain import ChainStage, answers_seen
 from .text import build_processor
 
-STEPS = 12000
+STEPS = 14000
 
 
 def export(folder: Path, target: Path, settings: dict) -> None:

@@ -57,9 +57,10 @@ KNOWN = {**dict.fromkeys(LOOKUPS, 0.3), **dict.fromkeys(MORE, 0.5)}
 PARTS = (
     Part(1000, 2, 8, (10,), dict.fromkeys(LOOKUPS, 1.0)),
     Part(1800, 2, 8, (10,), {**KNOWN, "hop1": 2.5}),
-    Part(3000, 3, 8, (20, 28), {**KNOWN, "hop1": 1.5, "hop2": 2.0}),
-    Part(4200, 3, 8, (20, 28), {**KNOWN, "hop1": 1.0, "hop2": 1.5, "hop3": 2.0}),
-    Part(6000, 4, 8, (32, 40, 57), EVERY),
+    Part(2800, 3, 8, (20, 28), {**KNOWN, "hop1": 2.5}),
+    Part(3800, 3, 8, (20, 28), {**KNOWN, "hop1": 1.5, "hop2": 2.0}),
+    Part(4800, 3, 8, (20, 28), {**KNOWN, "hop1": 1.0, "hop2": 1.5, "hop3": 2.0}),
+    Part(7000, 4, 8, (32, 40, 57), EVERY),
     Part(10**9, 4, 4, (VISUAL_TOKENS,), EVERY),
 )
 
