@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("out/tiny-chain"), help="folder for checkpoints and the finished model (weights/)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--pictures", type=int, default=2400, help="pictures in the pool that questions are asked about")
+    parser.add_argument("--pictures", type=int, default=9000, help="pictures in the pool that questions are asked about")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fp32", action="store_true", help="no bf16 matrix products (for cores without a bf16 unit)")
     parser.add_argument("--export-only", action="store_true", help="export the last checkpoint and stop")

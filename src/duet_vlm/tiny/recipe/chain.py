@@ -144,7 +144,7 @@ def draw_kinds(kinds: dict[str, float], n: int, rng: np.random.Generator) -> lis
 class ChainStage(Stage):
     """Projector and decoder on some pictures, or on ``PAIRS_SHOWN`` pairs of pictures, a step."""
 
-    def __init__(self, seed: int, steps: int, bf16: bool, pictures: int = 2400) -> None:
+    def __init__(self, seed: int, steps: int, bf16: bool, pictures: int = 9000) -> None:
         super().__init__(seed, steps, bf16)
         self.pools = {side: Pool("train", seed, side, pictures if side == SIDE else pictures // 3, bf16) for side in STREAMS}
         self.decoder = build_decoder(seed)
