@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from duet_vlm.train.stages import fit, last_checkpoint, weights
 
 from duet_vlm.evaluate.answer import answer
 from duet_vlm.evaluate.experiment import Run
@@ -20,6 +19,7 @@ from duet_vlm.tiny.network import DECODER_LAYERS
 from duet_vlm.tiny.questions import split_words
 from duet_vlm.tiny.recipe.chain import PARTS, ChainStage, Part, answers_seen, draw_kinds, part_at
 from duet_vlm.tiny.recipe.chain_packing import PREFIX, decode, pack
+from duet_vlm.tiny.recipe.stages import fit, last_checkpoint, weights
 from duet_vlm.tiny.train_chain import STEPS, main
 
 pytestmark = pytest.mark.train

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from duet_vlm.train.stages import curve, fit, weights
+from duet_vlm.tiny.recipe.stages import curve, fit, weights
 
 from . import load
 from .chain_network import CHAIN_TOKEN

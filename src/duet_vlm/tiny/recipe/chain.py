@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from duet_vlm.train.stages import Stage
+from duet_vlm.tiny.recipe.stages import Stage
 
 from .. import load
 from ..chain_network import build_decoder
