@@ -107,8 +107,10 @@ def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Quest
     )
 
 
-def needed_parts(question: Question) -> list[np.ndarray]:
-    """What a question that knows it needs of each of its pictures or clips, which are of one size."""
+def needed_parts(question: Question) -> list[Any]:
+    """What a question needs of each of its pictures or clips, which are of one size; None where it does not know."""
+    if question.needed is None:
+        return [None]
     return np.split(np.asarray(question.needed), len(question.images) + len(question.videos))
 
 
