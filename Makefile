@@ -15,7 +15,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-video golden lint format bench compare tables train clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-video golden lint format bench compare tables train train-chain clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -75,6 +75,9 @@ tables: $(DEV)  ## write the tables of README and docs, and the lists of the com
 
 train: $(DEV)  ## train the embedded model from scratch
 	@$(BIN)/python -m duet_vlm.tiny.train
+
+train-chain: $(DEV)  ## train the tiny-chain model from answers alone (hours; the same command goes on after a kill)
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_chain
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VIDEO) out build dist .pytest_cache .ruff_cache .mypy_cache

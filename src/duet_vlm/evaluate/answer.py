@@ -53,7 +53,7 @@ def method_of(run: Run) -> Reducer:
 @contextlib.contextmanager
 def attached(loaded: Loaded, run: Run, questions: Sequence[Question]) -> Iterator[duet_vlm.Handle]:
     """The model with a run's method on it; the oracle is given what these questions need."""
-    told: dict[str, Any] = {"needed": tuple(q.needed for q in questions)} if run.method == ORACLE else {}
+    told: dict[str, Any] = {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
     processor = loaded.processor if run.settings.get("text_query") == "salient" else None
     with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings, **told) as handle:
         yield handle
@@ -107,17 +107,28 @@ def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Quest
     )
 
 
+def needed_parts(question: Question) -> list[Any]:
+    """What a question needs of each of its pictures or clips, which are of one size; None where it does not know."""
+    if question.needed is None:
+        return [None]
+    return np.split(np.asarray(question.needed), len(question.images) + len(question.videos))
+
+
 def _recalls(handle: duet_vlm.Handle, questions: Sequence[Question]) -> tuple[float, float, float, float] | None:
-    if any(q.needed is None or len(q.images) + len(q.videos) != 1 for q in questions):
+    if any(q.needed is None for q in questions):
         return None
     middle = len(handle.report().measured) // 2
     sums = np.zeros(4)
-    for q, (span,) in zip(questions, handle.trace, strict=True):
-        needed = set(np.flatnonzero(np.asarray(q.needed)).tolist())
-        if needed:
+    for q, spans in zip(questions, handle.trace, strict=True):
+        found, total = np.zeros(3), 0
+        for part, span in zip(needed_parts(q), spans, strict=True):
+            needed = set(np.flatnonzero(part).tolist())
             entry = needed & alive(span, 0)
             merged = needed & {token for members in span.merged.values() for token in members}
-            sums += (1, len(entry) / len(needed), len(entry | merged) / len(needed), len(needed & alive(span, middle)) / len(needed))
+            found += (len(entry), len(entry | merged), len(needed & alive(span, middle)))
+            total += len(needed)
+        if total:
+            sums += (1, *found / total)
     return tuple(sums.tolist())
 
 

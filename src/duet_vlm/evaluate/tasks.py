@@ -1,6 +1,6 @@
 """Tasks: streams of questions about pictures or clips, with short answers that can be checked.
 
-``tiny``, ``tiny-crowded`` and ``tiny-video`` draw their questions (no file, no end); any other name is the path of a JSON-lines file.
+``tiny``, ``tiny-crowded``, ``tiny-chain`` and ``tiny-video`` draw their questions (no file, no end); any other name is the path of a JSON-lines file.
 """
 
 from __future__ import annotations
@@ -58,7 +58,15 @@ class Task:
 
 
 def usual_model(name: str) -> str:
-    """The embedded model that reads what a task shows."""
+    """The embedded model that reads what a task shows.
+
+    Raises
+    ------
+    ValueError
+        No embedded model has learned the task.
+    """
+    if name == "tiny-chain":
+        raise ValueError("task 'tiny-chain': no embedded model answers it yet; give --model the folder of one that you trained (make train-chain)")
     return "tiny-video" if name == "tiny-video" else "tiny"
 
 
@@ -112,6 +120,13 @@ def _pictures(crowded: bool, seed: int, index: int) -> Question:
     return Question(f"{seed}/{index}", (item.image,), item.question, (item.answer,), item.kind, item.needed)
 
 
+def _chains(seed: int, index: int) -> Question:
+    from duet_vlm.tiny import chain
+
+    item = chain.sample("test", index, seed)
+    return Question(f"{seed}/{index}", item.images, item.question, (item.answer,), item.kind, item.needed)
+
+
 def _clips(seed: int, index: int) -> Question:
     from duet_vlm.tiny import video
 
@@ -122,6 +137,7 @@ def _clips(seed: int, index: int) -> Question:
 DRAWN: dict[str, Callable[[int, int], Question]] = {
     "tiny": partial(_pictures, False),
     "tiny-crowded": partial(_pictures, True),
+    "tiny-chain": _chains,
     "tiny-video": _clips,
 }
 

@@ -66,7 +66,7 @@ def _ask(pieces: list[str | tuple[str, list[int]]], answer: str, kind: str, need
     return Question(text[0].upper() + text[1:] + "?", answer, kind, tuple(needed), reads, tuple(mentions))
 
 
-class _Asker:
+class Asker:
     """The questions of one scene. ``unique`` are the things whose shape occurs once: only those are called "the star"."""
 
     def __init__(self, scene: Scene, rng: np.random.Generator):
@@ -173,12 +173,12 @@ def question(scene: Scene, kind: str, rng: np.random.Generator) -> Question | No
     """One question of a kind, or None when the scene offers none."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; use one of {', '.join(KINDS)}")
-    return getattr(_Asker(scene, rng), kind)()
+    return getattr(Asker(scene, rng), kind)()
 
 
 def questions(scene: Scene, n: int, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> list[Question]:
     """``n`` questions of random kinds."""
-    asker, out = _Asker(scene, rng), []
+    asker, out = Asker(scene, rng), []
     while len(out) < n:
         found = getattr(asker, kinds[int(rng.integers(len(kinds)))])()
         if found:

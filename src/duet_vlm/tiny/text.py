@@ -34,12 +34,12 @@ def prompt(question: str) -> str:
     return f"USER: <image>\n{question} ASSISTANT:"
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(vocabulary: dict[str, int] = TOKEN) -> PreTrainedTokenizerFast:
     """Word-level tokenizer that lower-cases and splits punctuation off, so that typed questions work."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    core = Tokenizer(models.WordLevel(TOKEN, unk_token="<unk>"))
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\bcolour\b"), "color")])
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     core.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIAL])
@@ -57,7 +57,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(vocabulary: dict[str, int] = TOKEN) -> LlavaProcessor:
     """Processor of the tiny model: 224 px, 256 visual tokens per image."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
@@ -66,7 +66,7 @@ def build_processor() -> LlavaProcessor:
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size=side),
-        tokenizer=build_tokenizer(),
+        tokenizer=build_tokenizer(vocabulary),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

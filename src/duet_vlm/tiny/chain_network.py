@@ -1,0 +1,44 @@
+"""The model ``tiny-chain``: the network of the tiny model with a few more words, and a decoder that starts alike in every layer."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaModel
+
+from .network import HEAD_SIZE, HEADS, WIDTH, decoder_config
+from .questions import PLURALS
+from .scenes import SHAPES
+from .text import TOKEN
+
+NEW_WORDS = (",", ":", "both", "in", "pictures", "tag")
+CHAIN_TOKEN = {**TOKEN, **{word: len(TOKEN) + i for i, word in enumerate(NEW_WORDS)}}
+MATCH, VALUE, OUTPUT = 1.3, 0.5, 0.3  # how strong a layer starts: queries and keys, values, outputs
+
+
+@torch.no_grad()
+def start_alike(decoder: LlamaModel, rng: torch.Generator) -> None:
+    """Set the start of the decoder in place: the same weak one in every layer.
+
+    Query and key are one projection, strong on the slowly turning rotary pairs: "look at what resembles me". Value and output begin as a
+    weak copy. No layer is told to do anything else than its neighbours.
+    """
+    words = decoder.embed_tokens.weight
+    words.normal_(std=0.15, generator=rng)
+    for one, many in zip(SHAPES, PLURALS, strict=True):
+        words[TOKEN[many]] = 0.8 * words[TOKEN[one]] + 0.3 * words[TOKEN[many]]
+    pairs = torch.full((HEAD_SIZE,), 0.3)
+    pairs[HEAD_SIZE // 4 - 1 : HEAD_SIZE // 2] = 1
+    pairs[3 * HEAD_SIZE // 4 - 1 :] = 1
+    for layer in decoder.layers:
+        match = MATCH * torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng))[0] * pairs.repeat(HEADS)[:, None]
+        starts = {"q_proj": match, "k_proj": match, "v_proj": VALUE * torch.eye(WIDTH), "o_proj": OUTPUT * torch.eye(WIDTH)}
+        for name, weight in starts.items():
+            getattr(layer.self_attn, name).weight.copy_(weight + 0.02 * torch.randn(WIDTH, WIDTH, generator=rng))
+
+
+def build_decoder(seed: int) -> LlamaModel:
+    """The decoder at its start."""
+    torch.manual_seed(seed)
+    decoder = LlamaModel(decoder_config())
+    start_alike(decoder, torch.Generator().manual_seed(seed))
+    return decoder
