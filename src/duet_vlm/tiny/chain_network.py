@@ -26,14 +26,15 @@ def start_alike(decoder: LlamaModel, rng: torch.Generator) -> None:
     words.normal_(std=0.15, generator=rng)
     for one, many in zip(SHAPES, PLURALS, strict=True):
         words[TOKEN[many]] = 0.8 * words[TOKEN[one]] + 0.3 * words[TOKEN[many]]
-    pairs = torch.full((HEAD_SIZE,), 0.3)
+    pairs = torch.full((HEAD_SIZE,), 0.3, device="cpu")
     pairs[HEAD_SIZE // 4 - 1 : HEAD_SIZE // 2] = 1
     pairs[3 * HEAD_SIZE // 4 - 1 :] = 1
     for layer in decoder.layers:
-        match = MATCH * torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng))[0] * pairs.repeat(HEADS)[:, None]
-        starts = {"q_proj": match, "k_proj": match, "v_proj": VALUE * torch.eye(WIDTH), "o_proj": OUTPUT * torch.eye(WIDTH)}
+        match = MATCH * torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=rng, device="cpu"))[0] * pairs.repeat(HEADS)[:, None]
+        alike = torch.eye(WIDTH, device="cpu")
+        starts = {"q_proj": match, "k_proj": match, "v_proj": VALUE * alike, "o_proj": OUTPUT * alike}
         for name, weight in starts.items():
-            getattr(layer.self_attn, name).weight.copy_(weight + 0.02 * torch.randn(WIDTH, WIDTH, generator=rng))
+            getattr(layer.self_attn, name).weight.copy_(weight + 0.02 * torch.randn(WIDTH, WIDTH, generator=rng, device="cpu"))
 
 
 def build_decoder(seed: int) -> LlamaModel:
