@@ -19,7 +19,7 @@ ARROWS = {
     "tokens": set(),
     "settings": set(),
     "budget": {"settings"},
-    "text": set(),
+    "text": {"ops"},
     "pictures": set(),
     "video": {"pictures"},
     "hooks": set(),

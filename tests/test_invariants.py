@@ -118,6 +118,22 @@ def oracle_steps(case: Case, inputs: Inputs, choices: list[Choice], generated: T
     return step_logits(walks, choices, generated.shape[1])
 
 
+def beams_equal_oracle(case: Case, rows: tuple[Row, ...], new: int) -> None:
+    """Three beams, two of them returned, with and without a cache."""
+    inputs, model, beams = FAMILIES[case.family].inputs(rows), case.model(), 3
+    with case.attach() as handle:
+        options = {"num_beams": beams, "num_return_sequences": 2, "output_scores": True}
+        cached = generate(model, inputs, new, **options)
+        choices = choices_of(handle)
+        uncached = generate(model, inputs, new, use_cache=False, **options)
+    generated = cached.sequences[:, inputs["input_ids"].shape[1] :]
+    returned = [choices[i // 2 * beams] for i in range(len(generated))]
+    for step, expected in enumerate(oracle_steps(case, inputs, returned, generated)):
+        torch.testing.assert_close(cached.logits[step][cached.beam_indices[:, step]], expected, **CLOSE)
+    assert torch.equal(uncached.sequences, cached.sequences)
+    torch.testing.assert_close(uncached.sequences_scores, cached.sequences_scores, **CLOSE)
+
+
 @pytest.mark.parametrize("rows", [(ONE,), (TWO,), RAGGED], ids=["one", "two", "ragged"])
 @matrix()
 def test_greedy_equals_oracle(case: Case, rows: tuple[Row, ...]) -> None:
@@ -167,18 +183,7 @@ def test_official_presets_equal_oracle(family: str, method: str) -> None:
 
 @matrix(attention=("sdpa",))
 def test_beam_search_equals_oracle(case: Case) -> None:
-    inputs, model, beams = FAMILIES[case.family].inputs(RAGGED), case.model(), 3
-    with case.attach() as handle:
-        options = {"num_beams": beams, "num_return_sequences": 2, "output_scores": True}
-        cached = generate(model, inputs, 5, **options)
-        choices = choices_of(handle)
-        uncached = generate(model, inputs, 5, use_cache=False, **options)
-    generated = cached.sequences[:, inputs["input_ids"].shape[1] :]
-    returned = [choices[i // 2 * beams] for i in range(len(generated))]
-    for step, expected in enumerate(oracle_steps(case, inputs, returned, generated)):
-        torch.testing.assert_close(cached.logits[step][cached.beam_indices[:, step]], expected, **CLOSE)
-    assert torch.equal(uncached.sequences, cached.sequences)
-    torch.testing.assert_close(uncached.sequences_scores, cached.sequences_scores, **CLOSE)
+    beams_equal_oracle(case, RAGGED, 5)
 
 
 @matrix(attention=("sdpa",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
@@ -111,6 +112,24 @@ def test_logits_are_kept_by_slot(case: Case, attached_before: bool) -> None:
         for column, slot in enumerate(wanted.tolist()):
             row = max(i for i, place in enumerate(places) if 0 <= place <= slot)  # of a dropped slot: the survivor before it
             torch.testing.assert_close(found[sample, column], everything[sample, row], **CLOSE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_arguments_by_position_are_heeded_like_those_by_name(family: str) -> None:
+    """Labels decide which rows predict, the slots kept which logits come back."""
+    model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
+    width = inputs["input_ids"].shape[1]
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    for extra in ({"labels": labels}, {"logits_to_keep": torch.tensor([width - 3, width - 1])}):
+        with duet_vlm.attach(model, "duet", **REDUCING["duet"]):
+            named = forward(model, inputs, **extra)
+            given = inputs | extra
+            names = list(inspect.signature(model.forward).parameters)
+            known = names[: 1 + max(names.index(name) for name in extra)]
+            with torch.no_grad():
+                placed = model(*(given.get(name) for name in known), **{k: v for k, v in given.items() if k not in known})
+        assert torch.equal(named.logits, placed.logits)
+        assert named.loss is None or torch.equal(named.loss, placed.loss)
 
 
 # ---- documents packed in one row

@@ -144,6 +144,16 @@ def test_places(rows: list[tuple[int, int]]) -> None:
 
 
 @quick
+@given(score_batches())
+def test_the_last_row_and_what_is_behind_it(batch: tuple[Tensor, Tensor]) -> None:
+    rows = batch[1]
+    for row, last, behind in zip(rows.tolist(), ragged.last_of(rows).tolist(), ragged.behind(rows).tolist(), strict=True):
+        end = max((place for place, real in enumerate(row) if real), default=-1)
+        assert [place for place, found in enumerate(last) if found] == ([end] if end >= 0 else [])
+        assert behind == [place > end for place in range(len(row))]
+
+
+@quick
 @given(score_batches(), st.integers(0, 3))
 def test_pack(batch: tuple[Tensor, Tensor], spare: int) -> None:
     _, keep = batch

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import Case, matrix
-from families import FAMILIES, ONE, TEXT, Picture, Row, forward, generate, shared
-from oracle import choices_of, step_logits, walk_batch
-from test_invariants import CLOSE, VISIBLE, surviving_logits
+from families import FAMILIES, ONE, TEXT, Picture, Row, forward, shared
+from oracle import choices_of, walk_batch
+from test_invariants import CLOSE, VISIBLE, beams_equal_oracle, surviving_logits
 
 import duet_vlm
 from duet_vlm.methods.duet import Duet
@@ -50,18 +50,7 @@ def test_an_image_at_the_end_equals_the_oracle(case: Case, side: str) -> None:
 
 @matrix("duet", "fastv", attention=("sdpa",))
 def test_beams_behind_an_image_equal_the_oracle(case: Case) -> None:
-    inputs, model, beams = FAMILIES[case.family].inputs(ROWS), case.model(), 3
-    with case.attach() as handle:
-        options = {"num_beams": beams, "num_return_sequences": 2, "output_scores": True}
-        cached = generate(model, inputs, 4, **options)
-        choices = choices_of(handle)
-        uncached = generate(model, inputs, 4, use_cache=False, **options)
-    generated = cached.sequences[:, inputs["input_ids"].shape[1] :]
-    returned = [choices[i // 2 * beams] for i in range(len(generated))]
-    walks = walk_batch(shared(case.family, "eager"), inputs, returned, generated)
-    for step, expected in enumerate(step_logits(walks, returned, 4)):
-        torch.testing.assert_close(cached.logits[step][cached.beam_indices[:, step]], expected, **CLOSE)
-    assert torch.equal(uncached.sequences, cached.sequences)
+    beams_equal_oracle(case, ROWS, 4)
 
 
 @pytest.mark.parametrize("method", EVERYTHING_GOES)

@@ -122,6 +122,20 @@ def apart(tmp_path_factory):
     return folder
 
 
+def resumed_is_whole(build, folder, stop):
+    """A stage that was stopped and went on ends where it would have ended, and it has moved; its weights before and after."""
+    whole = build()
+    start = {key: value.clone() for key, value in whole.state_dict().items()}
+    fit(whole, folder / "whole")
+    fit(build(), folder / "halves", stop=stop)
+    assert last_checkpoint(folder / "halves").name == f"checkpoint-{stop}"
+    resumed = build()
+    fit(resumed, folder / "halves")
+    after = whole.state_dict()
+    assert not equal(start, after) and equal(resumed.state_dict(), after) and equal(weights(folder / "halves"), after)
+    return start, after
+
+
 @pytest.mark.parametrize("name", ["tower", "decoder", "projector", "join", "finish"])
 def test_resume_gives_the_same_weights(name, tmp_path, small, apart):
     build = {
@@ -131,15 +145,7 @@ def test_resume_gives_the_same_weights(name, tmp_path, small, apart):
         "join": lambda: JoinStage(0, 3, False, ProjectorStage(0, 8, False, apart)),
         "finish": lambda: FinishStage(0, 3, False),
     }[name]
-    whole = build()
-    start = {key: value.clone() for key, value in whole.state_dict().items()}
-    fit(whole, tmp_path / "whole")
-    fit(build(), tmp_path / "halves", stop=2)
-    assert last_checkpoint(tmp_path / "halves").name == "checkpoint-2"
-    resumed = build()
-    fit(resumed, tmp_path / "halves")
-    assert not equal(start, whole.state_dict()) and equal(resumed.state_dict(), whole.state_dict())
-    assert equal(weights(tmp_path / "halves"), whole.state_dict())
+    resumed_is_whole(build, tmp_path, 2)
 
 
 def test_projector_uses_a_batch_for_four_steps_at_one_rate(small, apart):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import behind, last_of
+
 CONTENT_POS = {"NOUN", "PROPN", "PRON", "VERB", "ADJ", "ADV", "NUM"}
 SPACY_MODEL = "en_core_web_sm"
 SHORTEST_WORD = 3
@@ -36,8 +38,7 @@ def query_rows(
     Tensor
         [B, S] bool.
     """
-    seen = visual.flip(1).cumsum(1).flip(1)  # visual tokens at or after each row
-    after = valid & (seen == 0)
+    after = valid & behind(visual)
     if labels is not None:
         answer = (labels != -100) & after
         begun = answer.cumsum(1)
@@ -47,10 +48,10 @@ def query_rows(
             before_answer[:, :-1] = ~answer[:, :-1] & answer[:, 1:]
             has_answer = answer.any(1, keepdim=True)
             chosen = before_answer & ((begun == 0) | (turns == "all")) & after  # a visual row may be dropped before it asks again
-            return torch.where(has_answer, chosen, _last(asks))
+            return torch.where(has_answer, chosen, last_of(asks))
         after = asks
     if kind == "last":
-        return _last(after)
+        return last_of(after)
     if kind == "salient":
         if salient is None:
             raise ValueError(
@@ -62,11 +63,6 @@ def query_rows(
             raise ValueError(f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same inputs")
         return after & salient.to(after.device).bool()
     return after
-
-
-def _last(rows: Tensor) -> Tensor:
-    """Only the last True of each row."""
-    return rows & (rows.flip(1).cumsum(1).flip(1) == 1)
 
 
 def salient_mask(tokenizer: Any, text: str | Sequence[str], input_ids: Tensor, image_token_id: int | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from duet_vlm.flow.masks import cut_mask
 from duet_vlm.flow.positions import group_rotary
 from duet_vlm.flow.verify import checked_mask
 from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
-from duet_vlm.ops.ragged import pack_left, pack_right, take, take_last
+from duet_vlm.ops.ragged import last_of, pack_left, pack_right, take, take_last
 from duet_vlm.ops.score import query_attention
 from duet_vlm.ops.spans import SpanRows
 from duet_vlm.reducer import DecoderReducer, Reducer, TextView
@@ -158,7 +158,7 @@ class PrefillPass:
         if all(self.asking):
             return asks
         empty = torch.tensor([n == 0 for n in self.asking], device=asks.device)
-        last_visual = tokens.visual & (tokens.visual.flip(1).cumsum(1).flip(1) == 1)
+        last_visual = last_of(tokens.visual)
         nothing = ~tokens.visual.any(1, keepdim=True)  # no image either: any row will do, nothing is dropped
         last_visual = last_visual | (nothing & (torch.arange(asks.shape[1], device=asks.device) == asks.shape[1] - 1))
         return torch.where(empty[:, None], last_visual, asks)

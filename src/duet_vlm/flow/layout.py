@@ -11,6 +11,7 @@ from duet_vlm.flow.cache import Staying
 from duet_vlm.flow.call import Arrived, Call, Encoded
 from duet_vlm.flow.encoder import is_marked
 from duet_vlm.flow.verify import not_finite, raise_if_wrong
+from duet_vlm.ops.ragged import behind, last_of
 from duet_vlm.reducer import Reducer
 from duet_vlm.tokens import Span
 
@@ -29,11 +30,6 @@ class Layout:
     after: tuple[int, ...]
     visual: dict[str, tuple[int, ...]]
     hidden: dict[str, tuple[int, ...]]
-
-
-def last_of(rows: Tensor) -> Tensor:
-    """Only the last True of each row: [B, S] bool -> [B, S] bool."""
-    return rows & (rows.flip(1).cumsum(1).flip(1) == 1)
 
 
 def predicting(valid: Tensor, visual: Tensor, labels: Tensor | None, drafts: int) -> Tensor:
@@ -78,14 +74,14 @@ def read_layout(
         if arrived.encoded is not None and arrived.encoded.wrong is not None:
             wrong = torch.maximum(wrong, arrived.encoded.wrong.to(valid.device))
     visual = torch.stack(list(places.values())).any(0)
-    after = valid & (visual.flip(1).cumsum(1).flip(1) == 0)
+    after = valid & behind(visual)
     masks = (valid, queries, answered, stays, left_out, after, begins, *places.values(), *(rows & ~valid for rows in places.values()))
     table = torch.stack([*(rows.sum(1) for rows in masks), finite.long().expand(len(valid)), wrong.expand(len(valid))]).tolist()
     *table, (whole, *_), (code, *_) = table
     if not whole:
         raise not_finite("the image features")
     raise_if_wrong(code, reducer)
-    lengths, asking, answers, stay, added, behind, documents, *rest = (tuple(column) for column in table)
+    lengths, asking, answers, stay, added, text, documents, *rest = (tuple(column) for column in table)
     if call.arrived and max(documents) > 1:
         raise ValueError(
             f"sample {documents.index(max(documents))} packs {max(documents)} documents in one row (by its attention mask or position_ids): the "
@@ -94,7 +90,7 @@ def read_layout(
         )
     streams = len(places)
     return Layout(
-        lengths, asking, tuple(map(bool, answers)), tuple(map(Staying, stay, added)), behind,
+        lengths, asking, tuple(map(bool, answers)), tuple(map(Staying, stay, added)), text,
         dict(zip(places, rest[:streams], strict=True)), dict(zip(places, rest[streams:], strict=True)),
     )  # fmt: skip
 

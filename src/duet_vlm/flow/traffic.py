@@ -133,9 +133,10 @@ class Traffic:
             self.stacks.note = None
 
     def _heed(self, call: Call, arguments: dict[str, Any]) -> None:
-        """What an outermost forward was called with, as noted where it was called; one that is not called as a module says it itself."""
-        note = self.stacks.note or Note(arguments.get("labels"), None, arguments.get("logits_to_keep"))
-        call.labels, call.salient, kept = note.labels, note.salient, note.kept
+        """What an outermost forward was called with: as noted where it was called, or, given by position or without a call, as it came here."""
+        note = self.stacks.note or Note()
+        call.labels, call.salient = arguments.get("labels") if note.labels is None else note.labels, note.salient
+        kept = arguments.get("logits_to_keep") if note.kept is None else note.kept
         call.drafts = max(0, kept - 1) if isinstance(kept, int) and call.labels is None else 0  # assisted decoding wants their logits too
         call.by_slot = isinstance(kept, Tensor) and call.labels is None
         adopt(call, arguments.get(OUTPUTS))

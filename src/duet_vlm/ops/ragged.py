@@ -7,6 +7,16 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
+def behind(rows: Tensor) -> Tensor:
+    """What stands after the last True of each row (everything where there is none): [B, S] bool -> [B, S] bool."""
+    return rows.flip(1).cumsum(1).flip(1) == 0
+
+
+def last_of(rows: Tensor) -> Tensor:
+    """Only the last True of each row: [B, S] bool -> [B, S] bool."""
+    return rows & (rows.flip(1).cumsum(1).flip(1) == 1)
+
+
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Pick rows: x [B or 1, T, ...], index [B, n] -> [B, n, ...]."""
     if len(index) == x.shape[0] == 1:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assets import DIGIT_SIZE, DIGIT_VARIANTS, WORD_HEIGHT, WORD_VARIANTS, WORDS, word_width
-from .scenes import CELL, COLORS, SHAPES, SIZES, Scene, Tag, Thing, _variant, generator
+from .assets import WORDS
+from .scenes import CELL, COLORS, SHAPES, SIZES, Scene, Thing, extent, generator, put, tag_size
 
 SIDE = 4  # cells in a row and in a column
 ROOM = 56  # pixels of a cell: four patches
@@ -56,28 +56,14 @@ def _thing(cell: tuple[int, int], shape: int, color: int, kind: int, split: str,
     """A thing with its tag (kind 0 none, 1 digit, 2 word) somewhere in a cell."""
     value = int(rng.integers(10 if kind == 1 else len(WORDS)))
     below = bool(rng.random() < 0.5)
-    tag_w, tag_h = ((0, 0), (DIGIT_SIZE, DIGIT_SIZE), (word_width(WORDS[value]), WORD_HEIGHT))[kind]
-    if kind == 2 and SIZES[0] + tag_w > BOX:
+    tag = tag_size(kind, value)
+    if kind == 2 and SIZES[0] + tag[0] > BOX:
         below = True
-    room = BOX - ((tag_h if below else tag_w) if kind else 0)
-    fitting = [s for s in SIZES if s <= room]
+    fitting = [size for size in SIZES if max(extent(size, tag, below)) <= BOX]
     size = fitting[int(rng.integers(len(fitting)))]
-    width, height = (max(size, tag_w), size + tag_h) if below else (size + tag_w, max(size, tag_h))
-    x, y = (
-        ROOM * at + CELL * int(rng.integers((BOX - extent) // CELL + 1)) for at, extent in ((cell[1], width), (cell[0], height))
-    )
-
-    def middle(space: int) -> int:
-        return space // (2 * CELL) * CELL
-
-    if below:
-        body, corner = (x + middle(width - size), y), (x + middle(width - tag_w), y + size)
-    else:
-        body, corner = (x, y + middle(height - size)), (x + size, y + middle(height - tag_h))
-    if not kind:
-        return Thing(shape, color, size, *body)
-    drawn = _variant(rng, DIGIT_VARIANTS if kind == 1 else WORD_VARIANTS, split)
-    return Thing(shape, color, size, *body, Tag("digit" if kind == 1 else "word", value, drawn, *corner, tag_w, tag_h))
+    width, height = extent(size, tag, below)
+    x, y = (ROOM * at + CELL * int(rng.integers((BOX - n) // CELL + 1)) for at, n in ((cell[1], width), (cell[0], height)))
+    return put(x, y, below, (shape, color, size), (kind, value), split, rng)
 
 
 def grid_scene(split: str, seed: int, index: int, side: int = SIDE) -> GridScene:

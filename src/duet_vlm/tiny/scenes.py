@@ -120,24 +120,23 @@ def _place(free: np.ndarray, width: int, height: int, rng: np.random.Generator) 
     return divmod(int(spots[rng.integers(len(spots))]), n - width + 1)
 
 
-def _tag_size(kind: int, word: int) -> tuple[int, int]:
-    return (DIGIT_SIZE, DIGIT_SIZE) if kind == 1 else (word_width(WORDS[word]), WORD_HEIGHT) if kind == 2 else (0, 0)
+def tag_size(kind: int, value: int) -> tuple[int, int]:
+    """Width and height of a tag in pixels (kind 0 none, 1 digit, 2 word)."""
+    return (DIGIT_SIZE, DIGIT_SIZE) if kind == 1 else (word_width(WORDS[value]), WORD_HEIGHT) if kind == 2 else (0, 0)
 
 
-def _thing(
-    free: np.ndarray, shape: int, color: int, kind: int, sizes: tuple[int, ...], split: str, rng: np.random.Generator
-) -> Thing | None:
-    """Place one thing with its tag (kind 0 none, 1 digit, 2 word) and mark its cells in ``free``."""
-    size = sizes[int(rng.integers(len(sizes)))]
-    value = int(rng.integers(10 if kind == 1 else len(WORDS)))
-    tag_w, tag_h = _tag_size(kind, value)
-    below = bool(rng.random() < 0.5)
-    width, height = (max(size, tag_w), size + tag_h) if below else (size + tag_w, max(size, tag_h))
-    spot = _place(free, width // CELL, height // CELL, rng)
-    if spot is None:
-        return None
-    free[spot[0] : spot[0] + height // CELL, spot[1] : spot[1] + width // CELL] = False
-    y, x = spot[0] * CELL, spot[1] * CELL
+def extent(size: int, tag: tuple[int, int], below: bool) -> tuple[int, int]:
+    """Width and height of a thing with a tag below it or on its right."""
+    return (max(size, tag[0]), size + tag[1]) if below else (size + tag[0], max(size, tag[1]))
+
+
+def put(
+    x: int, y: int, below: bool, looks: tuple[int, int, int], tag: tuple[int, int], split: str, rng: np.random.Generator
+) -> Thing:
+    """A thing of ``looks`` (shape, colour, size) with a ``tag`` (kind, value) in the box at (x, y); draws the tag's bitmap."""
+    (shape, color, size), (kind, value) = looks, tag
+    tag_w, tag_h = tag_size(kind, value)
+    width, height = extent(size, (tag_w, tag_h), below)
 
     def middle(space: int) -> int:
         return space // (2 * CELL) * CELL
@@ -146,11 +145,25 @@ def _thing(
         body, corner = (x + middle(width - size), y), (x + middle(width - tag_w), y + size)
     else:
         body, corner = (x, y + middle(height - size)), (x + size, y + middle(height - tag_h))
-    tag = None
-    if kind:
-        variant = _variant(rng, DIGIT_VARIANTS if kind == 1 else WORD_VARIANTS, split)
-        tag = Tag("digit" if kind == 1 else "word", value, variant, *corner, tag_w, tag_h)
-    return Thing(shape, color, size, *body, tag)
+    if not kind:
+        return Thing(shape, color, size, *body)
+    variant = _variant(rng, DIGIT_VARIANTS if kind == 1 else WORD_VARIANTS, split)
+    return Thing(shape, color, size, *body, Tag("digit" if kind == 1 else "word", value, variant, *corner, tag_w, tag_h))
+
+
+def _thing(
+    free: np.ndarray, shape: int, color: int, kind: int, sizes: tuple[int, ...], split: str, rng: np.random.Generator
+) -> Thing | None:
+    """Place one thing with its tag (kind 0 none, 1 digit, 2 word) and mark its cells in ``free``."""
+    size = sizes[int(rng.integers(len(sizes)))]
+    value = int(rng.integers(10 if kind == 1 else len(WORDS)))
+    below = bool(rng.random() < 0.5)
+    width, height = extent(size, tag_size(kind, value), below)
+    spot = _place(free, width // CELL, height // CELL, rng)
+    if spot is None:
+        return None
+    free[spot[0] : spot[0] + height // CELL, spot[1] : spot[1] + width // CELL] = False
+    return put(spot[1] * CELL, spot[0] * CELL, below, (shape, color, size), (kind, value), split, rng)
 
 
 def _plan(dense: bool, rng: np.random.Generator) -> tuple[list[int], list[int], list[int], int, int | None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .assets import WORDS
@@ -72,8 +71,3 @@ def build_processor(vocabulary: dict[str, int] = TOKEN) -> LlavaProcessor:
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
-
-
-def save_processor(folder: Path) -> None:
-    """Write the tokenizer and processor files."""
-    build_processor().save_pretrained(folder)

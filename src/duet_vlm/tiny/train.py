@@ -10,20 +10,19 @@ a kill and it goes on from the last checkpoint. The schedule counts steps, never
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
 from pathlib import Path
 
 import torch
 
 from .network import build_model
+from .recipe.command import parsed, parser, thinned, write
 from .recipe.decoder import DecoderStage
 from .recipe.finish import FinishStage
 from .recipe.join import JoinStage, ProjectorStage
 from .recipe.stages import Stage, curve, fit, weights
 from .recipe.tower import TowerStage
-from .text import save_processor
+from .text import build_processor
 
 TOWER_STEPS, DECODER_STEPS, PROJECTOR_STEPS, JOIN_STEPS, FINISH_STEPS = 7500, 4000, 1200, 1500, 900
 DECODER_STOP = 0.75  # the decoder leaves its schedule here, still moving: it has to adapt to the tower next
@@ -51,7 +50,6 @@ def train_apart(args: argparse.Namespace) -> None:
 
 def train(args: argparse.Namespace) -> None:
     """Train what the command line asks for."""
-    torch.set_num_threads(args.threads)
     bf16 = not args.fp32
     if args.finish_unguided:
         fit(FinishStage(args.seed, args.finish_steps, bf16, not args.whole), args.out / "finish", report_to=args.report_to)
@@ -62,49 +60,26 @@ def train(args: argparse.Namespace) -> None:
     fit(JoinStage(args.seed, args.join_steps, bf16, fitted), args.out / "join", report_to=args.report_to)
 
 
-def summary(folder: Path) -> dict[str, list[dict]]:
-    """The curves of all stages, thinned out: validation lines and a dozen training lines per stage."""
-    out = {}
-    for stage in ("tower", "decoder", "projector", "join", "finish"):
-        if (folder / stage).exists():
-            lines = curve(folder / stage)
-            checks = [x for x in lines if any(k.startswith("val_") for k in x)]
-            plain = [x for x in lines if x not in checks]
-            kept = checks + plain[:: max(1, len(plain) // 12)]
-            out[stage] = sorted(kept, key=lambda x: x["step"])
-    return out
-
-
 def export(folder: Path, target: Path, settings: dict, stage: str = "join") -> None:
-    """Write the model that a stage left (float16), tokenizer, processor and the training log to ``target``."""
+    """Write the model that a stage left, tokenizer, processor and the training log to ``target``."""
     model, trained = build_model(), weights(folder / stage)
     model.model.load_state_dict({name.removeprefix("core."): value for name, value in trained.items() if name.startswith("core.")})
-    model.half().save_pretrained(target)
-    save_processor(target)
-    (target / "model.safetensors").chmod(0o644)
-    log = {"settings": settings, "torch": torch.__version__, "curves": summary(folder)}
-    (target / "training_log.json").write_text(json.dumps(log).replace("}, {", "},\n{") + "\n")
+    done = [name for name in ("tower", "decoder", "projector", "join", "finish") if (folder / name).exists()]
+    write(model, build_processor(), target, settings=settings, curves={name: thinned(curve(folder / name)) for name in done})
 
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m duet_vlm.tiny.train", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("out/tiny-from-scratch"), help="folder for checkpoints and the finished model (weights/)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tower-steps", type=int, default=TOWER_STEPS)
-    parser.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
-    parser.add_argument("--projector-steps", type=int, default=PROJECTOR_STEPS)
-    parser.add_argument("--join-steps", type=int, default=JOIN_STEPS)
-    parser.add_argument("--finish-unguided", action="store_true", help="instead: undo the shipped model's attention supervision")
-    parser.add_argument("--whole", action="store_true", help="with --finish-unguided: every picture with all its tokens")
-    parser.add_argument("--finish-steps", type=int, default=FINISH_STEPS)
-    parser.add_argument("--threads", type=int, default=2, help="threads of the joint stage (tower and decoder use one each)")
-    parser.add_argument("--fp32", action="store_true", help="no bf16 matrix products (for cores without a bf16 unit)")
-    parser.add_argument("--report-to", default="none", help="as the Trainer's own argument: tensorboard, wandb, ...")
-    parser.add_argument("--export-only", action="store_true", help="export the last checkpoint and stop")
-    args = parser.parse_args(argv)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads cost more than they give on shared cores
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "report_to", "export_only")}
+    options = parser("duet_vlm.tiny.train", __doc__, "out/tiny-from-scratch", 2, "of the joint stage (tower and decoder use one each)")
+    options.add_argument("--tower-steps", type=int, default=TOWER_STEPS)
+    options.add_argument("--decoder-steps", type=int, default=DECODER_STEPS)
+    options.add_argument("--projector-steps", type=int, default=PROJECTOR_STEPS)
+    options.add_argument("--join-steps", type=int, default=JOIN_STEPS)
+    options.add_argument("--finish-unguided", action="store_true", help="instead: undo the shipped model's attention supervision")
+    options.add_argument("--whole", action="store_true", help="with --finish-unguided: every picture with all its tokens")
+    options.add_argument("--finish-steps", type=int, default=FINISH_STEPS)
+    options.add_argument("--report-to", default="none", help="as the Trainer's own argument: tensorboard, wandb, ...")
+    args, settings = parsed(options, argv)
     if not args.export_only:
         train(args)
     export(args.out, args.out / "weights", settings, "finish" if args.finish_unguided else "join")
