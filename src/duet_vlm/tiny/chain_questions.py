@@ -14,7 +14,7 @@ import numpy as np
 
 from . import questions as plain
 from .assets import WORDS
-from .chain_scenes import GridScene
+from .chain_scenes import SIDE, GridScene
 from .labels import body_patches, tag_patches
 from .questions import PLURALS, Question, needed_patches
 from .scenes import SHAPES
@@ -27,6 +27,9 @@ PAIRS = ("pair_compare", "pair_count")
 KINDS = (*SINGLE, *PAIRS)
 CHANCE = {**plain.CHANCE, "hop1": 0.1, "hop2": 0.14, "hop3": 0.2, "pair_compare": 0.5, "pair_count": 0.2}
 READS = ("tag", "tag", "shape")  # a tag is a number or a word
+CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd"[:SIDE])  # row by row: their names
+LANDINGS = {"land1": 1, "land2": 2, "land3": 3}
+LESSONS = ("cell", "at", *LANDINGS)  # asked in training only: where a thing is, what is there, where moves lead
 LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
@@ -64,7 +67,9 @@ def walk(steps: dict[str, list[int | None]], start: int, moves: tuple[str, ...])
 
 def readable(scene: GridScene, i: int, read: str) -> str | None:
     """What reading thing ``i`` gives, or None where it has no tag."""
-    thing = scene.things[i]
+    thing, (row, column) = scene.things[i], scene.cells[i]
+    if read == "cell":
+        return CELLS[row * SIDE + column]
     if read == "shape":
         return SHAPES[thing.shape]
     if thing.tag is None:
@@ -81,9 +86,9 @@ class _Asker(plain.Asker):
         super().__init__(scene, rng)
         self.steps = {move: neighbours(scene, move) for move in MOVES}
 
-    def chain(self, hops: int) -> Chain | None:
+    def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None) -> Chain | None:
         """What is read and the moves are drawn first, so that neither depends on where things stand."""
-        read, limit = READS[int(self.rng.integers(len(READS)))], LIMITS[self.scene.side]
+        read, limit = reads[int(self.rng.integers(len(reads)))], limit or LIMITS[self.scene.side]
         ways = list(product(MOVES, repeat=hops))
         for n in self.rng.permutation(len(ways)):
             paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, ways[n]))]
@@ -97,8 +102,8 @@ class _Asker(plain.Asker):
     def asked(self, path: tuple[int, ...], moves: tuple[str, ...], read: str) -> Chain:
         name = SHAPES[self.scene.things[path[0]].shape]
         text = f"{name.capitalize()}, {', '.join(moves)}: what {read}?"
-        answer = readable(self.scene, path[-1], read)
-        return Chain(text, answer, f"hop{len(moves)}", path, read != "shape", (), path, moves, read)
+        answer, kind = readable(self.scene, path[-1], read), "land" if read == "cell" else "hop"
+        return Chain(text, answer, f"{kind}{len(moves)}", path, read == "tag", (), path, moves, read)
 
     def hop1(self) -> Chain | None:
         return self.chain(1)
@@ -108,6 +113,28 @@ class _Asker(plain.Asker):
 
     def hop3(self) -> Chain | None:
         return self.chain(3)
+
+    def land1(self) -> Chain | None:
+        return self.chain(1, ("cell",), 1.0)
+
+    def land2(self) -> Chain | None:
+        return self.chain(2, ("cell",), 1.0)
+
+    def land3(self) -> Chain | None:
+        return self.chain(3, ("cell",), 1.0)
+
+    def cell(self) -> Question:
+        thing = self.pick(self.unique)
+        text = f"{SHAPES[self.things[thing].shape].capitalize()}: what cell?"
+        return Question(text, readable(self.scene, thing, "cell"), "cell", (thing,), False, ())
+
+    def at(self) -> Question:
+        """The way back: what is in a cell."""
+        read = self.pick(list(READS))
+        thing = self.pick([i for i in range(len(self.things)) if readable(self.scene, i, read)] or [0])
+        read = read if readable(self.scene, thing, read) else "shape"
+        text = f"{readable(self.scene, thing, 'cell').capitalize()}: what {read}?"
+        return Question(text, readable(self.scene, thing, read), "at", (thing,), read == "tag", ())
 
 
 def question(scene: GridScene, kind: str, rng: np.random.Generator) -> Question | None:

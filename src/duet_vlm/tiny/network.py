@@ -31,14 +31,14 @@ def tower_config(attention: str | None = None) -> CLIPVisionConfig:
     )
 
 
-def decoder_config() -> LlamaConfig:
-    """Llama decoder with 12 layers.
+def decoder_config(embeddings: int = EMBEDDINGS) -> LlamaConfig:
+    """Llama decoder with 12 layers; ``embeddings`` rows in its table of tokens.
 
     Rope theta is 1e6: with heads of 32 and the usual 1e4 too few rotary pairs turn slowly enough to match content across
     256 visual tokens.
     """
     return LlamaConfig(
-        vocab_size=EMBEDDINGS,
+        vocab_size=embeddings,
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
         num_hidden_layers=DECODER_LAYERS,
@@ -53,11 +53,11 @@ def decoder_config() -> LlamaConfig:
     )
 
 
-def build_model() -> LlavaForConditionalGeneration:
+def build_model(embeddings: int = EMBEDDINGS) -> LlavaForConditionalGeneration:
     """An untrained tiny model."""
     config = LlavaConfig(
         vision_config=tower_config(),
-        text_config=decoder_config(),
+        text_config=decoder_config(embeddings),
         image_token_id=TOKEN["<image>"],
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import load
-from .chain_network import CHAIN_TOKEN
+from .chain_network import CHAIN_TOKEN, EMBEDDINGS
 from .network import build_model
 from .recipe.chain import ChainStage, answers_seen
 from .recipe.command import parsed, parser, write
@@ -22,7 +22,7 @@ STEPS = 14000
 
 def export(folder: Path, target: Path, settings: dict) -> None:
     """Write the model that the stage left in ``folder``, its processor and the training log to ``target``."""
-    model, trained = build_model(), weights(folder)
+    model, trained = build_model(EMBEDDINGS), weights(folder)
     model.model.vision_tower.load_state_dict(load()[0].model.vision_tower.state_dict())
     for name, part in (("projector", model.model.multi_modal_projector), ("decoder", model.model.language_model)):
         part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in trained.items() if key.startswith(f"{name}.")})

@@ -19,12 +19,13 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from duet_vlm.tiny.recipe.stages import Stage
 
 from .. import load
-from ..chain_network import build_decoder
-from ..chain_questions import KINDS, PAIRS, SINGLE, GridScene, pair_question, questions
+from ..chain_network import CHAIN_TOKEN, build_decoder
+from ..chain_questions import CELLS, KINDS, LESSONS, PAIRS, SINGLE, GridScene, pair_question, questions
 from ..chain_scenes import SIDE, STREAMS, grid_scene
 from ..labels import patch_labels
 from ..network import FEATURE_LAYER, VISUAL_TOKENS
 from ..render import render
+from ..scenes import GRID
 from .chain_packing import Asked, Packed, answer_loss, decode, pack
 from .decoder import LabelFeatures
 from .optim import optimizers
@@ -52,15 +53,18 @@ class Part:
 
 
 MORE = ("existence", "count", "spatial", "compare")
-EVERY = {**dict.fromkeys(LOOKUPS, 0.5), **dict.fromkeys(MORE, 1.0), "spatial": 1.5, "hop1": 1.5, "hop2": 2.0, "hop3": 2.0}
-KNOWN = {**dict.fromkeys(LOOKUPS, 0.3), **dict.fromkeys(MORE, 0.5)}
+PLACES = ("cell", "at")
+BRIEF = {**dict.fromkeys(LOOKUPS, 0.3), **dict.fromkeys(MORE, 0.4), **dict.fromkeys(PLACES, 0.5)}
+EVERY = {
+    **dict.fromkeys(LOOKUPS, 0.5), **dict.fromkeys(MORE, 1.0), "spatial": 1.5, **dict.fromkeys(PLACES, 0.3),
+    "hop1": 1.5, "hop2": 2.0, "hop3": 2.0, "land1": 0.3, "land2": 0.7, "land3": 1.0,
+}  # fmt: skip
 PARTS = (
-    Part(1000, 2, 8, (10,), dict.fromkeys(LOOKUPS, 1.0)),
-    Part(1800, 2, 8, (10,), {**KNOWN, "hop1": 2.5}),
-    Part(2800, 3, 8, (20, 28), {**KNOWN, "hop1": 2.5}),
-    Part(3800, 3, 8, (20, 28), {**KNOWN, "hop1": 1.5, "hop2": 2.0}),
-    Part(4800, 3, 8, (20, 28), {**KNOWN, "hop1": 1.0, "hop2": 1.5, "hop3": 2.0}),
-    Part(7000, 4, 8, (32, 40, 57), EVERY),
+    Part(900, 2, 8, (10,), dict.fromkeys((*LOOKUPS, *PLACES), 1.0)),
+    Part(1500, 2, 8, (10,), {**BRIEF, "land1": 1.5, "hop1": 1.5}),
+    Part(2600, 3, 8, (20, 28), {**BRIEF, "land1": 1.0, "hop1": 1.5, "land2": 1.0, "hop2": 1.0}),
+    Part(4000, 3, 8, (20, 28), {**BRIEF, "hop1": 0.7, "land2": 0.7, "hop2": 1.5, "land3": 1.0, "hop3": 1.5}),
+    Part(6500, 4, 8, (32, 40, 57), EVERY),
     Part(10**9, 4, 4, (VISUAL_TOKENS,), EVERY),
 )
 
@@ -111,12 +115,20 @@ class Pool:
         return lessons, torch.stack([seen[i] for (_, seen), (_, i) in zip(found, where, strict=True)]).float()
 
 
+def cell_words() -> Tensor:
+    """Token of the cell that each patch lies in, (256,)."""
+    at = torch.arange(GRID) // (GRID // SIDE)
+    return torch.tensor([CHAIN_TOKEN[name] for name in CELLS])[at[:, None] * SIDE + at].flatten()
+
+
 def start_projector(words: Tensor, pool: Pool, seed: int) -> LlavaMultiModalProjector:
     """A projector that makes of a patch what the decoder's words for it are, plus its place: a fit of ``FIT_STEPS`` small steps."""
     model = load()[0]
     projector, rng = LlavaMultiModalProjector(model.config), torch.Generator().manual_seed(seed)
-    wanted = LabelFeatures()
-    wanted.start(words, rng)
+    wanted, content = LabelFeatures(), words - words.mean(0)  # what is on a picture is no word
+    wanted.start(content, rng)
+    with torch.no_grad():
+        wanted.place.weight += content[cell_words()]
     lessons, seen = pool.take(0, min(FIT_PICTURES, pool.size))
     labels = torch.from_numpy(np.stack([patch_labels(x.scene) for x in lessons]))
     with torch.no_grad():
@@ -135,10 +147,11 @@ def start_projector(words: Tensor, pool: Pool, seed: int) -> LlavaMultiModalProj
 
 def draw_kinds(kinds: dict[str, float], n: int, rng: np.random.Generator) -> list[str]:
     """``n`` kinds by weight, each as often as its weight says, up to one."""
-    weights = np.array(list(kinds.values())) / sum(kinds.values()) * n
-    counts = np.floor(weights + rng.random()).astype(int)
-    names = np.repeat(list(kinds), counts)
-    return [str(k) for k in rng.permutation(np.concatenate([names, rng.choice(list(kinds), n)])[:n])]
+    names, weights = list(kinds), np.array(list(kinds.values()))
+    weights = weights / weights.sum()
+    counts = np.floor(weights * n + rng.random(len(names))).astype(int)
+    drawn = rng.permutation(np.repeat(names, counts))
+    return [str(k) for k in np.concatenate([drawn, rng.choice(names, n, p=weights)])[:n]]
 
 
 class ChainStage(Stage):
@@ -201,7 +214,7 @@ class ChainStage(Stage):
             rng, hits, asked = np.random.default_rng(0), [], []
             for first in range(0, pictures, 4):
                 lessons, seen = pool.take(first, 4)
-                mine = [questions(x.scene, [*SINGLE, *SINGLE], x.scene.generator(2)) for x in lessons]
+                mine = [questions(x.scene, [*SINGLE, *SINGLE, *LESSONS], x.scene.generator(2)) for x in lessons]
                 patches = chosen(lessons, FEW_KEPT.get(side, VISUAL_TOKENS), rng)
                 hits += list(self.answers(mine, seen, patches, pack(mine, patches, VISUAL_TOKENS))[1])
                 asked += mine
@@ -234,7 +247,7 @@ def chosen(lessons: list[Lesson], keep: int, rng: np.random.Generator) -> np.nda
 
 def by_kind(hits: Tensor | list[Tensor], asked: list[list[Asked]]) -> dict[str, float]:
     """Share of right answers per kind, and the mean of the kinds."""
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[float]] = {kind: [] for kind in (*KINDS, *LESSONS)}
     for row, mine in zip(hits, asked, strict=True):
         for hit, one in zip(row.tolist(), mine, strict=True):
             found[one.kind].append(hit)
