@@ -14,32 +14,24 @@ from typing import Any
 
 import torch
 
+from duet_vlm.evaluate.curve import FULL, LABEL, drops
 from duet_vlm.evaluate.experiment import Experiment
 from duet_vlm.evaluate.run import run_experiment
 from duet_vlm.tiny.chain_questions import KINDS
-from duet_vlm.tiny.network import DECODER_LAYERS, VISUAL_TOKENS
+from duet_vlm.tiny.network import DECODER_LAYERS
 
 BUDGET = 0.11
-FULL, ORACLE, RANDOM, DUET = "full model", "oracle", "random with DUET's counts", "duet"
-
-
-def blind(layer: int) -> str:
-    """Label of the run that drops every visual token in front of ``layer``."""
-    return f"none from layer {layer}"
+ORACLE, RANDOM, DUET = "oracle", "random with DUET's counts", "duet"
 
 
 def experiment(model: str, limit: int, seed: int) -> Experiment:
     """What is asked. ``limit`` questions, the kinds in turn."""
-    drops: list[dict[str, Any]] = [
-        {"method": "duet", "settings": {"dominant": VISUAL_TOKENS, "contextual": 0, "schedule": [[layer, 0.0]]}, "label": blind(layer)}
-        for layer in range(1, DECODER_LAYERS)
-    ]
     others = [
         {"method": "duet", "budgets": [BUDGET], "label": DUET},
         {"method": "random", "budgets": [BUDGET], "settings": {"follow": "duet"}, "label": RANDOM},
         {"method": "oracle", "budgets": [BUDGET], "label": ORACLE},
     ]
-    return Experiment("tiny-chain", (*drops, *others), model, (seed,), limit)
+    return Experiment("tiny-chain", (*drops(range(1, DECODER_LAYERS)), *others), model, (seed,), limit, against=FULL)
 
 
 def judge(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -49,7 +41,7 @@ def judge(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """
 
     def loss(layer: int, kind: str) -> float:
-        return runs[FULL]["kinds"][kind]["accuracy"] - runs[blind(layer)]["kinds"][kind]["accuracy"]
+        return runs[FULL]["kinds"][kind]["accuracy"] - runs[f"{LABEL}{layer}"]["kinds"][kind]["accuracy"]
 
     full, half, late = runs[FULL]["accuracy"], DECODER_LAYERS // 2, math.ceil(DECODER_LAYERS * 2 / 3)
     least = {

@@ -44,7 +44,7 @@ USERS = {
     "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
     "viz": {"pictures", "tokens"},
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
-    "evaluate": {"duet_vlm", "loading", "measure", "models", "pictures", "spelling", "tiny"},
+    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "pictures", "spelling", "tiny"},
     "bench": {"budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "reducer"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {

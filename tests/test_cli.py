@@ -381,11 +381,12 @@ def shell(code: str, **more: str) -> str:
     return done.stdout.strip()
 
 
-QUICK = [[], ["--help"], ["--version"], *([verb, "--help"] for verb in ("run", "eval", "report", "train", "budget", "bench", "viz", "demo"))]
+VERBS = ("run", "eval", "drop-curve", "report", "train", "budget", "bench", "viz", "demo")
+QUICK = [[], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)]
 QUICK += [[verb, *more] for verb in ("methods", "presets", "models") for more in ([], ["--json"], ["--help"], ["nosuch"])]
 QUICK += [["run", "-i", str(PICTURE), "-p", "x", *more] for more in (["--method", "deut"], ["--preset", "deut"], ["-b", "many"], ["-b", "2.0"])]
 QUICK += [["run", "-i", "gone.png", "-p", "x"]]
-QUICK += [[verb, "--method", "deut"] for verb in ("bench", "eval", "train", "budget")]
+QUICK += [[verb, "--method", "deut"] for verb in ("bench", "eval", "drop-curve", "train", "budget")]
 WRONG = {"deut", "many", "2.0", "gone.png", "nosuch"}
 
 

@@ -75,7 +75,7 @@ def test_commands_have_the_options_that_pages_show(page: str) -> None:
     blocks = [line for block in re.findall(r"```[a-z]*\n(.*?)```", text, flags=re.S) for line in block.splitlines()]
     prose = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
     for line in (*blocks, *prose):
-        found = re.match(r"(?:\S*/)?duet-vlm ([a-z]+) (.*)", line.strip())
+        found = re.match(r"(?:\S*/)?duet-vlm ([a-z-]+) (.*)", line.strip())
         if found and found[1] in verbs:
             words = shlex.split(found[2], comments=True)
             known = {name for option in verbs[found[1]].params for name in (*option.opts, *option.secondary_opts)}

@@ -487,7 +487,7 @@ def test_a_task_of_ones_own(tmp_path: Path, loaded: Loaded) -> None:
     (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     experiment = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "duet", "budgets": [0.33]},))
     found = run_experiment(experiment, "own", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
-    assert found["task"] == "mine" and found["questions"] == {"count": 3, "per_seed": 3, "kinds": {"own": 3}}
+    assert found["task"] == "mine" and found["questions"] == {"count": 3, "unlabelled": 0, "per_seed": 3, "kinds": {"own": 3}}
     assert found["runs"][0]["accuracy"] == 1 and found["runs"][0]["recall"] is None
     oracle = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "oracle", "budgets": [0.33]},))
     with pytest.raises(ValueError, match="leave the oracle out"):
@@ -496,7 +496,7 @@ def test_a_task_of_ones_own(tmp_path: Path, loaded: Loaded) -> None:
 
 @pytest.mark.parametrize(
     ("line", "says"),
-    [("{", "line 2: not a JSON object"), ("[1]", "line 2: not a JSON object"), ('{"image": "a.png", "question": "?"}', "'answer' is missing")],
+    [("{", "line 2: not a JSON object"), ("[1]", "line 2: not a JSON object"), ('{"image": "a.png", "answer": "a"}', "'question' is missing")],
 )
 def test_a_broken_line_is_named(tmp_path: Path, line: str, says: str) -> None:
     (tmp_path / "t.jsonl").write_text('{"image": "a.png", "question": "?", "answer": "a"}\n' + line)
@@ -648,7 +648,7 @@ def test_what_is_wrong_is_said_before_anything_runs(words: list[str], tmp_path: 
 def asked_for(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[Experiment]:
     """The experiments that a command line means."""
     found: list[Experiment] = []
-    monkeypatch.setattr("duet_vlm.cli.eval._measure", lambda job, *_: found.append(job) or {})
+    monkeypatch.setattr("duet_vlm.cli.measured.measured", lambda job, *_: (found.append(job) or Path("x"), {}))
     result = run_cli(*words, "--device", "cpu")
     assert result.exit_code == 0, result.output
     return found

