@@ -7,7 +7,7 @@ step can be left out, nor can the start: the same moves lead from other things t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
@@ -17,7 +17,7 @@ from .assets import WORDS
 from .chain_scenes import SIDE, GridScene
 from .labels import body_patches, tag_patches
 from .questions import PLURALS, Question, needed_patches
-from .scenes import SHAPES
+from .scenes import COLOR_NAMES, SHAPES
 
 MOVES = ("right", "above", "same color")
 STEPS = {"right": (0, 1), "above": (-1, 0)}  # (rows, columns)
@@ -29,7 +29,8 @@ CHANCE = {**plain.CHANCE, "hop1": 0.1, "hop2": 0.14, "hop3": 0.2, "pair_compare"
 READS = ("tag", "tag", "shape")  # a tag is a number or a word
 CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd"[:SIDE])  # row by row: their names
 LANDINGS = {"land1": 1, "land2": 2, "land3": 3}
-LESSONS = ("cell", "at", *LANDINGS)  # asked in training only: where a thing is, what is there, where moves lead
+# asked in training only: where a thing is, what is there, where moves lead, the move by colour alone and with the colour said, places compared
+LESSONS = ("cell", "at", *LANDINGS, "twin", "other", "order")
 LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
@@ -86,10 +87,10 @@ class _Asker(plain.Asker):
         super().__init__(scene, rng)
         self.steps = {move: neighbours(scene, move) for move in MOVES}
 
-    def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None) -> Chain | None:
+    def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None, moves: tuple[str, ...] = MOVES) -> Chain | None:
         """What is read and the moves are drawn first, so that neither depends on where things stand."""
         read, limit = reads[int(self.rng.integers(len(reads)))], limit or LIMITS[self.scene.side]
-        ways = list(product(MOVES, repeat=hops))
+        ways = list(product(moves, repeat=hops))
         for n in self.rng.permutation(len(ways)):
             paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, ways[n]))]
             said = [readable(self.scene, path[-1], read) for path in paths]
@@ -122,6 +123,27 @@ class _Asker(plain.Asker):
 
     def land3(self) -> Chain | None:
         return self.chain(3, ("cell",), 1.0)
+
+    def twin(self) -> Question | None:
+        found = self.chain(1, (*READS, "cell"), 1.0, ("same color",))
+        return found and replace(found, kind="twin")
+
+    def other(self) -> Question | None:
+        """The move by colour with the colour given: "Star, red" is the other red thing."""
+        found = self.twin()
+        if found is None:
+            return None
+        color = COLOR_NAMES[self.things[found.needed[0]].color]
+        return replace(found, kind="other", text=found.text.replace("same color", color))
+
+    def order(self) -> Question:
+        """Two cells, which a spatial question would have to find first."""
+        a, b = (int(n) for n in self.rng.permutation(SIDE * SIDE)[:2])
+        beside = a % SIDE != b % SIDE and (a // SIDE == b // SIDE or self.rng.random() < 0.5)
+        word = self.pick(["left of", "right of"] if beside else ["above", "below"])
+        before = (a % SIDE < b % SIDE) if "of" in word else (a // SIDE < b // SIDE)
+        yes = before == (word in ("left of", "above"))
+        return Question(f"Is {CELLS[a]} {word} {CELLS[b]}?", "yes" if yes else "no", "order", (), False, ())
 
     def cell(self) -> Question:
         thing = self.pick(self.unique)

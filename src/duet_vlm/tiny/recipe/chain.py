@@ -59,12 +59,14 @@ EVERY = {
     **dict.fromkeys(LOOKUPS, 0.5), **dict.fromkeys(MORE, 1.0), "spatial": 1.5, **dict.fromkeys(PLACES, 0.3),
     "hop1": 1.5, "hop2": 2.0, "hop3": 2.0, "land1": 0.3, "land2": 0.7, "land3": 1.0,
 }  # fmt: skip
+TWINS = {"twin": 2.0, "other": 1.5, "order": 1.0, "spatial": 1.5}
 PARTS = (
     Part(900, 2, 8, (10,), dict.fromkeys((*LOOKUPS, *PLACES), 1.0)),
     Part(1500, 2, 8, (10,), {**BRIEF, "land1": 1.5, "hop1": 1.5}),
     Part(2600, 3, 8, (20, 28), {**BRIEF, "land1": 1.0, "hop1": 1.5, "land2": 1.0, "hop2": 1.0}),
     Part(4000, 3, 8, (20, 28), {**BRIEF, "hop1": 0.7, "land2": 0.7, "hop2": 1.5, "land3": 1.0, "hop3": 1.5}),
-    Part(6500, 4, 8, (32, 40, 57), EVERY),
+    Part(5000, 3, 8, (20, 28), {**BRIEF, **TWINS, "hop1": 0.5, "hop2": 1.0, "hop3": 1.0}),
+    Part(6600, 4, 8, (32, 40, 57), {**EVERY, "twin": 0.7, "other": 0.3, "order": 0.3}),
     Part(10**9, 4, 4, (VISUAL_TOKENS,), EVERY),
 )
 
