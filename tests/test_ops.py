@@ -68,6 +68,45 @@ def test_column_attention_in_blocks(tokens: int) -> None:
 
 
 @quick
+@given(st.integers(1, 400), st.integers(1, 400))
+def test_spread_takes_one_row_of_every_stretch(total: int, count: int) -> None:
+    rows = score.spread(total, count, torch.device("cpu")).tolist()
+    assert rows == sorted(set(rows)) and len(rows) == min(total, count)
+    if count < total:
+        assert all(i * total // count <= row < (i + 1) * total // count for i, row in enumerate(rows))
+    assert score.spread(total, None, torch.device("cpu")).tolist() == list(range(total))
+
+
+@pytest.mark.parametrize(("side", "count"), [(72, 256), (128, 256), (256, 256), (64, 64), (48, 256)])
+def test_spread_meets_every_part_of_a_grid(side: int, count: int) -> None:
+    """As many in each quarter of the columns and of the rows, also where the stretches are whole rows."""
+    rows = score.spread(side * side, count, torch.device("cpu"))
+    for place in (rows // side, rows % side):
+        met = torch.bincount(place * 4 // side, minlength=4)
+        assert met.min() >= 0.85 * count / 4 and met.max() <= 1.15 * count / 4
+
+
+@pytest.mark.parametrize(("tokens", "sample"), [(600, 1), (600, 7), (600, 257), (600, 599), (600, 600), (600, 900), (600, None)])
+def test_column_attention_from_some_of_the_rows(tokens: int, sample: int | None) -> None:
+    query, key = normal(1, 2, 2, tokens, 8), normal(2, 2, 2, tokens, 8)
+    weights = (query @ key.transpose(-1, -2) * 0.3).softmax(-1).mean(1)
+    asking = score.spread(tokens, sample, torch.device("cpu"))
+    expected = weights[:, asking].sum(1) * tokens / len(asking)
+    torch.testing.assert_close(score.column_attention(query, key, 0.3, sample), expected)
+    assert (sample or tokens) < tokens or torch.equal(score.column_attention(query, key, 0.3, sample), score.column_attention(query, key, 0.3))
+
+
+@quick
+@given(score_batches(rows=4, width=30), st.integers(1, 40))
+def test_some_of_the_real_rows(batch: tuple[Tensor, Tensor], count: int) -> None:
+    real = batch[1]
+    for row, found, weight in zip(real.tolist(), *(x.tolist() for x in score.some_of(real, count)), strict=True):
+        places = [place for place, asks in enumerate(row) if asks]
+        asking = [place for place, counts in zip(found, weight, strict=True) if counts]
+        assert len(set(asking)) == len(asking) == min(count, len(places)) and set(asking) <= set(places)
+
+
+@quick
 @given(seeds, st.integers(1, 3), st.sampled_from([(4, 4), (4, 2), (6, 2), (4, 1)]), st.integers(1, 5), st.integers(1, 9), st.data())
 def test_query_attention(seed: int, batch: int, heads: tuple[int, int], queries: int, keys: int, data: Any) -> None:
     query, key = normal(seed, batch, heads[0], queries, 4), normal(seed + 1, batch, heads[1], keys, 4)

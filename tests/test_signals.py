@@ -15,6 +15,8 @@ import duet_vlm
 from duet_vlm import Selection, VisionView
 from duet_vlm.bench.inputs import encode
 from duet_vlm.methods.duet import Duet
+from duet_vlm.models.find import adapter_for
+from duet_vlm.ops.score import spread
 
 seen: list[VisionView] = []
 
@@ -83,7 +85,7 @@ def tower_signals(family: str, inputs: Inputs, layer: int | None, pictures: list
         return crop_signals(model, inputs, layer, pictures) if family == "llava_next" else clip_signals(model, inputs, layer)
 
 
-def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Picture]) -> list[tuple[Tensor, Tensor]]:
+def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Picture], sample: int | None = None) -> list[tuple[Tensor, Tensor]]:
     attention, caught = model.model.visual.blocks[layer].attn, []
     hook = attention.register_forward_pre_hook(lambda m, a, k: caught.append((a, k)), with_kwargs=True)
     model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
@@ -96,7 +98,8 @@ def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Pi
     for picture in pictures:
         count = picture.height * picture.width
         q, k = (t[start : start + 4 * count].transpose(0, 1) for t in (query, key))
-        received = (q @ k.transpose(1, 2) * 8**-0.5).softmax(-1).mean(0).sum(0)
+        asking = spread(4 * count, sample, q.device)
+        received = (q @ k.transpose(1, 2) * 8**-0.5).softmax(-1).mean(0)[asking].sum(0) * (4 * count / len(asking))
         by_window = received.view(count, 4).mean(1), k.mean(0).view(count, 4, 8).mean(1)
         order = window_order(picture.height, picture.width) if model.config.model_type == "qwen2_5_vl" else range(count)
         raster = torch.tensor(list(order)).argsort()
@@ -121,6 +124,39 @@ def test_importance_and_keys_are_those_of_the_tower(family: str, layer: int | No
         assert view.valid[row].nonzero().flatten().tolist() == content
         torch.testing.assert_close(view.importance[row, content], importance, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(view.keys[row, content], keys, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_importance_from_some_of_the_rows_of_each_picture(family: str) -> None:
+    inputs, pictures = FAMILIES[family].inputs(MIXED), pictures_of(MIXED)
+    with torch.no_grad():
+        expected = qwen_signals(shared(family, "eager"), inputs, DEFAULT_LAYER[family], pictures, 9)
+    with duet_vlm.attach(shared(family), Probe(dominant=0.4, contextual=0.2, signal_queries=9)):
+        forward(shared(family), inputs)
+    assert seen[0].importance is not None
+    for row, (importance, _) in enumerate(expected):
+        torch.testing.assert_close(seen[0].importance[row, : len(importance)], importance, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_how_many_rows_ask_matters_where_there_is_no_cls_row(family: str) -> None:
+    """None and more than there are: the same, bit for bit. Three: something else, except where one CLS row asks."""
+    model, inputs = shared(family), FAMILIES[family].inputs([ONE])
+    found = []
+    for sample in (None, 10_000, 3):
+        seen.clear()
+        with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.2, signal_queries=sample)):
+            forward(model, inputs)
+        assert seen[0].importance is not None
+        found.append(seen[0].importance)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2]) == adapter_for(model).has_cls and bool((found[2][seen[0].valid] > 0).any())
+
+
+@pytest.mark.parametrize("wrong", [0, -1])
+def test_how_many_rows_ask_is_a_number_or_none(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"signal_queries={wrong}: a number of rows, at least 1, or None for all"):
+        Duet(signal_queries=wrong)
 
 
 @pytest.mark.parametrize("family", FIRST)

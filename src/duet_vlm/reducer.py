@@ -39,6 +39,7 @@ SCORE_MASKS = ("causal", "none")
 SHARES = ("joint", "each")
 PARTS = ("auto", "joint", "each")
 NEWLINES = ("drop", "keep")
+QUERIES = 256  # rows of a picture that rank its tokens where the tower has no CLS row
 ROUNDINGS = ("floor", "int", "round")
 
 
@@ -143,6 +144,9 @@ class EncoderReducer(Reducer):
     signal_segments : bool
         Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in
         the call, as the released Qwen2.5-VL code does under sdpa.
+    signal_queries : int or None
+        Where the tower has no CLS row, tokens are ranked by the attention that they receive: from that many of its rows, spread over the grid
+        of each picture or frame, or from all of them (None, as the released codes do). The sum costs as many rows times all.
     parts : str
         "joint": all crops of an image or frames of a clip are reduced together; "each": every one by itself, within one budget, and the
         method's own counts are per part; "auto": what the model family's documentation states.
@@ -158,11 +162,14 @@ class EncoderReducer(Reducer):
     cls_token: bool = False
     signal_layer: int | None = None
     signal_segments: bool = True
+    signal_queries: int | None = QUERIES
     parts: str = "auto"
     newline: str = "drop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.signal_queries is not None and self.signal_queries < 1:
+            raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
         check_choice("parts", self.parts, PARTS)
         check_choice("newline", self.newline, NEWLINES)
         if self.cls_token and self.positions != "compact":

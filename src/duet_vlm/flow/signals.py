@@ -47,7 +47,9 @@ class Recorder:
 
     def record(self, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> None:
         if self.stacks.encoders:
-            self.stacks.encoders[-1].recorded.append(Recorded(query.detach(), key.detach(), scaling, segments))
+            call = self.stacks.encoders[-1]
+            sample = getattr(call.rules.reducer, "signal_queries", None)
+            call.recorded.append(Recorded(query.detach(), key.detach(), scaling, segments, sample))
 
 
 def attend(

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from duet_vlm.budget import SpanPlan
-from duet_vlm.measure.flops import signal_flops, tower_rows
+from duet_vlm.measure.flops import asking_rows, signal_flops, tower_rows
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
 
@@ -31,7 +31,7 @@ def selection_flops(
     parts = [tokens for span in passes for tokens in span]
     signals = 0
     if reducer.signals:
-        signals = sum(signal_flops(vision, n) for n in (parts if reducer.signal_segments else [sum(parts)]))
+        signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
     return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), key_width, feature_width)
 
 
@@ -40,7 +40,7 @@ def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequenc
     if not isinstance(reducer, EncoderReducer) or not reducer.signals or not any(plan.merges for plan in plans):
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
-    return sum(16 * (vision.width // key_width) * (vision.extra_rows or n) * n for n in rows)
+    return sum(16 * (vision.width // key_width) * asking_rows(vision, n, reducer.signal_queries) * n for n in rows)
 
 
 def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:

@@ -112,7 +112,12 @@ def projector_flops(shape: VisionShape, tokens: int) -> int:
     return sum(2 * tokens * a * b for a, b in shape.projector)
 
 
-def signal_flops(shape: VisionShape, tokens: int) -> int:
-    """Attention scores of one tower layer over one image: of its CLS row, or without one of every row."""
+def signal_flops(shape: VisionShape, tokens: int, queries: int | None = None) -> int:
+    """Attention scores of one tower layer over one image: of its CLS row, or without one of ``queries`` rows (None: of every one)."""
     rows = tower_rows(shape, tokens)
-    return 2 * (shape.extra_rows or rows) * rows * shape.width
+    return 2 * asking_rows(shape, rows, queries) * rows * shape.width
+
+
+def asking_rows(shape: VisionShape, rows: int, queries: int | None) -> int:
+    """How many of a tower's ``rows`` rank them."""
+    return shape.extra_rows or min(rows, queries or rows)

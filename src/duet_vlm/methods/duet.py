@@ -36,7 +36,9 @@ from duet_vlm.reducer import (
 from duet_vlm.registry import register
 from duet_vlm.tokens import MERGES, Selection
 
-RELEASED: dict[str, Any] = {"merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "keep_predicting": False}  # both released codes
+RELEASED: dict[str, Any] = {  # both released codes
+    "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "keep_predicting": False, "signal_queries": None,
+}  # fmt: skip
 
 
 def paper_schedule(depth: int) -> Schedule:

@@ -64,7 +64,7 @@ class VisionZip(EncoderReducer):
     def official(cls, dominant: int = 54, contextual: int = 10, **fields: Any) -> VisionZip:
         """The released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS, dominant, contextual] at compact positions."""
         preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
-        preset["keep_predicting"] = False
+        preset |= {"keep_predicting": False, "signal_queries": None}
         return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

@@ -23,13 +23,15 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 class Recorded:
     """One call of the recorded vision attention: query, key [B, H, N, d] (keys grouped if the tower groups them) and its scaling.
 
-    ``segments`` are lengths along N that do not see each other (several images packed in one row), None for one segment per row.
+    ``segments`` are lengths along N that do not see each other (several images packed in one row), None for one segment per row. ``sample``:
+    how many query rows of each stand for all, where tokens are ranked by what they receive; None: all ask.
     """
 
     query: Tensor
     key: Tensor
     scaling: float
     segments: Tensor | None = None
+    sample: int | None = None
 
 
 @dataclass(frozen=True)

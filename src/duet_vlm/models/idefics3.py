@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Encoding, Recorded
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.ops.score import query_attention
+from duet_vlm.ops.ragged import take
+from duet_vlm.ops.score import query_attention, some_of
 
 
 class Idefics3(LlamaLike):
@@ -42,7 +43,9 @@ class Idefics3(LlamaLike):
         (recorded,) = calls
         keys = recorded.key.float().mean(1)
         real = self._real_patches(call, len(keys))
-        received = query_attention(recorded.query, recorded.key, recorded.scaling, real[:, None].expand(-1, real.shape[1], -1), real.float())
+        asks, weight = some_of(real, recorded.sample)
+        query = take(recorded.query.transpose(1, 2), asks).transpose(1, 2)
+        received = query_attention(query, recorded.key, recorded.scaling, real[:, None].expand(-1, asks.shape[1], -1), weight)
         importance = received * real.sum(1, keepdim=True)  # a sum over the patches that ask, not their mean
         return list(self._cells(importance[..., None], call)[..., 0]), list(self._cells(keys, call))
 

@@ -57,7 +57,7 @@ class Mistral3(Llava):
         counts = [rows * columns for rows, columns in grids]
         pairs = [recorded.query, recorded.key]
         images = zip(*(x.split(counts, 2) for x in pairs), strict=True) if segmented else [pairs]
-        received = torch.cat([column_attention(query, key, recorded.scaling)[0] for query, key in images])
+        received = torch.cat([column_attention(query, key, recorded.scaling, recorded.sample)[0] for query, key in images])
         signals = torch.cat([received[:, None], recorded.key[0].float().mean(0)], 1)
         merged = [self.merged(rows, grid) for rows, grid in zip(signals.split(counts), grids, strict=True)]
         return [rows[:, 0] for rows in merged], [rows[:, 1:] for rows in merged]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,8 +49,9 @@ class Qwen2VL(LlamaLike):
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         calls = [part for recorded in calls for part in segments_of(recorded)]
         if not segmented:  # one softmax over every patch of the call
-            calls = [Recorded(torch.cat([c.query for c in calls], 2), torch.cat([c.key for c in calls], 2), calls[0].scaling)]
-        received = torch.cat([column_attention(c.query, c.key, c.scaling)[0] for c in calls])
+            together = {"query": torch.cat([c.query for c in calls], 2), "key": torch.cat([c.key for c in calls], 2)}
+            calls = [replace(calls[0], **together)]
+        received = torch.cat([column_attention(c.query, c.key, c.scaling, c.sample)[0] for c in calls])
         keys = torch.cat([c.key[0].float() for c in calls], 1).transpose(0, 1)  # [patches, H, d]
         unit = self.visual.config.spatial_merge_size**2
         raster = self.raster(call.sizes).to(received.device)
@@ -108,4 +110,4 @@ def segments_of(recorded: Recorded) -> list[Recorded]:
         return [recorded]
     lengths = recorded.segments.tolist()
     pairs = zip(recorded.query.split(lengths, 2), recorded.key.split(lengths, 2), strict=True)
-    return [Recorded(query, key, recorded.scaling) for query, key in pairs]
+    return [replace(recorded, query=query, key=key, segments=None) for query, key in pairs]

@@ -11,7 +11,7 @@ from duet_vlm.ops.score import column_attention
 
 def column_signals(recorded: Recorded) -> tuple[Tensor, Tensor]:
     """Importance [B, N] (attention received) and mean keys [B, N, d] of towers that see all N patches of a picture at once."""
-    return column_attention(recorded.query, recorded.key, recorded.scaling), recorded.key.float().mean(1)
+    return column_attention(recorded.query, recorded.key, recorded.scaling, recorded.sample), recorded.key.float().mean(1)
 
 
 def cells(signals: Tensor, side: int, cell: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+GOLDEN = (5**0.5 - 1) / 2
 QUERY_BLOCK = 256  # rows of the score matrix alive at once: H x 256 x T instead of H x T x T
 
 
@@ -34,12 +35,40 @@ def cls_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     return weights[:, :, 0, 1:].sum(1)
 
 
-def column_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def spread(total: int, count: int | None, device: torch.device) -> Tensor:
+    """``count`` of ``total`` rows, ascending, one from each of as many equal stretches; all where there are no more.
+
+    Where in its stretch a row is taken moves on by the golden ratio, so that no column of a grid is met more often than others.
+    """
+    if count is None or count >= total:
+        return torch.arange(total, device=device)
+    number = torch.arange(count, device=device)
+    start, end = number * total // count, (number + 1) * total // count
+    return start + ((number * GOLDEN).frac() * (end - start)).long()
+
+
+def some_of(real: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+    """Up to ``count`` of the real rows of each sample, spread over them: real [B, N] bool -> rows [B, n] and their weight, 0 or 1, float32."""
+    order = (~real).int().argsort(dim=1, stable=True)
+    if count is None or count >= real.shape[1]:
+        return order, real.gather(1, order).float()
+    total = real.sum(1, keepdim=True)
+    number = torch.arange(count, device=real.device)
+    start, end = number * total // count, (number + 1) * total // count
+    rank = start + ((number * GOLDEN).frac() * (end - start)).long()
+    return order.gather(1, rank.clamp(max=real.shape[1] - 1)), ((end > start) & (rank < total)).float()
+
+
+def column_attention(query: Tensor, key: Tensor, scaling: float, sample: int | None = None) -> Tensor:
     """How much each token is looked at: mean over heads, sum over queries, of softmax attention.
 
-    query, key [B, H, N, d] -> [B, N]; works through blocks of query rows, so memory is linear in N.
+    query, key [B, H, N, d] -> [B, N]; works through blocks of query rows, so memory is linear in N. ``sample`` query rows stand for all
+    (None: all ask); the sum is scaled to what all would give.
     """
-    key, heads = key.float(), query.shape[1]
+    key, heads, every = key.float(), query.shape[1], query.shape[2]
+    if sample is not None and sample < every:
+        query = query[:, :, spread(every, sample, query.device)]
+    heads = heads * query.shape[2] / every
     total = key.new_zeros(key.shape[0], key.shape[2])
     for block in query.split(QUERY_BLOCK, dim=2):  # no name for a block's weights: it would keep them alive beside the next ones
         total += _column_sums(grouped_logits(block, key, scaling).softmax(-1).flatten(1, 2)) / heads
