@@ -1,7 +1,7 @@
 """Does a schedule that was read off the drop curve hold on fresh questions? ``python benchmarks/drop_curve.py [--tasks tiny-crowded,tiny-chain]``.
 
 For each task: the curve and the contest of schedules on questions of one seed (``duet-vlm drop-curve``), then what won, budget by budget,
-beside both fixed schedules on questions of another. Results land in comparison/drop-curve; goes on after a kill.
+beside both fixed schedules on questions of another. Results land in comparison/TASK; goes on after a kill.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-HOME = ROOT / "comparison" / "drop-curve"
+HOME = ROOT / "comparison"
 CHOSEN_ON, FRESH = 900, 901  # seeds that nothing else asks
 QUESTIONS, FRESH_QUESTIONS = 400, 1200
 BUDGETS = (0.11, 0.07, 0.05)
@@ -46,9 +46,9 @@ def main() -> None:
         where = ["--out", HOME, "--workers", args.workers]
         budgets = ",".join(map(str, BUDGETS))
         print(task, flush=True)
-        asked = ["--task", task, "--seed", CHOSEN_ON, "--limit", QUESTIONS, "-b", budgets, "--name", "chosen"]
+        asked = ["--task", task, "--seed", CHOSEN_ON, "--limit", QUESTIONS, "-b", budgets, "--name", "drop-curve"]
         found = json.loads(verb("drop-curve", *asked, "--json", *where))
-        file = HOME / task / "experiments" / "fresh.json"
+        file = HOME / task / "experiments" / "drop-curve-fresh.json"
         file.write_text(json.dumps(fresh(task, found), indent=1) + "\n")
         print(verb("eval", "--experiment", file, "--timing-rounds", "0", *where), flush=True)
 

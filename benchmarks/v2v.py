@@ -19,21 +19,24 @@ import duet_vlm
 from duet_vlm.bench.inputs import encode
 from duet_vlm.measure.speed import paired
 
-TARGETS = {"llava": 1.01, "qwen2_5_vl": 1.05}
+TARGETS = {"llava": 1.01, "qwen2_5_vl": 1.05, "page": 1.02}
 
 
 def run(options: Options) -> list[dict[str, Any]]:
     llava, qwen = (TINY, TINY_QWEN) if options.quick else (replace(LLAVA, layers=2), replace(QWEN, layers=2))  # the decoder is not run
+    page = qwen if options.quick else replace(qwen, side=36)
     return [
         _compare(options, llava, "tower with CLS", 21, bare=True, features=-1, target=TARGETS["llava"]),
         _compare(options, llava, "tower with CLS, last layer unread", 21, bare=True),
         _compare(options, llava, "tower and projector", 9, bare=False),
         _compare(options, qwen, "tower without CLS", 9, bare=True, target=TARGETS["qwen2_5_vl"]),
+        *(_compare(options, page, f"page of {4 * page.side**2:,} patches, {who}", 5, bare=True, target=target, signal_queries=queries)
+          for who, queries, target in (("256 rows ask", 256, TARGETS["page"]), ("all rows ask", None, None))),
     ]
 
 
 def _compare(
-    options: Options, shape: Shape, name: str, pairs: int, bare: bool, features: int | None = None, target: float | None = None
+    options: Options, shape: Shape, name: str, pairs: int, bare: bool, features: int | None = None, target: float | None = None, **settings: Any
 ) -> dict[str, Any]:
     """``features``: the tower layer whose output is read, where it is not the usual one."""
     plain = build(shape)
@@ -45,7 +48,7 @@ def _compare(
     if features is not None:
         plain.config.vision_feature_layer = features
     attached, image = twin(plain), picture(shape)
-    with torch.inference_mode(), duet_vlm.attach(attached, "duet", budget=0.22):
+    with torch.inference_mode(), duet_vlm.attach(attached, "duet", budget=0.22, **settings):
         sides = {"duet": lambda: encode(attached, image), "plain": lambda: encode(plain, image)}
         times = paired(sides, options.repeats(pairs), warmup=2)
     return side_by_side(name, shape, times["duet"], times["plain"], target)

@@ -1,0 +1,66 @@
+"""Do answers suffer when few rows of a tower without CLS rank its tokens? ``python benchmarks/importance.py``: results/importance.json.
+
+The embedded model has a CLS row. Here its tower is read as one without: importance is the attention that a patch receives from the other
+patches, from all 256 of them, or from 64, 32 or 13 that are spread over the picture (13 of 256 is what 256 are of a page of 5,184).
+Answers to crowded pictures, paired with those where all rows ask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import HERE, environment
+from torch import Tensor
+
+from duet_vlm.evaluate.experiment import Experiment
+from duet_vlm.evaluate.run import run_experiment
+from duet_vlm.models.adapter import Recorded
+from duet_vlm.models.llava import Llava
+from duet_vlm.ops.score import column_attention
+
+BUDGETS, QUERIES = (0.11, 0.05), (64, 32, 13)
+
+
+def received(self: Llava, recorded: Recorded) -> tuple[Tensor, Tensor]:
+    """In place of ``Llava.signals``: attention that patches receive from patches."""
+    query, key = recorded.query[:, :, 1:], recorded.key[:, :, 1:]
+    return column_attention(query, key, recorded.scaling, recorded.sample), key.float().mean(1)
+
+
+def cells(method: str) -> list[dict[str, Any]]:
+    """``method`` with all rows asking, then with fewer."""
+    return [
+        {"method": method, "budgets": list(BUDGETS), "settings": {"signal_queries": queries}, "label": f"{method}, {queries or 'all'} rows ask"}
+        for queries in (None, *QUERIES)
+    ]
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=700)
+    parser.add_argument("--seed", type=int, default=30, help="stream of questions")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    Llava.signals = received  # type: ignore[method-assign]
+    rows = []
+    for method in ("duet", "duet_plus"):
+        job = Experiment("tiny-crowded", tuple(cells(method)), seeds=(args.seed,), limit=args.limit, against=f"{method}, all rows ask")
+        with tempfile.TemporaryDirectory() as folder:
+            found = run_experiment(job, "importance", Path(folder) / "journal.jsonl", device="cpu", timing_rounds=0)
+        rows += [{key: row[key] for key in ("label", "budget", "accuracy", "interval", "kept", "against")} for row in found["runs"][1:]]
+    out = {"benchmark": "importance", "environment": environment(), "questions": args.limit, "seed": args.seed, "results": rows}
+    (HERE / "results" / "importance.json").write_text(json.dumps(out, indent=1) + "\n")
+    for row in rows:
+        more = row["against"]
+        told = "" if more is None else f"  {100 * more['difference']:+.1f} ({100 * more['interval'][0]:+.1f} to {100 * more['interval'][1]:+.1f})"
+        print(f"{row['label']:<28} {row['budget']:.0%}  {row['accuracy']:.3f}{told}")
+
+
+if __name__ == "__main__":
+    main()
