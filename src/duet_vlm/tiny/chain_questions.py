@@ -29,8 +29,9 @@ CHANCE = {**plain.CHANCE, "hop1": 0.1, "hop2": 0.14, "hop3": 0.2, "pair_compare"
 READS = ("tag", "tag", "shape")  # a tag is a number or a word
 CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd"[:SIDE])  # row by row: their names
 LANDINGS = {"land1": 1, "land2": 2, "land3": 3}
-# asked in training only: where a thing is, what is there, where moves lead, the move by colour alone and with the colour said, places compared
-LESSONS = ("cell", "at", *LANDINGS, "twin", "other", "order")
+# asked in training only: where a thing is, what is there, where moves lead; the move by colour alone, with the colour said, from a cell, before or
+# behind another move; places compared
+LESSONS = ("cell", "at", *LANDINGS, "twin", "other", "there", "mixed", "order")
 LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
@@ -87,10 +88,10 @@ class _Asker(plain.Asker):
         super().__init__(scene, rng)
         self.steps = {move: neighbours(scene, move) for move in MOVES}
 
-    def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None, moves: tuple[str, ...] = MOVES) -> Chain | None:
+    def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None, ways: list[tuple[str, ...]] | None = None) -> Chain | None:
         """What is read and the moves are drawn first, so that neither depends on where things stand."""
         read, limit = reads[int(self.rng.integers(len(reads)))], limit or LIMITS[self.scene.side]
-        ways = list(product(moves, repeat=hops))
+        ways = ways or list(product(MOVES, repeat=hops))
         for n in self.rng.permutation(len(ways)):
             paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, ways[n]))]
             said = [readable(self.scene, path[-1], read) for path in paths]
@@ -125,7 +126,7 @@ class _Asker(plain.Asker):
         return self.chain(3, ("cell",), 1.0)
 
     def twin(self) -> Question | None:
-        found = self.chain(1, (*READS, "cell"), 1.0, ("same color",))
+        found = self.chain(1, (*READS, "cell"), 1.0, [("same color",)])
         return found and replace(found, kind="twin")
 
     def other(self) -> Question | None:
@@ -135,6 +136,19 @@ class _Asker(plain.Asker):
             return None
         color = COLOR_NAMES[self.things[found.needed[0]].color]
         return replace(found, kind="other", text=found.text.replace("same color", color))
+
+    def there(self) -> Question | None:
+        """The move by colour from a cell, as it is behind another move."""
+        found = self.twin()
+        if found is None:
+            return None
+        name, cell = (readable(self.scene, found.needed[0], read) for read in ("shape", "cell"))
+        assert name is not None and cell is not None
+        return replace(found, kind="there", text=found.text.replace(name.capitalize(), cell.capitalize()))
+
+    def mixed(self) -> Question | None:
+        found = self.chain(2, (*READS, "cell"), 1.0, [way for way in product(MOVES, repeat=2) if "same color" in way])
+        return found and replace(found, kind="mixed")
 
     def order(self) -> Question:
         """Two cells, which a spatial question would have to find first."""
