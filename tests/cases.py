@@ -11,15 +11,18 @@ from torch import nn
 
 import duet_vlm
 from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.methods.vispruner import VisPruner
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
     "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
+    "fastervlm": {"keep": 0.4},
     "fastv": {"layers": 2, "keep": 0.4},
     "frames": {"keep": 0.4},
     "frames+visionzip+pyramiddrop": {
@@ -33,6 +36,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "scope": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "visionzip": {"dominant": 0.3, "contextual": 0.2},
+    "vispruner": {"keep": 0.4, "important": 0.4},
 }
 
 # settings that keep every token, in as many ways as there are
@@ -46,6 +50,7 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("duet", {"budget": 100_000}),
     ("duet_plus", {"keep": 1.0, "schedule": ()}),
     ("duet_plus", {"budget": 1.0}),
+    ("fastervlm", {"keep": 1.0}),
     ("fastv", {"keep": 1.0}),
     ("fastv", {"budget": 1.0}),
     ("frames", {"keep": 1.0}),
@@ -58,6 +63,8 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("scope", {"budget": 100_000}),
     ("uniform", {"budget": 1.0}),
     ("visionzip", {"dominant": 1.0}),
+    ("vispruner", {"budget": 1.0}),
+    ("vispruner", {"keep": 1.0, "important": 0.0}),
 ]
 
 # presets with the released code's quirks: CLS row as a token, compact order, sums instead of means
@@ -66,6 +73,8 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "visionzip": VisionZip.official(8, 3),
     "pyramiddrop": PyramidDrop.official(schedule=((2, 0.5), (4, 0.25))),
     "fastv": FastV.official("lmms"),
+    "fastervlm": FasterVLM.official(9),
+    "vispruner": VisPruner.official(9, 0.4),
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, e2e, fastv, qwen, t2v, v2v
+from golden_runner import anyres, e2e, fastv, qwen, t2v, towers, v2v
 from golden_runner.case import Case
 
 KINDS = {
@@ -20,6 +20,9 @@ KINDS = {
     "Qwen2.5-VL V2V and T2V": qwen.check,
     "end to end LLaVA": e2e.check,
     "V2V, LLaVA-NeXT style tiles (anyres)": anyres.check,
+    "FasterVLM": towers.check_clip,
+    "VisPruner": towers.check_clip,
+    "VisPruner, SigLIP": towers.check_siglip,
 }
 
 
@@ -33,7 +36,7 @@ def test_golden(golden: Path | None, request: pytest.FixtureRequest) -> None:
     if golden is None:
         pytest.fail(f"no recorded case (*.json) in {request.config.getoption('--golden-dir')}")
     case = Case(golden)
-    stage = case.meta.get("stage")
+    stage = case.meta.get("stage") or case.meta.get("method")
     if stage not in KINDS:
         pytest.fail(f"{golden.name}: unknown kind {stage!r}, known: {', '.join(KINDS)}")
     with torch.no_grad():

@@ -14,7 +14,9 @@ from torch import Tensor
 from duet_vlm import SpanPlan, VisionView
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet_plus import DuetPlus
+from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.scope import Scope
+from duet_vlm.methods.vispruner import VisPruner
 from duet_vlm.ops import greedy
 from duet_vlm.reducer import EncoderReducer
 
@@ -89,6 +91,24 @@ def test_divprune(images: list[tuple[int, int]], seed: int, exact: bool) -> None
     view = view_of(images, seed, exact)
     for sample, ((tokens, count), found) in enumerate(zip(images, chosen_by(DivPrune(), view), strict=True)):
         assert found == sorted(twins.divprune_entry(rows_of(view.features, sample, tokens), count))
+
+
+@many
+@given(spans(), seeds, st.booleans(), st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_vispruner(images: list[tuple[int, int]], seed: int, exact: bool, important: float) -> None:
+    view = view_of(images, seed, exact)
+    for sample, ((tokens, count), found) in enumerate(zip(images, chosen_by(VisPruner(important=important), view), strict=True)):
+        signals = rows_of(view.importance, sample, tokens), rows_of(view.features, sample, tokens)
+        assert found == twins.vispruner_entry(*signals, count, int(count * important))
+
+
+@many
+@given(spans(), seeds, st.booleans())
+def test_fastervlm(images: list[tuple[int, int]], seed: int, exact: bool) -> None:
+    view = view_of(images, seed, exact)
+    for sample, ((tokens, count), found) in enumerate(zip(images, chosen_by(FasterVLM(), view), strict=True)):
+        importance = rows_of(view.importance, sample, tokens)
+        assert found == sorted(sorted(range(tokens), key=lambda v: (-importance[v], v))[:count])
 
 
 @many

@@ -214,7 +214,7 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
         choices = choices_of(handle)
         reducer = handle.reducer
     if not getattr(reducer, "uses_text", False):
-        assert case.method in ("divprune", "frames", "random", "scope", "uniform", "visionzip")
+        assert case.method in ("divprune", "fastervlm", "frames", "random", "scope", "uniform", "visionzip", "vispruner")
         return
     drops = [layer for layer in choices[0].alive if layer > 0]
     # FastV: by the attention of the layer before the drop

@@ -169,6 +169,19 @@ def divprune_entry(features: Matrix, count: int) -> list[int]:
     return chosen
 
 
+def vispruner_entry(importance: Sequence[float], features: Matrix, count: int, important: int) -> list[int]:
+    """The ``important`` most attended tokens, and of the others those that are left when similar ones leave, eight at a time."""
+    order = sorted(range(len(features)), key=lambda v: (-importance[v], v))
+    chosen, rest, wanted = order[:important], order[important:], count - important
+    while len(rest) > wanted > 0:
+        asked, between = rest[0::2], rest[1::2]
+        best = {v: max((cosine(features[v], features[u]) for u in between), default=-2.0) for v in asked}
+        asked.sort(key=lambda v: -best[v])
+        leave = min(8, len(rest) - wanted, len(asked))
+        rest = asked[leave:] + between
+    return sorted(chosen + (rest if wanted > 0 else []))
+
+
 def duet_plus_entry(
     importance: Sequence[float], keys: Matrix, count: int, alpha: float, pool: float, tau: float
 ) -> tuple[list[int], dict[int, list[int]]]:

@@ -1,0 +1,55 @@
+"""FasterVLM: keep the vision tokens that the vision encoder attends to most, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import top
+from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+
+@register("fastervlm")
+@dataclass(frozen=True)
+class FasterVLM(EncoderReducer):
+    """FasterVLM (arXiv 2412.01818): the tokens with the largest attention of the CLS row enter the decoder, all others are dropped.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention. Usable in training (the choice
+    carries no gradient).
+
+    Differences from the authors' code (Theia-4869/FasterVLM): kept positions (``official``: as released, compact), any batch, ties by index.
+    Towers without a CLS row take the attention that a token receives.
+    """
+
+    paper = "FasterVLM, arXiv 2412.01818"
+    summary = "keep the vision tokens that the vision encoder attends to most, before the decoder"
+    signals = frozenset({"importance"})
+    reads_features = False
+
+    keep: Keep | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+
+    @classmethod
+    def official(cls, keep: Keep = 144, **fields: Any) -> FasterVLM:
+        """The released LLaVA code: compact positions; ``keep`` patches of each crop."""
+        return cls(**{"keep": keep, "positions": "compact", "parts": "each", "keep_predicting": False, "signal_queries": None} | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.importance is not None  # promised by ``signals``
+        return Selection.pick(*pack_right(top(view.importance, view.valid, view.dominant), max(plan.dominant for plan in view.plans)))
