@@ -31,7 +31,7 @@ CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd
 LANDINGS = {"land1": 1, "land2": 2, "land3": 3}
 # asked in training only: where a thing is, what is there, where moves lead; the move by colour alone, with the colour said, from a cell, before or
 # behind another move; places compared
-LESSONS = ("cell", "at", *LANDINGS, "twin", "other", "there", "mixed", "order")
+LESSONS = ("cell", "at", "paint", *LANDINGS, "twin", "other", "there", "mixed", "order")
 LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
@@ -124,6 +124,13 @@ class _Asker(plain.Asker):
 
     def land3(self) -> Chain | None:
         return self.chain(3, ("cell",), 1.0)
+
+    def paint(self) -> Question:
+        """What the move by colour from a cell has to know first."""
+        thing = int(self.rng.integers(len(self.things)))
+        cell, color = readable(self.scene, thing, "cell"), COLOR_NAMES[self.things[thing].color]
+        assert cell is not None
+        return Question(f"{cell.capitalize()}: what color?", color, "paint", (thing,), False, ())
 
     def twin(self) -> Question | None:
         found = self.chain(1, (*READS, "cell"), 1.0, [("same color",)])
