@@ -103,9 +103,11 @@ def test_answers_are_counted_as_they_are_asked(small):
     assert [answers_seen(step) for step in range(10)] == np.cumsum([0, *asked]).tolist() and len(set(asked)) == 2
 
 
-def test_lessons_get_longer_and_the_last_half_is_whole_pictures():
+def test_lessons_get_longer_and_most_of_what_is_read_are_whole_pictures():
     assert [part_at(step) for step in (0, PARTS[0].until, STEPS)] == [PARTS[0], PARTS[1], PARTS[-1]]
-    assert max(part.until for part in PARTS if part.keep != (256,)) <= STEPS / 2 and PARTS[-1].keep == (256,) and PARTS[-1].side == 4
+    assert PARTS[-1].keep == (256,) and PARTS[-1].side == 4
+    rows = {whole: sum(p.pictures * np.mean(p.keep) for p in map(part_at, range(STEPS)) if (p.keep == (256,)) == whole) for whole in (True, False)}
+    assert rows[True] > 2 * rows[False]  # visual tokens
     first = [next(i for i, part in enumerate(PARTS) if kind in part.kinds) for kind in ("attribute", "hop1", "hop2", "hop3")]
     assert first == sorted(set(first))
     kinds = draw_kinds({"hop1": 3.0, "count": 1.0}, 24, np.random.default_rng(0))

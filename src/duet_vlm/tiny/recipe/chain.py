@@ -70,7 +70,7 @@ PARTS = (
     Part(6400, 4, 8, (32, 40, 57), {**EVERY, "twin": 0.5, "there": 1.5, "mixed": 3.0}),
     Part(6600, 4, 4, (VISUAL_TOKENS,), {**EVERY, "there": 0.5, "mixed": 2.0}),
     Part(7000, 3, 8, (20, 28), {**BRIEF, "twin": 1.0, "there": 3.0, "mixed": 3.0, "hop2": 0.7, "hop3": 1.0}),
-    Part(7800, 3, 8, (20, 28), {**BRIEF, "paint": 2.0, "twin": 1.0, "there": 3.0, "mixed": 2.5, "hop3": 1.0}),
+    Part(7400, 3, 8, (20, 28), {**BRIEF, "paint": 2.0, "twin": 1.0, "there": 3.0, "mixed": 2.5, "hop3": 1.0}),
     Part(10**9, 4, 4, (VISUAL_TOKENS,), {**EVERY, "mixed": 1.0}),
 )
 
