@@ -17,7 +17,7 @@ from .recipe.command import parsed, parser, write
 from .recipe.stages import curve, fit, weights
 from .text import build_processor
 
-STEPS = 11400
+STEPS = 12400
 
 
 def export(folder: Path, target: Path, settings: dict) -> None:
