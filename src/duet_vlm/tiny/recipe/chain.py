@@ -63,6 +63,7 @@ LATE = {  # what the end of the training still has to teach
     **dict.fromkeys(LOOKUPS, 0.3), "existence": 0.7, "spatial": 0.5, "compare": 0.5, "count": 2.5, **dict.fromkeys(PLACES, 0.2),
     "hop1": 0.7, "hop2": 1.5, "hop3": 3.0, "land3": 1.0, "there": 0.7, "mixed": 1.5,
 }  # fmt: skip
+LAST = {**LATE, "paint": 1.5, "there": 2.0, "mixed": 2.0, "hop3": 2.5, "count": 2.0, "land3": 0.5}
 TWINS = {"twin": 2.0, "other": 1.5, "order": 1.0, "spatial": 1.5}
 PARTS = (
     Part(900, 2, 8, (10,), dict.fromkeys((*LOOKUPS, *PLACES), 1.0)),
@@ -76,7 +77,9 @@ PARTS = (
     Part(7000, 3, 8, (20, 28), {**BRIEF, "twin": 1.0, "there": 3.0, "mixed": 3.0, "hop2": 0.7, "hop3": 1.0}),
     Part(7400, 3, 8, (20, 28), {**BRIEF, "paint": 2.0, "twin": 1.0, "there": 3.0, "mixed": 2.5, "hop3": 1.0}),
     Part(8400, 4, 4, (VISUAL_TOKENS,), {**EVERY, "mixed": 1.0}),
-    Part(10**9, 4, 4, (VISUAL_TOKENS,), LATE),
+    Part(8800, 4, 4, (VISUAL_TOKENS,), LATE),
+    Part(9200, 4, 8, (32, 40, 57), LAST),
+    Part(10**9, 4, 4, (VISUAL_TOKENS,), LAST),
 )
 
 
