@@ -31,7 +31,7 @@ CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd
 LANDINGS = {"land1": 1, "land2": 2, "land3": 3}
 # asked in training only: where a thing is, what is there, where moves lead; the move by colour alone, with the colour said, from a cell, before or
 # behind another move; places compared
-LESSONS = ("cell", "at", "paint", *LANDINGS, "twin", "other", "there", "mixed", "order")
+LESSONS = ("cell", "at", "paint", *LANDINGS, "twin", "other", "there", "mixed", "far", "tint", "order")
 LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
@@ -72,6 +72,8 @@ def readable(scene: GridScene, i: int, read: str) -> str | None:
     thing, (row, column) = scene.things[i], scene.cells[i]
     if read == "cell":
         return CELLS[row * SIDE + column]
+    if read == "color":
+        return COLOR_NAMES[thing.color]
     if read == "shape":
         return SHAPES[thing.shape]
     if thing.tag is None:
@@ -156,6 +158,15 @@ class _Asker(plain.Asker):
     def mixed(self) -> Question | None:
         found = self.chain(2, (*READS, "cell"), 1.0, [way for way in product(MOVES, repeat=2) if "same color" in way])
         return found and replace(found, kind="mixed")
+
+    def far(self) -> Question | None:
+        found = self.chain(2, (*READS, "cell"), 1.0, [(step, "same color") for step in STEPS])
+        return found and replace(found, kind="far")
+
+    def tint(self) -> Question | None:
+        """What that chain has to know on its way."""
+        found = self.chain(1, ("color",), 1.0, [(step,) for step in STEPS])
+        return found and replace(found, kind="tint")
 
     def order(self) -> Question:
         """Two cells, which a spatial question would have to find first."""

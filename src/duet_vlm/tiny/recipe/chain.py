@@ -64,6 +64,7 @@ LATE = {  # what the end of the training still has to teach
     "hop1": 0.7, "hop2": 1.5, "hop3": 3.0, "land3": 1.0, "there": 0.7, "mixed": 1.5,
 }  # fmt: skip
 LAST = {**LATE, "paint": 1.5, "there": 2.0, "mixed": 2.0, "hop3": 2.5, "count": 2.0, "land3": 0.5}
+FAR = {**LAST, "far": 5.0, "tint": 2.0, "paint": 1.0, "there": 1.5, "mixed": 1.0}
 TWINS = {"twin": 2.0, "other": 1.5, "order": 1.0, "spatial": 1.5}
 PARTS = (
     Part(900, 2, 8, (10,), dict.fromkeys((*LOOKUPS, *PLACES), 1.0)),
@@ -79,7 +80,10 @@ PARTS = (
     Part(8400, 4, 4, (VISUAL_TOKENS,), {**EVERY, "mixed": 1.0}),
     Part(8800, 4, 4, (VISUAL_TOKENS,), LATE),
     Part(9200, 4, 8, (32, 40, 57), LAST),
-    Part(10**9, 4, 4, (VISUAL_TOKENS,), LAST),
+    Part(9800, 4, 4, (VISUAL_TOKENS,), LAST),
+    Part(10100, 3, 8, (20, 28), FAR),
+    Part(10400, 4, 8, (32, 40, 57), FAR),
+    Part(10**9, 4, 4, (VISUAL_TOKENS,), {**LAST, "mixed": 0.7, "paint": 0.5, "there": 0.7, "far": 2.5}),
 )
 
 
