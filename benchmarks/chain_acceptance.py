@@ -1,7 +1,7 @@
-"""Is a trained ``tiny-chain`` fit to compare methods on? ``python benchmarks/chain_acceptance.py out/tiny-chain/weights --limit 2000``.
+"""Is a trained ``tiny-chain`` fit to compare methods on? ``python benchmarks/chain_acceptance.py out/tiny-chain/weights``.
 
 Asks fresh questions of the full model, of the model without any visual token from layer r on (for every r), of the oracle, and of a random
-choice with DUET's counts; writes FOLDER/acceptance.json and says which conditions hold. Goes on after a kill. An hour or two on one core.
+choice with DUET's counts; writes out/tiny-chain/acceptance.json and says which conditions hold. Goes on after a kill.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from duet_vlm.evaluate.curve import FULL, LABEL, drops
 from duet_vlm.evaluate.experiment import Experiment
 from duet_vlm.evaluate.run import run_experiment
 from duet_vlm.tiny.chain_questions import KINDS
 from duet_vlm.tiny.network import DECODER_LAYERS
 
+HOME = Path(__file__).resolve().parents[1] / "out" / "tiny-chain"
 BUDGET = 0.11
 ORACLE, RANDOM, DUET = "oracle", "random with DUET's counts", "duet"
 
@@ -74,13 +73,14 @@ def main() -> None:
     parser.add_argument("model", help="folder of the trained model")
     parser.add_argument("--limit", type=int, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=100, help="stream of questions; one that nothing was tuned on")
+    parser.add_argument("--workers", type=int, default=2, help="processes that answer")
+    parser.add_argument("--out", type=Path, default=HOME, help="folder for acceptance.json")
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    folder = Path(options.model)
-    asked = experiment(str(folder), options.limit, options.seed)
-    result = run_experiment(asked, "acceptance", folder / "acceptance.partial.jsonl", timing_rounds=0)
+    asked, journal = experiment(options.model, options.limit, options.seed), options.out / "acceptance.partial.jsonl"
+    result = run_experiment(asked, "acceptance", journal, workers=options.workers, timing_rounds=0)
     found = summary(result) | {"questions": options.limit, "seed": options.seed, "environment": result["environment"]}
-    (folder / "acceptance.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.out / "acceptance.json").write_text(json.dumps(found, indent=1) + "\n")
+    journal.unlink()
     for name, condition in found["conditions"].items():
         print(f"{'holds' if condition['holds'] else 'FAILS'}  {name}: {condition['found']:.3f}, at least {condition['at_least']}")
 

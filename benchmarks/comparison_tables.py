@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from duet_vlm.evaluate.curve import curve_of
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.markdown import table
 from duet_vlm.evaluate.results import load, unpack
@@ -148,8 +149,34 @@ def random_seeds() -> str:
     return table(["accuracy", *(f"{b:.0%}" for b in budgets)], [[label, *(cells[label, b] for b in budgets)] for label in labels])
 
 
+def proposed() -> str:
+    """What the drop curve proposed, beside the fixed schedules, on questions that were not there when it was chosen."""
+    lines = []
+    for task in ("tiny-crowded", "tiny-video"):
+        rows = [row for row in done(task, "drop-curve-fresh") if row["beside"]]
+        own = {row["beside"]: row for row in rows if row["label"] == "proposed"}
+        for budget, row in sorted(own.items(), reverse=True):
+            fixed = [other for label in ("paper", "deep") for other in rows if (other["label"], other["beside"]) == (label, budget)]
+            schedule = ", ".join(f"{keep:.0%} from {layer}" for layer, keep in row["settings"]["schedule"]) or "none"
+            others = [columns.share(other["accuracy"]) + _more(other) for other in fixed]
+            lines.append([f"`{task}`", f"{budget:.0%}", schedule, columns.share(row["accuracy"]), *others])
+    return table(["task", "budget", "proposed: kept of what enters", "accuracy", "paper's, points against it", "deep, points against it"], lines)
+
+
+def curve(task: str) -> str:
+    """The drop curve by kind of question."""
+    found = curve_of(load(ROOT / task / "results" / "drop-curve.json"))
+    assert found is not None
+    head = ["no visual token from layer", *(str(point.layer) for point in found.points), "full model"]
+    lines = [["all", *(columns.share(point.accuracy) for point in found.points), columns.share(found.full)]]
+    lines += [[kind, *(f"{point.kinds[kind]:.2f}" for point in found.points), f"{full:.2f}"] for kind, full in found.kinds.items()]
+    return table(head, lines)
+
+
 GROUPS = ("queries", "positions", "cluster width", "contextual share", "stages", "schedule")
 BLOCKS: dict[str, Callable[[], str]] = {
+    "drop_curve": proposed,
+    "curve_crowded": lambda: curve("tiny-crowded"),
     "kinds_crowded": lambda: kinds("tiny-crowded", "methods", 0.07),
     "recall_crowded": lambda: recall("tiny-crowded", "methods", 0.07),
     "fronts_tiny": lambda: fronts("tiny", "methods"),

@@ -1,4 +1,4 @@
-"""Does a schedule that was read off the drop curve hold on fresh questions? ``python benchmarks/drop_curve.py [--tasks tiny-crowded,tiny-chain]``.
+"""Does a schedule that was read off the drop curve hold on fresh questions? ``python benchmarks/drop_curve.py [--tasks tiny-crowded,tiny-video]``.
 
 For each task: the curve and the contest of schedules on questions of one seed (``duet-vlm drop-curve``), then what won, budget by budget,
 beside both fixed schedules on questions of another. Results land in comparison/TASK; goes on after a kill.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "comparison"
 CHOSEN_ON, FRESH = 900, 901  # seeds that nothing else asks
-QUESTIONS, FRESH_QUESTIONS = 400, 1200
+QUESTIONS, FRESH_QUESTIONS = 240, 600
 BUDGETS = (0.11, 0.07, 0.05)
 
 
@@ -39,7 +40,7 @@ def fresh(task: str, found: dict) -> dict:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default="tiny-crowded,tiny-chain")
+    parser.add_argument("--tasks", default="tiny-crowded,tiny-video")
     parser.add_argument("--workers", default="2", help="processes that answer")
     args = parser.parse_args()
     for task in args.tasks.split(","):
@@ -51,6 +52,7 @@ def main() -> None:
         file = HOME / task / "experiments" / "drop-curve-fresh.json"
         file.write_text(json.dumps(fresh(task, found), indent=1) + "\n")
         print(verb("eval", "--experiment", file, "--timing-rounds", "0", *where), flush=True)
+        shutil.copy(found["picture"], ROOT / "docs" / "images" / f"drop-{task}.png")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import chain_tables
 import comparison_tables
 import readme_tables
 import scale_tables
@@ -129,6 +130,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "train_flops": train_flops,
     "methods": methods,
     "families": supported,
+    **chain_tables.BLOCKS,
     **comparison_tables.BLOCKS,
     **readme_tables.BLOCKS,
     **scale_tables.BLOCKS,
@@ -136,8 +138,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **video_tables.BLOCKS,
 }
 PAGES = (
-    "README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md",
-    "docs/scale.md", "benchmarks/README.md", "benchmarks/NOTES.md",
+    "README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/drop-curve.md",
+    "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md", "benchmarks/README.md",
+    "benchmarks/NOTES.md",
 )  # fmt: skip
 
 

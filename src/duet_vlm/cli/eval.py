@@ -29,7 +29,7 @@ def evaluate(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task, tiny or tiny-video."),
+        typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task."),
     ] = None,
     methods: Annotated[
         Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]. {SEVERAL} Default: {METHODS}.")

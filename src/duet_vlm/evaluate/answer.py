@@ -25,12 +25,14 @@ REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeF
 @dataclass(frozen=True)
 class Outcome:
     """What one run made of one batch. Sums over its questions, except ``answers``; ``floor`` is set where the budget was infeasible.
+    ``spans`` counts pictures and clips.
 
     ``recalls`` counts questions with known needed tokens, and sums the shares of these that are alive at the decoder's entry, alive or
     merged there, and alive in the middle of the decoder.
     """
 
     answers: tuple[str, ...] = ()
+    spans: int = 0
     unreduced: float = 0.0
     nominal: float = 0.0
     measured: float = 0.0
@@ -96,6 +98,7 @@ def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Quest
     report = handle.report()
     return Outcome(
         answers=tuple(text.strip() for text in said),
+        spans=sum(len(q.images) + len(q.videos) for q in questions),
         unreduced=report.tokens,
         nominal=report.nominal_mean * report.batch,
         measured=report.measured_mean * report.batch,

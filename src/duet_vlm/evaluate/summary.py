@@ -74,7 +74,7 @@ def _costs(run: Run, parts: Sequence[Outcome], count: int, solve: Callable[[Run,
     def mean(name: str) -> float:
         return math.fsum(getattr(part, name) for part in parts) / count
 
-    sizes = {part.unreduced / len(part.answers) for part in parts}
+    sizes = {part.unreduced / part.spans for part in parts}
     solved = None
     if len(sizes) == 1 and (size := sizes.pop()).is_integer():
         plan = solve(run, int(size))
