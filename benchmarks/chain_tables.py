@@ -33,4 +33,11 @@ def drops() -> str:
     return table(head, lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"chain_learned": learned, "chain_drops": drops}
+def moves() -> str:
+    """Chains by their moves."""
+    found = json.loads((HOME / "moves.json").read_text())["accuracy"]
+    chains = {name: row for name, row in found.items() if name.startswith("hop")}
+    return table(["chain", "accuracy", "questions"], [[name, f"{row['accuracy']:.2f}", f"{row['questions']}"] for name, row in chains.items()])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"chain_learned": learned, "chain_drops": drops, "chain_moves": moves}

@@ -26,7 +26,7 @@ import duet_vlm
 from duet_vlm.budget import SpanPlan
 from duet_vlm.cli import lists
 from duet_vlm.cli.models import cell
-from duet_vlm.evaluate.report import markdown
+from duet_vlm.evaluate.report import columns, markdown
 from duet_vlm.evaluate.results import load
 from duet_vlm.measure.training import Example, Trained, step_flops
 from duet_vlm.models.find import support
@@ -106,6 +106,19 @@ def train_flops() -> str:
     return table(["trained", "TFLOPs per sample, all tokens", "192 tokens", "128", "64"], rows)
 
 
+def importance() -> str:
+    """Who ranks the tokens: accuracy by the rows that ask, and points against all of them."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in result("importance")["results"]:
+        method, who = row["label"].split(", ")
+        more = row["against"]
+        told = "" if more is None else f", {columns.points(more['difference'])} ({columns.span(more['interval'], columns.points)})"
+        found.setdefault((row["task"], method, f"{row['budget']:.0%}"), {})[who] = columns.share(row["accuracy"]) + told
+    asks = list(next(iter(found.values())))
+    lines = [[f"`{task}`", method, budget, *cells.values()] for (task, method, budget), cells in found.items()]
+    return table(["task", "method", "budget", *asks], lines)
+
+
 def methods() -> str:
     rows = []
     for name, cls in duet_vlm.methods().items():
@@ -125,6 +138,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kept_crowded": lambda: comparison("tiny-crowded", markdown.matrix),
     "runs_tiny": lambda: comparison("tiny", markdown.compact),
     "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
+    "importance": importance,
     "speed": speed,
     "train_step": train_step,
     "train_flops": train_flops,
