@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from common import environment
 
-from duet_vlm.tiny.chain_questions import LESSONS, Chain, questions
+from duet_vlm.tiny.chain_questions import Chain
 from duet_vlm.tiny.network import VISUAL_TOKENS
 from duet_vlm.tiny.recipe.chain import ChainStage, chosen
+from duet_vlm.tiny.recipe.chain_lessons import LESSONS, questions
 from duet_vlm.tiny.recipe.chain_packing import pack
 from duet_vlm.tiny.recipe.stages import last_checkpoint, weights
 

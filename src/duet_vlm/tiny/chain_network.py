@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import LlamaModel
 
-from .chain_questions import CELLS
+from .chain_scenes import CELLS
 from .network import HEAD_SIZE, HEADS, WIDTH, decoder_config
 from .questions import PLURALS
 from .scenes import SHAPES

@@ -7,14 +7,14 @@ step can be left out, nor can the start: the same moves lead from other things t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
 from . import questions as plain
 from .assets import WORDS
-from .chain_scenes import SIDE, GridScene
+from .chain_scenes import CELLS, SIDE, GridScene
 from .labels import body_patches, tag_patches
 from .questions import PLURALS, Question, needed_patches
 from .scenes import COLOR_NAMES, SHAPES
@@ -27,11 +27,6 @@ PAIRS = ("pair_compare", "pair_count")
 KINDS = (*SINGLE, *PAIRS)
 CHANCE = {**plain.CHANCE, "hop1": 0.1, "hop2": 0.14, "hop3": 0.2, "pair_compare": 0.5, "pair_count": 0.2}
 READS = ("tag", "tag", "shape")  # a tag is a number or a word
-CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd"[:SIDE])  # row by row: their names
-LANDINGS = {"land1": 1, "land2": 2, "land3": 3}
-# asked in training only: where a thing is, what is there, where moves lead; the move by colour alone, with the colour said, from a cell, before or
-# behind another move; places compared
-LESSONS = ("cell", "at", "paint", *LANDINGS, "twin", "other", "there", "mixed", "far", "tint", "order")
 LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
@@ -81,7 +76,7 @@ def readable(scene: GridScene, i: int, read: str) -> str | None:
     return str(thing.tag.value) if thing.tag.kind == "digit" else WORDS[thing.tag.value]
 
 
-class _Asker(plain.Asker):
+class ChainAsker(plain.Asker):
     """The single-picture questions of one scene."""
 
     scene: GridScene
@@ -106,8 +101,8 @@ class _Asker(plain.Asker):
     def asked(self, path: tuple[int, ...], moves: tuple[str, ...], read: str) -> Chain:
         name = SHAPES[self.scene.things[path[0]].shape]
         text = f"{name.capitalize()}, {', '.join(moves)}: what {read}?"
-        answer, kind = readable(self.scene, path[-1], read), "land" if read == "cell" else "hop"
-        return Chain(text, answer, f"{kind}{len(moves)}", path, read == "tag", (), path, moves, read)
+        answer = readable(self.scene, path[-1], read)
+        return Chain(text, answer, f"hop{len(moves)}", path, read == "tag", (), path, moves, read)
 
     def hop1(self) -> Chain | None:
         return self.chain(1)
@@ -118,90 +113,12 @@ class _Asker(plain.Asker):
     def hop3(self) -> Chain | None:
         return self.chain(3)
 
-    def land1(self) -> Chain | None:
-        return self.chain(1, ("cell",), 1.0)
-
-    def land2(self) -> Chain | None:
-        return self.chain(2, ("cell",), 1.0)
-
-    def land3(self) -> Chain | None:
-        return self.chain(3, ("cell",), 1.0)
-
-    def paint(self) -> Question:
-        """What the move by colour from a cell has to know first."""
-        thing = int(self.rng.integers(len(self.things)))
-        cell, color = readable(self.scene, thing, "cell"), COLOR_NAMES[self.things[thing].color]
-        assert cell is not None
-        return Question(f"{cell.capitalize()}: what color?", color, "paint", (thing,), False, ())
-
-    def twin(self) -> Question | None:
-        found = self.chain(1, (*READS, "cell"), 1.0, [("same color",)])
-        return found and replace(found, kind="twin")
-
-    def other(self) -> Question | None:
-        """The move by colour with the colour given: "Star, red" is the other red thing."""
-        found = self.twin()
-        if found is None:
-            return None
-        color = COLOR_NAMES[self.things[found.needed[0]].color]
-        return replace(found, kind="other", text=found.text.replace("same color", color))
-
-    def there(self) -> Question | None:
-        """The move by colour from a cell, as it is behind another move."""
-        found = self.twin()
-        if found is None:
-            return None
-        name, cell = (readable(self.scene, found.needed[0], read) for read in ("shape", "cell"))
-        assert name is not None and cell is not None
-        return replace(found, kind="there", text=found.text.replace(name.capitalize(), cell.capitalize()))
-
-    def mixed(self) -> Question | None:
-        found = self.chain(2, (*READS, "cell"), 1.0, [way for way in product(MOVES, repeat=2) if "same color" in way])
-        return found and replace(found, kind="mixed")
-
-    def far(self) -> Question | None:
-        found = self.chain(2, (*READS, "cell"), 1.0, [(step, "same color") for step in STEPS])
-        return found and replace(found, kind="far")
-
-    def tint(self) -> Question | None:
-        """What that chain has to know on its way."""
-        found = self.chain(1, ("color",), 1.0, [(step,) for step in STEPS])
-        return found and replace(found, kind="tint")
-
-    def order(self) -> Question:
-        """Two cells, which a spatial question would have to find first."""
-        a, b = (int(n) for n in self.rng.permutation(SIDE * SIDE)[:2])
-        beside = a % SIDE != b % SIDE and (a // SIDE == b // SIDE or self.rng.random() < 0.5)
-        word = self.pick(["left of", "right of"] if beside else ["above", "below"])
-        before = (a % SIDE < b % SIDE) if "of" in word else (a // SIDE < b // SIDE)
-        yes = before == (word in ("left of", "above"))
-        return Question(f"Is {CELLS[a]} {word} {CELLS[b]}?", "yes" if yes else "no", "order", (), False, ())
-
-    def cell(self) -> Question:
-        thing = self.pick(self.unique)
-        text = f"{SHAPES[self.things[thing].shape].capitalize()}: what cell?"
-        return Question(text, readable(self.scene, thing, "cell"), "cell", (thing,), False, ())
-
-    def at(self) -> Question:
-        """The way back: what is in a cell."""
-        read = self.pick(list(READS))
-        thing = self.pick([i for i in range(len(self.things)) if readable(self.scene, i, read)] or [0])
-        read = read if readable(self.scene, thing, read) else "shape"
-        text = f"{readable(self.scene, thing, 'cell').capitalize()}: what {read}?"
-        return Question(text, readable(self.scene, thing, read), "at", (thing,), read == "tag", ())
-
 
 def question(scene: GridScene, kind: str, rng: np.random.Generator) -> Question | None:
     """One question about one picture, or None when the scene offers none of this kind."""
     if kind not in SINGLE:
         raise ValueError(f"unknown question kind {kind!r}; use one of {', '.join(SINGLE)}")
-    return getattr(_Asker(scene, rng), kind)()
-
-
-def questions(scene: GridScene, kinds: list[str], rng: np.random.Generator) -> list[Question]:
-    """One question of each kind in ``kinds``; where the scene offers none, a "hop1" or an "attribute" instead."""
-    asker = _Asker(scene, rng)
-    return [getattr(asker, kind)() or asker.hop1() or asker.attribute() for kind in kinds]
+    return getattr(ChainAsker(scene, rng), kind)()
 
 
 def needed_of(scene: GridScene, asked: Question) -> np.ndarray:

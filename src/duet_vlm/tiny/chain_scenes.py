@@ -13,6 +13,7 @@ from .assets import WORDS
 from .scenes import CELL, COLORS, SHAPES, SIZES, Scene, Thing, extent, generator, put, tag_size
 
 SIDE = 4  # cells in a row and in a column
+CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd"[:SIDE])  # their names, row by row
 ROOM = 56  # pixels of a cell: four patches
 BOX = ROOM - CELL  # what a thing and its tag may fill: things of two cells never touch
 STREAMS = {4: 20, 3: 30, 2: 40}  # by ``side``, added to the purpose of random numbers: these pictures share none with the others

@@ -20,12 +20,13 @@ from duet_vlm.tiny.recipe.stages import Stage
 
 from .. import load
 from ..chain_network import CHAIN_TOKEN, build_decoder
-from ..chain_questions import CELLS, KINDS, LESSONS, PAIRS, SINGLE, GridScene, pair_question, questions
-from ..chain_scenes import SIDE, STREAMS, grid_scene
+from ..chain_questions import KINDS, PAIRS, SINGLE, GridScene, pair_question
+from ..chain_scenes import CELLS, SIDE, STREAMS, grid_scene
 from ..labels import patch_labels
 from ..network import FEATURE_LAYER, VISUAL_TOKENS
 from ..render import render
 from ..scenes import GRID
+from .chain_lessons import LESSONS, questions
 from .chain_packing import Asked, Packed, answer_loss, decode, pack
 from .decoder import LabelFeatures
 from .optim import optimizers

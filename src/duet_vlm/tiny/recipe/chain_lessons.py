@@ -1,0 +1,106 @@
+"""Lessons: questions that only training asks. They are the steps of an answer, in the form of the task's questions, by answers alone.
+
+Where a thing is, and what is in a cell; where moves lead; the move by colour alone, with the colour said, from a cell, before or behind
+another move; which of two cells is left of the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+
+from ..chain_questions import MOVES, READS, STEPS, Chain, ChainAsker, readable
+from ..chain_scenes import CELLS, SIDE, GridScene
+from ..questions import Question
+from ..scenes import COLOR_NAMES, SHAPES
+
+LESSONS = ("cell", "at", "paint", "land1", "land2", "land3", "twin", "other", "there", "mixed", "far", "tint", "order")
+
+
+class Teacher(ChainAsker):
+    """The questions of one scene, and the lessons."""
+
+    def landing(self, hops: int) -> Chain | None:
+        """In which cell moves lead."""
+        found = self.chain(hops, ("cell",), 1.0)
+        return found and replace(found, kind=f"land{hops}")
+
+    def land1(self) -> Chain | None:
+        return self.landing(1)
+
+    def land2(self) -> Chain | None:
+        return self.landing(2)
+
+    def land3(self) -> Chain | None:
+        return self.landing(3)
+
+    def paint(self) -> Question:
+        """What the move by colour from a cell has to know first."""
+        thing = int(self.rng.integers(len(self.things)))
+        cell, color = readable(self.scene, thing, "cell"), COLOR_NAMES[self.things[thing].color]
+        assert cell is not None
+        return Question(f"{cell.capitalize()}: what color?", color, "paint", (thing,), False, ())
+
+    def twin(self) -> Question | None:
+        found = self.chain(1, (*READS, "cell"), 1.0, [("same color",)])
+        return found and replace(found, kind="twin")
+
+    def other(self) -> Question | None:
+        """The move by colour with the colour given: "Star, red" is the other red thing."""
+        found = self.twin()
+        if found is None:
+            return None
+        color = COLOR_NAMES[self.things[found.needed[0]].color]
+        return replace(found, kind="other", text=found.text.replace("same color", color))
+
+    def there(self) -> Question | None:
+        """The move by colour from a cell, as it is behind another move."""
+        found = self.twin()
+        if found is None:
+            return None
+        name, cell = (readable(self.scene, found.needed[0], read) for read in ("shape", "cell"))
+        assert name is not None and cell is not None
+        return replace(found, kind="there", text=found.text.replace(name.capitalize(), cell.capitalize()))
+
+    def mixed(self) -> Question | None:
+        found = self.chain(2, (*READS, "cell"), 1.0, [way for way in product(MOVES, repeat=2) if "same color" in way])
+        return found and replace(found, kind="mixed")
+
+    def far(self) -> Question | None:
+        found = self.chain(2, (*READS, "cell"), 1.0, [(step, "same color") for step in STEPS])
+        return found and replace(found, kind="far")
+
+    def tint(self) -> Question | None:
+        """What that chain has to know on its way."""
+        found = self.chain(1, ("color",), 1.0, [(step,) for step in STEPS])
+        return found and replace(found, kind="tint")
+
+    def order(self) -> Question:
+        """Two cells, which a spatial question would have to find first."""
+        a, b = (int(n) for n in self.rng.permutation(SIDE * SIDE)[:2])
+        beside = a % SIDE != b % SIDE and (a // SIDE == b // SIDE or self.rng.random() < 0.5)
+        word = self.pick(["left of", "right of"] if beside else ["above", "below"])
+        before = (a % SIDE < b % SIDE) if "of" in word else (a // SIDE < b // SIDE)
+        yes = before == (word in ("left of", "above"))
+        return Question(f"Is {CELLS[a]} {word} {CELLS[b]}?", "yes" if yes else "no", "order", (), False, ())
+
+    def cell(self) -> Question:
+        thing = self.pick(self.unique)
+        text = f"{SHAPES[self.things[thing].shape].capitalize()}: what cell?"
+        return Question(text, readable(self.scene, thing, "cell"), "cell", (thing,), False, ())
+
+    def at(self) -> Question:
+        """The way back: what is in a cell."""
+        read = self.pick(list(READS))
+        thing = self.pick([i for i in range(len(self.things)) if readable(self.scene, i, read)] or [0])
+        read = read if readable(self.scene, thing, read) else "shape"
+        text = f"{readable(self.scene, thing, 'cell').capitalize()}: what {read}?"
+        return Question(text, readable(self.scene, thing, read), "at", (thing,), read == "tag", ())
+
+
+def questions(scene: GridScene, kinds: list[str], rng: np.random.Generator) -> list[Question]:
+    """One question of each kind in ``kinds``; where the scene offers none, a "hop1" or an "attribute" instead."""
+    asker = Teacher(scene, rng)
+    return [getattr(asker, kind)() or asker.hop1() or asker.attribute() for kind in kinds]
