@@ -10,6 +10,7 @@ from families import FAMILIES, build, shared
 from torch import nn
 
 import duet_vlm
+from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.fastv import FastV
@@ -72,6 +73,7 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "duet": Duet.official_llava(9, 3, 2, schedule=((3, 0.6), (5, 0.25))),
     "visionzip": VisionZip.official(8, 3),
     "pyramiddrop": PyramidDrop.official(schedule=((2, 0.5), (4, 0.25))),
+    "divprune": DivPrune.official(0.4),
     "fastv": FastV.official("lmms"),
     "fastervlm": FasterVLM.official(9),
     "vispruner": VisPruner.official(9, 0.4),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, e2e, fastv, qwen, t2v, towers, v2v
+from golden_runner import anyres, e2e, fastv, greedy, qwen, t2v, towers, v2v
 from golden_runner.case import Case
 
 KINDS = {
@@ -21,6 +21,8 @@ KINDS = {
     "end to end LLaVA": e2e.check,
     "V2V, LLaVA-NeXT style tiles (anyres)": anyres.check,
     "FasterVLM": towers.check_clip,
+    "SCOPE": greedy.check_scope,
+    "DivPrune": greedy.check_divprune,
     "VisPruner": towers.check_clip,
     "VisPruner, SigLIP": towers.check_siglip,
 }

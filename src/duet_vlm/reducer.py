@@ -277,12 +277,13 @@ def whole(tokens: int, depth: int) -> SpanPlan:
     return SpanPlan(tokens, tokens, 0, (tokens,) * depth)
 
 
-def constant(method: Reducer, keep: Keep | None, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-    """The plan of a method that enters ``keep`` tokens of a span, or as many as ``budget`` allows, and drops none later."""
+def constant(method: Reducer, keep: Keep | None, tokens: int, depth: int, budget: Budget | None, rounding: str = "floor") -> SpanPlan:
+    """The plan of a method that enters ``keep`` tokens of a span (a fraction rounded as ``count_of`` says), or as many as ``budget`` allows, and
+    drops none later."""
     check_budget_or_fields(method, budget, keep is not None, "keep=")
     if budget is None:
         assert keep is not None  # just checked
-        count = count_of(keep, tokens)
+        count = count_of(keep, tokens, rounding)
     else:
         target = target_mean(budget, tokens)
         count = math.floor(target + EPSILON)

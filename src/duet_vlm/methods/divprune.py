@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine, spread
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.reducer import ROUNDINGS, EncoderReducer, VisionView, check_choice, constant
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 
@@ -24,11 +25,14 @@ class DivPrune(EncoderReducer):
     ----------
     keep : int or float, optional
         Tokens per span or the fraction of them (the authors' default is 0.098). A budget of n keeps n.
+    rounding : str
+        How a fraction becomes a count: "floor" or "round" (the released code's: halves to the even number).
 
     Cost: the projector runs on every token (other methods here project the survivors only), an N x N table of similarities, and per kept
     token one row of it; 4 N^2 bytes. Needs nothing of the vision tower. Usable in training (the choice carries no gradient).
 
-    Differences from the authors' code (vbdi/divprune): kept positions, any batch, several images each on its own, ties by index.
+    Differences from the authors' code (vbdi/divprune): kept positions, any batch, several images each on its own, ties by index, a token is never
+    named twice. ``official``: rounded counts, compact positions.
     """
 
     paper = "DivPrune, CVPR 2025"
@@ -36,14 +40,21 @@ class DivPrune(EncoderReducer):
     reads_projected = True
 
     keep: Keep | None = None
+    rounding: str = "floor"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep is not None:
             check_keep("keep", self.keep)
+        check_choice("rounding", self.rounding, ROUNDINGS)
+
+    @classmethod
+    def official(cls, keep: Keep = 0.098, **fields: Any) -> DivPrune:
+        """The released LLaVA code: rounded counts, compact positions."""
+        return cls(**{"keep": keep, "rounding": "round", "positions": "compact", "keep_predicting": False} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return constant(self, self.keep, tokens, depth, budget, self.rounding)
 
     def v2v(self, view: VisionView) -> Selection:
         assert view.features is not None  # always there

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine, cover
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducer import EncoderReducer, VisionView, check_picks, constant
+from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, check_picks, constant
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 
@@ -28,6 +28,8 @@ class Scope(EncoderReducer):
         Tokens per span or the fraction of them. A budget of n keeps n.
     alpha : float
         Weight of saliency: 0 is pure coverage, 1 the released setting.
+    combined : str
+        "multiply" (the paper's) or "add" gain and saliency.
     picks : int
         Tokens chosen per step (``ops.greedy.cover``); the paper's rule is 1.
 
@@ -44,6 +46,7 @@ class Scope(EncoderReducer):
 
     keep: Keep | None = None
     alpha: float = 1.0
+    combined: str = "multiply"
     picks: int = 1
 
     def __post_init__(self) -> None:
@@ -52,6 +55,7 @@ class Scope(EncoderReducer):
             check_keep("keep", self.keep)
         if not 0 <= self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}: must be a number of at least 0 (0: coverage alone)")
+        check_choice("combined", self.combined, ("multiply", "add"))
         check_picks(self.picks)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -61,5 +65,5 @@ class Scope(EncoderReducer):
         assert view.importance is not None and view.features is not None  # promised by ``signals``
         steps = max(plan.dominant for plan in view.plans)
         similarity = cosine(view.features, view.valid)
-        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks)
+        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks, self.combined == "add")
         return Selection.pick(*pack_right(chosen, steps))

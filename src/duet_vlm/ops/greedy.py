@@ -26,7 +26,7 @@ def cosine(rows: Tensor, valid: Tensor) -> Tensor:
     return table
 
 
-def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, total: int, picks: int = 1) -> Tensor:
+def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, total: int, picks: int = 1, add: bool = False) -> Tensor:
     """Greedy coverage: again and again the token that adds most to sum_u max(0, max over chosen v of similarity[u, v]), times its weight.
 
     With ``picks`` > 1 that many are chosen in one step, the similarities being read once: the best of the 4 * ``picks`` largest scores, each
@@ -37,7 +37,7 @@ def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, tota
     similarity : Tensor
         [B, N, N] float32, symmetric.
     weight : Tensor
-        [B, N], what each token's gain is multiplied by; not negative.
+        [B, N], what each token's gain is multiplied by, or what is added to it (``add``); not negative.
     valid : Tensor
         [B, N] bool.
     count : Tensor
@@ -55,7 +55,7 @@ def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, tota
     order = []
     for _ in range(0, total, picks):
         gain = torch.sub(similarity, covered[:, None], out=missing).relu_().sum(-1)
-        score = torch.addcmul(out_of_play, gain, weight)
+        score = out_of_play + gain + weight if add else torch.addcmul(out_of_play, gain, weight)
         best = score.argmax(1, keepdim=True) if picks == 1 else _unlike(score, similarity, picks)
         out_of_play.scatter_(1, best, float("-inf"))
         covered = torch.maximum(covered, take(similarity, best).amax(1))
