@@ -27,11 +27,11 @@ def curve(losses: dict[int, float], full: float = 0.9, depth: int = DEPTH) -> Cu
 
 
 def test_where_tokens_stop_mattering() -> None:
-    assert curve({1: 0.5, 3: 0.2, 5: 0.005, 8: -0.02}).last_needed() == 5
-    assert curve({1: 0.5, 3: 0.005, 5: 0.2, 8: 0.0}).last_needed() == 8  # a dip at 5 is no end
-    assert curve({1: 0.5, 3: 0.2, 11: 0.1}).last_needed() == DEPTH
-    assert curve({1: 0.5, 3: 0.2, 11: 0.1}).last_needed(0.1 + 1e-9) == 11
-    assert curve({1: 0.0, 5: 0.0}).last_needed() == 1
+    assert curve({1: 0.5, 3: 0.2, 5: 0.005, 8: -0.02}).needed_until() == 5
+    assert curve({1: 0.5, 3: 0.005, 5: 0.2, 8: 0.0}).needed_until() == 8  # a dip at 5 is no end
+    assert curve({1: 0.5, 3: 0.2, 11: 0.1}).needed_until() == DEPTH
+    assert curve({1: 0.5, 3: 0.2, 11: 0.1}).needed_until(0.1 + 1e-9) == 11
+    assert curve({1: 0.0, 5: 0.0}).needed_until() == 1
 
 
 def test_what_is_still_to_be_read() -> None:
@@ -158,6 +158,8 @@ def test_the_verb(tmp_path: Path) -> None:
         (["--name", "a/b"], "--name a/b: give a plain word"),
         (["--task", "tiny-clip"], "unknown task 'tiny-clip'"),
         (["--budget", "2.5"], "budget"),
+        (["--budget", "0.1", "--method", "visionzip"], "--method visionzip: takes no schedule beside a budget"),
+        (["--budget", "0.1", "--method", "duet"], "--method duet: takes no schedule beside a budget"),
     ],
 )
 def test_the_verb_refuses(options: list[str], says: str, tmp_path: Path) -> None:

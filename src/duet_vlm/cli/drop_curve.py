@@ -53,7 +53,7 @@ def drop_curve(
         budgets_wanted = budgets_of(budgets) if budgets else []
 
         from duet_vlm.cli.measured import Wanted, check_tasks, measured, told
-        from duet_vlm.evaluate.curve import DEEP, FULL, contest, curve_of, drops, layers_of, proposals, winners
+        from duet_vlm.evaluate.curve import DEEP, FULL, check_takes_schedules, contest, curve_of, drops, layers_of, proposals, winners
         from duet_vlm.evaluate.experiment import Experiment
         from duet_vlm.evaluate.report.plots import all_plots
         from duet_vlm.evaluate.tasks import usual_model
@@ -61,6 +61,8 @@ def drop_curve(
 
         source = model or usual_model(task)
         depth = config_of(source).get_text_config().num_hidden_layers
+        if budgets_wanted:
+            check_takes_schedules(method, depth)
         job = Experiment(task, drops(layers_of(depth, wanted_layers)), source, numbers, questions, batch, FULL)
         check_tasks([job])
         wanted = Wanted.checked(out, restart, workers, 0, device, json_)
@@ -96,11 +98,11 @@ def _layers(values: list[str] | None) -> tuple[int, ...]:
 
 def _facts(curve: Curve, tolerance: float) -> dict[str, Any]:
     points = [{"layer": p.layer, "accuracy": p.accuracy, "difference": p.difference, "interval": p.interval, "kinds": p.kinds} for p in curve.points]
-    return {"depth": curve.depth, "full": curve.full, "needed_until": curve.last_needed(tolerance), "needs": curve.needs(), "points": points}
+    return {"depth": curve.depth, "full": curve.full, "needed_until": curve.needed_until(tolerance), "needs": curve.needs(), "points": points}
 
 
 def _show(curve: Curve, schedules: dict[str, Any], tolerance: float) -> None:
-    last = curve.last_needed(tolerance)
+    last = curve.needed_until(tolerance)
     lost = f"within {100 * tolerance:g} points of the full model's {curve.full:.3f}"
     if last == curve.depth:
         print(f"Visual tokens matter in all {curve.depth} layers: without them from the last measured one on, accuracy is not {lost}.")

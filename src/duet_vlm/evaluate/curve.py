@@ -47,7 +47,7 @@ class Curve:
     kinds: dict[str, float]
     points: tuple[Point, ...]
 
-    def last_needed(self, tolerance: float = TOLERANCE) -> int:
+    def needed_until(self, tolerance: float = TOLERANCE) -> int:
         """The first measured layer from which on no more than ``tolerance`` of accuracy is lost anywhere; the depth where there is none."""
         first = self.depth
         for point in reversed(self.points):
@@ -108,7 +108,7 @@ def proposals(curve: Curve, tolerance: float = TOLERANCE) -> dict[str, Schedule]
     ``cut`` keeps everything until nothing is needed any more. ``as needed`` keeps 60, 30, 10 % of what entered as soon as no more than that
     share of the reading is left, ``slower`` as soon as its root is no more than that; both drop the rest where ``cut`` does.
     """
-    end, needs = curve.last_needed(tolerance), curve.needs()
+    end, needs = curve.needed_until(tolerance), curve.needs()
     cut: dict[int, float] = {} if end == curve.depth else {end: 0.0}
 
     def stages(power: float) -> Schedule:
@@ -120,6 +120,17 @@ def proposals(curve: Curve, tolerance: float = TOLERANCE) -> dict[str, Schedule]
         return tuple((found | cut).items())
 
     return {"cut": tuple(cut.items()), "as needed": stages(1.0), "slower": stages(0.5)}
+
+
+def check_takes_schedules(method: str, depth: int) -> None:
+    """Refuse a method that no schedule can be given beside a budget: said before hours of measuring."""
+    made: Any = duet_vlm.get(method)  # whose settings are its own
+    try:
+        made(schedule=((depth - 1, 0.0),)).plan(1000, depth, 0.5)
+    except duet_vlm.BudgetError:
+        return
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--method {method}: takes no schedule beside a budget, as duet_plus does ({error})") from error
 
 
 def contest(curve: Curve, method: str, budgets: Sequence[float | int], tolerance: float = TOLERANCE) -> Cells:
