@@ -141,7 +141,7 @@ def test_reports_count_what_a_quantised_cache_stores(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
     adapter = adapter_for(model)
     if set(adapter.layer_types) != {FULL}:
-        with pytest.raises(ValueError, match="only supports full attention"):
+        with pytest.raises(ValueError, match="only supported for models with only full attention layers"):
             QuantizedCache(backend="fp8", config=model.config)
         return
     size = adapter.decoder_shape().head_dim
