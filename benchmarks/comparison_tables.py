@@ -163,9 +163,9 @@ def proposed() -> str:
     return table(["task", "budget", "proposed: kept of what enters", "accuracy", "paper's, points against it", "deep, points against it"], lines)
 
 
-def curve(task: str) -> str:
-    """The drop curve by kind of question."""
-    found = curve_of(load(ROOT / task / "results" / "drop-curve.json"))
+def curve(file: str) -> str:
+    """The drop curve of a result under comparison/, by kind of question."""
+    found = curve_of(load(ROOT / file))
     assert found is not None
     head = ["no visual token from layer", *(str(point.layer) for point in found.points), "full model"]
     lines = [["all", *(columns.share(point.accuracy) for point in found.points), columns.share(found.full)]]
@@ -176,7 +176,7 @@ def curve(task: str) -> str:
 GROUPS = ("queries", "positions", "cluster width", "contextual share", "stages", "schedule")
 BLOCKS: dict[str, Callable[[], str]] = {
     "drop_curve": proposed,
-    "curve_crowded": lambda: curve("tiny-crowded"),
+    "curve_crowded": lambda: curve("tiny-crowded/results/drop-curve.json"),
     "kinds_crowded": lambda: kinds("tiny-crowded", "methods", 0.07),
     "recall_crowded": lambda: recall("tiny-crowded", "methods", 0.07),
     "fronts_tiny": lambda: fronts("tiny", "methods"),

@@ -112,6 +112,9 @@ def test_points_are_what_attach_gives(measured: dict[str, Any]) -> None:
 def test_results_without_a_curve_have_none(measured: dict[str, Any]) -> None:
     others = [row for row in measured["runs"] if not row["label"].startswith(LABEL)]
     assert curve_of(measured | {"runs": others}) is None
+    named = [row | {"settings": row["settings"] | {"schedule": None}} for row in measured["runs"]]  # labels that somebody else chose
+    assert curve_of(measured | {"runs": named}) is None
+    assert curve_of(measured | {"model": {"name": "an older file"}}) is None
 
 
 def unlabelled(folder: Path, labels: dict[int, str]) -> Path:

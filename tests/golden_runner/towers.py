@@ -40,7 +40,7 @@ def check_clip(case: Case) -> None:
 
 def check_siglip(case: Case) -> None:
     """LLaVA takes no SigLIP tower here, so what the method is shown is put together by hand: the last layer's attention, the features below."""
-    settings = {k: v for k, v in case.config["vision"].items()}
+    settings = case.config["vision"]
     tower = SiglipVisionModel(SiglipVisionConfig(**settings)).eval()
     load(tower, renamed({k: v for k, v in case.weights().items() if k.startswith("vision.")}, {"vision.vision_model.": "", "vision.": ""}))
     projector = nn.Sequential(nn.Linear(settings["hidden_size"], case.config["projected"]), nn.GELU(), nn.Linear(*[case.config["projected"]] * 2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -61,6 +62,8 @@ def drop_curve(
 
         source = model or usual_model(task)
         depth = config_of(source).get_text_config().num_hidden_layers
+        if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
+            raise ImportError('the picture of the curve needs matplotlib: pip install ".[eval]" in your clone of duet-vlm')
         if budgets_wanted:
             check_takes_schedules(method, depth)
         job = Experiment(task, drops(layers_of(depth, wanted_layers)), source, numbers, questions, batch, FULL)

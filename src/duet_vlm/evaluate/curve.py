@@ -90,11 +90,19 @@ def drops(layers: Sequence[int]) -> Cells:
 def curve_of(result: dict[str, Any]) -> Curve | None:
     """The curve that a result holds, None where it holds none."""
     full, *rows = result["runs"]
-    points = [_point(row) for row in rows if row["label"].startswith(LABEL) and row["status"] == "ok" and row["against"]]
-    if not points:
+    points = [_point(row) for row in rows if _measures(row)]
+    if not points or "layers" not in result["model"]:
         return None
     whole = {kind: found["accuracy"] for kind, found in full["kinds"].items()}
     return Curve(result["model"]["layers"], full["accuracy"], whole, tuple(sorted(points, key=lambda point: point.layer)))
+
+
+def _measures(row: dict[str, Any]) -> bool:
+    """Whether a row is a point of the curve: anybody may give a run such a label."""
+    if not row["label"].startswith(LABEL) or row["status"] != "ok" or not row.get("against"):
+        return False
+    stages: list[Any] = row["settings"].get("schedule") or []
+    return row["method"] == METHOD and len(stages) == 1 and not stages[0][1]
 
 
 def _point(row: dict[str, Any]) -> Point:

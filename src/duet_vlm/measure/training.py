@@ -73,7 +73,7 @@ class Example:
     queries : int
         Rows that rank the visual tokens before a drop; 0 where the method does not use the text.
     signals : bool
-        The method reads the tower's attention.
+        The method reads the tower's attention; counted as if all rows ranked, where the tower has no CLS row.
     projects_all : bool
         The projector runs on every token, not only on those that enter the decoder (``Handle.projects_all``).
     """
