@@ -15,8 +15,8 @@ from typing import Any
 from duet_vlm.evaluate.curve import FULL, LABEL, drops
 from duet_vlm.evaluate.experiment import Experiment
 from duet_vlm.evaluate.run import run_experiment
+from duet_vlm.tiny.chain_network import LAYERS
 from duet_vlm.tiny.chain_questions import KINDS
-from duet_vlm.tiny.network import DECODER_LAYERS
 
 HOME = Path(__file__).resolve().parents[1] / "out" / "tiny-chain"
 BUDGET = 0.11
@@ -30,7 +30,7 @@ def experiment(model: str, limit: int, seed: int) -> Experiment:
         {"method": "random", "budgets": [BUDGET], "settings": {"follow": "duet"}, "label": RANDOM},
         {"method": "oracle", "budgets": [BUDGET], "label": ORACLE},
     ]
-    return Experiment("tiny-chain", (*drops(range(1, DECODER_LAYERS)), *others), model, (seed,), limit, against=FULL)
+    return Experiment("tiny-chain", (*drops(range(1, LAYERS)), *others), model, (seed,), limit, against=FULL)
 
 
 def judge(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -42,7 +42,7 @@ def judge(runs: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     def loss(layer: int, kind: str) -> float:
         return runs[FULL]["kinds"][kind]["accuracy"] - runs[f"{LABEL}{layer}"]["kinds"][kind]["accuracy"]
 
-    full, half, late = runs[FULL]["accuracy"], DECODER_LAYERS // 2, math.ceil(DECODER_LAYERS * 2 / 3)
+    full, half, late = runs[FULL]["accuracy"], LAYERS // 2, math.ceil(LAYERS * 2 / 3)
     least = {
         "accuracy of the full model": (full, 0.85),
         "accuracy on three hops": (runs[FULL]["kinds"]["hop3"]["accuracy"], 0.75),

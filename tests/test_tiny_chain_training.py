@@ -13,10 +13,9 @@ from duet_vlm.evaluate.experiment import Run
 from duet_vlm.evaluate.tasks import task
 from duet_vlm.loading import load
 from duet_vlm.tiny import chain
-from duet_vlm.tiny.chain_network import CHAIN_TOKEN, build_decoder
+from duet_vlm.tiny.chain_network import CHAIN_TOKEN, DISTINCT, LAYERS, TURNS, build_decoder
 from duet_vlm.tiny.chain_questions import KINDS, PAIRS, SINGLE, question
 from duet_vlm.tiny.chain_scenes import grid_scene
-from duet_vlm.tiny.network import DECODER_LAYERS
 from duet_vlm.tiny.questions import split_words
 from duet_vlm.tiny.recipe.chain import PARTS, ChainStage, Part, answers_seen, draw_kinds, part_at
 from duet_vlm.tiny.recipe.chain_packing import PREFIX, decode, pack
@@ -81,7 +80,7 @@ def test_every_layer_starts_alike():
     decoder = build_decoder(3)
     for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj"):
         norms = torch.stack([layer.get_submodule(part).weight.detach().norm() for layer in decoder.layers])
-        assert len(norms) == DECODER_LAYERS and norms.max() / norms.min() < 1.02, part
+        assert len(norms) == DISTINCT and norms.max() / norms.min() < 1.02, part
     for layer in decoder.layers:
         query, key = layer.self_attn.q_proj.weight.detach(), layer.self_attn.k_proj.weight.detach()
         assert (query * key).sum() > 0.8 * query.norm() * key.norm()  # but for the noise
@@ -139,6 +138,20 @@ def test_the_stock_model_reads_prompts_as_training_packs_them(kind, trained):
     torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-3)
 
 
+def test_the_exported_decoder_is_the_trained_layers_in_turns(trained):
+    decoder = load(str(trained)).model.model.language_model
+    assert len(decoder.layers) == LAYERS == DISTINCT * TURNS
+    for number, layer in enumerate(decoder.layers):
+        for name, weight in layer.named_parameters():
+            assert weight.equal(decoder.layers[number % DISTINCT].get_parameter(name)), (number, name)
+    packed = pack([[item_of(chain.sample("validation", KINDS.index("hop2")))]], np.arange(256)[None], 256)
+    visual = torch.randn(1, 256, 128, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = decode(decoder, visual, packed)
+        del decoder.layers[DISTINCT:]
+        assert decode(decoder, visual, packed, TURNS).equal(whole)
+
+
 def item_of(item):
     """A sample as packing reads it."""
     return type("Asked", (), {"text": item.question, "answer": item.answer, "kind": item.kind})
@@ -158,9 +171,9 @@ def test_acceptance_asks_for_a_picture_that_is_needed_late():
         return {"accuracy": every, "kinds": {kind: {"accuracy": kinds.get(kind, every)} for kind in KINDS}}
 
     runs = {run.label: row(0.9) for run in acceptance.experiment("x", 8, 0).runs()}
-    assert len(runs) == 1 + 11 + 3  # the full model, a run for each layer but the first, the references
+    assert len(runs) == 1 + LAYERS - 1 + 3  # the full model, a run for each layer but the first, the references
     judged = acceptance.judge(runs)
     assert [c["holds"] for c in judged.values()] == [True, True, False, False, False, True, False]
-    late = {"none from layer 6": row(0.8, hop2=0.79, count=0.5), "none from layer 8": row(0.85, hop3=0.7), acceptance.RANDOM: row(0.6)}
+    late = {"none from layer 3": row(0.8, hop2=0.79, count=0.5), "none from layer 4": row(0.85, hop3=0.7), acceptance.RANDOM: row(0.6)}
     assert all(c["holds"] for c in acceptance.judge(runs | late).values())
     assert not all(c["holds"] for c in acceptance.judge(runs | late | {"full model": row(0.9, hop3=0.7)}).values())

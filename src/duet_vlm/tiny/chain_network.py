@@ -1,4 +1,4 @@
-"""The model ``tiny-chain``: the network of the tiny model with a few more words, and a decoder that starts alike in every layer."""
+"""The model ``tiny-chain``: the network of the tiny model with a few more words, and a shorter decoder, whose layers are two in turn."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from .text import TOKEN
 NEW_WORDS = (",", ":", "both", "in", "pictures", "tag", "cell", *CELLS)
 CHAIN_TOKEN = {**TOKEN, **{word: len(TOKEN) + i for i, word in enumerate(NEW_WORDS)}}
 EMBEDDINGS = 128  # rows of the embedding table
+DISTINCT, TURNS = 2, 3  # the decoder is so many layers, so often: a look that one question needs early another can use late
+LAYERS = DISTINCT * TURNS
 MATCH, VALUE, OUTPUT = 1.0, 0.5, 0.3  # how strong a layer starts: queries and keys, values, outputs
 WORDNESS = 1.2  # length of what all words have in common; a word's own part is 1.7 long
 SMALL = 0.02  # noise on every matrix
@@ -51,8 +53,8 @@ def start_alike(decoder: LlamaModel, rng: torch.Generator) -> None:
 
 
 def build_decoder(seed: int) -> LlamaModel:
-    """The decoder at its start."""
+    """The ``DISTINCT`` layers at their start."""
     torch.manual_seed(seed)
-    decoder = LlamaModel(decoder_config(EMBEDDINGS))
+    decoder = LlamaModel(decoder_config(EMBEDDINGS, DISTINCT))
     start_alike(decoder, torch.Generator().manual_seed(seed))
     return decoder

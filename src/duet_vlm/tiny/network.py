@@ -31,8 +31,8 @@ def tower_config(attention: str | None = None) -> CLIPVisionConfig:
     )
 
 
-def decoder_config(embeddings: int = EMBEDDINGS) -> LlamaConfig:
-    """Llama decoder with 12 layers; ``embeddings`` rows in its table of tokens.
+def decoder_config(embeddings: int = EMBEDDINGS, layers: int = DECODER_LAYERS) -> LlamaConfig:
+    """Llama decoder; ``embeddings`` rows in its table of tokens.
 
     Rope theta is 1e6: with heads of 32 and the usual 1e4 too few rotary pairs turn slowly enough to match content across
     256 visual tokens.
@@ -41,7 +41,7 @@ def decoder_config(embeddings: int = EMBEDDINGS) -> LlamaConfig:
         vocab_size=embeddings,
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
-        num_hidden_layers=DECODER_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=1024,
@@ -53,11 +53,11 @@ def decoder_config(embeddings: int = EMBEDDINGS) -> LlamaConfig:
     )
 
 
-def build_model(embeddings: int = EMBEDDINGS) -> LlavaForConditionalGeneration:
+def build_model(embeddings: int = EMBEDDINGS, layers: int = DECODER_LAYERS) -> LlavaForConditionalGeneration:
     """An untrained tiny model."""
     config = LlavaConfig(
         vision_config=tower_config(),
-        text_config=decoder_config(embeddings),
+        text_config=decoder_config(embeddings, layers),
         image_token_id=TOKEN["<image>"],
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",

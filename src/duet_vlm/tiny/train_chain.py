@@ -9,25 +9,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from . import load
-from .chain_network import CHAIN_TOKEN, EMBEDDINGS
+from .chain_network import CHAIN_TOKEN, DISTINCT, EMBEDDINGS, LAYERS
 from .network import build_model
 from .recipe.chain import ChainStage, answers_seen
 from .recipe.command import parsed, parser, write
 from .recipe.stages import curve, fit, weights
 from .text import build_processor
 
-STEPS = 12400
+STEPS = 24000
 
 
 def export(folder: Path, target: Path, settings: dict) -> None:
     """Write the model that the stage left in ``folder``, its processor and the training log to ``target``."""
-    model, trained = build_model(EMBEDDINGS), weights(folder)
+    model, trained = build_model(EMBEDDINGS, LAYERS), weights(folder)
     model.model.vision_tower.load_state_dict(load()[0].model.vision_tower.state_dict())
     for name, part in (("projector", model.model.multi_modal_projector), ("decoder", model.model.language_model)):
-        part.load_state_dict({key.removeprefix(f"{name}."): value for key, value in trained.items() if key.startswith(f"{name}.")})
+        part.load_state_dict(in_turns({key.removeprefix(f"{name}."): value for key, value in trained.items() if key.startswith(f"{name}.")}))
     lines = [{"answers": answers_seen(int(line["step"])), **line} for line in curve(folder) if "val_all" in line]
     write(model, build_processor(CHAIN_TOKEN), target, settings=settings, curve=lines)
+
+
+def in_turns(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of ``LAYERS`` decoder layers from those of the ``DISTINCT`` ones."""
+    found = {}
+    for name, value in state.items():
+        first, dot, rest = name.removeprefix("layers.").partition(".")
+        numbers = range(int(first), LAYERS, DISTINCT) if name.startswith("layers.") else ()
+        found |= {f"layers.{number}{dot}{rest}": value for number in numbers} or {name: value}
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from duet_vlm.tiny.recipe.stages import Stage
 
 from .. import load
-from ..chain_network import CHAIN_TOKEN, build_decoder
+from ..chain_network import CHAIN_TOKEN, TURNS, build_decoder
 from ..chain_questions import KINDS, PAIRS, SINGLE, GridScene, pair_question
 from ..chain_scenes import CELLS, SIDE, STREAMS, grid_scene
 from ..labels import patch_labels
@@ -37,7 +37,7 @@ ANSWERS = 96  # of a step about single pictures
 PAIRS_SHOWN, PAIR_QUESTIONS, PAIR_EVERY = 4, 12, 6  # every so many steps pairs of pictures, once pictures are whole
 FEW_KEPT = {2: 10, 3: 20}  # by side: visual tokens of the shortest pictures in validation
 CHUNK = 4  # pictures that go through the tower together
-WARM, FALL = 100, 2000  # steps of the learning rate's rise and of its fall at the end
+WARM, FALL = 100, 6000  # steps of the learning rate's rise and of its fall at the end
 LOOKUPS = ("attribute", "read_digit", "read_word")
 FIT_STEPS, FIT_ROWS, FIT_PICTURES = 1500, 1024, 320
 
@@ -53,38 +53,30 @@ class Part:
     kinds: dict[str, float]
 
 
+PLACES = ("cell", "at", "paint")
 MORE = ("existence", "count", "spatial", "compare")
-PLACES = ("cell", "at")
-BRIEF = {**dict.fromkeys(LOOKUPS, 0.3), **dict.fromkeys(MORE, 0.4), **dict.fromkeys(PLACES, 0.5)}
-EVERY = {
-    **dict.fromkeys(LOOKUPS, 0.5), **dict.fromkeys(MORE, 1.0), "spatial": 1.5, **dict.fromkeys(PLACES, 0.3),
-    "hop1": 1.5, "hop2": 2.0, "hop3": 2.0, "land1": 0.3, "land2": 0.7, "land3": 1.0,
+TWINS = {"twin": 3.0, "other": 2.0, "there": 2.0}
+STEPS = {"twin": 1.0, "other": 0.3, "there": 1.0, "tint": 0.5, "mixed": 2.0, "far": 2.0, "land2": 0.3, "land3": 0.5}  # of long chains
+JOINED = {**STEPS, "mixed": 4.0, "far": 3.0, "land3": 1.0}
+WHOLE = {
+    **dict.fromkeys((*LOOKUPS, *PLACES), 0.3), **dict.fromkeys(MORE, 0.7), "count": 2.0, "hop1": 0.7, "hop2": 1.5, "hop3": 2.5,
+    "twin": 0.3, "there": 0.5, "mixed": 1.0, "far": 1.0, "land3": 0.3,
 }  # fmt: skip
-LATE = {  # what the end of the training still has to teach
-    **dict.fromkeys(LOOKUPS, 0.3), "existence": 0.7, "spatial": 0.5, "compare": 0.5, "count": 2.5, **dict.fromkeys(PLACES, 0.2),
-    "hop1": 0.7, "hop2": 1.5, "hop3": 3.0, "land3": 1.0, "there": 0.7, "mixed": 1.5,
-}  # fmt: skip
-LAST = {**LATE, "paint": 1.5, "there": 2.0, "mixed": 2.0, "hop3": 2.5, "count": 2.0, "land3": 0.5}
-FAR = {**LAST, "far": 5.0, "tint": 2.0, "paint": 1.0, "there": 1.5, "mixed": 1.0}
-TWINS = {"twin": 2.0, "other": 1.5, "order": 1.0, "spatial": 1.5}
+
+
+def weighted(lookups: float, places: float, more: float, **others: float) -> dict[str, float]:
+    return {**dict.fromkeys(LOOKUPS, lookups), **dict.fromkeys(PLACES, places), **dict.fromkeys(MORE, more), **others}
+
+
 PARTS = (
-    Part(900, 2, 8, (10,), dict.fromkeys((*LOOKUPS, *PLACES), 1.0)),
-    Part(1500, 2, 8, (10,), {**BRIEF, "land1": 1.5, "hop1": 1.5}),
-    Part(2600, 3, 8, (20, 28), {**BRIEF, "land1": 1.0, "hop1": 1.5, "land2": 1.0, "hop2": 1.0}),
-    Part(4000, 3, 8, (20, 28), {**BRIEF, "hop1": 0.7, "land2": 0.7, "hop2": 1.5, "land3": 1.0, "hop3": 1.5}),
-    Part(5000, 3, 8, (20, 28), {**BRIEF, **TWINS, "hop1": 0.5, "hop2": 1.0, "hop3": 1.0}),
-    Part(5600, 4, 8, (32, 40, 57), {**EVERY, "twin": 0.7, "other": 0.3, "order": 0.3}),
-    Part(6400, 4, 8, (32, 40, 57), {**EVERY, "twin": 0.5, "there": 1.5, "mixed": 3.0}),
-    Part(6600, 4, 4, (VISUAL_TOKENS,), {**EVERY, "there": 0.5, "mixed": 2.0}),
-    Part(7000, 3, 8, (20, 28), {**BRIEF, "twin": 1.0, "there": 3.0, "mixed": 3.0, "hop2": 0.7, "hop3": 1.0}),
-    Part(7400, 3, 8, (20, 28), {**BRIEF, "paint": 2.0, "twin": 1.0, "there": 3.0, "mixed": 2.5, "hop3": 1.0}),
-    Part(8400, 4, 4, (VISUAL_TOKENS,), {**EVERY, "mixed": 1.0}),
-    Part(8800, 4, 4, (VISUAL_TOKENS,), LATE),
-    Part(9200, 4, 8, (32, 40, 57), LAST),
-    Part(9800, 4, 4, (VISUAL_TOKENS,), LAST),
-    Part(10100, 3, 8, (20, 28), FAR),
-    Part(10400, 4, 8, (32, 40, 57), FAR),
-    Part(10**9, 4, 4, (VISUAL_TOKENS,), {**LAST, "mixed": 0.7, "paint": 0.5, "there": 0.7, "far": 2.5}),
+    Part(700, 2, 8, (10,), weighted(1.0, 1.0, 0.0)),
+    Part(1400, 2, 8, (10,), weighted(0.5, 0.7, 0.3, land1=1.0, hop1=1.5, twin=0.7, other=0.4, there=0.7, tint=0.4)),
+    Part(2400, 3, 8, (20, 28), weighted(0.5, 0.7, 0.3, land1=0.5, land2=0.7, hop1=1.5, hop2=1.0, order=0.3, tint=0.4, twin=0.7, there=0.7)),
+    Part(3400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, hop2=1.0, tint=0.3, **TWINS)),
+    Part(4600, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, hop2=1.0, hop3=1.0, **STEPS)),
+    Part(6400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.2, hop1=0.7, hop2=1.0, hop3=1.5, **JOINED)),
+    Part(9000, 4, 8, (32, 40, 57), weighted(0.3, 0.2, 0.7, order=0.3, hop1=0.7, hop2=1.5, hop3=2.0, **STEPS)),
+    Part(10**9, 4, 4, (VISUAL_TOKENS,), WHOLE),
 )
 
 
@@ -212,7 +204,7 @@ class ChainStage(Stage):
     def answers(self, asked: list[list[Asked]], seen: Tensor, patches: np.ndarray, packed: Packed) -> tuple[Tensor, Tensor]:
         """Loss and hits."""
         kept = seen[torch.arange(len(seen))[:, None], torch.from_numpy(patches)]
-        return answer_loss(self.decoder, decode(self.decoder, self.projector(kept), packed), packed)
+        return answer_loss(self.decoder, decode(self.decoder, self.projector(kept), packed, TURNS), packed)
 
     def forward(self, **batch: Any) -> dict[str, Any]:
         with self.autocast():

@@ -76,8 +76,8 @@ def pack(asked: list[list[Asked]], patches: np.ndarray, total: int) -> Packed:
     return Packed(*(torch.from_numpy(x) for x in (ids, positions, mask, ends - 2, answers)))
 
 
-def decode(decoder: LlamaModel, visual: Tensor, packed: Packed) -> Tensor:
-    """Normalised states of the text rows, (B, T, WIDTH), from visual tokens (B, K, WIDTH).
+def decode(decoder: LlamaModel, visual: Tensor, packed: Packed, turns: int = 1) -> Tensor:
+    """Normalised states of the text rows, (B, T, WIDTH), from visual tokens (B, K, WIDTH), through all layers so many ``turns``.
 
     The stock layers, with their attention in two parts: the prefix is causal and never sees text, so no mask of N x N rows is needed.
     """
@@ -85,7 +85,7 @@ def decode(decoder: LlamaModel, visual: Tensor, packed: Packed) -> Tensor:
     start = torch.tensor([[CHAIN_TOKEN["<s>"], CHAIN_TOKEN["USER:"]]]).expand(b, -1)
     hidden = torch.cat([decoder.embed_tokens(start), visual, decoder.embed_tokens(packed.ids)], 1)
     cos, sin = decoder.rotary_emb(hidden, packed.positions)
-    for layer in decoder.layers:
+    for layer in [*decoder.layers] * turns:
         own, normed = layer.self_attn, layer.input_layernorm(hidden)
         shape = (b, hidden.shape[1], -1, own.head_dim)
         query, key, value = (p(normed).view(shape).transpose(1, 2) for p in (own.q_proj, own.k_proj, own.v_proj))
