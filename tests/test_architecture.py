@@ -27,17 +27,18 @@ ARROWS = {
     "checks": {"budget", "flow", "models", "reducer", "spelling"},
     "parts": {"budget"},
     "reducer": {"budget", "settings", "tokens"},
+    "tower": {"budget", "ops", "reducer", "tokens"},
     "registry": {"reducer", "spelling"},
-    "measure": {"budget", "reducer", "settings", "spelling"},
+    "measure": {"budget", "parts", "reducer", "settings", "spelling", "tower"},
     "memory": {"budget", "reducer", "settings"},
     "models": {"hooks", "measure", "ops", "tokens"},
-    "methods": {"budget", "ops", "reducer", "registry", "tokens"},
+    "methods": {"budget", "ops", "reducer", "registry", "tokens", "tower"},
     "presets": {"budget", "methods", "reducer", "spelling"},
-    "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens"},
+    "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower"},
     "accounts": {"flow", "measure", "models", "reducer", "tokens"},
     "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "checks", "handle", "memory", "methods", "models", "reducer"},
-    "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens"},
+    "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens", "tower"},
 }
 # the users of the library see it as anyone outside does
 USERS = {

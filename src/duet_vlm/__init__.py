@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
     from duet_vlm.registry import register
     from duet_vlm.tokens import Selection, Span, SpanTrace, StageTrace
+    from duet_vlm.tower import TowerReducer, TowerView
 
 try:
     __version__ = version("duet-vlm")
@@ -40,6 +41,8 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "SpanTrace": "tokens",
     "StageTrace": "tokens",
     "TextView": "reducer",
+    "TowerReducer": "tower",
+    "TowerView": "tower",
     "VisionView": "reducer",
     "attach": "attach",
     "compose": "methods.compose",
@@ -53,7 +56,7 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "remembered": "memory",
 }
 _ROOMS = frozenset(
-    {"budget", "checks", "flow", "handle", "measure", "memory", "models", "ops", "parts", "presets", "reducer", "registry", "text", "tokens"}
+    {"budget", "checks", "flow", "handle", "measure", "memory", "models", "ops", "parts", "presets", "reducer", "registry", "text", "tokens", "tower"}
 )
 
 __all__ = [
@@ -69,6 +72,8 @@ __all__ = [
     "SpanTrace",
     "StageTrace",
     "TextView",
+    "TowerReducer",
+    "TowerView",
     "VisionView",
     "attach",
     "compose",

@@ -35,6 +35,7 @@ class SpanPlan:
     ``dominant`` + ``contextual`` rows enter the decoder; ``counts[l]`` rows are read by decoder layer ``l``. ``structure`` of the
     dominant rows are newlines that are kept as they are. ``parts``: (dominant, contextual) of every crop or frame, where each is reduced
     by itself. ``floored``: the span is too small for its fractional budget and got the method's floor instead (``plan_within``).
+    ``tower``: how many tokens the vision tower itself leaves, where a method reduces inside it; no more can enter.
     """
 
     tokens: int
@@ -44,6 +45,7 @@ class SpanPlan:
     structure: int = 0
     parts: tuple[tuple[int, int], ...] = ()
     floored: bool = False
+    tower: int | None = None
 
     @property
     def entry(self) -> int:

@@ -36,6 +36,8 @@ def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], p
     if reducer.positions == "compact" and adapter.mrope:
         raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
     if isinstance(reducer, EncoderReducer):
+        if reducer.tower is not None:
+            adapter.blocks_to_reduce()  # raises where nothing can leave
         if reducer.cls_token:
             adapter.cls_module()
             if adapter.feeds_cls:

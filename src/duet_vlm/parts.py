@@ -60,9 +60,19 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
+def left_in_tower(plan: SpanPlan, sizes: Sequence[int]) -> Sequence[int]:
+    """Of a span's parts of ``sizes`` tokens, how many of each go through the tower's blocks: at least one. Rows of the span that are no
+    patches (CLS) stay and are not counted."""
+    if plan.tower is None:
+        return sizes
+    return [max(1, n) for n in apportion(max(len(sizes), plan.tower - max(0, plan.tokens - sum(sizes))), sizes)]
+
+
 def _sum(plans: Sequence[SpanPlan], tokens: int) -> SpanPlan:
     counts = tuple(sum(layer) for layer in zip(*(plan.counts for plan in plans), strict=True))
-    return SpanPlan(tokens, sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans), counts)
+    left = [plan.tokens if plan.tower is None else plan.tower for plan in plans]
+    tower = None if all(plan.tower is None for plan in plans) else sum(left)
+    return SpanPlan(tokens, sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans), counts, tower=tower)
 
 
 def _more(plan: SpanPlan, rows: int) -> SpanPlan:

@@ -158,6 +158,8 @@ class EncoderReducer(Reducer):
     reads_projected: ClassVar[bool] = False
     reads_features: ClassVar[bool] = True
     reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
+    reduces_in_tower: ClassVar[bool] = False  # then ``tower`` says what does (``duet_vlm.tower``)
+    tower: ClassVar[EncoderReducer | None] = None
 
     cls_token: bool = False
     signal_layer: int | None = None

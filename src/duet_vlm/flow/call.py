@@ -46,6 +46,7 @@ class Encoded:
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
     projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
     skipped: bool = False  # tower layers that nobody reads were not run
+    left: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that went through the tower's blocks
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
 
     def number_of(self, rows: Tensor, position: int, total: int) -> int:
@@ -74,7 +75,8 @@ class EncoderCall:
 
     ``aside``: the user called the encoder, and gets what the stock model gives; ``each``: parts are reduced one by one; ``skips``: tower
     layers that nobody reads are not run; ``signals``: importance and mean keys per span, made of what was recorded, until the choice is made
-    of them; ``merged``: the rows that go through the projector a second time, beside all of them.
+    of them; ``merged``: the rows that go through the projector a second time, beside all of them. ``patches``: patch embeddings
+    [P, D, h, w] until units are chosen, ``tower``: the units that go through the tower (flow/tower.py).
     """
 
     encoding: Encoding
@@ -88,6 +90,8 @@ class EncoderCall:
     cls: Tensor | None = None
     pending: Encoded | None = None
     merged: Tensor | None = None
+    patches: Tensor | None = None
+    tower: Any = None
 
 
 @dataclass

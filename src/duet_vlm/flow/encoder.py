@@ -100,7 +100,8 @@ class EncoderFlow:
             raise RuntimeError("the vision tower ran twice in one encoder call: nobody knows which of its attentions ranks the tokens")
         if self._may_merge(call):
             with torch.no_grad(), compat.without_autocast(call.recorded[0].key):
-                call.signals = self.adapter.importance_and_keys(call.recorded, call.encoding, reducer.signal_segments)
+                recorded = [call.tower.recorded(one) for one in call.recorded] if call.tower is not None and not call.aside else call.recorded
+                call.signals = self.adapter.importance_and_keys(recorded, call.encoding, reducer.signal_segments)
             if not reducer.reads_features:
                 counts = [len(scores) + self.adapter.feeds_cls for scores in call.signals[0]]
                 call.choice, call.signals = self._choose(call, counts, lambda: None), None
@@ -167,6 +168,7 @@ class EncoderFlow:
         encoded = call.pending or self._behind(rows, getattr(output, "deepstack_features", None), call)
         encoded.rows = rows
         encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
+        encoded.left = _by_span(call, encoded.passes)
         encoded.projected, encoded.skipped = tuple(self.adapter.projected(call.encoding, counts)), call.skips
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
@@ -221,6 +223,8 @@ class EncoderFlow:
         whole = torch.tensor([not plan.merges for plan in plans], device=device)
         structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
         content = (numbers >= 0) | (structure & whole[:, None])
+        if call.tower is not None:
+            content = content & self._left(call, content)
         asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
         planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
         with torch.no_grad(), compat.without_autocast(planned):
@@ -232,7 +236,14 @@ class EncoderFlow:
                 selection, wrong = select_each(reducer, view, parts)
             else:
                 selection, wrong = checked_selection(reducer, reducer.v2v(view), view, view.plans)
+        if call.tower is not None:
+            wrong = torch.maximum(wrong, call.tower.wrong.to(wrong.device))
         return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection, wrong)
+
+    def _left(self, call: EncoderCall, content: Tensor) -> Tensor:
+        """[B, N] bool: the rows that went through the tower."""
+        left, _ = pad_rows([rows[:, 0] > 0.5 for rows in self.adapter.carried(call.tower.alive(), call.encoding)])
+        return nn.functional.pad(left, (content.shape[1] - left.shape[1], 0), value=True).to(content.device)  # a CLS row in front never leaves
 
     def _signals(self, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
         if call.signals is None:
@@ -259,6 +270,14 @@ def _takes_each(reducer: Reducer, stream: Stream) -> bool:
     if not isinstance(reducer, EncoderReducer) or reducer.parts == "joint":
         return False
     return reducer.parts == "each" or (stream.each and not reducer.reads_time)
+
+
+def _by_span(call: EncoderCall, passes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+    """The tower's counts, picture by picture, as ``passes`` are grouped."""
+    if call.tower is None or call.aside:
+        return passes
+    counts = iter(call.tower.counts)
+    return tuple(tuple(next(counts) for _ in span) for span in passes)
 
 
 def hand_out(output: Any, encoded: Encoded) -> None:

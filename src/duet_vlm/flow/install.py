@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from duet_vlm.flow.entry import whole_prompts
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
 from duet_vlm.flow.signals import Recorder
+from duet_vlm.flow.tower import TowerFlow, names_of
 from duet_vlm.flow.traffic import Traffic
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 
@@ -47,8 +49,18 @@ def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
     if adapter.pointwise is not None:
         hooks.add(adapter.pointwise.register_forward_pre_hook, encoder.before_projector)
         hooks.add(adapter.pointwise.register_forward_hook, encoder.after_projector)
+    if getattr(reducer, "tower", None) is not None:
+        _in_tower(traffic)
     for stream in adapter.streams:
         hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream))
+
+
+def _in_tower(traffic: Traffic) -> None:
+    flow, hooks = TowerFlow(traffic.adapter, traffic.stacks), traffic.hooks
+    for blocks in traffic.adapter.blocks_to_reduce():
+        hooks.add(blocks.patches.register_forward_hook, flow.embedded)
+        hooks.add(blocks.stack.register_forward_pre_hook, partial(flow.enter, blocks, names_of(blocks.stack)), with_kwargs=True)
+        hooks.add(blocks.tower.register_forward_hook, flow.leave)
 
 
 def _on_model(traffic: Traffic) -> None:

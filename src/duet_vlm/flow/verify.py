@@ -36,6 +36,7 @@ from torch import Tensor
 from duet_vlm.budget import SpanPlan
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, VisionView
 from duet_vlm.tokens import MERGES, Selection
+from duet_vlm.tower import TowerReducer, TowerView
 
 MEMBER = 1 << 32  # how a member counts in a table where a kept row counts 1
 
@@ -54,6 +55,7 @@ class Wrong(IntEnum):
     RANGE = 6
     INPUT = 7
     KEPT = 8
+    UNITS = 9
 
 
 MESSAGES = {
@@ -64,7 +66,10 @@ MESSAGES = {
     Wrong.ROWS: "v2v returned a selection with another number of rows than planned{}: per span, view.dominant + view.contextual rows are valid",
     Wrong.RANGE: "v2v returned a selection of tokens that do not exist{}: index and members are token numbers from 0 to view.valid.shape[1] - 1",
     Wrong.KEPT: "t2v returned a mask that keeps another number of tokens than planned{}: per row, keep exactly view.keep of the tokens in view.valid",
+    Wrong.UNITS: "stay returned a mask that keeps another number of units than planned{}: per picture, keep exactly view.keep of those in view.valid",
 }
+
+PLACES = {Wrong.KEPT: "row", Wrong.UNITS: "picture"}
 
 
 def raise_if_wrong(code: int, reducer: Reducer, where: str = "") -> None:
@@ -103,7 +108,8 @@ def checked_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> S
     if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in (plan.tokens, plan.dominant, plan.contextual, *plan.counts)):
         refuse("tokens, dominant, contextual and counts must be ints")
     counts = tuple(int(n) for n in plan.counts)
-    whole = SpanPlan(int(plan.tokens), int(plan.dominant), int(plan.contextual), counts, floored=bool(plan.floored))
+    tower = None if plan.tower is None else int(plan.tower)
+    whole = SpanPlan(int(plan.tokens), int(plan.dominant), int(plan.contextual), counts, floored=bool(plan.floored), tower=tower)
     if plan.structure or plan.parts:
         refuse("structure and parts are filled in later; leave them out")
     if whole.tokens != tokens:
@@ -114,6 +120,8 @@ def checked_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> S
         refuse("a token count cannot be negative")
     if whole.entry > tokens:
         refuse(f"dominant + contextual = {whole.entry} rows are more than the span's {tokens}")
+    if tower is not None and not whole.entry <= tower <= tokens:
+        refuse(f"tower={tower} must lie between the {whole.entry} rows that enter and the span's {tokens}")
     before = whole.entry
     for layer, count in enumerate(whole.counts):
         if count > before:
@@ -214,7 +222,14 @@ def _shown_to(view: VisionView) -> Tensor | None:
 # ---- masks
 
 
-def checked_mask(reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+def checked_units(reducer: TowerReducer, mask: Tensor, view: TowerView) -> tuple[Tensor, Tensor]:
+    """As ``checked_mask``, for the units [P, U] that go through the tower."""
+    return checked_mask(reducer, mask, view.valid, view.keep, "stay", Wrong.UNITS)
+
+
+def checked_mask(
+    reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor, verb: str = "t2v", wrong: Wrong = Wrong.KEPT
+) -> tuple[Tensor, Tensor]:
     """The mask [B, V] that ``reducer`` made of the tokens that stay, False for padding, and the code of what is wrong with it.
 
     ``valid`` [B, V] bool and ``keep`` [B] are those of the ``TextView``. The code is a 0-dim int64 tensor; on the CPU it is 0.
@@ -227,9 +242,9 @@ def checked_mask(reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor) ->
     form = isinstance(mask, Tensor) and mask.shape == valid.shape and mask.dtype == torch.bool
     if not form or mask.device != valid.device:
         expected = f"give a tensor {list(valid.shape)} of {torch.bool} on {valid.device}"
-        raise ValueError(f"{_name(reducer)}.t2v returned {_shown(mask)}: {expected}")
+        raise ValueError(f"{_name(reducer)}.{verb} returned {_shown(mask)}: {expected}")
     mask = mask & valid
-    return mask, _code(reducer, {Wrong.KEPT: _differ(mask.sum(1), keep)})
+    return mask, _code(reducer, {wrong: _differ(mask.sum(1), keep)})
 
 
 # ---- both
@@ -262,7 +277,7 @@ def _where(kind: Wrong, table: Tensor, values: Values) -> str:
         found = f"{int(values[0][place])} instead of {int(values[1][place])}"
     else:
         found = str(place[-1] if values is None else int(values[place]))
-    return f" ({'row' if kind == Wrong.KEPT else 'span'} {place[0]}: {found})"
+    return f" ({PLACES.get(kind, 'span')} {place[0]}: {found})"
 
 
 def _name(reducer: Reducer) -> str:

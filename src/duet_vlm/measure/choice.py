@@ -11,7 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import asking_rows, signal_flops, tower_rows
 from duet_vlm.measure.shapes import VisionShape
+from duet_vlm.parts import left_in_tower
 from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
+from duet_vlm.tower import TowerReducer
 
 
 def selection_flops(
@@ -32,6 +34,9 @@ def selection_flops(
     signals = 0
     if reducer.signals:
         signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
+    if isinstance(reducer.tower, TowerReducer) and reducer.tower.mass:  # who stands for whom
+        left = [n for plan, span in zip(plans, passes, strict=True) for n in left_in_tower(plan, span)]
+        signals += sum(2 * n * k * vision.width for n, k in zip(parts, left, strict=True) if k < n)
     return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), key_width, feature_width)
 
 

@@ -73,15 +73,16 @@ def tower_rows(shape: VisionShape, tokens: int) -> int:
     return tokens * shape.patches_per_token + shape.extra_rows
 
 
-def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None) -> int:
+def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None, left: int | None = None) -> int:
     """The vision tower over one image, crop or frame of ``tokens`` visual tokens (every layer is counted; stock towers run all of them).
 
-    ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is taken as full.
+    ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is taken as full. ``left``:
+    so many tokens' patches go through the blocks, evenly out of the windows; all are embedded.
     """
-    rows = tower_rows(shape, tokens)
+    whole, rows = tower_rows(shape, tokens), tower_rows(shape, tokens if left is None else left)
     per_layer = 8 * rows * shape.width**2 + 2 * shape.mlp_matrices * rows * shape.width * shape.mlp
     full = shape.layers if shape.full_layers is None else shape.full_layers
-    attention = 4 * shape.width * (full * rows**2 + (shape.layers - full) * _windowed(shape, rows, grid))
+    attention = 4 * shape.width * (full * rows**2 + (shape.layers - full) * round(_windowed(shape, whole, grid) * (rows / whole) ** 2))
     return shape.layers * per_layer + attention + patch_flops(shape, tokens)
 
 

@@ -12,6 +12,7 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.parts import left_in_tower
 from duet_vlm.settings import plain
 
 
@@ -23,7 +24,8 @@ class Sample:
     ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
     projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
-    as the plans say). ``kept``: per span, tokens per layer as measured.
+    as the plans say). ``kept``: per span, tokens per layer as measured. ``left``: per span the tokens of each part whose patches went through
+    the tower's blocks (left out: as the plans say).
     """
 
     text: int
@@ -37,6 +39,7 @@ class Sample:
     skipped: bool = False
     nominal: tuple[int, ...] = ()
     kept: tuple[float, ...] = ()
+    left: tuple[tuple[int, ...], ...] = ()
 
     def visual(self, layer: int) -> int:
         """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""
@@ -52,6 +55,11 @@ class Sample:
         """Tokens and grid of everything that the tower looks at by itself."""
         grids = self.grids or (None,) * len(self.passes)
         return [(n, _part_of(grid, span)) for span, grid in zip(self.passes, grids, strict=True) for n in span]
+
+    def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, int]]:
+        """Of the same: tokens, grid, and how many of them go through the tower's blocks."""
+        counts = self.left if measured and self.left else map(left_in_tower, self.plans, self.passes)
+        return [(n, grid, left) for (n, grid), left in zip(self.parts(), (n for span in counts for n in span), strict=True)]
 
 
 def _part_of(grid: Grid, passes: tuple[int, ...]) -> Grid:
@@ -205,10 +213,15 @@ def make_report(
     whole = [(s.text + sum(s.spans),) * depth for s in samples]
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
     everything = [rows for s in samples for rows in s.to_project]
-    towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
-    read = sum(vision_flops(vision.read() if s.skipped else vision, n, grid) for s in samples for n, grid in s.parts())
 
-    def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
+    def tower_of(s: Sample, measured: bool) -> int:
+        shape = vision.read() if s.skipped else vision
+        return sum(vision_flops(shape, n, grid, left) for n, grid, left in s.in_tower(measured))
+
+    towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
+    planned_towers, seen_towers = (sum(tower_of(s, measured) for s in samples) for measured in (False, True))
+
+    def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], tower: int, ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
             (before[i], s.queries, before[i + 1] if i in reused_layers else 0)
@@ -218,7 +231,7 @@ def make_report(
         ]
         ranking = sum(scoring_flops(decoder, *some) for some in scored)
         projector = sum(projector_flops(vision, n) for n in projected)
-        return Costs((read if ranked else towers) + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
+        return Costs(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 
     before = everything if projects_all else [p.entry for p in plans]
     full_width = max(w[0] for w in whole)
@@ -231,9 +244,9 @@ def make_report(
         nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         images=tuple(s.kept for s in samples),
-        full=costs(whole, everything, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
-        predicted=costs(nominal, before, True, batch * kv_bytes(decoder, width, element_bytes)),
-        observed=costs([s.measured[1] for s in samples], before, True, None if cache_bytes is None else sum(cache_bytes)),
+        full=costs(whole, everything, towers, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
+        predicted=costs(nominal, before, planned_towers, True, batch * kv_bytes(decoder, width, element_bytes)),
+        observed=costs([s.measured[1] for s in samples], before, seen_towers, True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
         floored=tuple(i for i, p in enumerate(plans) if p.floored),
         decoded=decoded,

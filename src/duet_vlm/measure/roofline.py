@@ -187,7 +187,7 @@ def memory_bytes(model: Model, work: Workload, element_bytes: int, batch: int) -
     depth = model.decoder.layers
     rows = work.rows(depth)
     end = kv_bytes(model.decoder, [r + work.steps for r in rows], element_bytes) + state_bytes(model.decoder, element_bytes)
-    patches = sum(tower_rows(model.vision, n) for n, _ in work.sample.parts())
+    patches = sum(tower_rows(model.vision, n) for _, _, n in work.sample.in_tower())
     peak = max(
         prefill_peak_bytes(model.decoder, work.entry, rows, work.tokens, element_bytes),
         vision_peak_bytes(model.vision, patches, element_bytes),
@@ -231,9 +231,10 @@ def _vision(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
     if not parts:
         return Stage(0, 0, 0.0, "-")
     shape = model.vision.read() if work.sample.skipped else model.vision
-    rows = sum(tower_rows(shape, n) for n, _ in parts)
+    left = work.sample.in_tower()
+    rows = sum(tower_rows(shape, n) for _, _, n in left)
     projected = sum(work.sample.to_project) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
-    flops = sum(vision_flops(shape, n, grid) for n, grid in parts) + projector_flops(shape, projected)
+    flops = sum(vision_flops(shape, *one) for one in left) + projector_flops(shape, projected)
     touched = rows * shape.layers * (speed.assumed.hidden_touches * shape.width + speed.assumed.mlp_touches * shape.mlp)
     return speed.layer(batch * flops, vision_weights(shape), batch * touched, shape.layers)
 

@@ -1,9 +1,10 @@
-"""Methods one after the other as one method: frames, then V2V, then T2V, under one budget."""
+"""Methods one after the other as one method: in the tower, frames, V2V, T2V, under one budget."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from itertools import accumulate
@@ -28,17 +29,22 @@ from duet_vlm.methods.frames import Frames
 from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
 from duet_vlm.tokens import Selection
+from duet_vlm.tower import TowerReducer
 
-ORDER = "at most one of each, in this order: frames, a method that reduces before the decoder, a method that drops inside it"
+ORDER = (
+    "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
+)
+LEFT, SPARE = 0.5, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
-Roles = tuple[Frames | None, EncoderReducer | None, DecoderReducer | None]
+Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
+Classes = tuple[type[TowerReducer] | None, type[Frames] | None, type[EncoderReducer] | None, type[DecoderReducer] | None]
 
 
 def compose(*stages: Reducer) -> Composition:
-    """One method made of two or three: ``compose(Frames(), Duet())``, ``compose(Frames(keep=0.5), VisionZip(), PyramidDrop())``.
+    """One method made of two to four: ``compose(Frames(), Duet())``, ``compose(Contrast(), VisionZip(), PyramidDrop())``.
 
     A method that reduces in both places (``Duet``) does so, unless another one follows that drops inside the decoder. See ``Composition``.
 
@@ -73,8 +79,8 @@ def compose(*stages: Reducer) -> Composition:
 @cache
 def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
     """The class of a composition, as ``attach(model, "frames+duet")`` finds it."""
-    frames, first, second = roles = _roles(stages)
-    sees = first or frames
+    tower, frames, first, second = roles = _roles(stages)
+    sees = first or frames or tower
     assert sees is not None  # says _roles
     facts: dict[str, Any] = {
         "name": "+".join(stage.name for stage in stages),
@@ -86,6 +92,7 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "signals": sees.signals,
         "reads_projected": sees.reads_projected,
         "reads_features": frames is not None or sees.reads_features,
+        "reduces_in_tower": tower is not None,
         "reads_time": frames is not None or sees.reads_time,
     }
     if second is not None:
@@ -100,27 +107,31 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
     return dataclasses.make_dataclass("".join(stage.__name__ for stage in stages), settings, bases=(base,), namespace=facts, frozen=True)
 
 
-def _roles(stages: tuple[type[Reducer], ...]) -> tuple[type[Frames] | None, type[EncoderReducer] | None, type[DecoderReducer] | None]:
-    """Which class narrows, which reduces before the decoder, which drops inside it; a ValueError if they do not follow each other."""
+def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
+    """Which class reduces in the tower, which narrows, which reduces before the decoder, which drops inside it; a ValueError if they do not
+    follow each other."""
     for stage in stages:
         if not hasattr(stage, "name"):
             raise ValueError(f"compose: {stage.__name__} has no name; register it first (duet_vlm.register)")
-    frames = stages[0] if stages and issubclass(stages[0], Frames) else None
-    rest = stages if frames is None else stages[1:]
+    tower = stages[0] if stages and issubclass(stages[0], TowerReducer) else None
+    behind = stages if tower is None else stages[1:]
+    frames = behind[0] if behind and issubclass(behind[0], Frames) else None
+    rest = behind if frames is None else behind[1:]
     second = rest[-1] if rest and issubclass(rest[-1], DecoderReducer) else None
     before = rest if second is None else rest[:-1]
     first = before[0] if before else second if second is not None and issubclass(second, EncoderReducer) else None
-    wrong = any(not issubclass(stage, EncoderReducer) for stage in before) or any(issubclass(stage, Frames | Composition) for stage in rest)
-    if not 2 <= len(stages) <= 3 or len(set(stages)) < len(stages) or len(before) > 1 or wrong:
+    wrong = any(not issubclass(stage, EncoderReducer) for stage in before)
+    wrong |= any(issubclass(stage, TowerReducer | Frames | Composition) for stage in rest)
+    if not 2 <= len(stages) <= 4 or len(set(stages)) < len(stages) or len(before) > 1 or wrong:
         names = ", ".join(stage.name for stage in stages)
-        raise ValueError(f"compose({names}): give two or three different methods, {ORDER}")
-    return frames, first, second  # type: ignore[return-value]
+        raise ValueError(f"compose({names}): give two to four different methods, {ORDER}")
+    return tower, frames, first, second  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Composition(EncoderReducer):
-    """Stages of a composition as one method. ``frames`` narrows a clip to a pool of candidates, the method before the decoder chooses
-    and merges within it, the method inside the decoder drops by what enters.
+    """Stages of a composition as one method. A method in the tower leaves some of each picture, ``frames`` narrows a clip to a pool of
+    candidates, the method before the decoder chooses and merges within it, the method inside the decoder drops by what enters.
 
     Settings are those of the stages behind their names (``frames_keep``, ``duet_dominant``); what all share (``positions``,
     ``text_query``) is set once. Fractions of rows that enter are fractions of the whole span, not of the pool.
@@ -131,16 +142,19 @@ class Composition(EncoderReducer):
     never less than what enters; left out, the two stages narrow by the same factor (the geometric mean of all tokens and those that enter).
     Without a method before the decoder the pool itself enters.
 
+    No more can enter than the tower leaves. Where the budget would let in more, all of that enters and the drops keep more, with a warning.
+    Left out, the tower's own ``keep`` (``contrast_keep``) is half of a picture, and never less than 1.5 times what enters.
+
     Images have no frames: there the pool is the whole image (without a method before the decoder they are thinned evenly, see ``Frames``).
     """
 
     stages: ClassVar[tuple[type[Reducer], ...]]
-    roles: ClassVar[tuple[type[Frames] | None, type[EncoderReducer] | None, type[DecoderReducer] | None]]
+    roles: ClassVar[Classes]
     owners: ClassVar[dict[str, type[Reducer]]]  # whose each shared setting is
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _, first, second = self._stages
+        *_, first, second = self._stages
         if second is None or second is first:
             return
         if getattr(first, "schedule", None):
@@ -155,17 +169,56 @@ class Composition(EncoderReducer):
     def _stages(self) -> Roles:
         """The stages with their settings; a method that reduces in both places stands there twice."""
         made = {cls: cls(**self._settings_of(cls)) for cls in self.stages}
-        frames, first, second = (None if cls is None else made[cls] for cls in self.roles)
-        return frames, first, second  # type: ignore[return-value]
+        return tuple(None if cls is None else made[cls] for cls in self.roles)  # type: ignore[return-value]
 
     def _settings_of(self, cls: type[Reducer]) -> dict[str, Any]:
         own = {each.name: getattr(self, f"{cls.name}_{each.name}") for each in fields(cls) if each.name not in SHARED}
         return own | {each.name: getattr(self, each.name) for each in fields(cls) if each.name in SHARED and hasattr(self, each.name)}
 
+    @property
+    def tower(self) -> TowerReducer | None:  # type: ignore[override]
+        return self._stages[0]
+
     # ---- how many
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        frames, first, second = self._stages
+        tower, _, first, _ = self._stages
+        if tower is None:
+            return self._behind(tokens, depth, budget)
+        if tower.keep is None and budget is not None and target_mean(budget, tokens) >= tokens:
+            return whole(tokens, depth)
+        wanted = self._behind(tokens, depth, budget) if self._reduces_behind else whole(tokens, depth)
+        left = self._left(tower, tokens, wanted)
+        some = left if left < tokens else None
+        if self._reduces_behind and wanted.entry <= left:
+            return dataclasses.replace(wanted, tower=some)
+        if first is not None and wanted.merges:
+            warnings.warn(
+                f"{self.name}: {wanted.entry} of {tokens} tokens would enter the decoder, but the tower leaves {left}: all of those enter, and "
+                f"later layers keep more. Raise {tower.name}_keep, or lower the budget",
+                stacklevel=2,
+            )
+        share = None if budget is None else min(1.0, target_mean(budget, tokens) / left)
+        return dataclasses.replace(self._behind(left, depth, share), tokens=tokens, tower=some)
+
+    @property
+    def _reduces_behind(self) -> bool:
+        """Whether anything narrows between the tower and the decoder."""
+        return any(stage is not None for stage in self._stages[1:3])
+
+    def _left(self, tower: TowerReducer, tokens: int, wanted: SpanPlan) -> int:
+        """How many tokens of a span the tower leaves."""
+        if tower.keep is not None:
+            return max(1, count_of(tower.keep, tokens))
+        entering = wanted.entry if wanted.merges else 0
+        return min(tokens, max(1, math.ceil(LEFT * tokens), math.ceil(SPARE * entering)))
+
+    def _behind(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """What the stages behind the tower make of ``tokens``."""
+        _, frames, first, second = self._stages
+        alone = second if first is None and frames is None else frames if first is None and second is None else None
+        if alone is not None:
+            return alone.plan(tokens, depth, budget)
         if budget is None:
             return self._planned(tokens, depth)
         target = target_mean(budget, tokens)
@@ -181,7 +234,7 @@ class Composition(EncoderReducer):
 
     def _planned(self, tokens: int, depth: int) -> SpanPlan:
         """By the stages' own settings."""
-        frames, first, second = self._stages
+        _, frames, first, second = self._stages
         pool = None if frames is None or frames.keep is None else frames.plan(tokens, depth, None)
         entering = pool if first is None else first.plan(tokens, depth, None)
         if entering is None:
@@ -206,24 +259,25 @@ class Composition(EncoderReducer):
         if entry < 1:
             raise infeasible(self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder")
         end = largest(tokens, lambda n: within(counts(entry, n), target)) if entry >= tokens else 0
-        split = _split(self._stages[1], tokens, depth, min(entry, tokens))
+        split = _split(self._stages[2], tokens, depth, min(entry, tokens))
         return dataclasses.replace(split, counts=counts(entry, end))
 
     def pool(self, plan: SpanPlan) -> int:
         """How many tokens of a clip the frames stage lets the next one choose from."""
-        frames, first, _ = self._stages
+        _, frames, first, _ = self._stages
         if frames is None or first is None:
             return plan.tokens if frames is None else plan.entry
         wanted = math.ceil(math.sqrt(plan.entry * plan.tokens)) if frames.keep is None else count_of(frames.keep, plan.tokens)
-        return max(plan.entry, wanted)
+        return max(plan.entry, wanted if plan.tower is None else min(wanted, plan.tower))
 
     # ---- which
 
     def v2v(self, view: VisionView) -> Selection:
-        frames, first, _ = self._stages
+        tower, frames, first, _ = self._stages
         if first is None:
-            assert frames is not None
-            return frames.v2v(view)
+            alone = frames or tower
+            assert alone is not None
+            return alone.v2v(view)
         if frames is None or view.stream != "video":
             return first.v2v(view)
         sizes = [self.pool(plan) for plan in view.plans]
@@ -257,7 +311,7 @@ class DroppingComposition(Composition, DecoderReducer):
     """A composition whose last stage drops inside the decoder."""
 
     def t2v(self, view: TextView) -> Tensor:
-        second = self._stages[2]
+        second = self._stages[3]
         assert second is not None
         return second.t2v(view)
 

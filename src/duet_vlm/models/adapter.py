@@ -24,7 +24,8 @@ class Recorded:
     """One call of the recorded vision attention: query, key [B, H, N, d] (keys grouped if the tower groups them) and its scaling.
 
     ``segments`` are lengths along N that do not see each other (several images packed in one row), None for one segment per row. ``sample``:
-    how many query rows of each stand for all, where tokens are ranked by what they receive; None: all ask.
+    how many query rows of each stand for all, where tokens are ranked by what they receive; None: all ask. ``size`` [B, N]: in a tower that
+    was reduced, how many rows each one stands for, 0 for those that are gone.
     """
 
     query: Tensor
@@ -32,6 +33,24 @@ class Recorded:
     scaling: float
     segments: Tensor | None = None
     sample: int | None = None
+    size: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The part of a vision tower that works on rows, where patches can leave: P pictures of N patches each, row by row.
+
+    ``patches`` makes patch embeddings [P, D, h, w]; ``stack`` runs the blocks on [P, extra + N, D], and takes an attention mask if ``masks``;
+    ``tower`` is the module around it, whose output holds the last rows and those of every layer. ``extra`` rows (CLS) stand in front of the
+    patches; ``cell`` x ``cell`` patches later become one token, and leave or stay together.
+    """
+
+    tower: nn.Module
+    patches: nn.Module
+    stack: nn.Module
+    extra: int = 0
+    cell: int = 1
+    masks: bool = True
 
 
 @dataclass(frozen=True)
@@ -176,6 +195,23 @@ class Adapter(ABC):
         vision, weight = self.config.vision_config, next(self.tower().parameters())
         size = (1, vision.num_channels, vision.image_size, vision.image_size)
         return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        """Where patches can leave inside the tower, one for each tower; a TypeError says why not."""
+        raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it (duet, visionzip)")
+
+    def fed(self, call: Encoding) -> int:
+        """How many rows of each picture that are no patches (CLS) become tokens."""
+        return int(self.feeds_cls)
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        """Numbers of patches [P, N, c] as those of the tokens that they become: per span [n, c], means where several make one, ones for
+        rows that are no patches."""
+        return list(nn.functional.pad(patches, (0, 0, self.fed(call), 0), value=1.0))
+
+    def real_patches(self, call: Encoding, pictures: int) -> Tensor | None:
+        """[P, N] bool, False for patches that are nothing but padding; None where there are none."""
+        return None
 
     # ---- what ranks and merges before the decoder
 

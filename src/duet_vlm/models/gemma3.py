@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Encoding, Recorded, Rotary
+from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Rotary
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.models.towers import cell_signals
+from duet_vlm.models.towers import cells, column_signals
 
 
 class Gemma3(LlamaLike):
@@ -43,7 +44,16 @@ class Gemma3(LlamaLike):
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
-        return cell_signals(recorded, self.side, self.cell)
+        importance, keys = column_signals(recorded)
+        tokens = self.carried(torch.cat([importance[..., None], keys], -1), call)
+        return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        return list(cells(patches, self.side, self.cell))
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        tower = self.base.vision_tower
+        return (Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, cell=self.cell),)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         side = self.side // self.cell

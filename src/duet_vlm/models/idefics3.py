@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.adapter import Blocks, Encoding, Recorded
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.ops.ragged import take
 from duet_vlm.ops.score import query_attention, some_of
@@ -42,29 +42,35 @@ class Idefics3(LlamaLike):
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         keys = recorded.key.float().mean(1)
-        real = self._real_patches(call, len(keys))
-        asks, weight = some_of(real, recorded.sample)
+        real = self.real_patches(call, len(keys))
+        size = real.float() if recorded.size is None else recorded.size * real
+        asks, weight = some_of(size > 0, recorded.sample)
         query = take(recorded.query.transpose(1, 2), asks).transpose(1, 2)
-        received = query_attention(query, recorded.key, recorded.scaling, real[:, None].expand(-1, asks.shape[1], -1), weight)
-        importance = received * real.sum(1, keepdim=True)  # a sum over the patches that ask, not their mean
-        return list(self._cells(importance[..., None], call)[..., 0]), list(self._cells(keys, call))
+        everyone = (size > 0)[:, None].expand(-1, asks.shape[1], -1)
+        received = query_attention(query, recorded.key, recorded.scaling, everyone, weight * size.gather(1, asks), size)
+        importance = received * size.sum(1, keepdim=True)  # a sum over the patches that ask, not their mean
+        tokens = self.carried(torch.cat([importance[..., None], keys], -1), call)
+        return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
 
-    def _cells(self, patches: Tensor, call: Encoding) -> Tensor:
-        """Means [B, n, d] over the patches of each token, from rows [B, patches, d] in raster order."""
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         rows, columns = self._grid(call)
         cells = patches.unflatten(1, (rows, self.side, columns, self.side))
-        return cells.mean((2, 4)).flatten(1, 2)
+        return list(cells.mean((2, 4)).flatten(1, 2))
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        tower = self.base.vision_model
+        return (Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, cell=self.side),)
 
     def _grid(self, call: Encoding) -> tuple[int, int]:
         """Rows and columns of a crop's tokens."""
         height, width = call.arguments["pixel_values"].shape[-2:]
         return height // self.patch // self.side, width // self.patch // self.side
 
-    def _real_patches(self, call: Encoding, crops: int) -> Tensor:
+    def real_patches(self, call: Encoding, pictures: int) -> Tensor:
         """[crops, patches] bool, False for padding. The model leaves out crops that are nothing but zeros; nothing is read to find them."""
         pixels, mask = call.arguments["pixel_values"].flatten(0, 1), call.arguments.get("pixel_attention_mask")
         mask = torch.ones_like(pixels[:, 0], dtype=torch.bool) if mask is None else mask.flatten(0, 1)
-        shown = (pixels == 0).flatten(1).all(1).int().argsort(stable=True)[:crops]  # in order, in front of the empty ones
+        shown = (pixels == 0).flatten(1).all(1).int().argsort(stable=True)[:pictures]  # in order, in front of the empty ones
         patches = mask[shown].unfold(1, self.patch, self.patch).unfold(2, self.patch, self.patch)
         return (patches.sum((-1, -2)) > 0).flatten(1)
 

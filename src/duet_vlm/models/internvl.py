@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.adapter import Blocks, Encoding, Recorded
 from duet_vlm.models.llava import Llava
 from duet_vlm.models.towers import cells
 
@@ -57,8 +57,15 @@ class InternVL(Llava):
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
-        pooled = cells(torch.cat([importance[..., None], keys], -1), math.isqrt(keys.shape[1]), self.cell)  # tiles may have another size
-        return list(pooled[..., 0]), list(pooled[..., 1:])
+        tokens = self.carried(torch.cat([importance[..., None], keys], -1), call)
+        return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        return list(cells(patches, math.isqrt(patches.shape[1]), self.cell))  # tiles may have another size
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        tower = self.clip
+        return (Blocks(tower, tower.embeddings.patch_embeddings.projection, tower.encoder, extra=1, cell=self.cell, masks=False),)
 
     def cls_module(self) -> nn.Module:
         raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add the CLS row")

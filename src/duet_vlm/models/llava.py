@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Encoding, Recorded
+from duet_vlm.models.adapter import Blocks, Encoding, Recorded
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.ops.score import cls_attention
 
@@ -90,6 +90,9 @@ class Llava(LlamaLike):
     def projector(self) -> nn.Module:
         return self.base.multi_modal_projector
 
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        return (clip_blocks(self.clip),)
+
     def layers_before_signals(self) -> Sequence[nn.Module]:
         several = isinstance(self.chosen, list | tuple)
         return () if several else self.blocks()[: self.feature_layer()]
@@ -106,7 +109,7 @@ class Llava(LlamaLike):
 
     def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
         """Importance [B, N] and mean keys [B, N, d] of the patches that the tower saw."""
-        return cls_attention(recorded.query, recorded.key, recorded.scaling), recorded.key.float().mean(1)[:, 1:]
+        return cls_attention(recorded.query, recorded.key, recorded.scaling, recorded.size), recorded.key.float().mean(1)[:, 1:]
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
@@ -119,3 +122,8 @@ class Llava(LlamaLike):
             patches_per_token=1, extra_rows=int(self.has_cls), patch_inputs=vision.num_channels * vision.patch_size**2,
             unread=len(self.blocks()[self.feature_layer() + 1 :]), projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip
+
+
+def clip_blocks(tower: nn.Module) -> Blocks:
+    """A CLIP tower: CLS in front, every patch a token."""
+    return Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, extra=1)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Encoding, Recorded, Stream
-from duet_vlm.models.llava import Llava
+from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.llava import Llava, clip_blocks
 
 FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 
@@ -73,6 +73,16 @@ class VideoLlava(Llava):
         frames = (-1, self.projected_together(call))
         keys = recorded.key.float().mean(1)
         return list(importance.unflatten(0, frames).flatten(1)), list(keys.unflatten(0, frames).flatten(1, 2))
+
+    def fed(self, call: Encoding) -> int:
+        return 1 if call.stream == "video" else super().fed(call)
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        frames = torch.stack(super().carried(patches, call))
+        return list(frames.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        return clip_blocks(self.base.image_tower), clip_blocks(self.base.video_tower)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         frames = self.projected_together(call)

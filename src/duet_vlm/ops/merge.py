@@ -8,6 +8,8 @@ from torch import Tensor
 from duet_vlm.ops.ragged import take
 from duet_vlm.tokens import Selection
 
+BLOCK = 1024  # rows that look for their nearest at once
+
 
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows [..., C] scaled to length 1 in float32; rows of zeros stay zeros."""
@@ -23,6 +25,20 @@ def nearest_anchor(metric: Tensor, members: Tensor, anchors: Tensor, anchor_vali
     unit = unit_rows(metric)
     similarity = take(unit, members) @ take(unit, anchors).transpose(1, 2)
     return similarity.masked_fill(~anchor_valid[:, None], float("-inf")).argmax(-1)
+
+
+def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor) -> Tensor:
+    """How many rows each kept one stands for when every other row goes to its nearest: 1 + those that it is given.
+
+    metric [B, N, d], kept [B, N] bool, anchors [B, K] the kept rows of which anchor_valid [B, K] are real -> [B, K] float32. Works through
+    blocks of rows, so memory is linear in N.
+    """
+    unit = unit_rows(metric)
+    others, size = take(unit, anchors).transpose(1, 2), anchor_valid.float()
+    for rows, stays in zip(unit.split(BLOCK, 1), kept.split(BLOCK, 1), strict=True):
+        into = (rows @ others).masked_fill_(~anchor_valid[:, None], float("-inf")).argmax(-1)
+        size = size.scatter_add(1, into, (~stays).float())
+    return size
 
 
 def merged_rows(features: Tensor, selection: Selection) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import take
+
 GOLDEN = (5**0.5 - 1) / 2
 QUERY_BLOCK = 256  # rows of the score matrix alive at once: H x 256 x T instead of H x T x T
 
@@ -26,12 +28,14 @@ def grouped_logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | No
     return logits.view(batch, heads, rows, -1)
 
 
-def cls_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+def cls_attention(query: Tensor, key: Tensor, scaling: float, size: Tensor | None = None) -> Tensor:
     """Softmax attention of the first row to all others, summed over heads.
 
-    query, key [B, H, 1 + N, d] -> [B, N]. The softmax runs over all 1 + N keys (VisionZip, arXiv 2412.04467, section 3.2).
+    query, key [B, H, 1 + N, d] -> [B, N]. The softmax runs over all 1 + N keys (VisionZip, arXiv 2412.04467, section 3.2); a row that stands
+    for ``size`` [B, 1 + N] of them counts as often, one of size 0 is not there.
     """
-    weights = grouped_logits(query[:, :, :1], key, scaling).softmax(-1)
+    bias = None if size is None else size.log()[:, None].clamp(min=torch.finfo(torch.float32).min)
+    weights = grouped_logits(query[:, :, :1], key, scaling, bias).softmax(-1)
     return weights[:, :, 0, 1:].sum(1)
 
 
@@ -59,12 +63,18 @@ def some_of(real: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
     return order.gather(1, rank.clamp(max=real.shape[1] - 1)), ((end > start) & (rank < total)).float()
 
 
-def column_attention(query: Tensor, key: Tensor, scaling: float, sample: int | None = None) -> Tensor:
+def column_attention(query: Tensor, key: Tensor, scaling: float, sample: int | None = None, size: Tensor | None = None) -> Tensor:
     """How much each token is looked at: mean over heads, sum over queries, of softmax attention.
 
     query, key [B, H, N, d] -> [B, N]; works through blocks of query rows, so memory is linear in N. ``sample`` query rows stand for all
-    (None: all ask); the sum is scaled to what all would give.
+    (None: all ask); the sum is scaled to what all would give. A row that stands for ``size`` [B, N] of them asks and is looked at as often,
+    one of size 0 is not there.
     """
+    if size is not None:
+        asks, real = some_of(size > 0, sample)
+        query = take(query.transpose(1, 2), asks).transpose(1, 2)
+        everyone = (size > 0)[:, None].expand(-1, asks.shape[1], -1)
+        return query_attention(query, key, scaling, everyone, real * size.gather(1, asks), size) * size.sum(1, keepdim=True)
     key, heads, every = key.float(), query.shape[1], query.shape[2]
     if sample is not None and sample < every:
         query = query[:, :, spread(every, sample, query.device)]
@@ -80,7 +90,9 @@ def _column_sums(rows: Tensor) -> Tensor:
     return (rows.new_ones(1, 1, rows.shape[1]) @ rows)[:, 0]
 
 
-def query_attention(query: Tensor, key: Tensor, scaling: float, allowed: Tensor, weight: Tensor) -> Tensor:
+def query_attention(
+    query: Tensor, key: Tensor, scaling: float, allowed: Tensor, weight: Tensor, size: Tensor | None = None
+) -> Tensor:
     """Attention received from a set of query rows: softmax over all allowed keys, mean over heads, weighted mean over queries.
 
     Parameters
@@ -93,6 +105,8 @@ def query_attention(query: Tensor, key: Tensor, scaling: float, allowed: Tensor,
         [B, Q, T] bool, which key each query may see; every real query must see at least one.
     weight : Tensor
         [B, Q] float32, 0 for padding queries; normalised here.
+    size : Tensor, optional
+        [B, T] float32, how many rows each key stands for.
 
     Returns
     -------
@@ -104,7 +118,7 @@ def query_attention(query: Tensor, key: Tensor, scaling: float, allowed: Tensor,
     share = weight / (heads * weight.sum(1, keepdim=True))
     blocks = zip(query.split(QUERY_BLOCK, 2), allowed.split(QUERY_BLOCK, 1), share.split(QUERY_BLOCK, 1), strict=True)
     for rows, seen, part in blocks:
-        bias = torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        bias = torch.where(seen, 0.0 if size is None else size.log()[:, None], torch.finfo(torch.float32).min)
         weights = grouped_logits(rows, key, scaling, bias).softmax(-1).flatten(1, 2)  # [B, H * Q, T]: heads and queries in one product
         total.baddbmm_(part[:, None].expand(-1, heads, -1).reshape(len(part), 1, -1), weights)
     return total[:, 0]

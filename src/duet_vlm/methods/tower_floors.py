@@ -1,0 +1,43 @@
+"""The floors of reduction in the tower: patches by chance, and patches evenly spaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duet_vlm.ops.select import spaced, top
+from duet_vlm.registry import register
+from duet_vlm.tower import TowerReducer, TowerView
+
+
+@register("random_patches")
+@dataclass(frozen=True)
+class RandomPatches(TowerReducer):
+    """A random choice of units: what a method inside the tower must beat. The same for every picture of a size, whatever the batch."""
+
+    paper = "-"
+    summary = "random patches go through the vision tower"
+
+    seed: int = 0
+
+    def stay(self, view: TowerView) -> Tensor:
+        chance = torch.rand(view.valid.shape[1], generator=torch.Generator().manual_seed(self.seed), device="cpu")
+        return top(chance.to(view.valid.device).expand(view.valid.shape), view.valid, view.keep)
+
+
+@register("checkerboard")
+@dataclass(frozen=True)
+class Checkerboard(TowerReducer):
+    """Units evenly spaced; of half of them every other one, lines shifted against each other."""
+
+    paper = "-"
+    summary = "evenly spaced patches go through the vision tower"
+
+    def stay(self, view: TowerView) -> Tensor:
+        rows, columns = view.grid
+        number = torch.arange(rows * columns, device=view.valid.device)
+        shifted = number // columns * columns + (number % columns + number // columns % 2) % columns  # every second line begins one later
+        order = torch.empty_like(number).scatter_(0, shifted, number)
+        return spaced(view.valid[:, order], view.keep)[:, shifted]
