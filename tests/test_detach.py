@@ -312,7 +312,7 @@ def test_an_attention_that_was_called_before_its_recorder_went() -> None:
         forward(model, inputs)
     arguments = {"scaling": 0.5, "dropout": 0.0}
     expected, _ = compat.attention_function(attention, "sdpa")(attention, query, query, query, None, **arguments)
-    assert torch.equal(signals.attend(attention, query, query, query, None, **arguments)[0], expected)
+    assert torch.equal(compat.attention_function(attention, signals.Recorder.name)(attention, query, query, query, None, **arguments)[0], expected)
 
 
 # ---- copies and attaching twice

@@ -30,6 +30,7 @@ def samples_of(run: Run) -> list[Sample]:
             projected=tuple(encoded.projected[number] for encoded, number in of),
             skipped=any(encoded.skipped for encoded, _ in of),
             nominal=nominal,
+            merges_left=any(encoded.merges_left for encoded, _ in of),
             left=tuple((encoded.left or encoded.passes)[number] for encoded, number in of),
             kept=tuple(_mean_kept(span, run.depth) for span in history),
         )

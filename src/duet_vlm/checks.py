@@ -38,6 +38,8 @@ def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], p
     if isinstance(reducer, EncoderReducer):
         if reducer.tower is not None:
             adapter.blocks_to_reduce()  # raises where nothing can leave
+            if reducer.signal_layer is not None and not adapter.sees_whole(reducer.signal_layer):
+                raise ValueError(f"signal_layer={reducer.signal_layer} attends within windows, of which a reduced tower leaves pieces: name another")
         if reducer.cls_token:
             adapter.cls_module()
             if adapter.feeds_cls:

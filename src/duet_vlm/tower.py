@@ -18,20 +18,23 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields, whole
 from duet_vlm.tokens import Selection
 
+Grid = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class TowerView:
     """What a tower reducer may look at; P pictures (images, crops or frames: whatever the tower looks at by itself) of U units.
 
-    ``valid`` [P, U] bool: units that may be chosen; ``keep`` [P] how many of them stay, ``keeps`` the same on the host. ``grid`` (rows,
-    columns) of a picture's units. ``contrast`` [P, U] float32: how far a unit's patch embeddings, without position, lie from the picture's
-    mean (length of the difference, mean over the unit's patches); None unless the method names it in ``tower_signals``.
+    ``valid`` [P, U] bool: units that may be chosen; ``keep`` [P] how many of them stay, ``keeps`` the same on the host. ``grids``: (rows,
+    columns) of each picture's units, which stand line by line. ``contrast`` [P, U] float32: how far a unit's patch embeddings, without
+    position, lie from the picture's mean (length of the difference, mean over the unit's patches); None unless the method names it in
+    ``tower_signals``.
     """
 
     valid: Tensor
     keep: Tensor
     keeps: tuple[int, ...]
-    grid: tuple[int, int]
+    grids: tuple[Grid, ...]
     contrast: Tensor | None = None
 
 

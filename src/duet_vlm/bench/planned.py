@@ -9,7 +9,7 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.handle import Handle
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.measure.roofline import Workload
-from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.adapter import Adapter, PackedTower
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
 
@@ -49,7 +49,10 @@ def planned(
     drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if getattr(reducer, "text_query", "") == "last" else text
     measured = counts, tuple(text + count for count in counts)
-    sample = Sample(text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle))
+    sample = Sample(
+        text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle),
+        merges_left=_merges_left(handle),
+    )  # fmt: skip
     if not isinstance(reducer, DecoderReducer) or not reducer.uses_text:
         return Planned(sample)
     adapter = handle.adapter
@@ -59,6 +62,11 @@ def planned(
             raise ValueError(f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to rank tokens by")
     layers = tuple(sorted(set(scored.values())))
     return Planned(sample, layers, tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None))
+
+
+def _merges_left(handle: Handle) -> bool:
+    """Whether the merger runs on what a reduced tower leaves."""
+    return getattr(handle.reducer, "reduces_in_tower", False) and isinstance(handle.adapter.blocks_to_reduce()[0], PackedTower)
 
 
 def _skips(handle: Handle) -> bool:

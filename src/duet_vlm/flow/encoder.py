@@ -100,7 +100,7 @@ class EncoderFlow:
             raise RuntimeError("the vision tower ran twice in one encoder call: nobody knows which of its attentions ranks the tokens")
         if self._may_merge(call):
             with torch.no_grad(), compat.without_autocast(call.recorded[0].key):
-                recorded = [call.tower.recorded(one) for one in call.recorded] if call.tower is not None and not call.aside else call.recorded
+                recorded = call.recorded if call.tower is None or call.aside else call.tower.recorded(call.recorded)
                 call.signals = self.adapter.importance_and_keys(recorded, call.encoding, reducer.signal_segments)
             if not reducer.reads_features:
                 counts = [len(scores) + self.adapter.feeds_cls for scores in call.signals[0]]
@@ -169,6 +169,7 @@ class EncoderFlow:
         encoded.rows = rows
         encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
         encoded.left = _by_span(call, encoded.passes)
+        encoded.merges_left = call.tower is not None and not call.aside and call.tower.merges_left
         encoded.projected, encoded.skipped = tuple(self.adapter.projected(call.encoding, counts)), call.skips
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))

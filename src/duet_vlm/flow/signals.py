@@ -1,13 +1,14 @@
-"""Recording queries and keys of ONE vision attention module, leaving its output and its attention kernel alone.
+"""Standing in front of the attention function of single vision modules, leaving their attention kernel alone.
 
-The module gets a private copy of its config that names the recorder as attention implementation; the recorder stores q and k of the
-running encoder call and then calls the function that the module's own config asks for.
+The module gets a private copy of its config that names our function as attention implementation; ours does its part and then calls the
+function that the module's own config asks for. ``Recorder`` stores queries and keys of the running encoder call, ``Weigher`` adds the bias of
+rows that stand for several, where a tower hands its blocks no mask.
 """
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -16,23 +17,25 @@ from duet_vlm.flow.call import Stacks
 from duet_vlm.hooks import foreign
 from duet_vlm.models.adapter import Recorded
 
-NAME = "duet_vlm_recorder"
-FLASH_NAME = "duet_vlm_recorder_flash_attention_2"  # modules choose their packed path by the word "flash" in the name
+FLASH = "_flash_attention_2"  # modules choose their packed path by the word "flash" in the name
 
 
-class Recorder:
+class Private:
     """Owns the private config of one attention module; ``remove`` gives the module its own config object back."""
+
+    name: ClassVar[str]
 
     def __init__(self, module: nn.Module, stacks: Stacks) -> None:
         self.module, self.stacks, self.config = module, stacks, module.config
-        if hasattr(self.config, "_duet_vlm_recorder"):
-            raise ValueError("a reducer of another model records this vision tower already (the models share it): detach that one first")
+        mark = f"_{self.name}"
+        if hasattr(self.config, mark):
+            raise ValueError("a reducer of another model uses this vision tower already (the models share it): detach that one first")
         private = copy.copy(self.config)
-        private._duet_vlm_recorder = self
-        compat.register_attention(NAME, attend)
-        compat.register_attention(FLASH_NAME, attend)
+        setattr(private, mark, self)
+        for name in (self.name, self.name + FLASH):
+            compat.register_attention(name, _attend(mark))
         flash = "flash" in (self.config._attn_implementation or "")
-        compat.use_attention(private, FLASH_NAME if flash else NAME)
+        compat.use_attention(private, self.name + FLASH if flash else self.name)
         self.private = module.config = private
 
     def remove(self) -> str | None:
@@ -45,20 +48,43 @@ class Recorder:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("this vision tower has a duet_vlm reducer attached and cannot be copied or pickled: detach() first, then copy")
 
-    def record(self, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> None:
+    def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        """What is to be done with one call; returns the mask to go on with."""
+        raise NotImplementedError
+
+
+class Recorder(Private):
+    """Stores queries and keys of the running encoder call."""
+
+    name = "duet_vlm_recorder"
+
+    def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
         if self.stacks.encoders:
-            call = self.stacks.encoders[-1]
+            call, ends = self.stacks.encoders[-1], kwargs.get("cu_seq_lens_q")
             sample = getattr(call.rules.reducer, "signal_queries", None)
-            call.recorded.append(Recorded(query.detach(), key.detach(), scaling, segments, sample))
+            segments = None if ends is None else ends[1:] - ends[:-1]
+            call.recorded.append(Recorded(query.detach(), key.detach(), kwargs["scaling"], segments, sample))
+        return mask
 
 
-def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The attention function that records and delegates."""
-    recorder: Recorder | None = getattr(module.config, "_duet_vlm_recorder", None)  # None: removed since this layer was called
-    if recorder is not None:
-        ends = kwargs.get("cu_seq_lens_q")
-        recorder.record(query, key, kwargs["scaling"], None if ends is None else ends[1:] - ends[:-1])
-    implementation = (module if recorder is None else recorder).config._attn_implementation
-    return compat.attention_function(module, implementation)(module, query, key, value, attention_mask, **kwargs)
+class Weigher(Private):
+    """Adds the bias of rows that stand for several."""
+
+    name = "duet_vlm_weigher"
+
+    def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
+        call = self.stacks.encoders[-1] if self.stacks.encoders else None
+        return mask if call is None or call.tower is None or call.aside else call.tower.bias(key)
+
+
+def _attend(mark: str) -> compat.AttentionFunction:
+    """The attention function that does its owner's part and delegates."""
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        owner: Private | None = getattr(module.config, mark, None)  # None: removed since this layer was called
+        if owner is not None:
+            attention_mask = owner.seen(query, key, attention_mask, kwargs)
+        implementation = (module if owner is None else owner).config._attn_implementation
+        return compat.attention_function(module, implementation)(module, query, key, value, attention_mask, **kwargs)
+
+    return attend

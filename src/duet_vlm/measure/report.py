@@ -25,7 +25,7 @@ class Sample:
     projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
     as the plans say). ``kept``: per span, tokens per layer as measured. ``left``: per span the tokens of each part whose patches went through
-    the tower's blocks (left out: as the plans say).
+    the tower's blocks (left out: as the plans say). ``merges_left``: the projector, which sees every token otherwise, sees only those.
     """
 
     text: int
@@ -40,6 +40,7 @@ class Sample:
     nominal: tuple[int, ...] = ()
     kept: tuple[float, ...] = ()
     left: tuple[tuple[int, ...], ...] = ()
+    merges_left: bool = False
 
     def visual(self, layer: int) -> int:
         """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""
@@ -55,6 +56,13 @@ class Sample:
         """Tokens and grid of everything that the tower looks at by itself."""
         grids = self.grids or (None,) * len(self.passes)
         return [(n, _part_of(grid, span)) for span, grid in zip(self.passes, grids, strict=True) for n in span]
+
+    def reaching_projector(self, measured: bool = False) -> list[int]:
+        """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
+        if not self.merges_left:
+            return list(self.to_project)
+        counts = iter(left for _, _, left in self.in_tower(measured))
+        return [sum(next(counts) for _ in span) for span in self.passes]
 
     def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, int]]:
         """Of the same: tokens, grid, and how many of them go through the tower's blocks."""
@@ -233,7 +241,10 @@ def make_report(
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 
-    before = everything if projects_all else [p.entry for p in plans]
+
+    def projected(measured: bool) -> list[int]:
+        return [n for s in samples for n in s.reaching_projector(measured)] if projects_all else [p.entry for p in plans]
+
     full_width = max(w[0] for w in whole)
     return Report(
         method=method,
@@ -245,8 +256,8 @@ def make_report(
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         images=tuple(s.kept for s in samples),
         full=costs(whole, everything, towers, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
-        predicted=costs(nominal, before, planned_towers, True, batch * kv_bytes(decoder, width, element_bytes)),
-        observed=costs([s.measured[1] for s in samples], before, seen_towers, True, None if cache_bytes is None else sum(cache_bytes)),
+        predicted=costs(nominal, projected(False), planned_towers, True, batch * kv_bytes(decoder, width, element_bytes)),
+        observed=costs([s.measured[1] for s in samples], projected(True), seen_towers, True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
         floored=tuple(i for i, p in enumerate(plans) if p.floored),
         decoded=decoded,

@@ -233,7 +233,7 @@ def _vision(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
     shape = model.vision.read() if work.sample.skipped else model.vision
     left = work.sample.in_tower()
     rows = sum(tower_rows(shape, n) for _, _, n in left)
-    projected = sum(work.sample.to_project) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
+    projected = sum(work.sample.reaching_projector()) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
     flops = sum(vision_flops(shape, *one) for one in left) + projector_flops(shape, projected)
     touched = rows * shape.layers * (speed.assumed.hidden_touches * shape.width + speed.assumed.mlp_touches * shape.mlp)
     return speed.layer(batch * flops, vision_weights(shape), batch * touched, shape.layers)

@@ -36,8 +36,8 @@ class Checkerboard(TowerReducer):
     summary = "evenly spaced patches go through the vision tower"
 
     def stay(self, view: TowerView) -> Tensor:
-        rows, columns = view.grid
-        number = torch.arange(rows * columns, device=view.valid.device)
+        number = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+        columns = torch.tensor([columns for _, columns in view.grids], device=number.device)[:, None]
         shifted = number // columns * columns + (number % columns + number // columns % 2) % columns  # every second line begins one later
-        order = torch.empty_like(number).scatter_(0, shifted, number)
-        return spaced(view.valid[:, order], view.keep)[:, shifted]
+        order = shifted.argsort(1, stable=True)
+        return spaced(view.valid.gather(1, order), view.keep).gather(1, order.argsort(1, stable=True))

@@ -40,9 +40,10 @@ class Recorded:
 class Blocks:
     """The part of a vision tower that works on rows, where patches can leave: P pictures of N patches each, row by row.
 
-    ``patches`` makes patch embeddings [P, D, h, w]; ``stack`` runs the blocks on [P, extra + N, D], and takes an attention mask if ``masks``;
+    ``patches`` makes patch embeddings [P, D, h, w]; ``stack`` runs the blocks on [P, extra + N, D];
     ``tower`` is the module around it, whose output holds the last rows and those of every layer. ``extra`` rows (CLS) stand in front of the
     patches; ``cell`` x ``cell`` patches later become one token, and leave or stay together.
+    ``attentions``: those of the blocks, where the stack takes no mask.
     """
 
     tower: nn.Module
@@ -50,7 +51,21 @@ class Blocks:
     stack: nn.Module
     extra: int = 0
     cell: int = 1
-    masks: bool = True
+    attentions: tuple[nn.Module, ...] = ()
+
+
+@dataclass(frozen=True)
+class PackedTower:
+    """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other.
+
+    ``tables(grid_thw, units, counts)`` makes of the units that are left [K] (ascending; ``counts`` of each picture) what the tower's forward
+    takes ready-made, where these units stand in the order that the blocks work in [K], and where the blocks, in their order, would have had
+    them in the whole row [K].
+    """
+
+    module: Any
+    unit: int
+    tables: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[dict[str, Any], Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -196,9 +211,13 @@ class Adapter(ABC):
         size = (1, vision.num_channels, vision.image_size, vision.image_size)
         return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+    def blocks_to_reduce(self) -> tuple[Blocks | PackedTower, ...]:
         """Where patches can leave inside the tower, one for each tower; a TypeError says why not."""
         raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it (duet, visionzip)")
+
+    def sees_whole(self, layer: int) -> bool:
+        """Whether a tower layer attends to whole pictures, not within windows."""
+        return True
 
     def fed(self, call: Encoding) -> int:
         """How many rows of each picture that are no patches (CLS) become tokens."""

@@ -64,8 +64,8 @@ class InternVL(Llava):
         return list(cells(patches, math.isqrt(patches.shape[1]), self.cell))  # tiles may have another size
 
     def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        tower = self.clip
-        return (Blocks(tower, tower.embeddings.patch_embeddings.projection, tower.encoder, extra=1, cell=self.cell, masks=False),)
+        tower, attentions = self.clip, tuple(block.attention for block in self.blocks())
+        return (Blocks(tower, tower.embeddings.patch_embeddings.projection, tower.encoder, extra=1, cell=self.cell, attentions=attentions),)
 
     def cls_module(self) -> nn.Module:
         raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add the CLS row")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from duet_vlm.models.adapter import Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
 
 
@@ -36,6 +36,12 @@ class LlavaNext(Llava):
         super().check()
         if self.feeds_cls:
             raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' is supported")
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        raise TypeError(
+            f"{self.family}: reducing inside this vision tower is not supported (what packing cuts off is not known in front of it); use a "
+            "method that reduces behind it (duet, visionzip)"
+        )
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls

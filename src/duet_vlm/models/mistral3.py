@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import column_attention
 
@@ -50,6 +50,12 @@ class Mistral3(Llava):
         """Rows and columns of patches of each image."""
         size = self.clip.patch_size
         return [(height // size, width // size) for height, width in call.sizes]
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        raise TypeError(
+            f"{self.family}: reducing inside this vision tower is not supported (its blocks take one packed row of images of any size); use a "
+            "method that reduces behind it (duet, visionzip)"
+        )
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls

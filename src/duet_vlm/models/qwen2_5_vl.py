@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
@@ -23,11 +25,29 @@ class Qwen25VL(Qwen2VL):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.visual.blocks[max(self.visual.fullatt_block_indexes) if layer is None else layer].attn
 
+    def sees_whole(self, layer: int) -> bool:
+        return layer % len(self.visual.blocks) in self.visual.fullatt_block_indexes
+
     def raster(self, sizes: list[list[int]]) -> Tensor:
+        return torch.argsort(self.windows(sizes)[0])
+
+    def windows(self, sizes: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Merged tokens window by window [U], and where windows begin and end [windows + 1], in patches; on the host, whatever the default
+        device: the window index reads its grid many times."""
         sides = {"spatial_merge_size": self.visual.spatial_merge_size, "window_size": self.visual.window_size, "patch_size": self.visual.patch_size}
-        with torch.device("cpu"):  # on the host, whatever the default device: the window index reads its grid many times
-            order, _ = get_vision_window_index(torch.tensor(sizes, device="cpu"), **sides)
-        return torch.argsort(order)
+        with torch.device("cpu"):
+            return get_vision_window_index(torch.tensor(sizes, device="cpu"), **sides)
+
+    def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """See ``PackedTower``. The blocks work window by window; windows of which nothing is left vanish."""
+        made, *_ = super().tables(grid_thw, units, counts)
+        unit = self.visual.spatial_merge_unit
+        order, ends = (table.to(units.device) for table in self.windows(grid_thw.tolist()))
+        alive = torch.zeros(len(order), dtype=torch.long, device=units.device).index_fill(0, units, 1)
+        slots = alive[order].sort(descending=True, stable=True).indices[: len(units)]
+        there = (alive.cumsum(0) - 1)[order[slots]]
+        left = torch.nn.functional.pad(alive[order].cumsum(0), (1, 0))[ends // unit] * unit
+        return made | {"window_index": there, "cu_window_seqlens": left.unique_consecutive().int()}, there, slots
 
     def vision_shape(self) -> VisionShape:
         vision = self.config.vision_config

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import SLIDING, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import SLIDING, Encoding, PackedTower, Recorded, Stream
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.ops.score import column_attention
 
@@ -50,8 +51,10 @@ class Qwen2VL(LlamaLike):
         calls = [part for recorded in calls for part in segments_of(recorded)]
         if not segmented:  # one softmax over every patch of the call
             together = {"query": torch.cat([c.query for c in calls], 2), "key": torch.cat([c.key for c in calls], 2)}
+            if calls[0].size is not None:
+                together["size"] = torch.cat([c.size for c in calls if c.size is not None], 1)
             calls = [replace(calls[0], **together)]
-        received = torch.cat([column_attention(c.query, c.key, c.scaling, c.sample)[0] for c in calls])
+        received = torch.cat([column_attention(c.query, c.key, c.scaling, c.sample, c.size)[0] for c in calls])
         keys = torch.cat([c.key[0].float() for c in calls], 1).transpose(0, 1)  # [patches, H, d]
         unit = self.visual.config.spatial_merge_size**2
         raster = self.raster(call.sizes).to(received.device)
@@ -59,6 +62,26 @@ class Qwen2VL(LlamaLike):
         keys = keys.reshape(-1, unit, *keys.shape[1:]).mean((1, 2))[raster]
         counts = [t * h * w // unit for t, h, w in call.sizes]
         return list(importance.split(counts)), list(keys.split(counts))
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        unit = self.visual.config.spatial_merge_size**2
+        return list(patches[0].unflatten(0, (-1, unit)).mean(1).split([t * h * w // unit for t, h, w in call.sizes]))
+
+    def blocks_to_reduce(self) -> tuple[PackedTower, ...]:
+        return (PackedTower(self.visual, self.visual.config.spatial_merge_size**2, self.tables),)
+
+    def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """See ``PackedTower``. The blocks work in raster order."""
+        visual, merge = self.visual, self.visual.config.spatial_merge_size
+        patches = (units[:, None] * merge**2 + torch.arange(merge**2, device=units.device)).flatten()
+        ends = torch.tensor([0, *counts], device=units.device).cumsum(0) * merge**2
+        made = {"position_ids": get_vision_position_ids(grid_thw, merge).to(units.device)[patches], "cu_seqlens": ends.int()}
+        if hasattr(visual, "interpolation_mode"):
+            taps = get_vision_interpolation_indices_and_weights(
+                grid_thw, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge
+            )
+            made |= {name: tap[patches] for name, tap in zip(("interp_indices", "interp_weights"), taps, strict=True)}
+        return made, torch.arange(len(units), device=units.device), units
 
     def raster(self, sizes: list[list[int]]) -> Tensor:
         """Where the merged tokens of the call, in raster order, stand in the order that the blocks work in."""

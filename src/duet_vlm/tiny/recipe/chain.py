@@ -58,6 +58,7 @@ MORE = ("existence", "count", "spatial", "compare")
 TWINS = {"twin": 3.0, "other": 2.0, "there": 2.0}
 STEPS = {"twin": 1.0, "other": 0.3, "there": 1.0, "tint": 0.5, "mixed": 2.0, "far": 2.0, "land2": 0.3, "land3": 0.5}  # of long chains
 JOINED = {**STEPS, "mixed": 4.0, "far": 3.0, "land3": 1.0}
+AFTER = {**STEPS, "far": 1.5, "mixed": 1.0, "near": 5.0, "tint": 0.3}
 WHOLE = {
     **dict.fromkeys((*LOOKUPS, *PLACES), 0.3), **dict.fromkeys(MORE, 0.7), "count": 2.0, "hop1": 0.7, "hop2": 1.5, "hop3": 2.5,
     "twin": 0.3, "there": 0.5, "mixed": 1.0, "far": 1.0, "land3": 0.3,
@@ -76,7 +77,9 @@ PARTS = (
     Part(4600, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, hop2=1.0, hop3=1.0, **STEPS)),
     Part(6400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.2, hop1=0.7, hop2=1.0, hop3=1.5, **JOINED)),
     Part(9000, 4, 8, (32, 40, 57), weighted(0.3, 0.2, 0.7, order=0.3, hop1=0.7, hop2=1.5, hop3=2.0, **STEPS)),
-    Part(10**9, 4, 4, (VISUAL_TOKENS,), WHOLE),
+    Part(10400, 4, 4, (VISUAL_TOKENS,), WHOLE),
+    Part(12400, 4, 8, (32, 40, 57), weighted(0.2, 0.2, 0.5, hop1=0.5, hop2=1.0, hop3=2.0, **AFTER)),
+    Part(10**9, 4, 4, (VISUAL_TOKENS,), {**WHOLE, "near": 1.5}),
 )
 
 

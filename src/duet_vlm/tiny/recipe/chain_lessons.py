@@ -16,7 +16,7 @@ from ..chain_scenes import CELLS, SIDE, GridScene
 from ..questions import Question
 from ..scenes import COLOR_NAMES, SHAPES
 
-LESSONS = ("cell", "at", "paint", "land1", "land2", "land3", "twin", "other", "there", "mixed", "far", "tint", "order")
+LESSONS = ("cell", "at", "paint", "land1", "land2", "land3", "twin", "other", "there", "mixed", "far", "tint", "order", "near")
 
 
 class Teacher(ChainAsker):
@@ -71,6 +71,10 @@ class Teacher(ChainAsker):
     def far(self) -> Question | None:
         found = self.chain(2, (*READS, "cell"), 1.0, [(step, "same color") for step in STEPS])
         return found and replace(found, kind="far")
+
+    def near(self) -> Question | None:
+        found = self.chain(2, (*READS, "cell"), 1.0, [("same color", step) for step in STEPS])
+        return found and replace(found, kind="near")
 
     def tint(self) -> Question | None:
         """What that chain has to know on its way."""

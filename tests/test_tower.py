@@ -1,0 +1,230 @@
+"""Reduction in front of the tower: survivors are those of the whole tower that does not see the rest, everything else follows from them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Picture, build, forward, generate, shared
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface
+
+import duet_vlm
+from duet_vlm.flow.packed import PackedRun
+from duet_vlm.models.find import adapter_for
+
+REFUSED = ("llava_next", "llava_next_video", "llava_onevision", "mistral3", "pixtral")
+SERVED = [name for name in FAMILIES if not name.startswith(REFUSED)]
+KEEP = 0.45
+
+
+@pytest.fixture
+def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What went through the towers of the calls that follow."""
+    seen: list[Any] = []
+    from duet_vlm.flow.encoder import EncoderFlow
+
+    real = EncoderFlow._finish
+
+    def finish(self: Any, output: Any, call: Any) -> Any:
+        if call.tower is not None:
+            seen.append((call.encoding.stream, call.tower))
+        return real(self, output, call)
+
+    monkeypatch.setattr(EncoderFlow, "_finish", finish)
+    return seen
+
+
+# ---- the slow twin: the whole tower, dropped patches hidden as keys, survivors weighed
+
+
+class Twin:
+    """Attention that hides and weighs keys: ``sizes`` [P, rows] of the whole tower in the order of its blocks."""
+
+    def __init__(self) -> None:
+        self.sizes: Tensor | None = None
+        self.at = 0
+
+    def reading(self, plain: Any, sizes: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.sizes = sizes
+        return plain(*args, **kwargs)
+
+    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
+        assert self.sizes is not None
+        rows = key.shape[2]
+        size = self.sizes if len(self.sizes) == len(key) and self.sizes.shape[1] == rows else self.sizes[:, self.at : self.at + rows]
+        self.at = (self.at + rows) % self.sizes.shape[1]
+        groups = query.shape[1] // key.shape[1]
+        logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling + size.log()[:, None, None]
+        if isinstance(attention_mask, Tensor):
+            logits = logits.masked_fill(~attention_mask, -torch.inf) if attention_mask.dtype == torch.bool else logits + attention_mask
+        weights = logits.softmax(-1).nan_to_num(0.0)  # a segment of which nothing is left
+        return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
+
+
+def sizes_of(run: Any, model: nn.Module, inputs: Inputs, stream: str) -> Tensor:
+    """How many rows each row of the whole tower stands for, in the order of its blocks."""
+    if not isinstance(run, PackedRun):
+        return run.whole(run.size)
+    units = run.whole(run.size[:, None])[:, 0]
+    sizes = inputs["image_grid_thw" if stream == "image" else "video_grid_thw"].tolist()
+    adapter: Any = adapter_for(model)
+    order = adapter.windows(sizes)[0] if hasattr(adapter, "windows") else torch.arange(run.total)
+    return units[order].repeat_interleave(run.unit)[None]
+
+
+def rows_of_twin(family: str, inputs: Inputs, runs: list[Any]) -> dict[str, list[Tensor]]:
+    """Per stream and span the rows of the stock model whose tower does not see what left."""
+    model, twin = build(family), Twin()
+    AttentionInterface.register("tower_twin", twin)
+    core = model.model
+    blocks = [*FAMILIES[family].blocks(model), *(core.video_tower.encoder.layers if hasattr(core, "video_tower") else [])]
+    for block in blocks:
+        attention = FAMILIES[family].attention(block)
+        attention.config = copy.copy(attention.config)
+        attention.config._attn_implementation_internal = "tower_twin"
+    for stream, run in runs:
+        name, sizes = f"get_{stream}_features", sizes_of(run, model, inputs, stream)
+
+        plain = getattr(core, name)
+        setattr(core, name, functools.wraps(plain)(functools.partial(twin.reading, plain, sizes)))
+    with duet_vlm.attach(model, "none") as handle:
+        forward(model, inputs)
+        return by_stream(handle)
+
+
+def by_stream(handle: duet_vlm.Handle) -> dict[str, list[Tensor]]:
+    """Per stream the rows of each span as the decoder got them, marked where they are gone."""
+    found: dict[str, list[Tensor]] = {}
+    for encoded, number in handle._run.sources:
+        found.setdefault(encoded.stream, []).append(encoded.rows[number])
+    return found
+
+
+@pytest.mark.parametrize("mass", [True, False], ids=["mass", "plain"])
+@pytest.mark.parametrize("family", SERVED)
+def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(family: str, mass: bool, towers: list[Any]) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
+    with duet_vlm.attach(model, "contrast", keep=KEEP, mass=mass) as handle:
+        forward(model, inputs)
+        ours = by_stream(handle)
+    twins = rows_of_twin(family, inputs, towers)
+    assert ours.keys() == twins.keys() and towers
+    assert all(mass == bool((run.size > 1).any()) for _, run in towers)
+    for stream, spans in ours.items():
+        for mine, twin in zip(spans, twins[stream], strict=True):
+            left = ~mine[:, 0].isnan()
+            assert 0 < left.sum() < len(left)
+            torch.testing.assert_close(mine[left], twin[left], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "method", ["contrast", "random_patches", "checkerboard", "contrast+duet_plus", "contrast+frames+duet", "contrast+pyramiddrop"]
+)
+@pytest.mark.parametrize("family", SERVED)
+def test_keeping_every_patch_is_bit_equal(family: str, method: str) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
+    plain = forward(model, inputs).logits
+    with duet_vlm.attach(model, method, budget=1.0):
+        assert torch.equal(forward(model, inputs).logits, plain)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str, towers: list[Any]) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs([TWO])
+    plain = forward(model, inputs).logits
+    with duet_vlm.attach(model, "contrast+duet_plus", budget=0.2, contrast_keep=0.5) as handle:
+        forward(model, inputs)
+        report = handle.report()
+        assert report.predicted.vision_flops == report.observed.vision_flops < 0.75 * report.full.vision_flops
+        ((_, run),) = towers
+        spans = [span for sample in handle._run.plans for span in sample]
+        assert sum(run.counts) == sum(plan.tower for plan in spans)
+        assert report.measured == report.nominal
+    assert torch.equal(forward(model, inputs).logits, plain)
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str) -> None:
+    """Without mass, whose products are counted with the choice."""
+    model, inputs = build(family, "eager"), FAMILIES[family].inputs([(1, Picture(1, 4, 4), 5)])
+    plain, counted = model.model.get_image_features, []
+
+    def encode(*args: Any, **kwargs: Any) -> Any:
+        with FlopCounterMode(display=False) as counter:
+            output = plain(*args, **kwargs)
+        counted.append(counter.get_total_flops())
+        return output
+
+    model.model.get_image_features = functools.wraps(plain)(encode)
+    costs = []
+    for keep in (1.0, 0.5):
+        with duet_vlm.attach(model, "random_patches", keep=keep, mass=False) as handle, torch.no_grad():
+            forward(model, inputs)
+            costs.append(handle.report().observed.vision_flops)
+    assert counted[0] == costs[0] and costs[1] < 0.7 * costs[0]
+    assert counted[1] == costs[1] if family != "qwen2_5_vl" else abs(counted[1] - costs[1]) < 0.01 * costs[1]  # windows keep unlike many
+
+
+@pytest.mark.parametrize("method", ["contrast", "contrast+duet_plus", "contrast+pyramiddrop"])
+@pytest.mark.parametrize("family", SERVED)
+def test_a_batch_equals_each_row_alone(family: str, method: str) -> None:
+    model, rows = shared(family), (ONE, THREE, TEXT, TWO)
+    settings = {"contrast": {"budget": 0.5}, "contrast+duet_plus": {"budget": 0.25}, "contrast+pyramiddrop": {"budget": 0.3}}[method]
+    plain = forward(model, FAMILIES[family].inputs([TEXT])).logits[0, -1]
+    with duet_vlm.attach(model, method, **settings):
+        together = generate(model, FAMILIES[family].inputs(rows))
+        for number, row in enumerate(rows):
+            alone = generate(model, FAMILIES[family].inputs([row]))
+            for mine, single in zip(together.logits, alone.logits, strict=True):
+                torch.testing.assert_close(mine[number], single[0], rtol=1e-3, atol=2e-4)
+        assert torch.equal(forward(model, FAMILIES[family].inputs([TEXT])).logits[0, -1], plain)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_what_the_user_encodes_himself_is_what_the_stock_model_gives(family: str) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs([TWO])
+    with torch.no_grad():
+        plain = FAMILIES[family].features(model, inputs)
+        with duet_vlm.attach(model, "contrast+duet_plus", budget=0.2):
+            mine = FAMILIES[family].features(model, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain["image"], mine["image"], strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", SERVED)
+def test_gradients_pass_through_survivors(family: str, checkpointing: bool, towers: list[Any]) -> None:
+    """With and without recomputation they are the same."""
+    model, inputs = build(family), FAMILIES[family].inputs([TWO])
+    model.train()
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] > 90, -100)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        model(**inputs | FAMILIES[family].supervised(labels), labels=labels).loss.backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        return [found[name] for name in sorted(found) if "patch_embed" in name or "blocks" in name or "encoder" in name]
+
+    with duet_vlm.attach(model, "contrast+duet_plus", budget=0.3, contrast_mass=not checkpointing or family not in NO_MASK):
+        plain = gradients()
+        assert plain and any(float(g.abs().max()) > 0 for g in plain)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for a, b in zip(plain, gradients(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+NO_MASK = [name for name in SERVED if name.startswith(("internvl", "qwen", "glm"))]
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SERVED])
+def test_towers_that_cannot_be_reduced_are_refused_by_name(family: str) -> None:
+    model = shared(family)
+    with pytest.raises(TypeError, match="inside this vision tower is not supported"):
+        duet_vlm.attach(model, "contrast", budget=0.5)
+    assert duet_vlm.handle_of(model) is None
