@@ -107,7 +107,7 @@ def test_lessons_get_longer_and_most_of_what_is_read_are_whole_pictures():
     assert PARTS[-1].keep == (256,) and PARTS[-1].side == 4
     rows = {whole: sum(p.pictures * np.mean(p.keep) for p in map(part_at, range(STEPS)) if (p.keep == (256,)) == whole) for whole in (True, False)}
     assert rows[True] > 2 * rows[False]  # visual tokens
-    first = [next(i for i, part in enumerate(PARTS) if kind in part.kinds) for kind in ("attribute", "hop1", "hop2", "hop3")]
+    first = [next(i for i, part in enumerate(PARTS) if kind in part.kinds) for kind in ("attribute", "hop1", "any2", "any3", "hop3")]
     assert first == sorted(set(first))
     kinds = draw_kinds({"hop1": 3.0, "count": 1.0}, 24, np.random.default_rng(0))
     assert len(kinds) == 24 and 16 <= kinds.count("hop1") <= 20

@@ -91,8 +91,9 @@ def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], m
 
 def _reads_elsewhere(run: Run) -> bool:
     """Whether a run may look at lower vision layers than methods do by default, or run them on fewer rows."""
-    reduces_in_tower = getattr(duet_vlm.get(run.method), "reduces_in_tower", False)
-    return run.preset is not None or run.settings.get("signal_layer") is not None or reduces_in_tower
+    stages = map(duet_vlm.methods().get, run.method.split("+"))
+    in_tower = any(getattr(stage, "reduces_in_tower", False) for stage in stages)
+    return run.preset is not None or run.settings.get("signal_layer") is not None or in_tower
 
 
 def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Question]) -> Outcome:

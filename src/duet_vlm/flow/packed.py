@@ -100,7 +100,7 @@ class PackedFlow(TowerFlow):
                 return plain(hidden_states, grid_thw, **kwargs)
             call, reducer = running
             sizes = call.encoding.sizes
-            counts = self.counts(call, [t * h * w // tower.unit for t, h, w in sizes])
+            counts = self.counts(call, [(h * w // tower.unit,) * t for t, h, w in sizes])
             if sum(counts) * tower.unit == sum(t * h * w for t, h, w in sizes):
                 return plain(hidden_states, grid_thw, **kwargs)
             rows = embed(hidden_states)

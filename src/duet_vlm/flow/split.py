@@ -30,8 +30,9 @@ def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) 
     def of_parts(x: Tensor | None) -> Tensor | None:
         return None if x is None else take(x.repeat_interleave(count, 0), index)
 
+    left = of_parts(view.valid)
     pieces = VisionView(
-        real,
+        real if left is None else real & left,  # what a reduced tower left
         torch.tensor([plan.dominant for plan in plans], device=device),
         torch.tensor([plan.contextual for plan in plans], device=device),
         plans,

@@ -146,10 +146,9 @@ class TowerFlow:
         tower = None if call is None else getattr(call.rules.reducer, "tower", None)
         return None if call is None or tower is None else (call, tower)
 
-    def counts(self, call: EncoderCall, tokens: list[int]) -> tuple[int, ...]:
-        """Units of each picture that are left, by the plan of its span; ``tokens`` as the adapter's ``passes`` takes them."""
+    def counts(self, call: EncoderCall, spans: list[tuple[int, ...]]) -> tuple[int, ...]:
+        """Units of each picture that are left, by the plan of its span; ``spans``: units of each picture, span by span."""
         fed = self.adapter.fed(call.encoding)
-        spans = self.adapter.passes(call.encoding, tokens)
         return tuple(n for sizes in spans for n in left_in_tower(call.rules.span([size + fed for size in sizes], 0, call.each), sizes))
 
     def embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -193,7 +192,7 @@ class TowerFlow:
         pictures, _, high, wide = call.patches.shape
         grid = high // blocks.cell, wide // blocks.cell
         total = grid[0] * grid[1]
-        counts = self.counts(call, [total] * pictures)
+        counts = self.counts(call, self.adapter.pictures(call.encoding, pictures, total))
         if min(counts) == total:
             return None
         units = in_cells(torch.arange(high * wide, device=call.patches.device).view(high, wide), blocks.cell)

@@ -39,5 +39,5 @@ class Checkerboard(TowerReducer):
         number = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         columns = torch.tensor([columns for _, columns in view.grids], device=number.device)[:, None]
         shifted = number // columns * columns + (number % columns + number // columns % 2) % columns  # every second line begins one later
-        order = shifted.argsort(1, stable=True)
-        return spaced(view.valid.gather(1, order), view.keep).gather(1, order.argsort(1, stable=True))
+        order = shifted.argsort(dim=1, stable=True)
+        return spaced(view.valid.gather(1, order), view.keep).gather(1, order.argsort(dim=1, stable=True))

@@ -219,6 +219,12 @@ class Adapter(ABC):
         """Whether a tower layer attends to whole pictures, not within windows."""
         return True
 
+    def pictures(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+        """Per span the tokens of each of the ``count`` pictures that stand in the tower's batch, each of ``tokens``: one picture a span unless
+        the family says more."""
+        together = self.projected_together(call)
+        return [(tokens,) * together] * (count // together)
+
     def fed(self, call: Encoding) -> int:
         """How many rows of each picture that are no patches (CLS) become tokens."""
         return int(self.feeds_cls)

@@ -2,11 +2,13 @@
 
 A chain names a thing and goes from neighbour to neighbour: "Star, right, same color: what tag?" starts at the star, goes to the thing in
 the next cell on the right, then to the only other thing of that colour, and reads the number or word there. Every hop is one such step. No
-step can be left out, nor can the start: the same moves lead from other things to other answers.
+step can be left out, nor can the start: the same moves lead from other things to other answers. The move by colour comes last, in half of the
+chains of two and three hops.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -26,6 +28,10 @@ SINGLE = (*plain.KINDS, *CHAINS)
 PAIRS = ("pair_compare", "pair_count")
 KINDS = (*SINGLE, *PAIRS)
 CHANCE = {**plain.CHANCE, "hop1": 0.1, "hop2": 0.14, "hop3": 0.2, "pair_compare": 0.5, "pair_count": 0.2}
+WAYS = {  # what a chain of so many hops may be; those that end by colour stand there twice, since there are half as many
+    1: tuple((move,) for move in MOVES),
+    **{hops: (*product(STEPS, repeat=hops), *(2 * [(*way, "same color") for way in product(STEPS, repeat=hops - 1)])) for hops in (2, 3)},
+}
 READS = ("tag", "tag", "shape")  # a tag is a number or a word
 LIMITS = {4: 0.25, 3: 0.34, 2: 0.5}  # by ``side``: share of the ends of the same moves from anywhere that may have the right answer
 PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
@@ -85,10 +91,10 @@ class ChainAsker(plain.Asker):
         super().__init__(scene, rng)
         self.steps = {move: neighbours(scene, move) for move in MOVES}
 
-    def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None, ways: list[tuple[str, ...]] | None = None) -> Chain | None:
+    def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None, ways: Sequence[tuple[str, ...]] = ()) -> Chain | None:
         """What is read and the moves are drawn first, so that neither depends on where things stand."""
         read, limit = reads[int(self.rng.integers(len(reads)))], limit or LIMITS[self.scene.side]
-        ways = ways or list(product(MOVES, repeat=hops))
+        ways = ways or WAYS[hops]
         for n in self.rng.permutation(len(ways)):
             paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, ways[n]))]
             said = [readable(self.scene, path[-1], read) for path in paths]

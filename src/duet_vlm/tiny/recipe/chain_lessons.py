@@ -1,7 +1,7 @@
 """Lessons: questions that only training asks. They are the steps of an answer, in the form of the task's questions, by answers alone.
 
-Where a thing is, and what is in a cell; where moves lead; the move by colour alone, with the colour said, from a cell, before or behind
-another move; which of two cells is left of the other.
+Where a thing is, and what is in a cell; where moves lead; chains with the move by colour anywhere; that move alone, with the colour said, from
+a cell, before or behind another move; which of two cells is left of the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..chain_scenes import CELLS, SIDE, GridScene
 from ..questions import Question
 from ..scenes import COLOR_NAMES, SHAPES
 
-LESSONS = ("cell", "at", "paint", "land1", "land2", "land3", "twin", "other", "there", "mixed", "far", "tint", "order", "near")
+LESSONS = ("cell", "at", "paint", "land1", "land2", "land3", "twin", "other", "there", "mixed", "far", "tint", "order", "near", "any2", "any3")
 
 
 class Teacher(ChainAsker):
@@ -24,7 +24,7 @@ class Teacher(ChainAsker):
 
     def landing(self, hops: int) -> Chain | None:
         """In which cell moves lead."""
-        found = self.chain(hops, ("cell",), 1.0)
+        found = self.chain(hops, ("cell",), 1.0, anywhere(hops))
         return found and replace(found, kind=f"land{hops}")
 
     def land1(self) -> Chain | None:
@@ -35,6 +35,14 @@ class Teacher(ChainAsker):
 
     def land3(self) -> Chain | None:
         return self.landing(3)
+
+    def any2(self) -> Chain | None:
+        found = self.chain(2, ways=anywhere(2))
+        return found and replace(found, kind="any2")
+
+    def any3(self) -> Chain | None:
+        found = self.chain(3, ways=anywhere(3))
+        return found and replace(found, kind="any3")
 
     def paint(self) -> Question:
         """What the move by colour from a cell has to know first."""
@@ -65,7 +73,7 @@ class Teacher(ChainAsker):
         return replace(found, kind="there", text=found.text.replace(name.capitalize(), cell.capitalize()))
 
     def mixed(self) -> Question | None:
-        found = self.chain(2, (*READS, "cell"), 1.0, [way for way in product(MOVES, repeat=2) if "same color" in way])
+        found = self.chain(2, (*READS, "cell"), 1.0, [way for way in anywhere(2) if "same color" in way])
         return found and replace(found, kind="mixed")
 
     def far(self) -> Question | None:
@@ -102,6 +110,11 @@ class Teacher(ChainAsker):
         read = read if readable(self.scene, thing, read) else "shape"
         text = f"{readable(self.scene, thing, 'cell').capitalize()}: what {read}?"
         return Question(text, readable(self.scene, thing, read), "at", (thing,), read == "tag", ())
+
+
+def anywhere(hops: int) -> list[tuple[str, ...]]:
+    """All chains of so many moves, whatever their order."""
+    return list(product(MOVES, repeat=hops))
 
 
 def questions(scene: GridScene, kinds: list[str], rng: np.random.Generator) -> list[Question]:
