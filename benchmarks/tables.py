@@ -31,6 +31,7 @@ from duet_vlm.evaluate.results import load
 from duet_vlm.measure.training import Example, Trained, step_flops
 from duet_vlm.models.find import support
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
+from duet_vlm.tower import TowerReducer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -123,9 +124,10 @@ def methods() -> str:
     rows = []
     for name, cls in duet_vlm.methods().items():
         where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
+        where = ["tower"] if issubclass(cls, TowerReducer) else where
         asks = issubclass(cls, DecoderReducer) and cls.uses_text
         rows.append([f"`{name}`", cls.summary, " + ".join(where) or "-", "yes" if asks else "no", cls.paper])
-    return table(["method", "what it does", "decoder", "uses the text", "paper"], rows)
+    return table(["method", "what it does", "where", "uses the text", "paper"], rows)
 
 
 def supported() -> str:

@@ -15,7 +15,9 @@ from transformers import AttentionInterface
 
 import duet_vlm
 from duet_vlm.flow.packed import PackedRun
+from duet_vlm.flow.tower import choose
 from duet_vlm.models.find import adapter_for
+from duet_vlm.tower import TowerReducer, TowerView
 
 REFUSED = ("llava_next", "llava_next_video", "llava_onevision", "mistral3", "pixtral")
 SERVED = [name for name in FAMILIES if not name.startswith(REFUSED)]
@@ -238,3 +240,98 @@ def test_towers_that_cannot_be_reduced_are_refused_by_name(family: str) -> None:
     with pytest.raises(TypeError, match="inside this vision tower is not supported"):
         duet_vlm.attach(model, "contrast", budget=0.5)
     assert duet_vlm.handle_of(model) is None
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_the_trace_tells_what_went_through_the_tower(family: str, towers: list[Any]) -> None:
+    model = shared(family)
+    with duet_vlm.attach(model, "contrast+duet", budget=0.2, contrast_keep=0.5) as handle:
+        forward(model, FAMILIES[family].inputs([TWO, TEXT]))
+        history = [span for row in handle.trace for span in row]
+    for span, left in zip(history, [n for _, run in towers for n in run.counts], strict=True):
+        assert span.tower is not None and span.tower.layer == -1 and len(span.tower.kept) == left
+        assert sorted((*span.tower.kept, *span.tower.dropped)) == list(range(span.span.tokens))
+        merged = {member for members in span.merged.values() for member in members}
+        entry = span.stages[0]
+        assert {*entry.kept, *entry.dropped, *merged} == set(span.tower.kept)
+        assert span.span.tokens - 1 in span.tower.kept  # the last row may have to predict
+
+
+def test_floors_choose_as_they_say() -> None:
+    grid = (4, 6)
+    view = TowerView(torch.ones(2, 24, dtype=torch.bool), torch.tensor([12, 12]), (12, 12), (grid, grid))
+    board = duet_vlm.get("checkerboard")(keep=0.5).stay(view)
+    assert board.sum(1).tolist() == [12, 12]
+    lines = board[0].view(grid)
+    assert not (lines[:, 1:] & lines[:, :-1]).any() and not (lines[1:] & lines[:-1]).any()
+    chance = [duet_vlm.get("random_patches")(keep=0.5, seed=seed).stay(view) for seed in (0, 0, 1)]
+    assert torch.equal(chance[0], chance[1]) and not torch.equal(chance[0], chance[2]) and chance[0].sum(1).tolist() == [12, 12]
+
+
+def test_contrast_takes_what_differs_and_hands_on_the_mass() -> None:
+    patches = torch.zeros(1, 9, 1, 4)
+    patches[0, 4, 0, 0], patches[0, 7, 0, 1] = 5.0, 3.0  # two things on an even ground
+    chosen = choose(duet_vlm.get("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
+    assert chosen.index.tolist() == [[4, 7, 8]] and chosen.size.tolist() == [[1.0, 1.0, 7.0]]  # the ground stands for itself
+    plain = choose(duet_vlm.get("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], False)
+    assert plain.size.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_no_more_enters_than_the_tower_leaves() -> None:
+    method = duet_vlm.compose(duet_vlm.get("contrast")(keep=0.3), duet_vlm.get("duet_plus")())
+    with pytest.warns(UserWarning, match=r"\d+ of 576 tokens would enter the decoder, but the tower leaves 172"):
+        plan = method.plan(576, 32, 0.25)
+    assert plan.entry == plan.tower == 172 and plan.mean <= 0.25 * 576 < plan.mean + 3
+    free = duet_vlm.get("contrast+duet_plus")().plan(576, 32, 0.11)
+    assert free.tower == 323 and free.entry == duet_vlm.get("duet_plus")().plan(576, 32, 0.11).entry
+    wide = duet_vlm.get("contrast+duet_plus")().plan(576, 32, 0.25)
+    assert wide.tower == min(576, -(-3 * wide.entry // 2))
+    drops = duet_vlm.get("contrast+pyramiddrop")().plan(576, 32, 0.2)
+    assert drops.entry == drops.tower == 323 and drops.mean <= 0.2 * 576
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("contrast", {"keep": 0}, "keep=0: at least one token of a picture goes through the tower"),
+        ("contrast", {"keep": 1.5}, r"keep=1.5: a float is a fraction in \[0, 1\]"),
+        ("contrast", {}, "contrast needs a budget"),
+        ("contrast", {"keep": 0.5, "budget": 0.5}, "give either budget= or"),
+        ("contrast", {"budget": 0.001}, "at least one token enters"),
+        ("duet+contrast", {"budget": 0.2}, "in this order: a method in the tower"),
+        ("contrast+checkerboard+duet", {"budget": 0.2}, "in this order: a method in the tower"),
+    ],
+)
+def test_bad_settings_are_refused_and_leave_no_trace(method: str, settings: dict[str, Any], words: str) -> None:
+    model = shared("llava")
+    with pytest.raises(ValueError, match=words):
+        duet_vlm.attach(model, method, **settings)
+    assert duet_vlm.handle_of(model) is None and not any("forward" in vars(module) for module in model.modules())
+
+
+def test_windowed_signals_of_a_reduced_tower_are_refused() -> None:
+    model = shared("qwen2_5_vl")
+    windowed = next(i for i in range(len(model.model.visual.blocks)) if i not in model.model.visual.fullatt_block_indexes)
+    with pytest.raises(ValueError, match="attends within windows"):
+        duet_vlm.attach(model, "contrast+duet_plus", budget=0.2, signal_layer=windowed)
+
+
+class Wrong(TowerReducer):
+    """Returns what no method may."""
+
+    name, paper, summary = "wrong", "-", "-"
+    kind: str = "few"
+
+    def stay(self, view: TowerView) -> Tensor:
+        mask = torch.zeros_like(view.valid)
+        return {"few": mask, "float": mask.float(), "shape": mask[:, 1:]}[type(self).kind]
+
+
+@pytest.mark.parametrize(("kind", "words"), [("few", "another number of units than planned"), ("float", "give a tensor"), ("shape", "give a tensor")])
+def test_what_a_users_method_returns_is_checked(kind: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Wrong, "kind", kind)
+    model, inputs = shared("llava"), FAMILIES["llava"].inputs([TWO])
+    plain = forward(model, inputs).logits
+    with duet_vlm.attach(model, Wrong(keep=0.5)), pytest.raises(ValueError, match=rf"wrong\.stay returned .*{words}"):
+        forward(model, inputs)
+    assert torch.equal(forward(model, inputs).logits, plain)

@@ -122,8 +122,10 @@ class StageTrace:
 
 @dataclass(frozen=True)
 class SpanTrace:
-    """The history of one span: ``merged`` maps an anchor to the tokens merged into it at entry; ``stages`` follow the depth."""
+    """The history of one span: ``merged`` maps an anchor to the tokens merged into it at entry; ``stages`` follow the depth. ``tower``: the
+    tokens that went through the vision tower (a stage of layer -1); None where all did."""
 
     span: Span
     merged: dict[int, tuple[int, ...]]
     stages: tuple[StageTrace, ...]
+    tower: StageTrace | None = None

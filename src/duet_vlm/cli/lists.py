@@ -90,7 +90,8 @@ def _methods() -> Rows:
 def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
     """A method as plain values."""
     places = (("before the decoder", duet_vlm.EncoderReducer), ("inside the decoder", duet_vlm.DecoderReducer))
-    stages = [word for word, base in places if issubclass(cls, base)]
+    in_tower = issubclass(cls, duet_vlm.TowerReducer)
+    stages = ["inside the tower"] if in_tower else [word for word, base in places if issubclass(cls, base)]
     return {
         "name": name,
         "summary": cls.summary,

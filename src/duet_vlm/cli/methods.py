@@ -33,4 +33,4 @@ def methods(
             told = f"{row['summary']}\n[dim]{row['paper']}[/dim]" + (f"\nsettings: {', '.join(row['settings'])}" if names else "")
             table.add_row(row["name"], stage, asks, told)
         Console().print(table)
-        print("reduces: before or inside the decoder; text: whether the question decides what stays")
+        print("reduces: inside the tower, before or inside the decoder; text: whether the question decides what stays")

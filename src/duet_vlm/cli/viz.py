@@ -64,6 +64,7 @@ def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
         dataclasses.replace(trace.span, grid=(steps * side, side)),
         {place(anchor): places(members) for anchor, members in trace.merged.items()},
         tuple(dataclasses.replace(stage, kept=places(stage.kept), dropped=places(stage.dropped)) for stage in trace.stages),
+        trace.tower and dataclasses.replace(trace.tower, kept=places(trace.tower.kept), dropped=places(trace.tower.dropped)),
     )
 
 

@@ -46,6 +46,7 @@ class Encoded:
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
     projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
     skipped: bool = False  # tower layers that nobody reads were not run
+    alive: Tensor | None = None  # [spans, N], the tokens that went through a reduced tower
     merges_left: bool = False  # the merger ran on what the tower left
     left: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that went through the tower's blocks
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
@@ -63,11 +64,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Choice:
-    """How many rows of each span go on, and which: ``selection`` is None where V2V leaves all spans whole."""
+    """How many rows of each span go on, and which: ``selection`` is None where V2V leaves all spans whole. ``alive`` [spans, N]: those it
+    could choose from, where a tower was reduced."""
 
     plans: tuple[SpanPlan, ...]
     selection: Selection | None = None
     wrong: Tensor | None = None
+    alive: Tensor | None = None
 
 
 @dataclass

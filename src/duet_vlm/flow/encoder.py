@@ -138,7 +138,7 @@ class EncoderFlow:
         slots = slots_of(choice.selection, reducer)
         call.pending = Encoded(
             call.encoding.stream, [], (), choice.plans, call.rules, choice.selection, slots, reducer.cls_token,
-            wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True,
+            wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True, alive=choice.alive,
         )  # fmt: skip
         merged = merged_rows(features, choice.selection)
         if call.aside:
@@ -186,6 +186,7 @@ class EncoderFlow:
         encoded = Encoded(call.encoding.stream, rows, (), choice.plans, call.rules, choice.selection)
         if choice.selection is not None:
             encoded.slots, encoded.wrong = slots_of(choice.selection, call.rules.reducer), choice.wrong
+            encoded.alive = choice.alive
             encoded.ends = torch.stack([row[-1] for row in rows])
             features, _ = pad_rows(rows)
             encoded.aside = _cut(_marked(merged_rows(features, choice.selection), encoded, features.shape[1]), rows)
@@ -224,8 +225,8 @@ class EncoderFlow:
         whole = torch.tensor([not plan.merges for plan in plans], device=device)
         structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
         content = (numbers >= 0) | (structure & whole[:, None])
-        if call.tower is not None:
-            content = content & self._left(call, content)
+        alive = None if call.tower is None else content & self._left(call, content)
+        content = content if alive is None else alive
         asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
         planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
         with torch.no_grad(), compat.without_autocast(planned):
@@ -239,7 +240,7 @@ class EncoderFlow:
                 selection, wrong = checked_selection(reducer, reducer.v2v(view), view, view.plans)
         if call.tower is not None:
             wrong = torch.maximum(wrong, call.tower.wrong.to(wrong.device))
-        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection, wrong)
+        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection, wrong, alive)
 
     def _left(self, call: EncoderCall, content: Tensor) -> Tensor:
         """[B, N] bool: the rows that went through the tower."""

@@ -201,6 +201,7 @@ class TowerFlow:
         real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device) if real is None else real.to(rows.device)
         enough = real[:, units].any(2).sum(1) >= torch.tensor(counts, device=rows.device)
         real = real | ~enough[:, None]  # of less picture than that some padding goes along
+        real[:, units[-1]] = True  # the last token of a picture is one, padding or not
         weighs = tower.mass and takes_bias(blocks, counts)
         chosen = choose(tower, rows[:, units], real[:, units], counts, [grid] * pictures, weighs)
         front = torch.arange(blocks.extra, device=rows.device).expand(pictures, -1)

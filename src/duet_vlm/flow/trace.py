@@ -32,20 +32,23 @@ def trace_of(run: Run) -> list[list[SpanTrace]]:
     for sample, spans in enumerate(run.spans):
         row: list[SpanTrace] = []
         for span in spans:
-            token_at, merged = _entry(*run.sources[number], span.tokens)
+            source = run.sources[number]
+            token_at, merged = _entry(*source, span.tokens)
             number += 1
             own = {r - span.offset for r in back[sample] if 0 <= r - span.offset < span.tokens and token_at[r - span.offset] < 0}
             for token in own:
                 token_at[token] = token
             merged = {anchor: tuple(m for m in members if m not in own) for anchor, members in merged.items()}
             merged = {anchor: members for anchor, members in merged.items() if members}
-            before, stages = set(range(span.tokens)) - {m for members in merged.values() for m in members}, []
+            tower = _in_tower(*source, span.tokens)
+            before = set(range(span.tokens) if tower is None else tower.kept) - {m for members in merged.values() for m in members}
+            stages = []
             for group, left in zip(run.groups, alive, strict=True):
                 here = {token_at[r - span.offset] for r in left[sample] if span.offset <= r < span.offset + span.tokens}
                 kept = {token for token in here if token >= 0}
                 stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), tuple(sorted(before - kept))))
                 before = kept
-            row.append(SpanTrace(span, merged, tuple(stages)))
+            row.append(SpanTrace(span, merged, tuple(stages), tower))
         history.append(row)
     return history
 
@@ -53,6 +56,15 @@ def trace_of(run: Run) -> list[list[SpanTrace]]:
 def _slots(slot: Tensor, mask: Tensor) -> list[list[int]]:
     """Per sample the slots [B, T] where ``mask`` [B, T] is true."""
     return [[s for s, there in zip(*row, strict=True) if there] for row in zip(slot.tolist(), mask.tolist(), strict=True)]
+
+
+def _in_tower(encoded: Encoded, number: int, tokens: int) -> StageTrace | None:
+    """The tokens of a span that went through a reduced tower."""
+    if encoded.alive is None:
+        return None
+    left = encoded.alive[number, int(encoded.cls_token) :][:tokens].tolist()
+    kept = tuple(token for token, there in enumerate(left) if there)
+    return None if len(kept) == tokens else StageTrace(-1, kept, tuple(token for token, there in enumerate(left) if not there))
 
 
 def _entry(encoded: Encoded, number: int, tokens: int) -> tuple[list[int], dict[int, tuple[int, ...]]]:

@@ -34,7 +34,7 @@ from duet_vlm.tower import TowerReducer
 ORDER = (
     "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
 )
-LEFT, SPARE = 0.5, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
+LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
@@ -143,7 +143,7 @@ class Composition(EncoderReducer):
     Without a method before the decoder the pool itself enters.
 
     No more can enter than the tower leaves. Where the budget would let in more, all of that enters and the drops keep more, with a warning.
-    Left out, the tower's own ``keep`` (``contrast_keep``) is half of a picture, and never less than 1.5 times what enters.
+    Left out, the tower's own ``keep`` (``contrast_keep``) is 56 % of a picture, and never less than 1.5 times what enters.
 
     Images have no frames: there the pool is the whole image (without a method before the decoder they are thinned evenly, see ``Frames``).
     """

@@ -58,8 +58,8 @@ def draw(image: Image.Image, trace: SpanTrace, *, title: str = "", size: int = 3
     Returns
     -------
     PIL.Image.Image
-        RGB. First panel: the image. Then one per stage: kept patches are clear, merged ones tinted in the colour of their group with the
-        anchor outlined, dropped ones dark.
+        RGB. First panel: the image. Then one per stage, that of a reduced tower in front: kept patches are clear, merged ones tinted in the
+        colour of their group with the anchor outlined, dropped ones dark.
 
     Raises
     ------
@@ -72,6 +72,9 @@ def draw(image: Image.Image, trace: SpanTrace, *, title: str = "", size: int = 3
     cell = max(4, round(size / max(rows, columns)))
     base = rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
     panels = [Panel("image", f"{trace.span.tokens} visual tokens", base)]
+    if trace.tower is not None:
+        through = SpanTrace(trace.span, {}, (trace.tower,))
+        panels.append(_panel(base, through, 0, cell))
     panels += [_panel(base, trace, number, cell) for number in range(len(trace.stages))]
     return _sheet(panels, title, bool(trace.merged))
 
@@ -122,6 +125,8 @@ def _words(trace: SpanTrace, stage: StageTrace, number: int) -> tuple[str, str]:
     alive = len(stage.kept)
     if number:
         return f"from layer {stage.layer}: {alive} tokens", f"{alive} kept, {len(stage.dropped)} dropped here"
+    if stage.layer < 0:
+        return f"vision tower: {alive} tokens", f"{alive} go through it, {len(stage.dropped)} do not"
     members = sum(len(group) for group in trace.merged.values())
     anchors = len(trace.merged)
     groups = f", {anchors} of them merged with {members} others" if anchors else ""

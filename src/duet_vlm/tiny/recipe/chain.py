@@ -67,6 +67,10 @@ LAST = {  # the kinds of the task, and little else
     **dict.fromkeys((*LOOKUPS, *PLACES), 0.3), **dict.fromkeys(MORE, 0.8), "count": 2.5, "hop1": 0.8, "hop2": 1.5, "hop3": 2.5, "land3": 0.5,
     "there": 0.3, "order": 0.3,
 }  # fmt: skip
+EVEN = {  # what was behind the rest
+    **dict.fromkeys((*LOOKUPS, *PLACES), 0.3), "existence": 0.6, "count": 3.0, "spatial": 2.0, "compare": 2.0, "hop1": 0.6, "hop2": 1.0, "hop3": 1.5,
+    "order": 0.6,
+}  # fmt: skip
 
 
 def weighted(lookups: float, places: float, more: float, **others: float) -> dict[str, float]:
@@ -84,7 +88,8 @@ PARTS = (
     Part(10400, 4, 4, (VISUAL_TOKENS,), WHOLE),
     Part(12400, 4, 8, (32, 40, 57), weighted(0.2, 0.2, 0.5, hop1=0.5, any2=1.0, any3=2.0, **AFTER)),
     Part(12800, 4, 4, (VISUAL_TOKENS,), {**WHOLE, "near": 1.5}),
-    Part(10**9, 4, 4, (VISUAL_TOKENS,), LAST),
+    Part(13800, 4, 4, (VISUAL_TOKENS,), LAST),
+    Part(10**9, 4, 4, (VISUAL_TOKENS,), EVEN),
 )
 
 
