@@ -14,11 +14,15 @@ import greedy
 import prefill
 import t2v
 import torch
+import tower
 import train_step
 import v2v
 from common import HERE, Options, say, write
 
-BENCHMARKS = {"v2v": v2v.run, "greedy": greedy.run, "t2v": t2v.run, "decode": decode.run, "prefill": prefill.run, "train_step": train_step.run}
+BENCHMARKS = {
+    "v2v": v2v.run, "greedy": greedy.run, "t2v": t2v.run, "decode": decode.run, "prefill": prefill.run, "tower": tower.run,
+    "train_step": train_step.run,
+}  # fmt: skip
 
 
 def main(words: list[str] | None = None) -> None:
