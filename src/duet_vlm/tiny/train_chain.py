@@ -19,7 +19,7 @@ from .recipe.command import parsed, parser, write
 from .recipe.stages import curve, fit, weights
 from .text import build_processor
 
-STEPS = 21000
+STEPS = 20000
 
 
 def export(folder: Path, target: Path, settings: dict) -> None:
