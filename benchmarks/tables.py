@@ -18,6 +18,7 @@ import chain_tables
 import comparison_tables
 import readme_tables
 import scale_tables
+import tower_tables
 import training_tables
 import video_tables
 from train_step import LLAVA_7B
@@ -150,12 +151,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **comparison_tables.BLOCKS,
     **readme_tables.BLOCKS,
     **scale_tables.BLOCKS,
+    **tower_tables.BLOCKS,
     **training_tables.BLOCKS,
     **video_tables.BLOCKS,
 }
 PAGES = (
     "README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/drop-curve.md",
-    "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md", "benchmarks/README.md",
+    "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md", "benchmarks/README.md",
     "benchmarks/NOTES.md",
 )  # fmt: skip
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EMBEDDED = ("tiny", "tiny-video")
+EMBEDDED = ("tiny", "tiny-chain", "tiny-video")
 ADAPTER = "adapter_config.json"  # what makes a folder one of PEFT adapters
 
 
@@ -121,16 +121,13 @@ def source(name: str) -> tuple[str, bool]:
     Raises
     ------
     ValueError
-        If it is neither 'tiny' nor 'tiny-video', nor a folder with a config, nor something that reads as a hub id.
+        If it is no embedded model, nor a folder with a config, nor something that reads as a hub id.
     """
-    if name == "tiny":
+    if name in EMBEDDED:
         from duet_vlm import tiny
+        from duet_vlm.tiny import chain, video
 
-        return str(tiny.path()), True
-    if name == "tiny-video":
-        from duet_vlm.tiny import video
-
-        return str(video.path()), True
+        return str({"tiny": tiny, "tiny-chain": chain, "tiny-video": video}[name].path()), True
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER)):
@@ -138,7 +135,7 @@ def source(name: str) -> tuple[str, bool]:
         return str(folder), True
     if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
         what = "a file, no folder" if folder.exists() else f"no such folder{did_you_mean(name, EMBEDDED)}"
-        raise ValueError(f"--model {name}: {what}; give 'tiny', 'tiny-video', a folder saved by save_pretrained, or a hub id (owner/name)")
+        raise ValueError(f"--model {name}: {what}; give {', '.join(map(repr, EMBEDDED))}, a folder of save_pretrained, or a hub id (owner/name)")
     return name, False
 
 

@@ -70,11 +70,16 @@ def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneratio
     dtype : torch.dtype, optional
         float32 unless given; the file is in float16.
     """
+    return load_from(path(), dtype)
+
+
+def load_from(folder: Path, dtype: torch.dtype | None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA of the package, from its folder."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-    model = LlavaForConditionalGeneration.from_pretrained(path(), dtype=dtype or torch.float32, local_files_only=True)
-    return model.eval(), AutoProcessor.from_pretrained(path(), local_files_only=True)
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    return model.eval(), AutoProcessor.from_pretrained(folder, local_files_only=True)
 
 
 def prompt(question: str) -> str:

@@ -1,4 +1,5 @@
-"""``tiny-chain``: questions that need one to three hops over a picture, or two pictures, next to the kinds of the tiny model.
+"""``tiny-chain``: questions that need one to three hops over a picture, or two pictures, next to the kinds of the tiny model; and a model
+that learned to answer them from answers alone.
 
 >>> from duet_vlm.tiny import chain
 >>> item = chain.sample("test", 8)
@@ -9,13 +10,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from . import load_from
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from PIL import Image
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-__all__ = ["ChainSample", "prompt", "sample", "samples"]
+__all__ = ["ChainSample", "load", "path", "prompt", "sample", "samples"]
 
 _TRIES = 64  # pictures looked at for one question; a picture does not offer every kind
 
@@ -38,6 +44,16 @@ class ChainSample:
     answer: str
     kind: str
     needed: np.ndarray
+
+
+def path() -> Path:
+    """Folder of the shipped weights; works with ``from_pretrained``."""
+    return Path(__file__).parent / "chain_weights"
+
+
+def load(dtype: torch.dtype | None = None) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The trained model in evaluation mode and its processor, from the package, without network; float32 unless ``dtype`` is given."""
+    return load_from(path(), dtype)
 
 
 def prompt(question: str, images: int = 1) -> str:

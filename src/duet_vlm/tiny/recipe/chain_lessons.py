@@ -16,7 +16,10 @@ from ..chain_scenes import CELLS, SIDE, GridScene
 from ..questions import Question
 from ..scenes import COLOR_NAMES, SHAPES
 
-LESSONS = ("cell", "at", "paint", "land1", "land2", "land3", "twin", "other", "there", "mixed", "far", "tint", "order", "near", "any2", "any3", "tally")
+LESSONS = (
+    "cell", "at", "paint", "land1", "land2", "land3", "twin", "other", "there", "mixed", "far", "tint", "order", "near", "any2", "any3",
+    "tally",
+)  # fmt: skip
 
 
 class Teacher(ChainAsker):

@@ -1,0 +1,46 @@
+"""The tables of docs/reduce-in-the-tower.md, from results/tower.json and results/tower_accuracy.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from duet_vlm.evaluate.report.markdown import table
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / f"{name}.json").read_text())["results"]
+
+
+def speed() -> str:
+    """Time of the full model over that of the reduced one; choosing as a share of the whole tower's time."""
+    lines = []
+    for row in results("tower"):
+        low, high = row["interval"]
+        choice = row["name"].endswith("whole tower")
+        style = "{:.2%}" if choice else "{:.2f}x"
+        target = "-" if row["target"] is None else f"{'at most' if choice else 'at least'} {style.format(row['target'])}"
+        promised = "-" if "predicted" not in row else f"{row['predicted']:.2f}x"
+        lines.append([row["name"], f"{style.format(row['median'])} ({style.format(low)} to {style.format(high)})", promised, target])
+    return table(["what", "median (95 % interval)", "by FLOPs", "target"], lines)
+
+
+def answers() -> str:
+    """Accuracy behind each tower, against the same method behind the whole one."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for row in results("tower_accuracy"):
+        told = f"{row['accuracy']:.3f}"
+        if "difference" in row:
+            low, high = (100 * end for end in row["interval"])
+            told += f", {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+        found.setdefault((row["tower"], row["method"]), {"full": f"{row['full']:.3f}"})[row["task"]] = told
+    tasks = list(dict.fromkeys(row["task"] for row in results("tower_accuracy")))
+    lines = [[tower, f"`{method}`", *(cells.get(task, "-") for task in tasks)] for (tower, method), cells in found.items()]
+    return table(["through the tower", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers}
