@@ -27,7 +27,7 @@ CHAINS = {"hop1": 1, "hop2": 2, "hop3": 3}
 SINGLE = (*plain.KINDS, *CHAINS)
 PAIRS = ("pair_compare", "pair_count")
 KINDS = (*SINGLE, *PAIRS)
-CHANCE = {**plain.CHANCE, "hop1": 0.1, "hop2": 0.14, "hop3": 0.2, "pair_compare": 0.5, "pair_count": 0.2}
+CHANCE = {**plain.CHANCE, "hop1": 0.13, "hop2": 0.15, "hop3": 0.14, "pair_compare": 0.5, "pair_count": 0.2}
 WAYS = {  # what a chain of so many hops may be; those that end by colour stand there twice, since there are half as many
     1: tuple((move,) for move in MOVES),
     **{hops: (*product(STEPS, repeat=hops), *(2 * [(*way, "same color") for way in product(STEPS, repeat=hops - 1)])) for hops in (2, 3)},

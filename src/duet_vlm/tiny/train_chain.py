@@ -19,7 +19,7 @@ from .recipe.command import parsed, parser, write
 from .recipe.stages import curve, fit, weights
 from .text import build_processor
 
-STEPS = 20000
+STEPS = 18200
 
 
 def export(folder: Path, target: Path, settings: dict) -> None:

@@ -37,7 +37,7 @@ ANSWERS = 96  # of a step about single pictures
 PAIRS_SHOWN, PAIR_QUESTIONS, PAIR_EVERY = 4, 12, 6  # every so many steps pairs of pictures, once pictures are whole
 FEW_KEPT = {2: 10, 3: 20}  # by side: visual tokens of the shortest pictures in validation
 CHUNK = 4  # pictures that go through the tower together
-WARM, FALL = 100, 4000  # steps of the learning rate's rise and of its fall at the end
+WARM, FALL = 100, 2200  # steps of the learning rate's rise and of its fall at the end
 LOOKUPS = ("attribute", "read_digit", "read_word")
 FIT_STEPS, FIT_ROWS, FIT_PICTURES = 1500, 1024, 320
 
