@@ -55,10 +55,10 @@ def recall(task: str, name: str, budget: float) -> str:
     return table(["", "tokens entering", "needed: enter, %", "enter or merged, %", "alive at half depth, %", "accuracy / oracle's, %"], lines)
 
 
-def ablation(group: str) -> str:
+def ablation(group: str, task: str = "tiny-crowded") -> str:
     """One group of DUET's settings beside the default, at equal measured means."""
     lines = []
-    for row in done("tiny-crowded", "ablations"):
+    for row in done(task, "ablations"):
         if row["label"] == "duet" or row["label"].startswith(f"{group}: "):
             lines.append((row["beside"], row["label"] != "duet", row))
     out = []
@@ -173,8 +173,13 @@ def curve(file: str) -> str:
     return table(head, lines)
 
 
+CHAIN_GROUPS = ("queries", "positions", "stages", "schedule")
 GROUPS = ("queries", "positions", "cluster width", "contextual share", "stages", "schedule")
 BLOCKS: dict[str, Callable[[], str]] = {
+    "kinds_chain": lambda: kinds("tiny-chain", "methods", 0.11),
+    "recall_chain": lambda: recall("tiny-chain", "methods", 0.11),
+    "fronts_chain": lambda: fronts("tiny-chain", "methods"),
+    **{f"ablation_chain_{group}": lambda group=group: ablation(group, "tiny-chain") for group in CHAIN_GROUPS},  # type: ignore[misc]
     "drop_curve": proposed,
     "curve_crowded": lambda: curve("tiny-crowded/results/drop-curve.json"),
     "kinds_crowded": lambda: kinds("tiny-crowded", "methods", 0.07),

@@ -20,7 +20,7 @@ from duet_vlm.models.find import support
 
 HERE = Path(__file__).parent
 WIDTH = 118  # of a line of text
-TOY, SHOWN = "tiny-crowded", ("duet_plus", "duet", "scope", "random, DUET's counts")  # the rows of README's accuracy table
+TOY, SHOWN = "tiny-chain", ("duet_plus", "duet", "scope", "random, DUET's counts")  # the rows of README's accuracy table
 METHOD, BUDGETS = "duet", ("33%", "11%")  # the columns of its speed table
 
 WORDS = {  # in this order
@@ -118,8 +118,9 @@ def kept_short() -> str:
     title = "toy benchmark: % of the full model's accuracy kept at"
     full, size = columns.ACCURACY.cell(result["runs"][0]), result["model"]["parameters"] / 1e6
     note = _filled(
-        f"A toy: {result['questions']['count']:,} questions about crowded drawn pictures, answered by the embedded model ({size:.1f} million "
-        f"parameters, 256 visual tokens). The full model's accuracy is {full}. Brackets hold 95 % intervals over questions."
+        f"A toy: {result['questions']['count']:,} questions about drawn pictures, in chains of up to three hops, answered by an embedded model "
+        f"that learned from answers alone ({size:.1f} million parameters, 256 visual tokens a picture). The full model's accuracy is {full}. "
+        "Brackets hold 95 % intervals over questions."
     )
     return f"{comparison_tables.by_budget(title, runs, lambda row: str(columns.KEPT.cell(row)))}\n\n{note}"
 

@@ -138,6 +138,7 @@ def supported() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "kept_tiny": lambda: comparison("tiny", markdown.matrix),
+    "kept_chain": lambda: comparison("tiny-chain", markdown.matrix),
     "kept_crowded": lambda: comparison("tiny-crowded", markdown.matrix),
     "runs_tiny": lambda: comparison("tiny", markdown.compact),
     "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
@@ -156,9 +157,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **video_tables.BLOCKS,
 }
 PAGES = (
-    "README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/drop-curve.md",
-    "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md", "benchmarks/README.md",
-    "benchmarks/NOTES.md",
+    "README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md", "docs/drop-curve.md",
+    "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md",
+    "benchmarks/README.md", "benchmarks/NOTES.md",
 )  # fmt: skip
 
 
