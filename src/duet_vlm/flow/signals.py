@@ -15,6 +15,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.call import Stacks
 from duet_vlm.hooks import foreign
 from duet_vlm.models.adapter import Recorded
+from duet_vlm.ops.score import one_head
 
 NAME = "duet_vlm_recorder"
 FLASH_NAME = "duet_vlm_recorder_flash_attention_2"  # modules choose their packed path by the word "flash" in the name
@@ -48,8 +49,11 @@ class Recorder:
     def record(self, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> None:
         if self.stacks.encoders:
             call = self.stacks.encoders[-1]
-            sample = getattr(call.rules.reducer, "signal_queries", None)
-            call.recorded.append(Recorded(query.detach(), key.detach(), scaling, segments, sample))
+            reducer = call.rules.reducer
+            query, key = query.detach(), key.detach()
+            if getattr(reducer, "signal_heads", "each") == "one":
+                query, key, scaling = one_head(query, key, scaling)
+            call.recorded.append(Recorded(query, key, scaling, segments, getattr(reducer, "signal_queries", None)))
 
 
 def attend(

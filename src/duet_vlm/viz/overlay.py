@@ -108,7 +108,8 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int) -> Panel
         if number == 0:
             tinted = _mix(pixels, color, MEMBER)
             for member in trace.merged[anchor]:
-                paint(member, tinted)
+                if member not in stage.kept:
+                    paint(member, tinted)
     picture = Image.fromarray(np.rint(out).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     for anchor, color in colors.items():
@@ -122,7 +123,7 @@ def _words(trace: SpanTrace, stage: StageTrace, number: int) -> tuple[str, str]:
     alive = len(stage.kept)
     if number:
         return f"from layer {stage.layer}: {alive} tokens", f"{alive} kept, {len(stage.dropped)} dropped here"
-    members = sum(len(group) for group in trace.merged.values())
+    members = len({member for group in trace.merged.values() for member in group})
     anchors = len(trace.merged)
     groups = f", {anchors} of them merged with {members} others" if anchors else ""
     return f"entry: {alive} tokens", f"{alive} kept{groups}, {len(stage.dropped)} dropped"
