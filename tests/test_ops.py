@@ -332,6 +332,27 @@ def test_matched(seed: int, sizes: list[int], protected: int, ties: bool) -> Non
 
 
 @quick
+@given(seeds, st.integers(1, 9), st.integers(0, 5), st.integers(0, 10))
+def test_neighbours(seed: int, tokens: int, rows: int, count: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    metric, asked = normal(seed, 2, tokens, 3), torch.randint(0, tokens, (2, rows), generator=draw)
+    times = torch.randint(0, 3, (2, tokens), generator=draw)
+    found = merge.neighbours(metric, asked, times.float(), count)
+    assert found.shape == (2, rows, min(count, tokens))
+    for b in range(2):
+        for token, order in zip(asked[b].tolist(), found[b].tolist(), strict=True):
+            expected = twins.nearest(metric[b].tolist(), token, times[b].tolist())[:count]
+            assert order[: len(expected)] == expected
+
+
+def test_neighbours_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric, asked, times = normal(1, 2, 40, 4), torch.arange(40).expand(2, -1), torch.ones(2, 40)
+    whole = merge.neighbours(metric, asked, times, 7)
+    monkeypatch.setattr(merge, "ROWS", 3)
+    assert torch.equal(merge.neighbours(metric, asked, times, 7), whole)
+
+
+@quick
 @given(score_batches(), st.sampled_from([0.0, 0.25, 0.4, 0.75, 1.0]))
 def test_quantile_and_outliers(batch: tuple[Tensor, Tensor], q: float) -> None:
     values, valid = batch

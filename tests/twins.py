@@ -211,15 +211,19 @@ def vispruner_entry(importance: Sequence[float], features: Matrix, count: int, i
     return sorted(chosen + (rest if wanted > 0 else []))
 
 
+def nearest(keys: Matrix, token: int, times: Sequence[int]) -> list[int]:
+    """All other tokens that are there, and the token itself if it is there more than once, the most similar first."""
+    there = [v for v, n in enumerate(times) if n > (v == token)]
+    return sorted(there, key=lambda v: (-round(cosine(keys[token], keys[v]), 6), v))
+
+
 def around(
     importance: Sequence[float], keys: Matrix, kept: Sequence[int], neighbours: int, rest_row: bool, rule: str = "mean"
 ) -> list[dict[int, float]]:
     """PruMerge: what each row is made of, token -> weight; behind the rows of the kept tokens one of all others."""
     share = [value / sum(importance) for value in importance] if rule == "mean" else list(importance)
-    rows = []
-    for token in kept:
-        others = sorted((v for v in range(len(keys)) if v != token), key=lambda v: (-round(cosine(keys[token], keys[v]), 6), v))[:neighbours]
-        rows.append({token: 1.0} | {v: share[v] for v in others})
+    once = [1] * len(keys)
+    rows = [{token: 1.0} | {v: share[v] for v in nearest(keys, token, once)[:neighbours]} for token in kept]
     if rest_row:
         rows.append({v: share[v] for v in range(len(keys)) if v not in kept})
     return [{v: w / sum(row.values()) for v, w in row.items()} if rule == "mean" else row for row in rows]

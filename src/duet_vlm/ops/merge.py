@@ -9,6 +9,7 @@ from duet_vlm.ops.ragged import take
 from duet_vlm.tokens import Selection
 
 BLOCK = 1024  # rows that look for their nearest at once
+ROWS = 64  # rows that sort all tokens at once
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -25,6 +26,23 @@ def nearest_anchor(metric: Tensor, members: Tensor, anchors: Tensor, anchor_vali
     unit = unit_rows(metric)
     similarity = take(unit, members) @ take(unit, anchors).transpose(1, 2)
     return similarity.masked_fill(~anchor_valid[:, None], float("-inf")).argmax(-1)
+
+
+def neighbours(metric: Tensor, tokens: Tensor, times: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens that resemble each of ``tokens`` most, by falling cosine; ties to the lower index.
+
+    metric [B, N, d], tokens [B, K], times [B, N] how often each token is there -> token numbers [B, K, min(count, N)]. A token is its own
+    neighbour only where it is there more than once; those that are not there come last. Works through blocks of rows, so memory is linear in N.
+    """
+    unit = unit_rows(metric)
+    others, missing, alone = unit.transpose(1, 2), times <= 0, times.gather(1, tokens) <= 1
+    found = []
+    for rows, single in zip(tokens.split(ROWS, 1), alone.split(ROWS, 1), strict=True):
+        likeness = (take(unit, rows) @ others).masked_fill_(missing[:, None], float("-inf"))
+        itself = likeness.gather(2, rows[..., None]).masked_fill(single[..., None], float("-inf"))
+        order = likeness.scatter_(2, rows[..., None], itself).argsort(dim=2, descending=True, stable=True)
+        found.append(order[..., :count].clone())  # not a view: it would keep the whole order
+    return torch.cat(found, 1)
 
 
 def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor) -> Tensor:
