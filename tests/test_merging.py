@@ -88,16 +88,17 @@ def test_prumerge(reducer: PruMerge, images: list[tuple[int, int]], seed: int) -
         same(found, twins.around(importance, keys, kept, reducer.neighbours, bool(plan.contextual), reducer.merge))
 
 
+@pytest.mark.parametrize("pace", [2, 4, 9])
 @pytest.mark.parametrize("order", ["raster", "released"])
 @often
 @given(images=spans, seed=seeds)
-def test_tome(order: str, images: list[tuple[int, int]], seed: int) -> None:
-    reducer = ToMe(order=order)
+def test_tome(order: str, pace: int, images: list[tuple[int, int]], seed: int) -> None:
+    reducer = ToMe(order=order, pace=pace)
     view = view_of(reducer, images, seed)
     selection = checked(reducer, view)
     assert view.keys is not None
     for row, (n, entry) in enumerate(images):
-        groups = twins.tome_entry(view.keys[row, :n].tolist(), entry, order)
+        groups = twins.tome_entry(view.keys[row, :n].tolist(), entry, order, pace)
         index = [int(t) for t in selection.index[row][selection.valid[row]]]
         assert index == [group[0] for group in groups]
         found: list[set[int]] = [{token} for token in index]
@@ -115,7 +116,7 @@ def test_ties_go_to_the_lower_index() -> None:
     same(made_of(PruMerge(neighbours=2, merge="sum").v2v(view), 0), [{0: 1, 1: 1, 2: 1}, {1: 1, 0: 1, 2: 1}, {2: 1, 3: 1, 4: 1, 5: 1}])
     plan = SpanPlan(6, 4, 0, (4,))
     view = VisionView(view.valid, torch.tensor([4]), torch.tensor([0]), (plan,), None, view.keys)
-    selection = ToMe().v2v(view)
+    selection = ToMe(pace=2).v2v(view)
     assert selection.index.tolist() == [[1, 3, 4, 5]] and selection.into.tolist() == [[0, -1, 0, -1, -1, -1]]
 
 
@@ -216,7 +217,7 @@ def test_one_head_reads_the_tower_as_one(request: pytest.FixtureRequest) -> None
 def test_flops_count_matching_and_merging() -> None:
     plan = SpanPlan(100, 9, 1, (10,))
     assert choice_flops(PruMerge(keep=9), (plan,), 8, 32) == 2 * 9 * 100 * 8 + 2 * 10 * 100 * 32
-    assert choice_flops(ToMe(keep=25), (SpanPlan(100, 25, 0, (25,)),), 8, 32) == 2 * (50 * 50 + 25 * 25) * 8
+    assert choice_flops(ToMe(keep=25, pace=2), (SpanPlan(100, 25, 0, (25,)),), 8, 32) == 2 * (50 * 50 + 25 * 25) * 8
 
 
 @pytest.mark.parametrize(
@@ -231,6 +232,7 @@ def test_flops_count_matching_and_merging() -> None:
         ("prumerge_plus", {"important": 2.0}, "important=2.0: a share"),
         ("prumerge_plus", {"spacing": "odd"}, "spacing='odd'"),
         ("tome", {"order": "size"}, "order='size'"),
+        ("tome", {"pace": 1}, "pace=1: at most every second token"),
         ("tome", {"cls_token": True, "positions": "compact"}, "the CLS row would be merged"),
     ],
 )

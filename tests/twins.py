@@ -237,13 +237,13 @@ def prumerge_plus_entry(importance: Sequence[float], count: int, important: floa
     return sorted(attended + (spaced([i not in attended for i in range(len(importance))], even) if even else []))
 
 
-def tome_entry(keys: Matrix, count: int, order: str) -> list[list[int]]:
-    """Groups of tokens, in rows; the first of each is where the row stands. Half of what is left may go in every round."""
+def tome_entry(keys: Matrix, count: int, order: str, pace: int) -> list[list[int]]:
+    """Groups of tokens, in rows; the first of each is where the row stands. One of ``pace`` that are left goes in every round."""
     groups = [[i] for i in range(len(keys))]
     while len(groups) > max(1, count):
         mean = [[sum(keys[i][c] for i in group) / len(group) for c in range(len(keys[0]))] for group in groups]
         pairs = matched(mean, 0)
-        leave = min(len(groups) - max(1, count), len(groups) // 2)
+        leave = min(len(groups) - max(1, count), max(1, len(groups) // pace))
         for i, j in pairs[:leave]:
             groups[j] = [*groups[j], *groups[i]]
         gone = {i for i, _ in pairs[:leave]}

@@ -22,8 +22,8 @@ class ToMe(EncoderReducer):
     """Token Merging (ICLR 2023, arXiv 2210.09461), at the exit of the vision tower.
 
     Bipartite soft matching: every second token looks for the one between that it resembles most (cosine of mean keys), and the pairs that
-    are most alike become one. Repeated with what is left, at most half of it at a time, until as many rows are left as are wanted. Each is
-    the mean of all tokens in it; so is its key. No attention, no text, and nothing happens in the decoder.
+    are most alike become one. Repeated with what is left, a quarter of it at a time, until as many rows are left as are wanted. Each is the
+    mean of all tokens in it; so is its key. No attention, no text, and nothing happens in the decoder.
 
     Parameters
     ----------
@@ -32,14 +32,16 @@ class ToMe(EncoderReducer):
     order : str
         Who looks and who is looked at in the next round: every second one in "raster" order, or in that of the released code ("released":
         tokens that looked and stay, most alike first, then those that were looked at).
+    pace : int
+        One of that many tokens leaves in a round. 2 is the most that a matching can do: then all that look must find somebody, however unlike.
 
-    Cost: per round a quarter of a table of all pairs that are left, in float32; a round halves their number. Needs: vision keys. Usable in
+    Cost: per round a quarter of a table of all pairs that are left, in float32; 8 rounds from 576 to 64 rows. Needs: vision keys. Usable in
     training (the choice carries no gradient, the rows do).
 
     Differences from the authors' code (facebookresearch/ToMe): it merges within the blocks of a tower, some tokens in each, and the next
     block makes new keys of what was merged; here nothing in the tower changes, keys are merged like the rows, and attention is not weighted
-    by sizes. Kept positions: a row stands where its last token that was looked at was. ``ToMe.official``: order of the released code, compact
-    positions.
+    by sizes. Kept positions: a row stands where its last token that was looked at was. ``ToMe.official``: order of the released code, up to half
+    of the tokens in one round, compact positions.
     """
 
     paper = "ToMe, ICLR 2023, arXiv 2210.09461"
@@ -49,19 +51,23 @@ class ToMe(EncoderReducer):
 
     keep: Keep | None = None
     order: str = "raster"
+    pace: int = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep is not None:
             check_keep("keep", self.keep)
         check_choice("order", self.order, ("raster", "released"))
+        if self.pace < 2:
+            raise ValueError(f"pace={self.pace}: at most every second token can leave in a round, give 2 or more")
         if self.cls_token:
             raise ValueError("cls_token=True cannot work with tome: the CLS row would be merged like any other")
 
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> ToMe:
         """The matching of the released code, in its order, at compact positions; ``keep`` rows of each crop."""
-        return cls(**{"keep": keep, "order": "released", "positions": "compact", "parts": "each", "keep_predicting": False} | fields)
+        released: dict[str, Any] = {"order": "released", "pace": 2, "positions": "compact", "parts": "each", "keep_predicting": False}
+        return cls(**{"keep": keep} | released | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return constant(self, self.keep, tokens, depth, budget)
@@ -74,8 +80,8 @@ class ToMe(EncoderReducer):
         most = [(min(plan.tokens, home.shape[1]), max(1, plan.dominant)) for plan in view.plans]  # of each span on the host, and wanted
         rows, real = pack_right(view.valid, max(n for n, _ in most))
         while any(n > k for n, k in most):
-            most = [(max(k, n - n // 2), k) for n, k in most]
-            leaving = torch.minimum(left - wanted, left // 2)
+            most = [(max(k, n - max(1, n // self.pace)), k) for n, k in most]
+            leaving = torch.minimum((left - wanted).clamp(min=0), (left // self.pace).clamp(min=1))
             left = left - leaving
             source, target = matched(take(sums, rows), real)
             leaves = torch.arange(source.shape[1], device=rows.device) < leaving[:, None]
