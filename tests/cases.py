@@ -14,7 +14,10 @@ from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.fastv import FastV
+from duet_vlm.methods.prumerge import PruMerge
+from duet_vlm.methods.prumerge_plus import PruMergePlus
 from duet_vlm.methods.pyramiddrop import PyramidDrop
+from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.methods.vispruner import VisPruner
 
@@ -32,9 +35,12 @@ REDUCING: dict[str, dict[str, Any]] = {
         "visionzip_contextual": 0.2,
         "pyramiddrop_schedule": ((2, 0.5), (4, 0.25), (6, 0.1)),
     },
+    "prumerge": {"keep": 0.3, "neighbours": 3},
+    "prumerge_plus": {"keep": 0.3, "neighbours": 3},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
+    "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "visionzip": {"dominant": 0.3, "contextual": 0.2},
     "vispruner": {"keep": 0.4, "important": 0.4},
@@ -58,10 +64,13 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("frames", {"budget": 1.0}),
     ("frames+visionzip+pyramiddrop", {"budget": 1.0}),
     ("frames+duet", {"budget": 100_000}),
+    ("prumerge", {"keep": 1.0}),
+    ("prumerge_plus", {"budget": 100_000}),
     ("pyramiddrop", {"schedule": ((2, 1.0), (4, 1.0))}),
     ("random", {"entry": 1.0}),
     ("scope", {"keep": 1.0}),
     ("scope", {"budget": 100_000}),
+    ("tome", {"keep": 1.0}),
     ("uniform", {"budget": 1.0}),
     ("visionzip", {"dominant": 1.0}),
     ("vispruner", {"budget": 1.0}),
@@ -77,6 +86,9 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "fastv": FastV.official("lmms"),
     "fastervlm": FasterVLM.official(9),
     "vispruner": VisPruner.official(9, 0.4),
+    "prumerge": PruMerge.official(4, neighbours=3),
+    "prumerge_plus": PruMergePlus.official(0.25, neighbours=3),
+    "tome": ToMe.official(6),
 }
 
 

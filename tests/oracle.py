@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from duet_vlm import Handle
 
-Entered = dict[int, tuple[int, tuple[int, ...]]]  # token of the span -> (source token, tokens merged into it)
+Entered = dict[int, tuple[int, tuple[int, ...], tuple[float, ...] | None]]  # token -> (source, tokens merged into it, what they weigh)
 
 
 @dataclass
@@ -67,7 +67,7 @@ def choices_of(handle: Handle) -> list[Choice]:
             last = place[int(run.prompt.slot[sample][run.prompt.visual[sample]][span.offset + span.tokens - 1])]
             there = {place[s] for s in run.groups[0].tokens.slot[sample][run.groups[0].tokens.valid[sample]].tolist()}
             if last in there and span_places[-1] == last and span.tokens - 1 not in span_rows:
-                span_rows[span.tokens - 1] = (span.tokens - 1, ())
+                span_rows[span.tokens - 1] = (span.tokens - 1, (), None)
         alive = {}
         for group in run.groups:
             slots = group.tokens.slot[sample][group.tokens.valid[sample]].tolist()
@@ -82,14 +82,16 @@ def choices_of(handle: Handle) -> list[Choice]:
 def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
     selection = encoded.selection
     if selection is None:
-        return {slot: (slot, ()) for slot in range(tokens)}
+        return {slot: (slot, (), None) for slot in range(tokens)}
     into = selection.into[number].tolist()
     members = selection.members[number].tolist()
+    weights = None if selection.weights is None else selection.weights[number].tolist()
     entered = {}
     for row, (source, real) in enumerate(zip(selection.index[number].tolist(), selection.valid[number].tolist(), strict=True)):
         if real:
-            joined = tuple(m for m, target in zip(members, into, strict=True) if target == row)
-            entered[len(entered) if positions == "compact" else source] = (source, joined)
+            here = [place for place, target in enumerate(into) if target == row]
+            joined, weigh = tuple(members[p] for p in here), None if weights is None else tuple(weights[p] for p in here)
+            entered[len(entered) if positions == "compact" else source] = (source, joined, weigh)
     return entered
 
 
@@ -104,11 +106,14 @@ def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cl
     pointwise = family.pointwise(model)
     shift = 0 if cls_token else family.skip()
     entered = {}
-    for slot, (source, joined) in rows.items():
+    for slot, (source, joined, weigh) in rows.items():
         row = features[source + shift]
         if joined:
             members = torch.stack([features[m + shift] for m in joined])
-            row = torch.cat([row[None], members]).mean(0) if merge == "mean" else row + members.mean(0)
+            if weigh is not None:
+                row = sum(w * member for w, member in zip(weigh, members, strict=True))
+            else:
+                row = torch.cat([row[None], members]).mean(0) if merge == "mean" else row + members.mean(0)
         entered[slot] = row if pointwise is None else pointwise(row[None])[0]
     return entered
 

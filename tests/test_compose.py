@@ -34,8 +34,10 @@ from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.floors import UniformTokens
 from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.none import NoReduction
+from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.scope import Scope
+from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.visionzip import VisionZip
 
 MADE: dict[str, duet_vlm.Reducer] = {
@@ -418,7 +420,7 @@ def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, refuse)
-    for second in (VisionZip(), Duet(), DivPrune(), Scope()):
+    for second in (VisionZip(), Duet(), DivPrune(), Scope(), PruMerge(), ToMe()):
         made = compose(Frames(), second)
         assert isinstance(made, EncoderReducer)
         made.v2v(view)

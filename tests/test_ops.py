@@ -285,6 +285,105 @@ def test_gradient_flows_to_anchor_and_members_alike() -> None:
     torch.testing.assert_close(features.grad[0, :, 0], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0, 1.0]))
 
 
+@quick
+@given(seeds, st.integers(1, 8), st.integers(1, 4), st.integers(0, 9), st.sampled_from([torch.float32, torch.float16]))
+def test_merged_rows_with_weights(seed: int, tokens: int, rows: int, members: int, dtype: torch.dtype) -> None:
+    """A token in several rows, twice in one, and kept besides; rows that nobody joins; numbers that are none where nothing joins."""
+    draw = torch.Generator().manual_seed(seed)
+    features = normal(seed, 2, tokens, 3).to(dtype)
+    index = torch.randint(0, tokens, (2, rows), generator=draw)
+    joined, into = torch.randint(0, tokens, (2, members), generator=draw), torch.randint(-1, rows, (2, members), generator=draw)
+    weights = normal(seed + 1, 2, members).masked_fill(into < 0, float("nan"))
+    result = merge.merged_rows(features, Selection(index, torch.ones(2, rows, dtype=torch.bool), joined, into, weights=weights))
+    assert result.dtype == dtype
+    for b in range(2):
+        for row in range(rows):
+            group = [p for p, to in enumerate(into[b].tolist()) if to == row]
+            if not group:
+                assert torch.equal(result[b, row], features[b, index[b, row]])  # copied, bit for bit
+                continue
+            expected = twins.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
+            torch.testing.assert_close(result[b, row], torch.tensor(expected, dtype=dtype), rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_flows_by_weight() -> None:
+    features = normal(1, 1, 4, 2).requires_grad_()
+    weights = torch.tensor([[0.5, 0.25, 2.0, 9.0]])
+    selection = Selection(
+        torch.tensor([[1, 3]]), torch.ones(1, 2).bool(), torch.tensor([[0, 2, 0, 1]]), torch.tensor([[0, 0, 1, -1]]), weights=weights
+    )
+    merge.merged_rows(features, selection).sum().backward()
+    torch.testing.assert_close(features.grad[0, :, 0], torch.tensor([2.5, 0.0, 0.25, 0.0]))
+
+
+@quick
+@given(seeds, st.lists(st.integers(0, 9), min_size=1, max_size=3), st.integers(0, 2), st.booleans())
+def test_matched(seed: int, sizes: list[int], protected: int, ties: bool) -> None:
+    width = max(sizes)
+    metric = normal(seed, len(sizes), width, 3)
+    if ties:
+        metric = metric.round()
+    source, target = merge.matched(metric, torch.arange(width) < torch.tensor(sizes)[:, None], protected)
+    assert source.shape == target.shape == (len(sizes), (width + 1) // 2)
+    for rows, size, looks, at in zip(metric.tolist(), sizes, source.tolist(), target.tolist(), strict=True):
+        expected = twins.matched(rows[:size], protected)
+        assert ties or list(zip(looks, at, strict=True))[: len(expected)] == expected
+        assert len(set(looks)) == len(looks) or width < 2
+
+
+@quick
+@given(seeds, st.integers(1, 9), st.integers(0, 5), st.integers(0, 10))
+def test_neighbours(seed: int, tokens: int, rows: int, count: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    metric, asked = normal(seed, 2, tokens, 3), torch.randint(0, tokens, (2, rows), generator=draw)
+    times = torch.randint(0, 3, (2, tokens), generator=draw)
+    found = merge.neighbours(metric, asked, times.float(), count)
+    assert found.shape == (2, rows, min(count, tokens))
+    for b in range(2):
+        for token, order in zip(asked[b].tolist(), found[b].tolist(), strict=True):
+            expected = twins.nearest(metric[b].tolist(), token, times[b].tolist())[:count]
+            assert order[: len(expected)] == expected
+
+
+def test_neighbours_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric, asked, times = normal(1, 2, 40, 4), torch.arange(40).expand(2, -1), torch.ones(2, 40)
+    whole = merge.neighbours(metric, asked, times, 7)
+    monkeypatch.setattr(merge, "ROWS", 3)
+    assert torch.equal(merge.neighbours(metric, asked, times, 7), whole)
+
+
+@quick
+@given(score_batches(), st.sampled_from([0.0, 0.25, 0.4, 0.75, 1.0]))
+def test_quantile_and_outliers(batch: tuple[Tensor, Tensor], q: float) -> None:
+    values, valid = batch
+    found = select.quantile(values, valid, q)[:, 0].tolist()
+    for row, real, at, mask in zip(values.tolist(), valid.tolist(), found, select.outliers(values, valid), strict=True):
+        kept = [value for value, ok in zip(row, real, strict=True) if ok]
+        assert not kept or abs(at - twins.quantile(kept, q)) < 1e-6
+        numbers = [i for i, ok in enumerate(real) if ok]
+        assert mask.nonzero().flatten().tolist() == ([numbers[i] for i in twins.outliers(kept)] if kept else [])
+
+
+def test_quantile_is_that_of_torch() -> None:
+    values = normal(5, 3, 577)
+    for q in (0.25, 0.5, 0.75):
+        expected = values.quantile(q, 1, keepdim=True)
+        torch.testing.assert_close(select.quantile(values, torch.ones_like(values, dtype=torch.bool), q), expected)
+
+
+@quick
+@given(seeds, st.sampled_from([(1, 1), (4, 4), (4, 2)]), st.integers(1, 7))
+def test_one_head(seed: int, heads: tuple[int, int], tokens: int) -> None:
+    """Rows of all heads one behind the other, scaled by the root of that width."""
+    query, key = normal(seed, 2, heads[0], tokens, 4), normal(seed + 1, 2, heads[1], tokens, 4)
+    joined_query, joined_key, scaling = score.one_head(query, key, 4**-0.5)
+    assert scaling == pytest.approx((4 * heads[0]) ** -0.5)
+    for joined, single, share in ((joined_query, query, 1), (joined_key, key, heads[0] // heads[1])):
+        assert joined.shape == (2, 1, tokens, 4 * heads[0])
+        expected = torch.cat([single[:, head // share] for head in range(heads[0])], -1)
+        assert torch.equal(joined[:, 0], expected)
+
+
 # ---- V2V: the rules of the papers on ragged spans
 
 

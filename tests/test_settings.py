@@ -51,7 +51,8 @@ def made(method: str, name: str, value: Any) -> duet_vlm.Reducer:
 def reads_what(method: str, name: str) -> bool:
     """Settings that some methods refuse whatever their value, as they have no CLS row to feed."""
     cls = METHODS[method]
-    return not (name == "cls_token" and (getattr(cls, "reads_projected", False) or "frames" in method))
+    without = any(part in method for part in ("frames", "prumerge", "tome"))
+    return not (name == "cls_token" and (getattr(cls, "reads_projected", False) or without))
 
 
 def test_every_kind_of_setting_is_known_here() -> None:

@@ -46,7 +46,7 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
     def v2v(self: Any, view: VisionView) -> Selection:
         made = type(reducer).v2v(self, view)
         found, code = checked_selection(self, made, view, view.plans)
-        assert int(code) == 0 and found.merge == made.merge
+        assert int(code) == 0 and found.merge == made.merge and found.weights is made.weights
         assert torch.equal(found.valid, made.valid) and torch.equal(found.into, made.into)
         assert torch.equal(found.index[found.valid], made.index[made.valid])
         assert torch.equal(found.members[found.into >= 0], made.members[made.into >= 0])
@@ -218,6 +218,16 @@ SELECTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "no such row": (selection_with(into=lambda s: put(s.into, 0, s.index.shape[1])), r"a row that does not exist \(span 3: \d+\)"),
     "a row before the first": (selection_with(into=lambda s: put(s.into, 0, -2)), r"a row that does not exist \(span 3: -2\)"),
     "merged twice": (selection_with(members=lambda s: put(s.members, 0, s.members[-1, 1])), r"merges a token twice.*\(span 3: \d+\)"),
+    "weights as numbers": (selection_with(weights=lambda s: s.into), r"weights = .*int64.*give a tensor \[4, 2\] of floating point, as members"),
+    "weights of other width": (selection_with(weights=lambda s: torch.ones(4, 3)), r"weights = a tensor \[4, 3\] .* give a tensor \[4, 2\]"),
+    "a weight that is none": (
+        selection_with(weights=lambda s: torch.full(s.into.shape, float("nan"))),
+        r"weights that are not finite \(span 0: \d+\)",
+    ),
+    "weights and twice": (
+        selection_with(weights=lambda s: torch.ones(s.into.shape), index=lambda s: put(s.index, 0, s.index[-1, 1])),
+        r"keeps a token twice \(span 3: 1\)",
+    ),
     "kept and merged": (selection_with(members=lambda s: put(s.members, 0, s.index[-1, 0])), r"one that it also keeps \(span 3: 0\)"),
 }
 MASKS: dict[str, tuple[Callable[..., Any], str]] = {
@@ -401,6 +411,21 @@ def test_a_right_selection_is_never_refused(pair: tuple[Selection, VisionView]) 
     assert torch.equal(found.members[joins], selection.members[joins])
 
 
+def test_with_weights_a_token_may_join_several_rows_and_be_kept() -> None:
+    """Nothing is looked at of a weight that joins no row."""
+    view = view_of(torch.ones(2, 5, dtype=torch.bool), [(2, 1), (3, 0)])
+    index, members = torch.tensor([[0, 1, 2], [4, 0, 1]]), torch.tensor([[0, 4, 4, 1], [3, 3, 3, 2]])
+    into = torch.tensor([[0, 0, 1, 2], [0, 0, 2, -1]])
+    selection = Selection(index, torch.ones(2, 3, dtype=torch.bool), members, into, weights=torch.ones(2, 4))
+    selection.weights[1, 3] = float("nan")
+    assert checked_selection(Mine(), selection, view, view.plans)[1] == 0
+    assert code_of(dataclasses.replace(selection, weights=None), view)[1] == Wrong.MEMBERS
+    selection.weights[1, 2] = float("inf")
+    assert code_of(selection, view)[1] == Wrong.WEIGHTS
+    assert code_of(dataclasses.replace(selection, members=put(members, 0, 9)), view)[1] == Wrong.RANGE
+    assert code_of(dataclasses.replace(selection, into=put(into, 0, 7)), view)[1] == Wrong.INTO
+
+
 @st.composite
 def spoiled(draw: Any) -> tuple[Selection, VisionView]:
     """A right one with a few numbers changed to others."""
@@ -513,6 +538,10 @@ def test_on_other_devices_no_value_is_read_and_nothing_large_is_made() -> None:
     index = torch.zeros(batch, rows, dtype=torch.long, device="meta")
     members = torch.zeros(batch, 100, dtype=torch.long, device="meta")
     with Sizes() as sizes:
+        weights = torch.empty(members.shape, device="meta")
+        checked_selection(Mine(), Selection(index, index > 0, members, members, weights=weights), view, view.plans)
+        assert len(sizes.made) < 60
+        sizes.made.clear()
         selection, code = checked_selection(Mine(), Selection(index, index > 0, members, members), view, view.plans)
         mask, told = checked_mask(Mine(), view.valid, view.valid, view.dominant)
     assert code.device.type == told.device.type == "meta" and code.ndim == told.ndim == 0

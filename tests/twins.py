@@ -62,6 +62,18 @@ def best(scores: Sequence[float], valid: Sequence[bool], count: int) -> list[int
     return sorted((i for i, ok in enumerate(valid) if ok), key=lambda i: (-scores[i], i))[:count]
 
 
+def quantile(values: Sequence[float], q: float) -> float:
+    """Between the two values around place q * (n - 1), as far as the place is."""
+    ordered, place = sorted(values), q * (len(values) - 1)
+    low = ordered[math.floor(place)]
+    return low + (ordered[math.ceil(place)] - low) * (place - math.floor(place))
+
+
+def outliers(values: Sequence[float]) -> list[int]:
+    first, third = quantile(values, 0.25), quantile(values, 0.75)
+    return [i for i, value in enumerate(values) if value > third + 1.5 * (third - first)]
+
+
 def spaced(valid: Sequence[bool], count: int) -> list[int]:
     """``count`` of the valid tokens, one from the end of each of ``count`` equal shares of them."""
     real = [i for i, ok in enumerate(valid) if ok]
@@ -84,6 +96,23 @@ def merged(features: Matrix, anchor: int, members: Sequence[int], rule: str) -> 
     if rule == "anchor_plus_mean":
         return [a + m for a, m in zip(features[anchor], mean, strict=True)]
     return [(a + len(members) * m) / (1 + len(members)) for a, m in zip(features[anchor], mean, strict=True)]
+
+
+def weighed(features: Matrix, members: Sequence[int], weights: Sequence[float]) -> list[float]:
+    """What a row becomes that is nothing but its members, each times its weight."""
+    return [sum(w * features[m][c] for m, w in zip(members, weights, strict=True)) for c in range(len(features[0]))]
+
+
+def matched(metric: Matrix, protected: int) -> list[tuple[int, int]]:
+    """Who looks at whom: every even place that is not protected and the odd one most like it, the most alike pair first."""
+    odd = [i for i in range(1, len(metric), 2) if i >= protected]
+    pairs = []
+    for i in range(0, len(metric), 2):
+        if i >= protected and odd:
+            likeness = [cosine(metric[i], metric[j]) for j in odd]
+            nearest = first_largest(likeness)
+            pairs.append((-round(likeness[nearest], 6), i, odd[nearest]))
+    return [(i, j) for _, i, j in sorted(pairs)]
 
 
 # ---- V2V of the papers, for one span
@@ -180,6 +209,50 @@ def vispruner_entry(importance: Sequence[float], features: Matrix, count: int, i
         leave = min(8, len(rest) - wanted, len(asked))
         rest = asked[leave:] + between
     return sorted(chosen + (rest if wanted > 0 else []))
+
+
+def nearest(keys: Matrix, token: int, times: Sequence[int]) -> list[int]:
+    """All other tokens that are there, and the token itself if it is there more than once, the most similar first."""
+    there = [v for v, n in enumerate(times) if n > (v == token)]
+    return sorted(there, key=lambda v: (-round(cosine(keys[token], keys[v]), 6), v))
+
+
+def around(
+    importance: Sequence[float], keys: Matrix, kept: Sequence[int], neighbours: int, rest_row: bool, rule: str = "mean"
+) -> list[dict[int, float]]:
+    """PruMerge: what each row is made of, token -> weight; behind the rows of the kept tokens one of all others."""
+    share = [value / sum(importance) for value in importance] if rule == "mean" else list(importance)
+    once = [1] * len(keys)
+    rows = [{token: 1.0} | {v: share[v] for v in nearest(keys, token, once)[:neighbours]} for token in kept]
+    if rest_row:
+        rows.append({v: share[v] for v in range(len(keys)) if v not in kept})
+    return [{v: w / sum(row.values()) for v, w in row.items()} if rule == "mean" else row for row in rows]
+
+
+def prumerge_plus_entry(importance: Sequence[float], count: int, important: float) -> list[int]:
+    """Outliers, at most a share of ``count`` of them, and evenly spaced tokens of the others."""
+    everyone = [True] * len(importance)
+    attended = best(importance, everyone, min(len(outliers(importance)), math.ceil(count * important)))
+    even = count - len(attended)
+    return sorted(attended + (spaced([i not in attended for i in range(len(importance))], even) if even else []))
+
+
+def tome_entry(keys: Matrix, count: int, order: str, pace: int) -> list[list[int]]:
+    """Groups of tokens, in rows; the first of each is where the row stands. One of ``pace`` that are left goes in every round."""
+    groups = [[i] for i in range(len(keys))]
+    while len(groups) > max(1, count):
+        mean = [[sum(keys[i][c] for i in group) / len(group) for c in range(len(keys[0]))] for group in groups]
+        pairs = matched(mean, 0)
+        leave = min(len(groups) - max(1, count), max(1, len(groups) // pace))
+        for i, j in pairs[:leave]:
+            groups[j] = [*groups[j], *groups[i]]
+        gone = {i for i, _ in pairs[:leave]}
+        if order == "raster":
+            groups = [group for i, group in enumerate(groups) if i not in gone]
+        else:
+            alone = [len(groups) - 1] if len(groups) == 1 else []
+            groups = [groups[i] for i, _ in pairs[leave:]] + [groups[i] for i in alone] + groups[1::2]
+    return groups[:count]
 
 
 def duet_plus_entry(

@@ -40,6 +40,7 @@ SHARES = ("joint", "each")
 PARTS = ("auto", "joint", "each")
 NEWLINES = ("drop", "keep")
 QUERIES = 256  # rows of a picture that rank its tokens where the tower has no CLS row
+HEADS = ("each", "one")
 ROUNDINGS = ("floor", "int", "round")
 
 
@@ -147,6 +148,9 @@ class EncoderReducer(Reducer):
     signal_queries : int or None
         Where the tower has no CLS row, tokens are ranked by the attention that they receive: from that many of its rows, spread over the grid
         of each picture or frame, or from all of them (None, as the released codes do). The sum costs as many rows times all.
+    signal_heads : str
+        "each": the attention of every head, added up, and keys as means over heads. "one": all heads side by side are read as a single wide
+        one, as the released code of LLaVA-PruMerge does.
     parts : str
         "joint": all crops of an image or frames of a clip are reduced together; "each": every one by itself, within one budget, and the
         method's own counts are per part; "auto": what the model family's documentation states.
@@ -165,6 +169,7 @@ class EncoderReducer(Reducer):
     signal_layer: int | None = None
     signal_segments: bool = True
     signal_queries: int | None = QUERIES
+    signal_heads: str = "each"
     parts: str = "auto"
     newline: str = "drop"
 
@@ -172,6 +177,7 @@ class EncoderReducer(Reducer):
         super().__post_init__()
         if self.signal_queries is not None and self.signal_queries < 1:
             raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
+        check_choice("signal_heads", self.signal_heads, HEADS)
         check_choice("parts", self.parts, PARTS)
         check_choice("newline", self.newline, NEWLINES)
         if self.cls_token and self.positions != "compact":

@@ -44,6 +44,10 @@ class Selection:
     merge : str
         "mean": the plain mean of anchor and members; "anchor_plus_mean": anchor + mean of members (a sum of two, as in the released
         code of VisionZip and DUET-VLM).
+    weights : Tensor or None
+        [B, P] floating point. A row that members join is then the sum of these members, each times its weight, and of nothing else: ``index``
+        says where the row stands, and its token is a member like any other if it is to count. A token may be a member of several rows, and
+        of some while it is kept. ``merge`` plays no part. None: every member joins one row, by ``merge``.
     """
 
     index: Tensor
@@ -51,6 +55,7 @@ class Selection:
     members: Tensor
     into: Tensor
     merge: str = "mean"
+    weights: Tensor | None = None
 
     @classmethod
     def pick(cls, index: Tensor, valid: Tensor) -> Selection:
@@ -122,8 +127,9 @@ class StageTrace:
 
 @dataclass(frozen=True)
 class SpanTrace:
-    """The history of one span: ``merged`` maps an anchor to the tokens merged into it at entry; ``stages`` follow the depth. ``tower``: the
-    tokens that went through the vision tower (a stage of layer -1); None where all did."""
+    """The history of one span: ``merged`` maps an anchor to the other tokens merged into it at entry; ``stages`` follow the depth. A method
+    that weighs what it merges may name a token for several anchors, and tokens that are kept. ``tower``: the tokens that went through the
+    vision tower (a stage of layer -1); None where all did."""
 
     span: Span
     merged: dict[int, tuple[int, ...]]

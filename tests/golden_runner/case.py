@@ -23,7 +23,7 @@ class Case:
         self.meta: dict[str, Any] = json.loads(path.read_text())
         self.tensors = load_file(path.with_suffix(".safetensors"))
         self.runs: dict[str, dict[str, Any]] = self.meta["runs"]
-        self.config: dict[str, Any] = self.meta["config"]
+        self.config: dict[str, Any] = self.meta.get("config", {})
         self.compared: set[str] = set()
         self.errors: set[str] = set()
 

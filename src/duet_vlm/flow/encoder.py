@@ -142,7 +142,7 @@ class EncoderFlow:
             call.encoding.stream, [], (), choice.plans, call.rules, choice.selection, slots, reducer.cls_token,
             wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True, alive=choice.alive,
         )  # fmt: skip
-        merged = merged_rows(features, choice.selection)
+        merged = _merged(features, choice.selection)
         if call.aside:
             call.merged = merged
             return None
@@ -191,7 +191,7 @@ class EncoderFlow:
             encoded.alive = choice.alive
             encoded.ends = torch.stack([row[-1] for row in rows])
             features, _ = pad_rows(rows)
-            encoded.aside = _cut(_marked(merged_rows(features, choice.selection), encoded, features.shape[1]), rows)
+            encoded.aside = _cut(_marked(_merged(features, choice.selection), encoded, features.shape[1]), rows)
             encoded.levels = [type(level)(_overwritten(list(level), encoded)) for level in levels or ()]
         return encoded
 
@@ -306,7 +306,13 @@ def _overwritten(rows: list[Tensor], encoded: Encoded) -> list[Tensor]:
     """Rows of a later level [n, D] with merged ones in their slots; nobody reads those that left, so they stay as they are."""
     features, _ = pad_rows(rows)
     assert encoded.selection is not None
-    return _cut(_placed(merged_rows(features, encoded.selection), encoded, features), rows)
+    return _cut(_placed(_merged(features, encoded.selection), encoded, features), rows)
+
+
+def _merged(features: Tensor, selection: Selection) -> Tensor:
+    """[B, N, C] -> [B, K, C], in float32 also where autocast runs around it."""
+    with compat.without_autocast(features):
+        return merged_rows(features, selection)
 
 
 def _placed(rows: Tensor, encoded: Encoded, onto: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def _joined(selection: Selection, rows: Tensor, count: int) -> Selection:
         return x.unflatten(0, (-1, count)).flatten(1)
 
     index, members = rows.gather(1, selection.index), rows.gather(1, selection.members)
-    return Selection(of_spans(index), of_spans(selection.valid), of_spans(members), of_spans(into), selection.merge)
+    weights = None if selection.weights is None else of_spans(selection.weights)
+    return Selection(of_spans(index), of_spans(selection.valid), of_spans(members), of_spans(into), selection.merge, weights)
 
 
 def with_structure(selection: Selection, structure: Tensor, plans: tuple[SpanPlan, ...]) -> Selection:

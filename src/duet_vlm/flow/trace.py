@@ -80,7 +80,7 @@ def _entry(encoded: Encoded, number: int, tokens: int) -> tuple[list[int], dict[
             token_at[slot] = source - shift
     merged: dict[int, tuple[int, ...]] = {}
     for member, into in zip(selection.members[number].tolist(), selection.into[number].tolist(), strict=True):
-        if into >= 0:
+        if into >= 0 and member != index[into]:
             anchor = index[into] - shift
             merged[anchor] = (*merged.get(anchor, ()), member - shift)
     return token_at, merged

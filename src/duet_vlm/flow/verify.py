@@ -47,19 +47,22 @@ Faults: TypeAlias = "dict[Wrong, tuple[Tensor, Values]]"  # where each kind is t
 class Wrong(IntEnum):
     """What is wrong with a selection or a mask; of several the largest is told."""
 
-    MEMBERS = 1
-    INTO = 2
-    TWICE = 3
-    PADDING = 4
-    ROWS = 5
-    RANGE = 6
-    INPUT = 7
-    KEPT = 8
-    UNITS = 9
+    WEIGHTS = 1
+    MEMBERS = 2
+    INTO = 3
+    TWICE = 4
+    PADDING = 5
+    ROWS = 6
+    RANGE = 7
+    INPUT = 8
+    KEPT = 9
+    UNITS = 10
 
 
 MESSAGES = {
-    Wrong.MEMBERS: "v2v returned a selection that merges a token twice, or one that it also keeps{}: every token is kept, merged once or dropped",
+    Wrong.WEIGHTS: "v2v returned a selection with weights that are not finite{}: the weight of a member that joins a row is a finite number",
+    Wrong.MEMBERS: "v2v returned a selection that merges a token twice, or one that it also keeps{}: every token is kept, merged once or dropped "
+    "(give weights to merge it into several rows)",
     Wrong.INTO: "v2v returned a selection that merges a token into a row that does not exist{}: into is the number of a valid row of index, or -1",
     Wrong.TWICE: "v2v returned a selection that keeps a token twice{}: the valid entries of index must differ",
     Wrong.PADDING: "v2v returned a selection with padding in it{}: choose and merge tokens only where view.valid is True",
@@ -163,17 +166,19 @@ def checked_selection(reducer: Reducer, selection: Selection, view: VisionView, 
     index, valid, members, into = selection.index, selection.valid, selection.members, selection.into
     tokens, rows, planned = view.valid.shape[1], index.shape[1], view.dominant + view.contextual
     wrong: Faults = {}
-    chosen, real, weight = index, valid, valid.long()
+    chosen, real, weight, weights = index, valid, valid.long(), selection.weights
     if members.shape[1]:
         row = into.clamp(0, max(rows - 1, 0))
         joins = (row == into) & (valid if rows else valid.new_zeros(len(valid), 1)).gather(1, row)
         chosen, real = torch.cat([index, members], 1), torch.cat([valid, joins], 1)
         weight = torch.cat([weight, joins * MEMBER], 1)
         wrong[Wrong.INTO] = joins != (into != -1), into
+        if weights is not None:
+            wrong[Wrong.WEIGHTS] = joins & ~weights.isfinite(), members
         into = torch.where(joins, into, -1)
     inside = chosen.clamp(0, tokens - 1)  # those outside are the worst that is wrong, so that they count as others hides nothing
     times = weight.new_zeros(view.valid.shape).scatter_add_(1, inside, weight)
-    if members.shape[1]:
+    if members.shape[1] and weights is None:
         wrong[Wrong.MEMBERS] = times > MEMBER, None
     wrong[Wrong.TWICE] = times % MEMBER > 1, None
     wrong[Wrong.PADDING] = times.masked_fill(view.valid, 0), None
@@ -183,7 +188,7 @@ def checked_selection(reducer: Reducer, selection: Selection, view: VisionView, 
         wrong[Wrong.INPUT] = shown * 0 != 0, None
     code = _code(reducer, wrong)
     kept = valid & (valid.cumsum(1) <= planned[:, None])
-    return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge), code
+    return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights), code
 
 
 def _check_form(reducer: Reducer, selection: Selection, view: VisionView, plans: Sequence[SpanPlan]) -> None:
@@ -205,6 +210,11 @@ def _check_form(reducer: Reducer, selection: Selection, view: VisionView, plans:
         shapes = [tuple(getattr(selection, name).shape) for name in (a, b)]
         if shapes[0] != shapes[1]:
             refuse(f"{a} of shape {shapes[0]} and {b} of shape {shapes[1]}: they must be alike")
+    if (weights := selection.weights) is not None:
+        form = isinstance(weights, Tensor) and weights.shape == selection.members.shape and weights.is_floating_point()
+        if not form or weights.device != view.valid.device:
+            expected = f"give a tensor {list(selection.members.shape)} of floating point, as members, on {view.valid.device}, or None"
+            refuse(f"weights = {_shown(weights)}: {expected}")
     if selection.merge not in MERGES:
         refuse(f"merge={selection.merge!r}: choose one of {', '.join(map(repr, MERGES))}")
     most = max(plan.entry for plan in plans)

@@ -37,7 +37,8 @@ def selection_flops(
     if isinstance(reducer.tower, TowerReducer) and reducer.tower.mass:  # who stands for whom
         left = [n for plan, span in zip(plans, passes, strict=True) for n in left_in_tower(plan, span)]
         signals += sum(2 * n * k * vision.width for n, k in zip(parts, left, strict=True) if k < n)
-    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), key_width, feature_width)
+    keys = vision.width if reducer.signal_heads == "one" else key_width
+    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width)
 
 
 def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionShape, key_width: int) -> int:
@@ -45,7 +46,8 @@ def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequenc
     if not isinstance(reducer, EncoderReducer) or not reducer.signals or not any(plan.merges for plan in plans):
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
-    return sum(16 * (vision.width // key_width) * asking_rows(vision, n, reducer.signal_queries) * n for n in rows)
+    heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
+    return sum(16 * heads * asking_rows(vision, n, reducer.signal_queries) * n for n in rows)
 
 
 def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:
@@ -64,15 +66,16 @@ def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> 
 
 @lru_cache(maxsize=256)
 def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int) -> int:
-    """Matrix products of ``reducer.v2v`` on spans with these plans, counted on the meta device."""
+    """Matrix products of choosing and merging on spans with these plans, counted on the meta device."""
     batch, tokens = len(plans), max(plan.tokens for plan in plans)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
-        reducer.v2v(
+        selection = reducer.v2v(
             VisionView(
                 valid=torch.empty(batch, tokens, dtype=torch.bool, device=meta), dominant=count, contextual=count, plans=plans,
                 importance=torch.empty(batch, tokens, device=meta), keys=torch.empty(batch, tokens, key_width, device=meta),
                 features=torch.empty(batch, tokens, feature_width, device=meta),
             )
         )  # fmt: skip
-    return counter.get_total_flops()
+    merging = 0 if selection.weights is None else 2 * selection.index.numel() * tokens * feature_width  # a table of rows by tokens
+    return counter.get_total_flops() + merging

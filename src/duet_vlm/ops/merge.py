@@ -9,6 +9,7 @@ from duet_vlm.ops.ragged import take
 from duet_vlm.tokens import Selection
 
 BLOCK = 1024  # rows that look for their nearest at once
+ROWS = 64  # rows that sort all tokens at once
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -25,6 +26,23 @@ def nearest_anchor(metric: Tensor, members: Tensor, anchors: Tensor, anchor_vali
     unit = unit_rows(metric)
     similarity = take(unit, members) @ take(unit, anchors).transpose(1, 2)
     return similarity.masked_fill(~anchor_valid[:, None], float("-inf")).argmax(-1)
+
+
+def neighbours(metric: Tensor, tokens: Tensor, times: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens that resemble each of ``tokens`` most, by falling cosine; ties to the lower index.
+
+    metric [B, N, d], tokens [B, K], times [B, N] how often each token is there -> token numbers [B, K, min(count, N)]. A token is its own
+    neighbour only where it is there more than once; those that are not there come last. Works through blocks of rows, so memory is linear in N.
+    """
+    unit = unit_rows(metric)
+    others, missing, alone = unit.transpose(1, 2), times <= 0, times.gather(1, tokens) <= 1
+    found = []
+    for rows, single in zip(tokens.split(ROWS, 1), alone.split(ROWS, 1), strict=True):
+        likeness = (take(unit, rows) @ others).masked_fill_(missing[:, None], float("-inf"))
+        itself = likeness.gather(2, rows[..., None]).masked_fill(single[..., None], float("-inf"))
+        order = likeness.scatter_(2, rows[..., None], itself).argsort(dim=2, descending=True, stable=True)
+        found.append(order[..., :count].clone())  # not a view: it would keep the whole order
+    return torch.cat(found, 1)
 
 
 def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor) -> Tensor:
@@ -44,13 +62,16 @@ def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor
 def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     """The rows that a selection leaves: features [B, N, C] -> [B, K, C] in the dtype of ``features``.
 
-    Sums run in float32. Rows without members are copied unchanged, bit for bit.
+    Sums run in float32. Rows without members are copied unchanged, bit for bit. With weights the work is one product of a table [B, K, N], which
+    autocast must not touch.
     """
     rows = take(features, selection.index)
     if selection.members.shape[1] == 0:
         return rows
     width = rows.shape[1]
     into = selection.into.masked_fill(selection.into < 0, width)  # one spare row collects the tokens that join no row
+    if selection.weights is not None:
+        return _weighed(features, selection, selection.weights, rows, into)
     members = take(features, selection.members).float()
     total = members.new_zeros(rows.shape[0], width + 1, rows.shape[2])
     total = total.scatter_add(1, into[..., None].expand_as(members), members)[:, :width]
@@ -60,3 +81,33 @@ def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     else:
         merged = rows.float() + total / count.clamp(min=1)
     return torch.where(count > 0, merged.to(rows.dtype), rows)
+
+
+def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tensor, into: Tensor) -> Tensor:
+    """``merged_rows`` where members have weights; ``into`` is a row of ``rows`` [B, K, C] or K."""
+    batch, tokens, width = len(features), features.shape[1], rows.shape[1]
+    table = features.new_zeros(batch, (width + 1) * tokens, dtype=torch.float32)
+    table = table.scatter_add_(1, into * tokens + selection.members, weights.float()).unflatten(1, (width + 1, tokens))[:, :width]
+    joined = selection.valid.new_zeros(batch, width + 1).scatter_(1, into, True)[:, :width, None]
+    return torch.where(joined, (table @ features.float()).to(rows.dtype), rows)
+
+
+def matched(metric: Tensor, valid: Tensor, protected: int = 0) -> tuple[Tensor, Tensor]:
+    """Bipartite soft matching (ToMe, arXiv 2210.09461): every row at an even place and the row at an odd place that it resembles most.
+
+    metric [B, T, d], valid [B, T] with all that is valid in front -> the even places by falling cosine to that row [B, ceil(T / 2)], and the
+    place of that row for each. Ties go to the lower place. The first ``protected`` places (class token, distillation token) come last and
+    nobody's row is one of them. Places that are not valid come behind all others.
+    """
+    unit = unit_rows(metric)
+    likeness = unit[:, 0::2] @ unit[:, 1::2].transpose(1, 2)
+    likeness = likeness.masked_fill(~valid[:, None, 1::2], float("-inf"))
+    likeness[:, :, : protected // 2] = float("-inf")
+    if likeness.shape[2] == 0:
+        nobody = torch.zeros_like(valid, dtype=torch.long)
+        return nobody, nobody
+    best, target = likeness.max(2)
+    best = best.masked_fill(~valid[:, 0::2], float("-inf"))
+    best[:, : (protected + 1) // 2] = float("-inf")
+    source = best.argsort(dim=1, descending=True, stable=True)
+    return 2 * source, 2 * target.gather(1, source) + 1

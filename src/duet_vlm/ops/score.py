@@ -28,6 +28,14 @@ def grouped_logits(query: Tensor, key: Tensor, scaling: float, bias: Tensor | No
     return logits.view(batch, heads, rows, -1)
 
 
+def one_head(query: Tensor, key: Tensor, scaling: float) -> tuple[Tensor, Tensor, float]:
+    """All heads side by side as a single one: [B, H, N, d] and [B, Hkv, N, d] -> [B, 1, N, H d] twice, and the scaling for that width."""
+    heads = query.shape[1]
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    query, key = (x.transpose(1, 2).flatten(2)[:, None] for x in (query, key))
+    return query, key, scaling * heads**-0.5
+
+
 def cls_attention(query: Tensor, key: Tensor, scaling: float, size: Tensor | None = None) -> Tensor:
     """Softmax attention of the first row to all others, summed over heads.
 

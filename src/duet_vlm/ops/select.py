@@ -36,3 +36,18 @@ def places(count: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
     i = torch.arange(width, device=count.device)
     place = i * pool[:, None] // count.clamp(min=1)[:, None]
     return place, i < count[:, None]
+
+
+def quantile(values: Tensor, valid: Tensor, q: float) -> Tensor:
+    """The ``q``-th quantile of each row's valid values, linear between neighbours as numpy has it: [B, N] float32 -> [B, 1]."""
+    ordered = values.masked_fill(~valid, float("inf")).sort(dim=1).values
+    place = q * (valid.sum(1, keepdim=True) - 1).clamp(min=0).float()
+    below = place.floor().long()
+    low, high = (ordered.gather(1, at) for at in (below, place.ceil().long()))
+    return torch.where(place > below, low + (high - low) * (place - below).to(low.dtype), low)
+
+
+def outliers(values: Tensor, valid: Tensor) -> Tensor:
+    """Mask of the valid values above the third quartile by more than 1.5 times the distance of first and third: [B, N] bool."""
+    first, third = quantile(values, valid, 0.25), quantile(values, valid, 0.75)
+    return valid & (values > third + 1.5 * (third - first))

@@ -111,7 +111,8 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int) -> Panel
         if number == 0:
             tinted = _mix(pixels, color, MEMBER)
             for member in trace.merged[anchor]:
-                paint(member, tinted)
+                if member not in stage.kept:
+                    paint(member, tinted)
     picture = Image.fromarray(np.rint(out).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     for anchor, color in colors.items():
@@ -127,7 +128,7 @@ def _words(trace: SpanTrace, stage: StageTrace, number: int) -> tuple[str, str]:
         return f"from layer {stage.layer}: {alive} tokens", f"{alive} kept, {len(stage.dropped)} dropped here"
     if stage.layer < 0:
         return f"vision tower: {alive} tokens", f"{alive} go through it, {len(stage.dropped)} do not"
-    members = sum(len(group) for group in trace.merged.values())
+    members = len({member for group in trace.merged.values() for member in group})
     anchors = len(trace.merged)
     groups = f", {anchors} of them merged with {members} others" if anchors else ""
     return f"entry: {alive} tokens", f"{alive} kept{groups}, {len(stage.dropped)} dropped"

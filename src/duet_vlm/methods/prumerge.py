@@ -1,0 +1,146 @@
+"""LLaVA-PruMerge: keep the vision tokens that stand out in attention, add to each those that resemble it, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible, target_mean
+from duet_vlm.ops.merge import neighbours
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.select import ranking, top
+from duet_vlm.reducer import ROUNDINGS, EncoderReducer, VisionView, check_budget_or_fields, check_choice, whole
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+@register("prumerge")
+@dataclass(frozen=True)
+class PruMerge(EncoderReducer):
+    """LLaVA-PruMerge (ICCV 2025, arXiv 2403.15388).
+
+    Keeps the tokens that the vision encoder attends to most. Each takes in the ``neighbours`` tokens that resemble it most (cosine of mean
+    keys, kept ones and others), each weighted by its share of the attention; one more row takes in all tokens that were not kept. Text plays
+    no part, and nothing happens in the decoder.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span that are kept, or the fraction of them; one more row enters. A budget of n keeps n - 1.
+    neighbours : int
+        Tokens that each kept one takes in.
+    merge : str
+        "mean": of the token, with weight 1, and what it takes in, with their shares of the attention; "sum": token + sum (released code).
+    order : str
+        Order of the rows, which matters for ``positions="compact"``: "raster", or by falling "attention" (released code).
+    rounding : str
+        How a fraction becomes a count: "floor" or "int" (released code).
+
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer; per kept token a look at all others, which are sorted; the
+    product of a table of rows x tokens with the features, 4 K N bytes. Needs: vision attention and keys. Usable in training (the choice and
+    its weights carry no gradient, the rows do).
+
+    Differences from the authors' code (42Shawn/LLaVA-PruMerge): the number of rows is what the budget says, not the number of outliers of
+    the attention (quartiles; ``ops.select.outliers`` finds them), so images of a batch do not depend on each other; means instead of sums,
+    attention of all heads instead of all heads as one, of the layer of the features instead of the last one; kept positions. The last row
+    stands where its most attended token was. ``PruMerge.official`` restores the released rule at a count that is given.
+    """
+
+    paper = "LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388"
+    summary = "keep the most attended vision tokens, each with what resembles it, and all others in one row, before the decoder"
+    signals = frozenset({"importance", "keys"})
+    reads_features = False
+
+    keep: Keep | None = None
+    neighbours: int = 32
+    merge: str = "mean"
+    order: str = "raster"
+    rounding: str = "floor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if self.neighbours < 0:
+            raise ValueError(f"neighbours={self.neighbours}: how many tokens each kept one takes in, at least 0")
+        check_choice("merge", self.merge, ("mean", "sum"))
+        check_choice("order", self.order, ("raster", "attention"))
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        if self.cls_token:
+            raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row has no attention of its own to weigh it by")
+
+    @classmethod
+    def official(cls, keep: Keep = 0.125, **fields: Any) -> PruMerge:
+        """The released rule with ``keep`` of each crop (released in training: 1/8; else the share of outliers): sums, the last vision layer,
+        compact positions."""
+        released: dict[str, Any] = {"merge": "sum", "order": "attention", "rounding": "int", "signal_heads": "one", "signal_layer": -1}
+        released |= {"positions": "compact", "parts": "each", "keep_predicting": False, "signal_queries": None}
+        return cls(**{"keep": keep} | released | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        check_budget_or_fields(self, budget, self.keep is not None, "keep=")
+        if budget is None:
+            kept, others = self.kept_of(tokens), 1
+        else:
+            target = target_mean(budget, tokens)
+            entry = int(target + EPSILON)
+            if entry < 1:
+                raise infeasible(self.name, target, 1, tokens, "at least one token enters the decoder")
+            others = int(entry > 1)
+            kept = entry - others
+        if kept + others >= tokens:
+            return whole(tokens, depth)
+        return SpanPlan(tokens, kept, others, (kept + others,) * depth)
+
+    def kept_of(self, tokens: int) -> int:
+        """How many of ``tokens`` are kept by ``keep``."""
+        assert self.keep is not None
+        return count_of(self.keep, tokens, self.rounding)
+
+    def v2v(self, view: VisionView) -> Selection:
+        tokens, real = self.chosen(view)
+        return self.around(view, tokens, tokens, real)
+
+    def chosen(self, view: VisionView) -> tuple[Tensor, Tensor]:
+        """The kept tokens [B, K] in the order of their rows, and which of them are real [B, K]."""
+        assert view.importance is not None  # promised by ``signals``
+        width = max(plan.dominant for plan in view.plans)
+        if self.order == "raster":
+            return pack_right(top(view.importance, view.valid, view.dominant), width)
+        place = torch.arange(width, device=view.valid.device)
+        return ranking(view.importance, view.valid)[:, :width], place < view.dominant[:, None]
+
+    def around(self, view: VisionView, tokens: Tensor, places: Tensor, real: Tensor) -> Selection:
+        """Each of ``tokens`` [B, K] and what resembles it in a row at ``places`` [B, K], and behind them a row of all that is left.
+
+        A token that is kept twice counts twice as a neighbour. A place whose token is not kept is lost: it joins no row.
+        """
+        assert view.importance is not None and view.keys is not None  # promised by ``signals``
+        number = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+        none, smaller = view.importance.new_zeros(view.valid.shape), view.dominant + view.contextual < view.valid.sum(1)
+        kept, taken = none.scatter_add(1, tokens, real.float()), none.scatter_add(1, places, real.float())
+        rest = view.valid & (kept + taken == 0)
+        share = view.importance * view.valid
+        if self.merge == "mean":
+            share = share / share.sum(1, keepdim=True).clamp(min=TINY)
+        near = neighbours(view.keys, tokens, kept + rest, self.neighbours)
+        often = (take(kept + rest, near.flatten(1)).view(near.shape) - (near == tokens[..., None]).float()).clamp(min=0)
+        often = torch.minimum(often, (self.neighbours - often.cumsum(2) + often).clamp(min=0))
+        weight = take(share, near.flatten(1)).view(near.shape) * often
+        weight = torch.cat([weight.new_ones(*tokens.shape, 1), weight], 2)  # the kept token itself, then its neighbours
+        others = share * rest
+        if self.merge == "mean":
+            weight, others = weight / weight.sum(2, keepdim=True), others / others.sum(1, keepdim=True).clamp(min=TINY)
+        joins = torch.cat([real[..., None], (often > 0) & real[..., None]], 2) & smaller[:, None, None]  # what stays whole stays as it is
+        row = torch.arange(tokens.shape[1], device=tokens.device)[:, None]
+        more = view.contextual[:, None] > 0
+        into = torch.cat([torch.where(joins, row, -1).flatten(1), torch.where(rest & more & smaller[:, None], len(row), -1)], 1)
+        members = torch.cat([torch.cat([tokens[..., None], near], 2).flatten(1), number], 1)
+        last = share.masked_fill(~rest, -1.0).argmax(1, keepdim=True)
+        index, valid, weights = torch.cat([places, last], 1), torch.cat([real, more], 1), torch.cat([weight.flatten(1), others], 1)
+        return Selection(index, valid, members, into, weights=weights)

@@ -1,0 +1,105 @@
+"""ToMe: merge vision tokens that resemble each other, pair by pair, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.merge import matched
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+
+@register("tome")
+@dataclass(frozen=True)
+class ToMe(EncoderReducer):
+    """Token Merging (ICLR 2023, arXiv 2210.09461), at the exit of the vision tower.
+
+    Bipartite soft matching: every second token looks for the one between that it resembles most (cosine of mean keys), and the pairs that
+    are most alike become one. Repeated with what is left, a quarter of it at a time, until as many rows are left as are wanted. Each is the
+    mean of all tokens in it; so is its key. No attention, no text, and nothing happens in the decoder.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Rows per span or fractions of its tokens. A budget of n keeps n.
+    order : str
+        Who looks and who is looked at in the next round: every second one in "raster" order, or in that of the released code ("released":
+        tokens that looked and stay, most alike first, then those that were looked at).
+    pace : int
+        One of that many tokens leaves in a round. 2 is the most that a matching can do: then all that look must find somebody, however unlike.
+
+    Cost: per round a quarter of a table of all pairs that are left, in float32; 8 rounds from 576 to 64 rows. Needs: vision keys. Usable in
+    training (the choice carries no gradient, the rows do).
+
+    Differences from the authors' code (facebookresearch/ToMe): it merges within the blocks of a tower, some tokens in each, and the next
+    block makes new keys of what was merged; here nothing in the tower changes, keys are merged like the rows, and attention is not weighted
+    by sizes. Kept positions: a row stands where its last token that was looked at was. ``ToMe.official``: order of the released code, up to half
+    of the tokens in one round, compact positions.
+    """
+
+    paper = "ToMe, ICLR 2023, arXiv 2210.09461"
+    summary = "merge vision tokens that resemble each other, pair by pair, before the decoder"
+    signals = frozenset({"keys"})
+    reads_features = False
+
+    keep: Keep | None = None
+    order: str = "raster"
+    pace: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        check_choice("order", self.order, ("raster", "released"))
+        if self.pace < 2:
+            raise ValueError(f"pace={self.pace}: at most every second token can leave in a round, give 2 or more")
+        if self.cls_token:
+            raise ValueError("cls_token=True cannot work with tome: the CLS row would be merged like any other")
+
+    @classmethod
+    def official(cls, keep: Keep = 0.25, **fields: Any) -> ToMe:
+        """The matching of the released code, in its order, at compact positions; ``keep`` rows of each crop."""
+        released: dict[str, Any] = {"order": "released", "pace": 2, "positions": "compact", "parts": "each", "keep_predicting": False}
+        return cls(**{"keep": keep} | released | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.keys is not None  # promised by ``signals``
+        sums, home = view.keys.float(), torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+        joined = home  # the token at whose place each one is
+        left, wanted = view.valid.sum(1), view.dominant.clamp(min=1)
+        most = [(min(plan.tokens, home.shape[1]), max(1, plan.dominant)) for plan in view.plans]  # of each span on the host, and wanted
+        rows, real = pack_right(view.valid, max(n for n, _ in most))
+        while any(n > k for n, k in most):
+            most = [(max(k, n - max(1, n // self.pace)), k) for n, k in most]
+            leaving = torch.minimum((left - wanted).clamp(min=0), (left // self.pace).clamp(min=1))
+            left = left - leaving
+            source, target = matched(take(sums, rows), real)
+            leaves = torch.arange(source.shape[1], device=rows.device) < leaving[:, None]
+            moved, onto = rows.gather(1, source), rows.gather(1, target)
+            amount = take(sums, moved) * leaves[..., None]
+            sums = sums.scatter_add(1, onto[..., None].expand_as(amount), amount)
+            joined = home.scatter(1, moved, torch.where(leaves, onto, moved)).gather(1, joined)
+            rows, real = self._next(rows, real, source, leaves, max(n for n, _ in most))
+        number = torch.arange(rows.shape[1], device=rows.device)
+        valid = real & (number < view.dominant[:, None])
+        into = torch.full_like(home, -1).scatter_(1, rows, torch.where(valid, number, -1)).gather(1, joined)
+        return Selection(rows, valid, home, into.masked_fill((joined == home) | ~view.valid, -1))
+
+    def _next(self, rows: Tensor, real: Tensor, source: Tensor, leaves: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """The rows of the next round [B, width] and which of them are real."""
+        stays = real.scatter(1, source, real.gather(1, source) & ~leaves)
+        order = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape)
+        if self.order == "released":  # a span that is done stays as it is
+            order = torch.where(leaves.any(1, keepdim=True), torch.cat([source, order[:, 1::2]], 1), order)
+        place, there = pack_right(stays.gather(1, order), width)
+        return rows.gather(1, order.gather(1, place)), there
