@@ -12,7 +12,9 @@ from duet_vlm.evaluate.experiment import Run
 from duet_vlm.evaluate.tasks import right, task, usual_model
 from duet_vlm.loading import load
 from duet_vlm.tiny import chain
-from duet_vlm.tiny.chain_questions import CELLS, KINDS, LESSONS
+from duet_vlm.tiny.chain_questions import KINDS
+from duet_vlm.tiny.chain_scenes import CELLS
+from duet_vlm.tiny.recipe.chain_lessons import LESSONS
 
 
 @pytest.fixture(scope="module")
