@@ -1,7 +1,7 @@
-"""Is a trained ``tiny-chain`` fit to compare methods on? ``python benchmarks/chain_acceptance.py out/tiny-chain/weights``.
+"""Is a trained ``tiny-chain`` fit to compare methods on? ``python benchmarks/chain_acceptance.py [out/tiny-chain/weights]``.
 
 Asks fresh questions of the full model, of the model without any visual token from layer r on (for every r), of the oracle, and of a random
-choice with DUET's counts; writes out/tiny-chain/acceptance.json and says which conditions hold. Goes on after a kill.
+choice with DUET's counts; writes comparison/tiny-chain/acceptance.json and says which conditions hold. Goes on after a kill.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from duet_vlm.evaluate.run import run_experiment
 from duet_vlm.tiny.chain_network import LAYERS
 from duet_vlm.tiny.chain_questions import KINDS
 
-HOME = Path(__file__).resolve().parents[1] / "out" / "tiny-chain"
+HOME = Path(__file__).resolve().parents[1] / "comparison" / "tiny-chain"
 BUDGET = 0.11
 ORACLE, RANDOM, DUET = "oracle", "random with DUET's counts", "duet"
 
@@ -70,7 +70,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="folder of the trained model")
+    parser.add_argument("model", nargs="?", default="tiny-chain", help="the embedded model, or the folder of one that you trained")
     parser.add_argument("--limit", type=int, default=2000, help="questions")
     parser.add_argument("--seed", type=int, default=100, help="stream of questions; one that nothing was tuned on")
     parser.add_argument("--workers", type=int, default=2, help="processes that answer")
