@@ -12,7 +12,7 @@ from duet_vlm.tiny import chain
 
 HOME = Path(__file__).resolve().parent.parent / "comparison" / "tiny-chain"
 KINDS = (
-    "attribute", "read_digit", "read_word", "existence", "compare", "spatial", "count", "tally", "hop1", "hop2", "hop3", "pair_compare", "pair_count",
+    "attribute", "read_digit", "read_word", "existence", "compare", "spatial", "count", "hop1", "hop2", "hop3", "pair_compare", "pair_count",
 )  # fmt: skip
 LINES = 14  # of the learning curve, about
 

@@ -69,12 +69,20 @@ def ablation(group: str, task: str = "tiny-crowded") -> str:
     return table(["budget", group, "dominant + contextual", "measured tokens", "accuracy", "points against the default"], out)
 
 
-FRONTS = {  # what chooses before the decoder: the runs that keep one count, follow DUET's schedule, and follow the deep one
-    "duet_plus": (None, "duet_plus[schedule=((6, 0.5), (9, 0.0))]", "duet_plus"),
-    "duet": (None, "duet", "duet+duet_plus"),
-    **{name: (name, f"{name}+duet", f"{name}+duet_plus") for name in ("scope", "divprune", "visionzip")},
-    "even choice": ("uniform", None, "frames+pyramiddrop[pyramiddrop_schedule=((3, 0.6), (5, 0.3), (8, 0.1), (10, 0.0)),text_query=all]"),
-}
+DUETS = {"tiny-chain": "((3, 0.5), (4, 0.0))"}  # DUET's schedule and the deep one, as runs spell them: by depth
+DEEP = {"tiny-chain": "((1, 0.6), (2, 0.3), (4, 0.1), (5, 0.0))"}
+
+
+def fronts_of(task: str) -> dict[str, tuple[str | None, str | None, str]]:
+    """What chooses before the decoder: the runs that keep one count, follow DUET's schedule, and follow the deep one."""
+    duets, deep = DUETS.get(task, "((6, 0.5), (9, 0.0))"), DEEP.get(task, "((3, 0.6), (5, 0.3), (8, 0.1), (10, 0.0))")
+    more = ("vispruner",) if task == "tiny-chain" else ()
+    return {
+        "duet_plus": (None, f"duet_plus[schedule={duets}]", "duet_plus"),
+        "duet": (None, "duet", "duet+duet_plus"),
+        **{name: (name, f"{name}+duet", f"{name}+duet_plus") for name in ("scope", "divprune", "visionzip", *more)},
+        "even choice": ("uniform", None, f"frames+pyramiddrop[pyramiddrop_schedule={deep},text_query=all]"),
+    }
 
 
 def right(task: str, name: str) -> dict[str, np.ndarray]:
@@ -89,7 +97,7 @@ def fronts(task: str, name: str) -> str:
     lines = []
     for budget in (0.11, 0.07, 0.05):
         best = hits[f"duet_plus@{budget:g}"]
-        for front, runs in FRONTS.items():
+        for front, runs in fronts_of(task).items():
             cells = ["-" if run is None else columns.percent(kept[f"{run}@{budget:g}"]) for run in runs]
             own = hits[f"{runs[-1]}@{budget:g}"]
             low, high = map(columns.points, difference_interval(own, best))
@@ -152,7 +160,7 @@ def random_seeds() -> str:
 def proposed() -> str:
     """What the drop curve proposed, beside the fixed schedules, on questions that were not there when it was chosen."""
     lines = []
-    for task in ("tiny-crowded", "tiny-video"):
+    for task in ("tiny-chain", "tiny-crowded", "tiny-video"):
         rows = [row for row in done(task, "drop-curve-fresh") if row["beside"]]
         own = {row["beside"]: row for row in rows if row["label"] == "proposed"}
         for budget, row in sorted(own.items(), reverse=True):
@@ -182,6 +190,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{f"ablation_chain_{group}": lambda group=group: ablation(group, "tiny-chain") for group in CHAIN_GROUPS},  # type: ignore[misc]
     "drop_curve": proposed,
     "curve_crowded": lambda: curve("tiny-crowded/results/drop-curve.json"),
+    "curve_chain": lambda: curve("tiny-chain/results/drop-curve.json"),
     "kinds_crowded": lambda: kinds("tiny-crowded", "methods", 0.07),
     "recall_crowded": lambda: recall("tiny-crowded", "methods", 0.07),
     "fronts_tiny": lambda: fronts("tiny", "methods"),

@@ -59,7 +59,7 @@ def asked_again(result: dict[str, Any]) -> dict[str, int]:
     assert [q.id for q in questions] == recorded["questions"][:COUNT]
     assert [list(q.answers) for q in questions] == recorded["gold"][:COUNT]
     runs = runs_of(result)
-    chosen = [run for key in dict.fromkeys((*ASKED, *reversed(runs))) if (run := runs.get(key))][:3]
+    chosen = [run for key in dict.fromkeys((*ASKED, *reversed(runs))) if (run := runs.get(key)) and key in recorded["answers"]][:3]
     assert len(chosen) == 3
     found = answer(model_of(experiment.model), chosen, questions, task(experiment.task).max_new_tokens)
     return {key: sum(a != b for a, b in zip(one.answers, recorded["answers"][key], strict=False)) for key, one in found.items()}

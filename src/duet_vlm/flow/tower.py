@@ -239,6 +239,8 @@ def cut(mask: Any, run: BatchRun, rows: Tensor) -> Any:
     bias = run.bias(rows)
     if not isinstance(mask, Tensor):
         return bias
+    if mask.ndim == 2:  # which patches are no padding, as flash attention takes it
+        return mask.gather(1, run.rows)
     seen = take_square(mask, run.rows)
     if seen.dtype == torch.bool:
         seen = torch.zeros_like(seen, dtype=rows.dtype).masked_fill(~seen, torch.finfo(rows.dtype).min)
