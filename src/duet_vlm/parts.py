@@ -60,12 +60,12 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def left_in_tower(plan: SpanPlan, sizes: Sequence[int]) -> Sequence[int]:
-    """Of a span's parts of ``sizes`` tokens, how many of each go through the tower's blocks: at least one. Rows of the span that are no
-    patches (CLS) stay and are not counted."""
+def left_in_tower(plan: SpanPlan, sizes: Sequence[int], fed: int = 0) -> Sequence[int]:
+    """Of a span's parts of ``sizes`` tokens, how many of each go through the tower's blocks: at least one. ``fed`` rows of each part that are
+    no patches (CLS) are among the plan's tokens; they stay and are not counted."""
     if plan.tower is None:
         return sizes
-    return [max(1, n) for n in apportion(max(len(sizes), plan.tower - max(0, plan.tokens - sum(sizes))), sizes)]
+    return [max(1, n) for n in apportion(min(sum(sizes), max(len(sizes), plan.tower - fed * len(sizes))), sizes)]
 
 
 def _sum(plans: Sequence[SpanPlan], tokens: int) -> SpanPlan:

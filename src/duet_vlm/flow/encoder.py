@@ -227,7 +227,7 @@ class EncoderFlow:
         whole = torch.tensor([not plan.merges for plan in plans], device=device)
         structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
         content = (numbers >= 0) | (structure & whole[:, None])
-        alive = None if call.tower is None else content & self._left(call, content)
+        alive = None if call.tower is None else content & (structure | self._left(call, content))
         content = content if alive is None else alive
         asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
         planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
@@ -277,10 +277,10 @@ def _takes_each(reducer: Reducer, stream: Stream) -> bool:
 
 
 def _by_span(call: EncoderCall, passes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """The tower's counts, picture by picture, as ``passes`` are grouped."""
+    """What the tower worked on, picture by picture, as ``passes`` are grouped."""
     if call.tower is None or call.aside:
         return passes
-    counts = iter(call.tower.counts)
+    counts = iter(call.tower.ran)
     return tuple(tuple(next(counts) for _ in span) for span in passes)
 
 

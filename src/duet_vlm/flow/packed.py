@@ -57,6 +57,10 @@ class PackedRun:
     embedded: Tensor | None = None
     seen: int = 0  # rows whose attention ran in this block
 
+    @property
+    def ran(self) -> tuple[int, ...]:
+        return self.counts
+
     def alive(self) -> Tensor:
         return self.whole(torch.ones_like(self.size)[:, None]).repeat_interleave(self.unit, 0)[None]
 

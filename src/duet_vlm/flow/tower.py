@@ -33,6 +33,10 @@ class Run(Protocol):
     counts: tuple[int, ...]
     wrong: Tensor
 
+    @property
+    def ran(self) -> tuple[int, ...]:
+        """Units of each picture that the blocks worked on, padding included."""
+
     def alive(self) -> Tensor:
         """[P, N, 1] float32, as the adapter's ``carried`` takes numbers of patches: which are left."""
 
@@ -113,6 +117,10 @@ class BatchRun:
     weighs: bool
     wrong: Tensor
 
+    @property
+    def ran(self) -> tuple[int, ...]:
+        return (max(self.counts),) * len(self.counts)
+
     def alive(self) -> Tensor:
         return self.whole(self.valid[..., None].float())[:, self.extra :]
 
@@ -146,10 +154,16 @@ class TowerFlow:
         tower = None if call is None else getattr(call.rules.reducer, "tower", None)
         return None if call is None or tower is None else (call, tower)
 
-    def counts(self, call: EncoderCall, spans: list[tuple[int, ...]]) -> tuple[int, ...]:
-        """Units of each picture that are left, by the plan of its span; ``spans``: units of each picture, span by span."""
-        fed = self.adapter.fed(call.encoding)
-        return tuple(n for sizes in spans for n in left_in_tower(call.rules.span([size + fed for size in sizes], 0, call.each), sizes))
+    def counts(self, call: EncoderCall, spans: list[tuple[int, ...]], whole: int | None = None) -> tuple[int, ...]:
+        """Units of each picture that are left, by the plan of its span; ``spans``: units of each picture, span by span, and ``whole`` where the
+        tower sees more of it."""
+        fed, beside = self.adapter.fed(call.encoding), self.adapter.beside(call.encoding, len(spans))
+        plans = [call.rules.span([n + fed for n in sizes], rows, call.each) for sizes, rows in zip(spans, beside, strict=True)]
+        left = [
+            left_in_tower(plan, sizes, fed) if plan.tower is not None else [whole or n for n in sizes]
+            for plan, sizes in zip(plans, spans, strict=True)
+        ]
+        return tuple(n for counts in left for n in counts)
 
     def embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Post-hook of the patch embedding."""
@@ -192,7 +206,7 @@ class TowerFlow:
         pictures, _, high, wide = call.patches.shape
         grid = high // blocks.cell, wide // blocks.cell
         total = grid[0] * grid[1]
-        counts = self.counts(call, self.adapter.pictures(call.encoding, pictures, total))
+        counts = self.counts(call, self.adapter.pictures(call.encoding, pictures, total), total)
         if min(counts) == total:
             return None
         units = in_cells(torch.arange(high * wide, device=call.patches.device).view(high, wide), blocks.cell)
@@ -201,7 +215,8 @@ class TowerFlow:
         real = torch.ones(rows.shape[:2], dtype=torch.bool, device=rows.device) if real is None else real.to(rows.device)
         enough = real[:, units].any(2).sum(1) >= torch.tensor(counts, device=rows.device)
         real = real | ~enough[:, None]  # of less picture than that some padding goes along
-        real[:, units[-1]] = True  # the last token of a picture is one, padding or not
+        if self.adapter.shows_padding:  # then the last token of a picture is one, padding or not
+            real[:, units[-1]] = True
         weighs = tower.mass and takes_bias(blocks, counts)
         chosen = choose(tower, rows[:, units], real[:, units], counts, [grid] * pictures, weighs)
         front = torch.arange(blocks.extra, device=rows.device).expand(pictures, -1)

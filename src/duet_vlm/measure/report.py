@@ -57,16 +57,16 @@ class Sample:
         grids = self.grids or (None,) * len(self.passes)
         return [(n, _part_of(grid, span)) for span, grid in zip(self.passes, grids, strict=True) for n in span]
 
-    def reaching_projector(self, measured: bool = False) -> list[int]:
+    def reaching_projector(self) -> list[int]:
         """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
         if not self.merges_left:
             return list(self.to_project)
-        counts = iter(left for _, _, left in self.in_tower(measured))
+        counts = iter(left for _, _, left in self.in_tower())
         return [sum(next(counts) for _ in span) for span in self.passes]
 
-    def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, int]]:
+    def in_tower(self) -> list[tuple[int, Grid, int]]:
         """Of the same: tokens, grid, and how many of them go through the tower's blocks."""
-        counts = self.left if measured and self.left else map(left_in_tower, self.plans, self.passes)
+        counts = self.left or map(left_in_tower, self.plans, self.passes)
         return [(n, grid, left) for (n, grid), left in zip(self.parts(), (n for span in counts for n in span), strict=True)]
 
 
@@ -222,12 +222,12 @@ def make_report(
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
     everything = [rows for s in samples for rows in s.to_project]
 
-    def tower_of(s: Sample, measured: bool) -> int:
+    def tower_of(s: Sample) -> int:
         shape = vision.read() if s.skipped else vision
-        return sum(vision_flops(shape, n, grid, left) for n, grid, left in s.in_tower(measured))
+        return sum(vision_flops(shape, n, grid, left) for n, grid, left in s.in_tower())
 
     towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
-    planned_towers, seen_towers = (sum(tower_of(s, measured) for s in samples) for measured in (False, True))
+    reduced_towers = sum(map(tower_of, samples))
 
     def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], tower: int, ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
@@ -242,9 +242,7 @@ def make_report(
         return Costs(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 
 
-    def projected(measured: bool) -> list[int]:
-        return [n for s in samples for n in s.reaching_projector(measured)] if projects_all else [p.entry for p in plans]
-
+    before = [n for s in samples for n in s.reaching_projector()] if projects_all else [p.entry for p in plans]
     full_width = max(w[0] for w in whole)
     return Report(
         method=method,
@@ -256,8 +254,8 @@ def make_report(
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         images=tuple(s.kept for s in samples),
         full=costs(whole, everything, towers, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
-        predicted=costs(nominal, projected(False), planned_towers, True, batch * kv_bytes(decoder, width, element_bytes)),
-        observed=costs([s.measured[1] for s in samples], projected(True), seen_towers, True, None if cache_bytes is None else sum(cache_bytes)),
+        predicted=costs(nominal, before, reduced_towers, True, batch * kv_bytes(decoder, width, element_bytes)),
+        observed=costs([s.measured[1] for s in samples], before, reduced_towers, True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
         floored=tuple(i for i, p in enumerate(plans) if p.floored),
         decoded=decoded,

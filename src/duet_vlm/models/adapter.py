@@ -119,6 +119,8 @@ class Adapter(ABC):
         The tower has a CLS row (importance = CLS attention); otherwise column sums.
     feeds_cls : bool
         The stock model feeds the CLS row to the decoder as first visual token.
+    shows_padding : bool
+        Patches that are nothing but padding become tokens, too.
     mrope : bool
         Positions have several rows (time, height, width) and cannot be renumbered.
     """
@@ -135,6 +137,7 @@ class Adapter(ABC):
     fixed_tokens: int | None = None
     has_cls = False
     feeds_cls = False
+    shows_padding = False
     mrope = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -225,6 +228,10 @@ class Adapter(ABC):
         together = self.projected_together(call)
         return [(tokens,) * together] * (count // together)
 
+    def beside(self, call: Encoding, spans: int) -> list[int]:
+        """Per span the rows that show no picture (newlines)."""
+        return [0] * spans
+
     def fed(self, call: Encoding) -> int:
         """How many rows of each picture that are no patches (CLS) become tokens."""
         return int(self.feeds_cls)
@@ -235,7 +242,7 @@ class Adapter(ABC):
         return list(nn.functional.pad(patches, (0, 0, self.fed(call), 0), value=1.0))
 
     def real_patches(self, call: Encoding, pictures: int) -> Tensor | None:
-        """[P, N] bool, False for patches that are nothing but padding; None where there are none."""
+        """[P, N] bool, False for patches that are nothing but padding, or that no token shows; None where there are none."""
         return None
 
     # ---- what ranks and merges before the decoder

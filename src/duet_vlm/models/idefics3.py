@@ -26,6 +26,7 @@ class Idefics3(LlamaLike):
     model_types = ("idefics3", "smolvlm")
     video = "as images"
     decoder = "text_model"
+    shows_padding = True
     notes = "images of any size and clips as frames; budgets count per crop or frame"
     example = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
 

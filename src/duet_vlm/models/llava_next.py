@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
 
 
@@ -37,11 +37,27 @@ class LlavaNext(Llava):
         if self.feeds_cls:
             raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' is supported")
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        raise TypeError(
-            f"{self.family}: reducing inside this vision tower is not supported (what packing cuts off is not known in front of it); use a "
-            "method that reduces behind it (duet, visionzip)"
-        )
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        return self.packed(patches, call)
+
+    def pictures(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+        arriving = self.real_patches(call, count).sum(1).split(self.crops(call))
+        return [tuple(sizes.tolist()) for sizes in arriving]
+
+    def beside(self, call: Encoding, spans: int) -> list[int]:
+        return [int((rows == 0).sum()) for rows in self._numbers(call)]
+
+    def real_patches(self, call: Encoding, pictures: int) -> Tensor:
+        """Those that packing does not cut off."""
+        arriving = torch.zeros(pictures * self.side**2 + 1, dtype=torch.bool, device="cpu")
+        arriving[torch.cat(self._numbers(call))] = True
+        return arriving[1:].view(pictures, -1)
+
+    def _numbers(self, call: Encoding) -> list[Tensor]:
+        """Per image which patch of the call each of its rows shows, counted from 1; 0 for newlines. On the host."""
+        crops = sum(self.crops(call))
+        numbers = torch.arange(1, crops * self.side**2 + 1, dtype=torch.float64, device="cpu").view(crops, -1, 1)
+        return [rows[:, 0].long() for rows in self.packed(numbers, call)]
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
 from duet_vlm.models.llava_next import LlavaNext
 from duet_vlm.models.towers import cells
 
@@ -36,6 +36,12 @@ class LlavaNextVideo(LlavaNext):
     def pooled(self, signals: Tensor) -> Tensor:
         """Signals of frames [F, N, c] as the model pools its features: [F, n, c]."""
         return cells(signals, self.side, self.config.spatial_pool_stride)
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        raise TypeError(
+            f"{self.family}: reducing inside this vision tower is not supported (what stands behind it resizes or pools pictures); use a method "
+            "that reduces behind it (duet, visionzip)"
+        )
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":
