@@ -110,21 +110,6 @@ class ChainAsker(plain.Asker):
         answer = readable(self.scene, path[-1], read)
         return Chain(text, answer, f"hop{len(moves)}", path, read == "tag", (), path, moves, read)
 
-    def tally(self) -> Chain | None:
-        """How many things have the shape of the one that a move leads to: the answer is drawn first, of those that the picture offers."""
-        shapes = [t.shape for t in self.things]
-        (move,) = self.pick([way for way in WAYS[1] if way[0] in STEPS])
-        paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, (move,)))]
-        many = [shapes.count(shapes[path[-1]]) for path in paths]
-        wanted = self.pick(sorted({n for n in many if many.count(n) <= len(many) / 2} or {0}))
-        fair = [p for p, n in zip(paths, many, strict=True) if p[0] in self.unique and n == wanted]
-        if not fair:
-            return None
-        path = self.pick(fair)
-        alike = tuple(i for i, shape in enumerate(shapes) if shape == shapes[path[-1]])
-        text = f"{SHAPES[shapes[path[0]]].capitalize()}, {move}: how many?"
-        return Chain(text, str(wanted), "tally", (path[0], *alike), False, (), (path[0], *alike), (move,), "count")
-
     def hop1(self) -> Chain | None:
         return self.chain(1)
 

@@ -11,7 +11,7 @@ from itertools import product
 
 import numpy as np
 
-from ..chain_questions import MOVES, READS, STEPS, Chain, ChainAsker, readable
+from ..chain_questions import MOVES, READS, STEPS, Chain, ChainAsker, readable, walk
 from ..chain_scenes import CELLS, SIDE, GridScene
 from ..questions import Question
 from ..scenes import COLOR_NAMES, SHAPES
@@ -91,6 +91,21 @@ class Teacher(ChainAsker):
         """What that chain has to know on its way."""
         found = self.chain(1, ("color",), 1.0, [(step,) for step in STEPS])
         return found and replace(found, kind="tint")
+
+    def tally(self) -> Chain | None:
+        """How many things have the shape of the one that a move leads to: the answer is drawn first, of those that the picture offers."""
+        shapes = [t.shape for t in self.things]
+        (move,) = self.pick([(step,) for step in STEPS])
+        paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, (move,)))]
+        many = [shapes.count(shapes[path[-1]]) for path in paths]
+        wanted = self.pick(sorted({n for n in many if many.count(n) <= len(many) / 2} or {0}))
+        fair = [p for p, n in zip(paths, many, strict=True) if p[0] in self.unique and n == wanted]
+        if not fair:
+            return None
+        path = self.pick(fair)
+        alike = tuple(i for i, shape in enumerate(shapes) if shape == shapes[path[-1]])
+        text = f"{SHAPES[shapes[path[0]]].capitalize()}, {move}: how many?"
+        return Chain(text, str(wanted), "tally", (path[0], *alike), False, (), (path[0], *alike), (move,), "count")
 
     def order(self) -> Question:
         """Two cells, which a spatial question would have to find first."""
