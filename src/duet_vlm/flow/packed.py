@@ -114,7 +114,8 @@ class PackedFlow(TowerFlow):
                 return plain(hidden_states, grid_thw, **kwargs)
             of_patches = (run.units[:, None] * tower.unit + torch.arange(tower.unit, device=rows.device)).flatten()
             run.embedded = rows[of_patches]
-            output = plain(hidden_states[of_patches], grid_thw, **(kwargs | tables))
+            del rows
+            output = plain(hidden_states, grid_thw, **(kwargs | tables))  # the pixels are embedded already
             output.pooler_output = run.whole(output.pooler_output)
             if getattr(output, "deepstack_features", None) is not None:
                 output.deepstack_features = [run.whole(level) for level in output.deepstack_features]

@@ -19,7 +19,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall, Stacks
 from duet_vlm.flow.verify import checked_units
 from duet_vlm.models.adapter import Adapter, Blocks, Recorded
-from duet_vlm.ops.merge import sizes_of
+from duet_vlm.ops.merge import BLOCK, sizes_of
 from duet_vlm.ops.ragged import pack_right, take, take_square
 from duet_vlm.parts import left_in_tower
 from duet_vlm.tower import Grid, TowerReducer, TowerView
@@ -73,19 +73,31 @@ def choose(tower: TowerReducer, patches: Tensor, real: Tensor, counts: Sequence[
     weighs : bool
         Survivors stand for those that leave.
     """
-    there = real.float()[..., None]
-    away = (patches.float() - (patches.float() * there).sum((1, 2), keepdim=True) / there.sum((1, 2), keepdim=True)) * there
+    mean = mean_of(patches, real)
     some, keep = real.any(2), torch.tensor(counts, device=patches.device)
     last = (some & (some.cumsum(1) == some.sum(1, keepdim=True))) & tower.keep_predicting  # the last row of a picture may have to predict
     view = TowerView(
         some & ~last, keep - last.sum(1), tuple(n - tower.keep_predicting for n in counts), tuple(grids),
-        away.norm(dim=-1).mean(2) if "contrast" in tower.tower_signals else None,
+        contrast(patches, mean, real) if "contrast" in tower.tower_signals else None,
     )  # fmt: skip
     mask, wrong = checked_units(tower, tower.stay(view), view)
     mask = mask | last
     index, valid = pack_right(mask, max(counts))
-    size = sizes_of(away.mean(2), mask | ~some, index, valid) if weighs else valid.float()
+    size = sizes_of(patches.mean(2, dtype=torch.float32) - mean[:, 0], mask | ~some, index, valid) if weighs else valid.float()
     return Chosen(mask, index, valid, size, wrong)
+
+
+def mean_of(patches: Tensor, real: Tensor) -> Tensor:
+    """[P, U, c, D] -> [P, 1, 1, D] float32, over the patches that are real."""
+    blocks = zip(patches.split(BLOCK, 1), real.split(BLOCK, 1), strict=True)
+    total = sum((some.float() * there[..., None]).sum((1, 2), keepdim=True) for some, there in blocks)
+    return total / real.sum((1, 2))[:, None, None, None]
+
+
+def contrast(patches: Tensor, mean: Tensor, real: Tensor) -> Tensor:
+    """[P, U, c, D] -> [P, U] float32: how far patches lie from their picture's mean [P, 1, 1, D], mean over a unit's; padding lies nowhere."""
+    blocks = zip(patches.split(BLOCK, 1), real.split(BLOCK, 1), strict=True)  # memory is that of the scores
+    return torch.cat([((some.float() - mean).norm(dim=-1) * there).mean(2) for some, there in blocks], 1)
 
 
 @dataclasses.dataclass(frozen=True)
