@@ -151,8 +151,9 @@ class PackedFlow(TowerFlow):
             weighs = reducer.mass and not is_flash(tower.module) and not recomputes(tower.module)
             chosen = choose(reducer, pad_sequence(list(pictures), batch_first=True), real, counts, grids, weighs)
             start = torch.tensor([0, *lengths[:-1]], device=rows.device).cumsum(0)
-            flat = (chosen.index + start[:, None])[chosen.valid] if len(set(counts)) > 1 else (chosen.index + start[:, None]).flatten()
-            size = chosen.size[chosen.valid] if len(set(counts)) > 1 else chosen.size.flatten()
+            left = torch.arange(max(counts), device="cpu") < torch.tensor(counts, device="cpu")[:, None]  # known here: the device is not asked
+            place = left.flatten().nonzero()[:, 0].to(rows.device)
+            flat, size = (chosen.index + start[:, None]).flatten()[place], chosen.size.flatten()[place]
             tables, order, slots = tower.tables(grid_thw, flat, counts)
         run = PackedRun(counts, flat, size, order, slots, total, unit, [n * unit for n in lengths], weighs, chosen.wrong)
         return run, tables
