@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from duet_vlm.evaluate.report.markdown import table
+from duet_vlm.measure.flops import vision_flops
+from duet_vlm.models.find import adapter_for
+from duet_vlm.tiny import load
+from duet_vlm.tiny.network import VISUAL_TOKENS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -29,6 +34,14 @@ def speed() -> str:
     return table(["what", "median (95 % interval)", "by FLOPs", "target"], lines)
 
 
+def flops_of(label: str) -> str:
+    """What a tower like that of the tiny model needs, of what it needs for the whole picture."""
+    shape = adapter_for(load()[0]).vision_shape().read()
+    share = re.search(r"(\d+)%", label)
+    left = None if share is None else VISUAL_TOKENS * int(share[1]) // 100
+    return f"{vision_flops(shape, VISUAL_TOKENS, None, left) / vision_flops(shape, VISUAL_TOKENS):.1%}"
+
+
 def answers() -> str:
     """Accuracy behind each tower, against the same method behind the whole one."""
     found: dict[tuple[str, str], dict[str, str]] = {}
@@ -37,10 +50,10 @@ def answers() -> str:
         if "difference" in row:
             low, high = (100 * end for end in row["interval"])
             told += f", {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
-        found.setdefault((row["tower"], row["method"]), {"full": f"{row['full']:.3f}"})[row["task"]] = told
+        found.setdefault((row["tower"], row["method"]), {})[row["task"]] = told
     tasks = list(dict.fromkeys(row["task"] for row in results("tower_accuracy")))
-    lines = [[tower, f"`{method}`", *(cells.get(task, "-") for task in tasks)] for (tower, method), cells in found.items()]
-    return table(["through the tower", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
+    lines = [[tower, flops_of(tower), f"`{method}`", *(cells.get(task, "-") for task in tasks)] for (tower, method), cells in found.items()]
+    return table(["through the tower", "its FLOPs", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers}

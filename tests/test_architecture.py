@@ -29,7 +29,7 @@ ARROWS = {
     "reducer": {"budget", "settings", "tokens"},
     "tower": {"budget", "ops", "reducer", "tokens"},
     "registry": {"reducer", "spelling"},
-    "measure": {"budget", "parts", "reducer", "settings", "spelling", "tower"},
+    "measure": {"budget", "reducer", "settings", "spelling", "tower"},
     "memory": {"budget", "reducer", "settings"},
     "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens", "tower"},
@@ -46,7 +46,7 @@ USERS = {
     "viz": {"pictures", "tokens"},
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
     "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "pictures", "spelling", "tiny"},
-    "bench": {"budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "reducer"},
+    "bench": {"budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
         "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "spelling", "tiny", "train", "video",

@@ -10,6 +10,7 @@ from duet_vlm.handle import Handle
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.measure.roofline import Workload
 from duet_vlm.models.adapter import Adapter, PackedTower
+from duet_vlm.parts import left_in_tower
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
 
@@ -49,8 +50,9 @@ def planned(
     drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if getattr(reducer, "text_query", "") == "last" else text
     measured = counts, tuple(text + count for count in counts)
+    left = tuple(tuple(left_in_tower(plan, sizes, int(handle.adapter.feeds_cls))) for plan, sizes in zip(plans, passes, strict=True))
     sample = Sample(
-        text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle),
+        text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=left, left=left,
         merges_left=_merges_left(handle),
     )  # fmt: skip
     if not isinstance(reducer, DecoderReducer) or not reducer.uses_text:

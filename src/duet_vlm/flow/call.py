@@ -47,8 +47,7 @@ class Encoded:
     projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
     skipped: bool = False  # tower layers that nobody reads were not run
     alive: Tensor | None = None  # [spans, N], the tokens that went through a reduced tower
-    merges_left: bool = False  # the merger ran on what the tower left
-    left: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that went through the tower's blocks
+    tower: Any = None  # what went through the tower, where it was reduced (flow/tower.py)
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
 
     def number_of(self, rows: Tensor, position: int, total: int) -> int:

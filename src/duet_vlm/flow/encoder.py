@@ -170,8 +170,7 @@ class EncoderFlow:
         encoded = call.pending or self._behind(rows, getattr(output, "deepstack_features", None), call)
         encoded.rows = rows
         encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
-        encoded.left = _by_span(call, encoded.passes)
-        encoded.merges_left = call.tower is not None and not call.aside and call.tower.merges_left
+        encoded.tower = None if call.aside else call.tower
         encoded.projected, encoded.skipped = tuple(self.adapter.projected(call.encoding, counts)), call.skips
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
@@ -274,14 +273,6 @@ def _takes_each(reducer: Reducer, stream: Stream) -> bool:
     if not isinstance(reducer, EncoderReducer) or reducer.parts == "joint":
         return False
     return reducer.parts == "each" or (stream.each and not reducer.reads_time)
-
-
-def _by_span(call: EncoderCall, passes: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
-    """What the tower worked on, picture by picture, as ``passes`` are grouped."""
-    if call.tower is None or call.aside:
-        return passes
-    counts = iter(call.tower.ran)
-    return tuple(tuple(next(counts) for _ in span) for span in passes)
 
 
 def hand_out(output: Any, encoded: Encoded) -> None:

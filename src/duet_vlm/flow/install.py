@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -11,7 +10,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.encoder import EncoderFlow
 from duet_vlm.flow.entry import whole_prompts
 from duet_vlm.flow.loss import surviving_labels
-from duet_vlm.flow.packed import PackedFlow, attentions_of
+from duet_vlm.flow.packed import PackedFlow
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
 from duet_vlm.flow.signals import Recorder, Weigher
 from duet_vlm.flow.tower import TowerFlow, names_of
@@ -60,7 +59,7 @@ def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
 def _in_tower(traffic: Traffic) -> None:
     flow, packed, hooks = TowerFlow(traffic.adapter, traffic.stacks), PackedFlow(traffic.adapter, traffic.stacks), traffic.hooks
     for blocks in traffic.adapter.blocks_to_reduce():
-        for attention in attentions_of(blocks):
+        for attention in blocks.attentions:
             hooks.on_undo(Weigher(attention, traffic.stacks).remove)
         if isinstance(blocks, PackedTower):
             tower = blocks.module
@@ -68,7 +67,7 @@ def _in_tower(traffic: Traffic) -> None:
             hooks.shadow(tower.patch_embed, "forward", packed.embedding(tower.patch_embed.forward))
             continue
         hooks.add(blocks.patches.register_forward_hook, flow.embedded)
-        hooks.add(blocks.stack.register_forward_pre_hook, partial(flow.enter, blocks, names_of(blocks.stack)), with_kwargs=True)
+        hooks.add(blocks.stack.register_forward_pre_hook, flow.enter, blocks, names_of(blocks.stack), with_kwargs=True)
         hooks.add(blocks.tower.register_forward_hook, flow.leave)
 
 

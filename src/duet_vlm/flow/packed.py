@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
 from duet_vlm.flow.tower import TowerFlow, choose, is_flash, recomputes
-from duet_vlm.models.adapter import Blocks, PackedTower, Recorded
+from duet_vlm.models.adapter import PackedTower, Recorded
 from duet_vlm.tower import TowerReducer
 
 
@@ -58,8 +58,9 @@ class PackedRun:
     seen: int = 0  # rows whose attention ran in this block
 
     @property
-    def ran(self) -> tuple[int, ...]:
-        return self.counts
+    def ran(self) -> Sequence[int]:
+        ends = torch.tensor(self.segments, device=self.units.device).cumsum(0) // self.unit
+        return torch.bincount(torch.bucketize(self.units, ends, right=True), minlength=len(ends)).tolist()
 
     def alive(self) -> Tensor:
         return self.whole(torch.ones_like(self.size)[:, None]).repeat_interleave(self.unit, 0)[None]
@@ -157,8 +158,3 @@ class PackedFlow(TowerFlow):
             tables, order, slots = tower.tables(grid_thw, flat, counts)
         run = PackedRun(counts, flat, size, order, slots, total, unit, [n * unit for n in lengths], weighs, chosen.wrong)
         return run, tables
-
-
-def attentions_of(blocks: Blocks | PackedTower) -> Sequence[nn.Module]:
-    """The attentions that a bias has to reach by another way than a mask."""
-    return [block.attn for block in blocks.module.blocks] if isinstance(blocks, PackedTower) else blocks.attentions

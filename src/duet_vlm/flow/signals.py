@@ -8,6 +8,7 @@ rows that stand for several, where a tower hands its blocks no mask.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from duet_vlm.ops.score import one_head
 FLASH = "_flash_attention_2"  # modules choose their packed path by the word "flash" in the name
 
 
-class Private:
+class Private(ABC):
     """Owns the private config of one attention module; ``remove`` gives the module its own config object back."""
 
     name: ClassVar[str]
@@ -49,9 +50,9 @@ class Private:
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError("this vision tower has a duet_vlm reducer attached and cannot be copied or pickled: detach() first, then copy")
 
+    @abstractmethod
     def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
         """What is to be done with one call; returns the mask to go on with."""
-        raise NotImplementedError
 
 
 class Recorder(Private):

@@ -34,8 +34,8 @@ class Run(Protocol):
     wrong: Tensor
 
     @property
-    def ran(self) -> tuple[int, ...]:
-        """Units of each picture that the blocks worked on, padding included."""
+    def ran(self) -> Sequence[int]:
+        """Units of each picture that the blocks worked on, padding included, counted on their rows."""
 
     def alive(self) -> Tensor:
         """[P, N, 1] float32, as the adapter's ``carried`` takes numbers of patches: which are left."""
@@ -112,8 +112,8 @@ class BatchRun:
         [P, R] bool; pictures may keep unlike many.
     size : Tensor
         [P, R] float32, how many rows each stands for; 0 where it is not valid.
-    total, extra : int
-        Rows of the whole tower, and those in front of the patches.
+    total, extra, unit : int
+        Rows of the whole tower, those in front of the patches, and patches of a unit.
     weighs : bool
         Sizes bias the attention.
     """
@@ -126,12 +126,13 @@ class BatchRun:
     size: Tensor
     total: int
     extra: int
+    unit: int
     weighs: bool
     wrong: Tensor
 
     @property
-    def ran(self) -> tuple[int, ...]:
-        return (max(self.counts),) * len(self.counts)
+    def ran(self) -> Sequence[int]:
+        return [(self.rows.shape[1] - self.extra) // self.unit] * len(self.rows)
 
     def alive(self) -> Tensor:
         return self.whole(self.valid[..., None].float())[:, self.extra :]
@@ -235,7 +236,8 @@ class TowerFlow:
         valid, size = (x.repeat_interleave(units.shape[1], 1) for x in (chosen.valid, chosen.size))
         return BatchRun(
             counts, torch.cat([front, blocks.extra + units[chosen.index].flatten(1)], 1), torch.cat([torch.ones_like(front).bool(), valid], 1),
-            torch.cat([torch.ones_like(front).float(), size], 1), blocks.extra + high * wide, blocks.extra, weighs, chosen.wrong,
+            torch.cat([torch.ones_like(front).float(), size], 1), blocks.extra + high * wide, blocks.extra, units.shape[1], weighs,
+            chosen.wrong,
         )  # fmt: skip
 
 

@@ -9,9 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from duet_vlm.budget import SpanPlan
-from duet_vlm.measure.flops import asking_rows, signal_flops, tower_rows
+from duet_vlm.measure.flops import Grid, asking_rows, signal_flops, tower_rows
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.parts import left_in_tower
 from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
 from duet_vlm.tower import TowerReducer
 
@@ -34,11 +33,14 @@ def selection_flops(
     signals = 0
     if reducer.signals:
         signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
-    if isinstance(reducer.tower, TowerReducer) and reducer.tower.mass:  # who stands for whom
-        left = [n for plan, span in zip(plans, passes, strict=True) for n in left_in_tower(plan, span)]
-        signals += sum(2 * n * k * vision.width for n, k in zip(parts, left, strict=True) if k < n)
     keys = vision.width if reducer.signal_heads == "one" else key_width
     return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width)
+
+
+def mass_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, int]], vision: VisionShape) -> int:
+    """Finding out who stands for whom in front of the tower: ``parts`` as ``Sample.in_tower`` lists them."""
+    tower = getattr(reducer, "tower", None)
+    return sum(2 * n * left * vision.width for n, _, left in parts if left < n) if isinstance(tower, TowerReducer) and tower.mass else 0
 
 
 def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionShape, key_width: int) -> int:

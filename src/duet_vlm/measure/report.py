@@ -12,7 +12,6 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
-from duet_vlm.parts import left_in_tower
 from duet_vlm.settings import plain
 
 
@@ -24,8 +23,9 @@ class Sample:
     ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
     projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
-    as the plans say). ``kept``: per span, tokens per layer as measured. ``left``: per span the tokens of each part whose patches went through
-    the tower's blocks (left out: as the plans say). ``merges_left``: the projector, which sees every token otherwise, sees only those.
+    as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span the tokens of each part whose
+    patches the tower's blocks work on, as planned and as measured (left out: all). ``merges_left``: the projector, which sees every token
+    otherwise, sees only those.
     """
 
     text: int
@@ -39,6 +39,7 @@ class Sample:
     skipped: bool = False
     nominal: tuple[int, ...] = ()
     kept: tuple[float, ...] = ()
+    planned_left: tuple[tuple[int, ...], ...] = ()
     left: tuple[tuple[int, ...], ...] = ()
     merges_left: bool = False
 
@@ -57,17 +58,16 @@ class Sample:
         grids = self.grids or (None,) * len(self.passes)
         return [(n, _part_of(grid, span)) for span, grid in zip(self.passes, grids, strict=True) for n in span]
 
-    def reaching_projector(self) -> list[int]:
+    def reaching_projector(self, measured: bool = False) -> list[int]:
         """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
-        if not self.merges_left:
-            return list(self.to_project)
-        counts = iter(left for _, _, left in self.in_tower())
-        return [sum(next(counts) for _ in span) for span in self.passes]
+        return list(map(sum, self._left(measured))) if self.merges_left else list(self.to_project)
 
-    def in_tower(self) -> list[tuple[int, Grid, int]]:
+    def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, int]]:
         """Of the same: tokens, grid, and how many of them go through the tower's blocks."""
-        counts = self.left or map(left_in_tower, self.plans, self.passes)
-        return [(n, grid, left) for (n, grid), left in zip(self.parts(), (n for span in counts for n in span), strict=True)]
+        return [(*part, left) for part, left in zip(self.parts(), (n for span in self._left(measured) for n in span), strict=True)]
+
+    def _left(self, measured: bool) -> tuple[tuple[int, ...], ...]:
+        return (self.left if measured else self.planned_left) or self.passes
 
 
 def _part_of(grid: Grid, passes: tuple[int, ...]) -> Grid:
@@ -222,14 +222,15 @@ def make_report(
     width = [max(rows[i] for rows in nominal) for i in range(depth)]  # the cache is as wide as the longest row
     everything = [rows for s in samples for rows in s.to_project]
 
-    def tower_of(s: Sample) -> int:
-        shape = vision.read() if s.skipped else vision
-        return sum(vision_flops(shape, n, grid, left) for n, grid, left in s.in_tower())
+    def reduced(measured: bool) -> tuple[int, list[int]]:
+        """FLOPs of the tower, and the rows that reach the projector."""
+        shapes = [vision.read() if s.skipped else vision for s in samples]
+        tower = sum(vision_flops(shape, *part) for shape, s in zip(shapes, samples, strict=True) for part in s.in_tower(measured))
+        return tower, [n for s in samples for n in s.reaching_projector(measured)] if projects_all else [p.entry for p in plans]
 
     towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
-    reduced_towers = sum(map(tower_of, samples))
 
-    def costs(rows: Sequence[Sequence[int]], projected: Sequence[int], tower: int, ranked: bool, kv: int | None) -> Costs:
+    def costs(rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
             (before[i], s.queries, before[i + 1] if i in reused_layers else 0)
@@ -241,8 +242,6 @@ def make_report(
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 
-
-    before = [n for s in samples for n in s.reaching_projector()] if projects_all else [p.entry for p in plans]
     full_width = max(w[0] for w in whole)
     return Report(
         method=method,
@@ -253,9 +252,9 @@ def make_report(
         nominal=tuple(sum(s.visual(i) for s in samples) / batch for i in range(depth)),
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         images=tuple(s.kept for s in samples),
-        full=costs(whole, everything, towers, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
-        predicted=costs(nominal, before, reduced_towers, True, batch * kv_bytes(decoder, width, element_bytes)),
-        observed=costs([s.measured[1] for s in samples], before, reduced_towers, True, None if cache_bytes is None else sum(cache_bytes)),
+        full=costs(whole, towers, everything, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
+        predicted=costs(nominal, *reduced(False), True, batch * kv_bytes(decoder, width, element_bytes)),
+        observed=costs([s.measured[1] for s in samples], *reduced(True), True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
         floored=tuple(i for i, p in enumerate(plans) if p.floored),
         decoded=decoded,

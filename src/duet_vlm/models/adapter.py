@@ -67,6 +67,11 @@ class PackedTower:
     unit: int
     tables: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[dict[str, Any], Tensor, Tensor]]
 
+    @property
+    def attentions(self) -> tuple[nn.Module, ...]:
+        """Those of the blocks, which take no mask."""
+        return tuple(block.attn for block in self.module.blocks)
+
 
 @dataclass(frozen=True)
 class Encoding:

@@ -56,9 +56,9 @@ class Part:
 PLACES = ("cell", "at", "paint")
 MORE = ("existence", "count", "spatial", "compare")
 TWINS = {"twin": 3.0, "other": 2.0, "there": 2.0}
-STEPS = {"twin": 1.0, "other": 0.3, "there": 1.0, "tint": 0.5, "mixed": 2.0, "far": 2.0, "land2": 0.3, "land3": 0.5}  # of long chains
-JOINED = {**STEPS, "mixed": 4.0, "far": 3.0, "land3": 1.0}
-AFTER = {**STEPS, "far": 1.5, "mixed": 1.0, "near": 5.0, "tint": 0.3}
+CHAINS = {"twin": 1.0, "other": 0.3, "there": 1.0, "tint": 0.5, "mixed": 2.0, "far": 2.0, "land2": 0.3, "land3": 0.5}  # of long chains
+JOINED = {**CHAINS, "mixed": 4.0, "far": 3.0, "land3": 1.0}
+AFTER = {**CHAINS, "far": 1.5, "mixed": 1.0, "near": 5.0, "tint": 0.3}
 WHOLE = {
     **dict.fromkeys((*LOOKUPS, *PLACES), 0.3), **dict.fromkeys(MORE, 0.7), "count": 2.0, "hop1": 0.7, "any2": 1.5, "any3": 2.5,
     "twin": 0.3, "there": 0.5, "mixed": 1.0, "far": 1.0, "land3": 0.3,
@@ -82,9 +82,9 @@ PARTS = (
     Part(1400, 2, 8, (10,), weighted(0.5, 0.7, 0.3, land1=1.0, hop1=1.5, twin=0.7, other=0.4, there=0.7, tint=0.4)),
     Part(2400, 3, 8, (20, 28), weighted(0.5, 0.7, 0.3, land1=0.5, land2=0.7, hop1=1.5, any2=1.0, order=0.3, tint=0.4, twin=0.7, there=0.7)),
     Part(3400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, tint=0.3, **TWINS)),
-    Part(4600, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, any3=1.0, **STEPS)),
+    Part(4600, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, any3=1.0, **CHAINS)),
     Part(6400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.2, hop1=0.7, any2=1.0, any3=1.5, **JOINED)),
-    Part(9000, 4, 8, (32, 40, 57), weighted(0.3, 0.2, 0.7, order=0.3, hop1=0.7, any2=1.5, any3=2.0, **STEPS)),
+    Part(9000, 4, 8, (32, 40, 57), weighted(0.3, 0.2, 0.7, order=0.3, hop1=0.7, any2=1.5, any3=2.0, **CHAINS)),
     Part(10400, 4, 4, (VISUAL_TOKENS,), WHOLE),
     Part(12400, 4, 8, (32, 40, 57), weighted(0.2, 0.2, 0.5, hop1=0.5, any2=1.0, any3=2.0, **AFTER)),
     Part(12800, 4, 4, (VISUAL_TOKENS,), {**WHOLE, "near": 1.5}),
