@@ -35,6 +35,7 @@ class Choice:
     images: list[tuple[str, int]]  # which image or clip each span is: stream and number in its encoder call
     alive: dict[int, frozenset[int]]
     cls_token: bool = False
+    behind: bool = False  # rows were merged behind the projector
 
     def visible(self, layer: int) -> frozenset[int]:
         return self.alive[max(first for first in self.alive if first <= layer)]
@@ -75,7 +76,9 @@ def choices_of(handle: Handle) -> list[Choice]:
             alive[group.first_layer] = frozenset(place[s] for s in slots)
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, run.sources[0][0].cls_token))
+        cls_token = run.sources[0][0].cls_token if run.sources else False
+        behind = getattr(run.sources[0][0].rules.reducer, "reads_projected", False) if run.sources else False
+        choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, cls_token, behind))
     return choices
 
 
@@ -100,11 +103,13 @@ def family_of(model: nn.Module) -> Family:
     return next(family for family in reversed(FAMILIES.values()) if family.answers(model))  # those that share a class come last
 
 
-def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cls_token: bool) -> dict[int, Tensor]:
+def entry_rows(model: nn.Module, features: Tensor, rows: Entered, choice: Choice) -> dict[int, Tensor]:
     """The embedding of each slot that entered."""
     family = family_of(model)
     pointwise = family.pointwise(model)
-    shift = 0 if cls_token else family.skip()
+    shift, merge = 0 if choice.cls_token else family.skip(), choice.merge
+    if choice.behind and pointwise is not None:
+        features, pointwise = pointwise(features), None
     entered = {}
     for slot, (source, joined, weigh) in rows.items():
         row = features[source + shift]
@@ -133,7 +138,7 @@ def walk(
     hidden = model.get_input_embeddings()(ids)[None].clone()
     hidden_slots = set(range(choice.slots))
     for places, rows, features in zip(choice.places, choice.rows, images, strict=True):
-        for token, row in entry_rows(model, features, rows, choice.merge, choice.cls_token).items():
+        for token, row in entry_rows(model, features, rows, choice).items():
             hidden[0, places[token]] = row
     hidden = family.enter(model, hidden)
     total = len(ids)
@@ -156,7 +161,7 @@ def walk(
         for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers
                 hidden = hidden.clone()
-                for token, row in entry_rows(model, levels[index], rows, choice.merge, choice.cls_token).items():
+                for token, row in entry_rows(model, levels[index], rows, choice).items():
                     hidden[0, places[token]] += row
     result.logits = family.head(model, hidden)[0]
     return result

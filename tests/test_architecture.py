@@ -29,7 +29,7 @@ ARROWS = {
     "reducer": {"budget", "settings", "tokens"},
     "tower": {"budget", "ops", "reducer", "tokens"},
     "registry": {"reducer", "spelling"},
-    "measure": {"budget", "reducer", "settings", "spelling", "tower"},
+    "measure": {"budget", "ops", "reducer", "settings", "spelling", "tower"},
     "memory": {"budget", "reducer", "settings"},
     "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens", "tower"},

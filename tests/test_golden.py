@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, e2e, fastv, greedy, prumerge, qwen, t2v, tome, towers, v2v
+from golden_runner import anyres, clips, e2e, fastv, greedy, prumerge, qwen, t2v, tome, towers, v2v
 from golden_runner.case import Case
 
 KINDS = {
@@ -28,6 +28,11 @@ KINDS = {
     "LLaVA-PruMerge / PruMerge+": prumerge.check,
     "ToMe bipartite soft matching": tome.check_matching,
     "ToMe inside a ViT": tome.check_tower,
+    "VidCom2": clips.check_vidcom2,
+    "EVS": clips.check_evs,
+    "HoliTom (outer, before the LLM)": clips.check_holitom,
+    "PruneVid": clips.check_prunevid,
+    "FastVID (LLaVA-OneVision version)": clips.check_fastvid,
 }
 
 

@@ -53,7 +53,7 @@ class VisionView:
     are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
     for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
     number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
-    time, all with equally many rows in the same order.
+    time, all with equally many rows in the same order. ``most`` bounds their number and their rows where the host knows them (None: look).
     """
 
     valid: Tensor
@@ -65,6 +65,7 @@ class VisionView:
     features: Tensor | None = None
     parts: Tensor | None = None
     stream: str = "image"
+    most: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class EncoderReducer(Reducer):
     reads_projected: ClassVar[bool] = False
     reads_features: ClassVar[bool] = True
     reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
+    reads_places: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip in front of it
     reduces_in_tower: ClassVar[bool] = False  # then ``tower`` says what does (``duet_vlm.tower``)
     tower: ClassVar[EncoderReducer | None] = None
 

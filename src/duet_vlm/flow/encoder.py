@@ -233,7 +233,7 @@ class EncoderFlow:
         with torch.no_grad(), compat.without_autocast(planned):
             view = VisionView(
                 content, planned[:, 0], planned[:, 1], asked, importance, keys, None if rows is None else rows.detach(),
-                numbers.clamp(min=STRUCTURE), call.encoding.stream,
+                numbers.clamp(min=STRUCTURE), call.encoding.stream, _most(parts),
             )  # fmt: skip
             if call.each and any(plan.parts for plan in plans):
                 selection, wrong = select_each(reducer, view, parts)
@@ -259,6 +259,12 @@ class EncoderFlow:
             importance = nn.functional.pad(importance, (1, 0), value=torch.finfo(importance.dtype).max)
             key_rows = nn.functional.pad(key_rows, (0, 0, 1, 0), value=1.0)
         return importance, key_rows
+
+
+def _most(parts: list[Tensor]) -> tuple[int, int]:
+    """The most parts of a span, and the most rows of a part."""
+    sizes = [np.bincount(rows.numpy() + 2)[2:] for rows in parts]  # structure and padding rows are no parts
+    return max(map(len, sizes)), max(int(size.max(initial=0)) for size in sizes)
 
 
 def slots_of(selection: Selection, reducer: Reducer) -> Tensor:

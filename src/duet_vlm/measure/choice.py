@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, asking_rows, signal_flops, tower_rows
 from duet_vlm.measure.shapes import VisionShape
+from duet_vlm.ops.merge import by_table
 from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
 from duet_vlm.tower import TowerReducer
 
@@ -34,7 +35,14 @@ def selection_flops(
     if reducer.signals:
         signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
     keys = vision.width if reducer.signal_heads == "one" else key_width
-    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width)
+    steps = _steps(plans, passes) if reducer.reads_time else None
+    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, steps)
+
+
+def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """The most steps of a span and the most tokens of one, for methods that compare them."""
+    steps = max(map(len, passes), default=0)
+    return (steps, max(-(-plan.tokens // max(1, len(parts))) for plan, parts in zip(plans, passes, strict=True))) if steps > 1 else None
 
 
 def mass_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, int]], vision: VisionShape) -> int:
@@ -67,8 +75,11 @@ def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> 
 
 
 @lru_cache(maxsize=256)
-def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int) -> int:
-    """Matrix products of choosing and merging on spans with these plans, counted on the meta device."""
+def choice_flops(
+    reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int, steps: tuple[int, int] | None = None
+) -> int:
+    """Matrix products of choosing and merging on spans with these plans, counted on the meta device; ``steps``: of how many steps of time, of
+    how many tokens each, at most."""
     batch, tokens = len(plans), max(plan.tokens for plan in plans)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
@@ -77,7 +88,8 @@ def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width
                 valid=torch.empty(batch, tokens, dtype=torch.bool, device=meta), dominant=count, contextual=count, plans=plans,
                 importance=torch.empty(batch, tokens, device=meta), keys=torch.empty(batch, tokens, key_width, device=meta),
                 features=torch.empty(batch, tokens, feature_width, device=meta),
+                parts=torch.empty(batch, tokens, dtype=torch.long, device=meta), stream="video" if steps else "image", most=steps,
             )
         )  # fmt: skip
-    merging = 0 if selection.weights is None else 2 * selection.index.numel() * tokens * feature_width  # a table of rows by tokens
+    merging = 2 * selection.index.numel() * tokens * feature_width if by_table(selection, tokens) else 0
     return counter.get_total_flops() + merging
