@@ -24,9 +24,9 @@ ARROWS = {
     "video": {"pictures"},
     "hooks": set(),
     "spelling": set(),
-    "checks": {"budget", "flow", "models", "reducer", "spelling"},
+    "checks": {"budget", "flow", "models", "reducer"},
     "parts": {"budget"},
-    "reducer": {"budget", "settings", "tokens"},
+    "reducer": {"budget", "settings", "spelling", "tokens"},
     "tower": {"budget", "ops", "reducer", "tokens"},
     "registry": {"reducer", "spelling"},
     "measure": {"budget", "reducer", "settings", "spelling", "tower"},
@@ -37,7 +37,7 @@ ARROWS = {
     "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower"},
     "accounts": {"flow", "measure", "models", "reducer", "tokens"},
     "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
-    "attach": {"budget", "checks", "handle", "memory", "methods", "models", "reducer"},
+    "attach": {"budget", "flow", "handle", "memory", "methods", "models", "reducer"},
     "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens", "tower"},
 }
 # the users of the library see it as anyone outside does
@@ -216,6 +216,15 @@ for name in {names}:
         print(name, error)
 """
     assert run(code) == ""
+
+
+def test_what_decides_needs_no_transformers() -> None:
+    """Methods, arithmetic and what a server needs of them load beside any transformers, or none: vLLM holds on to older ones."""
+    pure = {"budget", "memory", "methods", "ops", "parts", "presets", "reducer", "registry", "settings", "spelling", "text", "tokens", "tower"}
+    files = {"models.adapter", "models.llava", "models.towers", "flow.rules", "flow.split", "flow.verify", "cli.main"}
+    names = sorted(name for name in FILES if room_of(name) in pure or name.removeprefix("duet_vlm.") in files)
+    code = f"import importlib, sys; sys.modules['transformers'] = None; [importlib.import_module(name) for name in {names}]; import duet_vlm; "
+    assert len(names) > 40 and run(code + "print(duet_vlm.get('duet')(dominant=2).plan(9, 4, None).entry)") == "2"
 
 
 def test_torchvision_is_never_imported() -> None:

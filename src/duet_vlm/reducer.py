@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -30,6 +30,7 @@ from duet_vlm.budget import (
     within,
 )
 from duet_vlm.settings import declared
+from duet_vlm.spelling import did_you_mean
 from duet_vlm.tokens import Selection
 
 POSITIONS = ("keep", "compact")
@@ -236,6 +237,16 @@ class DecoderReducer(Reducer):
     @abstractmethod
     def t2v(self, view: TextView) -> Tensor:
         """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``."""
+
+
+def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Reducer:
+    """The method with these settings; an unknown one is a ValueError that lists those there are."""
+    cls = method if isinstance(method, type) else type(method)
+    known = [field.name for field in fields(cls)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
+    return method(**settings) if isinstance(method, type) else replace(method, **settings)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
