@@ -7,6 +7,7 @@ visual tokens stay at a drop inside the decoder (T2V). A method is one frozen da
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
@@ -25,6 +26,7 @@ from duet_vlm.budget import (
     count_of,
     infeasible,
     largest,
+    largest_share,
     layer_counts,
     target_mean,
     within,
@@ -187,6 +189,38 @@ class EncoderReducer(Reducer):
             raise ValueError(f"cls_token=True cannot work with {self.name}: it reads projected rows, and the CLS row is not projected")
         if self.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
+
+    def entering(self, tokens: int, budget: Budget, depth: int = 32) -> SpanPlan:
+        """The plan of a span of which ``budget`` tokens (or that fraction of them, at least one) enter the decoder and stay: what the method's
+        first stage does where nothing is dropped inside the decoder.
+
+        Parameters
+        ----------
+        tokens : int
+            Of the span.
+        depth : int
+            Of the decoder in which the method divides its rows into dominant and contextual ones.
+
+        Raises
+        ------
+        ValueError
+            As ``plan``; a ``BudgetError`` where the method cannot do with so few.
+        """
+        wanted = max(1, math.floor(target_mean(budget, tokens) + EPSILON))
+        if wanted >= tokens:
+            return whole(tokens, depth)
+
+        def fits(share: float) -> bool:
+            try:
+                return self.plan(tokens, depth, share).entry <= wanted
+            except BudgetError as error:
+                if error.floor is None:
+                    raise
+                return True  # less than the method's floor
+
+        share = largest_share(fits)
+        plan = self.plan(tokens, depth, share or sys.float_info.min)  # raises where not even the smallest share fits
+        return replace(plan, counts=(plan.entry,) * depth)
 
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:

@@ -1,8 +1,9 @@
 """Every fact about a transformers version that the flow leans on, in one place (tests/test_compat.py fails loudly when one changes).
 
-Oldest supported: 5.21 (the rest of the package takes 5.16, which vLLM holds on to). From 5.18 on generate() encodes images before prefill and hands the output on, and M-RoPE tables reach the layers
-mixed; from 5.19 on beams repeat the images of a sample as a group (before, several images in one sample reached the wrong beams); before
-5.21 encoders of Video-LLaVA, Idefics3 and Qwen3.5 ask for or hand out other things.
+Oldest supported: 5.21; the rest of the package takes 5.16, as vLLM holds transformers back. From 5.18 on generate() encodes images before
+prefill and hands the output on, and M-RoPE tables reach the layers mixed; from 5.19 on beams repeat the images of a sample as a group
+(before, several images in one sample reached the wrong beams); before 5.21 encoders of Video-LLaVA, Idefics3 and Qwen3.5 ask for or hand out
+other things.
 """
 
 from __future__ import annotations
