@@ -35,6 +35,7 @@ ARROWS = {
     "methods": {"budget", "ops", "reducer", "registry", "tokens", "tower"},
     "presets": {"budget", "methods", "reducer", "spelling"},
     "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower"},
+    "serve": {"budget", "duet_vlm", "flow", "methods", "ops", "parts", "reducer", "settings", "tower"},
     "accounts": {"flow", "measure", "models", "reducer", "tokens"},
     "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "flow", "handle", "memory", "methods", "models", "reducer"},
@@ -220,8 +221,8 @@ for name in {names}:
 
 def test_what_decides_needs_no_transformers() -> None:
     """Methods, arithmetic and what a server needs of them load beside any transformers, or none: vLLM holds on to older ones."""
-    pure = {"budget", "memory", "methods", "ops", "parts", "presets", "reducer", "registry", "settings", "spelling", "text", "tokens", "tower"}
-    files = {"models.adapter", "models.llava", "models.towers", "flow.choose", "flow.rules", "flow.split", "flow.verify", "cli.main"}
+    pure = {"budget", "memory", "methods", "ops", "parts", "presets", "reducer", "registry", "serve", "settings", "spelling", "text", "tokens"}
+    files = {"tower", "models.adapter", "models.llava", "models.towers", "flow.choose", "flow.rules", "flow.split", "flow.verify", "cli.main"}
     names = sorted(name for name in FILES if room_of(name) in pure or name.removeprefix("duet_vlm.") in files)
     code = f"import importlib, sys; sys.modules['transformers'] = None; [importlib.import_module(name) for name in {names}]; import duet_vlm; "
     assert len(names) > 40 and run(code + "print(duet_vlm.get('duet')(dominant=2).plan(9, 4, None).entry)") == "2"

@@ -32,8 +32,13 @@ def takes_each(reducer: Reducer, usual: bool) -> bool:
 def plans_of(span: Callable[[Sequence[int], int, bool], SpanPlan], parts: Sequence[Tensor], each: bool) -> tuple[SpanPlan, ...]:
     """The plan of each span, made by ``span`` (as ``Rules.span``) from the sizes of its parts and its structure rows: ``parts`` on the host, as
     ``Adapter.parts``."""
-    sizes = [np.bincount(rows.numpy() + 1, minlength=1).tolist() for rows in parts]  # numpy: on the host already, nothing waits
-    return tuple(span(tuple(some), structure, each) for structure, *some in sizes)
+    return tuple(span(*sizes_of(rows), each) for rows in parts)
+
+
+def sizes_of(parts: Tensor) -> tuple[tuple[int, ...], int]:
+    """Of one span: how many rows show each part, and how many are structure."""
+    structure, *sizes = np.bincount(parts.numpy() + 1, minlength=1).tolist()  # numpy: on the host already, nothing waits
+    return tuple(sizes), structure
 
 
 def recorded(reducer: Reducer, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> Recorded:
