@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import duet_vlm
 from duet_vlm.flow.choose import sizes_of
 from duet_vlm.serve.rows import reduced
-from duet_vlm.serve.settings import NOTHING_ASKED, Served
+from duet_vlm.serve.settings import ARCHITECTURES, NOTHING_ASKED, Served
 
 FIRST_STAGES = sorted(
     name for name, cls in duet_vlm.methods().items() if issubclass(cls, duet_vlm.EncoderReducer) and not issubclass(cls, duet_vlm.TowerReducer)
@@ -77,6 +79,19 @@ def test_other_settings_are_another_salt() -> None:
     given: list[dict[str, Any]] = [{"budget": 64}, {"budget": 65}, {"method": "duet_plus", "budget": 64}, {"budget": 64, "cluster_width": 5}]
     assert len({Served.of(each, "compact").salt for each in given} | {Served.of(given[0], "keep").salt}) == 5
     assert Served.of(given[0], "compact").salt == Served.of(dict(given[0]), "compact").salt
+
+
+def test_the_plug_in_has_a_model_for_each_architecture_that_the_command_line_offers() -> None:
+    sources = Path(__file__).parent.parent / "plugins" / "vllm" / "src" / "duet_vlm_vllm"
+    (places,) = [
+        ast.literal_eval(node.value)
+        for node in ast.parse((sources / "__init__.py").read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODULES"
+    ]
+    assert tuple(places) == ARCHITECTURES
+    for place in places.values():
+        file, name = place.split(":")
+        assert f"class {name}(" in (sources / f"{file}.py").read_text()
 
 
 # ---- rows

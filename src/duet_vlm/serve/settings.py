@@ -25,6 +25,7 @@ REQUEST = "duet_budget"  # of a request's processor arguments
 ARCHITECTURES = (  # whose first stage vLLM can run; the plug-in registers each with PREFIX in front
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration",
 )
 PREFIX = "Duet"
