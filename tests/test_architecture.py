@@ -50,8 +50,8 @@ USERS = {
     "bench": {"budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "spelling", "tiny", "train", "video",
-        "viz",
+        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "serve", "spelling", "tiny", "train",
+        "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -102,18 +101,7 @@ def make(family: str, folder: Path) -> Path:
         weight.data = torch.from_numpy(1 + 0.1 * drawn if "norm" in name and name.endswith("weight") else scale * 2 * drawn)
     model.float().eval().save_pretrained(folder)
     processor.save_pretrained(folder)
-    if family in ("llava", "llava_next"):
-        _as_on_the_hub(folder / "model.safetensors")
     return folder
-
-
-def _as_on_the_hub(file: Path) -> None:
-    """Checkpoints on the hub have a level of names that newer transformers leaves out and vLLM's CLIP asks for; transformers reads both."""
-    with safe_open(file, "pt") as stored:
-        weights = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    if not any("vision_tower.vision_model." in name for name in weights):
-        weights = {name.replace("vision_tower.", "vision_tower.vision_model."): weight for name, weight in weights.items()}
-        save_file(weights, file, metadata={"format": "pt"})
 
 
 def checksum(folder: Path) -> int:

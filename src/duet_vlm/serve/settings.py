@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,12 +23,12 @@ from duet_vlm.tower import TowerReducer
 
 KEY = "duet"  # of the model's config: {"method": ..., "budget": ..., and settings of the method}
 REQUEST = "duet_budget"  # of a request's processor arguments
-ARCHITECTURES = (  # whose first stage vLLM can run; the plug-in registers each with PREFIX in front
-    "LlavaForConditionalGeneration",
-    "LlavaNextForConditionalGeneration",
-    "Qwen2VLForConditionalGeneration",
-    "Qwen2_5_VLForConditionalGeneration",
-)
+ARCHITECTURES = {  # whose first stage vLLM can run, and their positions there; the plug-in registers each with PREFIX in front
+    "LlavaForConditionalGeneration": "compact",
+    "LlavaNextForConditionalGeneration": "compact",
+    "Qwen2VLForConditionalGeneration": "keep",
+    "Qwen2_5_VLForConditionalGeneration": "keep",
+}
 PREFIX = "Duet"
 
 DEPTH = 32  # of the decoder in which a method divides what enters into dominant and contextual rows
@@ -147,7 +148,27 @@ def _check_stage(name: str, cls: type[Reducer]) -> None:
         raise ValueError(f"method {name}: it {what}, and vLLM runs first stages only; {remedy}")
 
 
-def refused(architecture: str) -> ValueError:
-    """The error for a model that has no plug-in."""
-    return ValueError(f"{architecture}: no first stage for this model on vLLM; there is one for {', '.join(ARCHITECTURES)}")
+def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """What vLLM is started with, so that it reduces by ``given`` (as ``Served.of``); no flag holds blanks, quotes or brackets that a shell reads.
+
+    Parameters
+    ----------
+    config : mapping
+        The model's config.json.
+
+    Raises
+    ------
+    ValueError, TypeError
+        A model without plug-in, or settings that no server can run.
+    """
+    (architecture,) = config.get("architectures") or ["no architecture in config.json"]
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{architecture}: vLLM cannot run a first stage for this model, only for {known}; --backend transformers runs others")
+    Served.of(given, ARCHITECTURES[architecture])
+    values = {name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":")) for name, value in given.items()}
+    return [
+        "--hf-overrides.architectures+", PREFIX + architecture,
+        *(part for name, value in values.items() for part in (f"--hf-overrides.{KEY}.{name}", value)),
+    ]  # fmt: skip
 

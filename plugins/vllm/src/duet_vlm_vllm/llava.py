@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -41,6 +42,11 @@ class ClipTower:
         number = layer_of(self.duet.reducer, len(layers) - 1, config.vision_config.num_hidden_layers, len(layers))
         self.recorder = Recorder(layers[number].self_attn.attn, self.duet.reducer)
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Checkpoints that newer transformers saved lack a level of names that vLLM's tower has."""
+        old, new = "vision_tower.", "vision_tower.vision_model."
+        return super().load_weights((name if new in name else name.replace(old, new), weight) for name, weight in weights)
 
     @property
     def patches(self) -> int:
