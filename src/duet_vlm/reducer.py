@@ -7,11 +7,12 @@ visual tokens stay at a drop inside the decoder (T2V). A method is one frozen da
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,11 +27,13 @@ from duet_vlm.budget import (
     count_of,
     infeasible,
     largest,
+    largest_share,
     layer_counts,
     target_mean,
     within,
 )
 from duet_vlm.settings import declared
+from duet_vlm.spelling import did_you_mean
 from duet_vlm.tokens import Selection
 
 POSITIONS = ("keep", "compact")
@@ -221,6 +224,38 @@ class EncoderReducer(Reducer):
         if self.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
 
+    def entering(self, tokens: int, budget: Budget, depth: int = 32) -> SpanPlan:
+        """The plan of a span of which ``budget`` tokens (or that fraction of them, at least one) enter the decoder and stay: what the method's
+        first stage does where nothing is dropped inside the decoder.
+
+        Parameters
+        ----------
+        tokens : int
+            Of the span.
+        depth : int
+            Of the decoder in which the method divides its rows into dominant and contextual ones.
+
+        Raises
+        ------
+        ValueError
+            As ``plan``; a ``BudgetError`` where the method cannot do with so few.
+        """
+        wanted = max(1, math.floor(target_mean(budget, tokens) + EPSILON))
+        if wanted >= tokens:
+            return whole(tokens, depth)
+
+        def fits(share: float) -> bool:
+            try:
+                return self.plan(tokens, depth, share).entry <= wanted
+            except BudgetError as error:
+                if error.floor is None:
+                    raise
+                return True  # less than the method's floor
+
+        share = largest_share(fits)
+        plan = self.plan(tokens, depth, share or sys.float_info.min)  # raises where not even the smallest share fits
+        return replace(plan, counts=(plan.entry,) * depth)
+
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:
         """Which rows enter the decoder, and which tokens are merged into which row."""
@@ -300,6 +335,16 @@ class DecoderReducer(Reducer):
     def t2v(self, view: TextView) -> Tensor | Selection:
         """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``. Or, where others are merged into these, a
         ``Selection`` of as many rows: they stand where the tokens stood that ``index`` names; with renumbered positions, in that order."""
+
+
+def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Reducer:
+    """The method with these settings; an unknown one is a ValueError that lists those there are."""
+    cls = method if isinstance(method, type) else type(method)
+    known = [field.name for field in fields(cls)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
+    return method(**settings) if isinstance(method, type) else replace(method, **settings)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

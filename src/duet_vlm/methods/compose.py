@@ -21,7 +21,6 @@ from duet_vlm.budget import (
     count_of,
     infeasible,
     largest,
-    largest_share,
     target_mean,
     within,
 )
@@ -321,14 +320,7 @@ def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -
     """``entry`` rows in dominant and contextual ones, as ``method`` divides them under the budget at which that many enter."""
     if method is None:
         return SpanPlan(tokens, entry, 0, ())
-
-    def entering(share: float) -> int:
-        try:
-            return method.plan(tokens, depth, share).entry
-        except BudgetError:
-            return 0
-
-    contextual = min(method.plan(tokens, depth, largest_share(lambda share: entering(share) <= entry)).contextual, entry - 1)
+    contextual = min(method.entering(tokens, entry, depth).contextual, entry - 1)
     return SpanPlan(tokens, entry - contextual, contextual, ())
 
 
