@@ -32,6 +32,7 @@ ARROWS = {
     "registry": {"reducer", "spelling"},
     "measure": {"budget", "ops", "reducer", "settings", "spelling", "tokens", "tower"},
     "memory": {"budget", "reducer", "settings"},
+    "stream": {"models", "ops"},
     "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "stages", "tokens", "tower"},
     "presets": {"budget", "methods", "reducer", "spelling"},
@@ -51,8 +52,8 @@ USERS = {
     "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "serve", "spelling", "tiny", "tokens",
-        "train", "video", "viz",
+        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "serve", "spelling", "stream", "tiny",
+        "tokens", "train", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
+from duet_vlm.cli.answering import answer
 from duet_vlm.cli.errors import folder_for
 from duet_vlm.cli.options import Device, FrameCount, Images, Model, Prompt, Rate, Reduction, Shown, Videos, reducing
-from duet_vlm.cli.run import answer
 from duet_vlm.loading import Loaded, load
 from duet_vlm.video import Clip
 
