@@ -31,6 +31,8 @@ from duet_vlm.budget import (
 )
 from duet_vlm.settings import declared
 from duet_vlm.tokens import Selection
+from duet_vlm.vision import READS, SIGNALS, Layer
+from duet_vlm.vision import VisionView as VisionView
 
 POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient")
@@ -42,29 +44,6 @@ NEWLINES = ("drop", "keep")
 QUERIES = 256  # rows of a picture that rank its tokens where the tower has no CLS row
 HEADS = ("each", "one")
 ROUNDINGS = ("floor", "int", "round")
-
-
-@dataclass(frozen=True)
-class VisionView:
-    """What an encoder reducer may look at; B spans of up to N tokens.
-
-    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method names them in ``signals``; ``valid`` [B, N];
-    ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
-    are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
-    for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
-    number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
-    time, all with equally many rows in the same order.
-    """
-
-    valid: Tensor
-    dominant: Tensor
-    contextual: Tensor
-    plans: tuple[SpanPlan, ...]
-    importance: Tensor | None = None
-    keys: Tensor | None = None
-    features: Tensor | None = None
-    parts: Tensor | None = None
-    stream: str = "image"
 
 
 @dataclass(frozen=True)
@@ -131,9 +110,10 @@ class Reducer(ABC):
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    ``signals`` names what it needs of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
-    would get them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are
-    there, and nothing but its choice lives through the rest of the tower.
+    ``signals`` names what it needs of the vision layers in ``signal_layers`` (``duet_vlm.vision.LayerView``), ``reads`` what it needs beside
+    them (``VisionView``): "grid", "question", "similar", "projector". With ``reads_projected`` it sees the rows as the decoder would get
+    them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are there, and
+    nothing but its choice lives through the rest of the tower.
 
     Attributes
     ----------
@@ -159,6 +139,7 @@ class EncoderReducer(Reducer):
     """
 
     signals: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
     reads_projected: ClassVar[bool] = False
     reads_features: ClassVar[bool] = True
     reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
@@ -175,6 +156,9 @@ class EncoderReducer(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, named, known in (("signals", self.signals, SIGNALS), ("reads", self.reads, READS)):
+            if unknown := sorted(named - set(known)):
+                raise ValueError(f"{type(self).__name__}.{name} names {', '.join(unknown)}: choose from {', '.join(known)}")
         if self.signal_queries is not None and self.signal_queries < 1:
             raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
         check_choice("signal_heads", self.signal_heads, HEADS)
@@ -186,6 +170,12 @@ class EncoderReducer(Reducer):
             raise ValueError(f"cls_token=True cannot work with {self.name}: it reads projected rows, and the CLS row is not projected")
         if self.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or None for the
+        family's own."""
+        return (self.signal_layer,)
 
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:

@@ -67,7 +67,7 @@ class Recorder(Private):
             query, key = query.detach(), key.detach()
             if getattr(reducer, "signal_heads", "each") == "one":
                 query, key, scaling = one_head(query, key, scaling)
-            call.recorded.append(Recorded(query, key, scaling, segments, getattr(reducer, "signal_queries", None)))
+            call.recorded.setdefault(self.module, []).append(Recorded(query, key, scaling, segments, getattr(reducer, "signal_queries", None)))
         return mask
 
 

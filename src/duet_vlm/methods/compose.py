@@ -30,6 +30,7 @@ from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
 from duet_vlm.tokens import Selection
 from duet_vlm.tower import TowerReducer
+from duet_vlm.vision import Layer
 
 ORDER = (
     "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
@@ -179,6 +180,22 @@ class Composition(EncoderReducer):
     def tower(self) -> TowerReducer | None:  # type: ignore[override]
         return self._stages[0]
 
+    @property
+    def _sees(self) -> EncoderReducer:
+        """The stage that looks at the vision tower."""
+        tower, frames, first, _ = self._stages
+        sees = first or frames or tower
+        assert sees is not None  # says _roles
+        return sees
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return self._sees.reads
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        return self._sees.signal_layers
+
     # ---- how many
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -284,19 +301,7 @@ class Composition(EncoderReducer):
         pool = frames.changed(view, torch.tensor(sizes, device=view.valid.device))
         rows, valid = pack_right(pool, max(sizes))
 
-        def candidates(x: Tensor | None) -> Tensor | None:
-            return None if x is None else take(x, rows)
-
-        selection = first.v2v(
-            dataclasses.replace(
-                view,
-                valid=valid,
-                importance=candidates(view.importance),
-                keys=candidates(view.keys),
-                features=candidates(view.features),
-                parts=candidates(view.parts),
-            )
-        )
+        selection = first.v2v(dataclasses.replace(view.of_rows(lambda x: take(x, rows)), valid=valid))
 
         def of_span(number: Tensor) -> Tensor:
             """Numbers of candidates as those of tokens; what is no candidate becomes no token, for the flow to refuse."""
