@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, e2e, fastv, greedy, prumerge, qwen, t2v, tome, towers, v2v
+from golden_runner import anyres, e2e, fastv, greedy, hired, prumerge, qwen, t2v, tome, towers, v2v
 from golden_runner.case import Case
 
 KINDS = {
@@ -25,6 +25,7 @@ KINDS = {
     "DivPrune": greedy.check_divprune,
     "VisPruner": towers.check_clip,
     "VisPruner, SigLIP": towers.check_siglip,
+    "HiRED": hired.check,
     "LLaVA-PruMerge / PruMerge+": prumerge.check,
     "ToMe bipartite soft matching": tome.check_matching,
     "ToMe inside a ViT": tome.check_tower,

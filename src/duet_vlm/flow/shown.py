@@ -105,7 +105,8 @@ def _head(recorded: Recorded, number: int) -> Recorded:
 def layer_views(call: EncoderCall, count: int, width: int) -> tuple[tuple[LayerView, ...], Tensor]:
     """The signals of all ``count`` layers, padded to ``width`` rows, a CLS row in front being kept before any other; and whether all that was
     recorded is finite, a 0-dim bool tensor."""
-    views, flags = [], []
+    views: list[LayerView] = []
+    flags: list[Tensor] = []
     for slot in range(count):
         if slot not in call.signals:
             raise RuntimeError("the vision attention was not recorded (changed after attach?): detach and attach again")
