@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, e2e, fastv, greedy, hired, prumerge, qwen, t2v, tome, towers, v2v
+from golden_runner import anyres, cdpruner, e2e, fastv, greedy, hired, prumerge, qwen, t2v, tome, towers, v2v, vscan
 from golden_runner.case import Case
 
 KINDS = {
@@ -28,6 +28,10 @@ KINDS = {
     "HiRED": hired.check,
     "LLaVA-PruMerge / PruMerge+": prumerge.check,
     "ToMe bipartite soft matching": tome.check_matching,
+    "CDPruner": cdpruner.check,
+    "VScan stage 1 (also the encoder stage of PIO-FVLM/TRIO: same file)": vscan.check_clip,
+    "VScan stage 1, Qwen2.5-VL (also the encoder stage of PIO-FVLM/TRIO there)": vscan.check_qwen,
+    "VScan stage 2": vscan.check_decoder,
     "ToMe inside a ViT": tome.check_tower,
 }
 

@@ -90,7 +90,6 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "stages": stages,
         "roles": roles,
         "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
-        "signals": sees.signals,
         "reads_projected": sees.reads_projected,
         "reads_features": frames is not None or sees.reads_features,
         "reduces_in_tower": tower is not None,
@@ -187,6 +186,10 @@ class Composition(EncoderReducer):
         sees = first or frames or tower
         assert sees is not None  # says _roles
         return sees
+
+    @property
+    def signals(self) -> frozenset[str]:  # type: ignore[override]
+        return self._sees.signals
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
