@@ -7,6 +7,7 @@ from typing import Any
 
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Encoded
+from duet_vlm.flow.shown import layer_number
 from duet_vlm.flow.trace import rows_per_layer, trace_of
 from duet_vlm.measure.choice import deciding_flops, mass_flops, selection_bytes, selection_flops
 from duet_vlm.measure.report import Sample
@@ -75,7 +76,7 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]
         return 0, 0
     vision = adapter.vision_shape()
     plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
-    head = adapter.vision_attention(reducer.signal_layer).head_dim
+    head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
     width = adapter.decoder_shape().hidden if projects_all else vision.width
     mass = mass_flops(reducer, [part for s in samples for part in s.in_tower()], vision)
     return mass + selection_flops(reducer, plans, passes, vision, head, width), selection_bytes(reducer, plans, passes, vision, head)

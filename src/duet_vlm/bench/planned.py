@@ -77,9 +77,7 @@ def _skips(handle: Handle) -> bool:
     adapter, reducer = handle.adapter, handle.reducer
     if not isinstance(reducer, EncoderReducer | DecoderReducer):
         return False
-    unread = adapter.unread_layers()
-    recorded = adapter.vision_attentions(reducer.signal_layer) if isinstance(reducer, EncoderReducer) and reducer.signals else []
-    return bool(unread) and not any(module in recorded for layer in unread for module in layer.modules())
+    return bool(unread := adapter.unread_layers()) and not handle.reads_layers(unread)
 
 
 def workload(

@@ -63,7 +63,7 @@ class Recorder(Private):
         if self.stacks.encoders:
             call, ends = self.stacks.encoders[-1], kwargs.get("cu_seq_lens_q")
             segments = None if ends is None else ends[1:] - ends[:-1]
-            call.recorded.append(recorded(call.rules.reducer, query, key, kwargs["scaling"], segments))
+            call.recorded.setdefault(self.module, []).append(recorded(call.rules.reducer, query, key, kwargs["scaling"], segments))
         return mask
 
 

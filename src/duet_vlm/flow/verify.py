@@ -239,8 +239,7 @@ def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor
 
 def _shown_to(view: VisionView) -> Tensor | None:
     """[B, N] float32: a sum over all that the method was shown of a token, finite if that is; None if it was shown nothing."""
-    shown = [x.sum(-1, dtype=torch.float32) for x in (view.keys, view.features) if x is not None]
-    shown += [] if view.importance is None else [view.importance]
+    shown = [x if x.ndim == 2 else x.sum(-1, dtype=torch.float32) for x in view.shown()]
     return functools.reduce(torch.add, shown) if shown else None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from duet_vlm.budget import SpanPlan
@@ -14,6 +16,9 @@ from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import Selection
 from duet_vlm.tower import TowerReducer
+from duet_vlm.vision import Change, LayerView, Question
+
+HEADS, WORDS = 16, 64  # of a view without data, where only the count of products matters
 
 
 def selection_flops(
@@ -34,8 +39,9 @@ def selection_flops(
     signals = 0
     if reducer.signals:
         signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
+        signals *= _attentions(reducer)
     keys = vision.width if reducer.signal_heads == "one" else key_width
-    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width)
+    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision)
 
 
 def mass_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, int]], vision: VisionShape) -> int:
@@ -50,7 +56,13 @@ def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequenc
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
     heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
-    return sum(16 * heads * asking_rows(vision, n, reducer.signal_queries) * n for n in rows)
+    return sum(16 * heads * asking_rows(vision, n, reducer.signal_queries) * n for n in rows) * _attentions(reducer)
+
+
+def _attentions(reducer: EncoderReducer) -> int:
+    """How often attention is computed for a method: once for each layer that it names, and once more where it wants the heads apart."""
+    kinds = bool(reducer.signals & {"importance", "keys"}) + ("heads" in reducer.signals)
+    return kinds * len(set(reducer.signal_layers))
 
 
 def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:
@@ -68,16 +80,27 @@ def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> 
 
 
 @lru_cache(maxsize=256)
-def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int) -> int:
+def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int, vision: VisionShape) -> int:
     """Matrix products of choosing and merging on spans with these plans, counted on the meta device."""
     batch, tokens = len(plans), max(plan.tokens for plan in plans)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
+        empty = functools.partial(torch.empty, batch, tokens, device=meta)
+        one = LayerView(empty(), empty(HEADS), empty(key_width), empty(key_width), empty(vision.width))
+        pairs, longs = torch.empty(batch, 2, dtype=torch.long, device=meta), functools.partial(empty, dtype=torch.long)
+
+        def project(change: Change) -> Tensor:
+            rows = change(empty(vision.patches_per_token, vision.width))
+            for wide, narrow in vision.projector:
+                rows = rows.reshape(batch, -1, wide) @ torch.empty(wide, narrow, device=meta)
+            return rows[:, :1].expand(-1, tokens, -1)
+
         selection = reducer.v2v(
             VisionView(
-                valid=torch.empty(batch, tokens, dtype=torch.bool, device=meta), dominant=count, contextual=count, plans=plans,
-                importance=torch.empty(batch, tokens, device=meta), keys=torch.empty(batch, tokens, key_width, device=meta),
-                features=torch.empty(batch, tokens, feature_width, device=meta),
+                valid=empty(dtype=torch.bool), dominant=count, contextual=count, plans=plans, importance=one.importance, keys=one.keys,
+                features=empty(feature_width), parts=longs(), layers=(one,) * len(reducer.signal_layers), place=longs(2), sides=pairs, tiles=pairs,
+                question=Question(torch.empty(batch, WORDS, feature_width, device=meta), torch.empty(batch, WORDS, dtype=torch.bool, device=meta)),
+                similar=empty(1), pieces=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
             )
         )  # fmt: skip
     merging = 0 if selection.weights is None else 2 * selection.index.numel() * tokens * feature_width  # a table of rows by tokens

@@ -29,6 +29,7 @@ from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
 from duet_vlm.tokens import Selection
 from duet_vlm.tower import TowerReducer
+from duet_vlm.vision import Layer
 
 ORDER = (
     "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
@@ -89,7 +90,6 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "stages": stages,
         "roles": roles,
         "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
-        "signals": sees.signals,
         "reads_projected": sees.reads_projected,
         "reads_features": frames is not None or sees.reads_features,
         "reduces_in_tower": tower is not None,
@@ -178,6 +178,26 @@ class Composition(EncoderReducer):
     @property
     def tower(self) -> TowerReducer | None:  # type: ignore[override]
         return self._stages[0]
+
+    @property
+    def _sees(self) -> EncoderReducer:
+        """The stage that looks at the vision tower."""
+        tower, frames, first, _ = self._stages
+        sees = first or frames or tower
+        assert sees is not None  # says _roles
+        return sees
+
+    @property
+    def signals(self) -> frozenset[str]:  # type: ignore[override]
+        return self._sees.signals
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return self._sees.reads
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        return self._sees.signal_layers
 
     # ---- how many
 
@@ -284,19 +304,7 @@ class Composition(EncoderReducer):
         pool = frames.changed(view, torch.tensor(sizes, device=view.valid.device))
         rows, valid = pack_right(pool, max(sizes))
 
-        def candidates(x: Tensor | None) -> Tensor | None:
-            return None if x is None else take(x, rows)
-
-        selection = first.v2v(
-            dataclasses.replace(
-                view,
-                valid=valid,
-                importance=candidates(view.importance),
-                keys=candidates(view.keys),
-                features=candidates(view.features),
-                parts=candidates(view.parts),
-            )
-        )
+        selection = first.v2v(dataclasses.replace(view.of_rows(lambda x: take(x, rows)), valid=valid))
 
         def of_span(number: Tensor) -> Tensor:
             """Numbers of candidates as those of tokens; what is no candidate becomes no token, for the flow to refuse."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ class Llava(LlamaLike):
     model_types = ("llava",)
     notes = "CLIP towers; images; MHA and GQA decoders of the Llama layout"
     example = "llava-hf/llava-1.5-7b-hf"
+    lacks: ClassVar[dict[str, str]] = {}
     has_cls = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -106,6 +107,9 @@ class Llava(LlamaLike):
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         return list(importance), list(keys)
+
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        return list(rows) if self.fed(call) else super().token_rows(rows, call)
 
     def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
         """Importance [B, N] and mean keys [B, N, d] of the patches that the tower saw."""

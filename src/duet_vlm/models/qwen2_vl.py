@@ -53,6 +53,14 @@ class Qwen2VL(LlamaLike):
         counts = [t * h * w // unit for t, h, w in call.sizes]
         return list(importance[raster].split(counts)), list(keys[raster].split(counts))
 
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        unit = self.visual.config.spatial_merge_size**2
+        return self.arranged(rows.flatten(0, -2).unflatten(0, (-1, unit)).mean(1), call)
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        unit = self.visual.config.spatial_merge_size**2
+        return list(projected[self.raster(call.sizes).to(projected.device)].split([t * h * w // unit for t, h, w in call.sizes]))
+
     def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
         return list(patches[0].unflatten(0, (-1, unit)).mean(1).split([t * h * w // unit for t, h, w in call.sizes]))
