@@ -9,6 +9,7 @@ from typing import Any
 
 from duet_vlm.budget import Budget, SpanPlan
 from duet_vlm.flow.decoder import scoring_layers
+from duet_vlm.flow.inside import check_boundaries
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.spelling import did_you_mean
@@ -37,7 +38,7 @@ def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], p
         raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
     if isinstance(reducer, EncoderReducer):
         if reducer.tower is not None:
-            adapter.blocks_to_reduce()  # raises where nothing can leave
+            check_boundaries(adapter, reducer)  # raises where nothing can leave
             if reducer.signal_layer is not None and not adapter.sees_whole(reducer.signal_layer):
                 raise ValueError(f"signal_layer={reducer.signal_layer} attends within windows, of which a reduced tower leaves pieces: name another")
         if reducer.cls_token:

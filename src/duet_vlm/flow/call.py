@@ -76,10 +76,12 @@ class Choice:
 class EncoderCall:
     """Scratch of one running encoder call: what the recorder saw and what was decided in front of the projector.
 
-    ``aside``: the user called the encoder, and gets what the stock model gives; ``each``: parts are reduced one by one; ``skips``: tower
-    layers that nobody reads are not run; ``signals``: importance and mean keys per span, made of what was recorded, until the choice is made
-    of them; ``merged``: the rows that go through the projector a second time, beside all of them. ``patches``: patch embeddings
-    [P, D, h, w] until units are chosen, ``tower``: the units that go through the tower (flow/tower.py).
+    ``aside``: the user called the encoder, and gets what the stock model gives, ``twice``: by a run of its own; ``each``: parts are reduced one by
+    one; ``skips``: tower layers that nobody reads are not run; ``signals``: importance and mean keys per span, made of what was recorded, until
+    the choice is made of them; ``merged``: the rows that go through the projector a second time, beside all of them. ``patches``: patch
+    embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``tower``: the units that go through the tower
+    (flow/tower.py), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its rows
+    (flow/inside.py).
     """
 
     encoding: Encoding
@@ -87,6 +89,7 @@ class EncoderCall:
     aside: bool = False
     each: bool = False
     skips: bool = False
+    twice: bool = False
     recorded: list[Any] = field(default_factory=list)
     signals: tuple[list[Tensor], list[Tensor]] | None = None
     choice: Choice | None = None
@@ -94,7 +97,10 @@ class EncoderCall:
     pending: Encoded | None = None
     merged: Tensor | None = None
     patches: Tensor | None = None
+    pixels: Tensor | None = None
     tower: Any = None
+    watched: list[Any] = field(default_factory=list)
+    cutting: Any = None
 
 
 @dataclass

@@ -61,18 +61,30 @@ class EncoderFlow:
                     return encode(*args, **kwargs)
                 bound = signature.bind_partial(*args, **kwargs)
                 call = self._call(stream, stream.encoding(bound.arguments), rules)
+                plain = encode(*args, **kwargs) if call.twice else None
                 self.stacks.encoders.append(call)
                 try:
                     output = encode(*args, **kwargs)
                 finally:
                     self.stacks.encoders.pop()
-                return self._finish(output, call)
+                output = self._finish(output, call)
+                return output if plain is None else self._beside(plain, output, call)
 
         return encode_and_reduce
 
     def _call(self, stream: Stream, encoding: Encoding, rules: Rules) -> EncoderCall:
         aside = not (self.stacks.calls or self.stacks.preparing)
-        return EncoderCall(encoding, rules, aside, _takes_each(rules.reducer, stream), not aside and self._skips(rules.reducer, encoding))
+        twice = aside and rules.tower is not None and rules.tower.inside
+        aside = aside and not twice
+        each = _takes_each(rules.reducer, stream)
+        return EncoderCall(encoding, rules, aside, each, not aside and self._skips(rules.reducer, encoding), twice)
+
+    def _beside(self, plain: Any, output: Any, call: EncoderCall) -> Any:
+        """What the stock model gives to who calls the encoder himself, with the rows that ``output`` of a reduced tower holds beside it."""
+        encoded: Encoded = getattr(output, ENCODED)
+        encoded.aside, encoded.rows = encoded.rows, self.adapter.spans(plain, call.encoding)
+        setattr(plain, ENCODED, encoded)
+        return plain
 
     def _skips(self, reducer: Reducer, encoding: Encoding) -> bool:
         """Training runs the tower as it is: whoever shards or differentiates it counts on every layer."""
@@ -120,7 +132,15 @@ class EncoderFlow:
     def _plans(self, call: EncoderCall, parts: list[Tensor]) -> tuple[SpanPlan, ...]:
         """The plan of each span from the sizes of its parts and its structure rows."""
         sizes = [np.bincount(rows.numpy() + 1).tolist() for rows in parts]  # numpy: on the host already, nothing waits
-        return tuple(call.rules.span(tuple(some), structure, call.each) for structure, *some in sizes)
+        left = self._left_of(call, sizes)
+        return tuple(call.rules.span(tuple(some), structure, call.each, n) for (structure, *some), n in zip(sizes, left, strict=True))
+
+    def _left_of(self, call: EncoderCall, sizes: list[list[int]]) -> list[list[int] | None]:
+        """Per span how many tokens of each part a threshold in the tower left; ``sizes``: structure rows, and tokens of the parts, of each."""
+        if call.tower is None or not call.rules.by_threshold:
+            return [None] * len(sizes)
+        left, fed = iter(call.tower.counts), self.adapter.fed(call.encoding)
+        return [[next(left) + fed for _ in some] for _, *some in sizes]
 
     # ---- point-wise projector: before it
 
