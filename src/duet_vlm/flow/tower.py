@@ -252,14 +252,19 @@ class BatchRun(Run):
         size = self.whole(self.row_sizes())
         return [dataclasses.replace(one, query=self.whole(one.query, 2), key=self.whole(one.key, 2), size=size) for one in calls]
 
+    @property
+    def is_stock(self) -> bool:
+        """Whether the rows are still those of the whole tower, in its order and not unit by unit."""
+        return not self.widths and self.cells.shape[1] == 1
+
     def bias(self, key: Tensor) -> Tensor | None:
         """What is added to the attention logits; None where nothing is hidden and all weigh alike."""
-        if not self.weighs and len(set(self.counts)) == 1:
+        if not self.widths or not self.weighs and len(set(self.counts)) == 1:
             return None
         return self.row_sizes().log().clamp(min=torch.finfo(key.dtype).min).to(key.dtype)[:, None, None]
 
     def mask(self, mask: Any, key: Tensor) -> Any:
-        if not self.widths:
+        if self.is_stock:
             return mask
         bias = self.bias(key)
         if not isinstance(mask, Tensor):
@@ -348,9 +353,9 @@ class TowerFlow:
             return None
         call, tower = running
         with torch.no_grad(), compat.without_autocast(running[0].patches):
-            call.tower, chosen = self._begin(call, tower, blocks, depth)
+            call.tower = self._begin(call, tower, blocks, depth)
         call.patches = call.pixels = None
-        if chosen is None or call.tower is None or call.aside:  # who calls the encoder himself gets what the stock model gives
+        if call.tower is None or call.aside or call.tower.is_stock:  # who calls the encoder himself gets what the stock model gives
             return None
         given = dict(zip(parameters, args, strict=False)) | kwargs
         given[parameters[0]] = take(given[parameters[0]], call.tower.rows)
@@ -373,8 +378,8 @@ class TowerFlow:
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(map(full, output.hidden_states))
 
-    def _begin(self, call: EncoderCall, tower: TowerReducer, blocks: Blocks, depth: int) -> tuple[BatchRun | None, Chosen | None]:
-        """What goes through the tower (None: all of it), and what was chosen in front of the blocks."""
+    def _begin(self, call: EncoderCall, tower: TowerReducer, blocks: Blocks, depth: int) -> BatchRun | None:
+        """What goes through the tower; None: all of it."""
         assert call.patches is not None
         pictures, _, high, wide = call.patches.shape
         grid, device = (high // blocks.cell, wide // blocks.cell), call.patches.device
@@ -382,7 +387,7 @@ class TowerFlow:
         spans = self.adapter.pictures(call.encoding, pictures, total)
         stages = self.stages(call, tower, spans, depth, total)
         if not stages:
-            return None, None
+            return None
         cells = in_cells(torch.arange(high * wide, device=device).view(high, wide), blocks.cell)
         rows = call.patches.flatten(2).transpose(1, 2)
         real = self.adapter.real_patches(call.encoding, pictures)
@@ -399,15 +404,15 @@ class TowerFlow:
         if max(stages):
             refuse_recomputing(blocks.tower)
         if 0 not in stages:
-            return run, None
+            return run
         pixels = None if call.pixels is None else in_patches(call.pixels, high, wide)[:, cells].flatten(2)[:, :, None]
         if stages[0]:
             real = real | (content_first(every, content, stages[0]) & ~content)[..., None]
         chosen = choose(tower, rows[:, cells], real, stages[0], [grid] * pictures, weighs, pixels, frames_before(call, spans))
         if min(chosen.counts) == total:
-            return None, None
+            return None
         run.cut(chosen, rows[..., :0].new_zeros(pictures, run.total, 0), 0)
-        return run, chosen
+        return run
 
 
 def content_first(there: Tensor, content: Tensor, counts: Sequence[int]) -> Tensor:
