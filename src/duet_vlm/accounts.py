@@ -15,8 +15,8 @@ from duet_vlm.tokens import SpanTrace
 from duet_vlm.tower import Stages
 
 
-def samples_of(run: Run) -> list[Sample]:
-    """The rows of the batch."""
+def samples_of(run: Run, per_token: int) -> list[Sample]:
+    """The rows of the batch; ``per_token``: patches of the tower that make one token."""
     rest = iter(run.sources)
     sources = [[next(rest) for _ in row] for row in run.spans]
     nominal_rows = zip(*(run.visual(layer) for layer in range(-1, run.depth)), strict=True)
@@ -33,8 +33,8 @@ def samples_of(run: Run) -> list[Sample]:
             skipped=any(encoded.skipped for encoded, _ in of),
             nominal=nominal,
             merges_left=any(encoded.tower is not None and encoded.tower.merges_left for encoded, _ in of),
-            planned_left=tuple(_of_span(encoded, number, "planned") for encoded, number in of),
-            left=tuple(_of_span(encoded, number, "ran") for encoded, number in of),
+            planned_left=tuple(_of_span(encoded, number, "planned", per_token) for encoded, number in of),
+            left=tuple(_of_span(encoded, number, "ran", per_token) for encoded, number in of),
             kept=tuple(_mean_kept(span, run.depth) for span in history),
         )
         for length, spans, of, plans, asked, measured, nominal, history in zip(
@@ -43,12 +43,14 @@ def samples_of(run: Run) -> list[Sample]:
     ]
 
 
-def _of_span(encoded: Encoded, number: int, name: str) -> tuple[Stages, ...]:
+def _of_span(encoded: Encoded, number: int, name: str, per_token: int) -> tuple[Stages, ...]:
     """Where patches of each picture of a span leave the tower."""
     if encoded.tower is None:
         return ((),) * len(encoded.passes[number])
     first = sum(map(len, encoded.passes[:number]))
-    return tuple(getattr(encoded.tower, name)[first : first + len(encoded.passes[number])])
+    patches = encoded.tower.patches_of_unit // per_token  # of a frame that is pooled later, several become one token
+    parts = getattr(encoded.tower, name)[first : first + len(encoded.passes[number])]
+    return tuple(tuple((after, left * patches) for after, left in stages) for stages in parts)
 
 
 def _mean_kept(span: SpanTrace, depth: int) -> float:

@@ -129,7 +129,7 @@ class Handle:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
         run = self._last_run()
         reducer = run.rules.reducer
-        samples = samples_of(run)
+        samples = samples_of(run, self.adapter.vision_shape().patches_per_token)
         projects_all = self._projects_all(reducer)
         return make_report(
             method=reducer.name,

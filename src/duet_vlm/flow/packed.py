@@ -78,6 +78,10 @@ class PackedRun(Run):
         return [tuple(zip(self.passed, left, strict=True)) for left in zip(*counts, strict=True)]
 
     @property
+    def patches_of_unit(self) -> int:
+        return self.unit
+
+    @property
     def total(self) -> int:
         return sum(self.lengths)
 

@@ -55,6 +55,11 @@ class Run(ABC):
     wrong: Tensor
 
     @property
+    @abstractmethod
+    def patches_of_unit(self) -> int:
+        """How many patches a unit is."""
+
+    @property
     def counts(self) -> tuple[int, ...]:
         """Units of each picture that are left in the end."""
         return self.stages[max(self.stages)]
@@ -224,6 +229,10 @@ class BatchRun(Run):
         return [tuple(self.widths.items())] * len(self.units)
 
     @property
+    def patches_of_unit(self) -> int:
+        return self.cells.shape[1]
+
+    @property
     def rows(self) -> Tensor:
         """[P, R] numbers of the rows that are left in the whole tower, those in front of the patches first, then unit by unit."""
         front = torch.arange(self.extra, device=self.units.device).expand(len(self.units), -1)
@@ -382,13 +391,14 @@ class TowerFlow:
         """What goes through the tower; None: all of it."""
         assert call.patches is not None
         pictures, _, high, wide = call.patches.shape
-        grid, device = (high // blocks.cell, wide // blocks.cell), call.patches.device
+        cell, device = self.adapter.cell_of(call.encoding, blocks), call.patches.device
+        grid = high // cell, wide // cell
         total = grid[0] * grid[1]
         spans = self.adapter.pictures(call.encoding, pictures, total)
         stages = self.stages(call, tower, spans, depth, total)
         if not stages:
             return None
-        cells = in_cells(torch.arange(high * wide, device=device).view(high, wide), blocks.cell)
+        cells = in_cells(torch.arange(high * wide, device=device).view(high, wide), cell)
         rows = call.patches.flatten(2).transpose(1, 2)
         real = self.adapter.real_patches(call.encoding, pictures)
         real = torch.ones(rows.shape[:2], dtype=torch.bool, device=device) if real is None else real.to(device)

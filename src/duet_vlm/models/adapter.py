@@ -240,6 +240,10 @@ class Adapter(ABC):
         """Where patches can leave inside the tower, one for each tower; a TypeError says why not."""
         raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it (duet, visionzip)")
 
+    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+        """How many patches high and wide what later becomes one token is."""
+        return blocks.cell
+
     def sees_whole(self, layer: int) -> bool:
         """Whether a tower layer attends to whole pictures, not within windows."""
         return True
