@@ -31,10 +31,12 @@ def takes_each(reducer: Reducer, usual: bool) -> bool:
     return reducer.parts == "each" or (usual and not reducer.reads_time)
 
 
-def plans_of(span: Callable[[Sequence[int], int, bool], SpanPlan], parts: Sequence[Tensor], each: bool) -> tuple[SpanPlan, ...]:
-    """The plan of each span, made by ``span`` (as ``Rules.span``) from the sizes of its parts and its structure rows: ``parts`` on the host, as
-    ``Adapter.parts``."""
-    return tuple(span(*sizes_of(rows), each) for rows in parts)
+def plans_of(
+    span: Callable[..., SpanPlan], parts: Sequence[Tensor], each: bool, left: Sequence[Sequence[int] | None] | None = None
+) -> tuple[SpanPlan, ...]:
+    """The plan of each span, made by ``span`` (``Rules.span``) from the sizes of its parts and its structure rows: ``parts`` on the host, as
+    ``Adapter.parts``. ``left``: how many tokens of each part a threshold in the tower left."""
+    return tuple(span(*sizes_of(rows), each, some) for rows, some in zip(parts, left or [None] * len(parts), strict=True))
 
 
 def sizes_of(parts: Tensor) -> tuple[tuple[int, ...], int]:
