@@ -17,6 +17,7 @@ from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import Debug, budget_of, one, settings_of
 from duet_vlm.loading import source
 
+MAX_PIXELS = 89_000_000  # of an image in a request: above it vLLM says so, above twice as many Pillow, and that as a fault of the server
 NO_HOST = "none.invalid"  # a name that nobody can have: of a server that shall fetch nothing
 
 Method = Annotated[list[str] | None, typer.Option("--method", metavar="TEXT", help="A method that reduces before the decoder. Default: duet_plus.")]
@@ -68,7 +69,8 @@ def serve(
         command += ["--trust-request-mm-kwargs"] if request_budgets else []
         command += [] if fetch_urls else ["--allowed-media-domains", NO_HOST]
         command += [*flags, *(options or ())]
-        environment = dict(os.environ) | ({} if api_key is None else {"VLLM_API_KEY": api_key})  # not in the list of processes
+        environment = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)} | dict(os.environ)
+        environment |= {} if api_key is None else {"VLLM_API_KEY": api_key}  # not in the list of processes
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         print(f"{model}: {shown}; first stage only, so a budget counts the tokens of an image that enter the decoder")
         print(f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered")
