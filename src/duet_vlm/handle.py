@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.accounts import samples_of, selection_cost
+from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, check_budget
 from duet_vlm.checks import check, signal_layer
 from duet_vlm.flow.cache import Run
@@ -139,6 +139,7 @@ class Handle:
             decoded=run.decoded,
             projects_all=projects_all,
             selection=selection_cost(self.adapter, reducer, samples, projects_all)[0],
+            **decoder_terms(self.adapter, reducer, samples),
         )
 
     def selection_cost(self, samples: list[Sample]) -> tuple[int, int]:

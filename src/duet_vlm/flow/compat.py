@@ -101,6 +101,17 @@ def cached_rows(cache: Any, layer: int) -> int:
     return int(cache.layers[layer].keys.shape[2])
 
 
+def keep_cached(cache: Any, layer: int, rows: int, index: Tensor) -> None:
+    """Of one layer's ``rows`` keys and values only rows ``index`` [B, n] stay."""
+    held = cache.layers[layer]
+    for name in ("keys", "values"):
+        stored = getattr(held, name, None)
+        if not isinstance(stored, Tensor) or stored.ndim != 4 or stored.shape[2] != rows:
+            raise ValueError(f"cache='cut' needs a cache that holds keys and values as they are, {type(held).__name__} does not: use cache='full'")
+        wanted = index.to(stored.device)[:, None, :, None].expand(-1, stored.shape[1], -1, stored.shape[3])
+        setattr(held, name, stored.gather(2, wanted))
+
+
 def attention_function(module: nn.Module, implementation: str) -> AttentionFunction:
     """The attention function that ``module`` would call under ``implementation``."""
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
