@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import ast
+import base64
+import contextlib
+import io
+import json
+import os
 import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +26,7 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.cli.main import app
+from duet_vlm.cli.serve_transformers import NEEDED, remote
 from duet_vlm.flow.choose import sizes_of
 from duet_vlm.serve.rows import reduced
 from duet_vlm.serve.settings import ARCHITECTURES, NOTHING_ASKED, Served
@@ -228,3 +239,67 @@ def test_examples_start_the_command_with_options_that_it_has() -> None:
     assert "VLLM_API_KEY" in service["environment"] and container["env"][0]["name"] == "VLLM_API_KEY"
     assert front["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == deployment["spec"]["template"]["metadata"]["labels"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+
+
+# ---- transformers' own server
+
+
+def test_what_is_vllms_is_refused_on_transformers(started: list[Any]) -> None:
+    for more in (["--tensor-parallel-size", "2"], ["--request-budgets"], ["--", "--max-model-len", "9"]):
+        done = call("serve", "-m", "tiny", "-b", "9", "--backend", "transformers", *more)
+        assert done.exit_code == 2 and "are vLLM's, leave them out" in done.stderr
+    assert "give 'vllm' or 'transformers'" in call("serve", "-m", "tiny", "-b", "9", "--backend", "sglang").stderr
+
+
+def test_pictures_that_are_not_part_of_a_request_are_found() -> None:
+    def body(url: Any) -> bytes:
+        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "x"}]
+        return json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+
+    assert remote(body({"url": "data:image/png;base64,AA"})) is remote(body("data:image/png;base64,AA")) is remote(b"") is remote(b"{") is None
+    for url in ("http://host/x.png", "/etc/hostname", "file:///etc/hostname"):
+        assert remote(body({"url": url})) == remote(body(url)) == url
+
+
+@pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason="needs transformers[serving]")
+def test_transformers_serves_both_stages(tmp_path: Path) -> None:
+    """The answer is that of ``attach``; other models, URLs and strangers are refused, and the server goes on."""
+    import openai
+
+    port, item = free_port(), tiny.sample("test", 1, 0)
+    command = [sys.executable, "-m", "duet_vlm.cli.main", "serve", "-m", "tiny", "--method", "duet", "-b", "16", "--backend", "transformers"]
+    source = str(Path(duet_vlm.__file__).parents[1])
+    with (tmp_path / "log").open("w") as log:
+        run = [*command, "--port", str(port), "--api-key", "k"]
+        process = subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": source, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(300):
+            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            time.sleep(0.5)
+        held = io.BytesIO()
+        item.image.save(held, "PNG")
+        picture = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+        def ask(url: str, key: str = "k", model: str = str(tiny.path())) -> Any:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+            content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": item.question}]
+            return client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0)
+
+        model, processor = tiny.load()
+        inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
+        with duet_vlm.attach(model, "duet", budget=16):
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        expected = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert ask(picture).choices[0].message.content.strip() == expected
+        with pytest.raises(openai.AuthenticationError):
+            ask(picture, key="another")
+        for wrong in ({"url": "http://127.0.0.1:1/x.png"}, {"url": "/etc/hostname"}, {"url": picture, "model": "gpt2"}):
+            with pytest.raises(openai.BadRequestError):
+                ask(**wrong)
+        assert ask(picture).choices[0].message.content.strip() == expected
+    finally:
+        process.terminate()
+        process.wait(60)
