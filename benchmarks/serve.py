@@ -123,11 +123,12 @@ async def loaded(at: Server, pictures: list[str], share: float | None, concurren
             usage.append(await asyncio.to_thread(at.metric, "vllm:kv_cache_usage_perc"))
             await asyncio.sleep(0.2)
 
-    watching = asyncio.create_task(watch())
-    began = time.perf_counter()
-    found = await asyncio.gather(*map(one, pictures))
-    seconds, going = time.perf_counter() - began, False
-    await watching
+    async with client:
+        watching = asyncio.create_task(watch())
+        began = time.perf_counter()
+        found = await asyncio.gather(*map(one, pictures))
+        seconds, going = time.perf_counter() - began, False
+        await watching
     return {
         "requests_per_second": len(found) / seconds,
         "tokens_per_second": len(found) * NEW / seconds,

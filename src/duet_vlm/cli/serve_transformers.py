@@ -47,7 +47,7 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
     """transformers' model manager, with the reduction on the model that it loads, and no other model."""
     from fastapi import HTTPException
 
-    from duet_vlm.attach import handle_of
+    from duet_vlm import handle_of
 
     class Attaching(manager):
         def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
