@@ -224,8 +224,8 @@ for name in {names}:
 
 def test_what_decides_needs_no_transformers() -> None:
     """Methods, arithmetic and what a server needs of them load beside any transformers, or none: vLLM holds on to older ones."""
-    pure = {"budget", "memory", "methods", "ops", "parts", "presets", "reducer", "registry", "serve", "settings", "spelling", "text", "tokens"}
-    files = {"tower", "models.adapter", "models.llava", "models.towers", "flow.choose", "flow.rules", "flow.split", "flow.verify", "cli.main"}
+    pure = {"budget", "memory", "methods", "ops", "parts", "presets", "reducer", "registry", "serve", "settings", "spelling", "stages", "tokens"}
+    files = {"text", "tower", "models.adapter", "models.llava", "models.towers", "flow.choose", "flow.rules", "flow.split", "flow.verify", "cli.main"}
     names = sorted(name for name in FILES if room_of(name) in pure or name.removeprefix("duet_vlm.") in files)
     code = f"import importlib, sys; sys.modules['transformers'] = None; [importlib.import_module(name) for name in {names}]; import duet_vlm; "
     assert len(names) > 40 and run(code + "print(duet_vlm.get('duet')(dominant=2).plan(9, 4, None).entry)") == "2"
