@@ -36,9 +36,9 @@ class Choice:
     images: list[tuple[str, int]]  # which image or clip each span is: stream and number in its encoder call
     alive: dict[int, frozenset[int]]
     cls_token: bool = False
-    behind: bool = False  # rows were merged behind the projector
     merged: dict[int, list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
+    projected: bool = False  # rows are merged behind the projector
 
     def visible(self, layer: int) -> frozenset[int]:
         return self.alive[max(first for first in self.alive if first <= layer)]
@@ -81,8 +81,7 @@ def choices_of(handle: Handle) -> list[Choice]:
         merged = {group.first_layer: _joined(group.merged, sample, place) for group in merging}
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        first = run.sources[0][0]
-        facts = first.cls_token, getattr(first.rules.reducer, "reads_projected", False), merged, frozenset(run.cut)
+        facts = run.sources[0][0].cls_token, merged, frozenset(run.cut), bool(getattr(run.rules.reducer, "reads_projected", False))
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
     return choices
 
@@ -130,10 +129,10 @@ def family_of(model: nn.Module) -> Family:
 
 def entry_rows(model: nn.Module, features: Tensor, rows: Entered, choice: Choice) -> dict[int, Tensor]:
     """The embedding of each slot that entered."""
-    family = family_of(model)
+    family, merge = family_of(model), choice.merge
     pointwise = family.pointwise(model)
-    shift, merge = 0 if choice.cls_token else family.skip(), choice.merge
-    if choice.behind and pointwise is not None:
+    shift = 0 if choice.cls_token else family.skip()
+    if choice.projected and pointwise is not None:
         features, pointwise = pointwise(features), None
     entered = {}
     for slot, (source, joined, weigh) in rows.items():
