@@ -47,6 +47,7 @@ USERS = {
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
     "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "pictures", "spelling", "tiny"},
     "bench": {"budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
+    "tune": {"bench", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "video"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
         "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "spelling", "tiny", "train", "video",
