@@ -30,6 +30,7 @@ ARROWS = {
     "tower": {"budget", "ops", "reducer", "tokens"},
     "registry": {"reducer", "spelling"},
     "measure": {"budget", "reducer", "settings", "spelling", "tower"},
+    "palette": set(),
     "memory": {"budget", "reducer", "settings"},
     "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "tokens", "tower"},
@@ -45,13 +46,13 @@ USERS = {
     "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
     "viz": {"pictures", "tokens"},
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
-    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "pictures", "spelling", "tiny"},
+    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "palette", "pictures", "spelling", "tiny"},
     "bench": {"budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
-    "tune": {"bench", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "video"},
+    "tune": {"bench", "evaluate", "loading", "measure", "models", "palette", "pictures", "video", "duet_vlm"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "spelling", "tiny", "train", "video",
-        "viz",
+        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "spelling", "tiny", "train",
+        "tune", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

@@ -69,7 +69,7 @@ def split(count: int, keep: float | None) -> Split:
     if keep is None:
         choosing = max(1, min(count - 1, max(FEWEST, round(CHOOSING * count))))
         return Split(choosing, count - choosing, None)
-    losses, room = 0, math.floor((1 - CHOOSING) * count)
+    losses, room = 0, min(math.floor((1 - CHOOSING) * count), count - FEWEST)
     while needed(keep, losses + 1) <= room:
         losses += 1
     testing = needed(keep, losses)

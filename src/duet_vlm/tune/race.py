@@ -111,6 +111,8 @@ def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int |
 
 
 def _count(standing: Sequence[Candidate], questions: Sequence[int], ask: Ask, testing: bool) -> None:
+    if not standing:
+        return
     found = ask([c.run for c in standing], questions)
     for c in standing:
         replies = found[c.name]

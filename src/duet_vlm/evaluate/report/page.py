@@ -16,7 +16,8 @@ from markupsafe import Markup
 from duet_vlm.evaluate.report import columns, markdown
 from duet_vlm.evaluate.report.columns import Column, Run, at
 from duet_vlm.evaluate.report.plots import darkness
-from duet_vlm.evaluate.report.style import FLOORS, ORACLE, VARIABLES
+from duet_vlm.evaluate.report.style import FLOORS, ORACLE
+from duet_vlm.palette import VARIABLES
 
 Plots = dict[str, tuple[str, bytes, bytes]]
 Entries = list[tuple[str, str]]
