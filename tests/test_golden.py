@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, e2e, fastv, greedy, prumerge, qwen, t2v, tome, towers, v2v
+from golden_runner import anyres, dart, e2e, fastv, greedy, prumerge, qwen, t2v, tokencarve, tome, towers, v2drop, v2v
 from golden_runner.case import Case
 
 KINDS = {
@@ -27,6 +27,10 @@ KINDS = {
     "VisPruner, SigLIP": towers.check_siglip,
     "LLaVA-PruMerge / PruMerge+": prumerge.check,
     "ToMe bipartite soft matching": tome.check_matching,
+    "DART": dart.check,
+    "TokenCarve": tokencarve.check,
+    "V2Drop (LLaVA)": v2drop.check,
+    "V2Drop (Qwen2-VL)": v2drop.check_qwen,
     "ToMe inside a ViT": tome.check_tower,
 }
 
