@@ -46,7 +46,7 @@ ARROWS = {
 # the users of the library see it as anyone outside does
 USERS = {
     "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
-    "viz": {"pictures", "tokens"},
+    "viz": {"duet_vlm", "palette", "pictures", "tokens"},
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
     "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "palette", "pictures", "spelling", "tiny"},
     "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
