@@ -563,3 +563,22 @@ def test_looks_differ_and_references_stand_apart() -> None:
 def test_write_needs_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one result file"):
         write([], tmp_path)
+
+
+def test_the_page_opens_with_a_plot_and_the_best_of_each_budget(tmp_path: Path) -> None:
+    found = columns.best(RESULT, style.FLOORS | {style.ORACLE, "none"})
+    done = [run for run in RESULT["runs"] if run["status"] == "ok" and run["method"] not in ("none", "oracle", "random", "uniform")]
+    budgets = sorted({run["budget"] for run in done}, reverse=True)
+    wanted = [max((run for run in done if run["budget"] == budget), key=lambda run: run["accuracy"])["id"] for budget in budgets]
+    assert [run["id"] for _, run in found] == wanted and [budget for budget, _ in found] == [columns.budget(budget) for budget in budgets]
+    (tmp_path / "a.json").write_text(json.dumps(RESULT))
+    said: list[str] = []
+    html = write([tmp_path / "a.json"], tmp_path / "out", said.append)[-1].read_text()
+    assert len(said) == 4 and all(text.startswith("tiny-methods: ") for text in said)  # progress, plot by plot
+    places = [html.index(mark) for mark in ("<figure", "Best at each budget", "<form", "<table>")]
+    assert places == sorted(places)
+
+
+def test_the_eighth_method_has_a_colour_of_its_own() -> None:
+    looks = style.looks({f"method {i}": "duet" for i in range(10)})
+    assert len({look.colour for look in looks.values()}) == 10

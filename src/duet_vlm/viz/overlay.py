@@ -149,7 +149,7 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
 def _number(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int] | None, number: int, cell: int) -> None:
     """The number of a group in the corner of its patch, readable on light and dark."""
     if box is not None:
-        pen.text((box[0] + 2, box[1] + 1), str(number), (255, 255, 255), font_size=max(7, cell * 4 // 10), stroke_width=1, stroke_fill=SHADE)
+        pen.text((box[0] + 2, box[1] + 1), str(number), (255, 255, 255), font_size=max(7, cell // 2), stroke_width=1, stroke_fill=SHADE)
 
 
 def _heat_map(pixels: np.ndarray, trace: SpanTrace, scores: Mapping[int, float], cell: int) -> Image.Image:

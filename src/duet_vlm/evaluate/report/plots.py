@@ -28,8 +28,8 @@ PIXELS = 160  # per inch, of the PNG
 STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7, 9, 1.2, 2.5)), 10
 
 
-def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
-    """name -> (caption, PNG, SVG). Plots that have nothing to show (no timing) are absent.
+def all_plots(result: dict[str, Any], say: Callable[[str], None] = lambda caption: None) -> dict[str, tuple[str, bytes, bytes]]:
+    """name -> (caption, PNG, SVG). Plots that have nothing to show (no timing) are absent. ``say`` is told what is drawn next.
 
     Raises
     ------
@@ -48,6 +48,7 @@ def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
     }
     out = {}
     for name, (caption, make) in makers.items():
+        say(caption)
         with style.context(RC, after_reset=True), _quiet():  # nothing of a personal matplotlibrc
             figure = make(result)
             if figure is not None:
