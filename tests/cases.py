@@ -29,6 +29,7 @@ from duet_vlm.methods.vscan import VScan
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
     "cdpruner": {"keep": 0.4},
+    "dart": {"schedule": ((3, 0.4),), "visual_pivots": 2, "text_pivots": 2},
     "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
@@ -49,13 +50,23 @@ REDUCING: dict[str, dict[str, Any]] = {
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
+    "tokencarve": {"schedule": ((3, 0.4),), "cache": "full"},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "visionzip": {"dominant": 0.3, "contextual": 0.2},
+    "v2drop": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "vispruner": {"keep": 0.4, "important": 0.4},
     "vscan": {"keep": 0.5, "window": 2, "schedule": ((4, 0.5),)},
     "zoo_prune": {"keep": 0.4, "directions": 3},
 }
+
+def _by_text(name: str) -> bool:
+    """Whether a method's drops keep the largest attention from text, and nothing else matters."""
+    second = duet_vlm.methods()[name.rpartition("+")[2]]
+    return issubclass(second, duet_vlm.DecoderReducer) and second.uses_text and not second.needs
+
+
+BY_TEXT = tuple(filter(_by_text, REDUCING))
 
 # settings that keep every token, in as many ways as there are
 KEEP_ALL: list[tuple[str, dict[str, Any]]] = [

@@ -9,7 +9,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, cdpruner, e2e, fastv, greedy, hired, prumerge, qwen, t2v, tome, towers, v2v, vscan
+from golden_runner import (
+    anyres,
+    cdpruner,
+    dart,
+    e2e,
+    fastv,
+    greedy,
+    hired,
+    prumerge,
+    qwen,
+    t2v,
+    tokencarve,
+    tome,
+    towers,
+    v2drop,
+    v2v,
+    vscan,
+)
 from golden_runner.case import Case
 
 KINDS = {
@@ -32,6 +49,10 @@ KINDS = {
     "VScan stage 1 (also the encoder stage of PIO-FVLM/TRIO: same file)": vscan.check_clip,
     "VScan stage 1, Qwen2.5-VL (also the encoder stage of PIO-FVLM/TRIO there)": vscan.check_qwen,
     "VScan stage 2": vscan.check_decoder,
+    "DART": dart.check,
+    "TokenCarve": tokencarve.check,
+    "V2Drop (LLaVA)": v2drop.check,
+    "V2Drop (Qwen2-VL)": v2drop.check_qwen,
     "ToMe inside a ViT": tome.check_tower,
 }
 

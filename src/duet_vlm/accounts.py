@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Encoded
 from duet_vlm.flow.shown import layer_number
 from duet_vlm.flow.trace import rows_per_layer, trace_of
-from duet_vlm.measure.choice import mass_flops, selection_bytes, selection_flops
+from duet_vlm.measure.choice import deciding_flops, mass_flops, selection_bytes, selection_flops
 from duet_vlm.measure.report import Sample
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import EncoderReducer, Reducer
@@ -55,6 +56,18 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
     """Visual tokens of a span per layer, over its stages."""
     ends = [*(stage.layer for stage in span.stages[1:]), depth]
     return sum(len(stage.kept) * (end - stage.layer) for stage, end in zip(span.stages, ends, strict=True)) / depth
+
+
+def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``."""
+    shape = adapter.decoder_shape()
+
+    def of(sample: Sample) -> int:
+        visual = [sample.visual(layer) for layer in range(-1, shape.layers)]
+        return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
+
+    products, cut = getattr(reducer, "uses_text", True), getattr(reducer, "cache", "full") == "cut"
+    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut}
 
 
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample], projects_all: bool) -> tuple[int, int]:

@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 
 from duet_vlm.budget import Budget, check_budget
-from duet_vlm.checks import with_fields
+from duet_vlm.flow.compat import check_version
 from duet_vlm.handle import Handle
 from duet_vlm.memory import KEY, record, remembered
 from duet_vlm.methods import named
 from duet_vlm.models.find import adapter_for, core_of
-from duet_vlm.reducer import Reducer
+from duet_vlm.reducer import Reducer, with_fields
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()  # the hooks keep the handle
 
@@ -67,7 +67,10 @@ def attach(
         A budget below the method's floor on this model.
     TypeError
         Unsupported model, or settings that this family cannot have.
+    ImportError
+        A transformers older than attaching works on (5.21); the rest of the package accepts 5.16.
     """
+    check_version()
     check_budget(budget)
     core = core_of(model)
     fields |= {} if positions is None else {"positions": positions}

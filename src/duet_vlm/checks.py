@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,20 +12,9 @@ from duet_vlm.flow.decoder import scoring_layers
 from duet_vlm.flow.shown import layer_number
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
-from duet_vlm.spelling import did_you_mean
 
 WITHOUT = {"similar": "take relevance='decoder', which compares with the question as the decoder reads it"}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
-
-
-def with_fields(method: type[Reducer] | Reducer, fields: dict[str, Any]) -> Reducer:
-    """The method with these settings; an unknown one is a ValueError that lists those there are."""
-    cls = method if isinstance(method, type) else type(method)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
-    return method(**fields) if isinstance(method, type) else dataclasses.replace(method, **fields)
 
 
 def hooked(reducer: Reducer) -> tuple[Any, ...]:

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from duet_vlm.accounts import samples_of, selection_cost
+from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, check_budget
-from duet_vlm.checks import check, hooked, with_fields
+from duet_vlm.checks import check, hooked
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
@@ -24,7 +24,7 @@ from duet_vlm.flow.verify import raise_if_wrong
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.models.adapter import Adapter
-from duet_vlm.reducer import Reducer
+from duet_vlm.reducer import Reducer, with_fields
 from duet_vlm.tokens import SpanTrace
 
 
@@ -142,6 +142,7 @@ class Handle:
             decoded=run.decoded,
             projects_all=projects_all,
             selection=selection_cost(self.adapter, reducer, samples, projects_all)[0],
+            **decoder_terms(self.adapter, reducer, samples),
         )
 
     def selection_cost(self, samples: list[Sample]) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from duet_vlm.accounts import decoder_terms
 from duet_vlm.budget import SpanPlan
 from duet_vlm.handle import Handle
 from duet_vlm.measure.report import Report, Sample, make_report
@@ -55,7 +56,7 @@ def planned(
         text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=left, left=left,
         merges_left=_merges_left(handle),
     )  # fmt: skip
-    if not isinstance(reducer, DecoderReducer) or not reducer.uses_text:
+    if not isinstance(reducer, DecoderReducer) or not reducer.attends():
         return Planned(sample)
     adapter = handle.adapter
     scored = {drop: adapter.ranking_layer(drop - reducer.score_before) for drop in drops}
@@ -85,7 +86,8 @@ def workload(
     """The same as a request to predict."""
     found = planned(handle, passes, text, spans, projected)
     cost = handle.selection_cost([found.sample])
-    return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused)
+    terms = decoder_terms(handle.adapter, handle.reducer, [found.sample])
+    return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused, **terms)
 
 
 def planned_report(handle: Handle, found: Planned, element_bytes: int) -> Report:
@@ -105,6 +107,7 @@ def planned_report(handle: Handle, found: Planned, element_bytes: int) -> Report
         decoded=0,
         projects_all=handle.projects_all,
         selection=handle.selection_cost([found.sample])[0],
+        **decoder_terms(handle.adapter, reducer, [found.sample]),
     )
 
 

@@ -96,7 +96,7 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
         "name": name,
         "summary": cls.summary,
         "stage": " + ".join(stages) or "-",
-        "needs_text": issubclass(cls, duet_vlm.DecoderReducer) and cls.uses_text,
+        "needs_text": issubclass(cls, duet_vlm.DecoderReducer) and cls.asks(),
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
     }

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import bench, budget, demo, drop_curve, eval, methods, models, presets, report, run, train, viz
+from duet_vlm.cli import bench, budget, demo, drop_curve, eval, methods, models, presets, report, run, serve, train, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -25,6 +25,8 @@ app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget")(budget.budget)
 app.command("bench")(bench.bench)
 app.command("viz")(viz.viz)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
+app.command("vllm-args")(serve.vllm_args)
 app.command("methods")(methods.methods)
 app.command("presets")(presets.presets)
 app.command("models")(models.models)

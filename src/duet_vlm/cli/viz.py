@@ -47,6 +47,7 @@ def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
     """The trace of a clip on the grid of its ``film``. Families that hand out a square per frame behind its CLS row name no grid: there the
     CLS rows are counted first, as ``draw`` wants rows that show nothing, and the patches of all frames after them."""
     from duet_vlm import SpanTrace
+    from duet_vlm.tokens import StageTrace
 
     each, side = trace.span.tokens // steps, math.isqrt(trace.span.tokens // steps)
     patches, front = side * side, each - side * side
@@ -60,12 +61,16 @@ def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
     def places(tokens: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(sorted(place(token) for token in tokens))
 
+    def groups(merged: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
+        return {place(anchor): places(members) for anchor, members in merged.items()}
+
+    def placed(stage: StageTrace) -> StageTrace:
+        return StageTrace(stage.layer, places(stage.kept), places(stage.dropped), groups(stage.merged))
+
     return SpanTrace(
-        dataclasses.replace(trace.span, grid=(steps * side, side)),
-        {place(anchor): places(members) for anchor, members in trace.merged.items()},
-        tuple(dataclasses.replace(stage, kept=places(stage.kept), dropped=places(stage.dropped)) for stage in trace.stages),
-        trace.tower and dataclasses.replace(trace.tower, kept=places(trace.tower.kept), dropped=places(trace.tower.dropped)),
-    )
+        dataclasses.replace(trace.span, grid=(steps * side, side)), groups(trace.merged), tuple(map(placed, trace.stages)),
+        trace.tower and placed(trace.tower),
+    )  # fmt: skip
 
 
 def clip_overlay(loaded: Loaded, inputs: Any, clip: Clip, number: int, trace: SpanTrace, title: str) -> Image.Image:

@@ -8,35 +8,31 @@ rows are projected, merged ones included); grid mergers, and methods that read p
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.budget import BudgetError, SpanPlan
+from duet_vlm.budget import BudgetError
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Prompt, Stacks
+from duet_vlm.flow.choose import plans_of, select, slots_of, takes_each
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import Named, Words, grid_of, layer_views, of_layer, projecting, question_of
-from duet_vlm.flow.split import select_each, with_structure
-from duet_vlm.flow.verify import checked_selection, not_finite
+from duet_vlm.flow.verify import not_finite
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, VisionView
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tokens import Selection
 from duet_vlm.vision import LayerView
 
 Features = Callable[[], Tensor | None]
 
-STRUCTURE, PADDING = -1, -2  # in place of the number of a part
 MARK = float("nan")  # of rows that do not exist any more; real rows are checked to be finite
 
 
@@ -76,7 +72,7 @@ class EncoderFlow:
     def _call(self, stream: Stream, encoding: Encoding, rules: Rules) -> EncoderCall:
         aside = not (self.stacks.calls or self.stacks.preparing)
         skips = not aside and self._skips(rules.reducer, encoding)
-        return EncoderCall(encoding, rules, aside, _takes_each(rules.reducer, stream), skips, self._prompt())
+        return EncoderCall(encoding, rules, aside, takes_each(rules.reducer, stream.each), skips, self._prompt())
 
     def _prompt(self) -> Prompt | None:
         """The text around this encoder call."""
@@ -143,11 +139,6 @@ class EncoderFlow:
             return call.rules.span((rows,), 0, call.each).merges
         except BudgetError:  # so many rows cannot be reduced so far, fewer may
             return True
-
-    def _plans(self, call: EncoderCall, parts: list[Tensor]) -> tuple[SpanPlan, ...]:
-        """The plan of each span from the sizes of its parts and its structure rows."""
-        sizes = [np.bincount(rows.numpy() + 1).tolist() for rows in parts]  # numpy: on the host already, nothing waits
-        return tuple(call.rules.span(tuple(some), structure, call.each) for structure, *some in sizes)
 
     # ---- point-wise projector: before it
 
@@ -239,42 +230,30 @@ class EncoderFlow:
         """Plans and selection for spans of ``counts`` rows; ``features`` makes [B, N, C], a CLS row in front if it is fed, or None."""
         reducer = call.rules.reducer
         parts = self.adapter.parts(call.encoding, counts)
-        plans = self._plans(call, parts)
+        plans = plans_of(call.rules.span, parts, call.each)
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
             return Choice(plans)
         if reducer.cls_token:
             self.adapter.cls_module()  # raises: no CLS row here
             parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
-        numbers = pad_sequence(parts, batch_first=True, padding_value=PADDING)
-        layers = self._layers(call, numbers.shape[1]) if reducer.signals else ()
+        width = max(map(len, parts))
+        layers = self._layers(call, width) if reducer.signals else ()
         rows = features()
-        device = next(x.device for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
-        numbers = numbers.to(device)
-        whole = torch.tensor([not plan.merges for plan in plans], device=device)
-        structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
-        content = (numbers >= 0) | (structure & whole[:, None])
-        alive = None if call.tower is None else content & (structure | self._left(call, content))
-        content = content if alive is None else alive
-        asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
-        planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
-        with torch.no_grad(), compat.without_autocast(planned):
-            view = VisionView(
-                content, planned[:, 0], planned[:, 1], asked, layers[0].importance if layers else None, layers[0].keys if layers else None,
-                None if rows is None else rows.detach(), numbers.clamp(min=STRUCTURE), call.encoding.stream, layers,
-                **self._read(call, counts, numbers.shape[1], device, layers),
+        shown = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
+        left = None if call.tower is None else self._left(call, width).to(shown.device)
+        with torch.no_grad(), compat.without_autocast(shown):
+            selection, wrong, content = select(
+                reducer, plans, parts, rows, layers=layers, stream=call.encoding.stream, each=call.each, left=left,
+                **self._read(call, counts, width, shown.device, layers),
             )  # fmt: skip
-            if call.each and any(plan.parts for plan in plans):
-                selection, wrong = select_each(reducer, view, parts)
-            else:
-                selection, wrong = checked_selection(reducer, reducer.v2v(view), view, view.plans)
         if call.tower is not None:
             wrong = torch.maximum(wrong, call.tower.wrong.to(wrong.device))
-        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection, wrong, alive)
+        return Choice(plans, selection, wrong, None if left is None else content)
 
-    def _left(self, call: EncoderCall, content: Tensor) -> Tensor:
+    def _left(self, call: EncoderCall, width: int) -> Tensor:
         """[B, N] bool: the rows that went through the tower."""
         left, _ = pad_rows([rows[:, 0] > 0.5 for rows in self.adapter.carried(call.tower.alive(), call.encoding)])
-        return nn.functional.pad(left, (content.shape[1] - left.shape[1], 0), value=True).to(content.device)  # a CLS row in front never leaves
+        return nn.functional.pad(left, (width - left.shape[1], 0), value=True)  # a CLS row in front never leaves
 
     def _layers(self, call: EncoderCall, width: int) -> tuple[LayerView, ...]:
         views, finite = layer_views(call, len(self.named.blocks), width)
@@ -296,20 +275,6 @@ class EncoderFlow:
         if "projector" in reducer.reads:
             made["project"] = projecting(self.adapter, call)
         return made
-
-
-def slots_of(selection: Selection, reducer: Reducer) -> Tensor:
-    """Slot within the span for each output row [B, K]: its own (keep) or the first ones in the method's order (compact)."""
-    if reducer.positions == "keep":
-        return selection.index
-    return torch.where(selection.valid, selection.valid.cumsum(1) - 1, 0)
-
-
-def _takes_each(reducer: Reducer, stream: Stream) -> bool:
-    """Whether V2V looks at the parts of a span one by one."""
-    if not isinstance(reducer, EncoderReducer) or reducer.parts == "joint":
-        return False
-    return reducer.parts == "each" or (stream.each and not reducer.reads_time)
 
 
 def _chooses_early(reducer: EncoderReducer) -> bool:

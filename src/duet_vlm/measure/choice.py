@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from duet_vlm.budget import SpanPlan
-from duet_vlm.measure.flops import Grid, asking_rows, signal_flops, tower_rows
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
+from duet_vlm.measure.flops import Grid, asking_rows, probe_flops, signal_flops, tower_rows
+from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
+from duet_vlm.tokens import Selection
 from duet_vlm.tower import TowerReducer
 from duet_vlm.vision import Change, LayerView, Question
 
@@ -104,3 +105,52 @@ def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width
         )  # fmt: skip
     merging = 0 if selection.weights is None else 2 * selection.index.numel() * tokens * feature_width  # a table of rows by tokens
     return counter.get_total_flops() + merging
+
+
+PREDICTED = 4  # rows that a gradient is taken of (flow/probe.py)
+
+
+def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int], queries: int, shape: DecoderShape) -> int:
+    """What a method inside the decoder costs beyond attention from text (``measure.flops.scoring_flops``), for one sample.
+
+    Parameters
+    ----------
+    visual, rows : sequence of int
+        Visual and all rows that enter, and that each layer reads: one number more than there are layers.
+    """
+    if not isinstance(reducer, DecoderReducer):
+        return 0
+    total = 2 * visual[0] * queries * shape.hidden if reducer.text_query == "raters" else 0
+    for layer, (before, stay) in enumerate(zip(visual, visual[1:], strict=False)):
+        if not 0 < stay < before:
+            continue
+        total += _shown_flops(reducer, before, stay, queries, shape)
+        if "among" in reducer.needs:
+            total += 2 * before * shape.hidden * shape.query_width + 2 * before * rows[layer] * shape.wide
+        if "gradient" in reducer.needs:
+            total += probe_flops(shape, rows[layer], layer, PREDICTED)
+    return total
+
+
+@lru_cache(maxsize=256)
+def _shown_flops(reducer: DecoderReducer, before: int, stay: int, queries: int, shape: DecoderShape) -> int:
+    """Matrix products of one decision, and of merging, counted on the meta device."""
+    with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
+
+        def rows(count: int, width: int) -> torch.Tensor:
+            return torch.empty(1, count, width, device=meta)
+
+        every = (1, before, shape.heads) if reducer.score_heads == "each" else (1, before)
+        places = torch.zeros(1, before, dtype=torch.long, device=meta)
+        chosen = reducer.t2v(
+            TextView(
+                valid=torch.empty(1, before, dtype=torch.bool, device=meta), keep=torch.empty(1, dtype=torch.long, device=meta),
+                spans=((0, before),), span=places, token=places, scores=torch.empty(every, device=meta), counts=((before, stay),), grids=(None,),
+                rows=rows(before, shape.hidden), before=rows(before, shape.hidden), text=rows(queries, shape.hidden),
+                text_valid=torch.empty(1, queries, dtype=torch.bool, device=meta), keys=rows(before, shape.narrow),
+                text_keys=rows(queries, shape.narrow), slots=places, text_slots=torch.zeros(1, queries, dtype=torch.long, device=meta),
+                among=torch.empty(every, device=meta), gradient=rows(before, shape.hidden),
+            )
+        )  # fmt: skip
+    weighed = isinstance(chosen, Selection) and chosen.weights is not None
+    return counter.get_total_flops() + (2 * stay * before * shape.hidden if weighed else 0)

@@ -21,7 +21,6 @@ from duet_vlm.budget import (
     count_of,
     infeasible,
     largest,
-    largest_share,
     target_mean,
     within,
 )
@@ -38,6 +37,7 @@ ORDER = (
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
+DROPPING = ("uses_text", "uses_tokens", "score_before", "score_heads", "needs", "merges")  # what a method inside the decoder declares
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
@@ -96,7 +96,7 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "reads_time": frames is not None or sees.reads_time,
     }
     if second is not None:
-        facts |= {"uses_text": second.uses_text, "uses_tokens": second.uses_tokens, "score_before": second.score_before}
+        facts |= {name: getattr(second, name) for name in DROPPING}
     settings = [
         (each.name if each.name in SHARED else f"{stage.name}_{each.name}", each.type, field(default=each.default))
         for stage in stages
@@ -328,14 +328,7 @@ def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -
     """``entry`` rows in dominant and contextual ones, as ``method`` divides them under the budget at which that many enter."""
     if method is None:
         return SpanPlan(tokens, entry, 0, ())
-
-    def entering(share: float) -> int:
-        try:
-            return method.plan(tokens, depth, share).entry
-        except BudgetError:
-            return 0
-
-    contextual = min(method.plan(tokens, depth, largest_share(lambda share: entering(share) <= entry)).contextual, entry - 1)
+    contextual = min(method.entering(tokens, entry, depth).contextual, entry - 1)
     return SpanPlan(tokens, entry - contextual, contextual, ())
 
 

@@ -356,6 +356,8 @@ class Adapter(ABC):
         """Of rows ``hidden`` [B, n, D] entering ``layer``: rotated queries [B, H, q, d] of rows ``asking`` [B, q], rotated keys
         [B, Hkv, n, d] of all."""
 
+    rotate: Callable[[Tensor, Rotary], Tensor]  # rows [B, H, n, d] of queries or keys to their positions, as the decoder's layers do it
+
     @abstractmethod
     def key_projection(self, layer: nn.Module) -> nn.Module | None:
         """The module that ``project`` and the layer itself call for keys and nothing else; None if there is none."""

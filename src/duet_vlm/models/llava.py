@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Blocks, Encoding, Recorded
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.ops.score import cls_attention
+from duet_vlm.models.towers import cls_signals
 
 
 class Llava(LlamaLike):
@@ -113,7 +113,7 @@ class Llava(LlamaLike):
 
     def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
         """Importance [B, N] and mean keys [B, N, d] of the patches that the tower saw."""
-        return cls_attention(recorded.query, recorded.key, recorded.scaling, recorded.size), recorded.key.float().mean(1)[:, 1:]
+        return cls_signals(recorded)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))

@@ -125,7 +125,9 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int) -> Panel
 def _words(trace: SpanTrace, stage: StageTrace, number: int) -> tuple[str, str]:
     alive = len(stage.kept)
     if number:
-        return f"from layer {stage.layer}: {alive} tokens", f"{alive} kept, {len(stage.dropped)} dropped here"
+        merged = len({member for group in stage.merged.values() for member in group})
+        into = f", {merged} merged into {len(stage.merged)} of them" if merged else ""
+        return f"from layer {stage.layer}: {alive} tokens", f"{alive} kept{into}, {len(stage.dropped)} dropped here"
     if stage.layer < 0:
         return f"vision tower: {alive} tokens", f"{alive} go through it, {len(stage.dropped)} do not"
     members = len({member for group in trace.merged.values() for member in group})

@@ -1,0 +1,116 @@
+"""What one call of a vision tower becomes: a plan for each span, what is recorded to rank by, which rows stay. Needs no model; servers choose
+by it, too."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from duet_vlm.budget import SpanPlan
+from duet_vlm.flow.split import select_each, with_structure
+from duet_vlm.flow.verify import checked_selection
+from duet_vlm.models.adapter import Recorded
+from duet_vlm.ops.score import one_head
+from duet_vlm.reducer import EncoderReducer, Reducer
+from duet_vlm.tokens import Selection
+from duet_vlm.vision import LayerView, VisionView
+
+STRUCTURE, PADDING = -1, -2  # in place of the number of a part
+
+
+def takes_each(reducer: Reducer, usual: bool) -> bool:
+    """Whether V2V looks at the parts of a span one by one, where a family ``usual``ly does so or not."""
+    if not isinstance(reducer, EncoderReducer) or reducer.parts == "joint":
+        return False
+    return reducer.parts == "each" or (usual and not reducer.reads_time)
+
+
+def plans_of(span: Callable[[Sequence[int], int, bool], SpanPlan], parts: Sequence[Tensor], each: bool) -> tuple[SpanPlan, ...]:
+    """The plan of each span, made by ``span`` (as ``Rules.span``) from the sizes of its parts and its structure rows: ``parts`` on the host, as
+    ``Adapter.parts``."""
+    return tuple(span(*sizes_of(rows), each) for rows in parts)
+
+
+def sizes_of(parts: Tensor) -> tuple[tuple[int, ...], int]:
+    """Of one span: how many rows show each part, and how many are structure."""
+    structure, *sizes = np.bincount(parts.numpy() + 1, minlength=1).tolist()  # numpy: on the host already, nothing waits
+    return tuple(sizes), structure
+
+
+def recorded(reducer: Reducer, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> Recorded:
+    """One call of the attention that ranks, as the method's settings read it: query, key [B, H, N, d] of all heads."""
+    query, key = query.detach(), key.detach()
+    if getattr(reducer, "signal_heads", "each") == "one":
+        query, key, scaling = one_head(query, key, scaling)
+    return Recorded(query, key, scaling, segments, getattr(reducer, "signal_queries", None))
+
+
+def select(
+    reducer: EncoderReducer,
+    plans: Sequence[SpanPlan],
+    parts: Sequence[Tensor],
+    features: Tensor | None,
+    *,
+    layers: Sequence[LayerView] = (),
+    stream: str = "image",
+    each: bool = False,
+    left: Tensor | None = None,
+    **read: Any,
+) -> tuple[Selection, Tensor, Tensor]:
+    """Which rows of B spans of up to N tokens stay.
+
+    Parameters
+    ----------
+    plans : sequence of SpanPlan
+        Of each span; at least one of them reduces.
+    parts : sequence of Tensor
+        Per span, on the host: the part (crop, frame) that each of its rows shows [n], -1 for structure rows.
+    features : Tensor or None
+        [B, N, C], as far as the method asks for them; they or ``layers`` are there.
+    layers : sequence of LayerView
+        What the vision layers that the method names say of the rows.
+    each : bool
+        Parts are looked at one by one.
+    left : Tensor or None
+        [B, N] bool, on their device: the rows that went through a reduced tower.
+    **read
+        The fields of ``VisionView`` that the method names in ``reads``.
+
+    Returns
+    -------
+    selection, code, content : Selection, Tensor, Tensor
+        The code of what is wrong with it (``flow.verify``); [B, N] bool, the rows that could be chosen.
+    """
+    shown = [x for layer in layers for x in layer.tensors()]
+    device = next(x.device for x in (*shown, features) if x is not None)
+    numbers = pad_sequence(list(parts), batch_first=True, padding_value=PADDING).to(device)
+    whole = torch.tensor([not plan.merges for plan in plans], device=device)
+    structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
+    content = (numbers >= 0) | (structure & whole[:, None])
+    if left is not None:
+        content = content & (structure | left)
+    asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
+    planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
+    first = layers[0] if layers else LayerView()
+    view = VisionView(
+        content, planned[:, 0], planned[:, 1], asked, first.importance, first.keys, None if features is None else features.detach(),
+        numbers.clamp(min=STRUCTURE), stream, tuple(layers), **read,
+    )  # fmt: skip
+    if each and any(plan.parts for plan in plans):
+        selection, wrong = select_each(reducer, view, list(parts))
+    else:
+        selection, wrong = checked_selection(reducer, reducer.v2v(view), view, view.plans)
+    return with_structure(selection, structure, tuple(plans)) if any(plan.structure for plan in plans) else selection, wrong, content
+
+
+def slots_of(selection: Selection, reducer: Reducer) -> Tensor:
+    """Slot within the span for each output row [B, K]: its own (keep) or the first ones in the method's order (compact)."""
+    if reducer.positions == "keep":
+        return selection.index
+    return torch.where(selection.valid, selection.valid.cumsum(1) - 1, 0)
