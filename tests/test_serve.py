@@ -17,9 +17,18 @@ from duet_vlm.serve.settings import ARCHITECTURES, NOTHING_ASKED, Served
 FIRST_STAGES = sorted(
     name for name, cls in duet_vlm.methods().items() if issubclass(cls, duet_vlm.EncoderReducer) and not issubclass(cls, duet_vlm.TowerReducer)
 )
+ASKING = sorted(name for name in FIRST_STAGES if duet_vlm.get(name)().reads)  # for more than a server can give
+FIRST_STAGES = [name for name in FIRST_STAGES if name not in ASKING]
 
 
 # ---- settings
+
+
+def test_methods_that_ask_for_more_than_a_server_has_are_refused() -> None:
+    assert ASKING == ["cdpruner", "hired", "vscan", "zoo_prune"]
+    for name in ASKING:
+        with pytest.raises(ValueError, match=f"{name} needs .*, which vLLM cannot give"):
+            Served.of({"method": name, "budget": 9}, "compact")
 
 
 @pytest.mark.parametrize(
