@@ -81,9 +81,8 @@ def choices_of(handle: Handle) -> list[Choice]:
         merged = {group.first_layer: _joined(group.merged, sample, place) for group in merging}
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        facts = run.sources[0][0].cls_token, merged, frozenset(run.cut)
+        facts = run.sources[0][0].cls_token, merged, frozenset(run.cut), bool(getattr(run.rules.reducer, "reads_projected", False))
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
-        choices[-1].projected = bool(getattr(run.rules.reducer, "reads_projected", False))
     return choices
 
 

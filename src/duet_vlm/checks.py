@@ -9,6 +9,7 @@ from typing import Any
 from duet_vlm.budget import Budget, SpanPlan
 from duet_vlm.contrastive import ContrastiveText
 from duet_vlm.flow.decoder import scoring_layers
+from duet_vlm.flow.inside import check_boundaries
 from duet_vlm.flow.shown import layer_number
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
@@ -30,7 +31,7 @@ def check(
         raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
     if isinstance(reducer, EncoderReducer):
         if reducer.tower is not None:
-            adapter.blocks_to_reduce()  # raises where nothing can leave
+            check_boundaries(adapter, reducer)  # raises where nothing can leave
             for layer in (layer_number(adapter, layer) for layer in reducer.signal_layers):
                 if layer is not None and not adapter.sees_whole(layer):
                     raise ValueError(f"signal_layer={layer} attends within windows, of which a reduced tower leaves pieces: name another")

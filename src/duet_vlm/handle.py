@@ -15,6 +15,7 @@ from duet_vlm.checks import check, hooked
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
+from duet_vlm.flow.inside import leaving
 from duet_vlm.flow.install import install
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import named_layers
@@ -26,6 +27,7 @@ from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer, with_fields
 from duet_vlm.tokens import SpanTrace
+from duet_vlm.tower import Stages
 
 
 class Handle:
@@ -70,6 +72,10 @@ class Handle:
     def installed(self) -> bool:
         """Whether the hooks are on the model: until ``detach()``, and until the calls that ran then have ended."""
         return not self._gate.gone
+
+    def leaving(self, tokens: int, left: int) -> Stages:
+        """Where a picture of ``tokens`` loses some of them in the tower, if ``left`` are to be left behind it, and how many are left then."""
+        return leaving(self.adapter, self.reducer, tokens, left)
 
     def __enter__(self) -> Handle:
         self._check_attached()
@@ -126,7 +132,7 @@ class Handle:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
         run = self._last_run()
         reducer = run.rules.reducer
-        samples = samples_of(run)
+        samples = samples_of(run, self.adapter.vision_shape().patches_per_token)
         projects_all = self._projects_all(reducer)
         return make_report(
             method=reducer.name,

@@ -208,12 +208,6 @@ class EncoderReducer(Reducer):
         if self.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
 
-    @property
-    def signal_layers(self) -> tuple[Layer, ...]:
-        """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or None for the
-        family's own."""
-        return (self.signal_layer,)
-
     def entering(self, tokens: int, budget: Budget, depth: int = 32) -> SpanPlan:
         """The plan of a span of which ``budget`` tokens (or that fraction of them, at least one) enter the decoder and stay: what the method's
         first stage does where nothing is dropped inside the decoder.
@@ -245,6 +239,16 @@ class EncoderReducer(Reducer):
         share = largest_share(fits)
         plan = self.plan(tokens, depth, share or sys.float_info.min)  # raises where not even the smallest share fits
         return replace(plan, counts=(plan.entry,) * depth)
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or None for the
+        family's own."""
+        return (self.signal_layer,)
+
+    def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        """``plan`` of a span of which a threshold in the tower left ``left`` tokens."""
+        return self.plan(tokens, depth, budget)
 
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:
@@ -356,8 +360,10 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
         raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
 
 
-def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None) -> SpanPlan:
     """``reducer.plan``, but a small span that a fractional budget cannot be met on gets the method's floor (``Reducer.clamp_below``).
+
+    ``left``: of the span, how many tokens a threshold in the tower left.
 
     A floor of one token is more than 5 % of ten tokens and less than 5 % of a hundred: an error there would end a whole batch for its
     smallest image. A floor that grows with the span (layers that run at full width) stays an error, as no image could meet the budget.
@@ -367,8 +373,15 @@ def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None
     BudgetError
         As ``reducer.plan``, where the span is not small or a span on which the budget means ``clamp_below`` tokens is refused as well.
     """
+
+    def solve(budget: Budget | None) -> SpanPlan:
+        if left is None:
+            return reducer.plan(tokens, depth, budget)
+        assert isinstance(reducer, EncoderReducer)  # or no tower was reduced
+        return reducer.plan_left(tokens, depth, budget, left)
+
     try:
-        return reducer.plan(tokens, depth, budget)
+        return solve(budget)
     except BudgetError as error:
         if budget is None or isinstance(budget, Integral) or error.floor is None or tokens >= reducer.clamp_below:
             raise
@@ -376,7 +389,7 @@ def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None
             reducer.plan(math.ceil(reducer.clamp_below / budget), depth, budget)
         except BudgetError:
             raise error from None
-        return replace(reducer.plan(tokens, depth, error.floor / tokens), floored=True)
+        return replace(solve(error.floor / tokens), floored=True)
 
 
 def whole(tokens: int, depth: int) -> SpanPlan:

@@ -86,12 +86,13 @@ class Prompt:
 class EncoderCall:
     """Scratch of one running encoder call: what the recorder saw and what was decided in front of the projector.
 
-    ``aside``: the user called the encoder, and gets what the stock model gives; ``each``: parts are reduced one by one; ``skips``: tower
-    layers that nobody reads are not run; ``signals``: by number of the layer that a method names, what it takes of it per span, made of what
-    was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was called with, for methods
-    that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder was called by itself;
-    ``merged``: the rows that go through the projector a second time, beside all of them. ``patches``: patch embeddings [P, D, h, w] until
-    units are chosen, ``tower``: the units that go through the tower (flow/tower.py).
+    ``aside``: the user called the encoder, and gets what the stock model gives, ``twice``: by a run of its own; ``each``: parts are reduced one by
+    one; ``skips``: tower layers that nobody reads are not run; ``signals``: by number of the layer that a method names, what it takes of it
+    per span, made of what was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was
+    called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
+    was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``patches``: patch embeddings
+    [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``tower``: the units that go through the tower (flow/tower.py),
+    ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its rows (flow/inside.py).
     """
 
     encoding: Encoding
@@ -100,6 +101,7 @@ class EncoderCall:
     each: bool = False
     skips: bool = False
     prompt: Prompt | None = None
+    twice: bool = False
     recorded: dict[Any, list[Any]] = field(default_factory=dict)
     heard: set[int] = field(default_factory=set)
     signals: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)
@@ -109,7 +111,10 @@ class EncoderCall:
     pending: Encoded | None = None
     merged: Tensor | None = None
     patches: Tensor | None = None
+    pixels: Tensor | None = None
     tower: Any = None
+    watched: list[Any] = field(default_factory=list)
+    cutting: Any = None
 
 
 @dataclass

@@ -4,7 +4,7 @@ by it, too."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,9 @@ from duet_vlm.flow.split import select_each, with_structure
 from duet_vlm.flow.verify import checked_selection
 from duet_vlm.models.adapter import Recorded
 from duet_vlm.ops.score import one_head
-from duet_vlm.reducer import EncoderReducer, Reducer
+from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
 from duet_vlm.tokens import Selection
-from duet_vlm.vision import LayerView, VisionView
+from duet_vlm.vision import LayerView
 
 STRUCTURE, PADDING = -1, -2  # in place of the number of a part
 
@@ -31,10 +31,12 @@ def takes_each(reducer: Reducer, usual: bool) -> bool:
     return reducer.parts == "each" or (usual and not reducer.reads_time)
 
 
-def plans_of(span: Callable[[Sequence[int], int, bool], SpanPlan], parts: Sequence[Tensor], each: bool) -> tuple[SpanPlan, ...]:
-    """The plan of each span, made by ``span`` (as ``Rules.span``) from the sizes of its parts and its structure rows: ``parts`` on the host, as
-    ``Adapter.parts``."""
-    return tuple(span(*sizes_of(rows), each) for rows in parts)
+def plans_of(
+    span: Callable[..., SpanPlan], parts: Sequence[Tensor], each: bool, left: Sequence[Sequence[int] | None] | None = None
+) -> tuple[SpanPlan, ...]:
+    """The plan of each span, made by ``span`` (``Rules.span``) from the sizes of its parts and its structure rows: ``parts`` on the host, as
+    ``Adapter.parts``. ``left``: how many tokens of each part a threshold in the tower left."""
+    return tuple(span(*sizes_of(rows), each, some) for rows, some in zip(parts, left or [None] * len(parts), strict=True))
 
 
 def sizes_of(parts: Tensor) -> tuple[tuple[int, ...], int]:
@@ -55,13 +57,13 @@ def select(
     reducer: EncoderReducer,
     plans: Sequence[SpanPlan],
     parts: Sequence[Tensor],
+    layers: tuple[LayerView, ...],
     features: Tensor | None,
     *,
-    layers: Sequence[LayerView] = (),
     stream: str = "image",
     each: bool = False,
     left: Tensor | None = None,
-    **read: Any,
+    read: Mapping[str, Any] | None = None,
 ) -> tuple[Selection, Tensor, Tensor]:
     """Which rows of B spans of up to N tokens stay.
 
@@ -71,24 +73,23 @@ def select(
         Of each span; at least one of them reduces.
     parts : sequence of Tensor
         Per span, on the host: the part (crop, frame) that each of its rows shows [n], -1 for structure rows.
+    layers : tuple of LayerView
+        The vision layers that the method names.
     features : Tensor or None
-        [B, N, C], as far as the method asks for them; they or ``layers`` are there.
-    layers : sequence of LayerView
-        What the vision layers that the method names say of the rows.
+        [B, N, C] as far as the method asks for them; one tensor of either is there.
     each : bool
         Parts are looked at one by one.
     left : Tensor or None
         [B, N] bool, on their device: the rows that went through a reduced tower.
-    **read
-        The fields of ``VisionView`` that the method names in ``reads``.
+    read : mapping
+        What else the method reads, by its name in ``VisionView``.
 
     Returns
     -------
     selection, code, content : Selection, Tensor, Tensor
         The code of what is wrong with it (``flow.verify``); [B, N] bool, the rows that could be chosen.
     """
-    shown = [x for layer in layers for x in layer.tensors()]
-    device = next(x.device for x in (*shown, features) if x is not None)
+    device = next(x.device for x in (*(x for layer in layers for x in layer.tensors()), features) if x is not None)
     numbers = pad_sequence(list(parts), batch_first=True, padding_value=PADDING).to(device)
     whole = torch.tensor([not plan.merges for plan in plans], device=device)
     structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
@@ -97,10 +98,9 @@ def select(
         content = content & (structure | left)
     asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
     planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
-    first = layers[0] if layers else LayerView()
     view = VisionView(
-        content, planned[:, 0], planned[:, 1], asked, first.importance, first.keys, None if features is None else features.detach(),
-        numbers.clamp(min=STRUCTURE), stream, tuple(layers), **read,
+        content, planned[:, 0], planned[:, 1], asked, layers[0].importance if layers else None, layers[0].keys if layers else None,
+        None if features is None else features.detach(), numbers.clamp(min=STRUCTURE), stream, layers, **read or {},
     )  # fmt: skip
     if each and any(plan.parts for plan in plans):
         selection, wrong = select_each(reducer, view, list(parts))

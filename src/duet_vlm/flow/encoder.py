@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from duet_vlm.budget import BudgetError
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Prompt, Stacks
-from duet_vlm.flow.choose import plans_of, select, slots_of, takes_each
+from duet_vlm.flow.choose import plans_of, select, sizes_of, slots_of, takes_each
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import Named, Words, grid_of, layer_views, of_layer, projecting, question_of
 from duet_vlm.flow.verify import not_finite
@@ -60,19 +60,23 @@ class EncoderFlow:
                     return encode(*args, **kwargs)
                 bound = signature.bind_partial(*args, **kwargs)
                 call = self._call(stream, stream.encoding(bound.arguments), rules)
+                plain = encode(*args, **kwargs) if call.twice else None
                 self.stacks.encoders.append(call)
                 try:
                     output = encode(*args, **kwargs)
                 finally:
                     self.stacks.encoders.pop()
-                return self._finish(output, call)
+                output = self._finish(output, call)
+                return output if plain is None else self._beside(plain, output, call)
 
         return encode_and_reduce
 
     def _call(self, stream: Stream, encoding: Encoding, rules: Rules) -> EncoderCall:
         aside = not (self.stacks.calls or self.stacks.preparing)
+        twice = aside and rules.tower is not None and rules.tower.inside
+        aside = aside and not twice
         skips = not aside and self._skips(rules.reducer, encoding)
-        return EncoderCall(encoding, rules, aside, takes_each(rules.reducer, stream.each), skips, self._prompt())
+        return EncoderCall(encoding, rules, aside, takes_each(rules.reducer, stream.each), skips, self._prompt(), twice)
 
     def _prompt(self) -> Prompt | None:
         """The text around this encoder call."""
@@ -80,6 +84,13 @@ class EncoderFlow:
             call = self.stacks.calls[-1]
             return Prompt(call.input_ids, call.embeds if call.input_ids is None else None, call.mask, call.labels)
         return self.stacks.prompts[-1] if self.stacks.preparing and self.stacks.prompts else None
+
+    def _beside(self, plain: Any, output: Any, call: EncoderCall) -> Any:
+        """What the stock model gives to who calls the encoder himself, with the rows that ``output`` of a reduced tower holds beside it."""
+        encoded: Encoded = getattr(output, ENCODED)
+        encoded.aside, encoded.rows = encoded.rows, self.adapter.spans(plain, call.encoding)
+        setattr(plain, ENCODED, encoded)
+        return plain
 
     def _skips(self, reducer: Reducer, encoding: Encoding) -> bool:
         """Training runs the tower as it is: whoever shards or differentiates it counts on every layer."""
@@ -139,6 +150,13 @@ class EncoderFlow:
             return call.rules.span((rows,), 0, call.each).merges
         except BudgetError:  # so many rows cannot be reduced so far, fewer may
             return True
+
+    def _left_of(self, call: EncoderCall, parts: list[Tensor]) -> list[list[int] | None]:
+        """Per span how many tokens of each part a threshold in the tower left."""
+        if call.tower is None or not call.rules.by_threshold:
+            return [None] * len(parts)
+        left, fed = iter(call.tower.counts), self.adapter.fed(call.encoding)
+        return [[next(left) + fed for _ in sizes_of(rows)[0]] for rows in parts]
 
     # ---- point-wise projector: before it
 
@@ -230,7 +248,7 @@ class EncoderFlow:
         """Plans and selection for spans of ``counts`` rows; ``features`` makes [B, N, C], a CLS row in front if it is fed, or None."""
         reducer = call.rules.reducer
         parts = self.adapter.parts(call.encoding, counts)
-        plans = plans_of(call.rules.span, parts, call.each)
+        plans = plans_of(call.rules.span, parts, call.each, self._left_of(call, parts))
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
             return Choice(plans)
         if reducer.cls_token:
@@ -242,10 +260,10 @@ class EncoderFlow:
         shown = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
         left = None if call.tower is None else self._left(call, width).to(shown.device)
         with torch.no_grad(), compat.without_autocast(shown):
+            read = self._read(call, counts, width, shown.device, layers)
             selection, wrong, content = select(
-                reducer, plans, parts, rows, layers=layers, stream=call.encoding.stream, each=call.each, left=left,
-                **self._read(call, counts, width, shown.device, layers),
-            )  # fmt: skip
+                reducer, plans, parts, layers, rows, stream=call.encoding.stream, each=call.each, left=left, read=read
+            )
         if call.tower is not None:
             wrong = torch.maximum(wrong, call.tower.wrong.to(wrong.device))
         return Choice(plans, selection, wrong, None if left is None else content)

@@ -9,6 +9,7 @@ from torch import nn
 from duet_vlm.flow import compat
 from duet_vlm.flow.encoder import EncoderFlow
 from duet_vlm.flow.entry import whole_prompts
+from duet_vlm.flow.inside import InsideFlow, depth_of
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.packed import PackedFlow
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
@@ -16,8 +17,10 @@ from duet_vlm.flow.shown import Words, named_layers
 from duet_vlm.flow.signals import Recorder, Weigher
 from duet_vlm.flow.tower import TowerFlow, names_of
 from duet_vlm.flow.traffic import Traffic
-from duet_vlm.models.adapter import PackedTower
+from duet_vlm.hooks import Hooks
+from duet_vlm.models.adapter import Blocks, PackedTower
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.tower import TowerReducer
 
 
 def install(traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any = None) -> None:
@@ -53,25 +56,43 @@ def _on_tower(traffic: Traffic, reducer: Reducer, words: Words) -> None:
     if adapter.pointwise is not None:
         hooks.add(adapter.pointwise.register_forward_pre_hook, encoder.before_projector)
         hooks.add(adapter.pointwise.register_forward_hook, encoder.after_projector)
-    if getattr(reducer, "tower", None) is not None:
-        _in_tower(traffic)
+    if isinstance(reducer, EncoderReducer) and reducer.tower is not None:
+        _in_tower(traffic, reducer)
     for stream in adapter.streams:
         hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream))
 
 
-def _in_tower(traffic: Traffic) -> None:
-    flow, packed, hooks = TowerFlow(traffic.adapter, traffic.stacks), PackedFlow(traffic.adapter, traffic.stacks), traffic.hooks
-    for blocks in traffic.adapter.blocks_to_reduce():
-        for attention in blocks.attentions:
-            hooks.on_undo(Weigher(attention, traffic.stacks).remove)
+def _in_tower(traffic: Traffic, reducer: EncoderReducer) -> None:
+    adapter, stacks, hooks = traffic.adapter, traffic.stacks, traffic.hooks
+    flow, packed = TowerFlow(adapter, stacks), PackedFlow(adapter, stacks)
+    for blocks in adapter.blocks_to_reduce():
+        depth = depth_of(blocks, adapter, reducer)
+        within = isinstance(reducer.tower, TowerReducer) and reducer.tower.inside
+        if within or isinstance(blocks, PackedTower) or not blocks.takes_mask:
+            for number, inside in enumerate(blocks.inside):
+                hooks.on_undo(Weigher(inside.attention, stacks, number).remove)
         if isinstance(blocks, PackedTower):
             tower = blocks.module
-            hooks.shadow(tower, "forward", packed.around(blocks, tower.forward, tower.patch_embed))
+            hooks.shadow(tower, "forward", packed.around(blocks, depth, tower.forward, tower.patch_embed))
             hooks.shadow(tower.patch_embed, "forward", packed.embedding(tower.patch_embed.forward))
-            continue
-        hooks.add(blocks.patches.register_forward_hook, flow.embedded)
-        hooks.add(blocks.stack.register_forward_pre_hook, flow.enter, blocks, names_of(blocks.stack), with_kwargs=True)
-        hooks.add(blocks.tower.register_forward_hook, flow.leave)
+        else:
+            hooks.add(blocks.patches.register_forward_hook, flow.embedded)
+            hooks.add(blocks.stack.register_forward_pre_hook, flow.enter, blocks, depth, names_of(blocks.stack), with_kwargs=True)
+            hooks.add(blocks.tower.register_forward_hook, flow.leave)
+        if within:
+            _in_blocks(hooks, blocks, depth, InsideFlow(flow), packed)
+
+
+def _in_blocks(hooks: Hooks, blocks: Blocks | PackedTower, depth: int, flow: InsideFlow, packed: PackedFlow) -> None:
+    for number, inside in enumerate(blocks.inside[:depth]):
+        hooks.add(inside.norm.register_forward_pre_hook, flow.middle, number)
+        hooks.add(inside.mlp.register_forward_hook, flow.spread, number)
+        hooks.add(inside.block.register_forward_hook, flow.end, number)
+    if isinstance(blocks, PackedTower):
+        for inside in blocks.inside[1:]:
+            hooks.add(inside.block.register_forward_pre_hook, packed.hand_over, with_kwargs=True)
+        for merger in blocks.mergers:
+            hooks.add(merger.register_forward_hook, packed.merged)
 
 
 def _on_model(traffic: Traffic) -> None:

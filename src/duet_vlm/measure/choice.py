@@ -15,7 +15,7 @@ from duet_vlm.measure.flops import Grid, asking_rows, probe_flops, signal_flops,
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import Selection
-from duet_vlm.tower import TowerReducer
+from duet_vlm.tower import Stages, TowerReducer
 from duet_vlm.vision import Change, LayerView, Question
 
 HEADS, WORDS = 16, 64  # of a view without data, where only the count of products matters
@@ -44,10 +44,18 @@ def selection_flops(
     return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision)
 
 
-def mass_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, int]], vision: VisionShape) -> int:
-    """Finding out who stands for whom in front of the tower: ``parts`` as ``Sample.in_tower`` lists them."""
-    tower = getattr(reducer, "tower", None)
-    return sum(2 * n * left * vision.width for n, _, left in parts if left < n) if isinstance(tower, TowerReducer) and tower.mass else 0
+def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, Stages]], vision: VisionShape, key_width: int) -> int:
+    """Finding out who is like whom in the tower, and its attention where it ranks units: ``parts`` as ``Sample.in_tower`` lists them."""
+    tower, total = getattr(reducer, "tower", None), 0
+    if not isinstance(tower, TowerReducer):
+        return 0
+    for tokens, _, stages in parts:
+        for after, left in stages:
+            total += 2 * tower.pairs(tokens, left) * (key_width if after else vision.width)
+            if "attention" in tower.tower_signals:
+                total += signal_flops(vision, tokens, tower.signal_queries)
+            tokens = left
+    return total
 
 
 def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionShape, key_width: int) -> int:

@@ -207,19 +207,26 @@ class Composition(EncoderReducer):
             return self._behind(tokens, depth, budget)
         if tower.keep is None and budget is not None and target_mean(budget, tokens) >= tokens:
             return whole(tokens, depth)
-        wanted = self._behind(tokens, depth, budget) if self._reduces_behind else whole(tokens, depth)
+        wanted = self._wanted(tokens, depth, budget)
         left = self._left(tower, tokens, wanted)
-        some = left if left < tokens else None
-        if self._reduces_behind and wanted.entry <= left:
-            return dataclasses.replace(wanted, tower=some)
-        if first is not None and wanted.merges:
+        if first is not None and wanted.merges and wanted.entry > left:
             warnings.warn(
                 f"{self.name}: {wanted.entry} of {tokens} tokens would enter the decoder, but the tower leaves {left}: all of those enter, and "
                 f"later layers keep more. Raise {tower.name}_keep, or lower the budget",
                 stacklevel=2,
             )
+        return self.plan_left(tokens, depth, budget, left)
+
+    def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        wanted, some = self._wanted(tokens, depth, budget), left if left < tokens else None
+        if self._reduces_behind and wanted.entry <= left:
+            return dataclasses.replace(wanted, tower=some)
         share = None if budget is None else min(1.0, target_mean(budget, tokens) / left)
         return dataclasses.replace(self._behind(left, depth, share), tokens=tokens, tower=some)
+
+    def _wanted(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """What would enter behind a whole tower."""
+        return self._behind(tokens, depth, budget) if self._reduces_behind else whole(tokens, depth)
 
     @property
     def _reduces_behind(self) -> bool:
@@ -230,6 +237,8 @@ class Composition(EncoderReducer):
         """How many tokens of a span the tower leaves."""
         if tower.keep is not None:
             return max(1, count_of(tower.keep, tokens))
+        if tower.by_threshold:
+            return tokens
         entering = wanted.entry if wanted.merges else 0
         return min(tokens, max(1, math.ceil(LEFT * tokens), math.ceil(SPARE * entering)))
 

@@ -37,40 +37,57 @@ class Recorded:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """One block of a vision tower, and inside it: its attention, the norm behind that, which is given the residual stream, and its MLP."""
+
+    block: nn.Module
+    attention: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
+
+
+@dataclass(frozen=True)
 class Blocks:
     """The part of a vision tower that works on rows, where patches can leave: P pictures of N patches each, row by row.
 
     ``patches`` makes patch embeddings [P, D, h, w]; ``stack`` runs the blocks on [P, extra + N, D];
     ``tower`` is the module around it, whose output holds the last rows and those of every layer. ``extra`` rows (CLS) stand in front of the
-    patches; ``cell`` x ``cell`` patches later become one token, and leave or stay together.
-    ``attentions``: those of the blocks, where the stack takes no mask.
+    patches; ``cell`` x ``cell`` patches later become one token, and leave or stay together. ``inside``: the blocks; ``read``: the first whose
+    rows somebody reads. ``takes_mask``: the stack hands its blocks a mask.
     """
 
     tower: nn.Module
     patches: nn.Module
     stack: nn.Module
+    inside: tuple[Inside, ...]
+    read: int
     extra: int = 0
     cell: int = 1
-    attentions: tuple[nn.Module, ...] = ()
+    takes_mask: bool = True
 
 
 @dataclass(frozen=True)
 class PackedTower:
-    """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other.
+    """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other, each of ``steps`` frames of
+    ``patch`` x ``patch`` pixels.
 
     ``tables(grid_thw, units, counts)`` makes of the units that are left [K] (ascending; ``counts`` of each picture) what the tower's forward
     takes ready-made, where these units stand in the order that the blocks work in [K], and where the blocks, in their order, would have had
-    them in the whole row [K].
+    them in the whole row [K]. ``mergers`` make one row of each unit, in the order of the blocks.
     """
 
     module: Any
     unit: int
+    steps: int
+    patch: int
     tables: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[dict[str, Any], Tensor, Tensor]]
+    inside: tuple[Inside, ...]
+    mergers: tuple[nn.Module, ...]
 
     @property
-    def attentions(self) -> tuple[nn.Module, ...]:
-        """Those of the blocks, which take no mask."""
-        return tuple(block.attn for block in self.module.blocks)
+    def read(self) -> int:
+        """The first block whose rows somebody reads."""
+        return len(self.inside) - 1
 
 
 @dataclass(frozen=True)
@@ -225,6 +242,10 @@ class Adapter(ABC):
     def blocks_to_reduce(self) -> tuple[Blocks | PackedTower, ...]:
         """Where patches can leave inside the tower, one for each tower; a TypeError says why not."""
         raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it (duet, visionzip)")
+
+    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+        """How many patches high and wide what later becomes one token is."""
+        return blocks.cell
 
     def sees_whole(self, layer: int) -> bool:
         """Whether a tower layer attends to whole pictures, not within windows."""

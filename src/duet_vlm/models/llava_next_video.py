@@ -37,11 +37,25 @@ class LlavaNextVideo(LlavaNext):
         """Signals of frames [F, N, c] as the model pools its features: [F, n, c]."""
         return cells(signals, self.side, self.config.spatial_pool_stride)
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        raise TypeError(
-            f"{self.family}: reducing inside this vision tower is not supported (what stands behind it resizes or pools pictures); use a method "
-            "that reduces behind it (duet, visionzip)"
-        )
+    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+        return int(self.config.spatial_pool_stride) if call.stream == "video" else blocks.cell
+
+    def pictures(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+        if call.stream == "image":
+            return super().pictures(call, count, tokens)
+        clips, frames = self.frames(call)
+        return [(tokens,) * frames] * clips
+
+    def beside(self, call: Encoding, spans: int) -> list[int]:
+        return super().beside(call, spans) if call.stream == "image" else [0] * spans
+
+    def real_patches(self, call: Encoding, pictures: int) -> Tensor | None:
+        return super().real_patches(call, pictures) if call.stream == "image" else None
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        if call.stream == "image":
+            return super().carried(patches, call)
+        return list(self.pooled(patches).unflatten(0, self.frames(call)).flatten(1, 2))
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":

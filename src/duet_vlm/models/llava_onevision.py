@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter, Encoding, Recorded
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded
 from duet_vlm.models.llava_next import image_size_to_num_patches
 from duet_vlm.models.llava_next_video import LlavaNextVideo
-from duet_vlm.models.towers import column_signals
+from duet_vlm.models.towers import blocks_like_clip, column_signals
 
 
 class LlavaOnevision(LlavaNextVideo):
@@ -59,6 +59,38 @@ class LlavaOnevision(LlavaNextVideo):
             vision_aspect_ratio=call.arguments.get("vision_aspect_ratio") or self.config.vision_aspect_ratio,
         )
         return rows
+
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        inside = blocks_like_clip(self.clip.encoder.layers)
+        return (Blocks(self.clip, self.clip.embeddings.patch_embedding, self.clip.encoder, inside, min(self.layers_read())),)
+
+    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+        if call.stream == "image":
+            return blocks.cell
+        if self.side % 2:
+            raise ValueError(
+                f"llava_onevision: frames of {self.side} x {self.side} patches are resized behind the vision tower, where what is left would be "
+                "mixed with what is gone: use a method that reduces behind it for clips (duet, visionzip, frames)"
+            )
+        return 2  # half the size, without remainder: means of cells
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        rows = super().carried(patches, call)
+        return rows if call.stream == "image" else [nn.functional.pad(some, (0, 0, 0, 1)) for some in rows]
+
+    def beside(self, call: Encoding, spans: int) -> list[int]:
+        return super().beside(call, spans) if call.stream == "image" else [1] * spans
+
+    def _numbers(self, call: Encoding) -> list[Tensor]:
+        crops = sum(self.crops(call))
+        numbers = torch.arange(1, crops * self.side**2 + 1, dtype=torch.float64, device="cpu").view(crops, -1, 1)
+        for size, rows in zip(call.sizes, self.packed(numbers, call), strict=True):
+            if bool((rows % 1).any()):
+                raise ValueError(
+                    f"llava_onevision: an image of {size[0]} x {size[1]} pixels is resized behind the vision tower, where what is left would be "
+                    "mixed with what is gone: use a method that reduces behind it (duet, visionzip), or a smaller image"
+                )
+        return super()._numbers(call)
 
     def pooled_side(self) -> int:
         return math.ceil(self.side / 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
-from duet_vlm.models.llava import Llava, clip_blocks
+from duet_vlm.models.llava import Llava
 
 FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 
@@ -91,7 +91,7 @@ class VideoLlava(Llava):
         return list(frames.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
 
     def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        return clip_blocks(self.base.image_tower), clip_blocks(self.base.video_tower)
+        return self.clip_blocks(self.base.image_tower), self.clip_blocks(self.base.video_tower)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         frames = self.projected_together(call)

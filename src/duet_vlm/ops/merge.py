@@ -45,18 +45,29 @@ def neighbours(metric: Tensor, tokens: Tensor, times: Tensor, count: int) -> Ten
     return torch.cat(found, 1)
 
 
-def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor) -> Tensor:
-    """How many rows each kept one stands for when every other row goes to its nearest: 1 + those that it is given.
+def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor, given: Tensor) -> Tensor:
+    """How many rows each kept one stands for when every other row goes to its nearest: those that it stood for, and those that it is given.
 
-    metric [B, N, d], kept [B, N] bool, anchors [B, K] the kept rows of which anchor_valid [B, K] are real -> [B, K] float32. Works through
-    blocks of rows, so memory is linear in N.
+    metric [B, N, d], kept [B, N] bool, anchors [B, K] the kept rows of which anchor_valid [B, K] are real, given [B, N] float32 how many each
+    row stood for -> [B, K] float32. Works through blocks of rows, so memory is linear in N.
     """
     unit = unit_rows(metric)
-    others, size = take(unit, anchors).transpose(1, 2), anchor_valid.float()
-    for rows, stays in zip(unit.split(BLOCK, 1), kept.split(BLOCK, 1), strict=True):
+    others, size = take(unit, anchors).transpose(1, 2), given.gather(1, anchors) * anchor_valid
+    for rows, leaving in zip(unit.split(BLOCK, 1), (given * ~kept).split(BLOCK, 1), strict=True):
         into = (rows @ others).masked_fill_(~anchor_valid[:, None], float("-inf")).argmax(-1)
-        size = size.scatter_add(1, into, (~stays).float())
+        size = size.scatter_add(1, into, leaving)
     return size
+
+
+def weighed_means(rows: Tensor, size: Tensor, into: Tensor, index: Tensor) -> Tensor:
+    """What is left of rows that join others: rows [B, N, C] that stand for ``size`` [B, N] of them, into [B, N] the row that each joins (its
+    own if it stays), index [B, K] those that stay -> [B, K, C] means by size, in float32; rows that nobody joins stay bit for bit.
+    """
+    target = into[..., None].expand_as(rows)
+    total = torch.zeros_like(rows, dtype=torch.float32).scatter_add(1, target, rows.float() * size[..., None])
+    weight, members = (torch.zeros_like(size).scatter_add(1, into, x) for x in (size, torch.ones_like(size)))
+    means = take(total, index) / weight.gather(1, index)[..., None]
+    return torch.where(members.gather(1, index)[..., None] > 1, means.to(rows.dtype), take(rows, index))
 
 
 def merged_rows(features: Tensor, selection: Selection) -> Tensor:

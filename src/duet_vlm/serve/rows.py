@@ -50,7 +50,7 @@ def reduced(
             raise RuntimeError(f"{reducer.name} ranks by the attention of the vision tower, and none was recorded")
         layers = (LayerView(pad_rows(list(signals[0]))[0], keys=pad_rows(list(signals[1]))[0]),)
     with torch.no_grad():
-        selection, code, _ = select(reducer, plans, parts, features, layers=layers, each=served.each)
+        selection, code, _ = select(reducer, plans, parts, layers, features, each=served.each)
         raise_if_wrong(int(code), reducer)
         merged = merged_rows(features, selection)
         number = torch.arange(selection.index.shape[1], device=features.device)

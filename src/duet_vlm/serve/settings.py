@@ -75,7 +75,10 @@ class Served:
         check_budget(budget)
         reducer = with_fields(get(method), {**settings, "positions": positions})
         assert isinstance(reducer, EncoderReducer)  # checked stage by stage
-        _check_needs(reducer)
+        beyond = sorted((reducer.signals - {"importance", "keys"}) | reducer.reads)
+        if beyond or len(reducer.signal_layers) > 1:
+            what = ", ".join(beyond) or "several vision layers"
+            raise ValueError(f"{method}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: choose another")
         made = cls(reducer, budget)
         made.span((1024,))
         return made
@@ -128,14 +131,6 @@ class Served:
     def each(self) -> bool:
         """Whether the parts of an image are reduced one by one."""
         return takes_each(self.reducer, usual=False)
-
-
-def _check_needs(reducer: EncoderReducer) -> None:
-    """A server gives a method its rows, and importance and keys of one vision layer."""
-    more = sorted(reducer.reads | reducer.signals - {"importance", "keys"})
-    more += ["several vision layers"] if len(set(reducer.signal_layers)) > 1 else []
-    if more:
-        raise ValueError(f"{reducer.name} needs {', '.join(more)}, which vLLM cannot give: take a method that needs attention or features only")
 
 
 @lru_cache(maxsize=4096, typed=True)  # 1 is a token, 1.0 is all of them
