@@ -33,6 +33,7 @@ ARROWS = {
     "stages": {"budget", "reducer"},
     "registry": {"reducer", "spelling"},
     "measure": {"budget", "ops", "reducer", "settings", "spelling", "tokens", "tower", "vision"},
+    "palette": set(),
     "memory": {"budget", "reducer", "settings"},
     "stream": {"models", "ops"},
     "models": {"hooks", "measure", "ops", "tokens"},
@@ -48,14 +49,15 @@ ARROWS = {
 # the users of the library see it as anyone outside does
 USERS = {
     "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
-    "viz": {"pictures", "tokens"},
+    "viz": {"duet_vlm", "palette", "pictures", "tokens"},
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
-    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "pictures", "spelling", "tiny"},
-    "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
+    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "palette", "pictures", "spelling", "tiny"},
+    "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "palette", "parts", "reducer"},
+    "tune": {"bench", "duet_vlm", "evaluate", "loading", "measure", "models", "palette", "pictures", "video"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "serve", "spelling", "stream", "tiny",
-        "tokens", "train", "video", "viz",
+        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve", "spelling", "stream",
+        "tiny", "tokens", "train", "tune", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

@@ -9,7 +9,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, cdpruner, clips, dart, e2e, fastv, greedy, hired, prumerge, qwen, t2v, tokencarve, tome, towers, v2drop, v2v, vscan
+from golden_runner import (
+    anyres,
+    cdpruner,
+    clips,
+    dart,
+    e2e,
+    fastv,
+    greedy,
+    hired,
+    prumerge,
+    qwen,
+    t2v,
+    tokencarve,
+    tome,
+    towers,
+    v2drop,
+    v2v,
+    vscan,
+)
 from golden_runner.case import Case
 
 KINDS = {

@@ -48,7 +48,7 @@ class ContrastiveText:
     def pieces(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Unit rows of texts, piece by piece: token ids -> [Q, c, E] float32, of which [Q, c] are real."""
         cut = [[row[i : i + self.window] for i in range(0, len(row), self.window)] for row in ids]
-        flat, counts = [torch.tensor(piece) for row in cut for piece in row], [len(row) for row in cut]
+        flat, counts = [torch.tensor(piece, device="cpu") for row in cut for piece in row], [len(row) for row in cut]
         weight = self.clip.text_projection.weight
         table = pad_sequence(flat, batch_first=True).to(weight.device)
         mask = pad_sequence([torch.ones_like(piece) for piece in flat], batch_first=True).to(weight.device)

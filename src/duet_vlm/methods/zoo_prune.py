@@ -82,14 +82,15 @@ class ZooPrune(EncoderReducer):
     def sensitivity(self, view: VisionView) -> Tensor:
         """Mean over directions of the distance of both moves, per length of the move: [B, N]."""
         assert view.project is not None  # promised by ``reads``
-        total = 0.0
+        total: Tensor | float = 0.0
         for number in range(self.directions):
 
             def moved(rows: Tensor, sign: float = 1.0, number: int = number) -> Tensor:
                 return rows + sign * self.step * direction(self.seed, number, rows.shape[-1]).to(rows)
 
             total = total + (view.project(moved) - view.project(lambda rows: moved(rows, -1.0))).norm(dim=-1)  # noqa: B023
-        return torch.as_tensor(total) / (2 * self.step * self.directions)
+        assert isinstance(total, Tensor)  # one direction at least
+        return total / (2 * self.step * self.directions)
 
 
 @lru_cache(maxsize=512)
