@@ -60,7 +60,7 @@ def test_what_a_request_cannot_have_is_an_error_and_the_engine_goes_on(llm: Any,
 def test_clips_are_refused(llm: Any, family: str) -> None:
     clip = np.zeros((4, 112, 112, 3), dtype=np.uint8)
     mark = "<|vision_start|><|video_pad|><|vision_end|>" if POSITIONS[family] == "keep" else "<image>"
-    with pytest.raises(ValueError, match="(?i)video"):
+    with pytest.raises(Exception, match="(?i)video"):  # an error of vLLM's own, or of the family
         ask(llm, [{"prompt": mark, "multi_modal_data": {"video": clip}}])
 
 
