@@ -31,8 +31,11 @@ from duet_vlm.flow.choose import sizes_of
 from duet_vlm.serve.rows import reduced
 from duet_vlm.serve.settings import ARCHITECTURES, NOTHING_ASKED, Served
 
+BEYOND = {"cdpruner", "hired", "vscan", "zoo_prune"}  # read more of tower or prompt than the plug-in makes
 FIRST_STAGES = sorted(
-    name for name, cls in duet_vlm.methods().items() if issubclass(cls, duet_vlm.EncoderReducer) and not issubclass(cls, duet_vlm.TowerReducer)
+    name
+    for name, cls in duet_vlm.methods().items()
+    if issubclass(cls, duet_vlm.EncoderReducer) and not issubclass(cls, duet_vlm.TowerReducer) and name not in BEYOND
 )
 
 
@@ -65,6 +68,12 @@ FIRST_STAGES = sorted(
 def test_settings_that_no_server_can_run_are_refused_by_name(given: Any, says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):
         Served.of(given, "compact")
+
+
+@pytest.mark.parametrize("name", sorted(BEYOND & set(duet_vlm.methods())))
+def test_a_method_that_reads_more_than_the_plug_in_makes_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: it reads .*choose another"):
+        Served.of({"method": name, "budget": 64}, "compact")
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from duet_vlm.cli.errors import folder_for, friendly, plain_name
-from duet_vlm.cli.lists import check_method, chosen
-from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, settings_of, several, several_paths
+from duet_vlm.cli.lists import chosen
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several, several_paths
 
 if TYPE_CHECKING:
     from duet_vlm.evaluate.experiment import Experiment
@@ -32,7 +32,7 @@ def evaluate(
         typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task."),
     ] = None,
     methods: Annotated[
-        Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]. {SEVERAL} Default: {METHODS}.")
+        Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or duet.json. {SEVERAL} Default: {METHODS}.")
     ] = None,
     budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {BUDGETS}.")] = None,
     presets: Annotated[Texts, typer.Option("--presets", "--preset", help=f"Named presets to run as well. {SEVERAL}")] = None,
@@ -114,11 +114,12 @@ def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tupl
 
     text = METHODS if methods is None and presets is None else ",".join(several(methods))
     wanted, published, named = budgets_of(budgets or [BUDGETS]), several(presets), cells_of(text) if text else []
-    for method, _ in named:
-        check_method(method, *REFERENCES)
     if published:
         chosen("presets", "name", published)
-    cells: list[dict[str, Any]] = [{"method": method, "budgets": wanted, "settings": settings_of(pairs)} for method, pairs in named]
+    cells: list[dict[str, Any]] = []
+    for name, pairs in named:
+        method, own, kept = method_of(name, *REFERENCES)
+        cells.append({"method": method, "budgets": wanted if own is None or budgets else [own], "settings": kept | settings_of(pairs)})
     cells += [{"preset": preset} for preset in published]
     return (*cells, {"method": ORACLE, "budgets": wanted}) if oracle else tuple(cells)
 
