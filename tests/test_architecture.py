@@ -32,9 +32,10 @@ ARROWS = {
     "tower": {"budget", "ops", "reducer", "tokens"},
     "stages": {"budget", "reducer"},
     "registry": {"reducer", "spelling"},
-    "measure": {"budget", "reducer", "settings", "spelling", "tokens", "tower", "vision"},
+    "measure": {"budget", "ops", "reducer", "settings", "spelling", "tokens", "tower", "vision"},
     "palette": set(),
     "memory": {"budget", "reducer", "settings"},
+    "stream": {"models", "ops"},
     "models": {"hooks", "measure", "ops", "tokens"},
     "methods": {"budget", "ops", "reducer", "registry", "stages", "tokens", "tower", "vision"},
     "presets": {"budget", "methods", "reducer", "spelling"},
@@ -55,8 +56,8 @@ USERS = {
     "tune": {"bench", "duet_vlm", "evaluate", "loading", "measure", "models", "palette", "pictures", "video"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve", "spelling", "tiny",
-        "tokens", "train", "tune", "video", "viz",
+        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve", "spelling", "stream",
+        "tiny", "tokens", "train", "tune", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

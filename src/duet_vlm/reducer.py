@@ -180,6 +180,7 @@ class EncoderReducer(Reducer):
     reads_projected: ClassVar[bool] = False
     reads_features: ClassVar[bool] = True
     reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
+    reads_places: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip in front of it
     reduces_in_tower: ClassVar[bool] = False  # then ``tower`` says what does (``duet_vlm.tower``)
     tower: ClassVar[EncoderReducer | None] = None
 

@@ -56,7 +56,7 @@ class VisionView:
     rows that are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected
     rows for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
     number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
-    time, all with equally many rows in the same order.
+    time, all with equally many rows in the same order. ``most`` bounds their number and their rows where the host knows them (None: look).
 
     ``layers`` are the vision layers that the method names (``signal_layers``), in its order; ``importance`` and ``keys`` are those of the first.
     All else is None unless named in ``reads``. "grid": ``place`` [B, N, 2], row and column of each token within its part, counted in what
@@ -84,6 +84,7 @@ class VisionView:
     similar: Tensor | None = None
     pieces: Tensor | None = None
     project: Callable[[Change], Tensor] | None = None
+    most: tuple[int, int] | None = None
 
     def of_rows(self, rows: Change, spans: Change = lambda x: x) -> VisionView:
         """The view of other rows: ``rows`` picks from tensors [B, N, ...], ``spans`` from those that have one entry for each span [B, ...]."""

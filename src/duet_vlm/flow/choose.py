@@ -45,6 +45,12 @@ def sizes_of(parts: Tensor) -> tuple[tuple[int, ...], int]:
     return tuple(sizes), structure
 
 
+def most_of(parts: Sequence[Tensor]) -> tuple[int, int]:
+    """The most parts of a span, and the most rows of a part; padding in front of a span, -2, is none."""
+    sizes = [sizes_of(rows.clamp(min=STRUCTURE))[0] for rows in parts]
+    return max(map(len, sizes)), max((n for span in sizes for n in span), default=0)
+
+
 def recorded(reducer: Reducer, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> Recorded:
     """One call of the attention that ranks, as the method's settings read it: query, key [B, H, N, d] of all heads."""
     query, key = query.detach(), key.detach()
@@ -100,7 +106,7 @@ def select(
     planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
     view = VisionView(
         content, planned[:, 0], planned[:, 1], asked, layers[0].importance if layers else None, layers[0].keys if layers else None,
-        None if features is None else features.detach(), numbers.clamp(min=STRUCTURE), stream, layers, **read or {},
+        None if features is None else features.detach(), numbers.clamp(min=STRUCTURE), stream, layers, most=most_of(parts), **read or {},
     )  # fmt: skip
     if each and any(plan.parts for plan in plans):
         selection, wrong = select_each(reducer, view, list(parts))

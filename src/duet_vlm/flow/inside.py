@@ -66,7 +66,7 @@ def leaving(adapter: Adapter, reducer: Reducer, tokens: int, left: int) -> Stage
     if left == tokens or not isinstance(reducer, EncoderReducer) or not isinstance(tower, TowerReducer):
         return ()
     depth = depth_of(adapter.blocks_to_reduce()[0], adapter, reducer)
-    return tuple((after, counts[0]) for after, counts in stages_of(tower, [tokens], [left], depth).items())
+    return tuple((after, counts[0]) for after, counts in stages_of(tower, [tokens], [left], depth, [tokens]).items())
 
 
 class InsideFlow:

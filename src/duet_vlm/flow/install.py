@@ -10,6 +10,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.encoder import EncoderFlow
 from duet_vlm.flow.entry import whole_prompts
 from duet_vlm.flow.inside import InsideFlow, depth_of
+from duet_vlm.flow.joined import JoinedFlow
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.packed import PackedFlow
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
@@ -18,7 +19,7 @@ from duet_vlm.flow.signals import Recorder, Weigher
 from duet_vlm.flow.tower import TowerFlow, names_of
 from duet_vlm.flow.traffic import Traffic
 from duet_vlm.hooks import Hooks
-from duet_vlm.models.adapter import Blocks, PackedTower
+from duet_vlm.models.adapter import Blocks, JoinedBlocks, PackedTower
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tower import TowerReducer
 
@@ -64,7 +65,7 @@ def _on_tower(traffic: Traffic, reducer: Reducer, words: Words) -> None:
 
 def _in_tower(traffic: Traffic, reducer: EncoderReducer) -> None:
     adapter, stacks, hooks = traffic.adapter, traffic.stacks, traffic.hooks
-    flow, packed = TowerFlow(adapter, stacks), PackedFlow(adapter, stacks)
+    batch, joined, packed = TowerFlow(adapter, stacks), JoinedFlow(adapter, stacks), PackedFlow(adapter, stacks)
     for blocks in adapter.blocks_to_reduce():
         depth = depth_of(blocks, adapter, reducer)
         within = isinstance(reducer.tower, TowerReducer) and reducer.tower.inside
@@ -76,23 +77,24 @@ def _in_tower(traffic: Traffic, reducer: EncoderReducer) -> None:
             hooks.shadow(tower, "forward", packed.around(blocks, depth, tower.forward, tower.patch_embed))
             hooks.shadow(tower.patch_embed, "forward", packed.embedding(tower.patch_embed.forward))
         else:
+            flow = joined if isinstance(blocks, JoinedBlocks) else batch
             hooks.add(blocks.patches.register_forward_hook, flow.embedded)
             hooks.add(blocks.stack.register_forward_pre_hook, flow.enter, blocks, depth, names_of(blocks.stack), with_kwargs=True)
             hooks.add(blocks.tower.register_forward_hook, flow.leave)
         if within:
-            _in_blocks(hooks, blocks, depth, InsideFlow(flow), packed)
+            _in_blocks(hooks, blocks, depth, InsideFlow(batch))
+            hand_over = packed.hand_over if isinstance(blocks, PackedTower) else joined.hand_over
+            for inside in blocks.inside[1:] if isinstance(blocks, PackedTower | JoinedBlocks) else ():
+                hooks.add(inside.block.register_forward_pre_hook, hand_over, with_kwargs=True)
+            for merger in blocks.mergers if isinstance(blocks, PackedTower) else ():
+                hooks.add(merger.register_forward_hook, packed.merged)
 
 
-def _in_blocks(hooks: Hooks, blocks: Blocks | PackedTower, depth: int, flow: InsideFlow, packed: PackedFlow) -> None:
+def _in_blocks(hooks: Hooks, blocks: Blocks | PackedTower, depth: int, flow: InsideFlow) -> None:
     for number, inside in enumerate(blocks.inside[:depth]):
         hooks.add(inside.norm.register_forward_pre_hook, flow.middle, number)
         hooks.add(inside.mlp.register_forward_hook, flow.spread, number)
         hooks.add(inside.block.register_forward_hook, flow.end, number)
-    if isinstance(blocks, PackedTower):
-        for inside in blocks.inside[1:]:
-            hooks.add(inside.block.register_forward_pre_hook, packed.hand_over, with_kwargs=True)
-        for merger in blocks.mergers:
-            hooks.add(merger.register_forward_hook, packed.merged)
 
 
 def _on_model(traffic: Traffic) -> None:

@@ -165,6 +165,14 @@ def known(counts: Sequence[int]) -> Tensor:
     return torch.arange(max(counts), device="cpu") < torch.tensor(counts, device="cpu")[:, None]
 
 
+def units_left(chosen: Chosen, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Numbers of the chosen units among those of all pictures [K], and how many each stands for."""
+    device = chosen.index.device
+    place = known(chosen.counts).flatten().nonzero()[:, 0].to(device)
+    start = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
+    return (chosen.index + start[:, None]).flatten()[place], chosen.size.flatten()[place]
+
+
 class PackedFlow(TowerFlow):
     """The hooks on one packed tower."""
 
@@ -259,9 +267,7 @@ class PackedFlow(TowerFlow):
             counts, wrong = chosen.counts, chosen.wrong
             if sum(counts) == total:
                 return None, {}
-            place = known(counts).flatten().nonzero()[:, 0].to(device)
-            start = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
-            flat, size = (chosen.index + start[:, None]).flatten()[place], chosen.size.flatten()[place]
+            flat, size = units_left(chosen, lengths)
         tables, order, slots = tower.tables(grid_thw, flat, counts)
         there = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         run = PackedRun(

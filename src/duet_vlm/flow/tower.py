@@ -345,7 +345,7 @@ class TowerFlow:
             for plan, sizes in zip(plans, spans, strict=True)
         ]
         before = [n if plan.tower is not None else whole or n for plan, sizes in zip(plans, spans, strict=True) for n in sizes]
-        return stages_of(tower, before, [n for some in left for n in some], depth)
+        return stages_of(tower, before, [n for some in left for n in some], depth, [whole or n for sizes in spans for n in sizes])
 
     def embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Post-hook of the patch embedding."""
@@ -431,11 +431,14 @@ def content_first(there: Tensor, content: Tensor, counts: Sequence[int]) -> Tens
     return torch.where(enough[:, None], content, there)
 
 
-def stages_of(tower: TowerReducer, before: Sequence[int], left: Sequence[int], depth: int) -> dict[int, tuple[int, ...]]:
-    """Boundary -> units of each picture that are left there; only those that some picture leaves at."""
+def stages_of(
+    tower: TowerReducer, before: Sequence[int], left: Sequence[int], depth: int, whole: Sequence[int]
+) -> dict[int, tuple[int, ...]]:
+    """Boundary -> units of each picture that are left there; only those at which some leave. ``before``: units of each picture that can become
+    tokens, of the ``whole`` that the tower sees."""
     boundaries = tower.boundaries(depth)
     counts = list(zip(*(checked_counts(tower, n, k, depth) for n, k in zip(before, left, strict=True)), strict=True))
-    arriving, stages = tuple(before), {}
+    arriving, stages = tuple(whole), {}
     for after, staying in zip(boundaries, counts, strict=True):
         if staying != arriving:
             stages[after] = arriving = staying

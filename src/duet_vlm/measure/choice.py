@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, asking_rows, probe_flops, signal_flops, tower_rows
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.ops.merge import by_table
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import Selection
 from duet_vlm.tower import Stages, TowerReducer
@@ -41,7 +42,14 @@ def selection_flops(
         signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
         signals *= _attentions(reducer)
     keys = vision.width if reducer.signal_heads == "one" else key_width
-    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision)
+    steps = _steps(plans, passes) if reducer.reads_time else None
+    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, steps)
+
+
+def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """The most steps of a span and the most tokens of one, for methods that compare them."""
+    steps = max(map(len, passes), default=0)
+    return (steps, max(-(-plan.tokens // max(1, len(parts))) for plan, parts in zip(plans, passes, strict=True))) if steps > 1 else None
 
 
 def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, Stages]], vision: VisionShape, key_width: int) -> int:
@@ -88,8 +96,16 @@ def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> 
 
 
 @lru_cache(maxsize=256)
-def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int, vision: VisionShape) -> int:
-    """Matrix products of choosing and merging on spans with these plans, counted on the meta device."""
+def choice_flops(
+    reducer: EncoderReducer,
+    plans: tuple[SpanPlan, ...],
+    key_width: int,
+    feature_width: int,
+    vision: VisionShape,
+    steps: tuple[int, int] | None = None,
+) -> int:
+    """Matrix products of choosing and merging on spans with these plans, counted on the meta device; ``steps``: of how many steps of time, of
+    how many tokens each, at most."""
     batch, tokens = len(plans), max(plan.tokens for plan in plans)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
@@ -109,9 +125,10 @@ def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width
                 features=empty(feature_width), parts=longs(), layers=(one,) * len(reducer.signal_layers), place=longs(2), sides=pairs, tiles=pairs,
                 question=Question(torch.empty(batch, WORDS, feature_width, device=meta), torch.empty(batch, WORDS, dtype=torch.bool, device=meta)),
                 similar=empty(1), pieces=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
+                stream="video" if steps else "image", most=steps,
             )
         )  # fmt: skip
-    merging = 0 if selection.weights is None else 2 * selection.index.numel() * tokens * feature_width  # a table of rows by tokens
+    merging = 2 * selection.index.numel() * tokens * feature_width if by_table(selection, tokens) else 0
     return counter.get_total_flops() + merging
 
 

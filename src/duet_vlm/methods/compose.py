@@ -122,6 +122,11 @@ def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
     first = before[0] if before else second if second is not None and issubclass(second, EncoderReducer) else None
     wrong = any(not issubclass(stage, EncoderReducer) for stage in before)
     wrong |= any(issubclass(stage, TowerReducer | Frames | Composition) for stage in rest)
+    if frames is not None and first is not None and issubclass(first, EncoderReducer) and first.reads_places:
+        raise ValueError(
+            f"compose({frames.name}, {first.name}): {first.name} compares the same places of frames, which are not known of the tokens that "
+            f"{frames.name} leaves; leave {frames.name} out"
+        )
     if not 2 <= len(stages) <= 4 or len(set(stages)) < len(stages) or len(before) > 1 or wrong:
         names = ", ".join(stage.name for stage in stages)
         raise ValueError(f"compose({names}): give two to four different methods, {ORDER}")

@@ -67,6 +67,15 @@ class Blocks:
 
 
 @dataclass(frozen=True)
+class JoinedBlocks(Blocks):
+    """The same of a tower whose pictures, of any size, stand one behind the other in a batch of one. ``grids(call)``: rows and columns of
+    patches of each, of ``patch`` x ``patch`` pixels."""
+
+    grids: Callable[[Encoding], list[tuple[int, int]]] = field(kw_only=True)
+    patch: int = field(kw_only=True)
+
+
+@dataclass(frozen=True)
 class PackedTower:
     """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other, each of ``steps`` frames of
     ``patch`` x ``patch`` pixels.
