@@ -14,6 +14,7 @@ from torch import Tensor
 import duet_vlm
 from duet_vlm import EncoderReducer, Selection, SpanPlan, registry
 from duet_vlm.bench.inputs import encode
+from duet_vlm.flow.shown import in_float32
 from duet_vlm.models.find import adapter_for
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
@@ -268,6 +269,22 @@ def test_the_projector_is_asked_in_float32() -> None:
     assert again.dtype == torch.float32
     step = view.project(lambda x: x + 1e-4) - again
     assert 0 < step.abs().amax() < 1e-2
+
+
+def test_a_quantised_projector_is_asked_as_it_is() -> None:
+    class Quantised(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.packed = torch.nn.Parameter(torch.randint(-9, 9, (4, 3), dtype=torch.int8), requires_grad=False)
+            self.scale = torch.nn.Parameter(torch.full((3,), 0.5, dtype=torch.bfloat16))
+
+        def forward(self, rows: Tensor) -> Tensor:
+            assert rows.dtype == torch.bfloat16
+            return rows @ self.packed.bfloat16() * self.scale
+
+    module, rows = Quantised(), torch.randn(2, 4)
+    found = in_float32(module)(rows)
+    assert found.dtype == torch.float32 and torch.equal(found, module(rows.bfloat16()).float())
 
 
 # ---- what cannot be

@@ -219,10 +219,13 @@ class _Plain(nn.Module):
 
 
 def in_float32(module: nn.Module) -> Callable[..., Tensor]:
-    """``module`` as a function whose floating-point weights are float32: steps of a hundredth are lost in half precision. Weights of other kinds
-    stay, and the input is then handed over in the module's own dtype."""
+    """``module`` as a function whose weights are float32: steps of a hundredth are lost in half precision. One that holds weights of other
+    kinds (quantised) runs as it is, in the dtype of those that are floating point."""
     weights = dict(module.named_parameters()) | dict(module.named_buffers())
     if all(weight.dtype == torch.float32 for weight in weights.values()):
         return module.forward
+    if not all(weight.is_floating_point() for weight in module.parameters()):
+        own = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32)
+        return lambda rows, *more, **kwargs: module.forward(rows.to(own), *more, **kwargs).float()
     lifted = {f"module.{name}": weight.detach().float() for name, weight in weights.items() if weight.is_floating_point()}
     return lambda *args, **kwargs: functional_call(_Plain(module), lifted, args, kwargs)
