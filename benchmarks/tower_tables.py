@@ -1,4 +1,4 @@
-"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json and tower_tries.json."""
+"""The tables of docs/reduce-in-the-tower.md, from results/tower.json and results/tower_accuracy.json."""
 
 from __future__ import annotations
 
@@ -37,15 +37,6 @@ def told(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.3f}, {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def tries() -> str:
-    """What was tried at one share of the patches."""
-    found: dict[str, dict[str, str]] = {}
-    for row in results("tower_tries"):
-        found.setdefault(row["tower"], {})[row["task"]] = told(row)
-    tasks = list(dict.fromkeys(row["task"] for row in results("tower_tries")))
-    return table(["rule", *(f"`{task}`" for task in tasks)], [[rule, *(cells.get(task, "-") for task in tasks)] for rule, cells in found.items()])
-
-
 def answers() -> str:
     """Accuracy behind each tower, against the same method behind the whole one."""
     found: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -56,4 +47,4 @@ def answers() -> str:
     return table(["through the tower", "its FLOPs", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers, "tower_tries": tries}
+BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers}

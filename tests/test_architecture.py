@@ -35,7 +35,7 @@ ARROWS = {
     "methods": {"budget", "ops", "reducer", "registry", "tokens", "tower"},
     "presets": {"budget", "methods", "reducer", "spelling"},
     "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower"},
-    "accounts": {"flow", "measure", "models", "reducer", "tokens"},
+    "accounts": {"budget", "flow", "measure", "models", "reducer", "tokens"},
     "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "checks", "handle", "memory", "methods", "models", "reducer"},
     "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens", "tower"},

@@ -26,7 +26,6 @@ from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields,
 from duet_vlm.tokens import Selection
 
 Grid = tuple[int, int]
-Stages = tuple[tuple[int, int], ...]  # (blocks whose attention has run, units that are left), in order
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from functools import lru_cache
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from duet_vlm.budget import SpanPlan
+from duet_vlm.budget import SpanPlan, Stages
 from duet_vlm.measure.flops import Grid, asking_rows, signal_flops, tower_rows
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.reducer import EncoderReducer, Reducer, VisionView
-from duet_vlm.tower import Stages, TowerReducer
+from duet_vlm.tower import TowerReducer
 
 
 def selection_flops(
