@@ -1,4 +1,4 @@
-"""The tables of docs/reduce-in-the-tower.md, from results/tower.json and results/tower_accuracy.json."""
+"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json and tower_roofline.json."""
 
 from __future__ import annotations
 
@@ -37,6 +37,15 @@ def told(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.3f}, {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def roofline() -> str:
+    """Milliseconds to the first token of a large model, predicted."""
+    lines = []
+    for row in results("tower_roofline"):
+        stages = [f"{1000 * row[name]:.0f}" for name in ("tower", "choice", "prefill", "first_token")]
+        lines.append([row["input"], row["side"], *stages, f"{row['speed_up']:.2f}x"])
+    return table(["picture", "side", "tower, ms", "choice, ms", "prefill, ms", "first token, ms", "faster"], lines)
+
+
 def answers() -> str:
     """Accuracy behind each tower, against the same method behind the whole one."""
     found: dict[tuple[str, str, str], dict[str, str]] = {}
@@ -47,4 +56,4 @@ def answers() -> str:
     return table(["through the tower", "its FLOPs", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers}
+BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers, "tower_roofline": roofline}
