@@ -10,6 +10,7 @@ DECLARED = {  # what a field says of itself -> which values are meant, and in wo
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number (int)"),
     "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
     "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "tuple[int, ...]": (lambda value: isinstance(value, tuple) and all(type(item) is int for item in value), "whole numbers, as (4, 7)"),
 }
 
 
