@@ -303,6 +303,31 @@ def test_a_model_that_answers_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found.exit_code == 2 and "answers nothing to any of" in found.stderr
 
 
+def test_other_goals(tmp_path: Path) -> None:
+    """Speed and memory rule out by their own numbers; what is left is measured without a share to keep."""
+    words = ("--limit", "40", "--timing-rounds", "3", "--batch", "20", "--methods", "duet", "-b", ".5,.11", "--out", tmp_path, "--json")
+    found = json.loads(call("tune", "tiny", *words, "--speedup", "1.01", "--memory", "1GB").stdout)
+    chosen = next(row for row in found["candidates"] if row["id"] == found["chosen"])
+    assert chosen["speedup_interval"][0] >= 1.01 and chosen["testing"]["asked"] > 0 and found["goal"]["keep"] is None
+    found = json.loads(call("tune", "tiny", *words, "--speedup", "1.01", "--memory", "1MB").stdout)  # from the journal: nothing is asked anew
+    assert found["chosen"] is None and all("predicted for one prompt, 0.001 asked" in row["reason"] for row in found["candidates"])
+    found = json.loads(call("tune", "tiny", *words, "--speedup", "50").stdout)
+    assert found["chosen"] is None and all("50 asked" in row["reason"] for row in found["candidates"])
+    assert found["verdict"].startswith("Nothing qualifies: every candidate was refused or too dear")
+
+
+def test_the_choice_holds_in_the_committed_measurement() -> None:
+    root = Path(__file__).resolve().parent.parent
+    result = json.loads((root / "benchmarks/results/tune.json").read_text())
+    rows = [row for row in result["repetitions"] if row["chosen"] is not None]
+    assert len(result["repetitions"]) == 20 and result["questions"] == 200 and result["fresh"] == 2000
+    assert not str(result["environment"]["commit"]).endswith("+changes")
+    assert sum(row["fresh"]["kept"] < result["keep"] for row in rows) <= 1 and result["hold"] == sum(row["holds"] for row in rows)
+    said = (root / "docs/tune.md").read_text()
+    assert f"{len(rows)} searches choose, and all {result['hold']} choices hold" in " ".join(said.split())
+    assert f"{result['fresh_right']:,} of 2,000" in said
+
+
 def test_words_for_what_is_near() -> None:
     row: dict[str, Any] = {"id": "duet@0.5", "method": "duet", "budget": 0.5, "settings": {"schedule": [[6, 0.5]]}, "ms": 2.0, "kept": 0.995}
     row |= {"testing": {"asked": 149, "lost": 1}, "bound": 0.97, "reason": "lost"}
