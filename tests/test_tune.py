@@ -245,6 +245,16 @@ def test_a_killed_search_goes_on(tuned: tuple[Path, dict[str, Any]], tmp_path: P
     assert json.loads(again.stdout)["candidates"] == result["candidates"]
 
 
+def test_other_methods_of_the_same_name_are_timed_together(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, result = tuned
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/journal.jsonl").write_text((folder / "journal.jsonl").read_text())
+    found = json.loads(call("tune", "tiny", *SMALL, "--methods", "duet,visionzip", "-b", ".33,.06", "--out", tmp_path, "--json").stdout)
+    assert {row["method"] for row in found["candidates"]} == {"duet", "visionzip"}
+    old, new = ({row["id"]: row["ms"] for row in each["candidates"]} for each in (result, found))
+    assert new["duet@0.33"] != old["duet@0.33"] and new["visionzip@0.33"]
+
+
 def test_every_verb_takes_the_file(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     setting = tuned[0] / "duet.json"
     known = json.loads(setting.read_text())
