@@ -27,6 +27,7 @@ def attach(
     processor: Any = None,
     positions: str | None = None,
     align: bool = False,
+    text_tower: Any = None,
     **fields: Any,
 ) -> Handle:
     """Make ``model`` spend fewer visual tokens, until the handle is detached.
@@ -49,6 +50,9 @@ def attach(
         Give the decoder's output one row per prompt slot again, a dropped slot repeating the survivor before it: for trainers and metrics
         that line logits up with labels themselves (TRL, label smoothing, ``compute_metrics``). The loss is the same; the head then works
         on every row. Without it logits have the surviving rows only, and ``Handle.slots`` says which.
+    text_tower : duet_vlm.contrastive.ContrastiveText, optional
+        The text side of the CLIP model that the vision tower comes from, for methods that compare tokens with the words of the question
+        (``cdpruner`` with ``relevance="contrastive"``); needs ``processor`` too.
     **fields
         Settings of the method; they override those of an instance.
 
@@ -88,7 +92,7 @@ def attach(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
-    handle = Handle(adapter, reducer, budget, processor, align)
+    handle = Handle(adapter, reducer, budget, processor, align, text_tower)
     _attached[core] = weakref.ref(handle)
     return handle
 

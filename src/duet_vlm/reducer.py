@@ -35,6 +35,8 @@ from duet_vlm.budget import (
 from duet_vlm.settings import declared
 from duet_vlm.spelling import did_you_mean
 from duet_vlm.tokens import Selection
+from duet_vlm.vision import READS, SIGNALS, Layer
+from duet_vlm.vision import VisionView as VisionView
 
 POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient", "raters")
@@ -53,29 +55,6 @@ ROUNDINGS = ("floor", "int", "round")
 
 def _unchanged(rows: Tensor) -> Tensor:
     return rows
-
-
-@dataclass(frozen=True)
-class VisionView:
-    """What an encoder reducer may look at; B spans of up to N tokens.
-
-    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method names them in ``signals``; ``valid`` [B, N];
-    ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
-    are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
-    for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
-    number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
-    time, all with equally many rows in the same order.
-    """
-
-    valid: Tensor
-    dominant: Tensor
-    contextual: Tensor
-    plans: tuple[SpanPlan, ...]
-    importance: Tensor | None = None
-    keys: Tensor | None = None
-    features: Tensor | None = None
-    parts: Tensor | None = None
-    stream: str = "image"
 
 
 @dataclass(frozen=True)
@@ -168,9 +147,10 @@ class Reducer(ABC):
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    ``signals`` names what it needs of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
-    would get them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are
-    there, and nothing but its choice lives through the rest of the tower.
+    ``signals`` names what it needs of the vision layers in ``signal_layers`` (``duet_vlm.vision.LayerView``), ``reads`` what it needs beside
+    them (``VisionView``): "grid", "question", "similar", "projector". With ``reads_projected`` it sees the rows as the decoder would get
+    them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are there, and
+    nothing but its choice lives through the rest of the tower.
 
     Attributes
     ----------
@@ -196,9 +176,11 @@ class EncoderReducer(Reducer):
     """
 
     signals: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
     reads_projected: ClassVar[bool] = False
     reads_features: ClassVar[bool] = True
     reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
+    reads_places: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip in front of it
     reduces_in_tower: ClassVar[bool] = False  # then ``tower`` says what does (``duet_vlm.tower``)
     tower: ClassVar[EncoderReducer | None] = None
 
@@ -212,6 +194,9 @@ class EncoderReducer(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, named, known in (("signals", self.signals, SIGNALS), ("reads", self.reads, READS)):
+            if unknown := sorted(named - set(known)):
+                raise ValueError(f"{type(self).__name__}.{name} names {', '.join(unknown)}: choose from {', '.join(known)}")
         if self.signal_queries is not None and self.signal_queries < 1:
             raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
         check_choice("signal_heads", self.signal_heads, HEADS)
@@ -255,6 +240,16 @@ class EncoderReducer(Reducer):
         share = largest_share(fits)
         plan = self.plan(tokens, depth, share or sys.float_info.min)  # raises where not even the smallest share fits
         return replace(plan, counts=(plan.entry,) * depth)
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or None for the
+        family's own."""
+        return (self.signal_layer,)
+
+    def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        """``plan`` of a span of which a threshold in the tower left ``left`` tokens."""
+        return self.plan(tokens, depth, budget)
 
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:
@@ -366,8 +361,10 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
         raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
 
 
-def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None) -> SpanPlan:
     """``reducer.plan``, but a small span that a fractional budget cannot be met on gets the method's floor (``Reducer.clamp_below``).
+
+    ``left``: of the span, how many tokens a threshold in the tower left.
 
     A floor of one token is more than 5 % of ten tokens and less than 5 % of a hundred: an error there would end a whole batch for its
     smallest image. A floor that grows with the span (layers that run at full width) stays an error, as no image could meet the budget.
@@ -377,8 +374,15 @@ def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None
     BudgetError
         As ``reducer.plan``, where the span is not small or a span on which the budget means ``clamp_below`` tokens is refused as well.
     """
+
+    def solve(budget: Budget | None) -> SpanPlan:
+        if left is None:
+            return reducer.plan(tokens, depth, budget)
+        assert isinstance(reducer, EncoderReducer)  # or no tower was reduced
+        return reducer.plan_left(tokens, depth, budget, left)
+
     try:
-        return reducer.plan(tokens, depth, budget)
+        return solve(budget)
     except BudgetError as error:
         if budget is None or isinstance(budget, Integral) or error.floor is None or tokens >= reducer.clamp_below:
             raise
@@ -386,7 +390,7 @@ def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None
             reducer.plan(math.ceil(reducer.clamp_below / budget), depth, budget)
         except BudgetError:
             raise error from None
-        return replace(reducer.plan(tokens, depth, error.floor / tokens), floored=True)
+        return replace(solve(error.floor / tokens), floored=True)
 
 
 def whole(tokens: int, depth: int) -> SpanPlan:

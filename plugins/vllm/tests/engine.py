@@ -22,7 +22,7 @@ COMMON: dict[str, Any] = {
 }  # fmt: skip
 
 
-def start(folder: Path, family: str, settings: dict[str, Any], **more: Any) -> LLM:
+def start(folder: Path | str, family: str, settings: dict[str, Any], **more: Any) -> LLM:
     """An engine with the plug-in's model; ``more`` are further arguments of it."""
     overrides = {"architectures": ["Duet" + ARCHITECTURES[family]], "duet": settings}
     return LLM(str(folder), hf_overrides=overrides, **COMMON | more)

@@ -45,7 +45,7 @@ def evaluate(
         str | None, typer.Option("--against", help="The run that all others are tested against, by its label. Default: duet, where it runs.")
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Questions per batch. Default: 40.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per core without a GPU, else 1.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per GPU, without one as many as cores.")] = None,
     timing_rounds: Annotated[int, typer.Option("--timing-rounds", min=0, help="Rounds of the prefill timing; 0 leaves it out.")] = 20,
     experiment: Annotated[
         Path | None, typer.Option("--experiment", help="An experiment file in place of all options above but --workers and --timing-rounds.")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import bench, budget, demo, drop_curve, eval, methods, models, presets, report, run, serve, train, tune, viz
+from duet_vlm.cli import bench, budget, demo, drop_curve, eval, generate, methods, models, presets, report, run, serve, train, tune, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("eval")(eval.evaluate)
+app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.command("drop-curve")(drop_curve.drop_curve)
 app.command("tune")(tune.tune)
 app.command("report")(report.report)

@@ -14,12 +14,13 @@ from typing import Annotated, Any
 import typer
 
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.options import Debug, budget_of, one, settings_of
+from duet_vlm.cli.options import Debug, Reduction, budget_of, one, reductions_of, settings_of
 from duet_vlm.loading import source
 
+MAX_PIXELS = 89_000_000  # of an image in a request: above it vLLM says so, above twice as many Pillow, and that as a fault of the server
 NO_HOST = "none.invalid"  # a name that nobody can have: of a server that shall fetch nothing
 
-Method = Annotated[list[str] | None, typer.Option("--method", metavar="TEXT", help="A method that reduces before the decoder. Default: duet_plus.")]
+Method = Annotated[list[str] | None, typer.Option("--method", metavar="TEXT", help="On vLLM one in front of the decoder. Default: duet_plus.")]
 BudgetText = Annotated[
     list[str] | None, typer.Option("--budget", "-b", metavar="TEXT", help="Visual tokens of an image that enter the decoder (64), or that fraction.")
 ]
@@ -45,6 +46,7 @@ def serve(
     method: Method = None,
     budget: BudgetText = None,
     settings: Settings = None,
+    backend: Annotated[str, typer.Option("--backend", help="'vllm' (first stage, many users) or 'transformers' (both stages, few users).")] = "vllm",
     host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines, then with --api-key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 8000,
     api_key: Annotated[str | None, typer.Option("--api-key", envvar="VLLM_API_KEY", help="What clients must send as token.")] = None,
@@ -56,8 +58,16 @@ def serve(
     options: Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]...", help="Options of vLLM's own.", show_default=False)] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a model on vLLM, the first stage of a method in front of its decoder; OpenAI's API, ready when /health answers."""
+    """Serve a model on vLLM with the first stage of a method, or on transformers with both; OpenAI's API, ready when /health answers."""
     with friendly(debug):
+        if backend not in ("vllm", "transformers"):
+            raise ValueError(f"--backend {backend}: give 'vllm' or 'transformers'")
+        if backend == "transformers":
+            theirs = {"--tensor-parallel-size": tensor_parallel_size > 1, "--request-budgets": request_budgets, "options behind --": options}
+            if wrong := [name for name, given in theirs.items() if given]:
+                raise ValueError(f"--backend transformers: {', '.join(wrong)} are vLLM's, leave them out")
+            _both_stages(model, reductions_of(method, None, budget, None, settings)[0], host, port, api_key, fetch_urls)
+            return
         given = _given(method, budget, settings)
         flags = _flags(model, given)
         _check_installed()
@@ -68,14 +78,32 @@ def serve(
         command += ["--trust-request-mm-kwargs"] if request_budgets else []
         command += [] if fetch_urls else ["--allowed-media-domains", NO_HOST]
         command += [*flags, *(options or ())]
-        environment = dict(os.environ) | ({} if api_key is None else {"VLLM_API_KEY": api_key})  # not in the list of processes
+        environment = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)} | dict(os.environ)
+        environment |= {} if api_key is None else {"VLLM_API_KEY": api_key}  # not in the list of processes
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
         print(f"{model}: {shown}; first stage only, so a budget counts the tokens of an image that enter the decoder")
         print(f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered")
-        if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
-            typer.echo(f"warning: anyone who reaches {host}:{port} can use this server: give --api-key", err=True)
+        _warn_of_strangers(host, port, api_key)
         print(shlex.join(command), flush=True)
         os.execve(sys.executable, command, environment)  # signals and exit code are vLLM's own
+
+
+def _both_stages(model: str, reduction: Reduction, host: str, port: int, api_key: str | None, fetch_urls: bool) -> None:
+    from duet_vlm.cli import serve_transformers
+
+    serve_transformers.check_installed()
+    _config(model)
+    _check_port(host, port)
+    shown = f"method={reduction.method or 'what the model was trained with, else duet'}, budget={reduction.budget}"
+    print(f"{model}: {shown}; both stages, so a budget is a mean over the decoder's layers")
+    print(f"endpoint http://{host}:{port}/v1 (health: /health); one request after the other", flush=True)
+    _warn_of_strangers(host, port, api_key)
+    serve_transformers.run(model, reduction, host, port, api_key, fetch_urls)
+
+
+def _warn_of_strangers(host: str, port: int, api_key: str | None) -> None:
+    if host not in ("127.0.0.1", "localhost", "::1") and api_key is None:
+        typer.echo(f"warning: anyone who reaches {host}:{port} can use this server: give --api-key", err=True)
 
 
 def _given(method: list[str] | None, budget: list[str] | None, settings: list[str] | None) -> dict[str, Any]:

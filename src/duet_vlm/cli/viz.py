@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
+from duet_vlm.cli.answering import answer
 from duet_vlm.cli.errors import folder_for
 from duet_vlm.cli.options import (
     SEVERAL,
@@ -30,7 +31,6 @@ from duet_vlm.cli.options import (
     reducing,
     several,
 )
-from duet_vlm.cli.run import answer
 from duet_vlm.loading import Loaded, load
 from duet_vlm.video import Clip
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import SLIDING, Encoding, PackedTower, Recorded, Stream
+from duet_vlm.models.adapter import SLIDING, Encoding, Inside, PackedTower, Recorded, Stream
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.towers import packed_signals
 
@@ -53,12 +53,23 @@ class Qwen2VL(LlamaLike):
         counts = [t * h * w // unit for t, h, w in call.sizes]
         return list(importance[raster].split(counts)), list(keys[raster].split(counts))
 
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        unit = self.visual.config.spatial_merge_size**2
+        return self.arranged(rows.flatten(0, -2).unflatten(0, (-1, unit)).mean(1), call)
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        unit = self.visual.config.spatial_merge_size**2
+        return list(projected[self.raster(call.sizes).to(projected.device)].split([t * h * w // unit for t, h, w in call.sizes]))
+
     def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
         return list(patches[0].unflatten(0, (-1, unit)).mean(1).split([t * h * w // unit for t, h, w in call.sizes]))
 
     def blocks_to_reduce(self) -> tuple[PackedTower, ...]:
-        return (PackedTower(self.visual, self.visual.config.spatial_merge_size**2, self.tables),)
+        visual, config = self.visual, self.visual.config
+        inside = tuple(Inside(block, block.attn, block.norm2, block.mlp) for block in visual.blocks)
+        mergers = visual.merger, *getattr(visual, "deepstack_merger_list", ())
+        return (PackedTower(visual, config.spatial_merge_size**2, config.temporal_patch_size, config.patch_size, self.tables, inside, mergers),)
 
     def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``PackedTower``. The blocks work in raster order."""

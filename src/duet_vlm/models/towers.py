@@ -1,14 +1,14 @@
-"""Signals of vision towers: importance and mean keys from the queries and keys of one attention. No model is needed."""
+"""Signals of vision towers: importance and mean keys from the queries and keys of one attention; and blocks of the usual layout."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Recorded
+from duet_vlm.models.adapter import Inside, Recorded
 from duet_vlm.ops.score import cls_attention, column_attention
 
 
@@ -20,6 +20,11 @@ def cls_signals(recorded: Recorded) -> tuple[Tensor, Tensor]:
 def column_signals(recorded: Recorded) -> tuple[Tensor, Tensor]:
     """Importance [B, N] (attention received) and mean keys [B, N, d] of towers that see all N patches of a picture at once."""
     return column_attention(recorded.query, recorded.key, recorded.scaling, recorded.sample, recorded.size), recorded.key.float().mean(1)
+
+
+def blocks_like_clip(layers: Iterable[nn.Module]) -> tuple[Inside, ...]:
+    """The blocks of CLIP, SigLIP and their relatives."""
+    return tuple(Inside(layer, layer.self_attn, layer.layer_norm2, layer.mlp) for layer in layers)
 
 
 def cells(signals: Tensor, side: int, cell: int) -> Tensor:

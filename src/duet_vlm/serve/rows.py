@@ -12,6 +12,7 @@ from duet_vlm.flow.verify import raise_if_wrong
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
 from duet_vlm.serve.settings import Served
+from duet_vlm.vision import LayerView
 
 Signals = tuple[Sequence[Tensor], Sequence[Tensor]]
 
@@ -43,13 +44,13 @@ def reduced(
         return [(row, torch.arange(len(row), device=row.device)) for row in rows]
     reducer = served.reducer
     features, _ = pad_rows(list(rows))
-    importance = keys = None
+    layers: tuple[LayerView, ...] = ()
     if reducer.signals:
         if signals is None:
             raise RuntimeError(f"{reducer.name} ranks by the attention of the vision tower, and none was recorded")
-        (importance, _), (keys, _) = pad_rows(list(signals[0])), pad_rows(list(signals[1]))
+        layers = (LayerView(pad_rows(list(signals[0]))[0], keys=pad_rows(list(signals[1]))[0]),)
     with torch.no_grad():
-        selection, code, _ = select(reducer, plans, parts, importance, keys, features, each=served.each)
+        selection, code, _ = select(reducer, plans, parts, layers, features, each=served.each)
         raise_if_wrong(int(code), reducer)
         merged = merged_rows(features, selection)
         number = torch.arange(selection.index.shape[1], device=features.device)

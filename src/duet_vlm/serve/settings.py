@@ -75,6 +75,10 @@ class Served:
         check_budget(budget)
         reducer = with_fields(get(method), {**settings, "positions": positions})
         assert isinstance(reducer, EncoderReducer)  # checked stage by stage
+        beyond = sorted((reducer.signals - {"importance", "keys"}) | reducer.reads)
+        if beyond or len(reducer.signal_layers) > 1:
+            what = ", ".join(beyond) or "several vision layers"
+            raise ValueError(f"{method}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: choose another")
         made = cls(reducer, budget)
         made.span((1024,))
         return made
