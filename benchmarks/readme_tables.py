@@ -111,9 +111,8 @@ def names() -> str:
     def listed(found: list[str]) -> str:
         return ", ".join(f"`{name}`" for name in found)
 
-    return _filled(
-        f"[{len(families)} model families](docs/families.md): {listed(families)}. [{len(methods)} methods](docs/methods.md), each in a file of its own."
-    )
+    there = f"[{len(families)} model families](docs/families.md): {listed(families)}"
+    return _filled(f"{there}. [{len(methods)} methods](docs/methods.md), each in a file of its own.")
 
 
 def kept_short() -> str:
