@@ -37,7 +37,7 @@ TEXT = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "
 SIDES: tuple[tuple[str, float | None], ...] = (("stock", None), ("entry 1", 1.0), ("entry 1/3", 1 / 3), ("entry 1/9", 1 / 9))
 CPU = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "32", "--max-model-len", "1024"]
 CPU += ["--distributed-executor-backend", "uni"]
-QUIET = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 NEW = 16
 
 

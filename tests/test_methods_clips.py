@@ -54,7 +54,7 @@ def view_of(
     dominant, contextual = (torch.tensor([getattr(plan, name) for plan in plans]) for name in ("dominant", "contextual"))
     return VisionView(
         parts >= 0, dominant, contextual, plans, torch.rand(len(clips), width, generator=generator), None, features, parts, stream,
-        (max(t for t, _ in clips), max(n for _, n in clips)) if most else None,
+        most=(max(t for t, _ in clips), max(n for _, n in clips)) if most else None,
     )  # fmt: skip
 
 

@@ -112,3 +112,20 @@ def test_several_answers_per_prompt_equal_the_oracle(family: str) -> None:
     expected = step_logits(walk_batch(build(family, "eager"), inputs, choices, new), choices, len(written.logits))
     for ours, wanted in zip(written.logits, expected, strict=True):
         torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@pytest.mark.parametrize("keep", [1.0, 0.4])
+def test_answers_go_on_behind_the_last_row_whoever_survives(family: str, keep: float) -> None:
+    """Time positions of a clip may run past those of the text: the stock model goes on behind the text, so do we, whichever frames are left."""
+    model, inputs = shared(family), FAMILIES[family].inputs([IMAGE_AND_CLIPS])
+    stock = generate(model, inputs, 4)
+    with duet_vlm.attach(model, "frames", keep=keep) as handle:
+        written = generate(model, inputs, 4)
+        choices = choices_of(handle)
+    generated = written.sequences[:, inputs["input_ids"].shape[1] :]
+    walks = walk_batch(shared(family, "eager"), inputs, choices, generated)
+    for step, expected in enumerate(step_logits(walks, choices, generated.shape[1])):
+        torch.testing.assert_close(written.logits[step], expected, rtol=1e-3, atol=2e-4)
+        if keep == 1.0:
+            assert torch.equal(written.logits[step], stock.logits[step])

@@ -80,8 +80,8 @@ class Qwen(Family):
         if grids:
             kinds = self.extras(prompt[None])["mm_token_type_ids"]
             positions, _ = model.model.get_rope_index(prompt[None], kinds, **grids)
-        later = torch.arange(total - len(prompt)) + positions.max() + 1
-        return torch.cat([positions, later.expand(3, 1, -1)], -1)
+        later = torch.arange(total - len(prompt)) + positions[..., -1:] + 1  # as generate goes on, also where time runs past the text
+        return torch.cat([positions, later], -1)
 
 
 class Qwen2VL(Qwen):

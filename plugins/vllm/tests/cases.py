@@ -25,13 +25,14 @@ SHARES: dict[str, dict[str, Any]] = {
     "tome": {"method": "tome", "keep": 0.25},
     "prumerge": {"method": "prumerge", "keep": 0.25},
 }
-METHODS = {"llava": COUNTS, "llava_next": SHARES, "qwen2_5_vl": SHARES, "qwen2_vl": SHARES}
-POSITIONS = {"llava": "compact", "llava_next": "compact", "qwen2_5_vl": "keep", "qwen2_vl": "keep"}
+METHODS = {"llava": COUNTS, "llava_next": SHARES, "qwen2_5_vl": SHARES, "qwen2_vl": SHARES, "qwen3_vl": SHARES}
+POSITIONS = {"llava": "compact", "llava_next": "compact", "qwen2_5_vl": "keep", "qwen2_vl": "keep", "qwen3_vl": "keep"}
 ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import engine
+import numpy as np
 import pytest
 from cases import METHODS, POSITIONS, prompts
 
@@ -54,6 +55,13 @@ def test_what_a_request_cannot_have_is_an_error_and_the_engine_goes_on(llm: Any,
     with pytest.raises(ValueError, match=says):
         ask(llm, [engine.request(text, images, duet_budget=asked)])
     assert len(ask(llm, [engine.request(text, images)])) == 1
+
+
+def test_clips_are_refused(llm: Any, family: str) -> None:
+    clip = np.zeros((4, 112, 112, 3), dtype=np.uint8)
+    mark = "<|vision_start|><|video_pad|><|vision_end|>" if POSITIONS[family] == "keep" else "<image>"
+    with pytest.raises(Exception, match="(?i)video"):  # an error of vLLM's own, or of the family
+        ask(llm, [{"prompt": mark, "multi_modal_data": {"video": clip}}])
 
 
 def test_the_tower_takes_no_more_at_once_than_without_reduction(llm: Any, family: str, wanted: dict[str, list[Any]]) -> None:

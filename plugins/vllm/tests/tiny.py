@@ -74,6 +74,14 @@ def qwen(kind: str) -> tuple[Any, Any]:
         "vision_end_token_id": ids["<|vision_end|>"], "tie_word_embeddings": False,
     }  # fmt: skip
     pixels = {"shortest_edge": 56 * 56, "longest_edge": 448 * 448}
+    if kind == "qwen3_vl":
+        from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+        text = {**common["text_config"], "head_dim": 32, "rope_parameters": rope | {"mrope_interleaved": True}}
+        vision = {**tower, "depth": 3, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64, "num_position_embeddings": 64}
+        config = t.Qwen3VLConfig(**common | {"text_config": text}, vision_config=vision | {"deepstack_visual_indexes": [0, 1], "in_channels": 3})
+        processor = Qwen2VLImageProcessorPil(size=pixels, patch_size=14), words, Qwen3VLVideoProcessor(size=pixels, patch_size=14)
+        return t.Qwen3VLForConditionalGeneration(config), t.Qwen3VLProcessor(*processor, chat_template=words.chat_template)
     parts = Qwen2VLImageProcessorPil(size=pixels), words, Qwen2VLVideoProcessor(size=pixels)
     if kind == "qwen2_vl":
         vision = {**tower, "embed_dim": 64, "mlp_ratio": 2, "hidden_size": 64}
@@ -89,6 +97,7 @@ FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava_next": lambda: llava(True),
     "qwen2_5_vl": lambda: qwen("qwen2_5_vl"),
     "qwen2_vl": lambda: qwen("qwen2_vl"),
+    "qwen3_vl": lambda: qwen("qwen3_vl"),
 }
 
 

@@ -157,11 +157,11 @@ def _remove_marked(run: Run, adapter: Adapter, lengths: tuple[int, ...], hidden:
     """Take the marked rows out, and those that are ``hidden`` by the mask; an unreduced prompt is left alone, bit for bit."""
     embeds = kwargs["inputs_embeds"]
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
+    run.next_position = next_positions(positions, run.prompt.valid)
     planned = [[sum(p.tokens for p in row) for row in run.plans], run.visual(-1)]
     left = tuple(n - tokens + entering for n, tokens, entering in zip(lengths, *planned, strict=True))
     if left == lengths and not hidden:
         run.groups.append(Group(0, run.prompt, left))
-        run.next_position = next_positions(positions, run.prompt.valid)
         return
     keep = run.prompt.valid & ~(is_marked(embeds) & run.prompt.visual)
     index, valid = pack_left(keep, max(left))
@@ -169,7 +169,8 @@ def _remove_marked(run: Run, adapter: Adapter, lengths: tuple[int, ...], hidden:
     run.groups.append(Group(0, tokens.entered(), left))
     kwargs["inputs_embeds"] = take(embeds, index).masked_fill(~valid[..., None], 0)
     kwargs["position_ids"] = positions = entry_positions(positions, tokens, run.positions)
-    run.next_position = next_positions(positions, valid)
+    if run.positions == "compact":
+        run.next_position = next_positions(positions, valid)
     mask = kwargs.get("attention_mask")
     unmade = isinstance(mask, dict) and run.groups[0].padded and any(prepared is None for prepared in mask.values())
     if unmade or _window_bites(adapter, run.rows, mask):

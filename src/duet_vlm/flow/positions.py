@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.models.adapter import Adapter, Rotary
-from duet_vlm.ops.ragged import take, take_last
+from duet_vlm.ops.ragged import last_of, take, take_last
 from duet_vlm.tokens import TokenMap
 
 
@@ -25,10 +25,10 @@ def entry_positions(position_ids: Tensor, tokens: TokenMap, positions: str) -> T
 
 
 def next_positions(position_ids: Tensor, valid: Tensor) -> Tensor:
-    """First position after the real rows, ``valid`` [B, T], of the prompts: [B] or, with M-RoPE, [3, B] (the largest of time, height, width
-    in every row)."""
-    last = position_ids.masked_fill(~valid.to(position_ids.device), -1).amax(-1)
-    return last + 1 if position_ids.ndim == 2 else (last[-3:].amax(0) + 1).expand(3, len(valid))
+    """The position after that of the last real row, ``valid`` [B, T], of each prompt, as ``generate`` goes on: [B] or, with M-RoPE, [3, B]. Not the
+    largest: time positions of a clip may run past those of the text behind it."""
+    last = take_last(position_ids, last_of(valid).long().argmax(1, keepdim=True).to(position_ids.device))[..., 0] + 1
+    return last if position_ids.ndim == 2 else last[-3:]
 
 
 def group_rotary(adapter: Adapter, hidden: Tensor, rotary: Rotary, tokens: TokenMap, positions: str, kind: str) -> Rotary:

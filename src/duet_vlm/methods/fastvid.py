@@ -37,7 +37,7 @@ class FastVID(ClipReducer):
     context : float
         Share of the rows that are peaks, in [0, 1].
     segments, threshold : int, float
-        Segments that every clip is cut into at least, where it has as many frames, and the cosine of frame means below which it is always cut.
+        Segments of every clip that has as many frames, at least, and the cosine of frame means below which it is always cut.
     every : int
         Of as many frames of a segment one gives peaks.
     own : float
@@ -69,10 +69,9 @@ class FastVID(ClipReducer):
         for name in ("context", "own"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a share, in [0, 1]")
-        for name in ("segments", "every"):
+        for name, what in (("segments", "segments"), ("every", "frames")):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: a number of {'segments' if name == 'segments' else 'frames'}, at least 1")
-
+                raise ValueError(f"{name}={getattr(self, name)}: a number of {what}, at least 1")
         check_choice("merge", self.merge, ("one", "frames"))
 
     @classmethod
@@ -90,15 +89,12 @@ class FastVID(ClipReducer):
         rows, attention = clips.grid(view.features), clips.grid(view.importance)
         windows = self.windows(clips.means(rows), clips.length)
         salient = self.salient(attention, clips, divided(torch.minimum(view.dominant, count), clips.sizes, clips.sizes))
-        others = clips.real & ~salient
+        others, left = clips.real & ~salient, count - salient.sum((1, 2))
         frames, share = self.frames(windows, clips.length)
         room = others.sum(2) * frames
-        wanted = torch.minimum(count - salient.sum((1, 2)), room.sum(1))
-        peak = self.peaks(rows, others, divided(wanted, share * frames, room))
-        left = count - salient.sum((1, 2)) - peak.sum((1, 2))
-        kept = salient | peak
-        more = top(view.importance, clips.placed & ~clips.rows(kept), left)
-        kept = clips.rows(kept) & clips.placed | more
+        peak = self.peaks(rows, others, divided(torch.minimum(left, room.sum(1)), share * frames, room))
+        kept = clips.rows(salient | peak) & clips.placed
+        kept |= top(view.importance, clips.placed & ~kept, left - peak.sum((1, 2)))
         return Rows(kept, *self.joins(clips, rows, kept, peak, windows))
 
     def salient(self, attention: Tensor, clips: Clips, count: Tensor) -> Tensor:
@@ -135,14 +131,12 @@ class FastVID(ClipReducer):
 
     def peaks(self, rows: Tensor, others: Tensor, count: Tensor) -> Tensor:
         """The ``count`` [B, T] density peaks among ``others`` [B, T, P] of every frame: [B, T, P] bool."""
-        chosen, _, _ = peaks(rows.flatten(0, 1), others.flatten(0, 1), count.flatten(), NEIGHBOURS)
-        return chosen.view(others.shape)
+        return peaks(rows.flatten(0, 1), others.flatten(0, 1), count.flatten(), NEIGHBOURS)[0].view(others.shape)
 
     def nearest(self, clips: Clips, rows: Tensor, peak: Tensor, windows: Windows) -> tuple[list[Tensor], Tensor]:
         """For every row the peak that it resembles most: in each frame of its segment that gives some, from the last one on, and in all of them
         ([B, N] each, -1 for none)."""
-        unit, last = unit_rows(rows), windows.of_step(windows.first + windows.length - 1)
-        first = windows.of_step(windows.first)
+        unit, first, last = unit_rows(rows), windows.of_step(windows.first), windows.of_step(windows.first + windows.length - 1)
         each, most, found = [], rows.new_full(clips.real.shape, float("-inf"), dtype=torch.float32), torch.full_like(clips.index, -1)
         for back in range(0, rows.shape[1], self.every):
             frame = (last - back).clamp(min=0)

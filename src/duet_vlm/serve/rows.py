@@ -18,7 +18,12 @@ Signals = tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
 def reduced(
-    served: Served, rows: Sequence[Tensor], parts: Sequence[Tensor], asked: Sequence[float], signals: Signals | None
+    served: Served,
+    rows: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    asked: Sequence[float],
+    signals: Signals | None,
+    seen: Sequence[Tensor] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """What enters of each image.
 
@@ -32,6 +37,8 @@ def reduced(
         Per image the budget of its request, as ``Served.asked`` wrote it.
     signals : (sequence, sequence) of Tensor, or None
         Importance [n] and mean keys [n, d] per image, for methods that read them.
+    seen : sequence of Tensor, optional
+        Per image what the method is shown of its rows [n, c], where that is not all of them.
 
     Returns
     -------
@@ -50,7 +57,8 @@ def reduced(
             raise RuntimeError(f"{reducer.name} ranks by the attention of the vision tower, and none was recorded")
         layers = (LayerView(pad_rows(list(signals[0]))[0], keys=pad_rows(list(signals[1]))[0]),)
     with torch.no_grad():
-        selection, code, _ = select(reducer, plans, parts, layers, features, each=served.each)
+        shown = features if seen is None else pad_rows(list(seen))[0]
+        selection, code, _ = select(reducer, plans, parts, layers, shown, each=served.each)
         raise_if_wrong(int(code), reducer)
         merged = merged_rows(features, selection)
         number = torch.arange(selection.index.shape[1], device=features.device)

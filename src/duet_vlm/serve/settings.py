@@ -28,6 +28,7 @@ ARCHITECTURES = {  # whose first stage vLLM can run, and their positions there; 
     "LlavaNextForConditionalGeneration": "compact",
     "Qwen2VLForConditionalGeneration": "keep",
     "Qwen2_5_VLForConditionalGeneration": "keep",
+    "Qwen3VLForConditionalGeneration": "keep",
 }
 PREFIX = "Duet"
 

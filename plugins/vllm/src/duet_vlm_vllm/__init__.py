@@ -13,6 +13,7 @@ MODULES = {
     "LlavaNextForConditionalGeneration": "llava_next:DuetLlavaNext",
     "Qwen2VLForConditionalGeneration": "qwen2_vl:DuetQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:DuetQwen25VL",
+    "Qwen3VLForConditionalGeneration": "qwen3_vl:DuetQwen3VL",
 }
 
 

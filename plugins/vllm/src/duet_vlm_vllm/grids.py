@@ -41,7 +41,7 @@ class ImagesOnly:
     """In front of a family's processing info: no clips, which stay with stock vLLM."""
 
     def get_supported_mm_limits(self) -> dict[str, int | None]:
-        return {"image": super().get_supported_mm_limits()["image"]}
+        return {**super().get_supported_mm_limits(), "video": 0}
 
 
 class GridProcessor(FewerPlaceholders):
@@ -78,6 +78,8 @@ class KeptPositions:
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.asked: Any = None
 
+    width: int | None = None  # of the rows that methods look at, where those of several depths stand behind them
+
     def usual_block(self) -> int:
         """The block whose attention ranks."""
         return len(self.visual.blocks) - 1
@@ -107,8 +109,9 @@ class KeptPositions:
             )
             self.recorder.take()
             rows = super()._process_image_input(part)
-            shown = [torch.zeros(len(row), dtype=torch.long) for row in rows]
-            kept = reduced(self.duet, rows, shown, asked[some], self._signals(grids[some], [len(row) for row in rows]))
+            parts = [torch.zeros(len(row), dtype=torch.long) for row in rows]
+            signals, seen = self._signals(grids[some], [len(row) for row in rows]), [row[:, : self.width] for row in rows]
+            kept = reduced(self.duet, rows, parts, asked[some], signals, seen)
             out += [_with_columns(row, place[index.cpu()]) for (row, index), place in zip(kept, places[some], strict=True)]
         return tuple(out)
 
@@ -125,15 +128,16 @@ class KeptPositions:
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
         """Positions [3, n] of a prompt that is reduced already, and what to add to a row's number behind it. Those of the text are right, also
         where the cache knows the prefix and nobody corrects them; an image's rows all stand at its first place until they come."""
-        count, start, following = len(input_tokens), 0, 0
+        count, start, following, merge = len(input_tokens), 0, 0, self.config.vision_config.spatial_merge_size
         positions = torch.zeros(3, count, dtype=torch.long)
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-        for feature, (offset, t, h, w, *_) in zip(features, self.iter_mm_grid_thw(features), strict=True):
-            length = feature.mm_position.length
+        for feature in features:
+            offset, length = feature.mm_position.offset, feature.mm_position.length
+            t, h, w = feature.data["image_grid_thw"].data.tolist()
             positions[:, start:offset] = torch.arange(following, following + offset - start)
             following += offset - start
             positions[:, offset : offset + length] = following
-            following += max(t, h, w)
+            following += max(t, h // merge, w // merge)
             start = offset + length
         positions[:, start:] = torch.arange(following, following + count - start)
         return positions, following - start

@@ -67,10 +67,12 @@ def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int
     ValueError
         A layer that is not there.
     """
-    wanted = usual if reducer.signal_layer is None else reducer.signal_layer % depth if -depth <= reducer.signal_layer < depth else depth
-    if wanted >= built:
-        raise ValueError(f"signal_layer={reducer.signal_layer}: vLLM runs layers 0 to {built - 1} of this vision tower, name one of them")
-    return wanted
+    layer = reducer.signal_layers[0]
+    if layer is None:
+        return usual
+    if isinstance(layer, float) or not -depth <= layer < depth or layer % depth >= built:
+        raise ValueError(f"signal_layer={layer}: vLLM runs layers 0 to {built - 1} of this vision tower, name one of them")
+    return layer % depth
 
 
 def budgets(asked: Any, images: int) -> list[float]:
