@@ -112,7 +112,8 @@ def names() -> str:
         return ", ".join(f"`{name}`" for name in found)
 
     return _filled(
-        f"[{len(families)} model families](docs/families.md): {listed(families)}. [{len(methods)} methods](docs/methods.md), each in a file of its own."
+        f"[{len(families)} model families](docs/families.md): {listed(families)}. [{len(methods)} methods](docs/methods.md), each in a file of its "
+        "own."
     )
 
 
