@@ -46,7 +46,7 @@ def cells(task: str, method: str) -> list[dict[str, Any]]:
     return [
         *found,
         behind("contrast", 0.5, "contrast, 50%, no mass", mass=False),
-        behind("contrast", 0.5, "contrast, 50%, no ground", ground=0.0),
+        behind("contrast", 0.5, "contrast, 50%, ground 8%", ground=0.08),
         behind("key_norm", 0.4, "key_norm, 40%"),
         behind("evit", 0.4, "evit, 40%"),
         behind("tome_tower", 0.3, "tome_tower, 30%"),

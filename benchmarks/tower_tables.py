@@ -1,4 +1,4 @@
-"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json and tower_tries.json."""
+"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json and tower_roofline.json."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def told(row: dict[str, Any]) -> str:
     return f"{row['accuracy']:.3f}, {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def tries() -> str:
-    """What was tried at one share of the patches."""
-    found: dict[str, dict[str, str]] = {}
-    for row in results("tower_tries"):
-        found.setdefault(row["tower"], {})[row["task"]] = told(row)
-    tasks = list(dict.fromkeys(row["task"] for row in results("tower_tries")))
-    return table(["rule", *(f"`{task}`" for task in tasks)], [[rule, *(cells.get(task, "-") for task in tasks)] for rule, cells in found.items()])
+def roofline() -> str:
+    """Milliseconds to the first token of a large model, predicted."""
+    lines = []
+    for row in results("tower_roofline"):
+        stages = [f"{1000 * row[name]:.0f}" for name in ("tower", "choice", "prefill", "first_token")]
+        lines.append([row["input"], row["side"], *stages, f"{row['speed_up']:.2f}x"])
+    return table(["picture", "side", "tower, ms", "choice, ms", "prefill, ms", "first token, ms", "faster"], lines)
 
 
 def answers() -> str:
@@ -56,4 +56,4 @@ def answers() -> str:
     return table(["through the tower", "its FLOPs", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers, "tower_tries": tries}
+BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers, "tower_roofline": roofline}

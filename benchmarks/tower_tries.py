@@ -164,9 +164,9 @@ def cells(task: str) -> list[dict[str, Any]]:
 
     start = [
         {"method": METHOD, "budgets": [BUDGET], "label": WHOLE},
-        behind("contrast", "contrast", ground=0.0),
-        behind("contrast", "contrast, no mass", ground=0.0, mass=False),
-        behind("contrast", "contrast, ground 8%"),
+        behind("contrast", "contrast"),
+        behind("contrast", "contrast, no mass", mass=False),
+        behind("contrast", "contrast, ground 8%", ground=0.08),
     ]
     if task == "tiny-video":
         return [

@@ -41,8 +41,8 @@ ARROWS = {
     "presets": {"budget", "methods", "reducer", "spelling"},
     "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower", "vision"},
     "serve": {"budget", "duet_vlm", "flow", "methods", "ops", "parts", "reducer", "settings", "tower", "vision"},
-    "accounts": {"flow", "measure", "models", "reducer", "tokens", "tower"},
-    "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens", "tower"},
+    "accounts": {"budget", "flow", "measure", "models", "reducer", "tokens"},
+    "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "flow", "handle", "memory", "methods", "models", "reducer"},
     "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens", "tower"},
 }

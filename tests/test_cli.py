@@ -182,9 +182,37 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(got["questions"]) == 20 and [c["name"] for c in got["columns"]] == ["full", "33%", "22%", "11%"]
     assert all(len(c["answers"]) == 20 for c in got["columns"])
     assert got["columns"][0]["answers"][0] == full_answer(got["questions"][0]["question"])
-    assert len(got["pictures"]) == 4 and all(Path(file).is_file() for file in got["pictures"])
+    assert len(got["pictures"]) == 5 and all(Path(file).is_file() for file in got["pictures"])
+    assert got["pictures"][0] == str(tmp_path / "demo.png")
     shown = call("demo", "-o", tmp_path).stdout
-    assert "/20 agree with the full model" in shown and shown.count("FLOPs-bound speed-up") == 3
+    assert f"look at first: {tmp_path / 'demo.png'}" in shown and shown.count("question  ") == 1  # one table
+    (same,) = [line.split() for line in shown.splitlines() if line.startswith("as the full model says")]
+    assert same[-4:] == [str(column["agree_with_full"]) for column in got["columns"]]
+
+
+def test_viz_compares_methods_and_budgets(tmp_path: Path) -> None:
+    got = as_json("viz", "-i", PICTURE, "-p", QUESTION, "-b", "0.22", "--compare", "fastv,0.33", "--compare", "visionzip@0.11", "-o", tmp_path)
+    names = ["duet-0.22", "fastv-0.22", "duet-0.33", "visionzip-0.11"]
+    assert [row["name"] for row in got["compared"]] == names
+    assert [round(row["mean_tokens"] / 256, 2) for row in got["compared"]] == [0.22, 0.22, 0.33, 0.11]
+    assert got["full_answer"] == full_answer(QUESTION) and got["answer"] == got["compared"][0]["answer"]
+    (file,) = got["files"]
+    one = as_json("viz", "-i", PICTURE, "-p", QUESTION, "-b", "0.22", "-o", tmp_path / "one")["files"][0]
+    assert Path(file).name == f"1-scene_1-{'-vs-'.join(names)}.png"
+    assert Image.open(file).height > 3 * Image.open(one).height
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (("-b", "0.22", "--compare", "fastvv"), "did you mean 'fastv'"),
+        (("-b", "0.22", "--compare", "fastv@x"), "give a token count"),
+        (("--preset", "duet-64", "--compare", "0.11"), "brings its own budget"),
+    ],
+)
+def test_what_cannot_be_compared(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    got = call("viz", "-i", PICTURE, "-p", QUESTION, *words, "-o", tmp_path, code=2)
+    assert said in got.stderr
 
 
 # ---- errors: one line, exit code 2

@@ -19,7 +19,7 @@ from duet_vlm.flow.packed import PackedRun
 from duet_vlm.flow.tower import BatchRun, choose
 from duet_vlm.models.adapter import Encoding
 from duet_vlm.models.find import adapter_for
-from duet_vlm.tower import TowerReducer, TowerView
+from duet_vlm.tower import Merged, TowerReducer, TowerView
 
 SERVED = list(FAMILIES)
 CONTENT = [(name, "images") for name in SERVED] + [(name, "clips") for name in SERVED if FAMILIES[name].video is True]
@@ -275,10 +275,11 @@ def test_gradients_pass_through_survivors(family: str, method: str, checkpointin
         return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
     mass = {f"{method}_mass": not checkpointing or family not in NO_MASK}
-    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **mass):
+    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **mass) as handle:
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
         if checkpointing:
+            handle.set(**{f"{method}_mass": True})  # left out by itself where nobody could repeat it
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for a, b in zip(plain, gradients(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -335,6 +336,100 @@ def test_contrast_takes_what_differs_and_hands_on_the_mass() -> None:
     assert plain.size.tolist() == [[1.0, 1.0, 1.0]]
 
 
+def test_ground_is_taken_evenly_from_the_ranks_of_the_rest() -> None:
+    view = TowerView(torch.ones(1, 20, dtype=torch.bool), torch.tensor([8]), (8,), ((4, 5),), torch.arange(20.0)[None])
+    assert duet_vlm.get("contrast")(keep=8).stay(view)[0].nonzero()[:, 0].tolist() == list(range(12, 20))
+    assert duet_vlm.get("contrast")(keep=8, ground=0.25).stay(view)[0].nonzero()[:, 0].tolist() == [3, 10, *range(14, 20)]  # ranks 3 and 10 of 14
+
+
+def shows(pixels: Tensor, grid: tuple[int, int], keeps: tuple[int, ...] = (), before: tuple[int, ...] = (-1,)) -> TowerView:
+    """Pictures of units with one number each: [P, U] or, of several frames, [P, U, T]."""
+    frames = pixels if pixels.ndim == 3 else pixels[..., None]
+    keep = torch.tensor(keeps) if keeps else torch.zeros(len(pixels), dtype=torch.long)
+    valid = torch.ones(pixels.shape[:2], dtype=torch.bool)
+    return TowerView(valid, keep, keeps, (grid,) * len(pixels), torch.rand(valid.shape), frames[..., None], before)
+
+
+def pruned_slowly(pixels: list[list[float]], threshold: float) -> list[list[bool]]:
+    """PixelPrune as its paper tells it, number by number."""
+    value = [[0.0] * len(pixels[0]) for _ in pixels]
+    keep = [[True] * len(pixels[0]) for _ in pixels]
+
+    def same(a: float, b: float) -> bool:
+        return abs(a - b) <= threshold
+
+    for r, line in enumerate(pixels):
+        for c, pixel in enumerate(line):
+            if r == c == 0:
+                value[0][0] = pixel
+                continue
+            if r == 0 or c == 0:
+                guess = value[r][c - 1] if r == 0 else value[r - 1][c]
+            else:
+                left, above, corner = value[r][c - 1], value[r - 1][c], value[r - 1][c - 1]
+                guess = above if same(corner, left) and not same(corner, above) else left
+            keep[r][c] = not same(pixel, guess)
+            value[r][c] = pixel if keep[r][c] else guess
+    return keep
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("grid", [(5, 6), (1, 7), (6, 1)])
+def test_pixelprune_is_its_slow_twin(grid: tuple[int, int], threshold: float) -> None:
+    pixels = torch.randint(0, 4, (30, grid[0] * grid[1]), generator=torch.Generator().manual_seed(1)) / 2
+    stays = duet_vlm.get("pixelprune")(threshold=threshold).stay(shows(pixels, grid))
+    for mine, picture in zip(stays, pixels, strict=True):
+        assert mine.view(grid).tolist() == pruned_slowly(picture.view(grid).tolist(), threshold)
+    counted = duet_vlm.get("pixelprune")(keep=3).stay(shows(pixels, grid, (3,) * 30))
+    assert counted.sum(1).tolist() == [3] * 30 and counted[:, 0].all()
+
+
+def test_rlt_keeps_what_changed() -> None:
+    drift = torch.tensor([[0.0, 0.0, 5.0], [0.08, 0.0, 9.0], [0.16, 0.0, 9.0], [0.24, 1.0, 9.0]])  # frames of three units
+    view, rlt = shows(drift, (1, 3), before=(-1, 0, 1, 2)), duet_vlm.get("rlt")
+    first = [True, True, True]
+    # a slow drift is seen against what stayed, not against the frame before; a frame in which nothing changed keeps one unit
+    assert rlt(threshold=0.1).stay(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
+    assert rlt(threshold=0.1, against="before").stay(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
+    assert rlt(threshold=0.09, against="before").scores(view)[2, 0] < 0 < rlt(threshold=0.09).scores(view)[2, 0]
+    tubelets = torch.tensor([[[0.0, 7.0]], [[3.0, 0.05]]])  # the last frame of a step against the first of the one before
+    assert rlt().scores(shows(tubelets, (1, 1), before=(-1, 0)))[1, 0] < 0
+    counted = rlt(keep=1).stay(shows(drift, (1, 3), (1, 1, 1, 1), (-1, 0, 1, 2)))
+    assert counted.tolist() == [[False, False, True], [False, False, True], [True, False, False], [False, True, False]]
+    assert rlt().stay(shows(torch.rand(2, 6), (2, 3), before=(-1, -1))).all()  # images stay whole
+
+
+def test_motion_takes_what_a_clip_usually_does_not_show() -> None:
+    clip = torch.zeros(5, 4)
+    clip[:, 3] = 9.0  # stands still, however bright
+    for frame, place in enumerate((0, 1, 2, 0, 1)):
+        clip[frame, place] = 1.0
+    stays = duet_vlm.get("motion")(keep=1).stay(shows(clip, (2, 2), (1,) * 5, (-1, 0, 1, 2, 3)))
+    assert stays.long().argmax(1).tolist() == [0, 1, 2, 0, 1]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("method", ["pixelprune", "pixelprune+duet_plus", "rlt+frames+duet"])
+def test_thresholds_account_for_what_they_leave(family: str, method: str, towers: list[Any]) -> None:
+    """Pictures of one colour but for a spot: little is left, and no more than that enters."""
+    model, inputs = build(family), FAMILIES[family].inputs([(1, Picture(1, 4, 4), 5), TEXT])
+    pixels = inputs["pixel_values"]
+    pixels[:] = 0.25
+    pixels[(0,) * (pixels.ndim - 1)] = 1.0
+    budget = {} if method == "pixelprune" else {"budget": 0.3}
+    with duet_vlm.attach(model, method, **budget) as handle:
+        forward(model, inputs)
+        report = handle.report()
+        if method.startswith("rlt"):  # images stay whole
+            assert not towers and report.observed.vision_flops == report.predicted.vision_flops
+            return
+        ((_, run),) = towers
+        (span,) = handle._run.plans[0]
+        assert run.counts == (span.tower,) and span.entry <= span.tower < span.tokens / 2
+        assert report.observed.vision_flops == report.predicted.vision_flops < report.full.vision_flops
+        assert report.measured == report.nominal
+
+
 def test_no_more_enters_than_the_tower_leaves() -> None:
     method = duet_vlm.compose(duet_vlm.get("contrast")(keep=0.3), duet_vlm.get("duet_plus")())
     with pytest.warns(UserWarning, match=r"\d+ of 576 tokens would enter the decoder, but the tower leaves 172"):
@@ -358,6 +453,16 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("contrast", {"budget": 0.001}, "at least one token enters"),
         ("duet+contrast", {"budget": 0.2}, "in this order: a method in the tower"),
         ("contrast+checkerboard+duet", {"budget": 0.2}, "in this order: a method in the tower"),
+        ("contrast", {"budget": 0.5, "ground": 1.5}, "ground=1.5: a share of the patches that stay"),
+        ("key_norm", {"budget": 0.5, "after": 0}, r"after=\(0,\): after the attention of how many blocks"),
+        ("key_norm", {"budget": 0.5, "after": 4}, "after the attention of 4 blocks, but the rows or the attention of block 2"),
+        ("key_norm+duet_plus", {"budget": 0.2, "after": 3}, "has no setting 'after'"),
+        ("key_norm+duet_plus", {"budget": 0.2, "key_norm_after": 3}, "the rows or the attention of block 2"),
+        ("evit", {"budget": 0.5, "after": (2, 1)}, r"after=\(2, 1\): after the attention"),
+        ("tome_tower", {"budget": 0.5, "shares": (0, 0)}, r"shares=\(0, 0\): numbers of 0 or more, not all 0"),
+        ("pixelprune", {"threshold": -1.0}, "threshold=-1.0: give a finite difference"),
+        ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
+        ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
     ],
 )
 def test_bad_settings_are_refused_and_leave_no_trace(method: str, settings: dict[str, Any], words: str) -> None:
@@ -383,6 +488,52 @@ class Wrong(TowerReducer):
     def stay(self, view: TowerView) -> Tensor:
         mask = torch.zeros_like(view.valid)
         return {"few": mask, "float": mask.float(), "shape": mask[:, 1:]}[type(self).kind]
+
+
+class Joins(TowerReducer):
+    """Returns who joins whom."""
+
+    name, paper, summary = "joins", "-", "-"
+    made: Any = None
+    place: int = 1
+
+    def boundaries(self, depth: int) -> tuple[int, ...]:
+        return (type(self).place,)
+
+    def stay(self, view: TowerView) -> Merged:
+        number = torch.arange(view.valid.shape[1]).expand(view.valid.shape)
+        return Merged(number.clamp(max=int(view.keep[0]) - 1)) if type(self).made is None else Merged(type(self).made(number))
+
+
+@pytest.mark.parametrize(
+    ("made", "place", "words"),
+    [
+        (lambda number: number, 1, "another number of units than planned"),
+        (lambda number: (number + 1).clamp(max=int(number.max())), 1, "units that join what does not stay"),
+        (lambda number: number - 9, 1, "units that join what does not stay|another number of units"),
+        (lambda number: number.float(), 1, r"joins\.stay returned into = a tensor"),
+        (None, 0, "units join others behind a block's attention only"),
+    ],
+)
+def test_who_joins_whom_is_checked(made: Any, place: int, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Joins, "made", made)
+    monkeypatch.setattr(Joins, "place", place)
+    model, inputs = shared("llava"), FAMILIES["llava"].inputs([TWO])
+    plain = forward(model, inputs).logits
+    with duet_vlm.attach(model, Joins(keep=0.5)), pytest.raises(ValueError, match=words):
+        forward(model, inputs)
+    monkeypatch.setattr(Joins, "made", None)
+    monkeypatch.setattr(Joins, "place", 1)
+    with duet_vlm.attach(model, Joins(keep=0.5)):
+        forward(model, inputs)
+    assert torch.equal(forward(model, inputs).logits, plain)
+
+
+def test_blocks_that_run_again_cannot_be_cut() -> None:
+    model = build("llava").train()
+    model.gradient_checkpointing_enable()
+    with duet_vlm.attach(model, "key_norm", budget=0.5), pytest.raises(ValueError, match="gradient checkpointing.*contrast"):
+        model(**FAMILIES["llava"].inputs([TWO]))
 
 
 @pytest.mark.parametrize(("kind", "words"), [("few", "another number of units than planned"), ("float", "give a tensor"), ("shape", "give a tensor")])

@@ -245,6 +245,16 @@ def test_a_killed_search_goes_on(tuned: tuple[Path, dict[str, Any]], tmp_path: P
     assert json.loads(again.stdout)["candidates"] == result["candidates"]
 
 
+def test_other_methods_of_the_same_name_are_timed_together(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, result = tuned
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/journal.jsonl").write_text((folder / "journal.jsonl").read_text())
+    found = json.loads(call("tune", "tiny", *SMALL, "--methods", "duet,visionzip", "-b", ".33,.06", "--out", tmp_path, "--json").stdout)
+    assert {row["method"] for row in found["candidates"]} == {"duet", "visionzip"}
+    old, new = ({row["id"]: row["ms"] for row in each["candidates"]} for each in (result, found))
+    assert new["duet@0.33"] != old["duet@0.33"] and new["visionzip@0.33"]
+
+
 def test_every_verb_takes_the_file(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     setting = tuned[0] / "duet.json"
     known = json.loads(setting.read_text())
@@ -301,6 +311,31 @@ def test_a_model_that_answers_nothing(tmp_path: Path, monkeypatch: pytest.Monkey
     file = jsonl(tmp_path, *([{"question": "what color is the star ?"}] * 40))
     found = call("tune", file, "--keep", "0.8", "--out", tmp_path / "out", "--json")
     assert found.exit_code == 2 and "answers nothing to any of" in found.stderr
+
+
+def test_other_goals(tmp_path: Path) -> None:
+    """Speed and memory rule out by their own numbers; what is left is measured without a share to keep."""
+    words = ("--limit", "40", "--timing-rounds", "3", "--batch", "20", "--methods", "duet", "-b", ".5,.11", "--out", tmp_path, "--json")
+    found = json.loads(call("tune", "tiny", *words, "--speedup", "1.01", "--memory", "1GB").stdout)
+    chosen = next(row for row in found["candidates"] if row["id"] == found["chosen"])
+    assert chosen["speedup_interval"][0] >= 1.01 and chosen["testing"]["asked"] > 0 and found["goal"]["keep"] is None
+    found = json.loads(call("tune", "tiny", *words, "--speedup", "1.01", "--memory", "1MB").stdout)  # from the journal: nothing is asked anew
+    assert found["chosen"] is None and all("predicted for one prompt, 0.001 asked" in row["reason"] for row in found["candidates"])
+    found = json.loads(call("tune", "tiny", *words, "--speedup", "50").stdout)
+    assert found["chosen"] is None and all("50 asked" in row["reason"] for row in found["candidates"])
+    assert found["verdict"].startswith("Nothing qualifies: every candidate was refused or too dear")
+
+
+def test_the_choice_holds_in_the_committed_measurement() -> None:
+    root = Path(__file__).resolve().parent.parent
+    result = json.loads((root / "benchmarks/results/tune.json").read_text())
+    rows = [row for row in result["repetitions"] if row["chosen"] is not None]
+    assert len(result["repetitions"]) == 20 and result["questions"] == 200 and result["fresh"] == 2000
+    assert not str(result["environment"]["commit"]).endswith("+changes")
+    assert sum(row["fresh"]["kept"] < result["keep"] for row in rows) <= 1 and result["hold"] == sum(row["holds"] for row in rows)
+    said = (root / "docs/tune.md").read_text()
+    assert f"{len(rows)} searches choose, and all {result['hold']} choices hold" in " ".join(said.split())
+    assert f"{result['fresh_right']:,} of 2,000" in said
 
 
 def test_words_for_what_is_near() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from duet_vlm.budget import Stages
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Encoded
 from duet_vlm.flow.shown import layer_number
@@ -14,7 +15,6 @@ from duet_vlm.measure.report import Sample
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import EncoderReducer, Reducer
 from duet_vlm.tokens import SpanTrace
-from duet_vlm.tower import Stages
 
 
 def samples_of(run: Run, per_token: int) -> list[Sample]:

@@ -18,6 +18,7 @@ EPSILON = 1e-9  # a keep of 0.3 of 10 tokens means 3, whatever the binary fracti
 
 Budget = int | float
 Keep = int | float
+Stages = tuple[tuple[int, int], ...]  # (blocks of a vision tower whose attention has run, units of a picture that are left), in order
 
 
 class BudgetError(ValueError):

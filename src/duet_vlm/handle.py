@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
-from duet_vlm.budget import Budget, SpanPlan, check_budget
+from duet_vlm.budget import Budget, SpanPlan, Stages, check_budget
 from duet_vlm.checks import check, hooked
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.encoder import check_finite
@@ -27,7 +27,6 @@ from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer, with_fields
 from duet_vlm.tokens import SpanTrace
-from duet_vlm.tower import Stages
 
 
 class Handle:

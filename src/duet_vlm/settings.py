@@ -14,6 +14,7 @@ DECLARED = {  # what a field says of itself -> which values are meant, and in wo
         lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
         "the number of a vision layer (int), a share of the tower's depth (float) or None",
     ),
+    "tuple[int, ...]": (lambda value: isinstance(value, tuple) and all(type(item) is int for item in value), "whole numbers, as (4, 7)"),
 }
 
 

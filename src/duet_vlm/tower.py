@@ -26,7 +26,6 @@ from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields,
 from duet_vlm.tokens import Selection
 
 Grid = tuple[int, int]
-Stages = tuple[tuple[int, int], ...]  # (blocks whose attention has run, units that are left), in order
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,7 @@ class TowerReducer(EncoderReducer):
 
 def check_after(name: str, after: Sequence[int]) -> None:
     """Refuse what are no numbers of blocks behind whose attention units can leave, one after the other."""
-    plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in after)
-    if not plain or list(after) != sorted(set(after)):
+    if any(n < 1 for n in after) or list(after) != sorted(set(after)):
         raise ValueError(f"{name}={after}: after the attention of how many blocks units leave, 1 or more, ascending")
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from duet_vlm import SpanPlan, VisionView
+from duet_vlm.flow.call import EncoderCall, Stacks
+from duet_vlm.flow.inside import InsideFlow
+from duet_vlm.flow.rules import Rules
+from duet_vlm.flow.signals import Weigher
+from duet_vlm.flow.tower import BatchRun, TowerFlow, stages_of
 from duet_vlm.methods.tome import ToMe
+from duet_vlm.methods.tome_tower import ToMeTower
+from duet_vlm.models.adapter import Encoding
+from duet_vlm.models.find import adapter_for
 from duet_vlm.ops.merge import matched, merged_rows
 from duet_vlm.tokens import Selection
 from golden_runner.case import STATE, Case
@@ -120,6 +131,63 @@ def check_tower(case: Case) -> None:
         case.close(run, "features", F.layer_norm(x, x.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6), STATE)
         case.close(run, "size", size, STATE)
         case.same(run, "source", source)
+        check_flow(case, run, leaving, size)
+
+
+def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
+    """The method inside a stock CLIP tower with these weights: rows, their order and sizes, through the very hooks that ``attach`` installs."""
+    config, given = case.config, case.given("x")
+    extra, count = int(config["class_token"]), given.shape[1] - int(config["class_token"])
+    side = round(count**0.5)
+    if side * side != count or not extra:
+        return  # no picture that a CLIP tower could take
+    model = clip_with(case, side)
+    reducer = ToMeTower(keep=count - sum(leaving), shares=tuple(leaving), order="released", keep_predicting=False, mass=case.runs[run]["prop_attn"])
+    adapter, stacks = adapter_for(model), Stacks()
+    blocks = dataclasses.replace(adapter.blocks_to_reduce()[0], read=config["layers"])
+    flow = TowerFlow(adapter, stacks)
+    stages = stages_of(reducer, [count], [count - sum(leaving)], config["layers"], [count])
+    tower = BatchRun(
+        {after: counts * len(given) for after, counts in stages.items()}, ((side, side),) * len(given), extra, reducer.mass, torch.tensor(0),
+        torch.arange(count).expand(len(given), -1), torch.ones(len(given), count, dtype=torch.bool),
+        torch.ones(len(given), count, dtype=torch.bool), torch.ones(len(given), count), torch.arange(count)[:, None], given.shape[1],
+    )  # fmt: skip
+    stacks.encoders.append(EncoderCall(Encoding("image"), Rules(reducer, None, 1), tower=tower))
+    inside = InsideFlow(flow)
+    hidden = given
+    for number, block in enumerate(blocks.inside):
+        Weigher(block.attention, stacks, number)
+        block.norm.register_forward_pre_hook(functools.partial(inside.middle, number))
+        block.mlp.register_forward_hook(functools.partial(inside.spread, number))
+        block.block.register_forward_hook(functools.partial(inside.end, number))
+        hidden = block.block(hidden, None)
+    weights = case.weights()
+    case.close(run, "features", F.layer_norm(hidden, hidden.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6), STATE)
+    torch.testing.assert_close(tower.size, size[:, extra:, 0])
+
+
+def clip_with(case: Case, side: int) -> LlavaForConditionalGeneration:
+    """A LLaVA whose tower has the recorded weights."""
+    config, weights = case.config, case.weights()
+    vision = CLIPVisionConfig(
+        hidden_size=config["dim"], intermediate_size=config["mlp"], num_hidden_layers=config["layers"], num_attention_heads=config["heads"],
+        image_size=side, patch_size=1, hidden_act="gelu", layer_norm_eps=1e-6,
+    )  # fmt: skip
+    text = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1, vocab_size=9)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=8)).eval()
+    for number, layer in enumerate(model.model.vision_tower.encoder.layers):
+        own = {name.removeprefix(f"blocks.{number}."): value for name, value in weights.items() if name.startswith(f"blocks.{number}.")}
+        state = {}
+        for kind in ("weight", "bias"):
+            for name, part in zip("qkv", own[f"attn.qkv.{kind}"].chunk(3), strict=True):
+                state[f"self_attn.{name}_proj.{kind}"] = part
+            for ours, theirs in NAMES.items():
+                state[f"{ours}.{kind}"] = own[f"{theirs}.{kind}"]
+        layer.load_state_dict(state)
+    return model
+
+
+NAMES = {"self_attn.out_proj": "attn.proj", "layer_norm1": "norm1", "layer_norm2": "norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 
 
 def attention(block: dict[str, Tensor], x: Tensor, size: Tensor | None, heads: int) -> tuple[Tensor, Tensor]:

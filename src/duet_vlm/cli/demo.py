@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 BUDGETS = (0.33, 0.22, 0.11)
 DRAWN = 0.22
 ROUNDS = 15
+FIRST = "demo.png"  # the picture to look at first
 
 
 @dataclass
@@ -71,25 +71,33 @@ def batches(processor: Any) -> list[tuple[Any, Any]]:
 
 
 def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path) -> tuple[list[Column], list[Path]]:
-    """Every question in full and at every budget; one picture per image on the way."""
-    from duet_vlm import attach
-    from duet_vlm.viz import draw, seen
+    """Every question in full and at every budget; on the way one picture of the first question at all of them, and one per image."""
+    from duet_vlm import attach, get
+    from duet_vlm.viz import Watched, draw, seen, stack
 
-    columns, files = [Column("full", None)], []
+    columns, files, first = [Column("full", None)], [], []
     for _, inputs in asked:
         columns[0].answers += ask(model, processor, inputs)
     for budget in BUDGETS:
-        column = Column(f"{budget:.0%}", budget)
-        with attach(model, "duet", budget=budget) as handle:
+        column, watched = Column(f"{budget:.0%}", budget), Watched(get("duet")())
+        with attach(model, watched.reducer, budget=budget) as handle:
             for item, inputs in asked:
-                said = ask(model, processor, inputs)
+                said, place = ask(model, processor, inputs), len(column.answers)
                 column.answers += said
+                trace, tokens = handle.trace[0][0], handle.report().measured_mean
+                question, full = item.questions[0][0], columns[0].answers[place]
+                told = "the same answer" if said[0] == full else "another answer"
+                lines = [question, f"full model: {full}", f"reduced: {said[0]}  ({told})"]
+                title, picture = f"duet at {budget:.0%}: {tokens:.1f} of {trace.span.tokens} tokens per layer", inputs["pixel_values"][0]
+                if place == 0:  # of a batch, of which the scores would be those of the first question
+                    scores = watched.of(trace, 0)
+                    first.append(draw(seen(item.image, picture, processor), trace, title=title, lines=lines, scores=scores))
                 if budget == DRAWN:
-                    title = f"DUET at {budget:.0%}.  {item.questions[0][0]}  {said[0]}"
                     files.append(out / f"{Path(item.name).stem}.png")
-                    draw(seen(item.image, inputs["pixel_values"][0], processor), handle.trace[0][0], title=title).save(files[-1])
+                    draw(seen(item.image, picture, processor), trace, title=title, lines=lines).save(files[-1])
         columns.append(column)
-    return columns, files
+    stack(first).save(out / FIRST)
+    return columns, [out / FIRST, *files]
 
 
 def time_all(model: Any, columns: list[Column], inputs: Any) -> dict[str, float]:
@@ -166,7 +174,7 @@ def plain(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dic
 
 
 def show(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> None:
-    """The tables, the reports, the times."""
+    """One table, and where the pictures are."""
     console, full = Console(highlight=False), columns[0]
     console.print(f"The embedded tiny VLM answers {len(pairs)} questions: in full, then with DUET at three shares of the visual tokens\n")
     table = Table("question", "truth", *(c.name for c in columns), box=None, pad_edge=False)
@@ -177,33 +185,40 @@ def show(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict
         cells = [_cell(column.answers[number], full.answers[number], true) for column in columns]
         table.add_row(question, true, *cells)
         last = name
+    table.add_section()
+    table.add_row("[bold]of all[/bold]")
+    for what, cell in _facts(pairs, full, seconds):
+        table.add_row(what, "", *map(cell, columns))
     console.print(table)
-    console.print("\n[yellow]*[/yellow] differs from the full model   [red]x[/red] is not the true answer\n")
-    for column in columns:
-        right = sum(a == true for a, (_, _, true) in zip(column.answers, pairs, strict=True))
-        same = "" if column is full else f"{agreement(column, full)}/{len(pairs)} agree with the full model, "
-        console.print(f"{column.name:>5}: {same}{right}/{len(pairs)} right")
-    for column in columns[1:]:
-        console.print(f"\n[bold]{column.name}[/bold], the first question")
-        console.print(str(column.report), markup=False, soft_wrap=True)
-    _times(console, columns, seconds)
-    console.print("\npictures of what was kept, merged and dropped: " + ", ".join(str(file) for file in files), soft_wrap=True)
+    console.print("\n[yellow]*[/yellow] differs from the full model   [red]x[/red] is not the true answer")
+    console.print(
+        f"time: prefill of the first question, pixels to first token, median of {ROUNDS} rounds in turns, one CPU thread; the vision tower costs "
+        "nearly the same at every budget, and it is a large part of a model this small"
+    )
+    console.print(f"\nlook at first: {files[0]} (what was kept, merged and dropped, and why)\nmore: {', '.join(map(str, files[1:]))}", soft_wrap=True)
+
+
+def _facts(pairs: list[tuple[str, str, str]], full: Column, seconds: dict[str, float]) -> list[tuple[str, Callable[[Column], str]]]:
+    """The lines below the questions."""
+
+    def right(column: Column) -> str:
+        return str(sum(a == true for a, (_, _, true) in zip(column.answers, pairs, strict=True)))
+
+    def reported(read: Callable[[Any], str], whole: str) -> Callable[[Column], str]:
+        return lambda column: whole if column.report is None else read(column.report)
+
+    return [
+        (f"right, of {len(pairs)}", right),
+        ("as the full model says", lambda column: str(agreement(column, full))),
+        ("visual tokens per layer", reported(lambda report: f"{report.measured_mean:.0f}", "256")),
+        ("FLOPs", reported(lambda report: f"{report.observed.flops / report.full.flops:.0%}", "100%")),
+        ("KV cache", reported(lambda report: f"{report.observed.kv_bytes / report.full.kv_bytes:.0%}", "100%")),
+        ("ms to the first token", lambda column: f"{seconds[column.name] * 1e3:.1f}"),
+        ("speed-up", lambda column: "1" if column.speed_up is None else f"{column.speed_up.median:.2f}x"),
+    ]
 
 
 def _cell(said: str, full: str, true: str) -> str:
     marks = ("[yellow]*[/yellow]" if said != full else "") + ("[red]x[/red]" if said != true else "")
     return f"{said} {marks}" if marks else said
 
-
-def _times(console: Console, columns: list[Column], seconds: dict[str, float]) -> None:
-    table = Table("", "median", "speed-up (95 % interval)", "FLOPs bound", "of the decoder alone", box=SIMPLE, pad_edge=False)
-    for column in columns:
-        speed, report = column.speed_up, column.report
-        cells = ["1", "", ""]
-        if speed is not None and report is not None:
-            bounds = report.full.flops / report.observed.flops, report.flops_bound
-            cells = [f"{speed.median:.2f}x ({speed.low:.2f}-{speed.high:.2f})", *(f"{bound:.2f}x" for bound in bounds)]
-        table.add_row(column.name, f"{seconds[column.name] * 1e3:.1f} ms", *cells)
-    console.print(f"\nPrefill of the first question, vision tower included, {ROUNDS} interleaved rounds (CPU, one thread, float32):")
-    console.print(table)
-    console.print("The vision tower costs nearly the same at every budget, and it is a large part of a model this small.")

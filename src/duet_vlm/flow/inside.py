@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duet_vlm.budget import Stages
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
 from duet_vlm.flow.tower import Run, TowerFlow, decide, stages_of
 from duet_vlm.models.adapter import Adapter, Blocks, PackedTower, Recorded
 from duet_vlm.ops.ragged import take
 from duet_vlm.reducer import EncoderReducer, Reducer
-from duet_vlm.tower import Stages, TowerReducer
+from duet_vlm.tower import TowerReducer
 
 
 @dataclass(frozen=True)

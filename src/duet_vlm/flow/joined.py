@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
 from duet_vlm.flow.packed import PackedRun, known, units_left
-from duet_vlm.flow.tower import TowerFlow, choose, frames_before, in_cells, in_patches, is_flash, refuse_recomputing
+from duet_vlm.flow.tower import TowerFlow, choose, frames_before, in_cells, in_patches, is_flash, recomputes, runs_again
 from duet_vlm.models.adapter import Blocks, JoinedBlocks, Recorded
 from duet_vlm.ops.ragged import take, take_square
 from duet_vlm.tower import TowerReducer
@@ -75,8 +75,9 @@ class JoinedFlow(TowerFlow):
             return None
         call, tower = running
         assert isinstance(blocks, JoinedBlocks)
+        again = recomputes(blocks.tower)
         with torch.no_grad(), compat.without_autocast(running[0].patches):
-            call.tower = run = self._joined(call, tower, blocks, depth)
+            call.tower = run = self._joined(call, tower, blocks, depth, again)
         call.patches = call.pixels = None
         if run is None or call.aside:
             return None
@@ -110,8 +111,8 @@ class JoinedFlow(TowerFlow):
         positions = tuple(table[run.patches(run.place)] for table in kwargs["position_embeddings"])
         return args, kwargs | {"position_embeddings": positions} | run.lengths_of(kwargs)
 
-    def _joined(self, call: EncoderCall, tower: TowerReducer, blocks: JoinedBlocks, depth: int) -> JoinedRun | None:
-        """What goes through the tower; None: all of it."""
+    def _joined(self, call: EncoderCall, tower: TowerReducer, blocks: JoinedBlocks, depth: int, again: bool) -> JoinedRun | None:
+        """What goes through the tower; None: all of it. ``again``: its blocks run a second time in the backward pass."""
         assert call.patches is not None
         sides, cell, device = blocks.grids(call.encoding), blocks.cell, call.patches.device
         grids = tuple((high // cell, wide // cell) for high, wide in sides)
@@ -120,8 +121,8 @@ class JoinedFlow(TowerFlow):
         stages = self.stages(call, tower, spans, depth)
         if not stages:
             return None
-        if max(stages):
-            refuse_recomputing(blocks.tower)
+        if max(stages) and again:
+            raise runs_again()
         starts = [sum(high * wide for high, wide in sides[:number]) for number in range(len(sides) + 1)]
         numbers = torch.arange(starts[-1], device=device).split([high * wide for high, wide in sides])
         cells = torch.cat([in_cells(some.view(side), cell) for some, side in zip(numbers, sides, strict=True)])

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from duet_vlm.budget import Stages
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
-from duet_vlm.flow.tower import Chosen, Run, TowerFlow, choose, frames_before, is_flash, recomputes, refuse_recomputing
+from duet_vlm.flow.tower import Chosen, Run, TowerFlow, choose, frames_before, is_flash, recomputes, runs_again
 from duet_vlm.models.adapter import PackedTower, Recorded
 from duet_vlm.ops.merge import weighed_means
 from duet_vlm.ops.ragged import take
 from duet_vlm.ops.score import column_attention
-from duet_vlm.tower import Grid, Stages, TowerReducer
+from duet_vlm.tower import Grid, TowerReducer
 
 
 @dataclasses.dataclass
@@ -189,11 +190,12 @@ class PackedFlow(TowerFlow):
             stages = self.stages(call, reducer, spans, depth)
             if not stages:
                 return plain(hidden_states, grid_thw, **kwargs)
-            if max(stages):
-                refuse_recomputing(tower.module)
+            again = recomputes(tower.module)
+            if max(stages) and again:
+                raise runs_again()
             rows = embed(hidden_states) if 0 in stages else hidden_states
             with torch.no_grad(), compat.without_autocast(rows):
-                run, tables = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw)
+                run, tables = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw, again)
             call.tower = run
             if call.aside or run is None:
                 return plain(hidden_states, grid_thw, **kwargs)
@@ -248,14 +250,14 @@ class PackedFlow(TowerFlow):
 
     def _pack(
         self, call: EncoderCall, reducer: TowerReducer, tower: PackedTower, stages: dict[int, tuple[int, ...]], spans: list[tuple[int, ...]],
-        rows: Tensor, pixels: Tensor, grid_thw: Tensor,
+        rows: Tensor, pixels: Tensor, grid_thw: Tensor, again: bool,
     ) -> tuple[PackedRun | None, dict[str, Any]]:  # fmt: skip
         """What goes through the tower (None: all of it), and the tables that belong to it."""
         unit, side = tower.unit, round(tower.unit**0.5)
         grids = tuple((h // side, w // side) for t, h, w in call.encoding.sizes for _ in range(t))
         lengths = [high * wide for high, wide in grids]
         total, device = sum(lengths), rows.device
-        weighs = reducer.mass and not is_flash(tower.module) and not recomputes(tower.module)
+        weighs = reducer.mass and not is_flash(tower.module) and not again
         wrong = torch.zeros((), dtype=torch.long, device=device)
         counts, flat, size = tuple(lengths), torch.arange(total, device=device), torch.ones(total, device=device)
         if 0 in stages:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from duet_vlm.budget import Stages
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall, Stacks
 from duet_vlm.flow.verify import checked_counts, checked_merged, checked_units
@@ -24,7 +25,7 @@ from duet_vlm.ops.merge import BLOCK, sizes_of, weighed_means
 from duet_vlm.ops.ragged import pack_right, take, take_square
 from duet_vlm.ops.score import cls_attention, column_attention
 from duet_vlm.parts import left_in_tower
-from duet_vlm.tower import Grid, Merged, Stages, TowerReducer, TowerView
+from duet_vlm.tower import Grid, Merged, TowerReducer, TowerView
 
 
 class Run(ABC):
@@ -361,8 +362,9 @@ class TowerFlow:
         if running is None or running[0].patches is None:
             return None
         call, tower = running
+        again = recomputes(blocks.tower)
         with torch.no_grad(), compat.without_autocast(running[0].patches):
-            call.tower = self._begin(call, tower, blocks, depth)
+            call.tower = self._begin(call, tower, blocks, depth, again)
         call.patches = call.pixels = None
         if call.tower is None or call.aside or call.tower.is_stock:  # who calls the encoder himself gets what the stock model gives
             return None
@@ -387,8 +389,8 @@ class TowerFlow:
         if getattr(output, "hidden_states", None) is not None:
             output.hidden_states = tuple(map(full, output.hidden_states))
 
-    def _begin(self, call: EncoderCall, tower: TowerReducer, blocks: Blocks, depth: int) -> BatchRun | None:
-        """What goes through the tower; None: all of it."""
+    def _begin(self, call: EncoderCall, tower: TowerReducer, blocks: Blocks, depth: int, again: bool) -> BatchRun | None:
+        """What goes through the tower; None: all of it. ``again``: its blocks run a second time in the backward pass."""
         assert call.patches is not None
         pictures, _, high, wide = call.patches.shape
         cell, device = self.adapter.cell_of(call.encoding, blocks), call.patches.device
@@ -406,13 +408,13 @@ class TowerFlow:
         if self.adapter.shows_padding:  # then the last token of a picture is one, padding or not
             real[:, -1] = True
         every, content = torch.ones_like(real[..., 0]), real.any(2)
-        weighs = tower.mass and takes_bias(blocks, stages)
+        weighs = tower.mass and takes_bias(blocks, stages, again)
         run = BatchRun(
             stages, (grid,) * pictures, blocks.extra, weighs, torch.zeros((), dtype=torch.long, device=device),
             torch.arange(total, device=device).expand(pictures, -1), every, content, every.float(), cells, blocks.extra + high * wide,
         )  # fmt: skip
-        if max(stages):
-            refuse_recomputing(blocks.tower)
+        if max(stages) and again:
+            raise runs_again()
         if 0 not in stages:
             return run
         pixels = None if call.pixels is None else in_patches(call.pixels, high, wide)[:, cells].flatten(2)[:, :, None]
@@ -450,13 +452,12 @@ def is_flash(tower: Any) -> bool:
     return "flash" in (tower.config._attn_implementation or "")
 
 
-def refuse_recomputing(tower: nn.Module) -> None:
+def runs_again() -> ValueError:
     """Where units leave behind blocks, nobody could repeat that."""
-    if recomputes(tower):
-        raise ValueError(
-            "units cannot leave behind a block of a vision tower that runs again in the backward pass (gradient checkpointing): switch it off for "
-            "the tower, or take a method that chooses in front of the blocks (contrast)"
-        )
+    return ValueError(
+        "units cannot leave behind a block of a vision tower that runs again in the backward pass (gradient checkpointing): switch it off for "
+        "the tower, or take a method that chooses in front of the blocks (contrast)"
+    )
 
 
 def recomputes(tower: nn.Module) -> bool:
@@ -464,10 +465,10 @@ def recomputes(tower: nn.Module) -> bool:
     return torch.is_grad_enabled() and tower.training and any(getattr(module, "gradient_checkpointing", False) for module in tower.modules())
 
 
-def takes_bias(blocks: Blocks, stages: dict[int, tuple[int, ...]]) -> bool:
+def takes_bias(blocks: Blocks, stages: dict[int, tuple[int, ...]], again: bool) -> bool:
     """Whether the attention of a tower can be biased; without, pictures that keep unlike many cannot stand in one batch."""
     if not is_flash(blocks.tower):
-        return blocks.takes_mask or not recomputes(blocks.tower)
+        return blocks.takes_mask or not again
     for counts in stages.values():
         if len(set(counts)) == 1:
             continue

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from duet_vlm.budget import SpanPlan
+from duet_vlm.budget import SpanPlan, Stages
 from duet_vlm.measure.flops import Grid, asking_rows, probe_flops, signal_flops, tower_rows
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.ops.merge import by_table
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import Selection
-from duet_vlm.tower import Stages, TowerReducer
+from duet_vlm.tower import TowerReducer
 from duet_vlm.vision import Change, LayerView, Question
 
 HEADS, WORDS = 16, 64  # of a view without data, where only the count of products matters

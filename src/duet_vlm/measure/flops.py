@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from duet_vlm.budget import Stages
 from duet_vlm.measure.shapes import LINEAR, DecoderShape, VisionShape
-from duet_vlm.tower import Stages
 
 Grid = tuple[int, int] | None
 

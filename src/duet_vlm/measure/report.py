@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.budget import SpanPlan
+from duet_vlm.budget import SpanPlan, Stages
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
 from duet_vlm.measure.kv import kv_bytes, rows_held
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.settings import plain
-from duet_vlm.tower import Stages
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Sample:
     projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
     as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span, of each part where patches leave
-    the tower and how many tokens' are left then (``duet_vlm.tower.Stages``), as planned and as measured (left out: none leave).
+    the tower and how many tokens' are left then (``duet_vlm.budget.Stages``), as planned and as measured (left out: none leave).
     ``merges_left``: the projector, which sees every token otherwise, sees only those.
     """
 

@@ -31,7 +31,7 @@ class Contrast(TowerReducer):
     summary = "only patches that differ from the rest of the picture go through the vision tower"
     tower_signals = frozenset({"contrast"})
 
-    ground: float = 0.08
+    ground: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

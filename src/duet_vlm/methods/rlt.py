@@ -54,7 +54,7 @@ class RLT(ThresholdReducer):
     def scores(self, view: TowerView) -> Tensor:
         assert view.pixels is not None  # promised by ``tower_signals``
         scores = torch.full(view.valid.shape, torch.inf, device=view.valid.device)
-        reference = view.pixels[:, :, 0].float()
+        reference = view.pixels[:, :, 0].float().clone()
         for picture, before in enumerate(view.before):
             if before < 0:
                 continue

@@ -150,9 +150,10 @@ def _usable(asker: Asker, said: dict[int, str]) -> list[int]:
 def _times(
     asker: Asker, candidates: Sequence[Candidate], numbers: Sequence[int], questions: Sequence[Question], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Time to the first token of all candidates that can run, and of the full model; the others get their reason."""
+    """Time to the first token of all candidates that can run, and of the full model; the others get their reason. All are timed in turns, so one
+    that is new means all anew."""
     known = asker.diary.batches.get("times")
-    if known is None:
+    if known is None or not {c.name for c in candidates} <= set(known["runs"]):
         refused = {c.name: why for c in candidates if (why := _refusal(asker.loaded, c.run, questions))}
         runs = [FULL, *(c.run for c in candidates if c.name not in refused)]
         found = prefill_times(asker.loaded, runs, questions, rounds) if len(runs) > 1 else {}

@@ -1,0 +1,48 @@
+"""What reduction in the tower does to the time to the first token of a large model, predicted from shapes: ``python benchmarks/tower_roofline.py``,
+results/tower_roofline.json. Nothing is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from common import HERE, environment
+from scale import HEAD, MODELS, Input, request
+
+import duet_vlm
+from duet_vlm.measure.choice import tower_choice_flops
+from duet_vlm.measure.devices import SHEETS
+from duet_vlm.measure.roofline import Workload, predict
+
+BUDGET, SHARES, BATCH = 0.11, (0.56, 0.5, 0.44), 8
+INPUTS = {"image, 324 tokens": Input(1, 324), "image, 1,296 tokens": Input(1, 1296), "page, 4,096 tokens": Input(1, 4096)}
+
+
+def reduced(model: Any, what: Input, share: float) -> Workload:
+    """Duet at 11 % behind a tower that keeps ``share`` of the patches."""
+    work, left = request(model, what, BUDGET), ((((0, int(share * what.each)),),) * what.steps,)
+    sample = dataclasses.replace(work.sample, planned_left=left, left=left, merges_left=True)
+    mass = tower_choice_flops(duet_vlm.get("contrast+duet")(contrast_keep=share), sample.in_tower(), model.vision, HEAD)
+    return dataclasses.replace(work, sample=sample, selection=work.selection + mass)
+
+
+def main() -> None:
+    rows = []
+    for size in ("7B",):
+        model = MODELS[size]
+        for name, what in INPUTS.items():
+            sides = {"full model": request(model, what, None), "duet at 11%": request(model, what, BUDGET)}
+            sides |= {f"duet at 11%, {share:.0%} of the patches": reduced(model, what, share) for share in SHARES}
+            full = predict(model, sides["full model"], SHEETS["h100"], "bf16", BATCH).first_token
+            for label, work in sides.items():
+                found = predict(model, work, SHEETS["h100"], "bf16", BATCH)
+                stages = {"tower": found.vision.seconds, "choice": found.selection.seconds, "prefill": found.prefill.seconds}
+                rows.append({"model": size, "input": name, "side": label, **stages, "first_token": found.first_token})
+                rows[-1]["speed_up"] = full / found.first_token
+    out = {"benchmark": "tower_roofline", "device": "h100", "batch": BATCH, "environment": environment(), "results": rows}
+    (HERE / "results" / "tower_roofline.json").write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
