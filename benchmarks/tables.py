@@ -127,6 +127,7 @@ def methods() -> str:
         where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
         where = ["tower"] if issubclass(cls, TowerReducer) else where
         asks = issubclass(cls, DecoderReducer) and cls.uses_text
+        asks = asks or "question" in getattr(cls(), "reads", ())
         rows.append([f"`{name}`", cls.summary, " + ".join(where) or "-", "yes" if asks else "no", cls.paper])
     return table(["method", "what it does", "where", "uses the text", "paper"], rows)
 
@@ -157,7 +158,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **video_tables.BLOCKS,
 }
 PAGES = (
-    "README.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md", "docs/drop-curve.md",
+    "README.md", "docs/clips-from-files.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md",
+    "docs/drop-curve.md",
     "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md",
     "benchmarks/README.md", "benchmarks/NOTES.md",
 )  # fmt: skip

@@ -1,7 +1,8 @@
-"""The tables of docs/video.md, from the result files under comparison/tiny-video."""
+"""The tables of docs/video.md, from the result files under comparison/tiny-video, and that of docs/clips-from-files.md."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from duet_vlm.evaluate.report.markdown import table
 from duet_vlm.evaluate.results import load
 from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS
 
+STREAM = comparison_tables.ROOT.parent / "benchmarks" / "results" / "stream.json"
 RESULTS = comparison_tables.ROOT / "tiny-video" / "results"
 
 
@@ -50,9 +52,20 @@ def kinds() -> str:
     return table(head, lines)
 
 
+def stream() -> str:
+    """Memory of a question about a clip, in pieces and in one."""
+    found = {(row["frames"], row["way"]): row for row in json.loads(STREAM.read_text())["results"]}
+    lines = []
+    for frames in sorted({frames for frames, _ in found}):
+        held = [f"{found[frames, way]['peak_mib']:.0f} MiB" if (frames, way) in found else "-" for way in ("pieces", "whole")]
+        lines.append([f"{frames:,}", f"{found[frames, 'pieces']['tokens']:,}", *held])
+    return table(["frames", "visual tokens", "in pieces of 16", "in one piece"], lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "video_kept": lambda: kept("methods"),
     "video_more": lambda: kept("more"),
     "video_kinds": kinds,
+    "video_stream": stream,
     "video_recall": lambda: comparison_tables.recall("tiny-video", "methods", 0.07),
 }

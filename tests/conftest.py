@@ -41,16 +41,23 @@ EVERY = (  # tests that the default tier runs on the other families, too: one ce
     "test_every_tensor_names_its_device",
     "test_a_default_device_changes_nothing",
 )
+# methods that the default tier runs under eager attention and with renumbered positions, too: one of each shape
+SHAPES = ("none", "duet", "duet_plus", "fastv", "frames+visionzip+pyramiddrop", "prumerge", "tokencarve", "visionzip")
 CELLS = ("none", "duet", "fastv")  # and the methods that it runs on them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of further families are slow but for the cells named above (sdpa, kept positions, left padding)."""
+    """Slow are tests of further families but for the cells named above (sdpa, kept positions, left padding), and of the usual ones those of
+    methods whose shape another one has, but for that cell."""
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {})
         case = values.get("case")
         family = getattr(case, "family", values.get("family"))
-        if family is None or family in USUAL:
+        if family is None:
+            continue
+        if family in USUAL:
+            if case is not None and case.method not in SHAPES and (case.attention, case.positions) != ("sdpa", "keep"):
+                item.add_marker(pytest.mark.slow)
             continue
         cell = [getattr(case, name, values.get(name)) for name in ("attention", "positions", "method", "side")]
         usual = (("sdpa", None), ("keep", None), (*CELLS, None), ("left", None))

@@ -24,7 +24,8 @@ class Choice:
     """What the run decided for one sample; slots count within the unpadded prompt.
 
     ``rows`` are the tokens that entered, per span, and ``places`` the slots of all its tokens; ``alive[layer]`` are the slots left from
-    that layer on.
+    that layer on, ``merged[layer]`` the slots of the rows that others joined in front of it, with those, what they weigh and how. ``cut``: layers in
+    which what is generated sees only the rows that reached the last one.
     """
 
     slots: int
@@ -35,6 +36,9 @@ class Choice:
     images: list[tuple[str, int]]  # which image or clip each span is: stream and number in its encoder call
     alive: dict[int, frozenset[int]]
     cls_token: bool = False
+    merged: dict[int, list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]] = field(default_factory=dict)
+    cut: frozenset[int] = frozenset()
+    projected: bool = False  # rows are merged behind the projector
 
     def visible(self, layer: int) -> frozenset[int]:
         return self.alive[max(first for first in self.alive if first <= layer)]
@@ -73,10 +77,33 @@ def choices_of(handle: Handle) -> list[Choice]:
             slots = group.tokens.slot[sample][group.tokens.valid[sample]].tolist()
             assert slots == sorted(set(slots)), "rows must stay in order, each once"
             alive[group.first_layer] = frozenset(place[s] for s in slots)
+        merging = [group for group in run.groups if group.merged is not None]
+        merged = {group.first_layer: _joined(group.merged, sample, place) for group in merging}
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, run.sources[0][0].cls_token))
+        facts = run.sources[0][0].cls_token, merged, frozenset(run.cut), bool(getattr(run.rules.reducer, "reads_projected", False))
+        choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
     return choices
+
+
+def _joined(selection: Any, sample: int, place: list[int]) -> list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]:
+    """The rows of a drop inside the decoder that others joined."""
+    into, members = selection.into[sample].tolist(), selection.members[sample].tolist()
+    weights = None if selection.weights is None else selection.weights[sample].tolist()
+    found = []
+    for row, (anchor, real) in enumerate(zip(selection.index[sample].tolist(), selection.valid[sample].tolist(), strict=True)):
+        here = [number for number, target in enumerate(into) if target == row]
+        if real and here:
+            weigh = None if weights is None else tuple(weights[n] for n in here)
+            found.append((place[anchor], tuple(place[members[n]] for n in here), weigh, selection.merge))
+    return found
+
+
+def _row(row: Tensor, members: Tensor, weigh: tuple[float, ...] | None, merge: str) -> Tensor:
+    """A row that others joined, one number after the other."""
+    if weigh is not None:
+        return sum(w * member for w, member in zip(weigh, members, strict=True))  # type: ignore[return-value]
+    return torch.cat([row[None], members]).mean(0) if merge == "mean" else row + members.mean(0)
 
 
 def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
@@ -100,20 +127,19 @@ def family_of(model: nn.Module) -> Family:
     return next(family for family in reversed(FAMILIES.values()) if family.answers(model))  # those that share a class come last
 
 
-def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cls_token: bool) -> dict[int, Tensor]:
+def entry_rows(model: nn.Module, features: Tensor, rows: Entered, choice: Choice) -> dict[int, Tensor]:
     """The embedding of each slot that entered."""
-    family = family_of(model)
+    family, merge = family_of(model), choice.merge
     pointwise = family.pointwise(model)
-    shift = 0 if cls_token else family.skip()
+    shift = 0 if choice.cls_token else family.skip()
+    if choice.projected and pointwise is not None:
+        features, pointwise = pointwise(features), None
     entered = {}
     for slot, (source, joined, weigh) in rows.items():
         row = features[source + shift]
         if joined:
             members = torch.stack([features[m + shift] for m in joined])
-            if weigh is not None:
-                row = sum(w * member for w, member in zip(weigh, members, strict=True))
-            else:
-                row = torch.cat([row[None], members]).mean(0) if merge == "mean" else row + members.mean(0)
+            row = _row(row, members, weigh, merge)
         entered[slot] = row if pointwise is None else pointwise(row[None])[0]
     return entered
 
@@ -133,30 +159,40 @@ def walk(
     hidden = model.get_input_embeddings()(ids)[None].clone()
     hidden_slots = set(range(choice.slots))
     for places, rows, features in zip(choice.places, choice.rows, images, strict=True):
-        for token, row in entry_rows(model, features, rows, choice.merge, choice.cls_token).items():
+        for token, row in entry_rows(model, features, rows, choice).items():
             hidden[0, places[token]] = row
     hidden = family.enter(model, hidden)
     total = len(ids)
     positions = family.positions(model, ids[: choice.slots], grids, total)
     result = Walk(hidden)
     for index in range(len(family.text(model).layers)):
+        if index in choice.merged:
+            before, hidden = hidden, hidden.clone()
+            for anchor, joined, weigh, how in choice.merged[index]:
+                hidden[0, anchor] = _row(before[0, anchor], before[0, list(joined)], weigh, how)
         seen = torch.ones(total, dtype=torch.bool)
         for slot in hidden_slots - choice.visible(index):
             seen[slot] = False
         if choice.positions == "compact":
             positions = (seen.long().cumsum(0) - 1).clamp(min=0)[None]
         allowed = (family.sees(model, ids, choice.slots, index) & seen[None]) | torch.eye(total, dtype=torch.bool)
+        if index in choice.cut:
+            allowed[choice.slots :, sorted(hidden_slots - choice.visible(len(family.text(model).layers)))] = False
         mask = torch.zeros(1, 1, total, total).masked_fill(~allowed, torch.finfo(torch.float32).min)
         rotary = family.rotary(model, hidden, positions, index)
-        if index in watch:
-            ranking = (family.ranks(model, ids, choice.slots, index) & seen[None]) | torch.eye(total, dtype=torch.bool)
+        if index in watch:  # who is ranked in front of this layer has not left yet
+            there = torch.ones(total, dtype=torch.bool)
+            there[sorted(hidden_slots - choice.visible(max(0, index - 1)))] = False
+            ranking = (family.ranks(model, ids, choice.slots, index) & there[None]) | torch.eye(total, dtype=torch.bool)
             shown = torch.zeros(1, 1, total, total).masked_fill(~ranking, torch.finfo(torch.float32).min)
-            result.attention[index] = family.attended(model, index, hidden, position_embeddings=rotary, attention_mask=shown)
+            numbered = (there.long().cumsum(0) - 1).clamp(min=0)[None] if choice.positions == "compact" else positions
+            turned = family.rotary(model, hidden, numbered, index)
+            result.attention[index] = family.attended(model, index, hidden, position_embeddings=turned, attention_mask=shown)
         hidden = family.run(model, index, hidden, seen, attention_mask=mask, position_embeddings=rotary)
         for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers
                 hidden = hidden.clone()
-                for token, row in entry_rows(model, levels[index], rows, choice.merge, choice.cls_token).items():
+                for token, row in entry_rows(model, levels[index], rows, choice).items():
                     hidden[0, places[token]] += row
     result.logits = family.head(model, hidden)[0]
     return result

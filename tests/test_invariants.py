@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import KEEP_ALL, OFFICIAL, REDUCING, Case, matrix
+from cases import BY_TEXT, KEEP_ALL, OFFICIAL, REDUCING, Case, matrix
 from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Row, forward, generate, shared
 from oracle import Choice, choices_of, step_logits, walk_batch
 from torch import Tensor
@@ -205,18 +205,13 @@ def test_sampling_equals_oracle(case: Case) -> None:
 # ---- who survives
 
 
-@matrix()
+@matrix(*BY_TEXT)
 def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
     """T2V ranks by the attention maps of the eager oracle: rows after the last visual token ask (FastV and PyramidDrop: the last row)."""
     inputs, model = FAMILIES[case.family].inputs(RAGGED), case.model()
     with case.attach() as handle:
         forward(model, inputs)
         choices = choices_of(handle)
-        reducer = handle.reducer
-    if not getattr(reducer, "uses_text", False):
-        without = ("divprune", "fastervlm", "frames", "prumerge", "prumerge_plus", "random", "scope", "tome", "uniform", "visionzip", "vispruner")
-        assert case.method in without
-        return
     drops = [layer for layer in choices[0].alive if layer > 0]
     # FastV: by the attention of the layer before the drop
     watch = [FAMILIES[case.family].ranking(layer - (case.method == "fastv")) for layer in drops]
@@ -277,7 +272,9 @@ def test_token_map_accounts_for_every_visual_token(case: Case) -> None:
         assert set(span.merged) <= kept | dropped and not kept & dropped and not dropped & set(members)
         assert kept | set(members) | dropped == everything
         for before, after in zip(span.stages, span.stages[1:], strict=False):
-            assert set(after.kept) | set(after.dropped) == set(before.kept) and not set(after.kept) & set(after.dropped)
+            gone = [m for joined in after.merged.values() for m in joined]
+            assert sorted([*after.kept, *after.dropped, *gone]) == sorted(before.kept)
+            assert set(after.merged) <= set(after.kept)
         assert len(span.stages[0].kept) in (plan(span.span.tokens).entry, plan(span.span.tokens).counts[0])
     for row in traces:
         for layer in range(8):

@@ -29,6 +29,7 @@ SAME: dict[str, list[tuple[Any, Any]]] = {
     "Keep": [(np.float64(0.3), 0.3), (np.float32(0.3), 0.3), (np.float16(0.3), 0.3), (np.int64(3), 3)],
     "tuple[int, ...]": [([np.int64(1), 2], (1, 2))],
     "Schedule": [([[np.int64(1), np.float32(0.6)], [np.int64(2), np.int64(0)]], ((1, 0.6), (2, 0)))],
+    "Layer": [(np.int64(2), 2), (np.float32(0.25), 0.25)],
     "str": [],  # words; numpy's are some already
 }
 WRONG: dict[str, list[Any]] = {
@@ -38,6 +39,7 @@ WRONG: dict[str, list[Any]] = {
     "Keep": [True, np.bool_(True), "0.5", -1, 1.5, np.float64(1.5), np.int64(-1), [0.5]],
     "tuple[int, ...]": [3, (1.5,), (True,), ("a",), "ab"],
     "Schedule": [((2.5, 0.5),), ((True, 0.5),), ((np.bool_(True), 0.5),), ((np.float64(2), 0.5),), ((2, True),), ((2, "half"),), ((2,),), 3, "ab"],
+    "Layer": [True, np.bool_(True), "2", [2]],
     "str": [3, True, ("keep",), b"keep"],
 }
 
@@ -53,7 +55,7 @@ def made(method: str, name: str, value: Any) -> duet_vlm.Reducer:
 def reads_what(method: str, name: str) -> bool:
     """Settings that some methods refuse whatever their value, as they have no CLS row to feed."""
     cls = METHODS[method]
-    without = any(part in method for part in ("frames", "prumerge", "tome"))
+    without = any(part in method for part in ("frames", "hired", "prumerge", "prunesid", "tome"))
     return not (name == "cls_token" and (getattr(cls, "reads_projected", False) or without))
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from duet_vlm.budget import Stages
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Encoded
+from duet_vlm.flow.shown import layer_number
 from duet_vlm.flow.trace import rows_per_layer, trace_of
-from duet_vlm.measure.choice import selection_bytes, selection_flops, tower_choice_flops
+from duet_vlm.measure.choice import deciding_flops, selection_bytes, selection_flops, tower_choice_flops
 from duet_vlm.measure.report import Sample
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import EncoderReducer, Reducer
@@ -59,13 +61,25 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
     return sum(len(stage.kept) * (end - stage.layer) for stage, end in zip(span.stages, ends, strict=True)) / depth
 
 
+def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]) -> dict[str, Any]:
+    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``."""
+    shape = adapter.decoder_shape()
+
+    def of(sample: Sample) -> int:
+        visual = [sample.visual(layer) for layer in range(-1, shape.layers)]
+        return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
+
+    products, cut = getattr(reducer, "uses_text", True), getattr(reducer, "cache", "full") == "cut"
+    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut}
+
+
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample], projects_all: bool) -> tuple[int, int]:
     """FLOPs and bytes of signals, choice and merge before the decoder."""
     if not isinstance(reducer, EncoderReducer):
         return 0, 0
     vision = adapter.vision_shape()
     plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
-    head = adapter.vision_attention(reducer.signal_layer).head_dim
+    head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
     width = adapter.decoder_shape().hidden if projects_all else vision.width
     mass = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head)
     return mass + selection_flops(reducer, plans, passes, vision, head, width), selection_bytes(reducer, plans, passes, vision, head)

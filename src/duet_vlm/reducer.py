@@ -7,10 +7,12 @@ visual tokens stay at a drop inside the decoder (T2V). A method is one frozen da
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -25,15 +27,19 @@ from duet_vlm.budget import (
     count_of,
     infeasible,
     largest,
+    largest_share,
     layer_counts,
     target_mean,
     within,
 )
 from duet_vlm.settings import declared
+from duet_vlm.spelling import did_you_mean
 from duet_vlm.tokens import Selection
+from duet_vlm.vision import READS, SIGNALS, Layer
+from duet_vlm.vision import VisionView as VisionView
 
 POSITIONS = ("keep", "compact")
-TEXT_QUERIES = ("all", "last", "salient")
+TEXT_QUERIES = ("all", "last", "salient", "raters")
 TRAINING_TURNS = ("first", "all")
 SCORE_MASKS = ("causal", "none")
 SHARES = ("joint", "each")
@@ -41,39 +47,36 @@ PARTS = ("auto", "joint", "each")
 NEWLINES = ("drop", "keep")
 QUERIES = 256  # rows of a picture that rank its tokens where the tower has no CLS row
 HEADS = ("each", "one")
+CACHES = ("full", "cut")
+SCORE_POSITIONS = ("as_is", "divided")
+NEEDS = ("rows", "before", "text", "keys", "slots", "among", "gradient")
 ROUNDINGS = ("floor", "int", "round")
 
 
-@dataclass(frozen=True)
-class VisionView:
-    """What an encoder reducer may look at; B spans of up to N tokens.
-
-    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method names them in ``signals``; ``valid`` [B, N];
-    ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
-    are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
-    for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
-    number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
-    time, all with equally many rows in the same order.
-    """
-
-    valid: Tensor
-    dominant: Tensor
-    contextual: Tensor
-    plans: tuple[SpanPlan, ...]
-    importance: Tensor | None = None
-    keys: Tensor | None = None
-    features: Tensor | None = None
-    parts: Tensor | None = None
-    stream: str = "image"
+def _unchanged(rows: Tensor) -> Tensor:
+    return rows
 
 
 @dataclass(frozen=True)
 class TextView:
     """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive. With ``share="each"`` the rows are spans.
 
-    ``scores`` [B, V] attention from the text queries (None unless the method scores by text), ``valid`` [B, V], ``keep`` [B] how many
-    stay. With ``uses_tokens``: ``spans`` lists, for every span of the call, its number within its sample and its unreduced token count;
-    ``span`` [B, V] is each token's row of that list and ``token`` [B, V] its number within the span.
+    ``valid`` [B, V], ``keep`` [B] how many stay; ``counts`` the same on the host: (there now, stay) of each row. ``scores`` [B, V] float32: attention
+    from the text queries (None unless the method scores by text), [B, V, H] with ``score_heads`` "each". With ``uses_tokens``: ``spans`` lists, for
+    every span of the call, its number within its sample and its unreduced token count, ``grids`` its (rows, columns) or None; ``span`` [B, V] is
+    each token's row of that list and ``token`` [B, V] its number within the span.
+
+    The others are None unless the method names them in ``needs``; all are without gradient. D is the decoder's width, Q the most text queries.
+
+    - "rows": ``rows`` [B, V, D], the hidden states that the layer behind the drop would read.
+    - "before": ``before`` [B, V, D], the same tokens' one layer earlier.
+    - "text": ``text`` [B, Q, D], the hidden states of the text queries; ``text_valid`` [B, Q].
+    - "keys": ``keys`` [B, V, w] and ``text_keys`` [B, Q, w], rotated keys of the scoring layer, its heads side by side.
+    - "slots": ``slots`` [B, V] and ``text_slots`` [B, Q], their places in the prompt, counted from its first real token.
+    - "among": ``among`` [B, V], attention from the visual rows themselves, as ``scores``.
+    - "gradient": ``gradient`` [B, V, D] float32, of the decoder's own prediction after one more layer (``flow.probe``) by the tokens' hidden states.
+
+    ``normed`` is the decoder's last norm, a function of rows [..., D].
     """
 
     valid: Tensor
@@ -82,6 +85,19 @@ class TextView:
     span: Tensor | None = None
     token: Tensor | None = None
     scores: Tensor | None = None
+    counts: tuple[tuple[int, int], ...] = ()
+    grids: tuple[tuple[int, int] | None, ...] = ()
+    rows: Tensor | None = None
+    before: Tensor | None = None
+    text: Tensor | None = None
+    text_valid: Tensor | None = None
+    keys: Tensor | None = None
+    text_keys: Tensor | None = None
+    slots: Tensor | None = None
+    text_slots: Tensor | None = None
+    among: Tensor | None = None
+    gradient: Tensor | None = None
+    normed: Callable[[Tensor], Tensor] = _unchanged
 
 
 @dataclass(frozen=True)
@@ -131,9 +147,10 @@ class Reducer(ABC):
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    ``signals`` names what it needs of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
-    would get them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are
-    there, and nothing but its choice lives through the rest of the tower.
+    ``signals`` names what it needs of the vision layers in ``signal_layers`` (``duet_vlm.vision.LayerView``), ``reads`` what it needs beside
+    them (``VisionView``): "grid", "question", "similar", "projector". With ``reads_projected`` it sees the rows as the decoder would get
+    them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are there, and
+    nothing but its choice lives through the rest of the tower.
 
     Attributes
     ----------
@@ -159,9 +176,11 @@ class EncoderReducer(Reducer):
     """
 
     signals: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
     reads_projected: ClassVar[bool] = False
     reads_features: ClassVar[bool] = True
     reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
+    reads_places: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip in front of it
     reduces_in_tower: ClassVar[bool] = False  # then ``tower`` says what does (``duet_vlm.tower``)
     tower: ClassVar[EncoderReducer | None] = None
 
@@ -175,6 +194,9 @@ class EncoderReducer(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, named, known in (("signals", self.signals, SIGNALS), ("reads", self.reads, READS)):
+            if unknown := sorted(named - set(known)):
+                raise ValueError(f"{type(self).__name__}.{name} names {', '.join(unknown)}: choose from {', '.join(known)}")
         if self.signal_queries is not None and self.signal_queries < 1:
             raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
         check_choice("signal_heads", self.signal_heads, HEADS)
@@ -187,6 +209,44 @@ class EncoderReducer(Reducer):
         if self.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
 
+    def entering(self, tokens: int, budget: Budget, depth: int = 32) -> SpanPlan:
+        """The plan of a span of which ``budget`` tokens (or that fraction of them, at least one) enter the decoder and stay: what the method's
+        first stage does where nothing is dropped inside the decoder.
+
+        Parameters
+        ----------
+        tokens : int
+            Of the span.
+        depth : int
+            Of the decoder in which the method divides its rows into dominant and contextual ones.
+
+        Raises
+        ------
+        ValueError
+            As ``plan``; a ``BudgetError`` where the method cannot do with so few.
+        """
+        wanted = max(1, math.floor(target_mean(budget, tokens) + EPSILON))
+        if wanted >= tokens:
+            return whole(tokens, depth)
+
+        def fits(share: float) -> bool:
+            try:
+                return self.plan(tokens, depth, share).entry <= wanted
+            except BudgetError as error:
+                if error.floor is None:
+                    raise
+                return True  # less than the method's floor
+
+        share = largest_share(fits)
+        plan = self.plan(tokens, depth, share or sys.float_info.min)  # raises where not even the smallest share fits
+        return replace(plan, counts=(plan.entry,) * depth)
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or None for the
+        family's own."""
+        return (self.signal_layer,)
+
     def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
         """``plan`` of a span of which a threshold in the tower left ``left`` tokens."""
         return self.plan(tokens, depth, budget)
@@ -198,12 +258,16 @@ class EncoderReducer(Reducer):
 
 @dataclass(frozen=True)
 class DecoderReducer(Reducer):
-    """A method that drops visual tokens between decoder layers.
+    """A method that drops, or merges, visual tokens between decoder layers.
+
+    ``uses_text``: it ranks by attention from text, taken ``score_before`` layers before the drop, ``score_heads`` "mean" over heads, their "max", or
+    "each". ``needs`` names what else it looks at (``TextView``); only that is made. ``merges``: it merges rows.
 
     Attributes
     ----------
     text_query : str
-        Which text rows rank the visual tokens: "all" after the last visual token, "last", or "salient" (needs the processor).
+        Which text rows rank the visual tokens: "all" after the last visual token, "last", "salient" words (needs the processor), or "raters": of
+        all, those that the visual tokens resemble more than the average one (SparseVLM, arXiv 2410.04417, section 3.2).
     training_turns : str
         With labels, take the queries of the "first" turn only (later questions do not choose for earlier answers) or of "all".
     skip_unanswered : bool
@@ -213,9 +277,18 @@ class DecoderReducer(Reducer):
     share : str
         With several images (or clips) in a prompt, "joint": all their tokens are ranked together, so that an image that matters more to the
         text keeps more; their sum is what is planned (released code). "each": every image is ranked by itself and keeps its own share.
+    score_positions : str
+        "as_is", or "divided": attention divided by what positions alone would give (the product of rotated rows of ones, as SparseVLM's second
+        release does; positions so far apart that this is not positive count as the nearest that small).
+    cache : str
+        "full": every layer goes on with the keys and values of all that it read. "cut": once the prompt is read, those of visual tokens that did
+        not reach the last layer leave the caches of earlier ones, too.
     """
 
     uses_text: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset()
+    score_heads: ClassVar[str] = "mean"
+    merges: ClassVar[bool] = False  # ``t2v`` returns selections
     uses_tokens: ClassVar[bool] = False
     score_before: ClassVar[int] = 0  # how many layers before the drop the score is taken
 
@@ -224,13 +297,29 @@ class DecoderReducer(Reducer):
     skip_unanswered: bool = False
     score_mask: str = "causal"
     share: str = "joint"
+    score_positions: str = "as_is"
+    cache: str = "full"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if unknown := self.needs - set(NEEDS):
+            raise ValueError(f"{self.name}: needs names {', '.join(sorted(unknown))}; known are {', '.join(NEEDS)}")
         check_choice("text_query", self.text_query, TEXT_QUERIES)
         check_choice("training_turns", self.training_turns, TRAINING_TURNS)
         check_choice("score_mask", self.score_mask, SCORE_MASKS)
         check_choice("share", self.share, SHARES)
+        check_choice("score_positions", self.score_positions, SCORE_POSITIONS)
+        check_choice("cache", self.cache, CACHES)
+
+    @classmethod
+    def asks(cls) -> bool:
+        """Whether text rows are looked at."""
+        return cls.uses_text or bool(cls.needs & {"text", "keys", "slots"})
+
+    @classmethod
+    def attends(cls) -> bool:
+        """Whether queries or keys of a layer are made to decide."""
+        return cls.uses_text or bool(cls.needs & {"keys", "among"})
 
     def with_drops(self, depth: int) -> DecoderReducer:
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
@@ -238,8 +327,19 @@ class DecoderReducer(Reducer):
         return self
 
     @abstractmethod
-    def t2v(self, view: TextView) -> Tensor:
-        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``."""
+    def t2v(self, view: TextView) -> Tensor | Selection:
+        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``. Or, where others are merged into these, a
+        ``Selection`` of as many rows: they stand where the tokens stood that ``index`` names; with renumbered positions, in that order."""
+
+
+def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Reducer:
+    """The method with these settings; an unknown one is a ValueError that lists those there are."""
+    cls = method if isinstance(method, type) else type(method)
+    known = [field.name for field in fields(cls)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
+    return method(**settings) if isinstance(method, type) else replace(method, **settings)
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -11,6 +11,10 @@ DECLARED = {  # what a field says of itself -> which values are meant, and in wo
     "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
     "bool": (lambda value: isinstance(value, bool), "True or False"),
     "tuple[int, ...]": (lambda value: isinstance(value, tuple) and all(type(item) is int for item in value), "whole numbers, as (4, 7)"),
+    "Layer": (
+        lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
+        "the number of a vision layer (int), a share of the tower's depth (float) or None",
+    ),
 }
 
 

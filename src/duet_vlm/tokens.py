@@ -5,7 +5,7 @@ Shapes: B batch (samples or spans), N visual tokens of a span, K rows kept, P me
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -118,11 +118,15 @@ class TokenMap:
 
 @dataclass(frozen=True)
 class StageTrace:
-    """The tokens of one span that are alive from ``layer`` on; ``layer`` 0 is the entry (V2V). Token numbers count within the span."""
+    """The tokens of one span that are alive from ``layer`` on; ``layer`` 0 is the entry (V2V). Token numbers count within the span.
+
+    ``merged``: tokens that were merged into another one in front of ``layer``, by that one (what is merged at entry is in ``SpanTrace.merged``).
+    """
 
     layer: int
     kept: tuple[int, ...]
     dropped: tuple[int, ...]
+    merged: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

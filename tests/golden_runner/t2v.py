@@ -27,11 +27,15 @@ class Prompt:
 
     def __init__(self, case: Case, starts: list[int], tokens: list[int]) -> None:
         weights, config = case.weights(), dict(case.config)
+        self.own_head = "lm_head.weight" in weights
         embed = weights["embed_tokens.weight"]
         self.image_token = len(embed)  # one id more than the recorded vocabulary
         weights["embed_tokens.weight"] = torch.cat([embed, torch.full_like(embed[:1], 3.0)])
         config["vocab_size"] = len(embed) + 1
         rules = {name: f"model.language_model.{name}" for name in ("embed_tokens.", "layers.", "norm.")}
+        if self.own_head:
+            head = weights["lm_head.weight"]
+            weights["lm_head.weight"], rules["lm_head."] = torch.cat([head, torch.zeros_like(head[:1])]), "lm_head."
         # the flash kernels were recorded by a plain-torch stand-in, whose rounding is that of eager attention
         attention = "sdpa" if case.meta.get("attn", "sdpa") == "sdpa" else "eager"
         side = math.isqrt(max(tokens) - 1) + 1  # the tower never runs, but settings are checked against its size

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from duet_vlm.accounts import decoder_terms
 from duet_vlm.budget import SpanPlan
 from duet_vlm.handle import Handle
 from duet_vlm.measure.report import Report, Sample, make_report
@@ -59,7 +60,7 @@ def planned(
         text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=left, left=left,
         merges_left=_merges_left(handle),
     )  # fmt: skip
-    if not isinstance(reducer, DecoderReducer) or not reducer.uses_text:
+    if not isinstance(reducer, DecoderReducer) or not reducer.attends():
         return Planned(sample)
     adapter = handle.adapter
     scored = {drop: adapter.ranking_layer(drop - reducer.score_before) for drop in drops}
@@ -80,9 +81,7 @@ def _skips(handle: Handle) -> bool:
     adapter, reducer = handle.adapter, handle.reducer
     if not isinstance(reducer, EncoderReducer | DecoderReducer):
         return False
-    unread = adapter.unread_layers()
-    recorded = adapter.vision_attentions(reducer.signal_layer) if isinstance(reducer, EncoderReducer) and reducer.signals else []
-    return bool(unread) and not any(module in recorded for layer in unread for module in layer.modules())
+    return bool(unread := adapter.unread_layers()) and not handle.reads_layers(unread)
 
 
 def workload(
@@ -91,7 +90,8 @@ def workload(
     """The same as a request to predict."""
     found = planned(handle, passes, text, spans, projected)
     cost = handle.selection_cost([found.sample])
-    return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused)
+    terms = decoder_terms(handle.adapter, handle.reducer, [found.sample])
+    return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused, **terms)
 
 
 def planned_report(handle: Handle, found: Planned, element_bytes: int) -> Report:
@@ -111,6 +111,7 @@ def planned_report(handle: Handle, found: Planned, element_bytes: int) -> Report
         decoded=0,
         projects_all=handle.projects_all,
         selection=handle.selection_cost([found.sample])[0],
+        **decoder_terms(handle.adapter, reducer, [found.sample]),
     )
 
 

@@ -13,16 +13,20 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat, masks
 from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import FULL, LINEAR, SLIDING, Adapter, Rotary
-from duet_vlm.tokens import Span, TokenMap
+from duet_vlm.tokens import Selection, Span, TokenMap
 
 
 @dataclass(eq=False)
 class Group:
-    """Decoder layers from ``first_layer`` on that see the same rows; ``lengths`` are the real rows per sample, known on the host."""
+    """Decoder layers from ``first_layer`` on that see the same rows; ``lengths`` are the real rows per sample, known on the host.
+
+    ``merged``: what became of the visual rows in front of ``first_layer`` where some were merged, with prompt slots in place of token numbers.
+    """
 
     first_layer: int
     tokens: TokenMap
     lengths: tuple[int, ...]
+    merged: Selection | None = None
 
     @property
     def width(self) -> int:
@@ -81,6 +85,7 @@ class Run:
     real: Tensor | None = None  # [B] rows of each sample that are no padding
     next_position: Tensor | None = None
     reduces: bool = False
+    cut: tuple[int, ...] = ()  # layers whose cache holds the rows of the last group only
     cache_bytes: tuple[int, ...] | None = None
     finite: list[tuple[Tensor, str]] = field(default_factory=list)
     wrong: list[Tensor] = field(default_factory=list)  # codes of what the method returned at its drops
@@ -111,6 +116,10 @@ class Run:
         """The group that ``layer`` belongs to."""
         return next(g for g in reversed(self.groups) if g.first_layer <= layer)
 
+    def held(self, layer: int) -> Group:
+        """The rows that the cache of ``layer`` holds."""
+        return self.groups[-1] if layer in self.cut else self.group(layer)
+
 
 class Followed:
     """Mixed into the class of one cache (``follow``): the run that its rows belong to, and which of the run's samples each row is.
@@ -138,7 +147,7 @@ class Followed:
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back rows behind the last visual one, or all of them: the layers hold different rows of what is between."""
         held, removed = int(self.get_seq_length()), abs(int(tokens_to_remove))  # type: ignore[attr-defined]
-        said = held - self.duet_run.group(self._home()).width
+        said = held - self.duet_run.held(self._home()).width
         if said + self.duet_run.after < removed < held:
             raise ValueError(
                 f"crop({tokens_to_remove}) would cut into the visual tokens of a reduced prompt, of which each layer holds others: remove at "
@@ -182,6 +191,25 @@ def follow(cache: Any, run: Run) -> None:
     cache.duet_run, cache.duet_order = run, None
 
 
+def cut(cache: Any, run: Run, kinds: list[str]) -> None:
+    """Earlier layers forget the visual tokens that did not reach the last one. Sliding layers keep what their window holds, linear ones a state.
+
+    Raises
+    ------
+    ValueError
+        If a layer does not hold its keys and values as they are (quantised caches).
+    """
+    last = run.groups[-1]
+    for index, kind in enumerate(kinds):
+        group = run.group(index)
+        if kind != FULL or group is last:
+            continue
+        slots = torch.zeros(len(group.tokens.slot), run.rows, dtype=torch.long, device=group.tokens.slot.device)
+        number = slots.scatter(1, group.tokens.slot, torch.arange(group.width, device=slots.device).expand_as(group.tokens.slot))
+        compat.keep_cached(cache, index, group.width, number.gather(1, last.tokens.slot.to(slots.device)))
+        run.cut = (*run.cut, index)
+
+
 def forget(cache: Any) -> None:
     """``cache`` is an ordinary one again."""
     if isinstance(cache, Followed):
@@ -198,7 +226,7 @@ class DecodePass:
         embeds = kwargs["inputs_embeds"]
         self.batch, self.new = embeds.shape[:2]
         self.device = embeds.device
-        self.home = run.group(adapter.first_attention)  # the layers whose mask the stock code makes from what it is given here
+        self.home = run.held(adapter.first_attention)  # the layers whose mask the stock code makes from what it is given here
         self.done = int(cache.get_seq_length()) - self.home.width  # type: ignore[attr-defined]
         self.tail = self._tail(mask)
         self.steps = self._steps(mask)
@@ -277,17 +305,17 @@ class DecodePass:
         """Give ``layer`` the mask and, with renumbered positions, the rotary table of its own group."""
         if self.quiet and kwargs.get("attention_mask") is None:  # the model itself saw that the caller's mask hides nothing
             return hidden
-        group, kind = self.run.group(index), self.kinds[index]
+        group, held, kind = self.run.group(index), self.run.held(index), self.kinds[index]
         if self.run.positions == "compact" and group is not self.run.groups[0]:
             table = (group.first_layer, kind)
             if table not in self.rotaries:
                 self.rotaries[table] = self.adapter.rotary(hidden, self._positions(group).to(hidden.device), kind)
             kwargs["position_embeddings"] = self.rotaries[table]
         windowed = self.windowed and kind == SLIDING
-        if kind != LINEAR and (windowed or group is not self.home):
-            key = (group.first_layer, windowed)
+        if kind != LINEAR and (windowed or held is not self.home):
+            key = (held.first_layer, windowed)
             if key not in self.masks:
-                self.masks[key] = self._window_mask(group, index, hidden) if windowed else self._mask(group, index, hidden)
+                self.masks[key] = self._window_mask(held, index, hidden) if windowed else self._mask(held, index, hidden)
             kwargs["attention_mask"] = self.masks[key]
         return hidden
 

@@ -62,7 +62,7 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
         stays, left_out = rows_that_stay(call, rows, places, embeds)
     prompt = TokenMap.identity(valid, visual, stays)
     queries = torch.zeros_like(valid)
-    if isinstance(reducer, DecoderReducer) and reducer.uses_text and call.arrived:
+    if isinstance(reducer, DecoderReducer) and reducer.asks() and call.arrived:
         asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
         queries = query_rows(reducer.text_query, prompt.ranked, asking, call.labels, call.salient, reducer.training_turns)
     begins = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
@@ -91,6 +91,8 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
         cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config) if cache is None else cache
         follow(cache, run)
     replay = stored.setdefault("survivors", {}) if run.reduces and not cached else {}
+    if replay and getattr(reducer, "cache", "full") == "cut":
+        raise ValueError(f"{reducer.name}: cache='cut' takes rows out of a cache, and use_cache=False has none: use a cache, or cache='full'")
     return PrefillPass(run, adapter, cache, queries, list(layout.asking), kwargs, replay)
 
 

@@ -14,6 +14,7 @@ from duet_vlm.flow.joined import JoinedFlow
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.packed import PackedFlow
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
+from duet_vlm.flow.shown import Words, named_layers
 from duet_vlm.flow.signals import Recorder, Weigher
 from duet_vlm.flow.tower import TowerFlow, names_of
 from duet_vlm.flow.traffic import Traffic
@@ -23,9 +24,9 @@ from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tower import TowerReducer
 
 
-def install(traffic: Traffic, reducer: Reducer, processor: Any) -> None:
+def install(traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any = None) -> None:
     """Put the hooks that ``reducer`` needs on the model; ``traffic.hooks`` takes them off again."""
-    _on_tower(traffic, reducer)
+    _on_tower(traffic, reducer, Words(text_tower, getattr(processor, "tokenizer", None)))
     _on_model(traffic)
     _on_decoder(traffic)
     if processor is not None:
@@ -35,17 +36,19 @@ def install(traffic: Traffic, reducer: Reducer, processor: Any) -> None:
         hooks.shadow(model, "prepare_inputs_for_generation", accept_salient(model.prepare_inputs_for_generation))
 
 
-def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
+def _on_tower(traffic: Traffic, reducer: Reducer, words: Words) -> None:
     adapter, hooks = traffic.adapter, traffic.hooks
-    encoder = EncoderFlow(adapter, traffic.stacks, traffic.begun)
-    recorded: list[nn.Module] = []
-    if isinstance(reducer, EncoderReducer) and reducer.signals:
-        recorded = adapter.vision_attentions(reducer.signal_layer)
-    for attention in recorded:
+    encoder = EncoderFlow(adapter, traffic.stacks, traffic.begun, words)
+    named = encoder.named = named_layers(adapter, reducer)
+    for attention in dict.fromkeys(module for modules in named.attentions for module in modules):
         hooks.on_undo(Recorder(attention, traffic.stacks).remove)
         hooks.add(attention.register_forward_hook, encoder.after_attention)
+    for block in dict.fromkeys(module for modules in named.blocks for module in modules):
+        hooks.add(block.register_forward_hook, encoder.after_block)
+    if "projector" in getattr(reducer, "reads", ()):
+        hooks.add(adapter.projector().register_forward_pre_hook, encoder.asks_projector, with_kwargs=True)
     unread = adapter.unread_layers()
-    if not any(module in recorded for layer in unread for module in layer.modules()):
+    if not named.read(unread):
         encoder.skipping = bool(unread)
         for layer in map(_inside, unread):
             hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))

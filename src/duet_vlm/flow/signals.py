@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import Stacks
+from duet_vlm.flow.choose import recorded
 from duet_vlm.hooks import foreign
 from duet_vlm.models.adapter import Recorded
-from duet_vlm.ops.score import one_head
 
 FLASH = "_flash_attention_2"  # modules choose their packed path by the word "flash" in the name
 
@@ -62,12 +62,9 @@ class Recorder(Private):
 
     def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
         if self.stacks.encoders:
-            call, ends, scaling = self.stacks.encoders[-1], kwargs.get("cu_seq_lens_q"), kwargs["scaling"]
-            reducer, segments = call.rules.reducer, None if ends is None else ends[1:] - ends[:-1]
-            query, key = query.detach(), key.detach()
-            if getattr(reducer, "signal_heads", "each") == "one":
-                query, key, scaling = one_head(query, key, scaling)
-            call.recorded.append(Recorded(query, key, scaling, segments, getattr(reducer, "signal_queries", None)))
+            call, ends = self.stacks.encoders[-1], kwargs.get("cu_seq_lens_q")
+            segments = None if ends is None else ends[1:] - ends[:-1]
+            call.recorded.setdefault(self.module, []).append(recorded(call.rules.reducer, query, key, kwargs["scaling"], segments))
         return mask
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from duet_vlm.flow.cache import Run
+from duet_vlm.flow.cache import Group, Run
 from duet_vlm.flow.call import Encoded
 from duet_vlm.tokens import SpanTrace, StageTrace
 
@@ -46,7 +46,13 @@ def trace_of(run: Run) -> list[list[SpanTrace]]:
             for group, left in zip(run.groups, alive, strict=True):
                 here = {token_at[r - span.offset] for r in left[sample] if span.offset <= r < span.offset + span.tokens}
                 kept = {token for token in here if token >= 0}
-                stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), tuple(sorted(before - kept))))
+                into = {}
+                for anchor, members in _merged(group, sample, ranks[sample]).items():
+                    own_members = [m - span.offset for m in members if 0 <= m - span.offset < span.tokens]  # of other images: dropped there
+                    if 0 <= anchor - span.offset < span.tokens and own_members:
+                        into[token_at[anchor - span.offset]] = tuple(sorted(token_at[m] for m in own_members))
+                gone = before - kept - {m for members in into.values() for m in members}
+                stages.append(StageTrace(group.first_layer, tuple(sorted(kept)), tuple(sorted(gone)), into))
                 before = kept
             row.append(SpanTrace(span, merged, tuple(stages), tower))
         history.append(row)
@@ -56,6 +62,19 @@ def trace_of(run: Run) -> list[list[SpanTrace]]:
 def _slots(slot: Tensor, mask: Tensor) -> list[list[int]]:
     """Per sample the slots [B, T] where ``mask`` [B, T] is true."""
     return [[s for s, there in zip(*row, strict=True) if there] for row in zip(slot.tolist(), mask.tolist(), strict=True)]
+
+
+def _merged(group: Group, sample: int, ranks: list[int]) -> dict[int, tuple[int, ...]]:
+    """Who was merged into whom in front of a group's first layer, by visual rank in the prompt; a token may join several."""
+    found: dict[int, tuple[int, ...]] = {}
+    selection = group.merged
+    if selection is not None:
+        index, members, into = (x[sample].tolist() for x in (selection.index, selection.members, selection.into))
+        for member, row in zip(members, into, strict=True):
+            if row >= 0 and member != index[row]:
+                anchor = ranks[index[row]]
+                found[anchor] = (*found.get(anchor, ()), ranks[member])
+    return found
 
 
 def _in_tower(encoded: Encoded, number: int, tokens: int) -> StageTrace | None:

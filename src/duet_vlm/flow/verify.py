@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.budget import SpanPlan
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, VisionView
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import MERGES, Selection
 from duet_vlm.tower import Merged, TowerReducer, TowerView
 
@@ -167,9 +167,25 @@ def checked_selection(reducer: Reducer, selection: Selection, view: VisionView, 
     ValueError
         What is wrong, the method and what it returned.
     """
-    _check_form(reducer, selection, view, plans)
+    most = max(plan.entry for plan in plans)
+    return _checked(reducer, "v2v", selection, view.valid, view.dominant + view.contextual, most, _shown_to(view))
+
+
+def checked_rows(reducer: DecoderReducer, selection: Selection, view: TextView) -> tuple[Selection, Tensor]:
+    """As ``checked_selection``, for rows [B, V] that ``t2v`` keeps and merges inside the decoder; ``view.keep`` of them."""
+    if not reducer.merges:
+        raise ValueError(f"{_name(reducer)}.t2v returned a Selection: a method that merges inside the decoder says so (merges = True)")
+    return _checked(reducer, "t2v", selection, view.valid, view.keep, max(stay for _, stay in view.counts), None)
+
+
+def _checked(
+    reducer: Reducer, verb: str, selection: Selection, there: Tensor, planned: Tensor, most: int, shown: Tensor | None
+) -> tuple[Selection, Tensor]:
+    """``selection`` of the tokens ``there`` [B, N], of which ``planned`` [B] rows are wanted, ``most`` at the most; ``shown`` [B, N] is finite
+    where what the method was shown is."""
+    _check_form(reducer, verb, selection, there, most)
     index, valid, members, into = selection.index, selection.valid, selection.members, selection.into
-    tokens, rows, planned = view.valid.shape[1], index.shape[1], view.dominant + view.contextual
+    tokens, rows = there.shape[1], index.shape[1]
     wrong: Faults = {}
     chosen, real, weight, weights = index, valid, valid.long(), selection.weights
     if members.shape[1]:
@@ -182,55 +198,53 @@ def checked_selection(reducer: Reducer, selection: Selection, view: VisionView, 
             wrong[Wrong.WEIGHTS] = joins & ~weights.isfinite(), members
         into = torch.where(joins, into, -1)
     inside = chosen.clamp(0, tokens - 1)  # those outside are the worst that is wrong, so that they count as others hides nothing
-    times = weight.new_zeros(view.valid.shape).scatter_add_(1, inside, weight)
+    times = weight.new_zeros(there.shape).scatter_add_(1, inside, weight)
     if members.shape[1] and weights is None:
         wrong[Wrong.MEMBERS] = times > MEMBER, None
     wrong[Wrong.TWICE] = times % MEMBER > 1, None
-    wrong[Wrong.PADDING] = times.masked_fill(view.valid, 0), None
+    wrong[Wrong.PADDING] = times.masked_fill(there, 0), None
     wrong[Wrong.ROWS] = _differ(valid.sum(1), planned)
     wrong[Wrong.RANGE] = real & (inside != chosen), chosen
-    if (shown := _shown_to(view)) is not None:
+    if shown is not None:
         wrong[Wrong.INPUT] = shown * 0 != 0, None
     code = _code(reducer, wrong)
     kept = valid & (valid.cumsum(1) <= planned[:, None])
     return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights), code
 
 
-def _check_form(reducer: Reducer, selection: Selection, view: VisionView, plans: Sequence[SpanPlan]) -> None:
+def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor, most: int) -> None:
     """What is known of a selection without its values."""
 
     def refuse(what: str) -> NoReturn:
-        raise ValueError(f"{_name(reducer)}.v2v returned {what}")
+        raise ValueError(f"{_name(reducer)}.{verb} returned {what}")
 
     if not isinstance(selection, Selection):
         refuse(f"{_shown(selection)}: return a duet_vlm.Selection")
-    batch = len(view.valid)
+    batch = len(there)
     for name, dtype in (("index", torch.int64), ("valid", torch.bool), ("members", torch.int64), ("into", torch.int64)):
         found = getattr(selection, name)
         form = isinstance(found, Tensor) and found.ndim == 2 and len(found) == batch and found.dtype == dtype
-        if not form or found.device != view.valid.device:
+        if not form or found.device != there.device:
             columns = "K" if name in ("index", "valid") else "P"
-            refuse(f"{name} = {_shown(found)}: give a tensor [{batch}, {columns}] of {dtype} on {view.valid.device}")
+            refuse(f"{name} = {_shown(found)}: give a tensor [{batch}, {columns}] of {dtype} on {there.device}")
     for a, b in (("index", "valid"), ("members", "into")):
         shapes = [tuple(getattr(selection, name).shape) for name in (a, b)]
         if shapes[0] != shapes[1]:
             refuse(f"{a} of shape {shapes[0]} and {b} of shape {shapes[1]}: they must be alike")
     if (weights := selection.weights) is not None:
         form = isinstance(weights, Tensor) and weights.shape == selection.members.shape and weights.is_floating_point()
-        if not form or weights.device != view.valid.device:
-            expected = f"give a tensor {list(selection.members.shape)} of floating point, as members, on {view.valid.device}, or None"
+        if not form or weights.device != there.device:
+            expected = f"give a tensor {list(selection.members.shape)} of floating point, as members, on {there.device}, or None"
             refuse(f"weights = {_shown(weights)}: {expected}")
     if selection.merge not in MERGES:
         refuse(f"merge={selection.merge!r}: choose one of {', '.join(map(repr, MERGES))}")
-    most = max(plan.entry for plan in plans)
     if selection.index.shape[1] < most:
-        refuse(f"{selection.index.shape[1]} rows per span: {most} are planned for the largest (view.dominant + view.contextual)")
+        refuse(f"{selection.index.shape[1]} rows per span: {most} are planned for the largest")
 
 
 def _shown_to(view: VisionView) -> Tensor | None:
     """[B, N] float32: a sum over all that the method was shown of a token, finite if that is; None if it was shown nothing."""
-    shown = [x.sum(-1, dtype=torch.float32) for x in (view.keys, view.features) if x is not None]
-    shown += [] if view.importance is None else [view.importance]
+    shown = [x if x.ndim == 2 else x.sum(-1, dtype=torch.float32) for x in view.shown()]
     return functools.reduce(torch.add, shown) if shown else None
 
 

@@ -51,9 +51,18 @@ def mlp_flops(shape: DecoderShape, rows: int, layer: int = 0) -> int:
     return 2 * rows * shape.hidden * (experts.count + 3 * (experts.active * experts.mlp + experts.shared))
 
 
-def scoring_flops(shape: DecoderShape, rows: int, queries: int, reused: int = 0) -> int:
-    """Ranking before one drop: keys of every row, queries of the query rows, their products; ``reused`` of the keys serve the layer, too."""
-    return 2 * (rows - reused) * shape.hidden * shape.narrow + 2 * queries * shape.hidden * shape.query_width + 2 * queries * rows * shape.wide
+def scoring_flops(shape: DecoderShape, rows: int, queries: int, reused: int = 0, products: bool = True) -> int:
+    """Ranking before one drop: keys of every row, queries of the query rows, their products (unless only the keys are looked at); ``reused`` of the
+    keys serve the layer, too."""
+    made = 2 * (rows - reused) * shape.hidden * shape.narrow + 2 * queries * shape.hidden * shape.query_width
+    return made + 2 * queries * rows * shape.wide * products
+
+
+def probe_flops(shape: DecoderShape, rows: int, layer: int, predicted: int) -> int:
+    """A gradient by ``rows`` rows through one layer, and through the head for ``predicted`` of them: forward, and backward by rows alone (a linear
+    map costs once more, attention two and a half times)."""
+    attention = 0 if shape.kind(layer) == LINEAR else 4 * rows * rows * shape.wide
+    return 2 * (decoder_layer_flops(shape, rows, layer=layer) - attention) + attention * 7 // 2 + 2 * head_flops(shape, predicted)
 
 
 def head_flops(shape: DecoderShape, rows: int) -> int:

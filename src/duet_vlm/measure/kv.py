@@ -17,6 +17,12 @@ def kv_bytes_per_layer(shape: DecoderShape, rows_per_layer: Sequence[int], eleme
     return tuple(2 * _kept(shape, rows, layer) * shape.narrow * element_bytes for layer, rows in enumerate(rows_per_layer))
 
 
+def rows_held(shape: DecoderShape, rows_per_layer: Sequence[int], cut: bool) -> tuple[int, ...]:
+    """Rows that each layer's cache holds once a prompt is read; ``cut``: full layers only those that reached the last one."""
+    last = rows_per_layer[-1]
+    return tuple(last if cut and shape.kind(layer) not in (LINEAR, SLIDING) else rows for layer, rows in enumerate(rows_per_layer))
+
+
 def kv_bytes(shape: DecoderShape, rows_per_layer: Sequence[int], element_bytes: int) -> int:
     """All layers together."""
     return sum(kv_bytes_per_layer(shape, rows_per_layer, element_bytes))

@@ -10,7 +10,7 @@ from typing import Any
 
 from duet_vlm.budget import SpanPlan, Stages
 from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
-from duet_vlm.measure.kv import kv_bytes
+from duet_vlm.measure.kv import kv_bytes, rows_held
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.settings import plain
 
@@ -210,12 +210,17 @@ def make_report(
     decoded: int,
     projects_all: bool = False,
     selection: int = 0,
+    deciding: int = 0,
+    products: bool = True,
+    cut: bool = False,
 ) -> Report:
     """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache); ``reused_layers`` are
     scored layers that took over the keys they were ranked by.
 
     ``projects_all``: the family or the method reduces behind the projector, which then runs on every token and not only on those that enter.
-    ``selection``: what signals, choice and merge before the decoder cost (``measure.choice.selection_flops``).
+    ``selection``: what signals, choice and merge before the decoder cost (``measure.choice.selection_flops``). ``deciding``: what
+    the method inside the decoder costs beyond attention from text (``measure.choice.deciding_flops``), ``products``: it takes that. ``cut``:
+    earlier layers forget what did not reach the last one.
     """
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
@@ -241,7 +246,7 @@ def make_report(
             for i in scored_layers
             if ranked
         ]
-        ranking = sum(scoring_flops(decoder, *some) for some in scored)
+        ranking = sum(scoring_flops(decoder, *some, products=products) for some in scored) + deciding * ranked
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 
@@ -256,7 +261,7 @@ def make_report(
         measured=tuple(sum(s.measured[0][i] for s in samples) / batch for i in range(depth)),
         images=tuple(s.kept for s in samples),
         full=costs(whole, towers, everything, False, batch * kv_bytes(decoder, (full_width,) * depth, element_bytes)),
-        predicted=costs(nominal, *reduced(False), True, batch * kv_bytes(decoder, width, element_bytes)),
+        predicted=costs(nominal, *reduced(False), True, batch * kv_bytes(decoder, rows_held(decoder, width, cut), element_bytes)),
         observed=costs([s.measured[1] for s in samples], *reduced(True), True, None if cache_bytes is None else sum(cache_bytes)),
         clamped=tuple(i for i, p in enumerate(plans) if budget is not None and min(p.counts) == p.tokens),
         floored=tuple(i for i, p in enumerate(plans) if p.floored),

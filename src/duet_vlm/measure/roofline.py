@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from duet_vlm.budget import SpanPlan, largest
 from duet_vlm.measure.devices import ELEMENT_BYTES, Device
 from duet_vlm.measure.flops import decoder_layer_flops, head_flops, mean_rows, projector_flops, scoring_flops, tower_rows, vision_flops
-from duet_vlm.measure.kv import kv_bytes, kv_bytes_per_layer, state_bytes
+from duet_vlm.measure.kv import kv_bytes, kv_bytes_per_layer, rows_held, state_bytes
 from duet_vlm.measure.memory import decoder_weights, layer_weights, mlp_width, prefill_peak_bytes, vision_peak_bytes, vision_weights
 from duet_vlm.measure.report import Sample
 from duet_vlm.measure.shapes import LINEAR, DecoderShape, VisionShape
@@ -70,7 +70,7 @@ class Model:
 class Workload:
     """One request: a prompt as ``Sample`` describes it, FLOPs and bytes of its selection before the decoder (in float32), ``new`` tokens to
     write: the prompt's pass gives the first, each further one takes a step. ``scored_layers`` rank; ``reused_layers`` among them take over the
-    keys that they rank by."""
+    keys that they rank by. ``deciding``, ``products``, ``cut``: as ``make_report`` has them."""
 
     sample: Sample
     new: int
@@ -79,6 +79,9 @@ class Workload:
     selection: int = 0
     selection_bytes: int = 0
     reused_layers: tuple[int, ...] = ()
+    deciding: int = 0
+    products: bool = True
+    cut: bool = False
 
     @property
     def steps(self) -> int:
@@ -186,7 +189,8 @@ def memory_bytes(model: Model, work: Workload, element_bytes: int, batch: int) -
     """Weights, and the larger of the prompt's peak and the full cache at the end."""
     depth = model.decoder.layers
     rows = work.rows(depth)
-    end = kv_bytes(model.decoder, [r + work.steps for r in rows], element_bytes) + state_bytes(model.decoder, element_bytes)
+    held = [n + work.steps for n in rows_held(model.decoder, rows, work.cut)]
+    end = kv_bytes(model.decoder, held, element_bytes) + state_bytes(model.decoder, element_bytes)
     patches = sum(tower_rows(model.vision, dict(stages).get(0, n)) for n, _, stages in work.sample.in_tower())
     peak = max(
         prefill_peak_bytes(model.decoder, work.entry, rows, work.tokens, element_bytes),
@@ -251,11 +255,13 @@ def _prefill(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
     before = [work.entry, *work.rows(shape.layers)]
     for layer in work.scored_layers:  # projections as in a layer, then float32 scores of every query and row, touched some six times
         rows, queries, reused = before[layer], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
-        product = 2 * queries * rows * shape.wide
-        projections = scoring_flops(shape, rows, queries, reused) - product
+        product = 2 * queries * rows * shape.wide * work.products
+        projections = scoring_flops(shape, rows, queries, reused, products=False)
         weights = shape.hidden * (shape.query_width + (0 if reused else shape.narrow))  # keys made once are counted with the layer
         stages.append(speed.layer(batch * projections, weights, batch * 2 * rows * shape.hidden))
-        stages.append(speed.exact(batch * product, batch * 24 * shape.heads * queries * rows))
+        stages.append(speed.exact(batch * product, batch * 24 * shape.heads * queries * rows * work.products))
+    if work.deciding:
+        stages.append(speed.exact(batch * work.deciding, 0))
     stages.append(speed.layer(batch * head_flops(shape, 1), shape.hidden * shape.vocab, 0, 0))
     return _sum(stages)
 
@@ -263,7 +269,7 @@ def _prefill(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
 def _decode(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
     """All steps, each at the cache's mean length."""
     shape, size, steps = model.decoder, speed.size, work.steps
-    lengths = [rows + steps // 2 for rows in work.rows(shape.layers)]
+    lengths = [rows + steps // 2 for rows in rows_held(shape, work.rows(shape.layers), work.cut)]
     kept = kv_bytes_per_layer(shape, lengths, size)
     state = state_bytes(shape, size) / shape.layers
     stages = []

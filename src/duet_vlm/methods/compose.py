@@ -21,7 +21,6 @@ from duet_vlm.budget import (
     count_of,
     infeasible,
     largest,
-    largest_share,
     target_mean,
     within,
 )
@@ -30,6 +29,7 @@ from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
 from duet_vlm.tokens import Selection
 from duet_vlm.tower import TowerReducer
+from duet_vlm.vision import Layer
 
 ORDER = (
     "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
@@ -37,6 +37,7 @@ ORDER = (
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
+DROPPING = ("uses_text", "uses_tokens", "score_before", "score_heads", "needs", "merges")  # what a method inside the decoder declares
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
@@ -89,14 +90,13 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "stages": stages,
         "roles": roles,
         "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
-        "signals": sees.signals,
         "reads_projected": sees.reads_projected,
         "reads_features": frames is not None or sees.reads_features,
         "reduces_in_tower": tower is not None,
         "reads_time": frames is not None or sees.reads_time,
     }
     if second is not None:
-        facts |= {"uses_text": second.uses_text, "uses_tokens": second.uses_tokens, "score_before": second.score_before}
+        facts |= {name: getattr(second, name) for name in DROPPING}
     settings = [
         (each.name if each.name in SHARED else f"{stage.name}_{each.name}", each.type, field(default=each.default))
         for stage in stages
@@ -122,6 +122,11 @@ def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
     first = before[0] if before else second if second is not None and issubclass(second, EncoderReducer) else None
     wrong = any(not issubclass(stage, EncoderReducer) for stage in before)
     wrong |= any(issubclass(stage, TowerReducer | Frames | Composition) for stage in rest)
+    if frames is not None and first is not None and issubclass(first, EncoderReducer) and first.reads_places:
+        raise ValueError(
+            f"compose({frames.name}, {first.name}): {first.name} compares the same places of frames, which are not known of the tokens that "
+            f"{frames.name} leaves; leave {frames.name} out"
+        )
     if not 2 <= len(stages) <= 4 or len(set(stages)) < len(stages) or len(before) > 1 or wrong:
         names = ", ".join(stage.name for stage in stages)
         raise ValueError(f"compose({names}): give two to four different methods, {ORDER}")
@@ -178,6 +183,26 @@ class Composition(EncoderReducer):
     @property
     def tower(self) -> TowerReducer | None:  # type: ignore[override]
         return self._stages[0]
+
+    @property
+    def _sees(self) -> EncoderReducer:
+        """The stage that looks at the vision tower."""
+        tower, frames, first, _ = self._stages
+        sees = first or frames or tower
+        assert sees is not None  # says _roles
+        return sees
+
+    @property
+    def signals(self) -> frozenset[str]:  # type: ignore[override]
+        return self._sees.signals
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return self._sees.reads
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        return self._sees.signal_layers
 
     # ---- how many
 
@@ -293,19 +318,7 @@ class Composition(EncoderReducer):
         pool = frames.changed(view, torch.tensor(sizes, device=view.valid.device))
         rows, valid = pack_right(pool, max(sizes))
 
-        def candidates(x: Tensor | None) -> Tensor | None:
-            return None if x is None else take(x, rows)
-
-        selection = first.v2v(
-            dataclasses.replace(
-                view,
-                valid=valid,
-                importance=candidates(view.importance),
-                keys=candidates(view.keys),
-                features=candidates(view.features),
-                parts=candidates(view.parts),
-            )
-        )
+        selection = first.v2v(dataclasses.replace(view.of_rows(lambda x: take(x, rows)), valid=valid))
 
         def of_span(number: Tensor) -> Tensor:
             """Numbers of candidates as those of tokens; what is no candidate becomes no token, for the flow to refuse."""
@@ -329,14 +342,7 @@ def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -
     """``entry`` rows in dominant and contextual ones, as ``method`` divides them under the budget at which that many enter."""
     if method is None:
         return SpanPlan(tokens, entry, 0, ())
-
-    def entering(share: float) -> int:
-        try:
-            return method.plan(tokens, depth, share).entry
-        except BudgetError:
-            return 0
-
-    contextual = min(method.plan(tokens, depth, largest_share(lambda share: entering(share) <= entry)).contextual, entry - 1)
+    contextual = min(method.entering(tokens, entry, depth).contextual, entry - 1)
     return SpanPlan(tokens, entry - contextual, contextual, ())
 
 

@@ -146,6 +146,8 @@ class Adapter(ABC):
         Point-wise projector, where there is one: V2V then runs before it. None: V2V runs after the encoder call (grid mergers).
     fixed_tokens : int or None
         Visual tokens per image where the tower fixes them.
+    lacks : dict
+        What methods may ask for (``EncoderReducer.signals`` and ``reads``) and this family cannot give, with the reason.
     has_cls : bool
         The tower has a CLS row (importance = CLS attention); otherwise column sums.
     feeds_cls : bool
@@ -160,6 +162,7 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]
     video: ClassVar[bool | str] = False  # "as images": the processor hands frames over as images
     notes: ClassVar[str] = ""
+    lacks: ClassVar[dict[str, str]] = {"similar": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
     example: ClassVar[str] = ""
 
     decoder: ClassVar[str] = "language_model"
@@ -297,6 +300,16 @@ class Adapter(ABC):
         ``segmented`` keeps the tower's own attention segments.
         """
 
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        """Rows as the tower's blocks have them [P, R, c] (CLS in front) as those of the tokens that they become: per span [n, c], means where
+        several make one, anything for structure rows."""
+        return self.carried(rows[:, int(self.has_cls) :], call)
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        """What the projector made [..., c] as rows of spans [n, c], anything for structure rows: one picture a span unless the family says
+        more."""
+        return list(projected)
+
     # ---- what a call made: spans, their parts and their grids
 
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
@@ -310,6 +323,28 @@ class Adapter(ABC):
     @abstractmethod
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
+
+    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        """Per span: rows and columns of each of its parts, in tokens where nothing is cut off."""
+        grids, parts = self.grids(call, counts), self.passes(call, counts)
+        if None in grids:
+            raise TypeError(f"{self.family}: what this model makes of a picture has no grid; use a method that needs none (duet, vispruner)")
+        return [(grid[0] // len(sizes), grid[1]) for grid, sizes in zip(grids, parts, strict=True) if grid is not None]
+
+    def places(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        """Per span, on the host: row and column of each of its rows within its part [n, 2], -1 for those that show no patch of a picture."""
+        fed, places = self.fed(call), []
+        for (_, columns), numbers in zip(self.sides(call, counts), self.parts(call, counts), strict=True):
+            number, part = np.arange(len(numbers)), numbers.numpy()
+            begins = np.maximum.accumulate(np.where(np.diff(part, prepend=-2) != 0, number, 0))
+            place = number - begins - fed
+            shows = (place >= 0) & (part >= 0)
+            places.append(torch.from_numpy(np.where(shows[:, None], np.stack([place // columns, place % columns], 1), -1)))
+        return places
+
+    def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        """Per span: rows and columns of the crops that follow its first part, (0, 0) where it was not cut."""
+        return [(0, 0)] * len(counts)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         """Per span, on the host: the part (crop, frame) that each of its rows shows [n], -1 for structure rows (newlines)."""
@@ -350,6 +385,8 @@ class Adapter(ABC):
     def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
         """Of rows ``hidden`` [B, n, D] entering ``layer``: rotated queries [B, H, q, d] of rows ``asking`` [B, q], rotated keys
         [B, Hkv, n, d] of all."""
+
+    rotate: Callable[[Tensor, Rotary], Tensor]  # rows [B, H, n, d] of queries or keys to their positions, as the decoder's layers do it
 
     @abstractmethod
     def key_projection(self, layer: nn.Module) -> nn.Module | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Inside, Recorded
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Inside, Recorded
 from duet_vlm.models.llava import Llava
 from duet_vlm.models.towers import cells
 
@@ -24,6 +24,7 @@ class InternVL(Llava):
     family = "internvl"
     model_types = ("internvl",)
     video = "as images"
+    lacks = Adapter.lacks
     notes = "images and frames tile by tile: a budget counts per tile; decoders of the Llama, Qwen2 or Qwen3 layout"
     example = "OpenGVLab/InternVL3-1B-hf"
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Blocks, Encoding, Recorded
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.models.towers import blocks_like_clip
-from duet_vlm.ops.score import cls_attention
+from duet_vlm.models.towers import blocks_like_clip, cls_signals
 
 
 class Llava(LlamaLike):
@@ -22,6 +21,7 @@ class Llava(LlamaLike):
     model_types = ("llava",)
     notes = "CLIP towers; images; MHA and GQA decoders of the Llama layout"
     example = "llava-hf/llava-1.5-7b-hf"
+    lacks: ClassVar[dict[str, str]] = {}
     has_cls = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,9 +116,12 @@ class Llava(LlamaLike):
         importance, keys = self.signals(recorded)
         return list(importance), list(keys)
 
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        return list(rows) if self.fed(call) else super().token_rows(rows, call)
+
     def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
         """Importance [B, N] and mean keys [B, N, d] of the patches that the tower saw."""
-        return cls_attention(recorded.query, recorded.key, recorded.scaling, recorded.size), recorded.key.float().mean(1)[:, 1:]
+        return cls_signals(recorded)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded, Stream
 from duet_vlm.models.llava_next import LlavaNext
 from duet_vlm.models.towers import cells
 
@@ -64,6 +64,23 @@ class LlavaNextVideo(LlavaNext):
         importance, keys = self.signals(recorded)
         clips = self.pooled(torch.cat([importance[..., None], keys], -1)).unflatten(0, self.frames(call)).flatten(1, 2)
         return list(clips[..., 0]), list(clips[..., 1:])
+
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        if call.stream == "image":
+            return super().token_rows(rows, call)
+        return list(self.pooled(rows[:, int(self.has_cls) :]).unflatten(0, self.frames(call)).flatten(1, 2))
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        return super().arranged(projected, call) if call.stream == "image" else list(projected.unflatten(0, self.frames(call)).flatten(1, 2))
+
+    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return super().sides(call, counts) if call.stream == "image" else [(self.pooled_side(), self.pooled_side())] * len(counts)
+
+    def places(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        return super().places(call, counts) if call.stream == "image" else Adapter.places(self, call, counts)
+
+    def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return super().tiles(call, counts) if call.stream == "image" else Adapter.tiles(self, call, counts)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         if call.stream == "image":

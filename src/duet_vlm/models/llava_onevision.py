@@ -24,6 +24,7 @@ class LlavaOnevision(LlavaNextVideo):
     model_types = ("llava_onevision",)
     notes = "SigLIP towers; images of any size; clips, all frames reduced together; decoders of the Llama or Qwen2 layout"
     example = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    lacks = Adapter.lacks
     has_cls = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -102,6 +103,15 @@ class LlavaOnevision(LlavaNextVideo):
         if call.stream == "image":
             return importance, keys
         return [nn.functional.pad(rows, (0, 1)) for rows in importance], [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in keys]
+
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        tokens = super().token_rows(rows, call)
+        return tokens if call.stream == "image" else [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in tokens]
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        if call.stream == "image":
+            return super().arranged(projected, call)
+        return [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in super().arranged(self.pooled(projected), call)]
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         parts = super().parts(call, counts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Inside, JoinedBlocks, Recorded, Stream
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Inside, JoinedBlocks, Recorded, Stream
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import column_attention
 
@@ -21,6 +21,7 @@ class Mistral3(Llava):
     model_types = ("mistral3",)
     notes = "images of any size; Mistral decoders"
     example = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
+    lacks = Adapter.lacks
     has_cls = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,6 +79,14 @@ class Mistral3(Llava):
         signals = torch.cat([received[:, None], recorded.key[0].float().mean(0)], 1)
         merged = self.carried(signals[None], call)
         return [rows[:, 0] for rows in merged], [rows[:, 1:] for rows in merged]
+
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        grids = self.patches(call)
+        images = rows[0].split([height * width for height, width in grids])
+        return [self.merged(image, grid) for image, grid in zip(images, grids, strict=True)]
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        return list(projected.flatten(0, -2).split([(h // self.merge) * (w // self.merge) for h, w in self.patches(call)]))
 
     def merged(self, signals: Tensor, grid: tuple[int, int]) -> Tensor:
         """Means over the patches of each token: [h * w, c] -> [n, c]; what does not fill a token is left out, as the merger does."""

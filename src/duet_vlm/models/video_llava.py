@@ -74,6 +74,15 @@ class VideoLlava(Llava):
         keys = recorded.key.float().mean(1)
         return list(importance.unflatten(0, frames).flatten(1)), list(keys.unflatten(0, frames).flatten(1, 2))
 
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        return self.arranged(torch.stack(super().token_rows(rows, call)), call)
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        return list(projected.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
+
+    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return [(self.side, self.side)] * len(counts)
+
     def fed(self, call: Encoding) -> int:
         return 1 if call.stream == "video" else super().fed(call)
 

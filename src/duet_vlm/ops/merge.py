@@ -73,8 +73,8 @@ def weighed_means(rows: Tensor, size: Tensor, into: Tensor, index: Tensor) -> Te
 def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     """The rows that a selection leaves: features [B, N, C] -> [B, K, C] in the dtype of ``features``.
 
-    Sums run in float32. Rows without members are copied unchanged, bit for bit. With weights the work is one product of a table [B, K, N], which
-    autocast must not touch.
+    Sums run in float32. Rows without members are copied unchanged, bit for bit. With weights, and more members than each token has once, the work is
+    one product of a table [B, K, N], which autocast must not touch.
     """
     rows = take(features, selection.index)
     if selection.members.shape[1] == 0:
@@ -94,12 +94,21 @@ def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     return torch.where(count > 0, merged.to(rows.dtype), rows)
 
 
+def by_table(selection: Selection, tokens: int) -> bool:
+    """Whether rows of weighted members are made as the product of a table of rows x ``tokens``: where tokens join several rows."""
+    return selection.weights is not None and selection.members.shape[1] > tokens
+
+
 def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tensor, into: Tensor) -> Tensor:
     """``merged_rows`` where members have weights; ``into`` is a row of ``rows`` [B, K, C] or K."""
     batch, tokens, width = len(features), features.shape[1], rows.shape[1]
+    joined = selection.valid.new_zeros(batch, width + 1).scatter_(1, into, True)[:, :width, None]
+    if not by_table(selection, tokens):
+        shares = take(features, selection.members).float() * weights.float()[..., None]
+        total = shares.new_zeros(batch, width + 1, rows.shape[2]).scatter_add(1, into[..., None].expand_as(shares), shares)[:, :width]
+        return torch.where(joined, total.to(rows.dtype), rows)
     table = features.new_zeros(batch, (width + 1) * tokens, dtype=torch.float32)
     table = table.scatter_add_(1, into * tokens + selection.members, weights.float()).unflatten(1, (width + 1, tokens))[:, :width]
-    joined = selection.valid.new_zeros(batch, width + 1).scatter_(1, into, True)[:, :width, None]
     return torch.where(joined, (table @ features.float()).to(rows.dtype), rows)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -99,7 +101,14 @@ def _column_sums(rows: Tensor) -> Tensor:
 
 
 def query_attention(
-    query: Tensor, key: Tensor, scaling: float, allowed: Tensor, weight: Tensor, size: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    allowed: Tensor | Callable[[slice], Tensor],
+    weight: Tensor,
+    size: Tensor | None = None,
+    heads: str = "mean",
+    divisor: Callable[[slice], Tensor] | None = None,
 ) -> Tensor:
     """Attention received from a set of query rows: softmax over all allowed keys, mean over heads, weighted mean over queries.
 
@@ -109,24 +118,41 @@ def query_attention(
         [B, H, Q, d] rotated queries of the chosen rows.
     key : Tensor
         [B, Hkv, T, d] rotated keys of every row.
-    allowed : Tensor
-        [B, Q, T] bool, which key each query may see; every real query must see at least one.
+    allowed : Tensor or callable
+        [B, Q, T] bool, which key each query may see; every real query must see at least one. A function gives the [B, q, T] of a slice of queries.
     weight : Tensor
         [B, Q] float32, 0 for padding queries; normalised here.
     size : Tensor, optional
         [B, T] float32, how many rows each key stands for.
+    heads : str
+        "mean" over heads; "max": for each query and key the largest of all heads, before the mean over queries; "each": by head.
+    divisor : callable, optional
+        [B, q, T] that each head's attention of the queries of a slice is divided by.
 
     Returns
     -------
     Tensor
-        [B, T] float32.
+        [B, T] float32; with heads="each" [B, T, H].
     """
-    key, heads = key.float(), query.shape[1]
-    total = key.new_zeros(key.shape[0], 1, key.shape[2])
-    share = weight / (heads * weight.sum(1, keepdim=True))
-    blocks = zip(query.split(QUERY_BLOCK, 2), allowed.split(QUERY_BLOCK, 1), share.split(QUERY_BLOCK, 1), strict=True)
-    for rows, seen, part in blocks:
+    key, count = key.float(), query.shape[1]
+    share = weight / ((count if heads == "mean" else 1) * weight.sum(1, keepdim=True))
+    total = key.new_zeros(key.shape[0], count if heads == "each" else 1, key.shape[2])
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        seen = allowed(block) if callable(allowed) else allowed[:, block]
         bias = torch.where(seen, 0.0 if size is None else size.log()[:, None], torch.finfo(torch.float32).min)
-        weights = grouped_logits(rows, key, scaling, bias).softmax(-1).flatten(1, 2)  # [B, H * Q, T]: heads and queries in one product
-        total.baddbmm_(part[:, None].expand(-1, heads, -1).reshape(len(part), 1, -1), weights)
-    return total[:, 0]
+        weights = grouped_logits(query[:, :, block], key, scaling, bias).softmax(-1)
+        if divisor is not None:
+            weights /= divisor(block)[:, None]
+        total += _asked(weights, share[:, block], heads)
+    return total.transpose(1, 2) if heads == "each" else total[:, 0]
+
+
+def _asked(weights: Tensor, share: Tensor, heads: str) -> Tensor:
+    """Weighted sum over queries of attention [B, H, Q, T], ``share`` [B, Q]: -> [B, H, T] by head, else [B, 1, T]."""
+    if heads == "each":
+        return (share[:, None, None] @ weights)[:, :, 0]
+    if heads == "max":
+        return share[:, None] @ weights.amax(1)
+    every = share[:, None].expand(-1, weights.shape[1], -1).reshape(len(share), 1, -1)
+    return every @ weights.flatten(1, 2)  # heads and queries in one product

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from duet_vlm.tokens import Selection
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,15 @@ class SpanRows:
         [S, W] bool.
     batch, width : int
         B and V.
+    owners : tuple of int
+        The sample of each span.
     """
 
     index: Tensor
     valid: Tensor
     batch: int
     width: int
+    owners: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, alive: Sequence[Sequence[int]], width: int, device: torch.device) -> SpanRows:
@@ -39,7 +44,8 @@ class SpanRows:
         start, size = torch.tensor([starts, sizes], dtype=torch.long, device=device)[..., None]
         place = torch.arange(max(sizes, default=0), device=device)
         valid = place < size
-        return cls(torch.where(valid, start + place, 0), valid, len(alive), width)
+        owners = tuple(sample for sample, spans in enumerate(alive) for _ in spans)
+        return cls(torch.where(valid, start + place, 0), valid, len(alive), width, owners)
 
     def take(self, x: Tensor) -> Tensor:
         """[B, V, ...] -> [S, W, ...]; what is not valid holds any row."""
@@ -50,3 +56,28 @@ class SpanRows:
         flat = mask.new_zeros(self.batch * self.width + 1)  # the last one collects what is not valid
         index = self.index.masked_fill(~self.valid, self.batch * self.width)
         return flat.scatter_(0, index.flatten(), (mask & self.valid).flatten())[:-1].view(self.batch, self.width)
+
+    def join(self, selection: Selection, counts: Sequence[int]) -> Selection:
+        """A selection by span, of ``counts`` rows each, as one by sample, spans after each other: columns [S, W] become those of [B, V]."""
+        before, nth, total = [], [], [0] * self.batch
+        for number, sample in enumerate(self.owners):
+            before.append(total[sample])
+            nth.append(self.owners[:number].count(sample))
+            total[sample] += counts[number]
+        most, members = max(total), selection.members.shape[1]
+        device = self.index.device
+        row, start, turn = (torch.tensor(x, device=device)[:, None] for x in (self.owners, before, nth))
+        column = self.index % self.width
+        place = start + torch.arange(selection.index.shape[1], device=device)
+        spare = torch.where(selection.valid, place, most)
+        rows = column.gather(1, selection.index), selection.valid
+        index, valid = (x.new_zeros(self.batch, most + 1).index_put((row, spare), x)[:, :-1] for x in rows)
+        slot = turn * members + torch.arange(members, device=device)
+        wide = (max(nth, default=0) + 1) * members
+        into = torch.where(selection.into < 0, -1, selection.into + start)
+        joined = column.new_zeros(self.batch, wide).index_put((row, slot), column.gather(1, selection.members))
+        targets = column.new_full((self.batch, wide), -1).index_put((row, slot), into)
+        weights = selection.weights
+        if weights is not None:
+            weights = weights.new_zeros(self.batch, wide).index_put((row, slot), weights)
+        return replace(selection, index=index, valid=valid, members=joined, into=targets, weights=weights)

@@ -1,0 +1,119 @@
+"""What ranks visual tokens inside the decoder: attention of chosen rows, and keys, of one layer, made for the rows that are there."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.flow import compat
+from duet_vlm.models.adapter import Adapter, Rotary
+from duet_vlm.ops.ragged import last_of, pack_right, take
+from duet_vlm.ops.score import QUERY_BLOCK, query_attention
+from duet_vlm.reducer import DecoderReducer
+from duet_vlm.tokens import TokenMap
+
+LEAST = 0.01  # of the product of two rows of ones at one place: positions never divide attention by less
+
+Signals = dict[str, Tensor]  # each [B, T, ...], a row for every row of the sequence
+
+
+class Ranking:
+    """The signals of one prompt. ``queries`` [B, S] bool are its text queries by slot, ``asking`` how many each sample has; ``prepared`` is the
+    4-D mask of full attention, where there is one."""
+
+    def __init__(self, reducer: DecoderReducer, adapter: Adapter, queries: Tensor, asking: list[int], prepared: Tensor | None) -> None:
+        self.reducer, self.adapter = reducer, adapter
+        self.queries, self.asking, self.prepared = queries, asking, prepared
+        self.raters: Tensor | None = None  # [B, S] bool by slot
+
+    def text_rows(self, tokens: TokenMap) -> tuple[Tensor, Tensor]:
+        """The text queries among the current rows: [B, Q] rows and which of them are real."""
+        index, valid = pack_right(self._query_rows(tokens), max(1, *self.asking))
+        if self.raters is not None:
+            valid = valid & self.raters.to(valid.device).gather(1, tokens.slot.gather(1, index))
+        return index, valid
+
+    def choose_raters(self, embeds: Tensor, tokens: TokenMap) -> None:
+        """Raters: of the text queries those that the visual rows of ``embeds`` [B, T, D] resemble more than the average query."""
+        index, valid = self.text_rows(tokens)
+        places, visual = pack_right(tokens.visual, tokens.visual.shape[1])
+        text = take(embeds, index).float().transpose(1, 2)
+        share = text.new_zeros(valid.shape)
+        with compat.without_autocast(embeds):
+            for rows, real in zip(places.split(QUERY_BLOCK, 1), visual.split(QUERY_BLOCK, 1), strict=True):
+                likeness = (take(embeds, rows).float() @ text).masked_fill(~valid[:, None], float("-inf")).softmax(-1)
+                share += (likeness * real[..., None]).sum(1)
+        mean = (share * valid).sum(1, keepdim=True) / valid.sum(1, keepdim=True)
+        rates = valid & (share > mean)
+        rates = torch.where(rates.any(1, keepdim=True), rates, valid)  # all alike, or nothing to resemble
+        self.raters = torch.zeros_like(self.queries, device=rates.device).scatter(1, tokens.slot.gather(1, index), rates)
+
+    def signals(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary) -> Signals:
+        """What the method asks of ``layer`` for its rows ``hidden`` [B, T, D]."""
+        reducer, device = self.reducer, layer_device(layer, hidden)
+        index, valid = (x.to(device) for x in self.text_rows(tokens))
+        hidden, rotary, tokens = hidden.to(device), (rotary[0].to(device), rotary[1].to(device)), tokens.to(device)
+        visual, there = pack_right(tokens.visual, tokens.visual.shape[1]) if "among" in reducer.needs else (index[:, :0], valid[:, :0])
+        with compat.uncached_autocast(hidden):
+            query, key = self.adapter.project(layer, hidden, rotary, torch.cat([index, visual], 1))
+        with compat.without_autocast(hidden):
+            text, own = query.tensor_split((index.shape[1],), 2)
+            received = functools.partial(self._received, layer, key, tokens, rotary)
+            made: Signals = {}
+            if reducer.uses_text:
+                made["scores"] = received(text, index, valid)
+            if "among" in reducer.needs:
+                made["among"] = received(own, visual, there)
+            if "keys" in reducer.needs:
+                made["keys"] = key.transpose(1, 2).flatten(2)
+        return made
+
+    def _received(
+        self, layer: nn.Module, key: Tensor, tokens: TokenMap, rotary: Rotary, query: Tensor, index: Tensor, valid: Tensor
+    ) -> Tensor:
+        """Attention that rows ``index`` [B, Q] pay to every row: [B, T] float32, [B, T, H] by head."""
+        scaling = self.adapter.scaling(layer)
+        weight = (valid | ~valid.any(1, keepdim=True)).float()  # no visual row: any will do, nothing is dropped
+        divisor = _by_position(self.adapter, key, rotary, index, scaling) if self.reducer.score_positions == "divided" else None
+        return query_attention(
+            query, key, scaling, lambda block: self._seen(tokens, index[:, block]), weight, heads=self.reducer.score_heads, divisor=divisor
+        )
+
+    def _seen(self, tokens: TokenMap, index: Tensor) -> Tensor:
+        """Which rows each query row sees [B, Q, T]: what precedes it, or what the family's own mask shows; windows are lifted."""
+        allowed = tokens.valid[:, None].expand(-1, index.shape[1], -1)
+        if self.reducer.score_mask == "none":
+            return allowed
+        if self.prepared is None:
+            return allowed & (torch.arange(allowed.shape[2], device=index.device) <= index[..., None])
+        mask = compat.is_allowed(self.prepared[:, 0]).expand(len(index), -1, -1).to(index.device)
+        return allowed & take(take(mask, take(tokens.row, index)).transpose(1, 2), tokens.row).transpose(1, 2)
+
+    def _query_rows(self, tokens: TokenMap) -> Tensor:
+        """Query rows among the current ones; samples without any ask with their last visual token."""
+        asks = self.queries.to(tokens.slot.device).gather(1, tokens.slot) & tokens.valid
+        if all(self.asking):
+            return asks
+        empty = torch.tensor([n == 0 for n in self.asking], device=asks.device)
+        last_visual = last_of(tokens.visual)
+        nothing = ~tokens.visual.any(1, keepdim=True)  # no image either: any row will do, nothing is dropped
+        last_visual = last_visual | (nothing & (torch.arange(asks.shape[1], device=asks.device) == asks.shape[1] - 1))
+        return torch.where(empty[:, None], last_visual, asks)
+
+
+def _by_position(adapter: Adapter, key: Tensor, rotary: Rotary, index: Tensor, scaling: float) -> Callable[[slice], Tensor]:
+    """What positions alone would give the queries of a slice: products [B, q, T] of rotated rows of ones, times the scaling."""
+    ones = adapter.rotate(key.new_ones(len(index), 1, *key.shape[2:], dtype=torch.float32), tuple(t.float() for t in rotary))[:, 0]
+    least = LEAST * key.shape[3] * scaling
+    return lambda block: (take(ones, index[:, block]) @ ones.transpose(1, 2) * scaling).clamp(min=least)
+
+
+def layer_device(layer: nn.Module, hidden: Tensor) -> torch.device:
+    """Where a layer's sub-modules run; offloaded layers move their inputs by themselves."""
+    if not compat.is_dispatched(layer):
+        return hidden.device
+    device = next(layer.parameters()).device
+    return hidden.device if device.type == "meta" else device

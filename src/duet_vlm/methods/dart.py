@@ -1,0 +1,106 @@
+"""DART: inside the decoder, keep the visual tokens that resemble a few pivots least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Schedule
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import take
+from duet_vlm.ops.select import ranking
+from duet_vlm.reducer import TextView, check_choice
+from duet_vlm.registry import register
+from duet_vlm.stages import StagedReducer
+
+PIVOT_ORDERS = ("norm", "set")
+
+
+@register("dart")
+@dataclass(frozen=True)
+class Dart(StagedReducer):
+    """DART (EMNLP 2025, arXiv 2502.11494): not the important tokens stay but those that duplicate nothing.
+
+    Pivots are the visual and the text tokens with the largest keys (norm over all heads of the layer before the drop). The visual pivots stay;
+    then each pivot in turn takes its share of the visual tokens that are left: those least like it (cosine of normed hidden states). Visual
+    pivots come first, text pivots after them, each by falling norm; shares differ by one at most, so that the asked number is met exactly.
+
+    Parameters beyond ``StagedReducer`` (one stage, before layer 2 of 32, keeps 2/9)
+    ----------
+    visual_pivots, text_pivots : int
+        How many pivots, at least one visual.
+    key_norm : int
+        2, or 1 as the paper has it, which depends on where in the prompt a token stands, since keys are rotated.
+    pivot_order : str
+        "norm", or "set": the order in which Python goes through a set of their places in the prompt, as the released code does. It reads
+        the pivots back to the host.
+
+    Cost: one key projection, and a product of each pivot with every visual token; no attention. Needs text after the image for text pivots (without
+    them the visual ones take all). Usable in training (the choice carries no gradient).
+
+    Differences from the authors' code (ZichenWen1/DART, of which an early version was recorded): exact counts (released: 4 + 8 x (m // 8)), pivots
+    in a stated order and by a norm that rotation leaves alone, any image place and batch. ``Dart.official`` has the released counts and order.
+    """
+
+    paper = "DART, EMNLP 2025, arXiv 2502.11494"
+    summary = "one early drop inside the decoder: keep what resembles a few pivot tokens least"
+    stages: ClassVar[Schedule] = ((2, 2 / 9),)
+    uses_text = False
+    score_before = 1
+    needs = frozenset({"rows", "text", "keys", "slots"})
+
+    visual_pivots: int = 4
+    text_pivots: int = 4
+    key_norm: int = 2
+    pivot_order: str = "norm"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.visual_pivots < 1 or self.text_pivots < 0:
+            found = f"visual_pivots={self.visual_pivots}, text_pivots={self.text_pivots}"
+            raise ValueError(f"{found}: at least one visual pivot, and no negative number of text pivots")
+        if self.key_norm not in (1, 2):
+            raise ValueError(f"key_norm={self.key_norm}: choose 1 or 2")
+        check_choice("pivot_order", self.pivot_order, PIVOT_ORDERS)
+
+    @classmethod
+    def official(cls, layers: int = 2, maximum: int = 128, visual_pivots: int = 4, text_pivots: int = 4, **fields: Any) -> Dart:
+        """The released LLaVA code: after ``layers`` layers the visual pivots and ``maximum`` // (all pivots) for each of them."""
+        pivots = visual_pivots + text_pivots
+        kept = visual_pivots + pivots * (maximum // pivots)
+        released: dict[str, Any] = {"key_norm": 1, "pivot_order": "set", "keep_predicting": False}
+        own: dict[str, Any] = {"schedule": ((layers, kept),), "visual_pivots": visual_pivots, "text_pivots": text_pivots}
+        return cls(**own | released | fields)
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.rows is not None and view.text is not None and view.keys is not None  # promised by ``needs``
+        assert view.text_keys is not None and view.text_valid is not None
+        visual = ranking(view.keys.float().norm(self.key_norm, dim=-1), view.valid)[:, : self.visual_pivots]
+        text = ranking(view.text_keys.float().norm(self.key_norm, dim=-1), view.text_valid)[:, : self.text_pivots]
+        asked = torch.cat([view.valid.gather(1, visual), view.text_valid.gather(1, text)], 1)  # pivots that exist
+        rows, words = unit_rows(view.normed(view.rows)), unit_rows(view.normed(view.text))
+        likeness = torch.cat([take(rows, visual), take(words, text)], 1) @ rows.transpose(1, 2)  # [B, pivots, V]
+        if self.pivot_order == "set" and not likeness.is_meta:
+            assert view.slots is not None and view.text_slots is not None
+            order = _as_in_a_set(torch.cat([view.slots.gather(1, visual), view.text_slots.gather(1, text)], 1))
+            likeness, asked = take(likeness, order), asked.gather(1, order)
+        rank = torch.arange(visual.shape[1], device=visual.device)
+        kept = torch.zeros_like(view.valid).scatter(1, visual, (rank < view.keep[:, None]) & view.valid.gather(1, visual))
+        left = view.keep - kept.sum(1)
+        share, more = left // asked.sum(1), left % asked.sum(1)
+        turn = asked.cumsum(1)
+        for pivot in range(asked.shape[1]):
+            count = torch.where(asked[:, pivot], share + (turn[:, pivot] <= more), 0)
+            order = ranking(-likeness[:, pivot], view.valid & ~kept)
+            place = torch.arange(order.shape[1], device=order.device)
+            kept = kept | torch.zeros_like(kept).scatter(1, order, place < count[:, None])
+        return kept
+
+
+def _as_in_a_set(places: Tensor) -> Tensor:
+    """[B, P] -> the order [B, P] in which Python's set of each row's numbers is gone through."""
+    rows = places.tolist()
+    return torch.tensor([[row.index(place) for place in set(row)] for row in rows], device=places.device)
