@@ -36,6 +36,7 @@ REDUCING: dict[str, dict[str, Any]] = {
         "visionzip_contextual": 0.2,
         "pyramiddrop_schedule": ((2, 0.5), (4, 0.25), (6, 0.1)),
     },
+    "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "prumerge": {"keep": 0.3, "neighbours": 3},
     "prumerge_plus": {"keep": 0.3, "neighbours": 3},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},

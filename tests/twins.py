@@ -305,3 +305,19 @@ def query_rows(
         assert salient is not None
         return [i for i in rows if salient[i]]
     return rows
+
+
+def suppressed(rows: Matrix, score: Sequence[float], count: int, threshold: float) -> list[int]:
+    """Non-maximum suppression: first those that resemble none before them, then the best of the others."""
+
+    def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+        lengths = math.sqrt(dot(a, a)) * math.sqrt(dot(b, b))
+        return dot(a, b) / lengths if lengths else 0.0
+
+    order = sorted(range(len(rows)), key=lambda i: (-score[i], i))
+    kept: list[int] = []
+    for i in order:
+        if len(kept) < count and not any(cosine(rows[i], rows[j]) >= threshold for j in kept):
+            kept.append(i)
+    kept += [i for i in order if i not in kept][: count - len(kept)]
+    return sorted(kept)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import take
+from duet_vlm.ops.select import ranking, ranks
 
 
 def cosine(rows: Tensor, valid: Tensor) -> Tensor:
@@ -87,6 +88,26 @@ def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tens
         out_of_play.scatter_(1, best, never)
         row = take(similarity, best)[:, 0]
         nearest = torch.maximum(nearest, row) if step else row
+        order.append(best)
+    return _mask_of(order, count, valid)
+
+
+def suppress(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int, threshold: float) -> Tensor:
+    """Non-maximum suppression by falling score: a token is chosen unless one before it resembles it by ``threshold`` or more; where these are
+    too few, the best of the suppressed fill up (PIO-FVLM, arXiv 2602.04657).
+
+    similarity [B, N, N], score [B, N], valid [B, N], count [B] of which ``steps`` is the largest -> the chosen tokens [B, N] bool.
+    """
+    tokens = score.shape[1]
+    turn = ranks(ranking(score, valid)) + 2 * tokens * ~valid  # who comes next: the free, the suppressed, then nobody
+    free = valid.clone()
+    order = []
+    for _ in range(steps):
+        best = turn.argmin(1, keepdim=True)
+        near = (take(similarity, best)[:, 0] >= threshold) & free
+        turn = turn + tokens * near
+        free = (free & ~near).scatter(1, best, False)
+        turn = turn.scatter(1, best, 4 * tokens)
         order.append(best)
     return _mask_of(order, count, valid)
 
