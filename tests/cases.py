@@ -10,6 +10,7 @@ from families import FAMILIES, build, shared
 from torch import nn
 
 import duet_vlm
+from duet_vlm.methods.apet import ApET
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastervlm import FasterVLM
@@ -23,6 +24,8 @@ from duet_vlm.methods.vispruner import VisPruner
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
+    "adsc": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
+    "apet": {"keep": 0.5, "schedule": ((4, 0.2),), "basis": 3},
     "dart": {"schedule": ((3, 0.4),), "visual_pivots": 2, "text_pivots": 2},
     "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
@@ -42,6 +45,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
+    "sieve": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1)), "heads": 2},
     "tokencarve": {"schedule": ((3, 0.4),), "cache": "full"},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
@@ -61,6 +65,8 @@ BY_TEXT = tuple(filter(_by_text, REDUCING))
 # settings that keep every token, in as many ways as there are
 KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),
+    ("apet", {"budget": 1.0}),
+    ("apet", {"keep": 1.0, "schedule": ()}),
     ("divprune", {"keep": 1.0}),
     ("divprune", {"budget": 1.0}),
     ("duet", {"dominant": 1.0, "contextual": 0, "schedule": ()}),
@@ -101,6 +107,7 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "prumerge": PruMerge.official(4, neighbours=3),
     "prumerge_plus": PruMergePlus.official(0.25, neighbours=3),
     "tome": ToMe.official(6),
+    "apet": ApET.official(9, 5, 4, basis=3),
 }
 
 

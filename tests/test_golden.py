@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, dart, e2e, fastv, greedy, probed, prumerge, qwen, t2v, tokencarve, tome, towers, v2drop, v2v
+from golden_runner import anyres, apet, dart, e2e, fastv, greedy, probed, prumerge, qwen, t2v, tokencarve, tome, towers, v2drop, v2v
 from golden_runner.case import Case
 
 KINDS = {
@@ -28,6 +28,11 @@ KINDS = {
     "LLaVA-PruMerge / PruMerge+": prumerge.check,
     "ToMe bipartite soft matching": tome.check_matching,
     "DART": dart.check,
+    "ApET, encoder stage": apet.check_encoder,
+    "ApET, LLM stage (LLaVA)": apet.check_llm,
+    "ApET, Qwen2.5-VL input stage": apet.check_qwen_input,
+    "ApET, Qwen2.5-VL LLM stage (present but not called in the released code)": apet.check_llm,
+    "ApET, Video-LLaVA": apet.check_video,
     "PIO-FVLM / TRIO": probed.check,
     "VScan stage 2": probed.check_vscan,
     "TokenCarve": tokencarve.check,

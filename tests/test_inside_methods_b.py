@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import duet_vlm
+from duet_vlm import Selection, SpanPlan, TextView, VisionView
+from duet_vlm.methods.adsc import Adsc
+from duet_vlm.methods.apet import ApET
 from duet_vlm.methods.pio import Pio
-from duet_vlm.ops.greedy import cosine, suppress
+from duet_vlm.methods.sieve import Sieve
+from duet_vlm.ops.greedy import cosine, discounted, suppress
+from duet_vlm.ops.information import residual
+from duet_vlm.ops.merge import merged_rows
 
 many = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -147,3 +154,134 @@ def test_what_pio_refuses() -> None:
 
 def test_a_count_of_zero_leaves_its_stage_out_in_the_released_code() -> None:
     assert Pio.official((1, 3, 4), (24, 0, 6)).schedule == ((1, 24), (4, 6))
+
+
+# ---- apet
+
+
+def shown(rows: Tensor, valid: Tensor, count: Tensor) -> TextView:
+    counts = tuple(zip(valid.sum(1).tolist(), count.tolist(), strict=True))
+    return TextView(valid, count, counts=counts, rows=rows)
+
+
+@many
+@given(samples=spans(), seed=seeds, basis=st.integers(1, 5))
+def test_approximation(samples: list[tuple[int, int]], seed: int, basis: int) -> None:
+    rows, _, valid, count = drawn(samples, seed, exact=False)
+    chosen = ApET(keep=0.5, basis=basis, ridge=1e-2).t2v(shown(rows, valid, count))
+    for b, (tokens, wanted) in enumerate(samples):
+        kept, joined = twins.approximated(rows[b, :tokens].double().tolist(), wanted, basis, 1e-2)
+        assert chosen.index[b][chosen.valid[b]].tolist() == kept
+        ours: dict[int, list[int]] = {}
+        for member, row in zip(chosen.members[b].tolist(), chosen.into[b].tolist(), strict=True):
+            if row >= 0:
+                ours.setdefault(int(chosen.index[b, row]), []).append(member)
+        assert ours == joined
+
+
+@pytest.mark.parametrize("slots, share", [("released", 0.0), ("released", 0.5), ("behind", 0.0)])
+@pytest.mark.parametrize("inside", [False, True])
+def test_released_rows_weigh_one_and_neighbours_in_the_batch_change_nothing(slots: str, share: float, inside: bool) -> None:
+    rows, _, valid, count = drawn([(12, 5), (7, 7), (9, 1), (10, 2)], 3, exact=False)
+    method = ApET(keep=0.5, basis=3, slots=slots, own_share=share)
+
+    def of(rows: Tensor, valid: Tensor, count: Tensor) -> Selection:
+        plans = tuple(SpanPlan(n, int(k), 0, ()) for n, k in zip(valid.sum(1).tolist(), count.tolist(), strict=True))
+        return method.t2v(shown(rows, valid, count)) if inside else method.v2v(VisionView(valid, count, count * 0, plans, features=rows))
+
+    together = of(rows, valid, count)
+    made = merged_rows(rows, together)
+    for b, tokens in enumerate(valid.sum(1).tolist()):
+        alone = of(rows[b : b + 1, :tokens], valid[b : b + 1, :tokens], count[b : b + 1])
+        real = together.valid[b]
+        assert together.index[b][real].tolist() == alone.index[0][alone.valid[0]].tolist() and int(real.sum()) == int(count[b])
+        torch.testing.assert_close(made[b][real], merged_rows(rows[b : b + 1, :tokens], alone)[0][alone.valid[0]])
+        joins = together.into[b] >= 0
+        weight = torch.zeros(made.shape[1]).index_add(0, together.into[b][joins], together.weights[b][joins])
+        torch.testing.assert_close(weight[weight > 0], torch.ones(int((weight > 0).sum())))
+    torch.testing.assert_close(made[1], rows[1, together.index[1]])  # nothing leaves, so nothing is merged
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"basis": 0}, "basis=0"), ({"ridge": 0.0}, "ridge=0.0"), ({"start": -1}, "start=-1"), ({"own_share": 1.0}, "own_share=1.0"),
+        ({"slots": "mine"}, "slots='mine'"), ({"cls_token": True, "positions": "compact"}, "cls_token=True"),
+    ],
+)  # fmt: skip
+def test_what_apet_refuses(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ApET(**{"keep": 0.5} | wrong)
+
+
+def test_tokens_that_are_all_one_are_approximated_exactly() -> None:
+    """A blank picture: the Gram matrix of the basis is singular however small its ridge is."""
+    for size in (1.0, 100.0, 1e4):
+        rows = size * torch.randn(2, 1, 33, generator=torch.Generator().manual_seed(1)).expand(2, 20, 33)
+        assert residual(rows, rows[:, :10], 1e-5).abs().max() <= 1e-2 * size
+        every = torch.ones(2, 20, dtype=torch.bool)
+        chosen = ApET(keep=0.5).t2v(shown(rows, every, torch.tensor([12, 12])))
+        assert chosen.valid.sum(1).tolist() == [12, 12] and merged_rows(rows, chosen).isfinite().all()
+
+
+# ---- sieve
+
+
+@many
+@given(samples=spans(), seed=seeds, exact=st.booleans())
+def test_discounted(samples: list[tuple[int, int]], seed: int, exact: bool) -> None:
+    rows, score, valid, count = drawn(samples, seed, exact)
+    chosen = discounted(cosine(rows, valid).square(), score, valid, count, int(count.max()))
+    for b, (tokens, wanted) in enumerate(samples):
+        expected = twins.discounted(rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted)
+        assert chosen[b].nonzero().flatten().tolist() == expected
+
+
+@many
+@given(samples=spans(), seed=seeds, words=st.integers(1, 6), heads=st.integers(1, 5), best=st.integers(1, 4))
+def test_sieve(samples: list[tuple[int, int]], seed: int, words: int, heads: int, best: int) -> None:
+    rows, _, valid, count = drawn(samples, seed, exact=False)
+    draw = torch.Generator().manual_seed(seed + 1)
+    scores, text = torch.rand(*valid.shape, heads, generator=draw), torch.randn(len(samples), words, 5, generator=draw)
+    said = torch.arange(words) < torch.randint(1, words + 1, (len(samples), 1), generator=draw)
+    view = replace(shown(rows, valid, count), scores=scores * valid[..., None], text=text, text_valid=said)
+    chosen = Sieve(schedule=((2, 0.5),), heads=best).t2v(view)
+    for b, (tokens, wanted) in enumerate(samples):
+        seen = text[b][said[b]].double().tolist()
+        expected = twins.sieved(rows[b, :tokens].double().tolist(), seen, scores[b, :tokens].double().tolist(), wanted, best, 0.75)
+        assert chosen[b].nonzero().flatten().tolist() == expected
+
+
+def test_what_the_text_says_already_leaves_first() -> None:
+    """Two words span a plane; with equal attention the tokens in it leave."""
+    text = torch.tensor([[[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 0]]])
+    rows = torch.tensor([[[2.0, 1, 0, 0], [0, 0, 1.0, 0], [1.0, 3, 0, 0], [0, 0, 0, 1.0]]])
+    every = torch.ones(1, 4, dtype=torch.bool)
+    view = TextView(every, torch.tensor([2]), counts=((4, 2),), rows=rows, text=text, text_valid=every[:, :3], scores=torch.ones(1, 4, 2))
+    assert Sieve(schedule=((2, 0.5),), energy=1.0).t2v(view).tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize("wrong, said", [({"heads": 0}, "heads=0"), ({"energy": 0.0}, "energy=0.0"), ({"energy": 1.5}, "energy=1.5")])
+def test_what_sieve_refuses(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Sieve(schedule=((2, 0.5),), **wrong)
+
+
+# ---- adsc
+
+
+@pytest.mark.parametrize("tokens, keep, kept", [(8, 4, [1, 3, 5, 7]), (9, 3, [2, 5, 8]), (7, 3, [2, 4, 6]), (5, 1, [4]), (4, 4, [0, 1, 2, 3])])
+def test_the_last_of_each_stride_stays(tokens: int, keep: int, kept: list[int]) -> None:
+    every = torch.ones(1, tokens, dtype=torch.bool)
+    view = TextView(every, torch.tensor([keep]), counts=((tokens, keep),))
+    assert Adsc(schedule=((2, 0.5),)).t2v(view)[0].nonzero().flatten().tolist() == kept
+
+
+def test_strides_halve_within_strides() -> None:
+    """The paper's halving: after two stages the last of every four."""
+    model, family = shared("llava"), FAMILIES["llava"]
+    with torch.no_grad(), duet_vlm.attach(model, "adsc", schedule=((2, 0.5), (4, 0.25))) as handle:
+        model(**family.inputs([ONE]))
+        (span,) = handle.trace[0]
+    assert span.span.tokens == 36
+    assert [stage.kept for stage in span.stages[-2:]] == [tuple(range(1, 36, 2)), tuple(range(3, 36, 4))]

@@ -126,9 +126,7 @@ def check_qwen(case: Case) -> None:
             compare_next(case, run, stage, layer, view, replace(method, probe="next"), prompt, done)
 
 
-def compare_next(
-    case: Case, run: str, stage: int, layer: int, view: TextView, method: Pio, prompt: Prompt, done: Stages
-) -> None:
+def compare_next(case: Case, run: str, stage: int, layer: int, view: TextView, method: Pio, prompt: Prompt, done: Stages) -> None:
     """The gradient at the rows that the released choice has left."""
     adapter, width = done.handle.adapter, done.watch.output[layer - 1].shape[1]
     position = done.watch.rotary[layer - 1]

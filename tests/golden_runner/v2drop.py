@@ -62,8 +62,8 @@ class QwenPrompt(Prompt):
         placeholder = weights["embed_tokens.weight"][image]
         assert not (embeds == placeholder).all(-1).any()
         made = Qwen2VLConfig(
-            text_config=text | {"vocab_size": len(weights["embed_tokens.weight"])}, vision_config=vision, image_token_id=image, video_token_id=image + 1,
-            vision_start_token_id=image + 2, vision_end_token_id=image + 3, tie_word_embeddings=False,
+            text_config=text | {"vocab_size": len(weights["embed_tokens.weight"])}, vision_config=vision,
+            image_token_id=image, video_token_id=image + 1, vision_start_token_id=image + 2, vision_end_token_id=image + 3, tie_word_embeddings=False,
         )  # fmt: skip
         self.model = Qwen2VLForConditionalGeneration(made).eval()
         self.model.set_attn_implementation(case.meta.get("attn") or config["attn"])

@@ -92,6 +92,35 @@ def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tens
     return _mask_of(order, count, valid)
 
 
+def farthest(rows: Tensor, valid: Tensor, steps: int, start: Tensor) -> Tensor:
+    """Farthest point sampling: from ``start`` [B] on, again and again the token farthest from the nearest chosen one (Euclidean).
+
+    rows [B, N, C], valid [B, N] -> the picks [B, steps] in their order; rows with fewer valid tokens repeat some.
+    """
+    rows, best = rows.float(), start[:, None]
+    nearest = torch.full_like(rows[..., 0], torch.inf).masked_fill(~valid, -torch.inf)
+    order = []
+    for _ in range(steps):
+        order.append(best)
+        away = torch.cdist(rows, take(rows, best), compute_mode="donot_use_mm_for_euclid_dist")[..., 0]
+        nearest = torch.minimum(nearest, away).scatter(1, best, -torch.inf)
+        best = nearest.argmax(1, keepdim=True)
+    return torch.cat(order, 1) if order else start.new_zeros(len(start), 0)
+
+
+def discounted(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+    """Again and again the token of the largest score, which takes of every other one's the share by which they are alike (SIEVE).
+
+    similarity [B, N, N] in [0, 1], score [B, N] not negative, valid [B, N], count [B] of which ``steps`` is the largest -> [B, N] bool.
+    """
+    score, order = score.masked_fill(~valid, -torch.inf), []
+    for _ in range(steps):
+        best = score.argmax(1, keepdim=True)
+        score = (score * (1 - take(similarity, best)[:, 0])).scatter(1, best, -torch.inf).masked_fill(score == -torch.inf, -torch.inf)
+        order.append(best)
+    return _mask_of(order, count, valid)
+
+
 def suppress(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int, threshold: float) -> Tensor:
     """Non-maximum suppression by falling score: a token is chosen unless one before it resembles it by ``threshold`` or more; where these are
     too few, the best of the suppressed fill up (PIO-FVLM, arXiv 2602.04657).
