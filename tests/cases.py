@@ -10,6 +10,7 @@ from families import FAMILIES, build, shared
 from torch import nn
 
 import duet_vlm
+from duet_vlm.methods.apet import ApET
 from duet_vlm.methods.cdpruner import CDPruner
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
@@ -34,6 +35,8 @@ from duet_vlm.methods.vscan import VScan
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
     "cdpruner": {"keep": 0.4},
+    "adsc": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
+    "apet": {"keep": 0.5, "schedule": ((4, 0.2),), "basis": 3},
     "dart": {"schedule": ((3, 0.4),), "visual_pivots": 2, "text_pivots": 2},
     "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
@@ -53,6 +56,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "hired": {"keep": 0.4},
     "holitom": {"keep": 0.4},
     "holov": {"keep": 0.4, "crops": 3},
+    "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "prumerge": {"keep": 0.3, "neighbours": 3},
     "prumerge_plus": {"keep": 0.3, "neighbours": 3},
     "prunesid": {"keep": 0.6},
@@ -60,6 +64,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
+    "sieve": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1)), "heads": 2},
     "tokencarve": {"schedule": ((3, 0.4),), "cache": "full"},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
@@ -82,6 +87,8 @@ BY_TEXT = tuple(filter(_by_text, REDUCING))
 # settings that keep every token, in as many ways as there are
 KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("none", {}),
+    ("apet", {"budget": 1.0}),
+    ("apet", {"keep": 1.0, "schedule": ()}),
     ("divprune", {"keep": 1.0}),
     ("divprune", {"budget": 1.0}),
     ("duet", {"dominant": 1.0, "contextual": 0, "schedule": ()}),
@@ -145,6 +152,7 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "holitom": HoliTom.official(0.4),
     "prunevid": PruneVid.official(0.4),
     "vidcom2": VidCom2.official(0.4),
+    "apet": ApET.official(9, 5, 4, basis=3),
 }
 
 

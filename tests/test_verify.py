@@ -21,7 +21,7 @@ import duet_vlm
 from duet_vlm import SpanPlan, TextView, VisionView
 from duet_vlm.budget import layer_counts
 from duet_vlm.flow import verify
-from duet_vlm.flow.verify import MESSAGES, Wrong, checked_mask, checked_plan, checked_selection, raise_if_wrong
+from duet_vlm.flow.verify import MESSAGES, Wrong, checked_mask, checked_plan, checked_rows, checked_selection, raise_if_wrong
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.visionzip import VisionZip
@@ -53,11 +53,16 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
         seen.append("v2v")
         return found
 
-    def t2v(self: Any, view: TextView) -> Tensor:
+    def t2v(self: Any, view: TextView) -> Any:
         made = type(reducer).t2v(self, view)
-        found, code = checked_mask(self, made, view.valid, view.keep)
-        assert int(code) == 0 and torch.equal(found, made)
         seen.append("t2v")
+        if isinstance(made, Selection):
+            found, code = checked_rows(self, made, view)
+            assert torch.equal(found.valid, made.valid) and torch.equal(found.into, made.into) and found.weights is made.weights
+        else:
+            found, code = checked_mask(self, made, view.valid, view.keep)
+            assert torch.equal(found, made)
+        assert int(code) == 0
         return found
 
     stages = {"v2v": v2v} if isinstance(reducer, EncoderReducer) else {}

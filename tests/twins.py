@@ -305,3 +305,111 @@ def query_rows(
         assert salient is not None
         return [i for i in rows if salient[i]]
     return rows
+
+
+def suppressed(rows: Matrix, score: Sequence[float], count: int, threshold: float) -> list[int]:
+    """Non-maximum suppression: first those that resemble none before them, then the best of the others."""
+    order = sorted(range(len(rows)), key=lambda i: (-score[i], i))
+    kept: list[int] = []
+    for i in order:
+        if len(kept) < count and not any(alike(rows[i], rows[j]) >= threshold for j in kept):
+            kept.append(i)
+    kept += [i for i in order if i not in kept][: count - len(kept)]
+    return sorted(kept)
+
+
+def apart(rows: Matrix, steps: int, start: int) -> list[int]:
+    """Farthest point sampling: each pick is the farthest from all before it."""
+    picks = [start]
+    while len(picks) < steps:
+        rest = [i for i in range(len(rows)) if i not in picks]
+        picks.append(max(rest, key=lambda i: (min(math.dist(rows[i], rows[j]) for j in picks), -i)))
+    return picks[:steps]
+
+
+def solved(table: list[list[float]], right: list[float]) -> list[float]:
+    """Gauss with pivots."""
+    rows = [[*row, value] for row, value in zip(table, right, strict=True)]
+    for i in range(len(rows)):
+        pivot = max(range(i, len(rows)), key=lambda r: abs(rows[r][i]))
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for r in range(len(rows)):
+            if r != i:
+                factor = rows[r][i] / rows[i][i]
+                rows[r] = [a - factor * b for a, b in zip(rows[r], rows[i], strict=True)]
+    return [row[-1] / row[i] for i, row in enumerate(rows)]
+
+
+def left_over(row: Sequence[float], basis: Matrix, ridge: float) -> list[float]:
+    """A row less the combination of the basis that is nearest to it, squared coefficients times ``ridge`` counted in."""
+    if not basis:
+        return list(row)
+    table = [[dot(a, b) + ridge * (i == j) for j, b in enumerate(basis)] for i, a in enumerate(basis)]
+    mix = solved(table, [dot(b, row) for b in basis])
+    return [x - sum(m * b[c] for m, b in zip(mix, basis, strict=True)) for c, x in enumerate(row)]
+
+
+def approximated(rows: Matrix, count: int, basis: int, ridge: float) -> tuple[list[int], dict[int, list[int]]]:
+    """Who stays, and who is averaged into whom: the basis and the largest errors stay, the rest joins what it resembles most of the latter."""
+    if count == len(rows):
+        return list(range(count)), {}
+    start = max(range(len(rows)), key=lambda i: (dot(rows[i], rows[i]), -i))
+    spread = apart(rows, min(basis, count - 1), start)
+    error = {i: math.hypot(*left_over(rows[i], [rows[b] for b in spread], ridge)) for i in range(len(rows)) if i not in spread}
+    main = sorted(error, key=lambda i: (-error[i], i))[: count - len(spread)]
+    joined: dict[int, list[int]] = {}
+    for i in sorted(set(error) - set(main)):
+        joined.setdefault(max(main, key=lambda m: (alike(rows[i], rows[m]), -m)), []).append(i)
+    return sorted(main + spread), joined
+
+
+def alike(a: Sequence[float], b: Sequence[float]) -> float:
+    """Cosine; 0 for rows of zeros."""
+    lengths = math.hypot(*a) * math.hypot(*b)
+    return dot(a, b) / lengths if lengths else 0.0
+
+
+def discounted(rows: Matrix, score: Sequence[float], count: int) -> list[int]:
+    """The largest score, which takes of all others the square of their cosine with it; and again."""
+    left, kept = dict(enumerate(score)), []
+    while len(kept) < count:
+        best = max(left, key=lambda i: (left[i], -i))
+        kept.append(best)
+        del left[best]
+        left = {i: x * (1 - alike(rows[i], rows[best]) ** 2) for i, x in left.items()}
+    return sorted(kept)
+
+
+def sieved(rows: Matrix, text: Matrix, scores: Matrix, count: int, heads: int, energy: float) -> list[int]:
+    """Attention of the heads that look most, squared, times the squared share that text cannot say, discounted by likeness of what is left."""
+    middle = [sum(column) / len(text) for column in zip(*text, strict=True)]
+    words, seen = ([[x - m for x, m in zip(row, middle, strict=True)] for row in table] for table in (text, rows))
+    values = sorted((max(0.0, x) for x in eigenvalues([[dot(a, b) for b in words] for a in words])), reverse=True)
+    reached, largest = 0.0, 0.0
+    for largest in values:
+        reached += largest
+        if reached >= energy * sum(values) * (1 - 1e-9):
+            break
+    rest = [left_over(row, words, largest + 1e-6) for row in seen]
+    share = [math.hypot(*r) / math.hypot(*row) for r, row in zip(rest, seen, strict=True)]
+    mass = [sum(column) for column in zip(*scores, strict=True)]
+    looking = sorted(range(len(mass)), key=lambda h: (-mass[h], h))[:heads]
+    attention = [sum(row[h] for h in looking) for row in scores]
+    return discounted(rest, [(a * s) ** 2 for a, s in zip(attention, share, strict=True)], count)
+
+
+def eigenvalues(table: list[list[float]]) -> list[float]:
+    """Of a symmetric matrix, by Jacobi rotations."""
+    rows, n = [row[:] for row in table], len(table)
+    for _ in range(60):
+        for p in range(n):
+            for q in range(p + 1, n):
+                if abs(rows[p][q]) < 1e-15:
+                    continue
+                angle = 0.5 * math.atan2(2 * rows[p][q], rows[q][q] - rows[p][p])
+                c, s = math.cos(angle), math.sin(angle)
+                for k in range(n):
+                    rows[k][p], rows[k][q] = c * rows[k][p] - s * rows[k][q], s * rows[k][p] + c * rows[k][q]
+                for k in range(n):
+                    rows[p][k], rows[q][k] = c * rows[p][k] - s * rows[q][k], s * rows[p][k] + c * rows[q][k]
+    return [rows[i][i] for i in range(n)]

@@ -49,6 +49,7 @@ QUERIES = 256  # rows of a picture that rank its tokens where the tower has no C
 HEADS = ("each", "one")
 CACHES = ("full", "cut")
 SCORE_POSITIONS = ("as_is", "divided")
+PROBES = ("next", "last")
 NEEDS = ("rows", "before", "text", "keys", "slots", "among", "gradient")
 ROUNDINGS = ("floor", "int", "round")
 
@@ -283,6 +284,9 @@ class DecoderReducer(Reducer):
     cache : str
         "full": every layer goes on with the keys and values of all that it read. "cut": once the prompt is read, those of visual tokens that did
         not reach the last layer leave the caches of earlier ones, too.
+    probe : str
+        What a gradient goes through: the "next" layer, the last norm and the head; or the "last" layer once more, with the input embeddings in place
+        of the head (released Qwen2.5-VL code of PIO-FVLM).
     """
 
     uses_text: ClassVar[bool] = True
@@ -299,6 +303,7 @@ class DecoderReducer(Reducer):
     share: str = "joint"
     score_positions: str = "as_is"
     cache: str = "full"
+    probe: str = "next"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -310,6 +315,7 @@ class DecoderReducer(Reducer):
         check_choice("share", self.share, SHARES)
         check_choice("score_positions", self.score_positions, SCORE_POSITIONS)
         check_choice("cache", self.cache, CACHES)
+        check_choice("probe", self.probe, PROBES)
 
     @classmethod
     def asks(cls) -> bool:

@@ -44,35 +44,37 @@ def check(case: Case) -> None:
 
 
 class QwenPrompt(Prompt):
-    """Recorded embeddings and M-RoPE positions as a call of a Qwen2-VL."""
+    """Recorded embeddings and M-RoPE positions as a call of a Qwen2-VL; placeholders are two ids more, or (``within``) two of the vocabulary."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, within: bool = False) -> None:
         start, count = case.meta["image_start"], case.meta["image_tokens"]
         config = dict(case.config)
         weights = case.weights()
         self.table = weights["embed_tokens.weight"]
+        embeds = case.given("inputs_embeds").clone()
         special = torch.full_like(self.table[:2], 3.0)
         special[1] = 4.0
-        weights["embed_tokens.weight"] = torch.cat([self.table, special])
-        text = {k: v for k, v in config.items() if k not in ("mrope_section", "qkv_bias", "vocab_size", "rope_theta")}
+        weights["embed_tokens.weight"] = self.table if within else torch.cat([self.table, special])
+        text = {k: v for k, v in config.items() if k not in ("mrope_section", "qkv_bias", "vocab_size", "rope_theta", "attn")}
         text["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"], "mrope_section": config["mrope_section"]}
         vision = dict(depth=1, embed_dim=8, num_heads=1, hidden_size=config["hidden_size"], mlp_ratio=1, patch_size=14)
-        image = len(self.table)
+        image = 0 if within else len(self.table)
+        placeholder = weights["embed_tokens.weight"][image]
+        assert not (embeds == placeholder).all(-1).any()
         made = Qwen2VLConfig(
-            text_config=text | {"vocab_size": image + 2}, vision_config=vision, image_token_id=image, video_token_id=image + 1,
-            vision_start_token_id=image + 2, vision_end_token_id=image + 3, tie_word_embeddings=False,
+            text_config=text | {"vocab_size": len(weights["embed_tokens.weight"])}, vision_config=vision,
+            image_token_id=image, video_token_id=image + 1, vision_start_token_id=image + 2, vision_end_token_id=image + 3, tie_word_embeddings=False,
         )  # fmt: skip
         self.model = Qwen2VLForConditionalGeneration(made).eval()
-        self.model.set_attn_implementation(case.meta["attn"])
+        self.model.set_attn_implementation(case.meta.get("attn") or config["attn"])
         load(self.model, renamed(weights, {name: f"model.language_model.{name}" for name in ("embed_tokens.", "layers.", "norm.")}))
         self.text_model, self.own_head = self.model.model.language_model, False
-        embeds = case.given("inputs_embeds").clone()
         self.starts = [start]
         self.visual = torch.zeros(embeds.shape[:2], dtype=torch.bool)
         self.visual[:, start : start + count] = True
         self.features = [embeds[0][self.visual[0]]]
-        self.embeds = embeds.masked_scatter(self.visual[..., None], torch.full_like(embeds, 3.0))
-        self.mask, self.positions = None, case.given("position_ids")[:, None]
+        self.embeds = embeds.masked_scatter(self.visual[..., None], placeholder.expand_as(embeds))
+        self.mask, self.positions = None, case.given("position_ids").view(3, 1, -1)
 
     def __call__(self, **kwargs: Any) -> Any:
         encoded = {"image": BaseModelOutputWithPooling(pooler_output=list(self.features))}

@@ -191,11 +191,20 @@ class PrefillPass:
         if "before" in reducer.needs:
             made["before"] = self.earlier[index].to(hidden.device)
         if "gradient" in reducer.needs:
-            group = self.run.group(index - 1) if index else self.run.groups[0]
-            given = kwargs | self._for(group, index, hidden, kwargs) | {"past_key_values": None, "use_cache": False}
-            made["gradient"] = prediction_gradient(self.adapter, layer, hidden, tokens.valid, given, reducer.name)
+            made["gradient"] = self._gradient(index, layer, hidden, kwargs, tokens)
         with torch.no_grad():
             return choose(self.run, self.ranking, index, tokens, made)
+
+    def _gradient(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any], tokens: TokenMap) -> Tensor:
+        """Of a prediction made through the method's probe, by the rows in front of ``layer``."""
+        reducer = self.reducer
+        assert isinstance(reducer, DecoderReducer)
+        again = reducer.probe == "last" and index > 0
+        at = index - 1 if again else index
+        through = self.adapter.layers[at] if again else layer
+        group = self.run.group(index - 1) if index else self.run.groups[0]
+        given = kwargs | self._for(group, at, hidden, kwargs) | {"past_key_values": None, "use_cache": False}
+        return prediction_gradient(self.adapter, through, hidden, tokens.valid, given, reducer.name, reducer.probe == "last")
 
 
 def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict[int, int]:

@@ -15,31 +15,33 @@ ROWS = 4  # rows that are predicted from: those before the last one
 LIFTED = 1000.0  # the loss in half precision, where small gradients vanish
 
 
-def prediction_gradient(adapter: Adapter, layer: nn.Module, hidden: Tensor, valid: Tensor, kwargs: dict[str, Any], name: str) -> Tensor:
+def prediction_gradient(
+    adapter: Adapter, layer: nn.Module, hidden: Tensor, valid: Tensor, kwargs: dict[str, Any], name: str, by_embeddings: bool = False
+) -> Tensor:
     """d loss / d ``hidden`` [B, T, D] float32, where the loss is the cross entropy of what each sample would predict after ``layer``, the last norm
     and the head, against its own likeliest tokens: the mean over the ``ROWS`` real rows before its last (PIO-FVLM, arXiv 2602.04657).
 
-    ``valid`` [B, T] bool; ``kwargs`` are what ``layer`` is called with, cache excluded. Parameters get no gradient.
+    ``valid`` [B, T] bool; ``kwargs`` are what ``layer`` is called with, cache excluded; ``by_embeddings``: the input embeddings are the head.
+    Parameters get no gradient.
 
     Raises
     ------
     ValueError
-        In training, under ``torch.inference_mode``, and where the layer's kernels have no gradient; naming the method ``name``.
+        In training, under ``torch.inference_mode``, without a head, and where the layer's kernels have no gradient; naming the method ``name``.
     """
     if hidden.requires_grad:
         raise ValueError(f"{name} takes a gradient of its own and cannot be trained through: run the model under torch.no_grad()")
-    if torch.is_inference_mode_enabled():
+    if torch.is_inference_mode_enabled() or hidden.is_inference():
         raise ValueError(f"{name} needs a gradient, which torch.inference_mode() forbids: use torch.no_grad(), or a method without gradient")
-    head, norm = adapter.model.get_output_embeddings(), adapter.text_model.norm
+    if adapter.model.get_output_embeddings() is None:
+        raise ValueError(f"{name} predicts with the model's head, and {type(adapter.model).__name__} has none: attach to the model that generates")
     lift = LIFTED if hidden.dtype == torch.float16 else 1.0
     with torch.enable_grad():
         rows = hidden.detach().requires_grad_()
         try:
-            after = layer.forward(rows, **kwargs)
+            after = layer.forward(rows.view_as(rows), **kwargs)  # counters of work hook the inputs of modules, which leaves refuse
             after = take(after[0] if isinstance(after, tuple) else after, _before_last(valid.to(hidden.device)))
-            for module in (norm, head):
-                after = module.forward(after.to(layer_device(module, after)))
-            logits = after.float().flatten(0, 1)
+            logits = _predicted(adapter, after, by_embeddings).float().flatten(0, 1)
             loss = nn.functional.cross_entropy(logits, logits.argmax(-1), reduction="sum") / ROWS
             (gradient,) = torch.autograd.grad(loss * lift, rows)
         except (RuntimeError, NotImplementedError) as error:
@@ -49,6 +51,16 @@ def prediction_gradient(adapter: Adapter, layer: nn.Module, hidden: Tensor, vali
                 f"{name} needs a gradient through {type(layer).__name__}, which this model's kernels do not give ({error}): use a method without"
             ) from error
     return gradient.float() / lift
+
+
+def _predicted(adapter: Adapter, rows: Tensor, by_embeddings: bool) -> Tensor:
+    """Logits [B, n, vocabulary] of rows behind a layer [B, n, D]; the modules' own code, without hooks."""
+    norm, head = adapter.text_model.norm, adapter.model.get_output_embeddings()
+    rows = norm.forward(rows.to(layer_device(norm, rows)))
+    if by_embeddings:
+        table = adapter.model.get_input_embeddings().weight
+        return nn.functional.linear(rows.to(table.device), table)
+    return head.forward(rows.to(layer_device(head, rows)))
 
 
 def _before_last(valid: Tensor) -> Tensor:

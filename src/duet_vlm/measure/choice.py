@@ -153,7 +153,7 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
         if "among" in reducer.needs:
             total += 2 * before * shape.hidden * shape.query_width + 2 * before * rows[layer] * shape.wide
         if "gradient" in reducer.needs:
-            total += probe_flops(shape, rows[layer], layer, PREDICTED)
+            total += probe_flops(shape, rows[layer], layer - (reducer.probe == "last"), PREDICTED)
     return total
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 MIB = 2**20
 
@@ -22,6 +22,10 @@ def _sdpa(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, *
     return sdpa_flop_count(query, key, value)
 
 
+def _sdpa_backward(gradient: Any, query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
 def _grouped(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """[rows, in] x [experts, in, out], each row through one expert."""
     return 2 * rows[0] * rows[1] * weights[-1]
@@ -29,7 +33,8 @@ def _grouped(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwarg
 
 def _unknown_to_torch() -> dict[Any, Any]:
     aten = torch.ops.aten
-    known = {"_scaled_dot_product_flash_attention_for_cpu": _sdpa, "_grouped_mm": _grouped}
+    fused = "_scaled_dot_product_flash_attention_for_cpu"
+    known = {fused: _sdpa, f"{fused}_backward": _sdpa_backward, "_grouped_mm": _grouped}
     return {getattr(aten, name): count for name, count in known.items() if hasattr(aten, name)}
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import take
+from duet_vlm.ops.select import ranking, ranks
 
 RANK = 1e-6  # of its own entry of a kernel: what rounding leaves of a token that is explained wholly
 
@@ -131,6 +132,55 @@ def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> T
         parts[:, step] = new = torch.where(size > least, new, 0.0)
         left = (left - new.square()).clamp(min=0)
         left = torch.where(left > floor, left, 0.0)
+    return _mask_of(order, count, valid)
+
+
+def farthest(rows: Tensor, valid: Tensor, steps: int, start: Tensor) -> Tensor:
+    """Farthest point sampling: from ``start`` [B] on, again and again the token farthest from the nearest chosen one (Euclidean).
+
+    rows [B, N, C], valid [B, N] -> the picks [B, steps] in their order; rows with fewer valid tokens repeat some.
+    """
+    rows, best = rows.float(), start[:, None]
+    nearest = torch.full_like(rows[..., 0], torch.inf).masked_fill(~valid, -torch.inf)
+    order = []
+    for _ in range(steps):
+        order.append(best)
+        away = torch.cdist(rows, take(rows, best), compute_mode="donot_use_mm_for_euclid_dist")[..., 0]
+        nearest = torch.minimum(nearest, away).scatter(1, best, -torch.inf)
+        best = nearest.argmax(1, keepdim=True)
+    return torch.cat(order, 1) if order else start.new_zeros(len(start), 0)
+
+
+def discounted(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+    """Again and again the token of the largest score, which takes of every other one's the share by which they are alike (SIEVE).
+
+    similarity [B, N, N] in [0, 1], score [B, N] not negative, valid [B, N], count [B] of which ``steps`` is the largest -> [B, N] bool.
+    """
+    score, order = score.masked_fill(~valid, -torch.inf), []
+    for _ in range(steps):
+        best = score.argmax(1, keepdim=True)
+        score = (score * (1 - take(similarity, best)[:, 0])).scatter(1, best, -torch.inf).masked_fill(score == -torch.inf, -torch.inf)
+        order.append(best)
+    return _mask_of(order, count, valid)
+
+
+def suppress(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int, threshold: float) -> Tensor:
+    """Non-maximum suppression by falling score: a token is chosen unless one before it resembles it by ``threshold`` or more; where these are
+    too few, the best of the suppressed fill up (PIO-FVLM, arXiv 2602.04657).
+
+    similarity [B, N, N], score [B, N], valid [B, N], count [B] of which ``steps`` is the largest -> the chosen tokens [B, N] bool.
+    """
+    tokens = score.shape[1]
+    turn = ranks(ranking(score, valid)) + 2 * tokens * ~valid  # who comes next: the free, the suppressed, then nobody
+    free = valid.clone()
+    order = []
+    for _ in range(steps):
+        best = turn.argmin(1, keepdim=True)
+        near = (take(similarity, best)[:, 0] >= threshold) & free
+        turn = turn + tokens * near
+        free = (free & ~near).scatter(1, best, False)
+        turn = turn.scatter(1, best, 4 * tokens)
+        order.append(best)
     return _mask_of(order, count, valid)
 
 

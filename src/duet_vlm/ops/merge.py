@@ -112,6 +112,20 @@ def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tens
     return torch.where(joined, (table @ features.float()).to(rows.dtype), rows)
 
 
+def row_numbers(index: Tensor, valid: Tensor, tokens: int) -> Tensor:
+    """Which output row stands at each token: index [B, K] of ``tokens`` of which valid [B, K] -> [B, N], 0 where none does."""
+    number = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    spare = index.new_zeros(len(index), tokens + 1)
+    return spare.scatter(1, index.masked_fill(~valid, tokens), number)[:, :tokens]
+
+
+def shares(into: Tensor, rows: int) -> Tensor:
+    """What each member weighs in a plain mean of all that join its row: into [B, P] below ``rows``, -1 for none -> [B, P] float32."""
+    into = into.masked_fill(into < 0, rows)
+    one = torch.ones_like(into, dtype=torch.float32)
+    return 1 / one.new_zeros(len(into), rows + 1).scatter_add(1, into, one).gather(1, into)
+
+
 def matched(metric: Tensor, valid: Tensor, protected: int = 0) -> tuple[Tensor, Tensor]:
     """Bipartite soft matching (ToMe, arXiv 2210.09461): every row at an even place and the row at an odd place that it resembles most.
 

@@ -1,0 +1,150 @@
+"""ApET: keep the visual tokens that a few others cannot approximate, before the decoder and once inside it; merge the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from duet_vlm.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.ops.greedy import farthest
+from duet_vlm.ops.information import residual
+from duet_vlm.ops.merge import nearest_anchor, row_numbers, shares
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.select import ranking, ranks
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, check_choice, scheduled, whole
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+SLOTS = ("own", "released", "behind")
+
+
+@register("apet")
+@dataclass(frozen=True)
+class ApET(EncoderReducer, DecoderReducer):
+    """ApET (CVPR 2026, arXiv 2602.19870): what a few tokens spread over all of them explain well need not stay.
+
+    ``basis`` tokens are taken by farthest point sampling. Combinations of them approximate the others (least squares); those with the largest
+    error stay beside the basis, and every other one is averaged into the one of these that it resembles most (cosine). This is done to the vision
+    features, and again to hidden states inside the decoder.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Rows that enter per span, basis included, or a fraction of its tokens. Left out with ``schedule`` given: all.
+    schedule : ((layer, keep), ...), optional
+        Drops inside the decoder. Default: a third from half of the depth on. ``()``: none.
+    basis : int
+        Basis tokens, at least 1; always fewer than stay.
+    ridge : float
+        Weight of the squared coefficients in the approximation, above 0.
+    slots : str
+        "own": basis rows stand at their own places, unmerged. "released": they stand in for the ``basis`` tokens that came in last by error (in
+        raster order before the decoder, by falling error inside), and are merged like all that leave. "behind": they follow the others, which
+        come by falling error, and are merged as well (released Video-LLaVA code).
+    own_share : float
+        With "released", the share of a slot's own row in it, in [0, 1).
+    start : int, optional
+        Token that the sampling starts from (released: a random one); left out, the one of largest norm.
+
+    Cost: ``basis`` passes over the rows, cosines of all with those that stay. Usable in training (the choice carries no gradient). Differences
+    from the authors' code (MaQianKun0/ApET): above; any batch, place and size of images; no rounding to half precision on the way.
+    """
+
+    paper = "ApET, CVPR 2026, arXiv 2602.19870"
+    summary = "keep what a few basis tokens approximate worst and merge the rest, before the decoder and once inside it"
+    uses_text = False
+    needs = frozenset({"rows"})
+    merges = True
+
+    keep: Keep | None = None
+    schedule: Schedule | None = None
+    basis: int = 10
+    ridge: float = 1e-5
+    slots: str = "own"
+    own_share: float = 0.0
+    start: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("slots", self.slots, SLOTS)
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        if self.basis < 1 or self.ridge <= 0 or (self.start or 0) < 0 or not 0 <= self.own_share < 1:
+            found = f"basis={self.basis}, ridge={self.ridge}, start={self.start}, own_share={self.own_share}"
+            raise ValueError(f"{found}: at least 1 basis token, a ridge above 0, no negative start, and a share in [0, 1)")
+        if self.cls_token:
+            raise ValueError("cls_token=True cannot work with apet: the CLS row would be approximated like any other")
+
+    @classmethod
+    def official(cls, keep: Keep = 192, inside: int = 64, layer: int = 16, **fields: Any) -> ApET:
+        """The released LLaVA code: ``keep`` rows enter, ``inside`` go on before ``layer``; renumbered positions."""
+        released: dict[str, Any] = {"slots": "released", "positions": "compact", "parts": "each", "keep_predicting": False}
+        return cls(**{"keep": keep, "schedule": ((layer, inside),)} | released | fields)
+
+    @classmethod
+    def official_qwen(cls, keep: Keep = 0.3, **fields: Any) -> ApET:
+        """The released Qwen2.5-VL code, whose drop inside the decoder (with ``ridge=0.1``) is there but never called."""
+        return cls(**{"keep": keep, "schedule": (), "slots": "released", "own_share": 0.5, "keep_predicting": False} | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        check_budget_or_fields(self, budget, self.keep is not None or self.schedule is not None, "keep=, schedule=")
+        stages: Schedule = ((depth // 2, 1 / 3),)
+        if budget is None:
+            entry = tokens if self.keep is None else min(max(1, count_of(self.keep, tokens)), tokens)
+            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, stages if self.schedule is None else self.schedule))
+        target = target_mean(budget, tokens)
+        return whole(tokens, depth) if target >= tokens else scheduled(self, stages, tokens, depth, target)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.features is not None  # promised by ``reads_features``
+        return self._reduced(view.features, view.valid, view.dominant, max(plan.dominant for plan in view.plans), in_order=True)
+
+    def t2v(self, view: TextView) -> Selection:
+        assert view.rows is not None  # promised by ``needs``
+        return self._reduced(view.rows, view.valid, view.keep, max(stay for _, stay in view.counts), in_order=False)
+
+    def errors(self, rows: Tensor, valid: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Basis tokens [B, M] by turn, which of them count [B, M], and each token's error of approximation [B, N]."""
+        rows, alive = rows.float(), valid.sum(1)
+        start = rows.norm(dim=-1).masked_fill(~valid, -1).argmax(1) if self.start is None else (alive - 1).clamp(0, self.start)
+        basis = farthest(rows, valid, min(self.basis, max(most - 1, 0)), start)
+        used = torch.where(count < alive, (count - 1).clamp(0, self.basis), 0)
+        real = torch.arange(basis.shape[1], device=basis.device) < used[:, None]
+        return basis, real, residual(rows, take(rows, basis) * real[..., None], self.ridge).norm(dim=-1)
+
+    def _reduced(self, rows: Tensor, valid: Tensor, count: Tensor, most: int, in_order: bool) -> Selection:
+        basis, real, error = self.errors(rows, valid, count, most)
+        chosen = torch.zeros_like(valid).scatter_reduce(1, basis, real, "amax")
+        order = ranking(error, valid & ~chosen if self.slots == "own" else valid)
+        place, first = ranks(order), (count - real.sum(1))[:, None]  # so many stay for their error
+        main = valid & (place < first)
+        others = valid & (place < count[:, None]) & ~main if self.slots == "released" else chosen  # where the basis rows will stand
+        index, stands = pack_right(main | others, most)
+        if self.slots == "behind":
+            turn = torch.arange(most, device=order.device).expand_as(index)
+            index = torch.where(turn < first, order[:, :most], pad(basis, (0, 1)).gather(1, (turn - first).clamp(0, basis.shape[1])))
+        number = row_numbers(index, stands, valid.shape[1])
+        anchors, alive = pack_right(main, most)
+        tokens = torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
+        nearest = number.gather(1, anchors.gather(1, nearest_anchor(rows, tokens, anchors, alive)))
+        stays = main if self.slots == "behind" else main | others
+        into = nearest.masked_fill(~valid | stays | ~alive.any(1, keepdim=True), -1)
+        if self.slots == "own":
+            return Selection(index, stands, tokens, into)
+        into = torch.where(main, number, into)
+        share = shares(into, most)
+        if self.slots == "behind":
+            return Selection(index, stands, tokens, into, weights=share)
+        spare = valid.shape[1] - 1
+        slot = order.gather(1, (first + torch.arange(basis.shape[1], device=order.device)).clamp(max=spare))
+        slot = slot.masked_fill(~real, spare + 1).sort(dim=1).values.clamp(max=spare) if in_order else slot
+        row = number.gather(1, slot).masked_fill(~real, -1)
+        taken, left = (torch.full_like(row, x, dtype=share.dtype) for x in (1 - self.own_share, self.own_share))
+        members, into = torch.cat([tokens, basis, slot], 1), torch.cat([into, row, row], 1)
+        return Selection(index, stands, members, into, weights=torch.cat([share, taken, left], 1))

@@ -1,0 +1,73 @@
+"""PIO-FVLM: inside the decoder, keep the visual tokens that the model's own prediction depends on most, without their doubles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from duet_vlm.budget import Schedule
+from duet_vlm.ops.greedy import cosine, suppress
+from duet_vlm.reducer import TextView
+from duet_vlm.registry import register
+from duet_vlm.stages import StagedReducer
+
+
+@register("pio")
+@dataclass(frozen=True)
+class Pio(StagedReducer):
+    """PIO-FVLM, later called TRIO (arXiv 2602.04657): how much would the model's prediction change, were a visual token another one?
+
+    At each stage the next layer, the last norm and the head predict from the four rows before the prompt's last one. The gradient of the cross
+    entropy against the likeliest tokens is taken by the hidden states that the layer reads; a token's saliency is the length of its gradient. By
+    falling saliency each token stays that resembles none before it (cosine below ``tau``); if these are too few, the best of the others fill up.
+
+    Parameters beyond ``StagedReducer`` (its stages are before layers 1, 10 and 15 of 32, and keep 38 %, 22 % and 9 %)
+    ----------
+    tau : float
+        Cosine from which two tokens are doubles, in [-1, 1]; 1 takes out exact doubles only.
+
+    Cost: a forward and a backward through one layer per stage, the head on four rows, and cosines of all pairs of visual tokens. The layer's
+    activations are held for the backward. No attention maps; parameters get no gradient. Inference only, and not under ``torch.inference_mode``;
+    quantised kernels must have a backward.
+
+    Differences from the authors' code (ocy1/TRIO): kept positions, padded batches, any image place; a stage of 0 drops all (released: nothing);
+    the probe is causal under every attention implementation. ``Pio.official`` and ``Pio.official_qwen`` restore counts and positions, the
+    latter also the released probe of its file.
+    """
+
+    paper = "PIO-FVLM (TRIO), arXiv 2602.04657"
+    summary = "drop in stages inside the decoder: keep what the gradient of the model's own prediction is largest for, without doubles"
+    stages: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
+    uses_text = False
+    needs = frozenset({"rows", "gradient"})
+
+    tau: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not -1 <= self.tau <= 1:
+            raise ValueError(f"tau={self.tau}: a cosine, in [-1, 1]")
+
+    @classmethod
+    def official(cls, layers: Sequence[int] = (1, 10, 15), counts: Sequence[int] = (218, 128, 54), **fields: Any) -> Pio:
+        """The released LLaVA code: after ``layers`` layers ``counts`` tokens stay; a count of 0 leaves its stage out. Renumbered positions."""
+        schedule = tuple((layer, count) for layer, count in zip(layers, counts, strict=True) if count)
+        released: dict[str, Any] = {"schedule": schedule, "positions": "compact", "keep_predicting": False}
+        return cls(**released | fields)
+
+    @classmethod
+    def official_qwen(cls, layers: Sequence[int] = (1, 8, 14), ratios: Sequence[float] = (0.38, 0.59, 0.42), **fields: Any) -> Pio:
+        """The released Qwen2.5-VL code: ``ratios`` of what is there, truncated; the probe is the layer that has just run, once more, and the input
+        embeddings are the head. The ratios are not published: those of the LLaVA stages."""
+        schedule = tuple(zip(layers, ratios, strict=True))
+        released: dict[str, Any] = {"relative": "current", "rounding": "int", "probe": "last", "keep_predicting": False}
+        return cls(**{"schedule": schedule} | released | fields)
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.rows is not None and view.gradient is not None  # promised by ``needs``
+        saliency = view.gradient.norm(dim=-1)
+        most = max(stay for _, stay in view.counts)
+        return suppress(cosine(view.rows, view.valid), saliency, view.valid, view.keep, most, self.tau)
