@@ -17,6 +17,7 @@ from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.methods.prumerge_plus import PruMergePlus
 from duet_vlm.methods.pyramiddrop import PyramidDrop
+from duet_vlm.methods.sparsevlm import SparseVLM
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.methods.vispruner import VisPruner
@@ -41,6 +42,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
+    "sparsevlm": {"schedule": ((2, 0.6), (3, 0.5), (5, 0.3))},
     "tokencarve": {"schedule": ((3, 0.4),), "cache": "full"},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
@@ -99,6 +101,7 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "vispruner": VisPruner.official(9, 0.4),
     "prumerge": PruMerge.official(4, neighbours=3),
     "prumerge_plus": PruMergePlus.official(0.25, neighbours=3),
+    "sparsevlm": SparseVLM.official(version="2.0", schedule=((2, 8), (3, 3))),
     "tome": ToMe.official(6),
 }
 

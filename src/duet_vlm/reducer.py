@@ -296,6 +296,10 @@ class DecoderReducer(Reducer):
         that its paper uses."""
         return self
 
+    def asked(self, depth: int) -> frozenset[int]:
+        """Layers in front of which it is asked (``t2v``) even where its plan lets nobody leave there: to reorder, or to look."""
+        return frozenset()
+
     @abstractmethod
     def t2v(self, view: TextView) -> Tensor | Selection:
         """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``. Or, where others are merged into these, a
