@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, dart, e2e, fastv, greedy, prumerge, qwen, sparsevlm, t2v, tokencarve, tome, towers, v2drop, v2v
+from golden_runner import anyres, dart, e2e, fastv, fitprune, greedy, prumerge, qwen, sparsevlm, t2v, tokencarve, tome, towers, v2drop, v2v
 from golden_runner.case import Case
 
 KINDS = {
@@ -28,6 +28,7 @@ KINDS = {
     "LLaVA-PruMerge / PruMerge+": prumerge.check,
     "ToMe bipartite soft matching": tome.check_matching,
     "DART": dart.check,
+    "FitPrune": fitprune.check,
     "SparseVLM": sparsevlm.check,
     "TokenCarve": tokencarve.check,
     "V2Drop (LLaVA)": v2drop.check,

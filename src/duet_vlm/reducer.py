@@ -30,6 +30,7 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
+from duet_vlm.calibration import Calibration
 from duet_vlm.settings import declared
 from duet_vlm.tokens import Selection
 
@@ -280,6 +281,10 @@ class DecoderReducer(Reducer):
         check_choice("share", self.share, SHARES)
         check_choice("score_positions", self.score_positions, SCORE_POSITIONS)
         check_choice("cache", self.cache, CACHES)
+
+    def calibration(self) -> Calibration | None:
+        """What it was told about a model by a file, which must then be the model that it is attached to."""
+        return None
 
     @classmethod
     def asks(cls) -> bool:
