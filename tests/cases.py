@@ -24,12 +24,14 @@ from duet_vlm.methods.vispruner import VisPruner
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
+    "d2pruner": {"schedule": ((3, 0.4),), "semantic": 0.5},
     "dart": {"schedule": ((3, 0.4),), "visual_pivots": 2, "text_pivots": 2},
     "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "fastervlm": {"keep": 0.4},
     "fastv": {"layers": 2, "keep": 0.4},
+    "fitprune": {"schedule": ((1, 0.9), (2, 0.7), (3, 0.6), (5, 0.4), (7, 0.2))},
     "frames": {"keep": 0.4},
     "frames+visionzip+pyramiddrop": {
         "frames_keep": 0.7,

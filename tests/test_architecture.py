@@ -34,12 +34,14 @@ ARROWS = {
     "measure": {"budget", "reducer", "settings", "spelling", "tokens", "tower"},
     "memory": {"budget", "reducer", "settings"},
     "models": {"hooks", "measure", "ops", "tokens"},
-    "methods": {"budget", "calibration", "ops", "reducer", "registry", "stages", "tokens", "tower"},
+    "observer": {"budget", "reducer"},
+    "methods": {"budget", "calibration", "observer", "ops", "reducer", "registry", "stages", "tokens", "tower"},
     "presets": {"budget", "methods", "reducer", "spelling"},
     "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower"},
     "accounts": {"flow", "measure", "models", "reducer", "tokens"},
     "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "checks", "handle", "memory", "methods", "models", "reducer"},
+    "calibrating": {"attach", "calibration", "checks", "methods", "observer", "registry"},
     "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens", "tower"},
 }
 # the users of the library see it as anyone outside does
@@ -51,8 +53,8 @@ USERS = {
     "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "spelling", "tiny", "tokens", "train",
-        "video", "viz",
+        "bench", "budget", "calibrating", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "spelling", "tiny", "tokens",
+        "train", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

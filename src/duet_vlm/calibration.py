@@ -17,7 +17,8 @@ FORMAT = 1
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """``data`` (plain values, or tensors by name) made by ``method`` for a model with the facts ``model`` (family, layers, hidden, heads)."""
+    """``data`` (plain values, or tensors by name) made by ``method`` for a model with the facts ``model``: family, layers, hidden, heads, tokens
+    of an image."""
 
     method: str
     model: dict[str, Any]

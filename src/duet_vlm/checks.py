@@ -72,7 +72,7 @@ def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], p
 def facts(adapter: Adapter) -> dict[str, Any]:
     """What a calibration must share with the model that it is used on."""
     shape = adapter.decoder_shape()
-    return {"family": adapter.family, "layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads}
+    return {"family": adapter.family, "layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "tokens": adapter.fixed_tokens}
 
 
 def _check_counts(tokens: int, reducer: Reducer) -> None:

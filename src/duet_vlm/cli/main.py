@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import bench, budget, demo, drop_curve, eval, methods, models, presets, report, run, train, viz
+from duet_vlm.cli import bench, budget, calibrate, demo, drop_curve, eval, methods, models, presets, report, run, train, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -21,6 +21,7 @@ app.command("run")(run.run)
 app.command("eval")(eval.evaluate)
 app.command("drop-curve")(drop_curve.drop_curve)
 app.command("report")(report.report)
+app.command("calibrate")(calibrate.calibrate)
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget")(budget.budget)
 app.command("bench")(bench.bench)

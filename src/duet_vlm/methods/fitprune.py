@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from duet_vlm.budget import Budget, Schedule, SpanPlan, count_of, infeasible, largest_share, target_mean, within
 from duet_vlm.calibration import Calibration, read
+from duet_vlm.methods.fitprune_table import DELETED, TOKENS, Curve, released, stretched
+from duet_vlm.observer import Observer
+from duet_vlm.ops.fitting import fitted
 from duet_vlm.ops.select import top
 from duet_vlm.reducer import TextView, check_budget_or_fields, check_choice, whole
 from duet_vlm.registry import register
 from duet_vlm.stages import StagedReducer
 
-TOKENS = 576
-DELETED = {  # of 576 tokens of LLaVA-1.5-7B, after the attention of each of its 32 layers; by the share of FLOPs that is saved
-    10: (0, 0, 1, 2, 1, 0, 1, 4, 5, 5, 11, 4, 2, 2, 0, 0, 1, 1, 2, 4, 2, 10, 1, 1, 1, 2, 1, 1, 0, 1, 0, 0),
-    20: (0, 0, 3, 3, 1, 1, 4, 16, 14, 15, 24, 4, 2, 3, 2, 0, 6, 0, 5, 13, 4, 19, 2, 1, 1, 1, 1, 1, 2, 1, 0, 0),
-    30: (0, 0, 7, 6, 4, 5, 16, 40, 24, 21, 24, 4, 2, 3, 4, 0, 16, 0, 11, 26, 6, 32, 3, 1, 0, 1, 2, 2, 4, 0, 0, 0),
-    40: (0, 1, 21, 13, 14, 11, 41, 53, 29, 15, 14, 5, 1, 4, 5, 1, 26, 1, 13, 28, 6, 27, 2, 1, 0, 0, 1, 1, 2, 0, 0, 0),
-    50: (3, 7, 49, 24, 29, 17, 59, 41, 26, 8, 10, 6, 2, 5, 7, 2, 30, 3, 13, 27, 5, 23, 2, 1, 0, 0, 1, 1, 2, 0, 0, 0),
-    55: (6, 17, 69, 31, 34, 19, 59, 30, 23, 6, 8, 7, 2, 5, 8, 2, 29, 4, 12, 25, 4, 19, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
-    60: (14, 33, 89, 36, 36, 20, 55, 21, 18, 4, 7, 5, 2, 5, 7, 4, 26, 5, 11, 24, 4, 18, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
-    70: (48, 79, 118, 41, 33, 17, 36, 9, 9, 2, 3, 2, 1, 3, 4, 8, 18, 7, 8, 20, 4, 13, 2, 1, 0, 0, 1, 0, 1, 0, 0, 0),
-    80: (128, 127, 118, 35, 26, 8, 13, 3, 2, 1, 0, 0, 0, 2, 1, 8, 7, 8, 5, 11, 2, 6, 1, 1, 0, 0, 0, 1, 0, 0, 0, 0),
-    90: (262, 153, 80, 19, 13, 1, 2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 2, 1, 2, 0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0),
-}
 USUAL = 60
-Curve = tuple[float, ...]  # share of the tokens that each layer reads
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the tokens, per layer: the lines of a table that is fitted
 
 
 @register("fitprune")
@@ -75,12 +65,16 @@ class FitPrune(StagedReducer):
         left = [TOKENS - sum(DELETED[reduction][:layer]) for layer in range(1, min(depth, 32))]
         return cls(**{"schedule": tuple(enumerate(left, 1)), "keep_predicting": False} | fields)
 
+    @classmethod
+    def observer(cls) -> Observer:
+        return Fitting()
+
     def calibration(self) -> Calibration | None:
         return None if self.table is None else read(self.table, "fitprune", "table")
 
     def at_depth(self, depth: int) -> Schedule:
-        line = _stretched(_released(USUAL), depth)
-        return tuple(enumerate(line[1:], 1))
+        lines = self._lines(depth)
+        return tuple(enumerate(lines[len(lines) // 2][1:], 1))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.schedule is not None, "schedule=")
@@ -104,7 +98,7 @@ class FitPrune(StagedReducer):
         """From all tokens in every layer to none behind the first one."""
         stored = self.calibration()
         if stored is None:
-            lines = [_stretched(_released(reduction), depth) for reduction in DELETED]
+            lines = [stretched(released(reduction), depth) for reduction in DELETED]
         else:
             lines = [tuple(line) for line in stored.data["curves"]]
             if len(lines[0]) != depth:
@@ -116,14 +110,25 @@ class FitPrune(StagedReducer):
         return top(view.scores * view.among, view.valid, view.keep)
 
 
-@lru_cache(maxsize=16)
-def _released(reduction: int) -> Curve:
-    deleted = DELETED[reduction]
-    return tuple((TOKENS - sum(deleted[:layer])) / TOKENS for layer in range(32))
+@dataclass(frozen=True)
+class Fitting(Observer):
+    """Notes what every token receives in every layer, and fits a line to each share of the tokens (arXiv 2409.10197, section 3)."""
 
+    score_before = 1
+    score_heads = "max"
+    needs = frozenset({"among"})
 
-def _stretched(curve: Curve, depth: int) -> Curve:
-    """The curve of 32 layers at as many places of another depth, straight between two layers."""
-    places = [layer * 32 / depth for layer in range(depth)]
-    ends = [(int(x), min(int(x) + 1, 31), x - int(x)) for x in places]
-    return tuple(curve[a] + (curve[b] - curve[a]) * part for a, b, part in ends)
+    def asked(self, depth: int) -> frozenset[int]:
+        return frozenset(range(1, depth))
+
+    def note(self, view: TextView) -> list[Tensor]:
+        assert view.scores is not None and view.among is not None  # promised by ``uses_text`` and ``needs``
+        both = torch.stack([view.scores, view.among], 1).float().cpu()
+        return [row[:, :there] for row, (there, _) in zip(both, view.counts, strict=True)]
+
+    def result(self, depth: int) -> dict[str, Any]:
+        notes = self.seen.lines
+        calls = (zip(*notes[first : first + depth - 1], strict=True) for first in range(0, len(notes), depth - 1))
+        pictures = [tuple(torch.stack(layers, 1)) for call in calls for layers in call if layers[0].shape[1]]
+        lines = [fitted(pictures, share) for share in SHARES]
+        return {"shares": SHARES, "curves": [[min(above) for above in zip(*lines[: n + 1], strict=True)] for n in range(len(lines))]}

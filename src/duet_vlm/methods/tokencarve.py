@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from duet_vlm.budget import Schedule
 from duet_vlm.ops.information import information
