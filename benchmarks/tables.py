@@ -127,6 +127,7 @@ def methods() -> str:
         where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
         where = ["tower"] if issubclass(cls, TowerReducer) else where
         asks = issubclass(cls, DecoderReducer) and cls.uses_text
+        asks = asks or "question" in getattr(cls(), "reads", ())
         rows.append([f"`{name}`", cls.summary, " + ".join(where) or "-", "yes" if asks else "no", cls.paper])
     return table(["method", "what it does", "where", "uses the text", "paper"], rows)
 

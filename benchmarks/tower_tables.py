@@ -1,18 +1,13 @@
-"""The tables of docs/reduce-in-the-tower.md, from results/tower.json and results/tower_accuracy.json."""
+"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json and tower_tries.json."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.measure.flops import vision_flops
-from duet_vlm.models.find import adapter_for
-from duet_vlm.tiny import load
-from duet_vlm.tiny.network import VISUAL_TOKENS
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -34,26 +29,31 @@ def speed() -> str:
     return table(["what", "median (95 % interval)", "by FLOPs", "target"], lines)
 
 
-def flops_of(label: str) -> str:
-    """What a tower like that of the tiny model needs, of what it needs for the whole picture."""
-    shape = adapter_for(load()[0]).vision_shape().read()
-    share = re.search(r"(\d+)%", label)
-    left = None if share is None else VISUAL_TOKENS * int(share[1]) // 100
-    return f"{vision_flops(shape, VISUAL_TOKENS, None, left) / vision_flops(shape, VISUAL_TOKENS):.1%}"
+def told(row: dict[str, Any]) -> str:
+    """Accuracy, and points against the whole tower."""
+    if "difference" not in row:
+        return f"{row['accuracy']:.3f}"
+    low, high = (100 * end for end in row["interval"])
+    return f"{row['accuracy']:.3f}, {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
+
+
+def tries() -> str:
+    """What was tried at one share of the patches."""
+    found: dict[str, dict[str, str]] = {}
+    for row in results("tower_tries"):
+        found.setdefault(row["tower"], {})[row["task"]] = told(row)
+    tasks = list(dict.fromkeys(row["task"] for row in results("tower_tries")))
+    return table(["rule", *(f"`{task}`" for task in tasks)], [[rule, *(cells.get(task, "-") for task in tasks)] for rule, cells in found.items()])
 
 
 def answers() -> str:
     """Accuracy behind each tower, against the same method behind the whole one."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
     for row in results("tower_accuracy"):
-        told = f"{row['accuracy']:.3f}"
-        if "difference" in row:
-            low, high = (100 * end for end in row["interval"])
-            told += f", {100 * row['difference']:+.1f} ({low:+.1f} to {high:+.1f})"
-        found.setdefault((row["tower"], row["method"]), {})[row["task"]] = told
+        found.setdefault((row["tower"], f"{row['flops']:.1%}", row["method"]), {})[row["task"]] = told(row)
     tasks = list(dict.fromkeys(row["task"] for row in results("tower_accuracy")))
-    lines = [[tower, flops_of(tower), f"`{method}`", *(cells.get(task, "-") for task in tasks)] for (tower, method), cells in found.items()]
+    lines = [[tower, flops, f"`{method}`", *(cells.get(task, "-") for task in tasks)] for (tower, flops, method), cells in found.items()]
     return table(["through the tower", "its FLOPs", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers}
+BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers, "tower_tries": tries}

@@ -10,28 +10,42 @@ from families import FAMILIES, build, shared
 from torch import nn
 
 import duet_vlm
+from duet_vlm.methods.cdpruner import CDPruner
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
+from duet_vlm.methods.evs import EVS
 from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.fastv import FastV
+from duet_vlm.methods.fastvid import FastVID
+from duet_vlm.methods.hired import HiRED
+from duet_vlm.methods.holitom import HoliTom
+from duet_vlm.methods.holov import HoloV
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.methods.prumerge_plus import PruMergePlus
+from duet_vlm.methods.prunesid import PruneSID
+from duet_vlm.methods.prunevid import PruneVid
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.sparsevlm import SparseVLM
 from duet_vlm.methods.tome import ToMe
+from duet_vlm.methods.vidcom2 import VidCom2
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.methods.vispruner import VisPruner
+from duet_vlm.methods.vscan import VScan
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
     "d2pruner": {"schedule": ((3, 0.4),), "semantic": 0.5},
+    "cdpruner": {"keep": 0.4},
     "dart": {"schedule": ((3, 0.4),), "visual_pivots": 2, "text_pivots": 2},
     "divprune": {"keep": 0.4},
     "duet": {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
     "duet_plus": {"keep": 0.5, "pool": 0.6, "tau": -1.0, "schedule": ((3, 0.6), (5, 0.25), (7, 0.0))},
+    "dycoke": {"keep": 0.4},
+    "evs": {"keep": 0.4},
     "fastervlm": {"keep": 0.4},
     "fastv": {"layers": 2, "keep": 0.4},
     "fitprune": {"schedule": ((1, 0.9), (2, 0.7), (3, 0.6), (5, 0.4), (7, 0.2))},
+    "fastvid": {"keep": 0.4},
     "frames": {"keep": 0.4},
     "frames+visionzip+pyramiddrop": {
         "frames_keep": 0.7,
@@ -39,8 +53,13 @@ REDUCING: dict[str, dict[str, Any]] = {
         "visionzip_contextual": 0.2,
         "pyramiddrop_schedule": ((2, 0.5), (4, 0.25), (6, 0.1)),
     },
+    "hired": {"keep": 0.4},
+    "holitom": {"keep": 0.4},
+    "holov": {"keep": 0.4, "crops": 3},
     "prumerge": {"keep": 0.3, "neighbours": 3},
     "prumerge_plus": {"keep": 0.3, "neighbours": 3},
+    "prunesid": {"keep": 0.6},
+    "prunevid": {"keep": 0.4},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
@@ -48,9 +67,12 @@ REDUCING: dict[str, dict[str, Any]] = {
     "tokencarve": {"schedule": ((3, 0.4),), "cache": "full"},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
+    "vidcom2": {"keep": 0.4},
     "visionzip": {"dominant": 0.3, "contextual": 0.2},
     "v2drop": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "vispruner": {"keep": 0.4, "important": 0.4},
+    "vscan": {"keep": 0.5, "window": 2, "schedule": ((4, 0.5),)},
+    "zoo_prune": {"keep": 0.4, "directions": 3},
 }
 
 def _by_text(name: str) -> bool:
@@ -72,22 +94,35 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("duet", {"budget": 100_000}),
     ("duet_plus", {"keep": 1.0, "schedule": ()}),
     ("duet_plus", {"budget": 1.0}),
+    ("dycoke", {"keep": 1.0}),
+    ("evs", {"budget": 1.0}),
     ("fastervlm", {"keep": 1.0}),
     ("fastv", {"keep": 1.0}),
     ("fastv", {"budget": 1.0}),
+    ("fastvid", {"keep": 1.0}),
     ("frames", {"keep": 1.0}),
     ("frames", {"budget": 1.0}),
     ("frames+visionzip+pyramiddrop", {"budget": 1.0}),
     ("frames+duet", {"budget": 100_000}),
+    ("holitom", {"budget": 1.0}),
     ("prumerge", {"keep": 1.0}),
     ("prumerge_plus", {"budget": 100_000}),
+    ("prunevid", {"keep": 1.0}),
     ("pyramiddrop", {"schedule": ((2, 1.0), (4, 1.0))}),
     ("random", {"entry": 1.0}),
     ("scope", {"keep": 1.0}),
     ("scope", {"budget": 100_000}),
     ("tome", {"keep": 1.0}),
     ("uniform", {"budget": 1.0}),
+    ("vidcom2", {"budget": 100_000}),
     ("visionzip", {"dominant": 1.0}),
+    ("cdpruner", {"keep": 1.0}),
+    ("hired", {"budget": 1.0}),
+    ("holov", {"keep": 1.0}),
+    ("prunesid", {"budget": 100_000}),
+    ("vscan", {"budget": 1.0}),
+    ("vscan", {"schedule": ((4, 1.0),)}),
+    ("zoo_prune", {"keep": 1.0}),
     ("vispruner", {"budget": 1.0}),
     ("vispruner", {"keep": 1.0, "important": 0.0}),
 ]
@@ -100,11 +135,21 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "divprune": DivPrune.official(0.4),
     "fastv": FastV.official("lmms"),
     "fastervlm": FasterVLM.official(9),
+    "hired": HiRED.official(0.4),
+    "holov": HoloV.official(9),
+    "prunesid": PruneSID.official(9),
+    "vscan": VScan.official(9, ((4, 5),), shallow=1, window=2, local="limit"),
+    "cdpruner": CDPruner.official(9, relevance="decoder"),
     "vispruner": VisPruner.official(9, 0.4),
     "prumerge": PruMerge.official(4, neighbours=3),
     "prumerge_plus": PruMergePlus.official(0.25, neighbours=3),
     "sparsevlm": SparseVLM.official(version="2.0", schedule=((2, 8), (3, 3))),
     "tome": ToMe.official(6),
+    "evs": EVS.official(0.6),
+    "fastvid": FastVID.official(0.4),
+    "holitom": HoliTom.official(0.4),
+    "prunevid": PruneVid.official(0.4),
+    "vidcom2": VidCom2.official(0.4),
 }
 
 

@@ -38,6 +38,7 @@ class Choice:
     cls_token: bool = False
     merged: dict[int, list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]] = field(default_factory=dict)
     cut: frozenset[int] = frozenset()
+    projected: bool = False  # rows are merged behind the projector
 
     def visible(self, layer: int) -> frozenset[int]:
         return self.alive[max(first for first in self.alive if first <= layer)]
@@ -80,7 +81,7 @@ def choices_of(handle: Handle) -> list[Choice]:
         merged = {group.first_layer: _joined(group.merged, sample, place) for group in merging}
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        facts = run.sources[0][0].cls_token, merged, frozenset(run.cut)
+        facts = run.sources[0][0].cls_token, merged, frozenset(run.cut), bool(getattr(run.rules.reducer, "reads_projected", False))
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
     return choices
 
@@ -126,11 +127,13 @@ def family_of(model: nn.Module) -> Family:
     return next(family for family in reversed(FAMILIES.values()) if family.answers(model))  # those that share a class come last
 
 
-def entry_rows(model: nn.Module, features: Tensor, rows: Entered, merge: str, cls_token: bool) -> dict[int, Tensor]:
+def entry_rows(model: nn.Module, features: Tensor, rows: Entered, choice: Choice) -> dict[int, Tensor]:
     """The embedding of each slot that entered."""
-    family = family_of(model)
+    family, merge = family_of(model), choice.merge
     pointwise = family.pointwise(model)
-    shift = 0 if cls_token else family.skip()
+    shift = 0 if choice.cls_token else family.skip()
+    if choice.projected and pointwise is not None:
+        features, pointwise = pointwise(features), None
     entered = {}
     for slot, (source, joined, weigh) in rows.items():
         row = features[source + shift]
@@ -156,7 +159,7 @@ def walk(
     hidden = model.get_input_embeddings()(ids)[None].clone()
     hidden_slots = set(range(choice.slots))
     for places, rows, features in zip(choice.places, choice.rows, images, strict=True):
-        for token, row in entry_rows(model, features, rows, choice.merge, choice.cls_token).items():
+        for token, row in entry_rows(model, features, rows, choice).items():
             hidden[0, places[token]] = row
     hidden = family.enter(model, hidden)
     total = len(ids)
@@ -189,7 +192,7 @@ def walk(
         for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers
                 hidden = hidden.clone()
-                for token, row in entry_rows(model, levels[index], rows, choice.merge, choice.cls_token).items():
+                for token, row in entry_rows(model, levels[index], rows, choice).items():
                     hidden[0, places[token]] += row
     result.logits = family.head(model, hidden)[0]
     return result

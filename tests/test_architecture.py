@@ -24,37 +24,43 @@ ARROWS = {
     "video": {"pictures"},
     "hooks": set(),
     "spelling": set(),
-    "checks": {"budget", "flow", "models", "reducer", "spelling"},
+    "checks": {"budget", "contrastive", "flow", "models", "reducer"},
     "parts": {"budget"},
     "calibration": set(),
-    "reducer": {"budget", "calibration", "settings", "tokens"},
+    "reducer": {"budget", "calibration", "settings", "spelling", "tokens", "vision"},
+    "vision": {"budget"},
+    "contrastive": {"ops"},
     "tower": {"budget", "ops", "reducer", "tokens"},
     "stages": {"budget", "reducer"},
     "registry": {"reducer", "spelling"},
-    "measure": {"budget", "reducer", "settings", "spelling", "tokens", "tower"},
+    "measure": {"budget", "ops", "reducer", "settings", "spelling", "tokens", "tower", "vision"},
+    "palette": set(),
     "memory": {"budget", "reducer", "settings"},
+    "stream": {"models", "ops"},
     "models": {"hooks", "measure", "ops", "tokens"},
     "observer": {"budget", "reducer"},
-    "methods": {"budget", "calibration", "observer", "ops", "reducer", "registry", "stages", "tokens", "tower"},
+    "methods": {"budget", "calibration", "observer", "ops", "reducer", "registry", "stages", "tokens", "tower", "vision"},
     "presets": {"budget", "methods", "reducer", "spelling"},
-    "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower"},
-    "accounts": {"flow", "measure", "models", "reducer", "tokens"},
-    "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
-    "attach": {"budget", "checks", "handle", "memory", "methods", "models", "reducer"},
+    "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower", "vision"},
+    "serve": {"budget", "duet_vlm", "flow", "methods", "ops", "parts", "reducer", "settings", "tower", "vision"},
+    "accounts": {"flow", "measure", "models", "reducer", "tokens", "tower"},
+    "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens", "tower"},
+    "attach": {"budget", "flow", "handle", "memory", "methods", "models", "reducer"},
     "calibrating": {"attach", "calibration", "checks", "methods", "observer", "registry"},
     "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens", "tower"},
 }
 # the users of the library see it as anyone outside does
 USERS = {
     "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
-    "viz": {"pictures", "tokens"},
+    "viz": {"duet_vlm", "palette", "pictures", "tokens"},
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
-    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "pictures", "spelling", "tiny"},
-    "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "parts", "reducer"},
+    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "palette", "pictures", "spelling", "tiny"},
+    "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "palette", "parts", "reducer"},
+    "tune": {"bench", "duet_vlm", "evaluate", "loading", "measure", "models", "palette", "pictures", "video"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "calibrating", "duet_vlm", "evaluate", "loading", "measure", "models", "pictures", "presets", "spelling", "tiny", "tokens",
-        "train", "video", "viz",
+        "bench", "budget", "calibrating", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve",
+        "spelling", "stream", "tiny", "tokens", "train", "tune", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
@@ -220,6 +226,15 @@ for name in {names}:
         print(name, error)
 """
     assert run(code) == ""
+
+
+def test_what_decides_needs_no_transformers() -> None:
+    """Methods, arithmetic and what a server needs of them load beside any transformers, or none: vLLM holds on to older ones."""
+    pure = {"budget", "memory", "methods", "ops", "parts", "presets", "reducer", "registry", "serve", "settings", "spelling", "stages", "tokens"}
+    files = {"text", "tower", "models.adapter", "models.llava", "models.towers", "flow.choose", "flow.rules", "flow.split", "flow.verify", "cli.main"}
+    names = sorted(name for name in FILES if room_of(name) in pure or name.removeprefix("duet_vlm.") in files)
+    code = f"import importlib, sys; sys.modules['transformers'] = None; [importlib.import_module(name) for name in {names}]; import duet_vlm; "
+    assert len(names) > 40 and run(code + "print(duet_vlm.get('duet')(dominant=2).plan(9, 4, None).entry)") == "2"
 
 
 def test_torchvision_is_never_imported() -> None:

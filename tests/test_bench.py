@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm.bench.inputs import Prompt, prompt_for
 from duet_vlm.bench.planned import equal_parts, planned
-from duet_vlm.bench.plots import draw
+from duet_vlm.bench.plots import draw, title
 from duet_vlm.bench.run import Plan, Side, result, sides_of
 from duet_vlm.bench.shapes import random_model
 from duet_vlm.cli.main import app
@@ -100,6 +100,8 @@ def test_pictures(found: dict[str, Any], tmp_path: Path) -> None:
     files = draw(found, tmp_path / "deep")
     assert {file.name for file in files} == {"time.png", "speed_up.png", "cache.png"}
     assert all(file.stat().st_size > 5000 for file in files)
+    made = found["environment"]
+    assert title(found).startswith(f"{found['model']}, {made['dtype']}, on {made['device']}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -126,6 +126,13 @@ def test_methods_lists_all() -> None:
     shown = call("methods").stdout
     assert all(name in shown for name in duet_vlm.methods())
     duet = next(row for row in as_json("methods") if row["name"] == "duet")
+    one = call("methods", "cdpruner").stdout.replace("\n", " ")
+    for word in ("determinantal point process", "Cost:", "needs: question", "relevance", "official not on", "idefics3", "shares a space"):
+        assert word in " ".join(one.split()), word
+    rows = {row["name"]: row for row in as_json("methods")}
+    assert rows["cdpruner"]["needs_text"] and not rows["hired"]["needs_text"] and rows["hired"]["needs"] == ["grid", "importance"]
+    assert any("no CLS row" in case["why"] and "paligemma" in case["families"] for case in rows["visionzip"]["families_without"])
+    assert not rows["duet"]["families_without"] or all(case["preset"] for case in rows["duet"]["families_without"])
     assert duet["needs_text"] and duet["stage"] == "before the decoder + inside the decoder" and "dominant" in duet["settings"]
 
 

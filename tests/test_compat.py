@@ -30,6 +30,16 @@ def uneven_cache(config: Any) -> DynamicCache:
     return cache
 
 
+def test_an_older_transformers_is_named_before_anything_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, works in (("5.19.0", False), ("4.57.1", False), ("5.21.0.dev0", True), ("5.100", True), ("6.0", True)):
+        monkeypatch.setattr("transformers.__version__", there)
+        if works:
+            compat.check_version()
+            continue
+        with pytest.raises(ImportError, match=rf"needs transformers >= 5.21, and here is {there}.*duet-vlm serve"):
+            duet_vlm.attach(shared("llava"), "duet", budget=4)
+
+
 def test_masks_are_sized_by_layer() -> None:
     assert "layer_idx" in inspect.signature(create_causal_mask).parameters
     config = shared("llava", "eager").model.language_model.config

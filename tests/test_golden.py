@@ -9,7 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_runner import anyres, dart, e2e, fastv, fitprune, greedy, prumerge, qwen, sparsevlm, t2v, tokencarve, tome, towers, v2drop, v2v
+from golden_runner import (
+    anyres,
+    cdpruner,
+    clips,
+    dart,
+    e2e,
+    fastv,
+    fitprune,
+    greedy,
+    hired,
+    prumerge,
+    qwen,
+    sparsevlm,
+    t2v,
+    tokencarve,
+    tome,
+    towers,
+    v2drop,
+    v2v,
+    vscan,
+)
 from golden_runner.case import Case
 
 KINDS = {
@@ -25,6 +45,7 @@ KINDS = {
     "DivPrune": greedy.check_divprune,
     "VisPruner": towers.check_clip,
     "VisPruner, SigLIP": towers.check_siglip,
+    "HiRED": hired.check,
     "LLaVA-PruMerge / PruMerge+": prumerge.check,
     "ToMe bipartite soft matching": tome.check_matching,
     "DART": dart.check,
@@ -33,7 +54,16 @@ KINDS = {
     "TokenCarve": tokencarve.check,
     "V2Drop (LLaVA)": v2drop.check,
     "V2Drop (Qwen2-VL)": v2drop.check_qwen,
+    "CDPruner": cdpruner.check,
+    "VScan stage 1 (also the encoder stage of PIO-FVLM/TRIO: same file)": vscan.check_clip,
+    "VScan stage 1, Qwen2.5-VL (also the encoder stage of PIO-FVLM/TRIO there)": vscan.check_qwen,
+    "VScan stage 2": vscan.check_decoder,
     "ToMe inside a ViT": tome.check_tower,
+    "VidCom2": clips.check_vidcom2,
+    "EVS": clips.check_evs,
+    "HoliTom (outer, before the LLM)": clips.check_holitom,
+    "PruneVid": clips.check_prunevid,
+    "FastVID (LLaVA-OneVision version)": clips.check_fastvid,
 }
 
 

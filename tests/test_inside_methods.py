@@ -23,7 +23,6 @@ from duet_vlm.cli.main import app
 from duet_vlm.methods.d2pruner import D2Pruner
 from duet_vlm.methods.fitprune import FitPrune
 from duet_vlm.methods.sparsevlm import SparseVLM
-from duet_vlm.ops.cluster import density_peaks
 from duet_vlm.ops.fitting import fitted, left_after
 from duet_vlm.ops.graph import independent, rescaled
 from duet_vlm.tokens import Selection
@@ -40,7 +39,7 @@ def view(there: list[int], stay: list[int], seed: int, heads: int = 3, **more: T
     )  # fmt: skip
 
 
-# ---- density peaks
+# ---- sparsevlm
 
 
 def slow_peaks(rows: list[list[float]], count: int, nearest: int) -> tuple[list[int], list[int]]:
@@ -55,27 +54,6 @@ def slow_peaks(rows: list[list[float]], count: int, nearest: int) -> tuple[list[
     centres = sorted(total, key=lambda i: -density[i] * delta[i])[:count]
     into = [centres.index(i) if i in centres else min(range(count), key=lambda c: apart[i][centres[c]]) for i in total]
     return centres, into
-
-
-@pytest.mark.parametrize("nearest", [2, 3, 5])
-def test_density_peaks_equal_loops(nearest: int) -> None:
-    sizes, counts = [13, 29, 6], [2, 4, 1]
-    rows = torch.randn(3, 29, 4, generator=torch.Generator().manual_seed(nearest), dtype=torch.float64)
-    valid = torch.arange(29) < torch.tensor(sizes)[:, None]
-    centres, into = density_peaks(rows, valid, torch.tensor(counts), torch.full((3,), nearest), max(counts))
-    for b, (size, count) in enumerate(zip(sizes, counts, strict=True)):
-        expected = slow_peaks(rows[b, :size].float().tolist(), count, nearest)
-        assert (centres[b, :count].tolist(), into[b, :size].tolist()) == expected
-
-
-def test_of_two_equally_dense_rows_the_earlier_one_is_denser() -> None:
-    """Two pairs of mutual nearest neighbours, equally far apart: the first row of each is its peak."""
-    rows = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [10.0, 0.0], [11.0, 0.0]]])
-    centres, into = density_peaks(rows, torch.ones(1, 4, dtype=torch.bool), torch.tensor([2]), torch.tensor([2]), 2)
-    assert centres.tolist() == [[0, 2]] and into.tolist() == [[0, 0, 1, 1]]
-
-
-# ---- sparsevlm
 
 
 def slow_sparsevlm(scores: list[float], rows: list[list[float]], stay: int) -> dict[int, list[int]]:
@@ -168,7 +146,7 @@ def test_sparsevlm_bad_input() -> None:
     refused("sparsevlm", "drop before layer 1 or later", schedule=((0, 0.5),))
     with pytest.raises(ValueError, match="version='3'"):
         SparseVLM.official(version="3")
-    with pytest.raises(ValueError, match="tokens=100"):
+    with pytest.raises(ValueError, match="tokens='100'"):
         SparseVLM.official(100)
 
 

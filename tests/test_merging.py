@@ -16,6 +16,7 @@ import duet_vlm
 from duet_vlm import SpanPlan, VisionView
 from duet_vlm.flow.verify import checked_selection
 from duet_vlm.measure.choice import choice_flops
+from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.methods.prumerge_plus import PruMergePlus, adaptive
 from duet_vlm.methods.tome import ToMe
@@ -216,8 +217,9 @@ def test_one_head_reads_the_tower_as_one(request: pytest.FixtureRequest) -> None
 
 def test_flops_count_matching_and_merging() -> None:
     plan = SpanPlan(100, 9, 1, (10,))
-    assert choice_flops(PruMerge(keep=9), (plan,), 8, 32) == 2 * 9 * 100 * 8 + 2 * 10 * 100 * 32
-    assert choice_flops(ToMe(keep=25, pace=2), (SpanPlan(100, 25, 0, (25,)),), 8, 32) == 2 * (50 * 50 + 25 * 25) * 8
+    tower = VisionShape(layers=1, width=32, mlp=64, mlp_matrices=2, patches_per_token=1, extra_rows=1, patch_inputs=12, projector=((32, 64),))
+    assert choice_flops(PruMerge(keep=9), (plan,), 8, 32, tower) == 2 * 9 * 100 * 8 + 2 * 10 * 100 * 32
+    assert choice_flops(ToMe(keep=25, pace=2), (SpanPlan(100, 25, 0, (25,)),), 8, 32, tower) == 2 * (50 * 50 + 25 * 25) * 8
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from report_data import KINDS, made_up
 from typer.testing import CliRunner
 
+from duet_vlm import palette
 from duet_vlm.cli.main import app
 from duet_vlm.evaluate.report import columns, markdown, plots, style, write
 from duet_vlm.evaluate.report.check import check
@@ -520,7 +521,7 @@ def test_colours_stand_out_on_light_and_dark_ground() -> None:
                 assert contrast(colour, colours["ground"]) >= needed, (name, colour)
                 if name in ("ink", "muted"):
                     assert contrast(colour, colours["raised"]) >= needed
-    assert {name: light[name] for name in style.VARIABLES.values()} == {name: colour for colour, name in style.VARIABLES.items()}
+    assert {name: light[name] for name in palette.VARIABLES.values()} == {name: colour for colour, name in palette.VARIABLES.items()}
 
 
 # How eyes without one kind of cone see linear RGB: Machado, Oliveira and Fernandes 2009, severity 1
@@ -547,8 +548,8 @@ def test_series_can_be_told_apart(eye: str) -> None:
     css = Path(plots.__file__).with_name("page.css").read_text()
     for block in re.findall(r":root \{(.*?)\}", css, flags=re.S):
         colours = [lab(colour, EYES[eye]) for colour in re.findall(r"--series-\d: (#\w{6})", block)]
-        assert len(colours) == len(style.COLOURS)
-        assert min(float(np.linalg.norm(a - b)) for i, a in enumerate(colours) for b in colours[:i]) >= 20
+        assert len(colours) == len(palette.COLOURS)
+        assert min(float(np.linalg.norm(a - b)) for i, a in enumerate(colours) for b in colours[:i]) >= 25
 
 
 def test_looks_differ_and_references_stand_apart() -> None:
@@ -562,3 +563,22 @@ def test_looks_differ_and_references_stand_apart() -> None:
 def test_write_needs_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one result file"):
         write([], tmp_path)
+
+
+def test_the_page_opens_with_a_plot_and_the_best_of_each_budget(tmp_path: Path) -> None:
+    found = columns.best(RESULT, style.FLOORS | {style.ORACLE, "none"})
+    done = [run for run in RESULT["runs"] if run["status"] == "ok" and run["method"] not in ("none", "oracle", "random", "uniform")]
+    budgets = sorted({run["budget"] for run in done}, reverse=True)
+    wanted = [max((run for run in done if run["budget"] == budget), key=lambda run: run["accuracy"])["id"] for budget in budgets]
+    assert [run["id"] for _, run in found] == wanted and [budget for budget, _ in found] == [columns.budget(budget) for budget in budgets]
+    (tmp_path / "a.json").write_text(json.dumps(RESULT))
+    said: list[str] = []
+    html = write([tmp_path / "a.json"], tmp_path / "out", said.append)[-1].read_text()
+    assert len(said) == 4 and all(text.startswith("tiny-methods: ") for text in said)  # progress, plot by plot
+    places = [html.index(mark) for mark in ("<figure", "Best at each budget", "<form", "<table>")]
+    assert places == sorted(places)
+
+
+def test_the_eighth_method_has_a_colour_of_its_own() -> None:
+    looks = style.looks({f"method {i}": "duet" for i in range(10)})
+    assert len({look.colour for look in looks.values()}) == 10

@@ -28,6 +28,7 @@ SAME: dict[str, list[tuple[Any, Any]]] = {
     "bool": [(np.bool_(True), True), (np.bool_(False), False)],
     "Keep": [(np.float64(0.3), 0.3), (np.float32(0.3), 0.3), (np.float16(0.3), 0.3), (np.int64(3), 3)],
     "Schedule": [([[np.int64(1), np.float32(0.6)], [np.int64(2), np.int64(0)]], ((1, 0.6), (2, 0)))],
+    "Layer": [(np.int64(2), 2), (np.float32(0.25), 0.25)],
     "str": [],  # words; numpy's are some already
 }
 WRONG: dict[str, list[Any]] = {
@@ -36,6 +37,7 @@ WRONG: dict[str, list[Any]] = {
     "bool": [1, 0, "False", 0.0, np.int64(1), "yes"],
     "Keep": [True, np.bool_(True), "0.5", -1, 1.5, np.float64(1.5), np.int64(-1), [0.5]],
     "Schedule": [((2.5, 0.5),), ((True, 0.5),), ((np.bool_(True), 0.5),), ((np.float64(2), 0.5),), ((2, True),), ((2, "half"),), ((2,),), 3, "ab"],
+    "Layer": [True, np.bool_(True), "2", [2]],
     "str": [3, True, ("keep",), b"keep"],
 }
 
@@ -51,7 +53,7 @@ def made(method: str, name: str, value: Any) -> duet_vlm.Reducer:
 def reads_what(method: str, name: str) -> bool:
     """Settings that some methods refuse whatever their value, as they have no CLS row to feed."""
     cls = METHODS[method]
-    without = any(part in method for part in ("frames", "prumerge", "tome"))
+    without = any(part in method for part in ("frames", "hired", "prumerge", "prunesid", "tome"))
     return not (name == "cls_token" and (getattr(cls, "reads_projected", False) or without))
 
 

@@ -14,19 +14,43 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 import duet_vlm
+from duet_vlm.flow.joined import JoinedRun
 from duet_vlm.flow.packed import PackedRun
-from duet_vlm.flow.tower import choose
+from duet_vlm.flow.tower import BatchRun, choose
+from duet_vlm.models.adapter import Encoding
 from duet_vlm.models.find import adapter_for
 from duet_vlm.tower import TowerReducer, TowerView
 
-REFUSED = ("llava_next_video", "llava_onevision", "mistral3", "pixtral")
-SERVED = [name for name in FAMILIES if not name.startswith(REFUSED)]
+SERVED = list(FAMILIES)
 CONTENT = [(name, "images") for name in SERVED] + [(name, "clips") for name in SERVED if FAMILIES[name].video is True]
 KEEP = 0.45
+PACKING = ("llava_next", "llava_next_video", "llava_onevision")  # what packing cuts off leaves first, and crops then keep unlike many
+DROPPING = ["contrast", "key_norm", "evit"]  # rows leave, and are not merged
+INSIDE = ["key_norm", "evit", "tome_tower"]
+FRONT = ["contrast", "motion", "rlt", "pixelprune", "random_patches", "checkerboard"]
+
+
+def suits(family: str, method: str) -> bool:
+    """Whether the tower's rows are not read before units can leave, and its attention ranks pictures."""
+    behind = method.split("+")[0]
+    return behind not in INSIDE or not (family == "vipllava" or (family == "qwen2_5_vl" and behind == "evit"))
+
+
+def cells(methods: list[str], contents: bool = False) -> list[Any]:
+    """(family, method), or (family, "images" or "clips", method)."""
+    items = CONTENT if contents else [(family,) for family in SERVED]
+    return [(*item, method) for method in methods for item in items if suits(item[0], method)]
 
 
 def rows_of(family: str, content: str) -> list[Any]:
-    return [*MIXED] if content == "images" else [*clips_for(family), TEXT]
+    return [fitting(family, row) for row in ([*MIXED] if content == "images" else [*clips_for(family), TEXT])]
+
+
+def fitting(family: str, row: Any) -> Any:
+    """LLaVA-OneVision resizes other pictures."""
+    if family != "llava_onevision":
+        return row
+    return tuple(Picture(x.seed, 4, 4) if isinstance(x, Picture) and not x.frames else x for x in row)
 
 
 @pytest.fixture
@@ -35,10 +59,16 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     from duet_vlm.flow.encoder import EncoderFlow
 
-    real = EncoderFlow._finish
+    real, cuts = EncoderFlow._finish, {}
+    for kind in (BatchRun, PackedRun):
+        monkeypatch.setattr(kind, "cut", remembering(kind.cut, cuts))
 
     def finish(self: Any, output: Any, call: Any) -> Any:
         if call.tower is not None:
+            run = call.tower
+            run.history = {max(run.stages): whole_sizes(run)} | cuts.pop(id(run), {})
+            if isinstance(run, JoinedRun):  # patches that fill no token leave in front
+                run.history.setdefault(0, torch.zeros(1, run.patches_before).index_fill(1, run.cells.flatten(), 1.0))
             seen.append((call.encoding.stream, call.tower))
         return real(self, output, call)
 
@@ -46,17 +76,39 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
+def remembering(cut: Any, cuts: dict[int, Any]) -> Any:
+    """``cut`` that notes what was left since when."""
+
+    def cut_and_note(run: Any, chosen: Any, hidden: Tensor, after: int) -> Any:
+        made = cut(run, chosen, hidden, after)
+        cuts.setdefault(id(run), {})[after] = whole_sizes(run)
+        return made
+
+    return cut_and_note
+
+
+def whole_sizes(run: Any) -> Tensor:
+    """How many rows each row of the whole tower stands for: [P, rows]; of packed towers [1, rows] in the order of their blocks."""
+    if isinstance(run, JoinedRun):
+        return run.whole(run.row_sizes()[None])
+    if isinstance(run, BatchRun):
+        return run.whole(run.row_sizes())
+    sizes = run.size.new_zeros(run.total).index_copy(0, run.slots[run.place], run.size if run.weighs else torch.ones_like(run.size))
+    return sizes.repeat_interleave(run.unit)[None]
+
+
 # ---- the slow twin: the whole tower, dropped patches hidden as keys, survivors weighed
 
 
 class Twin:
-    """Attention that hides and weighs keys: ``sizes`` [P, rows] of the whole tower in the order of its blocks."""
+    """Attention that hides and weighs keys: ``sizes`` of the whole tower's rows since the attention of so many blocks."""
 
-    def __init__(self) -> None:
-        self.sizes: Tensor | None = None
+    def __init__(self, numbers: dict[int, int]) -> None:
+        self.numbers = numbers  # of blocks, by the identity of their attention
+        self.sizes: dict[int, Tensor] | None = None
         self.at = 0
 
-    def reading(self, plain: Any, sizes: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def reading(self, plain: Any, sizes: dict[int, Tensor], *args: Any, **kwargs: Any) -> Any:
         if self.sizes is not None:  # one encoder method calls another
             return plain(*args, **kwargs)
         self.sizes = sizes
@@ -68,42 +120,35 @@ class Twin:
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
         assert self.sizes is not None
         rows = key.shape[2]
-        size = self.sizes if len(self.sizes) == len(key) and self.sizes.shape[1] == rows else self.sizes[:, self.at : self.at + rows]
-        self.at = (self.at + rows) % self.sizes.shape[1]
+        since = max((after for after in self.sizes if after <= self.numbers[id(module)]), default=None)
+        sizes = torch.ones(len(key), rows) if since is None else self.sizes[since]
+        if len(sizes) != len(key) or sizes.shape[1] != rows:  # segment by segment
+            self.at, first = (self.at + rows) % sizes.shape[1], self.at
+            sizes = sizes[:, first : first + rows]
         groups = query.shape[1] // key.shape[1]
-        logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling + size.log()[:, None, None]
+        logits = query @ key.repeat_interleave(groups, 1).transpose(2, 3) * scaling + sizes.log()[:, None, None]
         if isinstance(attention_mask, Tensor):
             logits = logits.masked_fill(~attention_mask, -torch.inf) if attention_mask.dtype == torch.bool else logits + attention_mask
         weights = logits.softmax(-1).nan_to_num(0.0)  # a segment of which nothing is left
         return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
 
 
-def sizes_of(run: Any, model: nn.Module, inputs: Inputs, stream: str) -> Tensor:
-    """How many rows each row of the whole tower stands for, in the order of its blocks."""
-    if not isinstance(run, PackedRun):
-        return run.whole(run.size)
-    units = run.whole(run.size[:, None])[:, 0]
-    sizes = inputs["image_grid_thw" if stream == "image" else "video_grid_thw"].tolist()
-    adapter: Any = adapter_for(model)
-    order = adapter.windows(sizes)[0] if hasattr(adapter, "windows") else torch.arange(run.total)
-    return units[order].repeat_interleave(run.unit)[None]
-
-
 def rows_of_twin(family: str, inputs: Inputs, runs: list[Any]) -> dict[str, list[Tensor]]:
     """Per stream and span the rows of the stock model whose tower does not see what left."""
-    model, twin = build(family), Twin()
-    AttentionInterface.register("tower_twin", twin)
+    model = build(family)
     core = model.model
-    blocks = [*FAMILIES[family].blocks(model), *(core.video_tower.encoder.layers if hasattr(core, "video_tower") else [])]
-    for block in blocks:
-        attention = FAMILIES[family].attention(block)
-        attention.config = copy.copy(attention.config)
-        attention.config._attn_implementation_internal = "tower_twin"
+    towers = [FAMILIES[family].blocks(model), *([core.video_tower.encoder.layers] if hasattr(core, "video_tower") else [])]
+    twin = Twin({id(FAMILIES[family].attention(block)): number for blocks in towers for number, block in enumerate(blocks)})
+    AttentionInterface.register("tower_twin", twin)
+    for blocks in towers:
+        for block in blocks:
+            attention = FAMILIES[family].attention(block)
+            attention.config = copy.copy(attention.config)
+            attention.config._attn_implementation_internal = "tower_twin"
     for stream, run in runs:
-        name, sizes = f"get_{stream}_features", sizes_of(run, model, inputs, stream)
-
+        name = f"get_{stream}_features"
         plain = getattr(core, name)
-        setattr(core, name, functools.wraps(plain)(functools.partial(twin.reading, plain, sizes)))
+        setattr(core, name, functools.wraps(plain)(functools.partial(twin.reading, plain, run.history)))
     with duet_vlm.attach(model, "none") as handle:
         forward(model, inputs)
         return by_stream(handle)
@@ -118,10 +163,10 @@ def by_stream(handle: duet_vlm.Handle) -> dict[str, list[Tensor]]:
 
 
 @pytest.mark.parametrize("mass", [True, False], ids=["mass", "plain"])
-@pytest.mark.parametrize(("family", "content"), CONTENT)
-def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(family: str, content: str, mass: bool, towers: list[Any]) -> None:
-    model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, content))
-    with duet_vlm.attach(model, "contrast", keep=KEEP, mass=mass) as handle:
+@pytest.mark.parametrize(("family", "kind", "method"), cells(DROPPING, True))
+def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(family: str, kind: str, method: str, mass: bool, towers: list[Any]) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
+    with duet_vlm.attach(model, method, keep=KEEP, mass=mass) as handle:
         forward(model, inputs)
         ours = by_stream(handle)
     twins = rows_of_twin(family, inputs, towers)
@@ -134,26 +179,23 @@ def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(family: str, 
             torch.testing.assert_close(mine[left], twin[left], rtol=1e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize(
-    "method", ["contrast", "random_patches", "checkerboard", "contrast+duet_plus", "contrast+frames+duet", "contrast+pyramiddrop"]
-)
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize(("family", "method"), cells([*FRONT, *INSIDE, "contrast+duet_plus", "contrast+frames+duet", "evit+pyramiddrop"]))
 def test_keeping_every_patch_is_bit_equal(family: str, method: str) -> None:
-    model, inputs = shared(family), FAMILIES[family].inputs(MIXED)
+    model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, "images"))
     plain = forward(model, inputs).logits
     with duet_vlm.attach(model, method, budget=1.0):
         assert torch.equal(forward(model, inputs).logits, plain)
 
 
-@pytest.mark.parametrize("family", SERVED)
-def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str, towers: list[Any]) -> None:
-    model, inputs = shared(family), FAMILIES[family].inputs([TWO])
+@pytest.mark.parametrize(("family", "method"), cells(["contrast", "motion", *INSIDE]))
+def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str, method: str, towers: list[Any]) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs([fitting(family, TWO)])
     plain = forward(model, inputs).logits
-    with duet_vlm.attach(model, "contrast+duet_plus", budget=0.2, contrast_keep=0.5) as handle:
+    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.2, **{f"{method}_keep": 0.5}) as handle:
         forward(model, inputs)
         report = handle.report()
-        assert report.observed.vision_flops < 0.8 * report.full.vision_flops
-        if family == "llava_next":  # crops that keep unlike many cost what the largest does
+        assert report.observed.vision_flops < (0.95 if method in INSIDE else 0.8) * report.full.vision_flops
+        if family in PACKING:  # crops that keep unlike many cost what the largest does
             assert report.predicted.vision_flops < report.observed.vision_flops
         else:
             assert report.predicted.vision_flops == report.observed.vision_flops
@@ -165,10 +207,10 @@ def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str,
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize("family", SERVED)
-def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str) -> None:
+@pytest.mark.parametrize(("family", "method"), cells(["random_patches", "key_norm"]))
+def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, method: str) -> None:
     """Without mass, whose products are counted with the choice."""
-    model, inputs = build(family, "eager"), FAMILIES[family].inputs([(1, Picture(1, 4, 4), 5)])
+    model, inputs = build(family, "eager"), FAMILIES[family].inputs([(1, Picture(1, 3 if family.startswith("mistral3") else 4, 4), 5)])
     plain, counted = model.model.get_image_features, []
 
     def encode(*args: Any, **kwargs: Any) -> Any:
@@ -180,18 +222,22 @@ def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str) -> 
     model.model.get_image_features = functools.wraps(plain)(encode)
     costs = []
     for keep in (1.0, 0.5):
-        with duet_vlm.attach(model, "random_patches", keep=keep, mass=False) as handle, torch.no_grad():
+        with duet_vlm.attach(model, method, keep=keep, mass=False) as handle, torch.no_grad():
             forward(model, inputs)
             costs.append(handle.report().observed.vision_flops)
-    assert counted[0] == costs[0] and costs[1] < 0.8 * costs[0]
+    assert counted[0] == costs[0] and costs[1] < 0.95 * costs[0]
     assert counted[1] == costs[1] if family != "qwen2_5_vl" else abs(counted[1] - costs[1]) < 0.01 * costs[1]  # windows keep unlike many
 
 
-@pytest.mark.parametrize("method", ["contrast", "contrast+duet_plus", "contrast+pyramiddrop", "contrast+frames+duet", "checkerboard"])
-@pytest.mark.parametrize(("family", "content"), CONTENT)
-def test_a_batch_equals_each_row_alone(family: str, content: str, method: str) -> None:
-    model, rows = shared(family), rows_of(family, content)
-    budget = {"contrast": 0.5, "checkerboard": 0.4, "contrast+pyramiddrop": 0.3}.get(method, 0.25)
+TOGETHER = ["contrast", "contrast+duet_plus", "contrast+pyramiddrop", "contrast+frames+duet", "checkerboard", "motion", "rlt+duet_plus"]
+TOGETHER += ["pixelprune+duet", "key_norm", "key_norm+duet_plus", "evit+duet", "tome_tower", "tome_tower+duet_plus"]
+
+
+@pytest.mark.parametrize(("family", "kind", "method"), cells(TOGETHER, True))
+def test_a_batch_equals_each_row_alone(family: str, kind: str, method: str) -> None:
+    model, rows = shared(family), rows_of(family, kind)
+    alone = {"contrast", "motion", "key_norm", "tome_tower"}
+    budget = 0.5 if method in alone else {"checkerboard": 0.4, "contrast+pyramiddrop": 0.3}.get(method, 0.25)
     plain = forward(model, FAMILIES[family].inputs([TEXT])).logits[0, -1]
     with duet_vlm.attach(model, method, budget=budget):
         together = generate(model, FAMILIES[family].inputs(rows))
@@ -202,21 +248,23 @@ def test_a_batch_equals_each_row_alone(family: str, content: str, method: str) -
         assert torch.equal(forward(model, FAMILIES[family].inputs([TEXT])).logits[0, -1], plain)
 
 
-@pytest.mark.parametrize("family", SERVED)
-def test_what_the_user_encodes_himself_is_what_the_stock_model_gives(family: str) -> None:
-    model, inputs = shared(family), FAMILIES[family].inputs([TWO])
+@pytest.mark.parametrize(("family", "method"), cells(["contrast+duet_plus", "key_norm+duet", "tome_tower"]))
+def test_what_the_user_encodes_himself_is_what_the_stock_model_gives(family: str, method: str) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs([fitting(family, TWO)])
     with torch.no_grad():
         plain = FAMILIES[family].features(model, inputs)
-        with duet_vlm.attach(model, "contrast+duet_plus", budget=0.2):
+        with duet_vlm.attach(model, method, budget=0.5):
             mine = FAMILIES[family].features(model, inputs)
     assert all(torch.equal(a, b) for a, b in zip(plain["image"], mine["image"], strict=True))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", SERVED)
-def test_gradients_pass_through_survivors(family: str, checkpointing: bool, towers: list[Any]) -> None:
+@pytest.mark.parametrize(("method", "checkpointing"), [("contrast", False), ("contrast", True), ("key_norm", False), ("tome_tower", False)])
+def test_gradients_pass_through_survivors(family: str, method: str, checkpointing: bool, towers: list[Any]) -> None:
     """With and without recomputation they are the same."""
-    model, inputs = build(family), FAMILIES[family].inputs([TWO])
+    if not suits(family, method):
+        return
+    model, inputs = build(family), FAMILIES[family].inputs([fitting(family, TWO)])
     model.train()
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] > 90, -100)
 
@@ -224,9 +272,10 @@ def test_gradients_pass_through_survivors(family: str, checkpointing: bool, towe
         model.zero_grad()
         model(**inputs | FAMILIES[family].supervised(labels), labels=labels).loss.backward()
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        return [found[name] for name in sorted(found) if "patch_embed" in name or "blocks" in name or "encoder" in name]
+        return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
-    with duet_vlm.attach(model, "contrast+duet_plus", budget=0.3, contrast_mass=not checkpointing or family not in NO_MASK):
+    mass = {f"{method}_mass": not checkpointing or family not in NO_MASK}
+    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **mass):
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
         if checkpointing:
@@ -238,19 +287,23 @@ def test_gradients_pass_through_survivors(family: str, checkpointing: bool, towe
 NO_MASK = [name for name in SERVED if name.startswith(("internvl", "qwen", "glm"))]
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in SERVED])
-def test_towers_that_cannot_be_reduced_are_refused_by_name(family: str) -> None:
-    model = shared(family)
-    with pytest.raises(TypeError, match="inside this vision tower is not supported"):
-        duet_vlm.attach(model, "contrast", budget=0.5)
-    assert duet_vlm.handle_of(model) is None
+def test_what_is_resized_behind_the_tower_is_refused_by_name() -> None:
+    model, family = build("llava_onevision"), FAMILIES["llava_onevision"]
+    with duet_vlm.attach(model, "contrast", budget=0.5):
+        with pytest.raises(ValueError, match="an image of 44 x 55 pixels is resized behind the vision tower"):
+            forward(model, family.inputs([(1, Picture(1, 4, 5), 5)]))
+        forward(model, family.inputs([(1, Picture(1, 4, 4), 5)]))
+    adapter: Any = adapter_for(model)
+    adapter.side = 27
+    with pytest.raises(ValueError, match="frames of 27 x 27 patches are resized"):
+        adapter.cell_of(Encoding("video"), adapter.blocks_to_reduce()[0])
 
 
-@pytest.mark.parametrize("family", SERVED)
-def test_the_trace_tells_what_went_through_the_tower(family: str, towers: list[Any]) -> None:
+@pytest.mark.parametrize(("family", "method"), cells(["contrast", *INSIDE]))
+def test_the_trace_tells_what_went_through_the_tower(family: str, method: str, towers: list[Any]) -> None:
     model = shared(family)
-    with duet_vlm.attach(model, "contrast+duet", budget=0.2, contrast_keep=0.5) as handle:
-        forward(model, FAMILIES[family].inputs([TWO, TEXT]))
+    with duet_vlm.attach(model, f"{method}+duet", budget=0.2, **{f"{method}_keep": 0.5}) as handle:
+        forward(model, FAMILIES[family].inputs([fitting(family, TWO), TEXT]))
         history = [span for row in handle.trace for span in row]
     assert sum(len(span.tower.kept) for span in history) == sum(n for _, run in towers for n in run.counts)
     for span in history:
@@ -259,7 +312,7 @@ def test_the_trace_tells_what_went_through_the_tower(family: str, towers: list[A
         merged = {member for members in span.merged.values() for member in members}
         entry = span.stages[0]
         assert {*entry.kept, *entry.dropped, *merged} == set(span.tower.kept)
-        assert span.span.tokens - 1 in span.tower.kept or family == "llava_next"  # the last row may have to predict; there it is a newline
+        assert span.span.tokens - 1 in span.tower.kept or family in PACKING  # the last row may have to predict; there it is a newline
 
 
 def test_floors_choose_as_they_say() -> None:

@@ -26,7 +26,7 @@ from duet_vlm import video
 from duet_vlm.cli.main import app
 from duet_vlm.cli.viz import film, on_film
 from duet_vlm.tiny import video as tiny_video
-from duet_vlm.video import decode, length, sampled, upright
+from duet_vlm.video import decode, length, pieces, sampled, upright
 from duet_vlm.viz.overlay import cell_box
 
 WIDE, HIGH = 64, 48
@@ -306,6 +306,52 @@ def test_a_question_about_a_file_is_answered(tmp_path: Path) -> None:
     files = json.loads(call("viz", *shared, "--json", "-o", tmp_path / "out").stdout)["files"]
     drawn = Image.open(files[0])
     assert drawn.height > 8 * 150 and len(files) == 1
+
+
+@pytest.mark.parametrize(("size", "options"), [(1, {"frames": 7}), (3, {"frames": 7}), (40, {"fps": 2.0}), (4, {})])
+def test_pieces_are_the_clip(size: int, options: dict[str, Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4")
+    whole, parts = decode(path, **options), list(pieces(path, size, **options))
+    assert [i for part in parts for i in part.indices] == list(whole.indices)
+    assert [number_of(frame) for part in parts for frame in part.frames] == [number_of(frame) for frame in whole.frames]
+    assert all(len(part.frames) == len(part.indices) == size for part in parts[:-1])
+    assert {(part.total, part.rate) for part in parts} == {(whole.total, whole.rate)}
+
+
+def test_pieces_hold_no_more_than_they_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "clip.mp4")
+    monkeypatch.setattr(video, "MAX_PIXELS", 4 * WIDE * HIGH)
+    assert sum(len(part.frames) for part in pieces(path, 4, fps=10)) == 40
+    with pytest.raises(ValueError, match="40 frames of .* take at most 4 at a time"):
+        decode(path, fps=10)
+    with pytest.raises(ValueError, match="size=0: frames of a piece"):
+        next(pieces(path, 0))
+
+
+def test_a_long_clip_is_answered_in_pieces(tmp_path: Path) -> None:
+    """Whatever the size of the pieces, the tokens that are held are those of evs on the whole clip, and the answer is that of the stream."""
+    sample = next(s for s in tiny_video.samples("test", 40) if s.kind == "read")
+    path = write(tmp_path / "clip.mp4", count=32, picture=lambda number: np.asarray(sample.frames[number // 4]), crf="4")
+    shared = ["run", "-m", "tiny-video", "--video", path, "-p", sample.question, "--json"]
+    found = [json.loads(call(*shared, "-b", 200, "--frames", 8, "--chunk-frames", size).stdout) for size in (1, 3, 8)]
+    assert {got["answer"] for got in found} == {json.loads(call(*shared, "-b", 200, "--method", "evs", "--frames", 8).stdout)["answer"]}
+    assert all((got["frames"], got["held"], got["visual_tokens"]) == (8, 200, 520) for got in found)
+    text = call(*shared[:-1], "-b", 100, "--fps", 10, "--chunk-frames", 5).stdout
+    assert "32 frames, 5 at a time: 100 of 2080 visual tokens held" in text
+
+
+def test_what_pieces_cannot_be_combined_with(tmp_path: Path) -> None:
+    path = write(tmp_path / "clip.mp4")
+    shared = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "--chunk-frames", 4]
+    for more, words in (
+        ([], "say with --budget how many visual tokens are held"),
+        (["-b", "0.5"], "say with --budget how many visual tokens are held"),
+        (["-b", 64, "--method", "duet"], "holds the tokens that evs keeps"),
+        (["-b", 64, "--compare"], "would need the whole clip at once"),
+        (["-b", 64, "--video", path], "0 images and 2 clips; give one --video"),
+    ):
+        assert words in call(*shared, *more, code=2).stderr
+    assert "llava takes no clips" in call(*["tiny" if x == "tiny-video" else x for x in shared], "-b", 64, code=2).stderr
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed")

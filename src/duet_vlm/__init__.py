@@ -56,7 +56,10 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "remembered": "memory",
 }
 _ROOMS = frozenset(
-    {"budget", "checks", "flow", "handle", "measure", "memory", "models", "ops", "parts", "presets", "reducer", "registry", "text", "tokens", "tower"}
+    {
+        "budget", "checks", "contrastive", "flow", "handle", "measure", "memory", "models", "ops", "parts", "presets", "reducer", "registry", "text",
+        "tokens", "tower", "vision",
+    }  # fmt: skip
 )
 
 __all__ = [

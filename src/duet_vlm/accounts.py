@@ -7,16 +7,18 @@ from typing import Any
 
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Encoded
+from duet_vlm.flow.shown import layer_number
 from duet_vlm.flow.trace import rows_per_layer, trace_of
-from duet_vlm.measure.choice import deciding_flops, mass_flops, selection_bytes, selection_flops
+from duet_vlm.measure.choice import deciding_flops, selection_bytes, selection_flops, tower_choice_flops
 from duet_vlm.measure.report import Sample
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import EncoderReducer, Reducer
 from duet_vlm.tokens import SpanTrace
+from duet_vlm.tower import Stages
 
 
-def samples_of(run: Run) -> list[Sample]:
-    """The rows of the batch."""
+def samples_of(run: Run, per_token: int) -> list[Sample]:
+    """The rows of the batch; ``per_token``: patches of the tower that make one token."""
     rest = iter(run.sources)
     sources = [[next(rest) for _ in row] for row in run.spans]
     nominal_rows = zip(*(run.visual(layer) for layer in range(-1, run.depth)), strict=True)
@@ -33,8 +35,8 @@ def samples_of(run: Run) -> list[Sample]:
             skipped=any(encoded.skipped for encoded, _ in of),
             nominal=nominal,
             merges_left=any(encoded.tower is not None and encoded.tower.merges_left for encoded, _ in of),
-            planned_left=tuple(_of_span(encoded, number, "counts") for encoded, number in of),
-            left=tuple(_of_span(encoded, number, "ran") for encoded, number in of),
+            planned_left=tuple(_of_span(encoded, number, "planned", per_token) for encoded, number in of),
+            left=tuple(_of_span(encoded, number, "ran", per_token) for encoded, number in of),
             kept=tuple(_mean_kept(span, run.depth) for span in history),
         )
         for length, spans, of, plans, asked, measured, nominal, history in zip(
@@ -43,12 +45,14 @@ def samples_of(run: Run) -> list[Sample]:
     ]
 
 
-def _of_span(encoded: Encoded, number: int, name: str) -> tuple[int, ...]:
-    """What a reduced tower says of each picture of a span: all of its tokens where it was not reduced."""
+def _of_span(encoded: Encoded, number: int, name: str, per_token: int) -> tuple[Stages, ...]:
+    """Where patches of each picture of a span leave the tower."""
     if encoded.tower is None:
-        return encoded.passes[number]
+        return ((),) * len(encoded.passes[number])
     first = sum(map(len, encoded.passes[:number]))
-    return tuple(getattr(encoded.tower, name)[first : first + len(encoded.passes[number])])
+    patches = encoded.tower.patches_of_unit // per_token  # of a frame that is pooled later, several become one token
+    parts = getattr(encoded.tower, name)[first : first + len(encoded.passes[number])]
+    return tuple(tuple((after, left * patches) for after, left in stages) for stages in parts)
 
 
 def _mean_kept(span: SpanTrace, depth: int) -> float:
@@ -75,7 +79,7 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]
         return 0, 0
     vision = adapter.vision_shape()
     plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
-    head = adapter.vision_attention(reducer.signal_layer).head_dim
+    head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
     width = adapter.decoder_shape().hidden if projects_all else vision.width
-    mass = mass_flops(reducer, [part for s in samples for part in s.in_tower()], vision)
+    mass = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head)
     return mass + selection_flops(reducer, plans, passes, vision, head, width), selection_bytes(reducer, plans, passes, vision, head)

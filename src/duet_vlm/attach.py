@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import weakref
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from duet_vlm.budget import Budget, check_budget
-from duet_vlm.checks import with_fields
+from duet_vlm.flow.compat import check_version
 from duet_vlm.handle import Handle
-from duet_vlm.memory import KEY, record, remembered
+from duet_vlm.memory import KEY, names_file, record, remembered, saved
 from duet_vlm.methods import named
 from duet_vlm.models.find import adapter_for, core_of
-from duet_vlm.reducer import Reducer
+from duet_vlm.reducer import Reducer, with_fields
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()  # the hooks keep the handle
 
 
 def attach(
     model: nn.Module,
-    method: str | Reducer | None = None,
+    method: str | Path | Reducer | None = None,
     *,
     budget: Budget | None = None,
     processor: Any = None,
     positions: str | None = None,
     align: bool = False,
+    text_tower: Any = None,
     **fields: Any,
 ) -> Handle:
     """Make ``model`` spend fewer visual tokens, until the handle is detached.
@@ -34,9 +36,10 @@ def attach(
     ----------
     model : nn.Module
         A loaded image-text-to-text model of transformers (PEFT models too).
-    method : str or Reducer, optional
-        Name of a method (``duet_vlm.methods()``) or an instance with its settings. Left out: what the checkpoint was trained with, if
-        its config remembers it (``remember``), else "duet"; a budget or settings named here go before remembered ones.
+    method : str, Path or Reducer, optional
+        Name of a method (``duet_vlm.methods()``), an instance with its settings, or a file that holds method, budget and settings
+        (``"duet.json"``, as ``duet-vlm tune`` writes it). Left out: what the checkpoint was trained with, if its config remembers it
+        (``remember``), else "duet". A budget or settings named here go before those of a file or a checkpoint.
     budget : int or float, optional
         Mean visual tokens per decoder layer and image (int), or that as a fraction of the image's tokens (float in (0, 1]).
     processor : optional
@@ -47,6 +50,9 @@ def attach(
         Give the decoder's output one row per prompt slot again, a dropped slot repeating the survivor before it: for trainers and metrics
         that line logits up with labels themselves (TRL, label smoothing, ``compute_metrics``). The loss is the same; the head then works
         on every row. Without it logits have the surviving rows only, and ``Handle.slots`` says which.
+    text_tower : duet_vlm.contrastive.ContrastiveText, optional
+        The text side of the CLIP model that the vision tower comes from, for methods that compare tokens with the words of the question
+        (``cdpruner`` with ``relevance="contrastive"``); needs ``processor`` too.
     **fields
         Settings of the method; they override those of an instance.
 
@@ -63,12 +69,15 @@ def attach(
         A budget below the method's floor on this model.
     TypeError
         Unsupported model, or settings that this family cannot have.
+    ImportError
+        A transformers older than attaching works on (5.21); the rest of the package accepts 5.16.
     """
+    check_version()
     check_budget(budget)
     core = core_of(model)
     fields |= {} if positions is None else {"positions": positions}
-    if method is None:
-        known = remembered(core) or {"method": "duet", "budget": None, "settings": {}}
+    if method is None or isinstance(method, str | Path) and names_file(method):
+        known = saved(method) if isinstance(method, str | Path) else remembered(core) or {"method": "duet", "budget": None, "settings": {}}
         method, fields = known["method"], known["settings"] | fields
         budget = known["budget"] if budget is None else budget
     if isinstance(method, str):
@@ -83,7 +92,7 @@ def attach(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
-    handle = Handle(adapter, reducer, budget, processor, align)
+    handle = Handle(adapter, reducer, budget, processor, align, text_tower)
     _attached[core] = weakref.ref(handle)
     return handle
 

@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 from duet_vlm.budget import Budget, SpanPlan
+from duet_vlm.contrastive import ContrastiveText
 from duet_vlm.flow.decoder import scoring_layers
+from duet_vlm.flow.inside import check_boundaries
+from duet_vlm.flow.shown import layer_number
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
-from duet_vlm.spelling import did_you_mean
 
+WITHOUT = {"similar": "take relevance='decoder', which compares with the question as the decoder reads it"}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 
-def with_fields(method: type[Reducer] | Reducer, fields: dict[str, Any]) -> Reducer:
-    """The method with these settings; an unknown one is a ValueError that lists those there are."""
-    cls = method if isinstance(method, type) else type(method)
-    known = [field.name for field in dataclasses.fields(cls)]
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
-    return method(**fields) if isinstance(method, type) else dataclasses.replace(method, **fields)
-
-
-def signal_layer(reducer: Reducer) -> tuple[Any, ...]:
+def hooked(reducer: Reducer) -> tuple[Any, ...]:
     """What the hooks on the vision tower were chosen by."""
-    return (getattr(reducer, "signal_layer", None), getattr(reducer, "cls_token", None))
+    return tuple(getattr(reducer, name, None) for name in ("signal_layers", "signals", "reads", "cls_token"))
 
 
-def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], processor: Any, budget: Budget | None) -> None:
+def check(
+    adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], processor: Any, budget: Budget | None, text_tower: Any = None
+) -> None:
     """Everything that can be known to be wrong before a call."""
     if reducer.positions == "compact" and adapter.mrope:
         raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
     if isinstance(reducer, EncoderReducer):
         if reducer.tower is not None:
-            adapter.blocks_to_reduce()  # raises where nothing can leave
-            if reducer.signal_layer is not None and not adapter.sees_whole(reducer.signal_layer):
-                raise ValueError(f"signal_layer={reducer.signal_layer} attends within windows, of which a reduced tower leaves pieces: name another")
+            check_boundaries(adapter, reducer)  # raises where nothing can leave
+            for layer in (layer_number(adapter, layer) for layer in reducer.signal_layers):
+                if layer is not None and not adapter.sees_whole(layer):
+                    raise ValueError(f"signal_layer={layer} attends within windows, of which a reduced tower leaves pieces: name another")
+            if "states" in reducer.signals:
+                raise TypeError(f"{reducer.name} reads rows inside the vision tower, of which a reduced tower has some only: leave the tower whole")
         if reducer.cls_token:
             adapter.cls_module()
             if adapter.feeds_cls:
                 raise ValueError("cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')")
-        if reducer.signal_layer is not None:
-            try:
-                adapter.vision_attention(reducer.signal_layer)
-            except IndexError:
-                raise ValueError(f"signal_layer={reducer.signal_layer}: this vision tower has no such layer") from None
+        _check_layers(adapter, reducer)
+        for need in sorted((reducer.signals | reducer.reads) & adapter.lacks.keys()):
+            raise TypeError(f"{reducer.name} needs {need!r}, which {adapter.family} cannot give: {adapter.lacks[need]}. {WITHOUT[need]}")
+        if "similar" in reducer.reads:
+            _check_text_tower(adapter, reducer, text_tower, processor)
     if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient":
         if processor is None:
             warnings.warn(
@@ -73,6 +70,34 @@ def facts(adapter: Adapter) -> dict[str, Any]:
     """What a calibration must share with the model that it is used on."""
     shape = adapter.decoder_shape()
     return {"family": adapter.family, "layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "tokens": adapter.fixed_tokens}
+
+
+def _check_layers(adapter: Adapter, reducer: EncoderReducer) -> None:
+    """Every vision layer that is named is there."""
+    depth = adapter.vision_shape().layers
+    for layer in reducer.signal_layers:
+        if layer is not None and not (0 <= layer <= 1 if isinstance(layer, float) else -depth <= layer < depth):
+            raise ValueError(
+                f"signal_layer={layer}: this vision tower has no such layer, it has {depth}; give a number from {-depth} to {depth - 1}, or a share "
+                "of the depth from 0.0 to 1.0"
+            )
+
+
+def _check_text_tower(adapter: Adapter, reducer: EncoderReducer, text_tower: Any, processor: Any) -> None:
+    """A text tower that shares a space with the vision tower, and the words for it."""
+    if not isinstance(text_tower, ContrastiveText):
+        given = "" if text_tower is None else f", got {type(text_tower).__name__}"
+        raise ValueError(
+            f"{reducer.name} compares tokens with the question in the space of a text tower{given}: pass "
+            f"text_tower=duet_vlm.contrastive.ContrastiveText(clip, tokenizer) to attach(), or {WITHOUT['similar']}"
+        )
+    if not hasattr(processor, "tokenizer"):
+        raise ValueError(f"{reducer.name} reads the question's words for text_tower: pass processor= to attach()")
+    if text_tower.width != adapter.vision_shape().width:
+        raise ValueError(
+            f"text_tower was trained with a vision tower of width {text_tower.width}, this model's has {adapter.vision_shape().width}: load the CLIP "
+            "model that this vision tower comes from"
+        )
 
 
 def _check_counts(tokens: int, reducer: Reducer) -> None:

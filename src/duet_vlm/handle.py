@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import EllipsisType, TracebackType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, check_budget
-from duet_vlm.checks import check, signal_layer, with_fields
+from duet_vlm.checks import check, hooked
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
+from duet_vlm.flow.inside import leaving
 from duet_vlm.flow.install import install
 from duet_vlm.flow.rules import Rules
+from duet_vlm.flow.shown import named_layers
 from duet_vlm.flow.trace import trace_of
 from duet_vlm.flow.traffic import Traffic
 from duet_vlm.flow.verify import raise_if_wrong
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.models.adapter import Adapter
-from duet_vlm.reducer import Reducer
+from duet_vlm.reducer import Reducer, with_fields
 from duet_vlm.tokens import SpanTrace
+from duet_vlm.tower import Stages
 
 
 class Handle:
@@ -42,17 +45,17 @@ class Handle:
         As given.
     """
 
-    def __init__(self, adapter: Adapter, reducer: Reducer, budget: Budget | None, processor: Any, align: bool) -> None:
+    def __init__(self, adapter: Adapter, reducer: Reducer, budget: Budget | None, processor: Any, align: bool, text_tower: Any = None) -> None:
         self.adapter = adapter
-        self._processor = processor
+        self._processor, self._text_tower = processor, text_tower
         rules = Rules(reducer, budget, len(adapter.layers))
-        check(adapter, reducer, rules.plan, processor, budget)
+        check(adapter, reducer, rules.plan, processor, budget, text_tower)
         self._hooks = Hooks()
         self._gate = Gate(rules, self._hooks.undo)
         self._traffic = Traffic(adapter, self._gate, self._hooks, align)
         self._traffic.owner = self
         try:
-            install(self._traffic, reducer, processor)
+            install(self._traffic, reducer, processor, text_tower)
         except BaseException:
             self._gate.close()
             raise
@@ -69,6 +72,10 @@ class Handle:
     def installed(self) -> bool:
         """Whether the hooks are on the model: until ``detach()``, and until the calls that ran then have ended."""
         return not self._gate.gone
+
+    def leaving(self, tokens: int, left: int) -> Stages:
+        """Where a picture of ``tokens`` loses some of them in the tower, if ``left`` are to be left behind it, and how many are left then."""
+        return leaving(self.adapter, self.reducer, tokens, left)
 
     def __enter__(self) -> Handle:
         self._check_attached()
@@ -109,9 +116,11 @@ class Handle:
         budget = self.budget if isinstance(budget, EllipsisType) else budget
         check_budget(budget)
         rules = Rules(reducer, budget, len(self.adapter.layers))
-        check(self.adapter, reducer, rules.plan, self._processor, budget)
-        if signal_layer(reducer) != signal_layer(self.reducer):
-            raise ValueError("signal_layer cannot change while attached: detach and attach again")
+        check(self.adapter, reducer, rules.plan, self._processor, budget, self._text_tower)
+        if hooked(reducer) != hooked(self.reducer):
+            raise ValueError(
+                "signal_layer cannot change while attached, nor what else decides where the vision tower is read: detach and attach again"
+            )
         self._gate.rules = rules
         return self
 
@@ -123,7 +132,7 @@ class Handle:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
         run = self._last_run()
         reducer = run.rules.reducer
-        samples = samples_of(run)
+        samples = samples_of(run, self.adapter.vision_shape().patches_per_token)
         projects_all = self._projects_all(reducer)
         return make_report(
             method=reducer.name,
@@ -145,6 +154,10 @@ class Handle:
     def selection_cost(self, samples: list[Sample]) -> tuple[int, int]:
         """FLOPs and bytes of signals, choice and merge before the decoder."""
         return selection_cost(self.adapter, self.reducer, samples, self.projects_all)
+
+    def reads_layers(self, layers: Iterable[nn.Module]) -> bool:
+        """Whether the method takes signals from any of these layers of the vision tower."""
+        return named_layers(self.adapter, self.reducer).read(layers)
 
     @property
     def projects_all(self) -> bool:

@@ -1,4 +1,4 @@
-"""A checkpoint that knows how it was trained: the reduction, kept in the model's config under ``duet_vlm``."""
+"""A reduction as plain values: in the config of a checkpoint that knows how it was trained (under ``duet_vlm``), or in a file of its own."""
 
 from __future__ import annotations
 
@@ -45,6 +45,32 @@ def remembered(place: Any) -> dict[str, Any] | None:
     if not isinstance(found, dict) or set(found) != PARTS or not isinstance(found["settings"], dict):
         raise ValueError(f"config.{KEY} is {found!r}: expected {', '.join(sorted(PARTS))}, as duet_vlm.remember writes them")
     return found | {"settings": {name: _tuples(value) for name, value in found["settings"].items()}}
+
+
+def names_file(method: object) -> bool:
+    """Whether what is given as a method is the name of a file that holds one (``duet.json``)."""
+    return isinstance(method, Path) or isinstance(method, str) and method.endswith(".json")
+
+
+def saved(file: str | Path) -> dict[str, Any]:
+    """The reduction in a file: ``method``, ``budget`` and ``settings``; what else stands there is left out.
+
+    Raises
+    ------
+    ValueError
+        The file cannot be read, or holds no reduction; it is named.
+    """
+    place = Path(file).expanduser()
+    try:
+        found = json.loads(place.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: is not JSON ({error})") from error
+    whole = isinstance(found, dict) and set(found) >= PARTS
+    if not whole or not isinstance(found["method"], str) or names_file(found["method"]) or not isinstance(found["settings"], dict):
+        raise ValueError(f"{file}: holds no reduction: an object with method, budget and settings, as 'duet-vlm tune' writes it")
+    return {"method": found["method"], "budget": found["budget"], "settings": {name: _tuples(value) for name, value in found["settings"].items()}}
 
 
 def _tuples(value: Any) -> Any:

@@ -13,12 +13,19 @@ from duet_vlm.budget import Budget, BudgetError, SpanPlan
 
 
 def plan_span(
-    solve: Callable[[int], SpanPlan], budget: Budget | None, sizes: Sequence[int], structure: int, each: bool, keep_structure: bool
+    solve: Callable[..., SpanPlan],
+    budget: Budget | None,
+    sizes: Sequence[int],
+    structure: int,
+    each: bool,
+    keep_structure: bool,
+    left: Sequence[int] | None = None,
 ) -> SpanPlan:
     """The plan of a span with parts of ``sizes`` tokens and ``structure`` rows beside them.
 
     With a budget the span is solved as a whole, and kept structure rows are taken from the budget first. Settings of a method
-    (``dominant=160``) count per part if ``each``, and kept structure rows come on top of them.
+    (``dominant=160``) count per part if ``each``, and kept structure rows come on top of them. ``left``: of each part, how many a threshold in
+    the tower left; ``solve`` then takes that, too.
 
     Raises
     ------
@@ -26,9 +33,10 @@ def plan_span(
         If kept structure rows leave no row for the picture.
     """
     tokens = sum(sizes) + structure
-    own = [solve(size) for size in sizes] if each and budget is None else None
+    parts = list(zip(sizes, *(() if left is None else (left,)), strict=True))
+    own = [solve(*part) for part in parts] if each and budget is None else None
     if own is None:
-        plan = solve(tokens)
+        plan = solve(tokens, *(() if left is None else (sum(left) + structure,)))
     elif any(plan.merges for plan in own):
         plan = _sum(own, tokens)
     else:
@@ -37,13 +45,13 @@ def plan_span(
         return plan
     if structure and keep_structure:
         plan = _with_structure(plan, structure, budget)
-    plan = _of_content(plan, sum(sizes))
+    plan = _of_content(plan, sum(sizes if left is None else left))
     if not each:
         return plan
     entry, contextual = plan.entry - plan.structure, plan.contextual
     if own is not None and entry == sum(p.entry for p in own):
         return replace(plan, parts=tuple((p.dominant, p.contextual) for p in own))
-    rows = apportion(entry, sizes)
+    rows = apportion(entry, sizes if left is None else left)
     merged = apportion(contextual, rows)
     return replace(plan, parts=tuple((n - k, k) for n, k in zip(rows, merged, strict=True)))
 

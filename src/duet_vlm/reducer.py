@@ -7,11 +7,12 @@ visual tokens stay at a drop inside the decoder (T2V). A method is one frozen da
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -26,13 +27,17 @@ from duet_vlm.budget import (
     count_of,
     infeasible,
     largest,
+    largest_share,
     layer_counts,
     target_mean,
     within,
 )
 from duet_vlm.calibration import Calibration
 from duet_vlm.settings import declared
+from duet_vlm.spelling import did_you_mean
 from duet_vlm.tokens import Selection
+from duet_vlm.vision import READS, SIGNALS, Layer
+from duet_vlm.vision import VisionView as VisionView
 
 POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient", "raters")
@@ -51,29 +56,6 @@ ROUNDINGS = ("floor", "int", "round")
 
 def _unchanged(rows: Tensor) -> Tensor:
     return rows
-
-
-@dataclass(frozen=True)
-class VisionView:
-    """What an encoder reducer may look at; B spans of up to N tokens.
-
-    ``importance`` [B, N] and ``keys`` [B, N, d] are None unless the method names them in ``signals``; ``valid`` [B, N];
-    ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the rows that
-    are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected rows
-    for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
-    number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
-    time, all with equally many rows in the same order.
-    """
-
-    valid: Tensor
-    dominant: Tensor
-    contextual: Tensor
-    plans: tuple[SpanPlan, ...]
-    importance: Tensor | None = None
-    keys: Tensor | None = None
-    features: Tensor | None = None
-    parts: Tensor | None = None
-    stream: str = "image"
 
 
 @dataclass(frozen=True)
@@ -166,9 +148,10 @@ class Reducer(ABC):
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    ``signals`` names what it needs of the vision tower ("importance", "keys"); with ``reads_projected`` it sees the rows as the decoder
-    would get them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are
-    there, and nothing but its choice lives through the rest of the tower.
+    ``signals`` names what it needs of the vision layers in ``signal_layers`` (``duet_vlm.vision.LayerView``), ``reads`` what it needs beside
+    them (``VisionView``): "grid", "question", "similar", "projector". With ``reads_projected`` it sees the rows as the decoder would get
+    them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are there, and
+    nothing but its choice lives through the rest of the tower.
 
     Attributes
     ----------
@@ -194,9 +177,11 @@ class EncoderReducer(Reducer):
     """
 
     signals: ClassVar[frozenset[str]] = frozenset()
+    reads: ClassVar[frozenset[str]] = frozenset()
     reads_projected: ClassVar[bool] = False
     reads_features: ClassVar[bool] = True
     reads_time: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
+    reads_places: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip in front of it
     reduces_in_tower: ClassVar[bool] = False  # then ``tower`` says what does (``duet_vlm.tower``)
     tower: ClassVar[EncoderReducer | None] = None
 
@@ -210,6 +195,9 @@ class EncoderReducer(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, named, known in (("signals", self.signals, SIGNALS), ("reads", self.reads, READS)):
+            if unknown := sorted(named - set(known)):
+                raise ValueError(f"{type(self).__name__}.{name} names {', '.join(unknown)}: choose from {', '.join(known)}")
         if self.signal_queries is not None and self.signal_queries < 1:
             raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
         check_choice("signal_heads", self.signal_heads, HEADS)
@@ -221,6 +209,48 @@ class EncoderReducer(Reducer):
             raise ValueError(f"cls_token=True cannot work with {self.name}: it reads projected rows, and the CLS row is not projected")
         if self.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")
+
+    def entering(self, tokens: int, budget: Budget, depth: int = 32) -> SpanPlan:
+        """The plan of a span of which ``budget`` tokens (or that fraction of them, at least one) enter the decoder and stay: what the method's
+        first stage does where nothing is dropped inside the decoder.
+
+        Parameters
+        ----------
+        tokens : int
+            Of the span.
+        depth : int
+            Of the decoder in which the method divides its rows into dominant and contextual ones.
+
+        Raises
+        ------
+        ValueError
+            As ``plan``; a ``BudgetError`` where the method cannot do with so few.
+        """
+        wanted = max(1, math.floor(target_mean(budget, tokens) + EPSILON))
+        if wanted >= tokens:
+            return whole(tokens, depth)
+
+        def fits(share: float) -> bool:
+            try:
+                return self.plan(tokens, depth, share).entry <= wanted
+            except BudgetError as error:
+                if error.floor is None:
+                    raise
+                return True  # less than the method's floor
+
+        share = largest_share(fits)
+        plan = self.plan(tokens, depth, share or sys.float_info.min)  # raises where not even the smallest share fits
+        return replace(plan, counts=(plan.entry,) * depth)
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or None for the
+        family's own."""
+        return (self.signal_layer,)
+
+    def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        """``plan`` of a span of which a threshold in the tower left ``left`` tokens."""
+        return self.plan(tokens, depth, budget)
 
     @abstractmethod
     def v2v(self, view: VisionView) -> Selection:
@@ -311,6 +341,16 @@ class DecoderReducer(Reducer):
         ``Selection`` of as many rows: they stand where the tokens stood that ``index`` names; with renumbered positions, in that order."""
 
 
+def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Reducer:
+    """The method with these settings; an unknown one is a ValueError that lists those there are."""
+    cls = method if isinstance(method, type) else type(method)
+    known = [field.name for field in fields(cls)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
+    return method(**settings) if isinstance(method, type) else replace(method, **settings)
+
+
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(map(repr, allowed))}")
@@ -330,8 +370,10 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
         raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
 
 
-def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None) -> SpanPlan:
     """``reducer.plan``, but a small span that a fractional budget cannot be met on gets the method's floor (``Reducer.clamp_below``).
+
+    ``left``: of the span, how many tokens a threshold in the tower left.
 
     A floor of one token is more than 5 % of ten tokens and less than 5 % of a hundred: an error there would end a whole batch for its
     smallest image. A floor that grows with the span (layers that run at full width) stays an error, as no image could meet the budget.
@@ -341,8 +383,15 @@ def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None
     BudgetError
         As ``reducer.plan``, where the span is not small or a span on which the budget means ``clamp_below`` tokens is refused as well.
     """
+
+    def solve(budget: Budget | None) -> SpanPlan:
+        if left is None:
+            return reducer.plan(tokens, depth, budget)
+        assert isinstance(reducer, EncoderReducer)  # or no tower was reduced
+        return reducer.plan_left(tokens, depth, budget, left)
+
     try:
-        return reducer.plan(tokens, depth, budget)
+        return solve(budget)
     except BudgetError as error:
         if budget is None or isinstance(budget, Integral) or error.floor is None or tokens >= reducer.clamp_below:
             raise
@@ -350,7 +399,7 @@ def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None
             reducer.plan(math.ceil(reducer.clamp_below / budget), depth, budget)
         except BudgetError:
             raise error from None
-        return replace(reducer.plan(tokens, depth, error.floor / tokens), floored=True)
+        return replace(solve(error.floor / tokens), floored=True)
 
 
 def whole(tokens: int, depth: int) -> SpanPlan:

@@ -10,6 +10,10 @@ DECLARED = {  # what a field says of itself -> which values are meant, and in wo
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number (int)"),
     "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
     "bool": (lambda value: isinstance(value, bool), "True or False"),
+    "Layer": (
+        lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
+        "the number of a vision layer (int), a share of the tower's depth (float) or None",
+    ),
 }
 
 

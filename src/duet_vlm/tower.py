@@ -1,34 +1,50 @@
-"""The contract of methods that reduce in front of the vision tower's blocks, and what they may look at.
+"""The contract of methods that reduce inside the vision tower, and what they may look at.
 
-A *tower reducer* says which units of each picture go through the tower at all. A unit is what later becomes one token: a patch, or a cell of
-patches that a merger joins. Rows that leave are gone for whatever follows; a method behind the tower chooses among those that are left.
+A *tower reducer* says which units of each picture go through the tower's blocks, or through the rest of them. A unit is what later becomes one
+token: a patch, or a cell of patches that a merger joins. Rows that leave are gone for whatever follows; a method behind the tower chooses
+among those that are left.
+
+Where units leave is counted in blocks whose attention has run: 0 is in front of the first block, k behind the attention of the k-th block and
+in front of its MLP, so that scores of that attention cost no MLP of rows that leave.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from duet_vlm.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible, target_mean
 from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import top
 from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields, whole
 from duet_vlm.tokens import Selection
 
 Grid = tuple[int, int]
+Stages = tuple[tuple[int, int], ...]  # (blocks whose attention has run, units that are left), in order
 
 
 @dataclass(frozen=True)
 class TowerView:
     """What a tower reducer may look at; P pictures (images, crops or frames: whatever the tower looks at by itself) of U units.
 
-    ``valid`` [P, U] bool: units that may be chosen; ``keep`` [P] how many of them stay, ``keeps`` the same on the host. ``grids``: (rows,
-    columns) of each picture's units, which stand line by line. ``contrast`` [P, U] float32: how far a unit's patch embeddings, without
-    position, lie from the picture's mean (length of the difference, mean over the unit's patches); None unless the method names it in
-    ``tower_signals``.
+    ``valid`` [P, U] bool: units that may be chosen; ``keep`` [P] how many of them stay, ``keeps`` the same on the host (empty where a threshold
+    says how many). ``grids``: (rows,
+    columns) of each picture's units; in front of the blocks they stand line by line. ``after``: how many blocks' attention has run.
+    ``unit`` [P, U]: the number of each unit in its picture; ``extra`` rows (CLS) stand in front of them in the tower.
+
+    The rest is None unless the method names it in ``tower_signals``. In front of the blocks: ``contrast`` [P, U] float32, how far a unit's
+    patch embeddings, without position, lie from the picture's mean (length of the difference, mean over the unit's patches); ``pixels``
+    [P, U, T, m], what the processor made of the unit's pixels, of each of the T frames that it shows. Behind the attention of a block, of that
+    block, means over a unit's patches in float32: ``keys`` [P, U, d] means over heads, ``key_norm`` [P, U] mean length of a head's keys,
+    ``attention`` [P, U] CLS attention, or attention received where there is no CLS row; ``size`` [P, U], how many units each stands for.
+
+    ``before``: per picture the number of the one that shows the step of time before it; -1 where there is none.
     """
 
     valid: Tensor
@@ -36,11 +52,29 @@ class TowerView:
     keeps: tuple[int, ...]
     grids: tuple[Grid, ...]
     contrast: Tensor | None = None
+    pixels: Tensor | None = None
+    before: tuple[int, ...] = ()
+    after: int = 0
+    unit: Tensor | None = None
+    extra: int = 0
+    keys: Tensor | None = None
+    key_norm: Tensor | None = None
+    attention: Tensor | None = None
+    size: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Units that leave by joining others. ``into`` [P, U]: the place in the view of the unit that each one joins, its own if it stays.
+    ``order`` [P, U], optional: the places of the view in the order in which what stays is to be shown next time."""
+
+    into: Tensor
+    order: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TowerReducer(EncoderReducer):
-    """A method that reduces before the tower's first block.
+    """A method that reduces inside the vision tower.
 
     Alone, all that is left of a picture enters the decoder, and a budget says how much that is. In front of other methods
     (``"contrast+duet_plus"``) the budget is theirs, over the unreduced tokens, and ``keep`` belongs to the tower.
@@ -48,15 +82,16 @@ class TowerReducer(EncoderReducer):
     Attributes
     ----------
     keep : int or float or None
-        Tokens of a span that go through the tower: a count, or a fraction.
+        Tokens of a span that are left behind the tower: a count, or a fraction.
     mass : bool
-        A unit that leaves is counted with the one that is most like it (cosine of patch embeddings): in the tower's attention, and where
-        tokens are ranked by it, the survivor weighs as many rows as it stands for. Kernels that take no bias (flash attention) go without.
+        A unit that leaves is counted with the one that is most like it (cosine of patch embeddings, or of keys): in the tower's attention, and
+        where tokens are ranked by it, the survivor weighs as many rows as it stands for. Kernels that take no bias (flash attention) go without.
     """
 
     tower_signals: ClassVar[frozenset[str]] = frozenset()
     reads_features: ClassVar[bool] = False
     reduces_in_tower: ClassVar[bool] = True
+    by_threshold: ClassVar[bool] = False  # how many stay is what ``stay`` says
 
     keep: Keep | None = None
     mass: bool = True
@@ -77,7 +112,10 @@ class TowerReducer(EncoderReducer):
             left = math.floor(target_mean(budget, tokens) + EPSILON)
             if left < 1:
                 raise infeasible(self.name, target_mean(budget, tokens), 1, tokens, "at least one token enters the decoder")
-        return whole(tokens, depth) if left >= tokens else SpanPlan(tokens, left, 0, (left,) * depth, tower=left)
+        return all_left(tokens, left, depth)
+
+    def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        return all_left(tokens, left, depth)
 
     def v2v(self, view: VisionView) -> Selection:
         """All that the tower left."""
@@ -87,6 +125,70 @@ class TowerReducer(EncoderReducer):
     def tower(self) -> TowerReducer:  # type: ignore[override]  # of a composition it is the first stage
         return self
 
+    def boundaries(self, depth: int) -> Sequence[int]:
+        """After the attention of how many of ``depth`` blocks units leave: ascending; 0 is in front of all."""
+        return (0,)
+
+    @property
+    def inside(self) -> bool:
+        """Whether units leave behind some block."""
+        return any(self.boundaries(1 << 10))
+
+    def counts(self, units: int, left: int, depth: int) -> Sequence[int]:
+        """How many units of a picture each boundary leaves: equal shares of what came to it, the last one ``left``."""
+        several = len(self.boundaries(depth))
+        return [max(left, math.ceil(units * (left / units) ** (k / several) - EPSILON)) for k in range(1, several)] + [left]
+
     @abstractmethod
+    def stay(self, view: TowerView) -> Tensor | Merged:
+        """Mask [P, U] of the units that stay, exactly ``view.keep`` of each picture's ``view.valid``; or who joins whom."""
+
+    def pairs(self, units: int, left: int) -> int:
+        """How many likenesses of two units a boundary computes that leaves ``left`` of ``units``."""
+        return units * left if self.mass else 0
+
+
+def check_after(name: str, after: Sequence[int]) -> None:
+    """Refuse what are no numbers of blocks behind whose attention units can leave, one after the other."""
+    plain = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in after)
+    if not plain or list(after) != sorted(set(after)):
+        raise ValueError(f"{name}={after}: after the attention of how many blocks units leave, 1 or more, ascending")
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse what no difference can be compared with."""
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold={threshold}: give a finite difference of pixel values, 0 or more")
+
+
+def all_left(tokens: int, left: int, depth: int) -> SpanPlan:
+    """The plan of a span of which the tower leaves ``left`` tokens, and all of them enter."""
+    return whole(tokens, depth) if left >= tokens else SpanPlan(tokens, left, 0, (left,) * depth, tower=left)
+
+
+@dataclass(frozen=True)
+class ThresholdReducer(TowerReducer):
+    """A tower reducer that keeps what passes a threshold, however many that are; with ``keep``, or alone with a budget, the highest of them.
+
+    What is left is known when the tower has begun. A budget for the decoder is planned then: no more enters than is left. Of a picture of which
+    nothing passes, the unit with the highest score stays.
+    """
+
+    @property
+    def by_threshold(self) -> bool:  # type: ignore[override]
+        return self.keep is None
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        if self.keep is None and budget is None:
+            return whole(tokens, depth)  # until the tower has begun
+        return super().plan(tokens, depth, budget)
+
     def stay(self, view: TowerView) -> Tensor:
-        """Mask [P, U] of the units that stay; exactly ``view.keep`` of each picture's ``view.valid``."""
+        scores = self.scores(view)
+        if view.keeps:
+            return top(scores, view.valid, view.keep)
+        return view.valid & (scores > 0) | top(scores, view.valid, torch.ones_like(view.keep))
+
+    @abstractmethod
+    def scores(self, view: TowerView) -> Tensor:
+        """[P, U] float32; above 0 is what passes."""

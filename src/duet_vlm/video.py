@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,6 +74,24 @@ def decode(path: Path, frames: int | None = None, fps: float | None = None) -> C
         Naming the path and what is wrong: missing, a folder, no video, damaged (and how many frames can be read), too large, both
         ``frames`` and ``fps``, PyAV not installed.
     """
+    indices, total, rate = _chosen(path, frames, fps)
+    return Clip(tuple(_pictures(path, indices, total, len(indices))), indices, total, rate)
+
+
+def pieces(path: Path, size: int, frames: int | None = None, fps: float | None = None) -> Iterator[Clip]:
+    """As ``decode``, but ``size`` frames at a time: memory depends on them and not on the length of the clip. Errors as ``decode``, and a
+    ValueError for a size below 1."""
+    if size < 1:
+        raise ValueError(f"size={size}: frames of a piece, at least 1")
+    indices, total, rate = _chosen(path, frames, fps)
+    pictures = _pictures(path, indices, total, size)
+    for start in range(0, len(indices), size):
+        some = indices[start : start + size]
+        yield Clip(tuple(itertools.islice(pictures, len(some))), some, total, rate)
+
+
+def _chosen(path: Path, frames: int | None, fps: float | None) -> tuple[tuple[int, ...], int, float]:
+    """Which frames of a file are meant, how many it has, and how many of them make a second."""
     if frames is not None and fps is not None:
         raise ValueError(f"frames={frames} and fps={fps}: give one of them")
     if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int) or frames < 1):
@@ -80,8 +99,7 @@ def decode(path: Path, frames: int | None = None, fps: float | None = None) -> C
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"fps={fps}: give a number above 0")
     total, rate = length(path)
-    indices = sampled(total, frames or FRAMES if fps is None else max(1, int(total / rate * fps)))
-    return Clip(tuple(_pictures(path, indices, total)), indices, total, rate)
+    return sampled(total, frames or FRAMES if fps is None else max(1, int(total / rate * fps))), total, rate
 
 
 def length(path: Path) -> tuple[int, float]:
@@ -142,17 +160,17 @@ def _readable(path: Path, items: Iterator[Any], total: int) -> Iterator[Any]:
         raise _damaged(path, done, total, _reason(error)) from None
 
 
-def _pictures(path: Path, indices: tuple[int, ...], total: int) -> Iterator[Image.Image]:
-    """The frames with these indices, decoded in one go up to the last of them; all in the size of the first."""
+def _pictures(path: Path, indices: tuple[int, ...], total: int, held: int) -> Iterator[Image.Image]:
+    """The frames with these indices, decoded in one go up to the last of them; all in the size of the first. ``held`` of them are kept together."""
     with _opened(path) as (container, stream):
         wanted, size, done = set(indices), None, 0
         for done, frame in enumerate(_readable(path, container.decode(stream), total), start=1):
             if done - 1 not in wanted:
                 continue
-            if frame.width * frame.height * len(indices) > MAX_PIXELS:
+            if frame.width * frame.height * held > MAX_PIXELS:
                 most = MAX_PIXELS // (frame.width * frame.height)
                 raise ValueError(
-                    f"--video {path}: {len(indices)} frames of {frame.width} x {frame.height} pixels are too many to hold; take at most {most}"
+                    f"--video {path}: {held} frames of {frame.width} x {frame.height} pixels are too many to hold; take at most {most} at a time"
                 )
             alpha = any(component.is_alpha for component in frame.format.components)
             picture = upright(rgb(frame.to_ndarray(format="rgba")) if alpha else frame.to_image(), frame.rotation)

@@ -51,7 +51,11 @@ def planned(
     drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if getattr(reducer, "text_query", "") == "last" else text
     measured = counts, tuple(text + count for count in counts)
-    left = tuple(tuple(left_in_tower(plan, sizes, int(handle.adapter.feeds_cls))) for plan, sizes in zip(plans, passes, strict=True))
+    fed = int(handle.adapter.feeds_cls)
+    left = tuple(
+        tuple(handle.leaving(n, k) for n, k in zip(sizes, left_in_tower(plan, sizes, fed), strict=True))
+        for plan, sizes in zip(plans, passes, strict=True)
+    )
     sample = Sample(
         text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=left, left=left,
         merges_left=_merges_left(handle),
@@ -77,9 +81,7 @@ def _skips(handle: Handle) -> bool:
     adapter, reducer = handle.adapter, handle.reducer
     if not isinstance(reducer, EncoderReducer | DecoderReducer):
         return False
-    unread = adapter.unread_layers()
-    recorded = adapter.vision_attentions(reducer.signal_layer) if isinstance(reducer, EncoderReducer) and reducer.signals else []
-    return bool(unread) and not any(module in recorded for layer in unread for module in layer.modules())
+    return bool(unread := adapter.unread_layers()) and not handle.reads_layers(unread)
 
 
 def workload(

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from duet_vlm.cli.errors import folder_for, friendly, plain_name
-from duet_vlm.cli.lists import check_method, chosen
-from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, settings_of, several, several_paths
+from duet_vlm.cli.lists import chosen
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several, several_paths
 
 if TYPE_CHECKING:
     from duet_vlm.evaluate.experiment import Experiment
@@ -32,7 +32,7 @@ def evaluate(
         typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task."),
     ] = None,
     methods: Annotated[
-        Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]. {SEVERAL} Default: {METHODS}.")
+        Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or duet.json. {SEVERAL} Default: {METHODS}.")
     ] = None,
     budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {BUDGETS}.")] = None,
     presets: Annotated[Texts, typer.Option("--presets", "--preset", help=f"Named presets to run as well. {SEVERAL}")] = None,
@@ -45,7 +45,7 @@ def evaluate(
         str | None, typer.Option("--against", help="The run that all others are tested against, by its label. Default: duet, where it runs.")
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Questions per batch. Default: 40.")] = None,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per core without a GPU, else 1.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per GPU, without one as many as cores.")] = None,
     timing_rounds: Annotated[int, typer.Option("--timing-rounds", min=0, help="Rounds of the prefill timing; 0 leaves it out.")] = 20,
     experiment: Annotated[
         Path | None, typer.Option("--experiment", help="An experiment file in place of all options above but --workers and --timing-rounds.")
@@ -114,11 +114,12 @@ def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tupl
 
     text = METHODS if methods is None and presets is None else ",".join(several(methods))
     wanted, published, named = budgets_of(budgets or [BUDGETS]), several(presets), cells_of(text) if text else []
-    for method, _ in named:
-        check_method(method, *REFERENCES)
     if published:
         chosen("presets", "name", published)
-    cells: list[dict[str, Any]] = [{"method": method, "budgets": wanted, "settings": settings_of(pairs)} for method, pairs in named]
+    cells: list[dict[str, Any]] = []
+    for name, pairs in named:
+        method, own, kept = method_of(name, *REFERENCES)
+        cells.append({"method": method, "budgets": wanted if own is None or budgets else [own], "settings": kept | settings_of(pairs)})
     cells += [{"preset": preset} for preset in published]
     return (*cells, {"method": ORACLE, "budgets": wanted}) if oracle else tuple(cells)
 

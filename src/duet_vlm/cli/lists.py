@@ -7,10 +7,11 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import pkgutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,16 +91,65 @@ def _methods() -> Rows:
 def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
     """A method as plain values."""
     places = (("before the decoder", duet_vlm.EncoderReducer), ("inside the decoder", duet_vlm.DecoderReducer))
-    in_tower = issubclass(cls, duet_vlm.TowerReducer)
+    in_tower, usual = issubclass(cls, duet_vlm.TowerReducer), cls()
+    reads = sorted({*getattr(usual, "signals", ()), *getattr(usual, "reads", ()), *getattr(usual, "needs", ())})
     stages = ["inside the tower"] if in_tower else [word for word, base in places if issubclass(cls, base)]
     return {
         "name": name,
         "summary": cls.summary,
         "stage": " + ".join(stages) or "-",
-        "needs_text": issubclass(cls, duet_vlm.DecoderReducer) and cls.asks(),
+        "needs_text": (issubclass(cls, duet_vlm.DecoderReducer) and cls.asks()) or "question" in reads,
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
+        "idea": _paragraphs(cls, lambda text: not text.startswith(("Cost", "Parameters", "Differences", "From the paper"))),
+        "cost": _paragraphs(cls, lambda text: text.startswith("Cost")),
+        "needs": reads,
+        "families_without": _refusing(cls),
     }
+
+
+def _paragraphs(cls: type[duet_vlm.Reducer], wanted: Callable[[str], bool]) -> str:
+    """What a method's docstring says in front of its parameters, or (of the rest) in the paragraphs that are wanted."""
+    whole = [" ".join(text.split()) for text in (inspect.getdoc(cls) or "").split("\n\n")]
+    first = next((i for i, text in enumerate(whole) if text.startswith(("Parameters", "Cost", "Differences", "From the paper"))), len(whole))
+    told = [text for text in whole[:first] if wanted(text)] or [text for text in whole[first:] if wanted(text)][:1]
+    return " ".join(told)
+
+
+def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
+    """Why families cannot run a method with its usual settings, or a preset of its authors' code, as far as that is known without a model."""
+    from duet_vlm.models.find import families
+
+    presets = [name for name in dir(cls) if name.startswith("official")]
+    found: dict[tuple[str, str], list[str]] = {}
+    for name in ("", *presets):
+        try:
+            reducer = getattr(cls, name)() if name else cls()
+        except TypeError:  # a preset that has to be told which one
+            continue
+        for family, adapter in families().items():
+            if why := _why_not(adapter, reducer):
+                found.setdefault((name, why), []).append(family)
+    return [{"preset": name, "why": why, "families": listed} for (name, why), listed in found.items()]
+
+
+def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:
+    if reducer.positions == "compact" and adapter.mrope:
+        return "positions are grids (M-RoPE) and cannot be compact"
+    lacking = sorted((getattr(reducer, "signals", set()) | getattr(reducer, "reads", set())) & adapter.lacks.keys())
+    if lacking:
+        return adapter.lacks[lacking[0]]
+    bare = object.__new__(adapter)  # what a family refuses whatever the model, it refuses without one
+    asks = [bare.blocks_to_reduce] if getattr(reducer, "reduces_in_tower", False) else []
+    asks += [bare.cls_module] if getattr(reducer, "cls_token", False) else []
+    for ask in asks:
+        try:
+            ask()
+        except TypeError as error:
+            return str(error).removeprefix(f"{adapter.family}: ")
+        except AttributeError:
+            continue
+    return ""
 
 
 def _presets() -> Rows:

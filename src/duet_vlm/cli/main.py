@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import bench, budget, calibrate, demo, drop_curve, eval, methods, models, presets, report, run, train, viz
+from duet_vlm.cli import bench, budget, calibrate, demo, drop_curve, eval, generate, methods, models, presets, report, run, serve, train, tune, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -19,13 +19,17 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("eval")(eval.evaluate)
+app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.command("drop-curve")(drop_curve.drop_curve)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
 app.command("calibrate")(calibrate.calibrate)
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget")(budget.budget)
 app.command("bench")(bench.bench)
 app.command("viz")(viz.viz)
+app.command("serve", epilog=serve.EPILOG)(serve.serve)
+app.command("vllm-args")(serve.vllm_args)
 app.command("methods")(methods.methods)
 app.command("presets")(presets.presets)
 app.command("models")(models.models)

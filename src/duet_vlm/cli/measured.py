@@ -33,8 +33,15 @@ class Wanted:
         from duet_vlm.loading import device_for
 
         where = device_for(device)
-        processes = workers or (os.cpu_count() or 1 if where.startswith("cpu") else 1)
+        processes = workers or (os.cpu_count() or 1 if where.startswith("cpu") else gpus() if where == "cuda" else 1)
         return Wanted(folder_for("--out", out), restart, processes, timing_rounds, where, quiet)
+
+
+def gpus() -> int:
+    """How many there are."""
+    import torch
+
+    return max(1, torch.cuda.device_count())
 
 
 def check_tasks(jobs: list[Experiment]) -> None:

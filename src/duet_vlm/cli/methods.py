@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from duet_vlm.cli.errors import friendly
@@ -20,7 +21,8 @@ def methods(
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods: paper, what they do, where they reduce, whether they look at the text."""
+    """List the methods: paper, what they do, where they reduce, whether they look at the text. Of methods by name also idea, cost, needs,
+    settings, and the families that cannot run them."""
     with friendly(debug, json_):
         rows = chosen("methods", "name", names)
         if json_:
@@ -30,7 +32,17 @@ def methods(
         table.columns[0].no_wrap = True
         for row in rows:
             stage, asks = row["stage"].replace(" the decoder", ""), "yes" if row["needs_text"] else "no"
-            told = f"{row['summary']}\n[dim]{row['paper']}[/dim]" + (f"\nsettings: {', '.join(row['settings'])}" if names else "")
+            told = f"{row['summary']}\n[dim]{row['paper']}[/dim]" + ("\n" + "\n".join(_more(row)) if names else "")
             table.add_row(row["name"], stage, asks, told)
         Console().print(table)
         print("reduces: inside the tower, before or inside the decoder; text: whether the question decides what stays")
+
+
+def _more(row: dict[str, Any]) -> list[str]:
+    """What is told of a method that was asked for by name."""
+    told = [escape(row["idea"]), escape(row["cost"]), f"needs: {', '.join(row['needs']) or 'nothing of the model'}"]
+    told += [f"settings: {', '.join(row['settings'])}"]
+    for case in row["families_without"]:
+        way = f"{case['preset']} " if case["preset"] else ""
+        told.append(escape(f"{way}not on {', '.join(case['families'])}: {case['why']}"))
+    return list(filter(None, told))

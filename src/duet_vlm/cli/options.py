@@ -17,6 +17,7 @@ from duet_vlm.budget import check_budget
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.lists import check_method, chosen
 from duet_vlm.loading import Loaded
+from duet_vlm.memory import names_file, saved
 from duet_vlm.pictures import open_image
 from duet_vlm.video import Clip, decode, length
 
@@ -38,7 +39,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         metavar="TEXT",
-        help="A method ('duet-vlm methods') or several as one (frames+duet). Default: what the model was trained with, else duet.",
+        help="A method ('duet-vlm methods'), several as one (frames+duet), or a file of 'duet-vlm tune' (duet.json). Default: what the model was "
+        "trained with, else duet.",
     ),
 ]
 Preset = Annotated[
@@ -208,6 +210,19 @@ class Reduction:
         return attach(model, self.method, budget=self.budget, processor=marked, **self.fields)
 
 
+def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[str, Any]]:
+    """Method, budget and settings that ``--method`` names, be it a method (then without the other two) or a file; ``others`` as ``check_method``.
+
+    Raises
+    ------
+    ValueError
+        An unknown method, or a file without one.
+    """
+    found = saved(name) if names_file(name) else {"method": name, "budget": None, "settings": {}}
+    check_method(found["method"], *others)
+    return found["method"], found["budget"], found["settings"]
+
+
 def reductions_of(
     method: list[str] | None, preset: list[str] | None, budget: list[str] | None, positions: str | None, settings: list[str] | None
 ) -> list[Reduction]:
@@ -220,10 +235,11 @@ def reductions_of(
     """
     name, published = one("--method", method), one("--preset", preset)
     if published is None:
-        if name is not None:
-            check_method(name)
         fields = settings_of(settings) | ({} if positions is None else {"positions": positions})
         budgets: list[int | float | None] = [*budgets_of(budget)]
+        if name is not None:
+            name, own, kept = method_of(name)
+            budgets, fields = budgets or [own], kept | fields
         return [Reduction(None, name, value, fields) for value in budgets or [None]]
     others = {"--method": method, "--budget": budget, "--positions": positions, "--set": settings}
     given = [option for option, value in others.items() if value]

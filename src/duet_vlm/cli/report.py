@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import AsJson, Debug, several_paths
@@ -20,9 +21,12 @@ def report(
 ) -> None:
     """Render result files: report.html (sort and filter in a browser), markdown tables, plots as PNG and SVG."""
     with friendly(debug, json_):
+        from rich.console import Console
+
         from duet_vlm.evaluate.report import write
 
-        written = write(several_paths(files), out)
+        with Console(stderr=True).status("reading the results") as status:  # moves on a terminal, is silent elsewhere
+            written = write(several_paths(files), out, lambda text: status.update(f"drawing {escape(text)}"))
         if json_:
             print(json.dumps({"files": [str(file) for file in written]}))
             return

@@ -4,53 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from dataclasses import asdict
+from typing import Annotated, Any, cast
 
 import typer
 
+from duet_vlm.cli.answering import Answer, answer
+from duet_vlm.cli.long_clips import check_streamed, streamed
 from duet_vlm.cli.options import Device, FrameCount, Images, Model, Prompt, Rate, Reduction, Shown, Videos, reducing
-from duet_vlm.loading import Loaded, load
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What was said, in how many ``tokens``; seconds to the first of them and to the last."""
-
-    text: str
-    tokens: int
-    first_token: float
-    seconds: float
-
-    def timing(self) -> str:
-        return f"{self.first_token:.3g} s to the first token, {self.seconds:.3g} s to the last of {self.tokens}"
-
-
-def answer(loaded: Loaded, inputs: Any, max_new_tokens: int, show: bool) -> Answer:
-    """Greedy answer of the model as it stands; with ``show`` it is written to stdout as it comes."""
-    from transformers import TextStreamer
-
-    class Screen(TextStreamer):
-        first: float | None = None
-
-        def put(self, value: Any) -> None:
-            if not self.next_tokens_are_prompt and self.first is None:  # the prompt comes first; tokens arrive on the host
-                self.first = time.perf_counter()
-            super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if show:
-                sys.stdout.write(text + ("\n" if stream_end else ""))
-                sys.stdout.flush()
-
-    streamer = Screen(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    start = time.perf_counter()
-    out = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=streamer)
-    new = out[0, inputs["input_ids"].shape[1] :].tolist()
-    end = time.perf_counter()
-    text = str(loaded.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
-    return Answer(text, len(new), (streamer.first or end) - start, end - start)
+from duet_vlm.loading import load
 
 
 @reducing
@@ -65,10 +27,17 @@ def run(
     model: Model = "tiny",
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with the full model, and say how long each took.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
+    chunk_frames: Annotated[
+        int | None, typer.Option("--chunk-frames", min=1, help="Encode a long clip so many frames at a time; --budget tokens of it are held (evs).")
+    ] = None,
     device: Device = None,
 ) -> None:
     """Answer a question about images and clips, then report tokens, FLOPs and KV bytes."""
     shown = Shown.of(image, video, frames, fps)
+    if chunk_frames is not None:
+        check_streamed(shown, reduction, compare)
+        streamed(load(model, device), shown, prompt, chunk_frames, cast(int, reduction.budget), max_new_tokens, json_)
+        return
     loaded = load(model, device)
     clips = shown.clips(loaded)
     with reduction.attach(loaded.model, loaded.processor) as handle:

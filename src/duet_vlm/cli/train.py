@@ -14,8 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from duet_vlm.cli.errors import folder_for, friendly
-from duet_vlm.cli.lists import check_method
-from duet_vlm.cli.options import SEVERAL, AsJson, Debug, budget_of, budgets_of, one, settings_of, several_paths
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, budget_of, budgets_of, method_of, one, settings_of, several_paths
 from duet_vlm.train.settings import TUNED, Settings, recipes, settings_from
 
 NEEDED = ("accelerate", "yaml")  # of the extra 'train', in every run
@@ -36,7 +35,7 @@ def train(
     tune: Annotated[Text, typer.Option("--tune", help=f"What learns: {', '.join(TUNED)} (lora: and the projector).")] = None,
     method: Annotated[
         list[str] | None,
-        typer.Option("--method", metavar="TEXT", help="Name of a method, see 'duet-vlm methods'; 'none' trains the full model."),
+        typer.Option("--method", metavar="TEXT", help="A method ('duet-vlm methods') or a duet.json of 'tune'; 'none' trains the full model."),
     ] = None,
     budget: Annotated[
         list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"As elsewhere (64, 0.22, 22%). {SEVERAL} Every step then draws one.")
@@ -67,14 +66,16 @@ def train(
         if missing:
             raise ValueError(f'training needs {", ".join(missing)}: pip install ".[train]" in your clone of duet-vlm')
         name = one("--method", method)
-        if name is not None:
-            check_method(name)
         budgets = budgets_of(budget)
+        kept: dict[str, Any] = {}
+        if name is not None:
+            name, own, kept = method_of(name)
+            budgets = budgets or ([] if own is None else [own])
         given: dict[str, Any] = {
             "model": model, "data": [str(path) for path in several_paths(list(map(Path, data or [])))] or None, "images": images, "limit": limit,
             "tune": tune, "method": name, "out": out, "budget": (budgets[0] if len(budgets) == 1 else budgets) if budgets else None,
             "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "trainer": _arguments(trainer),
-            "settings": settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
+            "settings": kept | settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
         }  # fmt: skip
         settings = settings_from(recipe, config, {name: value for name, value in given.items() if value is not None})
         if print_config:

@@ -6,31 +6,50 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from PIL import Image
 
+from duet_vlm.cli.answering import answer
 from duet_vlm.cli.errors import folder_for
-from duet_vlm.cli.options import Device, FrameCount, Images, Model, Prompt, Rate, Reduction, Shown, Videos, reducing
-from duet_vlm.cli.run import answer
+from duet_vlm.cli.options import (
+    SEVERAL,
+    Device,
+    FrameCount,
+    Images,
+    Model,
+    Prompt,
+    Rate,
+    Reduction,
+    Shown,
+    Videos,
+    budget_of,
+    method_of,
+    reducing,
+    several,
+)
 from duet_vlm.loading import Loaded, load
 from duet_vlm.video import Clip
 
 if TYPE_CHECKING:
     from duet_vlm import Handle, SpanTrace
 
+Scores = Sequence[Mapping[int, float] | None]
 STEP = 160  # pixels of the longer side of a clip's panel, per step of time
 
 
-def overlay(loaded: Loaded, inputs: Any, images: list[Image.Image], number: int, trace: SpanTrace, title: str) -> Image.Image:
+def overlay(
+    loaded: Loaded, inputs: Any, images: list[Image.Image], number: int, trace: SpanTrace, title: str, lines: Sequence[str], scores: Scores
+) -> Image.Image:
     """The drawing of image ``number`` of a one-sample call."""
     from duet_vlm.viz import draw, seen
 
     pixels = inputs["pixel_values"]
-    return draw(seen(images[number], pixels[number] if pixels.ndim == 4 else None, loaded.processor), trace, title=title)
+    picture = seen(images[number], pixels[number] if pixels.ndim == 4 else None, loaded.processor)
+    return draw(picture, trace, title=title, lines=lines, scores=scores)
 
 
 def film(frames: Sequence[Image.Image], steps: int) -> Image.Image:
@@ -73,14 +92,14 @@ def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
     )  # fmt: skip
 
 
-def clip_overlay(loaded: Loaded, inputs: Any, clip: Clip, number: int, trace: SpanTrace, title: str) -> Image.Image:
+def clip_overlay(loaded: Loaded, inputs: Any, clip: Clip, number: int, trace: SpanTrace, title: str, lines: Sequence[str]) -> Image.Image:
     """The drawing of clip ``number`` of a one-sample call."""
     from duet_vlm.viz import draw, seen
 
     pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
     frames = [seen(frame, pixels[number, i] if pixels.ndim == 5 else None, loaded.processor) for i, frame in enumerate(clip.frames)]
     steps = len(frames) if grids is None else int(grids[number, 0])
-    return draw(film(frames, steps), on_film(trace, steps), title=title, size=STEP * steps)
+    return draw(film(frames, steps), on_film(trace, steps), title=title, lines=lines, size=STEP * steps)
 
 
 def file_name(reduction: Reduction, handle: Handle) -> str:
@@ -101,32 +120,90 @@ def viz(
     frames: FrameCount = None,
     fps: Rate = None,
     model: Model = "tiny",
+    compare: Annotated[
+        list[str] | None,
+        typer.Option("--compare", metavar="TEXT", help=f"Methods (fastv), budgets (0.11) or both (fastv@0.11) to draw below. {SEVERAL}"),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 32,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files, named by file, method, budget and settings.")] = Path("out/viz"),
     device: Device = None,
 ) -> None:
-    """Draw, for each image, clip and stage, the patches that were kept, merged (one colour per group) and dropped."""
+    """Draw, for each image, clip and stage, the patches that were kept, merged (a colour and a number per group) and dropped.
+
+    Below a stage: the scores that decided. Above: what the full model answers, and what the reduced one does.
+    """
+    from duet_vlm.viz import stack
+
     shown = Shown.of(image, video, frames, fps)
+    reductions = [reduction, *(beside(reduction, text) for text in several(compare))]
     folder_for("--out", out)
     loaded = load(model, device)
     clips = shown.clips(loaded)
-    with reduction.attach(loaded.model, loaded.processor) as handle:
-        inputs = loaded.inputs(shown.images, prompt, clips)
-        said = answer(loaded, inputs, 16, False).text
-        (spans,), report, label, name = handle.trace, handle.report(), reduction.label_on(handle), file_name(reduction, handle)
-    files, paths = [], shown.paths
-    if len(spans) != len(paths):
-        raise ValueError(f"{len(paths)} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet")
-    for number, (path, trace) in enumerate(zip(paths, spans, strict=True)):
-        title = f"{label}, {report.measured_mean / len(spans):.1f} tokens per layer.  {prompt}  {said}"
-        if number < len(shown.images):
-            sheet = overlay(loaded, inputs, shown.images, number, trace, title)
-        else:
-            sheet = clip_overlay(loaded, inputs, clips[number - len(shown.images)], number - len(shown.images), trace, title)
-        files.append(out / f"{number + 1}-{path.stem}-{name}.png")
-        sheet.save(files[-1])
+    inputs = loaded.inputs(shown.images, prompt, clips)
+    full = answer(loaded, inputs, max_new_tokens, False).text
+    views = [_view(loaded, shown, clips, each, prompt, full, max_new_tokens) for each in reductions]
+    files, names = [], [name for name, *_ in views]
+    for number, path in enumerate(shown.paths):
+        stem = f"{number + 1}-{path.stem}-{'-vs-'.join(names)}"
+        files.append(out / f"{stem if len(stem) < 200 else stem[:190]}.png")
+        stack([sheets[number] for _, sheets, *_ in views]).save(files[-1])
     if json_:
-        print(json.dumps({"answer": said, "files": [str(file) for file in files], "mean_tokens": report.measured_mean}))
+        first = views[0][2]
+        compared = [{"name": name} | facts for name, _, facts in views]
+        print(json.dumps({"full_answer": full} | first | {"files": [str(file) for file in files], "compared": compared}))
         return
-    print(said)
+    print(f"full model: {full}")
+    for name, _, facts in views:
+        print(f"{name}: {facts['answer']}")
     for file in files:
         print(f"wrote {file}")
+
+
+def beside(reduction: Reduction, text: str) -> Reduction:
+    """What ``--compare`` names: another method, another budget, or both (``fastv@0.11``); the rest as in ``reduction``.
+
+    Raises
+    ------
+    ValueError
+        Neither a method nor a budget, or a preset to vary.
+    """
+    if reduction.preset is not None:
+        raise ValueError(f"--compare {text}: --preset {reduction.preset} brings its own budget; give --method and --budget to compare with others")
+    name, _, amount = text.rpartition("@")
+    if not name and (amount[:1].isdigit() or amount[:1] == "."):
+        return dataclasses.replace(reduction, budget=budget_of(amount))
+    method, own, kept = method_of(name or amount)
+    budget = budget_of(amount) if name else reduction.budget if own is None else own
+    same = isinstance(reduction.method, str) and reduction.method == method
+    return dataclasses.replace(reduction, method=method, budget=budget, fields=reduction.fields if same else kept)
+
+
+def _view(
+    loaded: Loaded, shown: Shown, clips: list[Clip], reduction: Reduction, prompt: str, full: str, longest: int
+) -> tuple[str, list[Image.Image], dict[str, Any]]:
+    """One reduction: its name, a sheet for each image and clip, and what it said."""
+    from duet_vlm import attach
+    from duet_vlm.viz import Watched
+
+    with reduction.attach(loaded.model, loaded.processor) as handle:
+        name, label, budget = file_name(reduction, handle), reduction.label_on(handle), handle.budget
+        watched = Watched(handle.reducer)
+    marked = loaded.processor if getattr(watched.reducer, "text_query", None) == "salient" else None
+    with attach(loaded.model, watched.reducer, budget=budget, processor=marked) as handle:
+        inputs = loaded.inputs(shown.images, prompt, clips)
+        said = answer(loaded, inputs, longest, False).text
+        (spans,), report = handle.trace, handle.report()
+    if len(spans) != len(shown.paths):
+        files = len(shown.paths)
+        raise ValueError(f"{files} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet")
+    words = "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
+    title = f"{label}{words}: {report.measured_mean / len(spans):.1f} of {report.tokens / len(spans):.0f} tokens per layer"
+    told = "the same answer" if said == full else "another answer"
+    lines = [prompt, f"full model: {full}", f"reduced: {said}  ({told})"]
+    sheets = []
+    for number, trace in enumerate(spans):
+        if number < len(shown.images):
+            sheets.append(overlay(loaded, inputs, shown.images, number, trace, title, lines, watched.of(trace, number)))
+        else:
+            sheets.append(clip_overlay(loaded, inputs, clips[number - len(shown.images)], number - len(shown.images), trace, title, lines))
+    return name, sheets, {"answer": said, "budget": budget, "mean_tokens": report.measured_mean}

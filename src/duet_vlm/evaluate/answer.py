@@ -78,7 +78,7 @@ def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], m
     out = {}
     for run in runs:
         try:
-            with contextlib.nullcontext() if _reads_elsewhere(run) else shared.reused(), attached(loaded, run, questions) as handle, torch.no_grad():
+            with contextlib.nullcontext() if reads_elsewhere(run) else shared.reused(), attached(loaded, run, questions) as handle, torch.no_grad():
                 salient = run.settings.get("text_query") == "salient"
                 inputs = inputs_of(loaded, questions, salient=True) if salient else plain
                 made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -89,7 +89,7 @@ def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], m
     return out
 
 
-def _reads_elsewhere(run: Run) -> bool:
+def reads_elsewhere(run: Run) -> bool:
     """Whether a run may look at lower vision layers than methods do by default, or run them on fewer rows."""
     stages = map(duet_vlm.methods().get, run.method.split("+"))
     in_tower = any(getattr(stage, "reduces_in_tower", False) for stage in stages)

@@ -143,7 +143,7 @@ def check_takes_schedules(method: str, depth: int) -> None:
 
 def contest(curve: Curve, method: str, budgets: Sequence[float | int], tolerance: float = TOLERANCE) -> Cells:
     """The runs that decide: ``method`` at each budget with every schedule that is suggested, and with the two fixed ones."""
-    fixed = {name: _usual(of, curve.depth) for name, of in FIXED.items()}
+    fixed = {name: usual(of, curve.depth) for name, of in FIXED.items()}
     schedules: dict[Schedule, str] = {}
     for name, schedule in {**fixed, **proposals(curve, tolerance)}.items():
         schedules.setdefault(schedule, name)
@@ -153,7 +153,8 @@ def contest(curve: Curve, method: str, budgets: Sequence[float | int], tolerance
     )
 
 
-def _usual(method: str, depth: int) -> Schedule:
+def usual(method: str, depth: int) -> Schedule:
+    """The drops that a method uses in a decoder of ``depth`` layers where nobody names others."""
     reducer = duet_vlm.get(method)()
     assert isinstance(reducer, duet_vlm.DecoderReducer)
     schedule: Any = reducer.with_drops(depth).settings()["schedule"]

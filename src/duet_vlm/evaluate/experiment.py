@@ -155,11 +155,12 @@ def read(path: Path) -> Experiment:
     return from_json(data, str(path))
 
 
-CELL = re.compile(r"(?P<method>[\w.+-]+)(\[(?P<settings>[^\]]*)\])?")
+CELL = re.compile(r"(?P<method>[\w.+/\\:~-]+)(\[(?P<settings>[^\]]*)\])?")
 
 
 def cells_of(text: str) -> list[tuple[str, list[str]]]:
-    """``duet,random[follow=duet]`` -> [("duet", []), ("random", ["follow=duet"])]. Settings inside brackets are split at ``;``.
+    """``duet,random[follow=duet]`` -> [("duet", []), ("random", ["follow=duet"])]. Settings inside brackets are split at ``;``. A method may be the
+    path of a file that holds one (``out/duet.json``).
 
     Raises
     ------

@@ -90,7 +90,8 @@ def run_experiment(
     device : str, optional
         cuda where there is one, unless given.
     workers : int
-        Processes that answer questions, each with one thread and its own copy of the model; 1 works in this process.
+        Processes that answer questions, each with one thread and its own copy of the model, on the GPUs of the machine in turn; 1 works in
+        this process.
     timing_rounds : int
         Rounds of the prefill timing; 0 leaves it out.
     advance : callable
@@ -206,7 +207,10 @@ def _answered(
             yield job.batch, _page(loaded, job, asked)
         return
     context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (experiment.task, experiment.model, device)) as pool:
+    places = context.SimpleQueue()
+    for place in devices_of(device, min(workers, len(jobs)), torch.cuda.device_count()):
+        places.put(place)
+    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (experiment.task, experiment.model, places)) as pool:
         with _without_interrupts():
             futures = {pool.submit(_work, job): job.batch for job in jobs}
         try:
@@ -236,10 +240,15 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(name: str, model: str, device: str | None) -> None:
+def devices_of(device: str | None, workers: int, gpus: int) -> list[str | None]:
+    """Where each worker runs: on the ``gpus`` of the machine in turn, if GPUs are meant without a number."""
+    return [f"cuda:{number % gpus}" if device in (None, "cuda") and gpus else device for number in range(workers)]
+
+
+def _start(name: str, model: str, places: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    _here.update(asked=task(name), loaded=load(model, device))
+    _here.update(asked=task(name), loaded=load(model, places.get()))
 
 
 def _end_with_parent() -> None:

@@ -71,7 +71,7 @@ def look(adapter: Adapter, call: Call, arguments: dict[str, Any]) -> None:
             "input_ids and pixel_values (or inputs_embeds and pixel_values), or use handle.paused()"
         )
     call.mask = arguments.get("attention_mask")
-    call.input_ids, call.brings_images = ids, brings_images
+    call.input_ids, call.embeds, call.brings_images = ids, embeds, brings_images
     decodes = ids is not None and ids.shape[1] == 1 and not brings_images
     if not decodes and (ids is not None or embeds is not None):
         call.placeholders = adapter.placeholders(ids, embeds)

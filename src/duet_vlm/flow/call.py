@@ -72,14 +72,27 @@ class Choice:
     alive: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What generate(), or a forward of the multimodal model, was called with: text for those who choose by it."""
+
+    ids: Tensor | None = None
+    embeds: Tensor | None = None
+    mask: Any = None
+    labels: Tensor | None = None
+
+
 @dataclass
 class EncoderCall:
     """Scratch of one running encoder call: what the recorder saw and what was decided in front of the projector.
 
-    ``aside``: the user called the encoder, and gets what the stock model gives; ``each``: parts are reduced one by one; ``skips``: tower
-    layers that nobody reads are not run; ``signals``: importance and mean keys per span, made of what was recorded, until the choice is made
-    of them; ``merged``: the rows that go through the projector a second time, beside all of them. ``patches``: patch embeddings
-    [P, D, h, w] until units are chosen, ``tower``: the units that go through the tower (flow/tower.py).
+    ``aside``: the user called the encoder, and gets what the stock model gives, ``twice``: by a run of its own; ``each``: parts are reduced one by
+    one; ``skips``: tower layers that nobody reads are not run; ``signals``: by number of the layer that a method names, what it takes of it
+    per span, made of what was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was
+    called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
+    was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``patches``: patch embeddings
+    [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``tower``: the units that go through the tower (flow/tower.py),
+    ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its rows (flow/inside.py).
     """
 
     encoding: Encoding
@@ -87,14 +100,21 @@ class EncoderCall:
     aside: bool = False
     each: bool = False
     skips: bool = False
-    recorded: list[Any] = field(default_factory=list)
-    signals: tuple[list[Tensor], list[Tensor]] | None = None
+    prompt: Prompt | None = None
+    twice: bool = False
+    recorded: dict[Any, list[Any]] = field(default_factory=dict)
+    heard: set[int] = field(default_factory=set)
+    signals: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)
+    projecting: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     choice: Choice | None = None
     cls: Tensor | None = None
     pending: Encoded | None = None
     merged: Tensor | None = None
     patches: Tensor | None = None
+    pixels: Tensor | None = None
     tower: Any = None
+    watched: list[Any] = field(default_factory=list)
+    cutting: Any = None
 
 
 @dataclass
@@ -128,6 +148,7 @@ class Call:
     salient: Tensor | None = None
     drafts: int = 0  # rows at the end that assisted decoding guessed: they are no part of the question
     input_ids: Tensor | None = None
+    embeds: Tensor | None = None
     mask: Any = None  # the caller's attention mask, before the family prepares others from it
     layer: int = 0  # the decoder layer that runs
     brings_images: bool = False
@@ -146,6 +167,7 @@ class Stacks(threading.local):
         self.calls: list[Call] = []
         self.encoders: list[EncoderCall] = []
         self.preparing = 0  # generate() encodes what its prompt shows
+        self.prompts: list[Prompt] = []  # of the calls of generate() that run
         self.note: Note | None = None  # of the model that was called last, until its own forward has ended
         self.has_run = False
         self.last: Any = None

@@ -1,8 +1,9 @@
 """Every fact about a transformers version that the flow leans on, in one place (tests/test_compat.py fails loudly when one changes).
 
-Oldest supported: 5.21. From 5.18 on generate() encodes images before prefill and hands the output on, and M-RoPE tables reach the layers
-mixed; from 5.19 on beams repeat the images of a sample as a group (before, several images in one sample reached the wrong beams); before
-5.21 encoders of Video-LLaVA, Idefics3 and Qwen3.5 ask for or hand out other things.
+Oldest supported: 5.21; the rest of the package takes 5.16, as vLLM holds transformers back. From 5.18 on generate() encodes images before
+prefill and hands the output on, and M-RoPE tables reach the layers mixed; from 5.19 on beams repeat the images of a sample as a group
+(before, several images in one sample reached the wrong beams); before 5.21 encoders of Video-LLaVA, Idefics3 and Qwen3.5 ask for or hand out
+other things.
 """
 
 from __future__ import annotations
@@ -13,16 +14,28 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+OLDEST = (5, 21)
 STORED = ("keys", "values", "_quantized_keys", "_quantized_values")  # attributes of a cache layer
 PREPARE = "_prepare_multimodal_encoder_kwargs_for_generation"  # the step of generate() that runs the encoders
 PREFILL = "_prefill"  # the step of generate() that may cut a prompt into chunks; gets the merged generation config
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def check_version() -> None:
+    """Raise an ImportError where transformers is older than attaching works on."""
+    there = transformers.__version__
+    if tuple(int(number) for number in there.split(".")[:2]) < OLDEST:
+        raise ImportError(
+            f"attach() needs transformers >= {'.'.join(map(str, OLDEST))}, and here is {there}: upgrade it, or, beside a vLLM that holds it back, "
+            "serve through vLLM's plug-in ('duet-vlm serve') and attach in an environment of its own"
+        )
 
 
 def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, layer: int) -> Any:

@@ -8,33 +8,31 @@ rows are projected, merged ones included); grid mergers, and methods that read p
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.budget import BudgetError, SpanPlan
+from duet_vlm.budget import BudgetError
 from duet_vlm.flow import compat
-from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Stacks
+from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Prompt, Stacks
+from duet_vlm.flow.choose import plans_of, select, sizes_of, slots_of, takes_each
 from duet_vlm.flow.rules import Rules
-from duet_vlm.flow.split import select_each, with_structure
-from duet_vlm.flow.verify import checked_selection, not_finite
+from duet_vlm.flow.shown import Named, Words, grid_of, layer_views, of_layer, projecting, question_of
+from duet_vlm.flow.verify import not_finite
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, VisionView
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tokens import Selection
+from duet_vlm.vision import LayerView
 
 Features = Callable[[], Tensor | None]
 
-STRUCTURE, PADDING = -1, -2  # in place of the number of a part
 MARK = float("nan")  # of rows that do not exist any more; real rows are checked to be finite
 
 
@@ -44,11 +42,12 @@ def is_marked(rows: Tensor) -> Tensor:
 
 
 class EncoderFlow:
-    """Wraps the encoder call of one model. ``begun`` says by which rules a call runs (None: the full model)."""
+    """Wraps the encoder call of one model. ``begun`` says by which rules a call runs (None: the full model), ``words`` who reads a question."""
 
-    def __init__(self, adapter: Adapter, stacks: Stacks, begun: Callable[[], AbstractContextManager[Rules | None]]) -> None:
-        self.adapter, self.stacks, self.begun = adapter, stacks, begun
+    def __init__(self, adapter: Adapter, stacks: Stacks, begun: Callable[[], AbstractContextManager[Rules | None]], words: Words) -> None:
+        self.adapter, self.stacks, self.begun, self.words = adapter, stacks, begun, words
         self.skipping = False  # whether layers that nobody reads were found
+        self.named = Named((), ())  # the vision layers that the method reads
 
     def wrap(self, encode: Callable[..., Any], stream: Stream) -> Callable[..., Any]:
         """The encoder method of a stream with V2V around it; keeps its signature, which generate() reads."""
@@ -61,18 +60,37 @@ class EncoderFlow:
                     return encode(*args, **kwargs)
                 bound = signature.bind_partial(*args, **kwargs)
                 call = self._call(stream, stream.encoding(bound.arguments), rules)
+                plain = encode(*args, **kwargs) if call.twice else None
                 self.stacks.encoders.append(call)
                 try:
                     output = encode(*args, **kwargs)
                 finally:
                     self.stacks.encoders.pop()
-                return self._finish(output, call)
+                output = self._finish(output, call)
+                return output if plain is None else self._beside(plain, output, call)
 
         return encode_and_reduce
 
     def _call(self, stream: Stream, encoding: Encoding, rules: Rules) -> EncoderCall:
         aside = not (self.stacks.calls or self.stacks.preparing)
-        return EncoderCall(encoding, rules, aside, _takes_each(rules.reducer, stream), not aside and self._skips(rules.reducer, encoding))
+        twice = aside and rules.tower is not None and rules.tower.inside
+        aside = aside and not twice
+        skips = not aside and self._skips(rules.reducer, encoding)
+        return EncoderCall(encoding, rules, aside, takes_each(rules.reducer, stream.each), skips, self._prompt(), twice)
+
+    def _prompt(self) -> Prompt | None:
+        """The text around this encoder call."""
+        if self.stacks.calls:
+            call = self.stacks.calls[-1]
+            return Prompt(call.input_ids, call.embeds if call.input_ids is None else None, call.mask, call.labels)
+        return self.stacks.prompts[-1] if self.stacks.preparing and self.stacks.prompts else None
+
+    def _beside(self, plain: Any, output: Any, call: EncoderCall) -> Any:
+        """What the stock model gives to who calls the encoder himself, with the rows that ``output`` of a reduced tower holds beside it."""
+        encoded: Encoded = getattr(output, ENCODED)
+        encoded.aside, encoded.rows = encoded.rows, self.adapter.spans(plain, call.encoding)
+        setattr(plain, ENCODED, encoded)
+        return plain
 
     def _skips(self, reducer: Reducer, encoding: Encoding) -> bool:
         """Training runs the tower as it is: whoever shards or differentiates it counts on every layer."""
@@ -90,37 +108,55 @@ class EncoderFlow:
         return pass_on
 
     def after_attention(self, attention: nn.Module, args: Any, output: Any) -> None:
-        """Post-hook of the recorded attention: nothing of it may live on beside what the layer's MLP needs, unless the choice still waits
-        for the features."""
+        """Post-hook of a recorded attention: nothing of it may live on beside what the layer's MLP needs, unless the choice still waits
+        for the features, or for another layer."""
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
-        if call is None or not call.recorded or not isinstance(call.rules.reducer, EncoderReducer):
+        recorded = None if call is None else call.recorded.pop(attention, None)
+        if call is None or not recorded or not isinstance(call.rules.reducer, EncoderReducer):
             return
-        reducer = call.rules.reducer
-        if call.signals is not None or call.choice is not None:
+        reducer, slots = call.rules.reducer, self.named.slots(attention)
+        if call.choice is not None or call.heard & set(slots):
             raise RuntimeError("the vision tower ran twice in one encoder call: nobody knows which of its attentions ranks the tokens")
-        if self._may_merge(call):
-            with torch.no_grad(), compat.without_autocast(call.recorded[0].key):
-                recorded = call.recorded if call.tower is None or call.aside else call.tower.recorded(call.recorded)
-                call.signals = self.adapter.importance_and_keys(recorded, call.encoding, reducer.signal_segments)
-            if not reducer.reads_features:
-                counts = [len(scores) + self.adapter.feeds_cls for scores in call.signals[0]]
-                call.choice, call.signals = self._choose(call, counts, lambda: None), None
-        call.recorded.clear()
+        call.heard |= set(slots)
+        if self._may_merge(call, sum(one.key.shape[0] * one.key.shape[2] for one in recorded)):
+            with torch.no_grad(), compat.without_autocast(recorded[0].key):
+                recorded = recorded if call.tower is None or call.aside else call.tower.recorded(recorded)
+                made = of_layer(self.adapter, recorded, call.encoding, reducer)
+            call.signals |= {slot: call.signals.get(slot, {}) | made for slot in slots}
+            if len(call.heard) == len(self.named.attentions) and _chooses_early(reducer):
+                counts = [len(rows) + self.adapter.feeds_cls for rows in next(iter(made.values()))]
+                call.choice, call.signals = self._choose(call, counts, lambda: None), {}
 
-    def _may_merge(self, call: EncoderCall) -> bool:
-        """Whether spans can be reduced at all: no span is larger than all that the tower looked at."""
+    def after_block(self, block: nn.Module, args: Any, output: Any) -> None:
+        """Post-hook of a vision layer whose rows the method reads."""
+        call = self.stacks.encoders[-1] if self.stacks.encoders else None
+        if call is None:
+            return
+        rows = (output[0] if isinstance(output, tuple) else output).detach()
+        with torch.no_grad():
+            tokens = self.adapter.token_rows(rows, call.encoding)
+        call.signals |= {slot: call.signals.get(slot, {}) | {"states": tokens} for slot in self.named.slots(block)}
+
+    def asks_projector(self, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the projector, for methods that ask it themselves."""
+        if self.stacks.encoders:
+            self.stacks.encoders[-1].projecting = args, kwargs
+
+    def _may_merge(self, call: EncoderCall, rows: int) -> bool:
+        """Whether spans can be reduced at all: no span is larger than all the ``rows`` that the tower looked at."""
         if call.tower is not None:
             return True
-        rows = sum(recorded.key.shape[0] * recorded.key.shape[2] for recorded in call.recorded)
         try:
             return call.rules.span((rows,), 0, call.each).merges
         except BudgetError:  # so many rows cannot be reduced so far, fewer may
             return True
 
-    def _plans(self, call: EncoderCall, parts: list[Tensor]) -> tuple[SpanPlan, ...]:
-        """The plan of each span from the sizes of its parts and its structure rows."""
-        sizes = [np.bincount(rows.numpy() + 1).tolist() for rows in parts]  # numpy: on the host already, nothing waits
-        return tuple(call.rules.span(tuple(some), structure, call.each) for structure, *some in sizes)
+    def _left_of(self, call: EncoderCall, parts: list[Tensor]) -> list[list[int] | None]:
+        """Per span how many tokens of each part a threshold in the tower left."""
+        if call.tower is None or not call.rules.by_threshold:
+            return [None] * len(parts)
+        left, fed = iter(call.tower.counts), self.adapter.fed(call.encoding)
+        return [[next(left) + fed for _ in sizes_of(rows)[0]] for rows in parts]
 
     # ---- point-wise projector: before it
 
@@ -212,67 +248,56 @@ class EncoderFlow:
         """Plans and selection for spans of ``counts`` rows; ``features`` makes [B, N, C], a CLS row in front if it is fed, or None."""
         reducer = call.rules.reducer
         parts = self.adapter.parts(call.encoding, counts)
-        plans = self._plans(call, parts)
+        plans = plans_of(call.rules.span, parts, call.each, self._left_of(call, parts))
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
             return Choice(plans)
         if reducer.cls_token:
             self.adapter.cls_module()  # raises: no CLS row here
             parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
-        numbers = pad_sequence(parts, batch_first=True, padding_value=PADDING)
-        importance, keys = self._signals(call, numbers.shape[1]) if reducer.signals else (None, None)
+        width = max(map(len, parts))
+        layers = self._layers(call, width) if reducer.signals else ()
         rows = features()
-        device = next(x.device for x in (importance, rows) if x is not None)
-        numbers = numbers.to(device)
-        whole = torch.tensor([not plan.merges for plan in plans], device=device)
-        structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
-        content = (numbers >= 0) | (structure & whole[:, None])
-        alive = None if call.tower is None else content & (structure | self._left(call, content))
-        content = content if alive is None else alive
-        asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
-        planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
-        with torch.no_grad(), compat.without_autocast(planned):
-            view = VisionView(
-                content, planned[:, 0], planned[:, 1], asked, importance, keys, None if rows is None else rows.detach(),
-                numbers.clamp(min=STRUCTURE), call.encoding.stream,
-            )  # fmt: skip
-            if call.each and any(plan.parts for plan in plans):
-                selection, wrong = select_each(reducer, view, parts)
-            else:
-                selection, wrong = checked_selection(reducer, reducer.v2v(view), view, view.plans)
+        shown = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
+        left = None if call.tower is None else self._left(call, width).to(shown.device)
+        with torch.no_grad(), compat.without_autocast(shown):
+            read = self._read(call, counts, width, shown.device, layers)
+            selection, wrong, content = select(
+                reducer, plans, parts, layers, rows, stream=call.encoding.stream, each=call.each, left=left, read=read
+            )
         if call.tower is not None:
             wrong = torch.maximum(wrong, call.tower.wrong.to(wrong.device))
-        return Choice(plans, with_structure(selection, structure, plans) if any(plan.structure for plan in plans) else selection, wrong, alive)
+        return Choice(plans, selection, wrong, None if left is None else content)
 
-    def _left(self, call: EncoderCall, content: Tensor) -> Tensor:
+    def _left(self, call: EncoderCall, width: int) -> Tensor:
         """[B, N] bool: the rows that went through the tower."""
         left, _ = pad_rows([rows[:, 0] > 0.5 for rows in self.adapter.carried(call.tower.alive(), call.encoding)])
-        return nn.functional.pad(left, (content.shape[1] - left.shape[1], 0), value=True).to(content.device)  # a CLS row in front never leaves
+        return nn.functional.pad(left, (width - left.shape[1], 0), value=True)  # a CLS row in front never leaves
 
-    def _signals(self, call: EncoderCall, width: int) -> tuple[Tensor, Tensor]:
-        if call.signals is None:
-            raise RuntimeError("the vision attention was not recorded (changed after attach?): detach and attach again")
-        scores, keys = call.signals
-        importance, _ = pad_rows(scores)
-        key_rows, _ = pad_rows(keys)
-        check_finite(compat.finite(importance) & compat.finite(key_rows), "the vision attention scores")
-        if importance.shape[1] < width:  # a CLS row in front: always kept, counted as dominant
-            importance = nn.functional.pad(importance, (1, 0), value=torch.finfo(importance.dtype).max)
-            key_rows = nn.functional.pad(key_rows, (0, 0, 1, 0), value=1.0)
-        return importance, key_rows
+    def _layers(self, call: EncoderCall, width: int) -> tuple[LayerView, ...]:
+        views, finite = layer_views(call, len(self.named.blocks), width)
+        check_finite(finite, "the vision attention scores")
+        return views
+
+    def _read(self, call: EncoderCall, counts: list[int], width: int, device: torch.device, layers: tuple[LayerView, ...]) -> dict[str, Any]:
+        """What the method names in ``reads``."""
+        reducer = call.rules.reducer
+        assert isinstance(reducer, EncoderReducer)
+        made: dict[str, Any] = {}
+        if "grid" in reducer.reads:
+            made |= grid_of(self.adapter, call.encoding, counts, width, device)
+        if reducer.reads & {"question", "similar"}:
+            asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name)
+            made["question"] = asked.question
+            if "similar" in reducer.reads:
+                made |= self.words.similar(layers[0].states, asked, self.adapter.family)
+        if "projector" in reducer.reads:
+            made["project"] = projecting(self.adapter, call)
+        return made
 
 
-def slots_of(selection: Selection, reducer: Reducer) -> Tensor:
-    """Slot within the span for each output row [B, K]: its own (keep) or the first ones in the method's order (compact)."""
-    if reducer.positions == "keep":
-        return selection.index
-    return torch.where(selection.valid, selection.valid.cumsum(1) - 1, 0)
-
-
-def _takes_each(reducer: Reducer, stream: Stream) -> bool:
-    """Whether V2V looks at the parts of a span one by one."""
-    if not isinstance(reducer, EncoderReducer) or reducer.parts == "joint":
-        return False
-    return reducer.parts == "each" or (stream.each and not reducer.reads_time)
+def _chooses_early(reducer: EncoderReducer) -> bool:
+    """Whether a method needs nothing of what comes behind the attention of the layers that it names."""
+    return not reducer.reads_features and "states" not in reducer.signals and "projector" not in reducer.reads
 
 
 def hand_out(output: Any, encoded: Encoded) -> None:

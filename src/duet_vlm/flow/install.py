@@ -9,19 +9,24 @@ from torch import nn
 from duet_vlm.flow import compat
 from duet_vlm.flow.encoder import EncoderFlow
 from duet_vlm.flow.entry import whole_prompts
+from duet_vlm.flow.inside import InsideFlow, depth_of
+from duet_vlm.flow.joined import JoinedFlow
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.packed import PackedFlow
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
+from duet_vlm.flow.shown import Words, named_layers
 from duet_vlm.flow.signals import Recorder, Weigher
 from duet_vlm.flow.tower import TowerFlow, names_of
 from duet_vlm.flow.traffic import Traffic
-from duet_vlm.models.adapter import PackedTower
+from duet_vlm.hooks import Hooks
+from duet_vlm.models.adapter import Blocks, JoinedBlocks, PackedTower
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.tower import TowerReducer
 
 
-def install(traffic: Traffic, reducer: Reducer, processor: Any) -> None:
+def install(traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any = None) -> None:
     """Put the hooks that ``reducer`` needs on the model; ``traffic.hooks`` takes them off again."""
-    _on_tower(traffic, reducer)
+    _on_tower(traffic, reducer, Words(text_tower, getattr(processor, "tokenizer", None)))
     _on_model(traffic)
     _on_decoder(traffic)
     if processor is not None:
@@ -31,17 +36,19 @@ def install(traffic: Traffic, reducer: Reducer, processor: Any) -> None:
         hooks.shadow(model, "prepare_inputs_for_generation", accept_salient(model.prepare_inputs_for_generation))
 
 
-def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
+def _on_tower(traffic: Traffic, reducer: Reducer, words: Words) -> None:
     adapter, hooks = traffic.adapter, traffic.hooks
-    encoder = EncoderFlow(adapter, traffic.stacks, traffic.begun)
-    recorded: list[nn.Module] = []
-    if isinstance(reducer, EncoderReducer) and reducer.signals:
-        recorded = adapter.vision_attentions(reducer.signal_layer)
-    for attention in recorded:
+    encoder = EncoderFlow(adapter, traffic.stacks, traffic.begun, words)
+    named = encoder.named = named_layers(adapter, reducer)
+    for attention in dict.fromkeys(module for modules in named.attentions for module in modules):
         hooks.on_undo(Recorder(attention, traffic.stacks).remove)
         hooks.add(attention.register_forward_hook, encoder.after_attention)
+    for block in dict.fromkeys(module for modules in named.blocks for module in modules):
+        hooks.add(block.register_forward_hook, encoder.after_block)
+    if "projector" in getattr(reducer, "reads", ()):
+        hooks.add(adapter.projector().register_forward_pre_hook, encoder.asks_projector, with_kwargs=True)
     unread = adapter.unread_layers()
-    if not any(module in recorded for layer in unread for module in layer.modules()):
+    if not named.read(unread):
         encoder.skipping = bool(unread)
         for layer in map(_inside, unread):
             hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
@@ -50,25 +57,44 @@ def _on_tower(traffic: Traffic, reducer: Reducer) -> None:
     if adapter.pointwise is not None:
         hooks.add(adapter.pointwise.register_forward_pre_hook, encoder.before_projector)
         hooks.add(adapter.pointwise.register_forward_hook, encoder.after_projector)
-    if getattr(reducer, "tower", None) is not None:
-        _in_tower(traffic)
+    if isinstance(reducer, EncoderReducer) and reducer.tower is not None:
+        _in_tower(traffic, reducer)
     for stream in adapter.streams:
         hooks.shadow(adapter.base, stream.encode, encoder.wrap(getattr(adapter.base, stream.encode), stream))
 
 
-def _in_tower(traffic: Traffic) -> None:
-    flow, packed, hooks = TowerFlow(traffic.adapter, traffic.stacks), PackedFlow(traffic.adapter, traffic.stacks), traffic.hooks
-    for blocks in traffic.adapter.blocks_to_reduce():
-        for attention in blocks.attentions:
-            hooks.on_undo(Weigher(attention, traffic.stacks).remove)
+def _in_tower(traffic: Traffic, reducer: EncoderReducer) -> None:
+    adapter, stacks, hooks = traffic.adapter, traffic.stacks, traffic.hooks
+    batch, joined, packed = TowerFlow(adapter, stacks), JoinedFlow(adapter, stacks), PackedFlow(adapter, stacks)
+    for blocks in adapter.blocks_to_reduce():
+        depth = depth_of(blocks, adapter, reducer)
+        within = isinstance(reducer.tower, TowerReducer) and reducer.tower.inside
+        if within or isinstance(blocks, PackedTower) or not blocks.takes_mask:
+            for number, inside in enumerate(blocks.inside):
+                hooks.on_undo(Weigher(inside.attention, stacks, number).remove)
         if isinstance(blocks, PackedTower):
             tower = blocks.module
-            hooks.shadow(tower, "forward", packed.around(blocks, tower.forward, tower.patch_embed))
+            hooks.shadow(tower, "forward", packed.around(blocks, depth, tower.forward, tower.patch_embed))
             hooks.shadow(tower.patch_embed, "forward", packed.embedding(tower.patch_embed.forward))
-            continue
-        hooks.add(blocks.patches.register_forward_hook, flow.embedded)
-        hooks.add(blocks.stack.register_forward_pre_hook, flow.enter, blocks, names_of(blocks.stack), with_kwargs=True)
-        hooks.add(blocks.tower.register_forward_hook, flow.leave)
+        else:
+            flow = joined if isinstance(blocks, JoinedBlocks) else batch
+            hooks.add(blocks.patches.register_forward_hook, flow.embedded)
+            hooks.add(blocks.stack.register_forward_pre_hook, flow.enter, blocks, depth, names_of(blocks.stack), with_kwargs=True)
+            hooks.add(blocks.tower.register_forward_hook, flow.leave)
+        if within:
+            _in_blocks(hooks, blocks, depth, InsideFlow(batch))
+            hand_over = packed.hand_over if isinstance(blocks, PackedTower) else joined.hand_over
+            for inside in blocks.inside[1:] if isinstance(blocks, PackedTower | JoinedBlocks) else ():
+                hooks.add(inside.block.register_forward_pre_hook, hand_over, with_kwargs=True)
+            for merger in blocks.mergers if isinstance(blocks, PackedTower) else ():
+                hooks.add(merger.register_forward_hook, packed.merged)
+
+
+def _in_blocks(hooks: Hooks, blocks: Blocks | PackedTower, depth: int, flow: InsideFlow) -> None:
+    for number, inside in enumerate(blocks.inside[:depth]):
+        hooks.add(inside.norm.register_forward_pre_hook, flow.middle, number)
+        hooks.add(inside.mlp.register_forward_hook, flow.spread, number)
+        hooks.add(inside.block.register_forward_hook, flow.end, number)
 
 
 def _on_model(traffic: Traffic) -> None:

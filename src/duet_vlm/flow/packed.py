@@ -12,90 +12,171 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
-from duet_vlm.flow.tower import TowerFlow, choose, is_flash, recomputes
+from duet_vlm.flow.tower import Chosen, Run, TowerFlow, choose, frames_before, is_flash, recomputes, refuse_recomputing
 from duet_vlm.models.adapter import PackedTower, Recorded
-from duet_vlm.tower import TowerReducer
+from duet_vlm.ops.merge import weighed_means
+from duet_vlm.ops.ragged import take
+from duet_vlm.ops.score import column_attention
+from duet_vlm.tower import Grid, Stages, TowerReducer
 
 
 @dataclasses.dataclass
-class PackedRun:
-    """``Run`` of a packed tower.
+class PackedRun(Run):
+    """``Run`` of a packed tower. The blocks work on units in an order of their own (windows).
 
     Attributes
     ----------
     units : Tensor
-        [K] units that are left, in raster order, and their ``size`` [K].
+        [K] units of the whole row that come to the first block, in raster order.
     order : Tensor
-        [K] where these stand in the order that the blocks work in, among those that are left.
+        [K] where these stand in the order that the blocks work in, among those that come.
     slots : Tensor
         [K] where the blocks, in their order, would have had the same units in the whole row.
-    total, unit : int
-        Units of the whole row, and patches of each.
-    segments : list of int
-        Patches of each picture of the whole row.
+    size : Tensor
+        Of each unit that is left, in the order of the blocks, how many it stands for.
+    place : Tensor
+        Of the same, where they stood when the first block began.
+    shown, there : Tensor
+        [P, U] where the units of each picture that are left stand in that order, as the method sees them, and which are real.
+    lengths : list of int
+        Units of each picture of the whole row.
+    unit : int
+        Patches of a unit.
     embedded : Tensor or None
-        Patch embeddings of what is left [K * unit, D], until the tower asks for them.
+        Patch embeddings of what comes to the first block [K * unit, D], until the tower asks for them.
     """
 
     merges_left: ClassVar[bool] = True
+    extra: ClassVar[int] = 0  # type: ignore[misc]
 
-    counts: tuple[int, ...]
-    units: Tensor
-    size: Tensor
-    order: Tensor
-    slots: Tensor
-    total: int
-    unit: int
-    segments: list[int]
+    stages: dict[int, tuple[int, ...]]
+    grids: tuple[Grid, ...]
     weighs: bool
     wrong: Tensor
+    units: Tensor
+    order: Tensor
+    slots: Tensor
+    size: Tensor
+    place: Tensor
+    shown: Tensor
+    there: Tensor
+    lengths: list[int]
+    unit: int
     embedded: Tensor | None = None
+    passed: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # since each cut, the units that were left, in raster order
     seen: int = 0  # rows whose attention ran in this block
 
     @property
-    def ran(self) -> Sequence[int]:
-        ends = torch.tensor(self.segments, device=self.units.device).cumsum(0) // self.unit
-        return torch.bincount(torch.bucketize(self.units, ends, right=True), minlength=len(ends)).tolist()
+    def ran(self) -> list[Stages]:
+        ends = torch.tensor(self.lengths, device=self.units.device).cumsum(0)
+        counts = [torch.bincount(torch.bucketize(units, ends, right=True), minlength=len(ends)).tolist() for units in self.passed.values()]
+        return [tuple(zip(self.passed, left, strict=True)) for left in zip(*counts, strict=True)]
+
+    @property
+    def patches_of_unit(self) -> int:
+        return self.unit
+
+    @property
+    def total(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def left(self) -> Tensor:
+        """Units of the whole row that are left, in the order of the blocks."""
+        return self.units[self.order[self.place]]
 
     def alive(self) -> Tensor:
-        return self.whole(torch.ones_like(self.size)[:, None]).repeat_interleave(self.unit, 0)[None]
+        return self.size.new_zeros(self.total).index_fill(0, self.left, 1.0).repeat_interleave(self.unit)[None, :, None]
 
     def whole(self, rows: Tensor) -> Tensor:
-        """Rows of the units that are left [K, D] among those of all [U, D], zeros elsewhere."""
+        """Rows of the units that came to the first block [K, D] among those of all [U, D], zeros elsewhere."""
         return rows.new_zeros(self.total, rows.shape[1]).index_copy(0, self.units, rows)
 
     def recorded(self, calls: list[Recorded]) -> list[Recorded]:
-        place = (self.slots[:, None] * self.unit + torch.arange(self.unit, device=self.slots.device)).flatten()
+        place, segments = self.patches(self.slots[self.place]), [n * self.unit for n in self.lengths]
 
         def of_all(rows: Tensor) -> tuple[Tensor, ...]:
             shape = list(rows.shape)
             shape[2] = self.total * self.unit
-            return rows.new_zeros(shape).index_copy(2, place, rows).split(self.segments, 2)
+            return rows.new_zeros(shape).index_copy(2, place, rows).split(segments, 2)
 
-        size = self.size[self.order].repeat_interleave(self.unit).view(1, 1, -1)
         query, key = (of_all(torch.cat([getattr(one, name) for one in calls], 2)) for name in ("query", "key"))
-        sizes = of_all(size)
+        sizes = of_all(self.row_sizes().view(1, 1, -1))
         return [dataclasses.replace(calls[0], query=q, key=k, segments=None, size=s[:, 0]) for q, k, s in zip(query, key, sizes, strict=True)]
 
-    def bias(self, key: Tensor) -> Tensor | None:
+    def patches(self, units: Tensor) -> Tensor:
+        """Numbers of units [n] as those of their patches [n * unit]."""
+        return (units[:, None] * self.unit + torch.arange(self.unit, device=units.device)).flatten()
+
+    def row_sizes(self) -> Tensor:
+        """Of each row, in the order of the blocks, how many it stands for in the attention."""
+        return (self.size if self.weighs else torch.ones_like(self.size)).repeat_interleave(self.unit)
+
+    def mask(self, mask: Any, key: Tensor) -> Any:
         """Of the next rows of the block that runs: attention comes segment by segment."""
-        if not self.weighs:
-            return None
-        rows, total = key.shape[2], self.unit * len(self.units)
-        first, self.seen = self.seen, (self.seen + rows) % total
-        size = self.size[self.order].repeat_interleave(self.unit)[first : first + rows]
-        return size.log().to(key.dtype)[None, None, None]
+        if not self.weighs or not self.passed:
+            return mask
+        size = self.row_sizes()
+        first, self.seen = self.seen, (self.seen + key.shape[2]) % len(size)
+        return size[first : first + key.shape[2]].log().to(key.dtype)[None, None, None]
+
+    def of_units(self, rows: Tensor) -> Tensor:
+        return rows[0].unflatten(0, (-1, self.unit)).mean(1, dtype=torch.float32)[self.shown]
+
+    def attention(self, calls: list[Recorded]) -> Tensor:
+        query, key = (torch.cat([getattr(one, name) for one in calls], 2) for name in ("query", "key"))
+        counts = [n * self.unit for n in self.there.sum(1).tolist()]
+        pictures = zip(query.split(counts, 2), key.split(counts, 2), self.row_sizes()[None].split(counts, 1), strict=True)
+        return torch.cat([column_attention(q, k, calls[0].scaling, calls[0].sample, size) for q, k, size in pictures], 1)
+
+    def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        starts = torch.tensor([0, *self.lengths[:-1]], device=self.units.device).cumsum(0)
+        return self.there, (self.left[self.shown] - starts[:, None]) * self.there
+
+    def sizes(self) -> Tensor:
+        return self.size[self.shown] * self.there
+
+    def cut(self, chosen: Chosen, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
+        real = known(chosen.counts).flatten().nonzero()[:, 0].to(hidden.device)
+        flat = self.shown.gather(1, chosen.index).flatten()[real]  # picture by picture, as the method sees them
+        stays, seat = flat.sort()
+        kept = self.patches(stays)[None]
+        rows = take(hidden, kept)
+        if chosen.into is not None:
+            units = hidden[0].unflatten(0, (-1, self.unit)).flatten(1)[self.shown]
+            merged = weighed_means(units, self.sizes(), chosen.into, chosen.index).flatten(0, 1)[real][seat]
+            rows = merged.unflatten(1, (self.unit, -1)).flatten(0, 1)[None]
+        self.place, self.size = self.place[stays], chosen.size.flatten()[real][seat]
+        now = torch.empty_like(seat).scatter_(0, seat, torch.arange(len(seat), device=seat.device))
+        self.shown = pad_sequence(list(now.split(list(chosen.counts))), batch_first=True)
+        self.there = known(chosen.counts).to(hidden.device)
+        self.wrong, self.stages[after] = torch.maximum(self.wrong, chosen.wrong), chosen.counts
+        self.passed[after] = self.left.sort().values
+        return rows, kept
+
+
+def known(counts: Sequence[int]) -> Tensor:
+    """[P, U] bool, the first ones of each picture; on the host, so that no device is asked."""
+    return torch.arange(max(counts), device="cpu") < torch.tensor(counts, device="cpu")[:, None]
+
+
+def units_left(chosen: Chosen, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Numbers of the chosen units among those of all pictures [K], and how many each stands for."""
+    device = chosen.index.device
+    place = known(chosen.counts).flatten().nonzero()[:, 0].to(device)
+    start = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
+    return (chosen.index + start[:, None]).flatten()[place], chosen.size.flatten()[place]
 
 
 class PackedFlow(TowerFlow):
     """The hooks on one packed tower."""
 
-    def around(self, tower: PackedTower, plain: Callable[..., Any], embed: Callable[..., Any]) -> Callable[..., Any]:
+    def around(self, tower: PackedTower, depth: int, plain: Callable[..., Any], embed: Callable[..., Any]) -> Callable[..., Any]:
         """The forward of the tower."""
 
         @functools.wraps(plain)
@@ -104,17 +185,19 @@ class PackedFlow(TowerFlow):
             if running is None:
                 return plain(hidden_states, grid_thw, **kwargs)
             call, reducer = running
-            sizes = call.encoding.sizes
-            counts = self.counts(call, [(h * w // tower.unit,) * t for t, h, w in sizes])
-            if sum(counts) * tower.unit == sum(t * h * w for t, h, w in sizes):
+            spans = [(h * w // tower.unit,) * t for t, h, w in call.encoding.sizes]
+            stages = self.stages(call, reducer, spans, depth)
+            if not stages:
                 return plain(hidden_states, grid_thw, **kwargs)
-            rows = embed(hidden_states)
-            run, tables = self._pack(call, reducer, tower, rows, counts, grid_thw)
+            if max(stages):
+                refuse_recomputing(tower.module)
+            rows = embed(hidden_states) if 0 in stages else hidden_states
+            with torch.no_grad(), compat.without_autocast(rows):
+                run, tables = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw)
             call.tower = run
-            if call.aside:
+            if call.aside or run is None:
                 return plain(hidden_states, grid_thw, **kwargs)
-            of_patches = (run.units[:, None] * tower.unit + torch.arange(tower.unit, device=rows.device)).flatten()
-            run.embedded = rows[of_patches]
+            run.embedded = rows[run.patches(run.units)] if 0 in stages else None
             del rows
             output = plain(hidden_states, grid_thw, **(kwargs | tables))  # the pixels are embedded already
             output.pooler_output = run.whole(output.pooler_output)
@@ -138,23 +221,65 @@ class PackedFlow(TowerFlow):
 
         return forward
 
+    def cut_so_far(self) -> PackedRun | None:
+        """What is left, if units have left behind a block."""
+        running = self.running()
+        run: PackedRun | None = None if running is None or running[0].aside else running[0].tower
+        return run if run is not None and len(run.place) < len(run.units) else None
+
+    def hand_over(self, block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Pre-hook of a block: the tables of the rows that are left."""
+        run = self.cut_so_far()
+        if run is None:
+            return None
+        patches = run.patches(run.place)
+        alive = torch.zeros(len(run.units) * run.unit, dtype=torch.long, device=patches.device).index_fill(0, patches, 1)
+        left = nn.functional.pad(alive.cumsum(0), (1, 0))
+        ends = left[kwargs["cu_seqlens"].long()].unique_consecutive().int()
+        positions = tuple(table[patches] for table in kwargs["position_embeddings"])
+        return args, kwargs | {"cu_seqlens": ends, "position_embeddings": positions}
+
+    def merged(self, merger: Any, args: Any, output: Tensor) -> Tensor | None:
+        """Post-hook of a merger: a row for each unit that came to the first block."""
+        run = self.cut_so_far()
+        if run is None or len(output) != len(run.place):
+            return None
+        return output.new_zeros(len(run.units), output.shape[1]).index_copy(0, run.place, output)
+
     def _pack(
-        self, call: EncoderCall, reducer: TowerReducer, tower: PackedTower, rows: Tensor, counts: tuple[int, ...], grid_thw: Tensor
-    ) -> tuple[PackedRun, dict[str, Any]]:
-        """What goes through the tower, and the tables that belong to it."""
+        self, call: EncoderCall, reducer: TowerReducer, tower: PackedTower, stages: dict[int, tuple[int, ...]], spans: list[tuple[int, ...]],
+        rows: Tensor, pixels: Tensor, grid_thw: Tensor,
+    ) -> tuple[PackedRun | None, dict[str, Any]]:  # fmt: skip
+        """What goes through the tower (None: all of it), and the tables that belong to it."""
         unit, side = tower.unit, round(tower.unit**0.5)
-        grids = [(h // side, w // side) for t, h, w in call.encoding.sizes for _ in range(t)]
-        lengths = [rows * columns for rows, columns in grids]
-        total = sum(lengths)
-        with torch.no_grad(), compat.without_autocast(rows):
+        grids = tuple((h // side, w // side) for t, h, w in call.encoding.sizes for _ in range(t))
+        lengths = [high * wide for high, wide in grids]
+        total, device = sum(lengths), rows.device
+        weighs = reducer.mass and not is_flash(tower.module) and not recomputes(tower.module)
+        wrong = torch.zeros((), dtype=torch.long, device=device)
+        counts, flat, size = tuple(lengths), torch.arange(total, device=device), torch.ones(total, device=device)
+        if 0 in stages:
             pictures = rows.detach().view(total, unit, -1).split(lengths)
-            real = pad_sequence([torch.ones(n, unit, dtype=torch.bool, device=rows.device) for n in lengths], batch_first=True)
-            weighs = reducer.mass and not is_flash(tower.module) and not recomputes(tower.module)
-            chosen = choose(reducer, pad_sequence(list(pictures), batch_first=True), real, counts, grids, weighs)
-            start = torch.tensor([0, *lengths[:-1]], device=rows.device).cumsum(0)
-            left = torch.arange(max(counts), device="cpu") < torch.tensor(counts, device="cpu")[:, None]  # known here: the device is not asked
-            place = left.flatten().nonzero()[:, 0].to(rows.device)
-            flat, size = (chosen.index + start[:, None]).flatten()[place], chosen.size.flatten()[place]
-            tables, order, slots = tower.tables(grid_thw, flat, counts)
-        run = PackedRun(counts, flat, size, order, slots, total, unit, [n * unit for n in lengths], weighs, chosen.wrong)
-        return run, tables
+            real = pad_sequence([torch.ones(n, unit, dtype=torch.bool, device=device) for n in lengths], batch_first=True)
+            shown = in_frames(pixels, tower, lengths) if "pixels" in reducer.tower_signals else None
+            before = frames_before(call, spans)
+            chosen = choose(reducer, pad_sequence(list(pictures), batch_first=True), real, stages[0], grids, weighs, shown, before)
+            counts, wrong = chosen.counts, chosen.wrong
+            if sum(counts) == total:
+                return None, {}
+            flat, size = units_left(chosen, lengths)
+        tables, order, slots = tower.tables(grid_thw, flat, counts)
+        there = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
+        run = PackedRun(
+            stages, grids, weighs, wrong, flat, order, slots, size[order], torch.arange(len(flat), device=device),
+            pad_sequence(list(there.split(list(counts))), batch_first=True), known(counts).to(device), lengths, unit,
+        )  # fmt: skip
+        if 0 in stages:
+            run.stages[0], run.passed[0] = counts, flat
+        return run, tables if 0 in stages else {}
+
+
+def in_frames(pixels: Tensor, tower: PackedTower, lengths: list[int]) -> Tensor:
+    """Pixels [N, c T p p] unit by unit, frame by frame: [P, U, T, m]."""
+    frames = pixels.detach().view(sum(lengths), tower.unit, -1, tower.steps, tower.patch**2).permute(0, 3, 1, 2, 4).flatten(2)
+    return pad_sequence(list(frames.split(lengths)), batch_first=True)

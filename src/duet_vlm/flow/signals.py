@@ -1,8 +1,8 @@
 """Standing in front of the attention function of single vision modules, leaving their attention kernel alone.
 
 The module gets a private copy of its config that names our function as attention implementation; ours does its part and then calls the
-function that the module's own config asks for. ``Recorder`` stores queries and keys of the running encoder call, ``Weigher`` adds the bias of
-rows that stand for several, where a tower hands its blocks no mask.
+function that the module's own config asks for. ``Recorder`` stores queries and keys of the running encoder call, ``Weigher`` serves towers
+that are reduced.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import Stacks
+from duet_vlm.flow.choose import recorded
 from duet_vlm.hooks import foreign
 from duet_vlm.models.adapter import Recorded
-from duet_vlm.ops.score import one_head
 
 FLASH = "_flash_attention_2"  # modules choose their packed path by the word "flash" in the name
 
@@ -62,23 +62,29 @@ class Recorder(Private):
 
     def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
         if self.stacks.encoders:
-            call, ends, scaling = self.stacks.encoders[-1], kwargs.get("cu_seq_lens_q"), kwargs["scaling"]
-            reducer, segments = call.rules.reducer, None if ends is None else ends[1:] - ends[:-1]
-            query, key = query.detach(), key.detach()
-            if getattr(reducer, "signal_heads", "each") == "one":
-                query, key, scaling = one_head(query, key, scaling)
-            call.recorded.append(Recorded(query, key, scaling, segments, getattr(reducer, "signal_queries", None)))
+            call, ends = self.stacks.encoders[-1], kwargs.get("cu_seq_lens_q")
+            segments = None if ends is None else ends[1:] - ends[:-1]
+            call.recorded.setdefault(self.module, []).append(recorded(call.rules.reducer, query, key, kwargs["scaling"], segments))
         return mask
 
 
 class Weigher(Private):
-    """Adds the bias of rows that stand for several."""
+    """In block ``number`` of a tower that is reduced: hides what left and adds the bias of rows that stand for several, where the tower itself
+    hands over no mask that does; stores queries and keys where units leave behind this attention."""
 
     name = "duet_vlm_weigher"
 
+    def __init__(self, module: nn.Module, stacks: Stacks, number: int) -> None:
+        super().__init__(module, stacks)
+        self.number = number
+
     def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
-        return mask if call is None or call.tower is None or call.aside else call.tower.bias(key)
+        if call is None or call.tower is None or call.aside:
+            return mask
+        if self.number + 1 in call.tower.stages:
+            call.watched.append(Recorded(query.detach(), key.detach(), kwargs["scaling"]))
+        return call.tower.mask(mask, key)
 
 
 def _attend(mark: str) -> compat.AttentionFunction:

@@ -27,20 +27,18 @@ def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) 
     real, index = rows >= 0, rows.clamp(min=0)
     count = len(table) // len(parts)
 
-    def of_parts(x: Tensor | None) -> Tensor | None:
-        return None if x is None else take(x.repeat_interleave(count, 0), index)
+    def of_parts(x: Tensor) -> Tensor:
+        return take(x.repeat_interleave(count, 0), index)
 
-    left = of_parts(view.valid)
-    pieces = VisionView(
-        real if left is None else real & left,  # what a reduced tower left
-        torch.tensor([plan.dominant for plan in plans], device=device),
-        torch.tensor([plan.contextual for plan in plans], device=device),
-        plans,
-        of_parts(view.importance),
-        of_parts(view.keys),
-        of_parts(view.features),
-        torch.where(real, 0, -1),
-        view.stream,
+    found = view.of_rows(of_parts, lambda x: x.repeat_interleave(count, 0))
+    pieces = dataclasses.replace(
+        found,
+        valid=real & found.valid,  # what a reduced tower left
+        dominant=torch.tensor([plan.dominant for plan in plans], device=device),
+        contextual=torch.tensor([plan.contextual for plan in plans], device=device),
+        plans=plans,
+        parts=torch.where(real, 0, -1),
+        tiles=None if found.tiles is None else torch.zeros_like(found.tiles),  # a part is no mosaic
     )
     selection, wrong = checked_selection(reducer, reducer.v2v(pieces), pieces, plans)
     return _joined(selection, index, count), wrong

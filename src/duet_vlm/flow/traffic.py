@@ -14,7 +14,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.align import align
 from duet_vlm.flow.arrival import OUTPUTS, adopt, look, restore, take_up, without_marks
 from duet_vlm.flow.cache import Run, cut
-from duet_vlm.flow.call import Call, Note, Stacks
+from duet_vlm.flow.call import Call, Note, Prompt, Stacks
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.entry import enter
 from duet_vlm.flow.gate import Gate
@@ -66,7 +66,11 @@ class Traffic:
         def generate(*args: Any, **kwargs: Any) -> Any:
             with self.begun(full=compat.drafts(kwargs)) as rules:  # an assistant is given no pictures, only their placeholders
                 take_up(rules, kwargs, whole=True)
-                return plain(*args, **kwargs)
+                self.stacks.prompts.append(_prompt(args, kwargs))
+                try:
+                    return plain(*args, **kwargs)
+                finally:
+                    self.stacks.prompts.pop()
 
         return generate
 
@@ -211,3 +215,9 @@ class Traffic:
         if self.stacks.encoders:
             hidden = output[0] if isinstance(output, tuple) else output
             self.stacks.encoders[-1].cls = hidden[:, :1]
+
+
+def _prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
+    """The text that generate() was given."""
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    return Prompt(ids, None if ids is not None else kwargs.get("inputs_embeds"), kwargs.get("attention_mask"))

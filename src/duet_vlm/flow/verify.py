@@ -36,7 +36,7 @@ from torch import Tensor
 from duet_vlm.budget import SpanPlan
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import MERGES, Selection
-from duet_vlm.tower import TowerReducer, TowerView
+from duet_vlm.tower import Merged, TowerReducer, TowerView
 
 MEMBER = 1 << 32  # how a member counts in a table where a kept row counts 1
 
@@ -57,6 +57,7 @@ class Wrong(IntEnum):
     INPUT = 8
     KEPT = 9
     UNITS = 10
+    JOINS = 11
 
 
 MESSAGES = {
@@ -72,7 +73,11 @@ MESSAGES = {
     Wrong.UNITS: "stay returned a mask that keeps another number of units than planned{}: per picture, keep exactly view.keep of those in view.valid",
 }
 
-PLACES = {Wrong.KEPT: "row", Wrong.UNITS: "picture"}
+MESSAGES[Wrong.JOINS] = (
+    "stay returned units that join what does not stay, or an order that is none{}: into names, for each unit in view.valid, the place of one that "
+    "stays (its own if it does), and order every place once"
+)
+PLACES = {Wrong.KEPT: "row", Wrong.UNITS: "picture", Wrong.JOINS: "picture"}
 
 
 def raise_if_wrong(code: int, reducer: Reducer, where: str = "") -> None:
@@ -239,8 +244,7 @@ def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor
 
 def _shown_to(view: VisionView) -> Tensor | None:
     """[B, N] float32: a sum over all that the method was shown of a token, finite if that is; None if it was shown nothing."""
-    shown = [x.sum(-1, dtype=torch.float32) for x in (view.keys, view.features) if x is not None]
-    shown += [] if view.importance is None else [view.importance]
+    shown = [x if x.ndim == 2 else x.sum(-1, dtype=torch.float32) for x in view.shown()]
     return functools.reduce(torch.add, shown) if shown else None
 
 
@@ -248,16 +252,52 @@ def _shown_to(view: VisionView) -> Tensor | None:
 
 
 def checked_units(reducer: TowerReducer, mask: Tensor, view: TowerView) -> tuple[Tensor, Tensor]:
-    """As ``checked_mask``, for the units [P, U] that go through the tower."""
-    return checked_mask(reducer, mask, view.valid, view.keep, "stay", Wrong.UNITS)
+    """As ``checked_mask``, for the units [P, U] that go through the tower; any number of them where a threshold decides."""
+    keep = view.keep if view.keeps else None
+    return checked_mask(reducer, mask, view.valid, keep, "stay", Wrong.UNITS)
+
+
+def checked_merged(reducer: TowerReducer, merged: Merged, view: TowerView) -> tuple[Tensor, Tensor, Tensor]:
+    """Who joins whom [P, U] (units that are not ``view.valid`` stay as they are), the mask of the units that stay, and the code."""
+    place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+    for name, value in (("into", merged.into), ("order", place if merged.order is None else merged.order)):
+        form = isinstance(value, Tensor) and value.shape == place.shape and value.dtype == torch.int64 and value.device == place.device
+        if not form:
+            raise ValueError(f"{_name(reducer)}.stay returned {name} = {_shown(value)}: give a tensor {list(place.shape)} of {torch.int64}")
+    inside = merged.into.clamp(0, place.shape[1] - 1)
+    into = torch.where(view.valid, inside, place)
+    mask = (into == place) & view.valid
+    wrong: Faults = {Wrong.UNITS: _differ(mask.sum(1), view.keep)}
+    wrong[Wrong.JOINS] = view.valid & ((into != merged.into) | ~mask.gather(1, into)), merged.into
+    if merged.order is not None:
+        wrong[Wrong.JOINS] = wrong[Wrong.JOINS][0] | (merged.order.sort(1).values != place), merged.into
+    return into, mask, _code(reducer, wrong)
+
+
+def checked_counts(reducer: TowerReducer, units: int, left: int, depth: int) -> Sequence[int]:
+    """How many of a picture's ``units`` each boundary leaves.
+
+    Raises
+    ------
+    ValueError
+        If these are no counts that a picture can have.
+    """
+    boundaries, counts = reducer.boundaries(depth), reducer.counts(units, left, depth)
+    if len(counts) != len(boundaries) or list(counts) != sorted(counts, reverse=True) or not 1 <= left == counts[-1] <= counts[0] <= units:
+        raise ValueError(
+            f"{_name(reducer)}.counts(units={units}, left={left}, depth={depth}) returned {list(counts)}: for each of the {len(boundaries)} "
+            f"boundaries a number of units, none above the one before, at last {left}"
+        )
+    return counts
 
 
 def checked_mask(
-    reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor, verb: str = "t2v", wrong: Wrong = Wrong.KEPT
+    reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor | None, verb: str = "t2v", wrong: Wrong = Wrong.KEPT
 ) -> tuple[Tensor, Tensor]:
     """The mask [B, V] that ``reducer`` made of the tokens that stay, False for padding, and the code of what is wrong with it.
 
-    ``valid`` [B, V] bool and ``keep`` [B] are those of the ``TextView``. The code is a 0-dim int64 tensor; on the CPU it is 0.
+    ``valid`` [B, V] bool and ``keep`` [B] are those of the ``TextView`` (None: any number, but one at least). The code is a 0-dim int64 tensor;
+    on the CPU it is 0.
 
     Raises
     ------
@@ -269,7 +309,7 @@ def checked_mask(
         expected = f"give a tensor {list(valid.shape)} of {torch.bool} on {valid.device}"
         raise ValueError(f"{_name(reducer)}.{verb} returned {_shown(mask)}: {expected}")
     mask = mask & valid
-    return mask, _code(reducer, {wrong: _differ(mask.sum(1), keep)})
+    return mask, _code(reducer, {wrong: _differ(mask.sum(1), mask.sum(1).clamp(min=1) if keep is None else keep)})
 
 
 # ---- both

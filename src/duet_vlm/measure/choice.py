@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from duet_vlm.budget import SpanPlan
 from duet_vlm.measure.flops import Grid, asking_rows, probe_flops, signal_flops, tower_rows
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.ops.merge import by_table
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import Selection
-from duet_vlm.tower import TowerReducer
+from duet_vlm.tower import Stages, TowerReducer
+from duet_vlm.vision import Change, LayerView, Question
+
+HEADS, WORDS = 16, 64  # of a view without data, where only the count of products matters
 
 
 def selection_flops(
@@ -34,14 +40,30 @@ def selection_flops(
     signals = 0
     if reducer.signals:
         signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
+        signals *= _attentions(reducer)
     keys = vision.width if reducer.signal_heads == "one" else key_width
-    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width)
+    steps = _steps(plans, passes) if reducer.reads_time else None
+    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, steps)
 
 
-def mass_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, int]], vision: VisionShape) -> int:
-    """Finding out who stands for whom in front of the tower: ``parts`` as ``Sample.in_tower`` lists them."""
-    tower = getattr(reducer, "tower", None)
-    return sum(2 * n * left * vision.width for n, _, left in parts if left < n) if isinstance(tower, TowerReducer) and tower.mass else 0
+def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
+    """The most steps of a span and the most tokens of one, for methods that compare them."""
+    steps = max(map(len, passes), default=0)
+    return (steps, max(-(-plan.tokens // max(1, len(parts))) for plan, parts in zip(plans, passes, strict=True))) if steps > 1 else None
+
+
+def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, Stages]], vision: VisionShape, key_width: int) -> int:
+    """Finding out who is like whom in the tower, and its attention where it ranks units: ``parts`` as ``Sample.in_tower`` lists them."""
+    tower, total = getattr(reducer, "tower", None), 0
+    if not isinstance(tower, TowerReducer):
+        return 0
+    for tokens, _, stages in parts:
+        for after, left in stages:
+            total += 2 * tower.pairs(tokens, left) * (key_width if after else vision.width)
+            if "attention" in tower.tower_signals:
+                total += signal_flops(vision, tokens, tower.signal_queries)
+            tokens = left
+    return total
 
 
 def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionShape, key_width: int) -> int:
@@ -50,7 +72,13 @@ def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequenc
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
     heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
-    return sum(16 * heads * asking_rows(vision, n, reducer.signal_queries) * n for n in rows)
+    return sum(16 * heads * asking_rows(vision, n, reducer.signal_queries) * n for n in rows) * _attentions(reducer)
+
+
+def _attentions(reducer: EncoderReducer) -> int:
+    """How often attention is computed for a method: once for each layer that it names, and once more where it wants the heads apart."""
+    kinds = bool(reducer.signals & {"importance", "keys"}) + ("heads" in reducer.signals)
+    return kinds * len(set(reducer.signal_layers))
 
 
 def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> list[SpanPlan]:
@@ -68,19 +96,39 @@ def _taken_apart(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> 
 
 
 @lru_cache(maxsize=256)
-def choice_flops(reducer: EncoderReducer, plans: tuple[SpanPlan, ...], key_width: int, feature_width: int) -> int:
-    """Matrix products of choosing and merging on spans with these plans, counted on the meta device."""
+def choice_flops(
+    reducer: EncoderReducer,
+    plans: tuple[SpanPlan, ...],
+    key_width: int,
+    feature_width: int,
+    vision: VisionShape,
+    steps: tuple[int, int] | None = None,
+) -> int:
+    """Matrix products of choosing and merging on spans with these plans, counted on the meta device; ``steps``: of how many steps of time, of
+    how many tokens each, at most."""
     batch, tokens = len(plans), max(plan.tokens for plan in plans)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
+        empty = functools.partial(torch.empty, batch, tokens, device=meta)
+        one = LayerView(empty(), empty(HEADS), empty(key_width), empty(key_width), empty(vision.width))
+        pairs, longs = torch.empty(batch, 2, dtype=torch.long, device=meta), functools.partial(empty, dtype=torch.long)
+
+        def project(change: Change) -> Tensor:
+            rows = change(empty(vision.patches_per_token, vision.width))
+            for wide, narrow in vision.projector:
+                rows = rows.reshape(batch, -1, wide) @ torch.empty(wide, narrow, device=meta)
+            return rows[:, :1].expand(-1, tokens, -1)
+
         selection = reducer.v2v(
             VisionView(
-                valid=torch.empty(batch, tokens, dtype=torch.bool, device=meta), dominant=count, contextual=count, plans=plans,
-                importance=torch.empty(batch, tokens, device=meta), keys=torch.empty(batch, tokens, key_width, device=meta),
-                features=torch.empty(batch, tokens, feature_width, device=meta),
+                valid=empty(dtype=torch.bool), dominant=count, contextual=count, plans=plans, importance=one.importance, keys=one.keys,
+                features=empty(feature_width), parts=longs(), layers=(one,) * len(reducer.signal_layers), place=longs(2), sides=pairs, tiles=pairs,
+                question=Question(torch.empty(batch, WORDS, feature_width, device=meta), torch.empty(batch, WORDS, dtype=torch.bool, device=meta)),
+                similar=empty(1), pieces=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
+                stream="video" if steps else "image", most=steps,
             )
         )  # fmt: skip
-    merging = 0 if selection.weights is None else 2 * selection.index.numel() * tokens * feature_width  # a table of rows by tokens
+    merging = 2 * selection.index.numel() * tokens * feature_width if by_table(selection, tokens) else 0
     return counter.get_total_flops() + merging
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 from duet_vlm.measure.shapes import LINEAR, DecoderShape, VisionShape
+from duet_vlm.tower import Stages
 
 Grid = tuple[int, int] | None
 
@@ -82,17 +83,41 @@ def tower_rows(shape: VisionShape, tokens: int) -> int:
     return tokens * shape.patches_per_token + shape.extra_rows
 
 
-def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None, left: int | None = None) -> int:
+def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None, stages: Stages = ()) -> int:
     """The vision tower over one image, crop or frame of ``tokens`` visual tokens (every layer is counted; stock towers run all of them).
 
-    ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is taken as full. ``left``:
-    so many tokens' patches go through the blocks, evenly out of the windows; all are embedded.
+    ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is taken as full. ``stages``:
+    after the attention of how many blocks patches leave, and how many tokens' are left then, evenly out of the windows; all are embedded.
     """
-    whole, rows = tower_rows(shape, tokens), tower_rows(shape, tokens if left is None else left)
-    per_layer = 8 * rows * shape.width**2 + 2 * shape.mlp_matrices * rows * shape.width * shape.mlp
+    whole, windowed, total = tower_rows(shape, tokens), _windowed(shape, tower_rows(shape, tokens), grid), 0
     full = shape.layers if shape.full_layers is None else shape.full_layers
-    attention = 4 * shape.width * (full * rows**2 + (shape.layers - full) * round(_windowed(shape, whole, grid) * (rows / whole) ** 2))
-    return shape.layers * per_layer + attention + patch_flops(shape, tokens)
+    for begin, end, attending, going_on in _stretches(shape, tokens, stages):
+        layers, rows = end - begin, tower_rows(shape, attending)
+        seen = share_of(full, begin, end, shape.layers)
+        attention = 4 * shape.width * (seen * rows**2 + (layers - seen) * round(windowed * (rows / whole) ** 2))
+        total += layers * (8 * rows * shape.width**2) + attention
+        total += 2 * shape.mlp_matrices * shape.width * shape.mlp * ((layers - 1) * rows + tower_rows(shape, going_on))
+    return total + patch_flops(shape, tokens)
+
+
+def _stretches(shape: VisionShape, tokens: int, stages: Stages) -> list[tuple[int, int, int, int]]:
+    """Runs of blocks over equally many tokens: first and end, the tokens, and how many of them reach the last one's MLP."""
+    here, begin, found = tokens, 0, []
+    for after, left in (*stages, (shape.layers, None)):
+        if min(after, shape.layers) > begin:
+            found.append((begin, min(after, shape.layers), here, here if left is None else left))
+        begin, here = max(begin, after), here if left is None else left
+    return found
+
+
+def mean_rows(shape: VisionShape, tokens: int, grid: Grid, stages: Stages) -> float:
+    """Rows that a block of the tower attends over, mean over the blocks."""
+    return sum((end - begin) * tower_rows(shape, here) for begin, end, here, _ in _stretches(shape, tokens, stages)) / shape.layers
+
+
+def share_of(full: int, begin: int, end: int, layers: int) -> int:
+    """How many of the blocks from ``begin`` to ``end`` attend to whole pictures, where ``full`` of all do, evenly spread and the last one."""
+    return full * end // layers - full * begin // layers
 
 
 def patch_flops(shape: VisionShape, tokens: int) -> int:

@@ -13,6 +13,7 @@ from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring
 from duet_vlm.measure.kv import kv_bytes, rows_held
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.settings import plain
+from duet_vlm.tower import Stages
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Sample:
     ``grids``: per span (rows, columns) of its tokens where it has them, parts below each other. ``projected``: per span the rows that the
     projector works on where V2V leaves them all to it (left out: all that the tower made). ``skipped``: tower layers whose output is not used
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
-    as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span the tokens of each part whose
-    patches the tower's blocks work on, as planned and as measured (left out: all). ``merges_left``: the projector, which sees every token
-    otherwise, sees only those.
+    as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span, of each part where patches leave
+    the tower and how many tokens' are left then (``duet_vlm.tower.Stages``), as planned and as measured (left out: none leave).
+    ``merges_left``: the projector, which sees every token otherwise, sees only those.
     """
 
     text: int
@@ -39,8 +40,8 @@ class Sample:
     skipped: bool = False
     nominal: tuple[int, ...] = ()
     kept: tuple[float, ...] = ()
-    planned_left: tuple[tuple[int, ...], ...] = ()
-    left: tuple[tuple[int, ...], ...] = ()
+    planned_left: tuple[tuple[Stages, ...], ...] = ()
+    left: tuple[tuple[Stages, ...], ...] = ()
     merges_left: bool = False
 
     def visual(self, layer: int) -> int:
@@ -60,14 +61,17 @@ class Sample:
 
     def reaching_projector(self, measured: bool = False) -> list[int]:
         """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
-        return list(map(sum, self._left(measured))) if self.merges_left else list(self.to_project)
+        if not self.merges_left:
+            return list(self.to_project)
+        spans = zip(self.passes, self._left(measured), strict=True)
+        return [sum(stages[-1][1] if stages else n for n, stages in zip(*span, strict=True)) for span in spans]
 
-    def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, int]]:
-        """Of the same: tokens, grid, and how many of them go through the tower's blocks."""
-        return [(*part, left) for part, left in zip(self.parts(), (n for span in self._left(measured) for n in span), strict=True)]
+    def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, Stages]]:
+        """Of the same: tokens, grid, and where they leave the tower."""
+        return [(*part, stages) for part, stages in zip(self.parts(), (s for span in self._left(measured) for s in span), strict=True)]
 
-    def _left(self, measured: bool) -> tuple[tuple[int, ...], ...]:
-        return (self.left if measured else self.planned_left) or self.passes
+    def _left(self, measured: bool) -> tuple[tuple[Stages, ...], ...]:
+        return (self.left if measured else self.planned_left) or tuple(((),) * len(span) for span in self.passes)
 
 
 def _part_of(grid: Grid, passes: tuple[int, ...]) -> Grid:

@@ -21,7 +21,6 @@ from duet_vlm.budget import (
     count_of,
     infeasible,
     largest,
-    largest_share,
     target_mean,
     within,
 )
@@ -31,6 +30,7 @@ from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
 from duet_vlm.tokens import Selection
 from duet_vlm.tower import TowerReducer
+from duet_vlm.vision import Layer
 
 ORDER = (
     "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
@@ -91,7 +91,6 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "stages": stages,
         "roles": roles,
         "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
-        "signals": sees.signals,
         "reads_projected": sees.reads_projected,
         "reads_features": frames is not None or sees.reads_features,
         "reduces_in_tower": tower is not None,
@@ -124,6 +123,11 @@ def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
     first = before[0] if before else second if second is not None and issubclass(second, EncoderReducer) else None
     wrong = any(not issubclass(stage, EncoderReducer) for stage in before)
     wrong |= any(issubclass(stage, TowerReducer | Frames | Composition) for stage in rest)
+    if frames is not None and first is not None and issubclass(first, EncoderReducer) and first.reads_places:
+        raise ValueError(
+            f"compose({frames.name}, {first.name}): {first.name} compares the same places of frames, which are not known of the tokens that "
+            f"{frames.name} leaves; leave {frames.name} out"
+        )
     if not 2 <= len(stages) <= 4 or len(set(stages)) < len(stages) or len(before) > 1 or wrong:
         names = ", ".join(stage.name for stage in stages)
         raise ValueError(f"compose({names}): give two to four different methods, {ORDER}")
@@ -181,6 +185,26 @@ class Composition(EncoderReducer):
     def tower(self) -> TowerReducer | None:  # type: ignore[override]
         return self._stages[0]
 
+    @property
+    def _sees(self) -> EncoderReducer:
+        """The stage that looks at the vision tower."""
+        tower, frames, first, _ = self._stages
+        sees = first or frames or tower
+        assert sees is not None  # says _roles
+        return sees
+
+    @property
+    def signals(self) -> frozenset[str]:  # type: ignore[override]
+        return self._sees.signals
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return self._sees.reads
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        return self._sees.signal_layers
+
     # ---- how many
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -189,19 +213,26 @@ class Composition(EncoderReducer):
             return self._behind(tokens, depth, budget)
         if tower.keep is None and budget is not None and target_mean(budget, tokens) >= tokens:
             return whole(tokens, depth)
-        wanted = self._behind(tokens, depth, budget) if self._reduces_behind else whole(tokens, depth)
+        wanted = self._wanted(tokens, depth, budget)
         left = self._left(tower, tokens, wanted)
-        some = left if left < tokens else None
-        if self._reduces_behind and wanted.entry <= left:
-            return dataclasses.replace(wanted, tower=some)
-        if first is not None and wanted.merges:
+        if first is not None and wanted.merges and wanted.entry > left:
             warnings.warn(
                 f"{self.name}: {wanted.entry} of {tokens} tokens would enter the decoder, but the tower leaves {left}: all of those enter, and "
                 f"later layers keep more. Raise {tower.name}_keep, or lower the budget",
                 stacklevel=2,
             )
+        return self.plan_left(tokens, depth, budget, left)
+
+    def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        wanted, some = self._wanted(tokens, depth, budget), left if left < tokens else None
+        if self._reduces_behind and wanted.entry <= left:
+            return dataclasses.replace(wanted, tower=some)
         share = None if budget is None else min(1.0, target_mean(budget, tokens) / left)
         return dataclasses.replace(self._behind(left, depth, share), tokens=tokens, tower=some)
+
+    def _wanted(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """What would enter behind a whole tower."""
+        return self._behind(tokens, depth, budget) if self._reduces_behind else whole(tokens, depth)
 
     @property
     def _reduces_behind(self) -> bool:
@@ -212,6 +243,8 @@ class Composition(EncoderReducer):
         """How many tokens of a span the tower leaves."""
         if tower.keep is not None:
             return max(1, count_of(tower.keep, tokens))
+        if tower.by_threshold:
+            return tokens
         entering = wanted.entry if wanted.merges else 0
         return min(tokens, max(1, math.ceil(LEFT * tokens), math.ceil(SPARE * entering)))
 
@@ -286,19 +319,7 @@ class Composition(EncoderReducer):
         pool = frames.changed(view, torch.tensor(sizes, device=view.valid.device))
         rows, valid = pack_right(pool, max(sizes))
 
-        def candidates(x: Tensor | None) -> Tensor | None:
-            return None if x is None else take(x, rows)
-
-        selection = first.v2v(
-            dataclasses.replace(
-                view,
-                valid=valid,
-                importance=candidates(view.importance),
-                keys=candidates(view.keys),
-                features=candidates(view.features),
-                parts=candidates(view.parts),
-            )
-        )
+        selection = first.v2v(dataclasses.replace(view.of_rows(lambda x: take(x, rows)), valid=valid))
 
         def of_span(number: Tensor) -> Tensor:
             """Numbers of candidates as those of tokens; what is no candidate becomes no token, for the flow to refuse."""
@@ -330,14 +351,7 @@ def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -
     """``entry`` rows in dominant and contextual ones, as ``method`` divides them under the budget at which that many enter."""
     if method is None:
         return SpanPlan(tokens, entry, 0, ())
-
-    def entering(share: float) -> int:
-        try:
-            return method.plan(tokens, depth, share).entry
-        except BudgetError:
-            return 0
-
-    contextual = min(method.plan(tokens, depth, largest_share(lambda share: entering(share) <= entry)).contextual, entry - 1)
+    contextual = min(method.entering(tokens, entry, depth).contextual, entry - 1)
     return SpanPlan(tokens, entry - contextual, contextual, ())
 
 

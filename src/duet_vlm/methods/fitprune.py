@@ -61,9 +61,10 @@ class FitPrune(StagedReducer):
     @classmethod
     def official(cls, reduction: int = USUAL, depth: int = 32, **fields: Any) -> FitPrune:
         """The released numbers that save ``reduction`` % of the FLOPs, for 576 tokens; of ``depth`` layers the first ones' (as released)."""
-        check_choice("reduction", reduction, tuple(DELETED))
+        check_choice("reduction", str(reduction), tuple(map(str, DELETED)))
         left = [TOKENS - sum(DELETED[reduction][:layer]) for layer in range(1, min(depth, 32))]
-        return cls(**{"schedule": tuple(enumerate(left, 1)), "keep_predicting": False} | fields)
+        numbers: dict[str, Any] = {"schedule": tuple(enumerate(left, 1)), "keep_predicting": False}
+        return cls(**numbers | fields)
 
     @classmethod
     def observer(cls) -> Observer:

@@ -49,9 +49,9 @@ class Frames(EncoderReducer):
         if self.keep is not None:
             check_keep("keep", self.keep)
         if self.parts == "each":
-            raise ValueError("frames compares the frames of a clip, and parts='each' would separate them: use parts='joint'")
+            raise ValueError(f"{self.name} compares the frames of a clip, and parts='each' would separate them: use parts='joint'")
         if self.cls_token:
-            raise ValueError("cls_token=True cannot work with frames: the CLS row has no place in the frame to compare")
+            raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row has no place in the frame to compare")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return constant(self, self.keep, tokens, depth, budget)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.budget import Schedule, count_of, largest
-from duet_vlm.ops.cluster import density_peaks
+from duet_vlm.ops.peaks import peaks
 from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.reducer import TextView, check_choice
@@ -74,7 +74,7 @@ class SparseVLM(StagedReducer):
     def official(cls, tokens: int = 192, version: str = "1.5", **fields: Any) -> SparseVLM:
         """The released counts for nominally ``tokens`` of 576; version "2.0" recycles nothing, keeps positions and takes the best 14 heads."""
         check_choice("version", version, tuple(RELEASED))
-        check_choice("tokens", tokens, tuple(RELEASED[version]))
+        check_choice("tokens", str(tokens), tuple(map(str, RELEASED[version])))
         schedule = tuple(zip(LAYERS, RELEASED[version][tokens], strict=True))
         every: dict[str, Any] = {"schedule": schedule, "relative": "current", "released": True, "keep_predicting": False}
         second = {"recycle": False, "best_heads": HEADS, "score_positions": "divided"}
@@ -106,15 +106,14 @@ class SparseVLM(StagedReducer):
         order = ranking(scores, valid)
         width, most = (max(1, *(row[i] for row in split)) for i in (1, 2))
         turn = torch.arange(width, device=scores.device)
-        members = order.gather(1, (kept[:, None] + turn).clamp(max=order.shape[1] - 1))
-        centres, into = density_peaks(take(view.rows, members), turn < pool[:, None], clusters, clusters.clamp(min=1), most)
-        stays = ranks(order) < kept[:, None]
-        index = pack_right(stays, max(stay for _, stay in view.counts))[0]
+        members, real = order.gather(1, (kept[:, None] + turn).clamp(max=order.shape[1] - 1)), turn < pool[:, None]
+        chosen, nearest, peak = peaks(take(view.rows, members), real, clusters, most, capped=True)
+        index = pack_right(ranks(order) < kept[:, None], max(stay for _, stay in view.counts))[0]
         row = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        behind = (row - kept[:, None]).clamp(0, centres.shape[1] - 1)
-        index = torch.where(row < kept[:, None], index, members.gather(1, centres.gather(1, behind)))
-        into = kept[:, None] + into
-        joins = (turn < pool[:, None]) & (clusters > 0)[:, None] & (members != index.gather(1, into.clamp(max=index.shape[1] - 1)))
+        behind = peak.argsort(dim=1).gather(1, (row - kept[:, None]).clamp(0, width - 1))
+        index = torch.where(row < kept[:, None], index, members.gather(1, behind))
+        into = kept[:, None] + peak.gather(1, nearest)
+        joins = real & ~chosen & (clusters > 0)[:, None]
         valid = row < (kept + clusters)[:, None]
         if not self.released:  # in order, each at its own place
             places = index.masked_fill(~valid, scores.shape[1]).argsort(dim=1)

@@ -37,40 +37,66 @@ class Recorded:
 
 
 @dataclass(frozen=True)
+class Inside:
+    """One block of a vision tower, and inside it: its attention, the norm behind that, which is given the residual stream, and its MLP."""
+
+    block: nn.Module
+    attention: nn.Module
+    norm: nn.Module
+    mlp: nn.Module
+
+
+@dataclass(frozen=True)
 class Blocks:
     """The part of a vision tower that works on rows, where patches can leave: P pictures of N patches each, row by row.
 
     ``patches`` makes patch embeddings [P, D, h, w]; ``stack`` runs the blocks on [P, extra + N, D];
     ``tower`` is the module around it, whose output holds the last rows and those of every layer. ``extra`` rows (CLS) stand in front of the
-    patches; ``cell`` x ``cell`` patches later become one token, and leave or stay together.
-    ``attentions``: those of the blocks, where the stack takes no mask.
+    patches; ``cell`` x ``cell`` patches later become one token, and leave or stay together. ``inside``: the blocks; ``read``: the first whose
+    rows somebody reads. ``takes_mask``: the stack hands its blocks a mask.
     """
 
     tower: nn.Module
     patches: nn.Module
     stack: nn.Module
+    inside: tuple[Inside, ...]
+    read: int
     extra: int = 0
     cell: int = 1
-    attentions: tuple[nn.Module, ...] = ()
+    takes_mask: bool = True
+
+
+@dataclass(frozen=True)
+class JoinedBlocks(Blocks):
+    """The same of a tower whose pictures, of any size, stand one behind the other in a batch of one. ``grids(call)``: rows and columns of
+    patches of each, of ``patch`` x ``patch`` pixels."""
+
+    grids: Callable[[Encoding], list[tuple[int, int]]] = field(kw_only=True)
+    patch: int = field(kw_only=True)
 
 
 @dataclass(frozen=True)
 class PackedTower:
-    """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other.
+    """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other, each of ``steps`` frames of
+    ``patch`` x ``patch`` pixels.
 
     ``tables(grid_thw, units, counts)`` makes of the units that are left [K] (ascending; ``counts`` of each picture) what the tower's forward
     takes ready-made, where these units stand in the order that the blocks work in [K], and where the blocks, in their order, would have had
-    them in the whole row [K].
+    them in the whole row [K]. ``mergers`` make one row of each unit, in the order of the blocks.
     """
 
     module: Any
     unit: int
+    steps: int
+    patch: int
     tables: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[dict[str, Any], Tensor, Tensor]]
+    inside: tuple[Inside, ...]
+    mergers: tuple[nn.Module, ...]
 
     @property
-    def attentions(self) -> tuple[nn.Module, ...]:
-        """Those of the blocks, which take no mask."""
-        return tuple(block.attn for block in self.module.blocks)
+    def read(self) -> int:
+        """The first block whose rows somebody reads."""
+        return len(self.inside) - 1
 
 
 @dataclass(frozen=True)
@@ -120,6 +146,8 @@ class Adapter(ABC):
         Point-wise projector, where there is one: V2V then runs before it. None: V2V runs after the encoder call (grid mergers).
     fixed_tokens : int or None
         Visual tokens per image where the tower fixes them.
+    lacks : dict
+        What methods may ask for (``EncoderReducer.signals`` and ``reads``) and this family cannot give, with the reason.
     has_cls : bool
         The tower has a CLS row (importance = CLS attention); otherwise column sums.
     feeds_cls : bool
@@ -134,6 +162,7 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]
     video: ClassVar[bool | str] = False  # "as images": the processor hands frames over as images
     notes: ClassVar[str] = ""
+    lacks: ClassVar[dict[str, str]] = {"similar": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
     example: ClassVar[str] = ""
 
     decoder: ClassVar[str] = "language_model"
@@ -223,6 +252,10 @@ class Adapter(ABC):
         """Where patches can leave inside the tower, one for each tower; a TypeError says why not."""
         raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it (duet, visionzip)")
 
+    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+        """How many patches high and wide what later becomes one token is."""
+        return blocks.cell
+
     def sees_whole(self, layer: int) -> bool:
         """Whether a tower layer attends to whole pictures, not within windows."""
         return True
@@ -267,6 +300,16 @@ class Adapter(ABC):
         ``segmented`` keeps the tower's own attention segments.
         """
 
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        """Rows as the tower's blocks have them [P, R, c] (CLS in front) as those of the tokens that they become: per span [n, c], means where
+        several make one, anything for structure rows."""
+        return self.carried(rows[:, int(self.has_cls) :], call)
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        """What the projector made [..., c] as rows of spans [n, c], anything for structure rows: one picture a span unless the family says
+        more."""
+        return list(projected)
+
     # ---- what a call made: spans, their parts and their grids
 
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
@@ -280,6 +323,28 @@ class Adapter(ABC):
     @abstractmethod
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
+
+    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        """Per span: rows and columns of each of its parts, in tokens where nothing is cut off."""
+        grids, parts = self.grids(call, counts), self.passes(call, counts)
+        if None in grids:
+            raise TypeError(f"{self.family}: what this model makes of a picture has no grid; use a method that needs none (duet, vispruner)")
+        return [(grid[0] // len(sizes), grid[1]) for grid, sizes in zip(grids, parts, strict=True) if grid is not None]
+
+    def places(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        """Per span, on the host: row and column of each of its rows within its part [n, 2], -1 for those that show no patch of a picture."""
+        fed, places = self.fed(call), []
+        for (_, columns), numbers in zip(self.sides(call, counts), self.parts(call, counts), strict=True):
+            number, part = np.arange(len(numbers)), numbers.numpy()
+            begins = np.maximum.accumulate(np.where(np.diff(part, prepend=-2) != 0, number, 0))
+            place = number - begins - fed
+            shows = (place >= 0) & (part >= 0)
+            places.append(torch.from_numpy(np.where(shows[:, None], np.stack([place // columns, place % columns], 1), -1)))
+        return places
+
+    def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        """Per span: rows and columns of the crops that follow its first part, (0, 0) where it was not cut."""
+        return [(0, 0)] * len(counts)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         """Per span, on the host: the part (crop, frame) that each of its rows shows [n], -1 for structure rows (newlines)."""

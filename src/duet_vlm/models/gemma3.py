@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Rotary
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.models.towers import cells, column_signals
+from duet_vlm.models.towers import blocks_like_clip, cells, column_signals
 
 
 class Gemma3(LlamaLike):
@@ -53,7 +53,8 @@ class Gemma3(LlamaLike):
 
     def blocks_to_reduce(self) -> tuple[Blocks, ...]:
         tower = self.base.vision_tower
-        return (Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, cell=self.cell),)
+        inside = blocks_like_clip(tower.encoder.layers)
+        return (Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, len(inside) - 1, cell=self.cell),)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         side = self.side // self.cell

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Blocks, Encoding, Recorded
 from duet_vlm.models.llama_like import LlamaLike
+from duet_vlm.models.towers import blocks_like_clip
 from duet_vlm.ops.ragged import take
 from duet_vlm.ops.score import query_attention, some_of
 
@@ -60,7 +61,8 @@ class Idefics3(LlamaLike):
 
     def blocks_to_reduce(self) -> tuple[Blocks, ...]:
         tower = self.base.vision_model
-        return (Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, cell=self.side),)
+        inside = blocks_like_clip(tower.encoder.layers)
+        return (Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, len(inside) - 1, cell=self.side),)
 
     def _grid(self, call: Encoding) -> tuple[int, int]:
         """Rows and columns of a crop's tokens."""

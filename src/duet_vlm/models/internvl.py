@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Inside, Recorded
 from duet_vlm.models.llava import Llava
 from duet_vlm.models.towers import cells
 
@@ -24,6 +24,7 @@ class InternVL(Llava):
     family = "internvl"
     model_types = ("internvl",)
     video = "as images"
+    lacks = Adapter.lacks
     notes = "images and frames tile by tile: a budget counts per tile; decoders of the Llama, Qwen2 or Qwen3 layout"
     example = "OpenGVLab/InternVL3-1B-hf"
 
@@ -64,8 +65,9 @@ class InternVL(Llava):
         return list(cells(patches, math.isqrt(patches.shape[1]), self.cell))  # tiles may have another size
 
     def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        tower, attentions = self.clip, tuple(block.attention for block in self.blocks())
-        return (Blocks(tower, tower.embeddings.patch_embeddings.projection, tower.encoder, extra=1, cell=self.cell, attentions=attentions),)
+        tower, inside = self.clip, tuple(Inside(block, block.attention, block.layernorm_after, block.mlp) for block in self.blocks())
+        read = min(self.layers_read())
+        return (Blocks(tower, tower.embeddings.patch_embeddings.projection, tower.encoder, inside, read, 1, self.cell, takes_mask=False),)
 
     def cls_module(self) -> nn.Module:
         raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add the CLS row")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Blocks, Encoding, Recorded
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.ops.score import cls_attention
+from duet_vlm.models.towers import blocks_like_clip, cls_signals
 
 
 class Llava(LlamaLike):
@@ -21,6 +21,7 @@ class Llava(LlamaLike):
     model_types = ("llava",)
     notes = "CLIP towers; images; MHA and GQA decoders of the Llama layout"
     example = "llava-hf/llava-1.5-7b-hf"
+    lacks: ClassVar[dict[str, str]] = {}
     has_cls = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -67,12 +68,15 @@ class Llava(LlamaLike):
         """Which of the tower's hidden states are the features: a number, or several to be joined."""
         return getattr(self.config, self.feature_setting)
 
-    def feature_layer(self) -> int:
-        """Index of the tower layer whose output is the (last) visual feature."""
+    def layers_read(self) -> list[int]:
+        """Indices of the tower layers whose outputs are visual features."""
         chosen = self.chosen
         depth = len(self.blocks())
-        states = [i if i >= 0 else depth + 1 + i for i in (chosen if isinstance(chosen, list | tuple) else [chosen])]
-        return max(states) - 1
+        return [(i if i >= 0 else depth + 1 + i) - 1 for i in (chosen if isinstance(chosen, list | tuple) else [chosen])]
+
+    def feature_layer(self) -> int:
+        """Index of the tower layer whose output is the (last) visual feature."""
+        return max(self.layers_read())
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.blocks()[self.feature_layer() if layer is None else layer].self_attn
@@ -91,7 +95,12 @@ class Llava(LlamaLike):
         return self.base.multi_modal_projector
 
     def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        return (clip_blocks(self.clip),)
+        return (self.clip_blocks(self.clip),)
+
+    def clip_blocks(self, tower: nn.Module) -> Blocks:
+        """A CLIP tower: CLS in front, every patch a token."""
+        inside = blocks_like_clip(tower.encoder.layers)
+        return Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, min(self.layers_read()), extra=1)
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
         several = isinstance(self.chosen, list | tuple)
@@ -107,9 +116,12 @@ class Llava(LlamaLike):
         importance, keys = self.signals(recorded)
         return list(importance), list(keys)
 
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        return list(rows) if self.fed(call) else super().token_rows(rows, call)
+
     def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
         """Importance [B, N] and mean keys [B, N, d] of the patches that the tower saw."""
-        return cls_attention(recorded.query, recorded.key, recorded.scaling, recorded.size), recorded.key.float().mean(1)[:, 1:]
+        return cls_signals(recorded)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
@@ -122,8 +134,3 @@ class Llava(LlamaLike):
             patches_per_token=1, extra_rows=int(self.has_cls), patch_inputs=vision.num_channels * vision.patch_size**2,
             unread=len(self.blocks()[self.feature_layer() + 1 :]), projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip
-
-
-def clip_blocks(tower: nn.Module) -> Blocks:
-    """A CLIP tower: CLS in front, every patch a token."""
-    return Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, extra=1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from duet_vlm.models.adapter import Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
@@ -64,6 +64,29 @@ class LlavaNext(Llava):
         importance, keys = self.signals(recorded)
         packed = self.packed(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in packed], [rows[:, 1:] for rows in packed]
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        return self.packed(projected, call)
+
+    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return [(self.side, self.side)] * len(counts)
+
+    def places(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        """Rows and columns of the whole mosaic are packed as features are, and the crop's own are what is left of them."""
+        side, patch = self.side, torch.arange(self.side**2, device="cpu")
+        own = torch.stack([patch // side, patch % side], 1)
+        corners = [torch.tensor([(0, 0), *((i // c, i % c) for i in range(r * c))], device="cpu") * side for r, c in self.tiles(call, counts)]
+        mosaic = torch.cat([corner[:, None] + own for corner in corners]).double()
+        places = []
+        for rows, corner, part in zip(self.packed(mosaic, call), corners, self.parts(call, counts), strict=True):
+            place = (rows - corner[part.clamp(min=0)]).floor().long().clamp(0, side - 1)
+            places.append(place.masked_fill((part < 0)[:, None], -1))
+        return places
+
+    def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
+        shapes = [get_anyres_image_grid_shape(size, pinpoints, side) for size in call.sizes]
+        return [tuple(shape) if crops > 1 else (0, 0) for shape, crops in zip(shapes, self.crops(call), strict=True)]
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         crops = self.crops(call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded, Stream
 from duet_vlm.models.llava_next import LlavaNext
 from duet_vlm.models.towers import cells
 
@@ -37,11 +37,25 @@ class LlavaNextVideo(LlavaNext):
         """Signals of frames [F, N, c] as the model pools its features: [F, n, c]."""
         return cells(signals, self.side, self.config.spatial_pool_stride)
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        raise TypeError(
-            f"{self.family}: reducing inside this vision tower is not supported (what stands behind it resizes or pools pictures); use a method "
-            "that reduces behind it (duet, visionzip)"
-        )
+    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+        return int(self.config.spatial_pool_stride) if call.stream == "video" else blocks.cell
+
+    def pictures(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+        if call.stream == "image":
+            return super().pictures(call, count, tokens)
+        clips, frames = self.frames(call)
+        return [(tokens,) * frames] * clips
+
+    def beside(self, call: Encoding, spans: int) -> list[int]:
+        return super().beside(call, spans) if call.stream == "image" else [0] * spans
+
+    def real_patches(self, call: Encoding, pictures: int) -> Tensor | None:
+        return super().real_patches(call, pictures) if call.stream == "image" else None
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        if call.stream == "image":
+            return super().carried(patches, call)
+        return list(self.pooled(patches).unflatten(0, self.frames(call)).flatten(1, 2))
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":
@@ -50,6 +64,23 @@ class LlavaNextVideo(LlavaNext):
         importance, keys = self.signals(recorded)
         clips = self.pooled(torch.cat([importance[..., None], keys], -1)).unflatten(0, self.frames(call)).flatten(1, 2)
         return list(clips[..., 0]), list(clips[..., 1:])
+
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        if call.stream == "image":
+            return super().token_rows(rows, call)
+        return list(self.pooled(rows[:, int(self.has_cls) :]).unflatten(0, self.frames(call)).flatten(1, 2))
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        return super().arranged(projected, call) if call.stream == "image" else list(projected.unflatten(0, self.frames(call)).flatten(1, 2))
+
+    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return super().sides(call, counts) if call.stream == "image" else [(self.pooled_side(), self.pooled_side())] * len(counts)
+
+    def places(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        return super().places(call, counts) if call.stream == "image" else Adapter.places(self, call, counts)
+
+    def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return super().tiles(call, counts) if call.stream == "image" else Adapter.tiles(self, call, counts)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         if call.stream == "image":

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter, Encoding, Recorded
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded
 from duet_vlm.models.llava_next import image_size_to_num_patches
 from duet_vlm.models.llava_next_video import LlavaNextVideo
-from duet_vlm.models.towers import column_signals
+from duet_vlm.models.towers import blocks_like_clip, column_signals
 
 
 class LlavaOnevision(LlavaNextVideo):
@@ -24,6 +24,7 @@ class LlavaOnevision(LlavaNextVideo):
     model_types = ("llava_onevision",)
     notes = "SigLIP towers; images of any size; clips, all frames reduced together; decoders of the Llama or Qwen2 layout"
     example = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+    lacks = Adapter.lacks
     has_cls = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -59,6 +60,38 @@ class LlavaOnevision(LlavaNextVideo):
         )
         return rows
 
+    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+        inside = blocks_like_clip(self.clip.encoder.layers)
+        return (Blocks(self.clip, self.clip.embeddings.patch_embedding, self.clip.encoder, inside, min(self.layers_read())),)
+
+    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+        if call.stream == "image":
+            return blocks.cell
+        if self.side % 2:
+            raise ValueError(
+                f"llava_onevision: frames of {self.side} x {self.side} patches are resized behind the vision tower, where what is left would be "
+                "mixed with what is gone: use a method that reduces behind it for clips (duet, visionzip, frames)"
+            )
+        return 2  # half the size, without remainder: means of cells
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        rows = super().carried(patches, call)
+        return rows if call.stream == "image" else [nn.functional.pad(some, (0, 0, 0, 1)) for some in rows]
+
+    def beside(self, call: Encoding, spans: int) -> list[int]:
+        return super().beside(call, spans) if call.stream == "image" else [1] * spans
+
+    def _numbers(self, call: Encoding) -> list[Tensor]:
+        crops = sum(self.crops(call))
+        numbers = torch.arange(1, crops * self.side**2 + 1, dtype=torch.float64, device="cpu").view(crops, -1, 1)
+        for size, rows in zip(call.sizes, self.packed(numbers, call), strict=True):
+            if bool((rows % 1).any()):
+                raise ValueError(
+                    f"llava_onevision: an image of {size[0]} x {size[1]} pixels is resized behind the vision tower, where what is left would be "
+                    "mixed with what is gone: use a method that reduces behind it (duet, visionzip), or a smaller image"
+                )
+        return super()._numbers(call)
+
     def pooled_side(self) -> int:
         return math.ceil(self.side / 2)
 
@@ -70,6 +103,15 @@ class LlavaOnevision(LlavaNextVideo):
         if call.stream == "image":
             return importance, keys
         return [nn.functional.pad(rows, (0, 1)) for rows in importance], [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in keys]
+
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        tokens = super().token_rows(rows, call)
+        return tokens if call.stream == "image" else [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in tokens]
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        if call.stream == "image":
+            return super().arranged(projected, call)
+        return [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in super().arranged(self.pooled(projected), call)]
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         parts = super().parts(call, counts)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Inside, JoinedBlocks, Recorded, Stream
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import column_attention
 
@@ -21,6 +21,7 @@ class Mistral3(Llava):
     model_types = ("mistral3",)
     notes = "images of any size; Mistral decoders"
     example = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
+    lacks = Adapter.lacks
     has_cls = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -52,21 +53,40 @@ class Mistral3(Llava):
         return [(height // size, width // size) for height, width in call.sizes]
 
     def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        raise TypeError(
-            f"{self.family}: reducing inside this vision tower is not supported (its blocks take one packed row of images of any size); use a "
-            "method that reduces behind it (duet, visionzip)"
-        )
+        tower, read = self.clip, min(self.layers_read())
+        inside = tuple(Inside(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
+        return (
+            JoinedBlocks(
+                tower, tower.patch_conv, tower.transformer, inside, read, cell=self.merge, grids=self.patches, patch=int(tower.patch_size),
+            ),
+        )  # fmt: skip
+
+    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        grids = self.patches(call)
+        rows = patches[0].split([high * wide for high, wide in grids])
+        return [self.merged(some, grid) for some, grid in zip(rows, grids, strict=True)]
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
-        grids = self.patches(call)
-        counts = [rows * columns for rows, columns in grids]
-        pairs = [recorded.query, recorded.key]
-        images = zip(*(x.split(counts, 2) for x in pairs), strict=True) if segmented else [pairs]
-        received = torch.cat([column_attention(query, key, recorded.scaling, recorded.sample)[0] for query, key in images])
+        counts = [rows * columns for rows, columns in self.patches(call)]
+        size = recorded.key.new_ones(1, recorded.key.shape[2]) if recorded.size is None else recorded.size
+        parts = (recorded.query, recorded.key, size[:, None, :, None])
+        images = zip(*(x.split(counts, 2) for x in parts), strict=True) if segmented else [parts]
+        received = torch.cat([
+            column_attention(query, key, recorded.scaling, recorded.sample, None if recorded.size is None else some[:, 0, :, 0])[0]
+            for query, key, some in images
+        ])  # fmt: skip
         signals = torch.cat([received[:, None], recorded.key[0].float().mean(0)], 1)
-        merged = [self.merged(rows, grid) for rows, grid in zip(signals.split(counts), grids, strict=True)]
+        merged = self.carried(signals[None], call)
         return [rows[:, 0] for rows in merged], [rows[:, 1:] for rows in merged]
+
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        grids = self.patches(call)
+        images = rows[0].split([height * width for height, width in grids])
+        return [self.merged(image, grid) for image, grid in zip(images, grids, strict=True)]
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        return list(projected.flatten(0, -2).split([(h // self.merge) * (w // self.merge) for h, w in self.patches(call)]))
 
     def merged(self, signals: Tensor, grid: tuple[int, int]) -> Tensor:
         """Means over the patches of each token: [h * w, c] -> [n, c]; what does not fill a token is left out, as the merger does."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -10,9 +9,9 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import SLIDING, Encoding, PackedTower, Recorded, Stream
+from duet_vlm.models.adapter import SLIDING, Encoding, Inside, PackedTower, Recorded, Stream
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.ops.score import column_attention
+from duet_vlm.models.towers import packed_signals
 
 
 class Qwen2VL(LlamaLike):
@@ -48,27 +47,29 @@ class Qwen2VL(LlamaLike):
         return self.visual.blocks[-1 if layer is None else layer].attn
 
     def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
-        calls = [part for recorded in calls for part in segments_of(recorded)]
-        if not segmented:  # one softmax over every patch of the call
-            together = {"query": torch.cat([c.query for c in calls], 2), "key": torch.cat([c.key for c in calls], 2)}
-            if calls[0].size is not None:
-                together["size"] = torch.cat([c.size for c in calls if c.size is not None], 1)
-            calls = [replace(calls[0], **together)]
-        received = torch.cat([column_attention(c.query, c.key, c.scaling, c.sample, c.size)[0] for c in calls])
-        keys = torch.cat([c.key[0].float() for c in calls], 1).transpose(0, 1)  # [patches, H, d]
         unit = self.visual.config.spatial_merge_size**2
-        raster = self.raster(call.sizes).to(received.device)
-        importance = received.view(-1, unit).mean(1)[raster]
-        keys = keys.reshape(-1, unit, *keys.shape[1:]).mean((1, 2))[raster]
+        importance, keys = packed_signals(calls, unit, segmented)
+        raster = self.raster(call.sizes).to(importance.device)
         counts = [t * h * w // unit for t, h, w in call.sizes]
-        return list(importance.split(counts)), list(keys.split(counts))
+        return list(importance[raster].split(counts)), list(keys[raster].split(counts))
+
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        unit = self.visual.config.spatial_merge_size**2
+        return self.arranged(rows.flatten(0, -2).unflatten(0, (-1, unit)).mean(1), call)
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        unit = self.visual.config.spatial_merge_size**2
+        return list(projected[self.raster(call.sizes).to(projected.device)].split([t * h * w // unit for t, h, w in call.sizes]))
 
     def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
         return list(patches[0].unflatten(0, (-1, unit)).mean(1).split([t * h * w // unit for t, h, w in call.sizes]))
 
     def blocks_to_reduce(self) -> tuple[PackedTower, ...]:
-        return (PackedTower(self.visual, self.visual.config.spatial_merge_size**2, self.tables),)
+        visual, config = self.visual, self.visual.config
+        inside = tuple(Inside(block, block.attn, block.norm2, block.mlp) for block in visual.blocks)
+        mergers = visual.merger, *getattr(visual, "deepstack_merger_list", ())
+        return (PackedTower(visual, config.spatial_merge_size**2, config.temporal_patch_size, config.patch_size, self.tables, inside, mergers),)
 
     def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``PackedTower``. The blocks work in raster order."""
@@ -125,12 +126,3 @@ def frames_apart(config: Any, stream: Stream, parts: tuple[int, ...]) -> list[in
     """Token ids of an image or clip as Qwen3's prompts write it: each step of time between marks of its own."""
     start, end = config.vision_start_token_id, config.vision_end_token_id
     return [token for count in parts for token in (start, *[stream.token_id] * count, end)]
-
-
-def segments_of(recorded: Recorded) -> list[Recorded]:
-    """Split a packed call (flash attention) into the segments that the tower attends within."""
-    if recorded.segments is None:
-        return [recorded]
-    lengths = recorded.segments.tolist()
-    pairs = zip(recorded.query.split(lengths, 2), recorded.key.split(lengths, 2), strict=True)
-    return [replace(recorded, query=query, key=key, segments=None) for query, key in pairs]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
-from duet_vlm.models.llava import Llava, clip_blocks
+from duet_vlm.models.llava import Llava
 
 FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 
@@ -74,6 +74,15 @@ class VideoLlava(Llava):
         keys = recorded.key.float().mean(1)
         return list(importance.unflatten(0, frames).flatten(1)), list(keys.unflatten(0, frames).flatten(1, 2))
 
+    def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
+        return self.arranged(torch.stack(super().token_rows(rows, call)), call)
+
+    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        return list(projected.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
+
+    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return [(self.side, self.side)] * len(counts)
+
     def fed(self, call: Encoding) -> int:
         return 1 if call.stream == "video" else super().fed(call)
 
@@ -82,7 +91,7 @@ class VideoLlava(Llava):
         return list(frames.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
 
     def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        return clip_blocks(self.base.image_tower), clip_blocks(self.base.video_tower)
+        return self.clip_blocks(self.base.image_tower), self.clip_blocks(self.base.video_tower)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         frames = self.projected_together(call)

@@ -12,6 +12,8 @@ from torch import Tensor
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import take
 
+RANK = 1e-6  # of its own entry of a kernel: what rounding leaves of a token that is explained wholly
+
 
 def cosine(rows: Tensor, valid: Tensor) -> Tensor:
     """Cosine similarity of every pair: rows [B, N, C], valid [B, N] -> [B, N, N] float32, 0 where either row is not valid.
@@ -88,6 +90,47 @@ def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tens
         row = take(similarity, best)[:, 0]
         nearest = torch.maximum(nearest, row) if step else row
         order.append(best)
+    return _mask_of(order, count, valid)
+
+
+def apart(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+    """Again and again the token with the largest weight times 1 - its similarity to the most similar chosen one; first the largest weight.
+
+    similarity [B, N, N], weight [B, N] not negative, valid [B, N], count [B] of which ``steps`` is the largest -> the chosen tokens [B, N] bool.
+    """
+    out_of_play = torch.zeros_like(weight).masked_fill(~valid, float("-inf"))
+    nearest, order = torch.zeros_like(weight), []
+    for step in range(steps):
+        best = (out_of_play + weight * (1 - nearest)).argmax(1, keepdim=True)
+        out_of_play.scatter_(1, best, float("-inf"))
+        row = take(similarity, best)[:, 0]
+        nearest = torch.maximum(nearest, row) if step else row
+        order.append(best)
+    return _mask_of(order, count, valid)
+
+
+def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+    """The greedy choice of largest determinant (MAP of a determinantal point process): again and again the token whose part of the kernel is
+    explained least by those chosen.
+
+    kernel [B, N, N] positive semidefinite, valid [B, N], count [B] of which ``steps`` is the largest -> the chosen tokens [B, N] bool. By the
+    update of Chen et al. 2018 (arXiv 1709.05135): one pass over the rows chosen so far for each step. A token that is explained wholly, up
+    to rounding, explains nothing more; where only such are left the lowest are taken.
+    """
+    left = kernel.diagonal(dim1=1, dim2=2).clone()
+    floor = (left * RANK).clamp(min=torch.finfo(torch.float32).tiny)
+    out_of_play = torch.zeros_like(left).masked_fill(~valid, float("-inf"))
+    parts, order = kernel.new_zeros(len(kernel), max(steps, 1), kernel.shape[1]), []
+    for step in range(steps):
+        best = (left + out_of_play).argmax(1, keepdim=True)
+        out_of_play.scatter_(1, best, float("-inf"))
+        order.append(best)
+        known, mine = parts[:, :step], parts[:, :step].gather(2, best[:, None].expand(-1, step, -1))
+        size, least = left.gather(1, best), floor.gather(1, best)
+        new = (take(kernel, best)[:, 0] - (mine.transpose(1, 2) @ known)[:, 0]) * torch.maximum(size, least).rsqrt()
+        parts[:, step] = new = torch.where(size > least, new, 0.0)
+        left = (left - new.square()).clamp(min=0)
+        left = torch.where(left > floor, left, 0.0)
     return _mask_of(order, count, valid)
 
 

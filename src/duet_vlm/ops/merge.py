@@ -45,25 +45,36 @@ def neighbours(metric: Tensor, tokens: Tensor, times: Tensor, count: int) -> Ten
     return torch.cat(found, 1)
 
 
-def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor) -> Tensor:
-    """How many rows each kept one stands for when every other row goes to its nearest: 1 + those that it is given.
+def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor, given: Tensor) -> Tensor:
+    """How many rows each kept one stands for when every other row goes to its nearest: those that it stood for, and those that it is given.
 
-    metric [B, N, d], kept [B, N] bool, anchors [B, K] the kept rows of which anchor_valid [B, K] are real -> [B, K] float32. Works through
-    blocks of rows, so memory is linear in N.
+    metric [B, N, d], kept [B, N] bool, anchors [B, K] the kept rows of which anchor_valid [B, K] are real, given [B, N] float32 how many each
+    row stood for -> [B, K] float32. Works through blocks of rows, so memory is linear in N.
     """
     unit = unit_rows(metric)
-    others, size = take(unit, anchors).transpose(1, 2), anchor_valid.float()
-    for rows, stays in zip(unit.split(BLOCK, 1), kept.split(BLOCK, 1), strict=True):
+    others, size = take(unit, anchors).transpose(1, 2), given.gather(1, anchors) * anchor_valid
+    for rows, leaving in zip(unit.split(BLOCK, 1), (given * ~kept).split(BLOCK, 1), strict=True):
         into = (rows @ others).masked_fill_(~anchor_valid[:, None], float("-inf")).argmax(-1)
-        size = size.scatter_add(1, into, (~stays).float())
+        size = size.scatter_add(1, into, leaving)
     return size
+
+
+def weighed_means(rows: Tensor, size: Tensor, into: Tensor, index: Tensor) -> Tensor:
+    """What is left of rows that join others: rows [B, N, C] that stand for ``size`` [B, N] of them, into [B, N] the row that each joins (its
+    own if it stays), index [B, K] those that stay -> [B, K, C] means by size, in float32; rows that nobody joins stay bit for bit.
+    """
+    target = into[..., None].expand_as(rows)
+    total = torch.zeros_like(rows, dtype=torch.float32).scatter_add(1, target, rows.float() * size[..., None])
+    weight, members = (torch.zeros_like(size).scatter_add(1, into, x) for x in (size, torch.ones_like(size)))
+    means = take(total, index) / weight.gather(1, index)[..., None]
+    return torch.where(members.gather(1, index)[..., None] > 1, means.to(rows.dtype), take(rows, index))
 
 
 def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     """The rows that a selection leaves: features [B, N, C] -> [B, K, C] in the dtype of ``features``.
 
-    Sums run in float32. Rows without members are copied unchanged, bit for bit. With weights the work is one product of a table [B, K, N], which
-    autocast must not touch.
+    Sums run in float32. Rows without members are copied unchanged, bit for bit. With weights, and more members than each token has once, the work is
+    one product of a table [B, K, N], which autocast must not touch.
     """
     rows = take(features, selection.index)
     if selection.members.shape[1] == 0:
@@ -83,12 +94,21 @@ def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     return torch.where(count > 0, merged.to(rows.dtype), rows)
 
 
+def by_table(selection: Selection, tokens: int) -> bool:
+    """Whether rows of weighted members are made as the product of a table of rows x ``tokens``: where tokens join several rows."""
+    return selection.weights is not None and selection.members.shape[1] > tokens
+
+
 def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tensor, into: Tensor) -> Tensor:
     """``merged_rows`` where members have weights; ``into`` is a row of ``rows`` [B, K, C] or K."""
     batch, tokens, width = len(features), features.shape[1], rows.shape[1]
+    joined = selection.valid.new_zeros(batch, width + 1).scatter_(1, into, True)[:, :width, None]
+    if not by_table(selection, tokens):
+        shares = take(features, selection.members).float() * weights.float()[..., None]
+        total = shares.new_zeros(batch, width + 1, rows.shape[2]).scatter_add(1, into[..., None].expand_as(shares), shares)[:, :width]
+        return torch.where(joined, total.to(rows.dtype), rows)
     table = features.new_zeros(batch, (width + 1) * tokens, dtype=torch.float32)
     table = table.scatter_add_(1, into * tokens + selection.members, weights.float()).unflatten(1, (width + 1, tokens))[:, :width]
-    joined = selection.valid.new_zeros(batch, width + 1).scatter_(1, into, True)[:, :width, None]
     return torch.where(joined, (table @ features.float()).to(rows.dtype), rows)
 
 

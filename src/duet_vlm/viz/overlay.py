@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import colorsys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from duet_vlm.palette import Color, group, heat
 from duet_vlm.pictures import rgb
 from duet_vlm.tokens import SpanTrace, StageTrace
-
-Color = tuple[int, int, int]
+from duet_vlm.viz.font import fitted, width, write
 
 PAPER: Color = (250, 250, 248)
 INK: Color = (28, 28, 32)
@@ -20,28 +20,31 @@ SHADE: Color = (14, 16, 24)  # dropped patches fade into this
 DROPPED = 0.82  # share of SHADE in a dropped patch
 MEMBER = 0.52  # share of the group's colour in a merged patch
 ANCHOR = 0.18
+SCORE = 0.62  # share of the heat scale's colour in a patch that was ranked
 MARGIN, GAP, HEAD, PER_ROW = 20, 14, 46, 4
+NUMBERED = 11  # pixels of a patch that has room for the number of its group
+TITLE, BOLD, SMALL = 19, 17, 13  # sizes of text
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture with a bold line and a faint line above it."""
+    """One picture with a large line and a faint line above it, and the scores that decided, where there were any, below it."""
 
     title: str
     note: str
     picture: Image.Image
+    scores: Image.Image | None = None
 
 
-def palette(count: int) -> list[Color]:
-    """``count`` strong colours, far apart for neighbours (golden-angle hues, three brightnesses)."""
-    out: list[Color] = []
-    for i in range(count):
-        r, g, b = colorsys.hsv_to_rgb((0.58 + i * 0.61803399) % 1.0, (0.85, 0.6, 0.95)[i % 3], (1.0, 0.95, 0.8)[i % 3])
-        out.append((round(r * 255), round(g * 255), round(b * 255)))
-    return out
-
-
-def draw(image: Image.Image, trace: SpanTrace, *, title: str = "", size: int = 352) -> Image.Image:
+def draw(
+    image: Image.Image,
+    trace: SpanTrace,
+    *,
+    title: str = "",
+    lines: Sequence[str] = (),
+    scores: Sequence[Mapping[int, float] | None] = (),
+    size: int = 352,
+) -> Image.Image:
     """The history of one image as a picture.
 
     Parameters
@@ -52,6 +55,11 @@ def draw(image: Image.Image, trace: SpanTrace, *, title: str = "", size: int = 3
         From ``handle.trace``: one entry per sample and image.
     title : str
         A line above the panels.
+    lines : sequence of str
+        Smaller lines below it: the prompt, what the full and the reduced model answer. Any script that a font on this machine has.
+    scores : sequence of (mapping or None)
+        Of each stage of ``trace.stages``, the score of each token that was ranked there (``duet_vlm.viz.Watched``): a heat map below the stage,
+        coloured by rank.
     size : int
         Longer side of a panel in pixels, rounded to whole patches.
 
@@ -59,7 +67,7 @@ def draw(image: Image.Image, trace: SpanTrace, *, title: str = "", size: int = 3
     -------
     PIL.Image.Image
         RGB. First panel: the image. Then one per stage, that of a reduced tower in front: kept patches are clear, merged ones tinted in the
-        colour of their group with the anchor outlined, dropped ones dark.
+        colour of their group and numbered, the anchor outlined, dropped ones dark.
 
     Raises
     ------
@@ -75,8 +83,19 @@ def draw(image: Image.Image, trace: SpanTrace, *, title: str = "", size: int = 3
     if trace.tower is not None:
         through = SpanTrace(trace.span, {}, (trace.tower,))
         panels.append(_panel(base, through, 0, cell))
-    panels += [_panel(base, trace, number, cell) for number in range(len(trace.stages))]
-    return _sheet(panels, title, bool(trace.merged))
+    shown = [*scores, *[None] * len(trace.stages)]
+    panels += [_panel(base, trace, number, cell, shown[number]) for number in range(len(trace.stages))]
+    return _sheet(panels, title, lines, bool(trace.merged))
+
+
+def stack(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other, as wide as the widest."""
+    out = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        out.paste(sheet, (0, top))
+        top += sheet.height
+    return out
 
 
 def cell_box(trace: SpanTrace, token: int, cell: int) -> tuple[int, int, int, int] | None:
@@ -90,9 +109,10 @@ def cell_box(trace: SpanTrace, token: int, cell: int) -> tuple[int, int, int, in
     return left * cell, top * cell, (left + 1) * cell, (top + 1) * cell
 
 
-def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int) -> Panel:
+def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: Mapping[int, float] | None = None) -> Panel:
     stage = trace.stages[number]
-    colors = dict(zip(sorted(trace.merged), palette(len(trace.merged)), strict=True))
+    numbers = {anchor: place for place, anchor in enumerate(sorted(trace.merged))}
+    colors = {anchor: group(place) for anchor, place in numbers.items()}
     pixels = np.asarray(base, np.float32)
     out = _mix(pixels, SHADE, DROPPED)
 
@@ -119,7 +139,32 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int) -> Panel
         box = cell_box(trace, anchor, cell)
         if box is not None and anchor in stage.kept:
             _outline(pen, box, color, max(2, cell // 8))
-    return Panel(*_words(trace, stage, number), picture)
+    if number == 0 and cell >= NUMBERED:
+        for anchor, place in numbers.items():
+            for token in (anchor, *(member for member in trace.merged[anchor] if member not in stage.kept)):
+                _number(pen, cell_box(trace, token, cell), place + 1, cell)
+    return Panel(*_words(trace, stage, number), picture, None if not scores else _heat_map(pixels, trace, scores, cell))
+
+
+def _number(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int] | None, number: int, cell: int) -> None:
+    """The number of a group in the corner of its patch, readable on light and dark."""
+    if box is not None:
+        pen.text((box[0] + 2, box[1] + 1), str(number), (255, 255, 255), font_size=max(7, cell // 2), stroke_width=1, stroke_fill=SHADE)
+
+
+def _heat_map(pixels: np.ndarray, trace: SpanTrace, scores: Mapping[int, float], cell: int) -> Image.Image:
+    """Ranked patches in the colour of their rank (equal scores share one), the others dark."""
+    out = _mix(pixels, SHADE, DROPPED)
+    grey = np.repeat(pixels.mean(-1, keepdims=True), 3, -1)
+    values = sorted(scores.values())
+    for token, score in scores.items():
+        box = cell_box(trace, token, cell)
+        if box is not None:
+            left, top, right, bottom = box
+            rank = (np.searchsorted(values, score, "left") + np.searchsorted(values, score, "right") - 1) / 2
+            color = heat(rank / max(1, len(values) - 1))
+            out[top:bottom, left:right] = _mix(grey[top:bottom, left:right], color, SCORE)
+    return Image.fromarray(np.rint(out).astype(np.uint8))
 
 
 def _words(trace: SpanTrace, stage: StageTrace, number: int) -> tuple[str, str]:
@@ -146,40 +191,48 @@ def _outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Co
     pen.rectangle((left + width, top + width, right - 1 - width, bottom - 1 - width), outline=SHADE)  # stands out on bright images too
 
 
-def _sheet(panels: list[Panel], title: str, merges: bool) -> Image.Image:
-    bold, small = ImageFont.load_default(17), ImageFont.load_default(13)
+def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merges: bool) -> Image.Image:
     wide, tall = panels[0].picture.size
-    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    column = max(wide, *(round(ruler.textlength(text, font)) for p in panels for text, font in ((p.title, bold), (p.note, small))))
+    column = max(wide, *(width(text, size) for p in panels for text, size in ((p.title, BOLD), (p.note, SMALL))))
     across = min(len(panels), PER_ROW)
     down = -(-len(panels) // across)
-    above = MARGIN + (34 if title else 0)
-    width = max(2 * MARGIN + across * column + (across - 1) * GAP, 2 * MARGIN + round(ruler.textlength(title, bold)))
-    sheet = Image.new("RGB", (width, above + down * (HEAD + tall + GAP) + 30), PAPER)
-    pen = ImageDraw.Draw(sheet)
-    if title:
-        pen.text((MARGIN, MARGIN), title, INK, ImageFont.load_default(19))
+    scored = any(panel.scores is not None for panel in panels)
+    each = HEAD + tall + GAP + (tall + GAP if scored else 0)
+    across_all = max(across * column + (across - 1) * GAP, 2 * wide)
+    heads = [(line, TITLE, 8) for line in fitted(title, TITLE, across_all)]
+    heads += [(line, BOLD, 6) for text in lines for line in fitted(text, BOLD, across_all)]
+    above = MARGIN + (sum(size + room for _, size, room in heads) + 7 if heads else 0)
+    sheet = Image.new("RGB", (2 * MARGIN + across_all, above + down * each + 30), PAPER)
+    pen, y = ImageDraw.Draw(sheet), MARGIN
+    for line, size, room in heads:
+        write(pen, (MARGIN, y), line, size, INK)
+        y += size + room
     for number, panel in enumerate(panels):
         row, place = divmod(number, across)
-        x, y = MARGIN + place * (column + GAP), above + row * (HEAD + tall + GAP)
-        pen.text((x, y), panel.title, INK, bold)
-        pen.text((x, y + 23), panel.note, FAINT, small)
+        x, y = MARGIN + place * (column + GAP), above + row * each
+        write(pen, (x, y), panel.title, BOLD, INK)
+        write(pen, (x, y + 23), panel.note, SMALL, FAINT)
         sheet.paste(panel.picture, (x, y + HEAD))
-    _legend(sheet, pen, merges, above + down * (HEAD + tall + GAP) + 2)
+        if panel.scores is not None:
+            sheet.paste(panel.scores, (x, y + HEAD + tall + GAP))
+    _legend(sheet, pen, merges, scored, above + down * each + 2)
     return sheet
 
 
-def _legend(sheet: Image.Image, pen: ImageDraw.ImageDraw, merges: bool, y: int) -> None:
-    font, x, clear = ImageFont.load_default(13), MARGIN, (214, 208, 196)
-    blue, orange = (64, 140, 255), (255, 150, 60)
+def _legend(sheet: Image.Image, pen: ImageDraw.ImageDraw, merges: bool, scored: bool, y: int) -> None:
+    x, clear = MARGIN, (214, 208, 196)
     items: list[tuple[str, Color, Color | None]] = [("kept", clear, None)]
     if merges:
-        items += [("merged: one colour per group", _blend(clear, orange), None), ("anchor the group is merged into", clear, blue)]
+        items += [("merged: a colour and a number per group", _blend(clear, group(1)), None), ("what the group is merged into", clear, group(0))]
     items.append(("dropped", _blend(clear, SHADE, DROPPED), None))
     for text, fill, border in items:
         pen.rectangle((x, y, x + 13, y + 13), fill=fill, outline=border or (150, 150, 150), width=3 if border else 1)
-        pen.text((x + 20, y - 1), text, INK, font)
-        x += 20 + round(pen.textlength(text, font)) + 26
+        write(pen, (x + 20, y - 1), text, SMALL, INK)
+        x += 20 + width(text, SMALL) + 26
+    if scored:
+        for step in range(60):
+            pen.line((x + step, y, x + step, y + 13), fill=heat(step / 59))
+        write(pen, (x + 67, y - 1), "score that decided, by rank", SMALL, INK)
 
 
 def _blend(first: Color, second: Color, share: float = MEMBER) -> Color:

@@ -225,6 +225,19 @@ def places(result: dict[str, Any]) -> dict[str, int]:
     return {label: place for place, label in reversed(list(enumerate(cell.get("label") or cell.get("method") for cell in cells)))}
 
 
+def best(result: dict[str, Any], references: frozenset[str]) -> list[tuple[str, Run]]:
+    """(budget, run) of the method that keeps the most at each budget, from large to small; of equals the one on fewer tokens. Methods named in
+    ``references`` are left out."""
+    found: dict[str, Run] = {}
+    for run in ordered(result)[1:]:
+        if run["status"] != "ok" or run["method"] in references or not budget(run["budget"]):
+            continue
+        known = found.get(budget(run["budget"]))
+        if known is None or (run["accuracy"], -run["tokens"]["measured"]) > (known["accuracy"], -known["tokens"]["measured"]):
+            found[budget(run["budget"])] = run
+    return list(found.items())
+
+
 def refusal(run: Run) -> str:
     """What stands in place of numbers: ``infeasible, floor 21.3``."""
     floor = run.get("floor")

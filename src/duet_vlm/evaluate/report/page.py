@@ -16,7 +16,8 @@ from markupsafe import Markup
 from duet_vlm.evaluate.report import columns, markdown
 from duet_vlm.evaluate.report.columns import Column, Run, at
 from duet_vlm.evaluate.report.plots import darkness
-from duet_vlm.evaluate.report.style import FLOORS, ORACLE, VARIABLES
+from duet_vlm.evaluate.report.style import FLOORS, ORACLE
+from duet_vlm.palette import VARIABLES
 
 Plots = dict[str, tuple[str, bytes, bytes]]
 Entries = list[tuple[str, str]]
@@ -57,6 +58,7 @@ def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> di
         "facts": columns.facts(result),
         "note": markdown.NOTE.replace("`", ""),
         "source": source,
+        "best": _best(result),
         "budgets": list(dict.fromkeys(text for run in runs if (text := columns.budget(run["budget"])))),
         "statuses": sorted({run["status"] for run in runs}, key=lambda status: (status != "ok", status)),
         "kinds": columns.kinds(result),
@@ -68,6 +70,15 @@ def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> di
         "cards": [_card(title, result[key]) for title, key in (("Environment", "environment"), ("Model", "model"), ("Questions", "questions"))],
         "experiment": json.dumps(result["experiment"], indent=1, ensure_ascii=False),
     }
+
+
+def _best(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """What opens a section: budgets, the run that keeps the most at each, and what it costs."""
+    shown = (columns.KEPT, columns.MEASURED, *columns.COST)
+    return [
+        {"budget": budget, "label": run["label"], "cells": [(c.title, cell.text, cell.extra) for c in shown if (cell := c.cell(run))]}
+        for budget, run in columns.best(result, FLOORS | {ORACLE, "none"})
+    ]
 
 
 def _columns(result: dict[str, Any]) -> list[tuple[str, str | None, Column]]:
@@ -159,5 +170,5 @@ def _inline(svg: bytes, prefix: str, caption: str) -> Markup:
     for colour, variable in VARIABLES.items():
         text = text.replace(f": {colour}", f": var(--{variable})")
     text = re.sub(r"\n\s*", "\n", text)
-    label = Markup(' role="img" aria-label="{}; the table above holds the numbers"').format(caption)
+    label = Markup(' role="img" aria-label="{}; the table of this section holds the numbers"').format(caption)
     return Markup(text.replace("<svg", f"<svg{label}", 1))

@@ -12,32 +12,13 @@ from typing import TYPE_CHECKING, Any
 from duet_vlm.evaluate.curve import curve_of
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.columns import Run, at
-from duet_vlm.evaluate.report.style import GRID, GROUND, INK, MUTED, Look, apart, looks, plain
+from duet_vlm.evaluate.report.style import Look, apart, looks, plain
+from duet_vlm.palette import GRID, GROUND, INK, MUTED, RC
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RC: dict[str, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "text.color": INK,
-    "text.parse_math": False,  # a label is no formula, whatever it holds
-    "axes.edgecolor": MUTED,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.8,
-    "axes.facecolor": "none",
-    "figure.facecolor": GROUND,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "hatch.color": MUTED,
-    "hatch.linewidth": 0.5,
-    "path.simplify": False,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "duet-vlm",
-}
 # in inches: the area of the lines, the room to its left, between its right edge and the labels, per letter of a label, between two labels
 AREA, LEFT, BETWEEN, LETTER, LINE = 5.4, 0.7, 0.62, 0.073, 0.185
 NEAR = 3.0  # percentage points around the full model within which the scale is about linear
@@ -47,8 +28,8 @@ PIXELS = 160  # per inch, of the PNG
 STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7, 9, 1.2, 2.5)), 10
 
 
-def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
-    """name -> (caption, PNG, SVG). Plots that have nothing to show (no timing) are absent.
+def all_plots(result: dict[str, Any], say: Callable[[str], None] = lambda caption: None) -> dict[str, tuple[str, bytes, bytes]]:
+    """name -> (caption, PNG, SVG). Plots that have nothing to show (no timing) are absent. ``say`` is told what is drawn next.
 
     Raises
     ------
@@ -67,6 +48,7 @@ def all_plots(result: dict[str, Any]) -> dict[str, tuple[str, bytes, bytes]]:
     }
     out = {}
     for name, (caption, make) in makers.items():
+        say(caption)
         with style.context(RC, after_reset=True), _quiet():  # nothing of a personal matplotlibrc
             figure = make(result)
             if figure is not None:

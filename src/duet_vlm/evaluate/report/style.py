@@ -1,4 +1,4 @@
-"""How series look: colours that stay apart for colour-blind readers, markers, dashes; where labels go, and labels that cannot disturb a plot."""
+"""How series look: colour, marker, dash; where labels go, and labels that cannot disturb a plot."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Any
 
-# what the page replaces by its own variables, so that one SVG serves light and dark; no other colour of a plot may equal one of these
-INK, MUTED, GRID, GROUND = "#1c2127", "#5a626c", "#dfe3e8", "#fefefd"
-COLOURS = ("#1e4496", "#e0710b", "#809663", "#891c55", "#624300", "#009fb4", "#ba68ff")
-VARIABLES = {INK: "ink", MUTED: "muted", GRID: "grid", GROUND: "ground"} | {colour: f"series-{i}" for i, colour in enumerate(COLOURS)}
+from duet_vlm.palette import COLOURS, INK, MUTED
 
 MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)))

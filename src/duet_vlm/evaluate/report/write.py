@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from duet_vlm.evaluate.report import markdown
@@ -16,8 +17,8 @@ from duet_vlm.evaluate.results import load
 PAGE = "report.html"
 
 
-def render(paths: Sequence[Path]) -> dict[str, bytes]:
-    """file name -> content of everything that a report of these result files consists of.
+def render(paths: Sequence[Path], say: Callable[[str], None] = lambda text: None) -> dict[str, bytes]:
+    """file name -> content of everything that a report of these result files consists of. ``say`` is told what is drawn next.
 
     Raises
     ------
@@ -37,7 +38,7 @@ def render(paths: Sequence[Path]) -> dict[str, bytes]:
     out: dict[str, bytes] = {}
     sections = []
     for slug, path, result in zip(_slugs([f"{r['task']}-{r['name']}" for r in results]), paths, results, strict=True):
-        plots = all_plots(result)
+        plots = all_plots(result, partial(_told, say, slug))
         for name, (_, png, svg) in plots.items():
             out |= {f"{slug}-{name}.png": png, f"{slug}-{name}.svg": svg}
         pictures = [(caption, f"{slug}-{name}.png") for name, (caption, _, _) in plots.items()]
@@ -46,9 +47,13 @@ def render(paths: Sequence[Path]) -> dict[str, bytes]:
     return out | {PAGE: page(sections, again).encode()}
 
 
-def write(paths: Sequence[Path], folder: Path) -> list[Path]:
+def _told(say: Callable[[str], None], slug: str, caption: str) -> None:
+    say(f"{slug}: {caption}")
+
+
+def write(paths: Sequence[Path], folder: Path, say: Callable[[str], None] = lambda text: None) -> list[Path]:
     """Render everything, and only then write it into ``folder``; the files written, the page last."""
-    made = render(paths)
+    made = render(paths, say)
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in made.items():
         (folder / name).write_bytes(content)

@@ -1,0 +1,97 @@
+"""The front end: a prompt with fewer placeholders, and each request's budget on its way to the worker."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from typing import Any
+
+import torch
+from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.processing import PromptUpdateDetails
+
+from duet_vlm.flow.choose import sizes_of
+from duet_vlm.serve.settings import REQUEST, Served
+from duet_vlm_vllm.metrics import count
+from duet_vlm_vllm.settings import served
+
+
+@dataclasses.dataclass
+class Shortened(PromptUpdateDetails):
+    """Content of which ``before`` places would have been embeddings."""
+
+    before: int = 0
+
+
+class FewerPlaceholders:
+    """In front of a family's multi-modal processor.
+
+    Attributes
+    ----------
+    positions : str
+        "compact", or "keep" for grids (M-RoPE).
+    each_image : str
+        The field that every image with pixels has once.
+    """
+
+    positions = "compact"
+    each_image = "pixel_values"
+
+    def parts(self, mm_items: Any, number: int, tokens: int) -> torch.Tensor:
+        """Which part (crop) of image ``number`` each of its ``tokens`` rows shows [tokens], -1 for newlines; the worker must say the same."""
+        return torch.zeros(tokens, dtype=torch.long)
+
+    @property
+    def duet(self) -> Served:
+        return served(self.info.get_hf_config(), self.positions)
+
+    def _call_hf_processor(self, hf_data: Any, hf_kwargs: Any) -> Any:  # transformers' processor does not know our key
+        return super()._call_hf_processor(hf_data, {name: value for name, value in hf_kwargs.items() if name != REQUEST})
+
+    def _postprocess_hf_mm_data(self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any) -> Any:
+        out = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
+        if self.each_image in out:  # images that come as embeddings have been chosen from already
+            asked = self.duet.asked(self.info.ctx.get_merged_mm_kwargs(hf_processor_mm_kwargs))
+            out[REQUEST] = torch.full((len(out[self.each_image]),), asked, dtype=torch.float64)
+        return out
+
+    def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        if REQUEST in hf_inputs:
+            fields[REQUEST] = MultiModalFieldConfig.batched("image", keep_on_cpu=True)
+        return fields
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        return [self._shortened(update, mm_items, out_mm_kwargs) if update.modality == "image" else update for update in updates]
+
+    def _shortened(self, update: Any, mm_items: Any, out_mm_kwargs: Any) -> Any:
+        def content(number: int) -> PromptUpdateDetails:
+            stock = update.content(number) if callable(update.content) else update.content
+            details = stock if isinstance(stock, PromptUpdateDetails) else PromptUpdateDetails.from_seq(list(stock))
+            item = out_mm_kwargs["image"][number]
+            if item is None or REQUEST not in item:
+                return details
+            ids = list(details.full)
+            embed = torch.ones(len(ids), dtype=torch.bool) if details.is_embed is None else details.is_embed(ids)
+            places = embed.nonzero().squeeze(1).tolist()
+            sizes, structure = sizes_of(self.parts(mm_items, number, len(places)))
+            stay = self.duet.span(sizes, structure, float(item[REQUEST].data)).entry
+            gone = set(places[stay:])
+            return Shortened([token for place, token in enumerate(ids) if place not in gone], details.is_embed, len(places))
+
+        return dataclasses.replace(update, replacement=content)
+
+    def _get_mm_hashes(self, inputs: Any) -> Any:
+        """Hashes know what a request asks for; what the server is set to is added here, as caches may be shared between servers."""
+        salt = self.duet.salt
+        hashes = super()._get_mm_hashes(inputs)
+        return {name: [hashlib.sha256((salt + one).encode()).hexdigest() for one in some] for name, some in hashes.items()}
+
+    def _apply_prompt_updates(self, token_ids: Any, mm_prompt_updates: Any) -> Any:
+        images = [item[0].content for item in mm_prompt_updates.get("image", ())]
+        reduced = [image for image in images if isinstance(image, Shortened)]
+        if reduced:
+            entered = [len(image.full) if image.is_embed is None else int(image.is_embed(list(image.full)).sum()) for image in reduced]
+            count(self.info.model_id, sum(image.before for image in reduced), sum(entered))
+        return super()._apply_prompt_updates(token_ids, mm_prompt_updates)

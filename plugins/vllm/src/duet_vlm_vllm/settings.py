@@ -1,0 +1,28 @@
+"""The settings of a server, read from the model's config in every process of vLLM."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from duet_vlm.serve.settings import KEY, Served
+
+
+def served(config: Any, positions: str) -> Served:
+    """The settings that ``--hf-overrides`` (or config.json) gives under "duet".
+
+    Raises
+    ------
+    ValueError
+        If there are none, or none that a server can run.
+    """
+    given = getattr(config, KEY, None)
+    if given is None:
+        raise ValueError(f"this architecture reduces visual tokens and needs settings: --hf-overrides '{{\"{KEY}\": {{\"budget\": 64}}, ...}}'")
+    return _served(json.dumps(given, sort_keys=True), positions)
+
+
+@lru_cache(maxsize=64)
+def _served(given: str, positions: str) -> Served:
+    return Served.of(json.loads(given), positions)

@@ -1,0 +1,90 @@
+"""The worker: what the tower's attention saw, budgets of requests, and how many images the tower takes at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
+
+from duet_vlm.flow.choose import recorded
+from duet_vlm.models.adapter import Recorded
+from duet_vlm.reducer import EncoderReducer
+from duet_vlm.serve.settings import NOTHING_ASKED
+
+
+def check_engine(vllm_config: VllmConfig) -> None:
+    """Refuse what runs a tower past Python: the attention that ranks could not be seen.
+
+    Raises
+    ------
+    ValueError
+        Names the option to leave out.
+    """
+    compilation, mm = vllm_config.compilation_config, vllm_config.model_config.multimodal_config
+    for name in ("cudagraph_mm_encoder", "compile_mm_encoder"):
+        if getattr(compilation, name, False):
+            raise ValueError(f"{name}: a captured or compiled vision tower shows nobody the attention that ranks its tokens, leave it out")
+    if getattr(mm, "mm_encoder_tp_mode", "weights") == "data":
+        raise ValueError("--mm-encoder-tp-mode data: each rank would see the attention of some images only, leave it out")
+
+
+class Recorder:
+    """Keeps what one attention layer of the tower was called with, all heads of it, until ``take``."""
+
+    def __init__(self, attention: nn.Module, reducer: EncoderReducer) -> None:
+        self.reducer, self.calls = reducer, []
+        if reducer.signals:
+            attention.register_forward_pre_hook(self._record, with_kwargs=True)
+
+    def _record(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        query, key = (kwargs.get(name, args[i] if len(args) > i else None) for i, name in enumerate(("query", "key")))
+        ends = kwargs.get("cu_seqlens", args[3] if len(args) > 3 else None)
+        query, key = (_all_heads(x.reshape(*x.shape[:2], -1, module.head_size).transpose(1, 2)) for x in (query, key))
+        segments = None if ends is None else ends[1:] - ends[:-1]
+        self.calls.append(recorded(self.reducer, query, key, float(module.scale), segments))
+
+    def take(self) -> list[Recorded]:
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def _all_heads(rows: Tensor) -> Tensor:
+    """[B, H, N, d] of this rank's heads -> of all ranks' heads."""
+    if get_tensor_model_parallel_world_size() == 1:
+        return rows
+    return tensor_model_parallel_all_gather(rows.contiguous(), 1)
+
+
+def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int:
+    """The tower layer whose attention is read: ``usual``, or the one that the settings name among ``depth``, of which ``built`` are there.
+
+    Raises
+    ------
+    ValueError
+        A layer that is not there.
+    """
+    wanted = usual if reducer.signal_layer is None else reducer.signal_layer % depth if -depth <= reducer.signal_layer < depth else depth
+    if wanted >= built:
+        raise ValueError(f"signal_layer={reducer.signal_layer}: vLLM runs layers 0 to {built - 1} of this vision tower, name one of them")
+    return wanted
+
+
+def budgets(asked: Any, images: int) -> list[float]:
+    """What each image's request asked for, as it arrives in the model's arguments."""
+    return [NOTHING_ASKED] * images if asked is None else torch.as_tensor(asked).flatten().tolist()
+
+
+def batches(counts: Sequence[int], most: int) -> list[range]:
+    """Images of ``counts`` unreduced tokens in runs of at most ``most`` (a larger image is alone): the scheduler counts reduced tokens, and
+    would put many times more images into one call of the tower than memory was measured for."""
+    runs, start, total = [], 0, 0
+    for number, count in enumerate(counts):
+        if number > start and total + count > most:
+            runs.append(range(start, number))
+            start, total = number, 0
+        total += count
+    return [*runs, range(start, len(counts))] if counts else []

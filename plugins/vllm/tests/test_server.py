@@ -1,0 +1,198 @@
+"""A real server, started by the command line, asked by OpenAI's client: what comes back, what is refused, and that nothing is lost.
+
+``DUET_VLM_SOAK=300`` keeps 32 requests in flight for that many seconds.
+"""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import contextlib
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cases import blobs
+from PIL import Image
+
+openai = pytest.importorskip("openai")
+
+KEY = "a-key"
+ENGINE = ["--dtype", "float32", "--enforce-eager", "--block-size", "32", "--max-num-seqs", "32", "--distributed-executor-backend", "uni"]
+QUIET = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+SOAK = float(os.environ.get("DUET_VLM_SOAK", "5"))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def command(*arguments: str) -> list[str]:
+    return [str(Path(sys.executable).parent / "duet-vlm"), "serve", "--model", "tiny", "--method", "duet_plus", *arguments]
+
+
+@contextlib.contextmanager
+def server(port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as file:
+        run = command("--budget", "16", "--port", str(port), "--api-key", KEY, "--request-budgets", "--", *ENGINE)
+        process = subprocess.Popen(run, env=os.environ | QUIET, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            for _ in range(600):
+                assert process.poll() is None, log.read_text()[-3000:]
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                    break
+                time.sleep(1)
+            yield process
+        finally:
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                raise
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+    with server(port, log):
+        yield port, log
+
+
+def client(port: int, key: str = KEY) -> Any:
+    return openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=300)
+
+
+def url(picture: Image.Image) -> str:
+    held = io.BytesIO()
+    picture.save(held, "PNG")
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+PICTURES = [url(blobs(seed, 224, 224)) for seed in range(4)]
+
+
+def ask(port: int, shown: tuple[str, ...] = (PICTURES[0],), text: str = "what colour is the circle?", **more: Any) -> Any:
+    content = [*({"type": "image_url", "image_url": {"url": each}} for each in shown), {"type": "text", "text": text}]
+    messages: Any = [{"role": "user", "content": content}]
+    extra = {"ignore_eos": True} | more.pop("extra", {})
+    return client(port).chat.completions.create(model="tiny", messages=messages, max_tokens=4, temperature=0, extra_body=extra, **more)
+
+
+def rows(port: int, **more: Any) -> int:
+    return int(ask(port, **more).usage.prompt_tokens)
+
+
+def metric(port: int, name: str) -> float:
+    page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics").read().decode()
+    return sum(float(line.split()[-1]) for line in page.splitlines() if line.startswith(name))
+
+
+def test_prompts_hold_what_enters(place: tuple[int, Path]) -> None:
+    port, log = place
+    assert "method=duet_plus, budget=16" in log.read_text() and f"http://127.0.0.1:{port}/v1" in log.read_text() and KEY not in log.read_text()
+    none, one = rows(port, shown=()), rows(port)
+    assert 0 <= one - none - 16 <= 2
+    marks = one - none - 16
+    assert rows(port, shown=(PICTURES[0], PICTURES[1])) == none + 2 * (16 + marks)
+    assert rows(port, extra={"mm_processor_kwargs": {"duet_budget": 4}}) == one - 12
+    chunks = list(ask(port, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage.prompt_tokens == one
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == ask(port).choices[0].message.content
+
+
+def test_counters_stand_on_the_page_of_vllm(place: tuple[int, Path]) -> None:
+    port, _ = place
+    names = ("duet_vlm_visual_tokens_before_total", "duet_vlm_visual_tokens_after_total", "duet_vlm_reduced_requests_total")
+    before = [metric(port, name) for name in names]
+    ask(port, shown=(PICTURES[2],))
+    ask(port, shown=(PICTURES[2], PICTURES[3]), extra={"mm_processor_kwargs": {"duet_budget": 4}})
+    ask(port, shown=())
+    assert [metric(port, name) - old for name, old in zip(names, before, strict=True)] == [3 * 256, 16 + 2 * 4, 2]
+
+
+def refused(port: int, **more: Any) -> tuple[int, str]:
+    with pytest.raises(openai.APIStatusError) as error:
+        ask(port, **more)
+    return error.value.status_code, str(error.value)
+
+
+def test_what_cannot_be_is_said_and_the_server_goes_on(place: tuple[int, Path]) -> None:
+    port, _ = place
+    one = rows(port)
+    for asked, says in ((400, "allows 16 at most"), (0, "at least 1"), ("x", "duet_budget='x'")):
+        code, message = refused(port, extra={"mm_processor_kwargs": {"duet_budget": asked}})
+        assert code == 400 and says in message
+    broken = "data:image/png;base64," + base64.b64encode(b"no picture").decode()
+    huge, bomb = ("data:image/png;base64," + base64.b64encode(_header(side, side)).decode() for side in (11_000, 60_000))
+    for picture in (broken, huge, "http://127.0.0.1:1/x.png"):
+        code, message = refused(port, shown=(picture,))
+        assert 400 <= code < 500 and message, picture[:40]
+    for picture, says in ((bomb, "pixels"), ("file:///etc/hostname", "local")):  # vLLM answers these as faults of its own
+        assert says in refused(port, shown=(picture,))[1]
+    with pytest.raises(openai.AuthenticationError):
+        client(port, "another-key").models.list()
+    assert rows(port) == one
+
+
+def _header(width: int, height: int) -> bytes:
+    """A PNG that says it is as large as that, and holds one line."""
+    import struct
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+
+
+def test_many_at_once_and_nothing_lost(place: tuple[int, Path]) -> None:
+    """32 in flight: other pictures, other budgets, none; each gets its own count and its own answer, the same every time."""
+    port, _ = place
+    asked: list[dict[str, Any]] = [
+        {"shown": tuple(PICTURES[i % 4] for i in range(n)), "text": text, "extra": {"mm_processor_kwargs": {"duet_budget": k}} if k else {}}
+        for n in (0, 1, 2, 3)
+        for k in (0, 4)
+        for text in ("what is left of it?", "how many?")
+    ]
+    alone = [ask(port, **one) for one in asked]
+    expected = [(one.usage.prompt_tokens, one.choices[0].message.content) for one in alone]
+    end, number = time.monotonic() + SOAK, 0
+    with concurrent.futures.ThreadPoolExecutor(32) as pool:
+        while time.monotonic() < end:
+            answers = list(pool.map(lambda i: ask(port, **asked[i % len(asked)]), range(64)))
+            found = [(one.usage.prompt_tokens, one.choices[0].message.content) for one in answers]
+            assert found == [expected[i % len(asked)] for i in range(64)]
+            number += 64
+    print(f"{number} requests")
+
+
+def test_a_port_that_is_taken_is_said_before_anything_is_loaded(place: tuple[int, Path]) -> None:
+    began = time.monotonic()
+    done = subprocess.run(command("--budget", "9", "--port", str(place[0])), capture_output=True, text=True, env=os.environ | QUIET)
+    assert done.returncode == 2 and "choose another with --port" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_server_that_was_stopped_starts_again_with_the_same_answers(how: signal.Signals, tmp_path: Path) -> None:
+    port, found = free_port(), []
+    for turn in range(2):
+        with server(port, tmp_path / f"log{turn}") as process:
+            found.append(ask(port).choices[0].message.content)
+            process.send_signal(how)
+            process.wait(60)
+    assert found[0] == found[1]

@@ -1,0 +1,66 @@
+"""``duet-vlm generate``: answers to a file or folder of prompts, by one process or many."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from duet_vlm.cli.errors import folder_for
+from duet_vlm.cli.options import Device, Model, Reduction, reducing
+
+if TYPE_CHECKING:
+    from duet_vlm import Handle
+
+EPILOG = "On several GPUs or machines: accelerate launch -m duet_vlm.cli.main generate ...; after a kill, the same command goes on."
+
+
+@reducing
+def generate(
+    data: Annotated[str, typer.Option("--data", help="A .jsonl file with image and question in each line (id too, if you like), or a folder.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .jsonl file of the answers; journals are kept beside it in OUT.parts.")],
+    reduction: Reduction,
+    json_: bool,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="The question, where --data is a folder of pictures.")] = None,
+    model: Model = "tiny",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts that are answered at once.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what is recorded and begin anew (one process only).")] = False,
+    device: Device = None,
+) -> None:
+    """Answer many prompts into a file. A picture that cannot be read costs its own line only."""
+    from duet_vlm.evaluate.generate import Place, prompts
+    from duet_vlm.evaluate.generate import generate as answers
+    from duet_vlm.loading import load
+
+    asked, place = prompts(data, prompt), Place.here()
+    folder_for("--out", out.parent)
+    if restart:
+        if place.world > 1:
+            raise ValueError(f"--restart: {place.world} processes would delete each other's answers; remove {out}.parts before you launch them")
+        shutil.rmtree(f"{out}.parts", ignore_errors=True)
+        out.unlink(missing_ok=True)
+    loaded = load(model, place.device(device, _gpus()))
+
+    def advance(done: int, total: int) -> None:
+        if not json_:
+            typer.echo(f"rank {place.rank} of {place.world}: {done} of {total} batches", err=True)
+
+    def attach() -> Handle:
+        return reduction.attach(loaded.model, loaded.processor)
+
+    complete = answers(loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, place=place, advance=advance)
+    if json_:
+        print(f'{{"complete": {str(complete).lower()}, "rank": {place.rank}, "world": {place.world}}}')
+    elif complete:
+        typer.echo(f"written: {out} ({len(asked.names)} answers)")
+    else:
+        typer.echo(f"rank {place.rank} is done; others are not, and the last of them writes {out}", err=True)
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -1,0 +1,60 @@
+"""``duet-vlm run --chunk-frames``: a clip of any length in bounded memory."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import typer
+
+from duet_vlm.cli.answering import answer
+from duet_vlm.cli.options import Reduction, Shown
+from duet_vlm.loading import Loaded
+from duet_vlm.video import pieces
+
+
+def check_streamed(shown: Shown, reduction: Reduction, compare: bool) -> None:
+    """Refuse what a clip in pieces cannot be combined with.
+
+    Raises
+    ------
+    ValueError
+        Pictures, several clips, another method, a budget that is no number of tokens, a comparison with the full model.
+    """
+    if shown.images or len(shown.videos) != 1:
+        raise ValueError(f"--chunk-frames: {len(shown.images)} images and {len(shown.videos)} clips; give one --video and nothing else")
+    if reduction.preset is not None or reduction.method not in (None, "evs") or reduction.fields:
+        raise ValueError("--chunk-frames holds the tokens that evs keeps: leave out --preset, --set, --positions and any --method but evs")
+    if isinstance(reduction.budget, bool) or not isinstance(reduction.budget, int):
+        raise ValueError("--chunk-frames: say with --budget how many visual tokens are held, e.g. --budget 256")
+    if compare:
+        raise ValueError("--compare: the full model would need the whole clip at once; leave out --chunk-frames or --compare")
+
+
+def streamed(loaded: Loaded, shown: Shown, prompt: str, size: int, budget: int, max_new_tokens: int, json_: bool) -> None:
+    """Answer a question about one clip, ``size`` frames of which go through the vision tower at a time."""
+    from duet_vlm.stream import Stream
+
+    together = int(getattr(getattr(loaded.model.config, "vision_config", None), "temporal_patch_size", 1) or 1)
+    if size % together:
+        raise ValueError(f"--chunk-frames {size}: this model puts {together} frames together; give a multiple of {together}")
+    stream, frames, inputs = Stream(loaded.model, budget), 0, None
+    given = (loaded.frames if shown.frames is None and shown.fps is None else shown.frames), shown.fps
+    for piece in pieces(shown.videos[0], size, *given):
+        inputs = loaded.inputs([], prompt, [piece])
+        stream.add(**inputs)
+        frames += len(piece.frames)
+        if sys.stderr.isatty():
+            typer.echo(f"\r{frames} frames, {len(stream.held)} of {stream.steps * stream.places} visual tokens held", nl=False, err=True)
+    if sys.stderr.isatty():
+        typer.echo("", err=True)
+    assert inputs is not None  # a clip has a frame
+    found = answer(loaded, stream.inputs(inputs["input_ids"]), max_new_tokens, not json_)
+    tokens, held = stream.steps * stream.places, len(stream.held)
+    if json_:
+        values = {"model": loaded.name, "prompt": prompt, "answer": found.text, "frames": frames, "visual_tokens": tokens, "held": held}
+        timing = {key: value for key, value in asdict(found).items() if key != "text"}
+        print(json.dumps(values | {"chunk_frames": size, "timing": timing}))
+        return
+    print(f"\n{frames} frames, {size} at a time: {held} of {tokens} visual tokens held; {found.timing()}")

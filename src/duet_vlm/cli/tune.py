@@ -1,0 +1,195 @@
+"""``duet-vlm tune``: which method and budget for this model and these questions."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from duet_vlm.cli.errors import folder_for, friendly, plain_name
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several
+
+if TYPE_CHECKING:
+    from duet_vlm.evaluate.tasks import Task
+    from duet_vlm.loading import Loaded
+
+LIMIT = 400  # questions of a task without end
+KEEP = 0.98
+SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)i?B?", re.IGNORECASE)
+
+Texts = list[str] | None
+
+
+def tune(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="A .jsonl file, a folder of pictures and clips, or tiny, tiny-chain, tiny-video.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="'tiny', a local folder, or a hub id. Default: the task's, else tiny.")] = None,
+    keep: Annotated[
+        float | None, typer.Option("--keep", help=f"Share of the full model's right answers to keep, with 95 %. Default: {KEEP}, if no other goal.")
+    ] = None,
+    speedup: Annotated[float | None, typer.Option("--speedup", help="Times faster to the first token, measured, at least.")] = None,
+    memory: Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="Room for weights and one prompt (24GB), predicted.")] = None,
+    prompt: Annotated[
+        Texts, typer.Option("--prompt", "-p", help="Asked about every file of a folder that has no text file beside it. Several: the option again.")
+    ] = None,
+    methods: Annotated[Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]. {SEVERAL}")] = None,
+    budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL}")] = None,
+    schedules: Annotated[
+        Texts, typer.Option("--schedules", help=f"Drops inside the decoder: own, paper, deep. {SEVERAL} Default: own, each method's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help=f"At most N questions. Default: all; {LIMIT} where they have no end.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Stream of questions, where they are drawn.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Questions at a time.")] = 16,
+    rounds: Annotated[int, typer.Option("--timing-rounds", min=3, help="Rounds of the timing.")] = 7,
+    name: Annotated[str | None, typer.Option("--name", help="Folder of the result within --out. Default: the data's name.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for NAME/duet.json, result.json and pareto.png.")] = Path("out/tune"),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it would cost and stop.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Drop what an earlier call of that name has answered.")] = False,
+    device: Device = None,
+    json_: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Find the cheapest method and budget that keep a model's answers, on your questions. Labels are optional.
+
+    Without labels the full model's own answers are held to be right. Start the same command again after a kill and it goes on where it stopped.
+    """
+    with friendly(debug, json_):
+        plain_name("--name", name)
+        _check_extras()
+        from duet_vlm.evaluate.experiment import cells_of
+        from duet_vlm.evaluate.tasks import usual_model
+        from duet_vlm.loading import load, quiet
+        from duet_vlm.tune.bounds import split
+        from duet_vlm.tune.candidates import BUDGETS, METHODS, candidates
+        from duet_vlm.tune.search import Goal
+
+        size = None if memory is None else size_of(memory)
+        goal = Goal(KEEP if keep is None and speedup is None and size is None else keep, speedup, size)
+        named = [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))] if methods else []
+        wanted = [(method, kept | own) for method, _, kept, own in named] or [(method, {}) for method in METHODS]
+        asked = task_of(data, prompt)
+        count = asked.count(limit if limit is not None or asked.size is not None else LIMIT)
+        if goal.keep is not None:
+            split(count, goal.keep)  # too few questions: said before a model is loaded
+        folder = folder_for("--out", out / (name or asked.name))
+        with quiet():
+            loaded = load(model or usual_model(asked.name), device)
+        runs = candidates(wanted, budgets_of(budgets) or BUDGETS, several(schedules) or ["own"], loaded.model)
+        result = _searched(loaded, asked, seed, count, runs, goal, batch, rounds, folder, restart, dry_run)
+        if result is None:
+            if json_:
+                print(json.dumps({"chosen": None, "dry_run": True}))
+            return
+        _write(result, folder, json_, model or usual_model(asked.name))
+
+
+def task_of(data: str, prompts: Texts) -> Task:
+    """The questions: a task by its name, JSON lines, or a folder."""
+    from duet_vlm.evaluate.tasks import task
+    from duet_vlm.tune.folder import folder_task
+
+    place = Path(data).expanduser()
+    if place.is_dir():
+        return folder_task(place, prompts or [])
+    if prompts:
+        raise ValueError(f"--prompt: {data} brings its questions; prompts are for a folder of pictures")
+    return task(data)
+
+
+def size_of(text: str) -> float:
+    """``24GB`` as bytes, in steps of a thousand as data sheets count."""
+    match = SIZE.fullmatch(text.strip())
+    if not match:
+        raise ValueError(f"--memory {text}: write a size such as 24GB or 800MB")
+    return float(match["number"]) * 1000 ** " KMGT".index(match["unit"].upper() or " ")
+
+
+def _check_extras() -> None:
+    missing = [name for name in ("scipy", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f'tune needs {" and ".join(missing)}: pip install ".[eval]" in your clone of duet-vlm')
+
+
+def _searched(
+    loaded: Loaded, asked: Task, seed: int, count: int, runs: Any, goal: Any, batch: int, rounds: int, folder: Path, restart: bool, dry_run: bool
+) -> dict[str, Any] | None:
+    """The search, with its journal and a bar on stderr."""
+    import torch
+    import transformers
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    import duet_vlm
+    from duet_vlm.evaluate.journal import Journal, alone
+    from duet_vlm.evaluate.run import model_facts
+    from duet_vlm.evaluate.source import source
+    from duet_vlm.tune.ask import Asker
+    from duet_vlm.tune.search import Preview, search
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeElapsedColumn())
+    journal = folder / "journal.jsonl"
+    with alone(journal), Progress(*columns, console=console) as progress:
+        if restart:
+            journal.unlink(missing_ok=True)
+        versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        first = asked.ask(seed, 0)
+        questions = {"task": asked.name, "seed": seed, "count": count, "batch": batch, "first": [first.id, first.text]}
+        subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": source().files}
+        bar = progress.add_task("the full model", total=None)
+
+        def preview(cost: Preview) -> bool:
+            progress.update(bar, total=cost.answers)
+            said = f"{len(runs)} candidates, {count} questions: at most {cost.answers:,} answers, {_span(cost.seconds)} at the full model's pace"
+            console.print(f"goal: {goal.words()}\n{said}; what is answered already costs nothing", highlight=False)
+            return not dry_run
+
+        asker = Asker(loaded, asked, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers))
+        return search(asker, count, runs, goal, rounds, preview, lambda text: progress.update(bar, description=text[:60]))
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str) -> None:
+    """Files and the screen."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from duet_vlm.evaluate.results import save
+    from duet_vlm.tune.picture import pareto
+    from duet_vlm.tune.words import chosen_row, python_line, setting_file, shell_line, verdict
+
+    row, setting = chosen_row(result), folder / "duet.json"
+    lines = {} if row is None else {"python": python_line(row), "shell": shell_line(row, model)}
+    result |= {"verdict": verdict(result), "use": lines}
+    save(folder / "result.json", result)
+    (folder / "pareto.png").write_bytes(pareto(result))
+    setting.unlink(missing_ok=True)  # of an earlier search
+    if row is not None:
+        save(setting, setting_file(result))
+    if as_json:
+        print(json.dumps({"folder": str(folder)} | result))
+        return
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    table = Table("candidate", "ms", "kept", "asked", "what became of it", box=SIMPLE, pad_edge=False)
+    for each in sorted(result["candidates"], key=lambda each: (each["id"] != result["chosen"], not each["testing"]["asked"], each["ms"] or 1e9)):
+        kept = "-" if each["kept"] is None else f"{each['kept']:.1%}"
+        number = each["choosing"]["asked"] + each["testing"]["asked"]
+        table.add_row(each["id"], f"{each['ms']:.4g}" if each["ms"] else "-", kept, str(number), each["reason"] or "[bold]chosen[/bold]")
+    console.print(table)
+    console.print(result["verdict"], soft_wrap=True)
+    for lost in result["lost"]:
+        said = f"  lost: {lost['question']!r}: the full model says {lost['full']!r}, this one {lost['reduced']!r}"
+        console.print(said, soft_wrap=True, markup=False)
+    if row is not None:
+        use = f"\nPython: {lines['python']}\n    or: handle = duet_vlm.attach(model, \"{setting}\")\nshell:  {lines['shell']}"
+        console.print(use, soft_wrap=True, markup=False)
+    files = [folder / "result.json", folder / "pareto.png", *([] if row is None else [setting])]
+    console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)

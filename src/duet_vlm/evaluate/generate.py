@@ -1,0 +1,203 @@
+"""Answers to many prompts, written to a file: resumable, and shared among processes without a word between them.
+
+Prompts are put into batches in their order. Process r of n takes every n-th batch and records it in a journal of its own, so the same batches are
+made however many processes there are, nobody waits for anybody, and what a killed process had not recorded is found by the next start, with
+as many processes as there are then. Who finds all batches recorded writes the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import duet_vlm
+from duet_vlm import BudgetError, Handle
+from duet_vlm.evaluate.answer import inputs_of
+from duet_vlm.evaluate.journal import Journal, alone
+from duet_vlm.evaluate.run import model_facts
+from duet_vlm.evaluate.tasks import Question, task
+from duet_vlm.loading import Loaded
+from duet_vlm.pictures import open_image
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """``names`` and the texts of all prompts; ``open`` makes the question of one, and raises a ValueError where its picture cannot be read.
+    ``mark`` changes with their content."""
+
+    names: tuple[str, ...]
+    texts: tuple[str, ...]
+    open: Callable[[int], Question]
+    mark: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is (``rank`` of ``world``), and on its machine (``local``)."""
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str] = os.environ) -> Place:
+        """As ``accelerate launch`` and torchrun say it; alone where nobody does."""
+        return cls(*(int(environment.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+    def device(self, asked: str | None, gpus: int) -> str | None:
+        """A GPU of its own for each process of a machine, unless one is asked for."""
+        return f"cuda:{self.local % gpus}" if asked is None and gpus and self.world > 1 else asked
+
+
+def prompts(data: str, prompt: str | None) -> Prompts:
+    """The prompts of a JSON-lines file (image, question), or ``prompt`` about every picture of a folder.
+
+    Raises
+    ------
+    ValueError
+        No such file or folder, nothing in it, a broken line, or a prompt too many or too few.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        if not prompt:
+            raise ValueError(f"--data {data}: a folder of pictures needs --prompt, the question about each of them")
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
+        if not files:
+            raise ValueError(f"--data {data}: no pictures in this folder ({', '.join(sorted(PICTURES))})")
+        listed = "\n".join(f"{file.name} {file.stat().st_size}" for file in files) + "\n" + prompt
+        names = tuple(file.name for file in files)
+
+        def about(number: int) -> Question:
+            return Question(names[number], (open_image(files[number]),), prompt, (), "all")
+
+        return Prompts(names, (prompt,) * len(files), about, _digest(listed.encode()))
+    if path.suffix != ".jsonl" or not path.is_file():
+        raise ValueError(f"--data {data}: give a folder of pictures or a .jsonl file with image and question in each line")
+    if prompt:
+        raise ValueError(f"--prompt: the questions stand in {data}, leave it out")
+    asked = task(str(path))
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]  # read without complaint just now
+    names = tuple(str(line.get("id", number)) for number, line in enumerate(lines))
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--data {data}: the id {twice[0]!r} stands in two lines")
+    return Prompts(names, tuple(line["question"] for line in lines), lambda i: asked.ask(0, i), _digest(path.read_bytes()))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def generate(
+    loaded: Loaded,
+    asked: Prompts,
+    out: Path,
+    attach: Callable[[], Handle],
+    *,
+    batch: int,
+    max_new_tokens: int,
+    place: Place,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Answer what nobody has answered yet of this process's share; whether ``out`` is complete then.
+
+    Parameters
+    ----------
+    out : Path
+        JSON lines in the order of the prompts: id, question and answer, or error where a picture or the budget makes one impossible. Journals
+        are kept beside it in ``OUT.parts``.
+    attach : callable
+        Puts the reduction on the model.
+    advance : callable
+        Told (recorded batches, all batches) of this process's share.
+
+    Raises
+    ------
+    ValueError
+        Journals of other prompts, another model or other settings; two processes of the same rank at once.
+    """
+    batches = [range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)]
+    mine = [number for number in range(len(batches)) if number % place.world == place.rank]
+    parts = out.with_name(f"{out.name}.parts")
+    journal = parts / f"{place.rank}.jsonl"
+    with attach() as handle, torch.no_grad(), alone(journal):
+        method: Row = {"method": handle.reducer.name, "budget": handle.budget, "settings": json.loads(json.dumps(handle.reducer.settings()))}
+        versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        given = {"batch": batch, "max_new_tokens": max_new_tokens}
+        diary = Journal(journal, {"prompts": asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
+        mark = _recorded(journal)[0]
+        known = _all_of(parts, mark)
+        todo = [number for number in mine if number not in known]
+        advance(len(mine) - len(todo), len(mine))
+        for done, number in enumerate(todo, 1):
+            rows = _answers(loaded, handle, asked, batches[number], max_new_tokens)
+            diary.add(str(number), {"questions": [], "runs": {"answers": rows}})
+            advance(len(mine) - len(todo) + done, len(mine))
+    found = _all_of(parts, mark)
+    if len(found) < len(batches):
+        return False
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for number in range(len(batches)) for row in found[number])
+    beside = out.with_name(f".{out.name}.{place.rank}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, out)  # whoever else finds everything writes the same
+    return True
+
+
+def _recorded(journal: Path) -> tuple[str, dict[int, list[Row]]]:
+    """The mark of a journal and its batches; the last line may be half written, by a process that was killed or one that writes now."""
+    text = journal.read_text()
+    first, *lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()] or [{"mark": ""}]
+    return first["mark"], {int(line["batch"]): line["page"]["runs"]["answers"] for line in lines}
+
+
+def _all_of(parts: Path, mark: str) -> dict[int, list[Row]]:
+    """What all processes have recorded, of this start and earlier ones."""
+    found: dict[int, list[Row]] = {}
+    for journal in sorted(parts.glob("*.jsonl")):
+        theirs, batches = _recorded(journal)
+        if theirs not in ("", mark):
+            raise ValueError(f"{journal}: holds answers to other prompts, of another model or other settings; choose another --out, or --restart")
+        found |= batches
+    return found
+
+
+def _answers(loaded: Loaded, handle: Handle, asked: Prompts, numbers: Sequence[int], max_new_tokens: int) -> list[Row]:
+    """One row for each prompt of a batch. What makes one impossible is said in its row, and the others are answered."""
+    rows: list[Row] = [{"id": asked.names[number], "question": asked.texts[number]} for number in numbers]
+    questions: dict[int, Question] = {}
+    for i, number in enumerate(numbers):
+        try:
+            questions[i] = asked.open(number)
+        except (ValueError, OSError) as error:
+            rows[i]["error"] = " ".join(str(error).split())
+    try:
+        said = dict(zip(questions, _said(loaded, handle, list(questions.values()), max_new_tokens), strict=True))
+    except BudgetError:  # of one of them; the others are answered alone
+        said = {}
+        for i, question in questions.items():
+            try:
+                (said[i],) = _said(loaded, handle, [question], max_new_tokens)
+            except BudgetError as error:
+                rows[i]["error"] = str(error)
+    for i, answer in said.items():
+        rows[i]["answer"] = answer
+    return rows
+
+
+def _said(loaded: Loaded, handle: Handle, questions: list[Question], max_new_tokens: int) -> list[str]:
+    if not questions:
+        return []
+    inputs = inputs_of(loaded, questions, salient=getattr(handle.reducer, "text_query", None) == "salient")
+    made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return [text.strip() for text in loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]

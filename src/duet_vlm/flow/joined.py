@@ -1,0 +1,154 @@
+"""Towers that hand their blocks pictures of any size one behind the other in a batch of one (Pixtral): rows leave as in ``flow/tower.py``.
+
+Units stand one by one in front of the blocks, so that whole ones leave; patches that fill no unit, which no token shows, leave at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from duet_vlm.flow import compat
+from duet_vlm.flow.call import EncoderCall
+from duet_vlm.flow.packed import PackedRun, known, units_left
+from duet_vlm.flow.tower import TowerFlow, choose, frames_before, in_cells, in_patches, is_flash, refuse_recomputing
+from duet_vlm.models.adapter import Blocks, JoinedBlocks, Recorded
+from duet_vlm.ops.ragged import take, take_square
+from duet_vlm.tower import TowerReducer
+
+
+@dataclasses.dataclass(kw_only=True)
+class JoinedRun(PackedRun):
+    """``cells`` [units of the call, c]: numbers of the patches of each among the ``patches_before`` of all pictures."""
+
+    merges_left: ClassVar[bool] = False
+
+    cells: Tensor
+    patches_before: int
+
+    @property
+    def rows(self) -> Tensor:
+        """Numbers of the patches that are left."""
+        return self.cells[self.left].flatten()
+
+    def alive(self) -> Tensor:
+        return self.whole(torch.ones_like(self.row_sizes())[None, :, None])
+
+    def whole(self, rows: Tensor, dim: int = 1) -> Tensor:
+        """Rows that are left, along ``dim``, as those of all: zeros where they are gone."""
+        shape = list(rows.shape)
+        shape[dim] = self.patches_before
+        return rows.new_zeros(shape).index_copy(dim, self.rows, rows)
+
+    def recorded(self, calls: list[Recorded]) -> list[Recorded]:
+        (one,) = calls
+        size = self.whole(self.row_sizes()[None])
+        return [dataclasses.replace(one, query=self.whole(one.query, 2), key=self.whole(one.key, 2), size=size)]
+
+    def mask(self, mask: Any, key: Tensor) -> Any:
+        if not isinstance(mask, Tensor):  # flash attention is given the lengths of the pictures
+            return mask
+        seen = take_square(mask, self.rows[None])
+        return (seen + self.row_sizes().log().to(key.dtype)).clamp(min=torch.finfo(key.dtype).min) if self.weighs else seen
+
+    def lengths_of(self, given: dict[str, Any]) -> dict[str, Any]:
+        """What flash attention is told of the pictures: how long what is left of each is."""
+        if "cu_seq_lens_q" not in given:
+            return {}
+        counts = self.there.sum(1) * self.unit
+        ends = nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}  # no picture is longer than it was
+
+
+class JoinedFlow(TowerFlow):
+    """The hooks on one tower of this kind."""
+
+    def enter(
+        self, blocks: Blocks, depth: int, parameters: tuple[str, ...], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        running = self.running()
+        if running is None or running[0].patches is None:
+            return None
+        call, tower = running
+        assert isinstance(blocks, JoinedBlocks)
+        with torch.no_grad(), compat.without_autocast(running[0].patches):
+            call.tower = run = self._joined(call, tower, blocks, depth)
+        call.patches = call.pixels = None
+        if run is None or call.aside:
+            return None
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        given[parameters[0]] = take(given[parameters[0]], run.rows[None])
+        given["position_embeddings"] = tuple(table[run.rows] for table in given["position_embeddings"])
+        if max(run.stages) == 0:  # else block by block
+            given["attention_mask"] = run.mask(given.get("attention_mask"), given[parameters[0]])
+        return (), given | run.lengths_of(given)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        running = self.running()
+        if running is None or running[0].tower is None or running[0].aside:
+            return
+        run: JoinedRun = running[0].tower
+        width = len(run.place) * run.unit
+
+        def full(rows: Tensor | None) -> Tensor | None:
+            return rows if rows is None or rows.shape[1] != width else run.whole(rows)
+
+        output.last_hidden_state = full(output.last_hidden_state)
+        if getattr(output, "hidden_states", None) is not None:
+            output.hidden_states = tuple(map(full, output.hidden_states))
+
+    def hand_over(self, block: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Pre-hook of a block: the tables of the rows that are left."""
+        running = self.running()
+        run: JoinedRun | None = None if running is None or running[0].aside else running[0].tower
+        if run is None or len(run.place) == len(run.units):
+            return None
+        positions = tuple(table[run.patches(run.place)] for table in kwargs["position_embeddings"])
+        return args, kwargs | {"position_embeddings": positions} | run.lengths_of(kwargs)
+
+    def _joined(self, call: EncoderCall, tower: TowerReducer, blocks: JoinedBlocks, depth: int) -> JoinedRun | None:
+        """What goes through the tower; None: all of it."""
+        assert call.patches is not None
+        sides, cell, device = blocks.grids(call.encoding), blocks.cell, call.patches.device
+        grids = tuple((high // cell, wide // cell) for high, wide in sides)
+        lengths = [high * wide for high, wide in grids]
+        spans: list[tuple[int, ...]] = [(n,) for n in lengths]
+        stages = self.stages(call, tower, spans, depth)
+        if not stages:
+            return None
+        if max(stages):
+            refuse_recomputing(blocks.tower)
+        starts = [sum(high * wide for high, wide in sides[:number]) for number in range(len(sides) + 1)]
+        numbers = torch.arange(starts[-1], device=device).split([high * wide for high, wide in sides])
+        cells = torch.cat([in_cells(some.view(side), cell) for some, side in zip(numbers, sides, strict=True)])
+        weighs = tower.mass and not is_flash(blocks.tower)
+        wrong, counts = torch.zeros((), dtype=torch.long, device=device), tuple(lengths)
+        units, size = torch.arange(len(cells), device=device), torch.ones(len(cells), device=device)
+        if 0 in stages:
+            rows = torch.cat([some[:, :high, :wide].flatten(1).t() for some, (high, wide) in zip(call.patches, sides, strict=True)])
+            real = pad_sequence([torch.ones(n, cell**2, dtype=torch.bool, device=device) for n in lengths], batch_first=True)
+            embedded = pad_sequence(list(rows[cells].split(lengths)), batch_first=True)
+            pixels = None if call.pixels is None else self._pixels(call.pixels, sides, blocks.patch)[cells].flatten(1)[:, None].split(lengths)
+            shown = None if pixels is None else pad_sequence(list(pixels), batch_first=True)
+            chosen = choose(tower, embedded, real, stages[0], grids, weighs, shown, frames_before(call, spans))
+            counts, wrong = chosen.counts, chosen.wrong
+            if sum(counts) == len(cells):
+                return None
+            units, size = units_left(chosen, lengths)
+        place = torch.arange(len(units), device=device)
+        run = JoinedRun(
+            stages, grids, weighs, wrong, units, place, units, size, place, pad_sequence(list(place.split(list(counts))), batch_first=True),
+            known(counts).to(device), lengths, cell**2, cells=cells, patches_before=starts[-1],
+        )  # fmt: skip
+        if 0 in stages:
+            run.stages[0], run.passed[0] = counts, units
+        return run
+
+    def _pixels(self, pixels: Tensor, sides: list[tuple[int, int]], patch: int) -> Tensor:
+        """Pictures [P, C, H, W], padded to the largest, patch by patch: [N, m]."""
+        cut = [some[None, :, : high * patch, : wide * patch] for some, (high, wide) in zip(pixels, sides, strict=True)]
+        return torch.cat([in_patches(some, *side)[0] for some, side in zip(cut, sides, strict=True)])

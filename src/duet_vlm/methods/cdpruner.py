@@ -1,0 +1,108 @@
+"""CDPruner: keep the vision tokens that are most unlike each other among those that the question asks about, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.greedy import cosine, determinantal
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+OFFSET = 1e-6  # of the least relevant token, so that it can still be told from others
+
+
+@register("cdpruner")
+@dataclass(frozen=True)
+class CDPruner(EncoderReducer):
+    """CDPruner (NeurIPS 2025, arXiv 2506.10967): a determinantal point process over projected tokens, conditional on the question.
+
+    A token's relevance r is its likeness to the question, scaled to [0, 1] over its picture. The kernel is r_i cos(i, j) r_j, and tokens are
+    taken greedily by the largest determinant: relevant ones that are not alike. Nothing is merged.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+    relevance : str
+        "decoder": mean cosine of the projected token and the question's token embeddings, for any model. "contrastive": the negated mean cosine
+        of the token in CLIP's shared space and the question's pieces (patches of CLIP are least like what they show; the authors' rule for
+        LLaVA): pass ``text_tower=`` and ``processor=`` to ``attach``.
+    scale : str
+        Relevance is scaled over each "image", or over the whole "call" (released code: a result depends on the other images).
+
+    Cost: the projector runs on every token, an N x N table of cosines, and per kept token one pass over the rows chosen so far; 4 N^2 bytes.
+    "contrastive": the text tower, and two small maps of each token. Needs: the question, so the whole model must be called. Usable in
+    training (the choice carries no gradient).
+
+    Differences from the authors' code (Theia-4869/CDPruner): relevance by the decoder's embeddings unless asked, scaled image by image; more
+    tokens than the features have dimensions work (the released code ends with fewer); kept positions, any batch, ties by index. The question
+    is the text behind the last image, template included; theirs is the bare question.
+    """
+
+    paper = "CDPruner, NeurIPS 2025, arXiv 2506.10967"
+    summary = "keep projected vision tokens that are relevant to the question and unlike each other, before the decoder"
+    reads_projected = True
+
+    keep: Keep | None = None
+    relevance: str = "decoder"
+    scale: str = "image"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        check_choice("relevance", self.relevance, ("decoder", "contrastive"))
+        check_choice("scale", self.scale, ("image", "call"))
+
+    @classmethod
+    def official(cls, keep: Keep = 64, **fields: Any) -> CDPruner:
+        """The released LLaVA code: relevance in CLIP's space, scaled over the call, compact positions; ``keep`` patches of each crop."""
+        released: dict[str, Any] = {"relevance": "contrastive", "scale": "call", "positions": "compact", "parts": "each", "keep_predicting": False}
+        return cls(**{"keep": keep} | released | fields)
+
+    @property
+    def signals(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"states"} if self.relevance == "contrastive" else ())
+
+    @property
+    def reads(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"similar" if self.relevance == "contrastive" else "question"})
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.features is not None  # always there
+        steps = max(plan.dominant for plan in view.plans)
+        weight = self.weight(view)
+        kernel = weight[:, :, None] * cosine(view.features, view.valid) * weight[:, None]
+        return Selection.pick(*pack_right(determinantal(kernel, view.valid, view.dominant, steps), steps))
+
+    def weight(self, view: VisionView) -> Tensor:
+        """Relevance of each token in (0, 1], 0 for padding: [B, N]."""
+        likeness = self.likeness(view)
+        none = torch.finfo(likeness.dtype).max
+        low = likeness.masked_fill(~view.valid, none).amin(1, keepdim=True)
+        high = likeness.masked_fill(~view.valid, -none).amax(1, keepdim=True)
+        if self.scale == "call":
+            low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
+        return ((likeness - low + OFFSET) / (high - low).clamp(min=OFFSET)).masked_fill(~view.valid, 0.0)
+
+    def likeness(self, view: VisionView) -> Tensor:
+        """How much each token is about the question [B, N]."""
+        if self.relevance == "contrastive":
+            assert view.similar is not None and view.pieces is not None  # promised by ``reads``
+            pieces = view.pieces.float()[:, None]
+            return -(view.similar * pieces).sum(2) / pieces.sum(2).clamp(min=1)
+        assert view.features is not None and view.question is not None  # promised by ``reads``
+        words, real = unit_rows(view.question.rows), view.question.valid.float()
+        mean = (words * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        return (unit_rows(view.features) @ mean[..., None])[..., 0]

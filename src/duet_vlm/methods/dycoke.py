@@ -1,0 +1,60 @@
+"""DyCoke, its stage before the decoder: of every four frames one stays whole, the others keep what differs from the frame they are held to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duet_vlm.methods.clip import ClipReducer, Rows
+from duet_vlm.ops.clips import Clips, divided
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import take
+from duet_vlm.ops.select import spaced, top
+from duet_vlm.reducer import VisionView
+from duet_vlm.registry import register
+
+GROUP = 4  # frames of which the first stays whole
+
+
+@register("dycoke")
+@dataclass(frozen=True)
+class DyCoke(ClipReducer):
+    """DyCoke (CVPR 2025, arXiv 2411.15024), the stage before the decoder (token temporal merging).
+
+    Frames come in groups of four. The first is kept whole, the second and third are compared with it and the fourth with the third (cosine at
+    the same place); each keeps the places that differ most, all as many. No attention, no text; what is left out is not averaged.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+
+    Cost: one cosine per token. Needs steps of time. Usable in training (the choice carries no gradient).
+
+    Differences from the paper: its ratio of merging (0.7 of three of four frames) follows from the budget, and one below the first frames of all
+    groups is met, by tokens spread over them, as for images. Its second stage, which prunes the cache while decoding, is not part of it. Written
+    after the paper; not compared with recorded outputs of the authors' code.
+    """
+
+    paper = "DyCoke, CVPR 2025, arXiv 2411.15024"
+    summary = "of every four frames keep one whole and of the others what differs from it, before the decoder; images are thinned evenly"
+    reads_places = True
+
+    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+        assert view.features is not None
+        at = torch.arange(clips.real.shape[1], device=count.device)
+        whole = clips.rows(clips.real & (at % GROUP == 0)[:, None]) & clips.placed
+        first = torch.minimum(whole.sum(1), count)
+        rest = clips.real & (at % GROUP != 0)[:, None]
+        frames = divided(count - first, rest.sum(2).float(), rest.sum(2))
+        differs = top(self.change(clips.grid(view.features), clips).flatten(0, 1), rest.flatten(0, 1), frames.flatten()).view(rest.shape)
+        return Rows.alone(spaced(whole, first) | (clips.rows(differs) & clips.placed))
+
+    def change(self, rows: Tensor, clips: Clips) -> Tensor:
+        """1 - cosine with the frame that each is held to: [B, T, P, C] -> [B, T, P]; as much as can be where that has no such row."""
+        at = torch.arange(rows.shape[1], device=rows.device)
+        other = (at - torch.where(at % GROUP == 2, 2, 1)).clamp(min=0).expand(rows.shape[:2])
+        unit = unit_rows(rows)
+        return ((unit - take(unit, other)).square().sum(-1) / 2).masked_fill(~take(clips.real, other), 2.0)

@@ -1,0 +1,156 @@
+"""FastVID: attended tokens of every frame, and density peaks of some frames of each segment, with what resembles them, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan
+from duet_vlm.methods.clip import ClipReducer, Rows
+from duet_vlm.ops.clips import Clips, Windows, divided
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.peaks import peaks
+from duet_vlm.ops.ragged import take
+from duet_vlm.ops.select import ranking, ranks, top
+from duet_vlm.reducer import VisionView, check_choice
+from duet_vlm.registry import register
+
+NEIGHBOURS = 4  # that decide how dense it is around a row
+
+
+@register("fastvid")
+@dataclass(frozen=True)
+class FastVID(ClipReducer):
+    """FastVID (NeurIPS 2025, arXiv 2503.11187).
+
+    A clip is cut into segments where neighbouring frames differ most. Every frame keeps its most attended tokens. Of each segment, every
+    ``every``-th frame, counted back from the last, gives density peaks of its other tokens; all other tokens of the segment join the one of these
+    that they resemble most (cosine). A row is ``own`` parts the peak and the rest the mean of what joined it.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+    context : float
+        Share of the rows that are peaks, in [0, 1].
+    segments, threshold : int, float
+        Segments that every clip is cut into at least, where it has as many frames, and the cosine of frame means below which it is always cut.
+    every : int
+        Of as many frames of a segment one gives peaks.
+    own : float
+        Weight of the peak in its row, in [0, 1]; never less than that of any that joined it.
+    merge : str
+        "one": every other token joins one peak; "frames": of each frame that gives peaks the most similar one, peaks too (released code).
+
+    Cost: attention of one vision layer, a table of distances per frame, cosines of all tokens with the tokens of every ``every``-th frame. Needs
+    vision attention and steps of time. Usable in training (the choice carries no gradient, the rows do).
+
+    Differences from the authors' code (LunarShen/FastVID): counts add up to the budget (released: each is rounded by itself); a token joins one row
+    (``merge``); frames are compared by their means and tokens by the
+    attention of the family, not by SigLIP's pooling head. Where a clip has too few other tokens for its peaks, more attended ones are kept.
+    """
+
+    paper = "FastVID, NeurIPS 2025, arXiv 2503.11187"
+    summary = "keep the most attended tokens of every frame, and density peaks of each segment with what resembles them, before the decoder"
+    signals = frozenset({"importance"})
+
+    context: float = 0.4
+    segments: int = 8
+    threshold: float = 0.9
+    every: int = 4
+    own: float = 0.6
+    merge: str = "one"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("context", "own"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a share, in [0, 1]")
+        for name in ("segments", "every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a number of {'segments' if name == 'segments' else 'frames'}, at least 1")
+
+        check_choice("merge", self.merge, ("one", "frames"))
+
+    @classmethod
+    def official(cls, keep: Keep = 0.25, **fields: Any) -> FastVID:
+        """The released rule with a count that is given."""
+        return cls(**{"keep": keep, "merge": "frames", "keep_predicting": False, "signal_queries": None} | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        plan = super().plan(tokens, depth, budget)
+        merged = int(plan.entry * self.context) if plan.merges else 0
+        return SpanPlan(tokens, plan.entry - merged, merged, plan.counts)
+
+    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+        assert view.importance is not None and view.features is not None
+        rows, attention = clips.grid(view.features), clips.grid(view.importance)
+        windows = self.windows(clips.means(rows), clips.length)
+        salient = self.salient(attention, clips, divided(torch.minimum(view.dominant, count), clips.sizes, clips.sizes))
+        others = clips.real & ~salient
+        frames, share = self.frames(windows, clips.length)
+        room = others.sum(2) * frames
+        wanted = torch.minimum(count - salient.sum((1, 2)), room.sum(1))
+        peak = self.peaks(rows, others, divided(wanted, share * frames, room))
+        left = count - salient.sum((1, 2)) - peak.sum((1, 2))
+        kept = salient | peak
+        more = top(view.importance, clips.placed & ~clips.rows(kept), left)
+        kept = clips.rows(kept) & clips.placed | more
+        return Rows(kept, *self.joins(clips, rows, kept, peak, windows))
+
+    def salient(self, attention: Tensor, clips: Clips, count: Tensor) -> Tensor:
+        """The ``count`` [B, T] most attended rows of every frame: attention [B, T, P] -> [B, T, P] bool."""
+        return top(attention.flatten(0, 1), clips.real.flatten(0, 1), count.flatten()).view(attention.shape)
+
+    def joins(self, clips: Clips, rows: Tensor, kept: Tensor, peak: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+        """To which peak ([B, T, P] bool) every row is added and with which weight, [B, M N] each; rows that are ``kept`` [B, N] are not."""
+        each, nearest = self.nearest(clips, rows, peak, windows)
+        itself = clips.rows(peak) & clips.placed
+        number = torch.arange(kept.shape[1], device=kept.device).expand(kept.shape)
+        targets, stays = ([nearest], kept) if self.merge == "one" else (each, kept & ~itself)
+        owner = torch.stack([torch.where(clips.placed & ~stays, target, -1) for target in targets], 1)
+        members = torch.zeros_like(kept, dtype=torch.float32).scatter_add_(1, owner.clamp(min=0).flatten(1), (owner >= 0).flatten(1).float())
+        own = (1 / (members + 1)).clamp(min=self.own)
+        share = (1 - own) / members.clamp(min=1)
+        owner = torch.cat([torch.where(itself, number, -1), owner.flatten(1)], 1)
+        return owner, torch.cat([own, share.gather(1, owner[:, kept.shape[1] :].clamp(min=0))], 1)
+
+    def windows(self, frames: Tensor, length: Tensor) -> Windows:
+        """Segments of clips by what stands for their frames: [B, T, C], [B] frames."""
+        alike = (unit_rows(frames)[:, 1:] * unit_rows(frames)[:, :-1]).sum(-1)
+        inside = torch.arange(1, frames.shape[1], device=frames.device) < length[:, None]
+        lowest = ranks(ranking(-alike, inside)) < self.segments - 1
+        starts = ((alike < self.threshold) | lowest) & inside
+        return Windows.of(torch.nn.functional.pad(starts, (1, 0), value=True), length)
+
+    def frames(self, windows: Windows, length: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames that give peaks [B, T] bool, and how much each has to stand for [B, T]: the frames of its segment, shared."""
+        at = torch.arange(windows.number.shape[1], device=length.device)
+        size, first = windows.of_step(windows.length), windows.of_step(windows.first)
+        gives = ((first + size - 1 - at) % self.every == 0) & (at < length[:, None])
+        return gives, size / ((size + self.every - 1) // self.every).clamp(min=1)
+
+    def peaks(self, rows: Tensor, others: Tensor, count: Tensor) -> Tensor:
+        """The ``count`` [B, T] density peaks among ``others`` [B, T, P] of every frame: [B, T, P] bool."""
+        chosen, _, _ = peaks(rows.flatten(0, 1), others.flatten(0, 1), count.flatten(), NEIGHBOURS)
+        return chosen.view(others.shape)
+
+    def nearest(self, clips: Clips, rows: Tensor, peak: Tensor, windows: Windows) -> tuple[list[Tensor], Tensor]:
+        """For every row the peak that it resembles most: in each frame of its segment that gives some, from the last one on, and in all of them
+        ([B, N] each, -1 for none)."""
+        unit, last = unit_rows(rows), windows.of_step(windows.first + windows.length - 1)
+        first = windows.of_step(windows.first)
+        each, most, found = [], rows.new_full(clips.real.shape, float("-inf"), dtype=torch.float32), torch.full_like(clips.index, -1)
+        for back in range(0, rows.shape[1], self.every):
+            frame = (last - back).clamp(min=0)
+            there = take(peak, frame) & (last - back >= first)[..., None]
+            cosine = (unit @ take(unit, frame).transpose(2, 3)).masked_fill_(~there[:, :, None], float("-inf"))
+            near, place = cosine.max(3) if cosine.shape[3] else (most, found)
+            target = torch.where(near > float("-inf"), take(clips.index, frame).gather(2, place.clamp(min=0)), -1)
+            found, most = torch.where(near > most, target, found), torch.maximum(near, most)
+            each.append(target)
+        return [clips.rows(target) for target in each], clips.rows(found)
+

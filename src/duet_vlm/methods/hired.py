@@ -1,0 +1,144 @@
+"""HiRED: share a budget among the crops of a picture by what an early vision layer looks at, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep, count_of
+from duet_vlm.ops.groups import shares, sums_of_groups, top_of_groups
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import top
+from duet_vlm.reducer import ROUNDINGS, EncoderReducer, VisionView, check_choice, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+from duet_vlm.vision import Layer
+
+MOST_CROPS = 64  # more than any model cuts a picture into
+FAR = 1 << 30
+
+@register("hired")
+@dataclass(frozen=True)
+class HiRED(EncoderReducer):
+    """HiRED (AAAI 2025, arXiv 2408.10945): a budget for all crops of a picture, shared by attention, and tokens by attention within each.
+
+    The share ``alpha`` of the budget goes to the overview. Its most attended tokens in an early vision layer (as many as 1 - ``alpha`` of it) are
+    counted in the region of each crop, and the rest of the budget goes to the crops in proportion. Overview and crops keep the tokens with
+    the largest attention in a late layer. A picture that was not cut keeps its most attended tokens. Nothing is merged.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them (the authors': 0.2). A budget of n keeps n.
+    alpha : float
+        Share of the overview, in [0, 1].
+    early : int or float
+        The vision layer that shares the budget: its number, or a share of the depth.
+    regions : str
+        "quadrants": the crop that shows a place; "stripes": equal runs of the overview's raster order, one for each crop (released code).
+    rounding : str
+        How a fraction becomes a count.
+
+    Cost: one row of attention (CLS) or blocked column sums of two vision layers. Needs: vision attention and the grid. Usable in training (the
+    choice carries no gradient).
+
+    Differences from the authors' code (hasanar1f/HiRED): exactly as many tokens as planned (the released code loses what its shares leave of a
+    token, and what stands in padding), regions instead of stripes, kept positions, any number of crops. ``official`` restores stripes, int
+    counts and compact positions; what shares leave of a token still goes to the next best.
+    """
+
+    paper = "HiRED, AAAI 2025, arXiv 2408.10945"
+    summary = "share the budget among a picture's crops by an early vision layer, keep each one's most attended tokens, before the decoder"
+    signals = frozenset({"importance"})
+    reads = frozenset({"grid"})
+    reads_features = False
+
+    keep: Keep | None = None
+    alpha: float = 0.5
+    early: Layer = 0
+    regions: str = "quadrants"
+    rounding: str = "floor"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha}: the overview's share of the budget, in [0, 1]")
+        check_choice("regions", self.regions, ("quadrants", "stripes"))
+        check_choice("rounding", self.rounding, ROUNDINGS)
+        if self.cls_token:
+            raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row stands nowhere in a crop")
+
+    @classmethod
+    def official(cls, keep: Keep = 0.2, alpha: float = 0.5, **fields: Any) -> HiRED:
+        """The released code: stripes, truncated float products, compact positions."""
+        released: dict[str, Any] = {"regions": "stripes", "rounding": "int", "positions": "compact", "keep_predicting": False}
+        return cls(**{"keep": keep, "alpha": alpha, "parts": "joint", "signal_queries": None} | released | fields)
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        return (self.signal_layer, self.early)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget, self.rounding)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.importance is not None  # promised by ``signals``
+        group, crops = self.crops(view)
+        chosen = top_of_groups(view.importance, group, view.valid, self.quota(view, group, crops), view.dominant)
+        return Selection.pick(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+
+    def crops(self, view: VisionView) -> tuple[Tensor, int]:
+        """The overview (0) or the crop (from 1) that each token is of [B, N], and room for as many crops as any picture may have."""
+        assert view.parts is not None and view.tiles is not None  # promised by ``reads``
+        most = max(1, min(MOST_CROPS, max(plan.tokens for plan in view.plans) - 1))
+        return torch.where(view.tiles.prod(1, keepdim=True) > 0, view.parts.clamp(0, most), 0), most
+
+    def quota(self, view: VisionView, group: Tensor, crops: int) -> Tensor:
+        """How many tokens the overview and each crop keep [B, 1 + crops]: all of the budget where a picture was not cut."""
+        overview = view.valid & (group == 0)
+        size = sums_of_groups(view.valid, group, view.valid, 1 + crops).long()
+        first = torch.tensor([int(plan.dominant * self.alpha) for plan in view.plans], device=view.valid.device)
+        rest = torch.minimum(view.dominant - torch.minimum(first, size[:, 0]), size[:, 1:].sum(1))
+        weight = sums_of_groups(self.important(view, overview), self.region(view, group, crops), overview, crops)
+        if self.regions == "quadrants":
+            split = shares(weight, size[:, 1:], rest)
+        else:  # float32, as released, and without what is left of a token
+            split = torch.minimum((weight / weight.sum(1, keepdim=True).clamp(min=1) * rest[:, None]).floor().long(), size[:, 1:])
+        return torch.cat([(view.dominant - rest)[:, None], split], 1)
+
+    def important(self, view: VisionView, overview: Tensor) -> Tensor:
+        """[B, N] bool: the most attended tokens of the overview [B, N] in the early layer."""
+        early, most = view.layers[1].importance, max(plan.tokens for plan in view.plans)
+        assert early is not None  # promised by ``signals``
+        wanted = torch.tensor([count_of(1 - self.alpha, n, self.rounding) for n in range(most + 1)], device=overview.device)
+        return top(early, overview, wanted[overview.sum(1).clamp(max=most)])
+
+    def region(self, view: VisionView, group: Tensor, crops: int) -> Tensor:
+        """The crop, counted from 0, that shows the place of each token of the overview [B, N]."""
+        assert view.place is not None and view.sides is not None and view.tiles is not None  # promised by ``reads``
+        high, wide, rows, columns = (x[:, None] for x in (*view.sides.unbind(1), *view.tiles.clamp(min=1).unbind(1)))
+        if self.regions == "stripes":
+            raster = view.place[..., 0] * wide + view.place[..., 1]
+            return (raster * (rows * columns) // (high * wide)).clamp(0, crops - 1)
+        crop, shows = (group - 1).clamp(min=0), (view.valid & (group > 0))[..., None]
+        mosaic = view.place + torch.stack([crop // columns * high, crop % columns * wide], 2)
+        begins = mosaic.masked_fill(~shows, FAR).amin(1, keepdim=True)  # what is no padding: the overview shows the picture alone
+        ends = mosaic.masked_fill(~shows, -1).amax(1, keepdim=True) + 1
+        at = (begins + (view.place + 0.5) / view.sides[:, None] * (ends - begins)).floor().long() // view.sides[:, None]
+        return (at[..., 0] * columns + at[..., 1]).clamp(0, crops - 1)
+
+
+def kept_of_one(importance: Tensor, keep: float, spatial: float = 0.0) -> Tensor:
+    """What the released code keeps of one picture that is not cut, ascending: importance [N] -> [K]. The most attended tokens, and with ``spatial``
+    tokens 0, N // n, ... in front of the last one for n = int(N spatial): how many tokens are both is not known in front of the call."""
+    tokens = len(importance)
+    everyone = torch.ones_like(importance[None], dtype=torch.bool)
+    kept = top(importance[None], everyone, torch.tensor([int(tokens * keep)], device=importance.device))[0]
+    if count := int(tokens * spatial):
+        kept[torch.arange(0, tokens - 1, tokens // count, device=importance.device)] = True
+    return kept.nonzero()[:, 0]

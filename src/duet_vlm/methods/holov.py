@@ -1,0 +1,126 @@
+"""HoloV: share a budget among stretches of a picture by attention and variety, and keep the best of each, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.greedy import cosine
+from duet_vlm.ops.groups import shares, sums_of_groups, top_of_groups
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import ranking, ranks
+from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+TINY = torch.finfo(torch.float32).tiny
+BOUND = 1e30  # what a CLS row that must come first is given for attention
+
+
+@register("holov")
+@dataclass(frozen=True)
+class HoloV(EncoderReducer):
+    """HoloV (NeurIPS 2025): a holistic choice, so that tokens do not all come from the few places that attract attention.
+
+    The tokens of a picture, in raster order, are cut into ``crops`` stretches. A token scores by its attention and by how much its likeness to
+    the other tokens of its stretch varies (variance of cosines, brought to the mean attention of the stretch, times ``beta``). A stretch gets
+    tokens in proportion to its mean score, and keeps its best. Nothing is merged.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+    crops : int
+        Stretches of a picture.
+    beta : float
+        Weight of variety.
+    within : str
+        What chooses within a stretch: the "score", or "attention" alone (released code).
+    split : str
+        "even": largest remainders, and what a full stretch leaves goes to the others; "floor": whole numbers, then one more for the best
+        stretches (released code, which loses what does not fit).
+
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer, the projector on every token, an N x N table of cosines; 4 N^2
+    bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
+
+    From the paper and a reading of the released code (obananas/HoloV); no recordings. Differences: exact counts, any batch, kept positions, raster
+    order. ``official`` restores choice and split; its rows stand in raster order, the released ones stretch by stretch by falling attention.
+    """
+
+    paper = "HoloV, NeurIPS 2025"
+    summary = "share the budget among stretches of the picture by attention and variety, and keep the best of each, before the decoder"
+    signals = frozenset({"importance"})
+    reads_projected = True
+
+    keep: Keep | None = None
+    crops: int = 16
+    beta: float = 0.09
+    within: str = "score"
+    split: str = "even"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if self.crops < 1:
+            raise ValueError(f"crops={self.crops}: stretches that a picture is cut into, at least 1")
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta={self.beta}: the weight of variety, at least 0")
+        check_choice("within", self.within, ("score", "attention"))
+        check_choice("split", self.split, ("even", "floor"))
+
+    @classmethod
+    def official(cls, keep: Keep = 64, **fields: Any) -> HoloV:
+        """The released LLaVA code: attention chooses within a stretch, whole shares, compact positions."""
+        released: dict[str, Any] = {"within": "attention", "split": "floor", "positions": "compact", "keep_predicting": False}
+        return cls(**{"keep": keep, "parts": "joint", "signal_queries": None} | released | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.importance is not None  # promised by ``signals``
+        stretch = self.stretches(view.valid)
+        score = self.score(view, stretch)
+        size = sums_of_groups(view.valid, stretch, view.valid, self.crops)
+        mean = sums_of_groups(score, stretch, view.valid, self.crops) / size.clamp(min=1)
+        by = score if self.within == "score" else view.importance
+        chosen = top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
+        return Selection.pick(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+
+    def stretches(self, valid: Tensor) -> Tensor:
+        """The stretch of each token [B, N]: as long as each other, the first ones by one token longer."""
+        place, total = valid.cumsum(1) - 1, valid.sum(1, keepdim=True)
+        short, longer = total // self.crops, total % self.crops
+        late = (place - longer * (short + 1)) // short.clamp(min=1) + longer
+        return torch.where(place < longer * (short + 1), place // (short + 1), late).clamp(0, self.crops - 1)
+
+    def score(self, view: VisionView, stretch: Tensor) -> Tensor:
+        """Attention and variety of each token [B, N]; a stretch of one token has no variety."""
+        assert view.importance is not None and view.features is not None  # promised by ``signals``
+        others = (stretch[:, :, None] == stretch[:, None]) & view.valid[:, None]
+        table = cosine(view.features, view.valid) * others
+        table.diagonal(dim1=1, dim2=2).zero_()
+        count = others.sum(2)
+        mean = table.sum(2) / (count - 1).clamp(min=1)
+        variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)  # a token's likeness to itself counts as 0
+        variety = torch.where(count > 1, variety, 0.0)
+        fed = view.importance >= BOUND  # a CLS row counts as the most attended token
+        attention = view.importance.masked_fill(fed, 0.0)
+        attention = torch.where(fed, attention.amax(1, keepdim=True), attention)
+        both = (sums_of_groups(x, stretch, view.valid, self.crops).gather(1, stretch) for x in (attention, variety))
+        level, varies = both
+        return attention + self.beta * variety * level / varies.clamp(min=TINY)
+
+    def quota(self, mean: Tensor, size: Tensor, total: Tensor) -> Tensor:
+        """How many tokens each stretch keeps [B, crops], from its mean score and its size."""
+        if self.split == "even":
+            return shares(mean, size, total)
+        part = (mean / mean.sum(1, keepdim=True).clamp(min=TINY) * total[:, None]).floor().long()
+        order = ranks(ranking(mean, torch.ones_like(mean, dtype=torch.bool)))
+        return part + (order < (total - part.sum(1))[:, None])
+

@@ -1,0 +1,98 @@
+"""PruneSID: group vision tokens by the principal directions that they belong to, and keep unlike ones of every group, before the decoder."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.greedy import cosine
+from duet_vlm.ops.groups import principal, shares, sums_of_groups, survivors, top_of_groups
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import ranking, ranks
+from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+PER_GROUP = 4  # tokens to keep for each group
+SCALE = 32  # tokens to keep at which the threshold is the mean likeness of the picture
+ROUNDS = 5  # tokens that a group gives at most before others come back, for every 64 to keep
+MOST = 0.999  # of the threshold: only exact duplicates are more alike
+
+
+@register("prunesid")
+@dataclass(frozen=True)
+class PruneSID(EncoderReducer):
+    """PruneSID (ICLR 2026): synergistic importance and diversity, by groups of tokens that mean the same.
+
+    A picture of which T tokens stay has T / 4 groups: a token belongs to the principal direction, of the sigmoid of its features over channels,
+    that it has the largest part in. Within a group the most attended token is taken and all that resemble it more than a threshold leave,
+    again and again; the threshold is the picture's mean cosine times T / 32. Every group keeps a token, and the others go to groups in
+    proportion to the tokens that were taken there. Nothing is merged.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+
+    Cost: one row of attention (CLS) or blocked column sums of one vision layer, five products of N x C x T / 4 numbers, an N x N table of cosines,
+    and 5 T / 64 steps over it; 4 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
+
+    From the paper and a reading of the released code (ZhengyaoFang/PruneSID); no recordings. Differences: principal directions by a fixed start
+    (released: random), no CLS row among the rows, shares by largest remainders (released: rounded running sums), exact counts, any batch, kept
+    positions. ``official``: compact positions, crop by crop.
+    """
+
+    paper = "PruneSID, ICLR 2026"
+    summary = "group vision tokens by principal directions, and keep attended ones that are unlike each other in every group, before the decoder"
+    signals = frozenset({"importance"})
+
+    keep: Keep | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if self.cls_token:
+            raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row is no token to group")
+
+    @classmethod
+    def official(cls, keep: Keep = 64, **fields: Any) -> PruneSID:
+        """As the released LLaVA code but for what the class names: compact positions; ``keep`` patches of each crop."""
+        return cls(**{"keep": keep, "positions": "compact", "parts": "each", "keep_predicting": False, "signal_queries": None} | fields)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return constant(self, self.keep, tokens, depth, budget)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.importance is not None and view.features is not None  # promised by ``signals``
+        most = max(plan.dominant for plan in view.plans)
+        group, groups = self.groups(view)
+        likeness = cosine(view.features, view.valid)
+        limits = [ROUNDS * math.ceil(plan.dominant / 64) for plan in view.plans]
+        step = survivors(likeness, view.importance, group, view.valid, self.threshold(view, likeness), groups, max(limits))
+        taken = step < torch.tensor(limits, device=step.device)[:, None]
+        apart, size = (sums_of_groups(mask, group, view.valid, groups) for mask in (taken, view.valid))
+        one = (size > 0).long()
+        more = shares(apart - one, (apart - one).clamp(min=0), view.dominant - one.sum(1))
+        worse = ranks(ranking(view.importance, view.valid))
+        first = -(worse + ~taken * worse.shape[1]).float()  # by attention, who was taken in front of who left
+        return Selection.pick(*pack_right(top_of_groups(first, group, view.valid, one + more, view.dominant), most))
+
+    def groups(self, view: VisionView) -> tuple[Tensor, int]:
+        """The group of each token [B, N], and how many there are at most."""
+        assert view.features is not None
+        counts = [min(max(1, plan.dominant // PER_GROUP), max(1, plan.tokens)) for plan in view.plans]
+        wanted = torch.tensor(counts, device=view.valid.device)
+        parts = principal(view.features.float().sigmoid(), view.valid, wanted, max(counts))
+        return parts.abs().argmax(-1), max(counts)
+
+    def threshold(self, view: VisionView, likeness: Tensor) -> Tensor:
+        """The cosine above which two tokens of a group are the same [B]."""
+        count = view.valid.sum(1).clamp(min=2)
+        mean = (likeness.sum((1, 2)) - view.valid.sum(1)) / (count * (count - 1))
+        return (mean * view.dominant / SCALE).clamp(max=MOST)

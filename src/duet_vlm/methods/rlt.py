@@ -1,0 +1,67 @@
+"""RLT: patches of a clip that did not change since the frame before do not go through the tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duet_vlm.ops.select import spaced
+from duet_vlm.reducer import check_choice
+from duet_vlm.registry import register
+from duet_vlm.tower import ThresholdReducer, TowerView, check_threshold
+
+
+@register("rlt")
+@dataclass(frozen=True)
+class RLT(ThresholdReducer):
+    """Run-Length Tokenization (NeurIPS 2024, arXiv 2411.05222), without its embedding of lengths: of a clip, the first step of time stays whole,
+    and of each later one the units that changed: mean absolute difference of pixels above a threshold. Images stay whole.
+
+    Attributes
+    ----------
+    threshold : float
+        In the scale in which the processor hands pixels to the model.
+    against : str
+        What a unit is compared with: the last one at its place that stayed ("kept", so that a slow drift cannot pass unseen), or the one of the
+        step before ("before", as the released code does).
+
+    With ``keep``, or a budget, the units stay that changed most since the step before, equally many of every frame; the first one is compared
+    with the step behind it. Images, which show no change, are then thinned evenly.
+
+    Steps of several frames: the last frame of one against the first of what it is compared with, as the released code does.
+    """
+
+    paper = "RLT, NeurIPS 2024, arXiv 2411.05222"
+    summary = "patches of a clip that did not change since the frame before do not go through the vision tower"
+    tower_signals = frozenset({"pixels"})
+
+    mass: bool = False
+    threshold: float = 0.1
+    against: str = "kept"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_threshold(self.threshold)
+        check_choice("against", self.against, ("kept", "before"))
+
+    def stay(self, view: TowerView) -> Tensor:
+        alone = torch.tensor([n < 0 for n in view.before], device=view.valid.device)
+        alone = alone & ~torch.tensor([n in view.before for n in range(len(view.before))], device=alone.device)
+        return torch.where(alone[:, None], spaced(view.valid, view.keep), super().stay(view)) if view.keeps else super().stay(view)
+
+    def scores(self, view: TowerView) -> Tensor:
+        assert view.pixels is not None  # promised by ``tower_signals``
+        scores = torch.full(view.valid.shape, torch.inf, device=view.valid.device)
+        reference = view.pixels[:, :, 0].float()
+        for picture, before in enumerate(view.before):
+            if before < 0:
+                continue
+            change = (view.pixels[picture, :, -1].float() - reference[before]).abs().mean(-1)
+            scores[picture] = change - self.threshold
+            if view.keeps and view.before[before] < 0:
+                scores[before] = scores[picture]
+            if not view.keeps and self.against == "kept":
+                reference[picture] = torch.where((change > self.threshold)[:, None], reference[picture], reference[before])
+        return scores

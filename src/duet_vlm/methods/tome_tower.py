@@ -1,0 +1,89 @@
+"""ToMe inside the vision tower: in every block the patches that are most alike become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import nn
+
+from duet_vlm.ops.merge import matched
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.reducer import check_choice
+from duet_vlm.registry import register
+from duet_vlm.tower import Merged, TowerReducer, TowerView
+
+
+@register("tome_tower")
+@dataclass(frozen=True)
+class ToMeTower(TowerReducer):
+    """Token Merging (ICLR 2023, arXiv 2210.09461) where it was made for: in every block, between attention and MLP.
+
+    Bipartite soft matching: every second unit looks for the one between that it resembles most (cosine of mean keys of that block), and the
+    pairs that are most alike become one, the mean weighted by how many units each stands for. A merged row weighs in later attention what it
+    stands for (``mass``; the paper's proportional attention). No more than half of the units can leave in one block.
+
+    Attributes
+    ----------
+    shares : tuple of int
+        How what leaves is divided over the blocks, the first one's number first: in proportion, and exactly these if they add up to it. Empty:
+        equally over all blocks up to the one that is read.
+    order : str
+        Who looks and who is looked at in the next block: every second one in "raster" order, or in that of the released code ("released": units
+        that looked and stay, most alike first (in their old order behind a CLS row), then those that were looked at).
+
+    Differences from the authors' code (facebookresearch/ToMe): a merged row stands at the place of the unit that was looked at, in raster order
+    unless ``order`` says otherwise; a distillation token is not known.
+    """
+
+    paper = "ToMe, ICLR 2023, arXiv 2210.09461"
+    summary = "in every block of the vision tower, merge the patches that resemble each other most"
+    tower_signals = frozenset({"keys"})
+
+    shares: tuple[int, ...] = ()
+    order: str = "raster"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("order", self.order, ("raster", "released"))
+        if self.shares and (min(self.shares) < 0 or sum(self.shares) == 0):
+            raise ValueError(f"shares={self.shares}: numbers of 0 or more, not all 0")
+
+    def boundaries(self, depth: int) -> Sequence[int]:
+        return range(1, (len(self.shares) or depth) + 1)
+
+    def counts(self, units: int, left: int, depth: int) -> Sequence[int]:
+        shares = self.shares or (1,) * depth
+        found, here = [], units
+        for done in accumulate(shares):
+            wanted = units - (units - left) * done // sum(shares)
+            here = min(here, max(wanted, here - max(0, here - 1) // 2))
+            found.append(here)
+        if here > left:
+            raise ValueError(
+                f"{self.name}: {left} of {units} units cannot be reached, {here} are left when at most half of them leave in a block: raise keep, or "
+                "give other shares"
+            )
+        return found
+
+    def pairs(self, units: int, left: int) -> int:
+        return (units - units // 2) * (units // 2)
+
+    def stay(self, view: TowerView) -> Merged:
+        assert view.keys is not None and view.unit is not None  # promised by ``tower_signals``
+        place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+        index, real = pack_right(view.valid, place.shape[1])
+        keys, there = nn.functional.pad(take(view.keys, index), (0, 0, view.extra, 0)), nn.functional.pad(real, (view.extra, 0), value=True)
+        source, target = matched(keys, there, view.extra)
+        leaves = torch.arange(source.shape[1], device=place.device) < (view.valid.sum(1) - view.keep)[:, None]
+        everyone = torch.arange(keys.shape[1], device=place.device).expand(there.shape)
+        joined = everyone.scatter(1, source, torch.where(leaves, target, source))[:, view.extra :] - view.extra
+        into = place.scatter(1, index, index.gather(1, joined))
+        if self.order == "raster":
+            return Merged(into)
+        looked = source if view.extra == 0 else source.sort(1).values
+        order = torch.cat([looked, everyone[:, 1::2]], 1)
+        order = order[order >= view.extra].view(len(order), -1) - view.extra
+        return Merged(into, index.gather(1, order))

@@ -1,0 +1,106 @@
+"""VidCom2: frames that stand out keep more, and every frame keeps the tokens that resemble clip and frame least, before the decoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Keep
+from duet_vlm.methods.clip import ClipReducer, Rows
+from duet_vlm.ops.clips import Clips, divided
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.select import ranking
+from duet_vlm.reducer import VisionView
+from duet_vlm.registry import register
+
+WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the kernels whose sum says how alike two rows are
+
+
+@register("vidcom2")
+@dataclass(frozen=True)
+class VidCom2(ClipReducer):
+    """VidCom2 (EMNLP 2025, arXiv 2505.14454).
+
+    The half of the channels that varies least over the clip is kept to compare with, rows then have unit length. A token is compared with the
+    mean of the clip and that of its frame (a sum of five Gaussian kernels); frames that are least like the clip get more of the budget, and each
+    keeps its least similar tokens. No attention, no text, no merging.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+    channels : float
+        Share of the channels that are compared, in (0, 1].
+    temperature : float
+        Of the softmax over frames: small values give one frame nearly all that goes from one to another, large ones all frames the same.
+
+    Cost: two comparisons per token. Needs steps of time. Usable in training (the choice carries no gradient).
+
+    Differences from the authors' code (xuyang-liu16/VidCom2): the counts of all frames add up to the budget (released: each is rounded by itself);
+    a frame that would keep more than it has gives to the others; newline rows leave, or stay where they are (``newline``), where the released code
+    moves them behind their frame; kept positions.
+    """
+
+    paper = "VidCom2, EMNLP 2025, arXiv 2505.14454"
+    summary = "keep the tokens of a clip that resemble clip and frame least, more of them in frames that stand out, before the decoder"
+
+    channels: float = 0.5
+    temperature: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.channels <= 1:
+            raise ValueError(f"channels={self.channels}: the share of channels that are compared, in (0, 1]")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: of a softmax over frames, above 0")
+
+    @classmethod
+    def official(cls, keep: Keep = 0.25, **fields: Any) -> VidCom2:
+        """The released rule with a count that is given: newline rows stay."""
+        return cls(**{"keep": keep, "newline": "keep", "keep_predicting": False} | fields)
+
+    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+        assert view.features is not None
+        to_clip, to_frame = self.likeness(clips.grid(view.features), clips)
+        scale = self.scale(to_clip, clips)
+        frames = divided(count, scale * clips.sizes, clips.sizes, least_of(count, clips.sizes))
+        return Rows.alone(self.chosen(clips, to_clip + to_frame, frames))
+
+    def likeness(self, rows: Tensor, clips: Clips) -> tuple[Tensor, Tensor]:
+        """How much each row [B, T, P, C] is like the mean of its clip and that of its frame: twice [B, T, P] float32."""
+        rows, real = rows.float(), clips.real[..., None]
+        total = clips.sizes.sum(1)[:, None, None, None].clamp(min=1)
+        mean = rows.masked_fill(~real, 0).sum((1, 2), keepdim=True) / total
+        spread = (rows - mean).square().masked_fill(~real, 0).sum((1, 2))
+        calm = spread.argsort(dim=1, stable=True)[:, : max(1, int(rows.shape[3] * self.channels))].sort(dim=1).values
+        unit = unit_rows(rows.gather(3, calm[:, None, None].expand(*rows.shape[:3], -1))).masked_fill(~real, 0)
+        frame = unit.sum(2, keepdim=True) / clips.sizes.clamp(min=1)[..., None, None]
+        return kernels(unit, unit.sum((1, 2), keepdim=True) / total), kernels(unit, frame)
+
+    def scale(self, to_clip: Tensor, clips: Clips) -> Tensor:
+        """What each frame keeps compared with an equal share: [B, T] float32."""
+        there = clips.sizes > 0
+        unlike = -to_clip.masked_fill(~clips.real, 0).sum(2) / clips.sizes.clamp(min=1)
+        share = (unlike.masked_fill(~there, float("-inf")) / self.temperature).softmax(1).masked_fill(~there, 0)
+        return (1 + share - 1 / there.sum(1, keepdim=True).clamp(min=1)) * there
+
+    def chosen(self, clips: Clips, alike: Tensor, frames: Tensor) -> Tensor:
+        """The ``frames`` [B, T] least alike rows of every frame: alike [B, T, P] -> [B, N] bool."""
+        order = ranking(-alike.flatten(0, 1), clips.real.flatten(0, 1))
+        best = torch.arange(order.shape[1], device=order.device) < frames.flatten()[:, None]
+        kept = torch.zeros_like(best).scatter(1, order, best).view(alike.shape) & clips.real
+        return clips.rows(kept) & clips.placed
+
+
+def kernels(rows: Tensor, centre: Tensor) -> Tensor:
+    """How alike rows and a centre are: [..., C] and [..., C] -> [...], up to the number of kernels."""
+    apart = (rows - centre).square().sum(-1)
+    return torch.stack([(apart / (-2 * width)).exp() for width in WIDTHS]).sum(0)
+
+
+def least_of(count: Tensor, sizes: Tensor) -> Tensor:
+    """One row of every frame where there are enough: [B], [B, T] -> [B, T]."""
+    return ((sizes > 0) & (count >= (sizes > 0).sum(1))[:, None]).long()

@@ -1,0 +1,146 @@
+"""VScan: local tokens of a shallow vision layer and global ones of a deep layer, all others merged into them; then one drop by text."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.ops.groups import top_with_limit, windows
+from duet_vlm.ops.merge import nearest_anchor
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import top
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, check_choice, scheduled, whole
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+from duet_vlm.vision import Layer
+
+
+def halfway(depth: int) -> Schedule:
+    """A third stays from the middle of the decoder on (layer 16 of 32)."""
+    return ((max(1, depth // 2), 1 / 3),)
+
+
+@register("vscan")
+@dataclass(frozen=True)
+class VScan(EncoderReducer, DecoderReducer):
+    """VScan (TMLR 2026, arXiv 2505.22654): scan a picture twice before the decoder, and drop once inside it.
+
+    Half of the tokens are local: walking all tokens by falling attention in a shallow vision layer, each window of ``window`` x ``window`` gives at
+    most its share. The others are global: the most attended of the rest in a deep layer. Every other token joins the kept one that it is
+    most like (cosine of projected rows), and a row is the mean of its tokens. In the middle of the decoder the tokens stay that the last
+    text row attends to most.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Rows per span that enter the decoder, or the fraction of its tokens; an odd one is global.
+    window : int
+        Rows and columns of a window; those that fill none belong to the last. The authors': 6, and 4 for Qwen2.5-VL.
+    shallow : int or float
+        The vision layer of the local tokens: its number, or a share of the depth (the first layer from there on that sees whole pictures).
+    local : str
+        What windows give: "limit", at most what an equal share comes to, rounded up; or "equal", all the same number, so that fewer than
+        ``keep`` enter where they do not divide half of it (released LLaVA code, square pictures).
+    merge_others : bool
+        Join the tokens that are not kept; False drops them.
+    schedule : ((layer, keep), ...), optional
+        Drops inside the decoder, keeps relative to what enters. With a budget: fractions, and as many rows enter as it allows; left out, a
+        third stays from the middle on. Without a budget and left out: none.
+
+    Cost: one row of attention (CLS) or blocked column sums of two vision layers, the projector on every token, kept tokens times all others; one
+    key projection and one query row at the drop. Needs: vision attention, the grid, text after the image. Usable in training.
+
+    Differences from the authors' code (Tencent/SelfEvolvingAgent, VScan): any grid and any count, kept positions, grouped key heads, any batch.
+    ``official`` and ``official_qwen25`` restore the released rules.
+    """
+
+    paper = "VScan, TMLR 2026, arXiv 2505.22654"
+    summary = "keep local and global vision tokens of two vision layers, merge all others into them; drop once by the last text row"
+    signals = frozenset({"importance"})
+    reads = frozenset({"grid"})
+    reads_projected = True
+
+    text_query: str = "last"
+    keep: Keep | None = None
+    window: int = 6
+    shallow: Layer = 0.25
+    local: str = "limit"
+    merge_others: bool = True
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if self.window < 1:
+            raise ValueError(f"window={self.window}: rows and columns of a window, at least 1")
+        check_choice("local", self.local, ("limit", "equal"))
+        if self.schedule is not None:
+            object.__setattr__(self, "schedule", check_schedule(self.schedule))
+
+    @classmethod
+    def official(cls, keep: int | None = 96, schedule: Schedule | None = ((16, 32),), **fields: Any) -> VScan:
+        """The released LLaVA code: equally many tokens of each window, compact positions; ``keep`` of each crop, counts in the schedule."""
+        released: dict[str, Any] = {"local": "equal", "shallow": 5, "positions": "compact", "parts": "each", "keep_predicting": False}
+        return cls(**{"keep": keep, "schedule": schedule} | released | fields)
+
+    @classmethod
+    def official_qwen25(cls, keep: Keep | None = 0.25, schedule: Schedule | None = ((14, 1 / 3),), **fields: Any) -> VScan:
+        """The released Qwen2.5-VL code: windows of 4, all rows of a picture ask."""
+        return cls(**{"keep": keep, "schedule": schedule, "window": 4, "signal_queries": None, "keep_predicting": False} | fields)
+
+    @property
+    def signal_layers(self) -> tuple[Layer, ...]:
+        return (self.signal_layer, self.shallow)
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        check_budget_or_fields(self, budget, self.keep is not None or (budget is None and self.schedule is not None), "keep=, schedule=")
+        if budget is None:
+            entry = tokens if self.keep is None else self._entering(count_of(self.keep, tokens, "int"), tokens)
+            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or ()))
+        schedule = halfway(depth) if self.schedule is None else self.schedule
+        if self.local == "equal" or any(isinstance(kept, int) for _, kept in schedule):
+            raise ValueError(f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0) and local='limit', got {schedule}, {self.local!r}")
+        target = target_mean(budget, tokens)
+        return whole(tokens, depth) if target >= tokens else scheduled(self, schedule, tokens, depth, target)
+
+    def _entering(self, asked: int, tokens: int) -> int:
+        """How many rows enter where ``asked`` of them were meant."""
+        if self.local == "limit" or asked >= tokens:
+            return asked
+        each = max(1, math.isqrt(tokens) // self.window) ** 2
+        if asked // 2 < each:
+            raise ValueError(f"{self.name}: keep={asked} has {asked // 2} local tokens for {each} windows: give at least {2 * each}")
+        return asked // 2 // each * each + asked - asked // 2
+
+    def with_drops(self, depth: int) -> VScan:
+        return self if self.schedule is not None else replace(self, schedule=halfway(depth))
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.features is not None and view.importance is not None  # promised by ``signals``
+        local = self.locals_of(view)
+        chosen = local | top(view.importance, view.valid & ~local, view.dominant - local.sum(1))
+        index, valid = pack_right(chosen, max(plan.dominant for plan in view.plans))
+        if not self.merge_others:
+            return Selection.pick(index, valid)
+        rest = view.valid & ~chosen
+        members, real = pack_right(rest, max(1, max(plan.tokens - plan.dominant for plan in view.plans)))
+        return Selection(index, valid, members, nearest_anchor(view.features, members, index, valid).masked_fill(~real, -1))
+
+    def locals_of(self, view: VisionView) -> Tensor:
+        """Mask [B, N] of the local tokens."""
+        shallow = view.layers[1].importance
+        assert shallow is not None and view.place is not None and view.sides is not None and view.parts is not None  # promised
+        window, count = windows(view.place, view.sides, torch.where(view.valid, view.parts, -1), self.window, view.valid.shape[1])
+        half = view.dominant // 2
+        limit = half // count if self.local == "equal" else (half + count - 1) // count
+        return top_with_limit(shallow, window, view.valid, limit, torch.minimum(half, limit * count))
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.scores is not None  # promised by ``uses_text``
+        return top(view.scores, view.valid, view.keep)

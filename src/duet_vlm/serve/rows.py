@@ -1,0 +1,59 @@
+"""Rows of images, as a tower or projector made them, cut to those that enter the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duet_vlm.flow.choose import select, sizes_of
+from duet_vlm.flow.verify import raise_if_wrong
+from duet_vlm.ops.merge import merged_rows
+from duet_vlm.ops.ragged import pad_rows
+from duet_vlm.serve.settings import Served
+from duet_vlm.vision import LayerView
+
+Signals = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+def reduced(
+    served: Served, rows: Sequence[Tensor], parts: Sequence[Tensor], asked: Sequence[float], signals: Signals | None
+) -> list[tuple[Tensor, Tensor]]:
+    """What enters of each image.
+
+    Parameters
+    ----------
+    rows : sequence of Tensor
+        Per image [n, C]: what the projector reads, or, for methods that read projected rows and for grid mergers, what it made.
+    parts : sequence of Tensor
+        Per image, on the host: the part (crop) that each row shows [n], -1 for newlines.
+    asked : sequence of float
+        Per image the budget of its request, as ``Served.asked`` wrote it.
+    signals : (sequence, sequence) of Tensor, or None
+        Importance [n] and mean keys [n, d] per image, for methods that read them.
+
+    Returns
+    -------
+    list of (Tensor, Tensor)
+        Per image the rows [K, C], as many as planned, and the token that each stands for [K]: in the method's order where positions are
+        compact, ascending where they are kept.
+    """
+    plans = [served.span(*sizes_of(shown), wanted) for shown, wanted in zip(parts, asked, strict=True)]
+    if not any(plan.merges for plan in plans):
+        return [(row, torch.arange(len(row), device=row.device)) for row in rows]
+    reducer = served.reducer
+    features, _ = pad_rows(list(rows))
+    layers: tuple[LayerView, ...] = ()
+    if reducer.signals:
+        if signals is None:
+            raise RuntimeError(f"{reducer.name} ranks by the attention of the vision tower, and none was recorded")
+        layers = (LayerView(pad_rows(list(signals[0]))[0], keys=pad_rows(list(signals[1]))[0]),)
+    with torch.no_grad():
+        selection, code, _ = select(reducer, plans, parts, layers, features, each=served.each)
+        raise_if_wrong(int(code), reducer)
+        merged = merged_rows(features, selection)
+        number = torch.arange(selection.index.shape[1], device=features.device)
+        place = selection.index if reducer.positions == "keep" else number.expand_as(selection.index)
+        order = torch.where(selection.valid, place, features.shape[1] + len(number)).argsort(dim=1, stable=True)
+    return [(merged[i, order[i, : plan.entry]], selection.index[i, order[i, : plan.entry]]) for i, plan in enumerate(plans)]

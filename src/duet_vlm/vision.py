@@ -1,0 +1,109 @@
+"""What an encoder reducer may look at. A method names what it needs, the flow makes only that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+from duet_vlm.budget import SpanPlan
+
+SIGNALS = ("importance", "heads", "keys", "queries", "states")  # of each named vision layer
+READS = ("grid", "question", "similar", "projector")  # beside layers, features and parts
+
+Layer = int | float | None  # its number, a share of the tower's depth, or the family's own choice
+Change = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerView:
+    """What one vision layer says of B spans of up to N tokens; None what the method does not name in ``signals``.
+
+    ``importance`` [B, N] is the attention of the CLS row, summed over heads, or what a token receives where the tower has none; ``heads``
+    [B, N, H] the same head by head; ``keys`` and ``queries`` [B, N, d] are means over heads; ``states`` [B, N, C] are the rows that leave the
+    layer. A token of several patches has their means.
+    """
+
+    importance: Tensor | None = None
+    heads: Tensor | None = None
+    keys: Tensor | None = None
+    queries: Tensor | None = None
+    states: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """What is there."""
+        return [x for x in (getattr(self, each.name) for each in fields(self)) if x is not None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the prompt asks of each span: ``rows`` [B, T, D] as the decoder gets them, of which ``valid`` [B, T] are real.
+
+    The text behind the last picture of the span's sample (with labels, what stands there in front of the first answer); where there is none,
+    all of the sample's text.
+    """
+
+    rows: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class VisionView:
+    """What an encoder reducer may look at; B spans of up to N tokens.
+
+    ``valid`` [B, N]; ``dominant`` and ``contextual`` [B] are the planned counts, ``plans`` the same on the host. ``features`` [B, N, C] are the
+    rows that are being reduced, without gradient: tower features in front of a point-wise projector, merged rows of a grid merger, projected
+    rows for methods that need those (``reads_projected``), None for those that do not read them (``reads_features``). ``parts`` [B, N] is the
+    number of the crop, tile or frame that each row shows, -1 for padding and structure rows; with ``stream`` "video" parts are steps of
+    time, all with equally many rows in the same order. ``most`` bounds their number and their rows where the host knows them (None: look).
+
+    ``layers`` are the vision layers that the method names (``signal_layers``), in its order; ``importance`` and ``keys`` are those of the first.
+    All else is None unless named in ``reads``. "grid": ``place`` [B, N, 2], row and column of each token within its part, counted in what
+    the part had as a whole (-1 where it shows no picture), ``sides`` [B, 2] rows and columns of a part, and ``tiles`` [B, 2] rows and columns of
+    the crops that follow the overview (0: the picture was not cut). "question": the ``question``. "similar": cosine of each token and each piece of
+    the question in the space of the text tower that the user passed, ``similar`` [B, N, c], of which ``pieces`` [B, c] are real.
+    "projector": ``project(change)`` runs the projector in float32 on what ``change`` makes of its input [..., C], and returns its rows
+    [B, N, D].
+    """
+
+    valid: Tensor
+    dominant: Tensor
+    contextual: Tensor
+    plans: tuple[SpanPlan, ...]
+    importance: Tensor | None = None
+    keys: Tensor | None = None
+    features: Tensor | None = None
+    parts: Tensor | None = None
+    stream: str = "image"
+    layers: tuple[LayerView, ...] = ()
+    place: Tensor | None = None
+    sides: Tensor | None = None
+    tiles: Tensor | None = None
+    question: Question | None = None
+    similar: Tensor | None = None
+    pieces: Tensor | None = None
+    project: Callable[[Change], Tensor] | None = None
+    most: tuple[int, int] | None = None
+
+    def of_rows(self, rows: Change, spans: Change = lambda x: x) -> VisionView:
+        """The view of other rows: ``rows`` picks from tensors [B, N, ...], ``spans`` from those that have one entry for each span [B, ...]."""
+
+        def some(x: Tensor | None, pick: Change = rows) -> Tensor | None:
+            return None if x is None else pick(x)
+
+        layers = tuple(LayerView(*(some(getattr(layer, each.name)) for each in fields(layer))) for layer in self.layers)
+        importance, keys = (layers[0].importance, layers[0].keys) if layers else (some(self.importance), some(self.keys))
+        asked, project = self.question, self.project
+        return replace(
+            self, valid=rows(self.valid), importance=importance, keys=keys, features=some(self.features), parts=some(self.parts), layers=layers,
+            place=some(self.place), similar=some(self.similar), sides=some(self.sides, spans), tiles=some(self.tiles, spans),
+            pieces=some(self.pieces, spans), question=None if asked is None else Question(spans(asked.rows), spans(asked.valid)),
+            project=None if project is None else lambda change: rows(project(change)),
+        )  # fmt: skip
+
+    def shown(self) -> list[Tensor]:
+        """What it holds of each token [B, N] or [B, N, c]: numbers that have to be finite."""
+        first = () if self.layers else (self.importance, self.keys)
+        of_layers = [x for layer in self.layers for x in layer.tensors()]
+        return [*of_layers, *(x for x in (*first, self.features, self.similar) if x is not None)]

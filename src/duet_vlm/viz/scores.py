@@ -1,0 +1,74 @@
+"""What decided, as it was seen: the scores that a method looked at are written down beside its choice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from duet_vlm import DecoderReducer, EncoderReducer, Reducer, SpanTrace, TextView, VisionView
+
+
+class Watched:
+    """A method that acts as before and keeps the scores that it was shown.
+
+    Attributes
+    ----------
+    reducer : Reducer
+        To be attached in place of the method.
+    """
+
+    def __init__(self, method: Reducer) -> None:
+        self._entry: list[np.ndarray] = []
+        self._drops: list[tuple[TextView, np.ndarray]] = []
+        cls, watcher = type(method), self
+        facts: dict[str, Any] = {}
+        if isinstance(method, EncoderReducer):
+
+            def v2v(self: Any, view: VisionView) -> Any:
+                watcher._see_entry(view)
+                return cls.v2v(self, view)  # type: ignore[attr-defined]
+
+            facts["v2v"] = v2v
+        if isinstance(method, DecoderReducer):
+
+            def t2v(self: Any, view: TextView) -> Any:
+                watcher._see_drop(view)
+                return cls.t2v(self, view)  # type: ignore[attr-defined]
+
+            facts |= {"t2v": t2v, "uses_tokens": True}
+        made: Any = type(cls.__name__, (cls,), facts)
+        self.reducer: Reducer = made(**method.settings())
+
+    def of(self, trace: SpanTrace, number: int) -> list[dict[int, float] | None]:
+        """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token that was ranked there, by
+        its number within the span; None where nothing was ranked, or not token by token (crops or frames each by itself)."""
+        found: list[dict[int, float] | None] = [self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None]
+        drops = iter(self._drops)
+        for _ in trace.stages[1:]:
+            found.append(_of_span(*drop, number) if (drop := next(drops, None)) is not None else None)
+        return found
+
+    def _at_entry(self, trace: SpanTrace, number: int) -> dict[int, float] | None:
+        if number >= len(self._entry):
+            return None
+        scores = self._entry[number]
+        front = len(scores) - trace.span.tokens  # a CLS row
+        return {token: float(scores[token + front]) for token in range(trace.span.tokens)} if front in (0, 1) else None
+
+    def _see_entry(self, view: VisionView) -> None:
+        if view.importance is not None and not view.importance.is_meta:  # costs are counted on tensors without numbers
+            lengths = view.valid.cumsum(1).argmax(1) + 1
+            self._entry += [row[: int(n)].float().cpu().numpy() for row, n in zip(view.importance, lengths, strict=True)]
+
+    def _see_drop(self, view: TextView) -> None:
+        if view.scores is not None and not view.scores.is_meta:
+            scores = view.scores.amax(-1) if view.scores.ndim == 3 else view.scores
+            self._drops.append((view, scores.float().cpu().numpy()))
+
+
+def _of_span(view: TextView, scores: np.ndarray, number: int) -> dict[int, float]:
+    """Scores of one span of the first sample."""
+    assert view.span is not None and view.token is not None  # asked for by ``uses_tokens``
+    valid, span, token = (x.cpu().numpy() for x in (view.valid, view.span, view.token))
+    return {int(token[place]): float(scores[place]) for place in zip(*np.nonzero(valid), strict=True) if span[place] == number}

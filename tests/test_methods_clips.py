@@ -1,0 +1,260 @@
+"""The methods for clips under exact budgets: padded batches, counts, weights, what stands still, and what they refuse.
+
+Their rules are held to recorded vectors in ``test_golden.py``, their steps to loops in ``test_ops_clips.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import twins
+from families import CLIP_AND_IMAGE, CLIPS, FAMILIES, clips_for, forward, shared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_methods_frames import MOVING, Clip
+from torch import Tensor
+
+import duet_vlm
+from duet_vlm import VisionView
+from duet_vlm.methods.clip import ClipReducer
+from duet_vlm.ops.merge import merged_rows
+from duet_vlm.tokens import Selection
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dycoke": {},
+    "fastvid": {"every": 2, "segments": 2},
+    "holitom": {"threshold": 0.2, "neighbours": 2},
+    "prunevid": {"threshold": 0.2, "windows": 0.5},
+    "vidcom2": {"temperature": 0.1},
+}
+MERGING = ("fastvid", "holitom", "prunevid")
+EACH = pytest.mark.parametrize("method", METHODS)
+
+
+def made(method: str, **changes: Any) -> ClipReducer:
+    return duet_vlm.get(method)(**{"keep": 0.5} | METHODS[method] | changes)
+
+
+def view_of(
+    reducer: ClipReducer, clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", still: float = 0.5, most: bool = True
+) -> VisionView:
+    """Clips whose frames share a part ``still`` of what they are, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(steps * size for steps, size in clips)
+    features, parts = torch.zeros(len(clips), width, 6), torch.full((len(clips), width), -1)
+    for row, (steps, size) in enumerate(clips):
+        base = torch.randn(1, size, 6, generator=generator)
+        rows = still * base + (1 - still) * torch.randn(steps, size, 6, generator=generator)
+        features[row, : steps * size] = rows.flatten(0, 1)
+        parts[row, : steps * size] = torch.arange(steps).repeat_interleave(size)
+    plans = tuple(reducer.plan(steps * size, 4, count) for (steps, size), count in zip(clips, counts, strict=True))
+    dominant, contextual = (torch.tensor([getattr(plan, name) for plan in plans]) for name in ("dominant", "contextual"))
+    return VisionView(
+        parts >= 0, dominant, contextual, plans, torch.rand(len(clips), width, generator=generator), None, features, parts, stream,
+        (max(t for t, _ in clips), max(n for _, n in clips)) if most else None,
+    )  # fmt: skip
+
+
+def alone(view: VisionView, row: int, tokens: int) -> VisionView:
+    def one(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x[row : row + 1, :tokens]
+
+    count = slice(row, row + 1)
+    return VisionView(
+        view.valid[count, :tokens], view.dominant[count], view.contextual[count], view.plans[count], one(view.importance), None, one(view.features),
+        one(view.parts), view.stream,
+    )  # fmt: skip
+
+
+def told(selection: Selection, row: int) -> list[tuple[int, list[tuple[int, float]]]]:
+    """Per row the token it stands at, and what it is made of with which weight."""
+    assert selection.weights is not None
+    found = []
+    for number, (token, real) in enumerate(zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)):
+        if real:
+            here = (selection.into[row] == number).nonzero()[:, 0]
+            found.append((token, [(int(selection.members[row, i]), round(float(selection.weights[row, i]), 5)) for i in here]))
+    return found
+
+
+@EACH
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.data(), st.lists(st.tuples(st.integers(1, 6), st.integers(1, 8)), min_size=1, max_size=3), st.integers(0, 10**6), st.floats(0.2, 0.9))
+def test_counts_are_exact_and_clips_of_a_batch_are_independent(method: str, data: st.DataObject, clips: list[Clip], seed: int, still: float) -> None:
+    reducer = made(method, keep=None)
+    counts = [data.draw(st.integers(1, steps * size)) for steps, size in clips]
+    view = view_of(reducer, clips, counts, seed, still=still)
+    together = reducer.v2v(view)
+    for row, ((steps, size), count) in enumerate(zip(clips, counts, strict=True)):
+        rows = told(together, row)
+        assert [token for token, _ in rows] == sorted({token for token, _ in rows}) and len(rows) == count
+        assert rows == told(reducer.v2v(alone(view, row, steps * size)), 0)
+        if method in MERGING:
+            members = [token for _, made_of in rows for token, _ in made_of]
+            assert len(members) == len(set(members))  # in one row at most
+            assert all(sum(w for _, w in made_of) == pytest.approx(1, abs=1e-4) for _, made_of in rows if made_of)
+        if count == steps * size:
+            assert torch.equal(merged_rows(view.features, together)[row, :count], view.features[row, :count])
+
+
+@pytest.mark.parametrize("method", ["fastvid", "prunevid"])
+def test_nothing_leaves_without_being_merged(method: str) -> None:
+    reducer = made(method, keep=None)
+    view = view_of(reducer, [(6, 8), (4, 4)], [24, 9], still=0.8)  # every segment has a row
+    selection = reducer.v2v(view)
+    for row, tokens in ((0, 48), (1, 16)):
+        rows = told(selection, row)
+        assert {token for _, members in rows for token, _ in members} | {token for token, _ in rows} == set(range(tokens))
+
+
+@pytest.mark.parametrize("method", ["holitom", "prunevid"])
+def test_what_stands_still_is_averaged_over_time(method: str) -> None:
+    """Three frames, place 0 the same in all, the others unlike: its row is the mean of the three, with a third of the weight each."""
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(1, 3, 4, 6, generator=generator)
+    features[:, :, 0] = features[:, :1, 0] + 0.01 * torch.randn(1, 3, 6, generator=generator)
+    reducer = made(method, keep=None, **({"windows": 0.3} if method == "prunevid" else {}), threshold=0.9)
+    view = view_of(reducer, [(3, 4)], [10])
+    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, view.importance, None, features.flatten(1, 2), view.parts, "video")
+    assert told(reducer.v2v(view), 0)[0] == (0, [(0, 0.33333), (4, 0.33333), (8, 0.33333)])
+
+
+@pytest.mark.parametrize("method", ["holitom", "prunevid"])
+def test_no_more_is_averaged_than_the_budget_asks_for(method: str) -> None:
+    """Ten frames that are all the same are 8 rows after averaging; 40 are asked for, and 40 enter."""
+    reducer = made(method, keep=None)
+    rows = torch.randn(1, 1, 8, 6, generator=torch.Generator().manual_seed(0)).expand(-1, 10, -1, -1).flatten(1, 2)
+    view = view_of(reducer, [(10, 8)], [40])
+    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, view.importance, None, rows, view.parts, "video")
+    assert int(reducer.v2v(view).valid.sum()) == 40
+
+
+def test_vidcom2_against_loops() -> None:
+    reducer = made("vidcom2", keep=None)
+    view = view_of(reducer, [(4, 5)], [9], still=0.6)
+    assert view.features is not None
+    rows = view.features[0].double().tolist()
+    spread = [sum((r[c] - sum(x[c] for x in rows) / 20) ** 2 for r in rows) for c in range(6)]
+    calm = sorted(sorted(range(6), key=lambda c: spread[c])[:3])
+    unit = [[r[c] / math.sqrt(sum(r[k] ** 2 for k in calm)) for c in calm] for r in rows]
+
+    def alike(row: list[float], centre: list[list[float]]) -> float:
+        mean = [sum(c) / len(centre) for c in zip(*centre, strict=True)]
+        return sum(math.exp(-(math.dist(row, mean) ** 2) / (2 * a)) for a in (1 / 8, 1 / 4, 1 / 2, 1, 2))
+
+    frames = [unit[t * 5 : t * 5 + 5] for t in range(4)]
+    to_clip = [[alike(row, unit) for row in frame] for frame in frames]
+    unlike = [-sum(line) / 5 for line in to_clip]
+    top = twins.softmax([u / 0.1 for u in unlike])
+    scale = [1 + p - 0.25 for p in top]
+    exact = [9 * s / sum(scale) for s in scale]
+    counts = [math.floor(x) for x in exact]
+    for t in sorted(range(4), key=lambda t: -(exact[t] - counts[t]))[: 9 - sum(counts)]:
+        counts[t] += 1
+    kept = []
+    for t, frame in enumerate(frames):
+        score = [to_clip[t][p] + alike(frame[p], frame) for p in range(5)]
+        kept += sorted(t * 5 + p for p in sorted(range(5), key=lambda p: score[p])[: counts[t]])
+    assert [token for token, _ in told(reducer.v2v(view), 0)] == kept
+
+
+def test_dycoke_against_loops() -> None:
+    reducer = made("dycoke", keep=None)
+    view = view_of(reducer, [(6, 5)], [18], still=0.6)  # frames 0 and 4 whole; 8 among 1, 2, 3, 5
+    assert view.features is not None
+    rows = view.features[0].double().tolist()
+    kept = [*range(5), *range(20, 25)]
+    for frame, other in ((1, 0), (2, 0), (3, 2), (5, 4)):
+        places = sorted(range(5), key=lambda p: twins.cosine(rows[frame * 5 + p], rows[other * 5 + p]))[:2]
+        kept += [frame * 5 + p for p in places]
+    assert [token for token, _ in told(reducer.v2v(view), 0)] == sorted(kept)
+    few = view_of(reducer, [(6, 5)], [4])
+    assert [token for token, _ in told(reducer.v2v(few), 0)] == [2, 4, 22, 24]  # spread over the frames that stay whole
+
+
+def test_evs_counts_as_released() -> None:
+    assert duet_vlm.get("evs").official(0.9).plan(400, 2, None).entry == 39  # type: ignore[attr-defined]
+    assert duet_vlm.get("frames")(keep=0.1).plan(400, 2, None).entry == 40
+    with pytest.raises(ValueError, match=r"pruned=1.0: the share of tokens that leave"):
+        duet_vlm.get("evs").official(1.0)  # type: ignore[attr-defined]
+
+
+@EACH
+def test_nothing_is_read_back(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    reducer = made(method, keep=None)
+    view = view_of(reducer, [(3, 4), (2, 5)], [7, 3])
+
+    def refuse(*args: Any) -> Any:
+        raise AssertionError("reads the device")
+
+    for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
+        monkeypatch.setattr(Tensor, name, refuse)
+    reducer.v2v(view)
+
+
+@EACH
+def test_images_are_clips_of_one_frame(method: str) -> None:
+    reducer = made(method, keep=None)
+    crops, picture = (view_of(reducer, [clip], [5], stream="image") for clip in ((3, 4), (1, 12)))
+    picture = VisionView(picture.valid, picture.dominant, picture.contextual, picture.plans, crops.importance, None, crops.features, picture.parts)
+    assert told(reducer.v2v(crops), 0) == told(reducer.v2v(picture), 0) and len(told(reducer.v2v(crops), 0)) == 5
+
+
+@EACH
+@pytest.mark.parametrize("family", MOVING)
+def test_reports_and_padded_batches(family: str, method: str) -> None:
+    """Clips of different lengths, images among them, in one padded batch: measured tokens and FLOPs are those predicted."""
+    family_made, model = FAMILIES[family], shared(family)
+    for batch in ([CLIP_AND_IMAGE], clips_for(family, CLIPS)):
+        with duet_vlm.attach(model, method, budget=0.4, **METHODS[method]) as handle:
+            forward(model, family_made.inputs(batch))
+            report = handle.report()
+            for row in handle.trace:
+                for span in row:
+                    assert len(span.stages[0].kept) == math.floor(0.4 * span.span.tokens + 1e-9)
+        assert report.predicted == report.observed
+
+
+@pytest.mark.parametrize("method", ["dycoke", "holitom", "prunevid"])
+def test_places_are_not_known_behind_frames(method: str) -> None:
+    with pytest.raises(ValueError, match=rf"compose\(frames, {method}\): {method} compares the same places of frames"):
+        duet_vlm.get(f"frames+{method}")
+
+
+@pytest.mark.parametrize("method", ["frames+vidcom2", "evs+fastvid", "vidcom2+pyramiddrop", "holitom+duet", "evs+fastvid+pyramiddrop"])
+def test_compositions_meet_one_budget(method: str) -> None:
+    model, inputs = shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(CLIPS)
+    with duet_vlm.attach(model, method, budget=0.4) as handle:
+        forward(model, inputs)
+        report = handle.report()
+        sizes = [span.span.tokens for row in handle.trace for span in row]
+    total = report.measured_mean * len(CLIPS)
+    assert 0.4 * sum(sizes) - len(sizes) < total <= 0.4 * sum(sizes) + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "message"),
+    [
+        ("fastvid", {"context": 1.5}, r"context=1.5: a share, in \[0, 1\]"),
+        ("fastvid", {"segments": 0}, "segments=0: a number of segments, at least 1"),
+        ("fastvid", {"every": 0}, "every=0: a number of frames, at least 1"),
+        ("fastvid", {"merge": "all"}, "merge='all': choose one of 'one', 'frames'"),
+        ("holitom", {"threshold": 2.0}, "threshold=2.0: a cosine"),
+        ("holitom", {"own": -1.0}, "own=-1.0: a share"),
+        ("holitom", {"window": 0}, "window=0: a number of frames"),
+        ("prunevid", {"windows": 0.0}, "windows=0.0: clusters as a fraction"),
+        ("prunevid", {"neighbours": 0}, "neighbours=0: a number of frames"),
+        ("prunevid", {"rows": "score"}, "rows='score': choose one of"),
+        ("vidcom2", {"channels": 0.0}, "channels=0.0: the share of channels"),
+        ("vidcom2", {"temperature": 0.0}, "temperature=0.0: of a softmax"),
+        ("dycoke", {"parts": "each"}, "dycoke compares the frames of a clip, and parts='each' would separate them"),
+        ("evs", {"parts": "each"}, "evs compares the frames of a clip"),
+        ("vidcom2", {"keep": -3}, "keep=-3: a token count"),
+    ],
+)
+def test_settings_that_cannot_be(method: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        duet_vlm.get(method)(**changes)

@@ -1,0 +1,314 @@
+"""What a server is told and what it counts, without any server: settings, counts, rows. The engine itself is tested under plugins/vllm."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import contextlib
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import duet_vlm
+from duet_vlm import tiny
+from duet_vlm.cli.main import app
+from duet_vlm.cli.serve_transformers import NEEDED, remote
+from duet_vlm.flow.choose import sizes_of
+from duet_vlm.serve.rows import reduced
+from duet_vlm.serve.settings import ARCHITECTURES, NOTHING_ASKED, Served
+
+BEYOND = {"cdpruner", "hired", "vscan", "zoo_prune"}  # read more of tower or prompt than the plug-in makes
+FIRST_STAGES = sorted(
+    name
+    for name, cls in duet_vlm.methods().items()
+    if issubclass(cls, duet_vlm.EncoderReducer) and not issubclass(cls, duet_vlm.TowerReducer) and name not in BEYOND
+)
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("duet", "give a dictionary"),
+        ({"method": "duett", "budget": 9}, "did you mean 'duet'"),
+        ({"method": "fastv", "budget": 9}, "fastv: it drops inside the decoder"),
+        ({"method": "visionzip+pyramiddrop", "budget": 9}, "pyramiddrop: it drops inside"),
+        ({"method": "contrast", "budget": 9}, "contrast: it works inside the vision tower"),
+        ({"method": "none"}, "none: it reduces nothing"),
+        ({"method": "duet_plus"}, "needs a budget"),
+        ({"budget": 0}, "at least 1"),
+        ({"budget": 1.5}, "a float is a fraction"),
+        ({"budget": "64"}, "must be an int"),
+        ({"method": "duet", "budget": 64, "dominant": 5}, "either budget= or the method's own"),
+        ({"method": "visionzip", "domnant": 5}, "did you mean 'dominant'"),
+        ({"method": "duet", "dominant": 5, "schedule": [[4, 0.5]]}, "schedule: a setting of what is dropped inside"),
+        ({"method": "frames+duet_plus", "budget": 9, "duet_plus_schedule": [[4, 0.5]]}, "duet_plus_schedule: a setting of what"),
+        ({"method": "duet_plus", "budget": 9, "text_query": "last"}, "text_query: a setting of what"),
+        ({"method": "duet_plus", "budget": 9, "positions": "keep"}, "'compact' positions"),
+        ({"method": "visionzip", "dominant": 9, "cls_token": True}, "leave it out"),
+        ({"method": "divprune", "keep": 0}, "leave none of an image's 1024"),
+    ],
+)
+def test_settings_that_no_server_can_run_are_refused_by_name(given: Any, says: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=says):
+        Served.of(given, "compact")
+
+
+@pytest.mark.parametrize("name", sorted(BEYOND & set(duet_vlm.methods())))
+def test_a_method_that_reads_more_than_the_plug_in_makes_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: it reads .*choose another"):
+        Served.of({"method": name, "budget": 64}, "compact")
+
+
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_every_method_with_a_first_stage_is_served_at_its_budget(name: str) -> None:
+    served = Served.of({"method": name, "budget": 64}, "compact")
+    for tokens in (1, 63, 64, 65, 576, 2880):
+        assert served.span((tokens,)).entry == min(tokens, 64)
+        assert served.span((tokens,), asked=served.asked({"duet_budget": 5})).entry == min(tokens, 5)
+        assert served.span((tokens,), asked=served.asked({"duet_budget": 0.01})).entry == max(1, tokens // 100)
+    assert served.span((576,) * 3, 48).entry == 64
+    assert served.span((10,) * 3, 48).entry == 30  # newlines leave first
+
+
+def test_a_request_may_ask_for_less_and_is_told_when_it_asks_for_more() -> None:
+    served = Served.of({"method": "divprune", "budget": 64}, "compact")
+    assert served.asked({}) == served.asked({"duet_budget": None}) == NOTHING_ASKED
+    one, whole = served.asked({"duet_budget": 1}), served.asked({"duet_budget": 1.0})  # a token, and all tokens
+    assert served.span((576,), asked=one).entry == 1 and served.span((60,), asked=whole).entry == 60
+    with pytest.raises(ValueError, match="duet_budget=1.0: 576 of 576 visual tokens, but this server allows 64 at most"):
+        served.span((576,), asked=whole)
+    for bad in (0, -3, 1.5, "64", True, [64]):
+        with pytest.raises(ValueError, match="duet_budget="):
+            served.asked({"duet_budget": bad})
+    with pytest.raises(ValueError, match="has counts of its own"):
+        Served.of({"method": "duet", "dominant": 54, "contextual": 10}, "compact").asked({"duet_budget": 4})
+
+
+def test_other_settings_are_another_salt() -> None:
+    given: list[dict[str, Any]] = [{"budget": 64}, {"budget": 65}, {"method": "duet_plus", "budget": 64}, {"budget": 64, "cluster_width": 5}]
+    assert len({Served.of(each, "compact").salt for each in given} | {Served.of(given[0], "keep").salt}) == 5
+    assert Served.of(given[0], "compact").salt == Served.of(dict(given[0]), "compact").salt
+
+
+def test_the_plug_in_has_a_model_for_each_architecture_that_the_command_line_offers() -> None:
+    sources = Path(__file__).parent.parent / "plugins" / "vllm" / "src" / "duet_vlm_vllm"
+    (places,) = [
+        ast.literal_eval(node.value)
+        for node in ast.parse((sources / "__init__.py").read_text()).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "MODULES"
+    ]
+    assert set(places) == set(ARCHITECTURES)
+    for place in places.values():
+        file, name = place.split(":")
+        assert f"class {name}(" in (sources / f"{file}.py").read_text()
+
+
+# ---- rows
+
+
+@pytest.mark.parametrize("name", FIRST_STAGES)
+def test_a_span_in_a_batch_becomes_what_it_becomes_alone(name: str) -> None:
+    torch.manual_seed(0)
+    served = Served.of({"method": name, "budget": 9}, "keep")
+    rows = [torch.randn(n, 8) for n in (16, 25, 9, 4)]
+    parts = [torch.zeros(16).long(), torch.tensor([0] * 12 + [-1] + [1] * 12), torch.zeros(9).long(), torch.zeros(4).long()]
+    signals = [torch.rand(len(row)) for row in rows], [torch.randn(len(row), 6) for row in rows]
+    asked = [NOTHING_ASKED, NOTHING_ASKED, 6.0, NOTHING_ASKED]  # the third asks for five
+    together = reduced(served, rows, parts, asked, signals)
+    for i, (kept, source) in enumerate(together):
+        ((alone, place),) = reduced(served, rows[i : i + 1], parts[i : i + 1], asked[i : i + 1], ([signals[0][i]], [signals[1][i]]))
+        assert torch.equal(source, place) and torch.allclose(kept, alone, atol=1e-6)
+        assert len(kept) == [9, 9, 5, 4][i] == served.span(*sizes_of(parts[i]), asked[i]).entry
+        assert source.tolist() == sorted(set(source.tolist())) and not (parts[i][source] < 0).any()
+    assert torch.equal(together[3][0], rows[3])  # smaller than the budget: whole
+
+
+def test_a_method_without_its_signals_is_an_error() -> None:
+    served = Served.of({"budget": 4}, "compact")
+    with pytest.raises(RuntimeError, match="duet ranks by the attention of the vision tower"):
+        reduced(served, [torch.randn(9, 4)], [torch.zeros(9).long()], [NOTHING_ASKED], None)
+
+
+# ---- the command line
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], dict[str, str]]]:
+    """What would have been started in place of this process; vLLM and the plug-in are said to be there."""
+    found: list[tuple[list[str], dict[str, str]]] = []
+    monkeypatch.setattr("duet_vlm.cli.serve.find_spec", lambda name: name)
+    monkeypatch.setattr("os.execve", lambda program, command, environment: found.append((command, environment)))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    return found
+
+
+def call(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def option(command: list[str], name: str) -> str:
+    return command[command.index(name) + 1]
+
+
+def test_serve_starts_vllm_with_the_settings(started: list[Any]) -> None:
+    done = call("serve", "-m", "tiny", "--budget", "22%", "--port", str(free_port()), "--api-key", "k", "--", "--max-model-len", "99")
+    assert done.exit_code == 0, done.output
+    ((command, environment),) = started
+    assert option(command, "--served-model-name") == "tiny" and option(command, "--model") == str(tiny.path())
+    assert option(command, "--host") == "127.0.0.1" and option(command, "--allowed-media-domains") == "none.invalid"
+    assert option(command, "--hf-overrides.architectures+") == "DuetLlavaForConditionalGeneration"
+    assert (option(command, "--hf-overrides.duet.method"), option(command, "--hf-overrides.duet.budget")) == ("duet_plus", "0.22")
+    assert command[-2:] == ["--max-model-len", "99"] and environment["VLLM_API_KEY"] == "k" and "k" not in command
+    assert "--trust-request-mm-kwargs" not in command and "--tensor-parallel-size" not in command
+    assert "method=duet_plus, budget=0.22" in done.output and "/v1" in done.output and "warning" not in done.output
+
+
+def test_serve_opens_what_it_is_asked_to_open(started: list[Any]) -> None:
+    port = str(free_port())
+    more = ["--request-budgets", "--fetch-urls", "--tensor-parallel-size", "2", "--host", "0.0.0.0"]
+    done = call("serve", "-m", "tiny", "-b", "9", "--port", port, *more)
+    ((command, _),) = started
+    assert "--trust-request-mm-kwargs" in command and "--allowed-media-domains" not in command and option(command, "--tensor-parallel-size") == "2"
+    assert "anyone who reaches" in done.output
+
+
+def test_the_flags_are_words_that_no_shell_reads(started: list[Any]) -> None:
+    done = call("vllm-args", "-m", "tiny", "--method", "visionzip", "--set", "dominant=0.2", "--set", "contextual=5")
+    words = "--hf-overrides.architectures+ DuetLlavaForConditionalGeneration --hf-overrides.duet.method visionzip"
+    assert done.output.strip() == f"{words} --hf-overrides.duet.dominant 0.2 --hf-overrides.duet.contextual 5"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["-m", "tiny"], "needs a budget"),
+        (["-m", "tiny", "-b", "9", "--method", "fastv"], "drops inside the decoder"),
+        (["-m", "tiny", "-b", "9", "--method", "duett"], "did you mean 'duet'"),
+        (["-m", "tiny", "-b", "nine"], "--budget nine"),
+        (["-m", "tiny-video", "-b", "9"], "VideoLlavaForConditionalGeneration: vLLM cannot run"),
+        (["-m", "nowhere", "-b", "9"], "no such folder"),
+        (["-m", "tiny", "-b", "9", "--set", "alpha"], "write it as key=value"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(started: list[Any], arguments: list[str], says: str) -> None:
+    for verb in ("serve", "vllm-args"):
+        done = call(verb, *arguments)
+        assert done.exit_code == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not started
+
+
+def test_a_port_that_is_taken_and_a_machine_without_vllm(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"--port {port}: cannot listen there" in call("serve", "-m", "tiny", "-b", "9", "--port", port).stderr
+    monkeypatch.setattr("duet_vlm.cli.serve.find_spec", lambda name: None)
+    done = call("serve", "-m", "tiny", "-b", "9")
+    assert "vllm and duet-vlm-vllm: not installed here" in done.stderr and "docs/serve.md" in done.stderr and done.exit_code == 2
+    assert not started
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+# ---- in a container
+
+
+def test_examples_start_the_command_with_options_that_it_has() -> None:
+    deploy = Path(__file__).parent.parent / "plugins" / "vllm" / "deploy"
+    known = {name for each in get_command(app).commands["serve"].params for name in each.opts}  # type: ignore[attr-defined]
+    service = yaml.safe_load((deploy / "compose.yaml").read_text())["services"]["duet-vlm"]
+    deployment, front = yaml.safe_load_all((deploy / "kubernetes.yaml").read_text())
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    for words in (service["command"], container["args"]):
+        assert all(isinstance(word, str) for word in words)
+        assert {word for word in words if word.startswith("--")} <= known and "--host" in words
+    assert (deploy / "../../.." / service["build"]["dockerfile"]).is_file() and (deploy / service["build"]["context"] / "pyproject.toml").is_file()
+    assert "VLLM_API_KEY" in service["environment"] and container["env"][0]["name"] == "VLLM_API_KEY"
+    assert front["spec"]["selector"] == deployment["spec"]["selector"]["matchLabels"] == deployment["spec"]["template"]["metadata"]["labels"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in deployment["spec"]["template"]["spec"]["volumes"]}
+
+
+# ---- transformers' own server
+
+
+def test_what_is_vllms_is_refused_on_transformers(started: list[Any]) -> None:
+    for more in (["--tensor-parallel-size", "2"], ["--request-budgets"], ["--", "--max-model-len", "9"]):
+        done = call("serve", "-m", "tiny", "-b", "9", "--backend", "transformers", *more)
+        assert done.exit_code == 2 and "are vLLM's, leave them out" in done.stderr
+    assert "give 'vllm' or 'transformers'" in call("serve", "-m", "tiny", "-b", "9", "--backend", "sglang").stderr
+
+
+def test_pictures_that_are_not_part_of_a_request_are_found() -> None:
+    def body(url: Any) -> bytes:
+        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "x"}]
+        return json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+
+    assert remote(body({"url": "data:image/png;base64,AA"})) is remote(body("data:image/png;base64,AA")) is remote(b"") is remote(b"{") is None
+    for url in ("http://host/x.png", "/etc/hostname", "file:///etc/hostname"):
+        assert remote(body({"url": url})) == remote(body(url)) == url
+
+
+@pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason="needs transformers[serving]")
+def test_transformers_serves_both_stages(tmp_path: Path) -> None:
+    """The answer is that of ``attach``; other models, URLs and strangers are refused, and the server goes on."""
+    import openai
+
+    port, item = free_port(), tiny.sample("test", 1, 0)
+    command = [sys.executable, "-m", "duet_vlm.cli.main", "serve", "-m", "tiny", "--method", "duet", "-b", "16", "--backend", "transformers"]
+    source = str(Path(duet_vlm.__file__).parents[1])
+    with (tmp_path / "log").open("w") as log:
+        run = [*command, "--port", str(port), "--api-key", "k"]
+        process = subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": source, "HF_HUB_OFFLINE": "1"})
+    try:
+        for _ in range(300):
+            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            time.sleep(0.5)
+        held = io.BytesIO()
+        item.image.save(held, "PNG")
+        picture = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+        def ask(url: str, key: str = "k", model: str = str(tiny.path())) -> Any:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+            content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": item.question}]
+            return client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0)
+
+        model, processor = tiny.load()
+        inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
+        with duet_vlm.attach(model, "duet", budget=16):
+            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        expected = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert ask(picture).choices[0].message.content.strip() == expected
+        with pytest.raises(openai.AuthenticationError):
+            ask(picture, key="another")
+        for wrong in ({"url": "http://127.0.0.1:1/x.png"}, {"url": "/etc/hostname"}, {"url": picture, "model": "gpt2"}):
+            with pytest.raises(openai.BadRequestError):
+                ask(**wrong)
+        assert ask(picture).choices[0].message.content.strip() == expected
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -1,0 +1,316 @@
+"""duet-vlm tune: exact bounds against sums by hand, a race that cannot be won by luck, a search that resumes, a file that everything takes."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import duet_vlm
+from duet_vlm import tiny
+from duet_vlm.cli.main import app
+from duet_vlm.cli.tune import size_of
+from duet_vlm.evaluate.experiment import Run
+from duet_vlm.memory import saved
+from duet_vlm.tune.ask import divergence
+from duet_vlm.tune.bounds import FEWEST, allowed, chance, lower_bound, needed, split
+from duet_vlm.tune.candidates import candidates
+from duet_vlm.tune.folder import folder_task
+from duet_vlm.tune.race import RUNGS, Candidate, Reply, choose, confirm
+from duet_vlm.tune.search import Goal
+from duet_vlm.tune.words import python_line, shell_line, verdict
+
+
+def below(losses: int, asked: int, rate: float) -> float:
+    """Chance of at most so many losses, summed by hand."""
+    return sum(math.comb(asked, i) * rate**i * (1 - rate) ** (asked - i) for i in range(losses + 1))
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.95, 0.98])
+def test_allowed_losses_are_the_most_that_exclude_a_worse_setting(keep: float) -> None:
+    for asked in (1, 10, 58, 59, 60, 148, 149, 150, 236, 500):
+        losses = allowed(asked, keep)
+        assert losses == -1 or below(losses, asked, 1 - keep) <= 0.05
+        assert below(losses + 1, asked, 1 - keep) > 0.05
+
+
+def test_the_bound_is_where_the_test_turns() -> None:
+    for asked, lost in ((30, 0), (149, 0), (236, 1), (400, 7), (50, 50)):
+        bound = lower_bound(asked - lost, asked)
+        if lost < asked:
+            assert below(lost, asked, 1 - bound) == pytest.approx(0.05, abs=1e-9)
+        assert bound == 0.0 or (allowed(asked, bound - 1e-6) >= lost > allowed(asked, bound + 1e-6))
+    assert lower_bound(0, 0) == 0.0
+
+
+def test_needed_questions() -> None:
+    assert [needed(0.98), needed(0.95), needed(0.8)] == [149, 59, 14]  # ceil(log 0.05 / log keep)
+    for losses in range(4):
+        count = needed(0.95, losses)
+        assert allowed(count, 0.95) >= losses > allowed(count - 1, 0.95)
+    assert chance(2, 12, 0.98) == pytest.approx(1 - below(1, 12, 0.02))
+
+
+def test_questions_are_split_and_too_few_are_named() -> None:
+    assert (split(200, 0.98).choosing, split(200, 0.98).testing, split(200, 0.98).losses) == (50, 149, 0)
+    for count in (250, 400, 1000):
+        found = split(count, 0.98)
+        assert found.choosing + found.testing <= count and found.choosing >= FEWEST
+        assert found.losses == allowed(found.testing, 0.98) > allowed(found.testing - 1, 0.98)  # no question more than its losses need
+    with pytest.raises(ValueError, match=r"100 questions .* 149 .* give 73 more, or --keep 0.961"):
+        split(100, 0.98)
+    assert split(100, 0.961).testing + FEWEST <= 100
+    with pytest.raises(ValueError, match="1 questions .* give 172 more"):
+        split(1, 0.98)
+    assert split(40, None).losses is None
+
+
+class Made:
+    """Candidates with known shares of losses: the dearer, the fewer."""
+
+    def __init__(self, losses: dict[str, float], seed: int = 0, hard: bool = False) -> None:
+        self.rates, self.rng, self.hard = losses, random.Random(seed), hard
+        self.luck: dict[tuple[str, int], float] = {}
+        self.asked: list[tuple[str, int]] = []
+
+    def __call__(self, runs: Sequence[Run], numbers: Sequence[int]) -> dict[str, list[Reply] | str]:
+        out: dict[str, list[Reply] | str] = {}
+        for run in runs:
+            self.asked += [(run.id, number) for number in numbers]
+            luck = [self.luck.setdefault(("" if self.hard else run.id, number), self.rng.random()) for number in numbers]
+            rate = self.rates[run.id]
+            out[run.id] = "too small a budget" if rate > 1 else [Reply(chance < rate, rate + chance / 100) for chance in luck]
+        return out
+
+    def field(self) -> list[Candidate]:
+        return [Candidate(Run(name), ms=100.0 - place) for place, name in enumerate(self.rates)]
+
+
+def raced(made: Made, keep: float | None, count: int) -> tuple[Candidate | None, list[Candidate], list[Candidate]]:
+    field, spent = made.field(), split(count, keep)
+    ladder = choose(field, range(spent.choosing), keep, made)
+    testing = range(spent.choosing, spent.choosing + spent.testing)
+    return (confirm(ladder, testing, spent.losses, made, 16) if ladder else None), ladder, field
+
+
+def test_the_cheapest_that_holds_wins_and_every_other_has_a_reason() -> None:
+    made = Made({"a": 0.0, "b": 0.0, "c": 0.3, "d": 0.5, "e": 2.0})
+    chosen, ladder, field = raced(made, 0.98, 200)
+    assert chosen is not None and chosen.name == "b" and chosen.bound is not None and chosen.bound >= 0.98
+    assert len(ladder) <= RUNGS and all(c.reason for c in field if c is not chosen) and not chosen.reason
+    assert "have a chance of" in field[3].reason and field[4].reason == "too small a budget"
+    chose, tested = ({n for name, n in made.asked if (n < 50) == early} for early in (True, False))
+    assert chose and tested and max(tested) < 50 + 149
+    assert sum(name == "d" for name, _ in made.asked) < 20  # what loses half of its answers is not asked for long
+
+
+def test_a_rung_behind_one_that_failed_is_not_taken() -> None:
+    """The order is fixed before the test: what comes after a failure counts no more, however well it does."""
+    safe, unlucky, cheap = (Candidate(Run(name), ms=ms) for name, ms in (("safe", 3.0), ("unlucky", 2.0), ("cheap", 1.0)))
+    found = confirm([safe, unlucky, cheap], range(149), 0, Made({"safe": 0.0, "unlucky": 0.5, "cheap": 0.0}), 16)
+    assert found is safe and "failed before it" in cheap.reason and "which allows 0 of 149" in unlucky.reason
+    assert cheap.tested < 149
+
+
+@pytest.mark.parametrize("hard", [False, True], ids=["own questions", "the same hard questions"])
+def test_many_bad_candidates_do_not_make_a_good_one(hard: bool) -> None:
+    """30 settings that all lose 2.1 %: in 400 searches one is taken in no more than 5 % of them (and 3 standard errors)."""
+    names = {f"c{i}": 0.021 for i in range(30)}
+    wrong = sum(raced(Made(names, seed, hard), 0.98, 200)[0] is not None for seed in range(400))
+    assert wrong / 400 <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 400)
+
+
+def test_without_a_share_to_keep_the_best_is_measured() -> None:
+    chosen, ladder, _ = raced(Made({"a": 0.2, "b": 0.0, "c": 0.4}), None, 80)
+    assert chosen is not None and chosen.name == "b" and len(ladder) == 1 and chosen.tested == 56
+
+
+def test_divergence() -> None:
+    from scipy.stats import entropy
+
+    rng = np.random.default_rng(0)
+    one, other = rng.dirichlet(np.ones(9), 4), rng.dirichlet(np.ones(9), 4)
+    found = divergence(torch.tensor(one).log(), torch.tensor(other).log())
+    assert found.numpy() == pytest.approx([entropy(a, b) for a, b in zip(one, other, strict=True)])
+    assert divergence(torch.tensor(one).log(), torch.tensor(one).log()).max() == 0
+
+
+@pytest.mark.parametrize(
+    "values, said", [({"keep": 1.0}, "from 0.5 to below 1"), ({"keep": 0.2}, "0.2"), ({"speedup": 0.5}, "above 1"), ({"memory": 0.0}, "24GB")]
+)
+def test_goals_that_cannot_be(values: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Goal(**values)
+
+
+def test_sizes() -> None:
+    assert [size_of(text) for text in ("24GB", "800 mb", "1.5g", "7")] == [24e9, 800e6, 1.5e9, 7]
+    with pytest.raises(ValueError, match="--memory lots: write a size"):
+        size_of("lots")
+
+
+def test_candidates_are_methods_by_budgets_by_schedules() -> None:
+    model, _ = tiny.load()
+    runs = candidates([("duet_plus", {}), ("visionzip", {})], (0.5, 0.22), ("own", "paper"), model)
+    assert len(runs) == 2 * (2 + 1)  # visionzip drops nothing inside the decoder
+    assert {run.id for run in runs if not run.settings} == {"duet_plus@0.5", "duet_plus@0.22", "visionzip@0.5", "visionzip@0.22"}
+    with pytest.raises(ValueError, match="none of visionzip takes a schedule"):
+        candidates([("visionzip", {})], (0.5,), ("deep",), model)
+    with pytest.raises(ValueError, match="--schedules steep: choose among own, paper, deep"):
+        candidates([("duet", {})], (0.5,), ("steep",), model)
+
+
+def test_a_folder_is_a_task(tmp_path: Path) -> None:
+    for name in ("b.png", "a.JPG"):
+        Image.new("RGB", (8, 8), "red").save(tmp_path / name, "png")
+    (tmp_path / "a.txt").write_text("first ?\n\nsecond ?\n")
+    (tmp_path / "notes.md").write_text("no picture")
+    task = folder_task(tmp_path, ["what ?"])
+    assert task.size == 3 and [task.ask(0, i).text for i in range(3)] == ["first ?", "second ?", "what ?"]
+    assert task.ask(0, 2).answers == () and task.ask(0, 2).images[0].size == (8, 8)
+    with pytest.raises(ValueError, match="b.png: nothing to ask about it; give --prompt, or write prompts into b.txt"):
+        folder_task(tmp_path, [])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no pictures or clips in it"):
+        folder_task(tmp_path / "empty", ["what ?"])
+
+
+def test_a_file_is_attached_like_its_contents(tmp_path: Path) -> None:
+    file = tmp_path / "duet.json"
+    file.write_text(json.dumps({"method": "duet_plus", "budget": 0.22, "settings": {"schedule": [[6, 0.5], [9, 0.0]]}, "found": {"kept": 1.0}}))
+    model, _ = tiny.load()
+    schedule = ((6, 0.5), (9, 0.0))
+    for method in (str(file), file):
+        with duet_vlm.attach(model, method) as handle:
+            assert (handle.reducer.name, handle.budget, handle.reducer.settings()["schedule"]) == ("duet_plus", 0.22, schedule)
+    with duet_vlm.attach(model, file, budget=0.5, text_query="last") as handle:
+        assert (handle.budget, handle.reducer.settings()["text_query"]) == (0.5, "last")
+    for text, said in (("{", "is not JSON"), ("[]", "holds no reduction"), ('{"method": "duet"}', "holds no reduction")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            saved(file)
+    with pytest.raises(ValueError, match="nowhere.json: cannot be read"):
+        duet_vlm.attach(model, "nowhere.json")
+
+
+def call(*words: str | Path) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+SMALL = ("--limit", "60", "--keep", "0.8", "--timing-rounds", "3", "--batch", "30")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("tune")
+    found = call("tune", "tiny", *SMALL, "--methods", "duet,random", "--budgets", ".33,.06", "--out", folder, "--json")
+    assert found.exit_code == 0, found.output
+    return folder / "tiny", json.loads(found.stdout)
+
+
+def test_a_search_writes_what_to_use(tuned: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = tuned
+    assert {file.name for file in folder.iterdir()} == {"duet.json", "result.json", "pareto.png", "journal.jsonl"}
+    chosen = next(row for row in result["candidates"] if row["id"] == result["chosen"])
+    setting = json.loads((folder / "duet.json").read_text())
+    assert {key: setting[key] for key in ("method", "budget", "settings")} == {key: chosen[key] for key in ("method", "budget", "settings")}
+    assert chosen["bound"] == pytest.approx(lower_bound(chosen["testing"]["asked"] - chosen["testing"]["lost"], chosen["testing"]["asked"]))
+    assert chosen["bound"] >= 0.8 and all(row["reason"] for row in result["candidates"] if row is not chosen)
+    assert Image.open(folder / "pareto.png").size[0] > 800
+    assert f"{chosen['bound']:.2%}" in result["verdict"] and result["use"]["python"] == python_line(chosen)
+
+
+def test_a_second_call_asks_nothing_again(tuned: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = tuned
+    before = (folder / "journal.jsonl").read_text()
+    again = call("tune", "tiny", *SMALL, "--methods", "duet,random", "--budgets", ".33,.06", "--out", folder.parent, "--json")
+    assert json.loads(again.stdout)["candidates"] == result["candidates"] and (folder / "journal.jsonl").read_text() == before
+
+
+def test_a_killed_search_goes_on(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    folder, result = tuned
+    lines = (folder / "journal.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/journal.jsonl").write_text("".join(lines[: len(lines) - 2]) + '{"batch": "hal')
+    again = call("tune", "tiny", *SMALL, "--methods", "duet,random", "--budgets", ".33,.06", "--out", tmp_path, "--json")
+    assert json.loads(again.stdout)["candidates"] == result["candidates"]
+
+
+def test_every_verb_takes_the_file(tuned: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    setting = tuned[0] / "duet.json"
+    known = json.loads(setting.read_text())
+    picture = Path(tiny.__file__).parent / "demo/1-shapes.png"
+    picture = picture if picture.is_file() else sorted(picture.parent.glob("*.png"))[0]
+    said = call("run", "--method", setting, "-i", picture, "-p", "what color is the star ?", "--json")
+    assert json.loads(said.stdout)["report"]["budget"] == known["budget"]
+    said = call("eval", "--methods", setting, "--limit", "2", "--timing-rounds", "0", "--workers", "1", "--out", tmp_path, "--json")
+    assert [row["budget"] for row in json.loads(said.stdout)["results"][0]["runs"]] == [None, known["budget"]]
+    said = call("train", "--data", "tiny", "--limit", "4", "--method", setting, "--print-config", "--json")
+    assert {key: json.loads(said.stdout)[key] for key in ("method", "budget")} == {key: known[key] for key in ("method", "budget")}
+
+
+def test_nothing_qualifies_is_said(tmp_path: Path) -> None:
+    words = ("--limit", "90", "--keep", "0.9", "--timing-rounds", "3", "--methods", "random", "-b", ".06")
+    found = call("tune", "tiny-chain", *words, "--out", tmp_path)
+    assert found.exit_code == 0 and "Nothing qualifies for at least 0.9 of the right answers kept." in found.output
+    assert not (tmp_path / "tiny-chain/duet.json").exists() and (tmp_path / "tiny-chain/pareto.png").exists()
+
+
+def test_a_dry_run_says_what_it_would_cost(tmp_path: Path) -> None:
+    found = call("tune", "tiny", *SMALL, "--methods", "duet", "-b", ".33", "--out", tmp_path, "--dry-run")
+    assert found.exit_code == 0 and "at most" in found.output and not (tmp_path / "tiny/result.json").exists()
+
+
+def jsonl(folder: Path, *rows: dict[str, Any]) -> Path:
+    Image.new("RGB", (64, 64), "white").save(folder / "white.png")
+    file = folder / "mine.jsonl"
+    file.write_text("".join(json.dumps({"image": "white.png"} | row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize(
+    "row, words, said",
+    [
+        ({"question": "what color is the star ?", "answer": "an aardvark"}, (), "never one of the labels"),
+        ({"question": "what color is the star ?"}, ("--limit", "1"), "1 questions .* too few"),
+        ({"question": "what color is the star ?"}, ("--prompt", "why ?"), "brings its questions"),
+        ({"question": "what color is the star ?"}, ("--methods", "duett"), "did you mean 'duet'"),
+    ],
+)
+def test_bad_questions_get_one_sentence(row: dict[str, Any], words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    file = jsonl(tmp_path, *([row] * 40))
+    found = call("tune", file, "--keep", "0.8", "--out", tmp_path / "out", "--timing-rounds", "3", "--json", *words)
+    (line,) = found.stderr.splitlines()[-1:]
+    assert found.exit_code == 2 and line.startswith("error:") and __import__("re").search(said, line), found.output
+
+
+def test_a_model_that_answers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import LlavaForConditionalGeneration as Model
+
+    real = Model.generate
+    monkeypatch.setattr(Model, "generate", lambda self, *a, **k: real(self, *a, **k | {"max_new_tokens": 1, "suppress_tokens": list(range(3, 400))}))
+    file = jsonl(tmp_path, *([{"question": "what color is the star ?"}] * 40))
+    found = call("tune", file, "--keep", "0.8", "--out", tmp_path / "out", "--json")
+    assert found.exit_code == 2 and "answers nothing to any of" in found.stderr
+
+
+def test_words_for_what_is_near() -> None:
+    row: dict[str, Any] = {"id": "duet@0.5", "method": "duet", "budget": 0.5, "settings": {"schedule": [[6, 0.5]]}, "ms": 2.0, "kept": 0.995}
+    row |= {"testing": {"asked": 149, "lost": 1}, "bound": 0.97, "reason": "lost"}
+    asked = {"losses": 0, "testing": 149}
+    result: dict[str, Any] = {"candidates": [row], "chosen": None, "goal": {"keep": 0.98, "words": "the goal"}, "questions": asked}
+    assert verdict(result) == (
+        "Nothing qualifies for the goal. Nearest is duet@0.5: it kept 99.5% of what it was asked. "
+        f"More questions may show it: {needed(0.98, 2)} in the test allow 2 losses, these 149 allow 0."
+    )
+    assert python_line(row) == "handle = duet_vlm.attach(model, 'duet', budget=0.5, schedule=((6, 0.5),))"
+    assert shell_line(row, "tiny") == "duet-vlm run --model tiny --method duet --budget 0.5 --set 'schedule=((6, 0.5),)' --image FILE --prompt TEXT"
