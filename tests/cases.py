@@ -44,7 +44,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "evs": {"keep": 0.4},
     "fastervlm": {"keep": 0.4},
     "fastv": {"layers": 2, "keep": 0.4},
-    "fitprune": {"schedule": ((1, 0.9), (2, 0.7), (3, 0.6), (5, 0.4), (7, 0.2))},
+    "fitprune": {"schedule": ((2, 0.8), (3, 0.6), (5, 0.4), (7, 0.2))},
     "fastvid": {"keep": 0.4},
     "frames": {"keep": 0.4},
     "frames+visionzip+pyramiddrop": {
@@ -74,6 +74,10 @@ REDUCING: dict[str, dict[str, Any]] = {
     "vscan": {"keep": 0.5, "window": 2, "schedule": ((4, 0.5),)},
     "zoo_prune": {"keep": 0.4, "directions": 3},
 }
+
+# methods whose usual drops come before the first attention of some families: a clear error
+TOO_EARLY = {"fitprune": ("qwen3_5", "qwen3_5_moe"), "sparsevlm": ("qwen3_5", "qwen3_5_moe")}
+
 
 def _by_text(name: str) -> bool:
     """Whether a method's drops keep the largest attention from text, and nothing else matters."""
