@@ -26,6 +26,7 @@ from duet_vlm.methods.prumerge_plus import PruMergePlus
 from duet_vlm.methods.prunesid import PruneSID
 from duet_vlm.methods.prunevid import PruneVid
 from duet_vlm.methods.pyramiddrop import PyramidDrop
+from duet_vlm.methods.sparsevlm import SparseVLM
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.vidcom2 import VidCom2
 from duet_vlm.methods.visionzip import VisionZip
@@ -34,6 +35,7 @@ from duet_vlm.methods.vscan import VScan
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
+    "d2pruner": {"schedule": ((3, 0.4),), "semantic": 0.5},
     "cdpruner": {"keep": 0.4},
     "adsc": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "apet": {"keep": 0.5, "schedule": ((4, 0.2),), "basis": 3},
@@ -45,6 +47,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "evs": {"keep": 0.4},
     "fastervlm": {"keep": 0.4},
     "fastv": {"layers": 2, "keep": 0.4},
+    "fitprune": {"schedule": ((2, 0.8), (3, 0.6), (5, 0.4), (7, 0.2))},
     "fastvid": {"keep": 0.4},
     "frames": {"keep": 0.4},
     "frames+visionzip+pyramiddrop": {
@@ -65,6 +68,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
     "sieve": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1)), "heads": 2},
+    "sparsevlm": {"schedule": ((2, 0.6), (3, 0.5), (5, 0.3))},
     "tokencarve": {"schedule": ((3, 0.4),), "cache": "full"},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
@@ -75,6 +79,10 @@ REDUCING: dict[str, dict[str, Any]] = {
     "vscan": {"keep": 0.5, "window": 2, "schedule": ((4, 0.5),)},
     "zoo_prune": {"keep": 0.4, "directions": 3},
 }
+
+# methods whose usual drops come before the first attention of some families: a clear error
+TOO_EARLY = {"fitprune": ("qwen3_5", "qwen3_5_moe"), "sparsevlm": ("qwen3_5", "qwen3_5_moe")}
+
 
 def _by_text(name: str) -> bool:
     """Whether a method's drops keep the largest attention from text, and nothing else matters."""
@@ -146,6 +154,7 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "vispruner": VisPruner.official(9, 0.4),
     "prumerge": PruMerge.official(4, neighbours=3),
     "prumerge_plus": PruMergePlus.official(0.25, neighbours=3),
+    "sparsevlm": SparseVLM.official(version="2.0", schedule=((2, 8), (3, 3))),
     "tome": ToMe.official(6),
     "evs": EVS.official(0.6),
     "fastvid": FastVID.official(0.4),

@@ -26,7 +26,8 @@ ARROWS = {
     "spelling": set(),
     "checks": {"budget", "contrastive", "flow", "models", "reducer"},
     "parts": {"budget"},
-    "reducer": {"budget", "settings", "spelling", "tokens", "vision"},
+    "calibration": set(),
+    "reducer": {"budget", "calibration", "settings", "spelling", "tokens", "vision"},
     "vision": {"budget"},
     "contrastive": {"ops"},
     "tower": {"budget", "ops", "reducer", "tokens"},
@@ -37,13 +38,15 @@ ARROWS = {
     "memory": {"budget", "reducer", "settings"},
     "stream": {"models", "ops"},
     "models": {"hooks", "measure", "ops", "tokens"},
-    "methods": {"budget", "ops", "reducer", "registry", "stages", "tokens", "tower", "vision"},
+    "observer": {"budget", "reducer"},
+    "methods": {"budget", "calibration", "observer", "ops", "reducer", "registry", "stages", "tokens", "tower", "vision"},
     "presets": {"budget", "methods", "reducer", "spelling"},
     "flow": {"budget", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower", "vision"},
     "serve": {"budget", "duet_vlm", "flow", "methods", "ops", "parts", "reducer", "settings", "tower", "vision"},
     "accounts": {"budget", "flow", "measure", "models", "reducer", "tokens"},
     "handle": {"accounts", "budget", "checks", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "flow", "handle", "memory", "methods", "models", "reducer"},
+    "calibrating": {"attach", "calibration", "checks", "methods", "observer", "registry"},
     "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "tokens", "tower"},
 }
 # the users of the library see it as anyone outside does
@@ -56,8 +59,8 @@ USERS = {
     "tune": {"bench", "duet_vlm", "evaluate", "loading", "measure", "models", "palette", "pictures", "video"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve", "spelling", "stream",
-        "tiny", "tokens", "train", "tune", "video", "viz",
+        "bench", "budget", "calibrating", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve",
+        "spelling", "stream", "tiny", "tokens", "train", "tune", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with

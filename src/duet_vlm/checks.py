@@ -53,6 +53,9 @@ def check(
             )
         elif not hasattr(processor, "tokenizer"):
             raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
+    stored = reducer.calibration() if isinstance(reducer, DecoderReducer) else None
+    if stored is not None:
+        stored.check(facts(adapter))
     if adapter.fixed_tokens is not None:
         _check_counts(adapter.fixed_tokens, reducer)
     if adapter.fixed_tokens is not None or budget is None:  # layers out of range are wrong for every image; budgets wait for its size
@@ -61,6 +64,12 @@ def check(
         if made.floored:
             reducer.plan(made.tokens, len(counts), budget)  # raises: no image of this tower could do better
         scoring_layers(adapter, reducer, [layer for layer in range(1, len(counts)) if 0 < counts[layer] < counts[layer - 1]])
+
+
+def facts(adapter: Adapter) -> dict[str, Any]:
+    """What a calibration must share with the model that it is used on."""
+    shape = adapter.decoder_shape()
+    return {"family": adapter.family, "layers": shape.layers, "hidden": shape.hidden, "heads": shape.heads, "tokens": adapter.fixed_tokens}
 
 
 def _check_layers(adapter: Adapter, reducer: EncoderReducer) -> None:

@@ -32,6 +32,7 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
+from duet_vlm.calibration import Calibration
 from duet_vlm.settings import declared
 from duet_vlm.spelling import did_you_mean
 from duet_vlm.tokens import Selection
@@ -317,6 +318,10 @@ class DecoderReducer(Reducer):
         check_choice("cache", self.cache, CACHES)
         check_choice("probe", self.probe, PROBES)
 
+    def calibration(self) -> Calibration | None:
+        """What it was told about a model by a file, which must then be the model that it is attached to."""
+        return None
+
     @classmethod
     def asks(cls) -> bool:
         """Whether text rows are looked at."""
@@ -331,6 +336,10 @@ class DecoderReducer(Reducer):
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
         that its paper uses."""
         return self
+
+    def asked(self, depth: int) -> frozenset[int]:
+        """Layers in front of which it is asked (``t2v``) even where its plan lets nobody leave there: to reorder, or to look."""
+        return frozenset()
 
     @abstractmethod
     def t2v(self, view: TextView) -> Tensor | Selection:

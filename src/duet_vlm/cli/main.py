@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import bench, budget, demo, drop_curve, eval, generate, methods, models, presets, report, run, serve, train, tune, viz
+from duet_vlm.cli import bench, budget, calibrate, demo, drop_curve, eval, generate, methods, models, presets, report, run, serve, train, tune, viz
 
 app = typer.Typer(
     name="duet-vlm",
@@ -23,6 +23,7 @@ app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.command("drop-curve")(drop_curve.drop_curve)
 app.command("tune")(tune.tune)
 app.command("report")(report.report)
+app.command("calibrate")(calibrate.calibrate)
 app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget")(budget.budget)
 app.command("bench")(bench.bench)

@@ -40,6 +40,7 @@ class PrefillPass:
         self.run, self.adapter, self.reducer, self.cache, self.replay = run, adapter, run.rules.reducer, cache, replay
         self.kinds = adapter.layer_types
         self.prepared = _prepared(kwargs.get("attention_mask")) if FULL in self.kinds else None  # windows are lifted for ranking
+        self.asked = self.reducer.asked(run.depth) if isinstance(self.reducer, DecoderReducer) else frozenset()
         self.drops = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
         self._check_rows_left()
         self.ranking = Ranking(self.reducer, adapter, queries, asking, self.prepared) if isinstance(self.reducer, DecoderReducer) else None
@@ -57,9 +58,9 @@ class PrefillPass:
         self.masks: dict[Any, Any] = {}
 
     def _keeps_at(self, layer: int) -> list[int] | None:
-        """Visual tokens per sample that stay before ``layer``, None where nothing changes."""
+        """Visual tokens per sample that stay before ``layer``, None where nothing changes and nobody is asked."""
         now = self.run.visual(layer)
-        return now if now != self.run.visual(layer - 1) else None
+        return now if now != self.run.visual(layer - 1) or (layer in self.asked and any(now)) else None
 
     def _check_rows_left(self) -> None:
         """Only without ``keep_predicting``: a prompt that is nothing but an image, of which nothing is kept."""
@@ -76,12 +77,11 @@ class PrefillPass:
         if index == 0 and getattr(self.reducer, "text_query", "") == "raters" and self.ranking is not None and self.ranking.raters is None:
             with torch.no_grad():
                 self.ranking.choose_raters(hidden.detach(), self.run.groups[0].tokens.to(hidden.device))
-        if index in self.to_rank:
-            with torch.no_grad():
-                self.signals[index] = self._signals(index, layer, hidden, kwargs)
-            self.to_rank.remove(index)
+        if self.scored_at.get(index) == index:  # by what all rows would do here
+            self._rank(index, layer, hidden, kwargs)
         if index in self.drops:
             hidden = self._drop(index, layer, hidden, kwargs)
+        self._rank(index, layer, hidden, kwargs)  # for a later drop, by what those do that are left
         if index + 1 in self.looks_back:
             self.earlier[index + 1] = hidden.detach()
         kwargs.update(self._for(self.run.group(index), index, hidden, kwargs))
@@ -132,6 +132,12 @@ class PrefillPass:
         return compat.decoder_mask(self.adapter.text_model.config, hidden, valid if group.padded else None, self.cache, index)
 
     # ---- ranking
+
+    def _rank(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> None:
+        if index in self.to_rank:
+            with torch.no_grad():
+                self.signals[index] = self._signals(index, layer, hidden, kwargs)
+            self.to_rank.remove(index)
 
     def _signals(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Signals:
         """What ``layer`` says of each row."""

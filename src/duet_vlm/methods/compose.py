@@ -24,6 +24,7 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
+from duet_vlm.calibration import Calibration
 from duet_vlm.methods.frames import Frames
 from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
@@ -331,6 +332,14 @@ class Composition(EncoderReducer):
 @dataclass(frozen=True)
 class DroppingComposition(Composition, DecoderReducer):
     """A composition whose last stage drops inside the decoder."""
+
+    def asked(self, depth: int) -> frozenset[int]:
+        second = self._stages[3]
+        return frozenset() if second is None else second.with_drops(depth).asked(depth)
+
+    def calibration(self) -> Calibration | None:
+        second = self._stages[3]
+        return None if second is None else second.calibration()
 
     def t2v(self, view: TextView) -> Tensor:
         second = self._stages[3]

@@ -135,7 +135,8 @@ def query_attention(
         [B, T] float32; with heads="each" [B, T, H].
     """
     key, count = key.float(), query.shape[1]
-    share = weight / ((count if heads == "mean" else 1) * weight.sum(1, keepdim=True))
+    asked = weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # nobody asks in a prompt without images: zeros
+    share = weight / ((count if heads == "mean" else 1) * asked)
     total = key.new_zeros(key.shape[0], count if heads == "each" else 1, key.shape[2])
     for start in range(0, query.shape[2], QUERY_BLOCK):
         block = slice(start, start + QUERY_BLOCK)

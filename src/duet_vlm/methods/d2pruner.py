@@ -1,0 +1,108 @@
+"""D2Pruner: one early drop inside the decoder by attention without its bias for positions, then by a set in which nothing resembles another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Schedule
+from duet_vlm.calibration import Calibration, read
+from duet_vlm.methods.position_prior import Biased, bias_of
+from duet_vlm.observer import Observer
+from duet_vlm.ops.graph import closeness, independent, rescaled
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.select import ranking, ranks, top
+from duet_vlm.reducer import TextView
+from duet_vlm.registry import register
+from duet_vlm.stages import StagedReducer
+
+LEAST = 1e-7
+LAYER = 2
+
+
+@register("d2pruner")
+@dataclass(frozen=True)
+class D2Pruner(StagedReducer):
+    """D2Pruner (AAAI 2026): attention over what positions get anyway, and structural diversity. From the paper: no code was to be had.
+
+    Attention of the last text token is divided by a stored prior, the mean that each place of the grid gets over many images. Most of the budget
+    goes to the best by it; the rest is picked in that order from tokens that are not like any picked one (a maximal independent set of the graph
+    whose edges join tokens alike in hidden state and place), and where these run out, by attention again.
+
+    Parameters beyond ``StagedReducer`` (one stage, before layer 2 of any depth, keeps 2/9)
+    ----------
+    prior : str or None
+        A file that ``duet-vlm calibrate d2pruner`` made for this model. None: a uniform prior, attention as it is.
+    resize : bool
+        Where the prior has no such grid, interpolate it from the one with the most places; False: an error.
+    important : float
+        Share of the tokens kept that goes to the best by attention.
+    semantic : float
+        Weight of likeness (cosine of hidden states, rescaled to [0, 1]) beside closeness; the paper has 1 for questions, 0.5 for grounding.
+    alike : float
+        Two tokens are joined where the weighted sum is above this.
+
+    Cost: one key projection, one query row, cosines of all pairs of visual tokens, and a step for each token that the graph chooses. Needs text
+    after the image. Usable in training (the choice carries no gradient).
+
+    What the paper leaves open and had to be chosen: closeness is 1 / (1 + distance in the grid), 0 between images; cosines are rescaled between
+    the smallest and largest of two different tokens of the prompt; those like an important token are not picked; the prior is per grid, and a
+    grid that is not known stands as places in a row; attention is the mean over heads at layer 1.
+    """
+
+    paper = "D2Pruner, AAAI 2026, from the paper"
+    summary = "one early drop inside the decoder by attention without position bias, then by what resembles no other"
+    stages: ClassVar[Schedule] = ((LAYER, 2 / 9),)
+    first: ClassVar[int] = LAYER
+    score_before = 1
+    uses_tokens = True
+    needs = frozenset({"rows"})
+
+    text_query: str = "last"
+    prior: str | None = None
+    resize: bool = False
+    important: float = 0.7
+    semantic: float = 1.0
+    alike: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("important", "semantic", "alike"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a number in [0, 1]")
+        self.calibration()
+
+    @classmethod
+    def observer(cls) -> Observer:
+        return Biased(layer=LAYER)
+
+    def calibration(self) -> Calibration | None:
+        return None if self.prior is None else read(self.prior, "d2pruner", "prior")
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.scores is not None and view.rows is not None and view.token is not None and view.span is not None  # promised
+        stored, valid = self.calibration(), view.valid
+        relative = view.scores if stored is None else view.scores / (bias_of(stored, view, self.resize) + LEAST)
+        important = top(relative, valid, (view.keep * self.important).long())
+        joined = self._joined(view) > self.alike
+        free = valid & ~important & ~(joined & important[:, None]).any(2)
+        left = view.keep - important.sum(1)
+        most = max(stay - int(stay * self.important) for _, stay in view.counts)
+        picked = independent(relative, joined, free, left, most)
+        place = ranks(ranking(relative, valid))
+        order = place + place.shape[1] * (2 - 2 * important.long() - picked.long())
+        return top(-order.float(), valid, view.keep)
+
+    def _joined(self, view: TextView) -> Tensor:
+        assert view.rows is not None and view.token is not None and view.span is not None
+        unit = unit_rows(view.rows)
+        likeness = rescaled(unit @ unit.transpose(1, 2), view.valid)
+        if self.semantic == 1:
+            return likeness
+        widths = torch.tensor([size if grid is None else grid[1] for (_, size), grid in zip(view.spans, view.grids, strict=True)])
+        width = widths.to(view.span.device)[view.span].clamp(min=1)
+        near = closeness(view.token // width, view.token % width) * (view.span[:, None] == view.span[..., None])
+        return self.semantic * likeness + (1 - self.semantic) * near

@@ -1,0 +1,79 @@
+"""What attention the places of a picture get whatever they show: learnt over many pictures, and looked up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.calibration import Calibration
+from duet_vlm.observer import Observer
+from duet_vlm.reducer import TextView
+
+Grid = tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class Biased(Observer):
+    """Notes the attention that visual tokens get from the last text token in the layer before ``layer``; its mean per grid is stored."""
+
+    score_before = 1
+    uses_tokens = True
+
+    text_query: str = "last"
+    layer: int = 2
+
+    def asked(self, depth: int) -> frozenset[int]:
+        return frozenset({self.layer})
+
+    def note(self, view: TextView) -> list[tuple[str, Tensor]]:
+        assert view.scores is not None  # promised by ``uses_text``
+        rows = [(scores[:there], *view.spans[int(span)], view.grids[int(span)]) for scores, (there, _), span in self._spans(view)]
+        return [(name_of(size, grid), scores.float().cpu().view(shape_of(size, grid))) for scores, _, size, grid in rows]
+
+    def _spans(self, view: TextView) -> list[Any]:
+        assert view.scores is not None and view.span is not None
+        return [row for row in zip(view.scores, view.counts, view.span[:, 0], strict=True) if row[1][0]]
+
+    def result(self, depth: int) -> dict[str, Any]:
+        found: dict[str, list[Tensor]] = {}
+        for name, scores in (pair for note in self.seen.lines for pair in note):
+            found.setdefault(name, []).append(scores)
+        return {name: torch.stack(scores).mean(0) for name, scores in found.items()}
+
+
+def bias_of(stored: Calibration, view: TextView, resize: bool) -> Tensor:
+    """[B, V], what each token's place gets; with ``resize`` interpolated from the largest grid where its own is not known.
+
+    Raises
+    ------
+    ValueError
+        An unknown grid otherwise.
+    """
+    assert view.scores is not None and view.token is not None and view.span is not None
+    if view.scores.is_meta:  # costs are counted on shapes
+        return torch.ones_like(view.scores)
+
+    def of(size: int, grid: Grid) -> Tensor:
+        name = name_of(size, grid)
+        if name in stored.data:
+            return stored.data[name].flatten()
+        if not resize:
+            known = ", ".join(sorted(stored.data))
+            raise ValueError(f"{stored.path} knows no grid of {name}, only {known}: resize=True interpolates, or {stored.advice}")
+        largest = max(stored.data.values(), key=Tensor.numel)
+        return nn.functional.interpolate(largest[None, None], shape_of(size, grid), mode="bilinear").flatten()
+
+    every = [of(size, grid).to(view.scores) for (_, size), grid in zip(view.spans, view.grids, strict=True)]
+    return nn.utils.rnn.pad_sequence(every, batch_first=True)[view.span, view.token]
+
+
+def shape_of(size: int, grid: Grid) -> tuple[int, int]:
+    """Rows and columns; a grid that is not known, or has other rows beside it, is a line."""
+    return grid if grid is not None and grid[0] * grid[1] == size else (1, size)
+
+
+def name_of(size: int, grid: Grid) -> str:
+    return "x".join(map(str, shape_of(size, grid)))

@@ -1,0 +1,149 @@
+"""SparseVLM: drop in three stages what the visual words of the question do not attend to, and recycle a part as cluster means."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Schedule, count_of, largest
+from duet_vlm.ops.peaks import peaks
+from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.select import ranking, ranks, top
+from duet_vlm.reducer import TextView, check_choice
+from duet_vlm.registry import register
+from duet_vlm.stages import StagedReducer
+from duet_vlm.tokens import Selection
+
+RELEASED = {  # tokens kept at each stage, of 576
+    "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
+    "2.0": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
+}
+LAYERS = (3, 7, 16)
+HEADS = 14
+
+
+@register("sparsevlm")
+@dataclass(frozen=True)
+class SparseVLM(StagedReducer):
+    """SparseVLM (ICML 2025, arXiv 2410.04417): words that the picture shows rate its tokens; of those that leave, the better ones are recycled.
+
+    Raters are the text tokens that the visual ones resemble more than the average one, found once from the embeddings. At each stage the tokens
+    stay that get most attention from raters in the layer before. Of d others the best int(0.3 d) + 1 are clustered around the density peaks
+    of their hidden states, about ten in a cluster, and each cluster goes on as its mean at the place of its centre.
+
+    Parameters beyond ``StagedReducer`` (stages before layers 3, 7 and 16 of 32, which keep 0.54, 0.35 and 0.2)
+    ----------
+    recycle : bool
+        False: the others only leave (second release).
+    best_heads : int or None
+        Attention is the mean over so many heads, those that attend most to visual tokens at that stage (second release: 14), or over all (None);
+        never more than there are.
+    released : bool
+        A stage's number counts those that are kept; recycled ones come on top and stand behind them, and one token at least is no longer kept.
+
+    Cost: one key projection and the raters' query rows per stage, distances among 0.3 of the tokens that leave. Needs text after the image.
+    Usable in training (the choice carries no gradient, recycled rows do).
+
+    Differences from the authors' code (Gumpest/SparseVLMs): numbers of tokens that go on are exact, recycled rows stand at their centre's
+    position, no random noise decides among equal densities (the earlier row is denser), any image place, number, batch and depth.
+    ``SparseVLM.official`` has their counts, order and positions, of version "1.5" or "2.0".
+    """
+
+    paper = "SparseVLM, ICML 2025, arXiv 2410.04417"
+    summary = "drop in stages inside the decoder by attention from visual words, and recycle a part of what leaves as cluster means"
+    stages: ClassVar[Schedule] = ((3, 0.54), (7, 0.35), (16, 0.2))
+    score_before = 1
+    score_heads = "each"
+    needs = frozenset({"rows"})
+    merges = True
+
+    text_query: str = "raters"
+    recycle: bool = True
+    best_heads: int | None = None
+    released: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.best_heads is not None and self.best_heads < 1:
+            raise ValueError(f"best_heads={self.best_heads}: a number of heads, at least 1, or None for all")
+
+    @classmethod
+    def official(cls, tokens: int = 192, version: str = "1.5", **fields: Any) -> SparseVLM:
+        """The released counts for nominally ``tokens`` of 576; version "2.0" recycles nothing, keeps positions and takes the best 14 heads."""
+        check_choice("version", version, tuple(RELEASED))
+        check_choice("tokens", str(tokens), tuple(map(str, RELEASED[version])))
+        schedule = tuple(zip(LAYERS, RELEASED[version][tokens], strict=True))
+        every: dict[str, Any] = {"schedule": schedule, "relative": "current", "released": True, "keep_predicting": False}
+        second = {"recycle": False, "best_heads": HEADS, "score_positions": "divided"}
+        return cls(**every | ({"positions": "compact"} if version == "1.5" else second) | fields)
+
+    def asked(self, depth: int) -> frozenset[int]:
+        """``released``: where a single token is recycled nobody leaves, but it moves behind the others."""
+        return frozenset(layer for layer, _ in self.schedule or () if self.released and self.recycle)
+
+    def _counts(self, tokens: int, depth: int, schedule: Schedule) -> tuple[int, ...]:
+        counts = super()._counts(tokens, depth, schedule)
+        if not self.released:
+            return counts
+        counts = (tokens,) * depth
+        for layer, keep in schedule:
+            there = counts[layer]
+            kept = max(min(count_of(keep, tokens if self.relative == "entry" else there, self.rounding), there - 1), 0)
+            gone_on = kept + (_clusters(there - kept) if self.recycle else 0)
+            counts = counts[:layer] + (min(gone_on, there),) * (depth - layer)
+        return counts
+
+    def t2v(self, view: TextView) -> Tensor | Selection:
+        assert view.scores is not None and view.rows is not None  # promised by ``uses_text`` and ``needs``
+        scores, valid = self._mean(view.scores, view.valid), view.valid
+        if not self.recycle:
+            return top(scores, valid, view.keep)
+        split = [self._split(there, stay) for there, stay in view.counts]
+        kept, pool, clusters = torch.tensor(split, device=scores.device).T
+        order = ranking(scores, valid)
+        width, most = (max(1, *(row[i] for row in split)) for i in (1, 2))
+        turn = torch.arange(width, device=scores.device)
+        members, real = order.gather(1, (kept[:, None] + turn).clamp(max=order.shape[1] - 1)), turn < pool[:, None]
+        chosen, nearest, peak = peaks(take(view.rows, members), real, clusters, most, capped=True)
+        index = pack_right(ranks(order) < kept[:, None], max(stay for _, stay in view.counts))[0]
+        row = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        behind = peak.argsort(dim=1).gather(1, (row - kept[:, None]).clamp(0, width - 1))
+        index = torch.where(row < kept[:, None], index, members.gather(1, behind))
+        into = kept[:, None] + peak.gather(1, nearest)
+        joins = real & ~chosen & (clusters > 0)[:, None]
+        valid = row < (kept + clusters)[:, None]
+        if not self.released:  # in order, each at its own place
+            places = index.masked_fill(~valid, scores.shape[1]).argsort(dim=1)
+            index, into = index.gather(1, places), ranks(places).gather(1, into.clamp(max=index.shape[1] - 1))
+        return Selection(index, valid, members, torch.where(joins, into, -1))
+
+    def _mean(self, scores: Tensor, valid: Tensor) -> Tensor:
+        """[B, V, H] -> [B, V]."""
+        if self.best_heads is None or self.best_heads >= scores.shape[2]:
+            return scores.mean(2)
+        seen = (scores * valid[..., None]).sum(1)
+        best = ranking(seen, torch.ones_like(seen, dtype=torch.bool))[:, : self.best_heads]
+        return scores.gather(2, best[:, None].expand(-1, scores.shape[1], -1)).mean(2)
+
+    def _split(self, there: int, stay: int) -> tuple[int, int, int]:
+        """How many of ``there`` tokens are kept, clustered, and how many clusters they make, so that ``stay`` go on."""
+        if there == stay and not self.released:
+            return stay, 0, 0
+        kept = largest(stay, lambda k: k + _clusters(there - k) <= stay)
+        named = [min(keep, there - 1) for _, keep in self.schedule or () if self.released]
+        if kept not in named and kept - 1 in named and kept - 1 + _clusters(there - kept + 1) == stay:
+            kept -= 1  # two numbers may give the same count: the one that was asked for
+        kept = max(kept, min(stay, 1))
+        return kept, min(_recycled(there - kept), there - kept), min(stay - kept, _clusters(there - kept))
+
+
+def _recycled(dropped: int) -> int:
+    return int(0.3 * dropped) + 1
+
+
+def _clusters(dropped: int) -> int:
+    """How many clusters the recycled ones of ``dropped`` tokens make."""
+    return _recycled(dropped) // 10 + 1
