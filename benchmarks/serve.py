@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import signal
 import socket
 import statistics
 import subprocess
@@ -61,7 +62,8 @@ def server(model: str, reduced: bool, options: list[str], log: Path) -> Iterator
     stock = ["-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", str(port), *options]
     ours = ["-m", "duet_vlm.cli.main", "serve", "-m", model, "-b", "1.0", "--port", str(port), "--request-budgets", "--", *options]
     with log.open("wb") as file:
-        process = subprocess.Popen([sys.executable, *(ours if reduced else stock)], env=QUIET | os.environ, stdout=file, stderr=subprocess.STDOUT)
+        words, environment = [sys.executable, *(ours if reduced else stock)], QUIET | os.environ
+        process = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             for _ in range(1800):
                 if process.poll() is not None:
@@ -73,7 +75,11 @@ def server(model: str, reduced: bool, options: list[str], log: Path) -> Iterator
             yield Server(port, model)
         finally:
             process.terminate()
-            process.wait(120)
+            try:
+                process.wait(120)
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
 
 
 class Pictures:

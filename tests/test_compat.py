@@ -32,7 +32,7 @@ def uneven_cache(config: Any) -> DynamicCache:
 
 def test_an_older_transformers_is_named_before_anything_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, works in (("5.19.0", False), ("4.57.1", False), ("5.21.0.dev0", True), ("5.100", True), ("6.0", True)):
-        monkeypatch.setattr("transformers.__version__", there)
+        monkeypatch.setattr(compat.transformers, "__version__", there)
         if works:
             compat.check_version()
             continue
