@@ -11,7 +11,6 @@ from transformers import DynamicCache
 from duet_vlm import DecoderReducer, TextView, attach
 from duet_vlm.flow.probe import prediction_gradient
 from duet_vlm.methods.pio import Pio
-from duet_vlm.methods.pyramiddrop import PyramidDrop
 from golden_runner.case import Case
 from golden_runner.spy import Watch, spying
 from golden_runner.t2v import Prompt, compare_step_positions
@@ -107,12 +106,6 @@ def check(case: Case) -> None:
     prompt = recorded(case)
     for run, settings in case.runs.items():
         Stages(case, run, Pio.official(settings["layer_list"], settings["image_token_list"]), prompt)
-
-
-def check_vscan(case: Case) -> None:
-    prompt = recorded(case)
-    for run, settings in case.runs.items():
-        Stages(case, run, PyramidDrop.official(tuple(zip(settings["layer_list"], settings["image_token_list"], strict=True))), prompt)
 
 
 def check_qwen(case: Case) -> None:

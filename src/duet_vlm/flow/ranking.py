@@ -76,10 +76,9 @@ class Ranking:
     ) -> Tensor:
         """Attention that rows ``index`` [B, Q] pay to every row: [B, T] float32, [B, T, H] by head."""
         scaling = self.adapter.scaling(layer)
-        weight = (valid | ~valid.any(1, keepdim=True)).float()  # no visual row: any will do, nothing is dropped
         divisor = _by_position(self.adapter, key, rotary, index, scaling) if self.reducer.score_positions == "divided" else None
         return query_attention(
-            query, key, scaling, lambda block: self._seen(tokens, index[:, block]), weight, heads=self.reducer.score_heads, divisor=divisor
+            query, key, scaling, lambda block: self._seen(tokens, index[:, block]), valid.float(), heads=self.reducer.score_heads, divisor=divisor
         )
 
     def _seen(self, tokens: TokenMap, index: Tensor) -> Tensor:
