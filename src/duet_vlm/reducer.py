@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar
@@ -33,6 +32,8 @@ from duet_vlm.budget import (
     within,
 )
 from duet_vlm.calibration import Calibration
+from duet_vlm.dropping import NEEDS
+from duet_vlm.dropping import TextView as TextView
 from duet_vlm.settings import declared
 from duet_vlm.spelling import did_you_mean
 from duet_vlm.tokens import Selection
@@ -51,55 +52,7 @@ HEADS = ("each", "one")
 CACHES = ("full", "cut")
 SCORE_POSITIONS = ("as_is", "divided")
 PROBES = ("next", "last")
-NEEDS = ("rows", "before", "text", "keys", "slots", "among", "gradient")
 ROUNDINGS = ("floor", "int", "round")
-
-
-def _unchanged(rows: Tensor) -> Tensor:
-    return rows
-
-
-@dataclass(frozen=True)
-class TextView:
-    """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive. With ``share="each"`` the rows are spans.
-
-    ``valid`` [B, V], ``keep`` [B] how many stay; ``counts`` the same on the host: (there now, stay) of each row. ``scores`` [B, V] float32: attention
-    from the text queries (None unless the method scores by text), [B, V, H] with ``score_heads`` "each". With ``uses_tokens``: ``spans`` lists, for
-    every span of the call, its number within its sample and its unreduced token count, ``grids`` its (rows, columns) or None; ``span`` [B, V] is
-    each token's row of that list and ``token`` [B, V] its number within the span.
-
-    The others are None unless the method names them in ``needs``; all are without gradient. D is the decoder's width, Q the most text queries.
-
-    - "rows": ``rows`` [B, V, D], the hidden states that the layer behind the drop would read.
-    - "before": ``before`` [B, V, D], the same tokens' one layer earlier.
-    - "text": ``text`` [B, Q, D], the hidden states of the text queries; ``text_valid`` [B, Q].
-    - "keys": ``keys`` [B, V, w] and ``text_keys`` [B, Q, w], rotated keys of the scoring layer, its heads side by side.
-    - "slots": ``slots`` [B, V] and ``text_slots`` [B, Q], their places in the prompt, counted from its first real token.
-    - "among": ``among`` [B, V], attention from the visual rows themselves, as ``scores``.
-    - "gradient": ``gradient`` [B, V, D] float32, of the decoder's own prediction after one more layer (``flow.probe``) by the tokens' hidden states.
-
-    ``normed`` is the decoder's last norm, a function of rows [..., D].
-    """
-
-    valid: Tensor
-    keep: Tensor
-    spans: tuple[tuple[int, int], ...] = ()
-    span: Tensor | None = None
-    token: Tensor | None = None
-    scores: Tensor | None = None
-    counts: tuple[tuple[int, int], ...] = ()
-    grids: tuple[tuple[int, int] | None, ...] = ()
-    rows: Tensor | None = None
-    before: Tensor | None = None
-    text: Tensor | None = None
-    text_valid: Tensor | None = None
-    keys: Tensor | None = None
-    text_keys: Tensor | None = None
-    slots: Tensor | None = None
-    text_slots: Tensor | None = None
-    among: Tensor | None = None
-    gradient: Tensor | None = None
-    normed: Callable[[Tensor], Tensor] = _unchanged
 
 
 @dataclass(frozen=True)
