@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
@@ -57,7 +58,7 @@ class Stream:
         self.steps = 0
         self.places = 0  # rows of every step
         self._sizes: list[int] | None = None  # (height, width) of the patches of a step, where the family says sizes
-        self._rows = self._score = self._index = self._last = self._tail = torch.empty(0)
+        self._rows = self._score = self._index = self._last = self._tail = torch.empty(0, device="cpu")
         self._timing: dict[str, Any] = {}
 
     @property
@@ -160,8 +161,9 @@ class Stream:
         whole = tokens + len(self._tail)
         tail = self._tail if whole <= self.budget else self._tail[:0]  # newlines leave first
         rows = torch.cat([embed(before), torch.cat([self._rows, tail]).to(embed.weight.dtype), embed(behind)])[None]
-        clip = torch.cat([self._index.cpu(), tokens + torch.arange(len(tail))])
-        slots = torch.cat([torch.arange(len(before)), len(before) + clip, len(before) + whole + torch.arange(len(behind))])
+        number = functools.partial(torch.arange, device="cpu")
+        clip = torch.cat([self._index.cpu(), tokens + number(len(tail))])
+        slots = torch.cat([number(len(before)), len(before) + clip, len(before) + whole + number(len(behind))])
         positions = self._positions(before, behind, whole)[..., slots.to(ids.device)]
         return {"inputs_embeds": rows, "attention_mask": torch.ones(rows.shape[:2], dtype=torch.long, device=ids.device), "position_ids": positions}
 

@@ -144,7 +144,8 @@ class PrefillPass:
         assert self.ranking is not None  # a method that decides
         group = self.run.group(index)
         rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
-        made = self.ranking.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary)
+        visual = max(self.run.visual(-1 if group is self.run.groups[0] else group.first_layer))
+        made = self.ranking.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary, visual)
         self.made.recording = False
         if self.adapter.key_projection(layer) in self.made.by:
             self.run.reused_layers = (*self.run.reused_layers, index)

@@ -51,12 +51,12 @@ class Ranking:
         rates = torch.where(rates.any(1, keepdim=True), rates, valid)  # all alike, or nothing to resemble
         self.raters = torch.zeros_like(self.queries, device=rates.device).scatter(1, tokens.slot.gather(1, index), rates)
 
-    def signals(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary) -> Signals:
-        """What the method asks of ``layer`` for its rows ``hidden`` [B, T, D]."""
+    def signals(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, visual_rows: int) -> Signals:
+        """What the method asks of ``layer`` for its rows ``hidden`` [B, T, D], of which a sample has up to ``visual_rows`` visual ones."""
         reducer, device = self.reducer, layer_device(layer, hidden)
         index, valid = (x.to(device) for x in self.text_rows(tokens))
         hidden, rotary, tokens = hidden.to(device), (rotary[0].to(device), rotary[1].to(device)), tokens.to(device)
-        visual, there = pack_right(tokens.visual, tokens.visual.shape[1]) if "among" in reducer.needs else (index[:, :0], valid[:, :0])
+        visual, there = pack_right(tokens.visual, max(1, visual_rows)) if "among" in reducer.needs else (index[:, :0], valid[:, :0])
         with compat.uncached_autocast(hidden):
             query, key = self.adapter.project(layer, hidden, rotary, torch.cat([index, visual], 1))
         with compat.without_autocast(hidden):

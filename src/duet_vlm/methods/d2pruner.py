@@ -102,7 +102,7 @@ class D2Pruner(StagedReducer):
         likeness = rescaled(unit @ unit.transpose(1, 2), view.valid)
         if self.semantic == 1:
             return likeness
-        widths = torch.tensor([size if grid is None else grid[1] for (_, size), grid in zip(view.spans, view.grids, strict=True)])
-        width = widths.to(view.span.device)[view.span].clamp(min=1)
+        sides = [size if grid is None else grid[1] for (_, size), grid in zip(view.spans, view.grids, strict=True)]
+        width = torch.tensor(sides, device=view.span.device)[view.span].clamp(min=1)
         near = closeness(view.token // width, view.token % width) * (view.span[:, None] == view.span[..., None])
         return self.semantic * likeness + (1 - self.semantic) * near

@@ -36,7 +36,7 @@ class HiRED(EncoderReducer):
     alpha : float
         Share of the overview, in [0, 1].
     early : int or float
-        The vision layer that shares the budget: its number, or a share of the depth.
+        The vision layer that shares the budget: its number, or a share of the depth (0.0: the first that sees whole pictures).
     regions : str
         "quadrants": the crop that shows a place; "stripes": equal runs of the overview's raster order, one for each crop (released code).
     rounding : str
@@ -58,7 +58,7 @@ class HiRED(EncoderReducer):
 
     keep: Keep | None = None
     alpha: float = 0.5
-    early: Layer = 0
+    early: Layer = 0.0
     regions: str = "quadrants"
     rounding: str = "floor"
 

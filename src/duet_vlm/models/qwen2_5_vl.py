@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,11 +33,8 @@ class Qwen25VL(Qwen2VL):
         return torch.argsort(self.windows(sizes)[0])
 
     def windows(self, sizes: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Merged tokens window by window [U], and where windows begin and end [windows + 1], in patches; on the host, whatever the default
-        device: the window index reads its grid many times."""
-        sides = {"spatial_merge_size": self.visual.spatial_merge_size, "window_size": self.visual.window_size, "patch_size": self.visual.patch_size}
-        with torch.device("cpu"):
-            return get_vision_window_index(torch.tensor(sizes, device="cpu"), **sides)
+        """Merged tokens window by window [U], and where windows begin and end [windows + 1], in patches."""
+        return _windows(tuple(map(tuple, sizes)), self.visual.spatial_merge_size, self.visual.window_size, self.visual.patch_size)
 
     def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``PackedTower``. The blocks work window by window; windows of which nothing is left vanish."""
@@ -53,3 +51,10 @@ class Qwen25VL(Qwen2VL):
         vision = self.config.vision_config
         windows = {"full_layers": len(vision.fullatt_block_indexes), "window": (vision.window_size // vision.patch_size) ** 2}
         return self._vision_shape(vision.hidden_size, vision.intermediate_size, 3, vision.out_hidden_size, **windows)
+
+
+@lru_cache(maxsize=256)
+def _windows(sizes: tuple[tuple[int, ...], ...], merge: int, window: int, patch: int) -> tuple[Tensor, Tensor]:
+    """Made once for pictures of the same sizes, on the host whatever the default device: the window index reads its grid many times."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return get_vision_window_index(torch.tensor(sizes, device="cpu"), spatial_merge_size=merge, window_size=window, patch_size=patch)

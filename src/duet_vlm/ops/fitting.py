@@ -21,7 +21,7 @@ def removable(received: Tensor, alive: Tensor, part: float) -> Tensor:
 
 def left_after(cross: Tensor, own: Tensor, part: float) -> list[int]:
     """Tokens that each layer reads when after every one those leave that may both by ``cross`` and by ``own`` [L, N]: L + 1 numbers."""
-    alive = torch.ones(cross.shape[1], dtype=torch.bool)
+    alive = torch.ones(cross.shape[1], dtype=torch.bool, device=cross.device)
     counts = [len(alive)]
     for by_text, by_picture in zip(cross, own, strict=True):
         alive = alive & ~(removable(by_text, alive, part) & removable(by_picture, alive, part))
@@ -33,7 +33,7 @@ def fitted(pictures: Sequence[tuple[Tensor, Tensor]], share: float) -> list[floa
     """The mean curve over pictures (cross, own [L, N]) for the smallest part that leaves at most ``share`` of the tokens per layer: L + 1 shares."""
 
     def curve(part: float) -> Tensor:
-        lines = [torch.tensor(left_after(cross, own, part), dtype=torch.float64) / cross.shape[1] for cross, own in pictures]
+        lines = [torch.tensor(left_after(cross, own, part), dtype=torch.float64, device="cpu") / cross.shape[1] for cross, own in pictures]
         return torch.stack(lines).mean(0)
 
     low, high = 0.0, 1.0
