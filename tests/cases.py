@@ -81,7 +81,7 @@ REDUCING: dict[str, dict[str, Any]] = {
 }
 
 # methods whose usual drops come before the first attention of some families: a clear error
-TOO_EARLY = {"fitprune": ("qwen3_5", "qwen3_5_moe"), "sparsevlm": ("qwen3_5", "qwen3_5_moe")}
+TOO_EARLY = {"dart": ("qwen3_5", "qwen3_5_moe"), "fitprune": ("qwen3_5", "qwen3_5_moe"), "sparsevlm": ("qwen3_5", "qwen3_5_moe")}
 
 
 def _by_text(name: str) -> bool:

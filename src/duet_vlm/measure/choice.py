@@ -114,7 +114,8 @@ def choice_flops(
         pairs, longs = torch.empty(batch, 2, dtype=torch.long, device=meta), functools.partial(empty, dtype=torch.long)
 
         def project(change: Change) -> Tensor:
-            rows = change(empty(vision.patches_per_token, vision.width))
+            first = vision.projector[0][0]  # wider than a patch where the projector reads several layers of the tower
+            rows = change(empty(max(1, vision.patches_per_token * vision.width // first), first))
             for wide, narrow in vision.projector:
                 rows = rows.reshape(batch, -1, wide) @ torch.empty(wide, narrow, device=meta)
             return rows[:, :1].expand(-1, tokens, -1)
