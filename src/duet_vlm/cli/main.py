@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from duet_vlm.cli import app as page
 from duet_vlm.cli import bench, budget, calibrate, demo, drop_curve, eval, generate, methods, models, presets, report, run, serve, train, tune, viz
 
 app = typer.Typer(
@@ -28,6 +29,7 @@ app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget")(budget.budget)
 app.command("bench")(bench.bench)
 app.command("viz")(viz.viz)
+app.command("app")(page.app)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("vllm-args")(serve.vllm_args)
 app.command("methods")(methods.methods)

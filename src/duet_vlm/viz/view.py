@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,3 +30,10 @@ def seen(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
     if getattr(settings, "do_normalize", False):
         values = values * np.asarray(settings.image_std) + np.asarray(settings.image_mean)
     return Image.fromarray(np.clip(np.rint(values * 255), 0, 255).astype(np.uint8))
+
+
+def seen_frames(frames: Sequence[Image.Image], inputs: Any, number: int, processor: Any) -> tuple[list[Image.Image], int]:
+    """The frames of clip ``number`` of a one-sample call as ``seen``, and how many steps of time the model makes of them."""
+    pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
+    found = [seen(frame, pixels[number, i] if pixels.ndim == 5 else None, processor) for i, frame in enumerate(frames)]
+    return found, len(found) if grids is None else int(grids[number, 0])
