@@ -193,10 +193,10 @@ def test_one_click_one_patch(loaded: Loaded, shown: Shown) -> None:
 @pytest.fixture
 def endless(loaded: Loaded) -> Iterator[None]:
     """Answers go on to their longest."""
-    before = loaded.model.generation_config.eos_token_id
-    loaded.model.generation_config.eos_token_id = None
+    settings = loaded.model.generation_config
+    settings.suppress_tokens = [settings.eos_token_id]
     yield
-    loaded.model.generation_config.eos_token_id = before
+    settings.suppress_tokens = None
 
 
 SIDES = (None, Asked("duet", 0.22, {}), Asked("contrast+fastv", 0.22, {"contrast_keep": 0.5}))
@@ -206,7 +206,7 @@ def test_answers_are_those_of_stock_generate(loaded: Loaded, shown: Shown, endle
     sides = [Side(loaded, asked, shown, QUESTION) for asked in SIDES]
     told = list(answers(sides, 6))[-1]
     model, processor = tiny.load()
-    model.generation_config.eos_token_id = None
+    model.generation_config.suppress_tokens = [model.generation_config.eos_token_id]
     inputs = processor(images=Image.open(PICTURE), text=tiny.prompt(QUESTION), return_tensors="pt")
     for asked, said in zip(SIDES, told, strict=True):
         handle = None if asked is None else attach(model, asked.method, budget=asked.budget, **asked.settings)
