@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import FAMILIES, shared
 from PIL import Image
+from processors import STOCK, picture, processor
 from typer.testing import CliRunner
 
 import duet_vlm
@@ -95,7 +97,10 @@ def test_the_story_of_a_patch() -> None:
     assert (told[5][6], told[5][7]) == ("Row 2, column 3 was dropped at the entry to the decoder", "Row 2, column 4 was dropped in the vision tower")
 
 
-@pytest.mark.parametrize("name", sorted(duet_vlm.methods()))
+TELLING = ("apet", "contrast+duet", "duet", "duet_plus", "pyramiddrop", "sparsevlm", "tokencarve", "tome", "vscan")  # the others are slow tests
+
+
+@pytest.mark.parametrize("name", [*TELLING, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(duet_vlm.methods().keys() - set(TELLING)))])
 def test_alive_is_what_the_layers_read(name: str, loaded: Loaded, shown: Shown) -> None:
     """Counted by the report on the rows that the layers really had; and every token is in one of the three."""
     side = Side(loaded, Asked(name, 0.3, {}), shown, QUESTION)
@@ -171,8 +176,7 @@ def test_a_clip_is_laid_out_in_rows_of_four(apart: bool) -> None:
         assert np.abs(first - clear).max() <= 3 and np.abs(second - (clear * (1 - DROPPED) + np.array(SHADE) * DROPPED)).max() <= 3
     assert "is alive" in way.story(1.1 / 4, 0.1, 0) and "was dropped" in way.story(1.9 / 4, 0.1, 0)
     assert "is alive" in way.story(1.1 / 4, 0.6, 0) and way.story(3.5 / 4, 0.9, 0) == ""  # nothing lies there
-    row = "Row 1, column 1" if apart else "Row 11, column 1"
-    assert way.story(1.1 / 4, 0.6, 0).startswith(row)
+    assert way.story(1.1 / 4, 0.6, 0) == ("Part 6: Row 1, column 1 is alive" if apart else "Step 6, row 1, column 1 is alive")
 
 
 def test_one_click_one_patch(loaded: Loaded, shown: Shown) -> None:
@@ -303,9 +307,42 @@ def test_a_clip_from_its_file_to_the_slider(name: str, tmp_path: Path) -> None:
     assert len(clip.preview) == takes_clips.frames
     side = Side(takes_clips, Asked("frames+duet", 0.3, {}), clip, question)
     assert not list(answers([side], 2))[-1][0].error
-    way = walk(clip, side.inputs, takes_clips.processor, side.seen())
-    assert way.at(0).patches.size == (4 * STEP, 2 * STEP) and way.story(0.6, 0.6, 0)
+    seen = side.seen()
+    way, (trace,) = walk(clip, side.inputs, takes_clips.processor, seen), seen.traces
+    frames = takes_clips.frames
+    each = trace.span.tokens // frames  # a CLS row in front of the square of every frame
+    steps = int((each - 1) ** 0.5)
+    assert way.at(0).patches.size == (4 * STEP, -(-frames // 4) * STEP)
+    for step, row, column in ((0, 0, 0), (5, 2, 3), (frames - 1, steps - 1, steps - 1)):
+        token = step * each + 1 + row * steps + column
+        said = way.story((step % 4 + (column + 0.5) / steps) / 4, (step // 4 + (row + 0.5) / steps) / -(-frames // 4), 0)
+        assert said.startswith(f"Step {step + 1}, row {row + 1}, column {column + 1} ") and ("is alive" in said) == (token in trace.stages[0].kept)
+    ranked = next(number for number, stage in enumerate(seen.scores[0]) if stage)
+    assert len(way.strips[0].scores[ranked] or ()) == len(seen.scores[0][ranked] or ()) > 0  # the scores stand with their tokens
+    assert way.at(trace.stages[ranked].layer).scores is not None
     side.close()
+
+
+PARTS = "{% for part in messages[0]['content'] %}{{ part['text'] if part['type'] == 'text' else '@' }}{% endfor %}"
+
+
+@pytest.mark.parametrize("name", sorted(STOCK.keys() & FAMILIES.keys() - {"smolvlm"}))  # whose template wants torchvision
+def test_every_family_answers_and_shows_its_depth(name: str) -> None:
+    """With its stock processor: from a picture to what each layer read."""
+    processors = processor(name)
+    processors.chat_template = PARTS.replace("@", STOCK[name].mark or STOCK[name].image)
+    model = shared(name)
+    asked = Shown((picture("photo", 90, 70),), ())
+    sides = [Side(Loaded(name, model, processors), each, asked, "what is this") for each in (None, Asked("duet", 0.5, {}))]
+    said = list(answers(sides, 3))[-1]
+    assert [one.error for one in said] == ["", ""] and [one.tokens for one in said] == [3, 3]
+    seen, read = sides[1].seen(), sides[1].handle.report().measured  # type: ignore[union-attr]
+    assert [sum(len(fates(trace, layer).alive) for trace in seen.traces) for layer in range(seen.depth)] == list(read)
+    if all(trace.span.grid for trace in seen.traces):
+        step = walk(asked, sides[1].inputs, processors, seen).at(seen.depth - 1)
+        assert step.title == f"at layer {seen.depth - 1}: {read[-1]:.0f} of {seen.tokens} alive" and step.patches.width > 100
+    assert duet_vlm.handle_of(model) is None
+    sides[1].close()
 
 
 def test_tokens_without_a_grid_are_an_error_in_words(shown: Shown) -> None:
@@ -313,7 +350,7 @@ def test_tokens_without_a_grid_are_an_error_in_words(shown: Shown) -> None:
     way = walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare], [[]], "", 1.0, 7, 4))
     with pytest.raises(ValueError, match="the 7 tokens of this image form no grid"):
         way.at(0)
-    with pytest.raises(ValueError, match="one picture makes 2 spans"):
+    with pytest.raises(ValueError, match="what was shown makes 2 spans"):
         walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare, bare], [[], []], "", 1.0, 7, 4))
 
 

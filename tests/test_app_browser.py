@@ -105,8 +105,8 @@ def test_a_picture_and_a_question(page: Any) -> None:
 def test_the_slider_walks_through_the_depth(page: Any) -> None:
     show(page, DEMO / ITEMS[0].name, QUESTION)
     ask(page)
-    seen = []
-    for layer, words in ((-1, "in the vision tower: 256 of 256"), (0, "at the entry to the decoder: 90"), (6, "at layer 6: 45"), (11, "at layer 11: 0")):
+    seen, there = [], {-1: "in the vision tower: 256 of 256", 0: "at the entry to the decoder: 90", 6: "at layer 6: 45", 11: "at layer 11: 0"}
+    for layer, words in there.items():
         set_to(page, "depth", str(layer))
         page.locator("#step-0").get_by_text(words).wait_for()
         seen.append((page.get_attribute("#patches-0 img", "src"), page.locator("#scores-0 img").is_visible()))
@@ -187,6 +187,29 @@ def test_stop_ends_the_answers(browser: Any, endless: str) -> None:
     ask(page)  # and the next question is answered
     assert "4 tokens" in page.inner_text("#facts-1")
     page.close()
+
+
+def test_a_clip_and_a_question(browser: Any) -> None:
+    pytest.importorskip("av", reason="needs PyAV")
+    with served(sys.executable, "-m", "duet_vlm.cli.main", "app", "--model", "tiny-video", "--method", "frames+duet", "--budget", "0.3") as found:
+        page = opened(browser, found)
+        page.locator("#examples tbody tr").first.click()
+        page.locator("#preview img").wait_for()
+        ask(page)
+        assert all(texts(page, 2)) and "frames+duet at 30 %, at the entry to the decoder:" in page.inner_text("#step-0")
+        box = page.locator("#patches-0 img").bounding_box()
+        page.locator("#patches-0 img").click(position={"x": box["width"] * 0.01, "y": box["height"] * 0.51})
+        page.locator("#story").get_by_text("Step 5, row 1, column 1 ").wait_for()
+        page.close()
+
+
+def test_uploads_go_with_the_process(browser: Any, tmp_path: Path) -> None:
+    with served(TMPDIR=str(tmp_path)) as found:
+        page = opened(browser, found)
+        show(page, DEMO / ITEMS[0].name, QUESTION)
+        assert list(tmp_path.glob("duet-vlm-app-*/**/scene_1.png"))
+        page.close()
+    assert not list(tmp_path.glob("duet-vlm-app-*"))
 
 
 def test_two_users_at_once(browser: Any, address: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from duet_vlm import SpanTrace
 from duet_vlm.app.asking import Seen
 from duet_vlm.app.files import Shown
-from duet_vlm.viz import at_depth, film, history, on_film, seen, seen_frames
+from duet_vlm.viz import at_depth, film, film_place, history, on_film, seen_frames, seen_parts, seen_picture, told
 
 FIRST = -1  # the vision tower
 SIZE, STEP = 448, 176  # pixels of a picture's longer side, and of a step of time of a clip
@@ -42,7 +42,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Walk:
-    """What one answer did with what was shown, through the depth of a decoder of ``depth`` layers."""
+    """What one answer did with what was shown, through the depth of a decoder of ``depth`` layers: one span, or a span for each tile or frame."""
 
     strips: tuple[Strip, ...]
     depth: int
@@ -56,12 +56,10 @@ class Walk:
             If the tokens form no grid.
         """
         panels = [at_depth(s.picture, s.trace, layer, s.scores, size=SIZE if self._pictures == 1 else STEP * s.steps) for s in self.strips]
-        titles = [panel.title for panel in panels]
-        notes = [panel.note for panel in panels]
         patches = tiled([tile for strip, panel in zip(self.strips, panels, strict=True) for tile in _cut(panel.picture, strip.steps)])
         scored = [(strip, panel.scores) for strip, panel in zip(self.strips, panels, strict=True) if panel.scores is not None]
         scores = tiled([tile for strip, picture in scored for tile in _cut(picture, strip.steps)]) if len(scored) == len(panels) else None
-        return Step("; ".join(titles), "; ".join(notes), patches, scores)
+        return Step(*told([strip.trace for strip in self.strips], layer), patches, scores)
 
     def story(self, x: float, y: float, layer: int) -> str:
         """What has become of the patch at a place of that picture, given as shares of its width and height."""
@@ -71,11 +69,10 @@ class Walk:
         number = row * across + column
         if not (0 <= x <= 1 and 0 <= y <= 1) or number >= self._pictures:
             return ""
-        for strip in self.strips:
-            if number < strip.steps:
-                return _story(strip, x * across - column, (number + y * down - row) / strip.steps, layer)
-            number -= strip.steps
-        return ""
+        place = x * across - column, y * down - row
+        if len(self.strips) == 1:
+            return _story(self.strips[0], place[0], (number + place[1]) / self.strips[0].steps, layer)
+        return f"Part {number + 1}: {_story(self.strips[number], *place, layer)}"
 
     @property
     def _pictures(self) -> int:
@@ -90,21 +87,18 @@ def walk(shown: Shown, inputs: Any, processor: Any, done: Seen) -> Walk:
     ValueError
         If the spans of the prompt are not those of what was shown.
     """
-    if shown.pictures:
-        pixels = inputs["pixel_values"]
-        picture = seen(shown.pictures[0], pixels[0] if pixels.ndim == 4 else None, processor)
-        strips = [Strip(picture, trace, scores) for trace, scores in zip(done.traces, done.scores, strict=True)]
-        if len(strips) != 1:
-            raise ValueError(f"one picture makes {len(strips)} spans in this model, which cannot be drawn")
-        return Walk(tuple(strips), done.depth)
-    frames, steps = seen_frames(shown.clips[0].frames, inputs, 0, processor)
-    if len(done.traces) == len(frames) > 1:  # frames that the model takes one by one
-        return Walk(tuple(Strip(*one) for one in zip(frames, done.traces, done.scores, strict=True)), done.depth)
-    if len(done.traces) != 1:
-        raise ValueError(f"one clip of {len(frames)} frames makes {len(done.traces)} spans in this model, which cannot be drawn")
-    trace = on_film(done.traces[0], steps)
-    scores = done.scores[0] if trace is done.traces[0] else []  # scores stay with the tokens' own numbers
-    return Walk((Strip(film(frames, steps), trace, scores, steps),), done.depth)
+    count = len(done.traces)
+    if shown.clips:
+        parts, steps = seen_frames(shown.clips[0].frames, inputs, 0, processor)
+        if count == 1:
+            trace, place = done.traces[0], film_place(done.traces[0], steps)
+            scores = [stage and {place(token): score for token, score in stage.items()} for stage in done.scores[0]] if place else []
+            return Walk((Strip(film(parts, steps), on_film(trace, steps), scores, steps),), done.depth)
+    else:
+        parts = [seen_picture(shown.pictures[0], inputs, 0, processor)] if count == 1 else seen_parts(inputs, processor, count)
+    if len(parts) != count:
+        raise ValueError(f"what was shown makes {count} spans in this model, which cannot be drawn on it")
+    return Walk(tuple(Strip(*part) for part in zip(parts, done.traces, done.scores, strict=True)), done.depth)
 
 
 def _cut(strip: Image.Image, steps: int) -> list[Image.Image]:
@@ -126,4 +120,4 @@ def _story(strip: Strip, x: float, y: float, layer: int) -> str:
         return ""
     rows, columns = strip.trace.span.grid
     place = min(int(y * rows), rows - 1) * columns + min(int(x * columns), columns - 1)
-    return history(strip.trace, strip.trace.span.tokens - rows * columns + place, layer)
+    return history(strip.trace, strip.trace.span.tokens - rows * columns + place, layer, strip.steps)

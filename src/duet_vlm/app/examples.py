@@ -33,8 +33,8 @@ def _clip(folder: Path) -> list[tuple[Path, str]]:
         return []
     sample, path = video.sample("test", 0), folder / "clip.mp4"
     frames = [np.asarray(frame) for frame in sample.frames for _ in range(EACH)]
-    with av.open(str(path), "w", options={"crf": "4"}) as container:
-        stream = container.add_stream("libx264", rate=10)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,9 +45,13 @@ def warmed(loaded: Loaded, first: Controls) -> None:
 
 
 def serve(loaded: Loaded, first: Controls, host: str | None = None, port: int | None = None) -> None:
-    """Serve until the process is told to stop. Nothing is shared, counted or kept: no tunnel, no analytics, uploads in a folder of their own that
-    goes with the process. Host and port None: as the environment says (a Space does), else 127.0.0.1 and 7860."""
+    """Serve until the process is told to stop, from its main thread.
+
+    Nothing is shared, counted or kept: no tunnel, no analytics, and uploads in a folder of their own that goes with the process. Host and port
+    None: as the environment says (a Space does), else 127.0.0.1 and 7860.
+    """
     warmed(loaded, first)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too
     with tempfile.TemporaryDirectory(prefix="duet-vlm-app-") as folder:
         private = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
         os.environ.update(private)  # read where Gradio is imported and when it makes its parts

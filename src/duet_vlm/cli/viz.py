@@ -44,10 +44,9 @@ def overlay(
     loaded: Loaded, inputs: Any, images: list[Image.Image], number: int, trace: SpanTrace, title: str, lines: Sequence[str], scores: Scores
 ) -> Image.Image:
     """The drawing of image ``number`` of a one-sample call."""
-    from duet_vlm.viz import draw, seen
+    from duet_vlm.viz import draw, seen_picture
 
-    pixels = inputs["pixel_values"]
-    picture = seen(images[number], pixels[number] if pixels.ndim == 4 else None, loaded.processor)
+    picture = seen_picture(images[number], inputs, number, loaded.processor)
     return draw(picture, trace, title=title, lines=lines, scores=scores)
 
 

@@ -58,18 +58,31 @@ def fates(trace: SpanTrace, layer: int) -> Fates:
     return Fates(alive, into, dropped)
 
 
-def history(trace: SpanTrace, token: int, layer: int) -> str:
-    """What has become of one token up to a layer, in a sentence."""
-    found, name = fates(trace, layer), _place(trace, token)
+def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
+    """What has become of one token up to a layer, in a sentence; of a clip whose grid holds ``steps`` of time below each other, with its step."""
+    found, name = fates(trace, layer), _place(trace, token, steps)
     if token in found.alive:
         members = sum(token in anchors for anchors in found.into.values())
         joined = f" and stands for {members} others that were merged into it" if members else ""
         return f"{name} is alive{joined}"
     if token in found.into:
         groups, anchors = _groups(trace), found.into[token]
-        whom = " and ".join(f"{_place(trace, anchor).lower()} (group {groups[anchor] + 1})" for anchor in anchors)
+        whom = " and ".join(f"{_place(trace, anchor, steps).lower()} (group {groups[anchor] + 1})" for anchor in anchors)
         return f"{name} is merged into {whom}"
     return f"{name} was dropped {_where(found.dropped[token])}"
+
+
+def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
+    """How many tokens are alive at a layer, and in a second line how many were merged and dropped; of several spans together."""
+    found = [fates(trace, layer) for trace in traces]
+    left = [where for each in found for where in each.dropped.values()]
+    into, groups = sum(len(each.into) for each in found), sum(len({end for ends in each.into.values() for end in ends}) for each in found)
+    alive, tokens = sum(len(each.alive) for each in found), sum(trace.span.tokens for trace in traces)
+    merged = f"{into} merged into {groups} of them, " if into else ""
+    here = left.count(layer)
+    gone = f"{len(left)} dropped" + (f", {here} of them here" if 0 < here < len(left) else "")
+    where = _where(layer).replace("in front of", "at")
+    return f"{where}: {alive} of {tokens} alive", merged + gone
 
 
 def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[Mapping[int, float] | None] = (), *, size: int = 352) -> Panel:
@@ -122,7 +135,7 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
             number_patch(pen, cell_box(trace, token, cell), groups[token if token in anchors else found.into[token][0]] + 1, cell)
     decided = [number for number, stage in enumerate(trace.stages) if stage.layer <= layer]
     shown = scores[decided[-1]] if decided and decided[-1] < len(scores) else None
-    return Panel(*_words(trace, found, layer, len(anchors)), picture, heat_map(pixels, trace, shown, cell) if shown else None)
+    return Panel(*told([trace], layer), picture, heat_map(pixels, trace, shown, cell) if shown else None)
 
 
 def _stages(trace: SpanTrace) -> Iterator[tuple[StageTrace, Merged]]:
@@ -153,19 +166,15 @@ def _paint(out: np.ndarray, source: np.ndarray, box: tuple[int, int, int, int] |
         out[top:bottom, left:right] = source[top:bottom, left:right]
 
 
-def _words(trace: SpanTrace, found: Fates, layer: int, groups: int) -> tuple[str, str]:
-    merged = f"{len(found.into)} merged into {groups} of them, " if found.into else ""
-    where = {-1: "in the vision tower", 0: "at the entry to the decoder"}.get(layer, f"at layer {layer}")
-    here = sum(left == layer for left in found.dropped.values())
-    gone = f"{len(found.dropped)} dropped" + (f", {here} of them here" if here and here < len(found.dropped) else "")
-    return f"{where}: {len(found.alive)} of {trace.span.tokens} alive", f"{merged}{gone}"
-
-
 def _where(layer: int) -> str:
     return {-1: "in the vision tower", 0: "at the entry to the decoder"}.get(layer, f"in front of layer {layer}")
 
 
-def _place(trace: SpanTrace, token: int) -> str:
+def _place(trace: SpanTrace, token: int, steps: int) -> str:
     rows, columns = trace.span.grid or (1, trace.span.tokens)
     place = token - (trace.span.tokens - rows * columns)
-    return "A token outside the grid" if place < 0 else f"Row {place // columns + 1}, column {place % columns + 1}"
+    if place < 0:
+        return "A token outside the grid"
+    step, row = divmod(place // columns, rows // steps)
+    where = f"row {row + 1}, column {place % columns + 1}"
+    return f"Step {step + 1}, {where}" if steps > 1 else where.capitalize()
