@@ -100,7 +100,10 @@ def test_the_story_of_a_patch() -> None:
 TELLING = ("apet", "contrast+duet", "duet", "duet_plus", "pyramiddrop", "sparsevlm", "tokencarve", "tome", "vscan")  # the others are slow tests
 
 
-@pytest.mark.parametrize("name", [*TELLING, *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(duet_vlm.methods().keys() - set(TELLING)))])
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(duet_vlm.methods().keys() - set(TELLING))]
+
+
+@pytest.mark.parametrize("name", [*TELLING, *REST])
 def test_alive_is_what_the_layers_read(name: str, loaded: Loaded, shown: Shown) -> None:
     """Counted by the report on the rows that the layers really had; and every token is in one of the three."""
     side = Side(loaded, Asked(name, 0.3, {}), shown, QUESTION)

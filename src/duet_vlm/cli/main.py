@@ -8,7 +8,25 @@ from typing import Annotated
 import typer
 
 from duet_vlm.cli import app as page
-from duet_vlm.cli import bench, budget, calibrate, demo, drop_curve, eval, generate, methods, models, presets, report, run, serve, train, tune, viz
+from duet_vlm.cli import (
+    bench,
+    budget,
+    calibrate,
+    demo,
+    drop_curve,
+    eval,
+    generate,
+    methods,
+    models,
+    new_method,
+    presets,
+    report,
+    run,
+    serve,
+    train,
+    tune,
+    viz,
+)
 
 app = typer.Typer(
     name="duet-vlm",
@@ -36,6 +54,7 @@ app.command("methods")(methods.methods)
 app.command("presets")(presets.presets)
 app.command("models")(models.models)
 app.command("demo")(demo.demo)
+app.command("new-method")(new_method.new_method)
 
 
 def _version(asked: bool) -> None:
