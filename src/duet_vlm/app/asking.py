@@ -102,8 +102,7 @@ def _attached(model: nn.Module, loaded: Loaded, method: Any, asked: Asked) -> Ha
         return attach(model, method, budget=asked.budget, processor=processor, **asked.settings)
     except (ValueError, TypeError) as error:
         text = str(error)
-        name = asked.method
-        raise ValueError(text if text.startswith((name, f"{name.rpartition('+')[2]}:")) else f"{name}: {text}") from error
+        raise ValueError(text if text.startswith(asked.method) else f"{asked.method}: {text}") from error
 
 
 def answers(sides: Sequence[Side], longest: int) -> Iterator[list[Said]]:
@@ -152,6 +151,8 @@ class _Writer(threading.Thread):
     def run(self) -> None:
         try:
             self._wait(self._begun[: self._number])
+            if self._stop_asked.is_set():
+                return
             self._start = time.perf_counter()
             out = self._side.model.generate(
                 **self._side.inputs, max_new_tokens=self._longest, do_sample=False, streamer=self._streamer, stopping_criteria=[self._stopped]
