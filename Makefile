@@ -49,14 +49,15 @@ test-vllm: $(VLLM)/.installed  ## the plug-in inside a real vLLM on the CPU, and
 test-video: $(VIDEO)/.installed  ## stock video processors on real clips, README's snippet for Qwen; own environment with torchvision (1.5 GB)
 	@$(ONE_THREAD) $(VIDEO)/bin/python -m pytest -q -m "" tests/test_video_processors.py tests/test_docs.py -k "not docs or second_snippet"
 
-test-browser: $(BROWSER)  ## the page of a report, in a real Chromium without a window
+test-browser: $(BROWSER)  ## the page of a report and that of duet-vlm app, in a real Chromium without a window
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ echo "needs Chromium: apt-get install chromium, or set CHROMIUM to the path of one"; exit 1; }
-	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_report_browser.py
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_report_browser.py tests/test_app_browser.py
 
-pictures: $(BROWSER)  ## report of the committed results in out/report, pictures of it in docs/images
+pictures: $(BROWSER)  ## report of the committed results in out/report, pictures of it and of duet-vlm app in docs/images
 	@$(ONE_THREAD) $(BIN)/duet-vlm report $(wildcard comparison/*/results/methods.json) --out out/report
 	@$(ONE_THREAD) $(BIN)/python tests/report_pictures.py out/report docs/images
+	@$(ONE_THREAD) $(BIN)/python tests/app_pictures.py docs/images
 
 golden: $(DEV)  ## only the comparisons with vectors recorded from the papers' released code
 	@$(PYTEST) -k golden
@@ -98,7 +99,7 @@ $(DEV): pyproject.toml constraints.txt | $(BIN)/python
 	@touch $(CORE) $@
 
 $(BROWSER): $(DEV)
-	$(PIP) install -q -c constraints.txt -e ".[browser]"
+	$(PIP) install -q -c constraints.txt -e ".[app,browser]"
 	@touch $@
 
 $(OLDEST)/.installed: pyproject.toml constraints.txt

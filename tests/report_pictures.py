@@ -29,17 +29,17 @@ def take(browser: Any, report: Path, folder: Path) -> list[Path]:
             page.get_by_role("button", name="kept, %", exact=True).first.click()
             page.locator("tbody.method:visible th.run button").first.click()
         made.append(folder / f"report-{name}.png")
-        _small(page.screenshot()).save(made[-1], optimize=True)
+        small(page.screenshot()).save(made[-1], optimize=True)
         page.close()
     for name in ("tokens", "time", "kinds"):
         plot = report / f"{first}-{name}.png"
         if plot.exists():
             made.append(folder / f"report-{name}.png")
-            _small(plot.read_bytes()).save(made[-1], optimize=True)
+            small(plot.read_bytes()).save(made[-1], optimize=True)
     return made
 
 
-def _small(png: bytes) -> Image.Image:
+def small(png: bytes) -> Image.Image:
     """With 256 colours, which flat pictures do not miss."""
     return Image.open(io.BytesIO(png)).convert("RGB").quantize(256, dither=Image.Dither.NONE)
 

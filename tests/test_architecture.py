@@ -54,14 +54,15 @@ ARROWS = {
 USERS = {
     "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
     "viz": {"duet_vlm", "palette", "pictures", "tokens"},
+    "app": {"budget", "duet_vlm", "loading", "memory", "pictures", "settings", "tiny", "video", "viz"},
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
     "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "palette", "pictures", "spelling", "tiny"},
     "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "palette", "parts", "reducer"},
     "tune": {"bench", "duet_vlm", "evaluate", "loading", "measure", "models", "palette", "pictures", "video"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
     "cli": {
-        "bench", "budget", "calibrating", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve",
-        "spelling", "stream", "tiny", "tokens", "train", "tune", "video", "viz",
+        "app", "bench", "budget", "calibrating", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve",
+        "settings", "spelling", "stream", "tiny", "train", "tune", "video", "viz",
     },
 }  # fmt: skip
 PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
@@ -190,7 +191,7 @@ print(before == after)
 
 def test_importing_loads_nothing_large() -> None:
     """Public names are loaded when they are used; type checkers read them in a block of their own, which says the same."""
-    loaded = "[name for name in ('torch', 'transformers', 'numpy', 'typer') if name in sys.modules]"
+    loaded = "[name for name in ('torch', 'transformers', 'numpy', 'typer', 'gradio') if name in sys.modules]"
     assert run(f"import sys, duet_vlm; dir(duet_vlm); print({loaded})") == "[]"
     tree = ast.parse((ROOT / "__init__.py").read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
@@ -221,7 +222,7 @@ for name in {names}:
     try:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name.split(".")[0] not in ("lmms_eval", "peft", "accelerate", "yaml", "matplotlib", "scipy"):
+        if error.name.split(".")[0] not in ("lmms_eval", "peft", "accelerate", "yaml", "matplotlib", "scipy", "gradio"):
             print(name, error)
     except ImportError as error:
         print(name, error)

@@ -433,7 +433,7 @@ from typer.testing import CliRunner
 from duet_vlm.cli.main import app
 for words in {QUICK}:
     result = CliRunner().invoke(app, words)
-    print(result.exit_code, len(result.output) > 5, *(name for name in ("torch", "transformers") if name in sys.modules))
+    print(result.exit_code, len(result.output) > 5, *(name for name in ("torch", "transformers", "gradio") if name in sys.modules))
 """
     said = shell(code).splitlines()
     assert len(said) == len(QUICK) and set(said) <= {"0 True", "2 True"}

@@ -26,6 +26,8 @@ NEEDED = [
     "duet_vlm/tiny/demo/questions.json",
     "duet_vlm/tiny/demo/scene_1.png",
     "duet_vlm/cli/lists.json",
+    "duet_vlm/cli/skeletons/entry.txt",
+    "duet_vlm/cli/skeletons/decoder.txt",
     "duet_vlm/evaluate/report/page.html.j2",
     "duet_vlm/evaluate/report/page.css",
     "duet_vlm/evaluate/report/page.js",

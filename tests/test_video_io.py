@@ -24,9 +24,9 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm import video
 from duet_vlm.cli.main import app
-from duet_vlm.cli.viz import film, on_film
 from duet_vlm.tiny import video as tiny_video
 from duet_vlm.video import decode, length, pieces, sampled, upright
+from duet_vlm.viz import film, on_film
 from duet_vlm.viz.overlay import cell_box
 
 WIDE, HIGH = 64, 48

@@ -75,6 +75,26 @@ def check_budget(budget: Budget | None) -> None:
         raise BudgetError(f"budget={budget}: a float is a fraction in (0, 1] of the visual tokens; for a token count give an int")
 
 
+def read_budget(text: str, name: str = "budget") -> Budget:
+    """A budget as people write it: ``64`` is a token count, ``0.22`` and ``22%`` are fractions; ``1`` is one token.
+
+    Raises
+    ------
+    ValueError
+        If the text is neither, or out of range; ``name`` stands in front of what does not read as one.
+    """
+    cleaned = text.strip()
+    try:
+        if cleaned.endswith("%"):
+            value: Budget = float(cleaned[:-1]) / 100
+        else:
+            value = int(cleaned) if cleaned.lstrip("+-").isdigit() else float(cleaned)
+    except ValueError:
+        raise ValueError(f"{name} {text}: give a token count (64), a fraction (0.22) or a percentage (22%)") from None
+    check_budget(value)
+    return value
+
+
 def target_mean(budget: Budget, tokens: int) -> float:
     """The mean token count that ``budget`` allows a span of ``tokens`` (never more than the span has)."""
     check_budget(budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,14 @@ DECLARED = {  # what a field says of itself -> which values are meant, and in wo
     ),
     "tuple[int, ...]": (lambda value: isinstance(value, tuple) and all(type(item) is int for item in value), "whole numbers, as (4, 7)"),
 }
+
+
+def read_value(text: str) -> Any:
+    """A setting as people write it: a Python literal where it reads as one, else the text."""
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError):
+        return text.strip()
 
 
 def plain(value: Any) -> Any:

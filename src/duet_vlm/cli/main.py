@@ -7,7 +7,26 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli import bench, budget, calibrate, demo, drop_curve, eval, generate, methods, models, presets, report, run, serve, train, tune, viz
+from duet_vlm.cli import app as page
+from duet_vlm.cli import (
+    bench,
+    budget,
+    calibrate,
+    demo,
+    drop_curve,
+    eval,
+    generate,
+    methods,
+    models,
+    new_method,
+    presets,
+    report,
+    run,
+    serve,
+    train,
+    tune,
+    viz,
+)
 
 app = typer.Typer(
     name="duet-vlm",
@@ -28,12 +47,14 @@ app.command("train", epilog=train.EPILOG)(train.train)
 app.command("budget")(budget.budget)
 app.command("bench")(bench.bench)
 app.command("viz")(viz.viz)
+app.command("app")(page.app)
 app.command("serve", epilog=serve.EPILOG)(serve.serve)
 app.command("vllm-args")(serve.vllm_args)
 app.command("methods")(methods.methods)
 app.command("presets")(presets.presets)
 app.command("models")(models.models)
 app.command("demo")(demo.demo)
+app.command("new-method")(new_method.new_method)
 
 
 def _version(asked: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.budget import check_budget
+from duet_vlm.budget import read_budget
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.lists import check_method, chosen
 from duet_vlm.loading import Loaded
 from duet_vlm.memory import names_file, saved
 from duet_vlm.pictures import open_image
+from duet_vlm.settings import read_value
 from duet_vlm.video import Clip, decode, length
 
 if TYPE_CHECKING:
@@ -154,15 +154,7 @@ def budget_of(text: str | None) -> int | float | None:
     """
     if text is None:
         return None
-    cleaned = text.strip()
-    try:
-        if cleaned.endswith("%"):
-            value: int | float = float(cleaned[:-1]) / 100
-        else:
-            value = int(cleaned) if cleaned.lstrip("+-").isdigit() else float(cleaned)
-    except ValueError:
-        raise ValueError(f"--budget {text}: give a token count (64), a fraction (0.22) or a percentage (22%)") from None
-    check_budget(value)
+    value = read_budget(text, "--budget")
     if value == 1 and isinstance(value, int):
         typer.echo("warning: --budget 1 is one token per image; all tokens are 1.0 or 100%. Did you mean 1.0?", err=True)
     return value
@@ -180,10 +172,7 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ValueError(f"--set {pair}: write it as key=value")
-        try:
-            out[key.strip()] = ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError):
-            out[key.strip()] = value.strip()
+        out[key.strip()] = read_value(value)
     return out
 
 

@@ -71,7 +71,7 @@ def serve(
         given = _given(method, budget, settings)
         flags = _flags(model, given)
         _check_installed()
-        _check_port(host, port)
+        check_port(host, port)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source(model)[0], "--served-model-name", model]
         command += ["--host", host, "--port", str(port)]
         command += ["--tensor-parallel-size", str(tensor_parallel_size)] if tensor_parallel_size > 1 else []
@@ -93,7 +93,7 @@ def _both_stages(model: str, reduction: Reduction, host: str, port: int, api_key
 
     serve_transformers.check_installed()
     _config(model)
-    _check_port(host, port)
+    check_port(host, port)
     shown = f"method={reduction.method or 'what the model was trained with, else duet'}, budget={reduction.budget}"
     print(f"{model}: {shown}; both stages, so a budget is a mean over the decoder's layers")
     print(f"endpoint http://{host}:{port}/v1 (health: /health); one request after the other", flush=True)
@@ -150,7 +150,8 @@ def _check_installed() -> None:
         )
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Raise a ValueError where nothing can listen there."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

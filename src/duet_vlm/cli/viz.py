@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,60 +44,17 @@ def overlay(
     loaded: Loaded, inputs: Any, images: list[Image.Image], number: int, trace: SpanTrace, title: str, lines: Sequence[str], scores: Scores
 ) -> Image.Image:
     """The drawing of image ``number`` of a one-sample call."""
-    from duet_vlm.viz import draw, seen
+    from duet_vlm.viz import draw, seen_picture
 
-    pixels = inputs["pixel_values"]
-    picture = seen(images[number], pixels[number] if pixels.ndim == 4 else None, loaded.processor)
+    picture = seen_picture(images[number], inputs, number, loaded.processor)
     return draw(picture, trace, title=title, lines=lines, scores=scores)
-
-
-def film(frames: Sequence[Image.Image], steps: int) -> Image.Image:
-    """The frames of a clip one below the other, one for each step of time that the model makes of them."""
-    chosen = [frames[step * len(frames) // steps] for step in range(steps)]
-    width, height = chosen[0].size
-    strip = Image.new("RGB", (width, height * steps))
-    for step, frame in enumerate(chosen):
-        strip.paste(frame, (0, step * height))
-    return strip
-
-
-def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
-    """The trace of a clip on the grid of its ``film``. Families that hand out a square per frame behind its CLS row name no grid: there the
-    CLS rows are counted first, as ``draw`` wants rows that show nothing, and the patches of all frames after them."""
-    from duet_vlm import SpanTrace
-    from duet_vlm.tokens import StageTrace
-
-    each, side = trace.span.tokens // steps, math.isqrt(trace.span.tokens // steps)
-    patches, front = side * side, each - side * side
-    if trace.span.grid is not None or front > 1 or each * steps != trace.span.tokens:
-        return trace
-
-    def place(token: int) -> int:
-        step, row = divmod(token, each)
-        return step * front + row if row < front else steps * front + step * patches + row - front
-
-    def places(tokens: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(sorted(place(token) for token in tokens))
-
-    def groups(merged: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]]:
-        return {place(anchor): places(members) for anchor, members in merged.items()}
-
-    def placed(stage: StageTrace) -> StageTrace:
-        return StageTrace(stage.layer, places(stage.kept), places(stage.dropped), groups(stage.merged))
-
-    return SpanTrace(
-        dataclasses.replace(trace.span, grid=(steps * side, side)), groups(trace.merged), tuple(map(placed, trace.stages)),
-        trace.tower and placed(trace.tower),
-    )  # fmt: skip
 
 
 def clip_overlay(loaded: Loaded, inputs: Any, clip: Clip, number: int, trace: SpanTrace, title: str, lines: Sequence[str]) -> Image.Image:
     """The drawing of clip ``number`` of a one-sample call."""
-    from duet_vlm.viz import draw, seen
+    from duet_vlm.viz import draw, film, on_film, seen_frames
 
-    pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
-    frames = [seen(frame, pixels[number, i] if pixels.ndim == 5 else None, loaded.processor) for i, frame in enumerate(clip.frames)]
-    steps = len(frames) if grids is None else int(grids[number, 0])
+    frames, steps = seen_frames(clip.frames, inputs, number, loaded.processor)
     return draw(film(frames, steps), on_film(trace, steps), title=title, lines=lines, size=STEP * steps)
 
 

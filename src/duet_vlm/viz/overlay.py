@@ -114,7 +114,7 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
     numbers = {anchor: place for place, anchor in enumerate(sorted(trace.merged))}
     colors = {anchor: group(place) for anchor, place in numbers.items()}
     pixels = np.asarray(base, np.float32)
-    out = _mix(pixels, SHADE, DROPPED)
+    out = mix(pixels, SHADE, DROPPED)
 
     def paint(token: int, source: np.ndarray) -> None:
         box = cell_box(trace, token, cell)
@@ -127,9 +127,9 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
     for anchor, color in colors.items():
         if number and anchor not in stage.kept:
             continue
-        paint(anchor, _mix(pixels, color, ANCHOR))
+        paint(anchor, mix(pixels, color, ANCHOR))
         if number == 0:
-            tinted = _mix(pixels, color, MEMBER)
+            tinted = mix(pixels, color, MEMBER)
             for member in trace.merged[anchor]:
                 if member not in stage.kept:
                     paint(member, tinted)
@@ -138,23 +138,23 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
     for anchor, color in colors.items():
         box = cell_box(trace, anchor, cell)
         if box is not None and anchor in stage.kept:
-            _outline(pen, box, color, max(2, cell // 8))
+            outline(pen, box, color, max(2, cell // 8))
     if number == 0 and cell >= NUMBERED:
         for anchor, place in numbers.items():
             for token in (anchor, *(member for member in trace.merged[anchor] if member not in stage.kept)):
-                _number(pen, cell_box(trace, token, cell), place + 1, cell)
-    return Panel(*_words(trace, stage, number), picture, None if not scores else _heat_map(pixels, trace, scores, cell))
+                number_patch(pen, cell_box(trace, token, cell), place + 1, cell)
+    return Panel(*_words(trace, stage, number), picture, None if not scores else heat_map(pixels, trace, scores, cell))
 
 
-def _number(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int] | None, number: int, cell: int) -> None:
+def number_patch(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int] | None, number: int, cell: int) -> None:
     """The number of a group in the corner of its patch, readable on light and dark."""
     if box is not None:
         pen.text((box[0] + 2, box[1] + 1), str(number), (255, 255, 255), font_size=max(7, cell // 2), stroke_width=1, stroke_fill=SHADE)
 
 
-def _heat_map(pixels: np.ndarray, trace: SpanTrace, scores: Mapping[int, float], cell: int) -> Image.Image:
+def heat_map(pixels: np.ndarray, trace: SpanTrace, scores: Mapping[int, float], cell: int) -> Image.Image:
     """Ranked patches in the colour of their rank (equal scores share one), the others dark."""
-    out = _mix(pixels, SHADE, DROPPED)
+    out = mix(pixels, SHADE, DROPPED)
     grey = np.repeat(pixels.mean(-1, keepdims=True), 3, -1)
     values = sorted(scores.values())
     for token, score in scores.items():
@@ -163,7 +163,7 @@ def _heat_map(pixels: np.ndarray, trace: SpanTrace, scores: Mapping[int, float],
             left, top, right, bottom = box
             rank = (np.searchsorted(values, score, "left") + np.searchsorted(values, score, "right") - 1) / 2
             color = heat(rank / max(1, len(values) - 1))
-            out[top:bottom, left:right] = _mix(grey[top:bottom, left:right], color, SCORE)
+            out[top:bottom, left:right] = mix(grey[top:bottom, left:right], color, SCORE)
     return Image.fromarray(np.rint(out).astype(np.uint8))
 
 
@@ -181,11 +181,13 @@ def _words(trace: SpanTrace, stage: StageTrace, number: int) -> tuple[str, str]:
     return f"entry: {alive} tokens", f"{alive} kept{groups}, {len(stage.dropped)} dropped"
 
 
-def _mix(pixels: np.ndarray, color: Color, share: float) -> np.ndarray:
+def mix(pixels: np.ndarray, color: Color, share: float) -> np.ndarray:
+    """Pixels with a share of a colour in them, as floats."""
     return pixels * (1 - share) + np.asarray(color, np.float32) * share
 
 
-def _outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Color, width: int) -> None:
+def outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Color, width: int) -> None:
+    """A frame inside a patch, in a colour and a dark line within."""
     left, top, right, bottom = box
     pen.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
     pen.rectangle((left + width, top + width, right - 1 - width, bottom - 1 - width), outline=SHADE)  # stands out on bright images too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,35 @@ def seen(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
     settings = getattr(processor, "image_processor", processor)
     if getattr(pixels, "ndim", 0) != 3 or not getattr(settings, "do_center_crop", False):
         return rgb(image)
+    return _picture(pixels, settings)
+
+
+def seen_picture(image: Image.Image, inputs: Any, number: int, processor: Any) -> Image.Image:
+    """Picture ``number`` of a one-sample call as ``seen``."""
+    pixels = _pixels(inputs)
+    return seen(image, pixels[number] if pixels.ndim == 4 else None, processor)
+
+
+def seen_parts(inputs: Any, processor: Any, count: int) -> list[Image.Image]:
+    """The ``count`` pictures that a processor made of one, where it hands out tiles one by one; none where it made another number."""
+    pixels = _pixels(inputs)
+    tiles = pixels.flatten(0, -4) if pixels.ndim > 3 else pixels[:0]
+    return [_picture(tile, getattr(processor, "image_processor", processor)) for tile in tiles] if len(tiles) == count else []
+
+
+def seen_frames(frames: Sequence[Image.Image], inputs: Any, number: int, processor: Any) -> tuple[list[Image.Image], int]:
+    """The frames of clip ``number`` of a one-sample call as ``seen``, and how many steps of time the model makes of them."""
+    pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
+    found = [seen(frame, pixels[number, i] if pixels.ndim == 5 else None, processor) for i, frame in enumerate(frames)]
+    return found, len(found) if grids is None else int(grids[number, 0])
+
+
+def _pixels(inputs: Any) -> Any:
+    return inputs["pixel_values" if "pixel_values" in inputs else "pixel_values_images"]  # Video-LLaVA's own name
+
+
+def _picture(pixels: Any, settings: Any) -> Image.Image:
+    """Pixels [3, H, W] as the processor's settings made them, as a picture again."""
     values = pixels.detach().float().cpu().numpy().transpose(1, 2, 0)
     if getattr(settings, "do_normalize", False):
         values = values * np.asarray(settings.image_std) + np.asarray(settings.image_mean)

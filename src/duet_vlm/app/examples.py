@@ -1,0 +1,42 @@
+"""Something to look at first: the shipped pictures, and a drawn clip where the model takes clips."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from duet_vlm import tiny
+from duet_vlm.loading import Loaded
+from duet_vlm.tiny import video
+
+EACH = 4  # frames of the file that show one step of the clip
+
+
+def examples(loaded: Loaded, folder: Path) -> list[tuple[Path, str]]:
+    """Files, written to ``folder``, and a question about each."""
+    if loaded.name == "tiny-video":
+        return _clip(folder)
+    found = []
+    for number, item in enumerate(tiny.demo_images()):
+        path = folder / f"picture-{number + 1}.png"
+        item.image.save(path)
+        found.append((path, item.questions[0][0]))
+    return found + (_clip(folder) if loaded.takes_clips else [])
+
+
+def _clip(folder: Path) -> list[tuple[Path, str]]:
+    """A clip of the embedded task as a file; nothing where PyAV is not installed."""
+    try:
+        import av
+    except ImportError:
+        return []
+    sample, path = video.sample("test", 0), folder / "clip.mp4"
+    frames = [np.asarray(frame) for frame in sample.frames for _ in range(EACH)]
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"crf": "4"})
+        stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return [(path, sample.question)]

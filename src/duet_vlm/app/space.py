@@ -1,0 +1,84 @@
+"""Serving the page: ``duet-vlm app`` on this machine, and this very file as the ``app.py`` of a Hugging Face Space."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from duet_vlm.app.asking import Side, answers
+from duet_vlm.app.controls import Controls, starting
+from duet_vlm.app.examples import examples
+from duet_vlm.app.files import MOST_MB, Shown
+from duet_vlm.loading import Loaded, load
+
+
+def check_installed() -> None:
+    """Raise a ValueError where Gradio is missing."""
+    if find_spec("gradio") is None:
+        raise ValueError('the page needs Gradio: pip install ".[app]" in your clone of duet-vlm')
+
+
+def warmed(loaded: Loaded, first: Controls) -> None:
+    """Ask once before anybody does: the first call of a process pays for what later ones find made. What cannot be attached is refused here."""
+    from duet_vlm import tiny
+    from duet_vlm.tiny import video
+    from duet_vlm.video import Clip
+
+    if loaded.name == "tiny-video":
+        frames = video.sample("test", 0).frames
+        shown = Shown((), (Clip(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
+    else:
+        shown = Shown((tiny.demo_images()[0].image,), ())
+    sides = [Side(loaded, asked, shown, "what is this ?") for asked in (None, first.read())]
+    try:
+        for said in answers(sides, 1):
+            if wrong := next((one for one in said if one.error), None):
+                raise ValueError(f"{wrong.name}: {wrong.error}")
+    finally:
+        for side in sides:
+            side.close()
+
+
+def serve(loaded: Loaded, first: Controls, host: str | None = None, port: int | None = None) -> None:
+    """Serve until the process is told to stop, from its main thread.
+
+    Nothing is shared, counted or kept: no tunnel, no analytics, and uploads in a folder of their own that goes with the process. Host and port
+    None: as the environment says (a Space does), else 127.0.0.1 and 7860.
+    """
+    warmed(loaded, first)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too
+    with tempfile.TemporaryDirectory(prefix="duet-vlm-app-") as folder:
+        private = {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        os.environ.update(private)  # read where Gradio is imported and when it makes its parts
+        _open(loaded, first, Path(folder), host, port)
+
+
+def _open(loaded: Loaded, first: Controls, folder: Path, host: str | None, port: int | None) -> None:
+    from duet_vlm.app.page import CSS, WAITING, Page, theme
+
+    other = Controls("duet" if first.method == "fastv" else "fastv", first.budget or "0.22")
+    (folder / "examples").mkdir()
+    page: Any = Page(loaded, first, other, examples(loaded, folder / "examples")).blocks
+    page.queue(max_size=WAITING)
+    _, address, _ = page.launch(
+        server_name=host, server_port=port, share=False, max_file_size=f"{MOST_MB}mb", footer_links=[], enable_monitoring=False, ssr_mode=False,
+        pwa=False, mcp_server=False, run_history=False, state_session_capacity=1000, quiet=True, show_error=True, prevent_thread_lock=True,
+        theme=theme(), css=CSS,
+    )  # fmt: skip
+    print(f"{loaded.name}: {address} (Ctrl-C ends it)", flush=True)
+    page.block_thread()
+
+
+def main() -> None:
+    """A Space: the model in DUET_VLM_MODEL, the embedded one without it."""
+    loaded = load(os.environ.get("DUET_VLM_MODEL", "tiny"))
+    serve(loaded, starting(None, None, {}, loaded.model))
+
+
+if __name__ == "__main__":
+    main()

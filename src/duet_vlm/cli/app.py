@@ -1,0 +1,41 @@
+"""``duet-vlm app``: a page to play with, on this machine."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.options import BudgetText, Debug, Device, Method, Model, Positions, Preset, Settings, one, reductions_of
+from duet_vlm.cli.serve import check_port
+from duet_vlm.loading import load, source
+
+
+def app(
+    model: Model = "tiny",
+    method: Method = None,
+    preset: Preset = None,
+    budget: BudgetText = None,
+    positions: Positions = None,
+    settings: Settings = None,
+    host: Annotated[str, typer.Option("--host", help="Address to listen on; 0.0.0.0 for other machines.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=1, max=65535, help="Port to listen on.")] = 7860,
+    device: Device = None,
+    debug: Debug = False,
+) -> None:
+    """Open a page: drop a picture or clip, ask, and see full and reduced answers side by side, and which patches are left at each depth."""
+    with friendly(debug):
+        from duet_vlm.app import space
+        from duet_vlm.app.controls import starting
+
+        one("--budget", budget)
+        (reduction,) = reductions_of(method, preset, budget, positions, settings)
+        check_port(host, port)
+        source(model)
+        space.check_installed()
+        loaded = load(model, device)
+        first = starting(reduction.method, reduction.budget, reduction.fields, loaded.model)
+        if host not in ("127.0.0.1", "localhost", "::1"):
+            typer.echo(f"warning: anyone who reaches {host}:{port} can use this page", err=True)
+        space.serve(loaded, first, host, port)

@@ -1,0 +1,180 @@
+"""One image at one depth of the model: which patches are alive there, which were merged into whom, and which were dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from duet_vlm.palette import group
+from duet_vlm.pictures import rgb
+from duet_vlm.tokens import SpanTrace, StageTrace
+from duet_vlm.viz.overlay import ANCHOR, DROPPED, MEMBER, NUMBERED, SHADE, Panel, cell_box, heat_map, mix, number_patch, outline
+
+Merged = Mapping[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Fates:
+    """The tokens of a span at one depth, each in one of three: ``alive``; ``into``, merged into which tokens that are alive; ``dropped``, and in
+    front of which layer (-1: in the vision tower). What was merged into a token that is dropped leaves with it."""
+
+    alive: frozenset[int]
+    into: dict[int, tuple[int, ...]]
+    dropped: dict[int, int]
+
+
+def fates(trace: SpanTrace, layer: int) -> Fates:
+    """What has become of every token of a span where decoder layer ``layer`` reads it; -1 is the vision tower, 0 the entry to the decoder.
+
+    Raises
+    ------
+    ValueError
+        If ``layer`` is below -1.
+    """
+    if layer < -1:
+        raise ValueError(f"layer {layer}: give -1 (the vision tower), 0 (the entry to the decoder) or the number of a layer")
+    alive = frozenset(range(trace.span.tokens))
+    joined: dict[int, list[int]] = {}
+    dropped: dict[int, int] = {}
+    for stage, merged in _stages(trace):
+        if stage.layer > layer:
+            break
+        alive = frozenset(stage.kept)
+        dropped |= dict.fromkeys(stage.dropped, stage.layer)
+        for anchor, members in merged.items():
+            for member in members:
+                if member not in alive:
+                    joined.setdefault(member, []).append(anchor)
+    into = {}
+    for member in joined:
+        ends = _ends(member, joined)
+        if staying := tuple(sorted(ends & alive)):
+            into[member] = staying
+        else:
+            dropped[member] = max(dropped[end] for end in ends)
+    return Fates(alive, into, dropped)
+
+
+def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
+    """What has become of one token up to a layer, in a sentence; of a clip whose grid holds ``steps`` of time below each other, with its step."""
+    found, name = fates(trace, layer), _place(trace, token, steps)
+    if token in found.alive:
+        members = sum(token in anchors for anchors in found.into.values())
+        joined = f" and stands for {members} others that were merged into it" if members else ""
+        return f"{name} is alive{joined}"
+    if token in found.into:
+        groups, anchors = _groups(trace), found.into[token]
+        whom = " and ".join(f"{_place(trace, anchor, steps).lower()} (group {groups[anchor] + 1})" for anchor in anchors)
+        return f"{name} is merged into {whom}"
+    return f"{name} was dropped {_where(found.dropped[token])}"
+
+
+def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
+    """How many tokens are alive at a layer, and in a second line how many were merged and dropped; of several spans together."""
+    found = [fates(trace, layer) for trace in traces]
+    left = [where for each in found for where in each.dropped.values()]
+    into, groups = sum(len(each.into) for each in found), sum(len({end for ends in each.into.values() for end in ends}) for each in found)
+    alive, tokens = sum(len(each.alive) for each in found), sum(trace.span.tokens for trace in traces)
+    merged = f"{into} merged into {groups} of them, " if into else ""
+    here = left.count(layer)
+    gone = f"{len(left)} dropped" + (f", {here} of them here" if 0 < here < len(left) else "")
+    where = _where(layer).replace("in front of", "at")
+    return f"{where}: {alive} of {tokens} alive", merged + gone
+
+
+def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[Mapping[int, float] | None] = (), *, size: int = 352) -> Panel:
+    """One image at one depth as a picture.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        As the model sees it (``seen``); it is stretched to the token grid.
+    trace : SpanTrace
+        From ``handle.trace``.
+    layer : int
+        As ``fates``.
+    scores : sequence of (mapping or None)
+        As for ``draw``. The heat map is that of the last decision in front of ``layer``.
+    size : int
+        Longer side in pixels, rounded to whole patches.
+
+    Returns
+    -------
+    Panel
+        Alive patches are clear; merged ones are tinted and numbered by the group of the patch that stands for them, which is outlined; dropped
+        ones are dark. ``scores`` is None where no score decided.
+
+    Raises
+    ------
+    ValueError
+        If the span has no token grid, or the layer is below -1.
+    """
+    if trace.span.grid is None:
+        raise ValueError(f"the {trace.span.tokens} tokens of this image form no grid, so they cannot be drawn on it")
+    found, groups = fates(trace, layer), _groups(trace)
+    rows, columns = trace.span.grid
+    cell = max(4, round(size / max(rows, columns)))
+    pixels = np.asarray(rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), np.float32)
+    out = mix(pixels, SHADE, DROPPED)
+    anchors = {anchor for ends in found.into.values() for anchor in ends}
+    shares = [(token, group(groups[token]), ANCHOR) for token in anchors] + [(m, group(groups[ends[0]]), MEMBER) for m, ends in found.into.items()]
+    for token in found.alive - anchors:
+        _paint(out, pixels, cell_box(trace, token, cell))
+    for token, color, share in shares:
+        _paint(out, mix(pixels, color, share), cell_box(trace, token, cell))
+    picture = Image.fromarray(np.rint(out).astype(np.uint8))
+    pen = ImageDraw.Draw(picture)
+    for token in anchors:
+        if (box := cell_box(trace, token, cell)) is not None:
+            outline(pen, box, group(groups[token]), max(2, cell // 8))
+    if cell >= NUMBERED:
+        for token in (*anchors, *found.into):
+            number_patch(pen, cell_box(trace, token, cell), groups[token if token in anchors else found.into[token][0]] + 1, cell)
+    decided = [number for number, stage in enumerate(trace.stages) if stage.layer <= layer]
+    shown = scores[decided[-1]] if decided and decided[-1] < len(scores) else None
+    return Panel(*told([trace], layer), picture, heat_map(pixels, trace, shown, cell) if shown else None)
+
+
+def _stages(trace: SpanTrace) -> Iterator[tuple[StageTrace, Merged]]:
+    """The stages along the depth, with who is merged into whom at each."""
+    if trace.tower is not None:
+        yield trace.tower, {}
+    for number, stage in enumerate(trace.stages):
+        yield stage, stage.merged if number else trace.merged
+
+
+def _groups(trace: SpanTrace) -> dict[int, int]:
+    """A number for each token that others are merged into, the same at every depth: those of the entry first, as ``draw`` numbers them."""
+    found: dict[int, int] = {}
+    for _, merged in _stages(trace):
+        for anchor in sorted(merged):
+            found.setdefault(anchor, len(found))
+    return found
+
+
+def _ends(member: int, joined: Mapping[int, list[int]]) -> set[int]:
+    """The tokens at the end of the chain of merges that a token went through."""
+    return {end for anchor in joined[member] for end in (_ends(anchor, joined) if anchor in joined else {anchor})}
+
+
+def _paint(out: np.ndarray, source: np.ndarray, box: tuple[int, int, int, int] | None) -> None:
+    if box is not None:
+        left, top, right, bottom = box
+        out[top:bottom, left:right] = source[top:bottom, left:right]
+
+
+def _where(layer: int) -> str:
+    return {-1: "in the vision tower", 0: "at the entry to the decoder"}.get(layer, f"in front of layer {layer}")
+
+
+def _place(trace: SpanTrace, token: int, steps: int) -> str:
+    rows, columns = trace.span.grid or (1, trace.span.tokens)
+    place = token - (trace.span.tokens - rows * columns)
+    if place < 0:
+        return "A token outside the grid"
+    step, row = divmod(place // columns, rows // steps)
+    where = f"row {row + 1}, column {place % columns + 1}"
+    return f"Step {step + 1}, {where}" if steps > 1 else where.capitalize()
