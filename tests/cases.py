@@ -57,13 +57,13 @@ REDUCING: dict[str, dict[str, Any]] = {
         "pyramiddrop_schedule": ((2, 0.5), (4, 0.25), (6, 0.1)),
     },
     "hired": {"keep": 0.4},
-    "holitom": {"keep": 0.4},
+    "holitom": {"keep": 0.6, "schedule": ((4, 0.5),)},
     "holov": {"keep": 0.4, "crops": 3},
     "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "prumerge": {"keep": 0.3, "neighbours": 3},
     "prumerge_plus": {"keep": 0.3, "neighbours": 3},
     "prunesid": {"keep": 0.6},
-    "prunevid": {"keep": 0.4},
+    "prunevid": {"keep": 0.6, "schedule": ((4, 0.4),), "cache": "full"},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
@@ -81,7 +81,7 @@ REDUCING: dict[str, dict[str, Any]] = {
 }
 
 # methods whose usual drops come before the first attention of some families: a clear error
-TOO_EARLY = {"dart": ("qwen3_5", "qwen3_5_moe"), "fitprune": ("qwen3_5", "qwen3_5_moe"), "sparsevlm": ("qwen3_5", "qwen3_5_moe")}
+TOO_EARLY = {name: ("qwen3_5", "qwen3_5_moe") for name in ("dart", "fitprune", "sparsevlm")}
 
 
 def _by_text(name: str) -> bool:
@@ -116,9 +116,11 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("frames+visionzip+pyramiddrop", {"budget": 1.0}),
     ("frames+duet", {"budget": 100_000}),
     ("holitom", {"budget": 1.0}),
+    ("holitom", {"schedule": ((4, 1.0),)}),
     ("prumerge", {"keep": 1.0}),
     ("prumerge_plus", {"budget": 100_000}),
     ("prunevid", {"keep": 1.0}),
+    ("prunevid", {"keep": 1.0, "schedule": ((4, 1.0),)}),
     ("pyramiddrop", {"schedule": ((2, 1.0), (4, 1.0))}),
     ("random", {"entry": 1.0}),
     ("scope", {"keep": 1.0}),
@@ -158,8 +160,8 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "tome": ToMe.official(6),
     "evs": EVS.official(0.6),
     "fastvid": FastVID.official(0.4),
-    "holitom": HoliTom.official(0.4),
-    "prunevid": PruneVid.official(0.4),
+    "holitom": HoliTom.official(0.6, ((4, 0.5),)),
+    "prunevid": PruneVid.official(0.6, ((4, 0.4),), cache="full"),
     "vidcom2": VidCom2.official(0.4),
     "apet": ApET.official(9, 5, 4, basis=3),
 }

@@ -215,8 +215,8 @@ class EncoderReducer(Reducer):
 class DecoderReducer(Reducer):
     """A method that drops, or merges, visual tokens between decoder layers.
 
-    ``uses_text``: it ranks by attention from text, taken ``score_before`` layers before the drop, ``score_heads`` "mean" over heads, their "max", or
-    "each". ``needs`` names what else it looks at (``TextView``); only that is made. ``merges``: it merges rows.
+    ``uses_text``: it ranks by attention from text, taken ``score_before`` layers before the drop, ``score_heads`` "mean" over heads, their "max", the
+    "most" of any head and query, or "each". ``needs`` names what else it looks at (``TextView``); only that is made. ``merges``: it merges rows.
 
     Attributes
     ----------

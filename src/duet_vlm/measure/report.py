@@ -25,7 +25,8 @@ class Sample:
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
     as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span, of each part where patches leave
     the tower and how many tokens' are left then (``duet_vlm.budget.Stages``), as planned and as measured (left out: none leave).
-    ``merges_left``: the projector, which sees every token otherwise, sees only those.
+    ``merges_left``: the projector, which sees every token otherwise, sees only those. ``still``: which spans are pictures, whose parts are no
+    steps of time.
     """
 
     text: int
@@ -42,6 +43,13 @@ class Sample:
     planned_left: tuple[tuple[Stages, ...], ...] = ()
     left: tuple[tuple[Stages, ...], ...] = ()
     merges_left: bool = False
+    still: tuple[bool, ...] = ()
+
+    @property
+    def steps(self) -> tuple[tuple[int, ...], ...]:
+        """Per span the tokens of each step of time."""
+        still = self.still or (False,) * len(self.passes)
+        return tuple((sum(parts),) if alone else parts for parts, alone in zip(self.passes, still, strict=True))
 
     def visual(self, layer: int) -> int:
         """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""

@@ -125,7 +125,8 @@ def query_attention(
     size : Tensor, optional
         [B, T] float32, how many rows each key stands for.
     heads : str
-        "mean" over heads; "max": for each query and key the largest of all heads, before the mean over queries; "each": by head.
+        "mean" over heads; "max": for each query and key the largest of all heads, before the mean over queries; "most": for each key the largest of
+        all heads and queries; "each": by head.
     divisor : callable, optional
         [B, q, T] that each head's attention of the queries of a slice is divided by.
 
@@ -145,7 +146,11 @@ def query_attention(
         weights = grouped_logits(query[:, :, block], key, scaling, bias).softmax(-1)
         if divisor is not None:
             weights /= divisor(block)[:, None]
-        total += _asked(weights, share[:, block], heads)
+        if heads == "most":
+            asks = (share[:, block] > 0)[:, None, :, None]
+            total = torch.maximum(total, weights.masked_fill(~asks, 0).amax((1, 2))[:, None])
+        else:
+            total += _asked(weights, share[:, block], heads)
     return total.transpose(1, 2) if heads == "each" else total[:, 0]
 
 
