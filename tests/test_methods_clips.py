@@ -21,20 +21,22 @@ from torch import Tensor
 import duet_vlm
 from duet_vlm import TextView, VisionView
 from duet_vlm.methods.clip import ClipReducer, Rows
-from duet_vlm.ops.clips import Clips
+from duet_vlm.ops.clips import Clips, divided
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.select import top
 from duet_vlm.tokens import Selection
+from duet_vlm.vision import Question
 
 METHODS: dict[str, dict[str, Any]] = {
     "dycoke": {},
     "fastvid": {"every": 2, "segments": 2},
     "holitom": {"threshold": 0.2, "neighbours": 2},
+    "metok": {"deviations": 0.5, "threshold": 0.6},
     "prunevid": {"threshold": 0.2, "windows": 0.5},
     "vidcom2": {"temperature": 0.1},
 }
-MERGING = ("fastvid", "holitom", "prunevid")
-STAGED = ("holitom", "prunevid")  # which go on inside the decoder
+MERGING = ("fastvid", "holitom", "metok", "prunevid")
+STAGED = ("holitom", "metok", "prunevid")  # which go on inside the decoder
 EACH = pytest.mark.parametrize("method", METHODS)
 
 
@@ -58,8 +60,13 @@ def view_of(
     dominant, contextual = (torch.tensor([getattr(plan, name) for plan in plans]) for name in ("dominant", "contextual"))
     return VisionView(
         parts >= 0, dominant, contextual, plans, torch.rand(len(clips), width, generator=generator), None, features, parts, stream,
-        most=(max(t for t, _ in clips), max(n for _, n in clips)) if most else None,
+        question=asked(len(clips), generator), most=(max(t for t, _ in clips), max(n for _, n in clips)) if most else None,
     )  # fmt: skip
+
+
+def asked(spans: int, generator: torch.Generator) -> Question:
+    """Questions of one to four words."""
+    return Question(torch.randn(spans, 4, 6, generator=generator), torch.arange(4) < torch.randint(1, 5, (spans, 1), generator=generator))
 
 
 def alone(view: VisionView, row: int, tokens: int) -> VisionView:
@@ -69,7 +76,7 @@ def alone(view: VisionView, row: int, tokens: int) -> VisionView:
     count = slice(row, row + 1)
     return VisionView(
         view.valid[count, :tokens], view.dominant[count], view.contextual[count], view.plans[count], one(view.importance), None, one(view.features),
-        one(view.parts), view.stream,
+        one(view.parts), view.stream, question=Question(view.question.rows[count], view.question.valid[count]),
     )  # fmt: skip
 
 
@@ -165,6 +172,66 @@ def test_vidcom2_against_loops() -> None:
     assert [token for token, _ in told(reducer.v2v(view), 0)] == kept
 
 
+def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: int, method: Any) -> tuple[list[Any], dict[int, float]]:
+    """Rows (token, [(member, weight)]) and what is noted of each token, of a clip by frame and place."""
+    steps, places = len(rows), len(rows[0])
+
+    def unit(x: list[float]) -> list[float]:
+        return [c / math.sqrt(sum(v * v for v in x)) for c in x]
+
+    def mean(some: list[list[float]]) -> list[float]:
+        return [sum(c) / len(some) for c in zip(*some, strict=True)]
+
+    frames = [unit(mean(frame)) for frame in rows]
+    near = [sum(a * b for a, b in zip(x, y, strict=True)) for x, y in zip(frames, frames[1:], strict=False)]
+    middle = sum(near) / len(near)
+    spread = math.sqrt(sum((x - middle) ** 2 for x in near) / len(near))
+    starts = [0, *(t + 1 for t, x in enumerate(near) if x < middle - method.deviations * spread)]
+    event = [sum(t >= start for start in starts) - 1 for t in range(steps)]
+    question = mean([unit(word) for word in words])
+    about = [sum(a * b for a, b in zip(frame, question, strict=True)) for frame in frames]
+    score = [sum(about[t] for t in range(steps) if event[t] == e) / event.count(e) for e in range(len(starts))]
+    key = sorted(range(len(starts)), key=lambda e: -score[e])[: math.ceil(method.key * len(starts))]
+    fresh = [
+        [p for p in range(places) if t == 0 or event[t] != event[t - 1] or twins.cosine(rows[t][p], rows[t - 1][p]) <= method.threshold]
+        for t in range(steps)
+    ]
+    weight = torch.tensor([[len(f) * (1.0 if event[t] in key else method.pooled) for t, f in enumerate(fresh)]])
+    counts = divided(torch.tensor([count]), weight, torch.full((1, steps), places))[0].tolist()
+    out: list[Any] = []
+    for t in range(steps):
+        runs = min(counts[t], len(fresh[t]))
+        for r in range(runs):
+            run = [t * places + p for i, p in enumerate(fresh[t]) if i * runs // len(fresh[t]) == r]
+            out.append((run[0], [(token, round(1 / len(run), 5)) for token in run]))
+        others = [p for p in range(places) if p not in fresh[t]]
+        left = counts[t] - runs
+        spare = [p for i, p in enumerate(others) if (i + 1) * left // len(others) > i * left // len(others)]
+        out += [(t * places + p, [(t * places + p, 1.0)]) for p in spare]
+    total = twins.softmax([s / method.temperature for s in score])
+    return sorted(out), {t * places + p: len(starts) * total[event[t]] for t in range(steps) for p in range(places)}
+
+
+@pytest.mark.parametrize(("seed", "count", "still"), [(0, 9, 0.6), (1, 20, 0.7), (2, 38, 0.8), (3, 3, 0.5), (4, 30, 0.9)])
+def test_metok_against_loops(seed: int, count: int, still: float) -> None:
+    reducer = made("metok", keep=None)
+    view = view_of(reducer, [(8, 5), (3, 4)], [count, 2], seed, still=still)
+    selection = reducer.v2v(view)
+    words = view.question.rows[0][view.question.valid[0]].double().tolist()
+    expected, notes = slow_metok(view.features[0].double().view(8, 5, 6).tolist(), words, count, reducer)
+    assert told(selection, 0) == expected and len(expected) == count
+    for token, note, real in zip(selection.index[0].tolist(), selection.notes[0].tolist(), selection.valid[0].tolist(), strict=True):
+        assert not real or note == pytest.approx(notes[token], rel=1e-4)
+
+
+def test_metok_weighs_attention_by_events() -> None:
+    view = TextView(
+        torch.ones(1, 5, dtype=torch.bool), torch.tensor([2]), counts=((5, 2),), scores=torch.tensor([[0.5, 0.3, 0.1, 0.28, 0.2]]),
+        notes=torch.tensor([[0.2, 1.0, 2.0, 0.0, 2.0]]),
+    )  # fmt: skip
+    assert made("metok").t2v(view)[0].tolist() == [False, True, False, False, True]  # what has no note counts as it is
+
+
 def test_dycoke_against_loops() -> None:
     reducer = made("dycoke", keep=None)
     view = view_of(reducer, [(6, 5)], [18], still=0.6)  # frames 0 and 4 whole; 8 among 1, 2, 3, 5
@@ -203,7 +270,8 @@ def test_nothing_is_read_back(method: str, monkeypatch: pytest.MonkeyPatch) -> N
 def test_images_are_clips_of_one_frame(method: str) -> None:
     reducer = made(method, keep=None)
     crops, picture = (view_of(reducer, [clip], [5], stream="image") for clip in ((3, 4), (1, 12)))
-    picture = VisionView(picture.valid, picture.dominant, picture.contextual, picture.plans, crops.importance, None, crops.features, picture.parts)
+    shown = {"importance": crops.importance, "features": crops.features, "question": crops.question}
+    picture = VisionView(picture.valid, picture.dominant, picture.contextual, picture.plans, parts=picture.parts, **shown)
     assert told(reducer.v2v(crops), 0) == told(reducer.v2v(picture), 0) and len(told(reducer.v2v(crops), 0)) == 5
 
 
@@ -286,6 +354,11 @@ def test_holitom_joins_what_leaves_to_what_stays(counts: list[tuple[int, int]], 
 
 @pytest.mark.parametrize("method", STAGED)
 def test_a_budget_lets_more_in_and_drops_where_the_paper_does(method: str) -> None:
+    if method == "metok":
+        counts = duet_vlm.get(method)().plan(3136, 32, 0.2).counts
+        assert [counts[layer] for layer in (7, 8, 16, 24)] == [math.floor(counts[0] * share + 1e-9) for share in (1, 0.5, 0.25, 0.125)]
+        assert 626.2 < sum(counts) / 32 <= 627.2
+        return
     layer, share = {"holitom": (18, 0.5), "prunevid": (9, 0.4)}[method]  # 11 of 32 is 9 of 28
     counts = duet_vlm.get(method)().plan(3136, 28, 0.1).counts
     assert set(counts[:layer]) == {counts[0]} and set(counts[layer:]) == {math.floor(share * counts[0] + 1e-9)}
@@ -371,7 +444,8 @@ def test_notes_must_fit() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        "frames+vidcom2", "evs+fastvid", "vidcom2+pyramiddrop", "holitom+duet", "dycoke+prunevid", "visionzip+holitom", "evs+fastvid+pyramiddrop",
+        "frames+vidcom2", "evs+fastvid", "vidcom2+pyramiddrop", "holitom+duet", "dycoke+prunevid", "visionzip+holitom", "metok+duet", "evs+metok",
+        "evs+fastvid+pyramiddrop",
     ],
 )
 def test_compositions_meet_one_budget(method: str) -> None:
@@ -395,6 +469,11 @@ def test_compositions_meet_one_budget(method: str) -> None:
         ("holitom", {"own": -1.0}, "own=-1.0: a share"),
         ("holitom", {"window": 0}, "window=0: a number of frames"),
         ("holitom", {"joining": "sum"}, "joining='sum': choose one of 'mean', 'halving'"),
+        ("metok", {"deviations": -1.0}, "deviations=-1.0: a number of standard deviations"),
+        ("metok", {"key": 0.0}, r"key=0.0: a share, in \(0, 1\]"),
+        ("metok", {"pooled": 2.0}, "pooled=2.0: a share"),
+        ("metok", {"threshold": -2.0}, "threshold=-2.0: a cosine"),
+        ("metok", {"temperature": 0.0}, "temperature=0.0: of a softmax"),
         ("prunevid", {"windows": 0.0}, "windows=0.0: clusters as a fraction"),
         ("prunevid", {"neighbours": 0}, "neighbours=0: a number of frames"),
         ("prunevid", {"rows": "score"}, "rows='score': choose one of"),

@@ -21,6 +21,7 @@ SETTINGS = {
     "fastvid": {"keep": 0.5},
     "holitom": {"keep": 0.6, "threshold": 0.0, "schedule": ((4, 0.4),)},
     "prunevid": {"keep": 0.6, "windows": 0.5, "threshold": 0.2, "schedule": ((4, 0.4),), "cache": "full"},
+    "metok": {"keep": 0.6, "threshold": 0.0, "schedule": ((3, 0.6), (5, 0.25)), "cache": "full"},
     "vidcom2": {"keep": 0.5},
     "frames+duet": {"frames_keep": 0.7, "duet_dominant": 0.4, "duet_contextual": 0.2, "duet_schedule": ((3, 0.6), (5, 0.25))},
     "frames+pyramiddrop": {"frames_keep": 0.7, "pyramiddrop_schedule": ((3, 0.6), (5, 0.25))},

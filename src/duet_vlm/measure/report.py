@@ -249,12 +249,12 @@ def make_report(
     def costs(rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
-            (before[i], s.queries, before[i + 1] if i in reused_layers else 0)
+            (before[i], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
             for before, s in zip(entering, samples, strict=True)
             for i in scored_layers
             if ranked
         ]
-        ranking = sum(scoring_flops(decoder, *some, products=products) for some in scored) + deciding * ranked
+        ranking = sum(scoring_flops(decoder, *some) for some in scored) + deciding * ranked
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 

@@ -154,6 +154,22 @@ def query_attention(
     return total.transpose(1, 2) if heads == "each" else total[:, 0]
 
 
+def state_read_out(query: Tensor, key: Tensor, gate: Tensor, allowed: Callable[[slice], Tensor], weight: Tensor) -> Tensor:
+    """How much of each row a set of query rows reads out of a linear layer's state, fading left out: sum over heads, weighted mean over queries, of
+    gate * abs(query . key).
+
+    query [B, H, Q, d], key [B, H, T, d], gate [B, H, T]; ``allowed`` gives the [B, q, T] bool of a slice of queries, weight [B, Q] float32 is
+    normalised here -> [B, T] float32.
+    """
+    share = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    total = gate.new_zeros(gate.shape[0], gate.shape[2])
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        read = (query[:, :, block] @ key.transpose(2, 3)).abs() * (allowed(block) * share[:, block, None])[:, None]
+        total += (read.sum(2) * gate).sum(1)
+    return total
+
+
 def _asked(weights: Tensor, share: Tensor, heads: str) -> Tensor:
     """Weighted sum over queries of attention [B, H, Q, T], ``share`` [B, Q]: -> [B, H, T] by head, else [B, 1, T]."""
     if heads == "each":
