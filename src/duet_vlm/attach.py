@@ -28,6 +28,7 @@ def attach(
     positions: str | None = None,
     align: bool = False,
     text_tower: Any = None,
+    chunk_frames: int | None = None,
     **fields: Any,
 ) -> Handle:
     """Make ``model`` spend fewer visual tokens, until the handle is detached.
@@ -53,6 +54,10 @@ def attach(
     text_tower : duet_vlm.contrastive.ContrastiveText, optional
         The text side of the CLIP model that the vision tower comes from, for methods that compare tokens with the words of the question
         (``cdpruner`` with ``relevance="contrastive"``); needs ``processor`` too.
+    chunk_frames : int, optional
+        Frames of a clip that go through the vision tower at a time, outside of training: a multiple of what the tower looks at as one (two frames
+        in Qwen's). The result is the same; the tower's memory depends on the piece and not on the clip. Left out: on an
+        accelerator as many as fit in a quarter of its free memory, on the CPU the whole clip.
     **fields
         Settings of the method; they override those of an instance.
 
@@ -92,7 +97,7 @@ def attach(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
-    handle = Handle(adapter, reducer, budget, processor, align, text_tower)
+    handle = Handle(adapter, reducer, budget, processor, align, text_tower, chunk_frames)
     _attached[core] = weakref.ref(handle)
     return handle
 

@@ -127,6 +127,14 @@ class Stream:
         return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes, device="cpu").tolist(), arguments)
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of an encoder call: its ``encoding``, and the numbers of the ``clips`` of the whole call that it shows."""
+
+    encoding: Encoding
+    clips: tuple[int, ...]
+
+
 class Adapter(ABC):
     """A family. Subclasses say in their attributes and methods what differs from the usual; nothing else knows the family.
 
@@ -341,6 +349,16 @@ class Adapter(ABC):
             shows = (place >= 0) & (part >= 0)
             places.append(torch.from_numpy(np.where(shows[:, None], np.stack([place // columns, place % columns], 1), -1)))
         return places
+
+    def frames_together(self) -> int:
+        """How many frames of a clip the tower looks at as one step of time, each step by itself: a clip then goes through it in pieces. A TypeError
+        says why it cannot."""
+        why = "it takes frames as images" if self.video else "it takes no clips"
+        raise TypeError(f"{self.family}: chunk_frames= cuts clips into pieces, and {why}; leave it out")
+
+    def in_pieces(self, call: Encoding, steps: int) -> list[Piece]:
+        """A call for clips as calls that show about ``steps`` steps of time each, at least one."""
+        raise NotImplementedError
 
     def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         """Per span: rows and columns of the crops that follow its first part, (0, 0) where it was not cut."""

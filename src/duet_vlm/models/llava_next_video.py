@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Piece, Recorded, Stream
 from duet_vlm.models.llava_next import LlavaNext
-from duet_vlm.models.towers import cells
+from duet_vlm.models.towers import cells, frames_in_pieces
 
 
 class LlavaNextVideo(LlavaNext):
@@ -72,6 +72,12 @@ class LlavaNextVideo(LlavaNext):
 
     def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         return super().arranged(projected, call) if call.stream == "image" else list(projected.unflatten(0, self.frames(call)).flatten(1, 2))
+
+    def frames_together(self) -> int:
+        return 1
+
+    def in_pieces(self, call: Encoding, steps: int) -> list[Piece]:
+        return frames_in_pieces(call, "pixel_values_videos", steps)
 
     def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         return super().sides(call, counts) if call.stream == "image" else [(self.pooled_side(), self.pooled_side())] * len(counts)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Inside, Recorded
+from duet_vlm.models.adapter import Encoding, Inside, Piece, Recorded
 from duet_vlm.ops.score import cls_attention, column_attention
 
 
@@ -54,3 +54,10 @@ def segments_of(recorded: Recorded) -> list[Recorded]:
     lengths = recorded.segments.tolist()
     pairs = zip(recorded.query.split(lengths, 2), recorded.key.split(lengths, 2), strict=True)
     return [replace(recorded, query=query, key=key, segments=None) for query, key in pairs]
+
+
+def frames_in_pieces(call: Encoding, pixels: str, steps: int) -> list[Piece]:
+    """See ``Adapter.in_pieces``: clips of equally many frames, one of which is a step, as a tensor [clips, frames, ...] under the name ``pixels``."""
+    clips, frames = call.arguments[pixels].shape[:2]
+    some = call.arguments[pixels].split(max(1, steps // max(1, clips)), 1)
+    return [Piece(replace(call, arguments=call.arguments | {pixels: x.contiguous()}), tuple(range(clips))) for x in some]

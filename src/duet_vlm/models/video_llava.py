@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Blocks, Encoding, Piece, Recorded, Stream
 from duet_vlm.models.llava import Llava
+from duet_vlm.models.towers import frames_in_pieces
 
 FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 
@@ -79,6 +80,12 @@ class VideoLlava(Llava):
 
     def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         return list(projected.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
+
+    def frames_together(self) -> int:
+        return 1
+
+    def in_pieces(self, call: Encoding, steps: int) -> list[Piece]:
+        return frames_in_pieces(call, "pixel_values_videos", steps)
 
     def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         return [(self.side, self.side)] * len(counts)
