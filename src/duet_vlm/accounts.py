@@ -38,6 +38,7 @@ def samples_of(run: Run, per_token: int) -> list[Sample]:
             planned_left=tuple(_of_span(encoded, number, "planned", per_token) for encoded, number in of),
             left=tuple(_of_span(encoded, number, "ran", per_token) for encoded, number in of),
             still=tuple(encoded.stream != "video" for encoded, _ in of),
+            repeated=tuple(encoded.repeated[number] if encoded.repeated else () for encoded, number in of),
             kept=tuple(_mean_kept(span, run.depth) for span in history),
         )
         for length, spans, of, plans, asked, measured, nominal, history in zip(
@@ -84,4 +85,5 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]
     width = adapter.decoder_shape().hidden if projects_all else vision.width
     mass = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head)
     steps = [span for s in samples for span in s.steps]
-    return mass + selection_flops(reducer, plans, passes, vision, head, width, steps), selection_bytes(reducer, plans, passes, vision, head)
+    ranked = [span for s in samples for span in s.encoded]
+    return mass + selection_flops(reducer, plans, passes, vision, head, width, steps, ranked), selection_bytes(reducer, plans, passes, vision, head)

@@ -17,7 +17,7 @@ from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.inside import leaving
 from duet_vlm.flow.install import install
-from duet_vlm.flow.pieces import check_pieces
+from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import named_layers
 from duet_vlm.flow.trace import trace_of
@@ -43,8 +43,8 @@ class Handle:
         The method with its settings.
     budget : int, float or None
         As given.
-    chunk_frames : int or None
-        As given.
+    pieces : Pieces
+        How clips go through the vision tower: ``chunk_frames`` and ``still_frames`` as given.
     """
 
     def __init__(
@@ -55,19 +55,19 @@ class Handle:
         processor: Any,
         align: bool,
         text_tower: Any = None,
-        chunk_frames: int | None = None,
+        pieces: Pieces | None = None,
     ) -> None:
-        self.adapter, self.chunk_frames = adapter, chunk_frames
+        self.adapter, self.pieces = adapter, pieces or Pieces()
         self._processor, self._text_tower = processor, text_tower
         rules = Rules(reducer, budget, len(adapter.layers))
         check(adapter, reducer, rules.plan, processor, budget, text_tower)
-        check_pieces(adapter, reducer, chunk_frames)
+        self.pieces.check(adapter, reducer)
         self._hooks = Hooks()
         self._gate = Gate(rules, self._hooks.undo)
         self._traffic = Traffic(adapter, self._gate, self._hooks, align)
         self._traffic.owner = self
         try:
-            install(self._traffic, reducer, processor, text_tower, chunk_frames)
+            install(self._traffic, reducer, processor, text_tower, self.pieces)
         except BaseException:
             self._gate.close()
             raise
@@ -129,7 +129,7 @@ class Handle:
         check_budget(budget)
         rules = Rules(reducer, budget, len(self.adapter.layers))
         check(self.adapter, reducer, rules.plan, self._processor, budget, self._text_tower)
-        check_pieces(self.adapter, reducer, self.chunk_frames)
+        self.pieces.check(self.adapter, reducer)
         if hooked(reducer) != hooked(self.reducer):
             raise ValueError(
                 "signal_layer cannot change while attached, nor what else decides where the vision tower is read: detach and attach again"

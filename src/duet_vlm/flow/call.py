@@ -46,6 +46,7 @@ class Encoded:
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
     projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
     skipped: bool = False  # tower layers that nobody reads were not run
+    repeated: tuple[tuple[bool, ...], ...] = ()  # per span, parts that were not encoded since they repeat the one before
     alive: Tensor | None = None  # [spans, N], the tokens that went through a reduced tower
     tower: Any = None  # what went through the tower, where it was reduced (flow/tower.py)
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones

@@ -21,11 +21,11 @@ from duet_vlm.budget import BudgetError
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Prompt, Stacks
 from duet_vlm.flow.choose import plans_of, select, sizes_of, slots_of, takes_each
-from duet_vlm.flow.pieces import Gathered, pieces_of
+from duet_vlm.flow.pieces import Cut, Gathered, Pieces
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import Named, Words, grid_of, layer_views, of_layer, projecting, question_of
 from duet_vlm.flow.verify import not_finite
-from duet_vlm.models.adapter import Adapter, Encoding, Piece, Stream
+from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
@@ -51,9 +51,9 @@ class EncoderFlow:
         stacks: Stacks,
         begun: Callable[[], AbstractContextManager[Rules | None]],
         words: Words,
-        chunk_frames: int | None = None,
+        pieces: Pieces,
     ) -> None:
-        self.adapter, self.stacks, self.begun, self.words, self.chunk_frames = adapter, stacks, begun, words, chunk_frames
+        self.adapter, self.stacks, self.begun, self.words, self.pieces = adapter, stacks, begun, words, pieces
         self.skipping = False  # whether layers that nobody reads were found
         self.named = Named((), ())  # the vision layers that the method reads
 
@@ -70,7 +70,8 @@ class EncoderFlow:
                 call = self._call(stream, stream.encoding(bound.arguments), rules)
                 pixels = bound.arguments.get(stream.pixels)
                 if not call.aside and isinstance(pixels, Tensor):
-                    if cut := pieces_of(self.adapter, rules.reducer, call.encoding, pixels, self.chunk_frames):
+                    cut = self.pieces.cut(self.adapter, rules.reducer, call.encoding, pixels)
+                    if cut is not None:
                         return self._in_pieces(functools.partial(_with_arguments, encode, signature), stream, call, cut)
                 plain = encode(*args, **kwargs) if call.twice else None
                 self.stacks.encoders.append(call)
@@ -83,11 +84,10 @@ class EncoderFlow:
 
         return encode_and_reduce
 
-    def _in_pieces(self, encode: Callable[[dict[str, Any]], Any], stream: Stream, call: EncoderCall, cut: list[Piece]) -> Any:
+    def _in_pieces(self, encode: Callable[[dict[str, Any]], Any], stream: Stream, call: EncoderCall, cut: Cut) -> Any:
         """The output of an encoder call for clips, piece by piece."""
-        last = {clip: number for number, piece in enumerate(cut) for clip in piece.clips}
-        gathered = Gathered.of(len(last))
-        for number, piece in enumerate(cut):
+        gathered = Gathered(cut)
+        for piece in cut.pieces:
             one = self._call(stream, piece.encoding, call.rules)
             one.gathers = True
             self.stacks.encoders.append(one)
@@ -95,24 +95,26 @@ class EncoderFlow:
                 output = encode(piece.encoding.arguments)
             finally:
                 self.stacks.encoders.pop()
-            gathered.add(self.adapter, piece, one, output, {clip for clip in piece.clips if last[clip] == number})
+            gathered.add(self.adapter, piece, one, output)
         rows, levels, call.signals = gathered.joined()
         if one.unprojected is not None:
-            rows = self._projected(torch.stack(rows), call)
+            rows = self._projected(torch.stack(rows), call, cut)
         for name in ("last_hidden_state", "hidden_states", "attentions"):  # of the last piece only
             if getattr(output, name, None) is not None:
                 setattr(output, name, None)
         if levels:
             output.deepstack_features = levels
-        return self._finish(output, call, rows)
+        output = self._finish(output, call, rows)
+        getattr(output, ENCODED).repeated = cut.repeated
+        return output
 
-    def _projected(self, features: Tensor, call: EncoderCall) -> list[Tensor]:
+    def _projected(self, features: Tensor, call: EncoderCall, cut: Cut) -> list[Tensor]:
         """Rows of clips [B, N, C] in front of a point-wise projector -> those behind it, the missing ones marked."""
         projector = self.adapter.pointwise
         assert projector is not None
         merged = self._reduced(call, features, features)
         if merged is None:
-            return list(projector.forward(features))
+            return [cut.again(clip, projector.forward(cut.once(clip, rows)[None])[0]) for clip, rows in enumerate(features)]
         assert call.pending is not None
         return list(_marked(projector.forward(merged), call.pending, features.shape[1]))
 

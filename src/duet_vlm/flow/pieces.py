@@ -1,10 +1,12 @@
-"""A clip in pieces: its frames go through the encoder some at a time, so that what the tower needs depends on the piece and not on the clip.
+"""Clips through the encoder in pieces: some frames at a time, and frames that did not change not at all.
 
-What is chosen from is the same as in one piece: rows and signals of all frames, put together again.
+What the tower needs then depends on the piece and not on the clip. What is chosen from is as in one piece: rows and signals of all steps of
+time, put together again; a step that was not encoded has those of the one that it repeats.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,31 +15,79 @@ from torch import Tensor
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
-from duet_vlm.models.adapter import Adapter, Encoding, Piece
+from duet_vlm.models.adapter import Adapter, Encoding
 from duet_vlm.reducer import Reducer
 
 SHARE = 0.25  # of the free memory of an accelerator, for what the tower makes of one piece
 
 
-def check_pieces(adapter: Adapter, reducer: Reducer, frames: int | None) -> None:
-    """Refuse pieces of ``frames`` frames (None: as many as fit) that would change what is chosen, or that nothing can be cut into.
+@dataclass(frozen=True)
+class Pieces:
+    """How clips go through the encoder: ``frames`` at a time (None: as many as fit), and which are ``still``: in no patch is the mean difference of
+    pixels from the last frame that was encoded larger than that (None: all are encoded)."""
 
-    Raises
-    ------
-    TypeError
-        No int; a family or a method that clips cannot be cut for.
-    ValueError
-        Not a number of whole steps of time.
-    """
-    if frames is None:
-        return
-    if isinstance(frames, bool) or not isinstance(frames, int):
-        raise TypeError(f"chunk_frames={frames!r}: a number of frames (int), or None")
-    together = adapter.frames_together()
-    if frames < 1 or frames % together:
-        raise ValueError(f"chunk_frames={frames}: {adapter.family} looks at {together} frame(s) at once; give a multiple of that, at least one")
-    if why := _whole(reducer):
-        raise TypeError(f"chunk_frames={frames}: {reducer.name} {why}, so the clip goes through it in one piece; leave chunk_frames out")
+    frames: int | None = None
+    still: float | None = None
+
+    def check(self, adapter: Adapter, reducer: Reducer) -> None:
+        """Refuse what would change what is chosen, or nothing can be cut for.
+
+        Raises
+        ------
+        TypeError
+            No numbers; a family or a method that clips cannot be cut for.
+        ValueError
+            Not a number of whole steps of time, or no difference.
+        """
+        if self.frames is None and self.still is None:
+            return
+        if self.frames is not None and (isinstance(self.frames, bool) or not isinstance(self.frames, int)):
+            raise TypeError(f"chunk_frames={self.frames!r}: a number of frames (int), or None")
+        if self.still is not None and (isinstance(self.still, bool) or not isinstance(self.still, int | float)):
+            raise TypeError(f"still_frames={self.still!r}: a difference of pixel values (float), or None")
+        together = adapter.frames_together()
+        if self.frames is not None and (self.frames < 1 or self.frames % together):
+            raise ValueError(
+                f"chunk_frames={self.frames}: {adapter.family} looks at {together} frame(s) at once; give a multiple of that, at least one"
+            )
+        if self.still is not None and not 0 <= self.still < math.inf:
+            raise ValueError(f"still_frames={self.still}: give a finite mean difference of pixel values, 0 or more")
+        if why := _whole(reducer):
+            name = "chunk_frames" if self.still is None else "still_frames"
+            raise TypeError(f"{name}: {reducer.name} {why}, so a clip goes through it as it is; leave {name} out")
+
+    def cut(self, adapter: Adapter, reducer: Reducer, call: Encoding, pixels: Tensor) -> Cut | None:
+        """The calls that one call for clips becomes; None where it stays as it is. Reads which frames are still from the device."""
+        if call.stream != "video" or torch.is_grad_enabled():  # what gradients need is kept in any case
+            return None
+        most = self._steps(adapter, reducer, call, pixels)
+        if most is None and self.still is None:
+            return None
+        steps = adapter.steps(call)
+        moved = [[True] * len(some) for some in steps] if self.still is None else [changed(some, self.still).tolist() for some in steps]
+        shown = [[t for t, new in enumerate(some) if new] for some in moved]
+        of_step = [[sum(some[: t + 1]) - 1 for t in range(len(some))] for some in moved]
+        if all(map(all, moved)) and (most is None or sum(map(len, steps)) <= most):
+            return None
+        pieces = [
+            Piece(adapter.of_steps(call, clip, some[start : start + (most or len(some))]), clip, start + (most or len(some)) >= len(some))
+            for clip, some in enumerate(shown)
+            for start in range(0, len(some), most or len(some))
+        ]
+        return Cut(pieces, of_step)
+
+    def _steps(self, adapter: Adapter, reducer: Reducer, call: Encoding, pixels: Tensor) -> int | None:
+        """Steps of time of a piece; None where all fit."""
+        if self.frames is not None:
+            return self.frames // adapter.frames_together()
+        free = compat.free_bytes(pixels.device)
+        if free is None or _whole(reducer):
+            return None
+        shape = adapter.vision_shape()
+        values = shape.layers * shape.width + 10 * shape.width + 3 * shape.mlp  # of a row: a block's, and every layer's where they are handed out
+        count = sum(time for time, *_ in call.sizes) if call.sizes else pixels.shape[0] * pixels.shape[1]
+        rows = pixels.numel() / shape.patch_inputs / max(1, count)
+        return max(1, int(SHARE * free / (rows * values * max(2, pixels.element_size()))))
 
 
 def _whole(reducer: Reducer) -> str:
@@ -47,64 +97,86 @@ def _whole(reducer: Reducer) -> str:
     return "asks the projector" if "projector" in getattr(reducer, "reads", ()) else ""
 
 
-def pieces_of(adapter: Adapter, reducer: Reducer, encoding: Encoding, pixels: Tensor, frames: int | None) -> list[Piece]:
-    """The calls that one call for clips is cut into, up to ``frames`` frames each; none where it stays whole."""
-    if encoding.stream != "video" or torch.is_grad_enabled():  # what gradients need is kept in any case
-        return []
-    if frames is None:
-        free = compat.free_bytes(pixels.device)
-        if free is None or _whole(reducer):
-            return []
-        frames = _fitting(adapter, encoding, pixels, free)
-    cut = adapter.in_pieces(encoding, max(1, frames // adapter.frames_together()))
-    return cut if len(cut) > 1 else []
+def changed(steps: Tensor, still: float) -> Tensor:
+    """Which steps [t, n, m] differ from the last one that did in any of their n patches by more than ``still`` (mean absolute difference of its m
+    values): [t] bool, the first always."""
+    last, new = torch.zeros((), dtype=torch.long, device=steps.device), []
+    for number, step in enumerate(steps):
+        apart = (step.float() - steps.index_select(0, last[None])[0].float()).abs().mean(-1).amax()
+        new.append((apart > still) | (last == number))
+        last = torch.where(new[-1], number, last)
+    return torch.stack(new)
 
 
-def _fitting(adapter: Adapter, encoding: Encoding, pixels: Tensor, free: int) -> int:
-    """Frames of which what a block of the tower makes, and the rows of all its layers (some towers hand them out), take a share of ``free`` bytes."""
-    shape, together = adapter.vision_shape(), adapter.frames_together()
-    values = shape.layers * shape.width + 10 * shape.width + 3 * shape.mlp
-    rows = pixels.numel() // shape.patch_inputs / max(1, _steps(encoding, pixels))  # patches of a step
-    return max(1, int(SHARE * free / (rows * values * max(2, pixels.element_size())))) * together
+@dataclass(frozen=True)
+class Piece:
+    """A part of an encoder call: some steps of one ``clip``, the ``last`` ones or not."""
+
+    encoding: Encoding
+    clip: int
+    last: bool
 
 
-def _steps(encoding: Encoding, pixels: Tensor) -> int:
-    return sum(time for time, *_ in encoding.sizes) if encoding.sizes else pixels.shape[0] * pixels.shape[1]
+@dataclass(frozen=True)
+class Cut:
+    """The ``pieces`` of a call; ``of_step``: per clip, for every step the number of its rows among those that are encoded."""
+
+    pieces: list[Piece]
+    of_step: list[list[int]]
+
+    def again(self, clip: int, rows: Tensor, behind: int = 0) -> Tensor:
+        """Rows of the encoded steps of a clip, and ``behind`` more, as those of all its steps and the others."""
+        numbers = self.of_step[clip]
+        if numbers[-1] + 1 == len(numbers):
+            return rows
+        steps, rest = rows.tensor_split((len(rows) - behind,))
+        steps = steps.unflatten(0, (numbers[-1] + 1, -1))[torch.tensor(numbers, device=rows.device)]
+        return torch.cat([steps.flatten(0, 1), rest])
+
+    def once(self, clip: int, rows: Tensor) -> Tensor:
+        """Of rows of all steps those of the encoded ones."""
+        steps = rows.unflatten(0, (len(self.of_step[clip]), -1))
+        return steps[torch.tensor([not repeats for repeats in self.repeated[clip]], device=rows.device)].flatten(0, 1)
+
+    @property
+    def repeated(self) -> tuple[tuple[bool, ...], ...]:
+        """Per clip, which steps were not encoded."""
+        return tuple(tuple(t > 0 and number == steps[t - 1] for t, number in enumerate(steps)) for steps in self.of_step)
 
 
 @dataclass
 class Gathered:
-    """Of every clip of a call: its rows, those of deeper levels, and by layer and name the signals of its rows."""
+    """What the pieces of a call made, by clip: rows, those of deeper levels, and by layer and name the signals of its rows."""
 
-    rows: list[list[Tensor]]
-    levels: list[list[list[Tensor]]] = field(default_factory=list)
-    signals: dict[int, dict[str, list[list[Tensor]]]] = field(default_factory=dict)
+    cut: Cut
+    rows: dict[int, list[Tensor]] = field(default_factory=dict)
+    levels: list[dict[int, list[Tensor]]] = field(default_factory=list)
+    signals: dict[int, dict[str, dict[int, list[Tensor]]]] = field(default_factory=dict)
+    behind: dict[int, int] = field(default_factory=dict)  # rows behind the steps of a clip
 
-    @classmethod
-    def of(cls, clips: int) -> Gathered:
-        return cls([[] for _ in range(clips)])
+    def add(self, adapter: Adapter, piece: Piece, call: EncoderCall, output: Any) -> None:
+        """What ``call`` made of ``piece``. Rows behind the steps of a clip are taken from its last one."""
+        spans = adapter.spans(output, piece.encoding) if call.unprojected is None else adapter.arranged(call.unprojected, piece.encoding)
+        shows = int((adapter.parts(piece.encoding, [len(spans[0])])[0] >= 0).sum())
+        count = len(spans[0]) if piece.last else shows
+        self.behind[piece.clip] = len(spans[0]) - shows
 
-    def add(self, adapter: Adapter, piece: Piece, call: EncoderCall, output: Any, ends: set[int]) -> None:
-        """What ``call`` made of ``piece``. Rows that stand behind the frames of a clip are taken from the piece that ``ends`` it."""
-        rows = adapter.spans(output, piece.encoding) if call.unprojected is None else adapter.arranged(call.unprojected, piece.encoding)
-        shown = [numbers >= 0 for numbers in adapter.parts(piece.encoding, [len(some) for some in rows])]
+        def put(into: dict[int, list[Tensor]], made: Tensor) -> None:
+            into.setdefault(piece.clip, []).append(made[:count])
+
+        put(self.rows, spans[0])
         levels = [list(level) for level in getattr(output, "deepstack_features", None) or ()]
-        self.levels = self.levels or [[[] for _ in self.rows] for _ in levels]
-        for place, clip in enumerate(piece.clips):
-            whole = clip in ends or bool(shown[place].all())
-
-            def some(x: Tensor, whole: bool = whole, mask: Tensor = shown[place]) -> Tensor:
-                return x if whole else x[mask.to(x.device)]
-
-            self.rows[clip].append(some(rows[place]))
-            for level, made in zip(self.levels, levels, strict=True):
-                level[clip].append(some(made[place]))
-            for layer, signals in call.signals.items():
-                for name, of_clips in signals.items():
-                    into = self.signals.setdefault(layer, {}).setdefault(name, [[] for _ in self.rows])
-                    into[clip].append(some(of_clips[place]))
+        self.levels = self.levels or [{} for _ in levels]
+        for level, made in zip(self.levels, levels, strict=True):
+            put(level, made[0])
+        for layer, signals in call.signals.items():
+            for name, spans in signals.items():
+                put(self.signals.setdefault(layer, {}).setdefault(name, {}), spans[0])
 
     def joined(self) -> tuple[list[Tensor], list[tuple[Tensor, ...]], dict[int, dict[str, list[Tensor]]]]:
-        """Rows, levels and signals by clip."""
-        signals = {layer: {name: list(map(torch.cat, some)) for name, some in made.items()} for layer, made in self.signals.items()}
-        return list(map(torch.cat, self.rows)), [tuple(map(torch.cat, level)) for level in self.levels], signals
+        """Rows, levels and signals of every clip."""
+        signals = {layer: {name: self._whole(some) for name, some in made.items()} for layer, made in self.signals.items()}
+        return self._whole(self.rows), [tuple(self._whole(level)) for level in self.levels], signals
+
+    def _whole(self, made: dict[int, list[Tensor]]) -> list[Tensor]:
+        return [self.cut.again(clip, torch.cat(made[clip]), self.behind[clip]) for clip in range(len(self.cut.of_step))]

@@ -30,6 +30,7 @@ def selection_flops(
     key_width: int,
     feature_width: int,
     steps: Sequence[Sequence[int]] | None = None,
+    ranked: Sequence[Sequence[int]] | None = None,
 ) -> int:
     """Signals, choice and merge before the decoder for the spans of one call; 0 where the method leaves them whole.
 
@@ -41,10 +42,12 @@ def selection_flops(
         Width of one head of the tower, and of the rows that are reduced.
     steps : sequence of sequence of int, optional
         Per span, visual tokens of each step of time; left out, every part is one.
+    ranked : sequence of sequence of int, optional
+        Per span, visual tokens of the parts that signals are made of; left out, all.
     """
     if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
         return 0
-    parts = [tokens for span in passes for tokens in span]
+    parts = [tokens for span in (passes if ranked is None else ranked) for tokens in span]
     signals = 0
     if reducer.signals:
         signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))

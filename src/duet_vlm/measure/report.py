@@ -26,7 +26,7 @@ class Sample:
     as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span, of each part where patches leave
     the tower and how many tokens' are left then (``duet_vlm.budget.Stages``), as planned and as measured (left out: none leave).
     ``merges_left``: the projector, which sees every token otherwise, sees only those. ``still``: which spans are pictures, whose parts are no
-    steps of time.
+    steps of time. ``repeated``: per span, which parts did not go through the tower since they repeat the one before.
     """
 
     text: int
@@ -44,6 +44,17 @@ class Sample:
     left: tuple[tuple[Stages, ...], ...] = ()
     merges_left: bool = False
     still: tuple[bool, ...] = ()
+    repeated: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def encoded(self) -> tuple[tuple[int, ...], ...]:
+        """Per span the tokens of each part that went through the tower."""
+        spans = zip(self.passes, self._repeated(), strict=True)
+        return tuple(tuple(n for n, again in zip(parts, repeated, strict=True) if not again) for parts, repeated in spans)
+
+    def _repeated(self) -> tuple[tuple[bool, ...], ...]:
+        known = self.repeated or ((),) * len(self.passes)
+        return tuple(some or (False,) * len(parts) for some, parts in zip(known, self.passes, strict=True))
 
     @property
     def steps(self) -> tuple[tuple[int, ...], ...]:
@@ -69,13 +80,21 @@ class Sample:
     def reaching_projector(self, measured: bool = False) -> list[int]:
         """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
         if not self.merges_left:
-            return list(self.to_project)
+            shares = zip(self.to_project, self.encoded, self.passes, strict=True)
+            return [rows * len(encoded) // max(1, len(parts)) if len(encoded) < len(parts) else rows for rows, encoded, parts in shares]
         spans = zip(self.passes, self._left(measured), strict=True)
         return [sum(stages[-1][1] if stages else n for n, stages in zip(*span, strict=True)) for span in spans]
 
+    @property
+    def entering_projector(self) -> list[int]:
+        """The same where V2V works in front of the projector: what it leaves, and what was encoded of spans that it leaves whole."""
+        spans = zip(self.plans, self.encoded, self.passes, strict=True)
+        return [p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.merges else p.entry for p, encoded, parts in spans]
+
     def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, Stages]]:
         """Of the same: tokens, grid, and where they leave the tower."""
-        return [(*part, stages) for part, stages in zip(self.parts(), (s for span in self._left(measured) for s in span), strict=True)]
+        left, again = (s for span in self._left(measured) for s in span), (repeats for span in self._repeated() for repeats in span)
+        return [(*part, stages) for part, stages, repeats in zip(self.parts(), left, again, strict=True) if not repeats]
 
     def _left(self, measured: bool) -> tuple[tuple[Stages, ...], ...]:
         return (self.left if measured else self.planned_left) or tuple(((),) * len(span) for span in self.passes)
@@ -242,7 +261,7 @@ def make_report(
         """FLOPs of the tower, and the rows that reach the projector."""
         shapes = [vision.read() if s.skipped else vision for s in samples]
         tower = sum(vision_flops(shape, *part) for shape, s in zip(shapes, samples, strict=True) for part in s.in_tower(measured))
-        return tower, [n for s in samples for n in s.reaching_projector(measured)] if projects_all else [p.entry for p in plans]
+        return tower, [n for s in samples for n in (s.reaching_projector(measured) if projects_all else s.entering_projector)]
 
     towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
 

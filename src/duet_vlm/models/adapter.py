@@ -127,14 +127,6 @@ class Stream:
         return Encoding(self.name, [] if sizes is None else torch.as_tensor(sizes, device="cpu").tolist(), arguments)
 
 
-@dataclass(frozen=True)
-class Piece:
-    """A part of an encoder call: its ``encoding``, and the numbers of the ``clips`` of the whole call that it shows."""
-
-    encoding: Encoding
-    clips: tuple[int, ...]
-
-
 class Adapter(ABC):
     """A family. Subclasses say in their attributes and methods what differs from the usual; nothing else knows the family.
 
@@ -353,11 +345,15 @@ class Adapter(ABC):
     def frames_together(self) -> int:
         """How many frames of a clip the tower looks at as one step of time, each step by itself: a clip then goes through it in pieces. A TypeError
         says why it cannot."""
-        why = "it takes frames as images" if self.video else "it takes no clips"
-        raise TypeError(f"{self.family}: chunk_frames= cuts clips into pieces, and {why}; leave it out")
+        why = "takes frames as images" if self.video else "takes no clips"
+        raise TypeError(f"{self.family} {why}, so frames cannot go through its tower some at a time: leave chunk_frames and still_frames out")
 
-    def in_pieces(self, call: Encoding, steps: int) -> list[Piece]:
-        """A call for clips as calls that show about ``steps`` steps of time each, at least one."""
+    def steps(self, call: Encoding) -> list[Tensor]:
+        """Of each clip of a call the pixels of its steps of time, patch by patch: [t, n, m]."""
+        raise NotImplementedError
+
+    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+        """A call that shows only the ``chosen`` steps of one clip."""
         raise NotImplementedError
 
     def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:

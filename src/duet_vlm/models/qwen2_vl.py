@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
 from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import SLIDING, Encoding, Inside, PackedTower, Piece, Recorded, Stream
+from duet_vlm.models.adapter import SLIDING, Encoding, Inside, PackedTower, Recorded, Stream
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.towers import packed_signals
 
@@ -95,26 +97,14 @@ class Qwen2VL(LlamaLike):
     def frames_together(self) -> int:
         return int(self.config.vision_config.temporal_patch_size)
 
-    def in_pieces(self, call: Encoding, steps: int) -> list[Piece]:
-        cut: list[list[tuple[int, list[int]]]] = []
-        room = 0
-        for clip, (time, high, wide) in enumerate(call.sizes):
-            start = 0
-            while start < time:
-                if not room:
-                    cut.append([])
-                    room = steps
-                count = min(room, time - start)
-                cut[-1].append((clip, [count, high, wide]))
-                start, room = start + count, room - count
-        pixels, grid, first, found = call.arguments["pixel_values_videos"], call.arguments["video_grid_thw"], 0, []
-        for some in cut:
-            end = first + sum(time * high * wide for _, (time, high, wide) in some)
-            shown = [size for _, size in some]
-            given = {"pixel_values_videos": pixels[first:end], "video_grid_thw": torch.tensor(shown, dtype=grid.dtype, device=grid.device)}
-            found.append(Piece(Encoding(call.stream, shown, call.arguments | given), tuple(clip for clip, _ in some)))
-            first = end
-        return found
+    def steps(self, call: Encoding) -> list[Tensor]:
+        pixels = call.arguments["pixel_values_videos"].split([math.prod(size) for size in call.sizes])
+        return [rows.unflatten(0, (size[0], -1)) for rows, size in zip(pixels, call.sizes, strict=True)]
+
+    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+        shown, size = self.steps(call)[clip][list(chosen)], [len(chosen), *call.sizes[clip][1:]]
+        grid = call.arguments["video_grid_thw"].new_tensor([size])
+        return Encoding(call.stream, [size], call.arguments | {"pixel_values_videos": shown.flatten(0, 1), "video_grid_thw": grid})
 
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         return [(count // t,) * t for (t, _, _), count in zip(call.sizes, counts, strict=True)]

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Encoding, Inside, Piece, Recorded
+from duet_vlm.models.adapter import Inside, Recorded
 from duet_vlm.ops.score import cls_attention, column_attention
 
 
@@ -56,8 +56,8 @@ def segments_of(recorded: Recorded) -> list[Recorded]:
     return [replace(recorded, query=query, key=key, segments=None) for query, key in pairs]
 
 
-def frames_in_pieces(call: Encoding, pixels: str, steps: int) -> list[Piece]:
-    """See ``Adapter.in_pieces``: clips of equally many frames, one of which is a step, as a tensor [clips, frames, ...] under the name ``pixels``."""
-    clips, frames = call.arguments[pixels].shape[:2]
-    some = call.arguments[pixels].split(max(1, steps // max(1, clips)), 1)
-    return [Piece(replace(call, arguments=call.arguments | {pixels: x.contiguous()}), tuple(range(clips))) for x in some]
+def patches_of(frames: Tensor, side: int) -> Tensor:
+    """Frames [t, c, H, W] patch by patch, ``side`` pixels high and wide: [t, n, m]. What fills no patch is left out."""
+    high, wide = (size // side for size in frames.shape[2:])
+    cut = frames[..., : high * side, : wide * side].unflatten(3, (wide, side)).unflatten(2, (high, side))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
