@@ -209,6 +209,7 @@ def test_a_slow_drift_is_seen() -> None:
     assert changed(steps, 0.25).tolist() == [True, False, False, True, False, False, True, False, False, True]
     assert changed(steps, 0.05).all() and changed(steps, 9.0).tolist() == [True] + [False] * 9
     assert changed(torch.zeros(3, 2, 2), 0.0).tolist() == [True, False, False]
+    assert changed(torch.tensor([[[0.0]], [[float("nan")]], [[0.0]]]), 9.0).tolist() == [True, True, True]  # for the features to be refused
 
 
 def test_one_patch_that_changes_is_a_change() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -63,12 +64,14 @@ class Pieces:
         most = self._steps(adapter, reducer, call, pixels)
         if most is None and self.still is None:
             return None
-        steps = adapter.steps(call)
-        moved = [[True] * len(some) for some in steps] if self.still is None else [changed(some, self.still).tolist() for some in steps]
-        shown = [[t for t, new in enumerate(some) if new] for some in moved]
-        of_step = [[sum(some[: t + 1]) - 1 for t in range(len(some))] for some in moved]
-        if all(map(all, moved)) and (most is None or sum(map(len, steps)) <= most):
+        if self.still is None:
+            moved = [[True] * count for count in _lengths(call, pixels)]
+        else:
+            moved = [changed(some, self.still).tolist() for some in adapter.steps(call)]
+        if all(map(all, moved)) and (most is None or sum(map(len, moved)) <= most):
             return None
+        shown = [[t for t, new in enumerate(some) if new] for some in moved]
+        of_step = [[number - 1 for number in accumulate(some)] for some in moved]
         pieces = [
             Piece(adapter.of_steps(call, clip, some[start : start + (most or len(some))]), clip, start + (most or len(some)) >= len(some))
             for clip, some in enumerate(shown)
@@ -85,9 +88,13 @@ class Pieces:
             return None
         shape = adapter.vision_shape()
         values = shape.layers * shape.width + 10 * shape.width + 3 * shape.mlp  # of a row: a block's, and every layer's where they are handed out
-        count = sum(time for time, *_ in call.sizes) if call.sizes else pixels.shape[0] * pixels.shape[1]
-        rows = pixels.numel() / shape.patch_inputs / max(1, count)
+        rows = pixels.numel() / shape.patch_inputs / max(1, sum(_lengths(call, pixels)))
         return max(1, int(SHARE * free / (rows * values * max(2, pixels.element_size()))))
+
+
+def _lengths(call: Encoding, pixels: Tensor) -> list[int]:
+    """Steps of time of each clip of a call."""
+    return [size[0] for size in call.sizes] if call.sizes else [pixels.shape[1]] * len(pixels)
 
 
 def _whole(reducer: Reducer) -> str:
@@ -103,7 +110,7 @@ def changed(steps: Tensor, still: float) -> Tensor:
     last, new = torch.zeros((), dtype=torch.long, device=steps.device), []
     for number, step in enumerate(steps):
         apart = (step.float() - steps.index_select(0, last[None])[0].float()).abs().mean(-1).amax()
-        new.append((apart > still) | (last == number))
+        new.append(~(apart <= still) | (last == number))  # pixels that are no numbers are a change, for the features to be refused
         last = torch.where(new[-1], number, last)
     return torch.stack(new)
 
