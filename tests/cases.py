@@ -57,18 +57,20 @@ REDUCING: dict[str, dict[str, Any]] = {
         "pyramiddrop_schedule": ((2, 0.5), (4, 0.25), (6, 0.1)),
     },
     "hired": {"keep": 0.4},
-    "holitom": {"keep": 0.4},
+    "holitom": {"keep": 0.6, "schedule": ((4, 0.5),)},
     "holov": {"keep": 0.4, "crops": 3},
+    "metok": {"keep": 0.6, "schedule": ((3, 0.6), (5, 0.25), (7, 0.1)), "cache": "full"},
     "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "prumerge": {"keep": 0.3, "neighbours": 3},
     "prumerge_plus": {"keep": 0.3, "neighbours": 3},
     "prunesid": {"keep": 0.6},
-    "prunevid": {"keep": 0.4},
+    "prunevid": {"keep": 0.6, "schedule": ((4, 0.4),), "cache": "full"},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "scope": {"keep": 0.4},
     "sieve": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1)), "heads": 2},
     "sparsevlm": {"schedule": ((2, 0.6), (3, 0.5), (5, 0.3))},
+    "stateful": {"power": 0.7, "end": 0.1},
     "tokencarve": {"schedule": ((3, 0.4),), "cache": "full"},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
@@ -81,7 +83,7 @@ REDUCING: dict[str, dict[str, Any]] = {
 }
 
 # methods whose usual drops come before the first attention of some families: a clear error
-TOO_EARLY = {"dart": ("qwen3_5", "qwen3_5_moe"), "fitprune": ("qwen3_5", "qwen3_5_moe"), "sparsevlm": ("qwen3_5", "qwen3_5_moe")}
+TOO_EARLY = {name: ("qwen3_5", "qwen3_5_moe") for name in ("dart", "fitprune", "sparsevlm")}
 
 
 def _by_text(name: str) -> bool:
@@ -116,13 +118,19 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("frames+visionzip+pyramiddrop", {"budget": 1.0}),
     ("frames+duet", {"budget": 100_000}),
     ("holitom", {"budget": 1.0}),
+    ("holitom", {"schedule": ((4, 1.0),)}),
+    ("metok", {"keep": 1.0}),
+    ("metok", {"budget": 100_000}),
     ("prumerge", {"keep": 1.0}),
     ("prumerge_plus", {"budget": 100_000}),
     ("prunevid", {"keep": 1.0}),
+    ("prunevid", {"keep": 1.0, "schedule": ((4, 1.0),)}),
     ("pyramiddrop", {"schedule": ((2, 1.0), (4, 1.0))}),
     ("random", {"entry": 1.0}),
     ("scope", {"keep": 1.0}),
     ("scope", {"budget": 100_000}),
+    ("stateful", {"budget": 1.0}),
+    ("stateful", {"end": 1.0, "power": 2.0}),
     ("tome", {"keep": 1.0}),
     ("uniform", {"budget": 1.0}),
     ("vidcom2", {"budget": 100_000}),
@@ -158,8 +166,8 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "tome": ToMe.official(6),
     "evs": EVS.official(0.6),
     "fastvid": FastVID.official(0.4),
-    "holitom": HoliTom.official(0.4),
-    "prunevid": PruneVid.official(0.4),
+    "holitom": HoliTom.official(0.6, ((4, 0.5),)),
+    "prunevid": PruneVid.official(0.6, ((4, 0.4),), cache="full"),
     "vidcom2": VidCom2.official(0.4),
     "apet": ApET.official(9, 5, 4, basis=3),
 }

@@ -20,6 +20,7 @@ from golden_runner import (
     fitprune,
     greedy,
     hired,
+    holitom,
     probed,
     prumerge,
     qwen,
@@ -70,6 +71,7 @@ KINDS = {
     "VidCom2": clips.check_vidcom2,
     "EVS": clips.check_evs,
     "HoliTom (outer, before the LLM)": clips.check_holitom,
+    "HoliTom (inner, in the LLM)": holitom.check,
     "PruneVid": clips.check_prunevid,
     "FastVID (LLaVA-OneVision version)": clips.check_fastvid,
 }

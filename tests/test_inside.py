@@ -253,7 +253,7 @@ def test_rows_and_texts_are_those_that_the_layers_read(family: str) -> None:
     assert view.slots[0].tolist() == visual.nonzero().flatten().tolist() and view.text_slots[0].tolist() == after.nonzero().flatten().tolist()
 
 
-@pytest.mark.parametrize("heads", ["mean", "max", "each"])
+@pytest.mark.parametrize("heads", ["mean", "max", "most", "each"])
 def test_heads_are_put_together_as_asked(heads: str) -> None:
     torch.manual_seed(0)
     query, key = torch.randn(2, 4, 300, 8), torch.randn(2, 2, 40, 8)
@@ -266,6 +266,7 @@ def test_heads_are_put_together_as_asked(heads: str) -> None:
     slow = {
         "mean": torch.einsum("bhqk,bq->bk", maps, asked) / 4,
         "max": torch.einsum("bqk,bq->bk", maps.amax(1), asked),
+        "most": maps.masked_fill(weight[:, None, :, None] == 0, 0).amax((1, 2)),
         "each": torch.einsum("bhqk,bq->bkh", maps, asked),
     }[heads]
     torch.testing.assert_close(ours, slow, rtol=1e-5, atol=1e-7)

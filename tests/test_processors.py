@@ -442,7 +442,7 @@ def schedule(plan: SpanPlan, most: int) -> list[int]:
 def test_methods_and_budgets(name: str, method: str, budget: float) -> None:
     """An int counts per span: what is no larger is kept whole. Methods that drop inside the decoder only cannot go below what their first layers
     need."""
-    late = issubclass(duet_vlm.get(method), StagedReducer) or method in ("fastv", "fitprune", "pyramiddrop")
+    late = issubclass(duet_vlm.get(method), StagedReducer) or method in ("fastv", "fitprune", "pyramiddrop", "stateful")
     whole_cache = {"cache": "full"} if issubclass(duet_vlm.get(method), duet_vlm.DecoderReducer) else {}
     spans, model, inputs = counted(name, ROWS), shared(name), inputs_for(name, drawn(ROWS))
     flat = [tokens for row in spans for tokens in row]

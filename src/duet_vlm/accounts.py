@@ -37,6 +37,8 @@ def samples_of(run: Run, per_token: int) -> list[Sample]:
             merges_left=any(encoded.tower is not None and encoded.tower.merges_left for encoded, _ in of),
             planned_left=tuple(_of_span(encoded, number, "planned", per_token) for encoded, number in of),
             left=tuple(_of_span(encoded, number, "ran", per_token) for encoded, number in of),
+            still=tuple(encoded.stream != "video" for encoded, _ in of),
+            repeated=tuple(encoded.repeated[number] if encoded.repeated else () for encoded, number in of),
             kept=tuple(_mean_kept(span, run.depth) for span in history),
         )
         for length, spans, of, plans, asked, measured, nominal, history in zip(
@@ -82,4 +84,6 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]
     head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
     width = adapter.decoder_shape().hidden if projects_all else vision.width
     mass = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head)
-    return mass + selection_flops(reducer, plans, passes, vision, head, width), selection_bytes(reducer, plans, passes, vision, head)
+    steps = [span for s in samples for span in s.steps]
+    ranked = [span for s in samples for span in s.encoded]
+    return mass + selection_flops(reducer, plans, passes, vision, head, width, steps, ranked), selection_bytes(reducer, plans, passes, vision, head)

@@ -10,6 +10,7 @@ from torch import nn
 
 from duet_vlm.budget import Budget, check_budget
 from duet_vlm.flow.compat import check_version
+from duet_vlm.flow.pieces import Pieces
 from duet_vlm.handle import Handle
 from duet_vlm.memory import KEY, names_file, record, remembered, saved
 from duet_vlm.methods import named
@@ -28,6 +29,8 @@ def attach(
     positions: str | None = None,
     align: bool = False,
     text_tower: Any = None,
+    chunk_frames: int | None = None,
+    still_frames: float | None = None,
     **fields: Any,
 ) -> Handle:
     """Make ``model`` spend fewer visual tokens, until the handle is detached.
@@ -53,6 +56,14 @@ def attach(
     text_tower : duet_vlm.contrastive.ContrastiveText, optional
         The text side of the CLIP model that the vision tower comes from, for methods that compare tokens with the words of the question
         (``cdpruner`` with ``relevance="contrastive"``); needs ``processor`` too.
+    chunk_frames : int, optional
+        Frames of a clip that go through the vision tower at a time, outside of training: a multiple of what the tower looks at as one (two frames
+        in Qwen's). The result is the same; the tower's memory depends on the piece and not on the clip. Left out: on an
+        accelerator as many as fit in a quarter of its free memory, on the CPU the whole clip.
+    still_frames : float, optional
+        Frames of a clip that differ from the last encoded one in no patch by more than that (mean absolute difference of its pixels, in the scale in
+        which the processor hands them over; 0: not at all) do not go through the vision tower, outside of training: they get the rows of that one.
+        Left out: all are encoded.
     **fields
         Settings of the method; they override those of an instance.
 
@@ -92,7 +103,7 @@ def attach(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
-    handle = Handle(adapter, reducer, budget, processor, align, text_tower)
+    handle = Handle(adapter, reducer, budget, processor, align, text_tower, Pieces(chunk_frames, still_frames))
     _attached[core] = weakref.ref(handle)
     return handle
 

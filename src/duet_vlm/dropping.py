@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-NEEDS = ("rows", "before", "text", "keys", "slots", "among", "gradient")
+NEEDS = ("rows", "before", "text", "keys", "slots", "among", "gradient", "notes")
 
 
 def _unchanged(rows: Tensor) -> Tensor:
@@ -32,6 +32,7 @@ class TextView:
     - "slots": ``slots`` [B, V] and ``text_slots`` [B, Q], their places in the prompt, counted from its first real token.
     - "among": ``among`` [B, V], attention from the visual rows themselves, as ``scores``.
     - "gradient": ``gradient`` [B, V, D] float32, of the decoder's own prediction after one more layer (``flow.probe``) by the tokens' hidden states.
+    - "notes": ``notes`` [B, V] float32, what the method noted of the rows before the decoder (``Selection.notes``); 0 where it did not.
 
     ``normed`` is the decoder's last norm, a function of rows [..., D].
     """
@@ -54,4 +55,5 @@ class TextView:
     text_slots: Tensor | None = None
     among: Tensor | None = None
     gradient: Tensor | None = None
+    notes: Tensor | None = None
     normed: Callable[[Tensor], Tensor] = _unchanged

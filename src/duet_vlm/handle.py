@@ -17,6 +17,7 @@ from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.inside import leaving
 from duet_vlm.flow.install import install
+from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import named_layers
 from duet_vlm.flow.trace import trace_of
@@ -42,19 +43,31 @@ class Handle:
         The method with its settings.
     budget : int, float or None
         As given.
+    pieces : Pieces
+        How clips go through the vision tower: ``chunk_frames`` and ``still_frames`` as given.
     """
 
-    def __init__(self, adapter: Adapter, reducer: Reducer, budget: Budget | None, processor: Any, align: bool, text_tower: Any = None) -> None:
-        self.adapter = adapter
+    def __init__(
+        self,
+        adapter: Adapter,
+        reducer: Reducer,
+        budget: Budget | None,
+        processor: Any,
+        align: bool,
+        text_tower: Any = None,
+        pieces: Pieces | None = None,
+    ) -> None:
+        self.adapter, self.pieces = adapter, pieces or Pieces()
         self._processor, self._text_tower = processor, text_tower
         rules = Rules(reducer, budget, len(adapter.layers))
         check(adapter, reducer, rules.plan, processor, budget, text_tower)
+        self.pieces.check(adapter, reducer)
         self._hooks = Hooks()
         self._gate = Gate(rules, self._hooks.undo)
         self._traffic = Traffic(adapter, self._gate, self._hooks, align)
         self._traffic.owner = self
         try:
-            install(self._traffic, reducer, processor, text_tower)
+            install(self._traffic, reducer, processor, text_tower, self.pieces)
         except BaseException:
             self._gate.close()
             raise
@@ -116,6 +129,7 @@ class Handle:
         check_budget(budget)
         rules = Rules(reducer, budget, len(self.adapter.layers))
         check(self.adapter, reducer, rules.plan, self._processor, budget, self._text_tower)
+        self.pieces.check(self.adapter, reducer)
         if hooked(reducer) != hooked(self.reducer):
             raise ValueError(
                 "signal_layer cannot change while attached, nor what else decides where the vision tower is read: detach and attach again"

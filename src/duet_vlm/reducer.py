@@ -215,8 +215,10 @@ class EncoderReducer(Reducer):
 class DecoderReducer(Reducer):
     """A method that drops, or merges, visual tokens between decoder layers.
 
-    ``uses_text``: it ranks by attention from text, taken ``score_before`` layers before the drop, ``score_heads`` "mean" over heads, their "max", or
-    "each". ``needs`` names what else it looks at (``TextView``); only that is made. ``merges``: it merges rows.
+    ``uses_text``: it ranks by attention from text, taken ``score_before`` layers before the drop, ``score_heads`` "mean" over heads, their "max", the
+    "most" of any head and query, or "each". ``score_states``: layers that have a state in place of attention rank by what text reads out of it
+    (``Adapter.read_out``); else the last attention before them does. ``needs`` names what else it looks at (``TextView``); only that is made.
+    ``merges``: it merges rows.
 
     Attributes
     ----------
@@ -248,6 +250,7 @@ class DecoderReducer(Reducer):
     score_heads: ClassVar[str] = "mean"
     merges: ClassVar[bool] = False  # ``t2v`` returns selections
     uses_tokens: ClassVar[bool] = False
+    score_states: ClassVar[bool] = False
     score_before: ClassVar[int] = 0  # how many layers before the drop the score is taken
 
     text_query: str = "all"

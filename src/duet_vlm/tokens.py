@@ -48,6 +48,9 @@ class Selection:
         [B, P] floating point. A row that members join is then the sum of these members, each times its weight, and of nothing else: ``index``
         says where the row stands, and its token is a member like any other if it is to count. A token may be a member of several rows, and
         of some while it is kept. ``merge`` plays no part. None: every member joins one row, by ``merge``.
+    notes : Tensor or None
+        [B, K] float32: a number that the method gives each row (the set or the event that it is of) and is shown again inside the decoder, where
+        it names "notes" in ``needs``. None: 0 for all.
     """
 
     index: Tensor
@@ -56,6 +59,7 @@ class Selection:
     into: Tensor
     merge: str = "mean"
     weights: Tensor | None = None
+    notes: Tensor | None = None
 
     @classmethod
     def pick(cls, index: Tensor, valid: Tensor) -> Selection:

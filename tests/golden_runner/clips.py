@@ -14,7 +14,7 @@ from duet_vlm.methods.fastvid import FastVID
 from duet_vlm.methods.holitom import HoliTom
 from duet_vlm.methods.prunevid import PruneVid
 from duet_vlm.methods.vidcom2 import VidCom2
-from duet_vlm.ops.clips import Clips, joined
+from duet_vlm.ops.clips import Clips, Windows, joined
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.still import Sets, gains
 from golden_runner.case import STATE, Case
@@ -191,5 +191,17 @@ def check_prunevid(case: Case) -> None:
         merged = rows_of(flat, reducer.merged(sets, counts))
         case.close(run, "output", merged, STATE)
         case.fact(run, "rows", len(merged))
-        for name in case.names(run, "alpha"):  # the stage inside the decoder
-            case.compared.add(f"out/{run}/{name}")
+        # the stage inside the decoder: rows stand in the order of their sets
+        sizes = [int(n) for window in range(count) for n in (counts[0, window], *dynamic_of(windows, counts, window))]
+        group = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))[None]
+        scores = case.tensors[f"in/attention_{run}"].amax((1, 2))
+        for name in case.names(run, "alpha"):
+            alpha = int(name.split("/")[0].removeprefix("alpha")) / 100
+            quota = torch.tensor([[int(n * alpha) for n in sizes]])
+            kept = reducer.of_sets(scores, group, torch.ones_like(group, dtype=torch.bool), quota)
+            case.same(run, name, kept[0].nonzero()[:, 0])
+
+
+def dynamic_of(windows: Windows, counts: Tensor, window: int) -> Tensor:
+    """Rows of what moves in every frame of a window."""
+    return counts[0, counts.shape[1] // 2 :][windows.number[0] == window]

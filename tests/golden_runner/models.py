@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, Qwen2Config
 
 TINY_CLIP = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1, image_size=28, patch_size=14)
 TINY_LLAMA = dict(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, pad_token_id=0)
@@ -33,7 +33,7 @@ def llava(
     """A LLaVA whose parameters come from ``weights`` as far as these go; the parts that a case does not record are never run."""
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**{k: v for k, v in vision.items() if k != "vision_model"}),
-        text_config=LlamaConfig(**text),
+        text_config=Qwen2Config(**text) if text.get("qkv_bias") else LlamaConfig(**text),
         image_token_id=image_token,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",

@@ -63,7 +63,7 @@ def planned(
     if not isinstance(reducer, DecoderReducer) or not reducer.attends():
         return Planned(sample)
     adapter = handle.adapter
-    scored = {drop: adapter.ranking_layer(drop - reducer.score_before) for drop in drops}
+    scored = {drop: adapter.ranking_layer(drop - reducer.score_before, reducer.score_states) for drop in drops}
     for drop, layer in scored.items():
         if layer < 0:
             raise ValueError(f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to rank tokens by")

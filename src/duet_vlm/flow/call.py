@@ -46,6 +46,7 @@ class Encoded:
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
     projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
     skipped: bool = False  # tower layers that nobody reads were not run
+    repeated: tuple[tuple[bool, ...], ...] = ()  # per span, parts that were not encoded since they repeat the one before
     alive: Tensor | None = None  # [spans, N], the tokens that went through a reduced tower
     tower: Any = None  # what went through the tower, where it was reduced (flow/tower.py)
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
@@ -90,9 +91,11 @@ class EncoderCall:
     one; ``skips``: tower layers that nobody reads are not run; ``signals``: by number of the layer that a method names, what it takes of it
     per span, made of what was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was
     called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
-    was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``patches``: patch embeddings
-    [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``tower``: the units that go through the tower (flow/tower.py),
-    ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its rows (flow/inside.py).
+    was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
+    call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
+    ``patches``: patch embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``tower``: the units that go through
+    the tower (flow/tower.py), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
+    rows (flow/inside.py).
     """
 
     encoding: Encoding
@@ -110,6 +113,8 @@ class EncoderCall:
     cls: Tensor | None = None
     pending: Encoded | None = None
     merged: Tensor | None = None
+    gathers: bool = False
+    unprojected: Tensor | None = None
     patches: Tensor | None = None
     pixels: Tensor | None = None
     tower: Any = None

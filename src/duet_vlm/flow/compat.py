@@ -156,6 +156,13 @@ def finite(x: Tensor) -> Tensor:
     return x.detach().sum(dtype=torch.float32) * 0 == 0
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that an accelerator has left, what torch holds and does not use included; None where nobody knows, and on the CPU."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Context in which tokens are ranked in float32 although bf16 training runs around it."""
     kind = x.device.type

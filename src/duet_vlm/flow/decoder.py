@@ -145,7 +145,8 @@ class PrefillPass:
         group = self.run.group(index)
         rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
         visual = max(self.run.visual(-1 if group is self.run.groups[0] else group.first_layer))
-        made = self.ranking.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary, visual)
+        state = self.kinds[index] == LINEAR
+        made = self.ranking.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary, visual, state)
         self.made.recording = False
         if self.adapter.key_projection(layer) in self.made.by:
             self.run.reused_layers = (*self.run.reused_layers, index)
@@ -224,7 +225,7 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict
     """
     if not isinstance(reducer, DecoderReducer) or not reducer.attends():
         return {}
-    scored = {drop: adapter.ranking_layer(drop - reducer.score_before) for drop in drops}
+    scored = {drop: adapter.ranking_layer(drop - reducer.score_before, reducer.score_states) for drop in drops}
     for drop, layer in scored.items():
         if layer < 0:
             lowest = adapter.first_attention + reducer.score_before

@@ -101,6 +101,8 @@ def choose(run: Run, ranking: Ranking, index: int, tokens: TokenMap, made: Signa
     if "slots" in reducer.needs:
         made["slots"] = run.prompt.valid.to(rows.device).long().cumsum(1).sub(1).gather(1, tokens.slot)
         columns["slots"] = take(made["slots"], rows)
+    if "notes" in reducer.needs:
+        columns["notes"] = take(_notes(run, tokens), rows)
     text = _text(ranking, tokens, made) if reducer.needs & {"text", "keys", "slots"} else {}
     facts: dict[str, Any] = {"normed": functools.partial(_normed, ranking)}
     if reducer.uses_tokens:
@@ -150,6 +152,21 @@ def _text(ranking: Ranking, tokens: TokenMap, made: Signals) -> Signals:
 def _normed(ranking: Ranking, rows: Tensor) -> Tensor:
     norm = ranking.adapter.text_model.norm
     return norm(rows.to(layer_device(norm, rows))).to(rows.device)
+
+
+def _notes(run: Run, tokens: TokenMap) -> Tensor:
+    """What the method noted of the current rows before the decoder: [B, T] float32."""
+    device, sources = tokens.slot.device, iter(run.sources)
+    table = torch.zeros(len(run.spans), max(1, *(sum(span.tokens for span in row) for row in run.spans)), device=device)
+    for here, spans in zip(table, run.spans, strict=True):
+        for span, (encoded, number) in zip(spans, sources, strict=False):
+            selection = encoded.selection
+            if selection is not None and selection.notes is not None:
+                slots = torch.where(selection.valid[number], encoded.slots[number], span.tokens).to(device)
+                noted = torch.zeros(span.tokens + 1, device=device).scatter(0, slots, selection.notes[number].to(device))
+                here[span.offset : span.offset + span.tokens] = noted[:-1]
+    rank = (run.prompt.visual.to(device).cumsum(1) - 1).clamp(0, table.shape[1] - 1).gather(1, tokens.slot)
+    return table.gather(1, rank).masked_fill(~tokens.visual, 0)
 
 
 def _provenance(run: Run, tokens: TokenMap, rows: Tensor) -> tuple[tuple[tuple[int, int], ...], Tensor, Tensor]:

@@ -21,6 +21,7 @@ from duet_vlm.budget import BudgetError
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Prompt, Stacks
 from duet_vlm.flow.choose import plans_of, select, sizes_of, slots_of, takes_each
+from duet_vlm.flow.pieces import Cut, Gathered, Pieces
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import Named, Words, grid_of, layer_views, of_layer, projecting, question_of
 from duet_vlm.flow.verify import not_finite
@@ -44,8 +45,15 @@ def is_marked(rows: Tensor) -> Tensor:
 class EncoderFlow:
     """Wraps the encoder call of one model. ``begun`` says by which rules a call runs (None: the full model), ``words`` who reads a question."""
 
-    def __init__(self, adapter: Adapter, stacks: Stacks, begun: Callable[[], AbstractContextManager[Rules | None]], words: Words) -> None:
-        self.adapter, self.stacks, self.begun, self.words = adapter, stacks, begun, words
+    def __init__(
+        self,
+        adapter: Adapter,
+        stacks: Stacks,
+        begun: Callable[[], AbstractContextManager[Rules | None]],
+        words: Words,
+        pieces: Pieces,
+    ) -> None:
+        self.adapter, self.stacks, self.begun, self.words, self.pieces = adapter, stacks, begun, words, pieces
         self.skipping = False  # whether layers that nobody reads were found
         self.named = Named((), ())  # the vision layers that the method reads
 
@@ -60,6 +68,11 @@ class EncoderFlow:
                     return encode(*args, **kwargs)
                 bound = signature.bind_partial(*args, **kwargs)
                 call = self._call(stream, stream.encoding(bound.arguments), rules)
+                pixels = bound.arguments.get(stream.pixels)
+                if not call.aside and isinstance(pixels, Tensor):
+                    cut = self.pieces.cut(self.adapter, rules.reducer, call.encoding, pixels)
+                    if cut is not None:
+                        return self._in_pieces(functools.partial(_with_arguments, encode, signature), stream, call, cut)
                 plain = encode(*args, **kwargs) if call.twice else None
                 self.stacks.encoders.append(call)
                 try:
@@ -70,6 +83,40 @@ class EncoderFlow:
                 return output if plain is None else self._beside(plain, output, call)
 
         return encode_and_reduce
+
+    def _in_pieces(self, encode: Callable[[dict[str, Any]], Any], stream: Stream, call: EncoderCall, cut: Cut) -> Any:
+        """The output of an encoder call for clips, piece by piece."""
+        gathered = Gathered(cut)
+        for piece in cut.pieces:
+            one = self._call(stream, piece.encoding, call.rules)
+            one.gathers = True
+            self.stacks.encoders.append(one)
+            try:
+                output = encode(piece.encoding.arguments)
+            finally:
+                self.stacks.encoders.pop()
+            gathered.add(self.adapter, piece, one, output)
+        rows, levels, call.signals = gathered.joined()
+        if one.unprojected is not None:
+            rows = self._projected(torch.stack(rows), call, cut)
+        for name in ("last_hidden_state", "hidden_states", "attentions"):  # of the last piece only
+            if getattr(output, name, None) is not None:
+                setattr(output, name, None)
+        if levels:
+            output.deepstack_features = levels
+        output = self._finish(output, call, rows)
+        getattr(output, ENCODED).repeated = cut.repeated
+        return output
+
+    def _projected(self, features: Tensor, call: EncoderCall, cut: Cut) -> list[Tensor]:
+        """Rows of clips [B, N, C] in front of a point-wise projector -> those behind it, the missing ones marked."""
+        projector = self.adapter.pointwise
+        assert projector is not None
+        merged = self._reduced(call, features, features)
+        if merged is None:
+            return [cut.again(clip, projector.forward(cut.once(clip, rows)[None])[0]) for clip, rows in enumerate(features)]
+        assert call.pending is not None
+        return list(_marked(projector.forward(merged), call.pending, features.shape[1]))
 
     def _call(self, stream: Stream, encoding: Encoding, rules: Rules) -> EncoderCall:
         aside = not (self.stacks.calls or self.stacks.preparing)
@@ -123,7 +170,7 @@ class EncoderFlow:
                 recorded = recorded if call.tower is None or call.aside else call.tower.recorded(recorded)
                 made = of_layer(self.adapter, recorded, call.encoding, reducer)
             call.signals |= {slot: call.signals.get(slot, {}) | made for slot in slots}
-            if len(call.heard) == len(self.named.attentions) and _chooses_early(reducer):
+            if len(call.heard) == len(self.named.attentions) and _chooses_early(reducer) and not call.gathers:
                 counts = [len(rows) + self.adapter.feeds_cls for rows in next(iter(made.values()))]
                 call.choice, call.signals = self._choose(call, counts, lambda: None), {}
 
@@ -144,7 +191,7 @@ class EncoderFlow:
 
     def _may_merge(self, call: EncoderCall, rows: int) -> bool:
         """Whether spans can be reduced at all: no span is larger than all the ``rows`` that the tower looked at."""
-        if call.tower is not None:
+        if call.tower is not None or call.gathers:
             return True
         try:
             return call.rules.span((rows,), 0, call.each).merges
@@ -168,8 +215,21 @@ class EncoderFlow:
         reducer = call.rules.reducer
         together = self.adapter.projected_together(call.encoding)
         spans = features = args[0].unflatten(0, (-1, together)).flatten(1, 2)
+        if call.gathers:  # a row of each frame instead: nobody reads what is made of it
+            call.unprojected = args[0]
+            return (args[0][:, :1], *args[1:])
         if reducer.cls_token:
             features = torch.cat([_cls_of(call, self.adapter), features], 1)
+        merged = self._reduced(call, spans, features)
+        if call.aside:
+            call.merged = merged
+            return None
+        return None if merged is None else (merged, *args[1:])
+
+    def _reduced(self, call: EncoderCall, spans: Tensor, features: Tensor) -> Tensor | None:
+        """What stays of ``spans`` [B, N, C], chosen among ``features`` (with a CLS row in front if that is fed): [B, K, C]; None: all of them."""
+        reducer = call.rules.reducer
+        assert isinstance(reducer, EncoderReducer)
         choice = self._choice(call, [spans.shape[1]] * spans.shape[0], lambda: features)
         if choice.selection is None:
             return None
@@ -178,15 +238,13 @@ class EncoderFlow:
             call.encoding.stream, [], (), choice.plans, call.rules, choice.selection, slots, reducer.cls_token,
             wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True, alive=choice.alive,
         )  # fmt: skip
-        merged = _merged(features, choice.selection)
-        if call.aside:
-            call.merged = merged
-            return None
-        return (merged, *args[1:])
+        return _merged(features, choice.selection)
 
     def after_projector(self, projector: nn.Module, args: tuple[Any, ...], projected: Tensor) -> Tensor | None:
         """Post-hook of the projector: rows [B, K, D] -> [B, N, D] with the missing rows marked."""
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
+        if call is not None and call.unprojected is not None:
+            return projected.expand(-1, call.unprojected.shape[1], -1)
         if call is None or call.pending is None:
             return None
         width = call.pending.plans[0].tokens
@@ -198,10 +256,11 @@ class EncoderFlow:
 
     # ---- grid merger, or a method that reads projected rows: after the call
 
-    def _finish(self, output: Any, call: EncoderCall) -> Any:
+    def _finish(self, output: Any, call: EncoderCall, rows: list[Tensor] | None = None) -> Any:
+        """``rows``: those of the spans, where they are not in ``output``."""
         if not hasattr(output, "pooler_output"):
             raise TypeError(f"{self.adapter.family}: the encoder returned {type(output).__name__}; call it with return_dict=True or detach")
-        rows = self.adapter.spans(output, call.encoding)
+        rows = self.adapter.spans(output, call.encoding) if rows is None else rows
         counts = [len(r) for r in rows]
         encoded = call.pending or self._behind(rows, getattr(output, "deepstack_features", None), call)
         encoded.rows = rows
@@ -298,6 +357,13 @@ class EncoderFlow:
 def _chooses_early(reducer: EncoderReducer) -> bool:
     """Whether a method needs nothing of what comes behind the attention of the layers that it names."""
     return not reducer.reads_features and "states" not in reducer.signals and "projector" not in reducer.reads
+
+
+def _with_arguments(encode: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:
+    """``encode`` called with what it was bound to, by name: its wrappers add defaults by name, too."""
+    named = dict(arguments)
+    more = [named.pop(name, {}) for name, known in signature.parameters.items() if known.kind is known.VAR_KEYWORD]
+    return encode(**named, **(more[0] if more else {}))
 
 
 def hand_out(output: Any, encoded: Encoded) -> None:

@@ -13,6 +13,7 @@ from duet_vlm.flow.inside import InsideFlow, depth_of
 from duet_vlm.flow.joined import JoinedFlow
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.packed import PackedFlow
+from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
 from duet_vlm.flow.shown import Words, named_layers
 from duet_vlm.flow.signals import Recorder, Weigher
@@ -24,9 +25,9 @@ from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tower import TowerReducer
 
 
-def install(traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any = None) -> None:
+def install(traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any = None, pieces: Pieces | None = None) -> None:
     """Put the hooks that ``reducer`` needs on the model; ``traffic.hooks`` takes them off again."""
-    _on_tower(traffic, reducer, Words(text_tower, getattr(processor, "tokenizer", None)))
+    _on_tower(traffic, reducer, Words(text_tower, getattr(processor, "tokenizer", None)), pieces or Pieces())
     _on_model(traffic)
     _on_decoder(traffic)
     if processor is not None:
@@ -36,9 +37,9 @@ def install(traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any 
         hooks.shadow(model, "prepare_inputs_for_generation", accept_salient(model.prepare_inputs_for_generation))
 
 
-def _on_tower(traffic: Traffic, reducer: Reducer, words: Words) -> None:
+def _on_tower(traffic: Traffic, reducer: Reducer, words: Words, pieces: Pieces) -> None:
     adapter, hooks = traffic.adapter, traffic.hooks
-    encoder = EncoderFlow(adapter, traffic.stacks, traffic.begun, words)
+    encoder = EncoderFlow(adapter, traffic.stacks, traffic.begun, words, pieces)
     named = encoder.named = named_layers(adapter, reducer)
     for attention in dict.fromkeys(module for modules in named.attentions for module in modules):
         hooks.on_undo(Recorder(attention, traffic.stacks).remove)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from duet_vlm.flow import compat
 from duet_vlm.models.adapter import Adapter, Rotary
 from duet_vlm.ops.ragged import last_of, pack_right, take
-from duet_vlm.ops.score import QUERY_BLOCK, query_attention
+from duet_vlm.ops.score import QUERY_BLOCK, query_attention, state_read_out
 from duet_vlm.reducer import DecoderReducer
 from duet_vlm.tokens import TokenMap
 
@@ -51,9 +51,14 @@ class Ranking:
         rates = torch.where(rates.any(1, keepdim=True), rates, valid)  # all alike, or nothing to resemble
         self.raters = torch.zeros_like(self.queries, device=rates.device).scatter(1, tokens.slot.gather(1, index), rates)
 
-    def signals(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, visual_rows: int) -> Signals:
-        """What the method asks of ``layer`` for its rows ``hidden`` [B, T, D], of which a sample has up to ``visual_rows`` visual ones."""
+    def signals(
+        self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, visual_rows: int, state: bool = False
+    ) -> Signals:
+        """What the method asks of ``layer`` for its rows ``hidden`` [B, T, D], of which a sample has up to ``visual_rows`` visual ones; ``state``: it
+        has no attention."""
         reducer, device = self.reducer, layer_device(layer, hidden)
+        if state:
+            return {"scores": self._read_out(layer, hidden.to(device), tokens.to(device))}
         index, valid = (x.to(device) for x in self.text_rows(tokens))
         hidden, rotary, tokens = hidden.to(device), (rotary[0].to(device), rotary[1].to(device)), tokens.to(device)
         visual, there = pack_right(tokens.visual, max(1, visual_rows)) if "among" in reducer.needs else (index[:, :0], valid[:, :0])
@@ -70,6 +75,14 @@ class Ranking:
             if "keys" in reducer.needs:
                 made["keys"] = key.transpose(1, 2).flatten(2)
         return made
+
+    def _read_out(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap) -> Tensor:
+        """What text reads of every row out of the state of ``layer``: [B, T] float32."""
+        index, valid = self.text_rows(tokens)
+        with compat.uncached_autocast(hidden):
+            query, key, gate = self.adapter.read_out(layer, hidden, tokens.valid, index)
+        with compat.without_autocast(hidden):
+            return state_read_out(query, key, gate, lambda block: self._seen(tokens, index[:, block]), valid.float())
 
     def _received(
         self, layer: nn.Module, key: Tensor, tokens: TokenMap, rotary: Rotary, query: Tensor, index: Tensor, valid: Tensor

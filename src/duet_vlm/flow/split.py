@@ -69,12 +69,13 @@ def _joined(selection: Selection, rows: Tensor, count: int) -> Selection:
         return x.unflatten(0, (-1, count)).flatten(1)
 
     index, members = rows.gather(1, selection.index), rows.gather(1, selection.members)
-    weights = None if selection.weights is None else of_spans(selection.weights)
-    return Selection(of_spans(index), of_spans(selection.valid), of_spans(members), of_spans(into), selection.merge, weights)
+    weights, notes = (None if x is None else of_spans(x) for x in (selection.weights, selection.notes))
+    return Selection(of_spans(index), of_spans(selection.valid), of_spans(members), of_spans(into), selection.merge, weights, notes)
 
 
 def with_structure(selection: Selection, structure: Tensor, plans: tuple[SpanPlan, ...]) -> Selection:
     """The selection and behind it the structure rows [B, N] of the spans whose plans keep them."""
     kept = structure & torch.tensor([plan.structure > 0 for plan in plans], device=structure.device)[:, None]
     index, valid = pack_right(kept, max(plan.structure for plan in plans))
-    return dataclasses.replace(selection, index=torch.cat([selection.index, index], 1), valid=torch.cat([selection.valid, valid], 1))
+    notes = None if selection.notes is None else torch.nn.functional.pad(selection.notes, (0, index.shape[1]))
+    return dataclasses.replace(selection, index=torch.cat([selection.index, index], 1), valid=torch.cat([selection.valid, valid], 1), notes=notes)

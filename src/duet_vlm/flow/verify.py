@@ -209,7 +209,7 @@ def _checked(
         wrong[Wrong.INPUT] = shown * 0 != 0, None
     code = _code(reducer, wrong)
     kept = valid & (valid.cumsum(1) <= planned[:, None])
-    return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights), code
+    return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights, selection.notes), code
 
 
 def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor, most: int) -> None:
@@ -236,6 +236,10 @@ def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor
         if not form or weights.device != there.device:
             expected = f"give a tensor {list(selection.members.shape)} of floating point, as members, on {there.device}, or None"
             refuse(f"weights = {_shown(weights)}: {expected}")
+    if (notes := selection.notes) is not None:
+        form = isinstance(notes, Tensor) and notes.shape == selection.index.shape and notes.dtype == torch.float32
+        if not form or notes.device != there.device:
+            refuse(f"notes = {_shown(notes)}: give a tensor {list(selection.index.shape)} of {torch.float32}, as index, on {there.device}, or None")
     if selection.merge not in MERGES:
         refuse(f"merge={selection.merge!r}: choose one of {', '.join(map(repr, MERGES))}")
     if selection.index.shape[1] < most:

@@ -23,7 +23,14 @@ HEADS, WORDS = 16, 64  # of a view without data, where only the count of product
 
 
 def selection_flops(
-    reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionShape, key_width: int, feature_width: int
+    reducer: Reducer,
+    plans: Sequence[SpanPlan],
+    passes: Sequence[Sequence[int]],
+    vision: VisionShape,
+    key_width: int,
+    feature_width: int,
+    steps: Sequence[Sequence[int]] | None = None,
+    ranked: Sequence[Sequence[int]] | None = None,
 ) -> int:
     """Signals, choice and merge before the decoder for the spans of one call; 0 where the method leaves them whole.
 
@@ -33,17 +40,21 @@ def selection_flops(
         Per span, visual tokens of each part that the tower looks at by itself.
     key_width, feature_width : int
         Width of one head of the tower, and of the rows that are reduced.
+    steps : sequence of sequence of int, optional
+        Per span, visual tokens of each step of time; left out, every part is one.
+    ranked : sequence of sequence of int, optional
+        Per span, visual tokens of the parts that signals are made of; left out, all.
     """
     if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
         return 0
-    parts = [tokens for span in passes for tokens in span]
+    parts = [tokens for span in (passes if ranked is None else ranked) for tokens in span]
     signals = 0
     if reducer.signals:
         signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
         signals *= _attentions(reducer)
     keys = vision.width if reducer.signal_heads == "one" else key_width
-    steps = _steps(plans, passes) if reducer.reads_time else None
-    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, steps)
+    timed = _steps(plans, passes if steps is None else steps) if reducer.reads_time else None
+    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, timed)
 
 
 def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
@@ -175,7 +186,7 @@ def _shown_flops(reducer: DecoderReducer, before: int, stay: int, queries: int, 
                 rows=rows(before, shape.hidden), before=rows(before, shape.hidden), text=rows(queries, shape.hidden),
                 text_valid=torch.empty(1, queries, dtype=torch.bool, device=meta), keys=rows(before, shape.narrow),
                 text_keys=rows(queries, shape.narrow), slots=places, text_slots=torch.zeros(1, queries, dtype=torch.long, device=meta),
-                among=torch.empty(every, device=meta), gradient=rows(before, shape.hidden),
+                among=torch.empty(every, device=meta), gradient=rows(before, shape.hidden), notes=torch.empty(1, before, device=meta),
             )
         )  # fmt: skip
     weighed = isinstance(chosen, Selection) and chosen.weights is not None

@@ -51,9 +51,14 @@ def mlp_flops(shape: DecoderShape, rows: int, layer: int = 0) -> int:
     return 2 * rows * shape.hidden * (experts.count + 3 * (experts.active * experts.mlp + experts.shared))
 
 
-def scoring_flops(shape: DecoderShape, rows: int, queries: int, reused: int = 0, products: bool = True) -> int:
+def scoring_flops(shape: DecoderShape, rows: int, queries: int, reused: int = 0, products: bool = True, layer: int | None = None) -> int:
     """Ranking before one drop: keys of every row, queries of the query rows, their products (unless only the keys are looked at); ``reused`` of the
-    keys serve the layer, too."""
+    keys serve the layer, too. Where ``layer`` (None: one with attention) has a state, what is read out of it."""
+    linear = shape.linear
+    if layer is not None and linear is not None and shape.kind(layer) == LINEAR:
+        keys = linear.key_heads * linear.key_dim
+        made = 2 * rows * shape.hidden * (linear.mixed + linear.value_heads) + 4 * rows * keys * linear.kernel
+        return made + 2 * queries * rows * keys * products
     made = 2 * (rows - reused) * shape.hidden * shape.narrow + 2 * queries * shape.hidden * shape.query_width
     return made + 2 * queries * rows * shape.wide * products
 

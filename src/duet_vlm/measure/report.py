@@ -25,7 +25,8 @@ class Sample:
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
     as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span, of each part where patches leave
     the tower and how many tokens' are left then (``duet_vlm.budget.Stages``), as planned and as measured (left out: none leave).
-    ``merges_left``: the projector, which sees every token otherwise, sees only those.
+    ``merges_left``: the projector, which sees every token otherwise, sees only those. ``still``: which spans are pictures, whose parts are no
+    steps of time. ``repeated``: per span, which parts did not go through the tower since they repeat the one before.
     """
 
     text: int
@@ -42,6 +43,24 @@ class Sample:
     planned_left: tuple[tuple[Stages, ...], ...] = ()
     left: tuple[tuple[Stages, ...], ...] = ()
     merges_left: bool = False
+    still: tuple[bool, ...] = ()
+    repeated: tuple[tuple[bool, ...], ...] = ()
+
+    @property
+    def encoded(self) -> tuple[tuple[int, ...], ...]:
+        """Per span the tokens of each part that went through the tower."""
+        spans = zip(self.passes, self._repeated(), strict=True)
+        return tuple(tuple(n for n, again in zip(parts, repeated, strict=True) if not again) for parts, repeated in spans)
+
+    def _repeated(self) -> tuple[tuple[bool, ...], ...]:
+        known = self.repeated or ((),) * len(self.passes)
+        return tuple(some or (False,) * len(parts) for some, parts in zip(known, self.passes, strict=True))
+
+    @property
+    def steps(self) -> tuple[tuple[int, ...], ...]:
+        """Per span the tokens of each step of time."""
+        still = self.still or (False,) * len(self.passes)
+        return tuple((sum(parts),) if alone else parts for parts, alone in zip(self.passes, still, strict=True))
 
     def visual(self, layer: int) -> int:
         """Visual rows that are meant to be left at the input of ``layer`` (-1: to enter)."""
@@ -61,13 +80,21 @@ class Sample:
     def reaching_projector(self, measured: bool = False) -> list[int]:
         """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
         if not self.merges_left:
-            return list(self.to_project)
+            shares = zip(self.to_project, self.encoded, self.passes, strict=True)
+            return [rows * len(encoded) // max(1, len(parts)) if len(encoded) < len(parts) else rows for rows, encoded, parts in shares]
         spans = zip(self.passes, self._left(measured), strict=True)
         return [sum(stages[-1][1] if stages else n for n, stages in zip(*span, strict=True)) for span in spans]
 
+    @property
+    def entering_projector(self) -> list[int]:
+        """The same where V2V works in front of the projector: what it leaves, and what was encoded of spans that it leaves whole."""
+        spans = zip(self.plans, self.encoded, self.passes, strict=True)
+        return [p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.merges else p.entry for p, encoded, parts in spans]
+
     def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, Stages]]:
         """Of the same: tokens, grid, and where they leave the tower."""
-        return [(*part, stages) for part, stages in zip(self.parts(), (s for span in self._left(measured) for s in span), strict=True)]
+        left, again = (s for span in self._left(measured) for s in span), (repeats for span in self._repeated() for repeats in span)
+        return [(*part, stages) for part, stages, repeats in zip(self.parts(), left, again, strict=True) if not repeats]
 
     def _left(self, measured: bool) -> tuple[tuple[Stages, ...], ...]:
         return (self.left if measured else self.planned_left) or tuple(((),) * len(span) for span in self.passes)
@@ -234,19 +261,19 @@ def make_report(
         """FLOPs of the tower, and the rows that reach the projector."""
         shapes = [vision.read() if s.skipped else vision for s in samples]
         tower = sum(vision_flops(shape, *part) for shape, s in zip(shapes, samples, strict=True) for part in s.in_tower(measured))
-        return tower, [n for s in samples for n in s.reaching_projector(measured)] if projects_all else [p.entry for p in plans]
+        return tower, [n for s in samples for n in (s.reaching_projector(measured) if projects_all else s.entering_projector)]
 
     towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
 
     def costs(rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
-            (before[i], s.queries, before[i + 1] if i in reused_layers else 0)
+            (before[i], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
             for before, s in zip(entering, samples, strict=True)
             for i in scored_layers
             if ranked
         ]
-        ranking = sum(scoring_flops(decoder, *some, products=products) for some in scored) + deciding * ranked
+        ranking = sum(scoring_flops(decoder, *some) for some in scored) + deciding * ranked
         projector = sum(projector_flops(vision, n) for n in projected)
         return Costs(tower + projector, sum(prefill_flops(decoder, r) for r in rows), ranking, kv, selection * ranked)
 

@@ -255,15 +255,22 @@ def _prefill(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
     before = [work.entry, *work.rows(shape.layers)]
     for layer in work.scored_layers:  # projections as in a layer, then float32 scores of every query and row, touched some six times
         rows, queries, reused = before[layer], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
-        product = 2 * queries * rows * shape.wide * work.products
-        projections = scoring_flops(shape, rows, queries, reused, products=False)
-        weights = shape.hidden * (shape.query_width + (0 if reused else shape.narrow))  # keys made once are counted with the layer
+        projections = scoring_flops(shape, rows, queries, reused, products=False, layer=layer)
+        product = scoring_flops(shape, rows, queries, reused, work.products, layer) - projections
+        weights = shape.hidden * _made_width(shape, layer, bool(reused))
         stages.append(speed.layer(batch * projections, weights, batch * 2 * rows * shape.hidden))
         stages.append(speed.exact(batch * product, batch * 24 * shape.heads * queries * rows * work.products))
     if work.deciding:
         stages.append(speed.exact(batch * work.deciding, 0))
     stages.append(speed.layer(batch * head_flops(shape, 1), shape.hidden * shape.vocab, 0, 0))
     return _sum(stages)
+
+
+def _made_width(shape: DecoderShape, layer: int, reused: bool) -> int:
+    """Channels that ranking makes of a row; keys that are made once are counted with the layer."""
+    if shape.kind(layer) == LINEAR and shape.linear is not None:
+        return shape.linear.mixed + shape.linear.value_heads
+    return shape.query_width + (0 if reused else shape.narrow)
 
 
 def _decode(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:

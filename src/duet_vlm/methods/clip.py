@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.ops.clips import Clips, joined
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, VisionView, check_budget_or_fields, constant, scheduled, whole
 from duet_vlm.tokens import Selection
+
+Self = TypeVar("Self", bound="StagedClipReducer")
 
 
 class Rows(NamedTuple):
     """What becomes of clips: which rows are ``kept`` [B, N]; to which of them (``owner``, -1: none) every row is added and with which ``weight``,
-    [B, M N]; numbers by which rows follow each other, ``order`` [B, N], None as they stand in the clip."""
+    [B, M N]; numbers by which rows follow each other, ``order`` [B, N], None as they stand in the clip; what is noted of every row for the stage
+    inside the decoder, ``notes`` [B, N], None nothing."""
 
     kept: Tensor
     owner: Tensor
     weight: Tensor
     order: Tensor | None = None
+    notes: Tensor | None = None
 
     @classmethod
     def alone(cls, kept: Tensor) -> Rows:
@@ -64,9 +68,62 @@ class ClipReducer(EncoderReducer):
         whole = (count >= view.valid.sum(1))[:, None]
         found = self.reduced(view, clips, torch.where(whole[:, 0], clips.placed.sum(1), count))
         kept = torch.where(whole, view.valid, found.kept)
-        return joined(kept, found.owner.masked_fill(whole, -1), found.weight, max(plan.entry for plan in view.plans), found.order)
+        selection = joined(kept, found.owner.masked_fill(whole, -1), found.weight, max(plan.entry for plan in view.plans), found.order)
+        if found.notes is None:
+            return selection
+        notes = found.notes.float().masked_fill(whole, 0)  # a clip that stays whole is not always shown
+        return replace(selection, notes=notes.gather(1, selection.index))
 
     @abstractmethod
     def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
         """Exactly ``count`` [B] rows of every clip."""
 
+
+@dataclass(frozen=True)
+class StagedClipReducer(ClipReducer, DecoderReducer):
+    """Base of the methods for clips that go on inside the decoder: at the layers where their paper does (``stages``).
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Rows per span that enter the decoder, or the fraction of its tokens. A budget lets in as many as it allows.
+    schedule : ((layer, keep), ...), optional
+        Drops inside the decoder, keeps relative to what enters. With a budget: fractions; left out, those of the paper. Without a budget and left
+        out: none.
+    """
+
+    stages: ClassVar[Schedule]  # of the paper: (layer, share of what enters), falling
+    layers: ClassVar[int] = 32  # of the paper's decoder
+    first: ClassVar[int] = 1  # no drop before this layer, as an earlier one ranks
+    score_before = 1
+
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule is None:
+            return
+        object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        early = [layer for layer, _ in self.schedule if layer < self.first]
+        if early:
+            why = f"what it decides by is made by earlier layers, so drop before layer {self.first} or later"
+            raise ValueError(f"{self.name}: schedule drops before layer {early[0]}, but {why}")
+
+    def at_depth(self, depth: int) -> Schedule:
+        """The paper's stages in a decoder of ``depth`` layers; where two meet, the later one."""
+        return tuple({max(self.first, layer * depth // self.layers): keep for layer, keep in self.stages}.items())
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        given = self.keep is not None or (budget is None and self.schedule is not None)
+        check_budget_or_fields(self, budget, given, "keep=, schedule=")
+        if budget is None:
+            entry = tokens if self.keep is None else count_of(self.keep, tokens)
+            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or ()))
+        schedule = self.at_depth(depth) if self.schedule is None else self.schedule
+        if any(isinstance(kept, int) for _, kept in schedule):
+            raise ValueError(f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0), got {schedule}")
+        target = target_mean(budget, tokens)
+        return whole(tokens, depth) if target >= tokens else scheduled(self, schedule, tokens, depth, target)
+
+    def with_drops(self: Self, depth: int, share: float | None = None) -> Self:
+        return self if self.schedule is not None else replace(self, schedule=self.at_depth(depth))

@@ -38,7 +38,7 @@ ORDER = (
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
-DROPPING = ("uses_text", "uses_tokens", "score_before", "score_heads", "needs", "merges")  # what a method inside the decoder declares
+DROPPING = ("uses_text", "uses_tokens", "score_before", "score_heads", "score_states", "needs", "merges")  # what a method inside the decoder declares
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]

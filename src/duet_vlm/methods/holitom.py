@@ -1,36 +1,40 @@
-"""HoliTom, its stage before the decoder: what stands still in the best windows of a clip is merged over time, the rest is ranked by attention."""
+"""HoliTom: what stands still in the best windows of a clip is merged over time, the rest ranked by attention; once more inside the decoder."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Keep
-from duet_vlm.methods.clip import ClipReducer, Rows
+from duet_vlm.budget import Keep, Schedule
+from duet_vlm.methods.clip import Rows, StagedClipReducer
 from duet_vlm.ops.clips import Clips, Windows, alike_before, divided
+from duet_vlm.ops.groups import ranks_in_groups
+from duet_vlm.ops.merge import nearest_anchor, row_numbers
 from duet_vlm.ops.peaks import peaks
+from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
 from duet_vlm.ops.still import Sets, everywhere, gains, likest, members_of
-from duet_vlm.reducer import VisionView, check_choice
+from duet_vlm.reducer import TextView, VisionView, check_choice
 from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
 
 
 @register("holitom")
 @dataclass(frozen=True)
-class HoliTom(ClipReducer):
-    """HoliTom (NeurIPS 2025, arXiv 2505.21334), the stage before the decoder.
+class HoliTom(StagedClipReducer):
+    """HoliTom (NeurIPS 2025, arXiv 2505.21334): merge what a clip repeats, before the decoder and once inside it.
 
     A place stands still in a window of frames if every two neighbours have a cosine above ``threshold`` there. The clip is cut into windows so that
     averaging what stands still saves the most tokens (dynamic programming). Of these averages density peaks stay, ``own`` parts themselves and the
-    rest the mean of those that are nearest to them; of the rest of every frame the most attended tokens stay and the others leave.
+    rest the mean of those that are nearest to them; of the rest of every frame the most attended tokens stay and the others leave. Inside the
+    decoder (layer 18 of 28) half of them stay, those that the last text row attends to most, and every other one joins the one that it is most
+    like (cosine of hidden states).
 
-    Parameters
+    Parameters beyond ``StagedClipReducer``
     ----------
-    keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
     threshold : float
         Cosine above which a place stands still, in [-1, 1].
     own : float or None
@@ -39,25 +43,36 @@ class HoliTom(ClipReducer):
         Rows that decide the density around one (no more than peaks); the most frames of a window.
     rows : str
         Order of the rows, which matters for ``positions="compact"``: "raster", or by window and "sets" (released code).
+    joining : str
+        Inside the decoder, "mean": a row is the mean of its tokens; "halving": tokens are added one after the other, each time halving what was
+        there (released code), so that the last weighs as much as all before it.
 
-    Cost: attention of one vision layer, a cosine per token, a table of frames x frames, a table of distances per window. Needs vision attention and
-    steps of time. Usable in training (the choice carries no gradient, the rows do).
+    Cost: attention of one vision layer, a cosine per token, a table of frames x frames, a table of distances per window; one key projection and one
+    query row, cosines of kept tokens with all others. Needs vision attention, steps of time, text after the clip. Usable in training (the choice
+    carries no gradient, the rows do).
 
     Differences from the authors' code (cokeshao/HoliTom): counts add up to the budget, all sets keep the same share (released: rounded half to even
     where something stands still, up elsewhere); no window averages away more than the budget asks for, the likest places first; one clip of a batch
-    does not change another. Merging dynamic tokens, an option with which the released code stops, is left out, as in all of its scripts.
+    does not change another. Merging dynamic tokens, an option with which the released code stops, is left out, as in all of its scripts. Under sdpa
+    the released code runs the layer that ranks without a causal mask; here it stays causal, in the preset, too.
     """
 
     paper = "HoliTom, NeurIPS 2025, arXiv 2505.21334"
-    summary = "merge over time what stands still in the best windows of a clip, keep the most attended of the rest, before the decoder"
+    summary = "merge over time what stands still in the best windows of a clip, keep the most attended of the rest; inside the decoder once more"
+    stages: ClassVar[Schedule] = ((18, 0.5),)
+    layers: ClassVar[int] = 28
+    needs = frozenset({"rows"})
+    merges = True
     signals = frozenset({"importance"})
     reads_places = True
 
+    text_query: str = "last"
     threshold: float = 0.8
     own: float | None = 0.6
     neighbours: int = 7
     window: int = 1024
     rows: str = "raster"
+    joining: str = "mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,11 +84,13 @@ class HoliTom(ClipReducer):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: a number of {'frames' if name == 'window' else 'rows'}, at least 1")
         check_choice("rows", self.rows, ("raster", "sets"))
+        check_choice("joining", self.joining, ("mean", "halving"))
 
     @classmethod
-    def official(cls, keep: Keep = 0.15, **fields: Any) -> HoliTom:
-        """The released settings and order, with a count that is given."""
-        return cls(**{"keep": keep, "rows": "sets", "positions": "compact", "keep_predicting": False, "signal_queries": None} | fields)
+    def official(cls, keep: Keep | None = 0.15, schedule: Schedule | None = ((18, 0.5),), **fields: Any) -> HoliTom:
+        """The released settings and order, with counts that are given; ``schedule=()``: nothing inside the decoder, as in some of its scripts."""
+        released: dict[str, Any] = {"rows": "sets", "positions": "compact", "joining": "halving", "keep_predicting": False, "signal_queries": None}
+        return cls(**{"keep": keep, "schedule": schedule} | released | fields)
 
     def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
         assert view.importance is not None and view.features is not None
@@ -111,3 +128,18 @@ class HoliTom(ClipReducer):
         place = torch.cat([x.view(-1, steps, shape[2]) for x in (near.masked_fill(none, -1), torch.where(best, place, -1))], 1)
         weight = torch.cat([x.view(-1, steps, shape[2]) for x in (weight, torch.ones_like(weight))], 1)
         return Rows(sets.kept(chosen), *sets.joins(place, weight), sets.sequence() if self.rows == "sets" else None)
+
+    def t2v(self, view: TextView) -> Selection:
+        assert view.rows is not None and view.scores is not None  # promised by ``needs`` and ``uses_text``
+        stays = top(view.scores, view.valid, view.keep)
+        index, real = pack_right(stays, max(stay for _, stay in view.counts))
+        tokens = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
+        leaves = view.valid & ~stays & real.any(1, keepdim=True)
+        into = nearest_anchor(view.rows, tokens, index, real).masked_fill(~leaves, -1)
+        if self.joining == "mean":
+            return Selection(index, real, tokens, into)
+        turn = ranks_in_groups(torch.zeros_like(view.scores), into, leaves)
+        times = torch.zeros_like(index).scatter_add(1, into.clamp(min=0), leaves.long())
+        into = torch.where(stays, row_numbers(index, real, stays.shape[1]), into)
+        halved = times.gather(1, into.clamp(min=0)) - torch.where(leaves, turn, 0)
+        return Selection(index, real, tokens, into, weights=0.5 ** halved.float())

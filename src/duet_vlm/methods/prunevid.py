@@ -1,38 +1,39 @@
-"""PruneVid, its stages before the decoder: windows of like frames, what stands still merged over time, every set merged over space."""
+"""PruneVid: windows of like frames, what stands still merged over time, every set merged over space; inside the decoder a drop in every set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.budget import Keep
-from duet_vlm.methods.clip import ClipReducer, Rows
+from duet_vlm.budget import Keep, Schedule
+from duet_vlm.methods.clip import Rows, StagedClipReducer
 from duet_vlm.ops.clips import Clips, Windows, divided
+from duet_vlm.ops.groups import numbered, ranks_in_groups, same_shares
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.peaks import peaks
 from duet_vlm.ops.still import Sets, everywhere, likest, members_of
-from duet_vlm.reducer import VisionView, check_choice
+from duet_vlm.reducer import TextView, VisionView, check_choice
 from duet_vlm.registry import register
 
 NEIGHBOURS = 7  # tokens that decide how dense it is around one
+SETS = 1 << 24  # more than a clip has
 
 
 @register("prunevid")
 @dataclass(frozen=True)
-class PruneVid(ClipReducer):
-    """PruneVid (Findings of ACL 2025, arXiv 2412.16117), the stages before the decoder.
+class PruneVid(StagedClipReducer):
+    """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge over time and space before the decoder, drop by the question inside it.
 
     Frames are clustered by their means (density peaks) and clusters made contiguous. A place stands still in such a window if the mean cosine of its
     tokens over all pairs of frames is above ``threshold``: these are averaged. What stands still in a window, and the rest of every frame, is
-    clustered again, and every cluster becomes its mean. Nothing leaves without being merged.
+    clustered again, and every cluster becomes its mean. Nothing leaves without being merged. Inside the decoder, behind layer 10 of 32, every such
+    set keeps the same share, the rows that any head of any text row attends to most, and earlier layers forget the others (``cache="cut"``).
 
-    Parameters
+    Parameters beyond ``StagedClipReducer``
     ----------
-    keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
     windows : float
         Clusters of frames, as a fraction of the frames, in (0, 1].
     threshold : float
@@ -42,18 +43,23 @@ class PruneVid(ClipReducer):
     rows : str
         Order of the rows, which matters for ``positions="compact"``: "raster", or by window and "sets", within these by score (released code).
 
-    Cost: a table of distances per frame and one of frames. Needs steps of time, no attention. Usable in training (the choice carries no gradient, the
-    rows do).
+    Cost: a table of distances per frame and one of frames; one key projection and a query per text row at the drop. Needs steps of time, text after
+    the clip, no vision attention. Usable in training (the choice carries no gradient, the rows do).
 
     Differences from the authors' code (Visual-AI/PruneVid): counts add up to the budget, all sets keep the same share (released: half of every set of
     more than 14 tokens); no window averages away more than the budget asks for, the likest places first; kept positions; frames of equal density
-    by index, not by noise. The stage inside the decoder (attention at layer 10, caches of the layers before it cut as well) is not part of it.
+    by index, not by noise. Inside the decoder the shares of the sets add up, too (released: each cut down by itself, so that small ones keep none).
     """
 
     paper = "PruneVid, Findings of ACL 2025, arXiv 2412.16117"
-    summary = "merge over time what stands still in windows of like frames, then every set into clusters, before the decoder"
+    summary = "merge over time what stands still in windows of like frames, then every set into clusters; a drop by text in each"
+    stages: ClassVar[Schedule] = ((11, 0.4),)
+    score_heads = "most"
+    uses_tokens = True
+    needs = frozenset({"notes"})
     reads_places = True
 
+    cache: str = "cut"
     windows: float = 0.25
     threshold: float = 0.8
     neighbours: int = 7
@@ -70,9 +76,9 @@ class PruneVid(ClipReducer):
         check_choice("rows", self.rows, ("raster", "sets"))
 
     @classmethod
-    def official(cls, keep: Keep = 0.17, **fields: Any) -> PruneVid:
-        """The released settings and order, with a count that is given."""
-        return cls(**{"keep": keep, "rows": "sets", "positions": "compact", "keep_predicting": False} | fields)
+    def official(cls, keep: Keep | None = 0.17, schedule: Schedule | None = ((11, 0.4),), **fields: Any) -> PruneVid:
+        """The released settings and order, with counts that are given."""
+        return cls(**{"keep": keep, "schedule": schedule, "rows": "sets", "positions": "compact", "keep_predicting": False} | fields)
 
     def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
         assert view.features is not None
@@ -80,7 +86,7 @@ class PruneVid(ClipReducer):
         windows = self.cut(rows, clips)
         places, score = self.still(rows, clips, windows)
         sets = Sets.of(clips, windows, rows, likest(places, score, windows, clips.placed.sum(1) - count))
-        return self.merged(sets, divided(count, sets.sizes, sets.sizes))
+        return self.merged(sets, divided(count, sets.sizes, sets.sizes))._replace(notes=clips.rows(sets.number))
 
     def cut(self, rows: Tensor, clips: Clips) -> Windows:
         """Windows of like frames of rows [B, T, P, C]."""
@@ -107,6 +113,16 @@ class PruneVid(ClipReducer):
         rank = torch.where(as_is, torch.arange(shape[2], device=rank.device), rank)
         order = sets.sequence(rank.view(shape)) if self.rows == "sets" else None
         return Rows(sets.kept(peak.view(shape)), *sets.joins(near.view(shape), weight.view(shape)), order)
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.scores is not None and view.notes is not None and view.span is not None  # promised
+        group = numbered(view.span * SETS + view.notes.long(), view.valid)
+        size = torch.zeros_like(group).scatter_add(1, group, view.valid.long())
+        return self.of_sets(view.scores, group, view.valid, same_shares(size, view.keep))
+
+    def of_sets(self, scores: Tensor, group: Tensor, valid: Tensor, count: Tensor) -> Tensor:
+        """Mask [B, V] of the ``count`` [B, G] best of every set."""
+        return valid & (ranks_in_groups(scores, group, valid) < count.gather(1, group))
 
 
 def contiguous(label: Tensor, length: Tensor) -> Windows:

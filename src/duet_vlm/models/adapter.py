@@ -342,6 +342,20 @@ class Adapter(ABC):
             places.append(torch.from_numpy(np.where(shows[:, None], np.stack([place // columns, place % columns], 1), -1)))
         return places
 
+    def frames_together(self) -> int:
+        """How many frames of a clip the tower looks at as one step of time, each step by itself: a clip then goes through it in pieces. A TypeError
+        says why it cannot."""
+        why = "takes frames as images" if self.video else "takes no clips"
+        raise TypeError(f"{self.family} {why}, so frames cannot go through its tower some at a time: leave chunk_frames and still_frames out")
+
+    def steps(self, call: Encoding) -> list[Tensor]:
+        """Of each clip of a call the pixels of its steps of time, patch by patch: [t, n, m]."""
+        raise NotImplementedError
+
+    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+        """A call that shows only the ``chosen`` steps of one clip."""
+        raise NotImplementedError
+
     def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         """Per span: rows and columns of the crops that follow its first part, (0, 0) where it was not cut."""
         return [(0, 0)] * len(counts)
@@ -367,10 +381,10 @@ class Adapter(ABC):
         usual = FULL if getattr(config, "sliding_window", None) is None else SLIDING  # configs that name no types window every layer
         return list(getattr(config, "layer_types", None) or [usual] * len(self.layers))
 
-    def ranking_layer(self, layer: int) -> int:
-        """The last layer up to ``layer`` whose attention can rank tokens; -1 if there is none."""
-        kinds = self.layer_types
-        return next((index for index in range(layer, -1, -1) if kinds[index] in (FULL, SLIDING)), -1)
+    def ranking_layer(self, layer: int, states: bool = False) -> int:
+        """The last layer up to ``layer`` whose attention can rank tokens, or (``states``) what is read out of whose state; -1 if there is none."""
+        kinds, able = self.layer_types, (FULL, SLIDING, LINEAR) if states else (FULL, SLIDING)
+        return next((index for index in range(layer, -1, -1) if kinds[index] in able), -1)
 
     @property
     def first_attention(self) -> int:
@@ -385,6 +399,12 @@ class Adapter(ABC):
     def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
         """Of rows ``hidden`` [B, n, D] entering ``layer``: rotated queries [B, H, q, d] of rows ``asking`` [B, q], rotated keys
         [B, Hkv, n, d] of all."""
+
+    def read_out(self, layer: nn.Module, hidden: Tensor, valid: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of rows ``hidden`` [B, n, D] entering a layer with a state, of which ``valid`` [B, n] are real: what rows ``asking`` [B, q] read it with
+        [B, H, q, d], at what the rows write into it [B, H, n, d], and how strongly [B, H, n], all float32. The product of the three, without what
+        fades in between, says how much of a row's own value one that asks can read."""
+        raise TypeError(f"{self.family}: what its layers with a state read is not known here; use a method that ranks by attention")
 
     rotate: Callable[[Tensor, Rotary], Tensor]  # rows [B, H, n, d] of queries or keys to their positions, as the decoder's layers do it
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded, Stream
 from duet_vlm.models.llava_next import LlavaNext
-from duet_vlm.models.towers import cells
+from duet_vlm.models.towers import cells, patches_of
 
 
 class LlavaNextVideo(LlavaNext):
@@ -72,6 +75,16 @@ class LlavaNextVideo(LlavaNext):
 
     def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         return super().arranged(projected, call) if call.stream == "image" else list(projected.unflatten(0, self.frames(call)).flatten(1, 2))
+
+    def frames_together(self) -> int:
+        return 1
+
+    def steps(self, call: Encoding) -> list[Tensor]:
+        return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
+
+    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+        shown = call.arguments["pixel_values_videos"][clip, list(chosen)][None]
+        return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": shown})
 
     def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         return super().sides(call, counts) if call.stream == "image" else [(self.pooled_side(), self.pooled_side())] * len(counts)

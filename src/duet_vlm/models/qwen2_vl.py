@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -91,6 +93,18 @@ class Qwen2VL(LlamaLike):
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         size = self.visual.config.spatial_merge_size
         return tuple((t * h // size, w // size) for t, h, w in call.sizes)
+
+    def frames_together(self) -> int:
+        return int(self.config.vision_config.temporal_patch_size)
+
+    def steps(self, call: Encoding) -> list[Tensor]:
+        pixels = call.arguments["pixel_values_videos"].split([math.prod(size) for size in call.sizes])
+        return [rows.unflatten(0, (size[0], -1)) for rows, size in zip(pixels, call.sizes, strict=True)]
+
+    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+        shown, size = self.steps(call)[clip][list(chosen)], [len(chosen), *call.sizes[clip][1:]]
+        grid = call.arguments["video_grid_thw"].new_tensor([size])
+        return Encoding(call.stream, [size], call.arguments | {"pixel_values_videos": shown.flatten(0, 1), "video_grid_thw": grid})
 
     def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         return [(count // t,) * t for (t, _, _), count in zip(call.sizes, counts, strict=True)]

@@ -7,13 +7,16 @@ from torch import Tensor, nn
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Stream
 from duet_vlm.models.qwen2_vl import Qwen2VL, frames_apart
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import take
 
 
 class Qwen35(Qwen2VL):
     """``Qwen3_5ForConditionalGeneration``: V2V after the merger; tokens are ranked by the last layer with attention before their drop.
 
     Layers with linear attention keep order only, so rows that are gone leave no gap there. The first layers are of that kind: a method
-    that must rank before the first attention (layer 3 as released) is refused with the first layer that it can drop in front of.
+    that must rank before the first attention (layer 3 as released) is refused with the first layer that it can drop in front of, unless it
+    takes what is read out of states (``stateful``).
     """
 
     family = "qwen3_5"
@@ -27,6 +30,19 @@ class Qwen35(Qwen2VL):
     def heads(self, layer: nn.Module, which: str, hidden: Tensor) -> Tensor:
         heads = super().heads(layer, which, hidden)
         return heads[:, :, ::2] if which == "q" else heads  # behind each query head comes the gate of its output
+
+    def read_out(self, layer: nn.Module, hidden: Tensor, valid: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a gated delta rule (Yang et al., ICLR 2025): queries, keys, and the gates that rows are written with, of value heads that share a key
+        added up."""
+        mixer = layer.linear_attn
+        normed = layer.input_layernorm(hidden) * valid[..., None]
+        heads, width = mixer.num_k_heads, mixer.head_k_dim
+        both = mixer.in_proj_qkv(normed)[..., : 2 * heads * width].transpose(1, 2)
+        weight = mixer.conv1d.weight[: both.shape[1]]
+        both = nn.functional.conv1d(both.to(weight.dtype), weight, padding=weight.shape[-1] - 1, groups=len(weight))[..., : hidden.shape[1]]
+        query, key = unit_rows(nn.functional.silu(both).transpose(1, 2).unflatten(2, (2, heads, width))).transpose(1, 3).unbind(2)
+        gate = mixer.in_proj_b(normed).float().sigmoid().unflatten(2, (heads, -1)).mean(3) / heads
+        return take(query.transpose(1, 2), asking).transpose(1, 2), key, gate.transpose(1, 2)
 
     def vision_shape(self) -> VisionShape:
         vision = self.config.vision_config

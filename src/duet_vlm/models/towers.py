@@ -54,3 +54,10 @@ def segments_of(recorded: Recorded) -> list[Recorded]:
     lengths = recorded.segments.tolist()
     pairs = zip(recorded.query.split(lengths, 2), recorded.key.split(lengths, 2), strict=True)
     return [replace(recorded, query=query, key=key, segments=None) for query, key in pairs]
+
+
+def patches_of(frames: Tensor, side: int) -> Tensor:
+    """Frames [t, c, H, W] patch by patch, ``side`` pixels high and wide: [t, n, m]. What fills no patch is left out."""
+    high, wide = (size // side for size in frames.shape[2:])
+    cut = frames[..., : high * side, : wide * side].unflatten(3, (wide, side)).unflatten(2, (high, side))
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
 from duet_vlm.models.llava import Llava
+from duet_vlm.models.towers import patches_of
 
 FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 
@@ -79,6 +81,16 @@ class VideoLlava(Llava):
 
     def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         return list(projected.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
+
+    def frames_together(self) -> int:
+        return 1
+
+    def steps(self, call: Encoding) -> list[Tensor]:
+        return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
+
+    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+        shown = call.arguments["pixel_values_videos"][clip, list(chosen)][None]
+        return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": shown})
 
     def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         return [(self.side, self.side)] * len(counts)

@@ -26,6 +26,14 @@ def ranks_in_groups(scores: Tensor, group: Tensor, valid: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order.gather(1, by_group), place - first)
 
 
+def numbered(key: Tensor, valid: Tensor) -> Tensor:
+    """Numbers 0, 1, ... of the different values of ``key`` [B, N] long, by rising value: [B, N] long; anything where not ``valid``."""
+    key, order = key.masked_fill(~valid, torch.iinfo(torch.long).max).sort(dim=1, stable=True)
+    fresh = torch.zeros_like(key)
+    fresh[:, 1:] = key[:, 1:] != key[:, :-1]
+    return torch.empty_like(order).scatter_(1, order, fresh.cumsum(1))
+
+
 def sums_of_groups(values: Tensor, group: Tensor, valid: Tensor, count: int) -> Tensor:
     """The sum of the values of each group: [B, N] -> [B, count] float32."""
     kept = torch.where(valid, values.float(), 0.0)
@@ -56,6 +64,15 @@ def shares(weight: Tensor, size: Tensor, total: Tensor) -> Tensor:
     remainder = (share - whole).masked_fill(whole >= size, float("-inf"))
     more = ranks(remainder.argsort(dim=1, descending=True, stable=True)) < left
     return (whole + (more & (whole < size))).long()
+
+
+def same_shares(size: Tensor, total: Tensor) -> Tensor:
+    """``total`` [B] tokens divided in proportion to the ``size`` [B, G] long of each group; what is left by largest remainder, ties to the earlier
+    group. In whole numbers, so that equal remainders are equal."""
+    product, tokens = total[:, None] * size, size.sum(1, keepdim=True).clamp(min=1)
+    left = total[:, None] - (product // tokens).sum(1, keepdim=True)
+    more = ranks((product % tokens).argsort(dim=1, descending=True, stable=True)) < left
+    return product // tokens + more.long()
 
 
 def top_of_groups(scores: Tensor, group: Tensor, valid: Tensor, quota: Tensor, count: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ def query_attention(
     size : Tensor, optional
         [B, T] float32, how many rows each key stands for.
     heads : str
-        "mean" over heads; "max": for each query and key the largest of all heads, before the mean over queries; "each": by head.
+        "mean" over heads; "max": for each query and key the largest of all heads, before the mean over queries; "most": for each key the largest of
+        all heads and queries; "each": by head.
     divisor : callable, optional
         [B, q, T] that each head's attention of the queries of a slice is divided by.
 
@@ -145,8 +146,28 @@ def query_attention(
         weights = grouped_logits(query[:, :, block], key, scaling, bias).softmax(-1)
         if divisor is not None:
             weights /= divisor(block)[:, None]
-        total += _asked(weights, share[:, block], heads)
+        if heads == "most":
+            asks = (share[:, block] > 0)[:, None, :, None]
+            total = torch.maximum(total, weights.masked_fill(~asks, 0).amax((1, 2))[:, None])
+        else:
+            total += _asked(weights, share[:, block], heads)
     return total.transpose(1, 2) if heads == "each" else total[:, 0]
+
+
+def state_read_out(query: Tensor, key: Tensor, gate: Tensor, allowed: Callable[[slice], Tensor], weight: Tensor) -> Tensor:
+    """How much of each row a set of query rows reads out of a linear layer's state, fading left out: sum over heads, weighted mean over queries, of
+    gate * abs(query . key).
+
+    query [B, H, Q, d], key [B, H, T, d], gate [B, H, T]; ``allowed`` gives the [B, q, T] bool of a slice of queries, weight [B, Q] float32 is
+    normalised here -> [B, T] float32.
+    """
+    share = weight / weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    total = gate.new_zeros(gate.shape[0], gate.shape[2])
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        read = (query[:, :, block] @ key.transpose(2, 3)).abs() * (allowed(block) * share[:, block, None])[:, None]
+        total += (read.sum(2) * gate).sum(1)
+    return total
 
 
 def _asked(weights: Tensor, share: Tensor, heads: str) -> Tensor:

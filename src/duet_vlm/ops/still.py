@@ -64,15 +64,19 @@ class Sets:
         return torch.where(self.clips.placed, owner, -1), self.clips.rows(share)
 
 
+    @property
+    def number(self) -> Tensor:
+        """[B, T, P] long: which set every row is of, rising from window to window, what is still in one before the rest of its first step."""
+        at = torch.arange(self.still.shape[1], device=self.still.device)
+        return torch.where(self.still, 2 * self.windows.of_step(self.windows.first)[..., None], 2 * at[:, None] + 1)
+
     def sequence(self, rank: Tensor | None = None) -> Tensor:
         """[B, N] numbers by which tokens follow each other window by window: first what is still, then the rest step by step; within a set by
         ``rank`` [B, 2 T, P] or by place."""
-        steps, places = self.still.shape[1:]
-        at, windows = torch.arange(steps, device=self.still.device), self.windows
+        (steps, places), windows = self.still.shape[1:], self.windows
         place = torch.arange(places, device=self.still.device).expand(self.real.shape) if rank is None else rank
         place = torch.where(self.still, windows.of_step(place[:, :steps]), place[:, steps:])
-        group = torch.where(self.still, 2 * windows.of_step(windows.first)[..., None], 2 * at[:, None] + 1)
-        return self.clips.rows(group * places + place)
+        return self.clips.rows(self.number * places + place)
 
 
 def everywhere(clips: Clips, windows: Windows) -> Tensor:

@@ -1,0 +1,140 @@
+"""METok: events of a clip that the question is about keep more, before the decoder and inside it; then the cache forgets the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from duet_vlm.budget import Schedule
+from duet_vlm.methods.clip import Rows, StagedClipReducer
+from duet_vlm.ops.clips import Clips, Windows, alike_before, divided
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.select import ranking, ranks, spaced, top
+from duet_vlm.reducer import TextView, VisionView
+from duet_vlm.registry import register
+
+SLACK = 1e-6  # of a cosine, lost by rounding
+
+
+@register("metok")
+@dataclass(frozen=True)
+class METok(StagedClipReducer):
+    """METok (EMNLP 2025, arXiv 2506.02850): three stages by the events of a clip and what the question asks. From the abstract: no code is public.
+
+    Before the decoder the clip is cut into events where neighbouring frames are unlike each other, and events are ranked by their likeness to the
+    question. Tokens that repeat the frame before them leave. The key events keep their other tokens, those of the rest are pooled. Inside the
+    decoder, at three layers, the tokens stay that text attends to most, times the weight of their event (a softmax over the clip). Behind the
+    prompt, earlier layers forget the others (``cache="cut"``): so much of the cache is left as the last stage keeps.
+
+    Parameters beyond ``StagedClipReducer``
+    ----------
+    deviations : float
+        A clip is cut between frames whose likeness is so many standard deviations below the mean of the clip, at least 0.
+    key : float
+        Share of the events that are key events, at least one; in (0, 1].
+    pooled : float
+        What a frame of another event keeps, of what one of a key event does; in (0, 1].
+    threshold : float
+        Cosine with the same place one frame earlier, within the event, above which a token repeats it; in [-1, 1].
+    temperature : float
+        Of the softmax over the events, above 0.
+
+    Cost: a cosine per token, attention of text at three layers. Needs: the question, so the whole model must be called; steps of time, text after the
+    clip. Usable in training (the choice carries no gradient, pooled rows do).
+
+    Ours, where the abstract leaves it open: an event's likeness is the mean cosine of its frames' mean rows, as the decoder gets them, and the mean
+    of the question's embeddings (the paper: a contrastive text tower); frames are pooled by runs of neighbours in raster order; a count is divided
+    among frames so that it adds up, and where it leaves room repeated tokens stay; layers 8, 16 and 24 of 32 keep 1/2, 1/4 and 1/8.
+    """
+
+    paper = "METok, EMNLP 2025, arXiv 2506.02850"
+    summary = "cut a clip into events, keep more of those that the question is about, before the decoder and at three layers inside it"
+    stages: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
+    score_before = 0
+    needs = frozenset({"notes"})
+    reads = frozenset({"question"})
+
+    cache: str = "cut"
+    deviations: float = 1.0
+    key: float = 0.25
+    pooled: float = 0.25
+    threshold: float = 0.9
+    temperature: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.deviations >= 0:
+            raise ValueError(f"deviations={self.deviations}: a number of standard deviations, at least 0")
+        for name in ("key", "pooled"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: a share, in (0, 1]")
+        if not -1 <= self.threshold <= 1:
+            raise ValueError(f"threshold={self.threshold}: a cosine, in [-1, 1]")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature}: of a softmax, above 0")
+
+    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+        assert view.features is not None and view.question is not None  # promised by ``reads``
+        rows = clips.grid(view.features)
+        frames = unit_rows(clips.means(rows))
+        events = self.events(frames, clips.length)
+        words, real = unit_rows(view.question.rows), view.question.valid[..., None]
+        asked = (words * real).sum(1) / real.sum(1).clamp(min=1)
+        relevance = events.sums((frames @ asked[..., None])[..., 0]) / events.length.clamp(min=1)
+        fresh = self.fresh(rows, clips, events)
+        share = torch.where(events.of_step(self.key_events(relevance, events)), 1.0, self.pooled)
+        kept, place, weight = pooled(clips.real, fresh, divided(count, share * fresh.sum(2), clips.sizes))
+        owner = clips.rows(clips.index.gather(2, place.clamp(min=0)).masked_fill(place < 0, -1)).masked_fill(~clips.placed, -1)
+        notes = clips.of_step(events.of_step(self.weights(relevance, events)))
+        return Rows(clips.rows(kept) & clips.placed, owner, clips.rows(weight), notes=notes)
+
+    def events(self, frames: Tensor, length: Tensor) -> Windows:
+        """Of unit rows, one for each frame [B, T, C]."""
+        alike = (frames[:, 1:] * frames[:, :-1]).sum(-1)
+        real = torch.arange(1, frames.shape[1], device=frames.device) < length[:, None]
+        number = real.sum(1, keepdim=True).clamp(min=1)
+        mean = (alike * real).sum(1, keepdim=True) / number
+        spread = (((alike - mean).square() * real).sum(1, keepdim=True) / number).sqrt()
+        cuts = real & (alike < mean - self.deviations * spread - SLACK)
+        return Windows.of(torch.nn.functional.pad(cuts, (1, 0), value=True), length)
+
+    def key_events(self, relevance: Tensor, events: Windows) -> Tensor:
+        """[B, T] bool."""
+        there = events.length > 0
+        count = (there.sum(1) * self.key - SLACK).ceil()
+        return there & (ranks(ranking(relevance, there)) < count[:, None])
+
+    def weights(self, relevance: Tensor, events: Windows) -> Tensor:
+        """What an event counts inside the decoder [B, T], 1 in the mean of the clip."""
+        there = events.length > 0
+        return (relevance / self.temperature).masked_fill(~there, float("-inf")).softmax(1) * there.sum(1, keepdim=True)
+
+    def fresh(self, rows: Tensor, clips: Clips, events: Windows) -> Tensor:
+        """Tokens that do not repeat the frame before them [B, T, P] bool."""
+        again = (alike_before(rows) > self.threshold) & clips.real[:, :-1] & (events.number[:, 1:] == events.number[:, :-1])[..., None]
+        return clips.real & ~torch.nn.functional.pad(again, (0, 0, 1, 0))
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.scores is not None and view.notes is not None  # promised by ``needs`` and ``uses_text``
+        return top(view.scores * torch.where(view.notes > 0, view.notes, 1.0), view.valid, view.keep)
+
+
+def pooled(real: Tensor, fresh: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``count`` [B, T] rows of each step: ``fresh`` tokens in as many runs of neighbours, all in themselves where there are fewer of them, and then
+    others evenly spaced. real, fresh [B, T, P] bool -> which stand for themselves or for their run [B, T, P], the place in the step that every token
+    joins (-1: none) and its weight there."""
+    (batch, steps, places), total = real.shape, fresh.sum(2, keepdim=True)
+    runs = torch.minimum(count[..., None], total)
+    rank = (fresh.cumsum(2) - 1).clamp(min=0)
+    run = rank * runs // total.clamp(min=1)
+    begins = fresh & (runs > 0) & ((rank == 0) | (run != (rank - 1).clamp(min=0) * runs // total.clamp(min=1)))
+    place = torch.arange(places, device=real.device).expand(real.shape)
+    joins = fresh & (runs > 0)
+    first = torch.full_like(place, places).scatter_reduce(2, run, torch.where(joins, place, places), "amin").gather(2, run)
+    size = torch.zeros_like(place).scatter_add(2, run, joins.long()).gather(2, run)
+    more = spaced((real & ~fresh).flatten(0, 1), (count - runs[..., 0]).flatten()).view(batch, steps, places)
+    into = torch.where(more, place, torch.where(joins, first, -1))
+    return begins | more, into, torch.where(more, 1.0, 1 / size.clamp(min=1))

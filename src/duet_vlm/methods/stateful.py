@@ -1,0 +1,81 @@
+"""Stateful token reduction: some tokens leave at every layer, ranked by the layer itself, whether it attends or has a state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from duet_vlm.budget import EPSILON, Budget, SpanPlan, infeasible, largest_share, target_mean, within
+from duet_vlm.ops.select import top
+from duet_vlm.reducer import DecoderReducer, TextView, check_budget_or_fields, whole
+from duet_vlm.registry import register
+
+
+@register("stateful")
+@dataclass(frozen=True)
+class Stateful(DecoderReducer):
+    """Stateful token reduction for hybrid decoders (arXiv 2603.00198): from its abstract and notes on it, as no code is public.
+
+    A token that leaves at one layer was read by all layers before it, and what a state took from it stays there. Which tokens matter changes from
+    layer to layer, so no layer decides much: layer l of L reads the share 1 - (1 - ``end``) (l / L)^``power`` of the tokens. Each layer ranks those
+    that reach it, by one score for both kinds. A layer with attention: the attention that text pays to a token, mean over heads and text. A layer
+    with a state: how much of what the token writes text would read, abs(q . k) times the token's gate, mean over heads and text, without the
+    fading in between.
+
+    Parameters
+    ----------
+    end : float
+        Share that the schedule comes to behind the last layer, in [0, 1].
+    power : float, optional
+        Of the schedule, above 0: large powers keep nearly all until late. A budget of n finds the power by which n tokens are read in the mean.
+
+    Cost: at each layer with attention one key projection (which the layer takes over) and the queries of text; at one with a state its projection of
+    queries, keys and values once more. Needs text after the image. Usable in training (the choice carries no gradient).
+
+    Reconstructed: the curve (the paper: small cuts early and larger ones late, at all layers); that tokens keep no score from earlier layers; the
+    absolute value, and for the gated delta rule of Qwen3.5 the gate with which a key is written in the place of the step of a Mamba block: of
+    o_t = S_t q_t with S_t = a_t S_(t-1) (I - b_t k_t k_t^T) + b_t v_t k_t^T this is the share of v_i in o_t if nothing fades or is overwritten.
+    Decoders without such layers are ranked by attention alone. No preset: no code.
+    """
+
+    paper = "Stateful token reduction for hybrid video VLMs, arXiv 2603.00198"
+    summary = "drop a little before every layer, more the deeper, by what text attends to or reads out of the layer's state"
+    score_states = True
+
+    end: float = 0.0
+    power: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.end <= 1:
+            raise ValueError(f"end={self.end}: the share of tokens that the schedule comes to, in [0, 1]")
+        if self.power is not None and not 0 < self.power < math.inf:
+            raise ValueError(f"power={self.power}: of the schedule, above 0")
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        check_budget_or_fields(self, budget, self.power is not None, "power=")
+        if budget is None:
+            assert self.power is not None  # just checked
+            return SpanPlan(tokens, tokens, 0, self.counts(tokens, depth, self.power))
+        target = target_mean(budget, tokens)
+        if target >= tokens:
+            return whole(tokens, depth)
+        least = self.counts(tokens, depth, 0.0)
+        if not within(least, target):
+            raise infeasible(self.name, target, sum(least) / depth, tokens, f"its first of {depth} layers runs at full width")
+        power = largest_share(lambda x: x < 1 and within(self.counts(tokens, depth, x / (1 - x)), target))
+        return SpanPlan(tokens, tokens, 0, self.counts(tokens, depth, power / (1 - power)))
+
+    def counts(self, tokens: int, depth: int, power: float) -> tuple[int, ...]:
+        """What each layer reads."""
+        shares = (1 - (1 - self.end) * (layer / depth) ** power if layer else 1.0 for layer in range(depth))
+        return tuple(math.floor(tokens * share + EPSILON) for share in shares)
+
+    def with_drops(self, depth: int) -> Stateful:
+        return self if self.power is not None else replace(self, power=1.0)
+
+    def t2v(self, view: TextView) -> Tensor:
+        assert view.scores is not None  # promised by ``uses_text``
+        return top(view.scores, view.valid, view.keep)
