@@ -61,10 +61,12 @@ class Handle:
 
     @property
     def reducer(self) -> Reducer:
+        """The method with its settings, for calls to come."""
         return self._gate.rules.reducer
 
     @property
     def budget(self) -> Budget | None:
+        """Tokens of a span per decoder layer (int) or a fraction of them (float); None where the settings say how many stay."""
         return self._gate.rules.budget
 
     @property
