@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format docs notebooks bench compare tables train train-chain clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -66,6 +66,9 @@ lint: $(DEV)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+mypy: $(DEV)  ## types alone
+	@$(BIN)/mypy
+
 docs: $(DOCS)/.installed  ## the site, strictly (links, anchors, docstrings), into out/docs; in an environment of its own (1.5 GB)
 	@$(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
@@ -76,6 +79,15 @@ notebooks: $(DOCS)/.installed  ## run the notebooks of docs/notebooks on the emb
 
 format: $(DEV)  ## let ruff fix what it can
 	@$(BIN)/ruff check --fix .
+
+wheels: | $(BIN)/python  ## source archives and wheels of the package and of the vLLM plug-in, into dist
+	$(PIP) install -q build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist plugins/vllm
+
+release-check:  ## does TAG=v1.2.3 agree with pyproject.toml, CITATION.cff and CHANGELOG.md
+	@$(PYTHON) .github/release_check.py "$(TAG)"
 
 bench: $(DEV)  ## paired benchmarks, written to benchmarks/results
 	@$(BIN)/python benchmarks/run.py
