@@ -11,12 +11,13 @@ NEWEST := .venv-newest
 LMMS := .venv-lmms
 VLLM := .venv-vllm
 VIDEO := .venv-video
+DOCS := .venv-docs
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format bench compare tables train train-chain clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -66,8 +67,28 @@ lint: $(DEV)  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
+mypy: $(DEV)  ## types alone
+	@$(BIN)/mypy
+
+docs: $(DOCS)/.installed  ## the site, strictly (links, anchors, docstrings), into out/docs; in an environment of its own (1.5 GB)
+	@$(ONE_THREAD) NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
+
+notebooks: $(DOCS)/.installed  ## run the notebooks of docs/notebooks on the embedded models, into out/notebooks/*.ipynb
+	@mkdir -p out/notebooks
+	@for file in docs/notebooks/*.py; do $(ONE_THREAD) $(DOCS)/bin/jupytext --to ipynb --execute --set-kernel python3 \
+		--output out/notebooks/$$(basename $$file .py).ipynb $$file || exit 1; done
+
 format: $(DEV)  ## let ruff fix what it can
 	@$(BIN)/ruff check --fix .
+
+wheels: | $(BIN)/python  ## source archives and wheels of the package and of the vLLM plug-in, into dist
+	$(PIP) install -q build
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist plugins/vllm
+
+release-check:  ## does TAG=v1.2.3 agree with pyproject.toml, CITATION.cff and CHANGELOG.md
+	@$(PYTHON) .github/release_check.py "$(TAG)"
 
 bench: $(DEV)  ## paired benchmarks, written to benchmarks/results
 	@$(BIN)/python benchmarks/run.py
@@ -85,7 +106,7 @@ train-chain: $(DEV)  ## train the tiny-chain model from answers alone (hours; th
 	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_chain
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VLLM) $(VIDEO) out build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VLLM) $(VIDEO) $(DOCS) out build dist .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -128,6 +149,11 @@ $(VLLM)/.installed: pyproject.toml constraints.txt plugins/vllm/pyproject.toml $
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e . -e plugins/vllm
 	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec triton
 	cp tests/lmms/cpu_torchvision.* "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+	@touch $@
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[docs]"
 	@touch $@
 
 $(VIDEO)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/cpu_torchvision.*)

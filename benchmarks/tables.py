@@ -121,6 +121,32 @@ def importance() -> str:
     return table(["task", "method", "budget", *asks], lines)
 
 
+def pressing() -> str:
+    """Right answers with a reduced prompt, a compressed cache, and both."""
+    found = result("neighbours")
+    cells: dict[str, dict[float, str]] = {}
+    for row in found["pressing"]:
+        cells.setdefault(row["method"], {})[row["share"]] = f"{columns.share(row['accuracy'])} ({row['keys']:.0f})"
+    shares = list(next(iter(cells.values())))
+    head = ["visual tokens", *("all keys" if share == 1 else f"{share:.0%} of the keys" for share in shares)]
+    names = {"none": "all"}
+    lines = [[names.get(method, f"`{method}` at 33 %"), *row.values()] for method, row in cells.items()]
+    told = f"Share of right answers on {found['questions']} questions of the embedded task `tiny`; in brackets keys per layer and head."
+    return table(head, lines) + "\n\n" + told
+
+
+def static() -> str:
+    """A decode step with a dynamic and a static cache, layers as they are and compiled."""
+    found = result("neighbours")
+    rows = []
+    for row in found["decoding"]:
+        low, high = row["interval"]
+        rows.append([row["side"], f"{row['milliseconds']:.1f}", f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})"])
+    widths = sorted(set(found["decoding"][0]["rows"]), reverse=True)
+    told = f"`duet` at {found['budget']:.0%}: layers hold {', '.join(map(str, widths))} rows; a decoder of 12 x 768, float32, batch of 1."
+    return table(["cache and layers", "ms per step", "of the first (95 %)"], rows) + "\n\n" + told
+
+
 def methods() -> str:
     rows = []
     for name, cls in duet_vlm.methods().items():
@@ -144,6 +170,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "runs_tiny": lambda: comparison("tiny", markdown.compact),
     "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
     "importance": importance,
+    "pressing": pressing,
+    "static": static,
     "speed": speed,
     "train_step": train_step,
     "train_flops": train_flops,
@@ -161,7 +189,7 @@ PAGES = (
     "README.md", "docs/clips-from-files.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md",
     "docs/drop-curve.md",
     "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md",
-    "benchmarks/README.md", "benchmarks/NOTES.md",
+    "docs/works-with.md", "benchmarks/README.md", "benchmarks/NOTES.md",
 )  # fmt: skip
 
 

@@ -50,10 +50,12 @@ class SpanPlan:
 
     @property
     def entry(self) -> int:
+        """Rows of the span that enter the decoder."""
         return self.dominant + self.contextual
 
     @property
     def mean(self) -> float:
+        """Tokens of the span that a decoder layer reads, on average over the layers."""
         return sum(self.counts) / len(self.counts)
 
     @property

@@ -58,4 +58,5 @@ class ContrastiveText:
 
     def texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """``pieces`` of texts."""
-        return self.pieces([list(self.tokenizer(text)["input_ids"]) for text in texts])
+        rows: tuple[Tensor, Tensor] = self.pieces([list(self.tokenizer(text)["input_ids"]) for text in texts])
+        return rows

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, Stages, check_budget
 from duet_vlm.checks import check, hooked
-from duet_vlm.flow.cache import Run
+from duet_vlm.flow.cache import Run, static
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.inside import leaving
@@ -74,10 +74,12 @@ class Handle:
 
     @property
     def reducer(self) -> Reducer:
+        """The method with its settings, for calls to come."""
         return self._gate.rules.reducer
 
     @property
     def budget(self) -> Budget | None:
+        """Tokens of a span per decoder layer (int) or a fraction of them (float); None where the settings say how many stay."""
         return self._gate.rules.budget
 
     @property
@@ -140,6 +142,29 @@ class Handle:
     def plan(self, tokens: int) -> SpanPlan:
         """What the current settings make of a span of ``tokens`` visual tokens."""
         return self._gate.rules.plan(tokens)
+
+    def static_cache(self, cache: Any, max_new_tokens: int) -> Any:
+        """The cache of a prompt in tensors that do not grow: fixed shapes, as compiled decoding wants them, sized by the plan layer by layer.
+
+        Parameters
+        ----------
+        cache : DynamicCache
+            As the prompt left it (``past_key_values`` of the model's output). It stays as it is.
+        max_new_tokens : int
+            Tokens that may be written behind the prompt.
+
+        Returns
+        -------
+        Cache
+            Of static layers. Continue with it as with the other one; of more tokens it raises a ValueError.
+
+        Raises
+        ------
+        ValueError
+            A decoder with sliding or linear layers, flash attention, a cache that holds no plain keys, or no new tokens.
+        """
+        self._check_attached()
+        return static(self.adapter, cache, max_new_tokens)
 
     def report(self) -> Report:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""

@@ -95,6 +95,7 @@ class Reducer(ABC):
         """Exact counts for a span of ``tokens`` in a decoder of ``depth`` layers; raises ``BudgetError`` below the floor."""
 
     def settings(self) -> dict[str, object]:
+        """Every field with its value."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 

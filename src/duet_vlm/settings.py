@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-DECLARED = {  # what a field says of itself -> which values are meant, and in words
+DECLARED: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a field says of itself -> which values are meant, and in words
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number (int)"),
     "float": (lambda value: isinstance(value, int | float) and not isinstance(value, bool), "a number"),
     "bool": (lambda value: isinstance(value, bool), "True or False"),

@@ -164,6 +164,7 @@ def _spacy() -> Callable[[str], Any] | None:
     try:
         import spacy
 
-        return spacy.load(SPACY_MODEL)
+        pipeline: Callable[[str], Any] = spacy.load(SPACY_MODEL)
+        return pipeline
     except (ImportError, OSError):
         return None

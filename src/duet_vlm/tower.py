@@ -103,6 +103,7 @@ class TowerReducer(EncoderReducer):
                 raise ValueError("keep=0: at least one token of a picture goes through the tower")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """As ``Reducer.plan``: what is left behind the tower enters the decoder and stays."""
         check_budget_or_fields(self, budget, self.keep is not None, "keep=")
         if budget is None:
             assert self.keep is not None  # just checked
@@ -114,6 +115,7 @@ class TowerReducer(EncoderReducer):
         return all_left(tokens, left, depth)
 
     def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        """The plan of a span of which the tower has left ``left`` tokens, as a threshold or rounding had it."""
         return all_left(tokens, left, depth)
 
     def v2v(self, view: VisionView) -> Selection:
@@ -122,6 +124,7 @@ class TowerReducer(EncoderReducer):
 
     @property
     def tower(self) -> TowerReducer:  # type: ignore[override]  # of a composition it is the first stage
+        """What reduces inside the tower: this method itself."""
         return self
 
     def boundaries(self, depth: int) -> Sequence[int]:

@@ -86,6 +86,7 @@ class Run:
     next_position: Tensor | None = None
     reduces: bool = False
     cut: tuple[int, ...] = ()  # layers whose cache holds the rows of the last group only
+    missing: tuple[int, ...] = ()  # rows by layer that others took out of the cache while the prompt was read; empty where nobody did
     cache_bytes: tuple[int, ...] | None = None
     finite: list[tuple[Tensor, str]] = field(default_factory=list)
     wrong: list[Tensor] = field(default_factory=list)  # codes of what the method returned at its drops
@@ -120,6 +121,10 @@ class Run:
         """The rows that the cache of ``layer`` holds."""
         return self.groups[-1] if layer in self.cut else self.group(layer)
 
+    def rows_held(self, layer: int) -> int:
+        """How many rows of the prompt the cache of ``layer`` holds."""
+        return self.held(layer).width - (self.missing[layer] if self.missing else 0)
+
 
 class Followed:
     """Mixed into the class of one cache (``follow``): the run that its rows belong to, and which of the run's samples each row is.
@@ -131,6 +136,11 @@ class Followed:
     duet_run: Run
     duet_order: Tensor | None
     _plain: Any
+
+    @property
+    def is_compileable(self) -> bool:
+        """Not by generate(), which would compile the model with its hooks and prepare masks of the unreduced length."""
+        return False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -147,7 +157,7 @@ class Followed:
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back rows behind the last visual one, or all of them: the layers hold different rows of what is between."""
         held, removed = int(self.get_seq_length()), abs(int(tokens_to_remove))  # type: ignore[attr-defined]
-        said = held - self.duet_run.held(self._home()).width
+        said = held - self.duet_run.rows_held(self._home())
         if said + self.duet_run.after < removed < held:
             raise ValueError(
                 f"crop({tokens_to_remove}) would cut into the visual tokens of a reduced prompt, of which each layer holds others: remove at "
@@ -210,6 +220,29 @@ def cut(cache: Any, run: Run, kinds: list[str]) -> None:
         run.cut = (*run.cut, index)
 
 
+def note_missing(cache: Any, run: Run, kinds: list[str]) -> None:
+    """Others may thin out what a prompt leaves (compression of the cache, by hooks on attention): how many rows each layer lacks."""
+    held = (run.held(index).width - int(cache.get_seq_length(index)) if kind == FULL else 0 for index, kind in enumerate(kinds))
+    missing = tuple(max(0, rows) for rows in held)
+    run.missing = missing if any(missing) else ()
+
+
+def static(adapter: Adapter, cache: Any, new: int) -> Any:
+    """The rows of ``cache`` in tensors that do not grow, layer by layer as many as it holds and ``new`` more; see ``Handle.static_cache``."""
+    if isinstance(new, bool) or not isinstance(new, int) or new < 1:
+        raise ValueError(f"max_new_tokens={new!r}: how many tokens may still be written, a whole number from 1 on")
+    if other := sorted(set(adapter.layer_types) - {FULL}):
+        kinds = ", ".join(other)
+        raise ValueError(f"static caches are made of layers with full attention, and {adapter.family} has others ({kinds}): use a dynamic cache")
+    if not compat.makes_masks(adapter.text_model.config):
+        raise ValueError("static caches hold rows that are not written yet, which a mask must hide: load the model with sdpa or eager attention")
+    made = compat.fixed_cache(cache, new)
+    if isinstance(cache, Followed):
+        follow(made, cache.duet_run)
+        made.duet_order = cache.duet_order
+    return made
+
+
 def forget(cache: Any) -> None:
     """``cache`` is an ordinary one again."""
     if isinstance(cache, Followed):
@@ -227,8 +260,12 @@ class DecodePass:
         self.batch, self.new = embeds.shape[:2]
         self.device = embeds.device
         self.home = run.held(adapter.first_attention)  # the layers whose mask the stock code makes from what it is given here
-        self.done = int(cache.get_seq_length()) - self.home.width  # type: ignore[attr-defined]
+        self.done = int(cache.get_seq_length()) - run.rows_held(adapter.first_attention)  # type: ignore[attr-defined]
+        self.room = compat.capacity(cache, adapter.first_attention) - self.home.width  # negative: it grows
+        if 0 <= self.room < (said := self.done + self.new):
+            raise ValueError(f"this static cache has room for {self.room} tokens behind its prompt, and {said} are written: make it larger")
         self.tail = self._tail(mask)
+        self._check_compressed()
         self.steps = self._steps(mask)
         self.kinds = adapter.layer_types
         self.window = adapter.text_model.config.sliding_window if SLIDING in self.kinds else None
@@ -265,6 +302,18 @@ class DecodePass:
         """What the caller made for the prompts, where he repeated these himself."""
         return x if x.shape[dim] == self.batch else x.repeat_interleave(self.batch // x.shape[dim], dim)
 
+    def _check_compressed(self) -> None:
+        """A cache that others compressed holds rows of which nobody knows any more whether they are real: all of them have to be."""
+        if not self.run.missing:
+            return
+        windowed = SLIDING in self.adapter.layer_types
+        if windowed or any(group.padded for group in self.run.groups) or (self.tail is not None and not bool(self.tail.all())):
+            raise ValueError(
+                "the cache of this reduced prompt was compressed by others, and which of its rows are padding or inside a window is not known "
+                "any more: send prompts without padding, one at a time or of equal length, to a decoder without sliding layers"
+            )
+        self.tail = None
+
     def _steps(self, mask: Tensor | None) -> Tensor:
         """How far behind the first position after the prompt each new token stands: [new] or [B, new]. Tokens that the mask hides do not count."""
         if mask is None:
@@ -282,7 +331,7 @@ class DecodePass:
         return (self._rows(start, start.ndim - 1)[..., None] + self.steps).clamp(min=0)
 
     def _mask2d(self, group: Group) -> Tensor | None:
-        if self.tail is None and not group.padded:
+        if self.tail is None and not group.padded and self.room < 0:
             return None
         valid = self._rows(group.tokens.valid)
         keys = group.width + self.done + self.new  # fewer than the prompt had where rejected draft tokens were cut off again
@@ -293,10 +342,11 @@ class DecodePass:
         """What the stock decoder is given: a 2-D mask that it reads once to make its own of; or, where the family has read the caller's
         ``mask`` before and made ``given`` of it, the same made of the rows that are left."""
         rows = self._mask2d(self.home)
-        if mask is None or (isinstance(given, Tensor) and given.ndim == 2):
+        grows = self.room < 0  # else rows that are not written yet have to be hidden, which no 2-D mask says
+        if grows and (mask is None or (isinstance(given, Tensor) and given.ndim == 2)):
             return rows
         kinds = given if isinstance(given, dict) else {FULL: given}
-        if not self.home.padded and all(made is None for made in kinds.values()):  # seen to hide nothing
+        if grows and not self.home.padded and all(made is None for made in kinds.values()):  # seen to hide nothing
             return None
         made = compat.decoder_mask(self.adapter.text_model.config, embeds, rows, self.cache, self.adapter.first_attention)
         return dict.fromkeys(kinds, made) if isinstance(given, dict) else made  # windows are put in at their layers

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, Cache, DynamicCache
+from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -47,7 +48,8 @@ def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, l
     if mask is not None and makes_masks(config):
         keys, rows = mask.shape[1], hidden.shape[1]
         place = torch.arange(keys, device=hidden.device)
-        return prepared_mask(config, hidden, mask.bool()[:, None, None, :] & (place <= place[keys - rows :, None]))
+        allowed = mask.bool()[:, None, None, :] & (place <= place[keys - rows :, None])
+        return prepared_mask(config, hidden, torch.nn.functional.pad(allowed, (0, max(0, capacity(cache, layer) - keys))))
     return create_causal_mask(
         config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer
     )
@@ -76,6 +78,29 @@ def new_cache(config: Any) -> DynamicCache:
 
 def is_static(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False))
+
+
+def capacity(cache: Any, layer: int) -> int:
+    """Keys that one layer hands to attention whatever it holds: those that its tensors have room for; 0 where they grow."""
+    held = cache.layers[layer]
+    return int(held.max_cache_len) if isinstance(held, StaticLayer) else 0
+
+
+def fixed_cache(cache: Any, new: int) -> Cache:
+    """The rows of ``cache`` in tensors that do not grow: for each layer as many as it holds, and ``new`` more.
+
+    Raises
+    ------
+    ValueError
+        If a layer does not hold keys and values as they are, or does not grow itself.
+    """
+    for held in cache.layers:
+        if isinstance(held, StaticLayer) or not isinstance(getattr(held, "keys", None), Tensor) or held.keys.ndim != 4:
+            raise ValueError(f"a static cache is made of a dynamic one that holds a prompt as it is, and {type(held).__name__} does not")
+    made = Cache(layers=[StaticLayer(int(held.keys.shape[2]) + new) for held in cache.layers])
+    for index, held in enumerate(cache.layers):
+        made.update(held.keys, held.values, index)
+    return made
 
 
 def cache_bytes(cache: Any) -> tuple[int, ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -106,7 +107,9 @@ def _on_model(traffic: Traffic) -> None:
         hooks.shadow(module, "forward", traffic.forward(module, module.forward))
     if not traffic.align:  # the public setter keeps the loss in this one instance attribute
         hooks.shadow(adapter.model, "_loss_function", surviving_labels(adapter.model.loss_function, traffic.stacks))
-    steps = {"generate": traffic.generate, compat.PREPARE: traffic.prepare, compat.PREFILL: lambda plain: whole_prompts(plain, traffic.begun)}
+    steps: dict[str, Callable[[Any], Any]] = {
+        "generate": traffic.generate, compat.PREPARE: traffic.prepare, compat.PREFILL: lambda plain: whole_prompts(plain, traffic.begun),
+    }  # fmt: skip
     for name, around in steps.items():
         if hasattr(adapter.model, name):
             hooks.shadow(adapter.model, name, around(getattr(adapter.model, name)))

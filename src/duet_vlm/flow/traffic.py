@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from duet_vlm.flow import compat
 from duet_vlm.flow.align import align
 from duet_vlm.flow.arrival import OUTPUTS, adopt, look, restore, take_up, without_marks
-from duet_vlm.flow.cache import Run, cut
+from duet_vlm.flow.cache import Run, cut, note_missing
 from duet_vlm.flow.call import Call, Note, Prompt, Stacks
 from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.entry import enter
@@ -177,8 +177,10 @@ class Traffic:
     def leave(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         """Post-hook of the decoder stack."""
         step, cache = kwargs.get(PASS), kwargs.get("past_key_values")
-        if isinstance(step, PrefillPass) and cache is not None and step.run.reduces and getattr(step.reducer, "cache", "full") == "cut":
-            cut(cache, step.run, step.kinds)
+        if isinstance(step, PrefillPass) and cache is not None and step.run.reduces:
+            note_missing(cache, step.run, step.kinds)
+            if getattr(step.reducer, "cache", "full") == "cut":
+                cut(cache, step.run, step.kinds)
         if step is not None and step.run.cache_bytes is None and cache is not None:
             step.run.cache_bytes = compat.cache_bytes(cache)
 

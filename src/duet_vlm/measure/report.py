@@ -162,10 +162,12 @@ class Report:
 
     @property
     def nominal_mean(self) -> float:
+        """Planned visual tokens of the call, on average over the decoder layers."""
         return sum(self.nominal) / len(self.nominal)
 
     @property
     def measured_mean(self) -> float:
+        """Visual tokens that the layers read, on average over the decoder layers."""
         return sum(self.measured) / len(self.measured)
 
     @property
@@ -174,6 +176,7 @@ class Report:
         return self.full.decoder_flops / (self.observed.decoder_flops + self.observed.ranking_flops)
 
     def to_json(self) -> str:
+        """All fields, the two means and ``flops_bound`` as one JSON object."""
         derived = {"nominal_mean": self.nominal_mean, "measured_mean": self.measured_mean, "flops_bound": self.flops_bound}
         return json.dumps(dataclasses.asdict(self) | derived)
 

@@ -34,6 +34,15 @@ class Floor(DecoderReducer):
 
     ``entry`` tokens stay from the first decoder layer on, ``schedule`` drops later (default: nothing). With ``follow`` every layer reads
     as many tokens as that method would give it at the same budget: the method without its choice of tokens.
+
+    Parameters
+    ----------
+    entry : int or float, optional
+        Tokens of a span that enter, or the fraction of them.
+    schedule : ((layer, keep), ...)
+        Drops before ``layer``: numbers of tokens, or fractions of those that entered.
+    follow : str, optional
+        Name of the method whose number of tokens per layer is taken.
     """
 
     uses_text = False
@@ -79,6 +88,11 @@ class RandomTokens(Floor):
 
     The choice depends only on (``seed``, number of the image in its sample, its token count), never on batch order or device, and
     later stages keep a subset of earlier ones. Needs nothing; costs nothing.
+
+    Parameters
+    ----------
+    seed : int
+        Of the choice.
     """
 
     paper = "baseline"

@@ -15,7 +15,13 @@ from duet_vlm.tower import TowerReducer, TowerView
 @register("random_patches")
 @dataclass(frozen=True)
 class RandomPatches(TowerReducer):
-    """A random choice of units: what a method inside the tower must beat. The same for every picture of a size, whatever the batch."""
+    """A random choice of units: what a method inside the tower must beat. The same for every picture of a size, whatever the batch.
+
+    Parameters
+    ----------
+    seed : int
+        Of the choice.
+    """
 
     paper = "-"
     summary = "random patches go through the vision tower"

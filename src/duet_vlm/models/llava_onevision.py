@@ -6,9 +6,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded
-from duet_vlm.models.llava_next import image_size_to_num_patches
 from duet_vlm.models.llava_next_video import LlavaNextVideo
 from duet_vlm.models.towers import blocks_like_clip, column_signals
 

@@ -126,7 +126,7 @@ class Settings:
         """The budgets as a tuple: none, one, or those that are mixed."""
         if self.budget is None:
             return ()
-        return self.budget if isinstance(self.budget, tuple) else (self.budget,)  # type: ignore[return-value]
+        return self.budget if isinstance(self.budget, tuple) else (self.budget,)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as YAML holds them."""
