@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+import warnings
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,29 @@ def test_counts_are_those_that_attach_was_recorded_with(family: str) -> None:
     assert checked == len(answers) == 42
 
 
+@pytest.fixture(scope="module")
+def plug_in() -> Any:
+    """What vLLM loads; it names vLLM in functions only."""
+    spec = spec_from_file_location("plug_in", PLUGIN_TESTS.parent / "src" / "duet_vlm_vllm" / "__init__.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1"])
+def test_a_vllm_that_was_tested_says_nothing(plug_in: Any, version: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plug_in.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0rc1", "1.0.0", "dev"])
+def test_another_vllm_warns(plug_in: Any, version: str) -> None:
+    with pytest.warns(UserWarning, match=rf"tested with vLLM 0.32, 0.33, and this is {version}: check answers"):
+        plug_in.check_version(version)
+
+
 # ---- rows
 
 
@@ -216,6 +240,7 @@ def test_serve_starts_vllm_with_the_settings(started: list[Any]) -> None:
     assert option(command, "--hf-overrides.architectures+") == "DuetLlavaForConditionalGeneration"
     assert (option(command, "--hf-overrides.duet.method"), option(command, "--hf-overrides.duet.budget")) == ("duet_plus", "0.22")
     assert command[-2:] == ["--max-model-len", "99"] and environment["VLLM_API_KEY"] == "k" and "k" not in command
+    assert not {"--trust-remote-code", "--allowed-local-media-path"} & set(command)  # code and files only where vLLM's own options ask for them
     assert "--trust-request-mm-kwargs" not in command and "--tensor-parallel-size" not in command
     assert "method=duet_plus, budget=0.22" in done.output and "/v1" in done.output and "warning" not in done.output
 

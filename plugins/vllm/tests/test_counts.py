@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 from cases import ARCHITECTURES, METHODS, POSITIONS, REFUSED, prompts
-from duet_vlm_vllm import check_version
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
@@ -118,16 +116,6 @@ def test_positions_are_those_of_the_family(laid_out: Processor, family: str) -> 
     other = {"compact": "keep", "keep": "compact"}[POSITIONS[family]]
     with pytest.raises(ValueError, match=f"positions='{other}'"):
         laid_out({"method": "divprune", "budget": 9, "positions": other}, "one")
-
-
-def test_another_vllm_warns() -> None:
-    for version in ("0.32.0+cpu", "0.33.1"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            check_version(version)
-    for version in ("0.31.2", "0.34.0rc1", "1.0.0"):
-        with pytest.warns(UserWarning, match=rf"tested with vLLM 0.32, 0.33, and this is {version}"):
-            check_version(version)
 
 
 def test_the_plug_in_can_be_loaded_twice_and_imports_no_model() -> None:
