@@ -137,7 +137,8 @@ $(LMMS)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/*)
 	cp tests/lmms/cpu_torchvision.* "$$($(LMMS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 	@touch $@
 
-# vLLM's CPU build and both of our wheels beside it; nothing may complain. Then the parts that are linked to CUDA go, and on PyPI's torchvision see above.
+# vLLM's CPU build and both of our wheels beside it; nothing may complain. Then Ray comes, for its recipe; the parts that are linked
+# to CUDA go; on PyPI's torchvision see above.
 $(VLLM)/.installed: pyproject.toml constraints.txt plugins/vllm/pyproject.toml $(wildcard tests/lmms/cpu_torchvision.*)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt torch
@@ -146,6 +147,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt plugins/vllm/pyproject.toml $
 	$(VLLM)/bin/python -m pip --disable-pip-version-check wheel -q --no-deps -w $(VLLM)/wheels . plugins/vllm
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c $(VLLM)/constraints.txt $(VLLM)/wheels/*.whl
 	$(VLLM)/bin/python -m pip check
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -c $(VLLM)/constraints.txt "ray[data]"
 	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q --no-deps -e . -e plugins/vllm
 	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec triton
 	cp tests/lmms/cpu_torchvision.* "$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

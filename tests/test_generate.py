@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ from duet_vlm.cli.measured import Wanted
 from duet_vlm.evaluate.generate import Place
 from duet_vlm.evaluate.run import devices_of
 
-COUNT, BATCH = 11, 2
+COUNT, BATCH, MANY = 11, 2, 220
 
 
 @pytest.fixture(scope="module")
@@ -148,17 +152,59 @@ def test_a_finished_file_is_not_asked_again_and_other_settings_are_refused(data:
     assert "remove" in call(data, out, "--restart").stderr
 
 
+def launched(world: int, data: Path, out: Path) -> subprocess.Popen[str]:
+    """``accelerate launch`` with processes side by side; no GPU is looked for."""
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(world)]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    verb = ["-m", "duet_vlm.cli.main", "generate", "--data", str(data), "--out", str(out), "-b", "16", "--batch", str(BATCH), "--max-new-tokens", "4"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*launch, *verb], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code and what was said; nothing of it lives on."""
+    try:
+        said = process.communicate(timeout=240)[1]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_under_accelerate(data: Path, tmp_path: Path, alone: list[dict[str, Any]], world: int) -> None:
     pytest.importorskip("accelerate")
     out = tmp_path / "answers.jsonl"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(world)]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # processes side by side; no GPU is looked for
-    verb = ["-m", "duet_vlm.cli.main", "generate", "--data", str(data), "--out", str(out), "-b", "16", "--batch", str(BATCH), "--max-new-tokens", "4"]
-    source = str(Path(__file__).parent.parent / "src")
-    done = subprocess.run([*launch, *verb], env=os.environ | {"PYTHONPATH": source, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = finished(launched(world, data, out))
+    assert code == 0, said[-3000:]
     assert rows(out) == alone and recorded(out) == list(range(6)) and len(list(Path(f"{out}.parts").glob("*.jsonl"))) == world
+
+
+@pytest.mark.parametrize(("world", "again"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_under_accelerate(data: Path, tmp_path: Path, world: int, again: int) -> None:
+    """SIGKILL to the last rank in mid-run: the launcher gives up, and the next start asks only what nobody had recorded."""
+    pytest.importorskip("accelerate")
+    lines = [json.loads(line) for line in data.read_text().splitlines()]
+    many = [line | {"id": f"{line['id']} {turn}", "image": str(data.parent / line["image"])} for turn in range(MANY // COUNT) for line in lines]
+    asked, out, whole = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"
+    asked.write_text("".join(json.dumps(line) + "\n" for line in many))
+    process = launched(world, asked, out)
+    journal, deadline = Path(f"{out}.parts/{world - 1}.jsonl"), time.monotonic() + 120
+    try:
+        while not (journal.exists() and journal.read_text().count("\n") > 2):
+            assert process.poll() is None and time.monotonic() < deadline, "the rank never began"
+            time.sleep(0.005)
+        os.kill(int(journal.with_name(f"{journal.name}.lock").read_text()), signal.SIGKILL)
+    finally:
+        code, said = finished(process)
+    assert code != 0 and "SIGKILL" in said, said[-3000:]
+    before = recorded_whole(out)
+    assert not out.exists() and 2 <= len(before) < MANY // BATCH
+    code, said = finished(launched(again, asked, out))
+    assert code == 0, said[-3000:]
+    after = recorded_whole(out)
+    assert sorted(after) == list(range(MANY // BATCH)) and not Counter(before) - Counter(after)
+    assert call(asked, whole).exit_code == 0 and rows(out) == rows(whole) and [row["id"] for row in rows(out)] == [line["id"] for line in many]
 
 
 def test_a_folder_of_pictures_and_one_question(data: Path, tmp_path: Path) -> None:

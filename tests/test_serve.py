@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from importlib.util import find_spec
+import warnings
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,69 @@ def test_the_plug_in_has_a_model_for_each_architecture_that_the_command_line_off
         assert f"class {name}(" in (sources / f"{file}.py").read_text()
 
 
+# Rows of each picture of plugins/vllm/tests/cases.py, and newlines beside them, by the rules of the families, worked out by hand: CLIP at 24 x 24;
+# crops of 4 x 4 patches side by side under a newline a line, what is padding cut off, and lines above 1.1 times 9 crops resized (12 x 16 to 10 x 13);
+# tiles of 64 tokens, two of them with an overview; cells of 28 x 28 pixels.
+SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
+    "llava": [((576,), 0)] * 4,
+    "llava_next": [((16 + 8 * 8,), 8), ((16 + 4 * 8,), 4), ((16 + 8 * 4,), 8), ((16 + 6 * 8,), 6)],
+    "llava_onevision": [((16 + 8 * 8,), 8), ((16 + 4 * 8,), 4), ((16 + 8 * 4,), 8), ((16 + 10 * 13,), 10)],
+    "internvl": [((64,), 0), ((64, 64, 64), 0), ((64, 64, 64), 0), ((64,), 0)],
+    "qwen": [((8 * 8,), 0), ((12 * 8,), 0), ((4 * 12,), 0), ((4 * 4,), 0)],
+}
+PLUGIN_TESTS = Path(__file__).parent.parent / "plugins" / "vllm" / "tests"
+
+
+@pytest.mark.parametrize("family", sorted(path.stem for path in (PLUGIN_TESTS / "references").glob("*.json")))
+def test_counts_are_those_that_attach_was_recorded_with(family: str) -> None:
+    """The prompts that the plug-in is tested with: text, marks, and of each picture (InternVL: each tile) what the settings let in."""
+    spec = spec_from_file_location("vllm_cases", PLUGIN_TESTS / "cases.py")
+    assert spec and spec.loader
+    cases: Any = module_from_spec(spec)
+    spec.loader.exec_module(cases)
+    answers = json.loads((PLUGIN_TESTS / "references" / f"{family}.json").read_text())["answers"]
+    shapes, asked = SHAPES["qwen" if family.startswith("qwen") else family], cases.prompts(family)
+    order = [picture.tobytes() for picture in asked["two"][1] + asked["three"][1]]
+    seen = dict(zip(order, [0, 1, 2, 0, 3], strict=True))
+    text = answers["duet/no picture"][0] - len(asked["no picture"][0])  # bytes, but for marks
+    checked = 0
+    for name, settings in cases.METHODS[family].items():
+        served = Served.of(settings, cases.POSITIONS[family])
+        for case, (prompt, pictures) in asked.items():
+            entered = 0
+            for picture in pictures:
+                sizes, newlines = shapes[seen[picture.tobytes()]]
+                spans = [((size,), 0) for size in sizes] if family == "internvl" else [(sizes, newlines)]
+                entered += cases.BESIDE[family] + sum(served.span(*span).entry for span in spans)
+            words = len(prompt) - len(pictures) * (len(asked["two"][0]) - len(asked["one"][0]))
+            assert answers[f"{name}/{case}"][0] == text + words + entered, f"{name}/{case}"
+            checked += 1
+    assert checked == len(answers) == 42
+
+
+@pytest.fixture(scope="module")
+def plug_in() -> Any:
+    """What vLLM loads; it names vLLM in functions only."""
+    spec = spec_from_file_location("plug_in", PLUGIN_TESTS.parent / "src" / "duet_vlm_vllm" / "__init__.py")
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1"])
+def test_a_vllm_that_was_tested_says_nothing(plug_in: Any, version: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plug_in.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0rc1", "1.0.0", "dev"])
+def test_another_vllm_warns(plug_in: Any, version: str) -> None:
+    with pytest.warns(UserWarning, match=rf"tested with vLLM 0.32, 0.33, and this is {version}: check answers"):
+        plug_in.check_version(version)
+
+
 # ---- rows
 
 
@@ -176,6 +240,7 @@ def test_serve_starts_vllm_with_the_settings(started: list[Any]) -> None:
     assert option(command, "--hf-overrides.architectures+") == "DuetLlavaForConditionalGeneration"
     assert (option(command, "--hf-overrides.duet.method"), option(command, "--hf-overrides.duet.budget")) == ("duet_plus", "0.22")
     assert command[-2:] == ["--max-model-len", "99"] and environment["VLLM_API_KEY"] == "k" and "k" not in command
+    assert not {"--trust-remote-code", "--allowed-local-media-path"} & set(command)  # code and files only where vLLM's own options ask for them
     assert "--trust-request-mm-kwargs" not in command and "--tensor-parallel-size" not in command
     assert "method=duet_plus, budget=0.22" in done.output and "/v1" in done.output and "warning" not in done.output
 

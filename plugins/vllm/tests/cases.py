@@ -25,15 +25,24 @@ SHARES: dict[str, dict[str, Any]] = {
     "tome": {"method": "tome", "keep": 0.25},
     "prumerge": {"method": "prumerge", "keep": 0.25},
 }
-METHODS = {"llava": COUNTS, "llava_next": SHARES, "qwen2_5_vl": SHARES, "qwen2_vl": SHARES, "qwen3_vl": SHARES}
-POSITIONS = {"llava": "compact", "llava_next": "compact", "qwen2_5_vl": "keep", "qwen2_vl": "keep", "qwen3_vl": "keep"}
+METHODS = {"llava": COUNTS} | dict.fromkeys(("llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"), SHARES)
+POSITIONS = {family: "keep" if family.startswith("qwen") else "compact" for family in METHODS}
 ARCHITECTURES = {
     "llava": "LlavaForConditionalGeneration",
     "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "internvl": "InternVLForConditionalGeneration",
     "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
     "qwen2_vl": "Qwen2VLForConditionalGeneration",
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
+BESIDE = dict.fromkeys(METHODS, 1) | {"internvl": 3, "qwen2_5_vl": 2, "qwen2_vl": 2, "qwen3_vl": 2}  # tokens around a picture: line break, marks
+CLIP = {"internvl": "<video>", "llava_onevision": "<video>"} | {
+    family: "<|vision_start|><|video_pad|><|vision_end|>" for family in METHODS if family.startswith("qwen")
+}
+
+# budgets that no request can have beside a server's 12, and what the error says
+REFUSED = [(0, "duet_budget=0"), ("x", "duet_budget='x'"), (1.5, "a float is a fraction"), (13, "allows 12 at most")]
 
 
 def blobs(seed: int, width: int, height: int) -> Image.Image:
@@ -47,8 +56,13 @@ def prompts(family: str) -> dict[str, Prompt]:
         sizes, image = [(224, 224), (336, 224), (112, 336), (112, 112)], "<|vision_start|><|image_pad|><|vision_end|>"
         start, end = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
     else:
-        sizes = [(112, 112), (112, 56), (60, 110), (112, 90)] if family == "llava_next" else [(336, 336)] * 4
-        image, start, end = "<image>\n", "USER: ", " ASSISTANT:"
+        sizes = {
+            "llava": [(336, 336)] * 4,
+            "llava_next": [(112, 112), (112, 56), (60, 110), (112, 90)],
+            "llava_onevision": [(112, 112), (112, 56), (60, 110), (224, 168)],  # the last is resized behind the tower
+            "internvl": [(112, 112), (224, 112), (112, 224), (112, 112)],  # one tile, or two and an overview
+        }[family]
+        image, start, end = "<IMG_CONTEXT>\n" if family == "internvl" else "<image>\n", "USER: ", " ASSISTANT:"
     pictures = [blobs(seed, *size) for seed, size in enumerate(sizes)]
 
     def ask(text: str, *shown: int) -> Prompt:

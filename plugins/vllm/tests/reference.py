@@ -1,6 +1,6 @@
 """Writes references/FAMILY.json: what transformers with ``duet_vlm.attach`` answers, first stage only. Needs no vLLM.
 
-    python plugins/vllm/tests/reference.py llava llava_next qwen2_5_vl qwen2_vl
+    python plugins/vllm/tests/reference.py llava llava_next llava_onevision internvl qwen2_5_vl qwen2_vl qwen3_vl
 """
 
 from __future__ import annotations

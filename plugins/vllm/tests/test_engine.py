@@ -9,7 +9,7 @@ from typing import Any
 import engine
 import numpy as np
 import pytest
-from cases import METHODS, POSITIONS, prompts
+from cases import BESIDE, CLIP, METHODS, REFUSED, prompts
 
 NAMES = list(METHODS["llava"])
 
@@ -40,12 +40,9 @@ def test_a_budget_is_what_enters_and_requests_may_ask_for_less(llm: Any, family:
     engine.switch(llm, {"method": "duet_plus", "budget": 12})
     text, images = prompts(family)["one"]
     none = len(ask(llm, [engine.request(*prompts(family)["no picture"])])[0].prompt_token_ids)
-    full = 12 + none + (1 if POSITIONS[family] == "compact" else 2)  # a line break, or the two marks around the picture
+    full = 12 + none + BESIDE[family]
     requests = [engine.request(text, images), *(engine.request(text, images, duet_budget=asked) for asked in (1, 5, 12))]
     assert [len(one.prompt_token_ids) - full for one in ask(llm, requests)] == [0, -11, -7, 0]
-
-
-REFUSED = [(0, "duet_budget=0"), ("x", "duet_budget='x'"), (1.5, "a float is a fraction"), (13, "allows 12 at most")]
 
 
 @pytest.mark.parametrize(("asked", "says"), REFUSED)
@@ -59,9 +56,8 @@ def test_what_a_request_cannot_have_is_an_error_and_the_engine_goes_on(llm: Any,
 
 def test_clips_are_refused(llm: Any, family: str) -> None:
     clip = np.zeros((4, 112, 112, 3), dtype=np.uint8)
-    mark = "<|vision_start|><|video_pad|><|vision_end|>" if POSITIONS[family] == "keep" else "<image>"
     with pytest.raises(Exception, match="(?i)video"):  # an error of vLLM's own, or of the family
-        ask(llm, [{"prompt": mark, "multi_modal_data": {"video": clip}}])
+        ask(llm, [{"prompt": CLIP.get(family, "<image>"), "multi_modal_data": {"video": clip}}])
 
 
 def test_the_tower_takes_no_more_at_once_than_without_reduction(llm: Any, family: str, wanted: dict[str, list[Any]]) -> None:

@@ -28,7 +28,10 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("family", "name"), [("llava", "duet"), ("llava_next", "duet_plus"), ("qwen2_5_vl", "duet")])
+RANKED = [("llava", "duet"), ("llava_next", "duet_plus"), ("qwen2_5_vl", "duet"), ("llava_onevision", "duet"), ("internvl", "duet")]
+
+
+@pytest.mark.parametrize(("family", "name"), RANKED)
 def test_two_ranks_answer_as_one(family: str, name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     script = tmp_path / "two.py"
     script.write_text(CODE.format(here=str(Path(__file__).parent), family=family, name=name, folder=str(checkpoints[family])))

@@ -38,14 +38,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def command(*arguments: str) -> list[str]:
-    return [str(Path(sys.executable).parent / "duet-vlm"), "serve", "--model", "tiny", "--method", "duet_plus", *arguments]
+def command(*arguments: str, model: str = "tiny") -> list[str]:
+    return [str(Path(sys.executable).parent / "duet-vlm"), "serve", "--model", model, "--method", "duet_plus", *arguments]
 
 
 @contextlib.contextmanager
-def server(port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def server(port: int, log: Path, model: str = "tiny") -> Iterator[subprocess.Popen[bytes]]:
     with log.open("wb") as file:
-        run = command("--budget", "16", "--port", str(port), "--api-key", KEY, "--request-budgets", "--", *ENGINE)
+        run = command("--budget", "16", "--port", str(port), "--api-key", KEY, "--request-budgets", "--", *ENGINE, model=model)
         process = subprocess.Popen(run, env=os.environ | QUIET, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             for _ in range(600):
@@ -84,11 +84,11 @@ def url(picture: Image.Image) -> str:
 PICTURES = [url(blobs(seed, 224, 224)) for seed in range(4)]
 
 
-def ask(port: int, shown: tuple[str, ...] = (PICTURES[0],), text: str = "what colour is the circle?", **more: Any) -> Any:
+def ask(port: int, shown: tuple[str, ...] = (PICTURES[0],), text: str = "what colour is the circle?", model: str = "tiny", **more: Any) -> Any:
     content = [*({"type": "image_url", "image_url": {"url": each}} for each in shown), {"type": "text", "text": text}]
     messages: Any = [{"role": "user", "content": content}]
     extra = {"ignore_eos": True} | more.pop("extra", {})
-    return client(port).chat.completions.create(model="tiny", messages=messages, max_tokens=4, temperature=0, extra_body=extra, **more)
+    return client(port).chat.completions.create(model=model, messages=messages, max_tokens=4, temperature=0, extra_body=extra, **more)
 
 
 def rows(port: int, **more: Any) -> int:
@@ -145,6 +145,20 @@ def test_what_cannot_be_is_said_and_the_server_goes_on(place: tuple[int, Path]) 
     with pytest.raises(openai.AuthenticationError):
         client(port, "another-key").models.list()
     assert rows(port) == one
+
+
+@pytest.mark.parametrize("kind", ["llava_onevision", "internvl"])
+def test_families_whose_images_are_cut_up_are_served_alike(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A square of one crop or tile: what enters, a budget of its own, what is refused, and that the server goes on."""
+    port, model, picture = free_port(), str(checkpoints[kind]), url(blobs(0, 112, 112))
+    with server(port, tmp_path / "log", model):
+        none, one = (rows(port, model=model, shown=shown) for shown in ((), (picture,)))
+        assert 16 <= one - none <= 19  # and the marks around it
+        assert rows(port, model=model, shown=(picture,), extra={"mm_processor_kwargs": {"duet_budget": 4}}) == one - 12
+        for asked, says in ((400, "allows 16 at most"), (0, "at least 1"), ("x", "duet_budget='x'")):
+            code, message = refused(port, model=model, shown=(picture,), extra={"mm_processor_kwargs": {"duet_budget": asked}})
+            assert code == 400 and says in message
+        assert rows(port, model=model, shown=(picture,)) == one
 
 
 def _header(width: int, height: int) -> bytes:

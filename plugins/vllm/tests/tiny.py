@@ -26,13 +26,15 @@ TURNS = "{% for m in messages %}START{% if m['content'] is string %}{{ m['conten
 TURNS += "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}END{% endfor %}BEGIN"
 
 
-def tokenizer(template: str) -> PreTrainedTokenizerFast:
-    """One token per byte, and the marks."""
-    special = ["<pad>", "<s>", "</s>", "<unk>", *MARKS]
+def tokenizer(template: str, *more: str, **named: str) -> PreTrainedTokenizerFast:
+    """One token per byte, and the marks; ``named`` ones the processor looks up by their names."""
+    marks = [*MARKS, *more, *named.values()]
+    special = ["<pad>", "<s>", "</s>", "<unk>", *marks]
     letters = {letter: i for i, letter in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     made = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "additional_special_tokens": list(MARKS)}
+    names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>", "additional_special_tokens": marks}
+    names |= {"extra_special_tokens": named} if named else {}
     return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **names)
 
 
@@ -57,6 +59,38 @@ def llava(next_: bool) -> tuple[Any, Any]:
         model = t.LlavaNextForConditionalGeneration(t.LlavaNextConfig(**common, image_grid_pinpoints=PINPOINTS))
         return model, t.LlavaNextProcessor(LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=PINPOINTS), words, **given)
     return t.LlavaForConditionalGeneration(t.LlavaConfig(**common)), t.LlavaProcessor(CLIPImageProcessorPil(**sizes), words, **given)
+
+
+def llava_onevision() -> tuple[Any, Any]:
+    import transformers as t
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+    from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
+
+    words, side, sizes = tokenizer(template("<image>\n", "USER: ", " ", "ASSISTANT:"), "<video>"), 56, [*PINPOINTS, [224, 224]]
+    tower = t.SiglipVisionConfig(**{name: value for name, value in CLIP.items() if name != "projection_dim"}, image_size=side, vision_use_head=False)
+    ids = {"image_token_index": words.convert_tokens_to_ids("<image>"), "video_token_index": words.convert_tokens_to_ids("<video>")}
+    text = t.Qwen2Config(**TEXT, vocab_size=len(words))
+    config = t.LlavaOnevisionConfig(vision_config=tower, text_config=text, image_grid_pinpoints=sizes, tie_word_embeddings=False, **ids)
+    square: dict[str, Any] = {"size": {"height": side, "width": side}}
+    parts = LlavaOnevisionImageProcessorPil(**square, image_grid_pinpoints=sizes), words, LlavaOnevisionVideoProcessor(**square)
+    given = {"num_image_tokens": (side // 14) ** 2, "vision_feature_select_strategy": "full", "chat_template": words.chat_template}
+    return t.LlavaOnevisionForConditionalGeneration(config), t.LlavaOnevisionProcessor(*parts, **given)
+
+
+def internvl() -> tuple[Any, Any]:
+    import transformers as t
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+    from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
+
+    named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
+    words, side = tokenizer(template("<IMG_CONTEXT>\n", "USER: ", " ", "ASSISTANT:"), **named), 112
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 7}
+    tower, text = t.InternVLVisionConfig(**size, image_size=side, use_qk_norm=True), t.Qwen2Config(**TEXT, vocab_size=len(words))
+    given: dict[str, Any] = {"image_token_id": words.convert_tokens_to_ids("<IMG_CONTEXT>"), "image_seq_length": 64, "tie_word_embeddings": False}
+    square: dict[str, Any] = {"size": {"height": side, "width": side}}
+    images = GotOcr2ImageProcessorPil(**square, crop_to_patches=True, min_patches=1, max_patches=4)
+    processor = t.InternVLProcessor(images, words, InternVLVideoProcessor(**square), image_seq_length=64, chat_template=words.chat_template)
+    return t.InternVLForConditionalGeneration(t.InternVLConfig(vision_config=tower, text_config=text, **given)), processor
 
 
 def qwen(kind: str) -> tuple[Any, Any]:
@@ -95,6 +129,8 @@ def qwen(kind: str) -> tuple[Any, Any]:
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "llava": lambda: llava(False),
     "llava_next": lambda: llava(True),
+    "llava_onevision": llava_onevision,
+    "internvl": internvl,
     "qwen2_5_vl": lambda: qwen("qwen2_5_vl"),
     "qwen2_vl": lambda: qwen("qwen2_vl"),
     "qwen3_vl": lambda: qwen("qwen3_vl"),

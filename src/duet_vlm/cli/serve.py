@@ -81,7 +81,7 @@ def serve(
         environment = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)} | dict(os.environ)
         environment |= {} if api_key is None else {"VLLM_API_KEY": api_key}  # not in the list of processes
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        print(f"{model}: {shown}; first stage only, so a budget counts the tokens of an image that enter the decoder")
+        print(f"{model}: {shown}; first stage only, so a budget counts the tokens of an image (InternVL: of a tile) that enter")
         print(f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered")
         _warn_of_strangers(host, port, api_key)
         print(shlex.join(command), flush=True)

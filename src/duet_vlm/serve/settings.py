@@ -26,6 +26,8 @@ REQUEST = "duet_budget"  # of a request's processor arguments
 ARCHITECTURES = {  # whose first stage vLLM can run, and their positions there; the plug-in registers each with PREFIX in front
     "LlavaForConditionalGeneration": "compact",
     "LlavaNextForConditionalGeneration": "compact",
+    "LlavaOnevisionForConditionalGeneration": "compact",
+    "InternVLForConditionalGeneration": "compact",
     "Qwen2VLForConditionalGeneration": "keep",
     "Qwen2_5_VLForConditionalGeneration": "keep",
     "Qwen3VLForConditionalGeneration": "keep",

@@ -11,6 +11,8 @@ TESTED = ((0, 32), (0, 33))  # vLLM's minor versions
 MODULES = {
     "LlavaForConditionalGeneration": "llava:DuetLlava",
     "LlavaNextForConditionalGeneration": "llava_next:DuetLlavaNext",
+    "LlavaOnevisionForConditionalGeneration": "llava_onevision:DuetLlavaOnevision",
+    "InternVLForConditionalGeneration": "internvl:DuetInternVL",
     "Qwen2VLForConditionalGeneration": "qwen2_vl:DuetQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl:DuetQwen25VL",
     "Qwen3VLForConditionalGeneration": "qwen3_vl:DuetQwen3VL",

@@ -37,21 +37,9 @@ def from_columns(rows: Tensor) -> Tensor:
     return high * BASE + low
 
 
-class ImagesOnly:
-    """In front of a family's processing info: no clips, which stay with stock vLLM."""
-
-    def get_supported_mm_limits(self) -> dict[str, int | None]:
-        return {**super().get_supported_mm_limits(), "video": 0}
-
-
 class GridProcessor(FewerPlaceholders):
     positions = "keep"
     each_image = "image_grid_thw"
-
-    def _postprocess_hf_mm_data(self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any) -> Any:
-        if "pixel_values" in processed_data:
-            return super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
-        return super(FewerPlaceholders, self)._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
 
 
 class KeptPositions:

@@ -28,15 +28,25 @@ class Processor(FewerPlaceholders, LlavaMultiModalProcessor):
     pass
 
 
-class ClipTower:
-    """What the models around a CLIP tower share."""
+class Tower:
+    """What the models around a CLIP tower share, or one of its relatives.
+
+    Attributes
+    ----------
+    kind, strategy : str
+        The tower and the choice of its rows that a family is read with.
+    score : callable
+        Importance and keys from a recorded attention.
+    """
+
+    kind, strategy, score = "CLIP", "default", staticmethod(cls_signals)
 
     def begin(self, vllm_config: VllmConfig) -> None:
         check_engine(vllm_config)
         tower, config = type(self.vision_tower).__name__, self.config
-        if "CLIP" not in tower or config.vision_feature_select_strategy != "default":
+        if self.kind not in tower or config.vision_feature_select_strategy != self.strategy:
             features = f"{tower} with {config.vision_feature_select_strategy!r} features"
-            raise ValueError(f"{features}: only CLIP towers whose CLS row is left out are supported")
+            raise ValueError(f"{features}: this model is supported with {self.kind} towers and {self.strategy!r} features only")
         self.duet = served(config, "compact")
         layers = self.vision_tower.vision_model.encoder.layers  # vLLM builds them up to the one that is read
         number = layer_of(self.duet.reducer, len(layers) - 1, config.vision_config.num_hidden_layers, len(layers))
@@ -55,11 +65,11 @@ class ClipTower:
 
     def signals(self) -> tuple[Tensor, Tensor] | None:
         """Importance [crops, N] and mean keys [crops, N, d] of the call that just ran."""
-        return cls_signals(*self.recorder.take()) if self.duet.reducer.signals else None
+        return self.score(*self.recorder.take()) if self.duet.reducer.signals else None
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
-class DuetLlava(ClipTower, LlavaForConditionalGeneration):
+class DuetLlava(Tower, LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)

@@ -19,40 +19,37 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from duet_vlm.serve.rows import reduced
 from duet_vlm.serve.settings import REQUEST
-from duet_vlm_vllm.llava import ClipTower
+from duet_vlm_vllm.llava import Tower
 from duet_vlm_vllm.placeholders import FewerPlaceholders
 from duet_vlm_vllm.tower import batches, budgets
 
 
-def sources(config: Any, height: int, width: int) -> Tensor:
-    """Which patch of all crops each packed row of an image shows, -1 for newlines: the model's own packing, run on numbers."""
-    vision = config.vision_config
-    crops = 1 + int(torch.tensor(get_anyres_image_grid_shape((height, width), config.image_grid_pinpoints, vision.image_size)).prod())
-    patches = (vision.image_size // vision.patch_size) ** 2
-    numbers = torch.arange(crops * patches, dtype=torch.float64).view(crops, patches, 1)
-    stand_in = types.SimpleNamespace(config=config, image_newline=torch.full((1,), -1.0, dtype=torch.float64))
-    size = torch.tensor([height, width])
-    return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(stand_in, size, numbers, strategy="spatial_unpad")[:, 0].long()
+class NextPacking:
+    """How the crops of an image become its rows: as the model itself does it, to whatever the crops hold."""
 
+    @staticmethod
+    def pack(config: Any, newline: Tensor, size: list[int], crops: Tensor) -> Tensor:
+        """Crops [n, N, c] of an image of ``size`` (height, width) -> rows [K, c], ``newline`` [c] at the end of lines."""
+        model = types.SimpleNamespace(config=config, image_newline=newline)
+        return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(model, torch.tensor(size), crops, strategy="spatial_unpad")
 
-def parts_of(source: Tensor, patches: int) -> Tensor:
-    """The crop that each row shows, -1 for newlines."""
-    return torch.where(source < 0, -1, source // patches)
-
-
-class Processor(FewerPlaceholders, LlavaNextMultiModalProcessor):
-    def parts(self, mm_items: Any, number: int, tokens: int) -> Tensor:
-        size = mm_items["image"].get_image_size(number)
-        config = self.info.get_hf_config()
+    def parts_of(self, config: Any, size: list[int]) -> Tensor:
+        """The crop that each row of an image shows (of several the one that it shows most of), -1 for newlines."""
         vision = config.vision_config
-        return parts_of(sources(config, size.height, size.width), (vision.image_size // vision.patch_size) ** 2)
+        crops = 1 + int(torch.tensor(get_anyres_image_grid_shape(tuple(size), config.image_grid_pinpoints, vision.image_size)).prod())
+        shown = torch.eye(crops)[:, None].expand(-1, (vision.image_size // vision.patch_size) ** 2, -1)
+        rows = self.pack(config, torch.zeros(crops), size, shown)
+        return torch.where(rows.any(1), rows.argmax(1), -1)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
-class DuetLlavaNext(ClipTower, LlavaNextForConditionalGeneration):
-    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.begin(vllm_config)
+class AnyResProcessor(FewerPlaceholders):
+    def spans(self, mm_items: Any, number: int, tokens: int) -> list[Tensor]:
+        size = mm_items["image"].get_image_size(number)
+        return [self.parts_of(self.info.get_hf_config(), [size.height, size.width])]
+
+
+class AnyRes(Tower):
+    """In front of a model that cuts images into crops."""
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         asked = kwargs.pop(REQUEST, None)
@@ -72,16 +69,25 @@ class DuetLlavaNext(ClipTower, LlavaNextForConditionalGeneration):
     def _reduced(self, crops: list[Tensor], sizes: list[list[int]], asked: list[float]) -> list[Tensor]:
         counts = [len(some) for some in crops]
         projected = self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, torch.cat(crops)))
-        rows = [
-            self._merge_image_patch_embeddings(torch.tensor(size), some, strategy="spatial_unpad")
-            for size, some in zip(sizes, projected.split(counts), strict=True)
-        ]
-        source = [sources(self.config, *size) for size in sizes]
-        signals = self.signals()
+        rows, signals = self._packed(projected, self.image_newline, sizes, counts), self.signals()
         if signals is not None:
-            place = [one.clamp(min=0).to(projected.device) for one in source]
-            signals = tuple(
-                [some.flatten(0, 1)[there] for some, there in zip(signal.split(counts), place, strict=True)] for signal in signals
-            )
-        parts = [parts_of(one, self.patches) for one in source]
+            both = torch.cat([signals[0][..., None], signals[1]], -1)
+            ranked = self._packed(both, both.new_zeros(both.shape[-1]), sizes, counts)
+            signals = [some[:, 0] for some in ranked], [some[:, 1:] for some in ranked]
+        parts = [self.parts_of(self.config, size) for size in sizes]
         return [row for row, _ in reduced(self.duet, rows, parts, asked, signals)]
+
+    def _packed(self, rows: Tensor, newline: Tensor, sizes: list[list[int]], counts: list[int]) -> list[Tensor]:
+        """Rows [crops of all images, N, c] -> per image [n, c]."""
+        return [self.pack(self.config, newline, size, some) for size, some in zip(sizes, rows.split(counts), strict=True)]
+
+
+class Processor(NextPacking, AnyResProcessor, LlavaNextMultiModalProcessor):
+    pass
+
+
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
+class DuetLlavaNext(NextPacking, AnyRes, LlavaNextForConditionalGeneration):
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.begin(vllm_config)

@@ -23,6 +23,13 @@ class Shortened(PromptUpdateDetails):
     before: int = 0
 
 
+class ImagesOnly:
+    """In front of a family's processing info: no clips, which stay with stock vLLM."""
+
+    def get_supported_mm_limits(self) -> dict[str, int | None]:
+        return {**super().get_supported_mm_limits(), "video": 0}
+
+
 class FewerPlaceholders:
     """In front of a family's multi-modal processor.
 
@@ -37,21 +44,19 @@ class FewerPlaceholders:
     positions = "compact"
     each_image = "pixel_values"
 
-    def parts(self, mm_items: Any, number: int, tokens: int) -> torch.Tensor:
-        """Which part (crop) of image ``number`` each of its ``tokens`` rows shows [tokens], -1 for newlines; the worker must say the same."""
-        return torch.zeros(tokens, dtype=torch.long)
+    def spans(self, mm_items: Any, number: int, tokens: int) -> list[torch.Tensor]:
+        """Of image ``number``, laid out in ``tokens`` rows: for each span that has a budget of its own the part (crop) that its rows show [n], -1
+        for newlines. The worker must say the same."""
+        return [torch.zeros(tokens, dtype=torch.long)]
 
     @property
     def duet(self) -> Served:
         return served(self.info.get_hf_config(), self.positions)
 
-    def _call_hf_processor(self, hf_data: Any, hf_kwargs: Any) -> Any:  # transformers' processor does not know our key
-        return super()._call_hf_processor(hf_data, {name: value for name, value in hf_kwargs.items() if name != REQUEST})
-
-    def _postprocess_hf_mm_data(self, mm_inputs: Any, hf_processor_mm_kwargs: Any, processed_data: Any) -> Any:
-        out = super()._postprocess_hf_mm_data(mm_inputs, hf_processor_mm_kwargs, processed_data)
-        if self.each_image in out:  # images that come as embeddings have been chosen from already
-            asked = self.duet.asked(self.info.ctx.get_merged_mm_kwargs(hf_processor_mm_kwargs))
+    def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
+        out = super()._apply_hf_processor_main(mm_items, _for_transformers(hf_kwargs))
+        if "pixel_values" in out:  # images that come as embeddings have been chosen from already
+            asked = self.duet.asked(self.info.ctx.get_merged_mm_kwargs(hf_kwargs))
             out[REQUEST] = torch.full((len(out[self.each_image]),), asked, dtype=torch.float64)
         return out
 
@@ -62,7 +67,7 @@ class FewerPlaceholders:
         return fields
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> Any:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, _for_transformers(hf_processor_mm_kwargs), out_mm_kwargs)
         return [self._shortened(update, mm_items, out_mm_kwargs) if update.modality == "image" else update for update in updates]
 
     def _shortened(self, update: Any, mm_items: Any, out_mm_kwargs: Any) -> Any:
@@ -75,8 +80,8 @@ class FewerPlaceholders:
             ids = list(details.full)
             embed = torch.ones(len(ids), dtype=torch.bool) if details.is_embed is None else details.is_embed(ids)
             places = embed.nonzero().squeeze(1).tolist()
-            sizes, structure = sizes_of(self.parts(mm_items, number, len(places)))
-            stay = self.duet.span(sizes, structure, float(item[REQUEST].data)).entry
+            asked = float(item[REQUEST].data)
+            stay = sum(self.duet.span(*sizes_of(parts), asked).entry for parts in self.spans(mm_items, number, len(places)))
             gone = set(places[stay:])
             return Shortened([token for place, token in enumerate(ids) if place not in gone], details.is_embed, len(places))
 
@@ -95,3 +100,8 @@ class FewerPlaceholders:
             entered = [len(image.full) if image.is_embed is None else int(image.is_embed(list(image.full)).sum()) for image in reduced]
             count(self.info.model_id, sum(image.before for image in reduced), sum(entered))
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
+
+
+def _for_transformers(kwargs: Any) -> dict[str, Any]:
+    """Arguments without our key, which its processors do not know."""
+    return {name: value for name, value in kwargs.items() if name != REQUEST}

@@ -15,7 +15,8 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from duet_vlm_vllm.grids import GridProcessor, ImagesOnly, KeptPositions
+from duet_vlm_vllm.grids import GridProcessor, KeptPositions
+from duet_vlm_vllm.placeholders import ImagesOnly
 
 
 class Info(ImagesOnly, Qwen2_5_VLProcessingInfo):

@@ -33,17 +33,19 @@ def check_engine(vllm_config: VllmConfig) -> None:
 
 
 class Recorder:
-    """Keeps what one attention layer of the tower was called with, all heads of it, until ``take``."""
+    """Keeps what one attention layer of the tower was called with, all heads of it, until ``take``. ``whole``: each rank has all of them."""
 
-    def __init__(self, attention: nn.Module, reducer: EncoderReducer) -> None:
-        self.reducer, self.calls = reducer, []
+    def __init__(self, attention: nn.Module, reducer: EncoderReducer, whole: bool = False) -> None:
+        self.reducer, self.whole, self.calls = reducer, whole, []
         if reducer.signals:
             attention.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         query, key = (kwargs.get(name, args[i] if len(args) > i else None) for i, name in enumerate(("query", "key")))
         ends = kwargs.get("cu_seqlens", args[3] if len(args) > 3 else None)
-        query, key = (_all_heads(x.reshape(*x.shape[:2], -1, module.head_size).transpose(1, 2)) for x in (query, key))
+        query, key = (x.reshape(*x.shape[:2], -1, module.head_size).transpose(1, 2) for x in (query, key))
+        if not self.whole:
+            query, key = _all_heads(query), _all_heads(key)
         segments = None if ends is None else ends[1:] - ends[:-1]
         self.calls.append(recorded(self.reducer, query, key, float(module.scale), segments))
 
