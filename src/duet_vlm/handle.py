@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import Any
 
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, Stages, check_budget
-from duet_vlm.checks import check, hooked
+from duet_vlm.checks import check, facts, hooked
+from duet_vlm.compressor import store
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
@@ -54,7 +56,7 @@ class Handle:
         self._traffic = Traffic(adapter, self._gate, self._hooks, align)
         self._traffic.owner = self
         try:
-            install(self._traffic, reducer, processor, text_tower)
+            install(self._traffic, reducer, processor, text_tower, facts(adapter))
         except BaseException:
             self._gate.close()
             raise
@@ -66,6 +68,25 @@ class Handle:
     @property
     def budget(self) -> Budget | None:
         return self._gate.rules.budget
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module of a method that has weights of its own (``duet_vlm.compressor``), None of others. While attached, it is among the model's
+        modules, so that trainers find its parameters."""
+        return self._traffic.module
+
+    def save_weights(self, place: str | Path) -> Path:
+        """Write the weights of the method's own module to a .safetensors file, or into a checkpoint's folder, where ``attach`` looks for them.
+
+        Raises
+        ------
+        ValueError
+            A method without weights, or a file with another suffix.
+        """
+        compressor = getattr(self.reducer, "compressor", None)
+        if compressor is None or self.module is None:
+            raise ValueError(f"{self.reducer.name} has no weights of its own, so there is nothing to save")
+        return store(self.module, compressor, facts(self.adapter), place)
 
     @property
     def installed(self) -> bool:
@@ -118,7 +139,8 @@ class Handle:
         check(self.adapter, reducer, rules.plan, self._processor, budget, self._text_tower)
         if hooked(reducer) != hooked(self.reducer):
             raise ValueError(
-                "signal_layer cannot change while attached, nor what else decides where the vision tower is read: detach and attach again"
+                "signal_layer cannot change while attached, nor what else decides where the vision tower is read or what a module is made of: "
+                "detach and attach again"
             )
         self._gate.rules = rules
         return self

@@ -138,6 +138,7 @@ class EncoderReducer(Reducer):
     reads_places: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip in front of it
     reduces_in_tower: ClassVar[bool] = False  # then ``tower`` says what does (``duet_vlm.tower``)
     tower: ClassVar[EncoderReducer | None] = None
+    compressor: ClassVar[EncoderReducer | None] = None  # whose module makes the rows (``duet_vlm.compressor``)
 
     cls_token: bool = False
     signal_layer: int | None = None

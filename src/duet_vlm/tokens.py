@@ -48,6 +48,9 @@ class Selection:
         [B, P] floating point. A row that members join is then the sum of these members, each times its weight, and of nothing else: ``index``
         says where the row stands, and its token is a member like any other if it is to count. A token may be a member of several rows, and
         of some while it is kept. ``merge`` plays no part. None: every member joins one row, by ``merge``.
+    rows : Tensor or None
+        [B, K, C] floating point, with ``weights``: what stands in the rows that members join, made of these members by a module of the method's
+        own (``duet_vlm.compressor``); it may carry a gradient. Where later layers add to the same rows, ``weights`` merge what they add.
     """
 
     index: Tensor
@@ -56,6 +59,7 @@ class Selection:
     into: Tensor
     merge: str = "mean"
     weights: Tensor | None = None
+    rows: Tensor | None = None
 
     @classmethod
     def pick(cls, index: Tensor, valid: Tensor) -> Selection:

@@ -106,7 +106,7 @@ def select(
     planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
     view = VisionView(
         content, planned[:, 0], planned[:, 1], asked, layers[0].importance if layers else None, layers[0].keys if layers else None,
-        None if features is None else features.detach(), numbers.clamp(min=STRUCTURE), stream, layers, most=most_of(parts), **read or {},
+        features if features is None or reducer.compressor is not None else features.detach(), numbers.clamp(min=STRUCTURE), stream, layers, most=most_of(parts), **read or {},
     )  # fmt: skip
     if each and any(plan.parts for plan in plans):
         selection, wrong = select_each(reducer, view, list(parts))
