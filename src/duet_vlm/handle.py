@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, Stages, check_budget
 from duet_vlm.checks import check, facts, hooked
-from duet_vlm.compressor import store
+from duet_vlm.compressor import BESIDE, store, stored
 from duet_vlm.flow.cache import Run
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
@@ -83,10 +83,28 @@ class Handle:
         ValueError
             A method without weights, or a file with another suffix.
         """
-        compressor = getattr(self.reducer, "compressor", None)
-        if compressor is None or self.module is None:
-            raise ValueError(f"{self.reducer.name} has no weights of its own, so there is nothing to save")
+        compressor = self._compressor()
+        assert self.module is not None  # as there is a compressor
         return store(self.module, compressor, facts(self.adapter), place)
+
+    def load_weights(self, place: str | Path) -> None:
+        """Put weights that ``save_weights`` wrote into the method's own module.
+
+        Raises
+        ------
+        ValueError
+            A method without weights, no such file, or one that was trained for another model or with other settings.
+        """
+        compressor = self._compressor()
+        path = Path(place) / BESIDE if Path(place).is_dir() else place
+        assert self.module is not None  # as there is a compressor
+        self.module.load_state_dict(stored(str(path), compressor.name, facts(self.adapter), compressor.shape))
+
+    def _compressor(self) -> Any:
+        compressor = getattr(self.reducer, "compressor", None)
+        if compressor is None:
+            raise ValueError(f"{self.reducer.name} has no weights of its own, so there are none to save or to load")
+        return compressor
 
     @property
     def installed(self) -> bool:

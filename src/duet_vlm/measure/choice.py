@@ -109,6 +109,7 @@ def choice_flops(
     how many tokens each, at most."""
     batch, tokens = len(plans), max(plan.tokens for plan in plans)
     decoder = vision.projector[-1][1]
+    sizes = Sizes(feature_width, len(reducer.signal_layers) * vision.width, decoder, steps[1] if steps else tokens)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
         empty = functools.partial(torch.empty, batch, tokens, device=meta)
@@ -127,7 +128,7 @@ def choice_flops(
                 valid=empty(dtype=torch.bool), dominant=count, contextual=count, plans=plans, importance=one.importance, keys=one.keys,
                 features=empty(feature_width), parts=longs(), layers=(one,) * len(reducer.signal_layers), place=longs(2), sides=pairs, tiles=pairs,
                 question=Question(torch.empty(batch, WORDS, feature_width, device=meta), torch.empty(batch, WORDS, dtype=torch.bool, device=meta)),
-                decoded=torch.empty(batch, decoder, device=meta), module=_module(reducer, feature_width, vision, decoder), similar=empty(1), pieces=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
+                decoded=torch.empty(batch, decoder, device=meta), module=_module(reducer, sizes), similar=empty(1), pieces=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
                 stream="video" if steps else "image", most=steps,
             )
         )  # fmt: skip
@@ -135,12 +136,10 @@ def choice_flops(
     return counter.get_total_flops() + merging
 
 
-def _module(reducer: EncoderReducer, rows: int, vision: VisionShape, decoder: int) -> nn.Module | None:
+def _module(reducer: EncoderReducer, sizes: Sizes) -> nn.Module | None:
     """The module of a method that has one, without data."""
     compressor = reducer.compressor
-    if not isinstance(compressor, Compressor):
-        return None
-    return compressor.module(Sizes(rows, len(reducer.signal_layers) * vision.width, decoder)).requires_grad_(False)
+    return compressor.module(sizes).requires_grad_(False) if isinstance(compressor, Compressor) else None
 
 
 def question_flops(reducer: Reducer, text: Sequence[int], shape: DecoderShape) -> int:
