@@ -1,8 +1,8 @@
 """Trained compressors beside methods that choose tokens: all trained alike from one start, at equal tokens, then asked the same questions.
 
-``python benchmarks/compressors.py [--methods pool,quecc] [--tokens 64,16] [--seeds 0,1] [--conversations 1600]``: one model after the other, on one core each; trained models
-land in out/compressors, rows in benchmarks/results/compressors.json. A row that is there is not made again, so a run that was stopped goes on, and a
-training that was stopped goes on from its checkpoint.
+``python benchmarks/compressors.py [--methods pool,quecc] [--tokens 64,16] [--seeds 0,1] [--conversations 1600]``: one model after the other, on one
+core; trained models land in out/compressors, rows in benchmarks/results/compressors.json. A row that is there is not made again, so a run that was
+stopped goes on, and a training that was stopped goes on from its checkpoint.
 """
 
 from __future__ import annotations

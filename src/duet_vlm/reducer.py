@@ -138,7 +138,6 @@ class EncoderReducer(Reducer):
     reads_places: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip in front of it
     reduces_in_tower: ClassVar[bool] = False  # then ``tower`` says what does (``duet_vlm.tower``)
     tower: ClassVar[EncoderReducer | None] = None
-    compressor: ClassVar[EncoderReducer | None] = None  # whose module makes the rows (``duet_vlm.compressor``)
 
     cls_token: bool = False
     signal_layer: int | None = None
@@ -202,6 +201,11 @@ class EncoderReducer(Reducer):
         """The vision layers that are read: numbers, shares of the tower's depth (0.25: the last layer of its first quarter), or None for the
         family's own."""
         return (self.signal_layer,)
+
+    @property
+    def compressor(self) -> EncoderReducer | None:
+        """The method, of those that this one is made of, whose module makes the rows (``duet_vlm.compressor``)."""
+        return None
 
     def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
         """``plan`` of a span of which a threshold in the tower left ``left`` tokens."""

@@ -103,7 +103,8 @@ class VisionView:
         return replace(
             self, valid=rows(self.valid), importance=importance, keys=keys, features=some(self.features), parts=some(self.parts), layers=layers,
             place=some(self.place), similar=some(self.similar), sides=some(self.sides, spans), tiles=some(self.tiles, spans),
-            pieces=some(self.pieces, spans), decoded=some(self.decoded, spans), question=None if asked is None else Question(spans(asked.rows), spans(asked.valid)),
+            pieces=some(self.pieces, spans), decoded=some(self.decoded, spans),
+            question=None if asked is None else Question(spans(asked.rows), spans(asked.valid)),
             project=None if project is None else lambda change: rows(project(change)),
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import duet_vlm
-from duet_vlm import BudgetError, EncoderReducer, Reducer, SpanTrace
+from duet_vlm import BudgetError, Reducer, SpanTrace
 from duet_vlm.evaluate.experiment import ORACLE, Run
 from duet_vlm.evaluate.frames import WholeFrames
 from duet_vlm.evaluate.oracle import Oracle
@@ -91,10 +91,9 @@ def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], m
 
 def reads_elsewhere(run: Run) -> bool:
     """Whether a run may look at lower vision layers than methods do by default, or run them on fewer rows."""
-    stages = [stage for name in run.method.split("+") if (stage := duet_vlm.methods().get(name)) is not None]
+    stages = map(duet_vlm.methods().get, run.method.split("+"))
     in_tower = any(getattr(stage, "reduces_in_tower", False) for stage in stages)
-    lower = any(issubclass(stage, EncoderReducer) and stage.signals and stage().signal_layers != (None,) for stage in stages)
-    return run.preset is not None or run.settings.get("signal_layer") is not None or in_tower or lower
+    return run.preset is not None or run.settings.get("signal_layer") is not None or in_tower
 
 
 def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Question]) -> Outcome:

@@ -128,7 +128,8 @@ def choice_flops(
                 valid=empty(dtype=torch.bool), dominant=count, contextual=count, plans=plans, importance=one.importance, keys=one.keys,
                 features=empty(feature_width), parts=longs(), layers=(one,) * len(reducer.signal_layers), place=longs(2), sides=pairs, tiles=pairs,
                 question=Question(torch.empty(batch, WORDS, feature_width, device=meta), torch.empty(batch, WORDS, dtype=torch.bool, device=meta)),
-                decoded=torch.empty(batch, decoder, device=meta), module=_module(reducer, sizes), similar=empty(1), pieces=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
+                decoded=torch.empty(batch, decoder, device=meta), module=_module(reducer, sizes),
+                similar=empty(1), pieces=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
                 stream="video" if steps else "image", most=steps,
             )
         )  # fmt: skip

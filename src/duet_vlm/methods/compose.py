@@ -202,7 +202,7 @@ class Composition(EncoderReducer):
         return self._sees.reads
 
     @property
-    def compressor(self) -> EncoderReducer | None:  # type: ignore[override]
+    def compressor(self) -> EncoderReducer | None:
         return self._sees.compressor
 
     @property

@@ -24,12 +24,12 @@ LEVELS = (12 / 24, 16 / 24, 22 / 24, None)  # of the tower's depth; None: where 
 @register("quecc")
 @dataclass(frozen=True)
 class QueCC(Compressor):
-    """A depth-wise convolution makes one query for every cell of the picture, of its tokens and of the question; each query attends to the tokens of its
-    cell, as four layers of the tower see them.
+    """A depth-wise convolution makes one query for every cell of the picture, of its tokens and of the question; each query attends to the tokens of
+    its cell, as four layers of the tower see them.
 
-    The question is read by the decoder alone, without the picture, and its last word's state is added to every token in front of the queries. Cells are
-    those of ``pool``, so any number of rows can be asked for. Where a cell has ``kernel`` x ``kernel`` tokens this is the paper's convolution with
-    that stride; over other cells the kernel is stretched, its sum kept. A row stands where the token in the middle of its cell stood.
+    The question is read by the decoder alone, without the picture, and its last word's state is added to every token in front of the queries. Cells
+    are those of ``pool``, so any number of rows can be asked for. Where a cell has ``kernel`` x ``kernel`` tokens this is the paper's convolution
+    with that stride; over other cells the kernel is stretched, its sum kept. A row stands where the token in the middle of its cell stood.
 
     Parameters beyond ``Compressor``
     ----------
@@ -38,11 +38,12 @@ class QueCC(Compressor):
     kernel : int
         Rows and columns of the kernel: 3 for 64 rows of 24 x 24 tokens, 6 for 16.
 
-    Cost: four maps of the rows' square per token, two of them as wide as four layers of the tower; and the question goes through the decoder once
-    by itself, which costs one more read of the device. Needs the question (so the encoder cannot be called by itself). For training: new weights are
-    random, and the other three layers of the tower are read without gradient. Not differing in the module: its output equals the recorded one.
-    What differs: the question is all text behind the last picture (the released code takes what stands between a line break and "ASSISTANT"); any
-    tower (released: CLIP-L only); several images, crops and frames (released: refused).
+    Cost: six maps of every token, two of them from four layers of the tower; and the question goes through the decoder once by itself, which is one
+    more read of the device. Needs the question, so the encoder cannot be called by itself. For training: new weights are random, and the tower's
+    layers are read without gradient but for the rows themselves.
+
+    Differences to the released code: the question is all text behind the last picture (there: what stands between a line break and "ASSISTANT");
+    any tower (there: CLIP-L); several images, crops and frames (there: refused).
     """
 
     paper = "QueCC, ICLR 2025, arXiv 2411.03312"

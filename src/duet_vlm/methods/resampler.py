@@ -67,12 +67,12 @@ class Resampler(Compressor):
 def of_all(index: Tensor, there: Tensor, valid: Tensor, whole: Tensor, rows: Tensor) -> Selection:
     """Rows [B, K, C] that stand at tokens ``index`` [B, K], of which ``there`` are, each made of all ``valid`` tokens [B, N]; spans that are kept
     ``whole`` stay as they are."""
-    batch, count, width = *index.shape, valid.shape[1]
-    number, row = torch.arange(width, device=index.device), torch.arange(count, device=index.device)
+    count = index.shape[1]
+    number, row = torch.arange(valid.shape[1], device=index.device), torch.arange(count, device=index.device)
     joins = there[:, :, None] & valid[:, None] & ~whole[:, None, None]
     into = torch.where(joins, row[:, None], -1).flatten(1)
     weights = (joins / valid.sum(1).clamp(min=1)[:, None, None]).flatten(1)
-    return Selection(index, there, number.repeat(batch, count), into, weights=weights, rows=rows)
+    return Selection(index, there, number.repeat(len(index), count), into, weights=weights, rows=rows)
 
 
 def waves(place: Tensor, width: int) -> Tensor:

@@ -35,9 +35,9 @@ class VQToken(Compressor):
     Parameters beyond ``Compressor``
     ----------
     form : str
-        "paper": codebook rows attend to each other, the values being made of each cluster's places. "code": the released module, a decoder layer whose
-        queries are made of the cluster numbers of each frame, repeated up to the number of rows; no fewer rows than frames, and towers of one size
-        only; each row is made of every token. "codebook": the means alone, no weights.
+        "paper": codebook rows attend to each other, the values being made of each cluster's places. "code": the released module, a decoder layer
+        whose queries are made of the cluster numbers of each frame, repeated up to the number of rows; no fewer rows than frames, and towers of one
+        size only; each row is made of every token. "codebook": the means alone, no weights.
     norms : bool
         Give every row of the paper's form the mean length of its members, which unit rows have lost. Released: lost.
     heads : int
@@ -46,9 +46,11 @@ class VQToken(Compressor):
         Of k-means, at the most.
 
     Cost: a product of tokens by clusters for each round of k-means; the module is small, and the projector runs on every token. Needs nothing of the
-    tower. For training: gradients run through the means, not through the assignment. What differs: clusters begin with farthest points, not with random
-    ones, so that the same picture gives the same rows; the paper's module over one flattened map of cluster numbers is told here for each cluster by
-    itself, in 4 x 8 x 8 bins, since numbers are arbitrary and clips have any length (reconstruction), and begins as the codebook itself.
+    tower. For training: gradients run through the means, not through the assignment.
+
+    Differences to the released code: clusters begin with farthest points, not with random ones, so that the same picture gives the same rows. What
+    the paper feeds as one flattened map of cluster numbers is given here for each cluster by itself, in 4 x 8 x 8 bins, since numbers are arbitrary
+    and clips have any length (reconstruction). The paper's form begins as the codebook itself.
     """
 
     paper = "VQToken, NeurIPS 2025, arXiv 2503.16980"
@@ -72,8 +74,8 @@ class VQToken(Compressor):
 
     @classmethod
     def official(cls, keep: Keep = 12) -> VQToken:
-        """As released: the bare codebook, 12 rows. The released code looks for the number of clusters with an elbow rule over 12 to 32, which gives 12
-        nearly always and 22 at the most (``duet_vlm.ops.lloyd.elbow``); here the number is known before the picture is seen."""
+        """As released: the bare codebook, 12 rows. The released code looks for the number of clusters with an elbow rule over 12 to 32, which gives
+        12 nearly always and 22 at the most (``duet_vlm.ops.lloyd.elbow``); here the number is known before the picture is seen."""
         return cls(keep=keep, form="codebook", norms=False, rounds=100)
 
     def module(self, sizes: Sizes) -> nn.Module:
