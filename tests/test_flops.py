@@ -61,7 +61,8 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
     assert report.observed.flops == pytest.approx(counted, rel=WITHIN)
     if method is None:
         assert report.full.flops == pytest.approx(counted, rel=WITHIN)
-    elif "gradient" not in getattr(handle.reducer, "needs", ()):  # it costs three layers a stage, and these decoders have eight
+    elif not {"gradient", "decoded"} & {*getattr(handle.reducer, "needs", ()), *getattr(handle.reducer, "reads", ())}:
+        # a gradient costs three layers a stage, and these decoders have eight; with the question read alone there is little left to save
         assert counted < 0.95 * report.full.flops
 
 

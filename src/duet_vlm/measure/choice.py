@@ -143,11 +143,11 @@ def _module(reducer: EncoderReducer, sizes: Sizes) -> nn.Module | None:
     return compressor.module(sizes).requires_grad_(False) if isinstance(compressor, Compressor) else None
 
 
-def question_flops(reducer: Reducer, text: Sequence[int], shape: DecoderShape) -> int:
-    """The decoder reading the questions by themselves for methods that want to know what it makes of them: the ``text`` of each sample."""
+def question_flops(reducer: Reducer, words: Sequence[int], shape: DecoderShape) -> int:
+    """The decoder reading the questions by themselves, of so many ``words`` each, for methods that want to know what it makes of them."""
     if "decoded" not in getattr(reducer, "reads", ()):
         return 0
-    return sum(decoder_layer_flops(shape, rows, layer=layer) for rows in text for layer in range(shape.layers))
+    return sum(decoder_layer_flops(shape, rows, layer=layer) for rows in words for layer in range(shape.layers))
 
 
 PREDICTED = 4  # rows that a gradient is taken of (flow/probe.py)

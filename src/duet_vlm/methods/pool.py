@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor, nn
+
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.windows import Windows, windows
 from duet_vlm.reducer import EncoderReducer, VisionView, constant
@@ -16,7 +18,7 @@ from duet_vlm.tokens import Selection
 class Pool(EncoderReducer):
     """Every picture, crop or frame is cut into as many windows as rows may enter, and each row is the mean of its window.
 
-    Windows have equally many tokens, or one more, and are rectangles where rows and columns are multiples of them: 24 x 24 tokens become 8 x 8
+    With ``parts="joint"`` crops or frames are cut together, one below the other. Windows have equally many tokens, or one more, and are rectangles where rows and columns are multiples of them: 24 x 24 tokens become 8 x 8
     windows of 3 x 3 at 64. A row stands where the token in the middle of its window stood. Nothing is learned here; a projector and a decoder that
     are trained with it learn to read means.
 
@@ -37,7 +39,8 @@ class Pool(EncoderReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self)
+        if self.cls_token:
+            raise ValueError("cls_token=True: pool makes its rows of patches, the CLS row is none of them; leave it out")
         if self.keep is not None:
             check_keep("keep", self.keep)
 
@@ -48,17 +51,15 @@ class Pool(EncoderReducer):
         return windows_of(view).selection()
 
 
-def check_parts(reducer: EncoderReducer) -> None:
-    """Refuse what a method of windows cannot do: they lie in one picture."""
-    if reducer.parts != "each":
-        raise ValueError(f"parts={reducer.parts!r}: {reducer.name} cuts every crop or frame into windows of its own, leave it 'each'")
-    if reducer.cls_token:
-        raise ValueError(f"cls_token=True: {reducer.name} makes its rows of patches, the CLS row is none of them; leave it out")
+def places_of(view: VisionView) -> Tensor:
+    """Row and column of each token [B, N, 2], parts that are reduced together one below the other."""
+    assert view.place is not None and view.parts is not None and view.sides is not None  # promised by ``reads``
+    above = view.parts.clamp(min=0) * view.sides[:, :1]
+    return view.place.clamp(min=0) + nn.functional.pad(above[..., None], (0, 1))
 
 
 def windows_of(view: VisionView) -> Windows:
     """The windows of each picture, as many as rows are planned."""
-    assert view.place is not None  # promised by ``reads``
     most = max(plan.entry for plan in view.plans)
     largest = max((-(-plan.tokens // plan.entry) for plan in view.plans if plan.entry), default=1)
-    return windows(view.place, view.valid, view.dominant + view.contextual, most, largest)
+    return windows(places_of(view), view.valid, view.dominant + view.contextual, most, largest)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.compressor import Compressor, Sizes, attended, check_heads
-from duet_vlm.methods.pool import check_parts, windows_of
+from duet_vlm.methods.pool import places_of, windows_of
 from duet_vlm.ops.ragged import take
 from duet_vlm.ops.windows import Windows, within
 from duet_vlm.reducer import VisionView
@@ -58,7 +58,6 @@ class QueCC(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self)
         if self.kernel < 1:
             raise ValueError(f"kernel={self.kernel}: a number of rows and columns, at least 1")
 
@@ -72,9 +71,9 @@ class QueCC(Compressor):
 
     def v2v(self, view: VisionView) -> Selection:
         found = windows_of(view)
-        assert isinstance(view.module, Cells) and view.features is not None and view.decoded is not None and view.place is not None
+        assert isinstance(view.module, Cells) and view.features is not None and view.decoded is not None  # promised
         levels = torch.cat([layer.states for layer in view.layers if layer.states is not None], -1)
-        return found.selection(view.module(view.features, levels, view.decoded, found, within(view.place, found)))
+        return found.selection(view.module(view.features, levels, view.decoded, found, within(places_of(view), found)))
 
 
 class Cells(nn.Module):

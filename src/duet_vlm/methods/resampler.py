@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.compressor import Compressor, Sizes, attended, check_heads
-from duet_vlm.methods.pool import check_parts, windows_of
+from duet_vlm.methods.pool import places_of, windows_of
 from duet_vlm.ops.ragged import take
 from duet_vlm.reducer import VisionView
 from duet_vlm.registry import register
@@ -48,7 +48,6 @@ class Resampler(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_parts(self)
         if self.layers < 1:
             raise ValueError(f"layers={self.layers}: at least 1")
 
@@ -58,8 +57,8 @@ class Resampler(Compressor):
 
     def v2v(self, view: VisionView) -> Selection:
         found = windows_of(view)
-        assert isinstance(view.module, Queries) and view.features is not None and view.place is not None
-        places = waves(view.place, view.features.shape[2])
+        assert isinstance(view.module, Queries) and view.features is not None  # promised
+        places = waves(places_of(view), view.features.shape[2])
         made = view.module(view.features, places, take(places, found.centre), view.valid)
         return of_all(found.centre, found.valid, view.valid, found.whole, made)
 
@@ -94,8 +93,8 @@ class Round(nn.Module):
         self.attention = nn.MultiheadAttention(rows, heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(rows, 4 * rows), nn.GELU(), nn.Linear(4 * rows, rows))
 
-    def forward(self, query: Tensor, place: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
-        query = query + attended(self.attention, self.query_norm(query) + place, key, value, hidden)
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+        query = query + attended(self.attention, self.query_norm(query), key, value, hidden)
         made: Tensor = query + self.mlp(self.mlp_norm(query))
         return made
 
@@ -105,17 +104,18 @@ class Queries(nn.Module):
 
     def __init__(self, rows: int, heads: int, layers: int) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.randn(rows) * 0.02)
+        self.query = nn.Embedding(1, rows)
         self.norm, self.out = nn.LayerNorm(rows), nn.Linear(rows, rows)
         self.rounds = nn.ModuleList(Round(rows, heads) for _ in range(layers))
 
     def forward(self, features: Tensor, places: Tensor, standing: Tensor, valid: Tensor) -> Tensor:
         """features and their places [B, N, C], of which ``valid`` [B, N] are there, the places of the rows [B, K, C] -> rows [B, K, C]."""
-        places, standing = places.to(self.query.dtype), standing.to(self.query.dtype)
-        value = self.norm(features.to(self.query.dtype))
+        kind = self.query.weight.dtype
+        value = self.norm(features.to(kind))
+        key = value + places.to(kind)
         hidden = ~valid & valid.any(1, keepdim=True)
-        rows = self.query.expand_as(standing)
+        rows = self.query.weight + standing.to(kind)
         for each in self.rounds:
-            rows = each(rows, standing, value + places, value, hidden)
+            rows = each(rows, key, value, hidden)
         made: Tensor = self.out(rows)
         return made

@@ -43,7 +43,7 @@ class VQToken(Compressor):
     heads : int
         Of the attention.
     rounds : int
-        Of k-means, at the most.
+        Of k-means; all are run, but centres that have come to rest stay. Released: 50.
 
     Cost: a product of tokens by clusters for each round of k-means; the module is small, and the projector runs on every token. Needs nothing of the
     tower. For training: gradients run through the means, not through the assignment.
@@ -64,7 +64,7 @@ class VQToken(Compressor):
     form: str = "paper"
     norms: bool = True
     heads: int = 8
-    rounds: int = 50
+    rounds: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -123,8 +123,11 @@ class VQToken(Compressor):
         rows, columns = view.sides[:, None].clamp(min=1).unbind(-1)
         bins = [(at * count // size).clamp(max=count - 1) for at, count, size in zip((time, row, column), BINS, (steps, rows, columns), strict=True)]
         cell = (bins[0] * BINS[1] + bins[1]) * BINS[2] + bins[2]
-        one = nn.functional.one_hot(cell, BINS[0] * BINS[1] * BINS[2]).float()
-        return means(one, found.labels, one.new_zeros(*found.place.shape, one.shape[2]))
+        total, (batch, count) = BINS[0] * BINS[1] * BINS[2], found.place.shape
+        slot = torch.where(found.labels < 0, count * total, found.labels * total + cell)
+        counted = found.codebook.new_zeros(batch, count * total + 1).scatter_add(1, slot, torch.ones_like(slot, dtype=found.codebook.dtype))
+        counted = counted[:, :-1].view(batch, count, total)
+        return counted / counted.sum(2, keepdim=True).clamp(min=1)
 
     def _frames(self, view: VisionView, found: Clusters, module: Frames) -> Tensor:
         """The released module on each span's frames."""

@@ -46,7 +46,7 @@ def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int
     Parameters
     ----------
     place : Tensor
-        [B, N, 2] row and column of each token; one without a place (-1) counts as the first.
+        [B, N, 2] row and column of each token.
     valid : Tensor
         [B, N] bool.
     count : Tensor
@@ -54,7 +54,6 @@ def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int
     most, largest : int
         Bounds, on the host, of the windows of a picture, and of the tokens of a window.
     """
-    place = place.clamp(min=0)
     total, wanted = valid.sum(1, keepdim=True).clamp(min=1), count[:, None].clamp(min=1)
     whole = (count >= valid.sum(1))[:, None]
     lowest = torch.iinfo(torch.long).max
@@ -100,7 +99,7 @@ def _centre(place: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
 
 def within(place: Tensor, found: Windows) -> Tensor:
     """Where in its window each token stands, from -1 to 1 down and across, half a step from the border: [B, K, M, 2] float32."""
-    places = take(place.clamp(min=0), found.tokens.flatten(1)).unflatten(1, found.tokens.shape[1:])
+    places = take(place, found.tokens.flatten(1)).unflatten(1, found.tokens.shape[1:])
     hidden = ~found.real[..., None]
     first = places.masked_fill(hidden, torch.iinfo(places.dtype).max).amin(2, keepdim=True)
     last = places.masked_fill(hidden, 0).amax(2, keepdim=True)
