@@ -40,6 +40,8 @@ class VQToken(Compressor):
         size only; each row is made of every token. "codebook": the means alone, no weights.
     norms : bool
         Give every row of the paper's form the mean length of its members, which unit rows have lost. Released: lost.
+    frame : int or None
+        Tokens of one frame, for the released module; None: of a picture, where the tower fixes their number.
     heads : int
         Of the attention.
     rounds : int
@@ -58,17 +60,20 @@ class VQToken(Compressor):
     reads = frozenset({"grid"})
     reads_projected = True
     reads_time = True
-    made_by: ClassVar[tuple[str, ...]] = ("heads", "form")
+    made_by: ClassVar[tuple[str, ...]] = ("heads", "form", "frame")
 
     parts: str = "joint"
     form: str = "paper"
     norms: bool = True
+    frame: int | None = None
     heads: int = 8
     rounds: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("form", self.form, FORMS)
+        if self.frame is not None and self.frame < 1:
+            raise ValueError(f"frame={self.frame}: a number of tokens, at least 1")
         if self.rounds < 1:
             raise ValueError(f"rounds={self.rounds}: at least 1")
 
@@ -84,9 +89,10 @@ class VQToken(Compressor):
         check_heads(self.heads, sizes.decoder, "rows")
         if self.form == "paper":
             return Places(sizes.decoder, self.heads)
-        if sizes.tokens is None:
-            raise ValueError("form='code' reads maps of one size, and this model's pictures are of any: take form='paper'")
-        return Frames(sizes.tokens, sizes.decoder, self.heads)
+        tokens = self.frame or sizes.tokens
+        if tokens is None:
+            raise ValueError("form='code' reads maps of one size, and this model's pictures are of any: give frame= (tokens of one), or form='paper'")
+        return Frames(tokens, sizes.decoder, self.heads)
 
     def v2v(self, view: VisionView) -> Selection:
         assert view.features is not None and view.module is not None
