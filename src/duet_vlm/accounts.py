@@ -80,7 +80,7 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]
     vision = adapter.vision_shape()
     plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
     head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
-    width = adapter.decoder_shape().hidden if projects_all else vision.width
+    width = adapter.decoder_shape().hidden if projects_all else vision.projector[0][0]
     mass = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head)
     mass += question_flops(reducer, [s.queries for s in samples if any(plan.merges for plan in s.plans)], adapter.decoder_shape())
     return mass + selection_flops(reducer, plans, passes, vision, head, width), selection_bytes(reducer, plans, passes, vision, head)
