@@ -35,17 +35,17 @@ def chosen(method: str, tokens: int) -> dict[str, Any]:
     return {"kernel": KERNEL[tokens]} if method == "quecc" else {}
 
 
-def trained(method: str, tokens: int, seed: int, conversations: int) -> tuple[Path, float, float]:
-    """The trained model's folder, seconds of this process, and the last loss that was logged."""
+def trained(method: str, tokens: int, seed: int, conversations: int) -> tuple[Path, float | None, float]:
+    """The trained model's folder, seconds of this process (None where it went on from a checkpoint), and the last loss that was logged."""
     from duet_vlm.train import resume
     from duet_vlm.train.run import train
     from duet_vlm.train.settings import Settings
 
     out = OUT / f"{method}-{tokens}-{seed}-{conversations}"
     rest = {"settings": chosen(method, tokens), "out": str(out), "trainer": TRAINER | {"seed": seed}}
-    begun = time.process_time()
+    begun, fresh = time.process_time(), not resume.checkpoints(out)
     train(Settings(model=START, data=SOURCES, limit=conversations, method=method, budget=tokens, **rest))
-    return out, time.process_time() - begun, resume.state(out)["loss"]
+    return out, round(time.process_time() - begun, 1) if fresh else None, resume.state(out)["loss"]
 
 
 def asked(folder: Path, method: str, tokens: int) -> dict[str, Any]:
@@ -107,8 +107,8 @@ def main() -> None:
                 if any(key.items() <= row.items() for row in rows()):
                     continue
                 folder, seconds, loss = trained(method, tokens, seed, args.conversations)
-                write([*rows(), key | {"train_cpu_seconds": round(seconds, 1), "loss": loss} | asked(folder, method, tokens) | {"environment": here}])
-                print(key, rows()[-1]["accuracy"], f"{seconds:.0f} s", flush=True)
+                write([*rows(), key | {"train_cpu_seconds": seconds, "loss": loss} | asked(folder, method, tokens) | {"environment": here}])
+                print(key, rows()[-1]["accuracy"], seconds, flush=True)
 
 
 if __name__ == "__main__":

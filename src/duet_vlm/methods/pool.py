@@ -19,8 +19,8 @@ class Pool(EncoderReducer):
     """Every picture, crop or frame is cut into as many windows as rows may enter, and each row is the mean of its window.
 
     Windows have equally many tokens, or one more, and are rectangles where rows and columns are multiples of them: 24 x 24 tokens become 8 x 8
-    windows of 3 x 3 at 64. With ``parts="joint"`` crops or frames are cut together, one below the other. A row stands where the token in the middle of its window stood. Nothing is learned here; a projector and a decoder that
-    are trained with it learn to read means.
+    windows of 3 x 3 at 64. With ``parts="joint"`` crops or frames are cut together, one below the other. A row stands where the token in the middle
+    of its window stood. Nothing is learned here; a projector and a decoder that are trained with it learn to read means.
 
     Parameters
     ----------
