@@ -11,14 +11,13 @@ import numpy as np
 import torch
 
 import duet_vlm
-from duet_vlm import BudgetError, Reducer, SpanTrace
+from duet_vlm import BudgetError, EncoderReducer, Reducer, SpanTrace
 from duet_vlm.evaluate.experiment import ORACLE, Run
 from duet_vlm.evaluate.frames import WholeFrames
 from duet_vlm.evaluate.oracle import Oracle
 from duet_vlm.evaluate.shared import SharedVision
 from duet_vlm.evaluate.tasks import Question
 from duet_vlm.loading import Loaded, chat_text
-from duet_vlm.reducer import EncoderReducer
 
 REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeFrames)}
 
