@@ -13,6 +13,7 @@ import torch
 from families import FAMILIES, MIXED, ONE, THREE, TWO, build, clips_for, forward, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -227,6 +228,8 @@ def test_ranks_wait_for_no_gradient() -> None:
     module = nn.Linear(3, 2)
     touched(torch.ones(1, 2, 4, requires_grad=True), module).sum().backward()
     assert all(weight.grad is not None and not weight.grad.any() for weight in module.parameters())
+    rows = torch.ones(1, 2, 4)
+    assert touched(rows, nn.Module()) is rows  # the bare codebook has no weights
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next", "qwen3_vl"])
@@ -360,6 +363,13 @@ def test_what_cannot_be_loaded_is_one_clear_sentence(tmp_path: Path) -> None:
         return said
 
     assert "were trained for a model with family llava, here it is qwen2_5_vl; train some" in refused("qwen2_5_vl")
+    wider = build("llava")
+    with duet_vlm.attach(wider, "quecc", keep=0.4) as handle:
+        other = handle.save_weights(tmp_path / "wider.safetensors")
+        said = handle.adapter.vision_shape().width
+    tensors, metadata = load_file(other), safe_open(other, "pt").metadata()
+    save_file(tensors, other, {name: text.replace(f'"rows of width": {said}', '"rows of width": 64') for name, text in metadata.items()})
+    assert f"were trained for a model with rows of width 64, here it is {said}" in refused(weights=str(other))  # another tower
     assert "were trained for a model with method quecc, here it is resampler" in refused(method="resampler")
     assert "were trained with kernel=4, the settings say 2" in refused(kernel=2)
     assert "no such file; train some for this model with 'duet-vlm train --method quecc'" in refused(weights=str(tmp_path / "none.safetensors"))

@@ -19,6 +19,7 @@ from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.inside import leaving
 from duet_vlm.flow.install import install
+from duet_vlm.flow.own import made_for
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import named_layers
 from duet_vlm.flow.trace import trace_of
@@ -85,7 +86,7 @@ class Handle:
         """
         compressor = self._compressor()
         assert self.module is not None  # as there is a compressor
-        return store(self.module, compressor, facts(self.adapter), place)
+        return store(self.module, compressor, facts(self.adapter) | made_for(self.adapter, compressor), place)
 
     def load_weights(self, place: str | Path) -> None:
         """Put weights that ``save_weights`` wrote into the method's own module.
@@ -97,8 +98,9 @@ class Handle:
         """
         compressor = self._compressor()
         path = Path(place) / BESIDE if Path(place).is_dir() else place
+        found = facts(self.adapter) | made_for(self.adapter, compressor)
         assert self.module is not None  # as there is a compressor
-        self.module.load_state_dict(stored(str(path), compressor.name, facts(self.adapter), compressor.shape))
+        self.module.load_state_dict(stored(str(path), compressor.name, found, compressor.shape))
 
     def _compressor(self) -> Any:
         compressor = getattr(self.reducer, "compressor", None)

@@ -40,12 +40,18 @@ def sizes_of(adapter: Adapter, reducer: Any) -> Sizes:
     return Sizes(vision.projector[0][0] if in_front else hidden, levels, hidden, adapter.fixed_tokens)
 
 
+def made_for(adapter: Adapter, compressor: Any) -> dict[str, Any]:
+    """What weights must have in common with the model that they are used on, beyond its facts."""
+    sizes = sizes_of(adapter, compressor)
+    return {"rows of width": sizes.rows, "levels of width": sizes.levels}
+
+
 def own_module(adapter: Adapter, reducer: Reducer, facts: dict[str, Any], hooks: Hooks) -> nn.Module | None:
     """The module of a method that has one, made, loaded and put on the model; ``hooks`` take it off again."""
     compressor = getattr(reducer, "compressor", None)
     if compressor is None:
         return None
-    module: nn.Module = compressor.built(sizes_of(adapter, compressor), facts)
+    module: nn.Module = compressor.built(sizes_of(adapter, compressor), facts | made_for(adapter, compressor))
     weight = next(adapter.projector().parameters())
     module.to("cpu" if weight.is_meta else weight.device).train(adapter.model.training)
     adapter.base.add_module(NAME, Apart(module))
@@ -55,5 +61,5 @@ def own_module(adapter: Adapter, reducer: Reducer, facts: dict[str, Any], hooks:
 
 def touched(embeds: Tensor, module: nn.Module) -> Tensor:
     """Embeddings plus zero times every weight: ranks that train together wait for the gradient of each, whether this one's batch used it or not."""
-    nothing = 0 * torch.stack([weight.float().sum() for weight in module.parameters()]).sum()
-    return embeds + nothing.to(embeds.device, embeds.dtype)
+    sums = [weight.float().sum() for weight in module.parameters()]
+    return embeds + (0 * torch.stack(sums).sum()).to(embeds.device, embeds.dtype) if sums else embeds
