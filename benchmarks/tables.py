@@ -16,6 +16,7 @@ from typing import Any
 
 import chain_tables
 import comparison_tables
+import compressor_tables
 import readme_tables
 import scale_tables
 import tower_tables
@@ -179,6 +180,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "families": supported,
     **chain_tables.BLOCKS,
     **comparison_tables.BLOCKS,
+    **compressor_tables.BLOCKS,
     **readme_tables.BLOCKS,
     **scale_tables.BLOCKS,
     **tower_tables.BLOCKS,
@@ -187,9 +189,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
 }
 PAGES = (
     "README.md", "docs/clips-from-files.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md",
-    "docs/drop-curve.md",
-    "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md",
-    "docs/works-with.md", "benchmarks/README.md", "benchmarks/NOTES.md",
+    "docs/drop-curve.md", "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md", "docs/scale.md",
+    "docs/works-with.md", "docs/trained-compressors.md", "benchmarks/README.md", "benchmarks/NOTES.md",
 )  # fmt: skip
 
 

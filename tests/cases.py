@@ -31,6 +31,7 @@ from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.vidcom2 import VidCom2
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.methods.vispruner import VisPruner
+from duet_vlm.methods.vqtoken import VQToken
 from duet_vlm.methods.vscan import VScan
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
@@ -61,12 +62,15 @@ REDUCING: dict[str, dict[str, Any]] = {
     "holov": {"keep": 0.4, "crops": 3},
     "metok": {"keep": 0.6, "schedule": ((3, 0.6), (5, 0.25), (7, 0.1)), "cache": "full"},
     "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
+    "pool": {"keep": 0.4},
     "prumerge": {"keep": 0.3, "neighbours": 3},
     "prumerge_plus": {"keep": 0.3, "neighbours": 3},
     "prunesid": {"keep": 0.6},
     "prunevid": {"keep": 0.6, "schedule": ((4, 0.4),), "cache": "full"},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
+    "quecc": {"keep": 0.4, "kernel": 2},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
+    "resampler": {"keep": 0.4},
     "scope": {"keep": 0.4},
     "sieve": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1)), "heads": 2},
     "sparsevlm": {"schedule": ((2, 0.6), (3, 0.5), (5, 0.3))},
@@ -76,6 +80,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "vidcom2": {"keep": 0.4},
     "visionzip": {"dominant": 0.3, "contextual": 0.2},
+    "vqtoken": {"keep": 0.4},
     "v2drop": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "vispruner": {"keep": 0.4, "important": 0.4},
     "vscan": {"keep": 0.5, "window": 2, "schedule": ((4, 0.5),)},
@@ -144,6 +149,10 @@ KEEP_ALL: list[tuple[str, dict[str, Any]]] = [
     ("zoo_prune", {"keep": 1.0}),
     ("vispruner", {"budget": 1.0}),
     ("vispruner", {"keep": 1.0, "important": 0.0}),
+    ("pool", {"keep": 1.0}),
+    ("quecc", {"budget": 1.0}),
+    ("resampler", {"budget": 100_000}),
+    ("vqtoken", {"keep": 1.0}),
 ]
 
 # presets with the released code's quirks: CLS row as a token, compact order, sums instead of means
@@ -170,6 +179,7 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "prunevid": PruneVid.official(0.6, ((4, 0.4),), cache="full"),
     "vidcom2": VidCom2.official(0.4),
     "apet": ApET.official(9, 5, 4, basis=3),
+    "vqtoken": VQToken.official(9),
 }
 
 

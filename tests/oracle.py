@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from duet_vlm import Handle
 
-Entered = dict[int, tuple[int, tuple[int, ...], tuple[float, ...] | None]]  # token -> (source, tokens merged into it, what they weigh)
+Made = tuple[float, ...] | Tensor | None  # what tokens weigh in a row that they join, or the row that a module of the method's own made of them
+Entered = dict[int, tuple[int, tuple[int, ...], Made]]  # token -> (source, tokens merged into it, how)
 
 
 @dataclass
@@ -99,8 +100,10 @@ def _joined(selection: Any, sample: int, place: list[int]) -> list[tuple[int, tu
     return found
 
 
-def _row(row: Tensor, members: Tensor, weigh: tuple[float, ...] | None, merge: str) -> Tensor:
+def _row(row: Tensor, members: Tensor, weigh: Made, merge: str) -> Tensor:
     """A row that others joined, one number after the other."""
+    if isinstance(weigh, Tensor):
+        return weigh
     if weigh is not None:
         return sum(w * member for w, member in zip(weigh, members, strict=True))  # type: ignore[return-value]
     return torch.cat([row[None], members]).mean(0) if merge == "mean" else row + members.mean(0)
@@ -117,7 +120,10 @@ def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
     for row, (source, real) in enumerate(zip(selection.index[number].tolist(), selection.valid[number].tolist(), strict=True)):
         if real:
             here = [place for place, target in enumerate(into) if target == row]
-            joined, weigh = tuple(members[p] for p in here), None if weights is None else tuple(weights[p] for p in here)
+            joined: tuple[int, ...] = tuple(members[p] for p in here)
+            weigh: Made = None if weights is None else tuple(weights[p] for p in here)
+            if selection.rows is not None and row < selection.rows.shape[1]:
+                weigh = selection.rows[number, row].detach()
             entered[len(entered) if positions == "compact" else source] = (source, joined, weigh)
     return entered
 

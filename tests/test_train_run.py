@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaProcessor, TrainerCallback
 
 import duet_vlm
+from duet_vlm.compressor import BESIDE
 from duet_vlm.loading import load
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import budget_at
@@ -233,6 +234,53 @@ def test_a_whole_model_goes_on_from_its_checkpoint(start: Path, tmp_path: Path, 
     train(chosen["killed"])
     whole, killed = (load_file(tmp_path / name / "model.safetensors") for name in chosen)
     assert whole.keys() == killed.keys() and all(torch.equal(whole[key], killed[key]) for key in whole)
+
+
+WITH_WEIGHTS = ("quecc", "resampler", "vqtoken")
+
+
+@pytest.mark.parametrize("tune", ["full", "projector", "lora"])
+@pytest.mark.parametrize("method", WITH_WEIGHTS)
+def test_a_methods_own_weights_learn_and_stay_beside_the_model(method: str, tune: str, start: Path, tmp_path: Path) -> None:
+    """And a run that was killed goes on with them: the same files as without the kill."""
+    more: dict[str, Any] = {"tune": tune, "method": method, "budget": (0.9, 0.25, 0.5), "lora": {"r": 4} if tune == "lora" else {}}
+    chosen = {name: settings(start, tmp_path / name, **more) for name in ("whole", "killed")}
+    out = train(chosen["whole"])
+    killed_after(5, chosen["killed"])
+    train(chosen["killed"])
+    learned = load_file(out / BESIDE)
+    assert (out / BESIDE).read_bytes() == (tmp_path / "killed" / BESIDE).read_bytes()
+    loaded = load(str(out))
+    with duet_vlm.attach(loaded.model, method, budget=0.5) as handle:
+        new = handle.module.state_dict()  # type: ignore[union-attr]
+    assert learned.keys() == new.keys() and sum(not torch.equal(learned[name], new[name]) for name in new) > 0.9 * len(new) - 2
+    assert duet_vlm.remembered(out) == {"method": method, "budget": 0.5, "settings": {"weights": str(out / BESIDE)}}
+    with duet_vlm.attach(loaded.model) as handle:  # no method named
+        assert all(torch.equal(weight, learned[name]) for name, weight in handle.module.state_dict().items())  # type: ignore[union-attr]
+    assert duet_vlm.attach(loaded.model, method, budget=0.5, weights=str(tmp_path / "killed" / "checkpoint-6" / BESIDE)).module is not None
+    assert not [key for file in out.glob("*model*.safetensors") for key in load_file(file) if "duet_vlm" in key]
+
+
+@pytest.mark.parametrize("method", [*WITH_WEIGHTS, "pool", "adsc"])
+def test_budgets_fall_and_mix_for_methods_that_are_trained(method: str, start: Path, tmp_path: Path) -> None:
+    """One module serves every number of rows; ADSC's strides follow the budget."""
+    trainer, handle = build(
+        settings(start, tmp_path / "falls", method=method, budget=0.5, anneal_from=1.0, anneal_until=0.5, limit=2, trainer={"max_steps": 8})
+    )
+    watch = Watch(handle)
+    trainer.add_callback(watch)
+    with handle:
+        trainer.train()
+    assert [budget for budget, _ in watch.steps] == pytest.approx([1.0, 0.875, 0.75, 0.625, 0.5, 0.5, 0.5, 0.5])
+    assert [mean for _, mean in watch.steps] == pytest.approx([16, 14, 12, 10, 8, 8, 8, 8], abs=1)
+    assert all(0 < entry["loss"] < 20 for entry in trainer.state.log_history if "loss" in entry)
+    mixed = (1.0, 0.4, 0.75)
+    trainer, handle = build(settings(start, tmp_path / "mixes", method=method, budget=mixed, limit=2, trainer={"max_steps": 8}))
+    trainer.add_callback(watch := Watch(handle))
+    with handle:
+        trainer.train()
+    assert {budget for budget, _ in watch.steps} == set(mixed)
+    assert all(budget * 16 - 1 < mean <= budget * 16 + 1e-9 for budget, mean in watch.steps)
 
 
 def test_a_damaged_checkpoint_is_passed_over(start: Path, uninterrupted: bytes, tmp_path: Path) -> None:

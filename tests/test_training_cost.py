@@ -51,7 +51,7 @@ EVERY = {
 }
 CASES = [(what, method) for what in EVERY for method in (None, "duet")]
 # choosing and merging are left out of the prediction (test_flops counts them): only methods whose choice is next to nothing in models this small
-DEAR = {"fastvid", "hired", "prunevid", "vscan", "zoo_prune"}
+DEAR = {"fastvid", "hired", "prunevid", "quecc", "resampler", "vqtoken", "vscan", "zoo_prune"}
 
 
 def _by_attention(name: str) -> bool:

@@ -10,7 +10,7 @@ from duet_vlm.flow.cache import Run
 from duet_vlm.flow.call import Encoded
 from duet_vlm.flow.shown import layer_number
 from duet_vlm.flow.trace import rows_per_layer, trace_of
-from duet_vlm.measure.choice import deciding_flops, selection_bytes, selection_flops, tower_choice_flops
+from duet_vlm.measure.choice import deciding_flops, question_flops, selection_bytes, selection_flops, tower_choice_flops
 from duet_vlm.measure.report import Sample
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import EncoderReducer, Reducer
@@ -82,8 +82,9 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]
     vision = adapter.vision_shape()
     plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
     head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
-    width = adapter.decoder_shape().hidden if projects_all else vision.width
+    width = adapter.decoder_shape().hidden if projects_all else vision.projector[0][0]
     mass = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head)
+    mass += question_flops(reducer, [s.queries for s in samples if any(plan.merges for plan in s.plans)], adapter.decoder_shape())
     steps = [span for s in samples for span in s.steps]
     ranked = [span for s in samples for span in s.encoded]
     return mass + selection_flops(reducer, plans, passes, vision, head, width, steps, ranked), selection_bytes(reducer, plans, passes, vision, head)

@@ -12,7 +12,7 @@ from duet_vlm.budget import Budget, check_budget
 from duet_vlm.flow.compat import check_version
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.handle import Handle
-from duet_vlm.memory import KEY, names_file, record, remembered, saved
+from duet_vlm.memory import KEY, names_file, record_beside, remembered, saved
 from duet_vlm.methods import named
 from duet_vlm.models.find import adapter_for, core_of
 from duet_vlm.reducer import Reducer, with_fields
@@ -126,6 +126,7 @@ def detach(model: nn.Module) -> None:
 def remember(handle: Handle) -> None:
     """Write the handle's reduction into the model's config, so that the checkpoint keeps it and ``attach(model)`` takes it up again.
 
-    It stays there when the handle is detached; ``del model.config.duet_vlm`` takes it out.
+    It stays there when the handle is detached; ``del model.config.duet_vlm`` takes it out. Weights of the method's own are looked for beside the
+    checkpoint: ``handle.save_weights(folder)`` puts them there.
     """
-    setattr(handle.adapter.model.config, KEY, record(handle.reducer, handle.budget))
+    setattr(handle.adapter.model.config, KEY, record_beside(handle.reducer, handle.budget))

@@ -19,8 +19,10 @@ ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 
 def hooked(reducer: Reducer) -> tuple[Any, ...]:
-    """What the hooks on the vision tower were chosen by."""
-    return tuple(getattr(reducer, name, None) for name in ("signal_layers", "signals", "reads", "cls_token"))
+    """What the hooks on the vision tower, and a module of the method's own, were chosen by."""
+    compressor = getattr(reducer, "compressor", None)
+    module = None if compressor is None else (compressor.weights, compressor.seed, tuple(compressor.shape.items()))
+    return (*(getattr(reducer, name, None) for name in ("signal_layers", "signals", "reads", "cls_token")), module)
 
 
 def check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from types import EllipsisType, TracebackType
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, Stages, check_budget
-from duet_vlm.checks import check, hooked
+from duet_vlm.checks import check, facts, hooked
+from duet_vlm.compressor import BESIDE, store, stored
 from duet_vlm.flow.cache import Run, static
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.inside import leaving
 from duet_vlm.flow.install import install
+from duet_vlm.flow.own import made_for
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import named_layers
@@ -67,7 +70,7 @@ class Handle:
         self._traffic = Traffic(adapter, self._gate, self._hooks, align)
         self._traffic.owner = self
         try:
-            install(self._traffic, reducer, processor, text_tower, self.pieces)
+            install(self._traffic, reducer, processor, text_tower, facts(adapter), self.pieces)
         except BaseException:
             self._gate.close()
             raise
@@ -81,6 +84,44 @@ class Handle:
     def budget(self) -> Budget | None:
         """Tokens of a span per decoder layer (int) or a fraction of them (float); None where the settings say how many stay."""
         return self._gate.rules.budget
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The module of a method that has weights of its own (``duet_vlm.compressor``), None of others. While attached, it is among the model's
+        modules, so that trainers find its parameters."""
+        return self._traffic.module
+
+    def save_weights(self, place: str | Path) -> Path:
+        """Write the weights of the method's own module to a .safetensors file, or into a checkpoint's folder, where ``attach`` looks for them.
+
+        Raises
+        ------
+        ValueError
+            A method without weights, or a file with another suffix.
+        """
+        compressor = self._compressor()
+        assert self.module is not None  # as there is a compressor
+        return store(self.module, compressor, facts(self.adapter) | made_for(self.adapter, compressor), place)
+
+    def load_weights(self, place: str | Path) -> None:
+        """Put weights that ``save_weights`` wrote into the method's own module.
+
+        Raises
+        ------
+        ValueError
+            A method without weights, no such file, or one that was trained for another model or with other settings.
+        """
+        compressor = self._compressor()
+        path = Path(place) / BESIDE if Path(place).is_dir() else place
+        found = facts(self.adapter) | made_for(self.adapter, compressor)
+        assert self.module is not None  # as there is a compressor
+        self.module.load_state_dict(stored(str(path), compressor.name, found, compressor.shape))
+
+    def _compressor(self) -> Any:
+        compressor = getattr(self.reducer, "compressor", None)
+        if compressor is None:
+            raise ValueError(f"{self.reducer.name} has no weights of its own, so there are none to save or to load")
+        return compressor
 
     @property
     def installed(self) -> bool:
@@ -134,7 +175,8 @@ class Handle:
         self.pieces.check(self.adapter, reducer)
         if hooked(reducer) != hooked(self.reducer):
             raise ValueError(
-                "signal_layer cannot change while attached, nor what else decides where the vision tower is read: detach and attach again"
+                "signal_layer cannot change while attached, nor what else decides where the vision tower is read or what a module is made of: "
+                "detach and attach again"
             )
         self._gate.rules = rules
         return self

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from duet_vlm.memory import KEY
+from duet_vlm.memory import KEY, remembered
 from duet_vlm.pictures import rgb
 from duet_vlm.spelling import did_you_mean
 from duet_vlm.video import FRAMES, Clip
@@ -208,7 +208,7 @@ def _merged(model: Any, adapters: Path, config: Any) -> Any:
         raise ValueError("adapters are read from adapter_model.safetensors only, which is missing")
     model = PeftModel.from_pretrained(model, adapters).merge_and_unload()
     if hasattr(config, KEY):  # the reduction they were trained with
-        setattr(model.config, KEY, getattr(config, KEY))
+        setattr(model.config, KEY, remembered(adapters))  # with weights of a method's own where the adapters are
     return model
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_vlm.budget import Budget
+from duet_vlm.compressor import BESIDE
 from duet_vlm.settings import plain
 
 if TYPE_CHECKING:
@@ -25,6 +26,30 @@ def record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     return {"method": reducer.name, "budget": plain(budget), "settings": changed}
 
 
+def record_beside(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
+    """As ``record``, for the config of a checkpoint: weights of the method's own are in the file beside it."""
+    found = record(reducer, budget)
+    return found | {"settings": found["settings"] | {field.name: BESIDE for field in dataclasses.fields(reducer) if _names_weights(field.name)}}
+
+
+def _names_weights(setting: str) -> bool:
+    """Whether a setting names a file of weights; compositions put the method in front."""
+    return setting.rpartition("_")[2] == "weights"
+
+
+def _located(settings: dict[str, Any], place: str | Path) -> dict[str, Any]:
+    """Settings with the weights' file where the checkpoint is: its folder, or what was fetched from a hub with it."""
+    return {name: _file_of(place) if _names_weights(name) and value == BESIDE else value for name, value in settings.items()}
+
+
+def _file_of(place: str | Path) -> str:
+    if Path(place).expanduser().is_dir():
+        return str(Path(place).expanduser() / BESIDE)
+    from transformers.utils import cached_file
+
+    return cached_file(str(place), BESIDE) if place else BESIDE
+
+
 def remembered(place: Any) -> dict[str, Any] | None:
     """The reduction that a model, its config or a checkpoint folder remembers: ``method``, ``budget`` and ``settings``; None if none.
 
@@ -39,12 +64,13 @@ def remembered(place: Any) -> dict[str, Any] | None:
             raise ValueError(f"{place}: no config.json there; give a checkpoint folder, a model or its config")
         found = json.loads(file.read_text()).get(KEY)
     else:
-        found = getattr(getattr(place, "config", place), KEY, None)
+        config = getattr(place, "config", place)
+        found, place = getattr(config, KEY, None), getattr(config, "_name_or_path", "")
     if found is None:
         return None
     if not isinstance(found, dict) or set(found) != PARTS or not isinstance(found["settings"], dict):
         raise ValueError(f"config.{KEY} is {found!r}: expected {', '.join(sorted(PARTS))}, as duet_vlm.remember writes them")
-    return found | {"settings": {name: _tuples(value) for name, value in found["settings"].items()}}
+    return found | {"settings": _located({name: _tuples(value) for name, value in found["settings"].items()}, place)}
 
 
 def names_file(method: object) -> bool:

@@ -203,6 +203,11 @@ class EncoderReducer(Reducer):
         family's own."""
         return (self.signal_layer,)
 
+    @property
+    def compressor(self) -> EncoderReducer | None:
+        """The method, of those that this one is made of, whose module makes the rows (``duet_vlm.compressor``)."""
+        return None
+
     def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
         """``plan`` of a span of which a threshold in the tower left ``left`` tokens."""
         return self.plan(tokens, depth, budget)

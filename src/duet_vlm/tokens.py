@@ -51,6 +51,9 @@ class Selection:
     notes : Tensor or None
         [B, K] float32: a number that the method gives each row (the set or the event that it is of) and is shown again inside the decoder, where
         it names "notes" in ``needs``. None: 0 for all.
+    rows : Tensor or None
+        [B, K, C] floating point, with ``weights``: what stands in the rows that members join, made of these members by a module of the method's
+        own (``duet_vlm.compressor``); it may carry a gradient. Where later layers add to the same rows, ``weights`` merge what they add.
     """
 
     index: Tensor
@@ -60,6 +63,7 @@ class Selection:
     merge: str = "mean"
     weights: Tensor | None = None
     notes: Tensor | None = None
+    rows: Tensor | None = None
 
     @classmethod
     def pick(cls, index: Tensor, valid: Tensor) -> Selection:

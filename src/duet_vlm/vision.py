@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from duet_vlm.budget import SpanPlan
 
 SIGNALS = ("importance", "heads", "keys", "queries", "states")  # of each named vision layer
-READS = ("grid", "question", "similar", "projector")  # beside layers, features and parts
+READS = ("grid", "question", "similar", "projector", "decoded")  # beside layers, features and parts
 
 Layer = int | float | None  # its number, a share of the tower's depth, or the family's own choice
 Change = Callable[[Tensor], Tensor]
@@ -64,7 +64,10 @@ class VisionView:
     the crops that follow the overview (0: the picture was not cut). "question": the ``question``. "similar": cosine of each token and each piece of
     the question in the space of the text tower that the user passed, ``similar`` [B, N, c], of which ``pieces`` [B, c] are real.
     "projector": ``project(change)`` runs the projector in float32 on what ``change`` makes of its input [..., C], and returns its rows
-    [B, N, D].
+    [B, N, D]. "decoded": ``decoded`` [B, D], what the decoder makes of the question when it reads nothing else: the last word's hidden state
+    behind the last norm, without gradient (zeros where there is no text).
+
+    ``module``: of a compressor, the module that makes its rows; ``features`` then carry a gradient where they have one.
     """
 
     valid: Tensor
@@ -84,6 +87,8 @@ class VisionView:
     similar: Tensor | None = None
     pieces: Tensor | None = None
     project: Callable[[Change], Tensor] | None = None
+    decoded: Tensor | None = None
+    module: nn.Module | None = None
     most: tuple[int, int] | None = None
 
     def of_rows(self, rows: Change, spans: Change = lambda x: x) -> VisionView:
@@ -98,7 +103,8 @@ class VisionView:
         return replace(
             self, valid=rows(self.valid), importance=importance, keys=keys, features=some(self.features), parts=some(self.parts), layers=layers,
             place=some(self.place), similar=some(self.similar), sides=some(self.sides, spans), tiles=some(self.tiles, spans),
-            pieces=some(self.pieces, spans), question=None if asked is None else Question(spans(asked.rows), spans(asked.valid)),
+            pieces=some(self.pieces, spans), decoded=some(self.decoded, spans),
+            question=None if asked is None else Question(spans(asked.rows), spans(asked.valid)),
             project=None if project is None else lambda change: rows(project(change)),
         )  # fmt: skip
 

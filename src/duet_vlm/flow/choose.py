@@ -104,9 +104,11 @@ def select(
         content = content & (structure | left)
     asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
     planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
+    if features is not None and reducer.compressor is None:
+        features = features.detach()
     view = VisionView(
         content, planned[:, 0], planned[:, 1], asked, layers[0].importance if layers else None, layers[0].keys if layers else None,
-        None if features is None else features.detach(), numbers.clamp(min=STRUCTURE), stream, layers, most=most_of(parts), **read or {},
+        features, numbers.clamp(min=STRUCTURE), stream, layers, most=most_of(parts), **read or {},
     )  # fmt: skip
     if each and any(plan.parts for plan in plans):
         selection, wrong = select_each(reducer, view, list(parts))

@@ -8,6 +8,7 @@ rows are projected, merged ones included); grid mergers, and methods that read p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, P
 from duet_vlm.flow.choose import plans_of, select, sizes_of, slots_of, takes_each
 from duet_vlm.flow.pieces import Cut, Gathered, Pieces
 from duet_vlm.flow.rules import Rules
-from duet_vlm.flow.shown import Named, Words, grid_of, layer_views, of_layer, projecting, question_of
+from duet_vlm.flow.shown import Named, Words, decoded, grid_of, layer_views, of_layer, projecting, question_of
 from duet_vlm.flow.verify import not_finite
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
@@ -56,6 +57,7 @@ class EncoderFlow:
         self.adapter, self.stacks, self.begun, self.words, self.pieces = adapter, stacks, begun, words, pieces
         self.skipping = False  # whether layers that nobody reads were found
         self.named = Named((), ())  # the vision layers that the method reads
+        self.module: nn.Module | None = None  # of a method that has one
 
     def wrap(self, encode: Callable[..., Any], stream: Stream) -> Callable[..., Any]:
         """The encoder method of a stream with V2V around it; keeps its signature, which generate() reads."""
@@ -318,7 +320,8 @@ class EncoderFlow:
         rows = features()
         shown = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
         left = None if call.tower is None else self._left(call, width).to(shown.device)
-        with torch.no_grad(), compat.without_autocast(shown):
+        learns = reducer.compressor is not None and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns), compat.without_autocast(shown):
             read = self._read(call, counts, width, shown.device, layers)
             selection, wrong, content = select(
                 reducer, plans, parts, layers, rows, stream=call.encoding.stream, each=call.each, left=left, read=read
@@ -344,13 +347,17 @@ class EncoderFlow:
         made: dict[str, Any] = {}
         if "grid" in reducer.reads:
             made |= grid_of(self.adapter, call.encoding, counts, width, device)
-        if reducer.reads & {"question", "similar"}:
+        if reducer.reads & {"question", "similar", "decoded"}:
             asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name)
             made["question"] = asked.question
+            if "decoded" in reducer.reads:
+                made["decoded"] = decoded(self.adapter, asked, self.stacks)
             if "similar" in reducer.reads:
                 made |= self.words.similar(layers[0].states, asked, self.adapter.family)
         if "projector" in reducer.reads:
             made["project"] = projecting(self.adapter, call)
+        if reducer.compressor is not None:
+            made["module"] = self.module
         return made
 
 
@@ -385,10 +392,12 @@ def _marked(rows: Tensor, encoded: Encoded, width: int) -> Tensor:
 
 
 def _overwritten(rows: list[Tensor], encoded: Encoded) -> list[Tensor]:
-    """Rows of a later level [n, D] with merged ones in their slots; nobody reads those that left, so they stay as they are."""
+    """Rows of a later level [n, D] with merged ones in their slots; nobody reads those that left, so they stay as they are. What a module made of
+    the first level is nothing to the later ones, which are merged by weight."""
     features, _ = pad_rows(rows)
     assert encoded.selection is not None
-    return _cut(_placed(_merged(features, encoded.selection), encoded, features), rows)
+    merged = _merged(features, dataclasses.replace(encoded.selection, rows=None))
+    return _cut(_placed(merged, encoded, features), rows)
 
 
 def _merged(features: Tensor, selection: Selection) -> Tensor:

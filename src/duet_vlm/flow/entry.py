@@ -62,9 +62,11 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
         stays, left_out = rows_that_stay(call, rows, places, embeds)
     prompt = TokenMap.identity(valid, visual, stays)
     queries = torch.zeros_like(valid)
-    if isinstance(reducer, DecoderReducer) and reducer.asks() and call.arrived:
+    asks = isinstance(reducer, DecoderReducer) and reducer.asks()
+    if (asks or "decoded" in getattr(reducer, "reads", ())) and call.arrived:
         asking = valid if not call.drafts else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.drafts)
-        queries = query_rows(reducer.text_query, prompt.ranked, asking, call.labels, call.salient, reducer.training_turns)
+        kind, turns = getattr(reducer, "text_query", "all"), getattr(reducer, "training_turns", "first")
+        queries = query_rows(kind, prompt.ranked, asking, call.labels, call.salient, turns)
     begins = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
     layout = read_layout(call, reducer, places, valid, queries, stays, left_out, begins)
     check_pictures(call, layout)

@@ -13,6 +13,7 @@ from duet_vlm.flow.entry import whole_prompts
 from duet_vlm.flow.inside import InsideFlow, depth_of
 from duet_vlm.flow.joined import JoinedFlow
 from duet_vlm.flow.loss import surviving_labels
+from duet_vlm.flow.own import own_module
 from duet_vlm.flow.packed import PackedFlow
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
@@ -26,8 +27,12 @@ from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tower import TowerReducer
 
 
-def install(traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any = None, pieces: Pieces | None = None) -> None:
-    """Put the hooks that ``reducer`` needs on the model; ``traffic.hooks`` takes them off again."""
+def install(
+    traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any, facts: dict[str, Any], pieces: Pieces | None = None
+) -> None:
+    """Put the hooks that ``reducer`` needs on the model, and its module if it has one; ``traffic.hooks`` takes them off again. ``facts`` are what
+    weights must have been trained for."""
+    traffic.module = own_module(traffic.adapter, reducer, facts, traffic.hooks)
     _on_tower(traffic, reducer, Words(text_tower, getattr(processor, "tokenizer", None)), pieces or Pieces())
     _on_model(traffic)
     _on_decoder(traffic)
@@ -42,6 +47,7 @@ def _on_tower(traffic: Traffic, reducer: Reducer, words: Words, pieces: Pieces) 
     adapter, hooks = traffic.adapter, traffic.hooks
     encoder = EncoderFlow(adapter, traffic.stacks, traffic.begun, words, pieces)
     named = encoder.named = named_layers(adapter, reducer)
+    encoder.module = traffic.module
     for attention in dict.fromkeys(module for modules in named.attentions for module in modules):
         hooks.on_undo(Recorder(attention, traffic.stacks).remove)
         hooks.add(attention.register_forward_hook, encoder.after_attention)

@@ -13,7 +13,7 @@ from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.flow import compat
-from duet_vlm.flow.call import EncoderCall, Prompt
+from duet_vlm.flow.call import Call, EncoderCall, Prompt, Stacks
 from duet_vlm.flow.masks import real_rows
 from duet_vlm.models.adapter import Adapter, Encoding, Recorded
 from duet_vlm.ops.ragged import pack_right, pad_rows, take
@@ -131,13 +131,18 @@ def grid_of(adapter: Adapter, encoding: Encoding, counts: list[int], width: int,
 
 @dataclass(frozen=True)
 class Asked:
-    """The question of each span, and for who reads its words: the rows of each sample that ask [S, T] bool, token ids [S, T], and the sample
+    """The question of each sample, and for who reads its words: the rows of each sample that ask [S, T] bool, token ids [S, T], and the sample
     of each span [B]."""
 
-    question: Question
+    of_sample: Question
     rows: Tensor
     ids: Tensor | None
     sample: Tensor
+
+    @property
+    def question(self) -> Question:
+        """That of each span."""
+        return Question(self.of_sample.rows[self.sample], self.of_sample.valid[self.sample])
 
 
 @dataclass(frozen=True)
@@ -190,7 +195,25 @@ def question_of(adapter: Adapter, prompt: Prompt | None, stream: str, counts: li
     ends, shown = torch.tensor(counts, device=valid.device).cumsum(0), places[stream].sum(1).cumsum(0)
     sample = torch.searchsorted(shown, ends).clamp(max=len(shown) - 1)
     index, real = pack_right(asks, asks.shape[1])
-    return Asked(Question(take(rows.detach(), index)[sample], real[sample]), asks, prompt.ids, sample)
+    return Asked(Question(take(rows.detach(), index), real), asks, prompt.ids, sample)
+
+
+def decoded(adapter: Adapter, asked: Asked, stacks: Stacks) -> Tensor:
+    """What the decoder makes of each span's question alone [B, D]: the last row's hidden state. Reads the longest question's length on the host.
+
+    Rows stand at the left, so that what is no question comes behind it, where a causal decoder does not look.
+    """
+    rows, valid = asked.of_sample.rows, asked.of_sample.valid
+    length = valid.sum(1)
+    most = max(1, int(length.max()))
+    stacks.calls.append(Call(None, None))  # no part of the prompt around it: nothing is reduced
+    try:
+        with torch.no_grad():
+            states = adapter.text_model(inputs_embeds=rows[:, :most], use_cache=False).last_hidden_state
+    finally:
+        stacks.calls.pop()
+    last = take(states, (length - 1).clamp(min=0)[:, None])[:, 0].float()
+    return last.masked_fill((length == 0)[:, None], 0)[asked.sample]
 
 
 def projecting(adapter: Adapter, call: EncoderCall) -> Callable[[Change], Tensor]:

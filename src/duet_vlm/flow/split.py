@@ -66,11 +66,11 @@ def _joined(selection: Selection, rows: Tensor, count: int) -> Selection:
     into = torch.where(selection.into >= 0, selection.into + shift, -1)
 
     def of_spans(x: Tensor) -> Tensor:
-        return x.unflatten(0, (-1, count)).flatten(1)
+        return x.unflatten(0, (-1, count)).flatten(1, 2)
 
     index, members = rows.gather(1, selection.index), rows.gather(1, selection.members)
-    weights, notes = (None if x is None else of_spans(x) for x in (selection.weights, selection.notes))
-    return Selection(of_spans(index), of_spans(selection.valid), of_spans(members), of_spans(into), selection.merge, weights, notes)
+    weights, notes, made = (None if x is None else of_spans(x) for x in (selection.weights, selection.notes, selection.rows))
+    return Selection(of_spans(index), of_spans(selection.valid), of_spans(members), of_spans(into), selection.merge, weights, notes, made)
 
 
 def with_structure(selection: Selection, structure: Tensor, plans: tuple[SpanPlan, ...]) -> Selection:

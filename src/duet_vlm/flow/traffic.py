@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from duet_vlm.flow import compat
@@ -19,6 +20,7 @@ from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.entry import enter
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.made import Made, reusing
+from duet_vlm.flow.own import touched
 from duet_vlm.flow.processor import SALIENT
 from duet_vlm.flow.ranks import in_step, with_blank_image
 from duet_vlm.flow.rules import Rules
@@ -39,6 +41,7 @@ class Traffic:
         self.owner: Any = None  # the handle, which so lives as long as its hooks
         self._encode = getattr(adapter.base, adapter.streams[0].encode)  # as the stock model has it
         self._made_once: set[nn.Module] = set()
+        self.module: nn.Module | None = None  # of a method that has one
 
     @property
     def run(self) -> Run | None:
@@ -162,6 +165,8 @@ class Traffic:
         # where images would have been encoded: not in the embedding's own hook, which sharding counts as part of the embedding
         if call.placeholders and not call.brings_images and in_step(self.adapter.model):
             kwargs["inputs_embeds"] = with_blank_image(self.adapter, self._encode, kwargs["inputs_embeds"])
+        if self.module is not None and call.rules is not None and torch.is_grad_enabled() and in_step(self.adapter.model):
+            kwargs["inputs_embeds"] = touched(kwargs["inputs_embeds"], self.module)
         step = enter(self.adapter, call, kwargs)
         if step is not None:
             kwargs[PASS] = step

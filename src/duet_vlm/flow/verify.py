@@ -209,7 +209,7 @@ def _checked(
         wrong[Wrong.INPUT] = shown * 0 != 0, None
     code = _code(reducer, wrong)
     kept = valid & (valid.cumsum(1) <= planned[:, None])
-    return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights, selection.notes), code
+    return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights, selection.notes, selection.rows), code
 
 
 def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor, most: int) -> None:
@@ -240,6 +240,10 @@ def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor
         form = isinstance(notes, Tensor) and notes.shape == selection.index.shape and notes.dtype == torch.float32
         if not form or notes.device != there.device:
             refuse(f"notes = {_shown(notes)}: give a tensor {list(selection.index.shape)} of {torch.float32}, as index, on {there.device}, or None")
+    if (made := selection.rows) is not None:
+        form = isinstance(made, Tensor) and made.ndim == 3 and made.shape[:2] == selection.index.shape and made.is_floating_point()
+        if not form or made.device != there.device or weights is None:
+            refuse(f"rows = {_shown(made)}: give a tensor {[*selection.index.shape, 'C']} of floating point on {there.device}, with weights, or None")
     if selection.merge not in MERGES:
         refuse(f"merge={selection.merge!r}: choose one of {', '.join(map(repr, MERGES))}")
     if selection.index.shape[1] < most:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from duet_vlm.budget import SpanPlan, Stages
-from duet_vlm.measure.flops import Grid, asking_rows, probe_flops, signal_flops, tower_rows
+from duet_vlm.compressor import Compressor, Sizes
+from duet_vlm.measure.flops import Grid, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.ops.merge import by_table
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
@@ -118,6 +119,8 @@ def choice_flops(
     """Matrix products of choosing and merging on spans with these plans, counted on the meta device; ``steps``: of how many steps of time, of
     how many tokens each, at most."""
     batch, tokens = len(plans), max(plan.tokens for plan in plans)
+    decoder = vision.projector[-1][1]
+    sizes = Sizes(feature_width, len(reducer.signal_layers) * vision.width, decoder, steps[1] if steps else tokens)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
         count = torch.empty(batch, dtype=torch.long, device=meta)
         empty = functools.partial(torch.empty, batch, tokens, device=meta)
@@ -136,12 +139,26 @@ def choice_flops(
                 valid=empty(dtype=torch.bool), dominant=count, contextual=count, plans=plans, importance=one.importance, keys=one.keys,
                 features=empty(feature_width), parts=longs(), layers=(one,) * len(reducer.signal_layers), place=longs(2), sides=pairs, tiles=pairs,
                 question=Question(torch.empty(batch, WORDS, feature_width, device=meta), torch.empty(batch, WORDS, dtype=torch.bool, device=meta)),
+                decoded=torch.empty(batch, decoder, device=meta), module=_module(reducer, sizes),
                 similar=empty(1), pieces=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
                 stream="video" if steps else "image", most=steps,
             )
         )  # fmt: skip
     merging = 2 * selection.index.numel() * tokens * feature_width if by_table(selection, tokens) else 0
     return counter.get_total_flops() + merging
+
+
+def _module(reducer: EncoderReducer, sizes: Sizes) -> nn.Module | None:
+    """The module of a method that has one, without data."""
+    compressor = reducer.compressor
+    return compressor.module(sizes).requires_grad_(False) if isinstance(compressor, Compressor) else None
+
+
+def question_flops(reducer: Reducer, words: Sequence[int], shape: DecoderShape) -> int:
+    """The decoder reading the questions by themselves, of so many ``words`` each, for methods that want to know what it makes of them."""
+    if "decoded" not in getattr(reducer, "reads", ()):
+        return 0
+    return sum(decoder_layer_flops(shape, rows, layer=layer) for rows in words for layer in range(shape.layers))
 
 
 PREDICTED = 4  # rows that a gradient is taken of (flow/probe.py)

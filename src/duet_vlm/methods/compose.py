@@ -202,6 +202,10 @@ class Composition(EncoderReducer):
         return self._sees.reads
 
     @property
+    def compressor(self) -> EncoderReducer | None:
+        return self._sees.compressor
+
+    @property
     def signal_layers(self) -> tuple[Layer, ...]:
         return self._sees.signal_layers
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from duet_vlm.ops.ragged import take
 from duet_vlm.tokens import Selection
@@ -81,6 +81,8 @@ def merged_rows(features: Tensor, selection: Selection) -> Tensor:
         return rows
     width = rows.shape[1]
     into = selection.into.masked_fill(selection.into < 0, width)  # one spare row collects the tokens that join no row
+    if selection.rows is not None:
+        return _made(selection.rows, rows, into)
     if selection.weights is not None:
         return _weighed(features, selection, selection.weights, rows, into)
     members = take(features, selection.members).float()
@@ -94,15 +96,27 @@ def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     return torch.where(count > 0, merged.to(rows.dtype), rows)
 
 
+def _made(made: Tensor, rows: Tensor, into: Tensor) -> Tensor:
+    """``rows`` [B, K, C], and in place of those that members join (``into``, K for none) what was made of these."""
+    joined = _joined(into, rows.shape[1])
+    made = nn.functional.pad(made, (0, 0, 0, rows.shape[1] - made.shape[1]))
+    return torch.where(joined, made.to(rows.dtype), rows)
+
+
+def _joined(into: Tensor, width: int) -> Tensor:
+    """[B, width, 1] bool: the rows that members join; ``into`` [B, P] is ``width`` for none."""
+    return into.new_zeros(len(into), width + 1, dtype=torch.bool).scatter_(1, into, True)[:, :width, None]
+
+
 def by_table(selection: Selection, tokens: int) -> bool:
     """Whether rows of weighted members are made as the product of a table of rows x ``tokens``: where tokens join several rows."""
-    return selection.weights is not None and selection.members.shape[1] > tokens
+    return selection.rows is None and selection.weights is not None and selection.members.shape[1] > tokens
 
 
 def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tensor, into: Tensor) -> Tensor:
     """``merged_rows`` where members have weights; ``into`` is a row of ``rows`` [B, K, C] or K."""
     batch, tokens, width = len(features), features.shape[1], rows.shape[1]
-    joined = selection.valid.new_zeros(batch, width + 1).scatter_(1, into, True)[:, :width, None]
+    joined = _joined(into, width)
     if not by_table(selection, tokens):
         shares = take(features, selection.members).float() * weights.float()[..., None]
         total = shares.new_zeros(batch, width + 1, rows.shape[2]).scatter_add(1, into[..., None].expand_as(shares), shares)[:, :width]

@@ -28,9 +28,16 @@ DEFAULTS = {
 
 
 class ConversationTrainer(Trainer):
-    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), and with a projector's rate."""
+    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), with a projector's rate, and with the
+    weights of a method's own beside the model's."""
 
     projector_lr: float | None = None
+    handle: Handle
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.handle.module is not None:
+            self.handle.save_weights(Path(output_dir or self.args.output_dir))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if bool((inputs["labels"][:, 1:] != IGNORED).any()):
@@ -117,6 +124,8 @@ def build(settings: Settings, checkpoint: Path | None = None) -> tuple[Trainer, 
     marked = loaded.processor if settings.settings.get("text_query") == "salient" else None
     handle = attach(model, settings.method, budget=budget, processor=marked, **settings.settings)
     try:
+        if checkpoint is not None and handle.module is not None:
+            handle.load_weights(checkpoint)
         trainer = ConversationTrainer(
             model=model,
             args=args,
@@ -129,7 +138,7 @@ def build(settings: Settings, checkpoint: Path | None = None) -> tuple[Trainer, 
     except BaseException:
         handle.detach()
         raise
-    trainer.projector_lr = settings.projector_lr
+    trainer.projector_lr, trainer.handle = settings.projector_lr, handle
     trainer.remove_callback(PrinterCallback)
     return trainer, handle
 

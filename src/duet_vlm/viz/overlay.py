@@ -19,6 +19,7 @@ FAINT: Color = (112, 112, 120)
 SHADE: Color = (14, 16, 24)  # dropped patches fade into this
 DROPPED = 0.82  # share of SHADE in a dropped patch
 MEMBER = 0.52  # share of the group's colour in a merged patch
+EVERYWHERE: Color = (150, 150, 158)  # in place of the colour, where every group holds the patch
 ANCHOR = 0.18
 SCORE = 0.62  # share of the heat scale's colour in a patch that was ranked
 MARGIN, GAP, HEAD, PER_ROW = 20, 14, 46, 4
@@ -113,6 +114,7 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
     stage = trace.stages[number]
     numbers = {anchor: place for place, anchor in enumerate(sorted(trace.merged))}
     colors = {anchor: group(place) for anchor, place in numbers.items()}
+    everywhere = set.intersection(*map(set, trace.merged.values())) if len(trace.merged) > 1 else set()  # of no one group
     pixels = np.asarray(base, np.float32)
     out = mix(pixels, SHADE, DROPPED)
 
@@ -132,7 +134,7 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
             tinted = mix(pixels, color, MEMBER)
             for member in trace.merged[anchor]:
                 if member not in stage.kept:
-                    paint(member, tinted)
+                    paint(member, mix(pixels, EVERYWHERE, MEMBER) if member in everywhere else tinted)
     picture = Image.fromarray(np.rint(out).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
     for anchor, color in colors.items():
@@ -141,7 +143,7 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
             outline(pen, box, color, max(2, cell // 8))
     if number == 0 and cell >= NUMBERED:
         for anchor, place in numbers.items():
-            for token in (anchor, *(member for member in trace.merged[anchor] if member not in stage.kept)):
+            for token in (anchor, *(member for member in trace.merged[anchor] if member not in (*stage.kept, *everywhere))):
                 number_patch(pen, cell_box(trace, token, cell), place + 1, cell)
     return Panel(*_words(trace, stage, number), picture, None if not scores else heat_map(pixels, trace, scores, cell))
 

@@ -1,0 +1,218 @@
+"""VQToken: the tokens of a clip as a few cluster means, and what a module makes of where and when each occurs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.budget import Keep
+from duet_vlm.compressor import Compressor, Sizes, attended, check_heads
+from duet_vlm.methods.resampler import of_all
+from duet_vlm.ops.lloyd import farthest, lloyd, means, standing
+from duet_vlm.ops.merge import shares, unit_rows
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.reducer import VisionView, check_choice
+from duet_vlm.registry import register
+from duet_vlm.tokens import Selection
+
+FORMS = ("paper", "code", "codebook")
+BINS = (4, 8, 8)  # of time (or crops), rows and columns, in which a cluster's places are told
+WIDE = 2048  # feed-forward of the released module
+
+
+@register("vqtoken")
+@dataclass(frozen=True)
+class VQToken(Compressor):
+    """All tokens of an image or clip, as the decoder would get them, are clustered by cosine (k-means), as many clusters as rows may enter. A row is
+    the mean of its cluster's unit rows, to which a module adds what it reads of where and when the tokens of each cluster stand.
+
+    A row stands where the token most like its cluster's mean stood, and is told as made of its cluster. In the paper's form attention adds something
+    of the other clusters, too.
+
+    Parameters beyond ``Compressor``
+    ----------
+    form : str
+        "paper": codebook rows attend to each other, the values being made of each cluster's places. "code": the released module, a decoder layer
+        whose queries are made of the cluster numbers of each frame, repeated up to the number of rows; no fewer rows than frames, and towers of one
+        size only; each row is made of every token. "codebook": the means alone, no weights.
+    norms : bool
+        Give every row of the paper's form the mean length of its members, which unit rows have lost. Released: lost.
+    frame : int or None
+        Tokens of one frame, for the released module; None: of a picture, where the tower fixes their number.
+    heads : int
+        Of the attention.
+    rounds : int
+        Of k-means; all are run, but centres that have come to rest stay. Released: 50.
+
+    Cost: a product of tokens by clusters for each round of k-means; the module is small, and the projector runs on every token. Needs nothing of the
+    tower. For training: gradients run through the means, not through the assignment.
+
+    Differences to the released code: clusters begin with farthest points, not with random ones, so that the same picture gives the same rows. What
+    the paper feeds as one flattened map of cluster numbers is given here for each cluster by itself, in 4 x 8 x 8 bins, since numbers are arbitrary
+    and clips have any length (reconstruction). The paper's form begins as the codebook itself.
+    """
+
+    paper = "VQToken, NeurIPS 2025, arXiv 2503.16980"
+    summary = "trained: cluster means of the projected rows, and where each cluster occurs, before the decoder"
+    reads = frozenset({"grid"})
+    reads_projected = True
+    reads_time = True
+    made_by: ClassVar[tuple[str, ...]] = ("heads", "form", "frame")
+
+    parts: str = "joint"
+    form: str = "paper"
+    norms: bool = True
+    frame: int | None = None
+    heads: int = 8
+    rounds: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("form", self.form, FORMS)
+        if self.frame is not None and self.frame < 1:
+            raise ValueError(f"frame={self.frame}: a number of tokens, at least 1")
+        if self.rounds < 1:
+            raise ValueError(f"rounds={self.rounds}: at least 1")
+
+    @classmethod
+    def official(cls, keep: Keep = 12) -> VQToken:
+        """As released: the bare codebook, 12 rows. The released code looks for the number of clusters with an elbow rule over 12 to 32, which gives
+        12 nearly always and 22 at the most (``duet_vlm.ops.lloyd.elbow``); here the number is known before the picture is seen."""
+        return cls(keep=keep, form="codebook", norms=False, rounds=100)
+
+    def module(self, sizes: Sizes) -> nn.Module:
+        if self.form == "codebook":
+            return nn.Module()
+        check_heads(self.heads, sizes.decoder, "rows")
+        if self.form == "paper":
+            return Places(sizes.decoder, self.heads)
+        tokens = self.frame or sizes.tokens
+        if tokens is None:
+            raise ValueError("form='code' reads maps of one size, and this model's pictures are of any: give frame= (tokens of one), or form='paper'")
+        return Frames(tokens, sizes.decoder, self.heads)
+
+    def v2v(self, view: VisionView) -> Selection:
+        assert view.features is not None and view.module is not None
+        found = self._clusters(view)
+        if self.form == "codebook":
+            return found.selection(found.codebook)
+        if isinstance(view.module, Places):
+            made = view.module(found.codebook, self._occupied(view, found))
+            return found.selection(made * found.length if self.norms else made)
+        assert isinstance(view.module, Frames)
+        return of_all(found.place, found.there, view.valid, found.whole, self._frames(view, found, view.module))
+
+    def _clusters(self, view: VisionView) -> Clusters:
+        assert view.features is not None
+        rows, valid, wanted = view.features.float(), view.valid, view.dominant + view.contextual
+        most = max(plan.entry for plan in view.plans)
+        there = torch.arange(most, device=rows.device) < wanted[:, None]
+        unit = unit_rows(rows)
+        with torch.no_grad():
+            labels, centres = lloyd(unit, valid, farthest(unit, valid, most), there, self.rounds)
+            place, labels = standing(unit, valid, labels, centres, there)
+        whole = wanted >= valid.sum(1)
+        place = torch.where(whole[:, None], pack_right(valid, most)[0], place)
+        codebook = means(unit, labels, torch.zeros_like(centres))
+        length = means(rows.norm(dim=-1, keepdim=True), labels, torch.zeros_like(centres[..., :1]))
+        return Clusters(place, there, labels, codebook, length, whole)
+
+    def _occupied(self, view: VisionView, found: Clusters) -> Tensor:
+        """Which share of a cluster stands in each bin: [B, K, bins]."""
+        assert view.place is not None and view.sides is not None and view.parts is not None
+        time = view.parts.clamp(min=0)
+        steps = time.amax(1, keepdim=True) + 1
+        row, column = view.place.clamp(min=0).unbind(-1)
+        rows, columns = view.sides[:, None].clamp(min=1).unbind(-1)
+        bins = [(at * count // size).clamp(max=count - 1) for at, count, size in zip((time, row, column), BINS, (steps, rows, columns), strict=True)]
+        cell = (bins[0] * BINS[1] + bins[1]) * BINS[2] + bins[2]
+        total, (batch, count) = BINS[0] * BINS[1] * BINS[2], found.place.shape
+        slot = torch.where(found.labels < 0, count * total, found.labels * total + cell)
+        counted = found.codebook.new_zeros(batch, count * total + 1).scatter_add(1, slot, torch.ones_like(slot, dtype=found.codebook.dtype))
+        counted = counted[:, :-1].view(batch, count, total)
+        return counted / counted.sum(2, keepdim=True).clamp(min=1)
+
+    def _frames(self, view: VisionView, found: Clusters, module: Frames) -> Tensor:
+        """The released module on each span's frames."""
+        made, frames = [], [1] * len(view.plans)
+        for number, plan in enumerate(view.plans):
+            if plan.tokens % module.tokens:
+                raise ValueError(f"form='code' reads maps of {module.tokens} tokens, {plan.tokens} are no number of them: take form='paper'")
+            frames[number] = plan.tokens // module.tokens
+            if frames[number] > plan.entry:
+                raise ValueError(
+                    f"form='code' makes a row for each of {frames[number]} frames, and {plan.entry} may enter: raise the budget or take form='paper'"
+                )
+            codes = found.codebook[number : number + 1, : plan.entry]
+            maps = found.labels[number, : plan.tokens].view(1, frames[number], module.tokens)
+            rows = module(maps, codes)
+            made.append(nn.functional.pad(rows, (0, 0, 0, found.place.shape[1] - rows.shape[1])))
+        return torch.cat(made)
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """B spans in up to K clusters: the token ``place`` [B, K] that each row stands for, of which ``there`` are; ``labels`` [B, N]; means of unit rows
+    [B, K, C] and of lengths [B, K, 1]; ``whole`` [B]: spans with as many rows as tokens."""
+
+    place: Tensor
+    there: Tensor
+    labels: Tensor
+    codebook: Tensor
+    length: Tensor
+    whole: Tensor
+
+    def selection(self, rows: Tensor) -> Selection:
+        numbers = torch.arange(self.labels.shape[1], device=self.labels.device).expand_as(self.labels)
+        into = self.labels.masked_fill(self.whole[:, None], -1)
+        return Selection(self.place, self.there, numbers, into, weights=shares(into, self.place.shape[1]), rows=rows)
+
+
+class Places(nn.Module):
+    """The paper's form: codebook rows attend to each other with values made of places, then a feed-forward; both begin as nothing."""
+
+    def __init__(self, rows: int, heads: int) -> None:
+        super().__init__()
+        self.places = nn.Sequential(nn.Linear(BINS[0] * BINS[1] * BINS[2], rows), nn.GELU(), nn.Linear(rows, rows))
+        self.norm, self.mlp_norm = nn.LayerNorm(rows), nn.LayerNorm(rows)
+        self.attention = nn.MultiheadAttention(rows, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(rows, 4 * rows), nn.GELU(), nn.Linear(4 * rows, rows))
+        for last in (self.attention.out_proj, self.mlp[-1]):
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, codebook: Tensor, occupied: Tensor) -> Tensor:
+        """codebook [B, K, C], where each cluster stands [B, K, bins] -> rows [B, K, C]."""
+        kind = self.norm.weight.dtype
+        rows, hidden = codebook.to(kind), occupied.sum(2) == 0
+        hidden = hidden & ~hidden.all(1, keepdim=True)
+        known = self.norm(rows)
+        rows = rows + attended(self.attention, known, known, self.places(occupied.to(kind)), hidden)
+        made: Tensor = rows + self.mlp(self.mlp_norm(rows))
+        return made
+
+
+class Frames(nn.Module):
+    """The released module, named as there: maps of ``tokens`` cluster numbers as queries of one decoder layer over the codebook."""
+
+    def __init__(self, tokens: int, rows: int, heads: int) -> None:
+        super().__init__()
+        self.tokens = tokens
+        self.to_q_proj = nn.Linear(tokens, rows)
+        self.transformer_decoder = nn.Module()
+        self.transformer_decoder.layers = nn.ModuleList([nn.TransformerDecoderLayer(rows, heads, WIDE, dropout=0.0, batch_first=True)])
+
+    def forward(self, maps: Tensor, codebook: Tensor) -> Tensor:
+        """maps [B, T, tokens] of cluster numbers, codebook [B, K, C] -> rows [B, max(T, K), C]; the fewer are repeated in a circle."""
+        kind = self.to_q_proj.weight.dtype
+        query, codes = self.to_q_proj(maps.to(kind)), codebook.to(kind)
+        count = max(query.shape[1], codes.shape[1])
+        query, codes = (each[:, torch.arange(count, device=each.device) % each.shape[1]] for each in (query, codes))
+        layers: nn.ModuleList = self.transformer_decoder.layers  # type: ignore[assignment]
+        for layer in layers:
+            query = layer(query, codes)
+        return query
