@@ -69,19 +69,16 @@ def ablation(group: str, task: str = "tiny-crowded") -> str:
     return table(["budget", group, "dominant + contextual", "measured tokens", "accuracy", "points against the default"], out)
 
 
-DUETS = {"tiny-chain": "((3, 0.5), (4, 0.0))"}  # DUET's schedule and the deep one, as runs spell them: by depth
-DEEP = {"tiny-chain": "((1, 0.6), (2, 0.3), (4, 0.1), (5, 0.0))"}
+FRONTS = ("cdpruner", "scope", "divprune", "vispruner", "visionzip")
 
 
-def fronts_of(task: str) -> dict[str, tuple[str | None, str | None, str]]:
-    """What chooses before the decoder: the runs that keep one count, follow DUET's schedule, and follow the deep one."""
-    duets, deep = DUETS.get(task, "((6, 0.5), (9, 0.0))"), DEEP.get(task, "((3, 0.6), (5, 0.3), (8, 0.1), (10, 0.0))")
-    more = ("vispruner",) if task == "tiny-chain" else ()
+def fronts_of(task: str) -> dict[str, tuple[str | None, ...]]:
+    """What chooses before the decoder: the runs that keep one count, follow DUET's schedule, and have ``duet_plus``'s drops."""
+    duets = "((3, 0.5), (4, 0.0))" if task == "tiny-chain" else "((6, 0.5), (9, 0.0))"  # by depth
     return {
         "duet_plus": (None, f"duet_plus[schedule={duets}]", "duet_plus"),
         "duet": (None, "duet", "duet+duet_plus"),
-        **{name: (name, f"{name}+duet", f"{name}+duet_plus") for name in ("scope", "divprune", "visionzip", *more)},
-        "even choice": ("uniform", None, f"frames+pyramiddrop[pyramiddrop_schedule={deep},text_query=all]"),
+        **{name: (name, f"{name}+duet", f"{name}+duet_plus") for name in FRONTS},
     }
 
 
@@ -92,19 +89,20 @@ def right(task: str, name: str) -> dict[str, np.ndarray]:
 
 
 def fronts(task: str, name: str) -> str:
-    """Who chooses, under which schedule: percent kept, and with the deep schedule the points more or fewer than ``duet_plus``."""
+    """Who chooses, under which schedule: percent kept, and with the drops of ``duet_plus`` the points more or fewer than itself."""
     hits, kept = right(task, name), {row["id"]: row["kept"] for row in done(task, name)}
     lines = []
     for budget in (0.11, 0.07, 0.05):
         best = hits[f"duet_plus@{budget:g}"]
         for front, runs in fronts_of(task).items():
-            cells = ["-" if run is None else columns.percent(kept[f"{run}@{budget:g}"]) for run in runs]
-            own = hits[f"{runs[-1]}@{budget:g}"]
+            ids = [None if run is None else f"{run}@{budget:g}" for run in runs]
+            cells = [columns.percent(kept[run]) if run in kept else "-" for run in ids]
+            own = hits.get(next(run for run in reversed(ids) if run in hits))
             low, high = map(columns.points, difference_interval(own, best))
             wins, losses, p_value = sign_test(own, best)
             more = f"{columns.points(own.mean() - best.mean())} ({low} to {high}); {wins} : {losses}, p {columns.chance(p_value)}"
             lines.append([f"{budget:.0%}", front, *cells, "-" if front == "duet_plus" else more])
-    head = ["budget", "chosen by", "one count", "DUET's schedule", "deep schedule", "deep schedule: points against duet_plus; wins : losses"]
+    head = ["budget", "chosen by", "one count", "DUET's schedule", "duet_plus's drops", "at its last entry: points against duet_plus; wins : losses"]
     return table(head, lines)
 
 
@@ -122,7 +120,7 @@ def unguided(task: str) -> str:
 def against(task: str, name: str) -> str:
     """Accuracy, and points more or less than the reference, by budget."""
     runs = [row for row in done(task, name) if row["beside"]]
-    return by_budget("accuracy, and points more than `duet`", runs, lambda row: columns.share(row["accuracy"]) + _more(row))
+    return by_budget("accuracy, and points against the default", runs, lambda row: columns.share(row["accuracy"]) + _more(row))
 
 
 def _more(row: Row) -> str:
@@ -198,8 +196,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "unguided_crowded": lambda: unguided("tiny-crowded"),
     "schedules_unguided": schedules_unguided,
     "random_seeds": random_seeds,
-    "steps_tiny": lambda: against("tiny", "duet_plus"),
-    "steps_crowded": lambda: against("tiny-crowded", "duet_plus"),
+    "settings_chain": lambda: against("tiny-chain", "settings"),
+    "settings_crowded": lambda: against("tiny-crowded", "settings"),
     "cost_tiny": lambda: cost("tiny", "methods"),
     **{f"ablation_{group.replace(' ', '_')}": lambda group=group: ablation(group) for group in GROUPS},  # type: ignore[misc]
 }

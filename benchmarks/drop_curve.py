@@ -29,8 +29,8 @@ def fresh(task: str, found: dict) -> dict:
     """The experiment that judges: the winner at each budget beside the fixed schedules of the contest."""
     contest = found["contest"]
     fixed = [{**cell, "budgets": list(BUDGETS)} for cell in contest["experiment"]["cells"] if cell["label"] in ("paper", "deep")]
-    cells = [  # "picks" is at its default: it gives the row a name of its own where a fixed schedule has won
-        {"method": best["method"], "budgets": [best["budget"]], "settings": {"schedule": best["schedule"], "picks": 1}, "label": "proposed"}
+    cells = [  # "tau" is at its default: it gives the row a name of its own where a fixed schedule has won
+        {"method": best["method"], "budgets": [best["budget"]], "settings": {"schedule": best["schedule"], "tau": 0.6}, "label": "proposed"}
         for best in found["best"].values()
     ]
     model = contest["experiment"]["model"]
