@@ -82,7 +82,7 @@ def is_static(cache: Any) -> bool:
 
 def capacity(cache: Any, layer: int) -> int:
     """Keys that one layer hands to attention whatever it holds: those that its tensors have room for; 0 where they grow."""
-    held = cache.layers[layer]
+    held = None if cache is None else cache.layers[layer]
     return int(held.max_cache_len) if isinstance(held, StaticLayer) else 0
 
 
