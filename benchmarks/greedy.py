@@ -26,9 +26,9 @@ BUDGETS = (0.33, 0.22, 0.11, 0.05)
 
 def run(options: Options) -> list[dict[str, Any]]:
     shape = TINY if options.quick else LLAVA
-    cases: list[tuple[str, float, dict[str, Any]]] = [("duet_plus", 0.11, {"picks": picks}) for picks in PICKS]
-    cases += [("duet_plus", budget, {"picks": 1}) for budget in BUDGETS if budget != 0.11]
-    cases += [("scope", 0.11, {"picks": 1}), ("divprune", 0.11, {}), ("duet", 0.11, {})]
+    cases: list[tuple[str, float, dict[str, Any]]] = [("scope", 0.11, {"picks": picks}) for picks in PICKS]
+    cases += [("duet_plus", budget, {}) for budget in BUDGETS]
+    cases += [("divprune", 0.11, {}), ("duet", 0.11, {})]
     with torch.inference_mode():
         sides: dict[str, Callable[[], object]] = {"prefill": reader(build(shape), shape, encoded=True)}
         for method, budget, fields in cases:

@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import decode
 import greedy
+import overhead
 import prefill
 import t2v
 import torch
@@ -21,7 +22,7 @@ from common import HERE, Options, say, write
 
 BENCHMARKS = {
     "v2v": v2v.run, "greedy": greedy.run, "t2v": t2v.run, "decode": decode.run, "prefill": prefill.run, "tower": tower.run,
-    "train_step": train_step.run,
+    "overhead": overhead.run, "train_step": train_step.run,
 }  # fmt: skip
 
 

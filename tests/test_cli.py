@@ -485,7 +485,7 @@ def test_ctrl_c_ends_all_processes_quietly(tmp_path: Path) -> None:
         time.sleep(0.5)  # the workers import
         os.killpg(process.pid, signal.SIGINT)
         try:
-            out, said = process.communicate(timeout=60)
+            out, said = process.communicate(timeout=180)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)

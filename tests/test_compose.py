@@ -131,7 +131,7 @@ def test_a_method_of_somebody_else_names_its_usual_drops_itself(monkeypatch: pyt
         paper = summary = "-"
         at: int | None = None
 
-        def with_drops(self, depth: int) -> HalfWay:
+        def with_drops(self, depth: int, share: float | None = None) -> HalfWay:
             return self if self.at is not None else dataclasses.replace(self, at=depth // 2)
 
         def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:

@@ -21,7 +21,7 @@ import duet_vlm
 from duet_vlm import loading, tiny
 from duet_vlm.cli.main import app
 from duet_vlm.evaluate import statistics
-from duet_vlm.evaluate.answer import alive, answer, attached, inputs_of
+from duet_vlm.evaluate.answer import alive, answer, attached, inputs_of, reads_elsewhere
 from duet_vlm.evaluate.experiment import Experiment, Run, cells_of, from_json, read
 from duet_vlm.evaluate.journal import Journal, alone
 from duet_vlm.evaluate.oracle import Oracle
@@ -175,6 +175,18 @@ def test_sharing_really_skips_the_layers(loaded: Loaded) -> None:
                 loaded.model(**inputs)
     hook.remove()
     assert calls == [1]
+
+
+def test_methods_that_name_vision_layers_are_not_given_shared_ones(loaded: Loaded) -> None:
+    """Whoever stands first in the batch: a method answers as it does alone."""
+    questions = [task("tiny").ask(5, i) for i in range(4)]
+    elsewhere = [Run("hired", 0.11), Run("vscan", 0.22), Run("visionzip", 0.11, {"signal_layer": 2}), Run("evit+duet", 0.11)]
+    runs = [Run("none"), Run("duet", 0.11), *elsewhere]
+    together = answer(loaded, runs, questions, 3)
+    assert {run.id: answer(loaded, [run], questions, 3)[run.id] for run in runs} == together
+    for run in runs:
+        with attached(loaded, run, questions) as handle:
+            assert reads_elsewhere(handle.reducer) is (run in elsewhere)
 
 
 def test_the_oracle_keeps_what_the_answer_needs(loaded: Loaded) -> None:

@@ -133,7 +133,7 @@ def test_check_schedule_alone() -> None:
     ("method", "options"),
     [
         ("duet", {"budget": np.int64(9)}),
-        ("duet_plus", {"budget": np.float32(0.4), "alpha": np.float64(1.5), "picks": np.int64(2)}),
+        ("duet_plus", {"budget": np.float32(0.4), "alpha": np.float64(1.5), "tau": np.float32(0.5)}),
         ("duet", {"dominant": np.int64(5), "contextual": np.int32(2), "schedule": [[np.int64(3), np.float32(0.7)]]}),
         ("frames+duet", {"budget": np.float64(0.4), "duet_cluster_width": np.int64(3)}),
     ],

@@ -431,13 +431,13 @@ def test_thresholds_account_for_what_they_leave(family: str, method: str, towers
 
 
 def test_no_more_enters_than_the_tower_leaves() -> None:
-    method = duet_vlm.compose(duet_vlm.get("contrast")(keep=0.3), duet_vlm.get("duet_plus")())
+    method = duet_vlm.compose(duet_vlm.get("contrast")(keep=0.3), duet_vlm.get("duet")())
     with pytest.warns(UserWarning, match=r"\d+ of 576 tokens would enter the decoder, but the tower leaves 172"):
         plan = method.plan(576, 32, 0.25)
     assert plan.entry == plan.tower == 172 and plan.mean <= 0.25 * 576 < plan.mean + 3
     free = duet_vlm.get("contrast+duet_plus")().plan(576, 32, 0.11)
     assert free.tower == 323 and free.entry == duet_vlm.get("duet_plus")().plan(576, 32, 0.11).entry
-    wide = duet_vlm.get("contrast+duet_plus")().plan(576, 32, 0.25)
+    wide = duet_vlm.get("contrast+duet")().plan(576, 32, 0.25)
     assert wide.tower == min(576, -(-3 * wide.entry // 2))
     drops = duet_vlm.get("contrast+pyramiddrop")().plan(576, 32, 0.2)
     assert drops.entry == drops.tower == 323 and drops.mean <= 0.2 * 576

@@ -256,15 +256,25 @@ def tome_entry(keys: Matrix, count: int, order: str, pace: int) -> list[list[int
 
 
 def duet_plus_entry(
-    importance: Sequence[float], keys: Matrix, count: int, alpha: float, pool: float, tau: float
+    importance: Sequence[float], rows: Matrix, count: int, alpha: float, pool: float, tau: float
 ) -> tuple[list[int], dict[int, list[int]]]:
     """Chosen tokens in raster order, and for each the tokens that merge into it: of the floor(pool * count) most important others those
     whose most similar chosen token is closer than ``tau``."""
-    chosen = sorted(scope_entry(importance, keys, count, alpha))
+    most = max(importance, default=1.0)
+    weight = [(value / most) ** alpha for value in importance]
+    size = range(len(rows))
+    kernel = [[weight[i] * weight[j] * (0.05 * (i == j) + cosine(rows[i], rows[j])) for j in size] for i in size]
+    chosen: list[int] = []
+    while len(chosen) < count:  # what the chosen leave unexplained, by elimination
+        best_left = max((i for i in size if i not in chosen), key=lambda i: (round(kernel[i][i], 9), -i))
+        pivot = kernel[best_left]
+        kernel = [[value - row[best_left] * pivot[j] / pivot[best_left] for j, value in enumerate(row)] for row in kernel]
+        chosen.append(best_left)
+    chosen.sort()
     clusters: dict[int, list[int]] = {token: [] for token in chosen}
-    offered = best(importance, [i not in chosen for i in range(len(keys))], math.floor(pool * count + 1e-9)) if chosen else []
+    offered = best(importance, [i not in chosen for i in size], math.floor(pool * count + 1e-9)) if chosen else []
     for token in offered:
-        likeness = [cosine(keys[token], keys[other]) for other in chosen]
+        likeness = [cosine(rows[token], rows[other]) for other in chosen]
         nearest = first_largest(likeness)
         if likeness[nearest] > tau + 1e-9:
             clusters[chosen[nearest]].append(token)

@@ -288,9 +288,9 @@ class DecoderReducer(Reducer):
         """Whether queries or keys of a layer are made to decide."""
         return cls.uses_text or bool(cls.needs & {"keys", "among"})
 
-    def with_drops(self, depth: int) -> DecoderReducer:
+    def with_drops(self, depth: int, share: float | None = None) -> DecoderReducer:
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
-        that its paper uses."""
+        that its paper uses; ``share``: of a span's tokens, that the budget allows, where there is one."""
         return self
 
     def asked(self, depth: int) -> frozenset[int]:

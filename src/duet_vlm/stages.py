@@ -104,7 +104,7 @@ class StagedReducer(DecoderReducer):
             counts[layer:] = [min(max(kept, self.least), there)] * (depth - layer)
         return tuple(counts)
 
-    def with_drops(self: Self, depth: int) -> Self:
+    def with_drops(self: Self, depth: int, share: float | None = None) -> Self:
         return self if self.schedule is not None else replace(self, schedule=self.at_depth(depth))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import duet_vlm
-from duet_vlm import BudgetError, Reducer, SpanTrace
+from duet_vlm import BudgetError, EncoderReducer, Reducer, SpanTrace
 from duet_vlm.evaluate.experiment import ORACLE, Run
 from duet_vlm.evaluate.frames import WholeFrames
 from duet_vlm.evaluate.oracle import Oracle
@@ -78,7 +78,7 @@ def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], m
     out = {}
     for run in runs:
         try:
-            with contextlib.nullcontext() if reads_elsewhere(run) else shared.reused(), attached(loaded, run, questions) as handle, torch.no_grad():
+            with attached(loaded, run, questions) as handle, sharing(shared, handle.reducer), torch.no_grad():
                 salient = run.settings.get("text_query") == "salient"
                 inputs = inputs_of(loaded, questions, salient=True) if salient else plain
                 made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -89,11 +89,16 @@ def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], m
     return out
 
 
-def reads_elsewhere(run: Run) -> bool:
-    """Whether a run may look at lower vision layers than methods do by default, or run them on fewer rows."""
-    stages = map(duet_vlm.methods().get, run.method.split("+"))
-    in_tower = any(getattr(stage, "reduces_in_tower", False) for stage in stages)
-    return run.preset is not None or run.settings.get("signal_layer") is not None or in_tower
+def sharing(shared: SharedVision, reducer: Reducer) -> contextlib.AbstractContextManager[None]:
+    """Lend the lower vision layers to a method that neither looks at them nor runs them on fewer rows."""
+    return contextlib.nullcontext() if reads_elsewhere(reducer) else shared.reused()
+
+
+def reads_elsewhere(reducer: Reducer) -> bool:
+    """Whether a method looks at other vision layers than most do by default, or runs them on fewer rows."""
+    if not isinstance(reducer, EncoderReducer):
+        return False
+    return reducer.reduces_in_tower or (bool(reducer.signals) and set(reducer.signal_layers) != {None})
 
 
 def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[Question]) -> Outcome:

@@ -125,5 +125,5 @@ class StagedClipReducer(ClipReducer, DecoderReducer):
         target = target_mean(budget, tokens)
         return whole(tokens, depth) if target >= tokens else scheduled(self, schedule, tokens, depth, target)
 
-    def with_drops(self: Self, depth: int) -> Self:
+    def with_drops(self: Self, depth: int, share: float | None = None) -> Self:
         return self if self.schedule is not None else replace(self, schedule=self.at_depth(depth))

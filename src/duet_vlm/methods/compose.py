@@ -285,11 +285,13 @@ class Composition(EncoderReducer):
     def _solved(self, second: DecoderReducer, tokens: int, depth: int, target: float) -> SpanPlan:
         """The largest entry whose mean under the drops is within ``target``; if all tokens leave budget over, the drops keep more: those of
         a larger number than there is, at last the stages that drop everything."""
-        drops = second.with_drops(depth)
+        drops = second.with_drops(depth, target / tokens)
 
         def counts(entry: int, end: int) -> tuple[int, ...]:
             return tuple(accumulate((min(kept, tokens) or end for kept in drops.plan(entry, depth, None).counts), min))
 
+        if not within(counts(1, 0), target):
+            drops = second.with_drops(depth, 0.0)  # the earliest that it has: of a few tokens one may still enter
         entry = largest(tokens << 30, lambda n: within(counts(n, 0), target))
         if entry < 1:
             raise infeasible(self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder")

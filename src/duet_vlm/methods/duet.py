@@ -156,7 +156,7 @@ class Duet(EncoderReducer, DecoderReducer):
         contextual = min(max(1, round(entry * (0.023 if entry >= 0.45 * tokens else 0.17))), entry - 1)
         return replace(plan, dominant=entry - contextual, contextual=contextual)
 
-    def with_drops(self, depth: int) -> Duet:
+    def with_drops(self, depth: int, share: float | None = None) -> Duet:
         return self if self.schedule is not None else replace(self, schedule=paper_schedule(depth))
 
     # ---- which

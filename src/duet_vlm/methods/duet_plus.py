@@ -1,7 +1,8 @@
-"""DUET+: cover the image with salient vision tokens, merge the most salient of the rest, then drop inside the decoder by text attention."""
+"""DUET+: salient vision tokens that are not alike, the most salient of the rest merged, then drops inside the decoder by text attention."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from duet_vlm.budget import (
     EPSILON,
     Budget,
+    BudgetError,
     Keep,
     Schedule,
     SpanPlan,
@@ -20,60 +22,65 @@ from duet_vlm.budget import (
     layer_counts,
     target_mean,
 )
-from duet_vlm.ops.greedy import cosine, cover
+from duet_vlm.ops.greedy import cosine, determinantal
 from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.ops.select import ranking, top
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, check_picks, scheduled, whole
+from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, scheduled, whole
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 
+AMPLE, LEAN = 0.14, 0.1  # of a picture: from here on a budget needs no drops; below, they come earlier the less it is
+FLOOR = 0.05  # of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
 
-def deep_schedule(depth: int) -> Schedule:
-    """Four drops instead of DUET's two, the first of them earlier ([8, 14, 22, 28] of 32 layers): 2.2 times the budget enters, not 1.6.
 
-    Chosen on validation questions of the embedded generator, for its decoder of 12 layers; other depths take the same fractions.
+def tapered_schedule(depth: int, share: float | None = None) -> Schedule:
+    """Drops by the ``share`` of its tokens that a budget leaves a picture: none where that is ample; DUET's (half of what entered from half of the
+    depth on, none from three quarters on); below ``LEAN`` less from a quarter on, and half of that.
+
+    What a question needs must enter, and what it needs late must not be dropped early: with few tokens the first counts more, with many the second.
+    Chosen on validation questions of both embedded tasks (benchmarks/NOTES.md).
     """
-    return tuple({max(1, depth // 4): 0.6, max(1, 7 * depth // 16): 0.3, max(1, 11 * depth // 16): 0.1, 7 * depth // 8: 0.0}.items())
+    if share is not None and share >= AMPLE:
+        return ()
+    early = min(1.0, (LEAN if share is None else share) / LEAN)
+    return tuple({max(1, depth // 4): early, max(1, depth // 2): early / 2, max(1, 3 * depth // 4): 0.0}.items())
 
 
 @register("duet_plus")
 @dataclass(frozen=True)
 class DuetPlus(EncoderReducer, DecoderReducer):
-    """DUET-VLM with another first stage and more, earlier drops (ours; after SCOPE, NeurIPS 2025, and DUET-VLM, arXiv 2602.18846).
+    """DUET-VLM (arXiv 2602.18846) with another first stage, after CDPruner (arXiv 2506.10967), and drops that depend on the budget (ours).
 
-    V2V picks one token after the other by gain in coverage (how much more similar every token becomes to its most similar chosen one,
-    cosine of mean keys) times saliency to the power ``alpha``. Of the others only the most salient are merged, each into the chosen token
-    most like it, and only where the two are close. T2V drops between decoder layers by text attention as DUET-VLM does; dropping more at
-    several layers lets more tokens enter at the same mean.
+    V2V picks one token after the other by the largest determinant of w_i cos(i, j) w_j, where w is saliency to the power ``alpha`` and the cosine is
+    that of the rows that are reduced: salient tokens that are not alike. Of the others only the most salient are merged, each into the chosen
+    token most like it, and only where the two are close. T2V drops between decoder layers by text attention as DUET-VLM does, where the
+    budget is too small to let the picture through.
 
     Parameters
     ----------
     keep : int or float, optional
         Rows per span that enter the decoder, or the fraction of its tokens. Left out with ``schedule`` given: no V2V.
     alpha : float
-        Weight of saliency in the choice: 0 is pure coverage.
+        Weight of saliency in the choice: 0 looks for unlike tokens only.
     pool : float
         How many of the tokens that were not chosen may merge, per chosen token; the most salient ones. 0 merges nothing.
     tau : float
-        Least cosine of mean keys between a token and the one it merges into.
-    picks : int
-        Tokens chosen per step (``ops.greedy.cover``): fewer, hardly larger steps where launching kernels is what costs.
+        Least cosine between a token and the one it merges into.
     schedule : ((layer, keep), ...), optional
-        T2V drops, as in ``Duet``; default ``deep_schedule``. With a budget: fractions, and as many tokens enter as it allows.
+        T2V drops, as in ``Duet``; default ``tapered_schedule``. With a budget: fractions, and as many tokens enter as it allows.
 
-    Cost: as ``Duet``, and an N x N table of similarities and per chosen token one pass over it; 8 N^2 bytes. Needs: vision attention,
-    vision keys, text after the image; no CLS row. Usable in training (the choice carries no gradient, merged rows do).
+    Cost: as ``Duet``, and an N x N table of cosines and per chosen token one pass over the rows chosen so far; 8 N^2 bytes. Needs: vision attention,
+    text after the image; no CLS row. Usable in training (the choice carries no gradient, merged rows do).
     """
 
-    paper = "ours, after SCOPE and DUET-VLM"
-    summary = "cover the image with salient vision tokens, merge close ones (V2V); drop by text attention inside the decoder (T2V)"
-    signals = frozenset({"importance", "keys"})
+    paper = "ours, after CDPruner and DUET-VLM"
+    summary = "keep salient vision tokens that are unlike each other, merge close ones (V2V); drop by text attention inside the decoder (T2V)"
+    signals = frozenset({"importance"})
 
     keep: Keep | None = None
-    alpha: float = 2.0
+    alpha: float = 0.5
     pool: float = 0.5
     tau: float = 0.6
-    picks: int = 1
     schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
@@ -85,29 +92,35 @@ class DuetPlus(EncoderReducer, DecoderReducer):
                 raise ValueError(f"{name}={getattr(self, name)}: must be a number of at least 0")
         if not -1 <= self.tau <= 1:
             raise ValueError(f"tau={self.tau}: a cosine, give a number in [-1, 1] (pool=0 turns merging off)")
-        check_picks(self.picks)
         if self.schedule is not None:
             object.__setattr__(self, "schedule", check_schedule(self.schedule))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.keep is not None or (budget is None and self.schedule is not None), "keep=, schedule=")
-        schedule = deep_schedule(depth) if self.schedule is None else self.schedule
         if budget is None:
+            schedule = tapered_schedule(depth) if self.schedule is None else self.schedule
             entry = tokens if self.keep is None else count_of(self.keep, tokens)
             return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, schedule))
-        if any(isinstance(kept, int) for _, kept in schedule):
-            raise ValueError(f"schedule={schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts")
+        if any(isinstance(kept, int) for _, kept in self.schedule or ()):
+            raise ValueError(f"schedule={self.schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts")
         target = target_mean(budget, tokens)
-        return whole(tokens, depth) if target >= tokens else scheduled(self, schedule, tokens, depth, target)
+        if target >= tokens:
+            return whole(tokens, depth)
+        if self.schedule is not None:
+            return scheduled(self, self.schedule, tokens, depth, target)
+        with contextlib.suppress(BudgetError):
+            return scheduled(self, tapered_schedule(depth, target / tokens), tokens, depth, target)
+        return scheduled(self, tapered_schedule(depth, 0.0), tokens, depth, target)  # of a few tokens one can still enter
 
-    def with_drops(self, depth: int) -> DuetPlus:
-        return self if self.schedule is not None else replace(self, schedule=deep_schedule(depth))
+    def with_drops(self, depth: int, share: float | None = None) -> DuetPlus:
+        return self if self.schedule is not None else replace(self, schedule=tapered_schedule(depth, share))
 
     def v2v(self, view: VisionView) -> Selection:
-        assert view.importance is not None and view.keys is not None  # promised by ``signals``
+        assert view.importance is not None and view.features is not None  # promised by ``signals``; always there
         steps = max(plan.dominant for plan in view.plans)
-        similarity = cosine(view.keys, view.valid)
-        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks)
+        similarity, weight = cosine(view.features, view.valid), self.weight(view.importance, view.valid)
+        kernel = (similarity + FLOOR * torch.eye(similarity.shape[1], device=similarity.device)) * weight[:, None] * weight[:, :, None]
+        chosen = determinantal(kernel, view.valid, view.dominant, steps)
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]
@@ -119,6 +132,13 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         offered = torch.minimum(torch.tensor(pools, device=into.device), rest.sum(1))
         joins = (torch.arange(members.shape[1], device=into.device) < offered[:, None]) & (nearest > self.tau)
         return Selection(index, valid, members, into.masked_fill(~joins, -1))
+
+    def weight(self, importance: Tensor, valid: Tensor) -> Tensor:
+        """Saliency to the power ``alpha`` over the largest of the span, 0 for padding: [B, N]. A row that must come first stays in front."""
+        first = importance == torch.finfo(torch.float32).max
+        most = importance.masked_fill(first | ~valid, 0.0).amax(1, keepdim=True)
+        share = (importance / most.clamp(min=torch.finfo(importance.dtype).tiny)).clamp(max=1.0) ** self.alpha
+        return torch.where(first, 2.0, share).masked_fill(~valid, 0.0)
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``

@@ -121,7 +121,7 @@ class PyramidDrop(DecoderReducer):
             return largest_of(lambda weight: between(early, late, weight))
         return largest_of(lambda share: pyramid(depth, EARLY, share))
 
-    def with_drops(self, depth: int) -> PyramidDrop:
+    def with_drops(self, depth: int, share: float | None = None) -> PyramidDrop:
         return self if self.schedule is not None else replace(self, schedule=pyramid(depth, LATE, LATE_SHARE))
 
     def t2v(self, view: TextView) -> Tensor:

@@ -73,7 +73,7 @@ class Stateful(DecoderReducer):
         shares = (1 - (1 - self.end) * (layer / depth) ** power if layer else 1.0 for layer in range(depth))
         return tuple(math.floor(tokens * share + EPSILON) for share in shares)
 
-    def with_drops(self, depth: int) -> Stateful:
+    def with_drops(self, depth: int, share: float | None = None) -> Stateful:
         return self if self.power is not None else replace(self, power=1.0)
 
     def t2v(self, view: TextView) -> Tensor:

@@ -118,7 +118,7 @@ class VScan(EncoderReducer, DecoderReducer):
             raise ValueError(f"{self.name}: keep={asked} has {asked // 2} local tokens for {each} windows: give at least {2 * each}")
         return asked // 2 // each * each + asked - asked // 2
 
-    def with_drops(self, depth: int) -> VScan:
+    def with_drops(self, depth: int, share: float | None = None) -> VScan:
         return self if self.schedule is not None else replace(self, schedule=halfway(depth))
 
     def v2v(self, view: VisionView) -> Selection:

@@ -13,6 +13,7 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import take
 from duet_vlm.ops.select import ranking, ranks
 
+TIE = 1e-5  # of the largest: closer than that, additions in another order would decide, and the lowest index is taken
 RANK = 1e-6  # of its own entry of a kernel: what rounding leaves of a token that is explained wholly
 
 
@@ -123,7 +124,8 @@ def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> T
     out_of_play = torch.zeros_like(left).masked_fill(~valid, float("-inf"))
     parts, order = kernel.new_zeros(len(kernel), max(steps, 1), kernel.shape[1]), []
     for step in range(steps):
-        best = (left + out_of_play).argmax(1, keepdim=True)
+        score = left + out_of_play
+        best = (score >= score.amax(1, keepdim=True) * (1 - TIE)).int().argmax(1, keepdim=True)
         out_of_play.scatter_(1, best, float("-inf"))
         order.append(best)
         known, mine = parts[:, :step], parts[:, :step].gather(2, best[:, None].expand(-1, step, -1))

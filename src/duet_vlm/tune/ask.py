@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm import BudgetError
-from duet_vlm.evaluate.answer import attached, inputs_of, reads_elsewhere
+from duet_vlm.evaluate.answer import attached, inputs_of, sharing
 from duet_vlm.evaluate.experiment import BASELINE, Run
 from duet_vlm.evaluate.journal import Journal
 from duet_vlm.evaluate.shared import SharedVision
@@ -103,8 +102,7 @@ def answers(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], 
     out: dict[str, dict[str, Any]] = {}
     for run in runs:
         try:
-            reuse = contextlib.nullcontext() if reads_elsewhere(run) else shared.reused()
-            with reuse, torch.no_grad(), contextlib.nullcontext() if run.method == BASELINE else attached(loaded, run, questions):
+            with attached(loaded, run, questions) as handle, sharing(shared, handle.reducer), torch.no_grad():
                 salient = run.settings.get("text_query") == "salient"
                 inputs = inputs_of(loaded, questions, salient=True) if salient else plain
                 made = loaded.model.generate(

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from duet_vlm.evaluate.curve import FIXED, check_takes_schedules, usual
+from duet_vlm.evaluate.curve import FIXED, check_takes_schedules
 from duet_vlm.evaluate.experiment import Experiment, Run
 from duet_vlm.models.find import adapter_for
 
@@ -37,7 +37,7 @@ def candidates(
             if name == OWN:
                 cells.append({"method": method, "budgets": list(budgets), "settings": settings})
             elif _takes_schedules(method, depth):
-                drops = [list(stage) for stage in usual(FIXED[name], depth)]
+                drops = [list(stage) for stage in FIXED[name](depth)]
                 cells.append({"method": method, "budgets": list(budgets), "settings": settings | {"schedule": drops}, "label": f"{method}, {name}"})
     if not cells:
         names = ", ".join(method for method, _ in methods)
