@@ -326,30 +326,6 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     assert not journal.exists()
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
-def test_a_killed_worker_is_said_and_the_command_goes_on(tmp_path: Path) -> None:
-    """SIGKILL to one of two workers: one line says what to do, and the same command asks only what is not recorded."""
-    command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "uniform", "--budgets", "0.11", "--limit", "80", "--device", "cpu"]
-    command += ["--batch", "4", "--timing-rounds", "0"]
-    environment, journal = os.environ | {"OMP_NUM_THREADS": "1"}, tmp_path / "killed/tiny/results/eval.partial.jsonl"
-    two = [*command, "--workers", "2", "--out", str(tmp_path / "killed")]
-    with subprocess.Popen(two, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and (not journal.exists() or journal.read_text().count("\n") < 3):
-            time.sleep(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        (first, _) = [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
-        os.kill(first, signal.SIGKILL)
-        said = process.communicate(timeout=120)[1]
-    assert process.returncode not in (0, None) and "a worker process died" in said and "run the same command again" in said, said
-    before = journal.read_text()
-    assert 2 <= before.count("\n") - 1 < 20, "the worker was not killed in the middle"
-    subprocess.run(two, env=environment, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run([*command, "--workers", "1", "--out", str(tmp_path / "whole")], env=environment, check=True, stdout=subprocess.DEVNULL)
-    assert same(*(load(tmp_path / name / "tiny/results/eval.json") for name in ("killed", "whole")))
-
-
 def test_a_run_that_is_added_is_asked_alone(result: dict[str, Any], tmp_path: Path) -> None:
     fewer = Experiment("tiny", CELLS[:1] + CELLS[2:], seeds=(0, 3), limit=7, batch=4)
     run_experiment(fewer, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
