@@ -257,13 +257,15 @@ def test_the_start_of_stage_one_as_the_docs_join_it(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.train
-@pytest.mark.parametrize(("config", "tune"), [("ddp.yaml", "lora"), ("fsdp2_llava.yaml", "full")])
-def test_two_processes_train_one_model_and_one_of_them_speaks(config: str, tune: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("config", "tune", "method"), [("ddp.yaml", "lora", "duet"), ("fsdp2_llava.yaml", "full", "duet"), ("ddp.yaml", "projector", "resampler")]
+)
+def test_two_processes_train_one_model_and_one_of_them_speaks(config: str, tune: str, method: str, tmp_path: Path) -> None:
     """The configurations of docs/configs with only the machine replaced."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config_for_two(config, tmp_path))]
     launch += ["--main_process_port", "0"]
     command = [*launch, "-m", "duet_vlm.cli.main", *options(tmp_path / "out", logging_steps="1", save_steps="1"), "--tune", tune]
-    command += ["--budget", "0.5,0.11"]
+    command += ["--budget", "0.5,0.11", "--method", method]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -36,7 +36,7 @@ class ConversationTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.handle.module is not None:
+        if self.handle.module is not None and self.args.should_save:  # every process comes by here
             self.handle.save_weights(Path(output_dir or self.args.output_dir))
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
