@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 HOME = ROOT / "comparison"
 CHOSEN_ON, FRESH = 900, 901  # seeds that nothing else asks
-QUESTIONS, FRESH_QUESTIONS = 240, 600
+QUESTIONS, FRESH_QUESTIONS = 240, 300
 BUDGETS = (0.11, 0.07, 0.05)
 
 

@@ -20,14 +20,15 @@ RESULTS = comparison_tables.ROOT / "tiny-video" / "results"
 def kept(name: str) -> str:
     """Every row of a result: measured tokens, accuracy, what it is of the full model's, difference to the reference."""
     result = load(RESULTS / f"{name}.json")
-    head = ["", "tokens per clip", "fewer tokens", "accuracy (95 % interval)", "% of the full model's", "points against `duet`"]
+    reference = result["experiment"]["against"]
+    head = ["", "tokens per clip", "fewer tokens", "accuracy (95 % interval)", "% of the full model's", f"points against `{reference}`"]
     places = columns.places(result)
     lines = [_line(row) for row in sorted(result["runs"], key=lambda row: (-(row["beside"] or 1), places.get(row["label"], -1)))]
     asked = result["questions"]
     seeds = ", ".join(map(str, result["experiment"]["seeds"]))
     note = f"{asked['count']:,} questions of task {result['task']} on test clips, {asked['per_seed']} for each of the seeds {seeds}, by the code of"
     note += f" commit {result['environment']['commit']};"
-    return f"{table(head, lines)}\n\n{note} ▲ and ▼ differ from `duet` at that budget (adjusted p < .05)."
+    return f"{table(head, lines)}\n\n{note} ▲ and ▼ differ from `{reference}` at that budget (adjusted p < .05)."
 
 
 def _line(row: dict[str, Any]) -> list[str]:
