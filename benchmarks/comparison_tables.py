@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+import duet_vlm
 from duet_vlm.evaluate.curve import curve_of
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.markdown import table
@@ -106,6 +107,34 @@ def fronts(task: str, name: str) -> str:
     return table(head, lines)
 
 
+SPENT = {"tiny-chain": (0.33, 0.11, 0.05), "tiny-crowded": (0.33, 0.11, 0.05), "tiny-video": (0.47, 0.07)}
+
+
+def which() -> str:
+    """Percent kept by every method as it comes, on the three tasks; ordered by what is kept of chains at 11 %, those that cannot last."""
+    kept: dict[str, dict[tuple[str, float], Row]] = {}
+    for task in SPENT:
+        for row in load(ROOT / task / "results" / "methods.json")["runs"]:
+            if "+" not in row["method"] and not row["settings"] and row["method"] in duet_vlm.methods() and row["beside"] in SPENT[task]:
+                kept.setdefault(row["method"], {})[task, row["beside"]] = row
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return ""
+        return columns.percent(row["kept"]) if row["status"] == "ok" else "-"
+
+    def rank(found: dict[tuple[str, float], Row]) -> float:
+        row = found.get(("tiny-chain", 0.11))
+        return -1.0 if row is None else -row["kept"] if row["status"] == "ok" else -0.001
+
+    head = ["% kept by", *(f"{task} {budget:.0%}" for task, budgets in SPENT.items() for budget in budgets)]
+    lines = [
+        [f"`{method}`", *(cell(found.get((task, budget))) for task, budgets in SPENT.items() for budget in budgets)]
+        for method, found in sorted(kept.items(), key=lambda item: (("tiny-chain", 0.11) not in item[1], rank(item[1])))
+    ]
+    return table(head, lines)
+
+
 def unguided(task: str) -> str:
     """Kept on the shipped checkpoint and on the one finished without attention supervision, by budget."""
     guided = {row["id"]: row for row in done(task, "methods")}
@@ -138,12 +167,6 @@ def schedules_unguided() -> str:
             shown = [columns.tokens(row["tokens"]["measured"]), columns.share(row["accuracy"]), _more(row).removeprefix(", ") or "-"]
             out.append((-row["beside"], row["label"] != "duet", [f"{row['beside']:.0%}", row["label"], *shown]))
     return table(["budget", "", "measured tokens", "accuracy", "points against duet"], [line for *_, line in sorted(out, key=lambda x: x[:2])])
-
-
-def cost(task: str, name: str) -> str:
-    """Measured prefill time beside the share of FLOPs."""
-    runs = [row for row in done(task, name) if row["beside"] and row["prefill"]]
-    return by_budget("prefill time / FLOPs, of the full model's", runs, lambda row: f"{row['prefill']['ratio']:.2f} / {row['flops_share']:.2f}")
 
 
 def random_seeds() -> str:
@@ -184,6 +207,7 @@ GROUPS = ("queries", "positions", "cluster width", "contextual share", "stages",
 BLOCKS: dict[str, Callable[[], str]] = {
     "kinds_chain": lambda: kinds("tiny-chain", "methods", 0.11),
     "recall_chain": lambda: recall("tiny-chain", "methods", 0.11),
+    "which": which,
     "fronts_chain": lambda: fronts("tiny-chain", "methods"),
     **{f"ablation_chain_{group}": lambda group=group: ablation(group, "tiny-chain") for group in CHAIN_GROUPS},  # type: ignore[misc]
     "drop_curve": proposed,
@@ -198,6 +222,5 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "random_seeds": random_seeds,
     "settings_chain": lambda: against("tiny-chain", "settings"),
     "settings_crowded": lambda: against("tiny-crowded", "settings"),
-    "cost_tiny": lambda: cost("tiny", "methods"),
     **{f"ablation_{group.replace(' ', '_')}": lambda group=group: ablation(group) for group in GROUPS},  # type: ignore[misc]
 }

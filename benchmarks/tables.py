@@ -190,7 +190,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 PAGES = (
     "README.md", "docs/clips-from-files.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md",
     "docs/drop-curve.md", "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md",
-    "docs/scale.md", "docs/works-with.md", "docs/trained-compressors.md", "benchmarks/README.md", "benchmarks/NOTES.md",
+    "docs/scale.md", "docs/which-method.md", "docs/works-with.md", "docs/trained-compressors.md", "benchmarks/README.md", "benchmarks/NOTES.md",
 )  # fmt: skip
 
 
