@@ -70,7 +70,7 @@ def _compare(options: Options, shape: Shape, methods: tuple[str, ...], pairs: in
             except (duet_vlm.BudgetError, TypeError, ValueError) as error:
                 rows.append({"name": f"{method}, {unit}", "status": "left out", "reason": str(error)})
                 continue
-            ours = Timing(tuple(clock.spent[-len(times["full"].seconds):]))
+            ours = Timing(tuple(clock.spent[-len(times["full"].seconds) :]))
             layer = Timing(tuple(seconds / of_layers for seconds in times["full"].seconds))
             cost = report.observed.ranking_flops + report.observed.selection_flops
             predicted = of_layers * cost / report.full.decoder_flops

@@ -30,8 +30,10 @@ def run(options: Options) -> list[dict[str, Any]]:
         _compare(options, llava, "tower with CLS, last layer unread", 21, bare=True),
         _compare(options, llava, "tower and projector", 9, bare=False),
         _compare(options, qwen, "tower without CLS", 9, bare=True, target=TARGETS["qwen2_5_vl"]),
-        *(_compare(options, page, f"page of {4 * page.side**2:,} patches, {who}", 5, bare=True, target=target, signal_queries=queries)
-          for who, queries, target in (("256 rows ask", 256, TARGETS["page"]), ("all rows ask", None, None))),
+        *(
+            _compare(options, page, f"page of {4 * page.side**2:,} patches, {who}", 5, bare=True, target=target, signal_queries=queries)
+            for who, queries, target in (("256 rows ask", 256, TARGETS["page"]), ("all rows ask", None, None))
+        ),
     ]
 
 

@@ -1,6 +1,5 @@
 """The tiny video model: its processor, its recipe, and the shipped weights."""
 
-
 import numpy as np
 import pytest
 import torch

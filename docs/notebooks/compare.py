@@ -15,6 +15,7 @@ print(samples[0].question, "->", samples[0].answer)
 # %% [markdown]
 # Share of right answers, and visual tokens per layer as the report measured them.
 
+
 # %%
 def right():
     found = 0

@@ -55,6 +55,7 @@ with duet_vlm.attach(model, "grid_and_text", budget=0.7) as handle:
 # %% [markdown]
 # What it returns is checked: a method that keeps too many is told so by name.
 
+
 # %%
 @duet_vlm.register("greedy_guest")
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.memory import BESIDE
 from duet_vlm.reducer import EncoderReducer, constant
 
 FORMAT = 1
-BESIDE = "duet_vlm.safetensors"  # in the folder of a checkpoint
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from duet_vlm.accounts import decoder_terms, samples_of, selection_cost
 from duet_vlm.budget import Budget, SpanPlan, Stages, check_budget
 from duet_vlm.checks import check, facts, hooked
-from duet_vlm.compressor import BESIDE, store, stored
+from duet_vlm.compressor import store, stored
 from duet_vlm.flow.cache import Run, static
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
@@ -28,6 +28,7 @@ from duet_vlm.flow.traffic import Traffic
 from duet_vlm.flow.verify import raise_if_wrong
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
+from duet_vlm.memory import BESIDE
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer, with_fields
 from duet_vlm.tokens import SpanTrace

@@ -8,21 +8,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from duet_vlm.budget import Budget
-from duet_vlm.compressor import BESIDE
 from duet_vlm.settings import plain
 
 if TYPE_CHECKING:
     from duet_vlm.reducer import Reducer
 
 KEY = "duet_vlm"  # of the config
+BESIDE = "duet_vlm.safetensors"  # weights of a method's own, in the folder of a checkpoint
 PARTS = {"method", "budget", "settings"}
 
 
 def record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     """What is written down: the method, the budget, and the settings that are not the method's defaults."""
-    changed = {
-        field.name: getattr(reducer, field.name) for field in dataclasses.fields(reducer) if getattr(reducer, field.name) != field.default
-    }
+    changed = {field.name: getattr(reducer, field.name) for field in dataclasses.fields(reducer) if getattr(reducer, field.name) != field.default}
     return {"method": reducer.name, "budget": plain(budget), "settings": changed}
 
 

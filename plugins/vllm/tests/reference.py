@@ -1,6 +1,6 @@
 """Writes references/FAMILY.json: what transformers with ``duet_vlm.attach`` answers, first stage only. Needs no vLLM.
 
-    python plugins/vllm/tests/reference.py llava llava_next llava_onevision internvl qwen2_5_vl qwen2_vl qwen3_vl
+python plugins/vllm/tests/reference.py llava llava_next llava_onevision internvl qwen2_5_vl qwen2_vl qwen3_vl
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ def answer(model: Any, processor: Any, text: str, images: list[Any], settings: d
     given = {name: value for name, value in settings.items() if name != "method"} | {"positions": positions}
     given |= {"schedule": ()} if "schedule" in cls.__dataclass_fields__ else {}
     with duet_vlm.attach(model, cls(**given)) as handle, torch.no_grad():
-        out = model.generate(
-            **inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True
-        )
+        out = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None, return_dict_in_generate=True, output_logits=True)
         spans = handle.trace[0] if images else []
     rows = count - sum(span.span.tokens - (len(span.stages[0].kept) if span.stages else span.span.tokens) for span in spans)
     tokens = out.sequences[0, count:].tolist()

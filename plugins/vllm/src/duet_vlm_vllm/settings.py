@@ -19,7 +19,7 @@ def served(config: Any, positions: str) -> Served:
     """
     given = getattr(config, KEY, None)
     if given is None:
-        raise ValueError(f"this architecture reduces visual tokens and needs settings: --hf-overrides '{{\"{KEY}\": {{\"budget\": 64}}, ...}}'")
+        raise ValueError(f'this architecture reduces visual tokens and needs settings: --hf-overrides \'{{"{KEY}": {{"budget": 64}}, ...}}\'')
     return _served(json.dumps(given, sort_keys=True), positions)
 
 
