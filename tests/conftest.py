@@ -16,7 +16,9 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden-dir", type=Path, default=Path(__file__).parent / "golden", help="folder of recorded cases for test_golden.py")
+    parser.addoption(
+        "--golden-dir", type=Path, default=Path(__file__).parent / "golden", help="folder of recorded cases for test_golden.py"
+    )
 
 
 USUAL = ("llava", "llava_gqa", "qwen2_5_vl")  # families whose every test is in the default tier

@@ -83,7 +83,8 @@ def test_pyramiddrop_never_jumps(tokens: int, depth: int) -> None:
     means = [sum(shares) / depth for shares in path]
     assert means == sorted(means)
     slopes = [
-        max(abs(y - x) for x, y in zip(a, b, strict=True)) / (high - low) for a, b, low, high in zip(path, path[1:], means, means[1:], strict=False)
+        max(abs(y - x) for x, y in zip(a, b, strict=True)) / (high - low)
+        for a, b, low, high in zip(path, path[1:], means, means[1:], strict=False)
     ]
     before = None
     for budget in range(math.ceil(tokens * means[0]), tokens + 1):

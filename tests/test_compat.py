@@ -56,7 +56,9 @@ def test_our_padded_masks_are_the_stock_masks(attention: str, new: int) -> None:
     cache = uneven_cache(config)
     padding = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1, 1][: FILLED[1] + new]])
     hidden = torch.zeros(1, new, 64)
-    stock = create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=padding, past_key_values=cache, position_ids=None, layer_idx=1)
+    stock = create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=padding, past_key_values=cache, position_ids=None, layer_idx=1
+    )
     assert torch.equal(compat.decoder_mask(config, hidden, padding, cache, 1), stock)
 
 

@@ -31,7 +31,6 @@ ROOT = Path(__file__).parents[1]
 FAMILIES_OF_CONFIGS = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 TIMEOUT = 240  # seconds; a rank that waits for ever is a failure
 
-
 @functools.lru_cache
 def single(family: str, tower: str, reduced: bool = True) -> tuple[Curve, dict[str, torch.Tensor], dict[str, torch.Tensor], float]:
     """One process on the joined batches: curve, weights before and after, and the loss of an evaluation on the second step's samples."""

@@ -359,7 +359,6 @@ def test_attention_mask_of_the_wrong_length_in_the_prompt(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_to_keep_with_labels(family: str, kept: Any) -> None:
     message = r"logits_to_keep cannot be combined with labels while tokens are dropped"
-
     def run(model, inputs):
         return forward(model, inputs, labels=inputs["input_ids"].masked_fill(inputs["input_ids"] == PAD, -100), logits_to_keep=kept)
 

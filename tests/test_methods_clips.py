@@ -444,14 +444,7 @@ def test_notes_must_fit() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        "frames+vidcom2",
-        "evs+fastvid",
-        "vidcom2+pyramiddrop",
-        "holitom+duet",
-        "dycoke+prunevid",
-        "visionzip+holitom",
-        "metok+duet",
-        "evs+metok",
+        "frames+vidcom2", "evs+fastvid", "vidcom2+pyramiddrop", "holitom+duet", "dycoke+prunevid", "visionzip+holitom", "metok+duet", "evs+metok",
         "evs+fastvid+pyramiddrop",
     ],
 )

@@ -112,9 +112,8 @@ def agree(head: list[str], rows: dict[str, list[str]], result: dict[str, Any]) -
             near(number, truth * scale, where)
             compared += 1
             if title in INTERVALS and rest:
-                for edge, expected in zip(
-                    re.findall(r"(?<![\d.])[+-]?[\d.]+", rest.replace("-", " ") if " to " not in rest else rest), INTERVALS[title](run), strict=True
-                ):
+                for edge, expected in zip(re.findall(r"(?<![\d.])[+-]?[\d.]+", rest.replace("-", " ") if " to " not in rest else rest),
+                                          INTERVALS[title](run), strict=True):
                     near(edge, expected * scale, where)
                     compared += 1
     return compared

@@ -17,7 +17,7 @@ from duet_vlm.tiny.scenes import COLOR_NAMES
 
 
 def place(name: str) -> tuple[int, int]:
-    """ "b3" -> (row 2, column 1)."""
+    """"b3" -> (row 2, column 1)."""
     return int(name[1]) - 1, "abcd".index(name[0])
 
 

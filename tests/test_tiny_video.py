@@ -1,5 +1,6 @@
 """The tiny video model: its processor, its recipe, and the shipped weights."""
 
+
 import numpy as np
 import pytest
 import torch

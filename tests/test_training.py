@@ -49,7 +49,7 @@ def test_loss_is_the_loss_over_survivors(case: Case, side: str) -> None:
     with case.attach() as handle, torch.no_grad():
         output = model(**inputs, labels=labels)
         expected, targets = survivors_loss(output.logits, handle.slots, labels)
-        assert targets == int((labels[:, 1:] != -100).sum())  # as many as without a reducer
+        assert targets == int((labels[:, 1:] != -100).sum())   # as many as without a reducer
         assert targets >= 11
         torch.testing.assert_close(output.loss, expected)
         summed = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(6)).loss

@@ -57,23 +57,8 @@ _HOMES = {  # where each public name is found; the block above says the same to 
 }
 _ROOMS = frozenset(
     {
-        "budget",
-        "checks",
-        "contrastive",
-        "flow",
-        "handle",
-        "measure",
-        "memory",
-        "models",
-        "ops",
-        "parts",
-        "presets",
-        "reducer",
-        "registry",
-        "text",
-        "tokens",
-        "tower",
-        "vision",
+        "budget", "checks", "contrastive", "flow", "handle", "measure", "memory", "models", "ops", "parts", "presets", "reducer", "registry", "text",
+        "tokens", "tower", "vision",
     }  # fmt: skip
 )
 

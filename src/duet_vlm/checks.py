@@ -25,7 +25,9 @@ def hooked(reducer: Reducer) -> tuple[Any, ...]:
     return (*(getattr(reducer, name, None) for name in ("signal_layers", "signals", "reads", "cls_token")), module)
 
 
-def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], processor: Any, budget: Budget | None, text_tower: Any = None) -> None:
+def check(
+    adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], processor: Any, budget: Budget | None, text_tower: Any = None
+) -> None:
     """Everything that can be known to be wrong before a call."""
     if reducer.positions == "compact" and adapter.mrope:
         raise TypeError(f"positions='compact' cannot work on {adapter.family}: its positions are grids (M-RoPE); use positions='keep'")
@@ -48,7 +50,9 @@ def check(adapter: Adapter, reducer: Reducer, plan: Callable[[int], SpanPlan], p
             _check_text_tower(adapter, reducer, text_tower, processor)
     if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient":
         if processor is None:
-            warnings.warn("text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.text.salient_mask)", stacklevel=3)
+            warnings.warn(
+                "text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.text.salient_mask)", stacklevel=3
+            )
         elif not hasattr(processor, "tokenizer"):
             raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
     stored = reducer.calibration() if isinstance(reducer, DecoderReducer) else None

@@ -139,8 +139,7 @@ def store(module: nn.Module, reducer: Compressor, facts: dict[str, Any], place: 
     ValueError
         A file with another suffix than .safetensors.
     """
-    path = Path(place)
-    path = path / BESIDE if path.is_dir() else path
+    path = _file(place)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: weights are a .safetensors file, or go into a folder that there is")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -152,11 +151,16 @@ def store(module: nn.Module, reducer: Compressor, facts: dict[str, Any], place: 
     return path
 
 
-def stored(path: str, method: str, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a file that was made by ``method`` for a model with these ``facts``, with these ``settings``."""
+def _file(place: str | Path) -> Path:
+    return Path(place) / BESIDE if Path(place).is_dir() else Path(place)
+
+
+def stored(place: str | Path, method: str, facts: dict[str, Any], settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in a file or folder that was made by ``method`` for a model with these ``facts``, with these ``settings``."""
+    path = _file(place)
     advice = f"train some for this model with 'duet-vlm train --method {method}'"
-    if not Path(path).is_file():
-        raise ValueError(f"weights={path!r}: no such file; {advice}")
+    if not path.is_file():
+        raise ValueError(f"weights={str(path)!r}: no such file; {advice}")
     try:
         with safe_open(path, "pt") as file:
             said = json.loads((file.metadata() or {})["duet_vlm_weights"])
@@ -166,11 +170,11 @@ def stored(path: str, method: str, facts: dict[str, Any], settings: dict[str, An
         made = {"method": said["method"]} | said["model"]
         chosen = {name: tuple(value) if isinstance(value, list) else value for name, value in said["settings"].items()}
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"weights={path!r} are no weights of a compressor ({error}); {advice}") from None
+        raise ValueError(f"weights={str(path)!r} are no weights of a compressor ({error}); {advice}") from None
     for name, here in ({"method": method} | facts).items():
         if made.get(name) != here:
-            raise ValueError(f"weights={path!r} were trained for a model with {name} {made.get(name)}, here it is {here}; {advice}")
+            raise ValueError(f"weights={str(path)!r} were trained for a model with {name} {made.get(name)}, here it is {here}; {advice}")
     for name, here in settings.items():
         if chosen.get(name) != here:
-            raise ValueError(f"weights={path!r} were trained with {name}={chosen.get(name)!r}, the settings say {here!r}: give them the same value")
+            raise ValueError(f"weights={str(path)!r} were trained with {name}={chosen.get(name)!r}, the settings say {here!r}: give them the same value")
     return tensors

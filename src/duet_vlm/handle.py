@@ -28,7 +28,6 @@ from duet_vlm.flow.traffic import Traffic
 from duet_vlm.flow.verify import raise_if_wrong
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
-from duet_vlm.memory import BESIDE
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer, with_fields
 from duet_vlm.tokens import SpanTrace
@@ -113,10 +112,9 @@ class Handle:
             A method without weights, no such file, or one that was trained for another model or with other settings.
         """
         compressor = self._compressor()
-        path = Path(place) / BESIDE if Path(place).is_dir() else place
         found = facts(self.adapter) | made_for(self.adapter, compressor)
         assert self.module is not None  # as there is a compressor
-        self.module.load_state_dict(stored(str(path), compressor.name, found, compressor.shape))
+        self.module.load_state_dict(stored(place, compressor.name, found, compressor.shape))
 
     def _compressor(self) -> Any:
         compressor = getattr(self.reducer, "compressor", None)

@@ -93,7 +93,8 @@ class Hooks:
         if left:
             names = ", ".join(name if count == 1 else f"{name} ({count} times)" for name, count in left.items())
             warnings.warn(
-                f"put on while a reducer was attached, and left there: {names}. What it calls of duet_vlm passes straight to what was there before",
+                f"put on while a reducer was attached, and left there: {names}. What it calls of duet_vlm passes straight to what "
+                "was there before",
                 stacklevel=5,  # whoever called detach()
             )
 

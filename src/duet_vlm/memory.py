@@ -20,7 +20,9 @@ PARTS = {"method", "budget", "settings"}
 
 def record(reducer: Reducer, budget: Budget | None) -> dict[str, Any]:
     """What is written down: the method, the budget, and the settings that are not the method's defaults."""
-    changed = {field.name: getattr(reducer, field.name) for field in dataclasses.fields(reducer) if getattr(reducer, field.name) != field.default}
+    changed = {
+        field.name: getattr(reducer, field.name) for field in dataclasses.fields(reducer) if getattr(reducer, field.name) != field.default
+    }
     return {"method": reducer.name, "budget": plain(budget), "settings": changed}
 
 

@@ -105,4 +105,6 @@ def _of_content(plan: SpanPlan, content: int) -> SpanPlan:
     if plan.entry <= most:
         return plan
     dominant = min(plan.dominant, most)
-    return replace(plan, dominant=dominant, contextual=min(plan.contextual, most - dominant), counts=tuple(min(n, most) for n in plan.counts))
+    return replace(
+        plan, dominant=dominant, contextual=min(plan.contextual, most - dominant), counts=tuple(min(n, most) for n in plan.counts)
+    )

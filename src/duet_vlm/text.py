@@ -17,7 +17,9 @@ SPACY_MODEL = "en_core_web_sm"
 SHORTEST_WORD = 3
 
 
-def query_rows(kind: str, visual: Tensor, valid: Tensor, labels: Tensor | None = None, salient: Tensor | None = None, turns: str = "first") -> Tensor:
+def query_rows(
+    kind: str, visual: Tensor, valid: Tensor, labels: Tensor | None = None, salient: Tensor | None = None, turns: str = "first"
+) -> Tensor:
     """Query rows of a batch of prompts; a row without any gets none here and falls back to the last visual token.
 
     Parameters
@@ -116,7 +118,9 @@ def _salient_columns(tokenizer: Any, prompt: str, tokens: list[int], image: int 
     return [*chosen, columns[-1]]
 
 
-def columns_of(tokenizer: Any, text: str, tokens: list[int], skip: set[int | None], special: bool = True) -> tuple[list[int], list[tuple[int, int]]]:
+def columns_of(
+    tokenizer: Any, text: str, tokens: list[int], skip: set[int | None], special: bool = True
+) -> tuple[list[int], list[tuple[int, int]]]:
     """Where each token of ``text`` stands in ``tokens`` and which characters it covers; ``skip`` (placeholders, padding) counts on neither side.
 
     Raises
@@ -142,7 +146,9 @@ def content_words(question: str) -> list[tuple[int, int]]:
     """
     parse = _spacy()
     if parse is not None:
-        spans = [(word.idx, word.idx + len(word)) for word in parse(question) if word.pos_ in CONTENT_POS and not word.is_stop and word.is_alpha]
+        spans = [
+            (word.idx, word.idx + len(word)) for word in parse(question) if word.pos_ in CONTENT_POS and not word.is_stop and word.is_alpha
+        ]
         return spans or _words(question)
     words = _words(question)
     kept = [(a, b) for a, b in words if b - a >= SHORTEST_WORD or not question[a:b].isascii() or any(c.isdigit() for c in question[a:b])]

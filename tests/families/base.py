@@ -14,7 +14,6 @@ from torch import Tensor, nn
 PAD, IMAGE, VIDEO, VISION_START, VISION_END = 0, 99, 96, 97, 98
 VOCAB, DEPTH, HIDDEN = 130, 8, 64
 
-
 @dataclass(frozen=True)
 class Picture:
     """An image in a row: random pixels from ``seed``; ``height`` x ``width`` visual tokens where the family leaves the size free.
@@ -215,3 +214,5 @@ def randomise(model: nn.Module) -> nn.Module:
 
 def noise(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 + seed))
+
+

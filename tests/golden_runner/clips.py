@@ -94,6 +94,7 @@ def check_fastvid(case: Case) -> None:
         case.fact(run, "video_rows", len(merged))
 
 
+
 def check_evs(case: Case) -> None:
     features = case.tensors["in/video_embeds"][None]
     grid = case.meta["grid"]

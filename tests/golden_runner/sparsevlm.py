@@ -86,6 +86,7 @@ class Staged(inside.Inside):
         near(f"{run}/{name}/recycled_tokens", rows[kept:], case.out(run, f"{name}/recycled_tokens"))
         case.compared.add(f"out/{run}/{name}/recycled_tokens")
 
+
     def decode(self) -> None:
         """Recorded embeddings, each layer going on at its own place or at the full length."""
         steps = len(self.case.names(self.run, "decode"))

@@ -80,7 +80,9 @@ class Watch:
                 assert torch.allclose(row, theirs[b, : len(row)], rtol=0, atol=1e-5), f"layer {layer} rotates by other positions"
 
 
-def scores_at(handle: Handle, layer: int, watch: Watch, labels: Tensor | None = None, salient: Tensor | None = None, call: int = -1) -> Tensor:
+def scores_at(
+    handle: Handle, layer: int, watch: Watch, labels: Tensor | None = None, salient: Tensor | None = None, call: int = -1
+) -> Tensor:
     """Ranking scores [B, T] of the rows in front of ``layer``, for stages that keep all or none, which the library does not score."""
     run, reducer, adapter = handle._run, handle.reducer, handle.adapter
     tokens = run.group(layer - 1).tokens

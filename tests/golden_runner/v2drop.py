@@ -92,3 +92,5 @@ def check_qwen(case: Case) -> None:
     prompt = QwenPrompt(case)
     for run, settings in case.runs.items():
         QwenStages(case, run, preset(case, settings), prompt)
+
+

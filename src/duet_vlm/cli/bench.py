@@ -32,7 +32,9 @@ def bench(
     ] = None,
     budget: Annotated[list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"{SEVERAL} Default: {','.join(BUDGETS)}.")] = None,
     batch: Annotated[list[str] | None, typer.Option("--batch", help=f"Rows at a time. {SEVERAL} Default: 1.")] = None,
-    prompt_tokens: Annotated[list[str] | None, typer.Option("--prompt-tokens", help=f"Text tokens after the picture. {SEVERAL} Default: 32.")] = None,
+    prompt_tokens: Annotated[
+        list[str] | None, typer.Option("--prompt-tokens", help=f"Text tokens after the picture. {SEVERAL} Default: 32.")
+    ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens, where the picture's size decides.")] = None,
     frames: Annotated[int, typer.Option("--frames", min=0, help="Steps of time of a clip; 0 for an image.")] = 0,
     new: Annotated[int, typer.Option("--new", min=2, help="Tokens to write.")] = 8,

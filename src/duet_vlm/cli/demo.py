@@ -221,3 +221,4 @@ def _facts(pairs: list[tuple[str, str, str]], full: Column, seconds: dict[str, f
 def _cell(said: str, full: str, true: str) -> str:
     marks = ("[yellow]*[/yellow]" if said != full else "") + ("[red]x[/red]" if said != true else "")
     return f"{said} {marks}" if marks else said
+

@@ -44,7 +44,9 @@ class Fleet:
             raise ValueError(f"--dtype {dtype}: choose one of {', '.join(ELEMENT_BYTES)}")
         sheet.peak(dtype)
         usual = Assumptions.of(sheet)
-        assumed = dataclasses.replace(usual, compute=compute or usual.compute, bandwidth=bandwidth or usual.bandwidth, launch=launch / 1e6)
+        assumed = dataclasses.replace(
+            usual, compute=compute or usual.compute, bandwidth=bandwidth or usual.bandwidth, launch=launch / 1e6
+        )
         return cls(sheet, dtype, batch, text, new, requests, assumed)
 
     def show(self, name: str, skeletal: Any, reductions: Sequence[Reduction], tokens: int | None, parts: int, as_json: bool) -> None:

@@ -22,7 +22,7 @@ def check_installed() -> None:
     """Raise a ValueError where transformers' server cannot run."""
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise ValueError(f'--backend transformers needs {", ".join(missing)}: pip install ".[serve]" in your clone of duet-vlm')
+        raise ValueError(f"--backend transformers needs {', '.join(missing)}: pip install \".[serve]\" in your clone of duet-vlm")
 
 
 def run(model: str, reduction: Reduction, host: str, port: int, api_key: str | None, fetch_urls: bool) -> None:

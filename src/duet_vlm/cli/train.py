@@ -27,7 +27,9 @@ def train(
     recipe: Annotated[Text, typer.Option("--recipe", help="Settings by name, see below.")] = None,
     config: Annotated[Path | None, typer.Option("--config", help="A YAML file of settings, over the recipe's.")] = None,
     model: Annotated[Text, typer.Option("--model", "-m", help="'tiny' (ships with the package), a local folder, or a hub id.")] = None,
-    data: Annotated[list[str] | None, typer.Option("--data", help=f"LLaVA or chat JSON, JSON lines, 'tiny' or 'tiny-crowded'. {SEVERAL}")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option("--data", help=f"LLaVA or chat JSON, JSON lines, 'tiny' or 'tiny-crowded'. {SEVERAL}")
+    ] = None,
     images: Annotated[Text, typer.Option("--images", help="Folder that image paths are relative to; default: that of the data.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="The first N conversations of each source.")] = None,
     tune: Annotated[Text, typer.Option("--tune", help=f"What learns: {', '.join(TUNED)} (lora: and the projector).")] = None,

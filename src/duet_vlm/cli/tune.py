@@ -189,7 +189,7 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str) -> N
         said = f"  lost: {lost['question']!r}: the full model says {lost['full']!r}, this one {lost['reduced']!r}"
         console.print(said, soft_wrap=True, markup=False)
     if row is not None:
-        use = f'\nPython: {lines["python"]}\n    or: handle = duet_vlm.attach(model, "{setting}")\nshell:  {lines["shell"]}'
+        use = f"\nPython: {lines['python']}\n    or: handle = duet_vlm.attach(model, \"{setting}\")\nshell:  {lines['shell']}"
         console.print(use, soft_wrap=True, markup=False)
     files = [folder / "result.json", folder / "pareto.png", *([] if row is None else [setting])]
     console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)

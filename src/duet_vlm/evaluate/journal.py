@@ -55,7 +55,9 @@ def _locked(path: Path) -> IO[str]:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             file.close()
-            raise ValueError(f"{path}: process {owner} is measuring this already; wait for it or end it, or choose another --name or --out") from None
+            raise ValueError(
+                f"{path}: process {owner} is measuring this already; wait for it or end it, or choose another --name or --out"
+            ) from None
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file

@@ -199,7 +199,9 @@ def _solver(loaded: Loaded) -> Callable[[Run, int], duet_vlm.SpanPlan]:
 _here: dict[str, Any] = {}  # of a worker process
 
 
-def _answered(experiment: Experiment, jobs: list[Job], asked: Task, loaded: Loaded, device: str | None, workers: int) -> Iterator[tuple[Batch, Page]]:
+def _answered(
+    experiment: Experiment, jobs: list[Job], asked: Task, loaded: Loaded, device: str | None, workers: int
+) -> Iterator[tuple[Batch, Page]]:
     if workers < 2 or len(jobs) < 2:
         for job in jobs:
             yield job.batch, _page(loaded, job, asked)

@@ -35,7 +35,9 @@ def prefill_times(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Quest
         return lambda: loaded.model(**inputs, use_cache=True, logits_to_keep=1), around
 
     pairs = {run.id: timed(run) for run in runs}
-    times = paired({name: function for name, (function, _) in pairs.items()}, repeats=rounds, around={name: a for name, (_, a) in pairs.items()})
+    times = paired(
+        {name: function for name, (function, _) in pairs.items()}, repeats=rounds, around={name: a for name, (_, a) in pairs.items()}
+    )
     each = 1000 / len(questions)
     out: dict[str, dict[str, Any]] = {}
     for name, timing in times.items():

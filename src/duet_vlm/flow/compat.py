@@ -50,7 +50,9 @@ def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, l
         place = torch.arange(keys, device=hidden.device)
         allowed = mask.bool()[:, None, None, :] & (place <= place[keys - rows :, None])
         return prepared_mask(config, hidden, torch.nn.functional.pad(allowed, (0, max(0, capacity(cache, layer) - keys))))
-    return create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer)
+    return create_causal_mask(
+        config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=cache, position_ids=None, layer_idx=layer
+    )
 
 
 def makes_masks(config: Any) -> bool:

@@ -323,7 +323,9 @@ class EncoderFlow:
         learns = reducer.compressor is not None and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns), compat.without_autocast(shown):
             read = self._read(call, counts, width, shown.device, layers)
-            selection, wrong, content = select(reducer, plans, parts, layers, rows, stream=call.encoding.stream, each=call.each, left=left, read=read)
+            selection, wrong, content = select(
+                reducer, plans, parts, layers, rows, stream=call.encoding.stream, each=call.each, left=left, read=read
+            )
         if call.tower is not None:
             wrong = torch.maximum(wrong, call.tower.wrong.to(wrong.device))
         return Choice(plans, selection, wrong, None if left is None else content)

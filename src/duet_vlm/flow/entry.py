@@ -112,7 +112,9 @@ def _pools(
     def of(sample: int, span: Span) -> Staying:
         return Staying(*(sum(span.offset <= r < span.offset + span.tokens for r in ranks[sample]) for ranks in staying))
 
-    return tuple(tuple(Pool((plan,), of(sample, span)) for plan, span in zip(row, spans[sample], strict=True)) for sample, row in enumerate(plans))
+    return tuple(
+        tuple(Pool((plan,), of(sample, span)) for plan, span in zip(row, spans[sample], strict=True)) for sample, row in enumerate(plans)
+    )
 
 
 def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Tensor], left_out: Tensor, embeds: Tensor) -> Tensor:

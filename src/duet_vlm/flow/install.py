@@ -27,7 +27,9 @@ from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tower import TowerReducer
 
 
-def install(traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any, facts: dict[str, Any], pieces: Pieces | None = None) -> None:
+def install(
+    traffic: Traffic, reducer: Reducer, processor: Any, text_tower: Any, facts: dict[str, Any], pieces: Pieces | None = None
+) -> None:
     """Put the hooks that ``reducer`` needs on the model, and its module if it has one; ``traffic.hooks`` takes them off again. ``facts`` are what
     weights must have been trained for."""
     traffic.module = own_module(traffic.adapter, reducer, facts, traffic.hooks)

@@ -67,7 +67,9 @@ class JoinedRun(PackedRun):
 class JoinedFlow(TowerFlow):
     """The hooks on one tower of this kind."""
 
-    def enter(self, blocks: Blocks, depth: int, parameters: tuple[str, ...], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(
+        self, blocks: Blocks, depth: int, parameters: tuple[str, ...], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         running = self.running()
         if running is None or running[0].patches is None:
             return None

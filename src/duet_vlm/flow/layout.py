@@ -161,7 +161,9 @@ def _dealt(name: str, arrived: Arrived, visual: tuple[int, ...]) -> list[list[tu
     return out
 
 
-def _shown(name: str, dealt: list[list[tuple[Source, int]]], layout: Layout, places: Tensor, valid: Tensor) -> list[list[tuple[Source, int]]]:
+def _shown(
+    name: str, dealt: list[list[tuple[Source, int]]], layout: Layout, places: Tensor, valid: Tensor
+) -> list[list[tuple[Source, int]]]:
     """The spans that a sample's mask does not hide; one that is hidden in part is refused."""
     shown = []
     for sample, queue in enumerate(dealt):

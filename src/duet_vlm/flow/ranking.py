@@ -51,7 +51,9 @@ class Ranking:
         rates = torch.where(rates.any(1, keepdim=True), rates, valid)  # all alike, or nothing to resemble
         self.raters = torch.zeros_like(self.queries, device=rates.device).scatter(1, tokens.slot.gather(1, index), rates)
 
-    def signals(self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, visual_rows: int, state: bool = False) -> Signals:
+    def signals(
+        self, layer: nn.Module, hidden: Tensor, tokens: TokenMap, rotary: Rotary, visual_rows: int, state: bool = False
+    ) -> Signals:
         """What the method asks of ``layer`` for its rows ``hidden`` [B, T, D], of which a sample has up to ``visual_rows`` visual ones; ``state``: it
         has no attention."""
         reducer, device = self.reducer, layer_device(layer, hidden)
@@ -82,7 +84,9 @@ class Ranking:
         with compat.without_autocast(hidden):
             return state_read_out(query, key, gate, lambda block: self._seen(tokens, index[:, block]), valid.float())
 
-    def _received(self, layer: nn.Module, key: Tensor, tokens: TokenMap, rotary: Rotary, query: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    def _received(
+        self, layer: nn.Module, key: Tensor, tokens: TokenMap, rotary: Rotary, query: Tensor, index: Tensor, valid: Tensor
+    ) -> Tensor:
         """Attention that rows ``index`` [B, Q] pay to every row: [B, T] float32, [B, T, H] by head."""
         scaling = self.adapter.scaling(layer)
         divisor = _by_position(self.adapter, key, rotary, index, scaling) if self.reducer.score_positions == "divided" else None

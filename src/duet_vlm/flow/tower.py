@@ -149,7 +149,9 @@ def choose(
                   unit=unit, **signals)  # fmt: skip
 
 
-def decide(tower: TowerReducer, there: Tensor, counts: Sequence[int], metric: Tensor | None, size: Tensor, weighs: bool, **shown: Any) -> Chosen:
+def decide(
+    tower: TowerReducer, there: Tensor, counts: Sequence[int], metric: Tensor | None, size: Tensor, weighs: bool, **shown: Any
+) -> Chosen:
     """What ``tower`` chooses of the units that are ``there`` [P, U], each standing for ``size`` [P, U] of them; ``metric`` [P, U, d] says which
     are alike, ``shown`` what else the method looks at."""
     last = there & (shown["unit"] == shown["unit"].masked_fill(~there, -1).amax(1, keepdim=True)) & tower.keep_predicting  # may have to predict
@@ -352,7 +354,9 @@ class TowerFlow:
             running[0].patches = output.detach()
             running[0].pixels = args[0].detach() if "pixels" in running[1].tower_signals else None
 
-    def enter(self, blocks: Blocks, depth: int, parameters: tuple[str, ...], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(
+        self, blocks: Blocks, depth: int, parameters: tuple[str, ...], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Pre-hook of what runs the blocks: hand over the rows that are left."""
         running = self.running()
         if running is None or running[0].patches is None:
@@ -429,7 +433,9 @@ def content_first(there: Tensor, content: Tensor, counts: Sequence[int]) -> Tens
     return torch.where(enough[:, None], content, there)
 
 
-def stages_of(tower: TowerReducer, before: Sequence[int], left: Sequence[int], depth: int, whole: Sequence[int]) -> dict[int, tuple[int, ...]]:
+def stages_of(
+    tower: TowerReducer, before: Sequence[int], left: Sequence[int], depth: int, whole: Sequence[int]
+) -> dict[int, tuple[int, ...]]:
     """Boundary -> units of each picture that are left there; only those at which some leave. ``before``: units of each picture that can become
     tokens, of the ``whole`` that the tower sees."""
     boundaries = tower.boundaries(depth)

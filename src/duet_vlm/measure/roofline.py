@@ -161,7 +161,9 @@ class Prediction:
         return math.ceil(requests_per_second / self.requests_per_second) * self.devices
 
 
-def predict(model: Model, work: Workload, device: Device, dtype: str = "bf16", batch: int = 1, assumed: Assumptions | None = None) -> Prediction:
+def predict(
+    model: Model, work: Workload, device: Device, dtype: str = "bf16", batch: int = 1, assumed: Assumptions | None = None
+) -> Prediction:
     """Predict a batch of ``batch`` equal requests, on as few devices (1, 2, 4, ...) as hold it.
 
     Raises

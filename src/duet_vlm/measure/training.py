@@ -113,7 +113,9 @@ class StepFlops:
         return self.vision + self.decoder + self.backward + self.recomputed
 
 
-def step_flops(decoder: DecoderShape, vision: VisionShape, examples: Sequence[Example], trained: Trained, unread_layers: int = 0) -> StepFlops:
+def step_flops(
+    decoder: DecoderShape, vision: VisionShape, examples: Sequence[Example], trained: Trained, unread_layers: int = 0
+) -> StepFlops:
     """Forward and backward of one batch.
 
     A linear map costs its forward again for the gradient of its input (wherever something trained lies before it) and once more for the

@@ -32,7 +32,9 @@ from duet_vlm.tokens import Selection
 from duet_vlm.tower import TowerReducer
 from duet_vlm.vision import Layer
 
-ORDER = "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
+ORDER = (
+    "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
+)
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}

@@ -164,7 +164,9 @@ class Duet(EncoderReducer, DecoderReducer):
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None and view.keys is not None  # promised by ``signals``
         order = ranking(view.importance, view.valid)
-        dominant, dominant_valid = pack_right((ranks(order) < view.dominant[:, None]) & view.valid, max(plan.dominant for plan in view.plans))
+        dominant, dominant_valid = pack_right(
+            (ranks(order) < view.dominant[:, None]) & view.valid, max(plan.dominant for plan in view.plans)
+        )
         width = max(plan.contextual for plan in view.plans)
         if width == 0:
             return Selection.pick(dominant, dominant_valid)

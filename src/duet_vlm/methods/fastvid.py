@@ -147,3 +147,4 @@ class FastVID(ClipReducer):
             found, most = torch.where(near > most, target, found), torch.maximum(near, most)
             each.append(target)
         return [clips.rows(target) for target in each], clips.rows(found)
+

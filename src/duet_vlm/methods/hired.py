@@ -20,7 +20,6 @@ from duet_vlm.vision import Layer
 MOST_CROPS = 64  # more than any model cuts a picture into
 FAR = 1 << 30
 
-
 @register("hired")
 @dataclass(frozen=True)
 class HiRED(EncoderReducer):

@@ -123,3 +123,4 @@ class HoloV(EncoderReducer):
         part = (mean / mean.sum(1, keepdim=True).clamp(min=TINY) * total[:, None]).floor().long()
         order = ranks(ranking(mean, torch.ones_like(mean, dtype=torch.bool)))
         return part + (order < (total - part.sum(1))[:, None])
+

@@ -77,3 +77,4 @@ class TokenCarve(StagedReducer):
         number = torch.zeros_like(place).scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
         tokens = torch.arange(place.shape[1], device=place.device).expand_as(place)
         return Selection(index, real, tokens, torch.where(merged, number.gather(1, partner), -1))
+

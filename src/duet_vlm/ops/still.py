@@ -63,6 +63,7 @@ class Sets:
         owner = self.clips.rows(torch.where(to >= 0, owner, -1))
         return torch.where(self.clips.placed, owner, -1), self.clips.rows(share)
 
+
     @property
     def number(self) -> Tensor:
         """[B, T, P] long: which set every row is of, rising from window to window, what is still in one before the rest of its first step."""

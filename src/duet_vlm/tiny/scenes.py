@@ -130,7 +130,9 @@ def extent(size: int, tag: tuple[int, int], below: bool) -> tuple[int, int]:
     return (max(size, tag[0]), size + tag[1]) if below else (size + tag[0], max(size, tag[1]))
 
 
-def put(x: int, y: int, below: bool, looks: tuple[int, int, int], tag: tuple[int, int], split: str, rng: np.random.Generator) -> Thing:
+def put(
+    x: int, y: int, below: bool, looks: tuple[int, int, int], tag: tuple[int, int], split: str, rng: np.random.Generator
+) -> Thing:
     """A thing of ``looks`` (shape, colour, size) with a ``tag`` (kind, value) in the box at (x, y); draws the tag's bitmap."""
     (shape, color, size), (kind, value) = looks, tag
     tag_w, tag_h = tag_size(kind, value)
@@ -149,7 +151,9 @@ def put(x: int, y: int, below: bool, looks: tuple[int, int, int], tag: tuple[int
     return Thing(shape, color, size, *body, Tag("digit" if kind == 1 else "word", value, variant, *corner, tag_w, tag_h))
 
 
-def _thing(free: np.ndarray, shape: int, color: int, kind: int, sizes: tuple[int, ...], split: str, rng: np.random.Generator) -> Thing | None:
+def _thing(
+    free: np.ndarray, shape: int, color: int, kind: int, sizes: tuple[int, ...], split: str, rng: np.random.Generator
+) -> Thing | None:
     """Place one thing with its tag (kind 0 none, 1 digit, 2 word) and mark its cells in ``free``."""
     size = sizes[int(rng.integers(len(sizes)))]
     value = int(rng.integers(10 if kind == 1 else len(WORDS)))

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
-_PLAIN = "what color shape is the object ? there a number word next to how many are left right of above below do and have same larger than yes no"
+_PLAIN = (
+    "what color shape is the object ? there a number word next to how many are "
+    "left right of above below do and have same larger than yes no"
+)
 VOCABULARY = tuple(dict.fromkeys((*SPECIAL, *_PLAIN.split(), *SHAPES, *PLURALS, *COLOR_NAMES, *"0123456789", *WORDS)))
 TOKEN = {word: i for i, word in enumerate(VOCABULARY)}
 EMBEDDINGS = 112  # rows of the embedding table: the vocabulary, rounded up to a multiple of 16

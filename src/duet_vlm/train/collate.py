@@ -39,7 +39,9 @@ class Collator:
         images = [list(conversation.images) for conversation in batch]
         special = not (self.bos and any(text.startswith(self.bos) for text in texts))  # some templates write it themselves
         kwargs: dict[str, Any] = {"images": images} if any(images) else {}
-        inputs = dict(self.processor(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special, **kwargs))
+        inputs = dict(
+            self.processor(text=texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=special, **kwargs)
+        )
         ids = inputs["input_ids"]
         labels = torch.full_like(ids, IGNORED)
         for row, (text, spans) in enumerate(rendered):

@@ -120,7 +120,9 @@ def search(
     say(f"testing {', '.join(c.name for c in ladder) or 'nothing: no candidate is left'}")
     chosen = confirm(ladder, testing, spent.losses, ask, asker.batch) if ladder else None
     place, kind = next((str(p.device), str(p.dtype).removeprefix("torch.")) for p in loaded.model.parameters())
-    return _result(asker, goal, candidates, chosen, times, said, usable, spent) | {"environment": environment(place, kind, 1, code.until(source()))}
+    return _result(asker, goal, candidates, chosen, times, said, usable, spent) | {
+        "environment": environment(place, kind, 1, code.until(source()))
+    }
 
 
 def _cost(count: int, candidates: int, goal: Goal, pace: float) -> Preview:
@@ -177,7 +179,9 @@ def _refusal(loaded: Loaded, run: Run, questions: Sequence[Question]) -> str:
     return ""
 
 
-def _check_costs(loaded: Loaded, candidates: Sequence[Candidate], times: dict[str, dict[str, Any]], question: Question, goal: Goal, new: int) -> None:
+def _check_costs(
+    loaded: Loaded, candidates: Sequence[Candidate], times: dict[str, dict[str, Any]], question: Question, goal: Goal, new: int
+) -> None:
     """Candidates that the costs alone rule out get their reason."""
     for c in candidates:
         if c.reason:

@@ -65,7 +65,9 @@ class Engine:
         if device_map is None:
             self.model.to(device or own_device())
         salient = getattr(chosen.method, "text_query", chosen.fields.get("text_query")) == "salient"
-        self.handle = duet_vlm.attach(self.model, chosen.method, budget=chosen.budget, processor=self.processor if salient else None, **chosen.fields)
+        self.handle = duet_vlm.attach(
+            self.model, chosen.method, budget=chosen.budget, processor=self.processor if salient else None, **chosen.fields
+        )
         self.costs: dict[str, Costs] = {}
 
     def answer(self, task: str, conversations: Sequence[Conversation], generation: Mapping[str, Any]) -> list[str]:

@@ -65,7 +65,7 @@ def fields_of(settings: str | Mapping[str, Any] | None) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"settings={settings}: not JSON ({error})") from error
     if settings is not None and not isinstance(settings, Mapping):
-        raise ValueError(f'settings={settings!r}: give a JSON object, for example {{"text_query": "last"}}')
+        raise ValueError(f"settings={settings!r}: give a JSON object, for example {{\"text_query\": \"last\"}}")
     return dict(settings or {})
 
 

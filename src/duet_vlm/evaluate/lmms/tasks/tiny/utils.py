@@ -18,7 +18,9 @@ def _of(doc: dict[str, Any]) -> tiny.Sample:
 
 def questions(streams: Dataset) -> Dataset:
     """Each row of ``streams.json`` as its questions."""
-    return Dataset.from_list([{"split": s["split"], "seed": s["seed"], "index": i} for s in streams for i in range(s["questions"])])
+    return Dataset.from_list(
+        [{"split": s["split"], "seed": s["seed"], "index": i} for s in streams for i in range(s["questions"])]
+    )
 
 
 def image(doc: dict[str, Any]) -> list[Any]:
