@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.measure.flops import vision_flops
 from duet_vlm.loading import load
+from duet_vlm.measure.flops import vision_flops
 from duet_vlm.models.find import adapter_for
 from duet_vlm.tiny.network import VISUAL_TOKENS
 
