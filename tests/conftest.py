@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+import duet_vlm
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
@@ -19,6 +22,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden-dir", type=Path, default=Path(__file__).parent / "golden", help="folder of recorded cases for test_golden.py"
     )
+
+
+@pytest.fixture(autouse=True)
+def shared_models_come_back_plain() -> Iterator[None]:
+    """Whoever leaves a reducer on one is told, and not the tests behind it."""
+    yield
+    families = sys.modules.get("families")
+    lent = families.LENT if families else {}
+    left = [name for name, model in lent.items() if duet_vlm.handle_of(model) is not None]
+    for name in left:
+        duet_vlm.detach(lent[name])
+    lent.clear()
+    assert not left, f"still attached: {left}"
 
 
 USUAL = ("llava", "llava_gqa", "qwen2_5_vl")  # families whose every test is in the default tier

@@ -18,6 +18,7 @@ from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 import duet_vlm
 from duet_vlm import TextView
 from duet_vlm.methods.stateful import Stateful
+from duet_vlm.models.find import adapter_for
 
 
 def released() -> nn.Module:
@@ -172,7 +173,7 @@ def test_every_layer_ranks_its_own_rows_and_a_budget_is_met() -> None:
 def test_adapters_without_states_say_so() -> None:
     model = shared("llava")
     with pytest.raises(TypeError, match="llava: what its layers with a state read is not known here"):
-        duet_vlm.attach(model, "none").adapter.read_out(model, torch.zeros(1, 1, 1), torch.ones(1, 1), torch.zeros(1, 1))
+        adapter_for(model).read_out(model, torch.zeros(1, 1, 1), torch.ones(1, 1), torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize(

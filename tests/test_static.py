@@ -88,7 +88,7 @@ def test_rows_keep_their_prompts() -> None:
         torch.testing.assert_close(write(model, static, token[order], mask, 3), write(model, cache, token[order], mask, 3), **CLOSE)
 
 
-def test_one_graph_serves_all_prompts_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_graph_serves_all_prompts_of_a_size() -> None:
     """Compiled layers: one graph of each for decoding, whatever the picture and the question, while the static sizes are the same."""
     model, processor = tiny.load()
     graphs: list[int] = []
@@ -103,8 +103,8 @@ def test_one_graph_serves_all_prompts_of_a_size(monkeypatch: pytest.MonkeyPatch)
     assert len({one["input_ids"].shape[1] for one in encoded}) > 1  # questions differ in length, what is missing goes to the room
     made = []
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)  # more than there are layers: each has a number, so a graph
-    with duet_vlm.attach(model, "duet", budget=0.33) as handle:
+    limit = torch._dynamo.config.patch(recompile_limit=64)  # more than there are layers: each has a number, so a graph
+    with limit, duet_vlm.attach(model, "duet", budget=0.33) as handle:
         prompts = [read(model, one) for one in encoded]
         expected = [write(model, cache, token, one["attention_mask"], 4) for one, (cache, token) in zip(encoded, prompts, strict=True)]
         prompts = [read(model, one) for one in encoded]

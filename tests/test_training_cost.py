@@ -177,7 +177,7 @@ def test_the_benchmark_predicts_its_own_steps(steps: dict[train_step.Side, train
         with FlopCounterMode(display=False) as counter:
             step()
         assert step.flops.total == pytest.approx(counter.get_total_flops(), rel=0.01), side
-    assert len({step.flops.total for step in steps.values()}) == 7
+    assert len({step.flops.total for side, step in steps.items() if side.method != "duet_plus"}) == 6  # which drops as duet does at 11 %
 
 
 def test_a_step_of_the_benchmark_is_a_step_of_training(steps: dict[train_step.Side, train_step.Step]) -> None:

@@ -176,5 +176,6 @@ def stored(place: str | Path, method: str, facts: dict[str, Any], settings: dict
             raise ValueError(f"weights={str(path)!r} were trained for a model with {name} {made.get(name)}, here it is {here}; {advice}")
     for name, here in settings.items():
         if chosen.get(name) != here:
-            raise ValueError(f"weights={str(path)!r} were trained with {name}={chosen.get(name)!r}, the settings say {here!r}: give them the same value")
+            was = chosen.get(name)
+            raise ValueError(f"weights={str(path)!r} were trained with {name}={was!r}, the settings say {here!r}: give them the same value")
     return tensors

@@ -32,7 +32,7 @@ from families.llava import any_res_crops, any_res_layout, llava
 from families.qwen import qwen2_5_vl
 
 __all__ = [
-    "DEPTH", "FAMILIES", "FIRST", "HIDDEN", "IMAGE", "PAD", "VIDEO", "VISION_END", "VISION_START", "VOCAB", "Family", "Inputs", "Picture", "Row",
+    "DEPTH", "FAMILIES", "FIRST", "HIDDEN", "IMAGE", "LENT", "PAD", "VIDEO", "VISION_END", "VISION_START", "VOCAB", "Family", "Inputs", "Picture", "Row",
     "any_res_crops", "any_res_layout", "build", "clips_for", "forward", "generate", "llava", "noise", "pictures_of", "qwen2_5_vl", "randomise",
     "shared",
 ]  # fmt: skip
@@ -64,7 +64,12 @@ def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32
 
 def shared(name: str, attention: str = "sdpa") -> nn.Module:
     """A model that tests may attach to and must give back untouched."""
-    return _shared(name, attention)
+    model = _shared(name, attention)
+    LENT[name, attention] = model
+    return model
+
+
+LENT: dict[tuple[str, str], nn.Module] = {}  # to the test that runs
 
 
 @functools.lru_cache(maxsize=16)
