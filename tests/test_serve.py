@@ -32,7 +32,8 @@ from duet_vlm.flow.choose import sizes_of
 from duet_vlm.serve.rows import reduced
 from duet_vlm.serve.settings import ARCHITECTURES, NOTHING_ASKED, Served
 
-BEYOND = {"cdpruner", "hired", "metok", "pool", "quecc", "resampler", "vqtoken", "vscan", "zoo_prune"}  # read more of tower or prompt than the plug-in makes
+# these read more of tower or prompt than the plug-in makes
+BEYOND = {"cdpruner", "hired", "metok", "pool", "quecc", "resampler", "vqtoken", "vscan", "zoo_prune"}
 FIRST_STAGES = sorted(
     name
     for name, cls in duet_vlm.methods().items()
