@@ -25,23 +25,24 @@ class Custom(EncoderReducer, DecoderReducer):
     """Building blocks of the other methods, put together by name: what scores tokens, what selects among them, what becomes of the rest, and when
     those that entered leave inside the decoder, ranked by text attention. Only what the blocks look at is made.
 
+    Scorers: "importance" (attention of the CLS row, or what a token receives), "uniform", "relevance" (to the question; CDPruner), "sensitivity" (of
+    the projector; ZOO-Prune), "key_norm" (short keys first), "feature_norm", "contrast" (distance to the picture's mean), "density" (peaks; DPC-KNN).
+
+    Selectors: "top", "even" (raster order), "windows", "stretches" (by mean score; HoloV), "nms" (PIO-FVLM), "graph" (independent set; D2Pruner),
+    "distinct" (VisPruner), "max_min" (DivPrune), "apart" (ZOO-Prune), "determinantal" (CDPruner), "coverage" (SCOPE), "discount" (SIEVE). "even" and
+    "max_min" look at no scores.
+
+    Mergers: "none"; into chosen rows "nearest" (VScan), "weighted" (by score), "close" (DUET+), "neighbours" (PruMerge); into rows of their own
+    "local" (DUET), "spaced" (VisionZip), "peaks" (DPC-KNN). Schedules: "none", "duet", "pyramid", "halfway" (VScan), "tapered" (DUET+).
+
     Parameters
     ----------
     keep : int or float, optional
         Rows per span that enter the decoder, or the fraction of its tokens. Left out with ``schedule`` given and no budget: all.
-    scorer : str
-        "importance" (attention of the CLS row, or what a token receives), "uniform", "relevance" (to the question; CDPruner), "sensitivity" (of the
-        projector; ZOO-Prune), "key_norm" (short keys first), "feature_norm", "contrast" (distance to the picture's mean), "density" (peaks; DPC-KNN).
-    selector : str
-        "top", "even" (raster order), "windows", "stretches" (by mean score; HoloV), "nms" (PIO-FVLM), "graph" (independent set; D2Pruner), "distinct"
-        (VisPruner), "max_min" (DivPrune), "apart" (ZOO-Prune), "determinantal" (CDPruner), "coverage" (SCOPE), "discount" (SIEVE). "even" and
-        "max_min" look at no scores.
-    merger : str
-        "none"; into chosen rows: "nearest" (VScan), "weighted" (by score), "close" (DUET+), "neighbours" (PruMerge, all that is left in one row);
-        into rows of their own: "local" (DUET), "spaced" (VisionZip), "peaks" (DPC-KNN).
+    scorer, selector, merger : str
+        Their names.
     schedule : str or ((layer, keep), ...)
-        "none", "duet", "pyramid", "halfway" (VScan), "tapered" (DUET+), or drops as in ``Duet``; with a budget fractions, and as many rows enter as
-        it allows.
+        Its name, or drops as in ``Duet``; with a budget fractions, and as many rows enter as it allows.
     compare : str
         Whose cosines count: "features" (the rows that are reduced; projected ones if the scorer reads those), "projected", or "keys" of the tower.
     scale : str, optional
@@ -55,9 +56,8 @@ class Custom(EncoderReducer, DecoderReducer):
         The next tokens by score that may merge: per row of its own in "local" (default 4), per chosen token in "close" (default 0.5). "close": the
         least cosine.
 
-    Cost: that of its blocks: an N x N table of cosines where any compares, and a step per chosen token for all selectors but "top", "even", "windows"
-    and "stretches". Needs: what its scorer names, keys to compare keys, the grid for windows. Usable in training (the choice carries no gradient,
-    merged rows do).
+    Cost: that of its blocks: an N x N table of cosines where any compares, a step per chosen token in selectors that compare. Needs: what its scorer
+    names, keys to compare keys, the grid for windows. Usable in training (the choice carries no gradient, merged rows do).
     """
 
     paper = "no paper; a composition"
