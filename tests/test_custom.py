@@ -407,6 +407,18 @@ def test_budgets_and_settings() -> None:
     assert Custom(schedule="none") == Custom() and Custom(schedule=[[3, 0.5]]) == Custom(schedule=((3, 0.5),))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("keep", [0, 1, 0.3])
+@pytest.mark.parametrize("merger", MERGERS)
+def test_few_rows_and_crops_by_themselves(merger: str, keep: float) -> None:
+    """No row or one, and crops that are reduced each by itself, of which some keep none."""
+    model, inputs = shared("llava_next"), FAMILIES["llava_next"].inputs((ONE, THREE))
+    with duet_vlm.attach(model, "custom", keep=keep, merger=merger, selector="nms", parts="each" if keep == 0.3 else "joint") as handle:
+        forward(model, inputs)
+        report = handle.report()
+        assert report.predicted == report.observed
+        assert all(len(span.stages[0].kept) == handle.plan(span.span.tokens).entry for row in handle.trace for span in row)
+
+
 def test_blocks_change_while_attached() -> None:
     """From the next call on, as far as they look at the same layers of the tower."""
     model, inputs = shared("llava"), FAMILIES["llava"].inputs((ONE, TWO))

@@ -115,8 +115,9 @@ def apart(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, step
 def conditional(similarity: Tensor, weight: Tensor, ridge: float = 0.0) -> Tensor:
     """The kernel w_i (cos(i, j) + ridge [i = j]) w_j: similarity [B, N, N], weight [B, N] -> [B, N, N]. ``ridge`` is what no other token explains of
     one: where all are explained, the largest weights are next."""
-    alone = ridge * torch.eye(similarity.shape[1], device=similarity.device) if ridge else 0.0
-    return weight[:, :, None] * (similarity + alone) * weight[:, None]
+    if ridge:
+        similarity = similarity + ridge * torch.eye(similarity.shape[1], device=similarity.device)
+    return weight[:, :, None] * similarity * weight[:, None]
 
 
 def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:

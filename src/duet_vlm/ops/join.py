@@ -33,6 +33,8 @@ def to_nearest(index: Tensor, valid: Tensor, rest: Tensor, most: int, metric: Te
 
     A row is the mean of its tokens; with ``weight`` [B, N], not negative, the mean by weight (a plain one where all of a row's weights are 0).
     """
+    if index.shape[1] == 0:
+        return Selection.pick(index, valid)
     members, real = pack_right(rest, max(1, most))
     into = nearest_anchor(metric, members, index, valid).masked_fill(~(real & valid.any(1, keepdim=True)), -1)
     if weight is None:
