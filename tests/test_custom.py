@@ -12,16 +12,16 @@ import torch
 import twins
 from families import FAMILIES, FIRST, ONE, TEXT, THREE, TWO, build, forward, shared
 from test_invariants import alive, surviving_logits
+from test_ops_clips import dpc
 from torch import Tensor
 
 import duet_vlm
 from duet_vlm import VisionView
 from duet_vlm.flow.verify import checked_selection
-from duet_vlm.methods.building_blocks import MERGERS, SCHEDULES, SCORERS, SELECTORS, TAKEN
+from duet_vlm.methods.building_blocks import CLOSEST, MERGERS, SCHEDULES, SCORERS, SELECTORS, TAKEN
 from duet_vlm.methods.custom import Custom
-from duet_vlm.methods.vscan import VScan
 from duet_vlm.ops import saliency
-from duet_vlm.ops.join import in_peaks, to_nearest
+from duet_vlm.ops.join import to_nearest
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.tokens import Selection
 from duet_vlm.vision import LayerView, Question
@@ -282,10 +282,6 @@ def test_the_rest_joins_the_nearest(weighted: bool) -> None:
             share = [importance[m] if weighted else 1.0 for m in members]
             expected = twins.weighed(features, members, [x / sum(share) for x in share])
             assert kept[place] == anchor and rows[row, place].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    if not weighted:  # VScan's merging
-        picked = reducer.v2v(view)
-        again = to_nearest(picked.index, picked.valid, view.valid, 1, view.features)  # type: ignore[arg-type]
-        assert again.members.shape[1] == 1 and issubclass(VScan, duet_vlm.EncoderReducer)
 
 
 def test_weights_of_zero_make_a_plain_mean() -> None:
@@ -294,13 +290,22 @@ def test_weights_of_zero_make_a_plain_mean() -> None:
     assert merged_rows(torch.tensor([[[3.0], [6.0], [9.0]]]), selection).tolist() == [[[6.0]]]
 
 
-def test_the_rest_in_clusters_around_density_peaks() -> None:
-    """Two heaps and a chosen token: a row for each heap, whose rows stand at a token of it."""
-    heaps = [[0.0, 0.0], [0.1, 0.0], [0.0, 0.1], [9.0, 9.0], [9.1, 9.0], [4.0, 4.0], [8.9, 9.1]]
-    rows, rest = torch.tensor([heaps]), torch.tensor([[i != 5 for i in range(7)]])
-    selection = in_peaks(torch.tensor([[5]]), torch.tensor([[True]]), rest, 6, torch.tensor([2]), 2, rows, 5)
-    groups = [{token, *joined} for token, joined in made_of(selection, 0).items()]
-    assert groups[0] == {5} and {frozenset(group) for group in groups[1:]} == {frozenset({0, 1, 2}), frozenset({3, 4, 6})}
+def test_density_peaks_by_hand() -> None:
+    """Peaks are chosen, or the others gather around their own peaks: DPC-KNN by loops."""
+    scored, merged = Custom(scorer="density"), Custom(merger="peaks")
+    for row in range(3):  # pictures that leave something out
+        view = view_of(scored, 7)
+        _, features, _ = numbers(view, row)
+        centres, _ = dpc(features, view.plans[row].entry, CLOSEST)
+        assert sorted(made_of(scored.v2v(view), row)) == sorted(centres)
+        view = view_of(merged, 14 if row == 0 else 7)
+        importance, features, _ = numbers(view, row)
+        plan, found = view.plans[row], made_of(merged.v2v(view), row)
+        kept = twins.best(importance, [True] * plan.tokens, plan.dominant)
+        rest = [token for token in range(plan.tokens) if token not in kept]
+        centres, joins = dpc([features[token] for token in rest], plan.contextual, CLOSEST)
+        groups = {rest[centre]: {rest[i] for i, join in enumerate(joins) if join == centre} - {rest[centre]} for centre in centres}
+        assert {token: set(members) for token, members in found.items()} == {token: set() for token in kept} | groups
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,7 @@ def _moved(view: VisionView) -> Tensor:
 SCORERS: dict[str, Scorer] = {
     "importance": Scorer(lambda view: _there(view.importance), signals=frozenset({"importance"})),
     "uniform": Scorer(lambda view: view.valid.float()),
-    "relevance": Scorer(_asked, reads=frozenset({"question"}), rows="projected", scale="range", offset=1e-6),
+    "relevance": Scorer(_asked, reads=frozenset({"question"}), rows="projected", scale="range", offset=saliency.OFFSET),
     "sensitivity": Scorer(_moved, reads=frozenset({"projector"}), rows="projected", scale="range"),
     "key_norm": Scorer(lambda view: -saliency.length(_there(view.keys)), signals=frozenset({"keys"}), scale="range"),
     "feature_norm": Scorer(lambda view: saliency.length(_there(view.features)), rows="features"),

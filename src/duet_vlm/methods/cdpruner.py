@@ -10,12 +10,10 @@ from torch import Tensor
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import conditional, cosine, determinantal
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.ops.saliency import ranged, relevance
+from duet_vlm.ops.saliency import OFFSET, ranged, relevance
 from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
-
-OFFSET = 1e-6  # of the least relevant token, so that it can still be told from others
 
 
 @register("cdpruner")

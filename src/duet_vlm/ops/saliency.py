@@ -12,6 +12,7 @@ from duet_vlm.ops.merge import unit_rows
 
 TINY = torch.finfo(torch.float32).tiny
 DIRECTIONS, STEP = 64, 0.01  # ZOO-Prune's (arXiv 2509.24837)
+OFFSET = 1e-6  # of the least relevant token, so that it can still be told from others (CDPruner, arXiv 2506.10967)
 
 
 def length(rows: Tensor) -> Tensor:
