@@ -28,7 +28,7 @@ from duet_vlm.cli.main import app
 from duet_vlm.evaluate import screen
 from duet_vlm.evaluate.experiment import cells_of
 from duet_vlm.methods.divprune import DivPrune
-from duet_vlm.methods.duet import Duet, paper_schedule
+from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.duet_plus import DuetPlus
 from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.floors import UniformTokens
@@ -39,6 +39,7 @@ from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.visionzip import VisionZip
+from duet_vlm.ops.schedules import paper_schedule
 
 MADE: dict[str, duet_vlm.Reducer] = {
     "frames, duet": compose(Frames(), Duet()),

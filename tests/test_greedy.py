@@ -196,6 +196,16 @@ def test_scope_prefers_what_is_not_covered_yet() -> None:
     assert choose(features, importance, 3) == [1, 6, 0]  # then all gains are zero: the lowest index
 
 
+def test_tokens_that_gain_the_same_tie() -> None:
+    """Two that are nearest to each other cover the same, whatever rounding makes of the sums: the lower index."""
+    for seed in range(200):
+        rows = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(seed))
+        table = greedy.cosine(rows, torch.ones(1, 3, dtype=torch.bool))
+        if float(table[0, 1, 2]) > max(0.0, float(table[0, 0, 1:].amax())):
+            chosen = greedy.cover(table, torch.tensor([[9.0, 1.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([2]), 2)
+            assert chosen.tolist() == [[True, True, False]]
+
+
 def test_a_row_of_largest_importance_comes_first() -> None:
     """The CLS row of models that feed it is given the largest float as its importance."""
     features, importance = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.rand(5)

@@ -222,7 +222,7 @@ def test_survivors_are_those_with_the_largest_scores(case: Case) -> None:
             continue
         first_query = max(slot for places in choice.places for slot in places) + 1
         spans = {places[token] for places, rows in zip(choice.places, choice.rows, strict=True) for token in rows}
-        queries = range(first_query, choice.slots) if case.method in ("duet", "duet_plus", "stateful") else [choice.slots - 1]
+        queries = range(first_query, choice.slots) if case.method in ("custom", "duet", "duet_plus", "stateful") else [choice.slots - 1]
         for drop, layer in zip(drops, watch, strict=True):
             score = walk.attention[layer][list(queries)].mean(0)
             before, after = choice.visible(drop - 1) & spans, choice.visible(drop) & spans

@@ -21,7 +21,9 @@ from duet_vlm.methods.hired import HiRED
 from duet_vlm.methods.holov import HoloV
 from duet_vlm.methods.prunesid import PruneSID
 from duet_vlm.methods.vscan import VScan
-from duet_vlm.methods.zoo_prune import ZooPrune, direction
+from duet_vlm.methods.zoo_prune import ZooPrune
+from duet_vlm.ops.groups import stretches
+from duet_vlm.ops.saliency import direction
 from duet_vlm.reducer import EncoderReducer
 from duet_vlm.vision import LayerView, VisionView
 
@@ -148,7 +150,7 @@ def test_vscan_has_a_plan_for_its_released_windows() -> None:
 @pytest.mark.parametrize("crops", [1, 3, 7])
 def test_holov_shares_by_attention_and_variety(crops: int) -> None:
     view, method = view_of(IMAGES), HoloV(keep=1, crops=crops)
-    stretch = method.stretches(view.valid)
+    stretch = stretches(view.valid, method.crops)
     score = method.score(view, stretch)
     for row, (side, _) in enumerate(IMAGES):
         total, groups, start = side**2, [], 0

@@ -29,6 +29,7 @@ SAME: dict[str, list[tuple[Any, Any]]] = {
     "Keep": [(np.float64(0.3), 0.3), (np.float32(0.3), 0.3), (np.float16(0.3), 0.3), (np.int64(3), 3)],
     "tuple[int, ...]": [([np.int64(1), 2], (1, 2))],
     "Schedule": [([[np.int64(2), np.float32(0.6)], [np.int64(3), np.int64(0)]], ((2, 0.6), (3, 0)))],
+    "Schedule | str": [([[np.int64(2), np.float32(0.6)]], ((2, 0.6),))],
     "Layer": [(np.int64(2), 2), (np.float32(0.25), 0.25)],
     "str": [],  # words; numpy's are some already
 }
@@ -39,6 +40,7 @@ WRONG: dict[str, list[Any]] = {
     "Keep": [True, np.bool_(True), "0.5", -1, 1.5, np.float64(1.5), np.int64(-1), [0.5]],
     "tuple[int, ...]": [3, (1.5,), (True,), ("a",), "ab"],
     "Schedule": [((2.5, 0.5),), ((True, 0.5),), ((np.bool_(True), 0.5),), ((np.float64(2), 0.5),), ((2, True),), ((2, "half"),), ((2,),), 3, "ab"],
+    "Schedule | str": [((2.5, 0.5),), ((True, 0.5),), ((2, True),), ((2, "half"),), ((2,),), 3, "ab"],
     "Layer": [True, np.bool_(True), "2", [2]],
     "str": [3, True, ("keep",), b"keep"],
 }
@@ -55,8 +57,8 @@ def made(method: str, name: str, value: Any) -> duet_vlm.Reducer:
 def reads_what(method: str, name: str) -> bool:
     """Settings that some methods refuse whatever their value, as they have no CLS row to feed."""
     cls = METHODS[method]
-    without = any(part in method for part in ("apet", "frames", "hired", "prumerge", "prunesid", "tome", "pool", "quecc", "resampler"))
-    return not (name == "cls_token" and (getattr(cls, "reads_projected", False) or without))
+    without = any(part in method for part in ("apet", "custom", "frames", "hired", "prumerge", "prunesid", "tome", "pool", "quecc", "resampler"))
+    return not (name == "cls_token" and (getattr(cls(), "reads_projected", False) or without))
 
 
 def test_every_kind_of_setting_is_known_here() -> None:
@@ -87,7 +89,7 @@ def test_settings_of_another_kind_are_refused_by_name(method: str, name: str, ki
             made(method, name, value)
         message = str(caught.value)
         assert len(message.splitlines()) == 1
-        if kind in ("Keep", "Schedule", "str"):  # in a composition the stage speaks, of its own setting
+        if kind in ("Keep", "Schedule", "Schedule | str", "str"):  # in a composition the stage speaks, of its own setting
             stage = next((f"{part}_" for part in method.split("+") if name.startswith(f"{part}_")), "")
             assert message.startswith(name.removeprefix(stage))
         else:

@@ -85,9 +85,11 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
         for more in parts:
             for fields, budget in ((REDUCING[method] | more, None), (more, 0.12 if method == "duet_plus" else 0.35)):  # it drops where that is little
                 seen: list[str] = []
-                with duet_vlm.attach(model, checked(cls(**fields), seen), budget=budget):
+                with duet_vlm.attach(model, checked(cls(**fields), seen), budget=budget) as handle:
                     forward(model, inputs)
-                assert set(seen) == {*["v2v"] * encodes, *["t2v"] * drops}
+                    plans = [handle.plan(span.span.tokens) for row in handle.trace for span in row]
+                leaves = drops and any(min(plan.counts) < plan.entry for plan in plans)  # what enters may also stay: an ample budget
+                assert set(seen) == {*["v2v"] * encodes, *["t2v"] * leaves}
 
 
 @pytest.mark.parametrize("method, fields", KEEP_ALL, ids=str)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.ops.greedy import cosine, determinantal
-from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.greedy import conditional, cosine, determinantal
 from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.saliency import OFFSET, ranged, relevance
 from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
-
-OFFSET = 1e-6  # of the least relevant token, so that it can still be told from others
 
 
 @register("cdpruner")
@@ -82,19 +79,12 @@ class CDPruner(EncoderReducer):
     def v2v(self, view: VisionView) -> Selection:
         assert view.features is not None  # always there
         steps = max(plan.dominant for plan in view.plans)
-        weight = self.weight(view)
-        kernel = weight[:, :, None] * cosine(view.features, view.valid) * weight[:, None]
+        kernel = conditional(cosine(view.features, view.valid), self.weight(view))
         return Selection.pick(*pack_right(determinantal(kernel, view.valid, view.dominant, steps), steps))
 
     def weight(self, view: VisionView) -> Tensor:
         """Relevance of each token in (0, 1], 0 for padding: [B, N]."""
-        likeness = self.likeness(view)
-        none = torch.finfo(likeness.dtype).max
-        low = likeness.masked_fill(~view.valid, none).amin(1, keepdim=True)
-        high = likeness.masked_fill(~view.valid, -none).amax(1, keepdim=True)
-        if self.scale == "call":
-            low, high = low.amin(0, keepdim=True), high.amax(0, keepdim=True)
-        return ((likeness - low + OFFSET) / (high - low).clamp(min=OFFSET)).masked_fill(~view.valid, 0.0)
+        return ranged(self.likeness(view), view.valid, OFFSET, self.scale == "call")
 
     def likeness(self, view: VisionView) -> Tensor:
         """How much each token is about the question [B, N]."""
@@ -103,6 +93,4 @@ class CDPruner(EncoderReducer):
             pieces = view.pieces.float()[:, None]
             return -(view.similar * pieces).sum(2) / pieces.sum(2).clamp(min=1)
         assert view.features is not None and view.question is not None  # promised by ``reads``
-        words, real = unit_rows(view.question.rows), view.question.valid.float()
-        mean = (words * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-        return (unit_rows(view.features) @ mean[..., None])[..., 0]
+        return relevance(view.features, view.question.rows, view.question.valid)

@@ -91,8 +91,6 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "stages": stages,
         "roles": roles,
         "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
-        "reads_projected": sees.reads_projected,
-        "reads_features": frames is not None or sees.reads_features,
         "reduces_in_tower": tower is not None,
         "reads_time": frames is not None or sees.reads_time,
     }
@@ -200,6 +198,14 @@ class Composition(EncoderReducer):
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
         return self._sees.reads
+
+    @property
+    def reads_projected(self) -> bool:  # type: ignore[override]
+        return self._sees.reads_projected
+
+    @property
+    def reads_features(self) -> bool:  # type: ignore[override]
+        return self._stages[1] is not None or self._sees.reads_features
 
     @property
     def compressor(self) -> EncoderReducer | None:

@@ -12,9 +12,8 @@ from duet_vlm.budget import Schedule
 from duet_vlm.calibration import Calibration, read
 from duet_vlm.methods.position_prior import Biased, bias_of
 from duet_vlm.observer import Observer
-from duet_vlm.ops.graph import closeness, independent, rescaled
+from duet_vlm.ops.graph import closeness, rescaled, unjoined
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.reducer import TextView
 from duet_vlm.registry import register
 from duet_vlm.stages import StagedReducer
@@ -86,15 +85,8 @@ class D2Pruner(StagedReducer):
         assert view.scores is not None and view.rows is not None and view.token is not None and view.span is not None  # promised
         stored, valid = self.calibration(), view.valid
         relative = view.scores if stored is None else view.scores / (bias_of(stored, view, self.resize) + LEAST)
-        important = top(relative, valid, (view.keep * self.important).long())
-        joined = self._joined(view) > self.alike
-        free = valid & ~important & ~(joined & important[:, None]).any(2)
-        left = view.keep - important.sum(1)
         most = max(stay - int(stay * self.important) for _, stay in view.counts)
-        picked = independent(relative, joined, free, left, most)
-        place = ranks(ranking(relative, valid))
-        order = place + place.shape[1] * (2 - 2 * important.long() - picked.long())
-        return top(-order.float(), valid, view.keep)
+        return unjoined(relative, self._joined(view) > self.alike, valid, view.keep, self.important, most)
 
     def _joined(self, view: TextView) -> Tensor:
         assert view.rows is not None and view.token is not None and view.span is not None

@@ -19,9 +19,10 @@ from duet_vlm.budget import (
     layer_counts,
     target_mean,
 )
-from duet_vlm.ops.merge import nearest_anchor
+from duet_vlm.ops.join import few_more, in_clusters
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.ops.select import places, ranking, ranks, top
+from duet_vlm.ops.schedules import paper_schedule
+from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.reducer import (
     ROUNDINGS,
     DecoderReducer,
@@ -39,11 +40,6 @@ from duet_vlm.tokens import MERGES, Selection
 RELEASED: dict[str, Any] = {  # both released codes
     "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "keep_predicting": False, "signal_queries": None,
 }  # fmt: skip
-
-
-def paper_schedule(depth: int) -> Schedule:
-    """Half of the entering tokens from half of the depth on, none from three quarters on ([16, 24] of 32 layers in the paper)."""
-    return tuple({depth // 2: 0.5, 3 * depth // 4: 0.0}.items())
 
 
 @register("duet")
@@ -153,7 +149,7 @@ class Duet(EncoderReducer, DecoderReducer):
         if not plan.merges:
             return plan
         entry = plan.dominant
-        contextual = min(max(1, round(entry * (0.023 if entry >= 0.45 * tokens else 0.17))), entry - 1)
+        contextual = few_more(entry, tokens)
         return replace(plan, dominant=entry - contextual, contextual=contextual)
 
     def with_drops(self, depth: int, share: float | None = None) -> Duet:
@@ -168,32 +164,17 @@ class Duet(EncoderReducer, DecoderReducer):
             (ranks(order) < view.dominant[:, None]) & view.valid, max(plan.dominant for plan in view.plans)
         )
         width = max(plan.contextual for plan in view.plans)
-        if width == 0:
-            return Selection.pick(dominant, dominant_valid)
         wanted = view.contextual * (self.cluster_width if self._merges else 0)
         pool = torch.minimum(wanted.clamp(min=1), view.valid.sum(1) - view.dominant)
-        place, anchor_valid = self._anchor_places(view.contextual, width, pool)
-        last = order.shape[1] - 1
-        anchors = order.gather(1, (view.dominant[:, None] + place).clamp(max=last))
-        rank = torch.arange(min(self.cluster_width * width, order.shape[1]), device=order.device).expand(order.shape[0], -1)
-        members = order.gather(1, (view.dominant[:, None] + rank).clamp(max=last))
-        is_anchor = ((rank[:, :, None] == place[:, None]) & anchor_valid[:, None]).any(-1)
-        joins = (rank < pool[:, None]) & ~is_anchor & anchor_valid.any(1, keepdim=True)
-        into = dominant.shape[1] + nearest_anchor(view.keys, members, anchors, anchor_valid)
-        index, valid = torch.cat([dominant, anchors], 1), torch.cat([dominant_valid, anchor_valid], 1)
-        return Selection(index, valid, members, into.masked_fill(~joins, -1), self.merge)
+        rank = torch.arange(min(max(1, self.cluster_width * width), order.shape[1]), device=order.device)
+        rest = order.gather(1, (view.dominant[:, None] + rank).clamp(max=order.shape[1] - 1))
+        spread = self.anchor_step == "spread"
+        return in_clusters(dominant, dominant_valid, rest, pool, view.contextual, width, view.keys, self.merge, spread)
 
     @property
     def _merges(self) -> bool:
         """False where the settings ask for no contextual row (K = 0): the one that the released code still emits merges nothing."""
         return self.dominant is None or isinstance(self.contextual, float) or bool(self.contextual)
-
-    def _anchor_places(self, contextual: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
-        if self.anchor_step == "spread":
-            return places(contextual, width, pool)
-        i = torch.arange(width, device=pool.device).expand(len(pool), -1)
-        place = i * (pool // contextual.clamp(min=1)).clamp(min=1)[:, None]
-        return place, (i < contextual[:, None]) & (place < pool[:, None])
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``

@@ -22,17 +22,20 @@ from duet_vlm.budget import (
     layer_counts,
     target_mean,
 )
-from duet_vlm.ops.greedy import cosine, determinantal
-from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.greedy import conditional, cosine, determinantal
+from duet_vlm.ops.join import to_close
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.saliency import of_largest
+from duet_vlm.ops.schedules import tapered_schedule
 from duet_vlm.ops.select import ranking, top
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, scheduled, whole
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 
-AMPLE, LEAN = 0.14, 0.1  # of a picture: from here on a budget needs no drops; below, they come earlier the less it is
 FLOOR = 0.05  # of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
 
 
+<<<<<<< HEAD
 def tapered_schedule(depth: int, share: float | None = None) -> Schedule:
     """Drops by the ``share`` of its tokens that a budget leaves a picture: none where that is ample; DUET's (half of what entered from half of the
     depth on, none from three quarters on); below ``LEAN`` less from a quarter on, and half of that.
@@ -46,6 +49,8 @@ def tapered_schedule(depth: int, share: float | None = None) -> Schedule:
     return tuple({max(1, depth // 4): early, max(1, depth // 2): early / 2, max(1, 3 * depth // 4): 0.0}.items())
 
 
+=======
+>>>>>>> blocks
 @register("duet_plus")
 @dataclass(frozen=True)
 class DuetPlus(EncoderReducer, DecoderReducer):
@@ -118,27 +123,14 @@ class DuetPlus(EncoderReducer, DecoderReducer):
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None and view.features is not None  # promised by ``signals``; always there
         steps = max(plan.dominant for plan in view.plans)
-        similarity, weight = cosine(view.features, view.valid), self.weight(view.importance, view.valid)
-        kernel = (similarity + FLOOR * torch.eye(similarity.shape[1], device=similarity.device)) * weight[:, None] * weight[:, :, None]
-        chosen = determinantal(kernel, view.valid, view.dominant, steps)
+        similarity, weight = cosine(view.features, view.valid), of_largest(view.importance, view.valid, self.alpha)
+        chosen = determinantal(conditional(similarity, weight, FLOOR), view.valid, view.dominant, steps)
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]
         members = ranking(view.importance, rest)[:, : max(pools)]
-        if min(members.shape[1], steps) == 0:
-            return Selection.pick(index, valid)
-        likeness = take(similarity, members).gather(2, index[:, None].expand(-1, members.shape[1], -1))
-        nearest, into = likeness.masked_fill(~valid[:, None], -math.inf).max(2)
-        offered = torch.minimum(torch.tensor(pools, device=into.device), rest.sum(1))
-        joins = (torch.arange(members.shape[1], device=into.device) < offered[:, None]) & (nearest > self.tau)
-        return Selection(index, valid, members, into.masked_fill(~joins, -1))
-
-    def weight(self, importance: Tensor, valid: Tensor) -> Tensor:
-        """Saliency to the power ``alpha`` over the largest of the span, 0 for padding: [B, N]. A row that must come first stays in front."""
-        first = importance == torch.finfo(torch.float32).max
-        most = importance.masked_fill(first | ~valid, 0.0).amax(1, keepdim=True)
-        share = (importance / most.clamp(min=torch.finfo(importance.dtype).tiny)).clamp(max=1.0) ** self.alpha
-        return torch.where(first, 2.0, share).masked_fill(~valid, 0.0)
+        offered = torch.minimum(torch.tensor(pools, device=rest.device), rest.sum(1))
+        return to_close(index, valid, members, offered, similarity, self.tau)
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``

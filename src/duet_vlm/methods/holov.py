@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine
-from duet_vlm.ops.groups import shares, sums_of_groups, top_of_groups
+from duet_vlm.ops.groups import shares, stretches, sums_of_groups, top_of_groups
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
@@ -84,20 +84,13 @@ class HoloV(EncoderReducer):
 
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None  # promised by ``signals``
-        stretch = self.stretches(view.valid)
+        stretch = stretches(view.valid, self.crops)
         score = self.score(view, stretch)
         size = sums_of_groups(view.valid, stretch, view.valid, self.crops)
         mean = sums_of_groups(score, stretch, view.valid, self.crops) / size.clamp(min=1)
         by = score if self.within == "score" else view.importance
         chosen = top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
         return Selection.pick(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
-
-    def stretches(self, valid: Tensor) -> Tensor:
-        """The stretch of each token [B, N]: as long as each other, the first ones by one token longer."""
-        place, total = valid.cumsum(1) - 1, valid.sum(1, keepdim=True)
-        short, longer = total // self.crops, total % self.crops
-        late = (place - longer * (short + 1)) // short.clamp(min=1) + longer
-        return torch.where(place < longer * (short + 1), place // (short + 1), late).clamp(0, self.crops - 1)
 
     def score(self, view: VisionView, stretch: Tensor) -> Tensor:
         """Attention and variety of each token [B, N]; a stretch of one token has no variety."""

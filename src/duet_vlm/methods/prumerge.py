@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from duet_vlm.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible, target_mean
-from duet_vlm.ops.merge import neighbours
-from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.absorb import with_neighbours
+from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, top
 from duet_vlm.reducer import ROUNDINGS, EncoderReducer, VisionView, check_budget_or_fields, check_choice, whole
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
-
-TINY = torch.finfo(torch.float32).tiny
 
 
 @register("prumerge")
@@ -121,26 +119,4 @@ class PruMerge(EncoderReducer):
         A token that is kept twice counts twice as a neighbour. A place whose token is not kept is lost: it joins no row.
         """
         assert view.importance is not None and view.keys is not None  # promised by ``signals``
-        number = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
-        none, smaller = view.importance.new_zeros(view.valid.shape), view.dominant + view.contextual < view.valid.sum(1)
-        kept, taken = none.scatter_add(1, tokens, real.float()), none.scatter_add(1, places, real.float())
-        rest = view.valid & (kept + taken == 0)
-        share = view.importance * view.valid
-        if self.merge == "mean":
-            share = share / share.sum(1, keepdim=True).clamp(min=TINY)
-        near = neighbours(view.keys, tokens, kept + rest, self.neighbours)
-        often = (take(kept + rest, near.flatten(1)).view(near.shape) - (near == tokens[..., None]).float()).clamp(min=0)
-        often = torch.minimum(often, (self.neighbours - often.cumsum(2) + often).clamp(min=0))
-        weight = take(share, near.flatten(1)).view(near.shape) * often
-        weight = torch.cat([weight.new_ones(*tokens.shape, 1), weight], 2)  # the kept token itself, then its neighbours
-        others = share * rest
-        if self.merge == "mean":
-            weight, others = weight / weight.sum(2, keepdim=True), others / others.sum(1, keepdim=True).clamp(min=TINY)
-        joins = torch.cat([real[..., None], (often > 0) & real[..., None]], 2) & smaller[:, None, None]  # what stays whole stays as it is
-        row = torch.arange(tokens.shape[1], device=tokens.device)[:, None]
-        more = view.contextual[:, None] > 0
-        into = torch.cat([torch.where(joins, row, -1).flatten(1), torch.where(rest & more & smaller[:, None], len(row), -1)], 1)
-        members = torch.cat([torch.cat([tokens[..., None], near], 2).flatten(1), number], 1)
-        last = share.masked_fill(~rest, -1.0).argmax(1, keepdim=True)
-        index, valid, weights = torch.cat([places, last], 1), torch.cat([real, more], 1), torch.cat([weight.flatten(1), others], 1)
-        return Selection(index, valid, members, into, weights=weights)
+        return with_neighbours(tokens, places, real, view.valid, view.contextual, view.importance, view.keys, self.neighbours, self.merge == "mean")

@@ -20,20 +20,10 @@ from duet_vlm.budget import (
     target_mean,
     within,
 )
+from duet_vlm.ops.schedules import EARLY, EARLY_SHARE, LATE, LATE_SHARE, pyramid
 from duet_vlm.ops.select import top
 from duet_vlm.reducer import ROUNDINGS, DecoderReducer, TextView, check_budget_or_fields, check_choice, whole
 from duet_vlm.registry import register
-
-LATE, EARLY = (8, 16, 24), (2, 8, 16)  # of 32 layers: the paper's stages, and the authors' answer for small budgets
-LATE_SHARE, EARLY_SHARE = 0.5, 0.56  # kept per stage in the paper (a mean of 270 of 576 tokens), and early for a mean of 192
-
-
-def pyramid(depth: int, layers: tuple[int, ...], share: float) -> Schedule:
-    """Stages at ``layers``/32 of the depth (never before layer 1), keeping share, share^2, share^3."""
-    stages: dict[int, float] = {}
-    for power, layer in enumerate(layers, start=1):
-        stages[max(1, layer * depth // 32)] = share**power
-    return tuple(stages.items())
 
 
 def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
@@ -122,7 +112,7 @@ class PyramidDrop(DecoderReducer):
         return largest_of(lambda share: pyramid(depth, EARLY, share))
 
     def with_drops(self, depth: int, share: float | None = None) -> PyramidDrop:
-        return self if self.schedule is not None else replace(self, schedule=pyramid(depth, LATE, LATE_SHARE))
+        return self if self.schedule is not None else replace(self, schedule=pyramid(depth))
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``

@@ -5,13 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible, target_mean
-from duet_vlm.ops.merge import nearest_anchor
-from duet_vlm.ops.ragged import pack_right, take
-from duet_vlm.ops.select import places, top
+from duet_vlm.ops.join import in_clusters, some_more
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import top
 from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields, check_choice, whole
 from duet_vlm.registry import register
 from duet_vlm.tokens import MERGES, Selection
@@ -81,7 +78,7 @@ class VisionZip(EncoderReducer):
             entry = int(target + 1e-9)
             if entry < 1:
                 raise infeasible(self.name, target, 1, tokens, "at least one token enters the decoder")
-            contextual = min(round(10 * entry / 64), entry - 1)
+            contextual = some_more(entry)
             dominant = entry - contextual
         if dominant + contextual > tokens:
             raise ValueError(f"dominant={dominant} + contextual={contextual} rows (CLS too) do not fit the image's {tokens} placeholders")
@@ -92,21 +89,7 @@ class VisionZip(EncoderReducer):
         is_dominant = top(view.importance, view.valid, view.dominant)
         dominant, dominant_valid = pack_right(is_dominant, max(plan.dominant for plan in view.plans))
         width = max(plan.contextual for plan in view.plans)
-        if width == 0:
-            return Selection.pick(dominant, dominant_valid)
         others = view.valid.sum(1) - view.dominant
-        rest, rest_valid = pack_right(view.valid & ~is_dominant, view.valid.shape[1])
-        place, anchor_valid = self._anchor_places(view.contextual, width, others)
-        anchors = take(rest, place.clamp(max=rest.shape[1] - 1))
-        rank = torch.arange(rest.shape[1], device=rest.device)
-        is_anchor = ((rank[None, :, None] == place[:, None]) & anchor_valid[:, None]).any(-1)
-        into = dominant.shape[1] + nearest_anchor(view.keys, rest, anchors, anchor_valid)
-        into = into.masked_fill(~rest_valid | is_anchor | ~anchor_valid.any(1, keepdim=True), -1)
-        return Selection(torch.cat([dominant, anchors], 1), torch.cat([dominant_valid, anchor_valid], 1), rest, into, self.merge)
-
-    def _anchor_places(self, contextual: Tensor, width: int, others: Tensor) -> tuple[Tensor, Tensor]:
-        if self.anchor_step == "spread":
-            return places(contextual, width, others)
-        i = torch.arange(width, device=others.device).expand(len(others), -1)
-        place = i * (others // contextual.clamp(min=1)).clamp(min=1)[:, None]
-        return place, (i < contextual[:, None]) & (place < others[:, None])
+        rest, _ = pack_right(view.valid & ~is_dominant, view.valid.shape[1])
+        spread = self.anchor_step == "spread"
+        return in_clusters(dominant, dominant_valid, rest, others, view.contextual, width, view.keys, self.merge, spread)

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.ops.doubles import without_doubles
 from duet_vlm.ops.greedy import cosine
-from duet_vlm.ops.ragged import pack_right, take
-from duet_vlm.ops.select import ranking, top
+from duet_vlm.ops.ragged import pack_right
 from duet_vlm.reducer import EncoderReducer, VisionView, constant
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
-
-ROUND = 8  # tokens that leave together
 
 
 @register("vispruner")
@@ -69,41 +63,6 @@ class VisPruner(EncoderReducer):
 
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None and view.features is not None  # promised by ``signals``
-        counts = [int(plan.dominant * self.important) for plan in view.plans]
-        important = torch.tensor(counts, device=view.valid.device)
-        chosen = top(view.importance, view.valid, important)
-        rest, wanted = view.valid & ~chosen, view.dominant - important
-        sizes = [(plan.tokens - n, plan.dominant - n) for plan, n in zip(view.plans, counts, strict=True)]
-        rounds = max(_rounds(length, left) for length, left in sizes)
-        order, length = ranking(view.importance, rest), rest.sum(1)
-        similarity = cosine(view.features, view.valid)
-        for _ in range(rounds):
-            order, length = _fewer(similarity, order, length, wanted)
-        place = torch.arange(order.shape[1], device=order.device)
-        diverse = torch.zeros_like(chosen).scatter(1, order, place < torch.minimum(length, wanted)[:, None])
-        return Selection.pick(*pack_right(chosen | diverse, max(plan.dominant for plan in view.plans)))
-
-
-def _rounds(length: int, wanted: int) -> int:
-    """How often a list of ``length`` gets shorter until ``wanted`` are left; none where nobody is wanted."""
-    count = 0
-    while length > wanted > 0:
-        length -= min(ROUND, length - wanted, (length + 1) // 2)
-        count += 1
-    return count
-
-
-def _fewer(similarity: Tensor, order: Tensor, length: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """One round: lists ``order`` [B, R], the first ``length`` [B] of each alive, and what becomes of them; lists that are short enough stay."""
-    place = torch.arange(order.shape[1], device=order.device)
-    alive = place < length[:, None]
-    asked, between = order[:, 0::2], order[:, 1::2]
-    alike = take(similarity, asked).gather(2, between[:, None].expand(-1, asked.shape[1], -1))
-    best = alike.masked_fill(~alive[:, None, 1::2], -math.inf).amax(2) if between.shape[1] else similarity.new_zeros(asked.shape)
-    leave = torch.minimum(length - wanted, (length + 1) // 2).clamp(0, ROUND)
-    sorted_by = ranking(best.clamp(min=-2.0), alive[:, 0::2])  # nobody between: less alike than any cosine, but in the list
-    stays = alive[:, 0::2] & (torch.arange(asked.shape[1], device=order.device) >= leave[:, None])
-    candidates = torch.cat([asked.gather(1, sorted_by), between], 1)
-    index, _ = pack_right(torch.cat([stays, alive[:, 1::2]], 1), order.shape[1])
-    shorter = (leave > 0)[:, None]
-    return torch.where(shorter, candidates.gather(1, index), order), length - leave
+        sizes = [(plan.tokens, plan.dominant) for plan in view.plans]
+        chosen = without_doubles(cosine(view.features, view.valid), view.importance, view.valid, sizes, self.important)
+        return Selection.pick(*pack_right(chosen, max(plan.dominant for plan in view.plans)))

@@ -11,18 +11,14 @@ from torch import Tensor
 
 from duet_vlm.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.ops.groups import top_with_limit, windows
-from duet_vlm.ops.merge import nearest_anchor
+from duet_vlm.ops.join import to_nearest
 from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.schedules import halfway
 from duet_vlm.ops.select import top
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, check_choice, scheduled, whole
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
 from duet_vlm.vision import Layer
-
-
-def halfway(depth: int) -> Schedule:
-    """A third stays from the middle of the decoder on (layer 16 of 32)."""
-    return ((max(1, depth // 2), 1 / 3),)
 
 
 @register("vscan")
@@ -128,9 +124,7 @@ class VScan(EncoderReducer, DecoderReducer):
         index, valid = pack_right(chosen, max(plan.dominant for plan in view.plans))
         if not self.merge_others:
             return Selection.pick(index, valid)
-        rest = view.valid & ~chosen
-        members, real = pack_right(rest, max(1, max(plan.tokens - plan.dominant for plan in view.plans)))
-        return Selection(index, valid, members, nearest_anchor(view.features, members, index, valid).masked_fill(~real, -1))
+        return to_nearest(index, valid, view.valid & ~chosen, max(plan.tokens - plan.dominant for plan in view.plans), view.features)
 
     def locals_of(self, view: VisionView) -> Tensor:
         """Mask [B, N] of the local tokens."""

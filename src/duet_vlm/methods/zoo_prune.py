@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import apart, cosine
 from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.saliency import DIRECTIONS, STEP, ranged, sensitivity
 from duet_vlm.reducer import EncoderReducer, VisionView, constant
 from duet_vlm.registry import register
 from duet_vlm.tokens import Selection
@@ -50,8 +49,8 @@ class ZooPrune(EncoderReducer):
     reads_projected = True
 
     keep: Keep | None = None
-    directions: int = 64
-    step: float = 0.01
+    directions: int = DIRECTIONS
+    step: float = STEP
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,28 +73,9 @@ class ZooPrune(EncoderReducer):
 
     def weight(self, view: VisionView) -> Tensor:
         """Sensitivity scaled to [0, 1] over the tokens of each span, 0 for padding: [B, N]."""
-        found = self.sensitivity(view)
-        low, high = (found.masked_fill(~view.valid, value) for value in (float("inf"), float("-inf")))
-        low, high = low.amin(1, keepdim=True), high.amax(1, keepdim=True)
-        return ((found - low) / (high - low).clamp(min=torch.finfo(found.dtype).tiny)).masked_fill(~view.valid, 0.0)
+        return ranged(self.sensitivity(view), view.valid)
 
     def sensitivity(self, view: VisionView) -> Tensor:
         """Mean over directions of the distance of both moves, per length of the move: [B, N]."""
         assert view.project is not None  # promised by ``reads``
-        total: Tensor | float = 0.0
-        for number in range(self.directions):
-
-            def moved(rows: Tensor, sign: float = 1.0, number: int = number) -> Tensor:
-                return rows + sign * self.step * direction(self.seed, number, rows.shape[-1]).to(rows)
-
-            total = total + (view.project(moved) - view.project(lambda rows: moved(rows, -1.0))).norm(dim=-1)  # noqa: B023
-        assert isinstance(total, Tensor)  # one direction at least
-        return total / (2 * self.step * self.directions)
-
-
-@lru_cache(maxsize=512)
-def direction(seed: int, number: int, width: int) -> Tensor:
-    """A random direction of length 1, drawn on the CPU: [width] float32."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
-    drawn = torch.randn(width, generator=generator, device="cpu")
-    return drawn / drawn.norm()
+        return sensitivity(view.project, self.directions, self.step, self.seed)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.ragged import take
+from duet_vlm.ops.select import ranking, ranks, top
 
 
 def rescaled(likeness: Tensor, valid: Tensor) -> Tensor:
@@ -36,3 +37,17 @@ def independent(scores: Tensor, joined: Tensor, free: Tensor, count: Tensor, ste
         free &= ~(take(joined, best)[:, 0] & new)
         free &= ~torch.zeros_like(free).scatter(1, best, new)
     return picked
+
+
+def unjoined(scores: Tensor, joined: Tensor, valid: Tensor, count: Tensor, important: float, steps: int) -> Tensor:
+    """``count`` [B] of the ``valid`` [B, N] tokens: the share ``important`` by score alone; then, by score, those that are not ``joined`` [B, N, N]
+    to a chosen one; and where these run out, by score again (D2Pruner).
+
+    -> [B, N] bool; ``steps`` is the largest number that is not chosen by score alone.
+    """
+    first = top(scores, valid, (count * important).long())
+    free = valid & ~first & ~(joined & first[:, None]).any(2)
+    picked = independent(scores, joined, free, count - first.sum(1), steps)
+    place = ranks(ranking(scores, valid))
+    order = place + place.shape[1] * (2 - 2 * first.long() - picked.long())
+    return top(-order.float(), valid, count)

@@ -14,6 +14,7 @@ from duet_vlm.ops.ragged import take
 from duet_vlm.ops.select import ranking, ranks
 
 TIE = 1e-5  # of the largest: closer than that, additions in another order would decide, and the lowest index is taken
+CLOSE = 1e-6  # the same for sums of gains, which round less: two tokens that are nearest to each other gain the same
 RANK = 1e-6  # of its own entry of a kernel: what rounding leaves of a token that is explained wholly
 
 
@@ -60,7 +61,7 @@ def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, tota
     for _ in range(0, total, picks):
         gain = torch.sub(similarity, covered[:, None], out=missing).relu_().sum(-1)
         score = out_of_play + gain + weight if add else torch.addcmul(out_of_play, gain, weight)
-        best = score.argmax(1, keepdim=True) if picks == 1 else _unlike(score, similarity, picks)
+        best = _first(score, CLOSE) if picks == 1 else _unlike(score, similarity, picks)
         out_of_play.scatter_(1, best, float("-inf"))
         covered = torch.maximum(covered, take(similarity, best).amax(1))
         order.append(best)
@@ -111,6 +112,14 @@ def apart(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, step
     return _mask_of(order, count, valid)
 
 
+def conditional(similarity: Tensor, weight: Tensor, ridge: float = 0.0) -> Tensor:
+    """The kernel w_i (cos(i, j) + ridge [i = j]) w_j: similarity [B, N, N], weight [B, N] -> [B, N, N]. ``ridge`` is what no other token explains of
+    one: where all are explained, the largest weights are next."""
+    if ridge:
+        similarity = similarity + ridge * torch.eye(similarity.shape[1], device=similarity.device)
+    return weight[:, :, None] * similarity * weight[:, None]
+
+
 def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
     """The greedy choice of largest determinant (MAP of a determinantal point process): again and again the token whose part of the kernel is
     explained least by those chosen.
@@ -125,7 +134,7 @@ def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> T
     parts, order = kernel.new_zeros(len(kernel), max(steps, 1), kernel.shape[1]), []
     for step in range(steps):
         score = left + out_of_play
-        best = (score >= score.amax(1, keepdim=True) * (1 - TIE)).int().argmax(1, keepdim=True)
+        best = _first(score, TIE)
         out_of_play.scatter_(1, best, float("-inf"))
         order.append(best)
         known, mine = parts[:, :step], parts[:, :step].gather(2, best[:, None].expand(-1, step, -1))
@@ -184,6 +193,11 @@ def suppress(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, st
         turn = turn.scatter(1, best, 4 * tokens)
         order.append(best)
     return _mask_of(order, count, valid)
+
+
+def _first(score: Tensor, slack: float) -> Tensor:
+    """The lowest index whose score [B, N] is the largest but for the share ``slack`` of it: [B, 1]."""
+    return (score >= score.amax(1, keepdim=True) * (1 - slack)).int().argmax(1, keepdim=True)
 
 
 def _mask_of(order: list[Tensor], count: Tensor, valid: Tensor) -> Tensor:

@@ -91,6 +91,17 @@ def top_with_limit(scores: Tensor, group: Tensor, valid: Tensor, limit: Tensor, 
     return top(scores, valid & (ranks_in_groups(scores, group, valid) < limit[:, None]), count)
 
 
+def stretches(valid: Tensor, count: int) -> Tensor:
+    """Which of ``count`` stretches of its picture, in order, each token is of: as long as each other, the first ones by one token longer.
+
+    valid [B, N] -> [B, N] long.
+    """
+    place, total = valid.cumsum(1) - 1, valid.sum(1, keepdim=True)
+    short, longer = total // count, total % count
+    late = (place - longer * (short + 1)) // short.clamp(min=1) + longer
+    return torch.where(place < longer * (short + 1), place // (short + 1), late).clamp(0, count - 1)
+
+
 def windows(place: Tensor, sides: Tensor, parts: Tensor, side: int, most: int) -> tuple[Tensor, Tensor]:
     """Windows of ``side`` x ``side`` tokens on each part's grid; rows and columns that fill none belong to the last one.
 
