@@ -92,7 +92,8 @@ def evaluate(
             check_tasks(jobs)
             wanted = Wanted.checked(out, restart, workers, timing_rounds, device, json_)
             title = name or ("eval" if experiment is None else experiment.stem)
-            said = [told(*measured(job, title, wanted)) for job in jobs]
+            results = [measured(job, title, wanted) for job in jobs]
+            said = [told(file, found) for file, found in results if found is not None]
         if json_:
             print(json.dumps({"results": said}))
 
