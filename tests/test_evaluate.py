@@ -761,7 +761,7 @@ def test_the_command_holds_its_journal(tmp_path: Path) -> None:
             assert found.exit_code == 2 and "is measuring this already" in found.stderr and found.stderr.count("\n") == 1
         assert run_cli(*words, "--name", "other").exit_code == 0
     assert run_cli(*words).exit_code == 0
-    assert sorted(file.name for file in journal.parent.iterdir()) == ["eval.json", "other.json"]
+    assert sorted(file.name for file in journal.parent.parent.iterdir()) == ["eval.json", "other.json"]
 
 
 def test_a_model_without_processor_is_refused_at_once(tmp_path: Path) -> None:

@@ -74,19 +74,20 @@ def measured(job: Experiment, name: str, wanted: Wanted) -> tuple[Path, dict[str
 
     folder = wanted.out / task(job.task).name
     result, journals = folder / "results" / f"{name}.json", folder / "results" / f"{name}.parts"
-    made = None
-    with alone(journals / f"{wanted.place.rank}.jsonl"):
-        if wanted.restart:
-            result.unlink(missing_ok=True)
-            for journal in journals.glob("*.jsonl"):
-                journal.unlink()
-        if result.exists() and load(result)["experiment"] != job.to_json():
-            raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
-        if not result.exists():
-            save(folder / "experiments" / f"{name}.json", job.to_json())
-            made = _made(job, name, result, journals, wanted)
-    with contextlib.suppress(OSError):
-        journals.rmdir()  # by the last that leaves it empty
+    made = False
+    try:
+        with alone(journals / f"{wanted.place.rank}.jsonl"):
+            if wanted.restart:
+                result.unlink(missing_ok=True)
+                for journal in journals.glob("*.jsonl"):
+                    journal.unlink()
+            if result.exists() and load(result)["experiment"] != job.to_json():
+                raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
+            if not result.exists():
+                save(folder / "experiments" / f"{name}.json", job.to_json())
+                made = _made(job, name, result, journals, wanted)
+    finally:
+        _tidy(result, journals)
     found = load(result) if result.exists() else None
     if not wanted.quiet:
         if found is None:
@@ -117,12 +118,20 @@ def _made(job: Experiment, name: str, result: Path, journals: Path, wanted: Want
             if result.exists():
                 return False
             save(result, answers.result(name, wanted.timing_rounds))
-            shutil.rmtree(journals, ignore_errors=True)  # only now: who finds them gone finds the result
             return True
     except HeldError:
         if wanted.place.world == 1:
             raise
         return False
+
+
+def _tidy(result: Path, journals: Path) -> None:
+    """Remove journals that are no longer needed. The result is written before, so that who finds them gone finds that."""
+    if result.exists():
+        shutil.rmtree(journals, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            journals.rmdir()  # unless there is something in it
 
 
 def _asked(job: Experiment, journals: Path, wanted: Wanted, over: Callable[[], bool]) -> Answers | None:
