@@ -32,7 +32,7 @@ LIMIT, BATCH, BATCHES = 14, 4, 4
 
 
 def words_of(out: Path, limit: int = LIMIT) -> list[str]:
-    words = ["eval", "--methods", "duet,uniform", "-b", "0.11", "--seeds", "3", "--limit", str(limit), "--batch", str(BATCH)]
+    words = ["eval", "--methods", "duet", "-b", "0.11", "--seeds", "3", "--limit", str(limit), "--batch", str(BATCH)]
     return [*words, "--timing-rounds", "0", "--device", "cpu", "--out", str(out)]
 
 
