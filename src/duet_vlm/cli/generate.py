@@ -58,4 +58,3 @@ def generate(
         typer.echo(f"written: {out} ({len(asked.names)} answers)")
     else:
         typer.echo(f"rank {place.rank} is done; others are not, and the last of them writes {out}", err=True)
-
