@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes that answer")
     parser.add_argument("--out", type=Path, default=HOME, help="folder for acceptance.json")
     options = parser.parse_args()
-    asked, journal = experiment(options.model, options.limit, options.seed), options.out / "acceptance.partial.jsonl"
-    result = run_experiment(asked, "acceptance", journal, workers=options.workers, timing_rounds=0)
+    asked, journals = experiment(options.model, options.limit, options.seed), options.out / "acceptance.parts"
+    result = run_experiment(asked, "acceptance", journals, workers=options.workers, timing_rounds=0)
     found = summary(result) | {"questions": options.limit, "seed": options.seed, "environment": result["environment"]}
     (options.out / "acceptance.json").write_text(json.dumps(found, indent=1) + "\n")
-    journal.unlink()
+    shutil.rmtree(journals)
     for name, condition in found["conditions"].items():
         print(f"{'holds' if condition['holds'] else 'FAILS'}  {name}: {condition['found']:.3f}, at least {condition['at_least']}")
 

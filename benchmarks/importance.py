@@ -58,7 +58,7 @@ def main() -> None:
         for method in ("duet", "duet_plus"):
             job = Experiment(task, tuple(cells(method)), model, (args.seed,), args.limit, against=f"{method}, all rows")
             with tempfile.TemporaryDirectory() as folder:
-                found = run_experiment(job, "importance", Path(folder) / "journal.jsonl", device="cpu", timing_rounds=0)
+                found = run_experiment(job, "importance", Path(folder) / "journals", device="cpu", timing_rounds=0)
             facts = ("label", "budget", "accuracy", "interval", "kept", "against")
             rows += [{"task": task} | {key: row[key] for key in facts} for row in found["runs"][1:]]
     out = {"benchmark": "importance", "environment": environment(), "questions": args.limit, "seed": args.seed, "results": rows}

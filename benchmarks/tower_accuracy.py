@@ -54,7 +54,7 @@ def main() -> None:
         for method in ("duet_plus", "duet"):
             job = Experiment(task, tuple(cells(method, task)), TASKS[task], (args.seed,), args.limit, against=WHOLE)
             with tempfile.TemporaryDirectory() as folder:
-                result = run_experiment(job, "tower", Path(folder) / "journal.jsonl", workers=1, timing_rounds=0)
+                result = run_experiment(job, "tower", Path(folder) / "journals", workers=1, timing_rounds=0)
             full = result["runs"][0]["accuracy"]
             for row in result["runs"][1:]:
                 rows.append({"task": task, "method": method, "tower": row["label"], "accuracy": row["accuracy"], "full": full})

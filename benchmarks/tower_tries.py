@@ -199,7 +199,7 @@ def main() -> None:
     for task, model in TASKS.items():
         job = Experiment(task, tuple(cells(task)), model, (args.seed,), args.limit, against=WHOLE)
         with tempfile.TemporaryDirectory() as folder:
-            result = run_experiment(job, "tower", Path(folder) / "journal.jsonl", workers=1, timing_rounds=0)
+            result = run_experiment(job, "tower", Path(folder) / "journals", workers=1, timing_rounds=0)
         for row in result["runs"][1:]:
             rows.append({"task": task, "tower": row["label"], "accuracy": row["accuracy"], "full": result["runs"][0]["accuracy"]})
             if row.get("against"):

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
+<<<<<<< HEAD
 from collections.abc import Iterator
+=======
+from collections.abc import Callable, Iterator
+>>>>>>> many
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -80,3 +85,33 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ordinary = all(value in allowed for value, allowed in zip(cell, usual, strict=True))
         if getattr(item, "originalname", "") not in EVERY or not ordinary:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
+    """Makes this process what a launcher starts."""
+
+    def become(rank: int, world: int) -> None:
+        for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank)):
+            monkeypatch.setenv(name, str(value))
+
+    return become
+
+
+@pytest.fixture
+def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The process dies when it would record its second batch, in the middle of the line; as long as the list is not empty."""
+    from duet_vlm.evaluate.journal import Journal
+
+    real, alive, times = Journal.add, [1], []
+
+    def add(self: Any, batch: str, page: dict[str, Any]) -> None:
+        times.append(1)
+        if alive and len(times) == 2:
+            with self.path.open("a") as file:
+                file.write('{"batch": "')
+            raise KeyboardInterrupt
+        real(self, batch, page)
+
+    monkeypatch.setattr(Journal, "add", add)
+    yield alive

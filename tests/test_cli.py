@@ -477,7 +477,7 @@ def test_ctrl_c_ends_all_processes_quietly(tmp_path: Path) -> None:
     """As a terminal sends it: to the command and to its workers, which are still starting or at work."""
     command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "uniform", "-b", "0.11", "--limit", "4000", "--batch", "4"]
     command += ["--timing-rounds", "0", "--workers", "2", "--device", "cpu", "--out", str(tmp_path)]
-    journal = tmp_path / "tiny/results/eval.partial.jsonl"
+    journal = tmp_path / "tiny/results/eval.parts/0.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not journal.exists():

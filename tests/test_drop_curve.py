@@ -83,7 +83,7 @@ def test_ties_go_to_the_fixed_schedule() -> None:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     job = Experiment("tiny-crowded", drops((2, 6)), limit=30, batch=15, against=FULL)
-    return run_experiment(job, "curve", tmp_path_factory.mktemp("curve") / "j.jsonl", device="cpu", timing_rounds=0)
+    return run_experiment(job, "curve", tmp_path_factory.mktemp("curve") / "j", device="cpu", timing_rounds=0)
 
 
 def test_points_are_what_attach_gives(measured: dict[str, Any]) -> None:
@@ -132,7 +132,7 @@ def test_questions_nobody_labelled_are_judged_by_the_full_model(tmp_path: Path) 
     """Agreement, counted by hand; a label stands where there is one."""
     file = unlabelled(tmp_path, {0: "never said"})
     experiment = Experiment(str(file), ({"method": "duet", "settings": {"schedule": [[1, 0.0]]}},))
-    found = run_experiment(experiment, "own", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
+    found = run_experiment(experiment, "own", tmp_path / "j", device="cpu", timing_rounds=0)
     said = list(unpack(found)["answers"].values())
     agree = sum(a == b for a, b in list(zip(*said, strict=True))[1:])
     assert found["questions"]["unlabelled"] == 5

@@ -50,7 +50,7 @@ def loaded() -> Loaded:
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run_experiment(SMALL, "small", tmp_path_factory.mktemp("eval") / "j.jsonl", device="cpu", timing_rounds=2)
+    return run_experiment(SMALL, "small", tmp_path_factory.mktemp("eval") / "j", device="cpu", timing_rounds=2)
 
 
 def rows(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -223,11 +223,11 @@ def test_costs_are_those_of_the_report(loaded: Loaded, result: dict[str, Any]) -
 
 def test_a_preset_is_a_run(tmp_path: Path) -> None:
     experiment = Experiment("tiny", ({"preset": "visionzip-64"}, {"method": "visionzip", "budgets": [64]}), limit=4, against="visionzip")
-    row = rows(run_experiment(experiment, "presets", tmp_path / "j.jsonl", device="cpu", timing_rounds=0))["preset:visionzip-64"]
+    row = rows(run_experiment(experiment, "presets", tmp_path / "j", device="cpu", timing_rounds=0))["preset:visionzip-64"]
     assert (row["label"], row["preset"], row["method"], row["budget"]) == ("visionzip-64", "visionzip-64", "visionzip", None)
     assert row["settings"]["dominant"] == 54 and row["settings"]["cls_token"] and row["tokens"]["measured"] == 64
     with pytest.raises(ValueError, match="preset:duet-64: schedule drops before layer 16, but this decoder has layers 0..11"):
-        run_experiment(Experiment("tiny", ({"preset": "duet-64"},), limit=4), "p", tmp_path / "k.jsonl", device="cpu", timing_rounds=0)
+        run_experiment(Experiment("tiny", ({"preset": "duet-64"},), limit=4), "p", tmp_path / "k", device="cpu", timing_rounds=0)
 
 
 def test_halves_run_in_full_precision_on_a_cpu(tmp_path: Path) -> None:
@@ -279,7 +279,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 @pytest.mark.slow
 def test_processes_change_nothing(result: dict[str, Any], tmp_path: Path) -> None:
-    shared_out = run_experiment(SMALL, "small", tmp_path / "j.jsonl", device="cpu", workers=2, timing_rounds=0)
+    shared_out = run_experiment(SMALL, "small", tmp_path / "j", device="cpu", workers=2, timing_rounds=0)
     assert same(shared_out, result)
 
 
@@ -292,13 +292,13 @@ def test_an_interrupted_run_goes_on(result: dict[str, Any], tmp_path: Path) -> N
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(SMALL, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0, advance=stop_after_two)
-    before = (tmp_path / "j.jsonl").read_text()
-    with (tmp_path / "j.jsonl").open("a") as file:
+        run_experiment(SMALL, "small", tmp_path / "j", device="cpu", timing_rounds=0, advance=stop_after_two)
+    before = (tmp_path / "j/0.jsonl").read_text()
+    with (tmp_path / "j/0.jsonl").open("a") as file:
         file.write('{"batch": "3/0-4", "page": {"ru')  # as a kill in the middle of writing leaves it
-    again = run_experiment(SMALL, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
+    again = run_experiment(SMALL, "small", tmp_path / "j", device="cpu", timing_rounds=0)
     assert same(again, result)
-    after = (tmp_path / "j.jsonl").read_text()
+    after = (tmp_path / "j/0.jsonl").read_text()
     assert after.startswith(before)  # nothing was asked again
     names = [json.loads(line)["batch"] for line in after.splitlines()[1:]]
     assert sorted(names) == sorted(batch.name for batch in batches(SMALL, task("tiny")))
@@ -309,7 +309,7 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "duet,random", "--budgets", "0.11", "--limit", "24"]
     command += ["--batch", "4", "--timing-rounds", "0", "--workers", "1", "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    journal = tmp_path / "killed/tiny/results/eval.partial.jsonl"
+    journal = tmp_path / "killed/tiny/results/eval.parts/0.jsonl"
     with subprocess.Popen([*command, "--out", str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and (not journal.exists() or journal.read_text().count("\n") < 3):
@@ -328,10 +328,10 @@ def test_a_killed_command_goes_on(tmp_path: Path) -> None:
 
 def test_a_run_that_is_added_is_asked_alone(result: dict[str, Any], tmp_path: Path) -> None:
     fewer = Experiment("tiny", CELLS[:1] + CELLS[2:], seeds=(0, 3), limit=7, batch=4)
-    run_experiment(fewer, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
-    before = (tmp_path / "j.jsonl").read_text()
-    assert same(run_experiment(SMALL, "small", tmp_path / "j.jsonl", device="cpu", timing_rounds=0), result)
-    added = (tmp_path / "j.jsonl").read_text().removeprefix(before).splitlines()
+    run_experiment(fewer, "small", tmp_path / "j", device="cpu", timing_rounds=0)
+    before = (tmp_path / "j/0.jsonl").read_text()
+    assert same(run_experiment(SMALL, "small", tmp_path / "j", device="cpu", timing_rounds=0), result)
+    added = (tmp_path / "j/0.jsonl").read_text().removeprefix(before).splitlines()
     assert [sorted(json.loads(line)["page"]["runs"]) for line in added] == [["fastv@0.22"]] * 4
 
 
@@ -339,7 +339,7 @@ def test_a_run_that_is_added_is_asked_alone(result: dict[str, Any], tmp_path: Pa
 def test_workers_end_with_a_killed_parent(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "uniform", "--budgets", "0.11", "--limit", "4000", "--device", "cpu"]
     command += ["--batch", "4", "--timing-rounds", "0", "--workers", "2", "--out", str(tmp_path)]
-    journal = tmp_path / "tiny/results/eval.partial.jsonl"
+    journal = tmp_path / "tiny/results/eval.parts/0.jsonl"
     with subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and (not journal.exists() or journal.read_text().count("\n") < 2):
@@ -428,7 +428,7 @@ def test_a_journal_of_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.
 
     def measured(code: Source, advance: Any = lambda done, total: None) -> dict[str, Any]:
         monkeypatch.setattr("duet_vlm.evaluate.run.source", lambda: code)
-        return run_experiment(few, "few", tmp_path / "j.jsonl", device="cpu", timing_rounds=0, advance=advance)
+        return run_experiment(few, "few", tmp_path / "j", device="cpu", timing_rounds=0, advance=advance)
 
     def stop(done: int, total: int) -> None:
         if done == 1:
@@ -437,11 +437,11 @@ def test_a_journal_of_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.
     begun = Source("abc1234+changes", "f" * 16)
     with pytest.raises(KeyboardInterrupt):
         measured(begun, stop)
-    text = (tmp_path / "j.jsonl").read_text()
+    text = (tmp_path / "j/0.jsonl").read_text()
     for other in (Source("abc1234+changes", "0" * 16), Source("def5678", "0" * 16)):
         with pytest.raises(ValueError, match="another measurement .different source code"):
             measured(other)
-        assert (tmp_path / "j.jsonl").read_text() == text
+        assert (tmp_path / "j/0.jsonl").read_text() == text
     environment = measured(begun)["environment"]
     assert (environment["commit"], environment["source"]) == ("abc1234+changes", "f" * 16)
 
@@ -498,12 +498,12 @@ def test_a_task_of_ones_own(tmp_path: Path, loaded: Loaded) -> None:
     lines = [{"image": f"{i}.png", "question": item.question, "answer": item.answer.upper() + ".", "kind": "own"} for i, item in enumerate(items)]
     (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     experiment = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "duet", "budgets": [0.33]},))
-    found = run_experiment(experiment, "own", tmp_path / "j.jsonl", device="cpu", timing_rounds=0)
+    found = run_experiment(experiment, "own", tmp_path / "j", device="cpu", timing_rounds=0)
     assert found["task"] == "mine" and found["questions"] == {"count": 3, "unlabelled": 0, "per_seed": 3, "kinds": {"own": 3}}
     assert found["runs"][0]["accuracy"] == 1 and found["runs"][0]["recall"] is None
     oracle = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "oracle", "budgets": [0.33]},))
     with pytest.raises(ValueError, match="leave the oracle out"):
-        run_experiment(oracle, "own", tmp_path / "k.jsonl", device="cpu", timing_rounds=0)
+        run_experiment(oracle, "own", tmp_path / "k", device="cpu", timing_rounds=0)
 
 
 @pytest.mark.parametrize(
@@ -754,14 +754,14 @@ def test_two_at_once_are_refused_and_a_killed_one_stops_nobody(tmp_path: Path) -
 
 def test_the_command_holds_its_journal(tmp_path: Path) -> None:
     words = ["--methods", "uniform", "--budgets", "0.11", "--limit", "2", "--timing-rounds", "0", "--out", str(tmp_path), "--device", "cpu"]
-    journal = tmp_path / "tiny/results/eval.partial.jsonl"
+    journal = tmp_path / "tiny/results/eval.parts/0.jsonl"
     with alone(journal):
         for more in ([], ["--restart"]):
             found = run_cli(*words, *more)
             assert found.exit_code == 2 and "is measuring this already" in found.stderr and found.stderr.count("\n") == 1
         assert run_cli(*words, "--name", "other").exit_code == 0
     assert run_cli(*words).exit_code == 0
-    assert sorted(file.name for file in journal.parent.iterdir()) == ["eval.json", "other.json"]
+    assert sorted(file.name for file in journal.parent.parent.iterdir()) == ["eval.json", "other.json"]
 
 
 def test_a_model_without_processor_is_refused_at_once(tmp_path: Path) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from launching import finished, kill_rank, launched
 from typer.testing import CliRunner
 
 from duet_vlm import tiny
 from duet_vlm.cli.main import app
 from duet_vlm.cli.measured import Wanted
-from duet_vlm.evaluate.generate import Place
+from duet_vlm.evaluate.launched import Place
 from duet_vlm.evaluate.run import devices_of
 
 COUNT, BATCH, MANY = 11, 2, 220
@@ -41,9 +37,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "asked.jsonl"
 
 
-def call(data: Path | str, out: Path, *more: str) -> Any:
-    options = ["generate", "--data", str(data), "--out", str(out), "-b", "16", "--batch", str(BATCH), "--max-new-tokens", "4", *more]
-    return CliRunner().invoke(app, options)
+def words_of(data: Path, out: Path) -> list[str]:
+    return ["generate", "--data", str(data), "--out", str(out), "-b", "16", "--batch", str(BATCH), "--max-new-tokens", "4"]
+
+
+def call(data: Path, out: Path, *more: str) -> Any:
+    return CliRunner().invoke(app, [*words_of(data, out), *more])
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -62,34 +61,6 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str
     done = call(data, out)
     assert done.exit_code == 0 and f"written: {out} ({COUNT} answers)" in done.output
     return rows(out)
-
-
-@pytest.fixture
-def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    def become(rank: int, world: int) -> None:
-        for name, value in (("RANK", rank), ("WORLD_SIZE", world), ("LOCAL_RANK", rank)):
-            monkeypatch.setenv(name, str(value))
-
-    return become
-
-
-@pytest.fixture
-def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The process dies when it would record its second batch, in the middle of the line; as long as the list is not empty."""
-    from duet_vlm.evaluate.journal import Journal
-
-    real, alive, times = Journal.add, [1], []
-
-    def add(self: Any, batch: str, page: dict[str, Any]) -> None:
-        times.append(1)
-        if alive and len(times) == 2:
-            with self.path.open("a") as file:
-                file.write('{"batch": "')
-            raise KeyboardInterrupt
-        real(self, batch, page)
-
-    monkeypatch.setattr(Journal, "add", add)
-    yield alive
 
 
 def test_answers_stand_in_the_order_of_the_prompts_and_an_unreadable_picture_costs_its_own_line(alone: list[dict[str, Any]]) -> None:
@@ -152,30 +123,11 @@ def test_a_finished_file_is_not_asked_again_and_other_settings_are_refused(data:
     assert "remove" in call(data, out, "--restart").stderr
 
 
-def launched(world: int, data: Path, out: Path) -> subprocess.Popen[str]:
-    """``accelerate launch`` with processes side by side; no GPU is looked for."""
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--num_processes", str(world)]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    verb = ["-m", "duet_vlm.cli.main", "generate", "--data", str(data), "--out", str(out), "-b", "16", "--batch", str(BATCH), "--max-new-tokens", "4"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent / "src"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*launch, *verb], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
-def finished(process: subprocess.Popen[str]) -> tuple[int, str]:
-    """Exit code and what was said; nothing of it lives on."""
-    try:
-        said = process.communicate(timeout=240)[1]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, said
-
-
 @pytest.mark.parametrize("world", [2, 3])
 def test_under_accelerate(data: Path, tmp_path: Path, alone: list[dict[str, Any]], world: int) -> None:
     pytest.importorskip("accelerate")
     out = tmp_path / "answers.jsonl"
-    code, said = finished(launched(world, data, out))
+    code, said = finished(launched(world, *words_of(data, out)))
     assert code == 0, said[-3000:]
     assert rows(out) == alone and recorded(out) == list(range(6)) and len(list(Path(f"{out}.parts").glob("*.jsonl"))) == world
 
@@ -188,19 +140,12 @@ def test_a_rank_that_is_killed_under_accelerate(data: Path, tmp_path: Path, worl
     many = [line | {"id": f"{line['id']} {turn}", "image": str(data.parent / line["image"])} for turn in range(MANY // COUNT) for line in lines]
     asked, out, whole = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl", tmp_path / "whole.jsonl"
     asked.write_text("".join(json.dumps(line) + "\n" for line in many))
-    process = launched(world, asked, out)
-    journal, deadline = Path(f"{out}.parts/{world - 1}.jsonl"), time.monotonic() + 120
-    try:
-        while not (journal.exists() and journal.read_text().count("\n") > 2):
-            assert process.poll() is None and time.monotonic() < deadline, "the rank never began"
-            time.sleep(0.005)
-        os.kill(int(journal.with_name(f"{journal.name}.lock").read_text()), signal.SIGKILL)
-    finally:
-        code, said = finished(process)
+    process = launched(world, *words_of(asked, out))
+    code, said = kill_rank(process, Path(f"{out}.parts/{world - 1}.jsonl"), 3)
     assert code != 0 and "SIGKILL" in said, said[-3000:]
     before = recorded_whole(out)
     assert not out.exists() and 2 <= len(before) < MANY // BATCH
-    code, said = finished(launched(again, asked, out))
+    code, said = finished(launched(again, *words_of(asked, out)))
     assert code == 0, said[-3000:]
     after = recorded_whole(out)
     assert sorted(after) == list(range(MANY // BATCH)) and not Counter(before) - Counter(after)
@@ -247,5 +192,9 @@ def test_an_evaluation_takes_all_gpus_of_a_machine(tmp_path: Path, monkeypatch: 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own() -> None:
     found = [Place(rank, 6, rank % 3).device(None, 2) for rank in range(6)]
     assert found == ["cuda:0", "cuda:1", "cuda:0", "cuda:0", "cuda:1", "cuda:0"]
+    assert Place(1, 2, 1).device("cuda", 2) == "cuda:1" and Place(1, 2, 1).device("cuda:0", 2) == "cuda:0"
     assert Place(1, 2, 1).device("cpu", 2) == "cpu" and Place(1, 2, 1).device(None, 0) is None and Place().device(None, 4) is None
     assert Place.here({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Place(3, 4, 1) and Place.here({}) == Place()
+    for wrong in ({"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "many"}):
+        with pytest.raises(ValueError, match="RANK=.*WORLD_SIZE=.*from 0 to WORLD_SIZE - 1"):
+            Place.here(wrong)

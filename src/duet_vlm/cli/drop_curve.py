@@ -34,7 +34,7 @@ def drop_curve(
     seeds: Annotated[list[str] | None, typer.Option("--seeds", "--seed", help=f"Streams of questions. {SEVERAL} Default: 0.")] = None,
     limit: Annotated[str | None, typer.Option("--limit", metavar="N", help="Questions per seed, or 'all' that a task has. Default: 200.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Questions per batch.")] = 40,
-    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per core without a GPU, else 1.")] = None,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per GPU, without one as many as cores.")] = None,
     name: Annotated[str, typer.Option("--name", help="What the results are called.")] = "drop-curve",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results and pictures.")] = OUT,
     restart: Annotated[bool, typer.Option("--restart", help="Drop results of that name and begin anew.")] = False,
@@ -56,10 +56,12 @@ def drop_curve(
         from duet_vlm.cli.measured import Wanted, check_tasks, measured, told
         from duet_vlm.evaluate.curve import DEEP, FULL, check_takes_schedules, contest, curve_of, drops, layers_of, proposals, winners
         from duet_vlm.evaluate.experiment import Experiment
+        from duet_vlm.evaluate.launched import Place
         from duet_vlm.evaluate.report.plots import all_plots
         from duet_vlm.evaluate.tasks import usual_model
         from duet_vlm.loading import config_of
 
+        Place.here().check_alone("drop-curve")
         source = model or usual_model(task)
         depth = config_of(source).get_text_config().num_hidden_layers
         if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
@@ -70,6 +72,7 @@ def drop_curve(
         check_tasks([job])
         wanted = Wanted.checked(out, restart, workers, 0, device, json_)
         file, result = measured(job, name, wanted)
+        assert result is not None  # this process is alone
         curve = curve_of(result)
         assert curve is not None  # it was just measured
         picture = file.with_suffix(".png")
@@ -82,6 +85,7 @@ def drop_curve(
         if budgets_wanted:
             second = Experiment(task, contest(curve, method, budgets_wanted, tolerance), source, numbers, questions, batch, DEEP)
             file, result = measured(second, f"{name}-schedules", wanted)
+            assert result is not None  # this process is alone
             best = winners(result)
             found |= {"best": {str(budget): _line(row) for budget, row in best.items()}, "contest": told(file, result)}
             if not json_:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 METHODS = "duet,visionzip,pyramiddrop,fastv,random,uniform"
 BUDGETS = "0.33,0.22,0.11"
 LIMIT = 200  # questions: minutes on a CPU, intervals of a few points
+EPILOG = "On several machines: accelerate launch -m duet_vlm.cli.main eval ..., with --out on a folder that all of them see."
 OUT = Path("out/eval")  # comparison/ holds the results that this repository publishes
 
 Texts = list[str] | None
@@ -60,7 +61,7 @@ def evaluate(
 ) -> None:
     """Measure accuracy, tokens, FLOPs, KV bytes and prefill time of methods and budgets, beside the full model, on the same questions.
 
-    Start the same command again after a kill and it goes on where it stopped.
+    All GPUs of the machine are used. Start the same command again after a kill and it goes on where it stopped.
     """
     with friendly(debug, json_):
         from duet_vlm.evaluate.experiment import read
@@ -92,7 +93,8 @@ def evaluate(
             check_tasks(jobs)
             wanted = Wanted.checked(out, restart, workers, timing_rounds, device, json_)
             title = name or ("eval" if experiment is None else experiment.stem)
-            said = [told(*measured(job, title, wanted)) for job in jobs]
+            results = [measured(job, title, wanted) for job in jobs]
+            said = [told(file, found) for file, found in results if found is not None]
         if json_:
             print(json.dumps({"results": said}))
 

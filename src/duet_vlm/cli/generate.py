@@ -31,22 +31,22 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer many prompts into a file. A picture that cannot be read costs its own line only."""
-    from duet_vlm.evaluate.generate import Place, prompts
     from duet_vlm.evaluate.generate import generate as answers
+    from duet_vlm.evaluate.generate import prompts
+    from duet_vlm.evaluate.launched import Place, gpus
     from duet_vlm.loading import load
 
     asked, place = prompts(data, prompt), Place.here()
     folder_for("--out", out.parent)
     if restart:
-        if place.world > 1:
-            raise ValueError(f"--restart: {place.world} processes would delete each other's answers; remove {out}.parts before you launch them")
+        place.check_restart(f"{out}.parts")
         shutil.rmtree(f"{out}.parts", ignore_errors=True)
         out.unlink(missing_ok=True)
-    loaded = load(model, place.device(device, _gpus()))
+    loaded = load(model, place.device(device, gpus()))
 
     def advance(done: int, total: int) -> None:
         if not json_:
-            typer.echo(f"rank {place.rank} of {place.world}: {done} of {total} batches", err=True)
+            typer.echo(f"{place}: {done} of {total} batches", err=True)
 
     def attach() -> Handle:
         return reduction.attach(loaded.model, loaded.processor)
@@ -58,9 +58,3 @@ def generate(
         typer.echo(f"written: {out} ({len(asked.names)} answers)")
     else:
         typer.echo(f"rank {place.rank} is done; others are not, and the last of them writes {out}", err=True)
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -37,7 +37,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(run.run)
-app.command("eval")(eval.evaluate)
+app.command("eval", epilog=eval.EPILOG)(eval.evaluate)
 app.command("generate", epilog=generate.EPILOG)(generate.generate)
 app.command("drop-curve")(drop_curve.drop_curve)
 app.command("tune")(tune.tune)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,13 @@ from duet_vlm.cli.errors import folder_for
 
 if TYPE_CHECKING:
     from duet_vlm.evaluate.experiment import Experiment
+    from duet_vlm.evaluate.launched import Place
+    from duet_vlm.evaluate.run import Answers
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """How to measure. ``out``: folder for TASK/experiments and TASK/results; ``quiet``: print nothing."""
+    """How to measure. ``out``: folder for TASK/experiments and TASK/results; ``quiet``: print nothing; ``place``: which of a launcher's processes."""
 
     out: Path
     restart: bool
@@ -26,22 +30,25 @@ class Wanted:
     timing_rounds: int
     device: str
     quiet: bool
+    place: Place
 
     @staticmethod
     def checked(out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None, quiet: bool) -> Wanted:
         """With a device that is there, a folder that can be written to, and the usual number of processes."""
+        from duet_vlm.evaluate.launched import Place, gpus
         from duet_vlm.loading import device_for
 
-        where = device_for(device)
-        processes = workers or (os.cpu_count() or 1 if where.startswith("cpu") else gpus() if where == "cuda" else 1)
-        return Wanted(folder_for("--out", out), restart, processes, timing_rounds, where, quiet)
-
-
-def gpus() -> int:
-    """How many there are."""
-    import torch
-
-    return max(1, torch.cuda.device_count())
+        place = Place.here()
+        where = device_for(place.device(device, gpus()))
+        if restart:
+            place.check_restart(f"result and .parts folder of that name in {out}/TASK/results")
+        if place.world > 1 and (workers or 1) > 1:
+            raise ValueError(f"--workers {workers}: a launcher has started {place.world} processes; have it start more of them instead")
+        if place.world > 1:
+            usual = 1
+        else:
+            usual = os.cpu_count() or 1 if where.startswith("cpu") else max(1, gpus()) if where == "cuda" else 1
+        return Wanted(folder_for("--out", out), restart, workers or usual, timing_rounds, where, quiet, place)
 
 
 def check_tasks(jobs: list[Experiment]) -> None:
@@ -58,35 +65,38 @@ def check_tasks(jobs: list[Experiment]) -> None:
         raise ValueError(f"--tasks: two are called {', '.join(twice)} and would have one result; run them one by one, with different --out")
 
 
-def measured(job: Experiment, name: str, wanted: Wanted) -> tuple[Path, dict[str, Any]]:
-    """One experiment, from its journal to its result file; what is finished is read again."""
+def measured(job: Experiment, name: str, wanted: Wanted) -> tuple[Path, dict[str, Any] | None]:
+    """One experiment, from its journals to its result file; what is finished is read again. No result where other processes are not done yet."""
     from duet_vlm.evaluate.journal import alone
     from duet_vlm.evaluate.results import load, save
     from duet_vlm.evaluate.screen import show
     from duet_vlm.evaluate.tasks import task
 
     folder = wanted.out / task(job.task).name
-    result, journal = folder / "results" / f"{name}.json", folder / "results" / f"{name}.partial.jsonl"
-    with alone(journal):
-        if wanted.restart:
-            result.unlink(missing_ok=True)
-            journal.unlink(missing_ok=True)
-        if result.exists():
-            found = load(result)
-            if found["experiment"] != job.to_json():
+    result, journals = folder / "results" / f"{name}.json", folder / "results" / f"{name}.parts"
+    made = False
+    try:
+        with alone(journals / f"{wanted.place.rank}.jsonl"):
+            if wanted.restart:
+                result.unlink(missing_ok=True)
+                for journal in journals.glob("*.jsonl"):
+                    journal.unlink()
+            if result.exists() and load(result)["experiment"] != job.to_json():
                 raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
-            if not wanted.quiet:
-                typer.echo(f"{result} is finished already (--restart measures again)")
-            return result, found
-        file = folder / "experiments" / f"{name}.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(job.to_json(), indent=1) + "\n")
-        found = _asked(job, name, journal, wanted)
-        save(result, found)
-        journal.unlink()
+            if not result.exists():
+                save(folder / "experiments" / f"{name}.json", job.to_json())
+                made = _made(job, name, result, journals, wanted)
+    finally:
+        _tidy(result, journals)
+    found = load(result) if result.exists() else None
     if not wanted.quiet:
-        show(found)
-        typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
+        if found is None:
+            typer.echo(f"{wanted.place} is done; {result} is written by the last of them", err=True)
+        elif made:
+            show(found)
+            typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
+        else:
+            typer.echo(f"{result} is finished already (--restart measures again)")
     return result, found
 
 
@@ -95,24 +105,55 @@ def told(file: Path, found: dict[str, Any]) -> dict[str, Any]:
     return {"file": str(file)} | {key: value for key, value in found.items() if key != "predictions"}
 
 
-def _asked(job: Experiment, name: str, journal: Path, wanted: Wanted) -> dict[str, Any]:
-    """The measurement, with a bar on stderr."""
+def _made(job: Experiment, name: str, result: Path, journals: Path, wanted: Wanted) -> bool:
+    """Ask, and write the result unless others are not done yet or one of them does: whether this process has written it."""
+    from duet_vlm.evaluate.journal import HeldError, alone
+    from duet_vlm.evaluate.results import save
+
+    answers = _asked(job, journals, wanted, result.exists)
+    if answers is None:
+        return False
+    try:
+        with alone(journals / "result"):
+            if result.exists():
+                return False
+            save(result, answers.result(name, wanted.timing_rounds))
+            return True
+    except HeldError:
+        if wanted.place.world == 1:
+            raise
+        return False
+
+
+def _tidy(result: Path, journals: Path) -> None:
+    """Remove journals that are no longer needed. The result is written before, so that who finds them gone finds that."""
+    if result.exists():
+        shutil.rmtree(journals, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            journals.rmdir()  # unless there is something in it
+
+
+def _asked(job: Experiment, journals: Path, wanted: Wanted, over: Callable[[], bool]) -> Answers | None:
+    """The answers, with a bar on stderr, or lines where several processes write to it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from duet_vlm.evaluate.run import run_experiment
+    from duet_vlm.evaluate.run import gather
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     progress = Progress(*columns, console=Console(stderr=True))
     bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
 
     def advance(done: int, total: int) -> None:
+        if wanted.place.world > 1:
+            typer.echo(f"{wanted.place}: {done} of {total} batches of {job.task}", err=True)
+            return
         progress.start()  # nothing is shown before everything has been found right
         progress.update(bar, completed=done, total=total)
 
-    device, workers, rounds = wanted.device, wanted.workers, wanted.timing_rounds
     try:
-        return run_experiment(job, name, journal, device=device, workers=workers, timing_rounds=rounds, advance=advance)
+        return gather(job, journals, device=wanted.device, workers=wanted.workers, place=wanted.place, advance=advance, over=over)
     finally:
         if progress.live.is_started:
             progress.stop()

@@ -61,12 +61,14 @@ def tune(
         plain_name("--name", name)
         _check_extras()
         from duet_vlm.evaluate.experiment import cells_of
+        from duet_vlm.evaluate.launched import Place
         from duet_vlm.evaluate.tasks import usual_model
         from duet_vlm.loading import load, quiet
         from duet_vlm.tune.bounds import split
         from duet_vlm.tune.candidates import BUDGETS, METHODS, candidates
         from duet_vlm.tune.search import Goal
 
+        Place.here().check_alone("tune")
         size = None if memory is None else size_of(memory)
         goal = Goal(KEEP if keep is None and speedup is None and size is None else keep, speedup, size)
         named = [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))] if methods else []

@@ -1,8 +1,7 @@
 """Answers to many prompts, written to a file: resumable, and shared among processes without a word between them.
 
-Prompts are put into batches in their order. Process r of n takes every n-th batch and records it in a journal of its own, so the same batches are
-made however many processes there are, nobody waits for anybody, and what a killed process had not recorded is found by the next start, with
-as many processes as there are then. Who finds all batches recorded writes the file.
+Prompts are put into batches in their order, the same however many processes there are (:mod:`duet_vlm.evaluate.launched`). Who finds all of them
+recorded writes the file.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,16 @@ import transformers
 import duet_vlm
 from duet_vlm import BudgetError, Handle
 from duet_vlm.evaluate.answer import inputs_of
-from duet_vlm.evaluate.journal import Journal, alone
+from duet_vlm.evaluate.journal import Journal, Page, alone
+from duet_vlm.evaluate.launched import Place, recorded
 from duet_vlm.evaluate.run import model_facts
 from duet_vlm.evaluate.tasks import Question, task
 from duet_vlm.loading import Loaded
 from duet_vlm.pictures import open_image
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+
+RUN = "answers"  # the only run that a page holds
 
 Row = dict[str, Any]
 
@@ -41,24 +43,6 @@ class Prompts:
     texts: tuple[str, ...]
     open: Callable[[int], Question]
     mark: str
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which process this is (``rank`` of ``world``), and on its machine (``local``)."""
-
-    rank: int = 0
-    world: int = 1
-    local: int = 0
-
-    @classmethod
-    def here(cls, environment: Mapping[str, str] = os.environ) -> Place:
-        """As ``accelerate launch`` and torchrun say it; alone where nobody does."""
-        return cls(*(int(environment.get(name, usual)) for name, usual in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
-
-    def device(self, asked: str | None, gpus: int) -> str | None:
-        """A GPU of its own for each process of a machine, unless one is asked for."""
-        return f"cuda:{self.local % gpus}" if asked is None and gpus and self.world > 1 else asked
 
 
 def prompts(data: str, prompt: str | None) -> Prompts:
@@ -127,49 +111,26 @@ def generate(
     ValueError
         Journals of other prompts, another model or other settings; two processes of the same rank at once.
     """
-    batches = [range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)]
-    mine = [number for number in range(len(batches)) if number % place.world == place.rank]
-    parts = out.with_name(f"{out.name}.parts")
-    journal = parts / f"{place.rank}.jsonl"
+    batches = {str(first // batch): range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)}
+    journal = out.with_name(f"{out.name}.parts") / f"{place.rank}.jsonl"
     with attach() as handle, torch.no_grad(), alone(journal):
         method: Row = {"method": handle.reducer.name, "budget": handle.budget, "settings": json.loads(json.dumps(handle.reducer.settings()))}
         versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         given = {"batch": batch, "max_new_tokens": max_new_tokens}
         diary = Journal(journal, {"prompts": asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
-        mark = _recorded(journal)[0]
-        known = _all_of(parts, mark)
-        todo = [number for number in mine if number not in known]
-        advance(len(mine) - len(todo), len(mine))
-        for done, number in enumerate(todo, 1):
-            rows = _answers(loaded, handle, asked, batches[number], max_new_tokens)
-            diary.add(str(number), {"questions": [], "runs": {"answers": rows}})
-            advance(len(mine) - len(todo) + done, len(mine))
-    found = _all_of(parts, mark)
-    if len(found) < len(batches):
+
+        def work(todo: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
+            for part in todo:
+                yield part, {"questions": [], "runs": {RUN: _answers(loaded, handle, asked, batches[part], max_new_tokens)}}
+
+        found = recorded(diary, place, list(batches), [RUN], work, advance=advance)
+    if found is None:
         return False
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for number in range(len(batches)) for row in found[number])
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for part in batches for row in found[part]["runs"][RUN])
     beside = out.with_name(f".{out.name}.{place.rank}")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, out)  # whoever else finds everything writes the same
     return True
-
-
-def _recorded(journal: Path) -> tuple[str, dict[int, list[Row]]]:
-    """The mark of a journal and its batches; the last line may be half written, by a process that was killed or one that writes now."""
-    text = journal.read_text()
-    first, *lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()] or [{"mark": ""}]
-    return first["mark"], {int(line["batch"]): line["page"]["runs"]["answers"] for line in lines}
-
-
-def _all_of(parts: Path, mark: str) -> dict[int, list[Row]]:
-    """What all processes have recorded, of this start and earlier ones."""
-    found: dict[int, list[Row]] = {}
-    for journal in sorted(parts.glob("*.jsonl")):
-        theirs, batches = _recorded(journal)
-        if theirs not in ("", mark):
-            raise ValueError(f"{journal}: holds answers to other prompts, of another model or other settings; choose another --out, or --restart")
-        found |= batches
-    return found
 
 
 def _answers(loaded: Loaded, handle: Handle, asked: Prompts, numbers: Sequence[int], max_new_tokens: int) -> list[Row]:

@@ -1,6 +1,7 @@
-"""The record of a running experiment: one line per finished batch, so that a killed run goes on where it stopped.
+"""The record of running work: one line per finished batch, so that a killed run goes on where it stopped.
 
-A batch may have several lines: runs that were added to the experiment later are asked alone.
+A batch may have several lines: runs that were added to the experiment later are asked alone. Processes that share work have a journal each, in
+one folder: each writes to its own and reads all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ try:
 except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
 
+Page = dict[str, Any]  # the questions of a batch, and what each of its "runs" made of them
+
+
+class HeldError(ValueError):
+    """Another process is at it."""
+
 
 @contextlib.contextmanager
 def alone(journal: Path) -> Iterator[None]:
@@ -28,12 +35,10 @@ def alone(journal: Path) -> Iterator[None]:
 
     Raises
     ------
-    ValueError
+    HeldError
         If another process holds it; names the process.
     """
-    path = journal.with_name(f"{journal.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path) as file:
+    with _locked(path := journal.with_name(f"{journal.name}.lock")) as file:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
@@ -46,7 +51,11 @@ def alone(journal: Path) -> Iterator[None]:
 def _locked(path: Path) -> IO[str]:
     """The file, open and locked; one that its owner deletes while we wait for it is asked for again."""
     while True:
-        file = path.open("a+")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+")
+        except FileNotFoundError:  # its folder was removed meanwhile
+            continue
         if fcntl is None:
             return file
         try:
@@ -55,9 +64,11 @@ def _locked(path: Path) -> IO[str]:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             file.close()
-            raise ValueError(
+            raise HeldError(
                 f"{path}: process {owner} is measuring this already; wait for it or end it, or choose another --name or --out"
             ) from None
+        except OSError:  # shared file systems that lock nothing
+            return file
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 return file
@@ -76,27 +87,42 @@ class Journal:
     """
 
     def __init__(self, path: Path, subject: dict[str, Any]) -> None:
-        self.path = path
-        self.batches: dict[str, dict[str, Any]] = {}
-        mark = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()
-        lines = self._whole_lines() if path.exists() else []
+        self.path, self.subject = path, subject
+        self.batches: dict[str, Page] = {}
+        self._mark = hashlib.sha256(json.dumps(subject, sort_keys=True).encode()).hexdigest()
+        lines, whole = _read(path)
         if lines:
-            self._check(lines[0], mark, subject)
-            for line in lines[1:]:
-                self._remember(line["batch"], line["page"])
+            os.truncate(path, whole)
+            self._remember(path, lines, self.batches)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-        self._write({"mark": mark, "subject": subject})
+        self._write({"mark": self._mark, "subject": subject})
 
-    def add(self, batch: str, page: dict[str, Any]) -> None:
+    def add(self, batch: str, page: Page) -> None:
         """Record runs of a batch; they are on the disk when this returns."""
-        self._remember(batch, page)
+        _join(self.batches, batch, page)
         self._write({"batch": batch, "page": page})
 
-    def _remember(self, batch: str, page: dict[str, Any]) -> None:
-        known = self.batches.setdefault(batch, {"questions": page["questions"], "runs": {}})
-        known["runs"] |= page["runs"]
+    def together(self) -> dict[str, Page]:
+        """What this journal and all others of its folder (``*.jsonl``) hold by now; a process may be in the middle of a line in its own."""
+        found: dict[str, Page] = {}
+        for path in sorted(self.path.parent.glob("*.jsonl")):
+            if lines := _read(path)[0]:
+                self._remember(path, lines, found)
+        return found
+
+    def _remember(self, path: Path, lines: list[dict[str, Any]], into: dict[str, Page]) -> None:
+        first, *others = lines
+        if first.get("mark") != self._mark:
+            old = first.get("subject", {})
+            differ = sorted(key for key in {*old, *self.subject} if old.get(key) != self.subject.get(key))
+            raise ValueError(
+                f"{path}: holds the beginning of another measurement (different {', '.join(differ) or 'contents'}); "
+                "finish it with its own settings and code, choose another --name or --out, or use --restart to drop it and ask anew"
+            )
+        for line in others:
+            _join(into, line["batch"], line["page"])
 
     def _write(self, line: dict[str, Any]) -> None:
         with self.path.open("a") as file:
@@ -104,21 +130,19 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _whole_lines(self) -> list[dict[str, Any]]:
-        text = self.path.read_text()
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
-            os.truncate(self.path, len(whole.encode()))
-        try:
-            return [json.loads(line) for line in whole.splitlines()]
-        except ValueError as error:
-            raise ValueError(f"{self.path}: damaged ({error}); delete it or use --restart, the questions are then asked again") from error
 
-    def _check(self, first: dict[str, Any], mark: str, subject: dict[str, Any]) -> None:
-        if first.get("mark") != mark:
-            old = first.get("subject", {})
-            differ = sorted(key for key in {*old, *subject} if old.get(key) != subject.get(key))
-            raise ValueError(
-                f"{self.path}: holds the beginning of another measurement (different {', '.join(differ) or 'contents'}); "
-                "finish it with its own settings and code, choose another --name, or use --restart to drop it and ask anew"
-            )
+def _join(batches: dict[str, Page], batch: str, page: Page) -> None:
+    batches.setdefault(batch, {"questions": page["questions"], "runs": {}})["runs"] |= page["runs"]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The whole lines of a journal, and the bytes that they take; nothing of one that is not there, or is removed."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return [], 0
+    whole = text[: text.rfind("\n") + 1]
+    try:
+        return [json.loads(line) for line in whole.splitlines()], len(whole.encode())
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged ({error}); delete it or use --restart, the questions are then asked again") from error

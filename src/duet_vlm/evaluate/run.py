@@ -6,14 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib.util
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +19,18 @@ import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.evaluate.answer import Outcome, answer, attached
 from duet_vlm.evaluate.experiment import ORACLE, Experiment, Run
-from duet_vlm.evaluate.journal import Journal
+from duet_vlm.evaluate.journal import Journal, Page
+from duet_vlm.evaluate.launched import ALONE, Place, gpus, recorded
 from duet_vlm.evaluate.results import FORMAT, environment, pack
-from duet_vlm.evaluate.source import source
+from duet_vlm.evaluate.source import Source, source
 from duet_vlm.evaluate.summary import summarize
 from duet_vlm.evaluate.tasks import Question, Task, task
 from duet_vlm.evaluate.timing import prefill_times
+from duet_vlm.evaluate.workers import shared_out
 from duet_vlm.loading import Loaded, load
 from duet_vlm.models.find import adapter_for
 
 TIMED_QUESTIONS = 8
-
-Page = dict[str, Any]  # of the journal: the questions of a batch, and what every run made of them
 
 
 @dataclass(frozen=True)
@@ -68,10 +63,56 @@ def batches(experiment: Experiment, asked: Task) -> list[Batch]:
     return [Batch(seed, first, min(first + size, count)) for seed in experiment.seeds for first in range(0, count, size)]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """All answers of an experiment, with the model that is to be timed. ``pages`` are those of all batches in their order, ``infeasible`` the runs
+    that gave none."""
+
+    experiment: Experiment
+    loaded: Loaded
+    pages: list[Page]
+    infeasible: dict[str, Outcome]
+    code: Source
+    processes: int
+
+    def result(self, name: str, timing_rounds: int) -> dict[str, Any]:
+        """What a result file holds (see :mod:`duet_vlm.evaluate.results`); ``timing_rounds`` as of :func:`run_experiment`."""
+        experiment, loaded = self.experiment, self.loaded
+        asked, runs = task(experiment.task), experiment.runs()
+        possible = [run for run in runs if run.id not in self.infeasible]
+        outcomes = {run.id: [Outcome(**page["runs"][run.id]) for page in self.pages] for run in possible}
+        outcomes |= {key: [value] for key, value in self.infeasible.items()}
+        times = {}
+        if timing_rounds:
+            measured = [run for run in possible if all(part.message is None for part in outcomes[run.id])]
+            times = prefill_times(loaded, measured, batches(experiment, asked)[0].questions(asked)[:TIMED_QUESTIONS], timing_rounds)
+        asked_for = [Question(q["id"], (), q["text"], tuple(q["answers"]), q["kind"]) for page in self.pages for q in page["questions"]]
+        rows, predictions = summarize(experiment, runs, asked_for, outcomes, times, _solver(loaded))
+        kinds = [q.kind for q in asked_for]
+        parameter = next(loaded.model.parameters())
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return {
+            "format": FORMAT,
+            "name": name,
+            "task": asked.name,
+            "experiment": experiment.to_json(),
+            "environment": environment(str(parameter.device), dtype, self.processes, self.code.until(source())),
+            "model": model_facts(loaded) | {"layers": len(adapter_for(loaded.model).layers)},
+            "questions": {
+                "count": len(asked_for),
+                "unlabelled": sum(not q.answers for q in asked_for),
+                "per_seed": asked.count(experiment.limit),
+                "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+            },
+            "runs": rows,
+            "predictions": pack(predictions),
+        }
+
+
 def run_experiment(
     experiment: Experiment,
     name: str,
-    journal: Path,
+    journals: Path,
     *,
     device: str | None = None,
     workers: int = 1,
@@ -84,74 +125,76 @@ def run_experiment(
     ----------
     name : str
         What the result is called.
-    journal : Path
-        Record of finished batches; a second call goes on from it, also with other runs on the same questions. One process writes to it at
-        a time: hold ``journal.alone`` where another may start.
+    timing_rounds : int
+        Rounds of the prefill timing; 0 leaves it out.
+
+    The other parameters and the errors are those of :func:`gather`.
+    """
+    answers = gather(experiment, journals, device=device, workers=workers, advance=advance)
+    assert answers is not None  # the share of a process that is alone is everything
+    return answers.result(name, timing_rounds)
+
+
+def gather(
+    experiment: Experiment,
+    journals: Path,
+    *,
+    device: str | None = None,
+    workers: int = 1,
+    place: Place = ALONE,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+    over: Callable[[], bool] = lambda: False,
+) -> Answers | None:
+    """Answer this process's share of the questions; all answers, or None as long as other processes have not answered theirs.
+
+    Parameters
+    ----------
+    journals : Path
+        Folder with the record of finished batches, a file for each ``place``; a second call goes on from it, also with other runs on the same
+        questions. One process writes to a file at a time: hold ``journal.alone`` where another may start.
     device : str, optional
         cuda where there is one, unless given.
     workers : int
         Processes that answer questions, each with one thread and its own copy of the model, on the GPUs of the machine in turn; 1 works in
         this process.
-    timing_rounds : int
-        Rounds of the prefill timing; 0 leaves it out.
+    place : Place
+        Which of the processes that share the questions this is.
     advance : callable
-        Told (finished batches, all batches) now and then.
+        Told (finished batches, all batches) of this process's share now and then.
+    over : callable
+        Whether the result is there already, made by another process.
 
     Raises
     ------
     ValueError
         Unknown task, method or setting, or a journal that belongs to another measurement or was begun by other code.
+    RuntimeError
+        A worker process died.
     """
     if importlib.util.find_spec("scipy") is None:  # said now, not after hours
         raise ImportError('the statistics of an evaluation need scipy: pip install ".[eval]" in your clone of duet-vlm')
     code = source()
     asked, runs = task(experiment.task), experiment.runs()
-    todo = batches(experiment, asked)
+    todo = {batch.name: batch for batch in batches(experiment, asked)}
+    first = next(iter(todo.values())).questions(asked)[:1]
     loaded = load(experiment.model, device)
-    if todo[0].questions(asked)[0].videos and not loaded.takes_clips:
+    if first[0].videos and not loaded.takes_clips:
         raise ValueError(f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
-    facts = model_facts(loaded)
-    infeasible = preflight(loaded, runs, todo[0].questions(asked)[:1])
-    possible = [run for run in runs if run.id not in infeasible]
+    infeasible = preflight(loaded, runs, first)
+    possible = {run.id: run for run in runs if run.id not in infeasible}
     versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "format": FORMAT}
     questions = {key: value for key, value in experiment.to_json().items() if key not in ("cells", "against")}
-    diary = Journal(journal, {"questions": questions, "model": facts, "versions": versions, "source code": code.files})
-    jobs = [Job(batch, missing) for batch in todo if (missing := _missing(possible, diary.batches.get(batch.name)))]
-    advance(len(todo) - len(jobs), len(todo))
-    for done, (batch, page) in enumerate(_answered(experiment, jobs, asked, loaded, device, workers), 1):
-        diary.add(batch.name, page)
-        advance(len(todo) - len(jobs) + done, len(todo))
-    pages = [diary.batches[batch.name] for batch in todo]
-    outcomes = {run.id: [Outcome(**page["runs"][run.id]) for page in pages] for run in possible}
-    outcomes |= {key: [value] for key, value in infeasible.items()}
-    times = {}
-    if timing_rounds:
-        measured = [run for run in possible if all(part.message is None for part in outcomes[run.id])]
-        times = prefill_times(loaded, measured, todo[0].questions(asked)[:TIMED_QUESTIONS], timing_rounds)
-    asked_for = [Question(q["id"], (), q["text"], tuple(q["answers"]), q["kind"]) for page in pages for q in page["questions"]]
-    rows, predictions = summarize(experiment, runs, asked_for, outcomes, times, _solver(loaded))
-    kinds = [q.kind for q in asked_for]
-    parameter = next(loaded.model.parameters())
-    return {
-        "format": FORMAT,
-        "name": name,
-        "task": asked.name,
-        "experiment": experiment.to_json(),
-        "environment": environment(str(parameter.device), str(parameter.dtype).removeprefix("torch."), workers, code.until(source())),
-        "model": facts | {"layers": len(adapter_for(loaded.model).layers)},
-        "questions": {
-            "count": len(asked_for),
-            "unlabelled": sum(not q.answers for q in asked_for),
-            "per_seed": asked.count(experiment.limit),
-            "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
-        },
-        "runs": rows,
-        "predictions": pack(predictions),
-    }
+    subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": code.files}
+    diary = Journal(journals / f"{place.rank}.jsonl", subject)
 
+    def work(lacking: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
+        jobs = [Job(todo[name], [possible[run] for run in missing]) for name, missing in lacking.items()]
+        return _answered(experiment, jobs, asked, loaded, device, workers, journals)
 
-def _missing(runs: list[Run], page: Page | None) -> list[Run]:
-    return [run for run in runs if page is None or run.id not in page["runs"]]
+    found = recorded(diary, place, list(todo), list(possible), work, advance=advance, over=over)
+    if found is None:
+        return None
+    return Answers(experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, place.world))
 
 
 def preflight(loaded: Loaded, runs: list[Run], first: list[Question]) -> dict[str, Outcome]:
@@ -196,48 +239,20 @@ def _solver(loaded: Loaded) -> Callable[[Run, int], duet_vlm.SpanPlan]:
 
 # ---- one process or several
 
-_here: dict[str, Any] = {}  # of a worker process
-
 
 def _answered(
-    experiment: Experiment, jobs: list[Job], asked: Task, loaded: Loaded, device: str | None, workers: int
-) -> Iterator[tuple[Batch, Page]]:
+    experiment: Experiment, jobs: list[Job], asked: Task, loaded: Loaded, device: str | None, workers: int, journals: Path
+) -> Generator[tuple[str, Page], None, None]:
     if workers < 2 or len(jobs) < 2:
         for job in jobs:
-            yield job.batch, _page(loaded, job, asked)
+            yield job.batch.name, _page(loaded, job, asked)
         return
-    context, others = multiprocessing.get_context("spawn"), multiprocessing.active_children()
-    places = context.SimpleQueue()
-    for place in devices_of(device, min(workers, len(jobs)), torch.cuda.device_count()):
-        places.put(place)
-    with ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (experiment.task, experiment.model, places)) as pool:
-        with _without_interrupts():
-            futures = {pool.submit(_work, job): job.batch for job in jobs}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():
-                if worker not in others:  # a batch takes long, and nobody waits for it any more
-                    worker.terminate()
-            if not isinstance(error, BrokenProcessPool):
-                raise
-            raise RuntimeError("a worker process died (out of memory?); run the same command again to go on, perhaps with fewer --workers") from error
-
-
-@contextlib.contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes that are started inside do not hear Ctrl-C, which a terminal sends to all of them: this one does, and ends them. Blocked and
-    not ignored: what comes in the meantime is heard at the end."""
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    places = devices_of(device, min(workers, len(jobs)), gpus())
+    kept = f"finished answers are kept in {journals}: give the same command again to go on, with fewer --workers if memory was short"
+    make = partial(_worker, experiment.task, experiment.model)
+    with _aside(loaded), contextlib.closing(shared_out(jobs, places, make, kept)) as made:
+        for job, page in made:
+            yield job.batch.name, page
 
 
 def devices_of(device: str | None, workers: int, gpus: int) -> list[str | None]:
@@ -245,22 +260,21 @@ def devices_of(device: str | None, workers: int, gpus: int) -> list[str | None]:
     return [f"cuda:{number % gpus}" if device in (None, "cuda") and gpus else device for number in range(workers)]
 
 
-def _start(name: str, model: str, places: Any) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+@contextlib.contextmanager
+def _aside(loaded: Loaded) -> Iterator[None]:
+    """While workers answer, this process's model leaves its GPU to theirs; it is timed afterwards."""
+    where = next(loaded.model.parameters()).device
+    loaded.model.to("cpu")
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+    yield
+    loaded.model.to(where)
+
+
+def _worker(name: str, model: str, device: str | None) -> Callable[[Job], Page]:
     torch.set_num_threads(1)
-    _here.update(asked=task(name), loaded=load(model, places.get()))
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed has nobody to work for."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None  # this is a worker
-    parent.join()
-    os._exit(1)
-
-
-def _work(job: Job) -> Page:
-    return _page(_here["loaded"], job, _here["asked"])
+    asked, loaded = task(name), load(model, device)
+    return lambda job: _page(loaded, job, asked)
 
 
 def _page(loaded: Loaded, job: Job, asked: Task) -> Page:
