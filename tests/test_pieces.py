@@ -10,9 +10,10 @@ from families import CLIPS, FAMILIES, ONE, Picture, build, clips_for, forward, g
 from torch import Tensor, nn
 
 import duet_vlm
+from duet_vlm.bench.inputs import encode
 from duet_vlm.flow import compat
 from duet_vlm.flow.pieces import changed
-from duet_vlm.measure.counted import counted_flops
+from duet_vlm.measure.counted import counted_flops, memory_of
 from duet_vlm.models.towers import patches_of
 
 MOVING = [name for name, family in FAMILIES.items() if family.video]
@@ -236,3 +237,28 @@ def test_differences_that_cannot_be(still: Any, error: type[Exception], message:
         duet_vlm.attach(shared("qwen2_5_vl"), "evs", budget=0.5, still_frames=still)
     with pytest.raises(TypeError, match="still_frames: rlt reduces in the tower, so a clip goes through it as it is"):
         duet_vlm.attach(shared("qwen2_5_vl"), "rlt", keep=0.5, still_frames=0.0)
+
+
+# ---- what grows with the clip
+
+
+def most_and_rows(family: str, method: str, settings: dict[str, Any], steps: int) -> tuple[int, int]:
+    """The most bytes that encoding a clip a step at a time takes, and the bytes of the rows that come out."""
+    model = shared(family)
+    inputs = FAMILIES[family].inputs([(1, 5, Picture(3, 6, 6, frames=steps), 41)])
+    given = {name: value for name, value in inputs.items() if name.startswith("pixel_") or name.endswith("grid_thw")}
+    if "video_grid_thw" not in given:  # the tests' clips of these families have few frames
+        given["pixel_values_videos"] = given["pixel_values_videos"][:, :1].expand(-1, steps, -1, -1, -1)
+    with duet_vlm.attach(model, method, **settings, chunk_frames=2), torch.inference_mode():
+        (output,) = encode(model, given).values()
+        rows = [*output.pooler_output, *(row for level in getattr(output, "deepstack_features", None) or () for row in level)]
+        return memory_of(lambda: encode(model, given))[0], sum(row.nbytes for row in rows)
+
+
+@pytest.mark.parametrize("family", MOVING)
+@pytest.mark.parametrize(("method", "most"), [("none", 1.1), ("duet", 2.5), ("evs", 3.5)])
+def test_little_grows_with_the_clip(family: str, method: str, most: float) -> None:
+    """No pixels, and of rows their own bytes: once where nothing is chosen; twice where some leave, before and after; and what a method makes of them."""
+    settings = {"none": {}, "duet": {"dominant": 4, "contextual": 2, "schedule": ((3, 0.5),)}, "evs": {"keep": 0.3}}[method]
+    (before, few), (after, many) = (most_and_rows(family, method, settings, steps) for steps in (16, 64))
+    assert many > 3.9 * few and after - before <= most * (many - few)

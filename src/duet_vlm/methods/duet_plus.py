@@ -119,7 +119,9 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         assert view.importance is not None and view.features is not None  # promised by ``signals``; always there
         steps = max(plan.dominant for plan in view.plans)
         similarity, weight = cosine(view.features, view.valid), self.weight(view.importance, view.valid)
-        kernel = (similarity + FLOOR * torch.eye(similarity.shape[1], device=similarity.device)) * weight[:, None] * weight[:, :, None]
+        kernel = similarity.clone()  # changed in place: these are the largest tensors that the method makes
+        kernel.diagonal(dim1=1, dim2=2).add_(FLOOR)
+        kernel.mul_(weight[:, None]).mul_(weight[:, :, None])
         chosen = determinantal(kernel, view.valid, view.dominant, steps)
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen
