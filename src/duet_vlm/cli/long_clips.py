@@ -1,4 +1,4 @@
-"""``duet-vlm run --chunk-frames``: a clip of any length in bounded memory."""
+"""``duet-vlm run --chunk-frames`` without a method: a clip of any length in bounded memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from duet_vlm.loading import Loaded
 from duet_vlm.video import pieces
 
 
-def check_streamed(shown: Shown, reduction: Reduction, compare: bool) -> None:
-    """Refuse what a clip in pieces cannot be combined with.
+def check_streamed(shown: Shown, reduction: Reduction, compare: bool, still: float | None) -> None:
+    """Refuse what a clip that is held as it comes cannot be combined with.
 
     Raises
     ------
     ValueError
-        Pictures, several clips, another method, a budget that is no number of tokens, a comparison with the full model.
+        Pictures, several clips, settings of a method, a budget that is no number of tokens, a comparison with the full model, still frames.
     """
+    remedy = "or name a --method, which chooses among all tokens of the clip"
     if shown.images or len(shown.videos) != 1:
-        raise ValueError(f"--chunk-frames: {len(shown.images)} images and {len(shown.videos)} clips; give one --video and nothing else")
-    if reduction.preset is not None or reduction.method not in (None, "evs") or reduction.fields:
-        raise ValueError("--chunk-frames holds the tokens that evs keeps: leave out --preset, --set, --positions and any --method but evs")
+        raise ValueError(f"--chunk-frames: {len(shown.images)} images and {len(shown.videos)} clips; give one --video and nothing else, {remedy}")
+    if reduction.fields:
+        raise ValueError(f"--chunk-frames without --method holds the tokens that evs keeps: leave out --set and --positions, {remedy}")
     if isinstance(reduction.budget, bool) or not isinstance(reduction.budget, int):
-        raise ValueError("--chunk-frames: say with --budget how many visual tokens are held, e.g. --budget 256")
+        raise ValueError(f"--chunk-frames: say with --budget how many visual tokens are held, e.g. --budget 256, {remedy}")
     if compare:
-        raise ValueError("--compare: the full model would need the whole clip at once; leave out --chunk-frames or --compare")
+        raise ValueError(f"--compare: the full model would need the whole clip at once; leave out --chunk-frames or --compare, {remedy}")
+    if still is not None:
+        raise ValueError(f"--still-frames {still}: what is held as it comes is encoded frame by frame; leave it out, {remedy}")
 
 
 def streamed(loaded: Loaded, shown: Shown, prompt: str, size: int, budget: int, max_new_tokens: int, json_: bool) -> None:

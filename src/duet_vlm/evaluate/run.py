@@ -108,7 +108,9 @@ def run_experiment(
     asked, runs = task(experiment.task), experiment.runs()
     todo = batches(experiment, asked)
     loaded = load(experiment.model, device)
-    if todo[0].questions(asked)[0].videos and not loaded.takes_clips:
+    if experiment.pieces and not asked.clips:
+        raise ValueError(f"{' and '.join(experiment.pieces)}: task {asked.name!r} shows no clips; leave it out")
+    if asked.clips and not loaded.takes_clips:
         raise ValueError(f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
     facts = model_facts(loaded)
     infeasible = preflight(loaded, runs, todo[0].questions(asked)[:1])
