@@ -403,7 +403,8 @@ def test_batches_of_clips_from_a_file(tmp_path: Path, cuts: list[list[int]]) -> 
         assert cuts == ([[4] * 2, [4] * 2, [4] * 4] if more else [])
     first, second = (json.loads(line)["answer"] for line in said[0].splitlines()[:2])
     assert said[0] == said[1] and (first, second) == tuple(sample.answer for sample in samples)
-    words = ["eval", "--task", data, "-m", "tiny-video", "--methods", "duet", "-b", "0.5", "--batch", 1, "--workers", 1, "--timing-rounds", 0, "--json"]
+    words = ["eval", "--task", data, "-m", "tiny-video", "--methods", "duet", "-b", "0.5", "--batch", 1, "--workers", 1]
+    words += ["--timing-rounds", 0, "--json"]
     runs = []
     for name, more in (("whole", []), ("pieces", ["--chunk-frames", 4])):
         cuts.clear()
@@ -430,6 +431,7 @@ def test_pieces_of_what_is_no_clip(tmp_path: Path) -> None:
     """One sentence, before a model is loaded where that can be."""
     path, picture = write(tmp_path / "clip.mp4"), tmp_path / "a.png"
     Image.new("RGB", (8, 8)).save(picture)
+    shared = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "-b", 64, "--method"]
     for words, text in (
         (["run", "-i", picture, "-p", "x", "--chunk-frames", 4], "--chunk-frames 4: no clip is shown; give --video, or leave it out"),
         (["run", "-i", picture, "-p", "x", "--still-frames", 0], "--still-frames 0.0: no clip is shown; give --video"),
@@ -439,8 +441,8 @@ def test_pieces_of_what_is_no_clip(tmp_path: Path) -> None:
         (["eval", "--experiment", path, "--still-frames", 0], "says what is asked: leave out --still-frames"),
         (["generate", "--data", tmp_path, "-p", "x", "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
         (["run", "--video", path, "-p", "x", "--method", "duet", "-b", 64, "--chunk-frames", 4], "llava takes no clips, so frames"),
-        (["run", "-m", "tiny-video", "--video", path, "-p", "x", "--method", "zoo_prune", "-b", 64, "--chunk-frames", 4], "asks the projector"),
-        (["run", "-m", "tiny-video", "--video", path, "-p", "x", "--method", "duet", "-b", 4, "--still-frames", "nan"], "Invalid value for '--still-frames'"),
+        ([*shared, "zoo_prune", "--chunk-frames", 4], "asks the projector"),
+        ([*shared, "duet", "--still-frames", "nan"], "Invalid value for '--still-frames'"),
         (["eval", "--task", "tiny-video", "--methods", "rlt", "-b", "0.5", "--chunk-frames", 4, "-o", tmp_path / "o"], "rlt reduces in the tower"),
     ):
         assert text in call(*words, code=2).stderr
