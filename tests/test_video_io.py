@@ -26,7 +26,7 @@ from duet_vlm import video
 from duet_vlm.cli.main import app
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.tiny import video as tiny_video
-from duet_vlm.video import decode, length, pieces, sampled, upright
+from duet_vlm.video import chosen, decode, length, pieces, sampled, upright
 from duet_vlm.viz import film, on_film
 from duet_vlm.viz.overlay import cell_box
 
@@ -339,6 +339,15 @@ def test_a_long_clip_is_answered_in_pieces(tmp_path: Path) -> None:
     assert all((got["frames"], got["held"], got["visual_tokens"]) == (8, 200, 520) for got in found)
     text = call(*shared[:-1], "-b", 100, "--fps", 10, "--chunk-frames", 5).stdout
     assert "32 frames, 5 at a time: 100 of 2080 visual tokens held" in text
+
+
+def test_a_terminal_sees_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "clip.mp4")
+    words = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "-b", 100, "--fps", 10, "--chunk-frames", 16, "--json"]
+    assert call(*words).stderr == "" and chosen(path, fps=10) == 40 and chosen(path) == 8
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    shown = call(*words)
+    assert "40/40" in shown.stderr and "100 visual tokens held" in shown.stderr and json.loads(shown.stdout)["frames"] == 40
 
 
 def slow_clip(path: Path, sample: Any) -> Path:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 
-import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from duet_vlm.cli.answering import answer
 from duet_vlm.cli.options import Reduction, Shown
 from duet_vlm.loading import Loaded
-from duet_vlm.video import pieces
+from duet_vlm.video import chosen, pieces
 
 
 def check_streamed(shown: Shown, reduction: Reduction, compare: bool, still: float | None) -> None:
@@ -44,14 +44,13 @@ def streamed(loaded: Loaded, shown: Shown, prompt: str, size: int, budget: int, 
         raise ValueError(f"--chunk-frames {size}: this model puts {together} frames together; give a multiple of {together}")
     stream, frames, inputs = Stream(loaded.model, budget), 0, None
     given = (loaded.frames if shown.frames is None and shown.fps is None else shown.frames), shown.fps
-    for piece in pieces(shown.videos[0], size, *given):
-        inputs = loaded.inputs([], prompt, [piece])
-        stream.add(**inputs)
-        frames += len(piece.frames)
-        if sys.stderr.isatty():
-            typer.echo(f"\r{frames} frames, {len(stream.held)} of {stream.steps * stream.places} visual tokens held", nl=False, err=True)
-    if sys.stderr.isatty():
-        typer.echo("", err=True)
+    with _bar() as bar:
+        task = bar.add_task("frames", total=chosen(shown.videos[0], *given), held=0)
+        for piece in pieces(shown.videos[0], size, *given):
+            inputs = loaded.inputs([], prompt, [piece])
+            stream.add(**inputs)
+            frames += len(piece.frames)
+            bar.update(task, completed=frames, held=len(stream.held))
     assert inputs is not None  # a clip has a frame
     found = answer(loaded, stream.inputs(inputs["input_ids"]), max_new_tokens, not json_)
     tokens, held = stream.steps * stream.places, len(stream.held)
@@ -61,3 +60,11 @@ def streamed(loaded: Loaded, shown: Shown, prompt: str, size: int, budget: int, 
         print(json.dumps(values | {"chunk_frames": size, "timing": timing}))
         return
     print(f"\n{frames} frames, {size} at a time: {held} of {tokens} visual tokens held; {found.timing()}")
+
+
+def _bar() -> Progress:
+    """How far the clip is read and how many tokens are held, on a terminal."""
+    console = Console(stderr=True)
+    held = TextColumn("{task.fields[held]} visual tokens held")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), held, TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -122,7 +122,8 @@ def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tens
         shares = take(features, selection.members).float() * weights.float()[..., None]
         total = shares.new_zeros(batch, width + 1, rows.shape[2]).scatter_add(1, into[..., None].expand_as(shares), shares)[:, :width]
         return torch.where(joined, total.to(rows.dtype), rows)
-    made, features, weights = [], features.float(), weights.float()
+    made: list[Tensor] = []
+    features, weights = features.float(), weights.float()
     for part in rows.split(max(1, CELLS // (batch * tokens)), 1):  # a clip has many rows of many tokens
         first, count = sum(some.shape[1] for some in made), part.shape[1]
         here = torch.where((into >= first) & (into < first + count), into - first, count)
