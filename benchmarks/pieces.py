@@ -23,7 +23,7 @@ from duet_vlm.measure.counted import memory_of
 from duet_vlm.models.find import adapter_for
 
 FRAMES, SIZE, BUDGET = (16, 64, 256), 8, 0.2
-METHODS = ("duet", "duet_plus", "evs", "fastvid")
+METHODS = ("evs", "duet")
 STEP = 64  # visual tokens of two frames, where their size is free
 QWEN = Shape(
     "qwen2_5_vl", layers=4, hidden=512, heads=8, kv_heads=2, mlp=1408, vision_layers=6, vision_hidden=256, vision_mlp=768, vocab=1000
