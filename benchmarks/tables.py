@@ -136,6 +136,33 @@ def pressing() -> str:
     return table(head, lines) + "\n\n" + told
 
 
+def overhead() -> str:
+    """What every method costs by itself, of the prefill and of one wide layer; those that cannot run below the table."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result("overhead")["results"]:
+        method, unit = row["name"].split(", ", 1)
+        found.setdefault(method, {})[unit] = row
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None or "interval" not in row:
+            return "-"
+        low, high = row["interval"]
+        return f"{row['median']:.1%} ({low:.1%}-{high:.1%})"
+
+    lines, out = [], []
+    for method, units in found.items():
+        prefill = units["of the prefill"]
+        if "interval" not in prefill:
+            out.append(f"`{method}`: {prefill['reason']}")
+            continue
+        held = f"{prefill['target']:.0%}: {'met' if prefill['met'] else '**missed**'}"
+        wide = cell(units.get("of one layer, 4096 wide"))
+        lines.append([f"`{method}`", f"{prefill['budget']:.0%}", f"{prefill['predicted']:.1%}", cell(prefill), held, wide])
+    head = ["method", "budget", "by FLOPs", "measured, of the prefill", "target", "of one layer, 4096 wide"]
+    told = "\n\nLeft out: " + "; ".join(out) + "." if out else ""
+    return table(head, lines) + told
+
+
 def static() -> str:
     """A decode step with a dynamic and a static cache, layers as they are and compiled."""
     found = result("neighbours")
@@ -173,6 +200,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "importance": importance,
     "pressing": pressing,
     "static": static,
+    "overhead": overhead,
     "speed": speed,
     "train_step": train_step,
     "train_flops": train_flops,

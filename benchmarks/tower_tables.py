@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from duet_vlm.evaluate.report.markdown import table
+from duet_vlm.loading import load
 from duet_vlm.measure.flops import vision_flops
 from duet_vlm.models.find import adapter_for
-from duet_vlm.tiny import load
 from duet_vlm.tiny.network import VISUAL_TOKENS
 
+FRAME = 64  # patches of a frame of the embedded clip model
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -53,21 +54,24 @@ def roofline() -> str:
 
 
 @functools.cache
-def flops_of(label: str) -> str:
-    """What a tower like that of the tiny model needs, of what it needs for the whole picture."""
-    shape, share = adapter_for(load()[0]).vision_shape().read(), re.search(r"(\d+)%", label)
-    stages = () if share is None else ((0, VISUAL_TOKENS * int(share[1]) // 100),)
-    return f"{vision_flops(shape, VISUAL_TOKENS, None, stages) / vision_flops(shape, VISUAL_TOKENS):.1%}"
+def flops_of(label: str, model: str, tokens: int) -> str:
+    """What the tower of an embedded model needs for a picture or a frame of ``tokens``, of what it needs for the whole one."""
+    shape, share = adapter_for(load(model).model).vision_shape().read(), re.search(r"(\d+)%", label)
+    stages = () if share is None else ((0, tokens * int(share[1]) // 100),)
+    return f"{vision_flops(shape, tokens, None, stages) / vision_flops(shape, tokens):.1%}"
 
 
 def answers() -> str:
     """Accuracy behind each tower, against the same method behind the whole one."""
     found: dict[tuple[str, str], dict[str, str]] = {}
     for row in results("tower_accuracy"):
-        found.setdefault((row["tower"], row["method"]), {})[row["task"]] = told(row)
+        found.setdefault((row["method"], row["tower"]), {})[row["task"]] = told(row)
     tasks = list(dict.fromkeys(row["task"] for row in results("tower_accuracy")))
-    lines = [[tower, flops_of(tower), f"`{method}`", *(cells.get(task, "-") for task in tasks)] for (tower, method), cells in found.items()]
-    return table(["through the tower", "its FLOPs", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
+    lines = []
+    for (method, tower), cells in sorted(found.items(), key=lambda item: item[0][0] != "duet_plus"):
+        pictures = flops_of(tower, "tiny", VISUAL_TOKENS) if "tiny" in cells else "-"
+        lines.append([tower, pictures, flops_of(tower, "tiny-video", FRAME), f"`{method}`", *(cells.get(task, "-") for task in tasks)])
+    return table(["through the tower", "its FLOPs, pictures", "clips", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
 
 
 BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers, "tower_roofline": roofline}
