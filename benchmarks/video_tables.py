@@ -14,6 +14,7 @@ from duet_vlm.evaluate.results import load
 from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS
 
 STREAM = comparison_tables.ROOT.parent / "benchmarks" / "results" / "stream.json"
+PIECES = STREAM.with_name("pieces.json")
 RESULTS = comparison_tables.ROOT / "tiny-video" / "results"
 
 
@@ -63,10 +64,24 @@ def stream() -> str:
     return table(["frames", "visual tokens", "in pieces of 16", "in one piece"], lines)
 
 
+def pieces() -> str:
+    """The most MiB that clips take whose frames go through the tower some at a time, and all at once."""
+    found = {(r["model"], r["method"], r["frames"], r["chunk_frames"]): r for r in json.loads(PIECES.read_text())["results"]}
+    lines = []
+    for model, method in dict.fromkeys(key[:2] for key in found):
+        for frames in dict.fromkeys(key[2] for key in found):
+            sides = [found[model, method, frames, chunk] for chunk in (None, 8)]
+            most = [f"{side[stage] / 2**20:.0f}" for stage in ("encoding", "first logits") for side in sides]
+            lines.append([model, method, str(frames), *most, f"{sides[0]['rows'] / 2**20:.1f}"])
+    stages = [f"{stage}, {way}" for stage in ("encoded", "first logits") for way in ("whole", "in pieces")]
+    return table(["model", "method", "frames", *stages, "rows of the clip"], lines)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "video_kept": lambda: kept("methods"),
     "video_more": lambda: kept("more"),
     "video_kinds": kinds,
     "video_stream": stream,
+    "video_pieces": pieces,
     "video_recall": lambda: comparison_tables.recall("tiny-video", "methods", 0.07),
 }

@@ -57,7 +57,7 @@ USERS = {
     "viz": {"duet_vlm", "palette", "pictures", "tokens"},
     "app": {"budget", "duet_vlm", "loading", "memory", "pictures", "settings", "tiny", "video", "viz"},
     "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
-    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "palette", "pictures", "spelling", "tiny"},
+    "evaluate": {"budget", "duet_vlm", "loading", "measure", "models", "palette", "pictures", "spelling", "tiny", "video"},
     "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "palette", "parts", "reducer"},
     "tune": {"bench", "duet_vlm", "evaluate", "loading", "measure", "models", "palette", "pictures", "video"},
     "train": {"budget", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},

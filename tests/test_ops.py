@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duet_vlm import SpanPlan, TextView, VisionView
+from duet_vlm.measure.counted import allocations
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.floors import RandomTokens, UniformTokens
@@ -304,6 +305,25 @@ def test_merged_rows_with_weights(seed: int, tokens: int, rows: int, members: in
                 continue
             expected = twins.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
             torch.testing.assert_close(result[b, row], torch.tensor(expected, dtype=dtype), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cells", [1, 500, 10**9])
+def test_tables_of_long_clips_are_made_in_parts(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor is that of rows x tokens, unless it is made in parts; the rows are the same."""
+    draw = torch.Generator().manual_seed(0)
+    tokens, rows, members = 100, 40, 150
+    features, index = normal(0, 2, tokens, 4), torch.randint(0, tokens, (2, rows), generator=draw)
+    joined, into = torch.randint(0, tokens, (2, members), generator=draw), torch.randint(-1, rows, (2, members), generator=draw)
+    weights = normal(1, 2, members)
+    selection = Selection(index, torch.ones(2, rows, dtype=torch.bool), joined, into, weights=weights)
+    monkeypatch.setattr(merge, "CELLS", cells)
+    found: list[Tensor] = []
+    largest = max(allocations(lambda: found.append(merge.merged_rows(features, selection))))
+    assert largest <= 4 * max(cells + 2 * tokens, 2 * 2 * tokens, 2 * members * 2) if cells < 10**9 else largest > 4 * 2 * rows * tokens
+    for b, row in ((0, 0), (1, 7), (1, rows - 1)):
+        group = [p for p, to in enumerate(into[b].tolist()) if to == row]
+        expected = twins.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
+        torch.testing.assert_close(found[0][b, row], torch.tensor(expected) if group else features[b, index[b, row]], rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_flows_by_weight() -> None:

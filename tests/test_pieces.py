@@ -10,9 +10,11 @@ from families import CLIPS, FAMILIES, ONE, Picture, build, clips_for, forward, g
 from torch import Tensor, nn
 
 import duet_vlm
+from duet_vlm.bench.inputs import encode
 from duet_vlm.flow import compat
-from duet_vlm.flow.pieces import changed
-from duet_vlm.measure.counted import counted_flops
+from duet_vlm.flow.pieces import Pieces, changed
+from duet_vlm.measure.counted import counted_flops, memory_of
+from duet_vlm.models.adapter import Encoding
 from duet_vlm.models.towers import patches_of
 
 MOVING = [name for name, family in FAMILIES.items() if family.video]
@@ -120,6 +122,25 @@ def test_on_an_accelerator_free_memory_says_how_many_frames(family: str, monkeyp
         model(**inputs)
         hook.remove()
     assert len(rows) == 1  # gradients keep all of it anyway
+
+
+def test_free_memory_is_what_the_device_and_torch_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the driver says is free, and what torch holds without using it. Of a quarter of that as many steps as fit, each of as many values as the
+    rows of a block, its attention and its MLP take, and one of every layer."""
+    told = {"mem_get_info": (6_000_000, 80_000_000), "memory_reserved": 5_000_000, "memory_allocated": 3_000_000}
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert compat.free_bytes(torch.device("cuda", 0)) == 8_000_000 and compat.free_bytes(torch.device("cpu")) is None
+    model = shared("qwen2_5_vl")
+    with duet_vlm.attach(model, "evs", keep=0.5) as handle:
+        adapter, reducer = handle.adapter, handle.reducer
+    vision = model.config.vision_config
+    values = vision.depth * vision.hidden_size + 10 * vision.hidden_size + 3 * vision.intermediate_size
+    call = Encoding("video", [[9, 4, 4]], {})
+    there = torch.zeros(9 * 16, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2).to("meta")  # on the CPU nobody asks
+    monkeypatch.setattr(compat, "free_bytes", lambda device: 8_000_000)
+    assert Pieces()._steps(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)
+    assert Pieces(4)._steps(adapter, reducer, call, there) == 2  # what is asked for goes first
 
 
 def test_a_caller_of_the_encoder_gets_the_stock_output() -> None:
@@ -236,3 +257,28 @@ def test_differences_that_cannot_be(still: Any, error: type[Exception], message:
         duet_vlm.attach(shared("qwen2_5_vl"), "evs", budget=0.5, still_frames=still)
     with pytest.raises(TypeError, match="still_frames: rlt reduces in the tower, so a clip goes through it as it is"):
         duet_vlm.attach(shared("qwen2_5_vl"), "rlt", keep=0.5, still_frames=0.0)
+
+
+# ---- what grows with the clip
+
+
+def most_and_rows(family: str, method: str, settings: dict[str, Any], steps: int) -> tuple[int, int]:
+    """The most bytes that encoding a clip a step at a time takes, and the bytes of the rows that come out."""
+    model = shared(family)
+    inputs = FAMILIES[family].inputs([(1, 5, Picture(3, 6, 6, frames=steps), 41)])
+    given = {name: value for name, value in inputs.items() if name.startswith("pixel_") or name.endswith("grid_thw")}
+    if "video_grid_thw" not in given:  # the tests' clips of these families have few frames
+        given["pixel_values_videos"] = given["pixel_values_videos"][:, :1].expand(-1, steps, -1, -1, -1)
+    with duet_vlm.attach(model, method, **settings, chunk_frames=2), torch.inference_mode():
+        (output,) = encode(model, given).values()
+        rows = [*output.pooler_output, *(row for level in getattr(output, "deepstack_features", None) or () for row in level)]
+        return memory_of(lambda: encode(model, given))[0], sum(row.nbytes for row in rows)
+
+
+@pytest.mark.parametrize("family", MOVING)
+@pytest.mark.parametrize(("method", "most"), [("none", 1.1), ("duet", 2.5), ("evs", 3.5)])
+def test_little_grows_with_the_clip(family: str, method: str, most: float) -> None:
+    """No pixels, and of rows their own bytes: once where nothing is chosen, twice where some leave (before and after); and what a method makes."""
+    settings = {"none": {}, "duet": {"dominant": 4, "contextual": 2, "schedule": ((3, 0.5),)}, "evs": {"keep": 0.3}}[method]
+    (before, few), (after, many) = (most_and_rows(family, method, settings, steps) for steps in (16, 64))
+    assert many > 3.9 * few and after - before <= most * (many - few)

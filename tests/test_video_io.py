@@ -24,8 +24,9 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm import video
 from duet_vlm.cli.main import app
+from duet_vlm.flow.pieces import Pieces
 from duet_vlm.tiny import video as tiny_video
-from duet_vlm.video import decode, length, pieces, sampled, upright
+from duet_vlm.video import chosen, decode, length, pieces, sampled, upright
 from duet_vlm.viz import film, on_film
 from duet_vlm.viz.overlay import cell_box
 
@@ -331,7 +332,7 @@ def test_pieces_hold_no_more_than_they_need(tmp_path: Path, monkeypatch: pytest.
 def test_a_long_clip_is_answered_in_pieces(tmp_path: Path) -> None:
     """Whatever the size of the pieces, the tokens that are held are those of evs on the whole clip, and the answer is that of the stream."""
     sample = next(s for s in tiny_video.samples("test", 40) if s.kind == "read")
-    path = write(tmp_path / "clip.mp4", count=32, picture=lambda number: np.asarray(sample.frames[number // 4]), crf="4")
+    path = slow_clip(tmp_path / "clip.mp4", sample)
     shared = ["run", "-m", "tiny-video", "--video", path, "-p", sample.question, "--json"]
     found = [json.loads(call(*shared, "-b", 200, "--frames", 8, "--chunk-frames", size).stdout) for size in (1, 3, 8)]
     assert {got["answer"] for got in found} == {json.loads(call(*shared, "-b", 200, "--method", "evs", "--frames", 8).stdout)["answer"]}
@@ -340,13 +341,130 @@ def test_a_long_clip_is_answered_in_pieces(tmp_path: Path) -> None:
     assert "32 frames, 5 at a time: 100 of 2080 visual tokens held" in text
 
 
+def test_a_terminal_sees_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "clip.mp4")
+    words = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "-b", 100, "--fps", 10, "--chunk-frames", 16, "--json"]
+    assert call(*words).stderr == "" and chosen(path, fps=10) == 40 and chosen(path) == 8
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    shown = call(*words)
+    assert "40/40" in shown.stderr and "100 visual tokens held" in shown.stderr and json.loads(shown.stdout)["frames"] == 40
+
+
+def slow_clip(path: Path, sample: Any) -> Path:
+    """Every frame of a sample four times."""
+    return write(path, count=32, picture=lambda number: np.asarray(sample.frames[number // 4]), crf="4")
+
+
+@pytest.fixture
+def cuts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Steps of the pieces of every call for clips that was cut."""
+    found: list[list[int]] = []
+    real = Pieces.cut
+
+    def cut(self: Pieces, *given: Any) -> Any:
+        made = real(self, *given)
+        if made is not None:
+            found.append([len(piece.steps) for piece in made.pieces])
+        return made
+
+    monkeypatch.setattr(Pieces, "cut", cut)
+    return found
+
+
+def test_a_clip_goes_through_the_tower_in_pieces(tmp_path: Path, cuts: list[list[int]]) -> None:
+    """With a method that is named: the same answer and the same report, whatever the pieces."""
+    sample = tiny_video.sample("test", 0)
+    path = slow_clip(tmp_path / "clip.mp4", sample)
+    shared = ["run", "-m", "tiny-video", "--video", path, "-p", sample.question, "-b", "0.3", "--method", "duet", "--json"]
+    whole = json.loads(call(*shared).stdout)
+    assert not cuts
+    for size, more in ((3, []), (4, ["--compare"])):
+        cuts.clear()
+        made = json.loads(call(*shared, "--chunk-frames", size, *more).stdout)
+        assert cuts == [[3, 3, 2] if size == 3 else [4, 4]] * (2 if more else 1)  # the full model is not cut
+        assert (made["answer"], made["report"]) == (whole["answer"], whole["report"])
+
+
+def test_frames_that_stand_still_are_not_encoded(tmp_path: Path, cuts: list[list[int]]) -> None:
+    sample = tiny_video.sample("test", 0)
+    path = slow_clip(tmp_path / "clip.mp4", sample)
+    shared = ["run", "-m", "tiny-video", "--video", path, "-p", sample.question, "-b", "0.3", "--frames", 16, "--json"]
+    whole, still = (json.loads(call(*shared, *more).stdout)["report"] for more in ([], ["--still-frames", 0.05]))
+    (shown,) = cuts
+    assert sum(shown) == len({frame.tobytes() for frame in sample.frames}) <= 8  # each is taken twice, once before it was compressed
+    assert still["observed"]["vision_flops"] < 0.6 * whole["observed"]["vision_flops"] and still["full"] == whole["full"]
+
+
+def test_batches_of_clips_from_a_file(tmp_path: Path, cuts: list[list[int]]) -> None:
+    """``generate`` and ``eval`` read lines with clips, in pieces if asked; a line may say how many frames are taken."""
+    samples = [tiny_video.sample("test", index) for index in (0, 1)]
+    lines = []
+    for number, sample in enumerate(samples):
+        slow_clip(tmp_path / f"{number}.mp4", sample)
+        lines.append({"video": f"{number}.mp4", "question": sample.question, "answer": sample.answer})
+    lines.append(lines[0] | {"video": ["0.mp4"], "frames": 16})
+    data = tmp_path / "asked.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = []
+    for name, more in (("whole", []), ("pieces", ["--chunk-frames", 4])):
+        call("generate", "-m", "tiny-video", "--data", data, "-o", tmp_path / name, "-b", "0.5", "--batch", 1, "--max-new-tokens", 4, *more)
+        said.append((tmp_path / name).read_text())
+        assert cuts == ([[4] * 2, [4] * 2, [4] * 4] if more else [])
+    first, second = (json.loads(line)["answer"] for line in said[0].splitlines()[:2])
+    assert said[0] == said[1] and (first, second) == tuple(sample.answer for sample in samples)
+    words = ["eval", "--task", data, "-m", "tiny-video", "--methods", "duet", "-b", "0.5", "--batch", 1, "--workers", 1]
+    words += ["--timing-rounds", 0, "--json"]
+    runs = []
+    for name, more in (("whole", []), ("pieces", ["--chunk-frames", 4])):
+        cuts.clear()
+        (made,) = json.loads(call(*words, "--name", name, "-o", tmp_path / "out", *more).stdout)["results"]
+        assert made["experiment"].get("chunk_frames") == (4 if more else None) and len(cuts) == (3 if more else 0)  # not the full model
+        runs.append(made["runs"])
+    assert runs[0] == runs[1]
+    data.write_text(json.dumps(lines[0] | {"frames": 0}))
+    assert "line 1: frames 0: how many are taken of each video" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+    data.write_text(json.dumps(lines[0] | {"video": "gone.mp4"}))
+    assert "its video" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+    data.write_text(json.dumps(lines[0]))
+    assert "--data shows clips, and --model tiny takes pictures only" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+
+
+def test_a_benchmark_of_clips_in_pieces(tmp_path: Path, cuts: list[list[int]]) -> None:
+    words = ["bench", "-m", "tiny-video", "--frames", 6, "--method", "duet", "-b", "0.5", "--rounds", 1, "--new", 2, "--no-predict", "--json"]
+    made = json.loads(call(*words, "--chunk-frames", 2, "--still-frames", 0).stdout)
+    assert made["plan"]["chunk_frames"] == 2 and made["plan"]["still_frames"] == 0.0 and {tuple(steps) for steps in cuts} == {(2, 2, 2)}
+    assert [row["side"] for row in made["rows"]] == ["full", "duet at 50%"]
+
+
+def test_pieces_of_what_is_no_clip(tmp_path: Path) -> None:
+    """One sentence, before a model is loaded where that can be."""
+    path, picture = write(tmp_path / "clip.mp4"), tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    shared = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "-b", 64, "--method"]
+    for words, text in (
+        (["run", "-i", picture, "-p", "x", "--chunk-frames", 4], "--chunk-frames 4: no clip is shown; give --video, or leave it out"),
+        (["run", "-i", picture, "-p", "x", "--still-frames", 0], "--still-frames 0.0: no clip is shown; give --video"),
+        (["bench", "--chunk-frames", 4, "--still-frames", 0.1], "--chunk-frames 4 and --still-frames 0.1: no clip is shown; give --frames"),
+        (["eval", "--chunk-frames", 4, "-o", tmp_path / "o"], "no clip is shown; take tasks with clips in place of --tasks tiny"),
+        (["eval", "--harness", "lmms-eval", "--still-frames", 0], "--chunk-frames and --still-frames need the own harness"),
+        (["eval", "--experiment", path, "--still-frames", 0], "says what is asked: leave out --still-frames"),
+        (["generate", "--data", tmp_path, "-p", "x", "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
+        (["run", "--video", path, "-p", "x", "--method", "duet", "-b", 64, "--chunk-frames", 4], "llava takes no clips, so frames"),
+        ([*shared, "zoo_prune", "--chunk-frames", 4], "asks the projector"),
+        ([*shared, "duet", "--still-frames", "nan"], "Invalid value for '--still-frames'"),
+        (["eval", "--task", "tiny-video", "--methods", "rlt", "-b", "0.5", "--chunk-frames", 4, "-o", tmp_path / "o"], "rlt reduces in the tower"),
+    ):
+        assert text in call(*words, code=2).stderr
+
+
 def test_what_pieces_cannot_be_combined_with(tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4")
     shared = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "--chunk-frames", 4]
     for more, words in (
         ([], "say with --budget how many visual tokens are held"),
         (["-b", "0.5"], "say with --budget how many visual tokens are held"),
-        (["-b", 64, "--method", "duet"], "holds the tokens that evs keeps"),
+        (["-b", 64, "--positions", "keep"], "holds the tokens that evs keeps"),
+        (["-b", 64, "--still-frames", 0], "is encoded frame by frame; leave it out"),
         (["-b", 64, "--compare"], "would need the whole clip at once"),
         (["-b", 64, "--video", path], "0 images and 2 clips; give one --video"),
     ):

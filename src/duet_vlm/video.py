@@ -78,6 +78,11 @@ def decode(path: Path, frames: int | None = None, fps: float | None = None) -> C
     return Clip(tuple(_pictures(path, indices, total, len(indices))), indices, total, rate)
 
 
+def chosen(path: Path, frames: int | None = None, fps: float | None = None) -> int:
+    """How many frames ``decode`` takes. Errors as ``decode``; nothing is decoded."""
+    return len(_chosen(path, frames, fps)[0])
+
+
 def pieces(path: Path, size: int, frames: int | None = None, fps: float | None = None) -> Iterator[Clip]:
     """As ``decode``, but ``size`` frames at a time: memory depends on them and not on the length of the clip. Errors as ``decode``, and a
     ValueError for a size below 1."""

@@ -47,7 +47,8 @@ class Plan:
     """What is measured: every side on every (batch, text); ``tokens`` and ``frames`` as ``bench.inputs.prompt_for``.
 
     ``steps`` of decoding are clocked one by one (None: all ``new`` but the first); generate() writes ``new`` tokens in ``generate_rounds``
-    rounds of its own (None: as many as ``rounds``; 0: not at all).
+    rounds of its own (None: as many as ``rounds``; 0: not at all). ``chunk_frames`` and ``still_frames`` as ``attach`` takes them, for all but the
+    full model.
     """
 
     sides: tuple[Side, ...]
@@ -61,6 +62,8 @@ class Plan:
     memory: bool = True
     steps: int | None = None
     generate_rounds: int | None = None
+    chunk_frames: int | None = None
+    still_frames: float | None = None
 
 
 def sides_of(methods: Sequence[str], budgets: Sequence[int | float]) -> tuple[Side, ...]:
@@ -144,7 +147,12 @@ class Pass:
 
     def attached(self) -> Handle:
         """The side's handle; for the full model one that changes nothing."""
-        return duet_vlm.attach(self.adapter.model, self.side.method or "none", budget=self.side.budget)
+        if self.side.method is None:
+            return duet_vlm.attach(self.adapter.model, "none")
+        side, plan = self.side, self.plan
+        return duet_vlm.attach(
+            self.adapter.model, side.method, budget=side.budget, chunk_frames=plan.chunk_frames, still_frames=plan.still_frames
+        )
 
     def held(self) -> AbstractContextManager[Any]:
         """The full model is timed as it is, without a handle."""

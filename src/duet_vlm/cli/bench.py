@@ -16,7 +16,7 @@ from rich.table import Table
 
 from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.lists import check_method
-from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, Model, budgets_of, counts, several
+from duet_vlm.cli.options import SEVERAL, AsJson, ChunkFrames, Debug, Device, Model, StillFrames, budgets_of, counts, pieces_of, several
 
 METHODS = ("duet", "visionzip", "fastv", "uniform", "random")
 BUDGETS = ("0.33", "0.11")
@@ -37,6 +37,8 @@ def bench(
     ] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="Visual tokens, where the picture's size decides.")] = None,
     frames: Annotated[int, typer.Option("--frames", min=0, help="Steps of time of a clip; 0 for an image.")] = 0,
+    chunk_frames: ChunkFrames = None,
+    still_frames: StillFrames = None,
     new: Annotated[int, typer.Option("--new", min=2, help="Tokens to write.")] = 8,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Measured rounds; every side runs once in each.")] = 7,
     device: Device = None,
@@ -52,12 +54,13 @@ def bench(
     with friendly(debug, json_):
         methods, budgets = _methods(method), budgets_of(budget or BUDGETS)
         batches, texts = counts("--batch", batch, 1), counts("--prompt-tokens", prompt_tokens, 32)
+        pieces = pieces_of(chunk_frames, still_frames, frames > 0, "give --frames")
         _writable(out, plots)
         from duet_vlm.bench.plots import draw
         from duet_vlm.bench.run import Plan, result, sheet_of, sides_of
 
         loaded, where, name = _model(model, config_only, device, dtype)
-        plan = Plan(sides_of(methods, budgets), batches, texts, tokens, frames, new, rounds)
+        plan = Plan(sides_of(methods, budgets), batches, texts, tokens, frames, new, rounds, **pieces)
         say = functools.partial(typer.echo, err=True)
         found = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
         if out is not None:

@@ -10,7 +10,20 @@ import typer
 
 from duet_vlm.cli.errors import folder_for, friendly, plain_name
 from duet_vlm.cli.lists import chosen
-from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several, several_paths
+from duet_vlm.cli.options import (
+    SEVERAL,
+    AsJson,
+    ChunkFrames,
+    Debug,
+    Device,
+    StillFrames,
+    budgets_of,
+    method_of,
+    pieces_of,
+    settings_of,
+    several,
+    several_paths,
+)
 
 if TYPE_CHECKING:
     from duet_vlm.evaluate.experiment import Experiment
@@ -46,6 +59,8 @@ def evaluate(
         str | None, typer.Option("--against", help="The run that all others are tested against, by its label. Default: duet, where it runs.")
     ] = None,
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Questions per batch. Default: 40.")] = None,
+    chunk_frames: ChunkFrames = None,
+    still_frames: StillFrames = None,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Processes; default: one per GPU, without one as many as cores.")] = None,
     timing_rounds: Annotated[int, typer.Option("--timing-rounds", min=0, help="Rounds of the prefill timing; 0 leaves it out.")] = 20,
     experiment: Annotated[
@@ -73,15 +88,17 @@ def evaluate(
             raise ValueError("--oracle and --experiment need the own harness: lmms-eval's tasks do not say which tokens an answer needs")
         asked: dict[str, Any] = {"--tasks": tasks, "--model": model, "--methods": methods, "--budgets": budgets, "--presets": presets}
         asked |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
+        asked |= {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
         if experiment is not None:
-            given = [option for option, value in asked.items() if value]
+            given = [option for option, value in asked.items() if value not in (None, []) and value is not False]
             if given:
                 raise ValueError(f"--experiment {experiment} says what is asked: leave out {', '.join(given)}, or change a copy of the file")
             jobs = [read(experiment)]
         else:
             cells, numbers, questions = _cells(methods, budgets, presets, oracle), seeds_of(seeds), limit_of(limit)
             names = several(tasks) if harness == "lmms-eval" else [str(path) for path in several_paths(list(map(Path, tasks or [])))]
-            jobs = [_job(task, model, cells, numbers, questions, against, batch) for task in names or ["tiny"]]
+            pieces = _pieces(chunk_frames, still_frames, names or ["tiny"], harness)
+            jobs = [_job(task, model, cells, numbers, questions, against, batch, pieces) for task in names or ["tiny"]]
         if harness == "lmms-eval":
             from duet_vlm.cli.harness import through_lmms_eval
 
@@ -100,15 +117,33 @@ def evaluate(
 
 
 def _job(
-    task: str, model: str | None, cells: tuple[dict[str, Any], ...], seeds: tuple[int, ...], limit: int | None, against: str | None, batch: int | None
+    task: str,
+    model: str | None,
+    cells: tuple[dict[str, Any], ...],
+    seeds: tuple[int, ...],
+    limit: int | None,
+    against: str | None,
+    batch: int | None,
+    pieces: dict[str, Any],
 ) -> Experiment:
     from duet_vlm.evaluate.experiment import AGAINST, Experiment
     from duet_vlm.evaluate.tasks import usual_model
 
-    job = Experiment(task, cells, model or usual_model(task), seeds, limit, batch or 40, against or AGAINST)
+    job = Experiment(task, cells, model or usual_model(task), seeds, limit, batch or 40, against or AGAINST, **pieces)
     if against is not None:
         job.check_against()
     return job
+
+
+def _pieces(chunk_frames: int | None, still_frames: float | None, names: list[str], harness: str) -> dict[str, Any]:
+    from duet_vlm.evaluate.tasks import task
+
+    if chunk_frames is None and still_frames is None:
+        return {}
+    if harness == "lmms-eval":
+        raise ValueError("--chunk-frames and --still-frames need the own harness: leave them out, or leave out --harness")
+    without = [name for name in names if not task(name).clips]
+    return pieces_of(chunk_frames, still_frames, not without, f"take tasks with clips in place of --tasks {','.join(without)}")
 
 
 def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tuple[dict[str, Any], ...]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from duet_vlm.cli.errors import folder_for
-from duet_vlm.cli.options import Device, Model, Reduction, reducing
+from duet_vlm.cli.options import ChunkFrames, Device, Model, Reduction, StillFrames, pieces_of, reducing
 
 if TYPE_CHECKING:
     from duet_vlm import Handle
@@ -19,7 +19,9 @@ EPILOG = "On several GPUs or machines: accelerate launch -m duet_vlm.cli.main ge
 
 @reducing
 def generate(
-    data: Annotated[str, typer.Option("--data", help="A .jsonl file with image and question in each line (id too, if you like), or a folder.")],
+    data: Annotated[
+        str, typer.Option("--data", help="A .jsonl file with image (or video) and question in each line (id too, if you like), or a folder.")
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .jsonl file of the answers; journals are kept beside it in OUT.parts.")],
     reduction: Reduction,
     json_: bool,
@@ -27,6 +29,8 @@ def generate(
     model: Model = "tiny",
     batch: Annotated[int, typer.Option("--batch", min=1, help="Prompts that are answered at once.")] = 8,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
+    chunk_frames: ChunkFrames = None,
+    still_frames: StillFrames = None,
     restart: Annotated[bool, typer.Option("--restart", help="Drop what is recorded and begin anew (one process only).")] = False,
     device: Device = None,
 ) -> None:
@@ -37,6 +41,7 @@ def generate(
     from duet_vlm.loading import load
 
     asked, place = prompts(data, prompt), Place.here()
+    pieces = pieces_of(chunk_frames, still_frames, asked.clips, 'give --data with "video" in its lines')
     folder_for("--out", out.parent)
     if restart:
         place.check_restart(f"{out}.parts")
@@ -49,7 +54,7 @@ def generate(
             typer.echo(f"{place}: {done} of {total} batches", err=True)
 
     def attach() -> Handle:
-        return reduction.attach(loaded.model, loaded.processor)
+        return reduction.attach(loaded.model, loaded.processor, **pieces)
 
     complete = answers(loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, place=place, advance=advance)
     if json_:

@@ -33,6 +33,19 @@ Images = Annotated[list[Path] | None, typer.Option("--image", "-i", help=f"Image
 Videos = Annotated[list[Path] | None, typer.Option("--video", help=f"Video file (needs the 'video' extra). {SEVERAL}")]
 FrameCount = Annotated[int | None, typer.Option("--frames", min=1, help="Frames taken of each clip, evenly spaced. Default: the model's, else 8.")]
 Rate = Annotated[float | None, typer.Option("--fps", help="Frames taken per second of a clip, in place of --frames.")]
+ChunkFrames = Annotated[
+    int | None,
+    typer.Option("--chunk-frames", min=1, help="Frames of a clip that go through the vision tower at a time: the same answer, in less memory."),
+]
+StillFrames = Annotated[
+    float | None,
+    typer.Option(
+        "--still-frames",
+        min=0,
+        help="Do not encode frames that differ from the last encoded one in no patch by more than this (mean difference of its pixels, as the model "
+        "gets them; 0: not at all).",
+    ),
+]
 Prompt = Annotated[str, typer.Option("--prompt", "-p", help="The question; images and clips go in front of it.")]
 Method = Annotated[
     list[str] | None,
@@ -144,6 +157,21 @@ class Shown:
         return [decode(path, frames, self.fps) for path in self.videos]
 
 
+def pieces_of(chunk_frames: int | None, still_frames: float | None, clips: bool, remedy: str) -> dict[str, Any]:
+    """What ``attach`` is told about how clips go through the vision tower.
+
+    Raises
+    ------
+    ValueError
+        If anything is said where no ``clips`` are shown; ``remedy`` says what to give.
+    """
+    given = {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
+    found = {option: value for option, value in given.items() if value is not None}
+    if found and not clips:
+        raise ValueError(f"{' and '.join(f'{option} {value}' for option, value in found.items())}: no clip is shown; {remedy}, or leave it out")
+    return {option.removeprefix("--").replace("-", "_"): value for option, value in found.items()}
+
+
 def budget_of(text: str | None) -> int | float | None:
     """``64`` is a token count, ``0.22`` and ``22%`` are fractions; ``1`` is said to be one token.
 
@@ -189,14 +217,14 @@ class Reduction:
         """What it is called."""
         return self.preset or handle.reducer.name
 
-    def attach(self, model: nn.Module, processor: Any = None) -> Handle:
-        """Attach it; ``processor`` is used where the settings need one."""
+    def attach(self, model: nn.Module, processor: Any = None, **pieces: Any) -> Handle:
+        """Attach it; ``processor`` is used where the settings need one, ``pieces`` are those of ``pieces_of``."""
         from duet_vlm import attach, remembered
 
         known = remembered(model) if self.method is None else None
         fields = (known or {}).get("settings", {}) | self.fields
         marked = processor if fields.get("text_query") == "salient" else None
-        return attach(model, self.method, budget=self.budget, processor=marked, **self.fields)
+        return attach(model, self.method, budget=self.budget, processor=marked, **self.fields | pieces)
 
 
 def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[str, Any]]:

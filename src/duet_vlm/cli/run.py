@@ -11,7 +11,20 @@ import typer
 
 from duet_vlm.cli.answering import Answer, answer
 from duet_vlm.cli.long_clips import check_streamed, streamed
-from duet_vlm.cli.options import Device, FrameCount, Images, Model, Prompt, Rate, Reduction, Shown, Videos, reducing
+from duet_vlm.cli.options import (
+    Device,
+    FrameCount,
+    Images,
+    Model,
+    Prompt,
+    Rate,
+    Reduction,
+    Shown,
+    StillFrames,
+    Videos,
+    pieces_of,
+    reducing,
+)
 from duet_vlm.loading import load
 
 
@@ -28,19 +41,27 @@ def run(
     compare: Annotated[bool, typer.Option("--compare", help="Also answer with the full model, and say how long each took.")] = False,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer.")] = 64,
     chunk_frames: Annotated[
-        int | None, typer.Option("--chunk-frames", min=1, help="Encode a long clip so many frames at a time; --budget tokens of it are held (evs).")
+        int | None,
+        typer.Option(
+            "--chunk-frames",
+            min=1,
+            help="Frames of a clip that go through the vision tower at a time. With --method: the same answer, in less memory. Without: "
+            "--budget tokens are held of a clip of any length, those that evs keeps.",
+        ),
     ] = None,
+    still_frames: StillFrames = None,
     device: Device = None,
 ) -> None:
     """Answer a question about images and clips, then report tokens, FLOPs and KV bytes."""
     shown = Shown.of(image, video, frames, fps)
-    if chunk_frames is not None:
-        check_streamed(shown, reduction, compare)
+    pieces = pieces_of(chunk_frames, still_frames, bool(shown.videos), "give --video")
+    if chunk_frames is not None and reduction.method is None:
+        check_streamed(shown, reduction, compare, still_frames)
         streamed(load(model, device), shown, prompt, chunk_frames, cast(int, reduction.budget), max_new_tokens, json_)
         return
     loaded = load(model, device)
     clips = shown.clips(loaded)
-    with reduction.attach(loaded.model, loaded.processor) as handle:
+    with reduction.attach(loaded.model, loaded.processor, **pieces) as handle:
         inputs = loaded.inputs(shown.images, prompt, clips)
         label = reduction.label_on(handle)
         width = max(len(label), 4)

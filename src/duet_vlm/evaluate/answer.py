@@ -57,7 +57,7 @@ def attached(loaded: Loaded, run: Run, questions: Sequence[Question]) -> Iterato
     """The model with a run's method on it; the oracle is given what these questions need."""
     told: dict[str, Any] = {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
     processor = loaded.processor if run.settings.get("text_query") == "salient" else None
-    with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings, **told) as handle:
+    with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **told) as handle:
         yield handle
 
 
@@ -73,8 +73,9 @@ def inputs_of(loaded: Loaded, questions: Sequence[Question], salient: bool = Fal
 
 
 def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], max_new_tokens: int) -> dict[str, Outcome]:
-    """Every run on one batch. Inputs are made once, except for runs whose processor marks salient words; so are lower vision layers."""
-    plain, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
+    """Every run on one batch. Inputs are made once, except for runs whose processor marks salient words; so are lower vision layers, but of clips,
+    which may go through the tower in pieces."""
+    plain, shared = inputs_of(loaded, questions), None if any(q.videos for q in questions) else SharedVision(loaded.model)
     out = {}
     for run in runs:
         try:
@@ -89,9 +90,9 @@ def answer(loaded: Loaded, runs: Sequence[Run], questions: Sequence[Question], m
     return out
 
 
-def sharing(shared: SharedVision, reducer: Reducer) -> contextlib.AbstractContextManager[None]:
-    """Lend the lower vision layers to a method that neither looks at them nor runs them on fewer rows."""
-    return contextlib.nullcontext() if reads_elsewhere(reducer) else shared.reused()
+def sharing(shared: SharedVision | None, reducer: Reducer) -> contextlib.AbstractContextManager[None]:
+    """Lend the lower vision layers, if they are shared, to a method that neither looks at them nor runs them on fewer rows."""
+    return contextlib.nullcontext() if shared is None or reads_elsewhere(reducer) else shared.reused()
 
 
 def reads_elsewhere(reducer: Reducer) -> bool:

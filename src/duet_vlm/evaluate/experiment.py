@@ -22,7 +22,8 @@ class Run:
     """One method with its settings at one budget.
 
     ``preset`` names a preset instead (then ``method`` is its method and ``budget`` None). ``label`` is what tables call it; ``beside`` is
-    the budget of the reference row that it is tested against (its own, unless its counts are set by hand).
+    the budget of the reference row that it is tested against (its own, unless its counts are set by hand). ``pieces``: how clips go through the
+    vision tower.
     """
 
     method: str
@@ -31,6 +32,7 @@ class Run:
     label: str = ""
     preset: str | None = None
     beside: int | float | None = None
+    pieces: dict[str, Any] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -58,6 +60,8 @@ class Experiment:
         Questions per batch. Which questions share a batch depends on nothing else.
     against : str
         Label of the cell that all others are tested against, budget by budget. Where nothing is called as the default, nothing is tested.
+    chunk_frames, still_frames : optional
+        As ``attach`` takes them, of every run but the full model.
     """
 
     task: str
@@ -67,6 +71,8 @@ class Experiment:
     limit: int | None = None
     batch: int = 40
     against: str = AGAINST
+    chunk_frames: int | None = None
+    still_frames: float | None = None
 
     def __post_init__(self) -> None:
         if not self.cells:
@@ -106,14 +112,22 @@ class Experiment:
             from duet_vlm import preset
 
             name = cell["preset"]
-            return [Run(preset(name).name, label=cell.get("label") or name, preset=name, beside=cell.get("beside"))]
+            return [Run(preset(name).name, label=cell.get("label") or name, preset=name, beside=cell.get("beside"), pieces=self.pieces)]
         settings = {key: _frozen(value) for key, value in (cell.get("settings") or {}).items()}
         words = ", ".join(f"{key} {value}" for key, value in settings.items())
         label = cell.get("label") or cell["method"] + (f" ({words})" if words else "")
-        return [Run(cell["method"], budget, settings, label, beside=cell.get("beside", budget)) for budget in cell.get("budgets") or (None,)]
+        budgets = cell.get("budgets") or (None,)
+        return [Run(cell["method"], budget, settings, label, beside=cell.get("beside", budget), pieces=self.pieces) for budget in budgets]
+
+    @property
+    def pieces(self) -> dict[str, Any]:
+        """What is said of how clips go through the vision tower."""
+        given = {"chunk_frames": self.chunk_frames, "still_frames": self.still_frames}
+        return {name: value for name, value in given.items() if value is not None}
 
     def to_json(self) -> dict[str, Any]:
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        plain = json.loads(json.dumps(dataclasses.asdict(self)))
+        return {name: value for name, value in plain.items() if name in self.pieces or name not in ("chunk_frames", "still_frames")}
 
 
 def _frozen(value: Any) -> Any:

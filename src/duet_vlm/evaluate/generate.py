@@ -37,16 +37,17 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Prompts:
     """``names`` and the texts of all prompts; ``open`` makes the question of one, and raises a ValueError where its picture cannot be read.
-    ``mark`` changes with their content."""
+    ``mark`` changes with their content; ``clips``: some show one."""
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
     open: Callable[[int], Question]
     mark: str
+    clips: bool = False
 
 
 def prompts(data: str, prompt: str | None) -> Prompts:
-    """The prompts of a JSON-lines file (image, question), or ``prompt`` about every picture of a folder.
+    """The prompts of a JSON-lines file (image or video, question), or ``prompt`` about every picture of a folder.
 
     Raises
     ------
@@ -68,7 +69,7 @@ def prompts(data: str, prompt: str | None) -> Prompts:
 
         return Prompts(names, (prompt,) * len(files), about, _digest(listed.encode()))
     if path.suffix != ".jsonl" or not path.is_file():
-        raise ValueError(f"--data {data}: give a folder of pictures or a .jsonl file with image and question in each line")
+        raise ValueError(f"--data {data}: give a folder of pictures or a .jsonl file with image (or video) and question in each line")
     if prompt:
         raise ValueError(f"--prompt: the questions stand in {data}, leave it out")
     asked = task(str(path))
@@ -76,7 +77,7 @@ def prompts(data: str, prompt: str | None) -> Prompts:
     names = tuple(str(line.get("id", number)) for number, line in enumerate(lines))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--data {data}: the id {twice[0]!r} stands in two lines")
-    return Prompts(names, tuple(line["question"] for line in lines), lambda i: asked.ask(0, i), _digest(path.read_bytes()))
+    return Prompts(names, tuple(line["question"] for line in lines), lambda i: asked.ask(0, i), _digest(path.read_bytes()), asked.clips)
 
 
 def _digest(content: bytes) -> str:
@@ -109,14 +110,24 @@ def generate(
     Raises
     ------
     ValueError
-        Journals of other prompts, another model or other settings; two processes of the same rank at once.
+        Journals of other prompts, another model or other settings; two processes of the same rank at once; clips for a model that takes none.
     """
+<<<<<<< HEAD
     batches = {str(first // batch): range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)}
     journal = out.with_name(f"{out.name}.parts") / f"{place.rank}.jsonl"
+=======
+    if asked.clips and not loaded.takes_clips:
+        raise ValueError(f"--data shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
+    batches = [range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)]
+    mine = [number for number in range(len(batches)) if number % place.world == place.rank]
+    parts = out.with_name(f"{out.name}.parts")
+    journal = parts / f"{place.rank}.jsonl"
+>>>>>>> frames
     with attach() as handle, torch.no_grad(), alone(journal):
         method: Row = {"method": handle.reducer.name, "budget": handle.budget, "settings": json.loads(json.dumps(handle.reducer.settings()))}
         versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        given = {"batch": batch, "max_new_tokens": max_new_tokens}
+        pieces = {"chunk_frames": handle.pieces.frames, "still_frames": handle.pieces.still}
+        given = {"batch": batch, "max_new_tokens": max_new_tokens} | {name: value for name, value in pieces.items() if value is not None}
         diary = Journal(journal, {"prompts": asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
 
         def work(todo: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from duet_vlm.pictures import local, open_image
 from duet_vlm.spelling import did_you_mean
+from duet_vlm.video import decode
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """``ask(seed, index)`` gives a question; ``size`` is how many there are per seed (None: no end)."""
+    """``ask(seed, index)`` gives a question; ``size`` is how many there are per seed (None: no end); ``clips``: some questions show one."""
 
     name: str
     ask: Callable[[int, int], Question]
     size: int | None
     max_new_tokens: int
+    clips: bool = False
 
     def count(self, limit: int | None) -> int:
         """Questions per seed.
@@ -65,7 +67,7 @@ def usual_model(name: str) -> str:
 
 def task(name: str) -> Task:
     """A task by name, or of a JSON-lines file: one ``{"image": path or [paths], "question", "answer" or "answers", "kind"}`` per line.
-    Answers and kind may be left out.
+    Answers and kind may be left out; ``"video"`` may stand beside or in place of the image, and then ``"frames"``, how many are taken of each.
 
     Raises
     ------
@@ -73,7 +75,7 @@ def task(name: str) -> Task:
         Unknown name, or a file with a broken line (its number is named).
     """
     if name in DRAWN:
-        return Task(name, DRAWN[name], None, 4)
+        return Task(name, DRAWN[name], None, 4, clips=name == "tiny-video")
     path = Path(name).expanduser()
     if path.suffix != ".jsonl":
         near = did_you_mean(name, DRAWN)
@@ -88,10 +90,11 @@ def task(name: str) -> Task:
     rows = [_row(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path}: no questions in it")
-    for file in (path.parent / name for row in rows for name in row["images"]):
-        if not file.is_file():  # said now, not after hours; broken ones are found when they are opened
-            raise ValueError(f"{path}: its image {file}: no such file")
-    return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32)
+    for what in ("image", "video"):
+        for file in (path.parent / name for row in rows for name in row[f"{what}s"]):
+            if not file.is_file():  # said now, not after hours; broken ones are found when they are opened
+                raise ValueError(f"{path}: its {what} {file}: no such file")
+    return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32, any(row["videos"] for row in rows))
 
 
 def right(question: Question, said: str) -> bool:
@@ -145,15 +148,24 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: not a JSON object ({error})") from error
     try:
-        images, answers = _several(row["image"]), _several(row.get("answers", row.get("answer", [])))
-        found = {"images": images, "question": row["question"], "answers": list(map(_word, answers)), "kind": _word(row.get("kind", "all"))}
+        images, videos = (_several(row.get(what, [])) for what in ("image", "video"))
+        answers = _several(row.get("answers", row.get("answer", [])))
+        found = {"images": images, "videos": videos, "frames": row.get("frames"), "question": row["question"]}
+        found |= {"answers": list(map(_word, answers)), "kind": _word(row.get("kind", "all"))}
+        if not {"image", "video"} & set(row):
+            raise KeyError("image")
     except KeyError as error:
-        raise ValueError(f"{path}, line {number}: needs image and question; {error} is missing") from error
-    texts = [found["question"], found["kind"], *found["images"], *found["answers"]]
+        raise ValueError(f"{path}, line {number}: needs image and question, or video in place of the image; {error} is missing") from error
+    texts = [found["question"], found["kind"], *images, *videos, *found["answers"]]
     labelled = answers or not {"answer", "answers"} & set(row)
-    if not images or not labelled or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{path}, line {number}: image, question, answer and kind are texts; image and answers may be lists of them, not empty ones")
-    for name in images:
+    empty = any(what in row and not _several(row[what]) for what in ("image", "video"))
+    if empty or not labelled or not all(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{path}, line {number}: image, question, answer and kind are texts, video too; all but question and kind may be lists, not empty ones"
+        )
+    if found["frames"] is not None and (type(found["frames"]) is not int or found["frames"] < 1 or not videos):
+        raise ValueError(f"{path}, line {number}: frames {found['frames']!r}: how many are taken of each video, a whole number from 1")
+    for name in (*images, *videos):
         local(name, f"{path}, line {number}: ")
     return found
 
@@ -170,6 +182,7 @@ def _word(value: Any) -> Any:
 def _question(path: Path, row: dict[str, Any], index: int) -> Question:
     try:
         images = tuple(open_image(path.parent / name) for name in row["images"])
+        videos = tuple(decode(path.parent / name, row["frames"]).frames for name in row["videos"])
     except ValueError as error:
-        raise ValueError(f"{path}: {str(error).removeprefix('--image ')}") from error
-    return Question(str(index), images, row["question"], tuple(row["answers"]), row["kind"])
+        raise ValueError(f"{path}: {str(error).removeprefix('--image ').removeprefix('--video ')}") from error
+    return Question(str(index), images, row["question"], tuple(row["answers"]), row["kind"], videos=videos)

@@ -28,7 +28,7 @@ from duet_vlm.flow.shown import Named, Words, decoded, grid_of, layer_views, of_
 from duet_vlm.flow.verify import not_finite
 from duet_vlm.models.adapter import Adapter, Encoding, Stream
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.ops.ragged import pad_rows
+from duet_vlm.ops.ragged import pad_rows, stacked
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.tokens import Selection
 from duet_vlm.vision import LayerView
@@ -90,17 +90,19 @@ class EncoderFlow:
         """The output of an encoder call for clips, piece by piece."""
         gathered = Gathered(cut)
         for piece in cut.pieces:
-            one = self._call(stream, piece.encoding, call.rules)
+            one = self._call(stream, self.adapter.of_steps(call.encoding, piece.clip, piece.steps), call.rules)
             one.gathers = True
             self.stacks.encoders.append(one)
             try:
-                output = encode(piece.encoding.arguments)
+                output = encode(one.encoding.arguments)
             finally:
                 self.stacks.encoders.pop()
             gathered.add(self.adapter, piece, one, output)
         rows, levels, call.signals = gathered.joined()
-        if one.unprojected is not None:
-            rows = self._projected(torch.stack(rows), call, cut)
+        projects = gathered.projects
+        del gathered, one  # what they hold of the whole clip is in ``rows`` now
+        if projects:
+            rows = self._projected(stacked(rows), call, cut)
         for name in ("last_hidden_state", "hidden_states", "attentions"):  # of the last piece only
             if getattr(output, name, None) is not None:
                 setattr(output, name, None)
@@ -296,7 +298,9 @@ class EncoderFlow:
     def _choice(self, call: EncoderCall, counts: list[int], features: Features) -> Choice:
         """What was chosen in front of the features, or is chosen now that they are there."""
         if call.choice is None:
-            return self._choose(call, counts, features)
+            choice = self._choose(call, counts, features)
+            call.signals = {}
+            return choice
         chosen_for = [plan.tokens for plan in call.choice.plans]
         if chosen_for != counts:
             raise RuntimeError(
@@ -377,7 +381,7 @@ def hand_out(output: Any, encoded: Encoded) -> None:
     """Put the reduced rows in the place of those that the encoder made, if it has reduced any."""
     rows = encoded.rows if encoded.aside is None else encoded.aside
     made = output.pooler_output
-    output.pooler_output = torch.stack(rows) if isinstance(made, Tensor) else type(made)(rows)
+    output.pooler_output = stacked(rows) if isinstance(made, Tensor) else type(made)(rows)
     if encoded.levels:
         output.deepstack_features = encoded.levels
     encoded.rows, encoded.aside = list(output.pooler_output), None
@@ -388,7 +392,7 @@ def _marked(rows: Tensor, encoded: Encoded, width: int) -> Tensor:
     selection = encoded.selection
     assert selection is not None
     encoded.finite = compat.finite(rows.masked_fill(~selection.valid[..., None], 0))
-    return _placed(rows, encoded, rows.new_full((rows.shape[0], width, rows.shape[2]), MARK))
+    return _placed(rows, encoded, rows.new_full((rows.shape[0], width + 1, rows.shape[2]), MARK))
 
 
 def _overwritten(rows: list[Tensor], encoded: Encoded) -> list[Tensor]:
@@ -397,7 +401,7 @@ def _overwritten(rows: list[Tensor], encoded: Encoded) -> list[Tensor]:
     features, _ = pad_rows(rows)
     assert encoded.selection is not None
     merged = _merged(features, dataclasses.replace(encoded.selection, rows=None))
-    return _cut(_placed(merged, encoded, features), rows)
+    return _cut(_placed(merged, encoded, nn.functional.pad(features, (0, 0, 0, 1))), rows)
 
 
 def _merged(features: Tensor, selection: Selection) -> Tensor:
@@ -407,11 +411,11 @@ def _merged(features: Tensor, selection: Selection) -> Tensor:
 
 
 def _placed(rows: Tensor, encoded: Encoded, onto: Tensor) -> Tensor:
-    """``onto`` [B, N, D] with ``rows`` [B, K, D] in their slots; those that do not exist go to a slot past the end."""
+    """``rows`` [B, K, D] written in their slots of ``onto`` [B, N + 1, D], those that do not exist in its last one: its others [B, N, D]."""
     selection, slots = encoded.selection, encoded.slots
     assert selection is not None and slots is not None
-    spare = torch.where(selection.valid, slots, onto.shape[1])[..., None].expand_as(rows)
-    return nn.functional.pad(onto, (0, 0, 0, 1)).scatter(1, spare, rows)[:, : onto.shape[1]]
+    width = onto.shape[1] - 1
+    return onto.scatter_(1, torch.where(selection.valid, slots, width)[..., None].expand_as(rows), rows)[:, :width]
 
 
 def _cut(padded: Tensor, rows: list[Tensor]) -> list[Tensor]:

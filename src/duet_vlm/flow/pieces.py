@@ -7,6 +7,8 @@ time, put together again; a step that was not encoded has those of the one that 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -64,16 +66,17 @@ class Pieces:
         most = self._steps(adapter, reducer, call, pixels)
         if most is None and self.still is None:
             return None
+        lengths = _lengths(call, pixels)
         if self.still is None:
-            moved = [[True] * count for count in _lengths(call, pixels)]
+            moved = [[True] * count for count in lengths]
         else:
-            moved = [changed(some, self.still).tolist() for some in adapter.steps(call)]
-        if all(map(all, moved)) and (most is None or sum(map(len, moved)) <= most):
+            moved = [changed(one_by_one(adapter, call, clip, count), self.still).tolist() for clip, count in enumerate(lengths)]
+        if all(map(all, moved)) and (most is None or sum(lengths) <= most):
             return None
         shown = [[t for t, new in enumerate(some) if new] for some in moved]
         of_step = [[number - 1 for number in accumulate(some)] for some in moved]
         pieces = [
-            Piece(adapter.of_steps(call, clip, some[start : start + (most or len(some))]), clip, start + (most or len(some)) >= len(some))
+            Piece(clip, start, some[start : start + (most or len(some))], start + (most or len(some)) >= len(some))
             for clip, some in enumerate(shown)
             for start in range(0, len(some), most or len(some))
         ]
@@ -104,23 +107,36 @@ def _whole(reducer: Reducer) -> str:
     return "asks the projector" if "projector" in getattr(reducer, "reads", ()) else ""
 
 
-def changed(steps: Tensor, still: float) -> Tensor:
-    """Which steps [t, n, m] differ from the last one that did in any of their n patches by more than ``still`` (mean absolute difference of its m
-    values): [t] bool, the first always."""
-    last, new = torch.zeros((), dtype=torch.long, device=steps.device), []
-    for number, step in enumerate(steps):
-        apart = (step.float() - steps.index_select(0, last[None])[0].float()).abs().mean(-1).amax()
-        new.append(~(apart <= still) | (last == number))  # pixels that are no numbers are a change, for the features to be refused
-        last = torch.where(new[-1], number, last)
+def one_by_one(adapter: Adapter, call: Encoding, clip: int, count: int) -> Iterator[Tensor]:
+    """The pixels of each of the ``count`` steps of a clip, patch by patch [n, m]; no more than one is held."""
+    for step in range(count):
+        ((pixels,),) = adapter.steps(adapter.of_steps(call, clip, [step]))
+        yield pixels
+
+
+def changed(steps: Iterable[Tensor], still: float) -> Tensor:
+    """Which steps, each [n, m], differ from the last one that did in any of their n patches by more than ``still`` (mean absolute difference of its
+    m values): [t] bool, the first always."""
+    last, new = None, []
+    for step in steps:
+        if last is None:
+            last = step
+            new.append(torch.ones((), dtype=torch.bool, device=step.device))
+            continue
+        apart = (step.float() - last.float()).abs().mean(-1).amax()
+        new.append(~(apart <= still))  # pixels that are no numbers are a change, for the features to be refused
+        last = torch.where(new[-1], step, last)
     return torch.stack(new)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of an encoder call: some steps of one ``clip``, the ``last`` ones or not."""
+    """A part of an encoder call: ``steps`` of one ``clip``, of those that are encoded the ones from number ``start`` on, the ``last`` of them or not.
+    Its pixels are taken when its turn comes."""
 
-    encoding: Encoding
     clip: int
+    start: int
+    steps: list[int]
     last: bool
 
 
@@ -131,14 +147,12 @@ class Cut:
     pieces: list[Piece]
     of_step: list[list[int]]
 
-    def again(self, clip: int, rows: Tensor, behind: int = 0) -> Tensor:
-        """Rows of the encoded steps of a clip, and ``behind`` more, as those of all its steps and the others."""
+    def again(self, clip: int, rows: Tensor) -> Tensor:
+        """Rows of the encoded steps of a clip as those of all its steps."""
         numbers = self.of_step[clip]
         if numbers[-1] + 1 == len(numbers):
             return rows
-        steps, rest = rows.tensor_split((len(rows) - behind,))
-        steps = steps.unflatten(0, (numbers[-1] + 1, -1))[torch.tensor(numbers, device=rows.device)]
-        return torch.cat([steps.flatten(0, 1), rest])
+        return rows.unflatten(0, (numbers[-1] + 1, -1))[torch.tensor(numbers, device=rows.device)].flatten(0, 1)
 
     def once(self, clip: int, rows: Tensor) -> Tensor:
         """Of rows of all steps those of the encoded ones."""
@@ -153,37 +167,45 @@ class Cut:
 
 @dataclass
 class Gathered:
-    """What the pieces of a call made, by clip: rows, those of deeper levels, and by layer and name the signals of its rows."""
+    """What the pieces of a call made, by clip: rows, those of deeper levels, and by layer and name the signals of its rows. All of it is written
+    where it belongs among the rows of the clip, so nothing is held twice."""
 
     cut: Cut
-    rows: dict[int, list[Tensor]] = field(default_factory=dict)
-    levels: list[dict[int, list[Tensor]]] = field(default_factory=list)
-    signals: dict[int, dict[str, dict[int, list[Tensor]]]] = field(default_factory=dict)
-    behind: dict[int, int] = field(default_factory=dict)  # rows behind the steps of a clip
+    rows: dict[int, Tensor] = field(default_factory=dict)
+    levels: list[dict[int, Tensor]] = field(default_factory=list)
+    signals: dict[int, dict[str, dict[int, Tensor]]] = field(default_factory=dict)
+    projects: bool = False  # ``rows`` are those in front of the projector
 
     def add(self, adapter: Adapter, piece: Piece, call: EncoderCall, output: Any) -> None:
         """What ``call`` made of ``piece``. Rows behind the steps of a clip are taken from its last one."""
-        spans = adapter.spans(output, piece.encoding) if call.unprojected is None else adapter.arranged(call.unprojected, piece.encoding)
-        shows = int((adapter.parts(piece.encoding, [len(spans[0])])[0] >= 0).sum())
-        count = len(spans[0]) if piece.last else shows
-        self.behind[piece.clip] = len(spans[0]) - shows
-
-        def put(into: dict[int, list[Tensor]], made: Tensor) -> None:
-            into.setdefault(piece.clip, []).append(made[:count])
-
-        put(self.rows, spans[0])
+        self.projects = call.unprojected is not None
+        spans = adapter.spans(output, call.encoding) if call.unprojected is None else adapter.arranged(call.unprojected, call.encoding)
+        shows = int((adapter.parts(call.encoding, [len(spans[0])])[0] >= 0).sum())
+        self._put(self.rows, piece, spans[0], shows)
         levels = [list(level) for level in getattr(output, "deepstack_features", None) or ()]
         self.levels = self.levels or [{} for _ in levels]
         for level, made in zip(self.levels, levels, strict=True):
-            put(level, made[0])
+            self._put(level, piece, made[0], shows)
         for layer, signals in call.signals.items():
             for name, spans in signals.items():
-                put(self.signals.setdefault(layer, {}).setdefault(name, {}), spans[0])
+                self._put(self.signals.setdefault(layer, {}).setdefault(name, {}), piece, spans[0], shows)
 
     def joined(self) -> tuple[list[Tensor], list[tuple[Tensor, ...]], dict[int, dict[str, list[Tensor]]]]:
         """Rows, levels and signals of every clip."""
-        signals = {layer: {name: self._whole(some) for name, some in made.items()} for layer, made in self.signals.items()}
-        return self._whole(self.rows), [tuple(self._whole(level)) for level in self.levels], signals
+        signals = {layer: {name: list(some.values()) for name, some in made.items()} for layer, made in self.signals.items()}
+        return list(self.rows.values()), [tuple(level.values()) for level in self.levels], signals
 
-    def _whole(self, made: dict[int, list[Tensor]]) -> list[Tensor]:
-        return [self.cut.again(clip, torch.cat(made[clip]), self.behind[clip]) for clip in range(len(self.cut.of_step))]
+    def _put(self, into: dict[int, Tensor], piece: Piece, made: Tensor, shows: int) -> None:
+        """Rows of a piece, the first ``shows`` of which are of its steps."""
+        numbers = self.cut.of_step[piece.clip]
+        each = shows // len(piece.steps)
+        content = each * len(numbers)
+        if piece.clip not in into:
+            into[piece.clip] = made.new_empty(content + len(made) - shows, *made.shape[1:])
+        whole = into[piece.clip]
+        first, end = bisect_left(numbers, piece.start), bisect_left(numbers, piece.start + len(piece.steps))
+        steps = made[:shows].unflatten(0, (-1, each))
+        for step in range(first, end):
+            whole[step * each : (step + 1) * each] = steps[numbers[step] - piece.start]
+        if piece.last:
+            whole[content:] = made[shows:]

@@ -194,7 +194,8 @@ def question_of(adapter: Adapter, prompt: Prompt | None, stream: str, counts: li
     asks = torch.where(asks.any(1, keepdim=True), asks, plain)
     ends, shown = torch.tensor(counts, device=valid.device).cumsum(0), places[stream].sum(1).cumsum(0)
     sample = torch.searchsorted(shown, ends).clamp(max=len(shown) - 1)
-    index, real = pack_right(asks, asks.shape[1])
+    most = asks.shape[1] - (sum(counts) if len(asks) == 1 else 0)  # a question is not padded to the length of a clip
+    index, real = pack_right(asks, max(1, most))
     return Asked(Question(take(rows.detach(), index), real), asks, prompt.ids, sample)
 
 

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow.verify import checked_selection
-from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.ragged import pack_right
 from duet_vlm.reducer import EncoderReducer, VisionView
 from duet_vlm.tokens import Selection
 
@@ -26,9 +26,10 @@ def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) 
     rows = pad_sequence(table, batch_first=True, padding_value=-1).to(device)  # [B * P, M] rows of each part within its span
     real, index = rows >= 0, rows.clamp(min=0)
     count = len(table) // len(parts)
+    span = torch.arange(len(index), device=device)[:, None] // count
 
     def of_parts(x: Tensor) -> Tensor:
-        return take(x.repeat_interleave(count, 0), index)
+        return x[span.expand_as(index), index]  # no span is repeated for its parts, of which a clip has many
 
     found = view.of_rows(of_parts, lambda x: x.repeat_interleave(count, 0))
     pieces = dataclasses.replace(

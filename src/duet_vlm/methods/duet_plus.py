@@ -123,8 +123,16 @@ class DuetPlus(EncoderReducer, DecoderReducer):
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None and view.features is not None  # promised by ``signals``; always there
         steps = max(plan.dominant for plan in view.plans)
+<<<<<<< HEAD
         similarity, weight = cosine(view.features, view.valid), of_largest(view.importance, view.valid, self.alpha)
         chosen = determinantal(conditional(similarity, weight, FLOOR), view.valid, view.dominant, steps)
+=======
+        similarity, weight = cosine(view.features, view.valid), self.weight(view.importance, view.valid)
+        kernel = similarity.clone()  # changed in place: these are the largest tensors that the method makes
+        kernel.diagonal(dim1=1, dim2=2).add_(FLOOR)
+        kernel.mul_(weight[:, None]).mul_(weight[:, :, None])
+        chosen = determinantal(kernel, view.valid, view.dominant, steps)
+>>>>>>> frames
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]

@@ -78,4 +78,4 @@ def novelty(features: Tensor, valid: Tensor, parts: Tensor, size: Tensor) -> Ten
     order = parts.masked_fill(~valid, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)  # by step, then by place
     before = order.gather(1, (ranks(order) - size[:, None]).clamp(min=0))
     unit = unit_rows(features)
-    return (unit - take(unit, before)).square().sum(-1) / 2
+    return take(unit, before).sub_(unit).square_().sum(-1) / 2  # in place: clips are long

@@ -122,7 +122,7 @@ class Windows:
 def alike_before(rows: Tensor) -> Tensor:
     """Cosine of each row with the one a step before: [B, T, ..., C] -> [B, T - 1, ...] float32. Exactly 1 where nothing changed."""
     unit = unit_rows(rows)
-    return 1 - (unit[:, 1:] - unit[:, :-1]).square().sum(-1) / 2
+    return 1 - (unit[:, 1:] - unit[:, :-1]).square_().sum(-1) / 2
 
 
 def divided(total: Tensor, weight: Tensor, most: Tensor, least: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from duet_vlm.tokens import Selection
 
 BLOCK = 1024  # rows that look for their nearest at once
 ROWS = 64  # rows that sort all tokens at once
+CELLS = 1 << 22  # of tables of rows x tokens that are there at once
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -121,9 +122,14 @@ def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tens
         shares = take(features, selection.members).float() * weights.float()[..., None]
         total = shares.new_zeros(batch, width + 1, rows.shape[2]).scatter_add(1, into[..., None].expand_as(shares), shares)[:, :width]
         return torch.where(joined, total.to(rows.dtype), rows)
-    table = features.new_zeros(batch, (width + 1) * tokens, dtype=torch.float32)
-    table = table.scatter_add_(1, into * tokens + selection.members, weights.float()).unflatten(1, (width + 1, tokens))[:, :width]
-    return torch.where(joined, (table @ features.float()).to(rows.dtype), rows)
+    made: list[Tensor] = []
+    features, weights = features.float(), weights.float()
+    for part in rows.split(max(1, CELLS // (batch * tokens)), 1):  # a clip has many rows of many tokens
+        first, count = sum(some.shape[1] for some in made), part.shape[1]
+        here = torch.where((into >= first) & (into < first + count), into - first, count)
+        table = features.new_zeros(batch, (count + 1) * tokens).scatter_add_(1, here * tokens + selection.members, weights)
+        made.append(table.unflatten(1, (count + 1, tokens))[:, :count] @ features)
+    return torch.where(joined, torch.cat(made, 1).to(rows.dtype), rows)
 
 
 def row_numbers(index: Tensor, valid: Tensor, tokens: int) -> Tensor:

@@ -65,8 +65,13 @@ def pack_right(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
     return order, keep.gather(1, order)
 
 
+def stacked(rows: list[Tensor]) -> Tensor:
+    """Tensors of one shape [...] as one [B, ...]; a single one is not copied."""
+    return rows[0][None] if len(rows) == 1 else torch.stack(rows)
+
+
 def pad_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Stack [n_i, ...] tensors to [B, max n, ...] with a validity mask [B, max n]."""
+    """Stack [n_i, ...] tensors to [B, max n, ...] with a validity mask [B, max n]; a single one is not copied."""
     lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
-    padded = torch.stack(rows) if len({len(r) for r in rows}) == 1 else pad_sequence(rows, batch_first=True)
+    padded = stacked(rows) if len({len(r) for r in rows}) == 1 else pad_sequence(rows, batch_first=True)
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]
