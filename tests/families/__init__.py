@@ -32,8 +32,8 @@ from families.llava import any_res_crops, any_res_layout, llava
 from families.qwen import qwen2_5_vl
 
 __all__ = [
-    "DEPTH", "FAMILIES", "FIRST", "HIDDEN", "IMAGE", "LENT", "PAD", "VIDEO", "VISION_END", "VISION_START", "VOCAB", "Family", "Inputs", "Picture", "Row",
-    "any_res_crops", "any_res_layout", "build", "clips_for", "forward", "generate", "llava", "noise", "pictures_of", "qwen2_5_vl", "randomise",
+    "DEPTH", "FAMILIES", "FIRST", "HIDDEN", "IMAGE", "LENT", "PAD", "VIDEO", "VISION_END", "VISION_START", "VOCAB", "Family", "Inputs", "Picture",
+    "Row", "any_res_crops", "any_res_layout", "build", "clips_for", "forward", "generate", "llava", "noise", "pictures_of", "qwen2_5_vl", "randomise",
     "shared",
 ]  # fmt: skip
 
