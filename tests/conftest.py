@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-<<<<<<< HEAD
-from collections.abc import Iterator
-=======
 from collections.abc import Callable, Iterator
->>>>>>> many
 from pathlib import Path
 from typing import Any
 

@@ -112,17 +112,10 @@ def generate(
     ValueError
         Journals of other prompts, another model or other settings; two processes of the same rank at once; clips for a model that takes none.
     """
-<<<<<<< HEAD
-    batches = {str(first // batch): range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)}
-    journal = out.with_name(f"{out.name}.parts") / f"{place.rank}.jsonl"
-=======
     if asked.clips and not loaded.takes_clips:
         raise ValueError(f"--data shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
-    batches = [range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)]
-    mine = [number for number in range(len(batches)) if number % place.world == place.rank]
-    parts = out.with_name(f"{out.name}.parts")
-    journal = parts / f"{place.rank}.jsonl"
->>>>>>> frames
+    batches = {str(first // batch): range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)}
+    journal = out.with_name(f"{out.name}.parts") / f"{place.rank}.jsonl"
     with attach() as handle, torch.no_grad(), alone(journal):
         method: Row = {"method": handle.reducer.name, "budget": handle.budget, "settings": json.loads(json.dumps(handle.reducer.settings()))}
         versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}

@@ -178,13 +178,9 @@ def gather(
     todo = {batch.name: batch for batch in batches(experiment, asked)}
     first = next(iter(todo.values())).questions(asked)[:1]
     loaded = load(experiment.model, device)
-<<<<<<< HEAD
-    if first[0].videos and not loaded.takes_clips:
-=======
     if experiment.pieces and not asked.clips:
         raise ValueError(f"{' and '.join(experiment.pieces)}: task {asked.name!r} shows no clips; leave it out")
     if asked.clips and not loaded.takes_clips:
->>>>>>> frames
         raise ValueError(f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
     infeasible = preflight(loaded, runs, first)
     possible = {run.id: run for run in runs if run.id not in infeasible}

@@ -35,22 +35,6 @@ from duet_vlm.tokens import Selection
 FLOOR = 0.05  # of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
 
 
-<<<<<<< HEAD
-def tapered_schedule(depth: int, share: float | None = None) -> Schedule:
-    """Drops by the ``share`` of its tokens that a budget leaves a picture: none where that is ample; DUET's (half of what entered from half of the
-    depth on, none from three quarters on); below ``LEAN`` less from a quarter on, and half of that.
-
-    What a question needs must enter, and what it needs late must not be dropped early: with few tokens the first counts more, with many the second.
-    Chosen on validation questions of both embedded tasks (docs/comparison.md).
-    """
-    if share is not None and share >= AMPLE:
-        return ()
-    early = min(1.0, (LEAN if share is None else share) / LEAN)
-    return tuple({max(1, depth // 4): early, max(1, depth // 2): early / 2, max(1, 3 * depth // 4): 0.0}.items())
-
-
-=======
->>>>>>> blocks
 @register("duet_plus")
 @dataclass(frozen=True)
 class DuetPlus(EncoderReducer, DecoderReducer):
@@ -123,16 +107,8 @@ class DuetPlus(EncoderReducer, DecoderReducer):
     def v2v(self, view: VisionView) -> Selection:
         assert view.importance is not None and view.features is not None  # promised by ``signals``; always there
         steps = max(plan.dominant for plan in view.plans)
-<<<<<<< HEAD
         similarity, weight = cosine(view.features, view.valid), of_largest(view.importance, view.valid, self.alpha)
         chosen = determinantal(conditional(similarity, weight, FLOOR), view.valid, view.dominant, steps)
-=======
-        similarity, weight = cosine(view.features, view.valid), self.weight(view.importance, view.valid)
-        kernel = similarity.clone()  # changed in place: these are the largest tensors that the method makes
-        kernel.diagonal(dim1=1, dim2=2).add_(FLOOR)
-        kernel.mul_(weight[:, None]).mul_(weight[:, :, None])
-        chosen = determinantal(kernel, view.valid, view.dominant, steps)
->>>>>>> frames
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]

@@ -32,7 +32,7 @@ def tapered_schedule(depth: int, share: float | None = None) -> Drops:
     the depth on, none from three quarters on); below ``LEAN`` less from a quarter on, and half of that.
 
     What a question needs must enter, and what it needs late must not be dropped early: with few tokens the first counts more, with many the second.
-    Chosen on validation questions of both embedded tasks (benchmarks/NOTES.md).
+    Chosen on validation questions of both embedded tasks (docs/comparison.md).
     """
     if share is not None and share >= AMPLE:
         return ()
