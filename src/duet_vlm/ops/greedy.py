@@ -115,9 +115,10 @@ def apart(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, step
 def conditional(similarity: Tensor, weight: Tensor, ridge: float = 0.0) -> Tensor:
     """The kernel w_i (cos(i, j) + ridge [i = j]) w_j: similarity [B, N, N], weight [B, N] -> [B, N, N]. ``ridge`` is what no other token explains of
     one: where all are explained, the largest weights are next."""
+    kernel = similarity.clone()  # changed in place: of a long clip these are the largest tensors that are made
     if ridge:
-        similarity = similarity + ridge * torch.eye(similarity.shape[1], device=similarity.device)
-    return weight[:, :, None] * similarity * weight[:, None]
+        kernel.diagonal(dim1=1, dim2=2).add_(ridge)
+    return kernel.mul_(weight[:, :, None]).mul_(weight[:, None])
 
 
 def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
