@@ -29,6 +29,8 @@ def clerk(place: str | None) -> Callable[[Any], Any]:
         if isinstance(task, int):
             return task * task, os.getpid()
         (what,) = task
+        if what == "blocked":
+            return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "exit":

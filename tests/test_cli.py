@@ -477,8 +477,8 @@ def test_ctrl_c_ends_all_processes_quietly(tmp_path: Path) -> None:
     """As a terminal sends it: to the command and to its workers, which are still starting or at work."""
     command = [sys.executable, "-m", "duet_vlm.cli.main", "eval", "--methods", "uniform", "-b", "0.11", "--limit", "4000", "--batch", "4"]
     command += ["--timing-rounds", "0", "--workers", "2", "--device", "cpu", "--out", str(tmp_path)]
-    journal = tmp_path / "tiny/results/eval.parts/0.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+    journal, pipes = tmp_path / "tiny/results/eval.parts/0.jsonl", {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, start_new_session=True, preexec_fn=hears_interrupts) as process:
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not journal.exists():
             time.sleep(0.05)
@@ -494,6 +494,11 @@ def test_ctrl_c_ends_all_processes_quietly(tmp_path: Path) -> None:
     while time.monotonic() < deadline and group(process.pid):
         time.sleep(0.1)
     assert not group(process.pid)
+
+
+def hears_interrupts() -> None:
+    """Also where these tests run in the background of a shell, which has all of them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def group(leader: int) -> list[str]:
