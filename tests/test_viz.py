@@ -10,7 +10,8 @@ from PIL import Image
 from duet_vlm import Span, SpanTrace, StageTrace
 from duet_vlm.palette import GROUPS, group, heat
 from duet_vlm.viz import Watched, draw, font, seen, stack
-from duet_vlm.viz.overlay import DROPPED, GAP, HEAD, MARGIN, SHADE
+from duet_vlm.viz.groups import origins
+from duet_vlm.viz.overlay import DROPPED, GAP, HEAD, MARGIN, MEMBER, SHADE
 
 CELL = 20
 GREY = (120, 120, 120)
@@ -81,6 +82,75 @@ def test_groups_of_one_colour_have_numbers_of_their_own() -> None:
     first, last = (entry[CELL:, place * CELL : (place + 1) * CELL] for place in (0, 8))
     assert group(0) == group(8) and len(GROUPS) == 8
     assert (first[-1] == last[-1]).all() and (first != last).any()
+
+
+def test_patches_merged_inside_the_decoder() -> None:
+    """At layer 4 token 0 is merged into 2, and 3 into 1, which is the anchor of group 1 since the entry; at layer 6 group 1 goes into 2."""
+    stages = (StageTrace(0, (0, 1, 2, 3), (5,)), StageTrace(4, (1, 2), (), {1: (3,), 2: (0,)}), StageTrace(6, (2,), (), {2: (1,)}))
+    span = Span(0, 0, 6, (2, 3))
+    sheet = draw(Image.new("RGB", (90, 60), GREY), SpanTrace(span, {1: (4,)}, stages), size=3 * CELL)
+    image, entry, four, six = panels(sheet, 4, 3 * CELL, 2 * CELL)
+
+    def tinted(number: int) -> tuple[int, ...]:
+        return tuple(round(g * (1 - MEMBER) + c * MEMBER) for g, c in zip(GREY, group(number), strict=True))
+
+    def outline(panel: np.ndarray, token: int) -> tuple[int, ...]:
+        row, column = divmod(token, 3)
+        return tuple(panel[row * CELL, column * CELL].tolist())
+
+    assert [centre(entry, t) for t in (0, 2, 3, 4, 5)] == [GREY, GREY, GREY, tinted(0), DARK]
+    assert [centre(four, t) for t in (0, 3, 4, 5)] == [tinted(1), tinted(0), DARK, DARK]
+    assert [outline(four, t) for t in (1, 2)] == [group(0), group(1)] and outline(entry, 2) == GREY
+    assert [centre(six, t) for t in (0, 1, 3)] == [DARK, tinted(1), DARK] and outline(six, 2) == group(1)
+    numbers = [panel[2 : CELL // 2, column * CELL + 3 : column * CELL + CELL // 2] for panel, column in ((entry, 1), (four, 1), (four, 2), (six, 2))]
+    white = [number.min(-1) > 200 for number in numbers]
+    assert white[0].any() and (white[0] == white[1]).all()  # a group keeps its number
+    assert (white[2] == white[3]).all() and (white[1] != white[2]).any()
+
+
+@pytest.mark.parametrize("method", ["apet", "holitom", "sparsevlm", "tokencarve"])
+def test_every_group_of_a_method_that_merges_in_the_decoder(method: str) -> None:
+    """On a grey picture, merged patches have the colour of their group at the stage that merged them, and whoever holds others is outlined there
+    and as long as it lives."""
+    from duet_vlm import attach, tiny
+
+    model, processor = tiny.load()
+    item = tiny.demo_images()[0]
+    inputs = processor(images=item.image, text=tiny.prompt(item.questions[0][0]), return_tensors="pt")
+    with attach(model, method, budget=0.22) as handle, torch.no_grad():
+        model(**inputs)
+        one = handle.trace[0][0]
+    assert any(stage.merged for stage in one.stages)
+    rows, columns = one.span.grid
+    sheet = np.asarray(draw(Image.new("RGB", (columns, rows), GREY), one, size=columns * CELL))
+    lefts = sheet.shape[1] - 2 * MARGIN
+    across, begun = min(4, 1 + len(one.stages)), {}
+    column = (lefts - (across - 1) * GAP) // across
+    for number, stage in enumerate(one.stages):
+        down, place = divmod(number + 1, across)
+        top, left = MARGIN + HEAD + down * (HEAD + rows * CELL + GAP), MARGIN + place * (column + GAP)
+        panel = sheet[top : top + rows * CELL, left : left + columns * CELL]
+        merged = stage.merged if number else one.merged
+        begun |= {anchor: len(begun) + more for more, anchor in enumerate(sorted(set(merged) - set(begun)))}
+        for anchor in begun:
+            row, place = divmod(anchor, columns)
+            assert (tuple(panel[row * CELL, place * CELL]) == group(begun[anchor])) == (anchor in stage.kept)
+            for member in set(merged.get(anchor, ())) - set(stage.kept):
+                expected = [g * (1 - MEMBER) + c * MEMBER for g, c in zip(GREY, group(begun[anchor]), strict=True)]
+                row, place = divmod(member, columns)
+                assert np.abs(panel[(row + 1) * CELL - 2, (place + 1) * CELL - 2] - expected).max() <= 1
+        assert all(centre(panel, token, columns) == DARK for token in stage.dropped)
+
+
+def test_the_legend_says_where_groups_began() -> None:
+    stages = (StageTrace(0, (0, 1, 2, 3), ()), StageTrace(4, (1, 2), (), {1: (3,), 2: (0,)}), StageTrace(6, (1,), (2,)))
+    span = Span(0, 0, 6, (2, 3))
+    assert origins(SpanTrace(span, {1: (4, 5)}, stages)).endswith("begins: 1 at the entry to the decoder, 2 in front of layer 4")
+    assert origins(SpanTrace(span, {0: (4,), 1: (5,)}, stages[:1])).endswith("begins: 1-2 at the entry to the decoder")
+    nothing = SpanTrace(span, {}, (StageTrace(0, (0, 1), (2, 3, 4, 5)),))
+    assert origins(nothing) == ""
+    one = SpanTrace(span, {0: (2, 3), 1: (4, 5)}, (StageTrace(0, (0, 1), ()),))
+    assert draw(Image.new("RGB", (3, 2)), one).height > draw(Image.new("RGB", (3, 2)), nothing).height  # the line has a place
 
 
 def test_scores_are_shown_below_by_rank() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, DynamicCache, LlavaForConditionalGeneration, pipeline
+from transformers import BitsAndBytesConfig, DynamicCache, LlavaForConditionalGeneration, TorchAoConfig, pipeline
 
 import duet_vlm
 from duet_vlm import tiny
@@ -99,19 +99,28 @@ def test_bitsandbytes(method: str, bits: int, inputs: Any) -> None:
     assert torch.equal(answered(model, inputs, method)[0].argmax(-1), answered(exact, inputs, method)[0].argmax(-1))
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["quantize_", "from_pretrained"])
 @pytest.mark.parametrize("method", METHODS)
-def test_eight_bits_of_torchao(method: str, inputs: Any) -> None:
-    quantization = pytest.importorskip("torchao.quantization", reason="needs torchao: pip install torchao")
-    model, _ = tiny.load()
+def test_eight_bits_of_torchao(method: str, loaded: bool, inputs: Any) -> None:
+    """Int8 weights, quantised in place and while loading. The reference is a plain model with the dequantised weights; its head, which shares
+    its weights with the embeddings, gets some of its own, because torchao leaves the embeddings as they are."""
+    quantization = pytest.importorskip("torchao.quantization")
+    eight = quantization.Int8WeightOnlyConfig()
+    if loaded:
+        model = LlavaForConditionalGeneration.from_pretrained(tiny.path(), quantization_config=TorchAoConfig(eight), dtype=torch.float32)
+    else:
+        model, _ = tiny.load()
+        quantization.quantize_(model, eight)
     plain, _ = tiny.load()
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     count = 0
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and type(layer.weight) is not nn.Parameter:
-            plain.get_submodule(name).weight.data.copy_(layer.weight.dequantize())
+            plain.get_submodule(name).weight = nn.Parameter(layer.weight.dequantize())
             count += 1
     assert count > 100
     check_like(model, plain, inputs, method)
+    exact, _ = tiny.load()
+    assert not torch.equal(answered(exact, inputs, method)[0], answered(model, inputs, method)[0])  # it is quantised
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +10,9 @@ from PIL import Image, ImageDraw
 
 from duet_vlm.palette import group
 from duet_vlm.pictures import rgb
-from duet_vlm.tokens import SpanTrace, StageTrace
+from duet_vlm.tokens import SpanTrace
+from duet_vlm.viz.groups import numbered, stage_name, stages
 from duet_vlm.viz.overlay import ANCHOR, DROPPED, MEMBER, NUMBERED, SHADE, Panel, cell_box, heat_map, mix, number_patch, outline
-
-Merged = Mapping[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ def fates(trace: SpanTrace, layer: int) -> Fates:
     alive = frozenset(range(trace.span.tokens))
     joined: dict[int, list[int]] = {}
     dropped: dict[int, int] = {}
-    for stage, merged in _stages(trace):
+    for stage, merged in stages(trace):
         if stage.layer > layer:
             break
         alive = frozenset(stage.kept)
@@ -66,10 +65,10 @@ def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
         joined = f" and stands for {members} others that were merged into it" if members else ""
         return f"{name} is alive{joined}"
     if token in found.into:
-        groups, anchors = _groups(trace), found.into[token]
+        groups, anchors = numbered(trace), found.into[token]
         whom = " and ".join(f"{_place(trace, anchor, steps).lower()} (group {groups[anchor] + 1})" for anchor in anchors)
         return f"{name} is merged into {whom}"
-    return f"{name} was dropped {_where(found.dropped[token])}"
+    return f"{name} was dropped {stage_name(found.dropped[token])}"
 
 
 def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
@@ -81,7 +80,7 @@ def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
     merged = f"{into} merged into {groups} of them, " if into else ""
     here = left.count(layer)
     gone = f"{len(left)} dropped" + (f", {here} of them here" if 0 < here < len(left) else "")
-    where = _where(layer).replace("in front of", "at")
+    where = stage_name(layer).replace("in front of", "at")
     return f"{where}: {alive} of {tokens} alive", merged + gone
 
 
@@ -114,7 +113,7 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
     """
     if trace.span.grid is None:
         raise ValueError(f"the {trace.span.tokens} tokens of this image form no grid, so they cannot be drawn on it")
-    found, groups = fates(trace, layer), _groups(trace)
+    found, groups = fates(trace, layer), numbered(trace)
     rows, columns = trace.span.grid
     cell = max(4, round(size / max(rows, columns)))
     pixels = np.asarray(rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), np.float32)
@@ -138,23 +137,6 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
     return Panel(*told([trace], layer), picture, heat_map(pixels, trace, shown, cell) if shown else None)
 
 
-def _stages(trace: SpanTrace) -> Iterator[tuple[StageTrace, Merged]]:
-    """The stages along the depth, with who is merged into whom at each."""
-    if trace.tower is not None:
-        yield trace.tower, {}
-    for number, stage in enumerate(trace.stages):
-        yield stage, stage.merged if number else trace.merged
-
-
-def _groups(trace: SpanTrace) -> dict[int, int]:
-    """A number for each token that others are merged into, the same at every depth: those of the entry first, as ``draw`` numbers them."""
-    found: dict[int, int] = {}
-    for _, merged in _stages(trace):
-        for anchor in sorted(merged):
-            found.setdefault(anchor, len(found))
-    return found
-
-
 def _ends(member: int, joined: Mapping[int, list[int]]) -> set[int]:
     """The tokens at the end of the chain of merges that a token went through."""
     return {end for anchor in joined[member] for end in (_ends(anchor, joined) if anchor in joined else {anchor})}
@@ -164,10 +146,6 @@ def _paint(out: np.ndarray, source: np.ndarray, box: tuple[int, int, int, int] |
     if box is not None:
         left, top, right, bottom = box
         out[top:bottom, left:right] = source[top:bottom, left:right]
-
-
-def _where(layer: int) -> str:
-    return {-1: "in the vision tower", 0: "at the entry to the decoder"}.get(layer, f"in front of layer {layer}")
 
 
 def _place(trace: SpanTrace, token: int, steps: int) -> str:

@@ -1,4 +1,4 @@
-"""Panels side by side: the image, what V2V made of it, and which tokens are left after each drop inside the decoder."""
+"""Panels side by side: the image, what V2V made of it, and what each stage inside the decoder left and merged."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from duet_vlm.palette import Color, group, heat
 from duet_vlm.pictures import rgb
 from duet_vlm.tokens import SpanTrace, StageTrace
 from duet_vlm.viz.font import fitted, width, write
+from duet_vlm.viz.groups import numbered, origins, stages
 
 PAPER: Color = (250, 250, 248)
 INK: Color = (28, 28, 32)
@@ -67,8 +68,9 @@ def draw(
     Returns
     -------
     PIL.Image.Image
-        RGB. First panel: the image. Then one per stage, that of a reduced tower in front: kept patches are clear, merged ones tinted in the
-        colour of their group and numbered, the anchor outlined, dropped ones dark.
+        RGB. First panel: the image. Then one per stage, that of a reduced tower in front: kept patches are clear, dropped ones dark, those
+        merged there tinted in the colour of their group and numbered. The patch that they are merged into is outlined and keeps its number
+        in later panels. A line below the legend says at which stage each group began.
 
     Raises
     ------
@@ -86,7 +88,7 @@ def draw(
         panels.append(_panel(base, through, 0, cell))
     shown = [*scores, *[None] * len(trace.stages)]
     panels += [_panel(base, trace, number, cell, shown[number]) for number in range(len(trace.stages))]
-    return _sheet(panels, title, lines, bool(trace.merged))
+    return _sheet(panels, title, lines, origins(trace))
 
 
 def stack(sheets: Sequence[Image.Image]) -> Image.Image:
@@ -112,9 +114,11 @@ def cell_box(trace: SpanTrace, token: int, cell: int) -> tuple[int, int, int, in
 
 def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: Mapping[int, float] | None = None) -> Panel:
     stage = trace.stages[number]
-    numbers = {anchor: place for place, anchor in enumerate(sorted(trace.merged))}
-    colors = {anchor: group(place) for anchor, place in numbers.items()}
-    everywhere = set.intersection(*map(set, trace.merged.values())) if len(trace.merged) > 1 else set()  # of no one group
+    reached = [merged for _, merged in stages(trace)][: number + 1 + (trace.tower is not None)]
+    merged, kept, begun, numbers = reached[-1], set(stage.kept), set().union(*reached), numbered(trace)
+    anchors = [anchor for anchor in numbers if anchor in begun and (anchor in kept or anchor in merged)]
+    everywhere = set.intersection(*map(set, merged.values())) if len(merged) > 1 else set()  # of no one group
+    members = [(member, anchor) for anchor, joined in merged.items() for member in joined if member not in kept]
     pixels = np.asarray(base, np.float32)
     out = mix(pixels, SHADE, DROPPED)
 
@@ -124,27 +128,23 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
             left, top, right, bottom = box
             out[top:bottom, left:right] = source[top:bottom, left:right]
 
-    for token in stage.kept:
+    tints = {anchor: mix(pixels, group(numbers[anchor]), MEMBER) for anchor in merged} | {None: mix(pixels, EVERYWHERE, MEMBER)}
+    for token in kept:
         paint(token, pixels)
-    for anchor, color in colors.items():
-        if number and anchor not in stage.kept:
-            continue
-        paint(anchor, mix(pixels, color, ANCHOR))
-        if number == 0:
-            tinted = mix(pixels, color, MEMBER)
-            for member in trace.merged[anchor]:
-                if member not in stage.kept:
-                    paint(member, mix(pixels, EVERYWHERE, MEMBER) if member in everywhere else tinted)
+    for anchor in anchors:
+        paint(anchor, mix(pixels, group(numbers[anchor]), ANCHOR))
+    for member, anchor in members:
+        paint(member, tints[None if member in everywhere else anchor])
     picture = Image.fromarray(np.rint(out).astype(np.uint8))
     pen = ImageDraw.Draw(picture)
-    for anchor, color in colors.items():
+    for anchor in anchors:
         box = cell_box(trace, anchor, cell)
-        if box is not None and anchor in stage.kept:
-            outline(pen, box, color, max(2, cell // 8))
-    if number == 0 and cell >= NUMBERED:
-        for anchor, place in numbers.items():
-            for token in (anchor, *(member for member in trace.merged[anchor] if member not in (*stage.kept, *everywhere))):
-                number_patch(pen, cell_box(trace, token, cell), place + 1, cell)
+        if box is not None and anchor in kept:
+            outline(pen, box, group(numbers[anchor]), max(2, cell // 8))
+    if cell >= NUMBERED:
+        labels = [(anchor, anchor) for anchor in anchors] + [pair for pair in members if pair[0] not in everywhere]
+        for token, anchor in labels:
+            number_patch(pen, cell_box(trace, token, cell), numbers[anchor] + 1, cell)
     return Panel(*_words(trace, stage, number), picture, None if not scores else heat_map(pixels, trace, scores, cell))
 
 
@@ -195,7 +195,7 @@ def outline(pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], color: Col
     pen.rectangle((left + width, top + width, right - 1 - width, bottom - 1 - width), outline=SHADE)  # stands out on bright images too
 
 
-def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merges: bool) -> Image.Image:
+def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merging: str) -> Image.Image:
     wide, tall = panels[0].picture.size
     column = max(wide, *(width(text, size) for p in panels for text, size in ((p.title, BOLD), (p.note, SMALL))))
     across = min(len(panels), PER_ROW)
@@ -206,7 +206,8 @@ def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merges: bool) 
     heads = [(line, TITLE, 8) for line in fitted(title, TITLE, across_all)]
     heads += [(line, BOLD, 6) for text in lines for line in fitted(text, BOLD, across_all)]
     above = MARGIN + (sum(size + room for _, size, room in heads) + 7 if heads else 0)
-    sheet = Image.new("RGB", (2 * MARGIN + across_all, above + down * each + 30), PAPER)
+    below = fitted(merging, SMALL, across_all) if merging else []
+    sheet = Image.new("RGB", (2 * MARGIN + across_all, above + down * each + 30 + 20 * len(below)), PAPER)
     pen, y = ImageDraw.Draw(sheet), MARGIN
     for line, size, room in heads:
         write(pen, (MARGIN, y), line, size, INK)
@@ -219,11 +220,13 @@ def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merges: bool) 
         sheet.paste(panel.picture, (x, y + HEAD))
         if panel.scores is not None:
             sheet.paste(panel.scores, (x, y + HEAD + tall + GAP))
-    _legend(sheet, pen, merges, scored, above + down * each + 2)
+    _legend(pen, bool(below), scored, above + down * each + 2)
+    for number, line in enumerate(below):
+        write(pen, (MARGIN, above + down * each + 21 + 20 * number), line, SMALL, INK)
     return sheet
 
 
-def _legend(sheet: Image.Image, pen: ImageDraw.ImageDraw, merges: bool, scored: bool, y: int) -> None:
+def _legend(pen: ImageDraw.ImageDraw, merges: bool, scored: bool, y: int) -> None:
     x, clear = MARGIN, (214, 208, 196)
     items: list[tuple[str, Color, Color | None]] = [("kept", clear, None)]
     if merges:
