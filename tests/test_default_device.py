@@ -21,6 +21,7 @@ from duet_vlm.bench.inputs import prompt_for
 from duet_vlm.models.find import adapter_for
 
 ROOT = Path(duet_vlm.__file__).parent
+MAKERS = _device_constructors()
 
 
 class Named(TorchFunctionMode):
@@ -28,7 +29,7 @@ class Named(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _device_constructors() and kwargs.get("device") is None:
+        if func in MAKERS and kwargs.get("device") is None:
             place = self.ours()
             assert place is None, f"torch.{func.__name__} without a device at {place}"
         return func(*args, **kwargs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -44,6 +44,26 @@ def warm(family: str, attention: str = "sdpa") -> nn.Module:
     return model
 
 
+class Pristine(NamedTuple):
+    """A model that nobody has ever been attached to, its state, and what it says to ``MIXED``."""
+
+    model: nn.Module
+    before: dict[str, Any]
+    plain: torch.Tensor
+
+
+PRISTINE: dict[tuple[str, str], Pristine] = {}
+
+
+def pristine(family: str, attention: str = "sdpa") -> Pristine:
+    """Made anew where a test has left something behind, which that test is told and not the next; else the one that others gave back."""
+    key = family, attention
+    if key not in PRISTINE or snapshot(PRISTINE[key].model) != PRISTINE[key].before:
+        model = warm(family, attention)
+        PRISTINE[key] = Pristine(model, snapshot(model), forward(model, FAMILIES[family].inputs(MIXED)).logits)
+    return PRISTINE[key]
+
+
 def test_there_are_hooks_to_compare() -> None:
     assert {"_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"} <= set(HOOKS)
 
@@ -69,8 +89,7 @@ PLACES: dict[str, Callable[[Family, nn.Module], nn.Module]] = {
 
 @matrix()
 def test_detach_leaves_no_trace(case: Case) -> None:
-    model, inputs = warm(case.family, case.attention), FAMILIES[case.family].inputs(MIXED)
-    before, plain = snapshot(model), forward(model, inputs).logits
+    inputs, (model, before, plain) = FAMILIES[case.family].inputs(MIXED), pristine(case.family, case.attention)
     handle = case.attach(model)
     assert snapshot(model) != before
     generate(model, inputs, 3)
@@ -85,8 +104,7 @@ def test_detach_leaves_no_trace(case: Case) -> None:
 @matrix("duet", "fastv", attention=("sdpa",))
 def test_an_exception_inside_forward_leaves_no_trace(case: Case, place: str) -> None:
     """The next call of the still attached model is right too: no half-finished call is left behind."""
-    model, inputs = warm(case.family, case.attention), FAMILIES[case.family].inputs(MIXED)
-    before, plain = snapshot(model), forward(model, inputs).logits
+    inputs, (model, before, plain) = FAMILIES[case.family].inputs(MIXED), pristine(case.family, case.attention)
     with case.attach(model) as handle:
         reduced, trace = forward(model, inputs).logits, handle.trace
     for call in (forward, generate):
@@ -117,8 +135,7 @@ class Stop(LogitsProcessor):
 
 @matrix("duet", "fastv", attention=("sdpa",))
 def test_an_exception_between_decode_steps_leaves_no_trace(case: Case) -> None:
-    model, inputs = warm(case.family, case.attention), FAMILIES[case.family].inputs(MIXED)
-    before, plain = snapshot(model), forward(model, inputs).logits
+    inputs, (model, before, plain) = FAMILIES[case.family].inputs(MIXED), pristine(case.family, case.attention)
     with pytest.raises(Boom), case.attach(model):
         generate(model, inputs, logits_processor=LogitsProcessorList([Stop()]))
     assert snapshot(model) == before
@@ -127,8 +144,7 @@ def test_an_exception_between_decode_steps_leaves_no_trace(case: Case) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_exception_in_the_loss_leaves_no_trace(family: str) -> None:
-    model, inputs = warm(family), FAMILIES[family].inputs(MIXED)
-    before, plain = snapshot(model), forward(model, inputs).logits
+    inputs, (model, before, plain) = FAMILIES[family].inputs(MIXED), pristine(family)
     with pytest.raises(ValueError, match="logits_to_keep"), duet_vlm.attach(model, "duet", **REDUCING["duet"]):
         forward(model, inputs, labels=inputs["input_ids"], logits_to_keep=1)
     assert snapshot(model) == before

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from cases import BY_TEXT, KEEP_ALL, OFFICIAL, REDUCING, TOO_EARLY, Case, matrix
-from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Row, forward, generate, shared
-from oracle import Choice, choices_of, step_logits, walk_batch
+from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Row, forward, generate, shared, untouched
+from oracle import Choice, choices_of, step_logits, walk_batch, walks_of
 from torch import Tensor
 
 import duet_vlm
@@ -31,28 +31,26 @@ def effect(a: Any, b: Any) -> float:
 @pytest.mark.parametrize(("method", "settings"), KEEP_ALL, ids=str)
 def test_keeping_every_token_is_bit_equal(family: str, attention: str, method: str, settings: dict[str, Any]) -> None:
     model = shared(family, attention)
-    for inputs in (FAMILIES[family].inputs([TWO]), FAMILIES[family].inputs(MIXED, "right"), FAMILIES[family].inputs(MIXED)):
-        plain, written = forward(model, inputs), generate(model, inputs)
+    for rows, side in (((TWO,), "left"), (MIXED, "right"), (MIXED, "left")):
+        plain, inputs = untouched(family, attention, rows, side), FAMILIES[family].inputs(rows, side)
         with duet_vlm.attach(model, method, **settings):
-            kept, kept_written = forward(model, inputs), generate(model, inputs)
+            kept, written = forward(model, inputs), generate(model, inputs)
         assert torch.equal(plain.logits, kept.logits)
-        assert torch.equal(written.sequences, kept_written.sequences)
-        assert all(torch.equal(a, b) for a, b in zip(written.logits, kept_written.logits, strict=True))
+        assert torch.equal(plain.sequences, written.sequences)
+        assert all(torch.equal(a, b) for a, b in zip(plain.steps, written.logits, strict=True))
 
 
 @matrix()
 def test_text_only_prompts_are_bit_equal(case: Case) -> None:
-    inputs = FAMILIES[case.family].inputs([TEXT])
-    plain = generate(case.model(), inputs)
+    plain = untouched(case.family, case.attention, (TEXT,))
     with case.attach():
-        written = generate(case.model(), inputs)
-    assert all(torch.equal(a, b) for a, b in zip(plain.logits, written.logits, strict=True))
+        written = generate(case.model(), FAMILIES[case.family].inputs([TEXT]))
+    assert all(torch.equal(a, b) for a, b in zip(plain.steps, written.logits, strict=True))
 
 
 @matrix()
 def test_paused_is_bit_equal_and_resumes(case: Case) -> None:
-    inputs = FAMILIES[case.family].inputs(MIXED)
-    plain = forward(case.model(), inputs).logits
+    inputs, plain = FAMILIES[case.family].inputs(MIXED), untouched(case.family, case.attention, MIXED).logits
     with case.attach() as handle:
         reduced = forward(case.model(), inputs).logits
         with handle.paused():
@@ -138,13 +136,13 @@ def beams_equal_oracle(case: Case, rows: tuple[Row, ...], new: int) -> None:
 @matrix()
 def test_greedy_equals_oracle(case: Case, rows: tuple[Row, ...]) -> None:
     inputs, model = FAMILIES[case.family].inputs(rows), case.model()
-    plain = generate(model, inputs, 5)
+    plain = untouched(case.family, case.attention, rows, new=5)
     with case.attach() as handle:
         cached = generate(model, inputs, 5)
         choices = choices_of(handle)
         uncached = generate(model, inputs, 5, use_cache=False)
     generated = cached.sequences[:, inputs["input_ids"].shape[1] :]
-    assert effect(plain.logits, cached.logits) > VISIBLE
+    assert effect(plain.steps, cached.logits) > VISIBLE
     for step, expected in enumerate(oracle_steps(case, inputs, choices, generated)):
         torch.testing.assert_close(cached.logits[step], expected, **CLOSE)
         torch.testing.assert_close(uncached.logits[step], expected, **CLOSE)
@@ -162,7 +160,7 @@ def test_forward_equals_oracle(case: Case, use_cache: bool, side: str) -> None:
         with case.attach() as handle:
             logits = forward(model, inputs, use_cache=use_cache).logits
             choices, slots = choices_of(handle), handle.slots
-        for sample, walk in enumerate(walk_batch(shared(case.family, "eager"), inputs, choices)):
+        for sample, walk in enumerate(walks_of(case.family, rows, choices)):
             pad = int((inputs["attention_mask"][sample] == 0).sum()) if side == "left" else 0
             places, rows_left = surviving_logits(logits, slots, sample)
             assert len(places) == len(choices[sample].visible(7))

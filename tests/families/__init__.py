@@ -6,11 +6,12 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+import duet_vlm
 from families.base import (
     DEPTH,
     HIDDEN,
@@ -33,8 +34,8 @@ from families.qwen import qwen2_5_vl
 
 __all__ = [
     "DEPTH", "FAMILIES", "FIRST", "HIDDEN", "IMAGE", "LENT", "PAD", "VIDEO", "VISION_END", "VISION_START", "VOCAB", "Family", "Inputs", "Picture",
-    "Row", "any_res_crops", "any_res_layout", "build", "clips_for", "forward", "generate", "llava", "noise", "pictures_of", "qwen2_5_vl", "randomise",
-    "shared",
+    "Row", "Said", "any_res_crops", "any_res_layout", "build", "clips_for", "forward", "generate", "llava", "noise", "pictures_of", "qwen2_5_vl",
+    "randomise", "shared", "untouched",
 ]  # fmt: skip
 
 FIRST = ("llava", "llava_gqa", "llava_next", "qwen2_vl", "qwen2_5_vl")  # those that every test knows by hand
@@ -72,9 +73,26 @@ def shared(name: str, attention: str = "sdpa") -> nn.Module:
 LENT: dict[tuple[str, str], nn.Module] = {}  # to the test that runs
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # all of them are smaller than one picture: 30 MB
 def _shared(name: str, attention: str) -> nn.Module:
     return build(name, attention)
+
+
+class Said(NamedTuple):
+    """What a model says to a batch: logits [B, S, V] of the prompts; what it writes, [B, S + new], and the logits [B, V] of each step."""
+
+    logits: Tensor
+    sequences: Tensor
+    steps: tuple[Tensor, ...]
+
+
+@functools.cache
+def untouched(name: str, attention: str, rows: tuple[Row, ...], side: str = "left", new: int = 4) -> Said:
+    """What a shared model says while nobody is attached to it; asked once, so that a change that stays behind later is seen."""
+    model, inputs = shared(name, attention), FAMILIES[name].inputs(rows, side)
+    assert duet_vlm.handle_of(model) is None, "ask before you attach"
+    written = generate(model, inputs, new)
+    return Said(forward(model, inputs).logits, written.sequences, written.logits)
 
 
 # one, two (of different sizes where the family allows) and three images, text only; ragged text
