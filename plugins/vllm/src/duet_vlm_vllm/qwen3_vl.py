@@ -16,7 +16,7 @@ from duet_vlm_vllm.placeholders import ImagesOnly
 
 
 class Info(ImagesOnly, Qwen3VLProcessingInfo):
-    pass
+    why = "its prompts show the steps of a clip between timestamps"
 
 
 class Processor(GridProcessor, Qwen3VLMultiModalProcessor):
