@@ -43,8 +43,9 @@ ARCHITECTURES = {
     "qwen3_vl": "Qwen3VLForConditionalGeneration",
 }
 BESIDE = dict.fromkeys(METHODS, 1) | {"internvl": 3, "qwen2_5_vl": 2, "qwen2_vl": 2, "qwen3_vl": 2}  # tokens around a picture: line break, marks
-CLIPS = ("llava_onevision", "qwen2_5_vl", "qwen2_vl")  # families that take them
-REFUSES = {"internvl": "its prompts show the frames of a clip between texts", "qwen3_vl": "its prompts show the steps of a clip between timestamps"}
+STAMP = 15  # tokens of a timestamp of Qwen3-VL and of the marks around the rows behind it
+CLIPS = ("llava_onevision", "qwen2_5_vl", "qwen2_vl", "qwen3_vl")  # families that take them
+REFUSES = {"internvl": "its prompts show the frames of a clip between texts"}
 
 # budgets that no request can have beside a server's 12, and what the error says
 REFUSED = [(0, "duet_budget=0"), ("x", "duet_budget='x'"), (1.5, "a float is a fraction"), (13, "allows 12 at most")]

@@ -26,7 +26,8 @@ NEW = 6
 def answer(model: Any, processor: Any, prompt: Prompt, settings: dict[str, Any], positions: str) -> list[Any]:
     """Rows of the prompt that entered, greedy tokens, and their log probabilities."""
     text, images, clips = prompt
-    videos = {"videos": [frames for frames, _ in clips], "video_metadata": [told for _, told in clips]} if clips else {}
+    given = {"videos": [frames for frames, _ in clips], "video_metadata": [told for _, told in clips], "do_sample_frames": False}
+    videos: Any = given if clips else {}
     inputs = processor(text=text, images=images or None, return_tensors="pt", **videos)
     count = inputs["input_ids"].shape[1]
     cls = duet_vlm.get(settings["method"])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import ARCHITECTURES, CLIPS, METHODS, POSITIONS, REFUSED, REFUSES, film, prompts
+from cases import ARCHITECTURES, CLIPS, METHODS, POSITIONS, REFUSED, REFUSES, STAMP, film, prompts
 from engine import COMMON, shown
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -32,7 +32,8 @@ def laid_out(family: str, checkpoints: dict[str, Path]) -> Processor:
     @lru_cache
     def made(settings: str) -> tuple[Any, Any]:
         ours = {"architectures": ["Duet" + ARCHITECTURES[family]], "duet": json.loads(settings)} if settings != "null" else {}
-        config = ModelConfig(str(checkpoints[family]), hf_overrides=ours, dtype="float32", max_model_len=2048, limit_mm_per_prompt=COMMON["limit_mm_per_prompt"])
+        more = {name: COMMON[name] for name in ("dtype", "max_model_len", "limit_mm_per_prompt")}
+        config = ModelConfig(str(checkpoints[family]), hf_overrides=ours, **more)
         return MULTIMODAL_REGISTRY.create_processor(config), MultiModalProcessorOnlyCache(config)
 
     def lay_out(settings: dict[str, Any] | None, case: str, cached: bool = False, **asked: Any) -> Any:
@@ -49,8 +50,10 @@ def rows(laid: Any) -> int:
 
 
 def visual(laid: Any) -> list[int]:
-    """Of each picture and then of each clip, the places that embeddings will take."""
-    return [place.get_num_embeds() for kind in ("image", "video") for place in laid["mm_placeholders"].get(kind, [])]
+    """Of each picture and then of each clip, the rows that embeddings will take; text that comes with them is left out."""
+    held = [(place, item) for kind, places in sorted(laid["mm_placeholders"].items()) for place, item in zip(places, laid["mm_kwargs"][kind])]
+    text = [STAMP * len(item["timestamps"].data) if "timestamps" in item and place.is_embed is None else 0 for place, item in held]
+    return [place.get_num_embeds() - some for (place, _), some in zip(held, text, strict=True)]
 
 
 @pytest.mark.parametrize("name", list(METHODS["llava"]))
@@ -61,7 +64,8 @@ def test_prompts_hold_what_attach_lets_in(laid_out: Processor, family: str, name
 
 @pytest.mark.parametrize("budget", [1, 7, 10**6, 0.1, 0.5, 1.0])
 def test_a_budget_is_taken_of_what_stock_vllm_lays_out(laid_out: Processor, family: str, budget: int | float) -> None:
-    """Each picture or clip enters with its budget, or whole where it has no more rows than that; marks and text stay. Tiles have budgets of their own."""
+    """Each picture or clip enters with its budget, or whole where it has no more rows than that; marks and text stay. Tiles have
+    budgets of their own."""
     for case in prompts(family):
         stock, ours = laid_out(None, case), laid_out({"method": "divprune", "budget": budget}, case)
         spans = TILES[case] if family == "internvl" else [1] * len(visual(stock))

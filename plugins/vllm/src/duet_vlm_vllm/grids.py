@@ -22,16 +22,17 @@ from duet_vlm_vllm.settings import served
 from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
 
 BASE = 256  # bfloat16 holds whole numbers exactly up to here, so a position takes two columns
-COLUMNS = 6
+COLUMNS = 8  # of three positions, and of the row's own number
+VISUAL = -1  # in place of the id of a text token
 
 
-def in_columns(positions: Tensor) -> Tensor:
-    """[n, 3] whole numbers below 65536 -> [n, 6], both halves exact in any floating point type."""
-    return torch.cat([positions // BASE, positions % BASE], 1)
+def in_columns(numbers: Tensor) -> Tensor:
+    """[n, 4] whole numbers below 65536 -> [n, 8], both halves exact in any floating point type."""
+    return torch.cat([numbers // BASE, numbers % BASE], 1)
 
 
 def from_columns(rows: Tensor) -> Tensor:
-    """The inverse, of the last columns of rows [n, D + 6] -> [3, n] long."""
+    """The inverse, of the last columns of rows [n, D + 8] -> [4, n] long."""
     high, low = rows[:, -COLUMNS:].long().T.chunk(2)
     return high * BASE + low
 
@@ -73,6 +74,7 @@ class KeptPositions:
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self.asked: Any = None
 
+    clock = "second_per_grid_ts"  # the field that says when the steps of a clip are
     width: int | None = None  # of the rows that methods look at, where those of several depths stand behind them
 
     def usual_block(self) -> int:
@@ -96,13 +98,11 @@ class KeptPositions:
         return self._reduced("video", video_input, super()._process_video_input(video_input) if given else None)
 
     def _reduced(self, kind: str, media: Any, given: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        """Per image or clip [K, D + 6]: its rows, and where each stands on the grid. ``given``: rows that were chosen from already."""
-        grids, merge = media[f"{kind}_grid_thw"].tolist(), self.visual.spatial_merge_size
-        seconds = media.get("second_per_grid_ts")
-        pace = [1.0] * len(grids) if seconds is None else torch.as_tensor(seconds).flatten().tolist()
-        places = [self.places(grid, each) for grid, each in zip(grids, pace, strict=True)]
+        """Per image or clip [K, D + 8]: its rows, and where each stands on the grid. ``given``: rows that were chosen from already."""
+        grids, merge, clocks = media[f"{kind}_grid_thw"].tolist(), self.visual.spatial_merge_size, media.get(self.clock)
+        written = [self.written(kind, *one) for one in zip(grids, [None] * len(grids) if clocks is None else clocks, strict=True)]
         if given is not None:
-            return tuple(_with_columns(row, place) for row, place in zip(given, places, strict=True))
+            return tuple(self.in_prompt(row, torch.arange(len(row)), whole) for row, whole in zip(given, written, strict=True))
         pixels = media["pixel_values" if kind == "image" else "pixel_values_videos"]
         asked, patches = budgets(self.asked[kind], len(grids)), [t * h * w for t, h, w in grids]
         out: list[Tensor] = []
@@ -113,7 +113,7 @@ class KeptPositions:
             parts = [steps_of(grid, len(row)) for grid, row in zip(grids[some], rows, strict=True)]
             seen = [row[:, : self.width] for row in rows]
             kept = reduced(self.duet, rows, parts, asked[some], signals, seen, stream=kind)
-            out += [_with_columns(row, place[index.cpu()]) for (row, index), place in zip(kept, places[some], strict=True)]
+            out += [self.in_prompt(row, index.cpu(), whole) for (row, index), whole in zip(kept, written[some], strict=True)]
         return tuple(out)
 
     def _encoded(self, pixels: Tensor, grids: list[list[int]]) -> tuple[list[Tensor], Any]:
@@ -138,10 +138,16 @@ class KeptPositions:
         order, counts = self.raster(grids).to(importance.device), [len(row) for row in rows]
         return rows, importance[order].split(counts), keys[order].split(counts)
 
-    def places(self, grid: Sequence[int], seconds: float) -> Tensor:
-        """Where the merged tokens of an image or clip stand on its grid, as if it came first [n, 3]: step by step ``seconds`` of time."""
-        vision = self.config.vision_config
-        return compute_mrope_for_media(grid, vision.spatial_merge_size, getattr(vision, "tokens_per_second", 1.0), seconds)[:, :3]
+    def written(self, kind: str, grid: Sequence[int], clock: Any) -> tuple[Tensor, Tensor]:
+        """A whole image or clip as the prompt shows it, as if it came first: positions of its rows [n, 3], and the ids of text between them [n],
+        ``VISUAL`` for its own."""
+        vision, seconds = self.config.vision_config, 1.0 if clock is None else float(clock)
+        places = compute_mrope_for_media(grid, vision.spatial_merge_size, getattr(vision, "tokens_per_second", 1.0), seconds)[:, :3]
+        return places, torch.full((len(places),), VISUAL)
+
+    def in_prompt(self, rows: Tensor, index: Tensor, written: tuple[Tensor, Tensor]) -> Tensor:
+        """What stands in the prompt for rows [K, D] that are ``index`` [K], ascending, of a span's: with their columns, and text between them."""
+        return with_columns(rows, written[0][index])
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
         return image_embeds_split  # the columns are there already
@@ -157,11 +163,13 @@ class KeptPositions:
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         for feature in features:
             offset, length = feature.mm_position.offset, feature.mm_position.length
-            grid, seconds = feature.data[f"{feature.modality}_grid_thw"].data.tolist(), feature.data.get("second_per_grid_ts")
+            grid, clock = feature.data[f"{feature.modality}_grid_thw"].data.tolist(), feature.data.get(self.clock)
+            places, _ = self.written(feature.modality, grid, None if clock is None else clock.data)
             positions[:, start:offset] = torch.arange(following, following + offset - start)
             following += offset - start
             positions[:, offset : offset + length] = following
-            following += 1 + int(self.places(grid, 1.0 if seconds is None else float(seconds.data)).max())
+            following += 1 + int(places.max())
+            positions[:, offset + length - 1] = following - 1  # what comes next counts from here
             start = offset + length
         positions[:, start:] = torch.arange(following, following + count - start)
         return positions, following - start
@@ -176,12 +184,12 @@ class KeptPositions:
         positions = mrope_positions.clone()
         delta = int(positions.max()) + 1 - ids.numel()
         if multimodal_embeddings:
-            places = torch.cat([from_columns(rows).to(device) for rows in multimodal_embeddings], 1)
+            *places, number = torch.cat([from_columns(rows).to(device) for rows in multimodal_embeddings], 1)
             media = (ids == config.image_token_id) | (ids == config.video_token_id)
             media[:num_computed_tokens] = False
-            at = media.nonzero().squeeze(1)[: places.shape[1]]
-            starts = (ids == config.vision_start_token_id).nonzero().squeeze(1)
-            positions[:, at] = positions[0, starts[torch.searchsorted(starts, at) - 1]] + 1 + places
+            at = media.nonzero().squeeze(1)[: len(number)]
+            before = at - number - 1  # the text in front of each one's image or clip
+            positions[:, at] = torch.where(before < 0, 0, positions[0, before] + 1) + torch.stack(places)
         return [rows[:, :-COLUMNS] for rows in multimodal_embeddings], positions, delta
 
 
@@ -189,8 +197,9 @@ def _patches(grids: Sequence[Sequence[int]]) -> int:
     return sum(t * h * w for t, h, w in grids)
 
 
-def _with_columns(rows: Tensor, places: Tensor) -> Tensor:
-    return torch.cat([rows, in_columns(places).to(rows.device, rows.dtype)], 1)
+def with_columns(rows: Tensor, places: Tensor) -> Tensor:
+    numbers = torch.cat([places, torch.arange(len(places))[:, None]], 1)
+    return torch.cat([rows, in_columns(numbers).to(rows.device, rows.dtype)], 1)
 
 
 def _let_cpu_runner_prune() -> None:

@@ -20,9 +20,10 @@ BUDGETS = {"image": REQUEST, "video": f"{REQUEST}_video"}  # of each image or cl
 
 @dataclasses.dataclass
 class Shortened(PromptUpdateDetails):
-    """Content of which ``before`` places would have been embeddings."""
+    """Content that shows ``after`` of an image's or clip's ``before`` rows."""
 
     before: int = 0
+    after: int = 0
 
 
 class ImagesOnly:
@@ -58,6 +59,14 @@ class FewerPlaceholders:
         (crop, frame) that its rows show [n], -1 for newlines. The worker must say the same."""
         return [torch.zeros(tokens, dtype=torch.long)]
 
+    def visual(self, kind: str, ids: list[int], details: PromptUpdateDetails) -> torch.Tensor:
+        """Which of the tokens that the family shows an image or clip with are its rows [n] bool."""
+        return torch.ones(len(ids), dtype=torch.bool) if details.is_embed is None else details.is_embed(ids)
+
+    def shown(self, kind: str, content: Shortened) -> Shortened:
+        """The content as it stands in the prompt."""
+        return content
+
     @property
     def duet(self) -> Served:
         return served(self.info.get_hf_config(), self.positions)
@@ -91,12 +100,11 @@ class FewerPlaceholders:
             if item is None or BUDGETS[kind] not in item:
                 return details
             ids = list(details.full)
-            embed = torch.ones(len(ids), dtype=torch.bool) if details.is_embed is None else details.is_embed(ids)
-            places = embed.nonzero().squeeze(1).tolist()
+            places = self.visual(kind, ids, details).nonzero().squeeze(1).tolist()
             asked = float(item[BUDGETS[kind]].data)
             stay = sum(self.duet.span(*sizes_of(parts), asked).entry for parts in self.spans(kind, mm_items, number, item, len(places)))
             gone = set(places[stay:])
-            return Shortened([token for place, token in enumerate(ids) if place not in gone], details.is_embed, len(places))
+            return self.shown(kind, Shortened([token for place, token in enumerate(ids) if place not in gone], details.is_embed, len(places), stay))
 
         return dataclasses.replace(update, replacement=content)
 
@@ -110,8 +118,7 @@ class FewerPlaceholders:
         shown = [item[0].content for kind in self.counted for item in mm_prompt_updates.get(kind, ())]
         reduced = [one for one in shown if isinstance(one, Shortened)]
         if reduced:
-            entered = [len(one.full) if one.is_embed is None else int(one.is_embed(list(one.full)).sum()) for one in reduced]
-            count(self.info.model_id, sum(one.before for one in reduced), sum(entered))
+            count(self.info.model_id, sum(one.before for one in reduced), sum(one.after for one in reduced))
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
 
 
