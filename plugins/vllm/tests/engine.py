@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vllm.model_executor.layers.attention.mm_encoder_attention import MMEncoderA
 GREEDY = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True, logprobs=1)
 COMMON: dict[str, Any] = {
     "dtype": "float32", "enforce_eager": True, "max_model_len": 2048, "max_num_seqs": 8, "seed": 0, "block_size": 32,
-    "limit_mm_per_prompt": {"image": 3}, "distributed_executor_backend": "uni",
+    "limit_mm_per_prompt": {"image": 3, "video": 2}, "distributed_executor_backend": "uni",
 }  # fmt: skip
 
 
@@ -42,8 +43,14 @@ def switch(llm: LLM, settings: dict[str, Any]) -> None:
     model.begin(config)
 
 
-def request(text: str, images: list[Any], **kwargs: Any) -> dict[str, Any]:
-    return {"prompt": text} | ({"multi_modal_data": {"image": images}} if images else {}) | ({"mm_processor_kwargs": kwargs} if kwargs else {})
+def shown(images: Sequence[Any], clips: Sequence[Any] = ()) -> dict[str, Any]:
+    """Media as vLLM takes them."""
+    return {kind: list(some) for kind, some in (("image", images), ("video", clips)) if some}
+
+
+def request(text: str, images: Sequence[Any], clips: Sequence[Any] = (), **kwargs: Any) -> dict[str, Any]:
+    media = shown(images, clips)
+    return {"prompt": text} | ({"multi_modal_data": media} if media else {}) | ({"mm_processor_kwargs": kwargs} if kwargs else {})
 
 
 def found(output: Any) -> list[Any]:

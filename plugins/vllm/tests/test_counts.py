@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import ARCHITECTURES, METHODS, POSITIONS, REFUSED, prompts
+from cases import ARCHITECTURES, CLIPS, METHODS, POSITIONS, REFUSED, REFUSES, STAMP, film, prompts
+from engine import COMMON, shown
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache.base import MultiModalProcessorOnlyCache
@@ -31,13 +32,14 @@ def laid_out(family: str, checkpoints: dict[str, Path]) -> Processor:
     @lru_cache
     def made(settings: str) -> tuple[Any, Any]:
         ours = {"architectures": ["Duet" + ARCHITECTURES[family]], "duet": json.loads(settings)} if settings != "null" else {}
-        config = ModelConfig(str(checkpoints[family]), hf_overrides=ours, dtype="float32", max_model_len=2048, limit_mm_per_prompt={"image": 3})
+        more = {name: COMMON[name] for name in ("dtype", "max_model_len", "limit_mm_per_prompt")}
+        config = ModelConfig(str(checkpoints[family]), hf_overrides=ours, **more)
         return MULTIMODAL_REGISTRY.create_processor(config), MultiModalProcessorOnlyCache(config)
 
     def lay_out(settings: dict[str, Any] | None, case: str, cached: bool = False, **asked: Any) -> Any:
         processor, cache = made(json.dumps(settings))
-        text, images = prompts(family)[case]
-        items = processor.info.parse_mm_data({"image": images} if images else {})
+        text, images, clips = prompts(family)[case]
+        items = processor.info.parse_mm_data(shown(images, clips))
         return processor(text, mm_items=items, hf_processor_mm_kwargs=asked, cache=cache if cached else None)
 
     return lay_out
@@ -48,8 +50,10 @@ def rows(laid: Any) -> int:
 
 
 def visual(laid: Any) -> list[int]:
-    """Of each picture, the places that embeddings will take."""
-    return [place.get_num_embeds() for place in laid["mm_placeholders"].get("image", [])]
+    """Of each picture and then of each clip, the rows that embeddings will take; text that comes with them is left out."""
+    held = [(place, item) for kind, places in sorted(laid["mm_placeholders"].items()) for place, item in zip(places, laid["mm_kwargs"][kind])]
+    text = [STAMP * len(item["timestamps"].data) if "timestamps" in item and place.is_embed is None else 0 for place, item in held]
+    return [place.get_num_embeds() - some for (place, _), some in zip(held, text, strict=True)]
 
 
 @pytest.mark.parametrize("name", list(METHODS["llava"]))
@@ -60,7 +64,8 @@ def test_prompts_hold_what_attach_lets_in(laid_out: Processor, family: str, name
 
 @pytest.mark.parametrize("budget", [1, 7, 10**6, 0.1, 0.5, 1.0])
 def test_a_budget_is_taken_of_what_stock_vllm_lays_out(laid_out: Processor, family: str, budget: int | float) -> None:
-    """Each picture enters with its budget, or whole where it has no more rows than that; marks and text stay. Tiles have budgets of their own."""
+    """Each picture or clip enters with its budget, or whole where it has no more rows than that; marks and text stay. Tiles have
+    budgets of their own."""
     for case in prompts(family):
         stock, ours = laid_out(None, case), laid_out({"method": "divprune", "budget": budget}, case)
         spans = TILES[case] if family == "internvl" else [1] * len(visual(stock))
@@ -70,26 +75,43 @@ def test_a_budget_is_taken_of_what_stock_vllm_lays_out(laid_out: Processor, fami
         assert rows(stock) - rows(ours) == sum(visual(stock)) - sum(visual(ours))
 
 
-def test_requests_have_budgets_of_their_own_and_caches_tell_them_apart(laid_out: Processor, family: str) -> None:
+@pytest.mark.parametrize("case", ["three", "picture between clips"])
+def test_requests_have_budgets_of_their_own_and_caches_tell_them_apart(laid_out: Processor, family: str, case: str) -> None:
+    if case not in prompts(family):
+        pytest.skip("takes no clips")
     settings: dict[str, Any] = {"method": "duet_plus", "budget": 12}
-    usual = laid_out(settings, "three", cached=True)
-    assert visual(laid_out(settings, "three", cached=True, duet_budget=5)) == [count * 5 // 12 for count in visual(usual)]
-    again = laid_out(settings, "three", cached=True)  # from the cache, where the pictures stand with either budget
+    usual = laid_out(settings, case, cached=True)
+    assert visual(laid_out(settings, case, cached=True, duet_budget=5)) == [count * 5 // 12 for count in visual(usual)]
+    again = laid_out(settings, case, cached=True)  # from the cache, where the pictures stand with either budget
     assert again["prompt_token_ids"] == usual["prompt_token_ids"] and again["mm_hashes"] == usual["mm_hashes"]
     others = [
-        laid_out(settings, "three", duet_budget=5),
-        laid_out(settings | {"budget": 13}, "three"),
-        laid_out(settings | {"method": "visionzip"}, "three"),
+        laid_out(settings, case, duet_budget=5),
+        laid_out(settings | {"budget": 13}, case),
+        laid_out(settings | {"method": "visionzip"}, case),
     ]
-    hashes = [tuple(each["mm_hashes"]["image"]) for each in (usual, *others)]
-    assert len(set(hashes)) == 4 and len({one for some in hashes for one in some}) == 12  # no picture looks like itself under other settings
+    hashes = [tuple(one for some in each["mm_hashes"].values() for one in some) for each in (usual, *others)]
+    assert len(set(hashes)) == 4 and len({one for some in hashes for one in some}) == 12  # nothing looks like itself under other settings
 
 
-def test_the_worker_is_told_each_budget(laid_out: Processor, family: str) -> None:
-    items = laid_out({"method": "duet_plus", "budget": 12}, "two", duet_budget=5)["mm_kwargs"]["image"]
-    assert [float(item["duet_budget"].data) for item in items] == [6.0, 6.0]  # whole numbers stand one higher: 1.0 is all of them
-    items = laid_out({"method": "duet_plus", "budget": 12}, "two")["mm_kwargs"]["image"]
-    assert [float(item["duet_budget"].data) for item in items] == [-1.0, -1.0]
+@pytest.mark.parametrize("case", ["two", "picture between clips"])
+def test_the_worker_is_told_each_budget(laid_out: Processor, family: str, case: str) -> None:
+    if case not in prompts(family):
+        pytest.skip("takes no clips")
+    told = ("image", "duet_budget"), ("video", "duet_budget_video")
+    for asked, wanted in (({"duet_budget": 5}, 6.0), ({}, -1.0)):  # whole numbers stand one higher: 1.0 is all of them
+        held = laid_out({"method": "duet_plus", "budget": 12}, case, **asked)["mm_kwargs"]
+        found = [[float(item[name].data) for item in held.get(kind, [])] for kind, name in told]
+        assert found == [[wanted] * len(media) for media in prompts(family)[case][1:]]
+
+
+def test_clips_that_a_family_cannot_reduce_are_refused_with_the_reason(laid_out: Processor, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if family in CLIPS:
+        pytest.skip("takes clips")
+    asked = {**prompts(family), "clip": ("hi", [], [film(0, 4, 56, 56)])}
+    monkeypatch.setitem(globals(), "prompts", lambda family: asked)
+    says = f"clips cannot be reduced for this model: {REFUSES[family]}" if family in REFUSES else "(?i)video"
+    with pytest.raises(ValueError, match=says):  # of a model that knows no clips the error is vLLM's own
+        laid_out({"method": "duet_plus", "budget": 12}, "clip")
 
 
 @pytest.mark.parametrize(("asked", "says"), REFUSED)

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import engine
-import numpy as np
 import pytest
-from cases import BESIDE, CLIP, METHODS, REFUSED, prompts
+from cases import BESIDE, METHODS, REFUSED, STAMP, prompts
 
 NAMES = list(METHODS["llava"])
 
@@ -36,44 +35,48 @@ def test_answers_are_those_of_attach(llm: Any, family: str, name: str, wanted: d
     assert not differing(ask(llm, requests), family, name, wanted)
 
 
-def test_a_budget_is_what_enters_and_requests_may_ask_for_less(llm: Any, family: str) -> None:
+@pytest.mark.parametrize("case", ["one", "clip"])
+def test_a_budget_is_what_enters_and_requests_may_ask_for_less(llm: Any, family: str, case: str) -> None:
+    if case not in prompts(family):
+        pytest.skip("takes no clips")
     engine.switch(llm, {"method": "duet_plus", "budget": 12})
-    text, images = prompts(family)["one"]
+    shown = prompts(family)[case]
     none = len(ask(llm, [engine.request(*prompts(family)["no picture"])])[0].prompt_token_ids)
-    full = 12 + none + BESIDE[family]
-    requests = [engine.request(text, images), *(engine.request(text, images, duet_budget=asked) for asked in (1, 5, 12))]
+    full = 12 + none + BESIDE[family] + (3 * STAMP if (family, case) == ("qwen3_vl", "clip") else 0)
+    requests = [engine.request(*shown), *(engine.request(*shown, duet_budget=asked) for asked in (1, 5, 12))]
     assert [len(one.prompt_token_ids) - full for one in ask(llm, requests)] == [0, -11, -7, 0]
 
 
 @pytest.mark.parametrize(("asked", "says"), REFUSED)
 def test_what_a_request_cannot_have_is_an_error_and_the_engine_goes_on(llm: Any, family: str, asked: Any, says: str) -> None:
     engine.switch(llm, {"method": "duet_plus", "budget": 12})
-    text, images = prompts(family)["one"]
-    with pytest.raises(ValueError, match=says):
-        ask(llm, [engine.request(text, images, duet_budget=asked)])
-    assert len(ask(llm, [engine.request(text, images)])) == 1
+    for case in {"one", "clip"} & set(prompts(family)):
+        with pytest.raises(ValueError, match=says):
+            ask(llm, [engine.request(*prompts(family)[case], duet_budget=asked)])
+        assert len(ask(llm, [engine.request(*prompts(family)[case])])) == 1
 
 
-def test_clips_are_refused(llm: Any, family: str) -> None:
-    clip = np.zeros((4, 112, 112, 3), dtype=np.uint8)
-    with pytest.raises(Exception, match="(?i)video"):  # an error of vLLM's own, or of the family
-        ask(llm, [{"prompt": CLIP.get(family, "<image>"), "multi_modal_data": {"video": clip}}])
-
-
-def test_the_tower_takes_no_more_at_once_than_without_reduction(llm: Any, family: str, wanted: dict[str, list[Any]]) -> None:
-    """Three pictures in one prompt go through the tower one by one where it may see no more than one, and the answers stay."""
+@pytest.mark.parametrize(("case", "pieces"), [("three", 3), ("clip", 3)])
+def test_the_tower_takes_no_more_at_once_than_without_reduction(
+    llm: Any, family: str, case: str, pieces: int, wanted: dict[str, list[Any]]
+) -> None:
+    """Three pictures in one prompt go through the tower one by one where it may see no more than one, as steps of a clip do; the answers stay."""
+    if case not in prompts(family):
+        pytest.skip("takes no clips")
+    if case == "clip" and family == "llava_onevision":
+        pieces = 8  # frames
     engine.switch(llm, METHODS[family]["duet"])
     model, calls = engine.model_of(llm), []
     tower = model.visual if hasattr(model, "visual") else model.vision_tower
     hook = tower.register_forward_pre_hook(lambda module, args, kwargs: calls.append(1), with_kwargs=True)
     try:
-        for most, times in ((10**6, 1), (1, 3)):
+        for most, times in ((10**6, 1), (1, pieces)):
             calls.clear()
             model.most = most
             llm.reset_prefix_cache()
             llm.reset_mm_cache()
             llm.llm_engine.engine_core.engine_core.reset_encoder_cache()
-            assert not differing(ask(llm, [engine.request(*prompts(family)["three"])]), family, "duet", wanted, ["three"])
+            assert not differing(ask(llm, [engine.request(*prompts(family)[case])]), family, "duet", wanted, [case])
             assert len(calls) == times
     finally:
         hook.remove()

@@ -114,7 +114,9 @@ def qwen(kind: str) -> tuple[Any, Any]:
         text = {**common["text_config"], "head_dim": 32, "rope_parameters": rope | {"mrope_interleaved": True}}
         vision = {**tower, "depth": 3, "hidden_size": 64, "intermediate_size": 128, "out_hidden_size": 64, "num_position_embeddings": 64}
         config = t.Qwen3VLConfig(**common | {"text_config": text}, vision_config=vision | {"deepstack_visual_indexes": [0, 1], "in_channels": 3})
-        processor = Qwen2VLImageProcessorPil(size=pixels, patch_size=14), words, Qwen3VLVideoProcessor(size=pixels, patch_size=14)
+        still = Qwen2VLImageProcessorPil(size=pixels, patch_size=14)
+        scale = {"image_mean": still.image_mean, "image_std": still.image_std}  # one for both, as in the family's checkpoints
+        processor = still, words, Qwen3VLVideoProcessor(size=pixels, patch_size=14, **scale)
         return t.Qwen3VLForConditionalGeneration(config), t.Qwen3VLProcessor(*processor, chat_template=words.chat_template)
     parts = Qwen2VLImageProcessorPil(size=pixels), words, Qwen2VLVideoProcessor(size=pixels)
     if kind == "qwen2_vl":

@@ -1,4 +1,4 @@
-"""Rows of images, as a tower or projector made them, cut to those that enter the decoder."""
+"""Rows of images or clips, as a tower or projector made them, cut to those that enter the decoder."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ def reduced(
     asked: Sequence[float],
     signals: Signals | None,
     seen: Sequence[Tensor] | None = None,
+    stream: str = "image",
 ) -> list[tuple[Tensor, Tensor]]:
-    """What enters of each image.
+    """What enters of each image, or of each clip.
 
     Parameters
     ----------
     rows : sequence of Tensor
         Per image [n, C]: what the projector reads, or, for methods that read projected rows and for grid mergers, what it made.
     parts : sequence of Tensor
-        Per image, on the host: the part (crop) that each row shows [n], -1 for newlines.
+        Per image, on the host: the part (crop, frame) that each row shows [n], -1 for newlines.
     asked : sequence of float
         Per image the budget of its request, as ``Served.asked`` wrote it.
     signals : (sequence, sequence) of Tensor, or None
         Importance [n] and mean keys [n, d] per image, for methods that read them.
     seen : sequence of Tensor, optional
         Per image what the method is shown of its rows [n, c], where that is not all of them.
+    stream : str
+        "video": they are clips, and their parts are steps of time.
 
     Returns
     -------
@@ -58,7 +61,7 @@ def reduced(
         layers = (LayerView(pad_rows(list(signals[0]))[0], keys=pad_rows(list(signals[1]))[0]),)
     with torch.no_grad():
         shown = features if seen is None else pad_rows(list(seen))[0]
-        selection, code, _ = select(reducer, plans, parts, layers, shown, each=served.each)
+        selection, code, _ = select(reducer, plans, parts, layers, shown, stream=stream, each=served.each)
         raise_if_wrong(int(code), reducer)
         merged = merged_rows(features, selection)
         number = torch.arange(selection.index.shape[1], device=features.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_
 
 
 class Info(ImagesOnly, InternS1ProcessingInfo):
-    pass
+    why = "its prompts show the frames of a clip between texts"
 
 
 class Processor(FewerPlaceholders, InternS1MultiModalProcessor):
-    each_image = "image_num_patches"  # they are tiles
+    counted: ClassVar[dict[str, str]] = {"image": "image_num_patches"}  # pixels are those of tiles
 
-    def spans(self, mm_items: Any, number: int, tokens: int) -> list[Tensor]:
+    def spans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[Tensor]:
         of_a_tile = self.info.get_hf_processor().image_seq_length
         return [torch.zeros(of_a_tile, dtype=torch.long)] * (tokens // of_a_tile)
 

@@ -43,7 +43,7 @@ class NextPacking:
 
 
 class AnyResProcessor(FewerPlaceholders):
-    def spans(self, mm_items: Any, number: int, tokens: int) -> list[Tensor]:
+    def spans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[Tensor]:
         size = mm_items["image"].get_image_size(number)
         return [self.parts_of(self.info.get_hf_config(), [size.height, size.width])]
 

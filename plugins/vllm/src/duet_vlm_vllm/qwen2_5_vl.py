@@ -1,4 +1,4 @@
-"""Qwen2.5-VL, images: reduced behind the merger, ranked by the attention that tokens receive in the last block without windows."""
+"""Qwen2.5-VL, images and clips: reduced behind the merger, ranked by the attention that tokens receive in the last block without windows."""
 
 from __future__ import annotations
 
@@ -16,18 +16,13 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from duet_vlm_vllm.grids import GridProcessor, KeptPositions
-from duet_vlm_vllm.placeholders import ImagesOnly
-
-
-class Info(ImagesOnly, Qwen2_5_VLProcessingInfo):
-    pass
 
 
 class Processor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
 class DuetQwen25VL(KeptPositions, Qwen2_5_VLForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.prepare(vllm_config)

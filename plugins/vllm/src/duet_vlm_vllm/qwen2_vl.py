@@ -1,4 +1,4 @@
-"""Qwen2-VL, images: reduced behind the merger, ranked by the attention that tokens receive in the last block."""
+"""Qwen2-VL, images and clips: reduced behind the merger, ranked by the attention that tokens receive in the last block."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from vllm.model_executor.models.qwen2_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from duet_vlm_vllm.grids import GridProcessor, KeptPositions
-from duet_vlm_vllm.placeholders import ImagesOnly
-
-
-class Info(ImagesOnly, Qwen2VLProcessingInfo):
-    pass
 
 
 class Processor(GridProcessor, Qwen2VLMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=Qwen2VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen2VLProcessingInfo, dummy_inputs=Qwen2VLDummyInputsBuilder)
 class DuetQwen2VL(KeptPositions, Qwen2VLForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.prepare(vllm_config)
