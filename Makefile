@@ -17,7 +17,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -104,6 +104,9 @@ train: $(DEV)  ## train the embedded model from scratch
 
 train-chain: $(DEV)  ## train the tiny-chain model from answers alone (hours; the same command goes on after a kill)
 	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_chain
+
+train-long: $(DEV)  ## train the tiny-long model from the tiny-video model (about an hour of one core)
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_long
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VLLM) $(VIDEO) $(DOCS) out build dist .pytest_cache .ruff_cache .mypy_cache

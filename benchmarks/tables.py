@@ -195,6 +195,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kept_tiny": lambda: comparison("tiny", markdown.matrix),
     "kept_chain": lambda: comparison("tiny-chain", markdown.matrix),
     "kept_crowded": lambda: comparison("tiny-crowded", markdown.matrix),
+    "kept_long": lambda: comparison("tiny-long", markdown.matrix),
     "runs_tiny": lambda: comparison("tiny", markdown.compact),
     "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
     "importance": importance,

@@ -1,4 +1,4 @@
-"""The tables of docs/video.md, from the result files under comparison/tiny-video, and that of docs/clips-from-files.md."""
+"""The tables of docs/video.md, from the result files under comparison/tiny-video and tiny-long, and that of docs/clips-from-files.md."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import comparison_tables
 
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.evaluate.results import load
+from duet_vlm.evaluate.results import load, unpack
+from duet_vlm.tiny import long_questions
 from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS
+from duet_vlm.tiny.long import TURN
+from duet_vlm.tiny.long_clips import LENGTHS
 
 STREAM = comparison_tables.ROOT.parent / "benchmarks" / "results" / "stream.json"
 PIECES = STREAM.with_name("pieces.json")
@@ -54,6 +57,23 @@ def kinds() -> str:
     return table(head, lines)
 
 
+def long_full() -> str:
+    """Accuracy of the full model on long clips, by kind and number of frames."""
+    recorded = unpack(load(comparison_tables.ROOT / "tiny-long" / "results" / "methods.json"))
+    hits: dict[tuple[str, int], list[bool]] = {}
+    for asked, kind, gold, said in zip(*(recorded[key] for key in ("questions", "kinds", "gold")), recorded["answers"]["none"], strict=True):
+        frames = LENGTHS[int(asked.split("/")[1]) // TURN % len(LENGTHS)]
+        for key in ((kind, frames), (kind, 0), ("all", frames), ("all", 0)):
+            hits.setdefault(key, []).append(said in gold)
+    chance = {**long_questions.CHANCE, "all": sum(long_questions.CHANCE.values()) / len(long_questions.CHANCE)}
+
+    def cell(kind: str, frames: int) -> str:
+        return f"{sum(hits[kind, frames]) / len(hits[kind, frames]):.3f}"
+
+    lines = [[kind, f"{chance[kind]:.3f}", *(cell(kind, frames) for frames in (*LENGTHS, 0))] for kind in chance]
+    return table(["accuracy", "guessing", *(f"{frames} frames" for frames in LENGTHS), "all"], lines)
+
+
 def stream() -> str:
     """Memory of a question about a clip, in pieces and in one."""
     found = {(row["frames"], row["way"]): row for row in json.loads(STREAM.read_text())["results"]}
@@ -81,6 +101,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "video_kept": lambda: kept("methods"),
     "video_more": lambda: kept("more"),
     "video_kinds": kinds,
+    "long_full": long_full,
+    "long_kinds": lambda: comparison_tables.kinds("tiny-long", "methods", 0.07),
     "video_stream": stream,
     "video_pieces": pieces,
     "video_recall": lambda: comparison_tables.recall("tiny-video", "methods", 0.07),

@@ -301,7 +301,7 @@ def test_salient_words_are_marked_for_those_who_ask_for_them(loaded: Loaded, sho
         side.close()
 
 
-@pytest.mark.parametrize("name", ["tiny-video"])
+@pytest.mark.parametrize("name", ["tiny-video", "tiny-long"])
 def test_a_clip_from_its_file_to_the_slider(name: str, tmp_path: Path) -> None:
     pytest.importorskip("av")
     takes_clips = load(name)

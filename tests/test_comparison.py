@@ -97,6 +97,8 @@ def test_budgets_are_solved_as_they_were(file: Path) -> None:
     result = load(file)
     loaded, runs = model_of(result["experiment"]["model"]), runs_of(result)
     assert [row["id"] for row in result["runs"]] == list(runs)
+    if result["runs"][0]["solved"] is None:
+        pytest.skip("clips of several lengths: no single solution to tell")
     tokens = result["runs"][0]["solved"]["tokens"]
     for row in result["runs"]:
         run = runs[row["id"]]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EMBEDDED = ("tiny", "tiny-chain", "tiny-video")
+EMBEDDED = ("tiny", "tiny-chain", "tiny-video", "tiny-long")
 ADAPTER = "adapter_config.json"  # what makes a folder one of PEFT adapters
 
 
@@ -36,7 +36,7 @@ class Loaded:
     @property
     def frames(self) -> int:
         """Frames of a clip that this model wants, where the user does not say."""
-        return getattr(getattr(self.processor, "video_processor", None), "num_frames", None) or FRAMES
+        return getattr(getattr(self.processor, "video_processor", self.processor), "num_frames", None) or FRAMES
 
     @property
     def takes_clips(self) -> bool:
@@ -125,9 +125,9 @@ def source(name: str) -> tuple[str, bool]:
     """
     if name in EMBEDDED:
         from duet_vlm import tiny
-        from duet_vlm.tiny import chain, video
+        from duet_vlm.tiny import chain, long, video
 
-        return str({"tiny": tiny, "tiny-chain": chain, "tiny-video": video}[name].path()), True
+        return str({"tiny": tiny, "tiny-chain": chain, "tiny-video": video, "tiny-long": long}[name].path()), True
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER)):
@@ -186,7 +186,7 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
 
 
 def _processor(name: str, place: str, local: bool) -> Any:
-    if name == "tiny-video":  # the stock class of its family needs torchvision
+    if name in ("tiny-video", "tiny-long"):  # the stock class of its family needs torchvision
         from duet_vlm.tiny.video_processor import TinyVideoProcessor
 
         return TinyVideoProcessor.from_pretrained(place)

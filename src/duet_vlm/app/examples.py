@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from duet_vlm import tiny
 from duet_vlm.loading import Loaded
-from duet_vlm.tiny import video
+from duet_vlm.tiny import long, video
 
 EACH = 4  # frames of the file that show one step of the clip
+CLIPS: dict[str, Callable[[str, int], video.ClipSample]] = {"tiny-video": video.sample, "tiny-long": long.sample}
 
 
 def examples(loaded: Loaded, folder: Path) -> list[tuple[Path, str]]:
     """Files, written to ``folder``, and a question about each."""
-    if loaded.name == "tiny-video":
-        return _clip(folder)
+    if loaded.name in CLIPS:
+        return _clip(folder, CLIPS[loaded.name])
     found = []
     for number, item in enumerate(tiny.demo_images()):
         path = folder / f"picture-{number + 1}.png"
         item.image.save(path)
         found.append((path, item.questions[0][0]))
-    return found + (_clip(folder) if loaded.takes_clips else [])
+    return found + (_clip(folder, CLIPS["tiny-video"]) if loaded.takes_clips else [])
 
 
-def _clip(folder: Path) -> list[tuple[Path, str]]:
+def _clip(folder: Path, drawn: Callable[[str, int], video.ClipSample]) -> list[tuple[Path, str]]:
     """A clip of the embedded task as a file; nothing where PyAV is not installed."""
     try:
         import av
     except ImportError:
         return []
-    sample, path = video.sample("test", 0), folder / "clip.mp4"
+    sample, path = drawn("test", 0), folder / "clip.mp4"
     frames = [np.asarray(frame) for frame in sample.frames for _ in range(EACH)]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10, options={"crf": "4"})

@@ -12,7 +12,7 @@ from typing import Any
 
 from duet_vlm.app.asking import Side, answers
 from duet_vlm.app.controls import Controls, starting
-from duet_vlm.app.examples import examples
+from duet_vlm.app.examples import CLIPS, examples
 from duet_vlm.app.files import MOST_MB, Shown
 from duet_vlm.loading import Loaded, load
 
@@ -26,11 +26,10 @@ def check_installed() -> None:
 def warmed(loaded: Loaded, first: Controls) -> None:
     """Ask once before anybody does: the first call of a process pays for what later ones find made. What cannot be attached is refused here."""
     from duet_vlm import tiny
-    from duet_vlm.tiny import video
     from duet_vlm.video import Clip
 
-    if loaded.name == "tiny-video":
-        frames = video.sample("test", 0).frames
+    if loaded.name in CLIPS:
+        frames = CLIPS[loaded.name]("test", 0).frames
         shown = Shown((), (Clip(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
     else:
         shown = Shown((tiny.demo_images()[0].image,), ())

@@ -26,7 +26,9 @@ Texts = list[str] | None
 
 
 def tune(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="A .jsonl file, a folder of pictures and clips, or tiny, tiny-chain, tiny-video.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A .jsonl file, a folder of pictures and clips, or tiny, tiny-chain, tiny-video, tiny-long.")
+    ],
     model: Annotated[str | None, typer.Option("--model", "-m", help="'tiny', a local folder, or a hub id. Default: the task's, else tiny.")] = None,
     keep: Annotated[
         float | None, typer.Option("--keep", help=f"Share of the full model's right answers to keep, with 95 %. Default: {KEEP}, if no other goal.")

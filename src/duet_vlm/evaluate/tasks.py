@@ -1,6 +1,7 @@
 """Tasks: streams of questions about pictures or clips, with short answers that can be checked.
 
-``tiny``, ``tiny-crowded``, ``tiny-chain`` and ``tiny-video`` draw their questions (no file, no end); any other name is the path of a JSON-lines file.
+``tiny``, ``tiny-crowded``, ``tiny-chain``, ``tiny-video`` and ``tiny-long`` draw their questions (no file, no end); any other name is the path of
+a JSON-lines file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from duet_vlm.loading import EMBEDDED
 from duet_vlm.pictures import local, open_image
 from duet_vlm.spelling import did_you_mean
 from duet_vlm.video import decode
@@ -62,7 +64,7 @@ class Task:
 
 def usual_model(name: str) -> str:
     """The embedded model that reads what a task shows."""
-    return name if name in ("tiny-chain", "tiny-video") else "tiny"
+    return name if name in EMBEDDED else "tiny"
 
 
 def task(name: str) -> Task:
@@ -75,7 +77,7 @@ def task(name: str) -> Task:
         Unknown name, or a file with a broken line (its number is named).
     """
     if name in DRAWN:
-        return Task(name, DRAWN[name], None, 4, clips=name == "tiny-video")
+        return Task(name, DRAWN[name], None, 4, clips=name in ("tiny-video", "tiny-long"))
     path = Path(name).expanduser()
     if path.suffix != ".jsonl":
         near = did_you_mean(name, DRAWN)
@@ -132,11 +134,19 @@ def _clips(seed: int, index: int) -> Question:
     return Question(f"{seed}/{index}", (), item.question, (item.answer,), item.kind, item.needed, (item.frames,))
 
 
+def _long(seed: int, index: int) -> Question:
+    from duet_vlm.tiny import long
+
+    item = long.sample("test", index, seed)
+    return Question(f"{seed}/{index}", (), item.question, (item.answer,), item.kind, item.needed, (item.frames,))
+
+
 DRAWN: dict[str, Callable[[int, int], Question]] = {
     "tiny": partial(_pictures, False),
     "tiny-crowded": partial(_pictures, True),
     "tiny-chain": _chains,
     "tiny-video": _clips,
+    "tiny-long": _long,
 }
 
 

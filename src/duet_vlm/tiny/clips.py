@@ -172,7 +172,7 @@ def clip(split: str, seed: int, index: int) -> Clip:
             return Clip(split, seed, index, tuple(a for a in stage.actors if a is not None))
 
 
-def _pixels(actor: Actor, color: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def pixels(actor: Actor, color: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """What an actor looks like in a colour: ink (height, width, 3) and how much of it covers, (height, width, 1)."""
     if actor.role != "word":
         tone = _COLOR_TABLE[color] * np.float32(rng.uniform(0.85, 1.08)) + rng.normal(0, 8, 3).astype(np.float32)
@@ -194,7 +194,7 @@ def render(shown: Clip) -> np.ndarray:
     rng = shown.generator(1)
     frames = np.repeat(window(shown.split, SIDE, rng)[None], FRAMES, 0)
     for actor in shown.actors:
-        looks = {color: _pixels(actor, color, rng) for color in sorted(set(actor.colors) - {HIDDEN})}
+        looks = {color: pixels(actor, color, rng) for color in sorted(set(actor.colors) - {HIDDEN})}
         for f in actor.frames:
             (x, y), (ink, cover) = actor.places[f], looks[actor.colors[f]]
             view = frames[f, y : y + actor.height, x : x + actor.width]

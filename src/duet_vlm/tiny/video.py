@@ -35,10 +35,10 @@ class ClipSample:
     Attributes
     ----------
     frames : tuple of PIL.Image.Image
-        Eight frames of 112 x 112.
+        Eight frames of 112 x 112; of ``tiny-long`` 64 to 256 of 28 x 28.
     question, answer, kind : str
-    needed : numpy.ndarray, (520,) bool
-        The visual rows that prove the answer, frame by frame: CLS, then 64 patches row by row. All False where the answer is none.
+    needed : numpy.ndarray, (rows of the clip,) bool
+        The visual rows that prove the answer, frame by frame: CLS, then 64 (4) patches row by row. All False where the answer is none.
     """
 
     frames: tuple[Image.Image, ...]
@@ -55,13 +55,18 @@ def path() -> Path:
 
 def load(dtype: torch.dtype | None = None) -> tuple[VideoLlavaForConditionalGeneration, TinyVideoProcessor]:
     """The trained model in evaluation mode and its processor, from the package, without network; float32 unless ``dtype`` is given."""
+    return load_from(path(), dtype)
+
+
+def load_from(folder: Path, dtype: torch.dtype | None) -> tuple[VideoLlavaForConditionalGeneration, TinyVideoProcessor]:
+    """A Video-LLaVA of the package, from its folder."""
     import torch
     from transformers import VideoLlavaForConditionalGeneration
 
     from .video_processor import TinyVideoProcessor
 
-    model = VideoLlavaForConditionalGeneration.from_pretrained(path(), dtype=dtype or torch.float32, local_files_only=True)
-    return model.eval(), TinyVideoProcessor.from_pretrained(path())
+    model = VideoLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
+    return model.eval(), TinyVideoProcessor.from_pretrained(folder)
 
 
 def prompt(question: str) -> str:

@@ -11,6 +11,7 @@ from . import load
 from .clips import CLIP_ROWS, GRID, SIDE
 from .network import FEATURE_LAYER, decoder_config, tower_config
 from .scenes import GRID as PICTURE_GRID
+from .scenes import PATCH
 from .text import SPECIAL, TOKEN, build_tokenizer
 
 VIDEO = "<video>"
@@ -18,18 +19,18 @@ NEW_WORDS = ("where", "does", "move", "appear", "before", "after", "first", "las
 VIDEO_TOKEN = {**TOKEN, **{word: len(TOKEN) + i for i, word in enumerate((VIDEO, *NEW_WORDS))}}
 
 
-def build_video_tokenizer() -> PreTrainedTokenizerFast:
-    """The tokenizer of the tiny model with eleven more words; the embedding table has room for them."""
+def build_video_tokenizer(words: tuple[str, ...] = NEW_WORDS) -> PreTrainedTokenizerFast:
+    """The tokenizer of the tiny model with ``<video>`` and a few more words; the embedding table has room for them."""
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL[4:], VIDEO]})
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in NEW_WORDS])
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
     return tokenizer
 
 
-def video_config() -> VideoLlavaConfig:
-    """Eight frames of 112 px: 64 patches and CLS each, which stock Video-LLaVA hands to the decoder, too; 520 rows per clip."""
+def video_config(side: int = SIDE, rows: int = CLIP_ROWS) -> VideoLlavaConfig:
+    """Eight frames of 112 px: 64 patches and CLS each, which stock Video-LLaVA hands to the decoder, too; 520 rows per clip. Or others."""
     tower = tower_config()
-    tower.image_size = SIDE
+    tower.image_size = side
     return VideoLlavaConfig(
         vision_config=tower,
         text_config=decoder_config(),
@@ -38,15 +39,15 @@ def video_config() -> VideoLlavaConfig:
         vision_feature_layer=FEATURE_LAYER,
         vision_feature_select_strategy="default",
         projector_hidden_act="gelu",
-        image_seq_length=GRID**2,
-        video_seq_length=CLIP_ROWS,
+        image_seq_length=(side // PATCH) ** 2,
+        video_seq_length=rows,
         tie_word_embeddings=True,
     )
 
 
-def build_video_model() -> VideoLlavaForConditionalGeneration:
-    """An untrained model."""
-    model = VideoLlavaForConditionalGeneration(video_config())
+def build_video_model(config: VideoLlavaConfig | None = None) -> VideoLlavaForConditionalGeneration:
+    """An untrained model, of :func:`video_config` unless said otherwise."""
+    model = VideoLlavaForConditionalGeneration(config or video_config())
     model.tie_weights()
     model.generation_config = GenerationConfig(
         bos_token_id=TOKEN["<s>"], eos_token_id=TOKEN["</s>"], pad_token_id=TOKEN["<pad>"], max_new_tokens=4, do_sample=False
@@ -62,13 +63,18 @@ def start_from_pictures() -> VideoLlavaForConditionalGeneration:
     """
     model, (pictures, _) = build_video_model(), load()
     state = pictures.model.vision_tower.state_dict()
-    key = next(name for name in state if name.endswith("position_embedding.weight"))
-    table = state[key]
-    corner = table[1:].view(PICTURE_GRID, PICTURE_GRID, -1)[:GRID, :GRID].flatten(0, 1)
-    state[key] = torch.cat([table[:1], corner])
-    towers: tuple[nn.Module, ...] = (model.model.video_tower, model.model.image_tower)
-    for tower in towers:
-        tower.load_state_dict(state)
+    start_towers(model, state, PICTURE_GRID, GRID)
     model.model.multi_modal_projector.load_state_dict(pictures.model.multi_modal_projector.state_dict())
     model.model.language_model.load_state_dict(pictures.model.language_model.state_dict())
     return model
+
+
+@torch.no_grad()
+def start_towers(model: VideoLlavaForConditionalGeneration, state: dict[str, torch.Tensor], given: int, grid: int) -> None:
+    """Both towers from the weights of one for ``given`` x ``given`` patches; of its positions they keep the upper left ``grid`` x ``grid``."""
+    key = next(name for name in state if name.endswith("position_embedding.weight"))
+    table = state[key]
+    corner = table[1:].view(given, given, -1)[:grid, :grid].flatten(0, 1)
+    towers: tuple[nn.Module, ...] = (model.model.video_tower, model.model.image_tower)
+    for tower in towers:
+        tower.load_state_dict({**state, key: torch.cat([table[:1], corner])})

@@ -18,8 +18,8 @@ from transformers.utils import logging
 
 from duet_vlm.pictures import eight_bits, rgb
 
-from .clips import PATCH, SIDE
-from .video_network import VIDEO, build_video_tokenizer
+from .clips import FRAMES, PATCH, SIDE
+from .video_network import NEW_WORDS, VIDEO, build_video_tokenizer
 
 FILE = "processor_config.json"
 CHAT_TEMPLATE = (
@@ -34,10 +34,13 @@ Frames = Sequence[Image.Image | np.ndarray] | np.ndarray
 
 
 class TinyVideoProcessor:
-    """Makes ``input_ids``, ``attention_mask`` and ``pixel_values_videos`` [clips, frames, 3, height, width]."""
+    """Makes ``input_ids``, ``attention_mask`` and ``pixel_values_videos`` [clips, frames, 3, height, width].
 
-    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-        self.image_processor, self.tokenizer = image_processor, tokenizer
+    ``num_frames``: how many are taken of a file, where nobody says.
+    """
+
+    def __init__(self, image_processor: Any, tokenizer: PreTrainedTokenizerFast, num_frames: int = FRAMES) -> None:
+        self.image_processor, self.tokenizer, self.num_frames = image_processor, tokenizer, num_frames
 
     @property
     def chat_template(self) -> str:
@@ -47,15 +50,17 @@ class TinyVideoProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TinyVideoProcessor:
         """What :meth:`save_pretrained` wrote."""
-        kept = json.loads((Path(folder) / FILE).read_text())["image_processor"]
-        return cls(_image_processor(**kept), PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
+        kept = json.loads((Path(folder) / FILE).read_text())
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        return cls(_image_processor(**kept["image_processor"]), tokenizer, kept.get("num_frames", FRAMES))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer and processor files."""
         self.tokenizer.save_pretrained(folder)
-        kept = {key: getattr(self.image_processor, key) for key in ("size", "crop_size")}
-        plain = {key: {name: side for name, side in dict(value).items() if side is not None} for key, value in kept.items()}
-        (Path(folder) / FILE).write_text(json.dumps({"image_processor": plain, "processor_class": type(self).__name__}, indent=1) + "\n")
+        sizes = {key: getattr(self.image_processor, key) for key in ("size", "crop_size")}
+        plain = {key: {name: side for name, side in dict(value).items() if side is not None} for key, value in sizes.items()}
+        kept = {"image_processor": plain, "num_frames": self.num_frames, "processor_class": type(self).__name__}
+        (Path(folder) / FILE).write_text(json.dumps(kept, indent=1) + "\n")
 
     def __call__(
         self,
@@ -74,7 +79,7 @@ class TinyVideoProcessor:
         videos : clip or sequence of clips, optional
             A clip is a sequence of frames (PIL pictures, or arrays [height, width, 3] of one size) or one array [frames, height, width, 3].
             Modes and numbers as in ``duet_vlm.pictures.rgb``; the range of numbers is that of the whole clip. All clips have the same
-            number of frames; the model was trained on 8.
+            number of frames; ``tiny-video`` was trained on 8, ``tiny-long`` on 64 to 256.
         images : sequence
             None: the model was trained on clips only.
         return_tensors : str
@@ -88,7 +93,7 @@ class TinyVideoProcessor:
             Clips and ``<video>`` do not match in number, clips differ in length, or pictures are given.
         """
         if len(images):
-            raise ValueError("tiny-video was trained on clips only: give frames as videos=, or take the model 'tiny' for pictures")
+            raise ValueError("this model was trained on clips only: give frames as videos=, or take the model 'tiny' for pictures")
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is made")
         prompts, clips, made = [text] if isinstance(text, str) else list(text), _clips(videos), {}
@@ -149,8 +154,9 @@ def _image_processor(**kept: Any) -> Any:
         logging.set_verbosity(level)
 
 
-def build_video_processor() -> TinyVideoProcessor:
-    """Processor of the tiny video model: 112 px, 65 visual rows per frame."""
-    tokenizer = build_video_tokenizer()
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return TinyVideoProcessor(_image_processor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}), tokenizer)
+def build_video_processor(side: int = SIDE, words: tuple[str, ...] = NEW_WORDS, num_frames: int = FRAMES, longest: int = 1024) -> TinyVideoProcessor:
+    """Processor of the tiny video model: 112 px, 65 visual rows per frame. Or of one with another size of frames, other words and longer prompts."""
+    tokenizer = build_video_tokenizer(words)
+    tokenizer.chat_template, tokenizer.model_max_length = CHAT_TEMPLATE, longest
+    pictures = _image_processor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+    return TinyVideoProcessor(pictures, tokenizer, num_frames)

@@ -6,6 +6,7 @@ start again. That is the single-turn computation at a fraction of the cost; ther
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,7 +50,7 @@ class Packed:
     answers: Tensor
 
 
-def pack(asked: list[list[Asked]], patches: np.ndarray, total: int) -> Packed:
+def pack(asked: Sequence[Sequence[Asked]], patches: np.ndarray, total: int, tokens: Mapping[str, int] = CHAIN_TOKEN) -> Packed:
     """Pack a batch.
 
     Parameters
@@ -58,9 +59,11 @@ def pack(asked: list[list[Asked]], patches: np.ndarray, total: int) -> Packed:
         The same number for each prompt.
     patches : ndarray (B, K)
         Which of the ``total`` visual tokens are handed over; they keep their position numbers.
+    tokens : mapping
+        Numbers of the words; the first ones are the same in all of the tiny models.
     """
     b, k = patches.shape
-    rows = [[[CHAIN_TOKEN[w] for w in (*split_words(q.text), "ASSISTANT:", q.answer)] for q in questions] for questions in asked]
+    rows = [[[tokens[w] for w in (*split_words(q.text), "ASSISTANT:", q.answer)] for q in questions] for questions in asked]
     length = max(sum(map(len, row)) for row in rows)
     ids, places, owners = (np.full((b, length), fill) for fill in (CHAIN_TOKEN["<pad>"], 0, -1))
     ends = np.array([np.cumsum([len(q) for q in row]) for row in rows])
