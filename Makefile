@@ -14,7 +14,8 @@ VIDEO := .venv-video
 DOCS := .venv-docs
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-PYTEST := $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS)
+# Sixty processes import the package, so its bytecode is kept. Workers steal from each other: a file and what its tests share stay with one.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-long clean

@@ -37,6 +37,9 @@ ASKED = (  # three of these per comparison, in this order: one of each kind wher
     "visionzip@0.05",
     "duet[cluster_width=1]@0.05",
     "random[seed=1]@0.05",
+    "duet[schedule=((4, 0.0),)]",
+    "duet[schedule=((5, 0.0),)]",
+    "duet[schedule=((6, 0.0),)]",
 )
 
 every = pytest.mark.parametrize("file", FILES, ids=lambda path: f"{path.parts[-3]}-{path.stem}")
@@ -47,6 +50,11 @@ def model_of(name: str) -> Loaded:
     return load_model(str(ROOT / name) if (ROOT / name).is_dir() else name, "cpu")
 
 
+@functools.cache
+def first_questions(name: str, seed: int) -> list[Question]:
+    return [task(name).ask(seed, index) for index in range(COUNT)]
+
+
 def runs_of(result: dict[str, Any]) -> dict[str, Run]:
     return {run.id: run for run in from_json(result["experiment"], result["name"]).runs()}
 
@@ -55,7 +63,7 @@ def asked_again(result: dict[str, Any]) -> dict[str, int]:
     """Per run how many of the first questions are answered differently from the record."""
     experiment, recorded = from_json(result["experiment"], result["name"]), unpack(result)
     assert (experiment.batch, task(experiment.task).count(experiment.limit)) >= (COUNT, COUNT)  # padded with the neighbours that they had
-    questions = [task(experiment.task).ask(experiment.seeds[0], index) for index in range(COUNT)]
+    questions = first_questions(experiment.task, experiment.seeds[0])
     assert [q.id for q in questions] == recorded["questions"][:COUNT]
     assert [list(q.answers) for q in questions] == recorded["gold"][:COUNT]
     runs = runs_of(result)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import REDUCING
-from families import FAMILIES, Picture, Row, build, clips_for
+from families import FAMILIES, Picture, Row, build, clips_for, shared
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -53,7 +53,7 @@ def test_the_counter_counts_products_and_whole_rectangles() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> None:
     """From pixels to the first token: tower, signals, choice, projector, every layer at its own length, ranking, head."""
-    model, inputs = build(family), FAMILIES[family].inputs([ROW])
+    model, inputs = shared(family), FAMILIES[family].inputs([ROW])
     with torch.no_grad(), duet_vlm.attach(model, method or "none", **REDUCING.get(method, {})) as handle:
         counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
         report = handle.report()
