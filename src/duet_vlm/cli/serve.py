@@ -22,7 +22,7 @@ NO_HOST = "none.invalid"  # a name that nobody can have: of a server that shall 
 
 Method = Annotated[list[str] | None, typer.Option("--method", metavar="TEXT", help="On vLLM one in front of the decoder. Default: duet_plus.")]
 BudgetText = Annotated[
-    list[str] | None, typer.Option("--budget", "-b", metavar="TEXT", help="Visual tokens of an image or clip that enter the decoder (64), or a share.")
+    list[str] | None, typer.Option("--budget", "-b", metavar="TEXT", help="Visual tokens of an image or clip that enter (64), or that fraction.")
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set alpha=1.0.")]
 ServedModel = Annotated[str, typer.Option("--model", "-m", help="'tiny', a local folder or a hub id.")]

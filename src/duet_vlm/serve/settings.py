@@ -180,4 +180,3 @@ def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
         "--hf-overrides.architectures+", PREFIX + architecture,
         *(part for name, value in values.items() for part in (f"--hf-overrides.{KEY}.{name}", value)),
     ]  # fmt: skip
-
