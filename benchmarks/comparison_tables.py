@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -202,6 +203,27 @@ def curve(file: str) -> str:
     return table(head, lines)
 
 
+def knobs() -> str:
+    """Other methods' knobs: what was tried, what was chosen, and on fresh questions the default and what was chosen."""
+    found = json.loads((ROOT.parent / "benchmarks" / "results" / "knobs.json").read_text())
+    fresh = {(row["task"], row["method"], row["setting"], row["budget"]): row for row in found["results"] if row["status"] == "ok"}
+    pairs = sorted({(task, budget) for task, _, _, budget in fresh}, key=lambda pair: (pair[0] != "tiny-chain", -pair[1]))
+
+    def shown(method: str, setting: str, pair: tuple[str, float]) -> str:
+        row = fresh.get((pair[0], method, setting, pair[1]))
+        low, high = row.get("interval", (0, 0)) if row else (0, 0)
+        return f"{row['accuracy']:.3f}{' ▲' * (low > 0)}{' ▼' * (high < 0)}" if row else "-"
+
+    lines = [["`duet_plus`", "", *(shown("duet_plus", "default", pair) for pair in pairs)]]
+    for method, chosen in found["chosen"].items():
+        others = dict.fromkeys(row["setting"] for row in found["tried"] if row["method"] == method and row["setting"] != "default")
+        tried = ", ".join(f"**{name}**" if name == chosen else name for name in others)
+        turned = ["default", chosen] if chosen != "default" else []
+        cells = [" → ".join(shown(method, each, pair) for each in turned).replace("- → -", "-") for pair in pairs]
+        lines.append([f"`{method}`", tried, *cells])
+    return table(["method", "values tried beside the default", *(f"`{task}`, {budget:.0%}" for task, budget in pairs)], lines)
+
+
 CHAIN_GROUPS = ("queries", "positions", "stages", "schedule")
 GROUPS = ("queries", "positions", "cluster width", "contextual share", "stages", "schedule")
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -220,6 +242,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "unguided_crowded": lambda: unguided("tiny-crowded"),
     "schedules_unguided": schedules_unguided,
     "random_seeds": random_seeds,
+    "knobs": knobs,
     "settings_chain": lambda: against("tiny-chain", "settings"),
     "settings_crowded": lambda: against("tiny-crowded", "settings"),
     **{f"ablation_{group.replace(' ', '_')}": lambda group=group: ablation(group) for group in GROUPS},  # type: ignore[misc]

@@ -65,6 +65,7 @@ FIRST_STAGES = sorted(
         ({"method": "duet_plus", "budget": 9, "positions": "keep"}, "'compact' positions"),
         ({"method": "visionzip", "dominant": 9, "cls_token": True}, "leave it out"),
         ({"method": "divprune", "keep": 0}, "leave none of an image's 1024"),
+        ({"budget": 9, "signal_segments": False}, "signal_segments=False: it ranks all images of a call together"),
     ],
 )
 def test_settings_that_no_server_can_run_are_refused_by_name(given: Any, says: str) -> None:
@@ -203,6 +204,21 @@ def test_a_span_in_a_batch_becomes_what_it_becomes_alone(name: str) -> None:
         assert len(kept) == [9, 9, 5, 4][i] == served.span(*sizes_of(parts[i]), asked[i]).entry
         assert source.tolist() == sorted(set(source.tolist())) and not (parts[i][source] < 0).any()
     assert torch.equal(together[3][0], rows[3])  # smaller than the budget: whole
+
+
+def test_a_clip_is_known_by_its_steps() -> None:
+    """Three steps of four rows, of which one changes from the first to the second step, and another from there to the third."""
+    step = torch.eye(4)
+    second = step.clone()
+    second[1] = torch.tensor([0.0, 0.0, 0.0, 1.0])
+    third = second.clone()
+    third[3] = torch.tensor([1.0, 0.0, 0.0, 0.0])
+    rows, parts = [torch.cat([step, second, third])], [torch.arange(3).repeat_interleave(4)]
+    served = Served.of({"method": "frames", "budget": 6}, "keep")
+    ((kept, source),) = reduced(served, rows, parts, [NOTHING_ASKED], None, stream="video")
+    assert source.tolist() == [0, 1, 2, 3, 5, 11] and torch.equal(kept, rows[0][source])
+    ((_, still),) = reduced(served, rows, parts, [NOTHING_ASKED], None)
+    assert still.tolist() != source.tolist()
 
 
 def test_a_method_without_its_signals_is_an_error() -> None:

@@ -57,9 +57,7 @@ def test_what_a_request_cannot_have_is_an_error_and_the_engine_goes_on(llm: Any,
 
 
 @pytest.mark.parametrize(("case", "pieces"), [("three", 3), ("clip", 3)])
-def test_the_tower_takes_no_more_at_once_than_without_reduction(
-    llm: Any, family: str, case: str, pieces: int, wanted: dict[str, list[Any]]
-) -> None:
+def test_the_tower_takes_no_more_at_once_than_without_reduction(llm: Any, family: str, case: str, pieces: int, wanted: dict[str, list[Any]]) -> None:
     """Three pictures in one prompt go through the tower one by one where it may see no more than one, as steps of a clip do; the answers stay."""
     if case not in prompts(family):
         pytest.skip("takes no clips")

@@ -28,7 +28,9 @@ if __name__ == "__main__":
 """
 
 
-RANKED = [("llava", "duet"), ("llava_next", "duet_plus"), ("qwen2_5_vl", "duet"), ("llava_onevision", "duet"), ("internvl", "duet")]
+RANKED = [
+    ("llava", "duet"), ("llava_next", "duet_plus"), ("qwen2_5_vl", "duet"), ("llava_onevision", "duet"), ("internvl", "duet"), ("qwen3_vl", "duet")
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("family", "name"), RANKED)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cases import blobs
+from cases import CLIPS, REFUSES, blobs
 from PIL import Image
 
 openai = pytest.importorskip("openai")
@@ -81,11 +81,26 @@ def url(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
 
 
+def clip_url(frames: list[Image.Image]) -> str:
+    """A clip as vLLM takes it without any codec: frames one by one."""
+    held = [io.BytesIO() for _ in frames]
+    for frame, one in zip(frames, held, strict=True):
+        frame.save(one, "JPEG")
+    return "data:video/jpeg;base64," + ",".join(base64.b64encode(one.getvalue()).decode() for one in held)
+
+
 PICTURES = [url(blobs(seed, 224, 224)) for seed in range(4)]
 
 
-def ask(port: int, shown: tuple[str, ...] = (PICTURES[0],), text: str = "what colour is the circle?", model: str = "tiny", **more: Any) -> Any:
-    content = [*({"type": "image_url", "image_url": {"url": each}} for each in shown), {"type": "text", "text": text}]
+def ask(
+    port: int,
+    shown: tuple[str, ...] = (PICTURES[0],),
+    text: str = "what colour is the circle?",
+    model: str = "tiny",
+    kind: str = "image_url",
+    **more: Any,
+) -> Any:
+    content = [*({"type": kind, kind: {"url": each}} for each in shown), {"type": "text", "text": text}]
     messages: Any = [{"role": "user", "content": content}]
     extra = {"ignore_eos": True} | more.pop("extra", {})
     return client(port).chat.completions.create(model=model, messages=messages, max_tokens=4, temperature=0, extra_body=extra, **more)
@@ -147,10 +162,11 @@ def test_what_cannot_be_is_said_and_the_server_goes_on(place: tuple[int, Path]) 
     assert rows(port) == one
 
 
-@pytest.mark.parametrize("kind", ["llava_onevision", "internvl"])
-def test_families_whose_images_are_cut_up_are_served_alike(kind: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    """A square of one crop or tile: what enters, a budget of its own, what is refused, and that the server goes on."""
-    port, model, picture = free_port(), str(checkpoints[kind]), url(blobs(0, 112, 112))
+@pytest.mark.parametrize("family", ["llava_onevision", "internvl"])
+def test_families_whose_images_are_cut_up_are_served_alike(family: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """A square of one crop or tile: what enters, a budget of its own, what is refused, and that the server goes on. A clip, or why there is none."""
+    port, model, picture = free_port(), str(checkpoints[family]), url(blobs(0, 112, 112))
+    clip: Any = {"model": model, "shown": (clip_url([blobs(seed, 56, 56) for seed in range(8)]),), "kind": "video_url"}
     with server(port, tmp_path / "log", model):
         none, one = (rows(port, model=model, shown=shown) for shown in ((), (picture,)))
         assert 16 <= one - none <= 19  # and the marks around it
@@ -158,6 +174,12 @@ def test_families_whose_images_are_cut_up_are_served_alike(kind: str, checkpoint
         for asked, says in ((400, "allows 16 at most"), (0, "at least 1"), ("x", "duet_budget='x'")):
             code, message = refused(port, model=model, shown=(picture,), extra={"mm_processor_kwargs": {"duet_budget": asked}})
             assert code == 400 and says in message
+        if family in CLIPS:
+            assert 16 <= rows(port, **clip) - none <= 19
+            assert rows(port, **clip, extra={"mm_processor_kwargs": {"duet_budget": 4}}) == rows(port, **clip) - 12
+        else:
+            code, message = refused(port, **clip)
+            assert code == 400 and REFUSES[family] in message
         assert rows(port, model=model, shown=(picture,)) == one
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +11,15 @@ import pytest
 import torch
 from duet_vlm_vllm.grids import from_columns, in_columns
 from duet_vlm_vllm.llava import Tower
-from duet_vlm_vllm.llava_onevision import DuetLlavaOnevision
+from duet_vlm_vllm.llava_onevision import DuetLlavaOnevision, frames_of
+from duet_vlm_vllm.qwen2_5_vl import DuetQwen25VL
+from duet_vlm_vllm.qwen2_vl import DuetQwen2VL
+from duet_vlm_vllm.qwen3_vl import DuetQwen3VL
 from duet_vlm_vllm.settings import served
 from duet_vlm_vllm.tower import batches, budgets, check_engine, layer_of
+from vllm.model_executor.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as Qwen25VL
+from vllm.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration as Qwen2VL
+from vllm.model_executor.models.qwen3_vl import Qwen3VLForConditionalGeneration as Qwen3VL
 
 import duet_vlm
 
@@ -94,9 +102,77 @@ def test_budgets_of_requests_arrive_as_they_were_sent() -> None:
     assert budgets(torch.tensor([[6.0], [0.05]], dtype=torch.float64), 2) == [6.0, 0.05]
 
 
+@pytest.mark.parametrize("frames", [1, 2, 7])
+def test_rows_of_a_pooled_clip_show_its_frames_and_a_newline(frames: int) -> None:
+    assert frames_of(frames, 4 * frames + 1).tolist() == [frame for frame in range(frames) for _ in range(4)] + [-1]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_places_on_the_grid_survive_any_floating_point_type(dtype: torch.dtype) -> None:
     """257 has no bfloat16 of its own."""
     places = torch.arange(0, 4 * 16384).view(-1, 4)
     rows = torch.cat([torch.randn(len(places), 5), in_columns(places)], 1).to(dtype)
     assert torch.equal(from_columns(rows), places.T)
+
+
+GRIDS = {"qwen2_vl": (DuetQwen2VL, Qwen2VL), "qwen2_5_vl": (DuetQwen25VL, Qwen25VL), "qwen3_vl": (DuetQwen3VL, Qwen3VL)}
+
+
+class Letters:
+    """A tokenizer."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [100 + ord(letter) for letter in text]
+
+
+def without_weights(kind: str) -> Any:
+    model = object.__new__(GRIDS[kind][0])
+    torch.nn.Module.__init__(model)
+    vision = SimpleNamespace(spatial_merge_size=2, **({"tokens_per_second": 2} if kind == "qwen2_5_vl" else {}))
+    model.config = SimpleNamespace(image_token_id=1, video_token_id=2, vision_start_token_id=3, vision_end_token_id=4, vision_config=vision)
+    model._tokenizer = Letters()
+    model.get_language_model = lambda: SimpleNamespace(embed_input_ids=lambda ids: torch.zeros(len(ids), 5))
+    return model
+
+
+@pytest.mark.parametrize("kind", list(GRIDS))
+@pytest.mark.parametrize("seed", range(8))
+def test_positions_of_prompts_that_are_kept_whole_are_those_of_vllm(kind: str, seed: int) -> None:
+    """Pictures and clips, long ones too, in any order; however the prompt is cut into steps, and each of them done twice."""
+    draw = random.Random(seed)
+    model, stock, features, held = without_weights(kind), [], [], []
+    ours: list[int] = []
+    for _ in range(draw.randint(1, 4)):
+        clip = draw.random() < 0.6
+        grid, clock = [draw.randint(1, 9) if clip else 1, 2 * draw.randint(1, 4), 2 * draw.randint(1, 4)], draw.choice([0.25, 0.5, 1.0, 1.5])
+        steps = [second * clock for second in range(grid[0])]
+        text = [9] * draw.randint(0, 5) + [3]
+        rows = [2 if clip else 1] * (math.prod(grid) // 4)
+        shown = rows
+        if clip and kind == "qwen3_vl":
+            step = len(rows) // grid[0]
+            shown = [token for second in steps for token in (*Letters().encode(f"<{second:.1f} seconds>"), 3, *rows[:step], 4)]
+        name = "video" if clip else "image"
+        data: dict[str, Any] = {f"{name}_grid_thw": SimpleNamespace(data=torch.tensor(grid))}
+        if clip and kind != "qwen2_vl":
+            told = {"qwen2_5_vl": ("second_per_grid_ts", torch.tensor(clock)), "qwen3_vl": ("timestamps", steps)}
+            data[told[kind][0]] = SimpleNamespace(data=told[kind][1])
+        place = SimpleNamespace(offset=len(stock) + len(text), length=len(shown))
+        features.append(SimpleNamespace(modality=name, mm_position=place, data=data))
+        written = model.written(name, grid, (steps if kind == "qwen3_vl" else clock) if clip and kind != "qwen2_vl" else None)
+        held.append(model.in_prompt(torch.zeros(len(rows), 5), torch.arange(len(rows)), written))
+        stock += [*text, *shown, 4]
+        ours += [*text, *rows[:1] * len(shown), 4]
+    theirs, delta = GRIDS[kind][1].get_mrope_input_positions(model, stock, features)
+    positions, ahead = model.get_mrope_input_positions(ours, features)
+    assert ahead == delta
+    done = 0
+    while done < len(ours):
+        end = done + draw.randint(1, len(ours))
+        some = [(rows, done - feature.mm_position.offset, end - feature.mm_position.offset) for rows, feature in zip(held, features, strict=True)]
+        pieces = [rows[max(first, 0) : max(last, 0)] for rows, first, last in some]
+        for _ in range(2):
+            left, positions, ahead = model.recompute_mrope_positions(ours, [rows for rows in pieces if len(rows)], positions, done)
+            assert ahead == delta and all(rows.shape[1] == 5 for rows in left)
+        done = end
+    assert torch.equal(positions, theirs)

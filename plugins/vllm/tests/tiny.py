@@ -23,7 +23,8 @@ CLIP = {
 }  # fmt: skip
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 TURNS = "{% for m in messages %}START{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-TURNS += "{% if c['type'] == 'image' %}IMAGE{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}END{% endfor %}BEGIN"
+TURNS += "{% if c['type'] == 'image' %}IMAGE{% elif c['type'] == 'video' %}VIDEO{% else %}{{ c['text'] }}{% endif %}"
+TURNS += "{% endfor %}{% endif %}END{% endfor %}BEGIN"
 
 
 def tokenizer(template: str, *more: str, **named: str) -> PreTrainedTokenizerFast:
@@ -38,8 +39,8 @@ def tokenizer(template: str, *more: str, **named: str) -> PreTrainedTokenizerFas
     return PreTrainedTokenizerFast(tokenizer_object=made, chat_template=template, **names)
 
 
-def template(image: str, start: str, end: str, begin: str) -> str:
-    return TURNS.replace("START", start).replace("IMAGE", image).replace("END", end).replace("BEGIN", begin)
+def template(image: str, start: str, end: str, begin: str, video: str = "") -> str:
+    return TURNS.replace("START", start).replace("IMAGE", image).replace("VIDEO", video).replace("END", end).replace("BEGIN", begin)
 
 
 def llava(next_: bool) -> tuple[Any, Any]:
@@ -66,7 +67,7 @@ def llava_onevision() -> tuple[Any, Any]:
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.models.llava_onevision.video_processing_llava_onevision import LlavaOnevisionVideoProcessor
 
-    words, side, sizes = tokenizer(template("<image>\n", "USER: ", " ", "ASSISTANT:"), "<video>"), 56, [*PINPOINTS, [224, 224]]
+    words, side, sizes = tokenizer(template("<image>\n", "USER: ", " ", "ASSISTANT:", "<video>\n"), "<video>"), 56, [*PINPOINTS, [224, 224]]
     tower = t.SiglipVisionConfig(**{name: value for name, value in CLIP.items() if name != "projection_dim"}, image_size=side, vision_use_head=False)
     ids = {"image_token_index": words.convert_tokens_to_ids("<image>"), "video_token_index": words.convert_tokens_to_ids("<video>")}
     text = t.Qwen2Config(**TEXT, vocab_size=len(words))
@@ -83,7 +84,7 @@ def internvl() -> tuple[Any, Any]:
     from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
     named = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>", "video_token": "<video>"}
-    words, side = tokenizer(template("<IMG_CONTEXT>\n", "USER: ", " ", "ASSISTANT:"), **named), 112
+    words, side = tokenizer(template("<IMG_CONTEXT>\n", "USER: ", " ", "ASSISTANT:", "<video>\n"), **named), 112
     size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 7}
     tower, text = t.InternVLVisionConfig(**size, image_size=side, use_qk_norm=True), t.Qwen2Config(**TEXT, vocab_size=len(words))
     given: dict[str, Any] = {"image_token_id": words.convert_tokens_to_ids("<IMG_CONTEXT>"), "image_seq_length": 64, "tie_word_embeddings": False}

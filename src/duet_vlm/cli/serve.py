@@ -22,7 +22,7 @@ NO_HOST = "none.invalid"  # a name that nobody can have: of a server that shall 
 
 Method = Annotated[list[str] | None, typer.Option("--method", metavar="TEXT", help="On vLLM one in front of the decoder. Default: duet_plus.")]
 BudgetText = Annotated[
-    list[str] | None, typer.Option("--budget", "-b", metavar="TEXT", help="Visual tokens of an image that enter the decoder (64), or that fraction.")
+    list[str] | None, typer.Option("--budget", "-b", metavar="TEXT", help="Visual tokens of an image or clip that enter (64), or that fraction.")
 ]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method, e.g. --set alpha=1.0.")]
 ServedModel = Annotated[str, typer.Option("--model", "-m", help="'tiny', a local folder or a hub id.")]
@@ -81,7 +81,7 @@ def serve(
         environment = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)} | dict(os.environ)
         environment |= {} if api_key is None else {"VLLM_API_KEY": api_key}  # not in the list of processes
         shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        print(f"{model}: {shown}; first stage only, so a budget counts the tokens of an image (InternVL: of a tile) that enter")
+        print(f"{model}: {shown}; first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter")
         print(f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered")
         _warn_of_strangers(host, port, api_key)
         print(shlex.join(command), flush=True)

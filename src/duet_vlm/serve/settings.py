@@ -41,7 +41,7 @@ NOTHING_ASKED = -1.0
 
 @dataclass(frozen=True)
 class Served:
-    """The method of one server. ``budget`` counts the tokens of an image that enter the decoder: nothing is dropped inside it."""
+    """The method of one server. ``budget`` counts the tokens of an image or clip that enter the decoder: nothing is dropped inside it."""
 
     reducer: EncoderReducer
     budget: Budget | None
@@ -73,6 +73,8 @@ class Served:
             raise ValueError(f"{late[0]}: a setting of what is dropped inside the decoder, which vLLM has no place for: leave it out")
         if settings.get("cls_token"):
             raise ValueError("cls_token=True: no server feeds the tower's CLS row to the decoder, leave it out")
+        if settings.get("signal_segments") is False:
+            raise ValueError("signal_segments=False: it ranks all images of a call together, and a server decides which those are, leave it out")
         if settings.get("positions", positions) != positions:
             raise ValueError(f"positions={settings['positions']!r}: vLLM gives this model {positions!r} positions, leave it out")
         check_budget(budget)
@@ -112,7 +114,7 @@ class Served:
         return budget + 1.0 if isinstance(budget, int) else float(budget)
 
     def span(self, sizes: Sequence[int], structure: int = 0, asked: float = NOTHING_ASKED) -> SpanPlan:
-        """What becomes of an image whose parts (crops) have ``sizes`` tokens, with ``structure`` rows (newlines) beside them.
+        """What becomes of an image or clip whose parts (crops, frames) have ``sizes`` tokens, with ``structure`` rows (newlines) beside them.
 
         Raises
         ------
@@ -178,4 +180,3 @@ def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
         "--hf-overrides.architectures+", PREFIX + architecture,
         *(part for name, value in values.items() for part in (f"--hf-overrides.{KEY}.{name}", value)),
     ]  # fmt: skip
-

@@ -1,4 +1,4 @@
-"""Counters on vLLM's own /metrics page. They count what the front end lays out, the dummy images of the start included."""
+"""Counters on vLLM's own /metrics page. They count what the front end lays out, the dummy images and clips of the start included."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ def _counters() -> tuple[Any, Any, Any]:
     from prometheus_client import Counter  # when first used: vLLM sets up its registry before it serves
 
     return (
-        Counter("duet_vlm_visual_tokens_before", "Visual tokens of images before reduction.", ["model_name"]),
-        Counter("duet_vlm_visual_tokens_after", "Visual tokens of images that enter the decoder.", ["model_name"]),
-        Counter("duet_vlm_reduced_requests", "Requests with at least one image that was reduced.", ["model_name"]),
+        Counter("duet_vlm_visual_tokens_before", "Visual tokens of images and clips before reduction.", ["model_name"]),
+        Counter("duet_vlm_visual_tokens_after", "Visual tokens of images and clips that enter the decoder.", ["model_name"]),
+        Counter("duet_vlm_reduced_requests", "Requests with at least one image or clip that was reduced.", ["model_name"]),
     )
 
 

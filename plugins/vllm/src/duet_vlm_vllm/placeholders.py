@@ -18,6 +18,7 @@ from duet_vlm_vllm.settings import served
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 BUDGETS = {"image": REQUEST, "video": f"{REQUEST}_video"}  # of each image or clip, on its way to the worker: a field belongs to one kind
 
+
 @dataclasses.dataclass
 class Shortened(PromptUpdateDetails):
     """Content that shows ``after`` of an image's or clip's ``before`` rows."""
