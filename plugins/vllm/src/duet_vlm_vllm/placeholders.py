@@ -99,7 +99,7 @@ class FewerPlaceholders:
             details = stock if isinstance(stock, PromptUpdateDetails) else PromptUpdateDetails.from_seq(list(stock))
             item = out_mm_kwargs[kind][number]
             if item is None or BUDGETS[kind] not in item:
-                return details
+                return self.shown(kind, Shortened(list(details.full), details.is_embed))
             ids = list(details.full)
             places = self.visual(kind, ids, details).nonzero().squeeze(1).tolist()
             asked = float(item[BUDGETS[kind]].data)
