@@ -14,7 +14,7 @@ from .recipe.command import parsed, parser, thinned, write
 from .recipe.long import LongStage
 from .recipe.stages import curve, fit, weights
 
-STEPS = 1200
+STEPS = 1500
 
 
 def export(folder: Path, target: Path, settings: dict) -> None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ..long_clips import ROWS, LongClip, center, long_clip, render
+from ..long_clips import ROWS, LongClip, long_clip, render
 from ..long_network import LONG_TOKEN, start_from_clips
 from ..long_questions import KINDS, LongQuestion, question
 from ..long_questions import name as name_of
@@ -28,7 +28,7 @@ ASKED = ("beside",) * 7 + ("when",) * 3 + ("order",) + ("read",) + ("count",) * 
 CLIPS, WHOLE_FRAMES = 8, 384  # clips of a step with few rows; frames of a step that shows them whole, about
 SHOWN = (64, 128, 192, 256)  # frames of a clip
 FEW = (24, 48, 96)  # visual rows of the shortened clips
-PARTS = ((0.3, 0.0, 1), (0.6, 0.35, 1), (0.8, 0.5, 2), (1.0, 0.7, 4))  # until when which share of the steps is whole, of how many of the lengths
+PARTS = ((0.3, 0.0, 1), (0.6, 0.35, 1), (0.8, 0.5, 2), (1.0, 0.4, 4))  # until when which share of the steps is whole, of how many of the lengths
 BACK_LAYERS, BACK_HEAD = (1, 2), 2  # look back
 MEMORY_LAYER = 4  # what enters it should know what came before
 
@@ -40,11 +40,15 @@ def questions(clip: LongClip) -> list[LongQuestion]:
 
 
 def chosen(clip: LongClip, keep: int, rng: np.random.Generator) -> np.ndarray:
-    """``keep`` rows in order, enough for every question: the middle of every event in one or two frames, the rest by chance."""
+    """``keep`` rows in order, enough for every question: of every event two at most, half of them CLS, the rest by chance.
+
+    Any row of a frame will do: it holds one thing at most, and all of them have seen it.
+    """
     score = rng.random(clip.frames * ROWS)
     for event in clip.events:
         for _ in range(2):
-            score[center(event, event.first + int(rng.integers(event.frames)))] += 1
+            frame, row = event.first + int(rng.integers(event.frames)), int(rng.integers(1 - ROWS, ROWS))
+            score[frame * ROWS + max(0, row)] += 1
     return np.sort(np.argsort(-score)[:keep])
 
 
