@@ -205,11 +205,19 @@ def test_importing_loads_nothing_large() -> None:
         from duet_vlm import atach  # type: ignore[attr-defined]  # noqa: F401
 
 
-@pytest.mark.parametrize("first", ["duet_vlm.attach", "duet_vlm.methods.fastv", "duet_vlm.cli.main", "duet_vlm"])
-def test_files_do_not_replace_the_functions_that_they_are_called_as(first: str) -> None:
-    code = f"import {first}\nimport duet_vlm, inspect\nfrom duet_vlm import attach, methods\n"
-    code += "print(all(map(inspect.isfunction, (attach, methods, duet_vlm.attach, duet_vlm.methods))), attach is duet_vlm.attach, len(methods()) > 9)"
-    assert run(code) == "True True True"
+def test_files_do_not_replace_the_functions_that_they_are_called_as() -> None:
+    """Whatever is imported first, in a package that has loaded nothing yet."""
+    code = """
+import importlib, inspect, sys
+for first in ("duet_vlm.attach", "duet_vlm.methods.fastv", "duet_vlm.cli.main", "duet_vlm"):
+    for known in [known for known in sys.modules if known.split(".")[0] == "duet_vlm"]:
+        del sys.modules[known]
+    importlib.import_module(first)
+    import duet_vlm
+    from duet_vlm import attach, methods
+    print(all(map(inspect.isfunction, (attach, methods, duet_vlm.attach, duet_vlm.methods))), attach is duet_vlm.attach, len(methods()) > 9)
+"""
+    assert run(code).splitlines() == 4 * ["True True True"]
 
 
 def test_any_file_can_be_imported_first() -> None:
