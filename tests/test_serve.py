@@ -133,34 +133,44 @@ SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
     "internvl": [((64,), 0), ((64, 64, 64), 0), ((64, 64, 64), 0), ((64,), 0)],
     "qwen": [((8 * 8,), 0), ((12 * 8,), 0), ((4 * 12,), 0), ((4 * 4,), 0)],
 }
+# Of each clip the steps of time: two frames in cells of 28 x 28 pixels; frames of 4 x 4 patches, halved, with one newline behind the last.
+CLIPS: dict[str, list[tuple[tuple[int, ...], int]]] = {
+    "llava_onevision": [((4,) * 8, 1), ((4,) * 8, 1)],
+    "qwen": [((4 * 4,) * 3, 0), ((8 * 4,) * 2, 0)],
+}
 PLUGIN_TESTS = Path(__file__).parent.parent / "plugins" / "vllm" / "tests"
 
 
 @pytest.mark.parametrize("family", sorted(path.stem for path in (PLUGIN_TESTS / "references").glob("*.json")))
 def test_counts_are_those_that_attach_was_recorded_with(family: str) -> None:
-    """The prompts that the plug-in is tested with: text, marks, and of each picture (InternVL: each tile) what the settings let in."""
+    """The prompts that the plug-in is tested with: text, marks, and of each picture (InternVL: each tile) or clip what the settings let in."""
     spec = spec_from_file_location("vllm_cases", PLUGIN_TESTS / "cases.py")
     assert spec and spec.loader
     cases: Any = module_from_spec(spec)
     spec.loader.exec_module(cases)
     answers = json.loads((PLUGIN_TESTS / "references" / f"{family}.json").read_text())["answers"]
-    shapes, asked = SHAPES["qwen" if family.startswith("qwen") else family], cases.prompts(family)
+    layout, asked = "qwen" if family.startswith("qwen") else family, cases.prompts(family)
     order = [picture.tobytes() for picture in asked["two"][1] + asked["three"][1]]
-    seen = dict(zip(order, [0, 1, 2, 0, 3], strict=True))
+    seen = dict(zip(order, [SHAPES[layout][i] for i in (0, 1, 2, 0, 3)], strict=True))
+    clip_mark = 0
+    if family in cases.CLIPS:
+        order = [frames.tobytes() for frames, _ in asked["picture between clips"][2]]
+        seen |= dict(zip(order, reversed(CLIPS[layout]), strict=True))
+        clip_mark = len(asked["clip"][0]) - len(asked["no picture"][0])
     text = answers["duet/no picture"][0] - len(asked["no picture"][0])  # bytes, but for marks
     checked = 0
     for name, settings in cases.METHODS[family].items():
         served = Served.of(settings, cases.POSITIONS[family])
-        for case, (prompt, pictures) in asked.items():
-            entered = 0
-            for picture in pictures:
-                sizes, newlines = shapes[seen[picture.tobytes()]]
+        for case, (prompt, pictures, clips) in asked.items():
+            entered = sum(cases.STAMP * len(seen[frames.tobytes()][0]) for frames, _ in clips) if family == "qwen3_vl" else 0
+            for shown in [*pictures, *(frames for frames, _ in clips)]:
+                sizes, newlines = seen[shown.tobytes()]
                 spans = [((size,), 0) for size in sizes] if family == "internvl" else [(sizes, newlines)]
                 entered += cases.BESIDE[family] + sum(served.span(*span).entry for span in spans)
-            words = len(prompt) - len(pictures) * (len(asked["two"][0]) - len(asked["one"][0]))
+            words = len(prompt) - len(pictures) * (len(asked["two"][0]) - len(asked["one"][0])) - len(clips) * clip_mark
             assert answers[f"{name}/{case}"][0] == text + words + entered, f"{name}/{case}"
             checked += 1
-    assert checked == len(answers) == 42
+    assert checked == len(answers) == 8 * (10 if family in cases.CLIPS else 7)
 
 
 @pytest.fixture(scope="module")
