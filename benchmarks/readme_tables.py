@@ -139,8 +139,12 @@ def gains() -> str:
         return [taken[0], *(f"{seconds}: {ratio}" for seconds, ratio in zip(taken[1:], faster[1:], strict=True))]
 
     memory = [f"peak {row['peak_bytes'] / 2**20:.0f} MiB, KV cache {row['kv_bytes'] / 2**20:.0f} MiB" for row in rows.values()]
+    name = f"llava, {METHOD} at {BUDGETS[-1]}, 50% of the patches: pixels to first token"
+    tower = next(row for row in _rows("tower") if row["name"] == name)
+    half = _speed_up(tower["median"], *tower["interval"])
     lines = [
         ["time to first token", *time("to first token")],
+        ["the same, half of the patches [in the tower](docs/reduce-in-the-tower.md)", "-", "-", half],
         [f"whole answer, {full['new']} tokens", *time("end to end")],
         ["memory beside the weights", *memory],
     ]
@@ -149,9 +153,9 @@ def gains() -> str:
     spread = "95 % intervals" if rounds >= 6 else f"the lowest and the highest of {rounds} rounds"  # fewer cannot carry an interval of 95 %
     note = _filled(
         f"**Not yet measured on a GPU.** {made['threads']} CPU threads, {made['dtype']}, {made['attention']}, batch of {full['batch']}. "
-        f"Random weights: a decoder of {decoder['num_hidden_layers']} layers x {decoder['hidden_size']}, a vision tower of "
-        f"{vision['num_hidden_layers']} x {vision['hidden_size']}; {full['text']} tokens besides the image. Times include the vision tower. "
-        f"Both sides run in turns; brackets hold {spread}. Peak memory is that of reading the prompt."
+        f"Random weights: a decoder of {decoder['num_hidden_layers']} layers x {decoder['hidden_size']}, a tower of "
+        f"{vision['num_hidden_layers']} x {vision['hidden_size']}; {full['text']} tokens besides the image. Times include the tower. "
+        f"Both sides run in turns; brackets hold {spread} (the row of the tower: one thread, 95 %). Peak memory: of the prompt."
     )
     head = ["", f"all {full['tokens']} visual tokens", *(f"`{METHOD}` at {_spaced(budget)}" for budget in BUDGETS)]
     return f"{markdown.table(head, lines)}\n\n{note}"

@@ -53,14 +53,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class Side:
-    """Plain, or a method at a budget; with or without gradient checkpointing."""
+    """Plain, or a method at a budget, behind the whole tower or ``patches`` of it; with or without gradient checkpointing."""
 
     method: str | None = None
     budget: float | None = None
     checkpointing: bool = False
+    patches: float | None = None
 
     def __str__(self) -> str:
         reduced = "plain" if self.budget is None else f"{self.method} at {self.budget:.0%}"
+        reduced += "" if self.patches is None else f", {self.patches:.0%} of the patches"
         return reduced + (", checkpointing" if self.checkpointing else "")
 
     @property
@@ -68,7 +70,12 @@ class Side:
         return Side(checkpointing=self.checkpointing)
 
 
-REDUCED = (Side("duet", 0.33), Side("duet", 0.22), Side("duet", 0.11), Side("duet_plus", 0.11), Side("duet", 0.11, checkpointing=True))
+REDUCED = (
+    *(Side("duet", budget) for budget in (0.33, 0.22, 0.11)),
+    Side("duet_plus", 0.11),
+    *(Side("duet_plus", 0.11, patches=share) for share in (0.5, 0.4)),
+    Side("duet", 0.11, checkpointing=True),
+)
 SIDES = (Side(), Side(checkpointing=True), *REDUCED)
 
 
@@ -161,9 +168,15 @@ def prepare(plain: nn.Module, batch: Batch, attached: ExitStack) -> dict[Side, S
             model.gradient_checkpointing_enable()
         handle = None
         if side.method is not None:
-            handle = attached.enter_context(duet_vlm.attach(model, side.method, budget=side.budget))
+            handle = attached.enter_context(attach(model, side))
         steps[side] = Step(model, optimiser, batch, predicted(model, handle, batch, side))
     return steps
+
+
+def attach(model: nn.Module, side: Side) -> duet_vlm.Handle:
+    if side.patches is None:
+        return duet_vlm.attach(model, side.method, budget=side.budget)
+    return duet_vlm.attach(model, f"contrast+{side.method}", budget=side.budget, contrast_keep=side.patches)
 
 
 def predicted(model: nn.Module, handle: duet_vlm.Handle | None, batch: Batch, side: Side) -> StepFlops:
@@ -171,7 +184,8 @@ def predicted(model: nn.Module, handle: duet_vlm.Handle | None, batch: Batch, si
     adapter, tokens = adapter_for(model), batch.tokens
     plan = SpanPlan(tokens, tokens, 0, (tokens,) * adapter.decoder_shape().layers) if handle is None else handle.plan(tokens)
     text = batch.text["input_ids"].shape[1] - tokens
-    example = Example(text, (plan,), queries=batch.queries, signals=plan.merges)
+    stages = () if handle is None else handle.leaving(tokens, plan.tower or tokens)
+    example = Example(text, (plan,), queries=batch.queries, signals=plan.merges, stages=stages)
     trained = Trained(checkpointing=side.checkpointing, input_gradients=side.checkpointing)
     return step_flops(adapter.decoder_shape(), adapter.vision_shape(), [example] * batch.size, trained, unread_layers=1)
 

@@ -14,9 +14,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 HOME, OUT = ROOT / "comparison" / "training", ROOT / "out" / "training"
-CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05", "duet-11-longer", "duet_plus-11", "duet_plus-mixed")
+CONFIGS = ("full", "duet-11", "duet-07", "duet-33", "mixed", "annealed", "duet-05", "duet-11-longer", "duet_plus-11", "duet_plus-mixed",
+           "tower-50", "tower-40")  # fmt: skip
 PLUS = "0.11,0.07,0.05"
 BUDGETS = {"duet-33": "0.33,0.11", "annealed": "0.33,0.11,0.07", "duet_plus-11": PLUS, "duet_plus-mixed": "0.33," + PLUS}  # the others: all of them
+IN_TOWER = "duet_plus,contrast+duet_plus[contrast_keep=0.5],contrast+duet_plus[contrast_keep=0.4]"
+ASKED_IN_TOWER = ("full", "duet_plus-11", "tower-50", "tower-40")
 EVERY = "0.33,0.22,0.11,0.07,0.05"
 TASKS = {"tiny": 334, "tiny-crowded": 334}  # questions per stream; three streams each: 2,004 in all
 
@@ -31,16 +34,18 @@ def train(config: str, seed: int) -> None:
 
 
 def evaluate(config: str, seed: int, workers: str) -> None:
-    """The trained model's answers, in full and at the budgets; the model trained in full also answers with duet_plus."""
+    """The trained model's answers, in full and at the budgets; the model trained in full also answers with duet_plus, and some behind less tower."""
     own = "duet_plus" if config.startswith("duet_plus") else "duet"
-    jobs = [(f"{config}-{seed}", own, BUDGETS.get(config, EVERY))]
+    jobs = [] if config.startswith("tower") else [(f"{config}-{seed}", own, BUDGETS.get(config, EVERY))]
     if config == "full":
         jobs.append((f"full-plus-{seed}", "duet_plus", PLUS))
+    if config in ASKED_IN_TOWER:
+        jobs.append((f"{config}-in-tower-{seed}", IN_TOWER, "0.11"))
     for task, limit in TASKS.items():
         for name, method, budgets in jobs:
             command = [str(Path(sys.executable).parent / "duet-vlm"), "eval", "--model", f"out/training/{config}-{seed}", "--methods", method]
             command += ["--budgets", budgets, "--tasks", task, "--seeds", "0,1,2", "--limit", str(limit), "--timing-rounds", "0"]
-            command += ["--workers", workers, "--against", method, "--name", name, "--out", str(HOME)]
+            command += ["--workers", workers, "--against", method.split(",")[0], "--name", name, "--out", str(HOME)]
             subprocess.run(command, check=True)
 
 

@@ -37,6 +37,12 @@ TRAINED = {  # method -> config -> what the model was trained at; the first drop
         "duet_plus-mixed": "mixed: 100, 33, 22, 11, 7 %",
     },
 }
+IN_TOWER = {  # the same, asked with the whole tower and with a share of the patches
+    "full-in-tower": "in full",
+    "duet_plus-11-in-tower": "at 11 %",
+    "tower-50-in-tower": "at 11 %, 50 % of the patches in the tower",
+    "tower-40-in-tower": "at 11 %, 40 % of the patches in the tower",
+}
 
 
 def seeds(config: str) -> list[int]:
@@ -62,11 +68,16 @@ def hits(config: str, run: str, common: Iterable[int]) -> np.ndarray | None:
     return np.stack(rows) if rows and all(row is not None for row in rows) else None
 
 
-def _cells(method: str, config: str, free: str, cell: Callable[[np.ndarray, np.ndarray], str], against: str | None) -> list[str]:
-    """One line: number of models, then every budget beside the same models' seeds of ``free`` (its run ``against``, or the same budget)."""
+def budgets(method: str) -> list[str]:
+    """The run in full, and those at every budget."""
+    return ["none", *(f"{method}@{budget:g}" for budget in BUDGETS)]
+
+
+def _cells(runs: list[str], config: str, free: str, cell: Callable[[np.ndarray, np.ndarray], str], against: str | None) -> list[str]:
+    """One line: number of models, then every run beside the same models' seeds of ``free`` (its run ``against``, or the same run)."""
     common = [seed for seed in seeds(config) if seed in seeds(free)]
     line = [str(len(common))]
-    for run in ("none", *(f"{method}@{budget:g}" for budget in BUDGETS)):
+    for run in runs:
         ours, other = hits(config, run, common), hits(free, against or run, common)
         line.append("-" if ours is None or other is None else cell(ours, other))
     return line
@@ -77,7 +88,7 @@ HEAD = ["trained", "models", "run in full", *(f"at {b:.0%}" for b in BUDGETS)]
 
 def kept(method: str) -> str:
     """Accuracy of every model at every budget, as a share of the model trained and run in full."""
-    return table(HEAD, [[name, *_cells(method, config, "full", _kept, "none")] for config, name in TRAINED[method].items() if seeds(config)])
+    return table(HEAD, [[name, *_cells(budgets(method), config, "full", _kept, "none")] for config, name in TRAINED[method].items() if seeds(config)])
 
 
 def _kept(ours: np.ndarray, full: np.ndarray) -> str:
@@ -88,13 +99,20 @@ def _kept(ours: np.ndarray, full: np.ndarray) -> str:
 def gained(method: str) -> str:
     """Points that training with reduction gains over dropping from the model trained in full, at the same budget."""
     free, *others = TRAINED[method]
-    return table(HEAD, [[TRAINED[method][c], *_cells(method, c, free, _gain, None)] for c in others if seeds(c)])
+    return table(HEAD, [[TRAINED[method][c], *_cells(budgets(method), c, free, _gain, None)] for c in others if seeds(c)])
 
 
 def _gain(ours: np.ndarray, free: np.ndarray) -> str:
     low, high = difference_interval(ours.mean(0), free.mean(0))
     mark = " ▲" if low > 0 else " ▼" if high < 0 else ""
     return f"{100 * (ours.mean() - free.mean()):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){mark}"
+
+
+def in_tower() -> str:
+    """Accuracy of every model behind the whole tower and behind a share of its patches, as a share of the model trained and run in full."""
+    runs = ["none", "duet_plus@0.11", *(f"contrast+duet_plus[contrast_keep={share}]@0.11" for share in (0.5, 0.4))]
+    head = ["trained", "models", "run in full", "at 11 %", "and 50 % of the patches", "and 40 % of the patches"]
+    return table(head, [[name, *_cells(runs, config, "full-in-tower", _kept, "none")] for config, name in IN_TOWER.items() if seeds(config)])
 
 
 def by_seed() -> str:
@@ -104,7 +122,7 @@ def by_seed() -> str:
         for config, name in configs.items():
             for seed in seeds(config):
                 found = right(config, seed)
-                cells = [found.get(run) for run in ("none", *(f"{method}@{budget:g}" for budget in BUDGETS))]
+                cells = [found.get(run) for run in budgets(method)]
                 lines.append([method, name, str(seed), *("-" if cell is None else f"{cell.mean():.3f}" for cell in cells)])
     return table(["method", "trained", "seed", "run in full", *(f"at {b:.0%}" for b in BUDGETS)], lines)
 
@@ -114,5 +132,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "training_gained": lambda: gained("duet"),
     "training_kept_plus": lambda: kept("duet_plus"),
     "training_gained_plus": lambda: gained("duet_plus"),
+    "training_in_tower": in_tower,
     "training_by_seed": by_seed,
 }

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from duet_vlm.presets import preset
     from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
     from duet_vlm.registry import register
+    from duet_vlm.stages import StagedReducer
     from duet_vlm.tokens import Selection, Span, SpanTrace, StageTrace
-    from duet_vlm.tower import TowerReducer, TowerView
+    from duet_vlm.tower import Merged, ThresholdReducer, TowerReducer, TowerView
 
 try:
     __version__ = version("duet-vlm")
@@ -33,6 +34,7 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "DecoderReducer": "reducer",
     "EncoderReducer": "reducer",
     "Handle": "handle",
+    "Merged": "tower",
     "Reducer": "reducer",
     "Report": "measure.report",
     "Selection": "tokens",
@@ -40,7 +42,9 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "SpanPlan": "budget",
     "SpanTrace": "tokens",
     "StageTrace": "tokens",
+    "StagedReducer": "stages",
     "TextView": "reducer",
+    "ThresholdReducer": "tower",
     "TowerReducer": "tower",
     "TowerView": "tower",
     "VisionView": "reducer",
@@ -67,6 +71,7 @@ __all__ = [
     "DecoderReducer",
     "EncoderReducer",
     "Handle",
+    "Merged",
     "Reducer",
     "Report",
     "Selection",
@@ -74,7 +79,9 @@ __all__ = [
     "SpanPlan",
     "SpanTrace",
     "StageTrace",
+    "StagedReducer",
     "TextView",
+    "ThresholdReducer",
     "TowerReducer",
     "TowerView",
     "VisionView",

@@ -70,6 +70,7 @@ class StagedReducer(DecoderReducer):
         return tuple({max(self.first, layer * depth // 32): keep for layer, keep in self.stages}.items())
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """All tokens up to the first drop; behind each, as many as the schedule says, or the budget allows. ``BudgetError`` below the floor."""
         check_budget_or_fields(self, budget, self.schedule is not None, "schedule=")
         if budget is None:
             assert self.schedule is not None  # just checked
@@ -105,6 +106,7 @@ class StagedReducer(DecoderReducer):
         return tuple(counts)
 
     def with_drops(self: Self, depth: int, share: float | None = None) -> Self:
+        """The same method with the paper's stages as its schedule, unless it has one."""
         return self if self.schedule is not None else replace(self, schedule=self.at_depth(depth))
 
 

@@ -180,11 +180,13 @@ class ThresholdReducer(TowerReducer):
         return self.keep is None
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """Everything, until the tower has begun, where only the threshold decides; else as ``TowerReducer``."""
         if self.keep is None and budget is None:
             return whole(tokens, depth)  # until the tower has begun
         return super().plan(tokens, depth, budget)
 
     def stay(self, view: TowerView) -> Tensor:
+        """[P, U] bool: what passes; or the highest ``view.keep`` scores, where a number is wanted."""
         scores = self.scores(view)
         if view.keeps:
             return top(scores, view.valid, view.keep)

@@ -96,7 +96,7 @@ def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None, stages: Sta
     """
     whole, windowed, total = tower_rows(shape, tokens), _windowed(shape, tower_rows(shape, tokens), grid), 0
     full = shape.layers if shape.full_layers is None else shape.full_layers
-    for begin, end, attending, going_on in _stretches(shape, tokens, stages):
+    for begin, end, attending, going_on in stretches(shape, tokens, stages):
         layers, rows = end - begin, tower_rows(shape, attending)
         seen = share_of(full, begin, end, shape.layers)
         attention = 4 * shape.width * (seen * rows**2 + (layers - seen) * round(windowed * (rows / whole) ** 2))
@@ -105,7 +105,7 @@ def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None, stages: Sta
     return total + patch_flops(shape, tokens)
 
 
-def _stretches(shape: VisionShape, tokens: int, stages: Stages) -> list[tuple[int, int, int, int]]:
+def stretches(shape: VisionShape, tokens: int, stages: Stages) -> list[tuple[int, int, int, int]]:
     """Runs of blocks over equally many tokens: first and end, the tokens, and how many of them reach the last one's MLP."""
     here, begin, found = tokens, 0, []
     for after, left in (*stages, (shape.layers, None)):
@@ -117,7 +117,7 @@ def _stretches(shape: VisionShape, tokens: int, stages: Stages) -> list[tuple[in
 
 def mean_rows(shape: VisionShape, tokens: int, grid: Grid, stages: Stages) -> float:
     """Rows that a block of the tower attends over, mean over the blocks."""
-    return sum((end - begin) * tower_rows(shape, here) for begin, end, here, _ in _stretches(shape, tokens, stages)) / shape.layers
+    return sum((end - begin) * tower_rows(shape, here) for begin, end, here, _ in stretches(shape, tokens, stages)) / shape.layers
 
 
 def share_of(full: int, begin: int, end: int, layers: int) -> int:

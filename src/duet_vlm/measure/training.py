@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from duet_vlm.budget import SpanPlan
+from duet_vlm.budget import SpanPlan, Stages
 from duet_vlm.measure.flops import (
     decoder_layer_flops,
     head_flops,
@@ -13,6 +13,7 @@ from duet_vlm.measure.flops import (
     projector_flops,
     scoring_flops,
     signal_flops,
+    stretches,
     tower_rows,
     vision_flops,
 )
@@ -76,6 +77,8 @@ class Example:
         The method reads the tower's attention; counted as if all rows ranked, where the tower has no CLS row.
     projects_all : bool
         The projector runs on every token, not only on those that enter the decoder (``Handle.projects_all``).
+    stages : tuple of (blocks, tokens)
+        Where patches leave the tower, and how many tokens' are left of each image then (``Handle.leaving``).
     """
 
     text: int
@@ -83,6 +86,11 @@ class Example:
     queries: int = 0
     signals: bool = False
     projects_all: bool = False
+    stages: Stages = ()
+
+    def left(self, plan: SpanPlan) -> int:
+        """Tokens of an image that its tower ends with."""
+        return self.stages[-1][1] if self.stages else plan.tokens
 
     def rows(self, depth: int) -> list[int]:
         """Rows that each decoder layer reads."""
@@ -129,24 +137,26 @@ def step_flops(
         Last layers of the tower whose output is not used (1 for LLaVA, which takes the last but one): run forward, no gradient.
     """
     depth = decoder.layers
-    images = [(plan.tokens, _projected(e, plan), e.signals) for e in examples for plan in e.plans]
+    images = [(e, plan) for e in examples for plan in e.plans]
     if trained.lora and (decoder.experts or decoder.linear):
         raise ValueError("adapters are costed on decoders of seven linear maps per layer: lora=0 for mixtures of experts and linear attention")
     rows = [(r, layer) for e in examples for layer, r in enumerate(e.rows(depth))]
     head = head_flops(decoder, sum(e.rows(depth)[-1] for e in examples))
     ranking = sum(scoring_flops(decoder, r, e.queries) for e in examples for r in e.ranked(depth))
-    seen = sum(vision_flops(vision, n) + projector_flops(vision, k) + signal_flops(vision, n) * signals for n, k, signals in images)
+    seen = sum(vision_flops(vision, plan.tokens, stages=e.stages) + projector_flops(vision, _projected(e, plan)) for e, plan in images)
+    seen += sum(signal_flops(vision, e.left(plan)) for e, plan in images if e.signals)
     forward = sum(_layer(decoder, *r, trained.lora) for r in rows) + ranking + head
 
     read = replace(vision, layers=vision.layers - unread_layers)
     backward = head * (1 + trained.decoder) + sum(_layer_backward(decoder, *r, trained) for r in rows)
-    backward += sum(_projector_backward(vision, k, trained) + _tower_backward(read, n, trained) for n, k, _ in images)
+    backward += sum(_projector_backward(vision, _projected(e, plan), trained) for e, plan in images)
+    backward += sum(_tower_backward(read, plan.tokens, e.stages, trained) for e, plan in images)
     if not trained.below_decoder:
         backward -= sum(_first_inputs(decoder, e.rows(depth)[0], trained.lora) for e in examples)
     again = 0
     if trained.checkpointing:
         again = sum(_layer_again(decoder, *r, trained.lora) for r in rows)
-        again += sum(_tower_again(read, n) for n, _, _ in images) * trained.through_tower
+        again += sum(_tower_again(read, plan.tokens, e.stages) for e, plan in images) * trained.through_tower
     return StepFlops(seen, forward, backward, again)
 
 
@@ -155,25 +165,37 @@ def step_flops(
 
 def _projected(example: Example, plan: SpanPlan) -> int:
     """Rows through the projector."""
-    return plan.tokens if example.projects_all else plan.entry
+    return example.left(plan) if example.projects_all else plan.entry
 
 
-def _layers(shape: VisionShape, tokens: int) -> tuple[int, int]:
-    """The tower's layers over one image: their linear maps, their attention."""
-    rows, everything = tower_rows(shape, tokens), vision_flops(shape, tokens) - patch_flops(shape, tokens)
-    linear = shape.layers * 2 * rows * shape.width * (4 * shape.width + shape.mlp_matrices * shape.mlp)
-    return linear, everything - linear
+def _layers(shape: VisionShape, tokens: int, stages: Stages) -> tuple[int, int, int]:
+    """The tower's layers over one image: their linear maps, their attention, and the product that ends a layer."""
+    attended, widened = _rows(shape, tokens, stages)
+    last = 2 * widened * shape.width * shape.mlp
+    linear = 8 * attended * shape.width**2 + shape.mlp_matrices * last
+    return linear, vision_flops(shape, tokens, stages=stages) - patch_flops(shape, tokens) - linear, last
 
 
-def _tower_backward(shape: VisionShape, tokens: int, trained: Trained) -> int:
-    linear, attention = _layers(shape, tokens)
+def _rows(shape: VisionShape, tokens: int, stages: Stages) -> tuple[int, int]:
+    """Rows of all layers together, in their attention and in their MLP."""
+    attended = widened = 0
+    for begin, end, here, going_on in stretches(shape, tokens, stages):
+        rows = tower_rows(shape, here)
+        attended += (end - begin) * rows
+        widened += (end - begin - 1) * rows + tower_rows(shape, going_on)
+    return attended, widened
+
+
+def _tower_backward(shape: VisionShape, tokens: int, stages: Stages, trained: Trained) -> int:
+    linear, attention, _ = _layers(shape, tokens, stages)
     weights = linear + patch_flops(shape, tokens)  # pixels need no gradient
     return (linear + 2 * attention) * trained.through_tower + weights * trained.tower
 
 
-def _tower_again(shape: VisionShape, tokens: int) -> int:
+def _tower_again(shape: VisionShape, tokens: int, stages: Stages) -> int:
     """Recomputation of a layer stops before the product that ends it: nothing needs its result."""
-    return sum(_layers(shape, tokens)) - shape.layers * 2 * tower_rows(shape, tokens) * shape.width * shape.mlp
+    linear, attention, last = _layers(shape, tokens, stages)
+    return linear + attention - last
 
 
 def _projector_backward(shape: VisionShape, rows: int, trained: Trained) -> int:
