@@ -45,7 +45,7 @@ def warm(family: str, attention: str = "sdpa") -> nn.Module:
 
 
 class Pristine(NamedTuple):
-    """A model that nobody has ever been attached to, its state, and what it says to ``MIXED``."""
+    """A model, its state before anybody was ever attached to it, and what it says to ``MIXED``."""
 
     model: nn.Module
     before: dict[str, Any]

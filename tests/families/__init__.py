@@ -73,7 +73,7 @@ def shared(name: str, attention: str = "sdpa") -> nn.Module:
 LENT: dict[tuple[str, str], nn.Module] = {}  # to the test that runs
 
 
-@functools.cache  # all of them are smaller than one picture: 30 MB
+@functools.cache  # some fifty models of 1.5 MB each
 def _shared(name: str, attention: str) -> nn.Module:
     return build(name, attention)
 
