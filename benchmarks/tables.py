@@ -196,6 +196,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kept_chain": lambda: comparison("tiny-chain", markdown.matrix),
     "kept_crowded": lambda: comparison("tiny-crowded", markdown.matrix),
     "kept_long": lambda: comparison("tiny-long", markdown.matrix),
+    "more_long": lambda: markdown.matrix(load(ROOT / "comparison" / "tiny-long" / "results" / "more.json")),
     "runs_tiny": lambda: comparison("tiny", markdown.compact),
     "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
     "importance": importance,
