@@ -11,6 +11,7 @@ NEWEST := .venv-newest
 LMMS := .venv-lmms
 VLLM := .venv-vllm
 VIDEO := .venv-video
+TORCHAO := .venv-torchao
 DOCS := .venv-docs
 WORKERS ?= 2
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -18,7 +19,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-long clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -50,6 +51,9 @@ test-vllm: $(VLLM)/.installed  ## the plug-in inside a real vLLM on the CPU, and
 
 test-video: $(VIDEO)/.installed  ## stock video processors on real clips, README's snippet for Qwen; own environment with torchvision (1.5 GB)
 	@$(ONE_THREAD) $(VIDEO)/bin/python -m pytest -q -m "" tests/test_video_processors.py tests/test_docs.py -k "not docs or second_snippet"
+
+test-torchao: $(TORCHAO)/.installed  ## models quantised by torchao; own environment, because transformers loads torchao wherever it finds it, with warnings
+	@$(ONE_THREAD) $(TORCHAO)/bin/python -m pytest -q tests/test_works_with.py -k torchao
 
 test-browser: $(BROWSER)  ## the page of a report and that of duet-vlm app, in a real Chromium without a window
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
@@ -110,7 +114,7 @@ train-long: $(DEV)  ## train the tiny-long model from the tiny-video model (abou
 	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_long
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VLLM) $(VIDEO) $(DOCS) out build dist .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VLLM) $(VIDEO) $(TORCHAO) $(DOCS) out build dist .pytest_cache .ruff_cache .mypy_cache
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -160,6 +164,11 @@ $(VLLM)/.installed: pyproject.toml constraints.txt plugins/vllm/pyproject.toml $
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[docs]"
+	@touch $@
+
+$(TORCHAO)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(TORCHAO)
+	$(TORCHAO)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[dev]" torchao
 	@touch $@
 
 $(VIDEO)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/cpu_torchvision.*)

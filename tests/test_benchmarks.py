@@ -41,7 +41,8 @@ def test_quick_results_are_complete(results: Path, name: str) -> None:
         assert all(row["predicted"] > 1 for row in measured)
     if name == "train_step":
         assert [row["side"] for row in measured] == 2 * [
-            "duet at 33%", "duet at 22%", "duet at 11%", "duet_plus at 11%", "duet at 11%, checkpointing"
+            "duet at 33%", "duet at 22%", "duet at 11%", "duet_plus at 11%",
+            "duet_plus at 11%, 50% of the patches", "duet_plus at 11%, 40% of the patches", "duet at 11%, checkpointing"
         ]  # fmt: skip
         for row in measured:
             assert 0 < row["predicted"] < 1 and 0 < row["memory_mib"][0] < row["memory_mib"][1]

@@ -104,7 +104,7 @@ def test_bitsandbytes(method: str, bits: int, inputs: Any) -> None:
 def test_eight_bits_of_torchao(method: str, loaded: bool, inputs: Any) -> None:
     """Int8 weights, quantised in place and while loading. The reference is a plain model with the dequantised weights; its head, which shares
     its weights with the embeddings, gets some of its own, because torchao leaves the embeddings as they are."""
-    quantization = pytest.importorskip("torchao.quantization")
+    quantization = pytest.importorskip("torchao.quantization", reason="make test-torchao runs it")
     eight = quantization.Int8WeightOnlyConfig()
     if loaded:
         model = LlavaForConditionalGeneration.from_pretrained(tiny.path(), quantization_config=TorchAoConfig(eight), dtype=torch.float32)
