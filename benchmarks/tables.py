@@ -163,6 +163,26 @@ def overhead() -> str:
     return table(head, lines) + told
 
 
+def serving() -> str:
+    """Stock vLLM beside the plug-in: medians over rounds, and the lowest and highest ratio of a round to stock's."""
+    found = result("serve")
+    rounds = {(row["concurrency"], row["side"]): row["rounds"] for row in found["results"]}
+    lines = []
+    for row in found["results"]:
+        cells = [f"{row['requests_per_second']:.2f}", f"{row['first_token_seconds']:.2f} s"]
+        for place, key in enumerate(("requests_per_second", "first_token_seconds")):
+            pairs = zip(row["rounds"], rounds[row["concurrency"], "stock"], strict=True)
+            ratios = sorted(ours[key] / theirs[key] for ours, theirs in pairs)
+            if row["side"] != "stock":
+                cells[place] += f": {row[f'{key}_to_stock']:.2f}x ({ratios[0]:.2f}-{ratios[-1]:.2f})"
+        lines.append([str(row["concurrency"]), row["side"], *cells, f"{row['prompt_rows']:.0f}", f"{row['kv_usage']:.1%}"])
+    text, made = found["shape"]["text"], found["environment"]
+    told = f"Random LLaVA, decoder of {text['num_hidden_layers']} layers x {text['hidden_size']}, {found['shape']['new_tokens']} new tokens; "
+    told += f"vLLM {made['vllm']}, {made['device']}; {len(found['results'][0]['rounds'])} rounds in turns, brackets hold the lowest and the highest."
+    head = ["at once", "side", "requests per second", "time to first token", "rows of a prompt", "KV cache in use, at most"]
+    return table(head, lines) + "\n\n" + told
+
+
 def static() -> str:
     """A decode step with a dynamic and a static cache, layers as they are and compiled."""
     found = result("neighbours")
@@ -202,6 +222,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "importance": importance,
     "pressing": pressing,
     "static": static,
+    "serving": serving,
     "overhead": overhead,
     "speed": speed,
     "train_step": train_step,
@@ -220,7 +241,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
 PAGES = (
     "README.md", "docs/clips-from-files.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md",
     "docs/drop-curve.md", "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md",
-    "docs/scale.md", "docs/which-method.md", "docs/works-with.md", "docs/trained-compressors.md", "benchmarks/README.md", "benchmarks/NOTES.md",
+    "docs/scale.md", "docs/which-method.md", "docs/works-with.md", "docs/trained-compressors.md", "docs/serve.md",
+    "benchmarks/README.md", "benchmarks/NOTES.md",
 )  # fmt: skip
 
 
