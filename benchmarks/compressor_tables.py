@@ -14,7 +14,7 @@ RESULTS = Path(__file__).parent / "results"
 def accuracy() -> str:
     rows = json.loads((RESULTS / "compressors.json").read_text())["rows"]
     found: dict[tuple[int, str, int], list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (-row["tokens_asked"], row["conversations"])):
+    for row in sorted(rows, key=lambda row: (-row["tokens_asked"], row["conversations"], -sum(row["accuracy"].values()))):
         found.setdefault((row["tokens_asked"], row["method"], row["conversations"]), []).append(row)
     tasks = list(rows[0]["accuracy"])
     head = ["tokens", "method", "conversations", "models", *(f"`{task}`" for task in tasks), "CPU seconds of training", "GFLOPs of a question"]
