@@ -20,6 +20,7 @@ BROUGHT = {  # pages that lie outside of docs/ -> where the site has them
     "comparison/tiny-chain/README.md": "comparison-tiny-chain.md",
     "comparison/checkpoints/README.md": "comparison-checkpoints.md",
     "comparison/training/README.md": "comparison-training.md",
+    "tests/golden/README.md": "recordings.md",
     "plugins/vllm/README.md": "vllm.md",
 }
 FILES = "files"  # folder of the site with the files that pages link to
