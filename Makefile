@@ -19,7 +19,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-long clean
+.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-page train-long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -109,6 +109,9 @@ train: $(DEV)  ## train the embedded model from scratch
 
 train-chain: $(DEV)  ## train the tiny-chain model from answers alone (hours; the same command goes on after a kill)
 	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_chain
+
+train-page: $(DEV)  ## train the tiny-page model from the tiny-chain model (under an hour of one core)
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_page
 
 train-long: $(DEV)  ## train the tiny-long model from the tiny-video model (about an hour of one core)
 	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_long

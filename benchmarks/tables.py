@@ -17,6 +17,7 @@ from typing import Any
 import chain_tables
 import comparison_tables
 import compressor_tables
+import page_tables
 import readme_tables
 import scale_tables
 import tower_tables
@@ -232,6 +233,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **chain_tables.BLOCKS,
     **comparison_tables.BLOCKS,
     **compressor_tables.BLOCKS,
+    **page_tables.BLOCKS,
     **readme_tables.BLOCKS,
     **scale_tables.BLOCKS,
     **tower_tables.BLOCKS,

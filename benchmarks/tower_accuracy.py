@@ -2,6 +2,7 @@
 
 Every share of the patches in front of the same method at 11 %, paired with that method behind the whole tower; with and without mass, and the
 floors; of clips, what moves, too. 56 % as the default was chosen on other questions (seed 500), as was what else is in the table (508, 509).
+``--context``: the same questions with rows for what leaves, chosen on others (521); results/tower_context.json.
 """
 
 from __future__ import annotations
@@ -21,19 +22,25 @@ from duet_vlm.evaluate.run import run_experiment
 BUDGET, WHOLE = 0.11, "whole tower"
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}
 SHARES = (0.56, 0.53, 0.5, 0.42, 0.4)
+CONTEXT = {"contrast": ((0.51, 4), (0.48, 4), (0.41, 4), (0.36, 4)), "motion": ((0.48, 1), (0.34, 1), (0.3, 4))}  # patches, rows for the others
 MOVING = (0.5, 0.44, 0.36)  # of clips, whose small frames' towers cost less attention and more of all else
 
 
-def cells(method: str, task: str) -> list[dict[str, Any]]:
-    """``method`` behind the whole tower, and behind what other methods leave of it."""
+def cells(method: str, task: str, context: bool) -> list[dict[str, Any]]:
+    """``method`` behind the whole tower, and behind what other methods leave of it, with rows for what leaves or without."""
 
     def behind(tower: str, keep: float, **settings: Any) -> dict[str, Any]:
         label = f"{tower}, {keep:.0%}" + ", no mass" * ("mass" in settings)
+        label += f", context of {settings['context']}" if "context" in settings else ""
         own = {f"{tower}_{key}": value for key, value in {"keep": keep, **settings}.items()}
         return {"method": f"{tower}+{method}", "budgets": [BUDGET], "settings": own, "label": label}
 
+    whole = {"method": method, "budgets": [BUDGET], "label": WHOLE}
+    if context:
+        tower = "motion" if task == "tiny-video" else "contrast"
+        return [whole, *(behind(tower, keep, context=rows) for keep, rows in CONTEXT[tower])]
     return [
-        {"method": method, "budgets": [BUDGET], "label": WHOLE},
+        whole,
         *(behind("contrast", keep) for keep in SHARES),
         behind("contrast", 0.5, mass=False),
         *(behind("motion", keep) for keep in MOVING if task == "tiny-video"),
@@ -47,12 +54,14 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=41, help="stream of questions; one that nothing was chosen on")
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--context", action="store_true", help="with rows for what leaves, in front of duet_plus")
     args = parser.parse_args()
+    name = "tower_context" if args.context else "tower_accuracy"
     torch.set_num_threads(1)
     rows = []
     for task in args.tasks:
-        for method in ("duet_plus", "duet"):
-            job = Experiment(task, tuple(cells(method, task)), TASKS[task], (args.seed,), args.limit, against=WHOLE)
+        for method in ("duet_plus",) if args.context else ("duet_plus", "duet"):
+            job = Experiment(task, tuple(cells(method, task, args.context)), TASKS[task], (args.seed,), args.limit, against=WHOLE)
             with tempfile.TemporaryDirectory() as folder:
                 result = run_experiment(job, "tower", Path(folder) / "journals", workers=1, timing_rounds=0)
             full = result["runs"][0]["accuracy"]
@@ -60,8 +69,8 @@ def main() -> None:
                 rows.append({"task": task, "method": method, "tower": row["label"], "accuracy": row["accuracy"], "full": full})
                 if row.get("against"):
                     rows[-1] |= {"difference": row["against"]["difference"], "interval": row["against"]["interval"]}
-    out = {"benchmark": "tower_accuracy", "questions": args.limit, "seed": args.seed, "environment": environment(), "results": rows}
-    (HERE / "results" / "tower_accuracy.json").write_text(json.dumps(out, indent=1) + "\n")
+    out = {"benchmark": name, "questions": args.limit, "seed": args.seed, "environment": environment(), "results": rows}
+    (HERE / "results" / f"{name}.json").write_text(json.dumps(out, indent=1) + "\n")
     for row in rows:
         print(row["task"], row["method"], row["tower"], row["accuracy"], row.get("difference"))
 

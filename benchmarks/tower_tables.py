@@ -1,4 +1,4 @@
-"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json and tower_roofline.json."""
+"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json, tower_roofline.json and tower_tries.json."""
 
 from __future__ import annotations
 
@@ -56,15 +56,15 @@ def roofline() -> str:
 @functools.cache
 def flops_of(label: str, model: str, tokens: int) -> str:
     """What the tower of an embedded model needs for a picture or a frame of ``tokens``, of what it needs for the whole one."""
-    shape, share = adapter_for(load(model).model).vision_shape().read(), re.search(r"(\d+)%", label)
-    stages = () if share is None else ((0, tokens * int(share[1]) // 100),)
+    shape, share, rows = adapter_for(load(model).model).vision_shape().read(), re.search(r"(\d+)%", label), re.search(r"context of (\d+)", label)
+    stages = () if share is None else ((0, tokens * int(share[1]) // 100 + (int(rows[1]) if rows else 0)),)
     return f"{vision_flops(shape, tokens, None, stages) / vision_flops(shape, tokens):.1%}"
 
 
 def answers() -> str:
     """Accuracy behind each tower, against the same method behind the whole one."""
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in results("tower_accuracy"):
+    for row in [*results("tower_accuracy"), *results("tower_context")]:
         found.setdefault((row["method"], row["tower"]), {})[row["task"]] = told(row)
     tasks = list(dict.fromkeys(row["task"] for row in results("tower_accuracy")))
     lines = []
@@ -74,4 +74,18 @@ def answers() -> str:
     return table(["through the tower", "its FLOPs, pictures", "clips", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"tower_speed": speed, "tower_answers": answers, "tower_roofline": roofline}
+def tries(tasks: tuple[str, ...]) -> str:
+    """Other rules at the same costs, against the whole tower; at each cost the patches that each can afford."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in results("tower_tries"):
+        if row["task"] in tasks:
+            cells = found.setdefault((row["level"], row["tower"]), {"flops": f"{row['flops']:.1%}", "patches": str(row["patches"])})
+            cells[row["task"]] = told(row)
+    lines = [[tower, cells["patches"], cells["flops"], *(cells.get(task, "-") for task in tasks)] for (_, tower), cells in found.items()]
+    return table(["tried", "patches that stay", "tower's FLOPs", *(f"`{task}`" for task in tasks)], lines)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "tower_speed": speed, "tower_answers": answers, "tower_roofline": roofline,
+    "tower_tries": lambda: tries(("tiny", "tiny-crowded")), "tower_tries_clips": lambda: tries(("tiny-video",)),
+}  # fmt: skip

@@ -1,6 +1,8 @@
 """Other rules for what goes through the tower, tried beside those that ship: ``python benchmarks/tower_tries.py``, results/tower_tries.json.
 
-At 44 % of the patches, in front of ``duet_plus`` at 11 %, on questions that no other table uses. What did not help is kept here and nowhere else.
+In front of ``duet_plus`` at 11 %, against it behind the whole tower, on questions that no other table uses. What a try computes beside the
+tower (keys and values of pooled rows, rows that go through the blocks unread, a scorer) is paid with patches, so that all of a level cost the
+same. What did not help is kept here and nowhere else.
 """
 
 from __future__ import annotations
@@ -8,9 +10,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import tempfile
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +20,46 @@ import numpy as np
 import torch
 from common import HERE, environment
 from torch import Tensor, nn
+from tower_context import Context, context_flops
+from tower_scorers import AskedScorer, Scorer, asked_scorer, embedding_of, scorer, scorer_flops
 
 from duet_vlm import TowerReducer, TowerView, register
-from duet_vlm.evaluate.experiment import Experiment
-from duet_vlm.evaluate.run import run_experiment
-from duet_vlm.tiny import load
-from duet_vlm.tiny.labels import coverage
-from duet_vlm.tiny.recipe.tower import to_pixels
-from duet_vlm.tiny.render import render, shape_mask
-from duet_vlm.tiny.scenes import GRID, Scene, scene
+from duet_vlm.evaluate import statistics
+from duet_vlm.evaluate.answer import answer
+from duet_vlm.evaluate.experiment import Run
+from duet_vlm.evaluate.tasks import right, task
+from duet_vlm.loading import Loaded, load
+from duet_vlm.measure.flops import vision_flops
+from duet_vlm.models.find import adapter_for
+from duet_vlm.ops.select import top
 
-BUDGET, KEEP, WHOLE, METHOD = 0.11, 0.44, "whole tower", "duet_plus"
+BUDGET, WHOLE, METHOD, BATCH = 0.11, "whole tower", "duet_plus", 40
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}
-PICTURES = 4000  # that the scorer learns from
+FRAMES = 8  # of a clip, each with a CLS row among its tokens
+
+
+class Here:
+    """What the running batch is, for rules that look at more than a method may."""
+
+    context: Context
+    embed: nn.Module
+    texts: Sequence[str] = ()
 
 
 @register("tower_try")
 @dataclass(frozen=True)
 class Try(TowerReducer):
-    """Contrast plus ``weight`` times another score, each over its spread in the picture."""
+    """The score of ``base``, plus ``weight`` times another one, each over its spread in the picture; what leaves may be frozen by cells of
+    ``frozen`` x ``frozen`` patches."""
 
     paper = "-"
     summary = "a rule that is tried"
     tower_signals = frozenset({"contrast", "pixels", "key_norm"})
 
-    rule: str = "chroma"
+    base: str = "contrast"
+    rule: str = ""
     weight: float = 0.5
+    frozen: int = 0
 
     def boundaries(self, depth: int) -> Sequence[int]:
         return (0, 2) if self.rule == "second" else (0,)
@@ -51,18 +67,36 @@ class Try(TowerReducer):
     def stay(self, view: TowerView) -> Tensor:
         if view.after:
             assert view.key_norm is not None
-            return best(-view.key_norm, view)
-        assert view.contrast is not None
-        return best(even(view.contrast) + (self.weight * even(RULES[self.rule](view)) if self.rule in RULES else 0), view)
-
-
-def best(score: Tensor, view: TowerView) -> Tensor:
-    order = score.masked_fill(~view.valid, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return torch.zeros_like(view.valid).scatter(1, order, torch.arange(order.shape[1]) < view.keep[:, None])
+            return top(-view.key_norm, view.valid, view.keep)
+        score = BASES[self.base](view)
+        if self.rule in RULES:
+            score = even(score) + self.weight * even(RULES[self.rule](view))
+        stays = top(score, view.valid, view.keep)
+        if self.frozen:
+            Here.context.freeze(view.valid & ~stays, view.grids[0], self.frozen)
+        return stays
 
 
 def even(score: Tensor) -> Tensor:
     return (score - score.mean(1, keepdim=True)) / score.std(1, keepdim=True).clamp(min=1e-6)
+
+
+# ---- scores
+
+
+def contrast(view: TowerView) -> Tensor:
+    assert view.contrast is not None
+    return view.contrast
+
+
+def motion(view: TowerView) -> Tensor:
+    """As ``motion`` ranks the patches of clips: their distance from the median over time, and a little contrast."""
+    assert view.pixels is not None
+    starts = [number for number, before in enumerate(view.before) if before < 0]
+    clips = zip(starts, [*starts[1:], len(view.before)], strict=True)
+    change = [(clip - clip.median(0).values).abs().mean(-1) for clip in (view.pixels[first:end, :, 0].float() for first, end in clips)]
+    still = contrast(view) / contrast(view).amax(1, keepdim=True)
+    return 0.05 * still + torch.cat([one / one.amax() for one in change])
 
 
 def colours(view: TowerView) -> Tensor:
@@ -85,128 +119,184 @@ def edges(view: TowerView) -> Tensor:
 
 def around(view: TowerView) -> Tensor:
     """Contrast of the neighbourhood: mean over 3 x 3 patches."""
-    assert view.contrast is not None
-    grid = nn.functional.pad(view.contrast.unflatten(1, view.grids[0])[:, None], (1, 1, 1, 1), mode="replicate")
+    grid = nn.functional.pad(contrast(view).unflatten(1, view.grids[0])[:, None], (1, 1, 1, 1), mode="replicate")
     return nn.functional.avg_pool2d(grid, 3, 1)[:, 0].flatten(1)
 
 
 def change(view: TowerView) -> Tensor:
     """From the frame before."""
-    assert view.pixels is not None and view.contrast is not None
-    score, pixels = torch.zeros_like(view.contrast), view.pixels[:, :, 0].float()
+    assert view.pixels is not None
+    score, pixels = torch.zeros_like(contrast(view)), view.pixels[:, :, 0].float()
     for frame, before in enumerate(view.before):
         if before >= 0:
             score[frame] = (pixels[frame] - pixels[before]).abs().mean(-1)
     return score
 
 
-class Scorer(nn.Module):
-    """What a patch shows, from its embedding and those around it: a little over 1 % of the tower's operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Conv2d(128, 24, 1), nn.GELU(), nn.Conv2d(24, 24, 3, padding=1), nn.GELU(), nn.Conv2d(24, 1, 1))
-
-    def forward(self, embedded: Tensor) -> Tensor:
-        return self.layers(embedded - embedded.mean((2, 3), keepdim=True))[:, 0]
+def learned(view: TowerView) -> Tensor:
+    return scorer(Here.embed)(embedding_of(colours(view), Here.embed, view.grids[0])).flatten(1)
 
 
-def embedding() -> Any:
-    return load()[0].model.vision_tower.embeddings.patch_embedding
+def asked(view: TowerView) -> Tensor:
+    """What the questions of the batch need."""
+    frames = len(view.grids) // len(Here.texts)
+    texts = [text for text in Here.texts for _ in range(frames)]
+    return asked_scorer(Here.embed, frames > 1)(embedding_of(colours(view), Here.embed, view.grids[0]), texts).flatten(1)
 
 
-def shown(drawn: Scene) -> np.ndarray:
-    """The share of each patch that a thing or its print covers."""
-    out = np.zeros(GRID * GRID, np.float32)
-    for thing in drawn.things:
-        boxes = [(thing.x, thing.y, shape_mask(thing.shape, thing.size))]
-        if thing.tag:
-            boxes.append((thing.tag.x, thing.tag.y, np.ones((thing.tag.height, thing.tag.width), np.float32)))
-        for box in boxes:
-            patches, share = coverage(*box)
-            out[patches] = np.maximum(out[patches], share)
-    return out
+BASES = {"contrast": contrast, "motion": motion}
+RULES = {"chroma": chroma, "edges": edges, "around": around, "change": change, "learned": learned, "asked": asked}
+NETS = {"learned": Scorer, "asked": AskedScorer}
+
+
+# ---- what is tried
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A tower method with its settings, and what its table calls it; ``both``: measured at either level, not at the lower one only."""
+
+    label: str
+    method: str = "tower_try"
+    settings: dict[str, Any] = field(default_factory=dict)
+    both: bool = False
+
+
+def tries(task_name: str) -> list[Cell]:
+    """What is measured on a task."""
+
+    def tried(label: str, both: bool = False, **settings: Any) -> Cell:
+        return Cell(label, settings=settings, both=both)
+
+    if task_name == "tiny-video":
+        moving = {"base": "motion", "mass": False}
+        return [
+            Cell("motion", "motion", both=True),
+            Cell("contrast", "contrast", both=True),
+            Cell("contrast, no mass", "contrast", {"mass": False}),
+            Cell("contrast, ground 8%", "contrast", {"ground": 0.08}),
+            Cell("change", "rlt"),
+            tried("contrast + change, no mass", rule="change", mass=False),
+            Cell("motion, mass", "motion", {"mass": True}),
+            tried("motion, frozen context, cells of 2 x 2", **moving, frozen=2, both=True),
+            tried("motion, frozen context, cells of 4 x 4", **moving, frozen=4),
+            *(Cell(f"motion, context of {rows}", "motion", {"context": rows}, both=True) for rows in (1, 2, 4)),
+            Cell("contrast, context of 4", "contrast", {"context": 4}),
+            tried("motion + question", **moving, rule="asked", weight=1.0, both=True),
+            tried("motion + question, context of 4", **moving, rule="asked", weight=1.0, context=4, both=True),
+        ]
+    return [
+        Cell("contrast", "contrast", both=True),
+        Cell("contrast, no mass", "contrast", {"mass": False}, both=True),
+        *(Cell(f"contrast, ground {share:.0%}", "contrast", {"ground": share}) for share in (0.04, 0.08, 0.16)),
+        tried("contrast + chroma", rule="chroma"),
+        tried("contrast + edges", rule="edges"),
+        tried("contrast + neighbourhood", rule="around"),
+        tried("learned scorer", rule="learned", weight=10.0),
+        Cell("contrast, then short keys after 2 blocks", settings={"rule": "second"}),
+        tried("contrast, frozen context, cells of 2 x 2", frozen=2, mass=False, both=True),
+        tried("contrast, frozen context, cells of 2 x 2, ranked by mass", frozen=2),
+        tried("contrast, frozen context, cells of 4 x 4", frozen=4, mass=False),
+        *(Cell(f"contrast, context of {rows}", "contrast", {"context": rows}, both=True) for rows in (1, 2, 4, 8, 16)),
+        tried("contrast + question", rule="asked", weight=1.0, both=True),
+        tried("contrast + question, context of 4", rule="asked", weight=1.0, context=4, both=True),
+    ]
+
+
+LEVELS = {"tiny": (128, 107), "tiny-crowded": (128, 107), "tiny-video": (28, 23)}  # patches of a picture or frame, where nothing is computed beside
+
+
+def cost(cell: Cell, patches: int, loaded: Loaded, tokens: int) -> float:
+    """FLOPs of a tower that leaves so many of a picture's ``tokens``, over those of the whole one."""
+    shape, settings = adapter_for(loaded.model).vision_shape().read(), cell.settings
+    rule = Try(rule=settings.get("rule", ""))
+    left = rule.counts(tokens, patches + settings.get("context", 0), shape.layers)
+    total = vision_flops(shape, tokens, None, tuple(zip(rule.boundaries(shape.layers), left, strict=True)))
+    if frozen := settings.get("frozen"):
+        total += context_flops(shape, patches, tokens // frozen**2)
+    net = NETS.get(settings.get("rule", ""))
+    return (total + (scorer_flops(net(), tokens) if net else 0)) / vision_flops(shape, tokens)
 
 
 @functools.cache
-def scorer() -> Scorer:
-    """Trained on pictures of the training split to tell patches that show something."""
-    torch.manual_seed(0)
-    net, embed, data = Scorer(), embedding(), []
-    for first in range(0, PICTURES, 8):
-        scenes = [scene("train", 900, first + i, dense=i % 3 == 0, crowded=i % 3 != 0) for i in range(8)]
-        with torch.no_grad():
-            data.append((embed(to_pixels([render(s) for s in scenes])), torch.from_numpy(np.stack([shown(s) for s in scenes])).view(8, GRID, GRID)))
-    optimizer = torch.optim.AdamW(net.parameters(), 5e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=4 * len(data))
-    for number in torch.cat([torch.randperm(len(data)) for _ in range(4)]).tolist():
-        embedded, cover = data[number]
-        loss = nn.functional.binary_cross_entropy_with_logits(net(embedded), (cover > 0.03).float())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return net.eval()
+def prepared(model: str) -> tuple[Loaded, Any, Context]:
+    """A model, its tower, and what can add context to it."""
+    loaded = load(model)
+    tower = loaded.model.model.video_tower if model == "tiny-video" else loaded.model.model.vision_tower
+    return loaded, tower, Context(tower)
 
 
-def learned(view: TowerView) -> Tensor:
-    embedded = torch.einsum("nucij,dcij->ndu", colours(view), embedding().weight)
-    return scorer()(embedded.unflatten(2, (GRID, GRID))).flatten(1)
+class Parts:
+    """Right answers of finished batches, kept in a file until all are there: the same command, or one with other tries, goes on from it."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path, self.facts = path, facts
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.found = {(one["task"], one["batch"], key): hits for one in lines if one["facts"] == facts for key, hits in one["right"].items()}
+
+    def add(self, task_name: str, batch: int, hits: dict[str, list[bool]]) -> None:
+        self.found |= {(task_name, batch, key): right_ones for key, right_ones in hits.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"task": task_name, "batch": batch, "facts": self.facts, "right": hits}) + "\n")
 
 
-RULES = {"chroma": chroma, "edges": edges, "around": around, "change": change, "learned": learned}
-
-
-def cells(task: str) -> list[dict[str, Any]]:
-    def behind(tower: str, label: str, **settings: Any) -> dict[str, Any]:
-        own = {f"{tower}_{key}": value for key, value in {"keep": KEEP, **settings}.items()}
-        return {"method": f"{tower}+{METHOD}", "budgets": [BUDGET], "settings": own, "label": label}
-
-    start = [
-        {"method": METHOD, "budgets": [BUDGET], "label": WHOLE},
-        behind("contrast", "contrast"),
-        behind("contrast", "contrast, no mass", mass=False),
-        behind("contrast", "contrast, ground 8%", ground=0.08),
-    ]
-    if task == "tiny-video":
-        return [
-            *start,
-            behind("tower_try", "contrast + change, no mass", rule="change", mass=False),
-            behind("rlt", "change"),
-            behind("motion", "motion"),
-            behind("motion", "motion, mass", mass=True),
-        ]
-    tried = {"chroma": "chroma", "edges": "edges", "around": "neighbourhood"}
-    return [
-        *start,
-        behind("contrast", "contrast, ground 4%", ground=0.04),
-        behind("contrast", "contrast, ground 16%", ground=0.16),
-        *(behind("tower_try", f"contrast + {name}", rule=rule) for rule, name in tried.items()),
-        behind("tower_try", "learned scorer", rule="learned", weight=10.0),
-        behind("tower_try", "contrast, then short keys after 2 blocks", rule="second", keep=0.37),
-    ]
+def measured(name: str, limit: int, seed: int, only: str, parts: Parts) -> list[dict[str, Any]]:
+    """Rows of one task; the first of a level is what the others are compared with, too."""
+    loaded, tower, Here.context = prepared(TASKS[name])
+    asked_of, clips, tokens = task(name), name == "tiny-video", tower.embeddings.num_patches
+    Here.embed = tower.embeddings.patch_embedding
+    runs, rows = {WHOLE: Run(METHOD, BUDGET, label=WHOLE)}, {}
+    for level in LEVELS[name]:
+        for cell in tries(name):
+            if not re.search(only, cell.label) or not (cell.both or level == LEVELS[name][-1]):
+                continue
+            most = cost(Cell("contrast"), level, loaded, tokens)
+            patches = max(n for n in range(1, level + 1) if cost(cell, n, loaded, tokens) <= most)
+            settings = {"keep": FRAMES * (patches + 1) if clips else patches, **cell.settings}
+            run = Run(f"{cell.method}+{METHOD}", BUDGET, {f"{cell.method}_{key}": value for key, value in settings.items()}, cell.label)
+            runs[run.id] = run
+            rows[run.id] = {"task": name, "tower": cell.label, "level": level, "patches": patches, "flops": cost(cell, patches, loaded, tokens)}
+    hits: dict[str, list[bool]] = {}
+    for first in range(0, limit, BATCH):
+        questions = [asked_of.ask(seed, index) for index in range(first, min(first + BATCH, limit))]
+        Here.texts = [q.text for q in questions]
+        lacking = [run for run in runs.values() if (name, first, run.id) not in parts.found]
+        said = answer(loaded, lacking, questions, asked_of.max_new_tokens) if lacking else {}
+        parts.add(name, first, {key: [right(q, a) for q, a in zip(questions, o.answers, strict=True)] for key, o in said.items()})
+        for run in runs.values():
+            hits.setdefault(run.id, []).extend(parts.found[name, first, run.id])
+    whole, usual = np.array(hits[runs[WHOLE].id]), {}
+    for key, row in rows.items():
+        own = np.array(hits[key])
+        beside = usual.setdefault(row["level"], own)
+        row |= {"accuracy": float(own.mean()), "full": float(whole.mean()), "difference": float(own.mean() - whole.mean())}
+        row["interval"] = statistics.difference_interval(own, whole)
+        row |= {"gain": float(own.mean() - beside.mean()), "gain_interval": statistics.difference_interval(own, beside)}
+    return list(rows.values())
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=508)
+    parser.add_argument("--seed", type=int, default=521, help="stream of questions; one that nothing was chosen on")
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--only", default="", help="regular expression: only tries with such names")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "tower_tries.json")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    scorer()
-    rows = []
-    for task, model in TASKS.items():
-        job = Experiment(task, tuple(cells(task)), model, (args.seed,), args.limit, against=WHOLE)
-        with tempfile.TemporaryDirectory() as folder:
-            result = run_experiment(job, "tower", Path(folder) / "journals", workers=1, timing_rounds=0)
-        for row in result["runs"][1:]:
-            rows.append({"task": task, "tower": row["label"], "accuracy": row["accuracy"], "full": result["runs"][0]["accuracy"]})
-            if row.get("against"):
-                rows[-1] |= {"difference": row["against"]["difference"], "interval": row["against"]["interval"]}
-            print(*rows[-1].values(), flush=True)
-    out = {"benchmark": "tower_tries", "questions": args.limit, "seed": args.seed, "environment": environment(), "results": rows}
-    (HERE / "results" / "tower_tries.json").write_text(json.dumps(out, indent=1) + "\n")
+    out = {"benchmark": "tower_tries", "questions": args.limit, "seed": args.seed, "environment": environment()}
+    parts, rows = Parts(args.out.with_suffix(".parts.jsonl"), out), []
+    for name in args.tasks:
+        rows += measured(name, args.limit, args.seed, args.only, parts)
+        for row in rows:
+            if row["task"] == name:
+                print(*row.values(), flush=True)
+    before = json.loads(args.out.read_text()) if args.out.exists() else {}
+    if out == {key: value for key, value in before.items() if key != "results"}:  # other tasks of the same measurement
+        rows += [row for row in before["results"] if row["task"] not in args.tasks]
+    rows.sort(key=lambda row: list(TASKS).index(row["task"]))
+    args.out.write_text(json.dumps(out | {"results": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

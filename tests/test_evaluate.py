@@ -545,7 +545,7 @@ def test_answers_as_people_write_them(tmp_path: Path) -> None:
 
 
 def test_tasks_say_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown task 'gqa': give tiny, tiny-crowded, tiny-chain, tiny-video, tiny-long, or the path"):
+    with pytest.raises(ValueError, match="unknown task 'gqa': give tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or the path"):
         task("gqa")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no questions"):

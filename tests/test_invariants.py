@@ -138,9 +138,9 @@ def test_greedy_equals_oracle(case: Case, rows: tuple[Row, ...]) -> None:
     inputs, model = FAMILIES[case.family].inputs(rows), case.model()
     plain = untouched(case.family, case.attention, rows)
     with case.attach() as handle:
-        cached = generate(model, inputs, 4)
+        cached = generate(model, inputs)
         choices = choices_of(handle)
-        uncached = generate(model, inputs, 4, use_cache=False)
+        uncached = generate(model, inputs, use_cache=False)
     generated = cached.sequences[:, inputs["input_ids"].shape[1] :]
     assert effect(plain.steps, cached.logits) > VISIBLE
     for step, expected in enumerate(oracle_steps(case, inputs, choices, generated)):

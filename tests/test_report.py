@@ -582,3 +582,30 @@ def test_the_page_opens_with_a_plot_and_the_best_of_each_budget(tmp_path: Path) 
 def test_the_eighth_method_has_a_colour_of_its_own() -> None:
     looks = style.looks({f"method {i}": "duet" for i in range(10)})
     assert len({look.colour for look in looks.values()}) == 10
+
+
+def test_of_many_methods_those_are_named_that_lead_somewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """First whoever is best at a budget, then the second of each; the others are drawn thin, and told to be in the table."""
+    import matplotlib
+
+    def run(label: str, budget: float, accuracy: float, method: str = "duet") -> dict[str, Any]:
+        tokens = {"measured": 9.0, "unreduced": 256.0}
+        return {"label": label, "method": method, "status": "ok", "budget": budget, "accuracy": accuracy, "tokens": tokens}
+
+    shares = {"a": (0.9, 0.1), "b": (0.8, 0.9), "c": (0.7, 0.8), "d": (0.6, 0.2)}
+    rows = [run(label, budget, share) for label, both in shares.items() for budget, share in zip((0.5, 0.1), both, strict=True)]
+    result = {"experiment": {}, "runs": [run("full model", 1.0, 1.0), *rows, run("told", 0.1, 1.0, "oracle")]}
+    for against, wanted in (("a model", ["a", "ab", "abc", "abcd"]), ("d", ["d", "da", "dab", "dabc"])):
+        result["experiment"] = {"against": against}
+        assert ["".join(columns.leaders(result, frozenset({"oracle"}), most)) for most in (1, 2, 3, 9)] == wanted
+
+    monkeypatch.setattr(plots, "MOST", 5)
+    many = made_up()
+    with matplotlib.rc_context(plots.RC):
+        figure = plots.kept_against_tokens(many)
+    assert figure is not None
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    labels = {run["label"] for run in many["runs"][1:] if run["status"] == "ok" and run["method"] not in plots.REFERENCES}
+    named = set(columns.leaders(many, plots.REFERENCES, plots.MOST))
+    assert len(named) == 5 and labels & set(texts) == named
+    assert f"thin and grey: {len(labels - named)} other methods, named in the table" in texts

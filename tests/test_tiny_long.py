@@ -2,16 +2,18 @@
 
 import dataclasses
 import hashlib
+import json
 import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from duet_vlm import tiny
 from duet_vlm.evaluate.tasks import task, usual_model
 from duet_vlm.loading import load as load_by_name
-from duet_vlm.tiny import long
+from duet_vlm.tiny import long, train_long, video
 from duet_vlm.tiny.assets import WORDS
 from duet_vlm.tiny.long_clips import BRIEF, LENGTHS, ROWS, SCENES, SIDE, LongClip, center, long_clip, render
 from duet_vlm.tiny.long_network import LONG_TOKEN, LONG_WORDS, POSITIONS, build_long_model, start_from_clips
@@ -286,3 +288,17 @@ def test_model_and_task_are_found_by_name(loaded):
     item = long.sample("test", 41, seed=3)
     one = asked.ask(3, 41)
     assert (one.id, one.text, one.answers, one.kind) == ("3/41", item.question, (item.answer,), item.kind) and len(one.videos[0]) == 128
+
+
+def test_one_command_trains_and_exports_a_model_that_answers(tmp_path):
+    train_long.main(["--out", str(tmp_path), "--steps", "1", "--fp32"])
+    model, processor = video.load_from(tmp_path / "weights", None)
+    trained = load_file(next((tmp_path / "long").glob("checkpoint-*/model.safetensors")))
+    for key, weight in model.model.state_dict().items():
+        torch.testing.assert_close(weight, trained[f"core.{key}"], rtol=1e-3, atol=1e-6)  # float16 in the file
+    start = long.load()[0].model.language_model.layers[0].mlp.up_proj.weight
+    assert not torch.equal(model.model.language_model.layers[0].mlp.up_proj.weight, start)
+    item = long.sample("validation", 0)
+    inputs = processor(videos=[item.frames], text=long.prompt(item.question), return_tensors="pt")
+    assert model.generate(**inputs).shape[1] > inputs["input_ids"].shape[1]
+    assert json.loads((tmp_path / "weights" / "training_log.json").read_text())["settings"]["steps"] == 1

@@ -16,9 +16,10 @@ from transformers import AttentionInterface
 import duet_vlm
 from duet_vlm.flow.joined import JoinedRun
 from duet_vlm.flow.packed import PackedRun
-from duet_vlm.flow.tower import BatchRun, choose
-from duet_vlm.models.adapter import Encoding
+from duet_vlm.flow.tower import BatchRun, choose, weighing
+from duet_vlm.models.adapter import Encoding, PackedTower
 from duet_vlm.models.find import adapter_for
+from duet_vlm.ops.merge import in_stretches
 from duet_vlm.tower import Merged, TowerReducer, TowerView
 
 SERVED = list(FAMILIES)
@@ -40,6 +41,13 @@ def cells(methods: list[str], contents: bool = False) -> list[Any]:
     """(family, method), or (family, "images" or "clips", method)."""
     items = CONTENT if contents else [(family,) for family in SERVED]
     return [(*item, method) for method in methods for item in items if suits(item[0], method)]
+
+
+def spelled(cell: str) -> tuple[str, dict[str, int]]:
+    """``contrast+duet/3``: with three rows for what leaves."""
+    method, _, rows = cell.partition("/")
+    tower, *behind = method.split("+")
+    return method, {f"{tower}_context" if behind else "context": int(rows)} if rows else {}
 
 
 def rows_of(family: str, content: str) -> list[Any]:
@@ -66,6 +74,7 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def finish(self: Any, output: Any, call: Any) -> Any:
         if call.tower is not None:
             run = call.tower
+            run.content_before = None if isinstance(run, PackedRun) else content_of(self.adapter, call.encoding, run)
             run.history = {max(run.stages): whole_sizes(run)} | cuts.pop(id(run), {})
             if isinstance(run, JoinedRun):  # patches that fill no token leave in front
                 run.history.setdefault(0, torch.zeros(1, run.patches_before).index_fill(1, run.cells.flatten(), 1.0))
@@ -87,6 +96,15 @@ def remembering(cut: Any, cuts: dict[int, Any]) -> Any:
     return cut_and_note
 
 
+def content_of(adapter: Any, encoding: Encoding, run: BatchRun) -> Tensor:
+    """[P, U] bool: units that show more than padding."""
+    real = adapter.real_patches(encoding, len(run.units))
+    real = torch.ones(len(run.units), run.total - run.extra, dtype=torch.bool) if real is None else real.clone()
+    found = real[:, run.cells].any(2)
+    found[:, -1] |= adapter.shows_padding
+    return found
+
+
 def whole_sizes(run: Any) -> Tensor:
     """How many rows each row of the whole tower stands for: [P, rows]; of packed towers [1, rows] in the order of their blocks."""
     if isinstance(run, JoinedRun):
@@ -106,16 +124,30 @@ class Twin:
     def __init__(self, numbers: dict[int, int]) -> None:
         self.numbers = numbers  # of blocks, by the identity of their attention
         self.sizes: dict[int, Tensor] | None = None
+        self.run: Any = None
         self.at = 0
 
-    def reading(self, plain: Any, sizes: dict[int, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def reading(self, plain: Any, run: Any, *args: Any, **kwargs: Any) -> Any:
         if self.sizes is not None:  # one encoder method calls another
             return plain(*args, **kwargs)
-        self.sizes = sizes
+        self.sizes, self.run = run.history, run
         try:
             return plain(*args, **kwargs)
         finally:
-            self.sizes = None
+            self.sizes = self.run = None
+
+    def pool_input(self, stack: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Pre-hook of what runs the blocks."""
+        if self.run is None:
+            return None
+        if args:
+            return (pooled_slowly(args[0], self.run), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, kwargs | {name: pooled_slowly(kwargs[name], self.run)}
+
+    def pool_output(self, embedding: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        """Post-hook of the patch embedding of packed towers."""
+        return None if self.run is None else pooled_slowly(output[None], self.run)[0]
 
     def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any) -> Any:
         assert self.sizes is not None
@@ -133,6 +165,29 @@ class Twin:
         return (weights @ value.repeat_interleave(groups, 1)).transpose(1, 2), None
 
 
+def pooled_slowly(hidden: Tensor, run: Any) -> Tensor:
+    """Rows in front of the first block with the means of what leaves in the places of those that stand for it."""
+    hidden, start = hidden.clone(), 0
+    for picture, (high, wide) in enumerate(run.grids):
+        if isinstance(run, BatchRun):
+            row, rows, read = hidden[picture], [(run.extra + cell).tolist() for cell in run.cells], run.alive()[picture, run.cells[:, 0], 0]
+        else:
+            units = range(start, start + high * wide)
+            packed = [list(range(u * run.unit, (u + 1) * run.unit)) for u in units]
+            row, rows = hidden[0], [run.cells[u].tolist() for u in units] if isinstance(run, JoinedRun) else packed
+            read = run.alive()[0, [some[0] for some in rows], 0]
+            start += high * wide
+        content = [True] * len(rows) if run.content_before is None else run.content_before[picture]
+        gone = [unit for unit in range(high * wide) if content[unit] and not read[unit]]
+        for number in range(run.pooled[picture]):
+            members = [unit for rank, unit in enumerate(gone) if rank * run.pooled[picture] // len(gone) == number]
+            if not members:  # less left than that, beside padding
+                continue
+            mean = sum(row[rows[unit]] for unit in members) / len(members)
+            row[rows[members[(len(members) - 1) // 2]]] = mean
+    return hidden
+
+
 def rows_of_twin(family: str, inputs: Inputs, runs: list[Any]) -> dict[str, list[Tensor]]:
     """Per stream and span the rows of the stock model whose tower does not see what left."""
     model = build(family)
@@ -145,10 +200,15 @@ def rows_of_twin(family: str, inputs: Inputs, runs: list[Any]) -> dict[str, list
             attention = FAMILIES[family].attention(block)
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation_internal = "tower_twin"
+    for part in adapter_for(model).blocks_to_reduce():
+        if isinstance(part, PackedTower):
+            part.module.patch_embed.register_forward_hook(twin.pool_output)
+        else:
+            part.stack.register_forward_pre_hook(twin.pool_input, with_kwargs=True)
     for stream, run in runs:
         name = f"get_{stream}_features"
         plain = getattr(core, name)
-        setattr(core, name, functools.wraps(plain)(functools.partial(twin.reading, plain, run.history)))
+        setattr(core, name, functools.wraps(plain)(functools.partial(twin.reading, plain, run)))
     with duet_vlm.attach(model, "none") as handle:
         forward(model, inputs)
         return by_stream(handle)
@@ -179,6 +239,38 @@ def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(family: str, 
             torch.testing.assert_close(mine[left], twin[left], rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(("family", "kind", "method"), cells(["contrast", "motion+duet_plus"], True))
+def test_what_leaves_is_stood_for_by_the_means_of_its_stretches(family: str, kind: str, method: str, towers: list[Any]) -> None:
+    """Two rows stand for it: survivors are those of a tower that sees these, weighed, and not the rest; only survivors are read."""
+    model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
+    tower, *behind = method.split("+")
+    settings = {f"{tower}_keep": KEEP, f"{tower}_context": 2, "budget": 0.2} if behind else {"keep": KEEP, "context": 2}
+    with duet_vlm.attach(model, method, **settings) as handle:
+        forward(model, inputs)
+        ours, history = by_stream(handle), [span for row in handle.trace for span in row]
+    for _, run in towers:
+        assert run.pooled == tuple(min(2, (high * wide - n) // 2) for (high, wide), n in zip(run.grids, run.counts, strict=True)) != (0,)
+    fed = 8 if family == "video_llava" and kind == "clips" else 0  # CLS rows are tokens there
+    assert sum(len(span.tower.kept) for span in history) == sum(n for _, run in towers for n in run.counts) + fed
+    if behind:  # which rows of the tower enter is the choice of the method behind it
+        return
+    twins = rows_of_twin(family, inputs, towers)
+    for stream, spans in ours.items():
+        for mine, twin in zip(spans, twins[stream], strict=True):
+            left = ~mine[:, 0].isnan()
+            assert 0 < left.sum() < len(left)
+            torch.testing.assert_close(mine[left], twin[left], rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_with_nothing_to_stand_for_the_tower_is_the_stock_one(family: str) -> None:
+    model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, "images"))
+    plain = forward(model, inputs).logits
+    with duet_vlm.attach(model, "contrast+duet_plus", budget=1.0, contrast_context=3):
+        assert torch.equal(forward(model, inputs).logits, plain)
+    assert torch.equal(forward(model, inputs).logits, plain)
+
+
 @pytest.mark.parametrize(("family", "method"), cells([*FRONT, *INSIDE, "contrast+duet_plus", "contrast+frames+duet", "evit+pyramiddrop"]))
 def test_keeping_every_patch_is_bit_equal(family: str, method: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, "images"))
@@ -187,14 +279,16 @@ def test_keeping_every_patch_is_bit_equal(family: str, method: str) -> None:
         assert torch.equal(forward(model, inputs).logits, plain)
 
 
-@pytest.mark.parametrize(("family", "method"), cells(["contrast", "motion", *INSIDE]))
-def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str, method: str, towers: list[Any]) -> None:
+@pytest.mark.parametrize(("family", "cell"), cells([f"{method}+duet_plus" for method in ("contrast", "motion", *INSIDE)] + ["contrast+duet_plus/2"]))
+def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str, cell: str, towers: list[Any]) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([fitting(family, TWO)])
     plain = forward(model, inputs).logits
-    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.2, **{f"{method}_keep": 0.5}) as handle:
+    whole, settings = spelled(cell)
+    method = whole.split("+")[0]
+    with duet_vlm.attach(model, whole, budget=0.2, **{f"{method}_keep": 0.5}, **settings) as handle:
         forward(model, inputs)
         report = handle.report()
-        assert report.observed.vision_flops < (0.95 if method in INSIDE else 0.8) * report.full.vision_flops
+        assert report.observed.vision_flops < (0.95 if method in INSIDE or settings else 0.8) * report.full.vision_flops
         if family in PACKING:  # crops that keep unlike many cost what the largest does
             assert report.predicted.vision_flops < report.observed.vision_flops
         else:
@@ -207,9 +301,10 @@ def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str,
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize(("family", "method"), cells(["random_patches", "key_norm"]))
-def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, method: str) -> None:
+@pytest.mark.parametrize(("family", "cell"), cells(["random_patches", "random_patches/2", "key_norm"]))
+def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, cell: str) -> None:
     """Without mass, whose products are counted with the choice."""
+    method, settings = spelled(cell)
     model, inputs = build(family, "eager"), FAMILIES[family].inputs([(1, Picture(1, 3 if family.startswith("mistral3") else 4, 4), 5)])
     plain, counted = model.model.get_image_features, []
 
@@ -222,7 +317,7 @@ def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, met
     model.model.get_image_features = functools.wraps(plain)(encode)
     costs = []
     for keep in (1.0, 0.5):
-        with duet_vlm.attach(model, method, keep=keep, mass=False) as handle, torch.no_grad():
+        with duet_vlm.attach(model, method, keep=keep, mass=False, **settings) as handle, torch.no_grad():
             forward(model, inputs)
             costs.append(handle.report().observed.vision_flops)
     assert counted[0] == costs[0] and costs[1] < 0.95 * costs[0]
@@ -230,16 +325,18 @@ def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, met
 
 
 TOGETHER = ["contrast", "contrast+duet_plus", "contrast+pyramiddrop", "contrast+frames+duet", "checkerboard", "motion", "rlt+duet_plus"]
+TOGETHER += ["contrast/2", "contrast+duet_plus/3", "rlt+duet/2"]
 TOGETHER += ["pixelprune+duet", "key_norm", "key_norm+duet_plus", "evit+duet", "tome_tower", "tome_tower+duet_plus"]
 
 
 @pytest.mark.parametrize(("family", "kind", "method"), cells(TOGETHER, True))
 def test_a_batch_equals_each_row_alone(family: str, kind: str, method: str) -> None:
     model, rows = shared(family), rows_of(family, kind)
+    method, settings = spelled(method)
     alone = {"contrast", "motion", "key_norm", "tome_tower"}
     budget = 0.5 if method in alone else {"checkerboard": 0.4, "contrast+pyramiddrop": 0.3}.get(method, 0.25)
     plain = forward(model, FAMILIES[family].inputs([TEXT])).logits[0, -1]
-    with duet_vlm.attach(model, method, budget=budget):
+    with duet_vlm.attach(model, method, budget=budget, **settings):
         together = generate(model, FAMILIES[family].inputs(rows))
         for number, row in enumerate(rows):
             alone = generate(model, FAMILIES[family].inputs([row]))
@@ -259,9 +356,13 @@ def test_what_the_user_encodes_himself_is_what_the_stock_model_gives(family: str
 
 
 @pytest.mark.parametrize("family", SERVED)
-@pytest.mark.parametrize(("method", "checkpointing"), [("contrast", False), ("contrast", True), ("key_norm", False), ("tome_tower", False)])
-def test_gradients_pass_through_survivors(family: str, method: str, checkpointing: bool, towers: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("cell", "checkpointing"),
+    [("contrast", False), ("contrast", True), ("contrast/2", False), ("contrast/2", True), ("key_norm", False), ("tome_tower", False)],
+)
+def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing: bool, towers: list[Any]) -> None:
     """With and without recomputation they are the same."""
+    method, context = spelled(cell)
     if not suits(family, method):
         return
     model, inputs = build(family), FAMILIES[family].inputs([fitting(family, TWO)])
@@ -274,11 +375,16 @@ def test_gradients_pass_through_survivors(family: str, method: str, checkpointin
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
-    mass = {f"{method}_mass": not checkpointing or family not in NO_MASK}
-    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **mass) as handle:
+    settings = {f"{method}_mass": not checkpointing or family not in NO_MASK} | {f"{method}_context": rows for rows in context.values()}
+    with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **settings) as handle:
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
-        if checkpointing:
+        assert all(bool(g.isfinite().all()) for g in plain)
+        if checkpointing and context and family in NO_MASK:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            with pytest.raises(ValueError, match="context=2: .* nor does this tower with gradient checkpointing"):
+                gradients()
+        elif checkpointing:
             handle.set(**{f"{method}_mass": True})  # left out by itself where nobody could repeat it
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for a, b in zip(plain, gradients(), strict=True):
@@ -334,6 +440,38 @@ def test_contrast_takes_what_differs_and_hands_on_the_mass() -> None:
     assert chosen.index.tolist() == [[4, 7, 8]] and chosen.size.tolist() == [[1.0, 1.0, 7.0]]  # the ground stands for itself
     plain = choose(duet_vlm.get("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], False)
     assert plain.size.tolist() == [[1.0, 1.0, 1.0]]
+
+
+def test_context_stands_for_what_leaves_in_stretches() -> None:
+    patches = torch.arange(9.0).view(1, 9, 1, 1).repeat(1, 1, 1, 2)
+    patches[0, 4], patches[0, 7] = 50.0, -50.0
+    chosen = choose(duet_vlm.get("contrast")(keep=3, context=2), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
+    assert chosen.counts == (5,) and chosen.pooled == (2,)  # 0 1 2 | 3 5 6 leave, 4 7 8 stay
+    assert chosen.index.tolist() == [[1, 4, 5, 7, 8]] and chosen.unread.tolist() == [[True, False, True, False, False]]
+    assert chosen.size.tolist() == [[3.0, 1.0, 3.0, 1.0, 1.0]]
+    assert chosen.entering(patches[:, :, 0])[0, :, 0].tolist() == pytest.approx([1.0, 50.0, 14 / 3, -50.0, 8.0])
+
+
+def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
+    contrast = duet_vlm.get("contrast")
+    assert weighing(contrast(keep=0.5, context=2, mass=False), True) and not weighing(contrast(keep=0.5, mass=False), True)
+    assert weighing(contrast(keep=0.5), True) and not weighing(contrast(keep=0.5), False)
+    with pytest.raises(ValueError, match="context=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
+        weighing(contrast(keep=0.5, context=2), False)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 12])
+def test_stretches_are_groups_of_one_size(count: int) -> None:
+    gone = torch.rand(20, 12, generator=torch.Generator().manual_seed(count)) < 0.6
+    into = in_stretches(gone, torch.full((20,), count))
+    for mine, row in zip(into.tolist(), gone.tolist(), strict=True):
+        members = [place for place, out in enumerate(row) if out]
+        wanted = list(range(12))
+        for number in range(count):
+            group = [place for rank, place in enumerate(members) if rank * count // len(members) == number]
+            for place in group:
+                wanted[place] = group[(len(group) - 1) // 2]
+        assert mine == wanted
 
 
 def test_ground_is_taken_evenly_from_the_ranks_of_the_rest() -> None:
@@ -462,6 +600,9 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("tome_tower", {"budget": 0.5, "shares": (0, 0)}, r"shares=\(0, 0\): numbers of 0 or more, not all 0"),
         ("pixelprune", {"threshold": -1.0}, "threshold=-1.0: give a finite difference"),
         ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
+        ("contrast", {"budget": 0.2, "context": -1}, "context=-1: a number of rows for what leaves a picture, 0 or more"),
+        ("motion+duet", {"budget": 0.2, "motion_context": -2}, "context=-2: a number of rows"),
+        ("evit", {"budget": 0.2, "context": 2}, "context=2: with evit units leave behind blocks"),
         ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
     ],
 )

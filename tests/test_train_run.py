@@ -240,8 +240,7 @@ def test_a_whole_model_goes_on_from_its_checkpoint(start: Path, tmp_path: Path, 
 WITH_WEIGHTS = ("quecc", "resampler", "vqtoken")
 
 
-@pytest.mark.parametrize("tune", ["full", "projector", "lora"])
-@pytest.mark.parametrize("method", WITH_WEIGHTS)
+@pytest.mark.parametrize(("method", "tune"), [*((method, "full") for method in WITH_WEIGHTS), ("quecc", "projector"), ("resampler", "lora")])
 def test_a_methods_own_weights_learn_and_stay_beside_the_model(method: str, tune: str, start: Path, tmp_path: Path) -> None:
     """And a run that was killed goes on with them: the same files as without the kill."""
     more: dict[str, Any] = {"tune": tune, "method": method, "budget": (0.9, 0.25, 0.5), "lora": {"r": 4} if tune == "lora" else {}}
@@ -260,6 +259,48 @@ def test_a_methods_own_weights_learn_and_stay_beside_the_model(method: str, tune
         assert all(torch.equal(weight, learned[name]) for name, weight in handle.module.state_dict().items())  # type: ignore[union-attr]
     assert duet_vlm.attach(loaded.model, method, budget=0.5, weights=str(tmp_path / "killed" / "checkpoint-6" / BESIDE)).module is not None
     assert not [key for file in out.glob("*model*.safetensors") for key in load_file(file) if "duet_vlm" in key]
+
+
+@pytest.mark.parametrize("method", ["quecc", "resampler", "vqtoken"])
+def test_a_new_module_imitates_means_first(method: str, start: Path, tmp_path: Path) -> None:
+    """Nothing else learns meanwhile, and a run that goes on from a checkpoint does not begin so again."""
+    more: dict[str, Any] = {"method": method, "budget": 4, "settings": {"form": "code", "heads": 4} if method == "vqtoken" else {}}
+    rows: dict[int, Tensor] = {}
+    for steps in (0, 40):
+        chosen = settings(start, tmp_path / str(steps), imitate=steps, tune="projector", **more)
+        trainer, handle = build(chosen)
+        batch = {name: value for name, value in next(iter(trainer.get_eval_dataloader(trainer.train_dataset))).items() if name != "labels"}
+        with handle, torch.no_grad():
+            made = []
+            handle.module.register_forward_hook(lambda module, args, out, made=made: made.append((args[0].float(), out.float())))  # type: ignore[union-attr]
+            trainer.model(**batch)
+            plain = {key: weight for key, weight in trainer.model.state_dict().items()}
+        assert all(torch.equal(weight, plain[key]) for key, weight in load(str(start / "model")).model.state_dict().items())
+        assert all(weight.grad is None for weight in trainer.model.parameters())
+        (features, out), _ = made[0], rows.setdefault(steps, made[0][1])
+        if method != "vqtoken":  # 4 x 4 tokens in windows of 2 x 2
+            mean = features.view(-1, 2, 2, 2, 2, features.shape[-1]).mean((2, 4)).flatten(1, 2)
+            rows[steps] = (out - mean).square().mean() / mean.var((0, 1)).mean()
+    if method == "vqtoken":
+        assert not torch.equal(rows[0], rows[40])
+    else:
+        assert rows[40] < 0.5 * rows[0]
+    killed_after(5, chosen)
+    first = load_file(tmp_path / "40" / "checkpoint-4" / BESIDE)
+    _, handle = build(chosen, tmp_path / "40" / "checkpoint-4")
+    with handle:
+        assert all(torch.equal(weight, first[name]) for name, weight in handle.module.state_dict().items())  # type: ignore[union-attr]
+
+
+def test_who_cannot_imitate_is_told(start: Path, tmp_path: Path) -> None:
+    for changes, said in (
+        ({"method": "duet"}, "imitate: 3: duet has no module"),
+        ({"method": "vqtoken", "settings": {"form": "codebook"}}, "imitate: 3: the module of vqtoken has no weights"),
+        ({"method": "quecc", "settings": {"weights": "some.safetensors"}}, "leave one of them out"),
+        ({"method": "quecc", "imitate": -1}, "imitate: -1: a whole number of steps"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build(settings(start, tmp_path, **{"imitate": 3, **changes}))
 
 
 @pytest.mark.parametrize("method", [*WITH_WEIGHTS, "pool", "adsc"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 
 from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.memory import BESIDE
-from duet_vlm.reducer import EncoderReducer, constant
+from duet_vlm.ops.merge import merged_rows
+from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.tokens import Selection
 
 FORMAT = 1
 
@@ -95,6 +97,11 @@ class Compressor(EncoderReducer):
         ValueError
             Settings that no module of these sizes can have.
         """
+
+    def like(self, view: VisionView, made: Selection) -> Tensor:
+        """What rows that were ``made`` may learn to be like before they learn from answers, [B, K, C]: the means of the tokens each is made of."""
+        assert view.features is not None  # promised
+        return merged_rows(view.features.float(), replace(made, rows=None))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return constant(self, self.keep, tokens, depth, budget)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EMBEDDED = ("tiny", "tiny-chain", "tiny-video", "tiny-long")
+EMBEDDED = ("tiny", "tiny-chain", "tiny-page", "tiny-video", "tiny-long")
 ADAPTER = "adapter_config.json"  # what makes a folder one of PEFT adapters
 
 
@@ -125,9 +125,10 @@ def source(name: str) -> tuple[str, bool]:
     """
     if name in EMBEDDED:
         from duet_vlm import tiny
-        from duet_vlm.tiny import chain, long, video
+        from duet_vlm.tiny import chain, long, page, video
 
-        return str({"tiny": tiny, "tiny-chain": chain, "tiny-video": video, "tiny-long": long}[name].path()), True
+        parts = {"tiny": tiny, "tiny-chain": chain, "tiny-page": page, "tiny-video": video, "tiny-long": long}
+        return str(parts[name].path()), True
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER)):

@@ -85,6 +85,10 @@ class TowerReducer(EncoderReducer):
     mass : bool
         A unit that leaves is counted with the one that is most like it (cosine of patch embeddings, or of keys): in the tower's attention, and
         where tokens are ranked by it, the survivor weighs as many rows as it stands for. Kernels that take no bias (flash attention) go without.
+    context : int
+        Rows that stand for what leaves a picture. In front of the first block the units that leave, line by line, are divided into so many
+        groups of the same size. Each goes through the tower as one unit more, the mean of its members at the place of the middle one, that weighs
+        as many rows as it has members and that nobody reads behind the tower. ``mass`` then plays no part. 0: none.
     """
 
     tower_signals: ClassVar[frozenset[str]] = frozenset()
@@ -94,9 +98,12 @@ class TowerReducer(EncoderReducer):
 
     keep: Keep | None = None
     mass: bool = True
+    context: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.context < 0:
+            raise ValueError(f"context={self.context}: a number of rows for what leaves a picture, 0 or more")
         if self.keep is not None:
             check_keep("keep", self.keep)
             if self.keep == 0:
@@ -147,7 +154,11 @@ class TowerReducer(EncoderReducer):
 
     def pairs(self, units: int, left: int) -> int:
         """How many likenesses of two units a boundary computes that leaves ``left`` of ``units``."""
-        return units * left if self.mass else 0
+        return units * left if self.mass and not self.context else 0
+
+    def pooled(self, units: int, left: int) -> int:
+        """How many units a picture of ``units`` sends through the tower for those that leave it, where ``left`` stay: each stands for two or more."""
+        return min(self.context, (units - left) // 2)
 
 
 def check_after(name: str, after: Sequence[int]) -> None:

@@ -87,7 +87,7 @@ class Said(NamedTuple):
 
 
 @functools.cache
-def untouched(name: str, attention: str, rows: tuple[Row, ...], side: str = "left", new: int = 4) -> Said:
+def untouched(name: str, attention: str, rows: tuple[Row, ...], side: str = "left", new: int = 3) -> Said:
     """What a shared model says while nobody is attached to it; asked once, so that a change that stays behind later is seen."""
     model, inputs = shared(name, attention), FAMILIES[name].inputs(rows, side)
     assert duet_vlm.handle_of(model) is None, "ask before you attach"
@@ -114,7 +114,7 @@ def clips_for(name: str, rows: Sequence[Row] = CLIPS) -> list[Row]:
     return [tuple(item for item in row if isinstance(item, int) or item.frames or FAMILIES[name].mixes) for row in rows]
 
 
-def generate(model: nn.Module, inputs: dict[str, Any], new: int = 4, **options: Any) -> Any:
+def generate(model: nn.Module, inputs: dict[str, Any], new: int = 3, **options: Any) -> Any:
     """generate() with the logits of every step."""
     defaults = {"do_sample": False, "max_new_tokens": new, "return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad():

@@ -147,10 +147,11 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
     blocks = dataclasses.replace(adapter.blocks_to_reduce()[0], read=config["layers"])
     flow = TowerFlow(adapter, stacks)
     stages = stages_of(reducer, [count], [count - sum(leaving)], config["layers"], [count])
+    every = torch.ones(len(given), count, dtype=torch.bool)
     tower = BatchRun(
-        {after: counts * len(given) for after, counts in stages.items()}, ((side, side),) * len(given), extra, reducer.mass, torch.tensor(0),
-        torch.arange(count).expand(len(given), -1), torch.ones(len(given), count, dtype=torch.bool),
-        torch.ones(len(given), count, dtype=torch.bool), torch.ones(len(given), count), torch.arange(count)[:, None], given.shape[1],
+        stages={after: counts * len(given) for after, counts in stages.items()}, grids=((side, side),) * len(given), extra=extra,
+        weighs=reducer.mass, wrong=torch.tensor(0), pooled=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), there=every,
+        read=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
     )  # fmt: skip
     stacks.encoders.append(EncoderCall(Encoding("image"), Rules(reducer, None, 1), tower=tower))
     inside = InsideFlow(flow)

@@ -1,4 +1,4 @@
-"""Something to look at first: the shipped pictures, and a drawn clip where the model takes clips."""
+"""Something to look at first: the shipped pictures, and a drawn clip or page where the model reads those."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from duet_vlm import tiny
 from duet_vlm.loading import Loaded
-from duet_vlm.tiny import long, video
+from duet_vlm.tiny import long, page, video
 
 EACH = 4  # frames of the file that show one step of the clip
 CLIPS: dict[str, Callable[[str, int], video.ClipSample]] = {"tiny-video": video.sample, "tiny-long": long.sample}
@@ -19,6 +19,10 @@ def examples(loaded: Loaded, folder: Path) -> list[tuple[Path, str]]:
     """Files, written to ``folder``, and a question about each."""
     if loaded.name in CLIPS:
         return _clip(folder, CLIPS[loaded.name])
+    if loaded.name == "tiny-page":
+        shown = page.sample("test", 0)
+        shown.image.save(folder / "page.png")
+        return [(folder / "page.png", shown.question)]
     found = []
     for number, item in enumerate(tiny.demo_images()):
         path = folder / f"picture-{number + 1}.png"

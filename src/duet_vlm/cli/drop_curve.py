@@ -21,7 +21,9 @@ OUT = Path("out/drop-curve")
 
 
 def drop_curve(
-    task: Annotated[str, typer.Option("--task", "--tasks", help="tiny, tiny-crowded, tiny-chain, tiny-video, tiny-long, or a .jsonl file.")] = "tiny",
+    task: Annotated[
+        str, typer.Option("--task", "--tasks", help="tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or a .jsonl file.")
+    ] = "tiny",
     model: Annotated[str | None, typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task.")] = None,
     layers: Annotated[
         list[str] | None, typer.Option("--layers", help=f"Layers to measure. {SEVERAL} Default: all, or 12 spread over a deep decoder.")

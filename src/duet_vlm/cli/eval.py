@@ -40,7 +40,9 @@ Texts = list[str] | None
 def evaluate(
     tasks: Annotated[
         Texts,
-        typer.Option("--tasks", "--task", help=f"tiny, tiny-crowded, tiny-chain, tiny-video, tiny-long, or .jsonl files. {SEVERAL} Default: tiny."),
+        typer.Option(
+            "--tasks", "--task", help=f"tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or .jsonl files. {SEVERAL} Default: tiny."
+        ),
     ] = None,
     model: Annotated[
         str | None,

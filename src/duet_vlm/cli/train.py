@@ -42,6 +42,9 @@ def train(
     ] = None,
     schedule: Annotated[Text, typer.Option("--schedule", help="Drops inside the decoder, e.g. '((16, .5), (24, 0.0))'.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")] = None,
+    imitate: Annotated[
+        int | None, typer.Option("--imitate", min=0, help="Steps in which a new module of the method's own first learns to make means of tokens.")
+    ] = None,
     anneal_from: Annotated[
         Text, typer.Option("--anneal-from", help="Begin with this fraction of the tokens and fall to --budget (a fraction too).")
     ] = None,
@@ -74,7 +77,7 @@ def train(
         given: dict[str, Any] = {
             "model": model, "data": [str(path) for path in several_paths(list(map(Path, data or [])))] or None, "images": images, "limit": limit,
             "tune": tune, "method": name, "out": out, "budget": (budgets[0] if len(budgets) == 1 else budgets) if budgets else None,
-            "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "trainer": _arguments(trainer),
+            "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "imitate": imitate, "trainer": _arguments(trainer),
             "settings": kept | settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
         }  # fmt: skip
         settings = settings_from(recipe, config, {name: value for name, value in given.items() if value is not None})

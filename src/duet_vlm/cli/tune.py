@@ -27,7 +27,8 @@ Texts = list[str] | None
 
 def tune(
     data: Annotated[
-        str, typer.Argument(metavar="DATA", help="A .jsonl file, a folder of pictures and clips, or tiny, tiny-chain, tiny-video, tiny-long.")
+        str,
+        typer.Argument(metavar="DATA", help="A .jsonl file, a folder of pictures and clips, or tiny, tiny-chain, tiny-page, tiny-video, tiny-long."),
     ],
     model: Annotated[str | None, typer.Option("--model", "-m", help="'tiny', a local folder, or a hub id. Default: the task's, else tiny.")] = None,
     keep: Annotated[

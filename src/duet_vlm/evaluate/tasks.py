@@ -1,7 +1,7 @@
 """Tasks: streams of questions about pictures or clips, with short answers that can be checked.
 
-``tiny``, ``tiny-crowded``, ``tiny-chain``, ``tiny-video`` and ``tiny-long`` draw their questions (no file, no end); any other name is the path of
-a JSON-lines file.
+``tiny``, ``tiny-crowded``, ``tiny-chain``, ``tiny-page``, ``tiny-video`` and ``tiny-long`` draw their questions (no file, no end); any other name
+is the path of a JSON-lines file.
 """
 
 from __future__ import annotations
@@ -127,6 +127,13 @@ def _chains(seed: int, index: int) -> Question:
     return Question(f"{seed}/{index}", item.images, item.question, (item.answer,), item.kind, item.needed)
 
 
+def _pages(seed: int, index: int) -> Question:
+    from duet_vlm.tiny import page
+
+    item = page.sample("test", index, seed)
+    return Question(f"{seed}/{index}", (item.image,), item.question, (item.answer,), item.kind, item.needed)
+
+
 def _clips(seed: int, index: int) -> Question:
     from duet_vlm.tiny import video
 
@@ -145,6 +152,7 @@ DRAWN: dict[str, Callable[[int, int], Question]] = {
     "tiny": partial(_pictures, False),
     "tiny-crowded": partial(_pictures, True),
     "tiny-chain": _chains,
+    "tiny-page": _pages,
     "tiny-video": _clips,
     "tiny-long": _long,
 }

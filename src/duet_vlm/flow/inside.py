@@ -43,6 +43,8 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
     """Raise where units cannot leave as the method of the tower wants it."""
     tower = reducer.tower
     assert isinstance(tower, TowerReducer)
+    if tower.context and tower.inside:
+        raise ValueError(f"context={tower.context}: with {tower.name} units leave behind blocks, and only what leaves in front of all is stood for")
     for blocks in adapter.blocks_to_reduce():
         depth = depth_of(blocks, adapter, reducer)
         if depth == 0 and tower.inside:
@@ -67,7 +69,8 @@ def leaving(adapter: Adapter, reducer: Reducer, tokens: int, left: int) -> Stage
     if left == tokens or not isinstance(reducer, EncoderReducer) or not isinstance(tower, TowerReducer):
         return ()
     depth = depth_of(adapter.blocks_to_reduce()[0], adapter, reducer)
-    return tuple((after, counts[0]) for after, counts in stages_of(tower, [tokens], [left], depth, [tokens]).items())
+    stages = stages_of(tower, [tokens], [left], depth, [tokens])
+    return tuple((after, counts[0] + tower.pooled(tokens, counts[0])) for after, counts in stages.items())
 
 
 class InsideFlow:

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
-from duet_vlm.flow.packed import PackedRun, known, units_left
-from duet_vlm.flow.tower import TowerFlow, choose, frames_before, in_cells, in_patches, is_flash, recomputes, runs_again
+from duet_vlm.flow.packed import Left, PackedRun, known
+from duet_vlm.flow.tower import TowerFlow, choose, frames_before, in_cells, in_patches, is_flash, recomputes, runs_again, weighing
 from duet_vlm.models.adapter import Blocks, JoinedBlocks, Recorded
 from duet_vlm.ops.ragged import take, take_square
 from duet_vlm.tower import TowerReducer
@@ -29,14 +29,22 @@ class JoinedRun(PackedRun):
 
     cells: Tensor
     patches_before: int
+    entering: Left | None = None  # until its rows are handed over
 
     @property
     def rows(self) -> Tensor:
         """Numbers of the patches that are left."""
         return self.cells[self.left].flatten()
 
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Of the rows of all patches [1, N, D] those that come to the first block, unit by unit [1, R, D]."""
+        left, self.entering = self.entering, None
+        if left is None or not any(left.pooled):
+            return take(hidden, self.rows[None])
+        return left.entering(hidden[0, self.cells].flatten(1)).view(1, -1, hidden.shape[2])
+
     def alive(self) -> Tensor:
-        return self.whole(torch.ones_like(self.row_sizes())[None, :, None])
+        return self.whole(self.read.float().repeat_interleave(self.unit)[None, :, None])
 
     def whole(self, rows: Tensor, dim: int = 1) -> Tensor:
         """Rows that are left, along ``dim``, as those of all: zeros where they are gone."""
@@ -82,7 +90,7 @@ class JoinedFlow(TowerFlow):
         if run is None or call.aside:
             return None
         given = dict(zip(parameters, args, strict=False)) | kwargs
-        given[parameters[0]] = take(given[parameters[0]], run.rows[None])
+        given[parameters[0]] = run.enter(given[parameters[0]])
         given["position_embeddings"] = tuple(table[run.rows] for table in given["position_embeddings"])
         if max(run.stages) == 0:  # else block by block
             given["attention_mask"] = run.mask(given.get("attention_mask"), given[parameters[0]])
@@ -126,9 +134,8 @@ class JoinedFlow(TowerFlow):
         starts = [sum(high * wide for high, wide in sides[:number]) for number in range(len(sides) + 1)]
         numbers = torch.arange(starts[-1], device=device).split([high * wide for high, wide in sides])
         cells = torch.cat([in_cells(some.view(side), cell) for some, side in zip(numbers, sides, strict=True)])
-        weighs = tower.mass and not is_flash(blocks.tower)
-        wrong, counts = torch.zeros((), dtype=torch.long, device=device), tuple(lengths)
-        units, size = torch.arange(len(cells), device=device), torch.ones(len(cells), device=device)
+        weighs = weighing(tower, not is_flash(blocks.tower))
+        left = Left.all(lengths, device)
         if 0 in stages:
             rows = torch.cat([some[:, :high, :wide].flatten(1).t() for some, (high, wide) in zip(call.patches, sides, strict=True)])
             real = pad_sequence([torch.ones(n, cell**2, dtype=torch.bool, device=device) for n in lengths], batch_first=True)
@@ -136,17 +143,17 @@ class JoinedFlow(TowerFlow):
             pixels = None if call.pixels is None else self._pixels(call.pixels, sides, blocks.patch)[cells].flatten(1)[:, None].split(lengths)
             shown = None if pixels is None else pad_sequence(list(pixels), batch_first=True)
             chosen = choose(tower, embedded, real, stages[0], grids, weighs, shown, frames_before(call, spans))
-            counts, wrong = chosen.counts, chosen.wrong
-            if sum(counts) == len(cells):
+            left = Left.of(chosen, lengths)
+            if sum(left.counts) == len(cells):
                 return None
-            units, size = units_left(chosen, lengths)
-        place = torch.arange(len(units), device=device)
+        place = torch.arange(len(left.units), device=device)
         run = JoinedRun(
-            stages, grids, weighs, wrong, units, place, units, size, place, pad_sequence(list(place.split(list(counts))), batch_first=True),
-            known(counts).to(device), lengths, cell**2, cells=cells, patches_before=starts[-1],
+            stages, grids, weighs, left.wrong, left.pooled, left.units, place, left.units, left.size, left.read, place,
+            pad_sequence(list(place.split(list(left.counts))), batch_first=True), known(left.counts).to(device), lengths, cell**2,
+            cells=cells, patches_before=starts[-1], entering=left if 0 in stages else None,
         )  # fmt: skip
         if 0 in stages:
-            run.stages[0], run.passed[0] = counts, units
+            run.stages[0], run.passed[0] = left.counts, left.units
         return run
 
     def _pixels(self, pixels: Tensor, sides: list[tuple[int, int]], patch: int) -> Tensor:

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from duet_vlm.budget import Stages
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
-from duet_vlm.flow.tower import Chosen, Run, TowerFlow, choose, frames_before, is_flash, recomputes, runs_again
+from duet_vlm.flow.tower import Chosen, Run, TowerFlow, choose, frames_before, is_flash, recomputes, runs_again, weighing
 from duet_vlm.models.adapter import PackedTower, Recorded
 from duet_vlm.ops.merge import weighed_means
 from duet_vlm.ops.ragged import take
@@ -44,6 +44,8 @@ class PackedRun(Run):
         Of the same, where they stood when the first block began.
     shown, there : Tensor
         [P, U] where the units of each picture that are left stand in that order, as the method sees them, and which are real.
+    read : Tensor
+        Of each unit that is left, in the order of the blocks, whether it is read behind the tower.
     lengths : list of int
         Units of each picture of the whole row.
     unit : int
@@ -59,10 +61,12 @@ class PackedRun(Run):
     grids: tuple[Grid, ...]
     weighs: bool
     wrong: Tensor
+    pooled: tuple[int, ...]
     units: Tensor
     order: Tensor
     slots: Tensor
     size: Tensor
+    read: Tensor
     place: Tensor
     shown: Tensor
     there: Tensor
@@ -92,7 +96,7 @@ class PackedRun(Run):
         return self.units[self.order[self.place]]
 
     def alive(self) -> Tensor:
-        return self.size.new_zeros(self.total).index_fill(0, self.left, 1.0).repeat_interleave(self.unit)[None, :, None]
+        return self.size.new_zeros(self.total).index_copy(0, self.left, self.read.float()).repeat_interleave(self.unit)[None, :, None]
 
     def whole(self, rows: Tensor) -> Tensor:
         """Rows of the units that came to the first block [K, D] among those of all [U, D], zeros elsewhere."""
@@ -143,7 +147,7 @@ class PackedRun(Run):
         return self.size[self.shown] * self.there
 
     def cut(self, chosen: Chosen, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
-        real = known(chosen.counts).flatten().nonzero()[:, 0].to(hidden.device)
+        real = real_places(chosen)
         flat = self.shown.gather(1, chosen.index).flatten()[real]  # picture by picture, as the method sees them
         stays, seat = flat.sort()
         kept = self.patches(stays)[None]
@@ -152,7 +156,7 @@ class PackedRun(Run):
             units = hidden[0].unflatten(0, (-1, self.unit)).flatten(1)[self.shown]
             merged = weighed_means(units, self.sizes(), chosen.into, chosen.index).flatten(0, 1)[real][seat]
             rows = merged.unflatten(1, (self.unit, -1)).flatten(0, 1)[None]
-        self.place, self.size = self.place[stays], chosen.size.flatten()[real][seat]
+        self.place, self.size, self.read = self.place[stays], chosen.size.flatten()[real][seat], ~chosen.unread.flatten()[real][seat]
         now = torch.empty_like(seat).scatter_(0, seat, torch.arange(len(seat), device=seat.device))
         self.shown = pad_sequence(list(now.split(list(chosen.counts))), batch_first=True)
         self.there = known(chosen.counts).to(hidden.device)
@@ -166,12 +170,43 @@ def known(counts: Sequence[int]) -> Tensor:
     return torch.arange(max(counts), device="cpu") < torch.tensor(counts, device="cpu")[:, None]
 
 
-def units_left(chosen: Chosen, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Numbers of the chosen units among those of all pictures [K], and how many each stands for."""
-    device = chosen.index.device
-    place = known(chosen.counts).flatten().nonzero()[:, 0].to(device)
-    start = torch.tensor([0, *lengths[:-1]], device=device).cumsum(0)
-    return (chosen.index + start[:, None]).flatten()[place], chosen.size.flatten()[place]
+@dataclasses.dataclass(frozen=True)
+class Left:
+    """Units that come to the first block, in raster order: their numbers among those of all pictures, how many each stands for, and whether it is
+    read behind the tower [K]; ``counts`` of each picture, of which ``pooled`` are not read."""
+
+    units: Tensor
+    size: Tensor
+    read: Tensor
+    counts: tuple[int, ...]
+    pooled: tuple[int, ...]
+    wrong: Tensor
+    chosen: Chosen | None = None
+    lengths: tuple[int, ...] = ()
+
+    @classmethod
+    def all(cls, lengths: list[int], device: torch.device) -> Left:
+        every = torch.arange(sum(lengths), device=device)
+        none, counts = torch.zeros((), dtype=torch.long, device=device), tuple(lengths)
+        return cls(every, torch.ones(len(every), device=device), torch.ones_like(every, dtype=torch.bool), counts, (0,) * len(counts), none)
+
+    @classmethod
+    def of(cls, chosen: Chosen, lengths: list[int]) -> Left:
+        place = real_places(chosen)
+        start = torch.tensor([0, *lengths[:-1]], device=place.device).cumsum(0)
+        units, size, read = (x.flatten()[place] for x in (chosen.index + start[:, None], chosen.size, ~chosen.unread))
+        return cls(units, size, read, chosen.counts, chosen.pooled, chosen.wrong, chosen, tuple(lengths))
+
+    def entering(self, units: Tensor) -> Tensor:
+        """Of the rows of all units [U, C] those that come to the first block [K, C]."""
+        if self.chosen is None or self.chosen.into is None:
+            return units[self.units]
+        return self.chosen.entering(pad_sequence(list(units.split(self.lengths)), batch_first=True)).flatten(0, 1)[real_places(self.chosen)]
+
+
+def real_places(chosen: Chosen) -> Tensor:
+    """Which of all places [P * K] hold a unit."""
+    return known(chosen.counts).flatten().nonzero()[:, 0].to(chosen.index.device)
 
 
 class PackedFlow(TowerFlow):
@@ -195,12 +230,12 @@ class PackedFlow(TowerFlow):
                 raise runs_again()
             rows = embed(hidden_states) if 0 in stages else hidden_states
             with torch.no_grad(), compat.without_autocast(rows):
-                run, tables = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw, again)
+                run, tables, entering = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw, again)
             call.tower = run
             if call.aside or run is None:
                 return plain(hidden_states, grid_thw, **kwargs)
-            run.embedded = rows[run.patches(run.units)] if 0 in stages else None
-            del rows
+            run.embedded = entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1]) if 0 in stages else None
+            del rows, entering
             output = plain(hidden_states, grid_thw, **(kwargs | tables))  # the pixels are embedded already
             output.pooler_output = run.whole(output.pooler_output)
             if getattr(output, "deepstack_features", None) is not None:
@@ -251,34 +286,32 @@ class PackedFlow(TowerFlow):
     def _pack(
         self, call: EncoderCall, reducer: TowerReducer, tower: PackedTower, stages: dict[int, tuple[int, ...]], spans: list[tuple[int, ...]],
         rows: Tensor, pixels: Tensor, grid_thw: Tensor, again: bool,
-    ) -> tuple[PackedRun | None, dict[str, Any]]:  # fmt: skip
-        """What goes through the tower (None: all of it), and the tables that belong to it."""
+    ) -> tuple[PackedRun | None, dict[str, Any], Left]:  # fmt: skip
+        """What goes through the tower (None: all of it), the tables that belong to it, and the units that come to the first block."""
         unit, side = tower.unit, round(tower.unit**0.5)
         grids = tuple((h // side, w // side) for t, h, w in call.encoding.sizes for _ in range(t))
         lengths = [high * wide for high, wide in grids]
-        total, device = sum(lengths), rows.device
-        weighs = reducer.mass and not is_flash(tower.module) and not again
-        wrong = torch.zeros((), dtype=torch.long, device=device)
-        counts, flat, size = tuple(lengths), torch.arange(total, device=device), torch.ones(total, device=device)
+        device, left = rows.device, Left.all(lengths, rows.device)
+        weighs = weighing(reducer, not is_flash(tower.module) and not again)
         if 0 in stages:
-            pictures = rows.detach().view(total, unit, -1).split(lengths)
+            pictures = rows.detach().view(-1, unit, rows.shape[1]).split(lengths)
             real = pad_sequence([torch.ones(n, unit, dtype=torch.bool, device=device) for n in lengths], batch_first=True)
             shown = in_frames(pixels, tower, lengths) if "pixels" in reducer.tower_signals else None
             before = frames_before(call, spans)
             chosen = choose(reducer, pad_sequence(list(pictures), batch_first=True), real, stages[0], grids, weighs, shown, before)
-            counts, wrong = chosen.counts, chosen.wrong
-            if sum(counts) == total:
-                return None, {}
-            flat, size = units_left(chosen, lengths)
-        tables, order, slots = tower.tables(grid_thw, flat, counts)
+            left = Left.of(chosen, lengths)
+            if sum(left.counts) == sum(lengths):
+                return None, {}, left
+        tables, order, slots = tower.tables(grid_thw, left.units, left.counts)
         there = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         run = PackedRun(
-            stages, grids, weighs, wrong, flat, order, slots, size[order], torch.arange(len(flat), device=device),
-            pad_sequence(list(there.split(list(counts))), batch_first=True), known(counts).to(device), lengths, unit,
+            stages, grids, weighs, left.wrong, left.pooled, left.units, order, slots, left.size[order], left.read[order],
+            torch.arange(len(order), device=device), pad_sequence(list(there.split(list(left.counts))), batch_first=True),
+            known(left.counts).to(device), lengths, unit,
         )  # fmt: skip
         if 0 in stages:
-            run.stages[0], run.passed[0] = counts, flat
-        return run, tables if 0 in stages else {}
+            run.stages[0], run.passed[0] = left.counts, left.units
+        return run, tables if 0 in stages else {}, left
 
 
 def in_frames(pixels: Tensor, tower: PackedTower, lengths: list[int]) -> Tensor:

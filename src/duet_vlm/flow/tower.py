@@ -21,7 +21,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall, Stacks
 from duet_vlm.flow.verify import checked_counts, checked_merged, checked_units
 from duet_vlm.models.adapter import Adapter, Blocks, Recorded
-from duet_vlm.ops.merge import BLOCK, sizes_of, weighed_means
+from duet_vlm.ops.merge import BLOCK, in_stretches, sizes_of, weighed_means
 from duet_vlm.ops.ragged import pack_right, take, take_square
 from duet_vlm.ops.score import cls_attention, column_attention
 from duet_vlm.parts import left_in_tower
@@ -45,6 +45,8 @@ class Run(ABC):
         What comes behind the blocks sees only what is left, too.
     wrong : Tensor
         The code of what the method returned (flow/verify.py).
+    pooled : tuple of int
+        Units of each picture that stand for what left in front of the blocks, and are not read.
     """
 
     merges_left: ClassVar[bool]
@@ -54,6 +56,7 @@ class Run(ABC):
     extra: int
     weighs: bool
     wrong: Tensor
+    pooled: tuple[int, ...]
 
     @property
     @abstractmethod
@@ -62,8 +65,8 @@ class Run(ABC):
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Units of each picture that are left in the end."""
-        return self.stages[max(self.stages)]
+        """Units of each picture that are left to be read in the end."""
+        return tuple(n - pooled for n, pooled in zip(self.stages[max(self.stages)], self.pooled, strict=True))
 
     @property
     def planned(self) -> list[Stages]:
@@ -111,17 +114,24 @@ class Run(ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Units that stay, as places in what the method was shown: ``index`` [P, K] in its order, of which ``valid`` [P, K] are real; ``size``
-    [P, K] float32, how many units each stands for; ``mask`` [P, U] the same units; ``counts`` of each picture; ``into`` [P, U]: where units
-    merge, which one each joins."""
+    """Units that go on, as places in what the method was shown: ``index`` [P, K] in its order, of which ``valid`` [P, K] are real; ``size``
+    [P, K] float32, how many units each stands for; ``counts`` of each picture, of which ``pooled`` are ``unread`` [P, K] and stand for what left;
+    ``into`` [P, U]: where units merge, which one each joins."""
 
-    mask: Tensor
     index: Tensor
     valid: Tensor
     size: Tensor
     counts: tuple[int, ...]
+    pooled: tuple[int, ...]
+    unread: Tensor
     wrong: Tensor
-    into: Tensor | None = None
+    into: Tensor | None
+
+    def entering(self, units: Tensor) -> Tensor:
+        """Of the rows of all units [P, U, C] in front of the blocks those that go on [P, K, C]."""
+        if self.into is None:
+            return take(units, self.index)
+        return weighed_means(units, torch.ones_like(self.into, dtype=torch.float32), self.into, self.index)
 
 
 def choose(
@@ -169,7 +179,14 @@ def decide(
         mask, wrong = checked_units(tower, picked, view)
     mask = mask | last
     counts = tuple(counts) or tuple(mask.sum(1).tolist())
-    index, valid = pack_right(mask.gather(1, order), max(counts))
+    unread, pooled = torch.zeros_like(mask), (0,) * len(counts)
+    if tower.context:
+        pooled = tuple(tower.pooled(high * wide, n) for (high, wide), n in zip(view.grids, counts, strict=True))
+        groups, gone = torch.tensor(pooled, device=there.device), there & ~mask
+        into = in_stretches(gone, groups)
+        unread = unread.scatter(1, into, gone & (groups > 0)[:, None])
+        counts = tuple(map(sum, zip(counts, pooled, strict=True)))
+    index, valid = pack_right((mask | unread).gather(1, order), max(counts))
     index = order.gather(1, index)
     if into is not None:
         size = torch.zeros_like(size).scatter_add(1, into, size * there).gather(1, index) * valid
@@ -178,7 +195,7 @@ def decide(
         size = sizes_of(metric, mask | ~there, index, valid, size)
     else:
         size = size.gather(1, index) * valid
-    return Chosen(mask, index, valid, size, counts, wrong, into)
+    return Chosen(index, valid, size, counts, pooled, unread.gather(1, index), wrong, into)
 
 
 def mean_of(patches: Tensor, real: Tensor) -> Tensor:
@@ -201,7 +218,8 @@ class BatchRun(Run):
     Attributes
     ----------
     units : Tensor
-        [P, U] numbers of the units that are left, of which ``there`` [P, U] are real, and their ``size`` [P, U] (0 where it is none).
+        [P, U] numbers of the units that are left, of which ``there`` [P, U] are real and ``read`` [P, U] are read behind the tower, and their
+        ``size`` [P, U] (0 where it is none).
     content : Tensor
         [P, U] bool, those that show more than padding, and become tokens.
     cells : Tensor
@@ -217,12 +235,15 @@ class BatchRun(Run):
     extra: int
     weighs: bool
     wrong: Tensor
+    pooled: tuple[int, ...]
     units: Tensor
     there: Tensor
+    read: Tensor
     content: Tensor
     size: Tensor
     cells: Tensor
     total: int
+    entering: Chosen | None = None  # until its rows are handed over
     widths: dict[int, int] = dataclasses.field(default_factory=dict)  # units in the batch since each cut
 
     @property
@@ -244,7 +265,7 @@ class BatchRun(Run):
         return nn.functional.pad(units.repeat_interleave(self.cells.shape[1], 1), (self.extra, 0), value=front)
 
     def alive(self) -> Tensor:
-        return self.whole(self.of_rows(self.there.float(), 1.0)[..., None])[:, self.extra :]
+        return self.whole(self.of_rows((self.there & self.read).float(), 1.0)[..., None])[:, self.extra :]
 
     def whole(self, rows: Tensor, dim: int = 1) -> Tensor:
         """Rows that are left, along ``dim``, as those of the whole tower: zeros where they are gone."""
@@ -302,6 +323,19 @@ class BatchRun(Run):
     def sizes(self) -> Tensor:
         return self.size
 
+    def begin(self, chosen: Chosen) -> None:
+        """Only these units come to the first block."""
+        self.entering = chosen
+        self._go_on(chosen, 0)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Of the rows of the whole tower [P, total, D] those that come to the first block, unit by unit [P, R, D]."""
+        chosen, self.entering = self.entering, None
+        if chosen is None or chosen.into is None:
+            return take(hidden, self.rows)
+        units = chosen.entering(hidden[:, self.extra + self.cells].flatten(2)).unflatten(2, (self.cells.shape[1], -1)).flatten(1, 2)
+        return torch.cat([hidden[:, : self.extra], units], 1)
+
     def cut(self, chosen: Chosen, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
         count = self.cells.shape[1]
         front = torch.arange(self.extra, device=hidden.device).expand(len(hidden), -1)
@@ -313,11 +347,14 @@ class BatchRun(Run):
             units = hidden[:, self.extra :].unflatten(1, (-1, count)).flatten(2)
             merged = weighed_means(units, self.size, chosen.into, chosen.index).unflatten(2, (count, -1)).flatten(1, 2)
             rows = torch.cat([hidden[:, : self.extra], merged], 1)
+        self._go_on(chosen, after)
+        return rows, kept
+
+    def _go_on(self, chosen: Chosen, after: int) -> None:
         self.units, self.content = (x.gather(1, chosen.index) for x in (self.units, self.content))
-        self.there, self.size = chosen.valid, chosen.size
+        self.there, self.read, self.size, self.pooled = chosen.valid, ~chosen.unread, chosen.size, chosen.pooled
         self.widths[after], self.wrong = chosen.index.shape[1], torch.maximum(self.wrong, chosen.wrong)
         self.stages[after] = chosen.counts
-        return rows, kept
 
 
 class TowerFlow:
@@ -369,7 +406,7 @@ class TowerFlow:
         if call.tower is None or call.aside or call.tower.is_stock:  # who calls the encoder himself gets what the stock model gives
             return None
         given = dict(zip(parameters, args, strict=False)) | kwargs
-        given[parameters[0]] = take(given[parameters[0]], call.tower.rows)
+        given[parameters[0]] = call.tower.enter(given[parameters[0]])
         if "attention_mask" in parameters and max(call.tower.stages) == 0:  # else block by block
             given["attention_mask"] = call.tower.mask(given.get("attention_mask"), given[parameters[0]])
         return (), given
@@ -408,10 +445,10 @@ class TowerFlow:
         if self.adapter.shows_padding:  # then the last token of a picture is one, padding or not
             real[:, -1] = True
         every, content = torch.ones_like(real[..., 0]), real.any(2)
-        weighs = tower.mass and takes_bias(blocks, stages, again)
+        weighs = weighing(tower, takes_bias(blocks, stages, again))
         run = BatchRun(
-            stages, (grid,) * pictures, blocks.extra, weighs, torch.zeros((), dtype=torch.long, device=device),
-            torch.arange(total, device=device).expand(pictures, -1), every, content, every.float(), cells, blocks.extra + high * wide,
+            stages, (grid,) * pictures, blocks.extra, weighs, torch.zeros((), dtype=torch.long, device=device), (0,) * pictures,
+            torch.arange(total, device=device).expand(pictures, -1), every, every, content, every.float(), cells, blocks.extra + high * wide,
         )  # fmt: skip
         if max(stages) and again:
             raise runs_again()
@@ -423,7 +460,7 @@ class TowerFlow:
         chosen = choose(tower, rows[:, cells], real, stages[0], [grid] * pictures, weighs, pixels, frames_before(call, spans))
         if min(chosen.counts) == total:
             return None
-        run.cut(chosen, rows[..., :0].new_zeros(pictures, run.total, 0), 0)
+        run.begin(chosen)
         return run
 
 
@@ -445,6 +482,16 @@ def stages_of(
         if staying != arriving:
             stages[after] = arriving = staying
     return stages
+
+
+def weighing(tower: TowerReducer, possible: bool) -> bool:
+    """Whether rows stand for several in the attention; ``possible``: a bias can be handed to it."""
+    if tower.context and not possible:
+        raise ValueError(
+            f"context={tower.context}: rows that stand for what leaves need a bias of the tower's attention, which flash attention does not take, "
+            "nor does this tower with gradient checkpointing: leave context out, or load the tower with attn_implementation='sdpa'"
+        )
+    return possible and (tower.mass or tower.context > 0)
 
 
 def is_flash(tower: Any) -> bool:

@@ -62,6 +62,10 @@ class Resampler(Compressor):
         made = view.module(view.features, places, take(places, found.centre), view.valid)
         return of_all(found.centre, found.valid, view.valid, found.whole, made)
 
+    def like(self, view: VisionView, made: Selection) -> Tensor:
+        """The means of windows: those of all tokens would be one and the same for every row."""
+        return super().like(view, windows_of(view).selection())
+
 
 def of_all(index: Tensor, there: Tensor, valid: Tensor, whole: Tensor, rows: Tensor) -> Selection:
     """Rows [B, K, C] that stand at tokens ``index`` [B, K], of which ``there`` are, each made of all ``valid`` tokens [B, N]; spans that are kept

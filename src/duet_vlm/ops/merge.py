@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import pack_right, take
 from duet_vlm.tokens import Selection
 
 BLOCK = 1024  # rows that look for their nearest at once
@@ -67,8 +67,21 @@ def weighed_means(rows: Tensor, size: Tensor, into: Tensor, index: Tensor) -> Te
     target = into[..., None].expand_as(rows)
     total = torch.zeros_like(rows, dtype=torch.float32).scatter_add(1, target, rows.float() * size[..., None])
     weight, members = (torch.zeros_like(size).scatter_add(1, into, x) for x in (size, torch.ones_like(size)))
-    means = take(total, index) / weight.gather(1, index)[..., None]
+    means = take(total, index) / weight.gather(1, index).clamp(min=torch.finfo(torch.float32).tiny)[..., None]  # 0: not a row that is left
     return torch.where(members.gather(1, index)[..., None] > 1, means.to(rows.dtype), take(rows, index))
+
+
+def in_stretches(gone: Tensor, count: Tensor) -> Tensor:
+    """Rows in groups: those that are ``gone`` [B, N] bool, in order, in ``count`` [B] groups of the same size (but for one) -> [B, N] long, the place
+    of the middle one of each one's group; of the others, and where ``count`` is 0, their own place. No group is empty unless there are fewer rows.
+    """
+    own = torch.arange(gone.shape[1], device=gone.device).expand(gone.shape)
+    total, count = gone.sum(1, keepdim=True).clamp(min=1), count[:, None]
+    group = (gone.cumsum(1) - 1).clamp(min=0) * count // total
+    first, end = (-(-(group + more) * total // count.clamp(min=1)) for more in (0, 1))
+    order, _ = pack_right(gone, gone.shape[1])
+    middle = order.gather(1, ((first + end - 1) // 2).clamp(0, gone.shape[1] - 1))
+    return torch.where(gone & (count > 0), middle, own)
 
 
 def merged_rows(features: Tensor, selection: Selection) -> Tensor:

@@ -12,9 +12,10 @@ True
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["DemoImage", "Sample", "demo_images", "load", "path", "prompt", "sample", "samples"]
 
 _HERE = Path(__file__).parent
+Drawn = TypeVar("Drawn")
 _TRIES = 16  # scenes looked at for one question; a scene does not offer every kind
 
 
@@ -134,9 +136,14 @@ def samples(split: str, n: int, seed: int = 0, crowded: bool = False) -> list[Sa
     crowded : bool
         The harder stream, see :func:`sample`.
     """
+    return first(n, lambda index: sample(split, index, seed, crowded))
+
+
+def first(n: int, drawn: Callable[[int], Drawn]) -> list[Drawn]:
+    """Numbers 0 to ``n`` - 1 of a stream."""
     if n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
-    return [sample(split, i, seed, crowded) for i in range(n)]
+    return [drawn(index) for index in range(n)]
 
 
 def demo_images() -> list[DemoImage]:

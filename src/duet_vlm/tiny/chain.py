@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import load_from
+from . import first, load_from
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,6 +96,4 @@ def sample(split: str, index: int, seed: int = 0) -> ChainSample:
 
 def samples(split: str, n: int, seed: int = 0) -> list[ChainSample]:
     """The first ``n`` samples of a stream; splits are disjoint by construction."""
-    if n < 0:
-        raise ValueError(f"n must be 0 or more, got {n}")
-    return [sample(split, i, seed) for i in range(n)]
+    return first(n, lambda index: sample(split, index, seed))

@@ -53,7 +53,7 @@ def _colors(n: int, rng: np.random.Generator) -> list[int]:
     return [int(c) for c in rng.permutation([*order, *order[:pairs]])]
 
 
-def _thing(cell: tuple[int, int], shape: int, color: int, kind: int, split: str, rng: np.random.Generator) -> Thing:
+def thing_in(cell: tuple[int, int], shape: int, color: int, kind: int, split: str, rng: np.random.Generator) -> Thing:
     """A thing with its tag (kind 0 none, 1 digit, 2 word) somewhere in a cell."""
     value = int(rng.integers(10 if kind == 1 else len(WORDS)))
     below = bool(rng.random() < 0.5)
@@ -85,5 +85,5 @@ def grid_scene(split: str, seed: int, index: int, side: int = SIDE) -> GridScene
     cells = [(top + int(c) // side, left + int(c) % side) for c in rng.permutation(side * side)]
     colors = _colors(len(shapes), rng)
     kinds = rng.choice(3, len(shapes), p=TAGS)
-    things = tuple(_thing(c, s, k, int(t), split, rng) for c, s, k, t in zip(cells, shapes, colors, kinds, strict=True))
+    things = tuple(thing_in(c, s, k, int(t), split, rng) for c, s, k, t in zip(cells, shapes, colors, kinds, strict=True))
     return GridScene(split, seed, index, things, count, group, cells=tuple(cells), side=side)

@@ -16,7 +16,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .video import ClipSample, load_from, prompt
+from . import first
+from .video import ClipSample, load_from, prompt, shown
 
 if TYPE_CHECKING:
     import torch
@@ -48,20 +49,15 @@ def sample(split: str, index: int, seed: int = 0) -> ClipSample:
         "train", "validation" or "test".
     index, seed : int
     """
-    from PIL import Image
-
     from .long_clips import LENGTHS, long_clip, render
     from .long_questions import KINDS, question
 
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")
     drawn = long_clip(split, seed, index, LENGTHS[index // TURN % len(LENGTHS)])
-    asked = question(drawn, KINDS[index % len(KINDS)], drawn.generator(2))
-    return ClipSample(tuple(Image.fromarray(frame) for frame in render(drawn)), asked.text, asked.answer, asked.kind, asked.needed)
+    return shown(render(drawn), question(drawn, KINDS[index % len(KINDS)], drawn.generator(2)))
 
 
 def samples(split: str, n: int, seed: int = 0) -> list[ClipSample]:
     """The first ``n`` samples of a stream; splits are disjoint by construction."""
-    if n < 0:
-        raise ValueError(f"n must be 0 or more, got {n}")
-    return [sample(split, i, seed) for i in range(n)]
+    return first(n, lambda index: sample(split, index, seed))

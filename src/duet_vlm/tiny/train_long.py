@@ -6,35 +6,21 @@ last checkpoint, exactly. The schedule counts steps, never seconds.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from .long_clips import LENGTHS, SIDE
 from .long_network import LONG_WORDS, POSITIONS, build_long_model
-from .recipe.command import parsed, parser, thinned, write
 from .recipe.long import LongStage
-from .recipe.stages import curve, fit, weights
+from .recipe.one_stage import OneStage
+from .video_processor import TinyVideoProcessor, build_video_processor
 
 STEPS = 1500
 
 
-def export(folder: Path, target: Path, settings: dict) -> None:
-    """Write the model that the stage left in ``folder``, its processor and the training log to ``target``."""
-    from .video_processor import build_video_processor
-
-    model, trained = build_long_model(), weights(folder)
-    model.model.load_state_dict({name.removeprefix("core."): value for name, value in trained.items() if name.startswith("core.")})
-    write(model, build_video_processor(SIDE, LONG_WORDS, LENGTHS[0], POSITIONS), target, settings=settings, curve=thinned(curve(folder)))
+def processor() -> TinyVideoProcessor:
+    """Reads small frames, and the words of this task."""
+    return build_video_processor(SIDE, LONG_WORDS, LENGTHS[0], POSITIONS)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line."""
-    options = parser("duet_vlm.tiny.train_long", __doc__, "out/tiny-long")
-    options.add_argument("--steps", type=int, default=STEPS)
-    args, settings = parsed(options, argv)
-    if not args.export_only:
-        fit(LongStage(args.seed, args.steps, not args.fp32), args.out / "long")
-    export(args.out / "long", args.out / "weights", settings)
-
+main = OneStage("duet_vlm.tiny.train_long", __doc__, STEPS, LongStage, build_long_model, processor)
 
 if __name__ == "__main__":
     main()

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import first
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
     from PIL import Image
     from transformers import VideoLlavaForConditionalGeneration
 
+    from .clips_questions import ClipQuestion
+    from .long_questions import LongQuestion
     from .video_processor import TinyVideoProcessor
 
 __all__ = ["ClipSample", "load", "path", "prompt", "sample", "samples"]
@@ -83,20 +87,22 @@ def sample(split: str, index: int, seed: int = 0) -> ClipSample:
         "train", "validation" or "test".
     index, seed : int
     """
-    from PIL import Image
-
     from .clips import clip, render
     from .clips_questions import KINDS, question
 
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")
     drawn = clip(split, seed, index)
-    asked = question(drawn, KINDS[index % len(KINDS)], drawn.generator(2))
-    return ClipSample(tuple(Image.fromarray(frame) for frame in render(drawn)), asked.text, asked.answer, asked.kind, asked.needed)
+    return shown(render(drawn), question(drawn, KINDS[index % len(KINDS)], drawn.generator(2)))
+
+
+def shown(pixels: np.ndarray, asked: ClipQuestion | LongQuestion) -> ClipSample:
+    """A clip (frames, height, width, 3) with a question about it."""
+    from PIL import Image
+
+    return ClipSample(tuple(map(Image.fromarray, pixels)), asked.text, asked.answer, asked.kind, asked.needed)
 
 
 def samples(split: str, n: int, seed: int = 0) -> list[ClipSample]:
     """The first ``n`` samples of a stream; splits are disjoint by construction."""
-    if n < 0:
-        raise ValueError(f"n must be 0 or more, got {n}")
-    return [sample(split, i, seed) for i in range(n)]
+    return first(n, lambda index: sample(split, index, seed))

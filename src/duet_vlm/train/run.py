@@ -18,6 +18,7 @@ from duet_vlm.train import resume
 from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
 from duet_vlm.train.collate import IGNORED, Collator
 from duet_vlm.train.data import conversations
+from duet_vlm.train.imitate import imitate
 from duet_vlm.train.settings import Settings
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -122,16 +123,20 @@ def build(settings: Settings, checkpoint: Path | None = None) -> tuple[Trainer, 
     model = tuned(loaded.model, settings)
     budget = settings.budgets[-1] if settings.budgets else None
     marked = loaded.processor if settings.settings.get("text_query") == "salient" else None
+    collator = Collator(loaded.processor, settings.prompts, settings.max_length)
+    begins = imitate(model, settings, args, data, collator) if settings.imitate and checkpoint is None else None
     handle = attach(model, settings.method, budget=budget, processor=marked, **settings.settings)
     try:
         if checkpoint is not None and handle.module is not None:
             handle.load_weights(checkpoint)
+        elif begins is not None and handle.module is not None:
+            handle.module.load_state_dict(begins)
         trainer = ConversationTrainer(
             model=model,
             args=args,
             train_dataset=data,
             eval_dataset=held_out,
-            data_collator=Collator(loaded.processor, settings.prompts, settings.max_length),
+            data_collator=collator,
             processing_class=loaded.processor,
             callbacks=[RememberCallback(handle), FrozenTowerCallback(), ProgressCallback(), BudgetCallback(handle, settings)],
         )

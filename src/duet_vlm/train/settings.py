@@ -59,6 +59,9 @@ class Settings:
         ... which is reached at this share of the steps.
     settings : dict
         Settings of the method.
+    imitate : int
+        Of a method with weights of its own: steps before the run in which the new module alone learns to make means of tokens, which the
+        decoder can read already.
     out : str
         Folder for checkpoints, logs and the trained model.
     trainer : dict
@@ -83,6 +86,7 @@ class Settings:
     anneal_from: float | None = None
     anneal_until: float = 0.5
     settings: Mapping[str, Any] = field(default_factory=dict)
+    imitate: int = 0
     out: str = "out/train"
     trainer: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,6 +110,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: {value!r}: a whole number, at least 1")
+        if not isinstance(self.imitate, int) or self.imitate < 0:
+            raise ValueError(f"imitate: {self.imitate!r}: a whole number of steps, 0 for none")
+        if self.imitate and self.settings.get("weights") is not None:
+            raise ValueError("imitate: a new module imitates means, and settings.weights names a trained one: leave one of them out")
         if not self.data:
             raise ValueError("data: nothing to train on: name JSON files of conversations, or 'tiny'")
         if self.train_vision and self.tune != "full":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 from duet_vlm.evaluate.source import CHANGED, unclean
@@ -236,6 +237,18 @@ def best(result: dict[str, Any], references: frozenset[str]) -> list[tuple[str, 
         if known is None or (run["accuracy"], -run["tokens"]["measured"]) > (known["accuracy"], -known["tokens"]["measured"]):
             found[budget(run["budget"])] = run
     return list(found.items())
+
+
+def leaders(result: dict[str, Any], references: frozenset[str], most: int) -> list[str]:
+    """Labels of up to ``most`` methods: the one that others are compared with, those that keep the most at one of the budgets, then the second
+    of each, and so on."""
+    groups: dict[str, list[Run]] = {}
+    for run in ordered(result)[1:]:
+        if run["status"] == "ok" and run["method"] not in references:
+            groups.setdefault(budget(run["budget"]), []).append(run)
+    ranked = [sorted(runs, key=lambda run: (-run["accuracy"], run["tokens"]["measured"])) for runs in groups.values()]
+    labels = [run["label"] for rank in zip_longest(*ranked) for run in rank if run]
+    return list(dict.fromkeys([label for label in labels if label == reference(result)] + labels))[:most]
 
 
 def refusal(run: Run) -> str:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from duet_vlm.evaluate.curve import curve_of
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.columns import Run, at
-from duet_vlm.evaluate.report.style import Look, apart, looks, plain
-from duet_vlm.palette import GRID, GROUND, INK, MUTED, RC
+from duet_vlm.evaluate.report.style import FLOORS, ORACLE, Look, apart, looks, plain
+from duet_vlm.palette import COLOURS, GRID, GROUND, INK, MUTED, RC
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 AREA, LEFT, BETWEEN, LETTER, LINE = 5.4, 0.7, 0.62, 0.073, 0.185
 NEAR = 3.0  # percentage points around the full model within which the scale is about linear
 WIDTH = 8.6  # of a plot, at least
+REFERENCES, MOST = FLOORS | {ORACLE}, len(COLOURS)  # methods that are named have a colour of their own; the others are in the table
 PIXELS = 160  # per inch, of the PNG
 # ticks, the roundest first; less round ones only until there are enough
 STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7, 9, 1.2, 2.5)), 10
@@ -131,19 +132,25 @@ def _lines(
             series.setdefault(run["label"], []).append(found)
     if not series:
         return None
-    longest = max(len(plain(label)) for label in series)
-    figure, axes = _figure(max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(series)))
+    told = {*columns.leaders(result, REFERENCES, MOST), *(label for label in series if methods[label] in REFERENCES)} & series.keys()
+    longest = max(len(plain(label)) for label in told)
+    figure, axes = _figure(max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(told)))
     _scales(axes, [anchor[0], *(p[i] for s in series.values() for p in s for i in range(3))], [anchor[1], *_heights(series)], anchor[1])
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.axhline(anchor[1], color=INK, lw=0.8, zorder=1)
     axes.plot(*anchor, marker="D", ms=6, color=INK, mec=GROUND, mew=0.8, zorder=5, clip_on=False)
     axes.annotate("full model", anchor, xytext=(2, 6), textcoords="offset points", fontsize=8.5, color=INK)
-    styles = looks(methods)
+    styles = looks({label: methods[label] for label in series if label in told})
     ends = []
     for label, points in series.items():
-        _line(axes, points, styles[label])
-        ends.append((label, points[-1][0], points[-1][3]))
+        if label in told:
+            _line(axes, points, styles[label])
+            ends.append((label, points[-1][0], points[-1][3]))
+        else:
+            axes.plot([p[0] for p in points], [p[3] for p in points], color=MUTED, lw=0.8, alpha=0.3, zorder=1.5)
+    if others := len(series) - len(told):
+        axes.text(0.01, 0.01, f"thin and grey: {others} other methods, named in the table", transform=axes.transAxes, fontsize=8.5, color=MUTED)
     _names(figure, axes, ends, styles)
     return figure
 
