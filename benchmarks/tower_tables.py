@@ -12,6 +12,7 @@ from typing import Any
 from duet_vlm.evaluate.report.markdown import table
 from duet_vlm.loading import load
 from duet_vlm.measure.flops import vision_flops
+from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.find import adapter_for
 from duet_vlm.tiny.network import VISUAL_TOKENS
 
@@ -54,9 +55,15 @@ def roofline() -> str:
 
 
 @functools.cache
+def tower_of(model: str) -> VisionShape:
+    """The tower of an embedded model."""
+    return adapter_for(load(model).model).vision_shape().read()
+
+
+@functools.cache
 def flops_of(label: str, model: str, tokens: int) -> str:
     """What the tower of an embedded model needs for a picture or a frame of ``tokens``, of what it needs for the whole one."""
-    shape, share, rows = adapter_for(load(model).model).vision_shape().read(), re.search(r"(\d+)%", label), re.search(r"context of (\d+)", label)
+    shape, share, rows = tower_of(model), re.search(r"(\d+)%", label), re.search(r"context of (\d+)", label)
     stages = () if share is None else ((0, tokens * int(share[1]) // 100 + (int(rows[1]) if rows else 0)),)
     return f"{vision_flops(shape, tokens, None, stages) / vision_flops(shape, tokens):.1%}"
 

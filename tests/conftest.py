@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import sys
@@ -63,22 +64,38 @@ EVERY = (  # tests that the default tier runs on the other families, too: one ce
 # methods that the default tier runs under eager attention and with renumbered positions, too: one of each shape
 SHAPES = ("none", "duet", "duet_plus", "fastv", "frames+visionzip+pyramiddrop", "prumerge", "tokencarve", "visionzip")
 CELLS = ("none", "duet", "fastv")  # and the methods that it runs on them
+BEHIND = (  # tests of what comes behind the prompt: of methods that stay out of the decoder, too, one of each shape tells it all
+    "test_beam_search_equals_oracle",
+    "test_sampling_equals_oracle",
+    "test_paused_is_bit_equal_and_resumes",
+    "test_order_of_the_batch_does_not_matter",
+)
+
+
+@functools.cache
+def only_in_front(method: str) -> bool:
+    """Whether a method has nothing to do inside the decoder."""
+    cls = duet_vlm.methods().get(method.rpartition("+")[2])
+    return cls is not None and not issubclass(cls, duet_vlm.DecoderReducer)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow are tests of further families but for the cells named above (sdpa, kept positions, left padding), and of the usual ones those of
-    methods whose shape another one has, but for that cell."""
+    """Slow are tests of further families but for the cells named above (sdpa, kept positions, left padding); of the usual ones those of
+    methods whose shape another one has, but for that cell, and where the decoder alone is asked (on llava_gqa, which is llava but for that, and
+    ``BEHIND`` the prompt) those that stay out of it."""
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {})
         case = values.get("case")
         family = getattr(case, "family", values.get("family"))
         if family is None:
             continue
+        attention, positions, method, side = cell = [getattr(case, name, values.get(name)) for name in ("attention", "positions", "method", "side")]
         if family in USUAL:
-            if case is not None and case.method not in SHAPES and (case.attention, case.positions) != ("sdpa", "keep"):
+            other = attention not in ("sdpa", None) or positions not in ("keep", None)
+            here = family == "llava_gqa" or getattr(item, "originalname", "") in BEHIND
+            if method is not None and method not in SHAPES and (other or (here and only_in_front(str(method)))):
                 item.add_marker(pytest.mark.slow)
             continue
-        cell = [getattr(case, name, values.get(name)) for name in ("attention", "positions", "method", "side")]
         usual = (("sdpa", None), ("keep", None), (*CELLS, None), ("left", None))
         ordinary = all(value in allowed for value, allowed in zip(cell, usual, strict=True))
         if getattr(item, "originalname", "") not in EVERY or not ordinary:

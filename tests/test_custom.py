@@ -137,15 +137,18 @@ def test_every_combination_chooses_as_planned(scorer: str, selector: str) -> Non
                 assert not any(found.values())
 
 
+PAIRED = tuple(family for family in FIRST if family != "llava_gqa")  # which has the tower and the projector of llava
+
+
 @pytest.mark.parametrize(("selector", "merger"), list(itertools.product(SELECTORS, MERGERS)))
-@pytest.mark.parametrize("family", FIRST)
+@pytest.mark.parametrize("family", PAIRED)
 def test_every_pair_in_a_model(family: str, selector: str, merger: str) -> None:
     """Budgets exact, predictions measured, a row of a batch as alone, nothing left behind; scorers, schedules and what is compared take turns."""
     check_in_a_model(family, selector, merger)
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FIRST])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in PAIRED])
 def test_some_on_every_family(family: str, selector: str) -> None:
     check_in_a_model(family, selector, list(MERGERS)[list(SELECTORS).index(selector) % len(MERGERS)])
 

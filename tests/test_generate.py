@@ -123,6 +123,7 @@ def test_a_finished_file_is_not_asked_again_and_other_settings_are_refused(data:
     assert "remove" in call(data, out, "--restart").stderr
 
 
+@pytest.mark.slow  # the default tier has the test below, whose second start is one that nobody kills
 @pytest.mark.parametrize("world", [2, 3])
 def test_under_accelerate(data: Path, tmp_path: Path, alone: list[dict[str, Any]], world: int) -> None:
     pytest.importorskip("accelerate")
@@ -132,7 +133,7 @@ def test_under_accelerate(data: Path, tmp_path: Path, alone: list[dict[str, Any]
     assert rows(out) == alone and recorded(out) == list(range(6)) and len(list(Path(f"{out}.parts").glob("*.jsonl"))) == world
 
 
-@pytest.mark.parametrize(("world", "again"), [(3, 2), pytest.param(2, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("world", "again"), [(2, 2), pytest.param(3, 2, marks=pytest.mark.slow), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_under_accelerate(data: Path, tmp_path: Path, world: int, again: int) -> None:
     """SIGKILL to the last rank in mid-run: the launcher gives up, and the next start asks only what nobody had recorded."""
     pytest.importorskip("accelerate")

@@ -31,13 +31,14 @@ def effect(a: Any, b: Any) -> float:
 @pytest.mark.parametrize(("method", "settings"), KEEP_ALL, ids=str)
 def test_keeping_every_token_is_bit_equal(family: str, attention: str, method: str, settings: dict[str, Any]) -> None:
     model = shared(family, attention)
-    for rows, side in (((TWO,), "left"), (MIXED, "right"), (MIXED, "left")):
+    for rows, side, writes in (((TWO,), "left", True), (MIXED, "right", False), (MIXED, "left", True)):
         plain, inputs = untouched(family, attention, rows, side), FAMILIES[family].inputs(rows, side)
         with duet_vlm.attach(model, method, **settings):
-            kept, written = forward(model, inputs), generate(model, inputs)
-        assert torch.equal(plain.logits, kept.logits)
-        assert torch.equal(plain.sequences, written.sequences)
-        assert all(torch.equal(a, b) for a, b in zip(plain.steps, written.logits, strict=True))
+            assert torch.equal(plain.logits, forward(model, inputs).logits)
+            if writes:
+                written = generate(model, inputs)
+                assert torch.equal(plain.sequences, written.sequences)
+                assert all(torch.equal(a, b) for a, b in zip(plain.steps, written.logits, strict=True))
 
 
 @matrix()
@@ -73,28 +74,26 @@ def surviving_logits(logits: Tensor, slots: Tensor, sample: int) -> tuple[list[i
     return slots[sample][real].tolist(), logits[sample][real]
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @matrix()
-def test_padded_row_equals_row_alone(case: Case, side: str) -> None:
+def test_padded_row_equals_row_alone(case: Case) -> None:
     family, model = FAMILIES[case.family], case.model()
-    batch = family.inputs(RAGGED, side)
     with case.attach() as handle:
-        together = forward(model, batch).logits
-        slots, traces = handle.slots, handle.trace
-        for sample, row in enumerate(RAGGED):
-            pad = int((batch["attention_mask"][sample] == 0).sum()) if side == "left" else 0
-            places, logits = surviving_logits(together, slots, sample)
-            alone = family.inputs([row])
-            expected = forward(model, alone).logits
-            if row is TEXT:
-                assert [p - pad for p in places] == list(range(alone["input_ids"].shape[1]))
-                torch.testing.assert_close(logits, expected[0], **CLOSE)
-                continue
-            assert alive(traces[sample]) == alive(handle.trace[0])
-            assert [span.merged for span in traces[sample]] == [span.merged for span in handle.trace[0]]
-            alone_places, alone_logits = surviving_logits(expected, handle.slots, 0)
-            assert [p - pad for p in places] == alone_places
-            torch.testing.assert_close(logits, alone_logits, **CLOSE)
+        alone = [(forward(model, family.inputs([row])).logits, *((None, None) if row is TEXT else (handle.slots, handle.trace))) for row in RAGGED]
+        for side in ("left", "right"):
+            batch = family.inputs(RAGGED, side)
+            together = forward(model, batch).logits
+            for sample, (expected, slots, trace) in enumerate(alone):
+                pad = int((batch["attention_mask"][sample] == 0).sum()) if side == "left" else 0
+                places, logits = surviving_logits(together, handle.slots, sample)
+                if slots is None:
+                    assert [p - pad for p in places] == list(range(expected.shape[1]))
+                    torch.testing.assert_close(logits, expected[0], **CLOSE)
+                    continue
+                assert alive(handle.trace[sample]) == alive(trace[0])
+                assert [span.merged for span in handle.trace[sample]] == [span.merged for span in trace[0]]
+                alone_places, alone_logits = surviving_logits(expected, slots, 0)
+                assert [p - pad for p in places] == alone_places
+                torch.testing.assert_close(logits, alone_logits, **CLOSE)
 
 
 @matrix(attention=("sdpa",))
@@ -132,7 +131,7 @@ def beams_equal_oracle(case: Case, rows: tuple[Row, ...], new: int) -> None:
     torch.testing.assert_close(uncached.sequences_scores, cached.sequences_scores, **CLOSE)
 
 
-@pytest.mark.parametrize("rows", [(ONE,), (TWO,), RAGGED], ids=["one", "two", "ragged"])
+@pytest.mark.parametrize("rows", [(TWO,), RAGGED], ids=["two", "ragged"])
 @matrix()
 def test_greedy_equals_oracle(case: Case, rows: tuple[Row, ...]) -> None:
     inputs, model = FAMILIES[case.family].inputs(rows), case.model()
@@ -155,7 +154,7 @@ def test_greedy_equals_oracle(case: Case, rows: tuple[Row, ...]) -> None:
 def test_forward_equals_oracle(case: Case, use_cache: bool, side: str) -> None:
     """Every surviving row, not only the last; without a cache the kept positions have gaps (packed-sequence trap)."""
     model = case.model()
-    for rows in ((TWO,), RAGGED):
+    for rows in ((TWO,), RAGGED) if side == "left" else (RAGGED,):  # a row by itself is not padded
         inputs = FAMILIES[case.family].inputs(rows, side)
         with case.attach() as handle:
             logits = forward(model, inputs, use_cache=use_cache).logits
@@ -181,7 +180,7 @@ def test_official_presets_equal_oracle(family: str, method: str) -> None:
 
 @matrix(attention=("sdpa",))
 def test_beam_search_equals_oracle(case: Case) -> None:
-    beams_equal_oracle(case, RAGGED, 4)
+    beams_equal_oracle(case, RAGGED, 3)
 
 
 @matrix(attention=("sdpa",))

@@ -21,8 +21,10 @@ from safetensors.torch import load_file
 from test_train_data import ID, IMAGE, LLAVA, chat, text, tokenizer
 from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaProcessor, TrainerCallback
+from typer.testing import CliRunner
 
 import duet_vlm
+from duet_vlm.cli.main import app
 from duet_vlm.compressor import BESIDE
 from duet_vlm.loading import load
 from duet_vlm.train import resume
@@ -219,9 +221,8 @@ def test_a_real_kill_costs_nothing_but_time(start: Path, uninterrupted: bytes, t
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     assert first.wait() == -signal.SIGKILL and not resume.finished(tmp_path / "out")
-    command[2] = "from duet_vlm.cli.main import app\napp()"
-    second = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert second.returncode == 0, second.stderr
+    second = CliRunner().invoke(app, command[3:])
+    assert second.exit_code == 0, second.stderr
     assert f"trained: {tmp_path / 'out'}" in second.stdout and "step 1 of 6" not in second.stdout and "step 6 of 6" in second.stdout
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == uninterrupted
 
