@@ -301,12 +301,14 @@ def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str,
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.parametrize(("family", "cell"), cells(["random_patches", "random_patches/2", "key_norm"]))
-def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, cell: str) -> None:
+@pytest.mark.parametrize(("family", "kind", "cell"), cells(["random_patches", "random_patches/2", "key_norm"], True))
+def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, kind: str, cell: str) -> None:
     """Without mass, whose products are counted with the choice."""
     method, settings = spelled(cell)
-    model, inputs = build(family, "eager"), FAMILIES[family].inputs([(1, Picture(1, 3 if family.startswith("mistral3") else 4, 4), 5)])
-    plain, counted = model.model.get_image_features, []
+    shown = Picture(1, 3 if family.startswith("mistral3") else 4, 4, frames=2 if kind == "clips" else 0)
+    model, inputs = build(family, "eager"), FAMILIES[family].inputs([(1, shown, 5)])
+    encoder = "get_video_features" if kind == "clips" else "get_image_features"
+    plain, counted = getattr(model.model, encoder), []
 
     def encode(*args: Any, **kwargs: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
@@ -314,7 +316,7 @@ def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, cel
         counted.append(counter.get_total_flops())
         return output
 
-    model.model.get_image_features = functools.wraps(plain)(encode)
+    setattr(model.model, encoder, functools.wraps(plain)(encode))
     costs = []
     for keep in (1.0, 0.5):
         with duet_vlm.attach(model, method, keep=keep, mass=False, **settings) as handle, torch.no_grad():
