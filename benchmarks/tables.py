@@ -22,6 +22,7 @@ import readme_tables
 import scale_tables
 import tower_tables
 import training_tables
+import tune_tables
 import video_tables
 from train_step import LLAVA_7B
 
@@ -238,12 +239,13 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **scale_tables.BLOCKS,
     **tower_tables.BLOCKS,
     **training_tables.BLOCKS,
+    **tune_tables.BLOCKS,
     **video_tables.BLOCKS,
 }
 PAGES = (
     "README.md", "docs/clips-from-files.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md",
     "docs/drop-curve.md", "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md",
-    "docs/scale.md", "docs/which-method.md", "docs/works-with.md", "docs/trained-compressors.md", "docs/serve.md",
+    "docs/scale.md", "docs/which-method.md", "docs/works-with.md", "docs/trained-compressors.md", "docs/serve.md", "docs/tune.md",
     "benchmarks/README.md", "benchmarks/NOTES.md",
 )  # fmt: skip
 

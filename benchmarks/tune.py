@@ -1,6 +1,6 @@
 """How often the choice of ``duet-vlm tune`` holds: many searches on 200 questions each, every choice asked 2,000 fresh ones.
 
-``nice -n 19 python benchmarks/tune.py`` writes ``benchmarks/results/tune.json``; the same command goes on after a kill. Every search has questions
+``nice -n 19 python benchmarks/tune.py`` writes ``results/tune-tiny-chain-98.json`` (``--task``, ``--keep``: their names); the same command goes on after a kill. Every search has questions
 of its own (a stream per repetition); the fresh questions are one more stream, that no search has seen. The times by which candidates are called
 cheap are measured once, in the first search.
 """
@@ -35,16 +35,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--fresh", type=int, default=2000)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/tune.json")
+    parser.add_argument("--out", type=Path, help="results/tune-TASK-PERCENT.json beside this file")
     parser.add_argument("--journals", type=Path, default=Path("out/tune-benchmark"))
     asked = parser.parse_args()
+    out = asked.out or Path(__file__).parent / f"results/tune-{asked.task}-{round(100 * asked.keep)}.json"
     torch.set_num_threads(1)
     code, loaded, questions = source(), load(usual_model(asked.task), "cpu"), task(asked.task)
     runs = candidates([(method, {}) for method in METHODS], BUDGETS, ("own",), loaded.model)
 
     def asker(name: str, seed: int) -> Asker:
         subject = {"task": asked.task, "keep": asked.keep, "seed": seed, "batch": BATCH, "source code": code.files}
-        return Asker(loaded, questions, seed, BATCH, Journal(asked.journals / f"{asked.task}-{name}.jsonl", subject))
+        return Asker(loaded, questions, seed, BATCH, Journal(asked.journals / f"{asked.task}-{asked.keep:g}-{name}.jsonl", subject))
 
     fresh = asker("fresh", FRESH_SEED)
     said = fresh.full(asked.fresh)
@@ -80,8 +81,8 @@ def main() -> None:
         "fresh_right": len(usable), "candidates": [run.id for run in runs], "repetitions": rows,
         "chosen": len(chosen), "hold": sum(row["holds"] for row in chosen), "environment": environment("cpu", "float32", 1, code.until(source())),
     }  # fmt: skip
-    asked.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{len(rows)} searches: {len(chosen)} chose, {result['hold']} of these hold on {len(usable)} fresh questions; written: {asked.out}")
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{len(rows)} searches: {len(chosen)} chose, {result['hold']} of these hold on {len(usable)} fresh questions; written: {out}")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ LINKS = {  # on the page, link of the repository -> link of the site
     ("index.md", "docs/images/kept.png"): "images/kept.png",
     ("papers.md", "docs/glossary.md"): "glossary.md",
     ("catalogue/duet.md", "../../PAPERS.md"): "../papers.md",
-    ("tune.md", "../benchmarks/results/tune.json"): "files/benchmarks/results/tune.json",
+    ("comparison.md", "../benchmarks/results/knobs.json"): "files/benchmarks/results/knobs.json",
     ("catalogue/duet.md", "../comparison.md"): "../comparison.md",
     ("faq.md", "https://arxiv.org/abs/1"): "https://arxiv.org/abs/1",
     ("faq.md", "#errors"): "#errors",
