@@ -1,8 +1,8 @@
 """How often the choice of ``duet-vlm tune`` holds: many searches on 200 questions each, every choice asked 2,000 fresh ones.
 
-``nice -n 19 python benchmarks/tune.py`` writes ``results/tune-tiny-chain-98.json`` (``--task``, ``--keep``: their names); the same command goes on after a kill. Every search has questions
-of its own (a stream per repetition); the fresh questions are one more stream, that no search has seen. The times by which candidates are called
-cheap are measured once, in the first search.
+``nice -n 19 python benchmarks/tune.py`` writes ``results/tune-tiny-chain-98.json`` (``--task`` and ``--keep`` make others); the same command goes on
+after a kill. Every search has questions of its own (a stream per repetition); the fresh questions are one more stream, that no search has seen. The
+times by which candidates are called cheap are measured once, in the first search.
 """
 
 from __future__ import annotations
