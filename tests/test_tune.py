@@ -328,6 +328,19 @@ def test_other_goals(tmp_path: Path) -> None:
     assert found["verdict"].startswith("Nothing qualifies: every candidate was refused or too dear")
 
 
+def test_losses_are_shown_with_both_answers(tmp_path: Path) -> None:
+    """Also of questions that times were measured with, which stand in the journal once more without answers."""
+    words = ("--limit", "24", "--timing-rounds", "3", "--batch", "12", "--methods", "random", "-b", ".06", "--out", tmp_path, "--json")
+    found = call("tune", "tiny", *words, "--speedup", "1.01")
+    assert found.exit_code == 0, found.output
+    result = json.loads(found.stdout)
+    assert result["chosen"] == "random@0.06" and result["lost"]
+    assert all(row["question"] and row["full"] and row["reduced"] != row["full"] for row in result["lost"])
+    journal = [json.loads(line) for line in (tmp_path / "tiny/journal.jsonl").read_text().splitlines()]
+    (timed,) = [line["page"]["questions"] for line in journal if line.get("batch") == "times"]
+    assert {int(row["id"].split("/")[1]) for row in result["lost"]} & set(timed)
+
+
 @pytest.mark.parametrize("file", sorted(RESULTS.glob("tune-*.json")), ids=lambda file: file.stem)
 def test_choices_hold_in_the_committed_measurements(file: Path) -> None:
     result = json.loads(file.read_text())
