@@ -191,7 +191,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_viz_compares_methods_and_budgets(tmp_path: Path) -> None:
-    got = as_json("viz", "-i", PICTURE, "-p", QUESTION, "-b", "0.22", "--compare", "fastv,0.33", "--compare", "visionzip@0.11", "-o", tmp_path)
+    got = as_json("viz", "-i", PICTURE, "-p", QUESTION, "-b", "0.22", "--compare", "duet,fastv,0.33", "--compare", "visionzip@0.11", "-o", tmp_path)
     names = ["duet-0.22", "fastv-0.22", "duet-0.33", "visionzip-0.11"]
     assert [row["name"] for row in got["compared"]] == names
     assert [round(row["mean_tokens"] / 256, 2) for row in got["compared"]] == [0.22, 0.22, 0.33, 0.11]

@@ -362,3 +362,4 @@ def test_words_for_what_is_near() -> None:
     )
     assert python_line(row) == "handle = duet_vlm.attach(model, 'duet', budget=0.5, schedule=((6, 0.5),))"
     assert shell_line(row, "tiny") == "duet-vlm run --model tiny --method duet --budget 0.5 --set 'schedule=((6, 0.5),)' --image FILE --prompt TEXT"
+    assert "--video FILE" in shell_line(row, "tiny-video", clips=True)

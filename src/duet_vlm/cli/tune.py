@@ -89,7 +89,7 @@ def tune(
             if json_:
                 print(json.dumps({"chosen": None, "dry_run": True}))
             return
-        _write(result, folder, json_, model or usual_model(asked.name))
+        _write(result, folder, json_, model or usual_model(asked.name), bool(asked.ask(seed, 0).videos))
 
 
 def task_of(data: str, prompts: Texts) -> Task:
@@ -161,7 +161,7 @@ def _span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str) -> None:
+def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clips: bool) -> None:
     """Files and the screen."""
     from rich.box import SIMPLE
     from rich.console import Console
@@ -172,7 +172,7 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str) -> N
     from duet_vlm.tune.words import chosen_row, python_line, setting_file, shell_line, verdict
 
     row, setting = chosen_row(result), folder / "duet.json"
-    lines = {} if row is None else {"python": python_line(row), "shell": shell_line(row, model)}
+    lines = {} if row is None else {"python": python_line(row), "shell": shell_line(row, model, clips)}
     result |= {"verdict": verdict(result), "use": lines}
     save(folder / "result.json", result)
     (folder / "pareto.png").write_bytes(pareto(result))

@@ -97,7 +97,8 @@ def viz(
     clips = shown.clips(loaded)
     inputs = loaded.inputs(shown.images, prompt, clips)
     full = answer(loaded, inputs, max_new_tokens, False).text
-    views = [_view(loaded, shown, clips, each, prompt, full, max_new_tokens) for each in reductions]
+    drawn = [_view(loaded, shown, clips, each, prompt, full, max_new_tokens) for each in reductions]
+    views = list({view[0]: view for view in drawn}.values())  # who compares duet with fastv may well name both
     files, names = [], [name for name, *_ in views]
     for number, path in enumerate(shown.paths):
         stem = f"{number + 1}-{path.stem}-{'-vs-'.join(names)}"

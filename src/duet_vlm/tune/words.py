@@ -28,13 +28,13 @@ def python_line(row: dict[str, Any]) -> str:
     return f"handle = duet_vlm.attach(model, {row['method']!r}{budget}{settings})"
 
 
-def shell_line(row: dict[str, Any], model: str) -> str:
-    """The same for the command line."""
+def shell_line(row: dict[str, Any], model: str, clips: bool = False) -> str:
+    """The same for the command line; ``clips``: the questions were about some."""
     words = ["duet-vlm", "run", "--model", model, "--method", row["method"]]
     words += [] if row["budget"] is None else ["--budget", f"{row['budget']:g}" if isinstance(row["budget"], float) else str(row["budget"])]
     for key, value in row["settings"].items():
         words += ["--set", f"{key}={_tuples(value)!r}"]
-    return shlex.join([*words, "--image", "FILE", "--prompt", "TEXT"])
+    return shlex.join([*words, "--video" if clips else "--image", "FILE", "--prompt", "TEXT"])
 
 
 def verdict(result: dict[str, Any]) -> str:
@@ -42,9 +42,10 @@ def verdict(result: dict[str, Any]) -> str:
     row, asked = chosen_row(result), result["questions"]
     if row is not None:
         tested = row["testing"]
+        questions = "one question" if tested["asked"] == 1 else f"{tested['asked']} questions"
         return (
             f"{row['id']}: {row['speedup']:.2f} times faster to the first token ({row['ms']:.4g} ms, the full model {result['full_ms']:.4g}). On the "
-            f"{tested['asked']} questions of the test it keeps {tested['asked'] - tested['lost']} of the full model's right answers: at least "
+            f"{questions} of the test it keeps {tested['asked'] - tested['lost']} of the full model's right answers: at least "
             f"{row['bound']:.2%} with {1 - LEVEL:.0%}."
         )
     tried = [row for row in result["candidates"] if row["testing"]["asked"]] or [row for row in result["candidates"] if row["kept"] is not None]
