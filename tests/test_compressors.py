@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm import VisionView
-from duet_vlm.compressor import BESIDE, Compressor
+from duet_vlm.compressor import BESIDE, Compressor, NewWeights
 from duet_vlm.flow.own import touched
 from duet_vlm.methods.quecc import Cells
 from duet_vlm.methods.vqtoken import VQToken
@@ -320,6 +321,20 @@ def test_new_weights_are_those_of_the_seed() -> None:
             made.append(forward(model, inputs).logits)
         assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("method", ["quecc", "resampler", "vqtoken"])
+def test_a_module_that_has_learned_nothing_is_told(method: str, tmp_path: Path) -> None:
+    """Its answers would look like any others; one that is loaded, and a method without weights, say nothing."""
+    model = shared("llava")
+    with pytest.warns(NewWeights, match=f"{method}: its module is new and has learned nothing.*or give weights=FILE"):
+        handle = duet_vlm.attach(model, method, budget=4)
+    with handle:
+        file = handle.save_weights(tmp_path / "some.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, settings in ((method, {"weights": str(file)}), ("pool", {})):
+            duet_vlm.attach(model, name, budget=4, **settings).detach()
 
 
 def test_a_checkpoint_remembers_its_weights(tmp_path: Path) -> None:

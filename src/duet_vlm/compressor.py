@@ -8,6 +8,7 @@ to the handle, and is a part of the model only while it is attached.
 from __future__ import annotations
 
 import json
+import warnings
 from abc import abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,10 @@ from duet_vlm.reducer import EncoderReducer, VisionView, constant
 from duet_vlm.tokens import Selection
 
 FORMAT = 1
+
+
+class NewWeights(UserWarning):
+    """A module that has learned nothing yet is attached."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Compressor(EncoderReducer):
         return constant(self, self.keep, tokens, depth, budget)
 
     def built(self, sizes: Sizes, facts: dict[str, Any]) -> nn.Module:
-        """The module with its weights, in float32 on the CPU: those of the file, or new ones, the same for the same seed.
+        """The module with its weights, in float32 on the CPU: those of the file, or new ones, the same for the same seed, with a warning.
 
         Raises
         ------
@@ -119,6 +124,13 @@ class Compressor(EncoderReducer):
             made = self.module(sizes).float()
         if self.weights is not None:
             made.load_state_dict(stored(self.weights, self.name, facts, self.shape))
+        elif next(made.parameters(), None) is not None:
+            warnings.warn(
+                f"{self.name}: its module is new and has learned nothing, so answers may mean nothing: "
+                f"train it (duet-vlm train --method {self.name}), or give weights=FILE",
+                NewWeights,
+                stacklevel=2,
+            )
         return made
 
 

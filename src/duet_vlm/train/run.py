@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 from duet_vlm import Handle, attach
+from duet_vlm.compressor import NewWeights
 from duet_vlm.loading import base_of, load, quiet
 from duet_vlm.models.find import adapter_for
 from duet_vlm.spelling import did_you_mean
@@ -124,8 +126,10 @@ def build(settings: Settings, checkpoint: Path | None = None) -> tuple[Trainer, 
     budget = settings.budgets[-1] if settings.budgets else None
     marked = loaded.processor if settings.settings.get("text_query") == "salient" else None
     collator = Collator(loaded.processor, settings.prompts, settings.max_length)
-    begins = imitate(model, settings, args, data, collator) if settings.imitate and checkpoint is None else None
-    handle = attach(model, settings.method, budget=budget, processor=marked, **settings.settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NewWeights)  # they are about to learn
+        begins = imitate(model, settings, args, data, collator) if settings.imitate and checkpoint is None else None
+        handle = attach(model, settings.method, budget=budget, processor=marked, **settings.settings)
     try:
         if checkpoint is not None and handle.module is not None:
             handle.load_weights(checkpoint)
