@@ -52,7 +52,9 @@ ARROWS = {
     "handle": {"accounts", "budget", "checks", "compressor", "flow", "hooks", "measure", "models", "reducer", "tokens"},
     "attach": {"budget", "flow", "handle", "memory", "methods", "models", "reducer"},
     "calibrating": {"attach", "calibration", "checks", "methods", "observer", "registry"},
-    "duet_vlm": {"attach", "budget", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "stages", "tokens", "tower"},
+    "duet_vlm": {
+        "attach", "budget", "compressor", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "stages", "tokens", "tower",
+    },
 }
 # the users of the library see it as anyone outside does
 USERS = {

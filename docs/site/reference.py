@@ -21,7 +21,7 @@ GROUPS = {  # heading -> public names, each where it is defined
     "Write a method": [
         "reducer.Reducer", "reducer.EncoderReducer", "reducer.DecoderReducer", "stages.StagedReducer", "tower.TowerReducer",
         "tower.ThresholdReducer", "vision.VisionView", "dropping.TextView", "tower.TowerView", "tower.Merged", "tokens.Selection",
-        "budget.SpanPlan", "budget.BudgetError",
+        "budget.SpanPlan", "budget.BudgetError", "compressor.NewWeights",
     ],
     "Pictures, clips and streams": ["pictures.open_image", "pictures.rgb", "stream.Stream"],
     "Text towers": ["contrastive.ContrastiveText"],

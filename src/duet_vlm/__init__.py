@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from duet_vlm.attach import attach, detach, handle_of, remember
     from duet_vlm.budget import BudgetError, SpanPlan
+    from duet_vlm.compressor import NewWeights
     from duet_vlm.handle import Handle
     from duet_vlm.measure.report import Report
     from duet_vlm.memory import remembered
@@ -35,6 +36,7 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "EncoderReducer": "reducer",
     "Handle": "handle",
     "Merged": "tower",
+    "NewWeights": "compressor",
     "Reducer": "reducer",
     "Report": "measure.report",
     "Selection": "tokens",
@@ -72,6 +74,7 @@ __all__ = [
     "EncoderReducer",
     "Handle",
     "Merged",
+    "NewWeights",
     "Reducer",
     "Report",
     "Selection",

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
-from duet_vlm import Handle, attach
-from duet_vlm.compressor import NewWeights
+from duet_vlm import Handle, NewWeights, attach
 from duet_vlm.loading import base_of, load, quiet
 from duet_vlm.models.find import adapter_for
 from duet_vlm.spelling import did_you_mean
