@@ -180,7 +180,7 @@ def tries(task_name: str) -> list[Cell]:
             Cell("motion, mass", "motion", {"mass": True}),
             tried("motion, frozen context, cells of 2 x 2", **moving, frozen=2, both=True),
             tried("motion, frozen context, cells of 4 x 4", **moving, frozen=4),
-            *(Cell(f"motion, context of {rows}", "motion", {"context": rows}, both=True) for rows in (1, 2, 4)),
+            *(Cell(f"motion, context of {rows}", "motion", {"context": rows}, both=True) for rows in (1, 2, 4, 6, 8)),
             Cell("contrast, context of 4", "contrast", {"context": 4}),
             tried("motion + question", **moving, rule="asked", weight=1.0, both=True),
             tried("motion + question, context of 4", **moving, rule="asked", weight=1.0, context=4, both=True),
@@ -197,7 +197,7 @@ def tries(task_name: str) -> list[Cell]:
         tried("contrast, frozen context, cells of 2 x 2", frozen=2, mass=False, both=True),
         tried("contrast, frozen context, cells of 2 x 2, ranked by mass", frozen=2),
         tried("contrast, frozen context, cells of 4 x 4", frozen=4, mass=False),
-        *(Cell(f"contrast, context of {rows}", "contrast", {"context": rows}, both=True) for rows in (1, 2, 4, 8, 16)),
+        *(Cell(f"contrast, context of {rows}", "contrast", {"context": rows}, both=True) for rows in (1, 2, 4, 6, 8, 12, 16)),
         tried("contrast + question", rule="asked", weight=1.0, both=True),
         tried("contrast + question, context of 4", rule="asked", weight=1.0, context=4, both=True),
     ]
