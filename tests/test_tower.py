@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 import duet_vlm
-from duet_vlm.flow.joined import JoinedRun
-from duet_vlm.flow.packed import PackedRun
-from duet_vlm.flow.tower import BatchRun, choose, weighing
+from duet_vlm.flow.tower.batch import BatchRun
+from duet_vlm.flow.tower.choice import choose
+from duet_vlm.flow.tower.joined import JoinedRun
+from duet_vlm.flow.tower.limits import weighing
+from duet_vlm.flow.tower.packed import PackedRun
 from duet_vlm.models.adapter import Encoding, PackedTower
 from duet_vlm.models.find import adapter_for
 from duet_vlm.ops.merge import in_stretches

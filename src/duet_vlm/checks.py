@@ -9,8 +9,8 @@ from typing import Any
 from duet_vlm.budget import Budget, SpanPlan
 from duet_vlm.contrastive import ContrastiveText
 from duet_vlm.flow.decoder import scoring_layers
-from duet_vlm.flow.inside import check_boundaries
 from duet_vlm.flow.shown import layer_number
+from duet_vlm.flow.tower.inside import check_boundaries
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
 

@@ -17,12 +17,12 @@ from duet_vlm.compressor import store, stored
 from duet_vlm.flow.cache import Run, static
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
-from duet_vlm.flow.inside import leaving
 from duet_vlm.flow.install import install
 from duet_vlm.flow.own import made_for
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import named_layers
+from duet_vlm.flow.tower.inside import leaving
 from duet_vlm.flow.trace import trace_of
 from duet_vlm.flow.traffic import Traffic
 from duet_vlm.flow.verify import raise_if_wrong

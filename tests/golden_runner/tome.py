@@ -13,10 +13,12 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from duet_vlm import SpanPlan, VisionView
 from duet_vlm.flow.call import EncoderCall, Stacks
-from duet_vlm.flow.inside import InsideFlow
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.signals import Weigher
-from duet_vlm.flow.tower import BatchRun, TowerFlow, stages_of
+from duet_vlm.flow.tower.batch import BatchRun
+from duet_vlm.flow.tower.hooks import TowerFlow
+from duet_vlm.flow.tower.inside import InsideFlow
+from duet_vlm.flow.tower.units import stages_of
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.tome_tower import ToMeTower
 from duet_vlm.models.adapter import Encoding

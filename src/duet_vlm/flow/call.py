@@ -48,7 +48,7 @@ class Encoded:
     skipped: bool = False  # tower layers that nobody reads were not run
     repeated: tuple[tuple[bool, ...], ...] = ()  # per span, parts that were not encoded since they repeat the one before
     alive: Tensor | None = None  # [spans, N], the tokens that went through a reduced tower
-    tower: Any = None  # what went through the tower, where it was reduced (flow/tower.py)
+    tower: Any = None  # what went through the tower, where it was reduced (flow/tower)
     decisions: dict[Any, Any] = field(default_factory=dict)  # survivors of the first cache-free pass, replayed by later ones
 
     def number_of(self, rows: Tensor, position: int, total: int) -> int:
@@ -94,8 +94,8 @@ class EncoderCall:
     was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
     call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
     ``patches``: patch embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``tower``: the units that go through
-    the tower (flow/tower.py), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
-    rows (flow/inside.py).
+    the tower (flow/tower), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
+    rows (flow/tower/inside.py).
     """
 
     encoding: Encoding

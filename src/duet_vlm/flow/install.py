@@ -10,16 +10,16 @@ from torch import nn
 from duet_vlm.flow import compat
 from duet_vlm.flow.encoder import EncoderFlow
 from duet_vlm.flow.entry import whole_prompts
-from duet_vlm.flow.inside import InsideFlow, depth_of
-from duet_vlm.flow.joined import JoinedFlow
 from duet_vlm.flow.loss import surviving_labels
 from duet_vlm.flow.own import own_module
-from duet_vlm.flow.packed import PackedFlow
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.processor import SalientProcessor, accept_salient
 from duet_vlm.flow.shown import Words, named_layers
 from duet_vlm.flow.signals import Recorder, Weigher
-from duet_vlm.flow.tower import TowerFlow, names_of
+from duet_vlm.flow.tower.hooks import TowerFlow, names_of
+from duet_vlm.flow.tower.inside import InsideFlow, depth_of
+from duet_vlm.flow.tower.joined import JoinedFlow
+from duet_vlm.flow.tower.packed import PackedFlow
 from duet_vlm.flow.traffic import Traffic
 from duet_vlm.hooks import Hooks
 from duet_vlm.models.adapter import Blocks, JoinedBlocks, PackedTower

@@ -18,7 +18,11 @@ from torch.nn.utils.rnn import pad_sequence
 from duet_vlm.budget import Stages
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
-from duet_vlm.flow.tower import Chosen, Run, TowerFlow, choose, frames_before, is_flash, recomputes, runs_again, weighing
+from duet_vlm.flow.tower.choice import Chosen, choose
+from duet_vlm.flow.tower.hooks import TowerFlow
+from duet_vlm.flow.tower.limits import is_flash, recomputes, runs_again, weighing
+from duet_vlm.flow.tower.run import Run
+from duet_vlm.flow.tower.units import frames_before
 from duet_vlm.models.adapter import PackedTower, Recorded
 from duet_vlm.ops.merge import weighed_means
 from duet_vlm.ops.ragged import take

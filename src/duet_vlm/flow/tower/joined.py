@@ -1,4 +1,4 @@
-"""Towers that hand their blocks pictures of any size one behind the other in a batch of one (Pixtral): rows leave as in ``flow/tower.py``.
+"""Towers that hand their blocks pictures of any size one behind the other in a batch of one (Pixtral): rows leave as in ``hooks.py``.
 
 Units stand one by one in front of the blocks, so that whole ones leave; patches that fill no unit, which no token shows, leave at once.
 """
@@ -14,8 +14,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
-from duet_vlm.flow.packed import Left, PackedRun, known
-from duet_vlm.flow.tower import TowerFlow, choose, frames_before, in_cells, in_patches, is_flash, recomputes, runs_again, weighing
+from duet_vlm.flow.tower.choice import choose
+from duet_vlm.flow.tower.hooks import TowerFlow
+from duet_vlm.flow.tower.limits import is_flash, recomputes, runs_again, weighing
+from duet_vlm.flow.tower.packed import Left, PackedRun, known
+from duet_vlm.flow.tower.units import frames_before, in_cells, in_patches
 from duet_vlm.models.adapter import Blocks, JoinedBlocks, Recorded
 from duet_vlm.ops.ragged import take, take_square
 from duet_vlm.tower import TowerReducer

@@ -15,7 +15,10 @@ from torch import Tensor
 from duet_vlm.budget import Stages
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
-from duet_vlm.flow.tower import Run, TowerFlow, decide, stages_of
+from duet_vlm.flow.tower.choice import decide
+from duet_vlm.flow.tower.hooks import TowerFlow
+from duet_vlm.flow.tower.run import Run
+from duet_vlm.flow.tower.units import stages_of
 from duet_vlm.models.adapter import Adapter, Blocks, PackedTower, Recorded
 from duet_vlm.ops.ragged import take
 from duet_vlm.reducer import EncoderReducer, Reducer

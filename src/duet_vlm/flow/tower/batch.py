@@ -1,0 +1,166 @@
+"""What goes through a tower that takes pictures side by side in a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from duet_vlm.budget import Stages
+from duet_vlm.flow.tower.choice import Chosen
+from duet_vlm.flow.tower.run import Run
+from duet_vlm.flow.tower.units import content_first
+from duet_vlm.models.adapter import Recorded
+from duet_vlm.ops.merge import weighed_means
+from duet_vlm.ops.ragged import take, take_square
+from duet_vlm.ops.score import cls_attention, column_attention
+from duet_vlm.tower import Grid
+
+
+@dataclasses.dataclass
+class BatchRun(Run):
+    """``Run`` of a tower that takes pictures as a batch.
+
+    Attributes
+    ----------
+    units : Tensor
+        [P, U] numbers of the units that are left, of which ``there`` [P, U] are real and ``read`` [P, U] are read behind the tower, and their
+        ``size`` [P, U] (0 where it is none).
+    content : Tensor
+        [P, U] bool, those that show more than padding, and become tokens.
+    cells : Tensor
+        [units of a picture, c] numbers of the patches of each.
+    total : int
+        Rows of the whole tower.
+    """
+
+    merges_left: ClassVar[bool] = False
+
+    stages: dict[int, tuple[int, ...]]
+    grids: tuple[Grid, ...]
+    extra: int
+    weighs: bool
+    wrong: Tensor
+    pooled: tuple[int, ...]
+    units: Tensor
+    there: Tensor
+    read: Tensor
+    content: Tensor
+    size: Tensor
+    cells: Tensor
+    total: int
+    entering: Chosen | None = None  # until its rows are handed over
+    widths: dict[int, int] = dataclasses.field(default_factory=dict)  # units in the batch since each cut
+
+    @property
+    def ran(self) -> list[Stages]:
+        return [tuple(self.widths.items())] * len(self.units)
+
+    @property
+    def patches_of_unit(self) -> int:
+        return self.cells.shape[1]
+
+    @property
+    def rows(self) -> Tensor:
+        """[P, R] numbers of the rows that are left in the whole tower, those in front of the patches first, then unit by unit."""
+        front = torch.arange(self.extra, device=self.units.device).expand(len(self.units), -1)
+        return torch.cat([front, self.extra + self.cells[self.units].flatten(1)], 1)
+
+    def of_rows(self, units: Tensor, front: float) -> Tensor:
+        """Numbers of units [P, U] as those of rows [P, R]."""
+        return nn.functional.pad(units.repeat_interleave(self.cells.shape[1], 1), (self.extra, 0), value=front)
+
+    def alive(self) -> Tensor:
+        return self.whole(self.of_rows((self.there & self.read).float(), 1.0)[..., None])[:, self.extra :]
+
+    def whole(self, rows: Tensor, dim: int = 1) -> Tensor:
+        """Rows that are left, along ``dim``, as those of the whole tower: zeros where they are gone."""
+        shape = list(rows.shape)
+        shape[dim] = self.total + 1  # the last one collects what is not valid
+        place = torch.where(self.of_rows(self.there, True), self.rows, self.total)
+        place = place.view(len(place), *[1] * (dim - 1), -1, *[1] * (rows.ndim - dim - 1)).expand(rows.shape)
+        return rows.new_zeros(shape).scatter(dim, place, rows).narrow(dim, 0, self.total)
+
+    def row_sizes(self) -> Tensor:
+        """[P, R] float32, how many rows each one stands for in the attention; 0: it is not there."""
+        return self.of_rows(self.size if self.weighs else self.there.float(), 1.0)
+
+    def recorded(self, calls: list[Recorded]) -> list[Recorded]:
+        size = self.whole(self.row_sizes())
+        return [dataclasses.replace(one, query=self.whole(one.query, 2), key=self.whole(one.key, 2), size=size) for one in calls]
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether the rows are still those of the whole tower, in its order and not unit by unit."""
+        return not self.widths and self.cells.shape[1] == 1
+
+    def bias(self, key: Tensor) -> Tensor | None:
+        """What is added to the attention logits; None where nothing is hidden and all weigh alike."""
+        if not self.widths or not self.weighs and len(set(self.counts)) == 1:
+            return None
+        return self.row_sizes().log().clamp(min=torch.finfo(key.dtype).min).to(key.dtype)[:, None, None]
+
+    def mask(self, mask: Any, key: Tensor) -> Any:
+        if self.is_stock:
+            return mask
+        bias = self.bias(key)
+        if not isinstance(mask, Tensor):
+            return bias
+        if mask.ndim == 2:  # which patches are no padding, as flash attention takes it
+            return mask.gather(1, self.rows)
+        seen = take_square(mask, self.rows)
+        if seen.dtype == torch.bool:
+            seen = torch.zeros_like(seen, dtype=key.dtype).masked_fill(~seen, torch.finfo(key.dtype).min)
+        return seen if bias is None else (seen + bias).clamp(min=torch.finfo(key.dtype).min)
+
+    def of_units(self, rows: Tensor) -> Tensor:
+        return rows[:, self.extra :].unflatten(1, (-1, self.cells.shape[1])).mean(2, dtype=torch.float32)
+
+    def attention(self, calls: list[Recorded]) -> Tensor:
+        (one,) = calls
+        size = self.row_sizes()
+        if self.extra:
+            return nn.functional.pad(cls_attention(one.query, one.key, one.scaling, size), (1, 0))
+        return column_attention(one.query, one.key, one.scaling, one.sample, size)
+
+    def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return content_first(self.there, self.there & self.content, counts), self.units
+
+    def sizes(self) -> Tensor:
+        return self.size
+
+    def begin(self, chosen: Chosen) -> None:
+        """Only these units come to the first block."""
+        self.entering = chosen
+        self._go_on(chosen, 0)
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        """Of the rows of the whole tower [P, total, D] those that come to the first block, unit by unit [P, R, D]."""
+        chosen, self.entering = self.entering, None
+        if chosen is None or chosen.into is None:
+            return take(hidden, self.rows)
+        units = chosen.entering(hidden[:, self.extra + self.cells].flatten(2)).unflatten(2, (self.cells.shape[1], -1)).flatten(1, 2)
+        return torch.cat([hidden[:, : self.extra], units], 1)
+
+    def cut(self, chosen: Chosen, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
+        count = self.cells.shape[1]
+        front = torch.arange(self.extra, device=hidden.device).expand(len(hidden), -1)
+        patches = (chosen.index[..., None] * count + torch.arange(count, device=hidden.device)).flatten(1) + self.extra
+        kept = torch.cat([front, patches], 1)
+        if chosen.into is None:
+            rows = take(hidden, kept)
+        else:
+            units = hidden[:, self.extra :].unflatten(1, (-1, count)).flatten(2)
+            merged = weighed_means(units, self.size, chosen.into, chosen.index).unflatten(2, (count, -1)).flatten(1, 2)
+            rows = torch.cat([hidden[:, : self.extra], merged], 1)
+        self._go_on(chosen, after)
+        return rows, kept
+
+    def _go_on(self, chosen: Chosen, after: int) -> None:
+        self.units, self.content = (x.gather(1, chosen.index) for x in (self.units, self.content))
+        self.there, self.read, self.size, self.pooled = chosen.valid, ~chosen.unread, chosen.size, chosen.pooled
+        self.widths[after], self.wrong = chosen.index.shape[1], torch.maximum(self.wrong, chosen.wrong)
+        self.stages[after] = chosen.counts
