@@ -19,7 +19,7 @@ from shapes import LLAVA, QWEN, TINY, TINY_QWEN, Shape, build, twin
 from torch import nn
 
 import duet_vlm
-from duet_vlm.flow import packed, tower
+from duet_vlm.flow.tower import hooks, packed
 from duet_vlm.measure.speed import Timing, paired
 
 BUDGET, KEEPS = 0.11, (None, 0.56, 0.5, 0.4)
@@ -62,7 +62,7 @@ class Watch:
 @contextlib.contextmanager
 def watched_choice(watch: Watch) -> Iterator[None]:
     """The choice of units and their mass as part of the tower, timed by itself."""
-    real = tower.choose
+    real = hooks.choose
 
     def choose(*args: Any) -> Any:
         watch.start("choice")
@@ -70,11 +70,11 @@ def watched_choice(watch: Watch) -> Iterator[None]:
         watch.end("choice")
         return chosen
 
-    tower.choose = packed.choose = choose  # type: ignore[assignment]
+    hooks.choose = packed.choose = choose  # type: ignore[assignment]
     try:
         yield
     finally:
-        tower.choose = packed.choose = real  # type: ignore[assignment]
+        hooks.choose = packed.choose = real  # type: ignore[assignment]
 
 
 def _compare(options: Options, shape: Shape) -> list[dict[str, Any]]:

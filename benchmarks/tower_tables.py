@@ -1,4 +1,6 @@
-"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json, tower_roofline.json and tower_tries.json."""
+"""The tables of docs/reduce-in-the-tower.md, from results/tower.json, tower_accuracy.json, tower_context.json, tower_roofline.json, tower_tries.json
+and tower_rows.json.
+"""
 
 from __future__ import annotations
 
@@ -68,23 +70,24 @@ def flops_of(label: str, model: str, tokens: int) -> str:
     return f"{vision_flops(shape, tokens, None, stages) / vision_flops(shape, tokens):.1%}"
 
 
-def answers() -> str:
+def answers(file: str) -> str:
     """Accuracy behind each tower, against the same method behind the whole one."""
     found: dict[tuple[str, str], dict[str, str]] = {}
-    for row in [*results("tower_accuracy"), *results("tower_context")]:
+    for row in results(file):
         found.setdefault((row["method"], row["tower"]), {})[row["task"]] = told(row)
-    tasks = list(dict.fromkeys(row["task"] for row in results("tower_accuracy")))
+    tasks = list(dict.fromkeys(row["task"] for row in results(file)))
     lines = []
     for (method, tower), cells in sorted(found.items(), key=lambda item: item[0][0] != "duet_plus"):
         pictures = flops_of(tower, "tiny", VISUAL_TOKENS) if "tiny" in cells else "-"
-        lines.append([tower, pictures, flops_of(tower, "tiny-video", FRAME), f"`{method}`", *(cells.get(task, "-") for task in tasks)])
+        clips = flops_of(tower, "tiny-video", FRAME) if "tiny-video" in cells else "-"
+        lines.append([tower, pictures, clips, f"`{method}`", *(cells.get(task, "-") for task in tasks)])
     return table(["through the tower", "its FLOPs, pictures", "clips", "then, at 11 %", *(f"`{task}`" for task in tasks)], lines)
 
 
-def tries(tasks: tuple[str, ...]) -> str:
+def tries(file: str, *tasks: str) -> str:
     """Other rules at the same costs, against the whole tower; at each cost the patches that each can afford."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
-    for row in results("tower_tries"):
+    for row in results(file):
         if row["task"] in tasks:
             cells = found.setdefault((row["level"], row["tower"]), {"flops": f"{row['flops']:.1%}", "patches": str(row["patches"])})
             cells[row["task"]] = told(row)
@@ -93,6 +96,8 @@ def tries(tasks: tuple[str, ...]) -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "tower_speed": speed, "tower_answers": answers, "tower_roofline": roofline,
-    "tower_tries": lambda: tries(("tiny", "tiny-crowded")), "tower_tries_clips": lambda: tries(("tiny-video",)),
+    "tower_speed": speed, "tower_roofline": roofline,
+    "tower_answers": lambda: answers("tower_accuracy"), "tower_context": lambda: answers("tower_context"),
+    "tower_rows": lambda: tries("tower_rows", "tiny", "tiny-crowded"), "tower_rows_clips": lambda: tries("tower_rows", "tiny-video"),
+    "tower_tries": lambda: tries("tower_tries", "tiny", "tiny-crowded"), "tower_tries_clips": lambda: tries("tower_tries", "tiny-video"),
 }  # fmt: skip

@@ -254,7 +254,7 @@ def test_static_cache(family: str) -> None:
         cache = StaticCache(config=model.config.get_text_config(), max_cache_len=256)
         forward(model, inputs, past_key_values=cache, use_cache=True)
 
-    refuse(family, call, ValueError, r"static \(compilable\) caches .*use the default dynamic cache or detach")
+    refuse(family, call, ValueError, r"static \(compilable\) caches .*use the default dynamic cache or detach; handle.static_cache makes")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

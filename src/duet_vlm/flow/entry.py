@@ -73,7 +73,10 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     if not call.arrived:
         return None
     if compat.is_static(cache):
-        raise ValueError("static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach")
+        raise ValueError(
+            "static (compilable) caches are not supported while tokens are dropped: use the default dynamic cache or detach; "
+            "handle.static_cache makes a static one of a cache that has read the prompt"
+        )
     dealt = deal(call, layout)
     spans, sources = spans_of(dealt, layout, places, valid)
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
