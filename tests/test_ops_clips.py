@@ -137,7 +137,10 @@ def test_windows_of_the_largest_gain(steps: int, places: int, most: int, seed: i
     ("labels", "expected"),
     [
         ([0, 0, 1, 1, 1], [2, 3]),
-        ([0, 0, 1, 0, 0], [3, 2]),  # to the left on a tie; runs of one label that are equally long stay
+        ([0, 0, 1, 2, 2], [3, 2]),  # to the left on a tie
+        ([0, 0, 1, 0, 0], [5]),  # what has one label in the end is one window
+        ([0, 0, 1, 0, 0, 2, 2], [5, 2]),
+        ([0, 0, 1, 1, 1, 1, 0, 0, 2, 1, 1, 1], [2, 4, 6]),  # one that goes on to the right comes back with what it joined
         ([0, 1, 1, 1], [4]),
         ([1, 1, 1, 0, 2, 2], [4, 2]),
         ([1, 1, 0, 2, 2, 2], [2, 4]),

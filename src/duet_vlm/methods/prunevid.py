@@ -126,22 +126,28 @@ class PruneVid(StagedClipReducer):
 
 
 def contiguous(label: Tensor, length: Tensor) -> Windows:
-    """Labels of steps [B, T] as windows. From left to right, a run that is shorter than the longest of its label, or the only step of its kind, goes
-    to the longer of the runs beside it, the left one on a tie; runs grow by those that join them."""
-    steps = label.shape[1]
-    at = torch.arange(steps, device=label.device)
-    runs = Windows.of(nn.functional.pad(label[:, 1:] != label[:, :-1], (1, 0), value=True), length)
+    """Labels of steps [B, T] as windows. From left to right, a run that is shorter than the longest of its label, or the only step of its kind, takes
+    the label of the longer of the runs beside it, the left one on a tie; runs grow by those that join them. Windows are the runs that this leaves."""
+    runs = _runs(label, length)
     name, size = label.gather(1, runs.first), runs.length
     longest = torch.zeros_like(size).scatter_reduce_(1, name, size, "amax").gather(1, name)
     moves = ((size < longest) | (longest == 1)) & (size > 0)
-    before, behind = torch.zeros_like(size[:, 0]), nn.functional.pad(size, (0, 1))
-    fresh, grown = [], torch.zeros_like(before)  # whether a run begins a window; what has joined the next run so far
-    for run in range(steps):
-        left, own, right = before, size[:, run] + grown, behind[:, run + 1]
-        to_left = moves[:, run] & (left >= right) & (left > 0)
+    before, grown, behind = torch.zeros_like(size[:, 0]), torch.zeros_like(size[:, 0]), nn.functional.pad(size, (0, 1))
+    beside, found, goes_on = torch.full_like(before, -1), [], []  # the label on the left; labels of runs; runs that take that of the next one
+    for run in range(label.shape[1]):
+        own, right = size[:, run] + grown, behind[:, run + 1]
+        to_left = moves[:, run] & (before >= right) & (before > 0)
         to_right = moves[:, run] & ~to_left & (right > 0)
-        fresh.append(~to_left & (grown == 0))
-        before = torch.where(to_left, left + own, torch.where(to_right, left, own))
-        grown = torch.where(to_right, own, 0)
-    starts = torch.stack(fresh, 1).gather(1, runs.number) & (at == runs.of_step(runs.first))
-    return Windows.of(starts, length)
+        taken = torch.where(to_left, beside, name[:, run])
+        before = torch.where(to_right, before, own + torch.where(taken == beside, before, 0))
+        beside, grown = torch.where(to_right, beside, taken), torch.where(to_right, own, 0)
+        found.append(taken)
+        goes_on.append(to_right)
+    for run in reversed(range(len(found) - 1)):
+        found[run] = torch.where(goes_on[run], found[run + 1], found[run])
+    return _runs(torch.stack(found, 1).gather(1, runs.number), length)
+
+
+def _runs(label: Tensor, length: Tensor) -> Windows:
+    """Neighbouring steps of one label [B, T] as windows."""
+    return Windows.of(nn.functional.pad(label[:, 1:] != label[:, :-1], (1, 0), value=True), length)
