@@ -214,6 +214,11 @@ def test_what_apet_refuses(wrong: dict[str, Any], said: str) -> None:
         ApET(**{"keep": 0.5} | wrong)
 
 
+def test_apet_counts_as_released() -> None:
+    assert ApET.official_qwen(0.58).plan(50, 4, None).entry == 28  # the truncated float product
+    assert ApET(keep=0.58).plan(50, 4, None).entry == 29
+
+
 def test_tokens_that_are_all_one_are_approximated_exactly() -> None:
     """A blank picture: the Gram matrix of the basis is singular however small its ridge is."""
     for size in (1.0, 100.0, 1e4):

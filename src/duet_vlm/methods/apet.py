@@ -96,7 +96,8 @@ class ApET(EncoderReducer, DecoderReducer):
         check_budget_or_fields(self, budget, self.keep is not None or self.schedule is not None, "keep=, schedule=")
         stages: Schedule = ((depth // 2, 1 / 3),)
         if budget is None:
-            entry = tokens if self.keep is None else min(max(1, count_of(self.keep, tokens)), tokens)
+            rounding = "floor" if self.slots == "own" else "int"  # 50 * 0.58 is 28 in the released code
+            entry = tokens if self.keep is None else min(max(1, count_of(self.keep, tokens, rounding)), tokens)
             return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, stages if self.schedule is None else self.schedule))
         target = target_mean(budget, tokens)
         return whole(tokens, depth) if target >= tokens else scheduled(self, stages, tokens, depth, target)
