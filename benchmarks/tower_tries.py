@@ -124,12 +124,6 @@ def around(view: TowerView) -> Tensor:
     return nn.functional.avg_pool2d(grid, 3, 1)[:, 0].flatten(1)
 
 
-def near(view: TowerView) -> Tensor:
-    """What moves in the neighbourhood: mean over 3 x 3 patches."""
-    grid = nn.functional.pad(motion(view).unflatten(1, view.grids[0])[:, None], (1, 1, 1, 1), mode="replicate")
-    return nn.functional.avg_pool2d(grid, 3, 1)[:, 0].flatten(1)
-
-
 def change(view: TowerView) -> Tensor:
     """From the frame before."""
     assert view.pixels is not None
@@ -152,7 +146,7 @@ def asked(view: TowerView) -> Tensor:
 
 
 BASES = {"contrast": contrast, "motion": motion}
-RULES = {"chroma": chroma, "edges": edges, "around": around, "near": near, "change": change, "learned": learned, "asked": asked}
+RULES = {"chroma": chroma, "edges": edges, "around": around, "change": change, "learned": learned, "asked": asked}
 NETS = {"learned": Scorer, "asked": AskedScorer}
 
 
@@ -189,8 +183,6 @@ def tries(task_name: str) -> list[Cell]:
             tried("motion, frozen context, cells of 4 x 4", **moving, frozen=4),
             *(Cell(f"motion, context of {rows}", "motion", {"context": rows}, both=True) for rows in (1, 2, 4, 6, 8)),
             Cell("contrast, context of 4", "contrast", {"context": 4}),
-            tried("motion + neighbourhood, context of 2", **moving, rule="near", context=2),
-            tried("motion + chroma, context of 2", **moving, rule="chroma", context=2),
             tried("motion + question", **moving, rule="asked", weight=1.0, both=True),
             tried("motion + question, context of 4", **moving, rule="asked", weight=1.0, context=4, both=True),
         ]
