@@ -144,6 +144,15 @@ def test_vscan_has_a_plan_for_its_released_windows() -> None:
         VScan(local="equal").plan(576, 32, 64)
 
 
+def test_vscan_needs_local_tokens_for_the_windows_of_a_picture_not_of_a_batch() -> None:
+    inputs, model = FAMILIES["llava"].inputs((THREE, THREE)), shared("llava")  # six pictures in one call of the tower
+    tokens = model.get_image_features(inputs["pixel_values"]).pooler_output[0].shape[0]
+    each = math.isqrt(tokens) // 2
+    with duet_vlm.attach(model, VScan.official(2 * each**2, (), window=2, shallow=1)) as handle:
+        forward(model, inputs)
+        assert [len(span.stages[0].kept) for row in handle.trace for span in row] == [2 * each**2] * 6
+
+
 # ---- holov
 
 

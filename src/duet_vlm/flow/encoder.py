@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.budget import BudgetError
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import ENCODED, Arrived, Choice, Encoded, EncoderCall, Prompt, Stacks
 from duet_vlm.flow.choose import plans_of, select, sizes_of, slots_of, takes_each
@@ -199,7 +198,7 @@ class EncoderFlow:
             return True
         try:
             return call.rules.span((rows,), 0, call.each).merges
-        except BudgetError:  # so many rows cannot be reduced so far, fewer may
+        except ValueError:  # so many rows cannot be reduced so far (or not at all by these settings), fewer may
             return True
 
     def _left_of(self, call: EncoderCall, parts: list[Tensor]) -> list[list[int] | None]:
