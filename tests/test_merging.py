@@ -20,6 +20,7 @@ from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.methods.prumerge_plus import PruMergePlus, adaptive
 from duet_vlm.methods.tome import ToMe
+from duet_vlm.methods.tome_tower import ToMeTower
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.score import cls_attention, one_head
 from duet_vlm.reducer import EncoderReducer
@@ -107,6 +108,14 @@ def test_tome(order: str, pace: int, images: list[tuple[int, int]], seed: int) -
             if into >= 0:
                 found[into].add(member)
         assert found == [set(group) for group in groups]
+
+
+def test_half_of_the_units_can_leave_in_a_block() -> None:
+    """As many as look for another: every second one."""
+    for units in (2, 3, 8, 9, 48):
+        assert ToMeTower(keep=1, shares=(units // 2,)).counts(units, units - units // 2, 1) == [units - units // 2]
+    with pytest.raises(ValueError, match="3 of 8 units cannot be reached, 4 are left"):
+        ToMeTower(keep=3, shares=(5,)).counts(8, 3, 1)
 
 
 def test_ties_go_to_the_lower_index() -> None:

@@ -59,7 +59,7 @@ class ToMeTower(TowerReducer):
         found, here = [], units
         for done in accumulate(shares):
             wanted = units - (units - left) * done // sum(shares)
-            here = min(here, max(wanted, here - max(0, here - 1) // 2))
+            here = min(here, max(wanted, here - here // 2))
             found.append(here)
         if here > left:
             raise ValueError(
