@@ -154,6 +154,7 @@ def test_what_pio_refuses() -> None:
 
 def test_a_count_of_zero_leaves_its_stage_out_in_the_released_code() -> None:
     assert Pio.official((1, 3, 4), (24, 0, 6)).schedule == ((1, 24), (4, 6))
+    assert Pio.official((1, 3, 4), (24, 24, 30)).schedule == ((1, 24),)  # nothing to drop
 
 
 # ---- apet

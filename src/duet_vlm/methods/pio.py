@@ -53,9 +53,13 @@ class Pio(StagedReducer):
 
     @classmethod
     def official(cls, layers: Sequence[int] = (1, 10, 15), counts: Sequence[int] = (218, 128, 54), **fields: Any) -> Pio:
-        """The released LLaVA code: after ``layers`` layers ``counts`` tokens stay; a count of 0 leaves its stage out. Renumbered positions."""
-        schedule = tuple((layer, count) for layer, count in zip(layers, counts, strict=True) if count)
-        released: dict[str, Any] = {"schedule": schedule, "positions": "compact", "keep_predicting": False}
+        """The released LLaVA code: after ``layers`` layers ``counts`` tokens stay; a count of 0, or one that is not below those before it, leaves its
+        stage out. Renumbered positions."""
+        schedule: list[tuple[int, int]] = []
+        for layer, count in zip(layers, counts, strict=True):
+            if count and (not schedule or count < schedule[-1][1]):
+                schedule.append((layer, count))
+        released: dict[str, Any] = {"schedule": tuple(schedule), "positions": "compact", "keep_predicting": False}
         return cls(**released | fields)
 
     @classmethod
