@@ -11,7 +11,7 @@ from torch import Tensor
 from duet_vlm import Selection, TextView, VisionView
 from duet_vlm.methods.apet import ApET
 from duet_vlm.ops.merge import merged_rows
-from golden_runner.case import Case
+from golden_runner.case import STATE, Case
 
 HALF = {"relative": 0.0, "absolute": 2e-2}
 
@@ -26,6 +26,15 @@ def encoded(method: ApET, rows: Tensor, keep: int) -> Selection:
 def dropped(method: ApET, rows: Tensor, keep: int) -> Selection:
     everyone = torch.ones(rows.shape[:2], dtype=torch.bool)
     return method.t2v(TextView(everyone, torch.tensor([keep]), counts=((rows.shape[1], keep),), rows=rows))
+
+
+def rounded(rows: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Rows as they are merged where the recording has the released rounding."""
+    return rows.half().float() if settings.get("fp16") else rows.bfloat16().float() if settings.get("bf16") else rows
+
+
+def allowed(settings: dict[str, Any]) -> dict[str, float]:
+    return HALF if settings.get("fp16") or settings.get("bf16") else STATE
 
 
 def settle(case: Case, run: str, found: list[dict[str, Tensor]], batched: bool) -> None:
@@ -51,7 +60,7 @@ def check_encoder(case: Case) -> None:
     features = case.given("features")[:, 1:]
     for run, settings in case.runs.items():
         keep, basis = settings_of(case, run)
-        given = features.half().float() if settings["fp16"] else features
+        given = rounded(features, settings)
         found, out = [], []
         for rows, plain, start in zip(given.split(1), features.split(1), starts(case, run), strict=True):
             method = ApET.official(keep, basis=basis, start=start)
@@ -59,7 +68,7 @@ def check_encoder(case: Case) -> None:
             found.append(choice(method, plain, keep) | {"kept_index": selection.index[0]})
             out.append(merged_rows(rows, selection)[0])
         settle(case, run, found, batched=True)
-        case.close(run, "output_rows", torch.stack(out), HALF if settings["fp16"] else {"relative": 0.0, "absolute": 1e-4})
+        case.close(run, "output_rows", torch.stack(out), allowed(settings))
 
 
 def check_llm(case: Case) -> None:
@@ -67,14 +76,14 @@ def check_llm(case: Case) -> None:
     qwen = "Qwen" in case.meta["method"]
     hidden, begin, count = case.given("hidden_states"), case.config["image_start"], case.config["image_tokens"]
     rows = hidden[:, begin : begin + count]
-    for run in case.runs:
+    for run, settings in case.runs.items():
         keep, basis = settings_of(case, run)
         more: dict[str, Any] = {"own_share": 0.5, "ridge": case.config["ridge"], "positions": "keep"} if qwen else {}
         method = ApET.official(keep, basis=basis, start=starts(case, run)[0], **more)
         selection = dropped(method, rows, keep)
         settle(case, run, [choice(method, rows, keep) | {"kept_index": selection.index[0]}], batched=False)
         merged = merged_rows(rows, selection)[0]
-        case.close(run, "hidden_states", torch.cat([hidden[0, :begin], merged, hidden[0, begin + count :]]))
+        case.close(run, "hidden_states", torch.cat([hidden[0, :begin], merged, hidden[0, begin + count :]]), allowed(settings))
         stays = behind(selection.index[0], begin, count, hidden.shape[1])
         positions = case.given("position_ids")[:, stays] if qwen else torch.arange(len(stays))
         case.same(run, "position_ids", positions)
@@ -90,8 +99,8 @@ def check_qwen_input(case: Case) -> None:
         assert method.plan(count, 4, None).entry == keep
         selection = encoded(method, rows, keep)
         settle(case, run, [choice(method, rows, keep) | {"kept_index": selection.index[0]}], batched=False)
-        merged = merged_rows(rows, selection)[0]
-        case.close(run, "inputs_embeds", torch.cat([table[ids[:begin]], merged, table[ids[begin + count :]]]))
+        merged = merged_rows(rounded(rows, settings), selection)[0]
+        case.close(run, "inputs_embeds", torch.cat([table[ids[:begin]], merged, table[ids[begin + count :]]]), allowed(settings))
         case.same(run, "position_ids", case.given("position_ids")[:, behind(selection.index[0], begin, count, len(ids))])
 
 

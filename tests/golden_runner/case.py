@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 SCORE = {"relative": 1e-5, "absolute": 0.0}  # relative to the largest score of the tensor: a softmax row is rounded as a whole
+COARSE = {"relative": 1e-4, "absolute": 0.0}  # the same for recordings whose account allows more
 STATE = {"relative": 0.0, "absolute": 1e-4}
 
 

@@ -109,33 +109,33 @@ def check_evs(case: Case) -> None:
             parts >= 0, torch.tensor([kept]), torch.tensor([0]), (plan,), features=features, parts=parts, stream="video", most=(steps, places)
         )
         index = reducer.v2v(view).index[0]
-        if run == "mrope":
-            check_evs_positions(case, index)
+        if case.has(run, "positions"):
+            check_evs_positions(case, run, index)
             continue
         case.fact(run, "kept", kept)
         case.same(run, "kept_index", index)
         case.same(run, "mask", torch.zeros(tokens, dtype=torch.long).scatter(0, index, 1))
 
 
-def check_evs_positions(case: Case, kept: Tensor) -> None:
+def check_evs_positions(case: Case, run: str, kept: Tensor) -> None:
     """Kept tokens have the positions that they had. The text behind them does, too, where the released code moves it forward by as much as the
     largest extent exceeds the width of the grid; ours leaves it at the largest position + 1, as the model itself has it."""
-    settings, grid, positions = case.runs["mrope"], case.meta["grid"], case.out("mrope", "positions")
+    settings, grid, positions = case.runs[run], case.meta["grid"], case.out(run, "positions")
     sides = [grid["T"], grid["H"] // grid["spatial_merge_size"], grid["W"] // grid["spatial_merge_size"]]
     every = torch.cartesian_prod(*map(torch.arange, sides), torch.tensor(sides[2:]))
     every[:, 0] = (every[:, 0] * settings["tokens_per_second"] * settings["video_second_per_grid"]).long()
-    case.same("mrope", "media_positions_all", every)
-    case.same("mrope", "media_positions_kept", every[kept])
+    case.same(run, "media_positions_all", every)
+    case.same(run, "media_positions_kept", every[kept])
     ids = case.tensors["in/input_ids"]
-    video, base = ids == case.runs["mrope"]["video_token_id"], int((ids == case.runs["mrope"]["vision_start_token_id"]).nonzero()[0]) + 1
+    video, base = ids == settings["video_token_id"], int((ids == settings["vision_start_token_id"]).nonzero()[0]) + 1
     ours = positions.clone()
     ours[:, video] = every[kept, :3].T + base
     moved = every[0, 3] - (every[:, :3].max() + 1)
     behind = int(video.nonzero()[-1]) + 1
     text = torch.arange(len(ids) - behind)
     ours[:, behind:] = base + every[:, :3].max() + 1 + text + moved
-    case.same("mrope", "positions", ours)
-    case.same("mrope", "delta", ours.max()[None] + 1 - len(ids))
+    case.same(run, "positions", ours)
+    case.same(run, "delta", ours.max()[None] + 1 - len(ids))
 
 
 def check_holitom(case: Case) -> None:

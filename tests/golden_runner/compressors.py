@@ -56,7 +56,7 @@ def check_vqtoken(case: Case) -> None:
                 found.append(float((rows[0] - codebook[0, labels[0]]).square().sum()))
                 case.compared.add(f"out/{run}/{name}")
             case.close(run, "distortions", torch.tensor(found), CLOSE)
-            case.fact(run, "best_K", elbow(found, LEAST))
+            case.fact(run, "best_K", LEAST if settings.get("method") == "silhouette" else elbow(found, LEAST))
         name = "init_index" if case.has(run, "init_index") else "final_init_index"
         labels, codebook = clustered(case.out(run, name))
         case.compared.add(f"out/{run}/{name}")

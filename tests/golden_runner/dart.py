@@ -28,7 +28,7 @@ class Drop(inside.Inside):
         case.close(run, "hidden_normed", normed)
         keys = torch.zeros_like(case.out(run, "keys"))
         keys[before] = case.out(run, "keys")[before]  # only those of the image and of the text behind it are shown to the method
-        keys[view.slots[0]], keys[view.text_slots[0]] = view.keys[0], view.text_keys[0]
+        keys[view.slots[0]], keys[view.text_slots[0]] = self.repeated(view.keys[0]), self.repeated(view.text_keys[0])
         case.close(run, "keys", keys)
         case.same(run, "kept", self.kept(layer))
         case.fact(run, "kept", len(self.kept(layer)))
@@ -38,6 +38,11 @@ class Drop(inside.Inside):
         if case.has(run, "position_ids_after"):
             self.rotates(layer, "position_ids_after")
         super().compare()
+
+    def repeated(self, keys: Tensor) -> Tensor:
+        """Keys [n, key heads x d] as recorded, a key head for every query head."""
+        heads, groups = self.case.config["num_attention_heads"], self.case.config["num_key_value_heads"]
+        return keys.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, 1).flatten(1)
 
 
 def compare_rule(case: Case, run: str, view: TextView, method: Dart, start: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from duet_vlm.methods.fitprune import FitPrune
 from duet_vlm.ops.score import query_attention
 from golden_runner import inside
-from golden_runner.case import SCORE, STATE, Case, near
+from golden_runner.case import COARSE, STATE, Case, near
 from golden_runner.t2v import Prompt
 
 
@@ -27,7 +27,7 @@ class Fitted(inside.Inside):
                 continue
             name, before = f"layer{layer}", kept
             scores = self.last_scores() if layer == depth - 1 else self.scores(next(views))
-            case.close(run, f"{name}/scores", scores, SCORE)
+            case.close(run, f"{name}/scores", scores, COARSE)
             order = scores.argsort(stable=True)[:deleted].tolist()
             kept = [token for place, token in enumerate(before) if place not in set(order)] if layer == depth - 1 else self.kept(layer + 1)
             case.same(run, f"{name}/deleted_in_current_block", order)

@@ -39,7 +39,7 @@ def check_divprune(case: Case) -> None:
 
 
 def scope(settings: dict[str, Any]) -> Scope:
-    return Scope(keep=settings["n"], alpha=settings["alpha"], combined=settings.get("combined", "multiply"))
+    return Scope(keep=settings["n"], alpha=settings["alpha"], combined="add" if settings.get("combined") == "add" else "multiply")
 
 
 def compare(case: Case, run: str, method: EncoderReducer, features: Tensor, importance: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from duet_vlm import DecoderReducer, TextView, attach
+from duet_vlm import TextView, attach
 from duet_vlm.flow.probe import prediction_gradient
 from duet_vlm.methods.pio import Pio
 from golden_runner.case import Case
@@ -28,9 +28,9 @@ def saliency(view: TextView) -> Tensor:
 class Stages:
     """One run on a recorded batch of prompts of equal length, an image in each."""
 
-    def __init__(self, case: Case, run: str, reducer: DecoderReducer, prompt: Prompt) -> None:
+    def __init__(self, case: Case, run: str, reducer: Pio, prompt: Prompt) -> None:
         self.case, self.run, self.prompt = case, run, prompt
-        self.layers, self.views = case.runs[run]["layer_list"], []
+        self.layers, self.views = [layer for layer, _ in reducer.schedule or ()], []
         cache = DynamicCache(config=prompt.text_model.config)
         with attach(prompt.model, spying(reducer, self.views)) as self.handle, Watch(prompt.text_model) as self.watch:
             prompt(past_key_values=cache, use_cache=True)
@@ -60,8 +60,8 @@ class Stages:
 
     def compare_stages(self) -> None:
         case, run = self.case, self.run
-        for stage, (layer, view) in enumerate(zip(self.layers, self.views, strict=True)):
-            name = f"stage{stage}"
+        for layer, view in zip(self.layers, self.views, strict=True):
+            name = f"stage{case.runs[run]['layer_list'].index(layer)}"
             before, after = self.kept(layer - 1), self.kept(layer)
             case.close(run, f"{name}/hidden_before", self.watch.output[layer - 1])
             case.close(run, f"{name}/hidden_after", self.watch.hidden[layer])

@@ -18,7 +18,7 @@ from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.score import cls_attention
 from duet_vlm.ops.select import outliers
 from duet_vlm.tokens import Selection
-from golden_runner.case import STATE, Case, near
+from golden_runner.case import COARSE, STATE, Case, near
 from golden_runner.models import llava, renamed
 from golden_runner.spy import spying
 from golden_runner.towers import beside
@@ -28,7 +28,7 @@ from golden_runner.v2v import tolerances, tower_features
 def check(case: Case) -> None:
     check_tower(case)
     hidden, query, key, attention = (case.tensors[f"out/tower/{name}"] for name in ("hidden_states", "query", "key", "cls_attention"))
-    near("cls_attention", cls_attention(query[:, None], key[:, None], key.shape[2] ** -0.5), attention, {"relative": 1e-5, "absolute": 0.0})
+    near("cls_attention", cls_attention(query[:, None], key[:, None], key.shape[2] ** -0.5), attention, COARSE)
     for run, settings in case.runs.items():
         if "error" in settings:
             with case.official_error(run):

@@ -15,10 +15,8 @@ from duet_vlm.flow.ranking import Ranking
 from duet_vlm.methods.sparsevlm import SparseVLM
 from duet_vlm.tokens import TokenMap
 from golden_runner import inside
-from golden_runner.case import Case, near
+from golden_runner.case import COARSE, Case, near
 from golden_runner.t2v import Prompt
-
-SCORE = {"relative": 1e-4, "absolute": 0.0}  # as the recording's account allows
 
 
 def preset(case: Case, settings: dict[str, Any]) -> SparseVLM:
@@ -41,10 +39,10 @@ class Staged(inside.Inside):
         for stage, (layer, _) in enumerate(reducer.schedule):
             view, name = next(views), f"stage{stage}"
             scores = reducer._mean(view.scores, view.valid)
-            case.close(run, f"{name}/scores", scores[0], SCORE)
+            case.close(run, f"{name}/scores", scores[0], COARSE)
             if case.has(run, f"{name}/head_sums"):
                 raters = len(case.out(run, "raters"))
-                case.close(run, f"{name}/head_sums", view.scores[0].sum(0) * raters, SCORE)
+                case.close(run, f"{name}/head_sums", view.scores[0].sum(0) * raters, COARSE)
                 heads = view.scores[0].sum(0).topk(reducer.best_heads).indices
                 case.same(run, f"{name}/heads_used", heads.sort().values)
             chosen = reducer.t2v(view)
@@ -60,7 +58,7 @@ class Staged(inside.Inside):
         case, run = self.case, self.run
         embeds, start, count = case.given("inputs_embeds")[0], self.prompt.starts[0], self.prompt.counts[0]
         likeness = embeds[start : start + count] @ embeds[start + count :].T
-        case.close(run, "rater_scores", likeness.softmax(-1).mean(0), SCORE)
+        case.close(run, "rater_scores", likeness.softmax(-1).mean(0), COARSE)
         rates = self.raters[0][0]
         case.same(run, "raters", rates.nonzero().flatten() - start - count)
 
@@ -110,7 +108,7 @@ class OtherNoise(Staged):
         (view,), name = self.views, "stage0"
         chosen = self.handle.reducer.t2v(view)
         self.compare_raters()
-        self.case.close(self.run, f"{name}/scores", view.scores[0].mean(1), SCORE)
+        self.case.close(self.run, f"{name}/scores", view.scores[0].mean(1), COARSE)
         self.case.same(self.run, f"{name}/recycled_source", chosen.members[0])
         self.case.same(self.run, f"{name}/kept_in_current_visual_block", chosen.index[0][: self.settings["budgets"][0]])
         self.rotates(self.handle.reducer.schedule[0][0], f"{name}/position_ids")

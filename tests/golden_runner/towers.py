@@ -13,7 +13,7 @@ from duet_vlm.bench.inputs import encode
 from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.vispruner import VisPruner
 from duet_vlm.ops.score import column_attention
-from golden_runner.case import SCORE, STATE, Case, near
+from golden_runner.case import COARSE, STATE, Case, near
 from golden_runner.models import TINY_LLAMA, llava, load, renamed
 from golden_runner.spy import spying
 from golden_runner.v2v import tower_features
@@ -35,7 +35,7 @@ def check_clip(case: Case) -> None:
         case.same(run, "kept", preset(case, settings).v2v(view).index)
         case.close(run, "rows", rows, STATE)
         beside(case, "hidden", tower_features(model, pixels)[:, 1:], STATE)
-        beside(case, "cls_attention_mean", view.importance / case.config["vision"]["num_attention_heads"], SCORE)
+        beside(case, "cls_attention_mean", view.importance / case.config["vision"]["num_attention_heads"], COARSE)
 
 
 def check_siglip(case: Case) -> None:
@@ -47,8 +47,11 @@ def check_siglip(case: Case) -> None:
     load(projector, renamed({k: v for k, v in case.weights().items() if k.startswith("mm_")}, {"mm_projector.": ""}))
     hidden, received = tower_signals(tower, case.given("pixel_values"))
     beside(case, "hidden", hidden, STATE)
-    beside(case, "attention_received_mean", received / hidden.shape[1], SCORE)
+    beside(case, "attention_received_mean", received / hidden.shape[1], COARSE)
     for run, given in case.runs.items():
+        if "error" in given:
+            case.errors.add(run)  # as on CLIP, where what ours does instead is looked at
+            continue
         plan = SpanPlan(hidden.shape[1], given["n"], 0, (given["n"],))
         number = torch.full((len(hidden),), 1)
         valid = torch.ones(hidden.shape[:2], dtype=torch.bool)
