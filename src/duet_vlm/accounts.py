@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
+
+from torch import nn
 
 from duet_vlm.budget import Stages
 from duet_vlm.flow.cache import Run
@@ -79,12 +82,26 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]
     """FLOPs and bytes of signals, choice and merge before the decoder."""
     if not isinstance(reducer, EncoderReducer):
         return 0, 0
-    vision = adapter.vision_shape()
-    plans, passes = [plan for s in samples for plan in s.plans], [span for s in samples for span in s.passes]
+    vision, shape = adapter.vision_shape(), adapter.decoder_shape()
     head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
-    width = adapter.decoder_shape().hidden if projects_all else vision.projector[0][0]
-    mass = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head)
-    mass += question_flops(reducer, [s.queries for s in samples if any(plan.merges for plan in s.plans)], adapter.decoder_shape())
-    steps = [span for s in samples for span in s.steps]
-    ranked = [span for s in samples for span in s.encoded]
-    return mass + selection_flops(reducer, plans, passes, vision, head, width, steps, ranked), selection_bytes(reducer, plans, passes, vision, head)
+    width = shape.hidden if projects_all else vision.projector[0][0]
+    linear = [layer for layer in adapter.projector().modules() if isinstance(layer, nn.Linear)]
+    maps = [(layer.in_features, layer.out_features) for layer in linear] or vision.projector  # not those of further mergers
+    flops, read = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head), 0
+    for still in (True, False):  # images and clips are encoded, and chosen from, by themselves
+        asked = [(s.queries, rows) for s in samples if (rows := _encoded(s, still))]
+        if not asked:
+            continue
+        plans, passes, steps, ranked, projected = zip(*(row for _, rows in asked for row in rows), strict=True)
+        projecting = 2 * sum(projected) * sum(math.prod(sides) for sides in maps)
+        flops += selection_flops(reducer, plans, passes, vision, head, width, steps, ranked, projecting)
+        flops += question_flops(reducer, [words for words, rows in asked if any(plan.merges for plan, *_ in rows)], shape)
+        read += selection_bytes(reducer, plans, passes, vision, head)
+    return flops, read
+
+
+def _encoded(sample: Sample, still: bool) -> list[tuple[Any, ...]]:
+    """Of the pictures of a sample, or of its clips: plan, parts, steps of time, parts that signals are made of, rows that the projector works on."""
+    of = sample.still or (False,) * len(sample.plans)
+    every = zip(of, sample.plans, sample.passes, sample.steps, sample.encoded, sample.reaching_projector(), strict=True)
+    return [tuple(row) for kind, *row in every if kind == still]

@@ -32,6 +32,7 @@ def selection_flops(
     feature_width: int,
     steps: Sequence[Sequence[int]] | None = None,
     ranked: Sequence[Sequence[int]] | None = None,
+    projecting: int = 0,
 ) -> int:
     """Signals, choice and merge before the decoder for the spans of one call; 0 where the method leaves them whole.
 
@@ -45,6 +46,8 @@ def selection_flops(
         Per span, visual tokens of each step of time; left out, every part is one.
     ranked : sequence of sequence of int, optional
         Per span, visual tokens of the parts that signals are made of; left out, all.
+    projecting : int
+        FLOPs of the projector on what it was given in this call, for methods that ask it themselves.
     """
     if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
         return 0
@@ -55,7 +58,7 @@ def selection_flops(
         signals *= _attentions(reducer)
     keys = vision.width if reducer.signal_heads == "one" else key_width
     timed = _steps(plans, passes if steps is None else steps) if reducer.reads_time else None
-    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, timed)
+    return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, timed, projecting)
 
 
 def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[int, int] | None:
@@ -115,10 +118,11 @@ def choice_flops(
     feature_width: int,
     vision: VisionShape,
     steps: tuple[int, int] | None = None,
+    projecting: int = 0,
 ) -> int:
     """Matrix products of choosing and merging on spans with these plans, counted on the meta device; ``steps``: of how many steps of time, of
-    how many tokens each, at most."""
-    batch, tokens = len(plans), max(plan.tokens for plan in plans)
+    how many tokens each, at most; ``projecting``: what the projector costs, each time that the method asks it."""
+    batch, tokens, asked = len(plans), max(plan.tokens for plan in plans), 0
     decoder = vision.projector[-1][1]
     sizes = Sizes(feature_width, len(reducer.signal_layers) * vision.width, decoder, steps[1] if steps else tokens)
     with torch.no_grad(), torch.device("meta") as meta, FlopCounterMode(display=False) as counter:
@@ -128,11 +132,10 @@ def choice_flops(
         pairs, longs = torch.empty(batch, 2, dtype=torch.long, device=meta), functools.partial(empty, dtype=torch.long)
 
         def project(change: Change) -> Tensor:
-            first = vision.projector[0][0]  # wider than a patch where the projector reads several layers of the tower
-            rows = change(empty(max(1, vision.patches_per_token * vision.width // first), first))
-            for wide, narrow in vision.projector:
-                rows = rows.reshape(batch, -1, wide) @ torch.empty(wide, narrow, device=meta)
-            return rows[:, :1].expand(-1, tokens, -1)
+            nonlocal asked
+            asked += 1
+            change(empty(vision.projector[0][0]))
+            return empty(decoder)
 
         selection = reducer.v2v(
             VisionView(
@@ -145,7 +148,7 @@ def choice_flops(
             )
         )  # fmt: skip
     merging = 2 * selection.index.numel() * tokens * feature_width if by_table(selection, tokens) else 0
-    return counter.get_total_flops() + merging
+    return counter.get_total_flops() + merging + asked * projecting
 
 
 def _module(reducer: EncoderReducer, sizes: Sizes) -> nn.Module | None:
