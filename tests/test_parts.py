@@ -18,7 +18,7 @@ from duet_vlm import BudgetError
 from duet_vlm.budget import SpanPlan
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.parts import apportion, plan_span
+from duet_vlm.parts import apportion, left_in_tower, plan_span
 
 DEPTH = 8
 
@@ -54,6 +54,15 @@ def test_a_budget_is_met_whatever_the_parts(sizes: list[int], newlines: int, eac
     if each and plan.merges:
         assert sum(d for d, _ in plan.parts) == plan.dominant - plan.structure and sum(k for _, k in plan.parts) == plan.contextual
         assert all(d >= 0 and k >= 0 and d + k <= size for (d, k), size in zip(plan.parts, sizes, strict=True))
+
+
+def test_a_tower_leaves_of_every_part_what_enters_of_it() -> None:
+    """Shares of a larger sum can be smaller: of these four crops 38 rows enter, 9 of the last, whose share of 39 is 8."""
+    sizes = [16, 13, 16, 13]
+    parts = tuple((n, 0) for n in apportion(38, sizes))
+    plan = SpanPlan(58, 38, 0, (38,), parts=parts, tower=39)
+    assert parts[3] == (9, 0) and apportion(39, sizes)[3] == 8
+    assert left_in_tower(plan, sizes) == [11, 9, 11, 9]
 
 
 def test_counts_of_a_method_are_per_part_when_parts_are_taken_one_by_one() -> None:
@@ -174,3 +183,14 @@ def test_parts_of_one_image_are_the_image() -> None:
             forward(model, inputs)
             kept.append(handle.trace)
     assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize("less", [1, 3, 9])
+def test_budgets_just_below_an_image_with_its_newlines(less: int) -> None:
+    """Newlines make a span larger than all that the tower looked at; they leave first."""
+    picture = Picture(1, 6, 6)
+    tokens = FAMILIES["llava_next"].tokens(picture)
+    with duet_vlm.attach(shared("llava_next"), "visionzip", budget=tokens - less) as handle:
+        forward(shared("llava_next"), FAMILIES["llava_next"].inputs([(1, picture, 5)]))
+        (span,) = handle.trace[0]
+    assert tokens == 88 and len(span.stages[0].kept) == min(80, tokens - less)

@@ -19,6 +19,7 @@ from duet_vlm.flow.tower.choice import choose
 from duet_vlm.flow.tower.joined import JoinedRun
 from duet_vlm.flow.tower.limits import weighing
 from duet_vlm.flow.tower.packed import PackedRun
+from duet_vlm.measure.counted import counted_flops
 from duet_vlm.models.adapter import Encoding, PackedTower
 from duet_vlm.models.find import adapter_for
 from duet_vlm.ops.merge import in_stretches
@@ -689,3 +690,53 @@ def test_what_a_users_method_returns_is_checked(kind: str, words: str, monkeypat
     with duet_vlm.attach(model, Wrong(keep=0.5)), pytest.raises(ValueError, match=rf"wrong\.stay returned .*{words}"):
         forward(model, inputs)
     assert torch.equal(forward(model, inputs).logits, plain)
+
+
+@pytest.mark.parametrize("method", ["rlt+duet", "pixelprune+duet", "pixelprune"])
+@pytest.mark.parametrize("content", [(1, Picture(1, 1, 1), 5, 6), (1, Picture(1, 1, 1, frames=3), 5, 6)], ids=["image", "clip"])
+def test_pictures_of_one_unit_have_nothing_to_choose(method: str, content: Any) -> None:
+    """Their only token may have to predict, so it is not up for choice."""
+    settings = {"budget": 0.5} if "+" in method else {}
+    with duet_vlm.attach(shared("qwen2_vl"), method, **settings) as handle:
+        forward(shared("qwen2_vl"), FAMILIES["qwen2_vl"].inputs([content]))
+        assert handle.report().measured[0] >= 1
+
+
+@pytest.mark.parametrize("method", [*FRONT, *INSIDE, "pixelprune+duet_plus"])
+@pytest.mark.parametrize("parts", ["joint", "each"])
+def test_crops_of_which_packing_leaves_nothing(method: str, parts: str) -> None:
+    """A very wide image shows nothing of its own crops in LLaVA-NeXT: its counts are those of the image behind it, by itself and together."""
+    family, model = FAMILIES["llava_next"], shared("llava_next")
+    rows: Any = [(1, Picture(1, 1, 12), 5, 6), (1, Picture(2, 6, 7), 7, 8)]
+    settings = {"budget": 0.5} if "+" in method else {} if method in ("rlt", "pixelprune") else {"keep": 0.5}
+    with duet_vlm.attach(model, method, parts=parts, **settings) as handle:
+        alone = []
+        for row in rows:
+            forward(model, family.inputs([row]))
+            alone.append([span.stages[0].kept for span in handle.trace[0]])
+        forward(model, family.inputs(rows))
+        assert [[span.stages[0].kept for span in row] for row in handle.trace] == alone
+        assert handle.report().measured == handle.report().nominal
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava", "internvl"])
+@pytest.mark.parametrize("tower", ["contrast", "key_norm"])
+def test_a_method_may_ask_the_projector_behind_a_reduced_tower(family: str, tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it makes of unchanged rows is what the method is shown; its cost is counted on the rows that it works on."""
+    kind, seen = duet_vlm.get("zoo_prune"), []
+    plain = kind.sensitivity
+
+    def spy(self: Any, view: Any) -> Tensor:
+        if not view.valid.is_meta:  # costs are counted on shapes
+            seen.append((view.project(lambda rows: rows), view.features, view.valid))
+        return plain(self, view)
+
+    model, inputs = build(family), FAMILIES[family].inputs([(1, Picture(1, 4, 4), 5, Picture(2, 3, 6), 6, 7)])
+    with duet_vlm.attach(model, f"{tower}+zoo_prune", budget=0.3, zoo_prune_directions=3, **{f"{tower}_keep": 0.5}) as handle, torch.no_grad():
+        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        assert handle.report().observed.flops == pytest.approx(counted, rel=0.01)
+        monkeypatch.setattr(kind, "sensitivity", spy)
+        forward(model, inputs)
+    ((projected, features, valid),) = seen
+    assert 0 < valid.sum() < valid.numel()
+    torch.testing.assert_close(projected[valid], features[valid], rtol=1e-4, atol=1e-5)

@@ -73,7 +73,9 @@ def left_in_tower(plan: SpanPlan, sizes: Sequence[int], fed: int = 0) -> Sequenc
     no patches (CLS) are among the plan's tokens; they stay and are not counted."""
     if plan.tower is None:
         return sizes
-    return [max(1, n) for n in apportion(min(sum(sizes), max(len(sizes), plan.tower - fed * len(sizes))), sizes)]
+    left = apportion(min(sum(sizes), max(len(sizes), plan.tower - fed * len(sizes))), sizes)
+    enter = [sum(part) - fed for part in plan.parts] or left  # shares of a smaller sum can be larger by one
+    return [max(1, *some) for some in zip(left, enter, strict=True)]
 
 
 def _sum(plans: Sequence[SpanPlan], tokens: int) -> SpanPlan:

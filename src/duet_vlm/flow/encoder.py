@@ -193,11 +193,11 @@ class EncoderFlow:
             self.stacks.encoders[-1].projecting = args, kwargs
 
     def _may_merge(self, call: EncoderCall, rows: int) -> bool:
-        """Whether spans can be reduced at all: no span is larger than all the ``rows`` that the tower looked at."""
+        """Whether spans can be reduced at all: no span is larger than all the ``rows`` that the tower looked at and its newlines."""
         if call.tower is not None or call.gathers:
             return True
         try:
-            return call.rules.span((rows,), 0, call.each).merges
+            return call.rules.span((rows,), max(self.adapter.beside(call.encoding, 1)), call.each).merges
         except ValueError:  # so many rows cannot be reduced so far (or not at all by these settings), fewer may
             return True
 
@@ -206,7 +206,9 @@ class EncoderFlow:
         if call.tower is None or not call.rules.by_threshold:
             return [None] * len(parts)
         left, fed = iter(call.tower.counts), self.adapter.fed(call.encoding)
-        return [[next(left) + fed for _ in sizes_of(rows)[0]] for rows in parts]
+        passes = self.adapter.passes(call.encoding, [len(rows) for rows in parts])
+        found = [[next(left) + fed for _ in pictures] for pictures in passes]  # of crops, too, of which packing leaves nothing
+        return [[min(n, size) for n, size in zip(some, sizes_of(rows)[0], strict=False)] for some, rows in zip(found, parts, strict=True)]
 
     # ---- point-wise projector: before it
 

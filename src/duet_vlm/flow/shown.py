@@ -225,8 +225,10 @@ def projecting(adapter: Adapter, call: EncoderCall) -> Callable[[Change], Tensor
     runs = in_float32(adapter.projector())
 
     def project(change: Change) -> Tensor:
-        rows = change(given.detach().float())
-        return pad_rows(adapter.arranged(runs(rows, *more, **kwargs), call.encoding))[0]
+        made = runs(change(given.detach().float()), *more, **kwargs)
+        if call.tower is not None and call.tower.merges_left and not call.aside:  # it was given what is left of a packed tower
+            made = call.tower.projected(made)
+        return pad_rows(adapter.arranged(made, call.encoding))[0]
 
     return project
 

@@ -304,8 +304,8 @@ def checked_mask(
 ) -> tuple[Tensor, Tensor]:
     """The mask [B, V] that ``reducer`` made of the tokens that stay, False for padding, and the code of what is wrong with it.
 
-    ``valid`` [B, V] bool and ``keep`` [B] are those of the ``TextView`` (None: any number, but one at least). The code is a 0-dim int64 tensor;
-    on the CPU it is 0.
+    ``valid`` [B, V] bool and ``keep`` [B] are those of the ``TextView`` (None: any number, but one at least where there are any). The code is a
+    0-dim int64 tensor; on the CPU it is 0.
 
     Raises
     ------
@@ -317,7 +317,9 @@ def checked_mask(
         expected = f"give a tensor {list(valid.shape)} of {torch.bool} on {valid.device}"
         raise ValueError(f"{_name(reducer)}.{verb} returned {_shown(mask)}: {expected}")
     mask = mask & valid
-    return mask, _code(reducer, {wrong: _differ(mask.sum(1), mask.sum(1).clamp(min=1) if keep is None else keep)})
+    found = mask.sum(1)
+    wanted = found.maximum(valid.any(1).long()) if keep is None else keep  # of a picture of one unit there is nothing to choose
+    return mask, _code(reducer, {wrong: _differ(found, wanted)})
 
 
 # ---- both

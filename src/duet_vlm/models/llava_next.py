@@ -45,7 +45,8 @@ class LlavaNext(Llava):
         return [tuple(sizes.tolist()) for sizes in arriving]
 
     def beside(self, call: Encoding, spans: int) -> list[int]:
-        return [int((rows == 0).sum()) for rows in self._numbers(call)]
+        patches = torch.ones(sum(self.crops(call)), self.side**2, 1, device="cpu")
+        return [int((rows == 0).sum()) for rows in self.packed(patches, call)]
 
     def real_patches(self, call: Encoding, pictures: int) -> Tensor:
         """Those that packing does not cut off."""

@@ -50,7 +50,7 @@ class TowerFlow:
             left_in_tower(plan, sizes, fed) if plan.tower is not None else [whole or n for n in sizes]
             for plan, sizes in zip(plans, spans, strict=True)
         ]
-        before = [n if plan.tower is not None else whole or n for plan, sizes in zip(plans, spans, strict=True) for n in sizes]
+        before = [max(1, n) if plan.tower is not None else whole or n for plan, sizes in zip(plans, spans, strict=True) for n in sizes]
         return stages_of(tower, before, [n for some in left for n in some], depth, [whole or n for sizes in spans for n in sizes])
 
     def embedded(self, module: nn.Module, args: Any, output: Tensor) -> None:
@@ -112,6 +112,7 @@ class TowerFlow:
         real = real[:, cells]
         if self.adapter.shows_padding:  # then the last token of a picture is one, padding or not
             real[:, -1] = True
+        real[:, 0] |= ~real.any(2).any(1)[:, None]  # of a crop that packing cuts off as a whole one unit goes through
         every, content = torch.ones_like(real[..., 0]), real.any(2)
         weighs = weighing(tower, takes_bias(blocks, stages, again))
         run = BatchRun(

@@ -118,6 +118,10 @@ class PackedRun(Run):
         sizes = of_all(self.row_sizes().view(1, 1, -1))
         return [dataclasses.replace(calls[0], query=q, key=k, segments=None, size=s[:, 0]) for q, k, s in zip(query, key, sizes, strict=True)]
 
+    def projected(self, rows: Tensor) -> Tensor:
+        """What a merger makes of the units that are left [n, D] at their places among those of all [U, D], in the order of the blocks."""
+        return rows.new_zeros(self.total, rows.shape[1]).index_copy(0, self.slots[self.place], rows)
+
     def patches(self, units: Tensor) -> Tensor:
         """Numbers of units [n] as those of their patches [n * unit]."""
         return (units[:, None] * self.unit + torch.arange(self.unit, device=units.device)).flatten()
