@@ -479,3 +479,10 @@ def test_two_models_that_share_a_tower() -> None:
     assert snapshot(second) == before
     with duet_vlm.attach(second, "duet", budget=12):
         forward(second, FAMILIES["llava"].inputs([ONE]))
+
+
+@pytest.mark.parametrize("processor", ["llava-hf/llava-1.5-7b-hf", 3])
+@pytest.mark.parametrize("method", ["duet", "scope", "fastv"])
+def test_what_is_no_processor_is_refused_whatever_asks_for_one(method: str, processor: Any) -> None:
+    with pytest.raises(TypeError, match=r"processor= must be the model's processor \(with a tokenizer\), got (str|int)"):
+        duet_vlm.attach(shared("llava"), method, budget=0.3, processor=processor)

@@ -48,13 +48,10 @@ def check(
             raise TypeError(f"{reducer.name} needs {need!r}, which {adapter.family} cannot give: {adapter.lacks[need]}. {WITHOUT[need]}")
         if "similar" in reducer.reads:
             _check_text_tower(adapter, reducer, text_tower, processor)
-    if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient":
-        if processor is None:
-            warnings.warn(
-                "text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.text.salient_mask)", stacklevel=3
-            )
-        elif not hasattr(processor, "tokenizer"):
-            raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
+    if processor is not None and not hasattr(processor, "tokenizer"):
+        raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
+    if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient" and processor is None:
+        warnings.warn("text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.text.salient_mask)", stacklevel=3)
     stored = reducer.calibration() if isinstance(reducer, DecoderReducer) else None
     if stored is not None:
         stored.check(facts(adapter))
