@@ -166,6 +166,14 @@ def test_every_cluster_stands_at_a_token_of_its_own(seed: int, tokens: int, data
     assert labels[0][place[0]].tolist() == list(range(count)) and set(labels[0].tolist()) == set(range(count))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_of_two_rows_the_first_stands_for_them(seed: int) -> None:
+    """Both are as like their mean, up to rounding, which is another one in a batch."""
+    rows = unit_rows(torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(seed)))
+    there, labels = torch.tensor([[True]]), torch.zeros(1, 2, dtype=torch.long)
+    assert standing(rows, torch.ones(1, 2, dtype=torch.bool), labels, rows.mean(1, keepdim=True), there)[0].item() == 0
+
+
 def test_the_elbow_is_the_released_codes() -> None:
     assert elbow([9, 5, 4, 3.5], 12) == 12 and elbow([3], 12) == 12
     bend = [100.0 - k for k in range(16)] + [70.0] * 5  # the largest second difference at place 15

@@ -10,6 +10,7 @@ from torch import Tensor
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import pack_right, take
 
+TIE = 1e-5  # of a cosine: closer than that, additions in another order would decide
 CHANGE = 1e-4  # of all centres together (Frobenius norm): less, and nothing moves any more
 
 
@@ -70,14 +71,16 @@ def means(rows: Tensor, labels: Tensor, otherwise: Tensor) -> Tensor:
 
 
 def standing(rows: Tensor, valid: Tensor, labels: Tensor, centres: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-    """A row of its own for every centre: the one that is most like it, of a cluster without rows one that stands for no other.
+    """A row of its own for every centre: the one that is most like it (ties to the lower index), of a cluster without rows one that stands for no
+    other.
 
     Clusters are numbered by these rows. -> token numbers [B, K], rising where ``there`` [B, K]; labels [B, N] by the new numbers.
     """
     count, number = centres.shape[1], torch.arange(rows.shape[1], device=rows.device)
     own = labels[..., None] == torch.arange(count, device=rows.device)
     alike = (rows @ unit_rows(centres).transpose(1, 2)).masked_fill(~own, float("-inf"))
-    place, filled = alike.argmax(1), own.any(1)
+    nearest = alike >= alike.amax(1, keepdim=True) - TIE  # two rows of a cluster are both as like its mean: rounding must not decide
+    place, filled = nearest.int().argmax(1), own.any(1)
     spare = valid.new_zeros(len(valid), valid.shape[1] + 1)
     taken = spare.scatter_(1, place.masked_fill(~filled, valid.shape[1]), True)[:, :-1]
     free, _ = pack_right(valid & ~taken, rows.shape[1])
