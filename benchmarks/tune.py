@@ -20,8 +20,9 @@ from duet_vlm.evaluate.run import model_facts
 from duet_vlm.evaluate.source import source
 from duet_vlm.evaluate.tasks import accepted, task, usual_model
 from duet_vlm.loading import load
+from duet_vlm.tune import BUDGETS, METHODS
 from duet_vlm.tune.ask import Asker
-from duet_vlm.tune.candidates import BUDGETS, METHODS, candidates
+from duet_vlm.tune.candidates import candidates
 from duet_vlm.tune.search import Goal, search
 
 FRESH_SEED = 1000

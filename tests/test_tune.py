@@ -71,9 +71,12 @@ def test_questions_are_split_and_too_few_are_named() -> None:
     with pytest.raises(ValueError, match=r"100 questions .* 149 .* give 73 more, or --keep 0.961"):
         split(100, 0.98)
     assert split(100, 0.961).testing + FEWEST <= 100
-    with pytest.raises(ValueError, match="1 questions .* give 172 more"):
+    with pytest.raises(ValueError, match="1 question .* give 172 more"):
         split(1, 0.98)
     assert split(40, None).losses is None
+    assert (split(2, None).choosing, split(2, None).testing) == (1, 1)
+    with pytest.raises(ValueError, match="1 question .* at least two"):
+        split(1, None)
 
 
 class Made:
@@ -266,8 +269,35 @@ def test_every_verb_takes_the_file(tuned: tuple[Path, dict[str, Any]], tmp_path:
     assert json.loads(said.stdout)["report"]["budget"] == known["budget"]
     said = call("eval", "--methods", setting, "--limit", "2", "--timing-rounds", "0", "--workers", "1", "--out", tmp_path, "--json")
     assert [row["budget"] for row in json.loads(said.stdout)["results"][0]["runs"]] == [None, known["budget"]]
+    said = call("bench", "--method", setting, "--rounds", "1", "--new", "2", "--no-predict", "--json")
+    assert [row["budget"] for row in json.loads(said.stdout)["rows"]] == [None, known["budget"]]
+    said = call("vllm-args", "-m", "tiny", "--method", setting)
+    assert said.exit_code == 2 and "on vLLM a budget counts what enters" in said.stderr
     said = call("train", "--data", "tiny", "--limit", "4", "--method", setting, "--print-config", "--json")
     assert {key: json.loads(said.stdout)[key] for key in ("method", "budget")} == {key: known[key] for key in ("method", "budget")}
+
+
+def test_a_file_with_settings_is_timed_with_them(tmp_path: Path) -> None:
+    file = tmp_path / "duet.json"
+    file.write_text('{"method": "duet_plus", "budget": 0.22, "settings": {"schedule": [[6, 0.5], [9, 0.0]]}}')
+    words = ("bench", "--method", file, "--rounds", "1", "--new", "2", "--no-predict", "--json")
+    _, row = json.loads(call(*words).stdout)["rows"]
+    assert row["side"] == "duet_plus[schedule=((6, 0.5), (9, 0.0))] at 22%" and row["settings"] == {"schedule": [[6, 0.5], [9, 0.0]]}
+    assert len(row["t2v"]) == 2  # it drops where the file says
+    assert [row["budget"] for row in json.loads(call(*words, "-b", ".33,.5").stdout)["rows"]] == [None, 0.33, 0.5]
+
+
+def test_help_says_what_is_searched() -> None:
+    said = "".join(call("tune", "--help").stdout.split())
+    assert "Default:duet,duet_plus,scope,visionzip,pyramiddrop,fastv." in said and "Default:0.75,0.5,0.33,0.22,0.11,0.06." in said
+    assert "tiny-crowded" in said
+
+
+@pytest.mark.parametrize("verb", ["tune", "drop-curve", "eval"])
+def test_a_file_that_is_missing_is_named_without_an_option_of_another_verb(verb: str, tmp_path: Path) -> None:
+    words = {"tune": [], "drop-curve": ["--task"], "eval": ["--tasks"]}[verb]
+    said = call(verb, *words, tmp_path / "none.jsonl")
+    assert said.exit_code == 2 and said.stderr == f"error: {tmp_path / 'none.jsonl'}: no such file\n"
 
 
 def test_nothing_qualifies_is_said(tmp_path: Path) -> None:
@@ -293,14 +323,16 @@ def jsonl(folder: Path, *rows: dict[str, Any]) -> Path:
     "row, words, said",
     [
         ({"question": "what color is the star ?", "answer": "an aardvark"}, (), "never one of the labels"),
-        ({"question": "what color is the star ?"}, ("--limit", "1"), "1 questions .* too few"),
+        ({"question": "what color is the star ?"}, ("--limit", "1"), "1 question .* too few"),
+        ({"question": "what color is the star ?"}, ("--limit", "1", "--speedup", "1.01"), "give at least two"),
         ({"question": "what color is the star ?"}, ("--prompt", "why ?"), "brings its questions"),
         ({"question": "what color is the star ?"}, ("--methods", "duett"), "did you mean 'duet'"),
     ],
 )
 def test_bad_questions_get_one_sentence(row: dict[str, Any], words: tuple[str, ...], said: str, tmp_path: Path) -> None:
     file = jsonl(tmp_path, *([row] * 40))
-    found = call("tune", file, "--keep", "0.8", "--out", tmp_path / "out", "--timing-rounds", "3", "--json", *words)
+    goal = () if "--speedup" in words else ("--keep", "0.8")
+    found = call("tune", file, *goal, "--out", tmp_path / "out", "--timing-rounds", "3", "--json", *words)
     (line,) = found.stderr.splitlines()[-1:]
     assert found.exit_code == 2 and line.startswith("error:") and __import__("re").search(said, line), found.output
 

@@ -31,15 +31,17 @@ CARDS = {"pcie", "nvl"}  # slower forms of modules that have the same name; the 
 
 @dataclass(frozen=True)
 class Side:
-    """The untouched model, or a method at a budget."""
+    """The untouched model, or a method at a budget; ``settings`` as pairs of name and value."""
 
     method: str | None = None
     budget: int | float | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
     def __str__(self) -> str:
         if self.method is None:
             return "full"
-        return f"{self.method} at {self.budget:.0%}" if isinstance(self.budget, float) else f"{self.method} at {self.budget}"
+        name = self.method + (f"[{', '.join(f'{key}={value}' for key, value in self.settings)}]" if self.settings else "")
+        return name if self.budget is None else f"{name} at {self.budget:.0%}" if isinstance(self.budget, float) else f"{name} at {self.budget}"
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ def _compare(adapter: Adapter, plan: Plan, prompt: Prompt, sheet: Device | None)
     rows = []
     for side, each in passes.items():
         times = each.timings(plan.rounds) | ends.get(str(side), {})
-        row: dict[str, Any] = {"side": str(side), "method": side.method, "budget": side.budget, "batch": prompt.batch, "tokens": prompt.tokens}
+        row: dict[str, Any] = {"side": str(side), "method": side.method, "budget": side.budget}
+        row |= {"settings": dict(side.settings), "batch": prompt.batch, "tokens": prompt.tokens}
         row |= {"text": prompt.rows - prompt.tokens, "new": plan.new, "pairs": plan.rounds}
         row["ms"] = {name: _spread(times[name]) for name in times if not name.startswith(("layer ", "hook "))}
         row["speed_up"] = {name: dataclasses.asdict(ratio(full[name], times[name])) for name in row["ms"] if min(times[name].seconds) > 0}
@@ -130,7 +133,7 @@ def _feasible(adapter: Adapter, sides: Sequence[Side], prompt: Prompt) -> tuple[
     for side in sides:
         try:
             if side.method is not None:
-                duet_vlm.get(side.method)().plan(prompt.tokens, len(adapter.layers), side.budget)
+                duet_vlm.get(side.method)(**dict(side.settings)).plan(prompt.tokens, len(adapter.layers), side.budget)
             found.append(side)
         except duet_vlm.BudgetError as error:
             rows.append({"side": str(side), "batch": prompt.batch, "status": "infeasible", "floor": error.floor})
@@ -150,9 +153,8 @@ class Pass:
         if self.side.method is None:
             return duet_vlm.attach(self.adapter.model, "none")
         side, plan = self.side, self.plan
-        return duet_vlm.attach(
-            self.adapter.model, side.method, budget=side.budget, chunk_frames=plan.chunk_frames, still_frames=plan.still_frames
-        )
+        pieces = {"chunk_frames": plan.chunk_frames, "still_frames": plan.still_frames}
+        return duet_vlm.attach(self.adapter.model, side.method, budget=side.budget, **pieces | dict(side.settings))
 
     def held(self) -> AbstractContextManager[Any]:
         """The full model is timed as it is, without a handle."""

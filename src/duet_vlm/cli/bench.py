@@ -15,8 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from duet_vlm.cli.errors import folder_for, friendly
-from duet_vlm.cli.lists import check_method
-from duet_vlm.cli.options import SEVERAL, AsJson, ChunkFrames, Debug, Device, Model, StillFrames, budgets_of, counts, pieces_of, several
+from duet_vlm.cli.options import SEVERAL, AsJson, ChunkFrames, Debug, Device, Model, StillFrames, budgets_of, counts, method_of, pieces_of, several
 
 METHODS = ("duet", "visionzip", "fastv", "uniform", "random")
 BUDGETS = ("0.33", "0.11")
@@ -28,7 +27,8 @@ def bench(
         Path | None, typer.Option("--config-only", help="A config.json or a folder with one: random weights at that shape.")
     ] = None,
     method: Annotated[
-        list[str] | None, typer.Option("--method", "--methods", help=f"{SEVERAL} 'all' takes every method. Default: {','.join(METHODS)}.")
+        list[str] | None,
+        typer.Option("--method", "--methods", help=f"{SEVERAL} 'all' takes every method, duet.json that of 'tune'. Default: {','.join(METHODS)}."),
     ] = None,
     budget: Annotated[list[str] | None, typer.Option("--budget", "--budgets", "-b", help=f"{SEVERAL} Default: {','.join(BUDGETS)}.")] = None,
     batch: Annotated[list[str] | None, typer.Option("--batch", help=f"Rows at a time. {SEVERAL} Default: 1.")] = None,
@@ -51,16 +51,20 @@ def bench(
 ) -> None:
     """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and predictions beside it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, tells of its own doings otherwise
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with friendly(debug, json_):
-        methods, budgets = _methods(method), budgets_of(budget or BUDGETS)
+        named, budgets = _methods(method), budgets_of(budget)
         batches, texts = counts("--batch", batch, 1), counts("--prompt-tokens", prompt_tokens, 32)
         pieces = pieces_of(chunk_frames, still_frames, frames > 0, "give --frames")
         _writable(out, plots)
         from duet_vlm.bench.plots import draw
-        from duet_vlm.bench.run import Plan, result, sheet_of, sides_of
+        from duet_vlm.bench.run import Plan, Side, result, sheet_of
 
+        usual = budgets or budgets_of(BUDGETS)
+        reduced = [Side(name, each, settings) for name, own, settings in named for each in ([own] if own and not budgets else usual)]
+        sides = (Side(), *dict.fromkeys(reduced))
         loaded, where, name = _model(model, config_only, device, dtype)
-        plan = Plan(sides_of(methods, budgets), batches, texts, tokens, frames, new, rounds, **pieces)
+        plan = Plan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
         say = functools.partial(typer.echo, err=True)
         found = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
         if out is not None:
@@ -84,15 +88,15 @@ def _writable(out: Path | None, plots: Path | None) -> None:
         folder_for("--plots", plots)
 
 
-def _methods(given: list[str] | None) -> list[str]:
+def _methods(given: list[str] | None) -> list[tuple[str, int | float | None, tuple[tuple[str, Any], ...]]]:
+    """Methods, and where a file names one its own budget and settings."""
     found = several(given) or list(METHODS)
     if found == ["all"]:
         import duet_vlm
 
-        return [name for name in duet_vlm.methods() if name != "none"]
-    for name in found:
-        check_method(name)
-    return found
+        found = [name for name in duet_vlm.methods() if name != "none"]
+    named = [method_of(name) for name in found]
+    return [(name, budget, tuple(settings.items())) for name, budget, settings in named]
 
 
 def _model(name: str, config_only: Path | None, device: str | None, dtype: str | None) -> tuple[Any, str, str]:

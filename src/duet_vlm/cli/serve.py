@@ -16,6 +16,7 @@ import typer
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import Debug, Reduction, budget_of, one, reductions_of, settings_of
 from duet_vlm.loading import source
+from duet_vlm.memory import names_file
 
 MAX_PIXELS = 89_000_000  # of an image in a request: above it vLLM says so, above twice as many Pillow, and that as a fault of the server
 NO_HOST = "none.invalid"  # a name that nobody can have: of a server that shall fetch nothing
@@ -109,8 +110,13 @@ def _warn_of_strangers(host: str, port: int, api_key: str | None) -> None:
 def _given(method: list[str] | None, budget: list[str] | None, settings: list[str] | None) -> dict[str, Any]:
     """The options as the settings of a server."""
     one("--budget", budget)
-    amount = budget_of(budget[0]) if budget else None
-    return {"method": one("--method", method) or "duet_plus"} | ({} if amount is None else {"budget": amount}) | settings_of(settings)
+    amount, name = budget_of(budget[0]) if budget else None, one("--method", method) or "duet_plus"
+    if names_file(name):
+        raise ValueError(
+            f"--method {name}: a file's budget is a mean over the decoder's layers; on vLLM a budget counts what enters. Name --method and --budget, "
+            "or serve with --backend transformers"
+        )
+    return {"method": name} | ({} if amount is None else {"budget": amount}) | settings_of(settings)
 
 
 def _flags(model: str, given: dict[str, Any]) -> list[str]:

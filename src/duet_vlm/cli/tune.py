@@ -13,6 +13,7 @@ import typer
 
 from duet_vlm.cli.errors import folder_for, friendly, plain_name
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several
+from duet_vlm.tune import BUDGETS, METHODS
 
 if TYPE_CHECKING:
     from duet_vlm.evaluate.tasks import Task
@@ -28,7 +29,10 @@ Texts = list[str] | None
 def tune(
     data: Annotated[
         str,
-        typer.Argument(metavar="DATA", help="A .jsonl file, a folder of pictures and clips, or tiny, tiny-chain, tiny-page, tiny-video, tiny-long."),
+        typer.Argument(
+            metavar="DATA",
+            help="A .jsonl file, a folder of pictures and clips, or tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long.",
+        ),
     ],
     model: Annotated[str | None, typer.Option("--model", "-m", help="'tiny', a local folder, or a hub id. Default: the task's, else tiny.")] = None,
     keep: Annotated[
@@ -39,8 +43,11 @@ def tune(
     prompt: Annotated[
         Texts, typer.Option("--prompt", "-p", help="Asked about every file of a folder that has no text file beside it. Several: the option again.")
     ] = None,
-    methods: Annotated[Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]. {SEVERAL}")] = None,
-    budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL}")] = None,
+    methods: Annotated[
+        Texts,
+        typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]. {SEVERAL} Default: {','.join(METHODS)}."),
+    ] = None,
+    budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {','.join(map(str, BUDGETS))}.")] = None,
     schedules: Annotated[
         Texts, typer.Option("--schedules", help=f"Drops inside the decoder: own, paper, deep. {SEVERAL} Default: own, each method's.")
     ] = None,
@@ -68,7 +75,7 @@ def tune(
         from duet_vlm.evaluate.tasks import usual_model
         from duet_vlm.loading import load, quiet
         from duet_vlm.tune.bounds import split
-        from duet_vlm.tune.candidates import BUDGETS, METHODS, candidates
+        from duet_vlm.tune.candidates import candidates
         from duet_vlm.tune.search import Goal
 
         Place.here().check_alone("tune")
@@ -78,8 +85,7 @@ def tune(
         wanted = [(method, kept | own) for method, _, kept, own in named] or [(method, {}) for method in METHODS]
         asked = task_of(data, prompt)
         count = asked.count(limit if limit is not None or asked.size is not None else LIMIT)
-        if goal.keep is not None:
-            split(count, goal.keep)  # too few questions: said before a model is loaded
+        split(count, goal.keep)  # too few questions: said before a model is loaded
         folder = folder_for("--out", out / (name or asked.name))
         with quiet():
             loaded = load(model or usual_model(asked.name), device)
@@ -149,12 +155,13 @@ def _searched(
 
         def preview(cost: Preview) -> bool:
             progress.update(bar, total=cost.answers)
-            said = f"{len(runs)} candidates, {count} questions: at most {cost.answers:,} answers, {_span(cost.seconds)} at the full model's pace"
+            field = "1 candidate" if len(runs) == 1 else f"{len(runs)} candidates"
+            said = f"{field}, {count} questions: at most {cost.answers:,} answers, {_span(cost.seconds)} at the full model's pace"
             console.print(f"goal: {goal.words()}\n{said}; what is answered already costs nothing", highlight=False)
             return not dry_run
 
         asker = Asker(loaded, asked, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers))
-        return search(asker, count, runs, goal, rounds, preview, lambda text: progress.update(bar, description=text[:60]))
+        return search(asker, count, runs, goal, rounds, preview, lambda text: progress.update(bar, description=text[:40]))
 
 
 def _span(seconds: float) -> str:

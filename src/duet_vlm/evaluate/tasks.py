@@ -84,7 +84,7 @@ def task(name: str) -> Task:
         known = f"give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind"
         raise ValueError(f"unknown task {name!r}{near}: {known}")
     if not path.is_file():
-        raise ValueError(f"--tasks {name}: {'is a folder' if path.is_dir() else 'no such file'}")
+        raise ValueError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}")
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:

@@ -64,8 +64,11 @@ def split(count: int, keep: float | None) -> Split:
     Raises
     ------
     ValueError
-        If they are too few to know ``keep`` with 95 %; says how many more are needed, and what they would do for.
+        If they are too few to know ``keep`` with 95 %; says how many more are needed, and what they would do for. Without ``keep``, if there are
+        not two: one chooses, another one tests.
     """
+    if count < 2 and keep is None:
+        raise ValueError(f"{_questions(count)} that the full model answers: give at least two, as one chooses and another one tests")
     if keep is None:
         choosing = max(1, min(count - 1, max(FEWEST, round(CHOOSING * count))))
         return Split(choosing, count - choosing, None)
@@ -77,7 +80,11 @@ def split(count: int, keep: float | None) -> Split:
         reach = math.exp(math.log(LEVEL) / (count - FEWEST)) if count > FEWEST else 0.0
         instead = f", or --keep {math.floor(1000 * reach) / 1000:g}" if reach > 0.5 else ""
         raise ValueError(
-            f"{count} questions that the full model answers are too few to know with 95 % that {keep:.4g} of the answers are kept: {testing} "
+            f"{_questions(count)} that the full model answers: too few to know with 95 % that {keep:.4g} of the answers are kept: {testing} "
             f"without a loss show it, and {FEWEST} are needed to choose by; give {testing + FEWEST - count} more{instead}"
         )
     return Split(min(count - testing, max(FEWEST, round(CHOOSING * count))), testing, losses)
+
+
+def _questions(count: int) -> str:
+    return "1 question" if count == 1 else f"{count} questions"

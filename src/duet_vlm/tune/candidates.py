@@ -11,8 +11,6 @@ from duet_vlm.evaluate.curve import FIXED, check_takes_schedules
 from duet_vlm.evaluate.experiment import Experiment, Run
 from duet_vlm.models.find import adapter_for
 
-METHODS = ("duet", "duet_plus", "scope", "visionzip", "pyramiddrop", "fastv")
-BUDGETS = (0.75, 0.5, 0.33, 0.22, 0.11, 0.06)
 OWN = "own"
 SCHEDULES = (OWN, *FIXED)
 

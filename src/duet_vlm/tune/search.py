@@ -93,8 +93,7 @@ def search(
         Too few questions, labels that the full model never meets, a model that answers nothing.
     """
     code, loaded = source(), asker.loaded
-    if goal.keep is not None:
-        split(count, goal.keep)  # too few however the full model does
+    split(count, goal.keep)  # too few however the full model does
     begun = time.perf_counter()
     said = asker.full(min(asker.batch, count))
     pace = (time.perf_counter() - begun) / len(said)
