@@ -167,6 +167,28 @@ def test_viz_writes_a_picture_per_image(tmp_path: Path) -> None:
             assert sheet.width > 4 * 352 and len(np.unique(np.asarray(sheet).reshape(-1, 3), axis=0)) > 100
 
 
+def test_a_drawing_names_the_tokens_of_its_own_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of one prompt compete inside the decoder, so one keeps more of its tokens than the other."""
+    from duet_vlm.cli import viz
+
+    titles: list[str] = []
+    drawn = viz.overlay
+    monkeypatch.setattr(viz, "overlay", lambda *given: [titles.append(given[5]), drawn(*given)][1])
+    other = tmp_path / "grey.png"
+    Image.new("RGB", (64, 64), "grey").save(other)
+    got = as_json("viz", "-i", PICTURE, "-i", other, "-p", QUESTION, "-b", "0.22", "-o", tmp_path)
+    counts = [float(title.split(": ")[1].split()[0]) for title in titles]
+    assert counts[0] > counts[1] and sum(counts) == pytest.approx(got["mean_tokens"], abs=0.2)
+
+
+def test_warnings_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "moves.gif"
+    Image.new("RGB", (64, 64)).save(path, save_all=True, append_images=[Image.new("RGB", (64, 64), "white")])
+    command = [sys.executable, "-m", "duet_vlm", "run", "-i", str(path), "-p", "x", "-b", "64"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert said == f"warning: {path}: shows 2 pictures one after the other, the first is taken\n"
+
+
 def test_pictures_of_other_reductions_are_other_files(tmp_path: Path) -> None:
     options = (["-b", "0.22"], ["-b", "0.5"], ["-b", "64"], ["-b", "64", "--method", "visionzip"], ["--preset", "visionzip-64"], ["-b", "1.0"])
     options += (["--set", "dominant=64"], ["--set", "dominant=32"], ["--set", "schedule=((3, .5), (6, .25))"])

@@ -197,7 +197,8 @@ def test_files_that_are_no_videos(tmp_path: Path) -> None:
     (tmp_path / "words.mp4").write_text("hello\n")
     (tmp_path / "empty.mp4").touch()
     (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
-    for name in ("picture.png", "words.txt", "words.mp4", "empty.mp4", "noise.mp4"):
+    refused(tmp_path / "picture.png", "is a picture; give it to --image")
+    for name in ("words.txt", "words.mp4", "empty.mp4", "noise.mp4"):
         refused(tmp_path / name, "not a video that can be read")
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         stream = container.add_stream("aac", rate=16000)
@@ -290,6 +291,7 @@ def test_what_the_command_line_refuses(verb: str, tmp_path: Path) -> None:
     assert "give --image, --video or both" in call(verb, "-p", "x", "-b", "64", code=2).stderr
     assert "no such file" in call(verb, "--video", tmp_path / "none.mp4", "-p", "x", "-b", "64", code=2).stderr
     assert "--frames 4 and --fps 1.0" in call(verb, "--video", path, "-p", "x", "--frames", 4, "--fps", 1, "-b", "64", code=2).stderr
+    assert f"{path}: not an image that can be read; clips are given to --video" in call(verb, "-i", path, "-p", "x", "-b", "64", code=2).stderr
     assert "tiny (llava) takes pictures only" in call(verb, "--video", path, "-p", "x", "-b", "64", code=2).stderr
     assert "no such file" in json.loads(call(verb, "--video", "none.mp4", "-p", "x", "--json", code=2).stdout)["error"]
 

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 MAX_PIXELS = 64_000_000  # larger pictures are refused before they are decoded
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:")
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # of an array, by its channels
+CLIPS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".3gp"}  # endings that no picture has
 OVERSHOOT = 0.125  # of the range: resampling leaves floats a little outside of it
 
 
@@ -97,12 +98,24 @@ def open_image(path: Path) -> Image.Image:
         size = str(error).split(",")[0]  # Pillow goes on about attacks
         raise ValueError(f"--image {path}: {size}; at most {MAX_PIXELS / 1e6:.0f} million pixels are read. Make it smaller first") from None
     except UnidentifiedImageError:
-        raise ValueError(f"--image {path}: not an image that can be read") from None
+        clip = "; clips are given to --video" if path.suffix.lower() in CLIPS else ""
+        raise ValueError(f"--image {path}: not an image that can be read{clip}") from None
     except Exception as error:  # decoders of damaged files raise all kinds
         raise ValueError(f"--image {path}: the file is damaged or cannot be read ({' '.join(str(error).split())})") from error
     if count > 1:
         warnings.warn(f"{path}: shows {count} pictures one after the other, the first is taken", stacklevel=2)
     return picture
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file begins as a picture does; nothing of it is decoded."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path).close()
+    except Exception:  # as in ``open_image``
+        return False
+    return True
 
 
 def _of_array(values: np.ndarray) -> Image.Image:

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from duet_vlm.pictures import local, rgb
+from duet_vlm.pictures import is_picture, local, rgb
 
 FRAMES = 8  # where neither the user nor the model says how many
 MAX_FRAME = 64_000_000  # pixels of one frame; larger ones are refused before they are decoded
@@ -142,6 +142,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     try:
         container = av.open(str(path.absolute()), options={"format_whitelist": CONTAINERS, "protocol_whitelist": "file"})
     except (av.error.FFmpegError, ValueError) as error:
+        if is_picture(path):
+            raise ValueError(f"--video {path}: is a picture; give it to --image") from None
         raise ValueError(f"--video {path}: not a video that can be read, or one that was cut off ({_reason(error)})") from None
     with container:
         streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +27,10 @@ def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
     as_json : bool
         Also print ``{"error": ..., "floor": ...}`` on stdout, so that stdout is JSON in every case.
     """
+    as_usual = warnings.formatwarning
     try:
+        if not debug:  # no line of code
+            warnings.formatwarning = lambda message, *_, **__: f"warning: {' '.join(str(message).split())}\n"
         yield
         sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone ('| head')
@@ -44,6 +48,8 @@ def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
     except KeyboardInterrupt:
         sys.stderr.write("\n")
         raise typer.Exit(130) from None
+    finally:
+        warnings.formatwarning = as_usual
 
 
 def one_line(error: BaseException) -> str:

@@ -95,7 +95,7 @@ class Fleet:
     def _print(self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]) -> None:
         console = Console(highlight=False)
         request = f"an image of {tokens} visual tokens" + (f" in {parts} parts" if parts > 1 else "")
-        console.print(f"[bold]predicted[/bold] from shapes, nothing was run: {method} on {name}, {weights / 1e9:.2f} G weights in {self.dtype}")
+        console.print(f"[bold]predicted[/bold] from shapes, nothing was run: {method} on {name}, {_count(weights)} weights in {self.dtype}")
         console.print(f"batch of {self.batch}: {request}, {self.text} text tokens, {self.new} new tokens; {self.device.name}\n")
         full: Prediction | None = rows[0]["found"] if rows and "found" in rows[0] else None
         table = Table("budget", *(_label(row) for row in rows), box=None, pad_edge=False)
@@ -106,7 +106,7 @@ class Fleet:
         console.print(table)
         if full is not None:
             bounds = f"vision bound by {full.vision.bound}, prefill by {full.prefill.bound}, decode by {full.decode.bound}"
-            shared = f"{full.memory / 1e9:.1f} GB on {full.devices} device{'s' if full.devices > 1 else ''} that share a model"
+            shared = f"{_gigabytes(full)} GB on {'1 device' if full.devices == 1 else f'{full.devices} devices that share a model'}"
             console.print(f"\nfull model: {bounds}; {shared}")
         sheet, a = self.device, self.assumed
         speed = f"{sheet.peak(self.dtype) / 1e12:.4g} TFLOP/s, {sheet.bandwidth / 1e12:.4g} TB/s"
@@ -128,7 +128,7 @@ class Fleet:
             ("whole request", lambda _, p: _ms(p.total)),
             ("speed-up", lambda _, p: f"{full.total / p.total:.2f}x" if full else "-"),
             ("new tokens/s", lambda _, p: f"{p.tokens_per_second:.0f}"),
-            ("memory GB", lambda _, p: f"{p.memory / 1e9:.1f}"),
+            ("memory GB", lambda _, p: _gigabytes(p)),
             ("largest batch", lambda _, p: str(p.max_batch)),
             (f"devices for {self.requests:g} requests/s", lambda row, _: str(row["devices_for_load"])),
         ]
@@ -139,6 +139,15 @@ def _label(row: dict[str, Any]) -> str:
     if row["full"]:
         return "full"
     return "own" if budget is None else f"{budget:.0%}" if isinstance(budget, float) else str(budget)
+
+
+def _count(weights: int) -> str:
+    return f"{weights / 1e9:.2f} G" if weights >= 1e8 else f"{weights / 1e6:.2g} M"
+
+
+def _gigabytes(found: Prediction) -> str:
+    size = found.memory / 1e9
+    return f"{size:.1f}" if size >= 1 else f"{size:.2g}"
 
 
 def _ms(seconds: float) -> str:

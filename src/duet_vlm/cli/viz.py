@@ -154,11 +154,11 @@ def _view(
         files = len(shown.paths)
         raise ValueError(f"{files} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet")
     words = "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
-    title = f"{label}{words}: {report.measured_mean / len(spans):.1f} of {report.tokens / len(spans):.0f} tokens per layer"
     told = "the same answer" if said == full else "another answer"
     lines = [prompt, f"full model: {full}", f"reduced: {said}  ({told})"]
     sheets = []
     for number, trace in enumerate(spans):
+        title = f"{label}{words}: {report.images[0][number]:.1f} of {trace.span.tokens} tokens per layer"
         if number < len(shown.images):
             sheets.append(overlay(loaded, inputs, shown.images, number, trace, title, lines, watched.of(trace, number)))
         else:
