@@ -74,21 +74,27 @@ def main() -> None:
     layers = load(START).model.config.text_config.num_hidden_layers
     large, small = (OUT / f"full-{depth}-{seed}" for depth in (layers, layers // 2))
 
+    def others(depth: int, tokens: int | None) -> list[dict[str, Any]]:
+        """The rows that are there but for this one."""
+        key = {"layers": depth, "tokens_asked": tokens, "seed": seed}
+        return [done for done in rows(FILE) if not key.items() <= done.items()]
+
     def row(depth: int, start: Path, out: Path, tokens: int | None, conversations: int, imitate: int) -> None:
         method = METHOD if tokens else "none"
-        key: dict[str, Any] = {"layers": depth, "tokens_asked": tokens, "seed": seed}
-        if any(key.items() <= done.items() for done in rows(FILE)):
-            return
         seconds, loss = trained(method, tokens, seed, conversations, imitate, str(start), out)
-        said = key | {"train_cpu_seconds": seconds, "loss": loss} | asked(out, method, tokens) | {"environment": here}
-        write(FILE, [*rows(FILE), said], what="a larger decoder with fewer rows, a smaller one with more")
-        print(key, said["accuracy"], said["gflops"], seconds, flush=True)
+        said: dict[str, Any] = {"layers": depth, "tokens_asked": tokens, "seed": seed, "train_cpu_seconds": seconds, "loss": loss}
+        said |= asked(out, method, tokens) | {"environment": here}
+        write(FILE, [*others(depth, tokens), said], what="a larger decoder with fewer rows, a smaller one with more")
+        print(depth, tokens, said["accuracy"], said["gflops"], seconds, flush=True)
 
-    for depth, out in ((layers, large), (layers // 2, small)):
-        row(depth, cut(depth), out, None, FIRST, 0)
-    for tokens in ROWS:
-        for depth, start, count in ((layers, large, tokens), (layers // 2, small, alike(small, gflops(large, tokens)))):
-            row(depth, start, OUT / f"{METHOD}-{depth}-{count}-{seed}", count, CONVERSATIONS, IMITATE)
+    wanted = [(layers, large, tokens) for tokens in ROWS]
+    wanted += [(layers // 2, small, alike(cut(layers // 2), gflops(cut(layers), tokens))) for tokens in ROWS]
+    lacking = [one for one in wanted if len(others(one[0], one[2])) == len(rows(FILE))]
+    for depth, out in ((layers, large), (layers // 2, small)):  # what the others begin with
+        if len(others(depth, None)) == len(rows(FILE)) or (lacking and not out.exists()):
+            row(depth, cut(depth), out, None, FIRST, 0)
+    for depth, start, tokens in lacking:
+        row(depth, start, OUT / f"{METHOD}-{depth}-{tokens}-{seed}", tokens, CONVERSATIONS, IMITATE)
 
 
 if __name__ == "__main__":
