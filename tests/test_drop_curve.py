@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,19 @@ def test_results_without_a_curve_have_none(measured: dict[str, Any]) -> None:
     named = [row | {"settings": row["settings"] | {"schedule": None}} for row in measured["runs"]]  # labels that somebody else chose
     assert curve_of(measured | {"runs": named}) is None
     assert curve_of(measured | {"model": {"name": "an older file"}}) is None
+
+
+def test_the_band_ends_at_all_answers_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interval of differences, put on the full model's accuracy, may reach beyond 100 %."""
+    from duet_vlm.evaluate.report import plots
+
+    found = curve({3: 0.0}, full=0.98)
+    found = dataclasses.replace(found, points=tuple(dataclasses.replace(point, interval=(-0.1, 0.1)) for point in found.points))
+    monkeypatch.setattr(plots, "curve_of", lambda result: found)
+    figure = plots.without_tokens({})
+    assert figure is not None
+    (band,) = figure.axes[0].collections
+    assert band.get_paths()[0].vertices[:, 1].max() == 100
 
 
 def unlabelled(folder: Path, labels: dict[int, str]) -> Path:

@@ -83,6 +83,7 @@ def test_a_new_method_passes_the_invariants(clone: Path) -> None:
     [
         (["My-Method"], "My-Method: use lower-case letters, digits and underscores"),
         (["fastv"], "fastv: there is a method or a file of this name already"),
+        (["lambda"], "lambda: is a word of Python"),
         (["mine", "--where", "tower"], "--where tower: give 'entry' (before the decoder) or 'decoder'"),
         (["mine", "--paper", "a | b"], "--paper a | b: at most 60 letters in one line, without quotes and bars"),
         (["mine", "--clone", "nowhere"], "--clone nowhere: is no clone of duet-vlm (nowhere/src/duet_vlm/methods, "),

@@ -577,6 +577,8 @@ def test_the_page_opens_with_a_plot_and_the_best_of_each_budget(tmp_path: Path) 
     assert len(said) == 4 and all(text.startswith("tiny-methods: ") for text in said)  # progress, plot by plot
     places = [html.index(mark) for mark in ("<figure", "Best at each budget", "<form", "<table>")]
     assert places == sorted(places)
+    kept = f"{100 * found[0][1]['kept']:.1f}"
+    assert f"kept {kept} % (" in html and "kept, % " not in html  # a unit stands behind its number
 
 
 def test_the_eighth_method_has_a_colour_of_its_own() -> None:

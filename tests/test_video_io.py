@@ -27,8 +27,8 @@ from duet_vlm.cli.main import app
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.tiny import video as tiny_video
 from duet_vlm.video import chosen, decode, length, pieces, sampled, upright
-from duet_vlm.viz import film, on_film
-from duet_vlm.viz.overlay import cell_box
+from duet_vlm.viz import film, on_film, overlay
+from duet_vlm.viz.overlay import Panel, cell_box
 
 WIDE, HIGH = 64, 48
 CODECS = {"clip.mp4": "libx264", "clip.mkv": "libx264", "clip.webm": "libvpx-vp9", "clip.avi": "mpeg4", "clip.ts": "libx264"}
@@ -296,7 +296,7 @@ def test_what_the_command_line_refuses(verb: str, tmp_path: Path) -> None:
     assert "no such file" in json.loads(call(verb, "--video", "none.mp4", "-p", "x", "--json", code=2).stdout)["error"]
 
 
-def test_a_question_about_a_file_is_answered(tmp_path: Path) -> None:
+def test_a_question_about_a_file_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A clip of the embedded task, written as a file and read again, shows the model what the frames themselves show."""
     sample = next(s for s in tiny_video.samples("test", 40) if s.kind == "read")
     path = write(tmp_path / "clip.mp4", count=32, picture=lambda number: np.asarray(sample.frames[number // 4]), crf="4")
@@ -306,7 +306,10 @@ def test_a_question_about_a_file_is_answered(tmp_path: Path) -> None:
     assert got["clips"] == [{"file": str(path), "frames": list(range(0, 32, 4)), "of": 32}]
     tokens = len(sample.needed)
     assert got["report"]["method"] == "frames+duet" and 0.3 * tokens - 1 < got["report"]["measured_mean"] <= 0.3 * tokens
+    heads: list[str] = []
+    monkeypatch.setattr(overlay, "Panel", lambda *given: [heads.append(given[0]), Panel(*given)][1])
     files = json.loads(call("viz", *shared, "--json", "-o", tmp_path / "out").stdout)["files"]
+    assert heads[0] == "clip"
     drawn = Image.open(files[0])
     assert drawn.height > 8 * 150 and len(files) == 1
 

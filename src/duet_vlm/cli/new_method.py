@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from pathlib import Path
 from string import Template
@@ -45,6 +46,8 @@ def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{name}: use lower-case letters, digits and underscores, e.g. my_method")
+    if keyword.iskeyword(name):
+        raise ValueError(f"{name}: is a word of Python, which no file can be imported by; choose another")
     if where not in TESTED:
         raise ValueError(f"--where {where}: give 'entry' (before the decoder) or 'decoder' (drops inside it)")
     if not re.fullmatch(r'[^\n|"\\]{1,60}', paper):

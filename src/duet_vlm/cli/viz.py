@@ -55,7 +55,7 @@ def clip_overlay(loaded: Loaded, inputs: Any, clip: Clip, number: int, trace: Sp
     from duet_vlm.viz import draw, film, on_film, seen_frames
 
     frames, steps = seen_frames(clip.frames, inputs, number, loaded.processor)
-    return draw(film(frames, steps), on_film(trace, steps), title=title, lines=lines, size=STEP * steps)
+    return draw(film(frames, steps), on_film(trace, steps), title=title, lines=lines, size=STEP * steps, shows="clip")
 
 
 def file_name(reduction: Reduction, handle: Handle) -> str:

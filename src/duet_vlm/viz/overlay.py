@@ -46,6 +46,7 @@ def draw(
     lines: Sequence[str] = (),
     scores: Sequence[Mapping[int, float] | None] = (),
     size: int = 352,
+    shows: str = "image",
 ) -> Image.Image:
     """The history of one image as a picture.
 
@@ -64,6 +65,8 @@ def draw(
         coloured by rank.
     size : int
         Longer side of a panel in pixels, rounded to whole patches.
+    shows : str
+        What stands above the first panel.
 
     Returns
     -------
@@ -82,7 +85,7 @@ def draw(
     rows, columns = trace.span.grid
     cell = max(4, round(size / max(rows, columns)))
     base = rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS)
-    panels = [Panel("image", f"{trace.span.tokens} visual tokens", base)]
+    panels = [Panel(shows, f"{trace.span.tokens} visual tokens", base)]
     if trace.tower is not None:
         through = SpanTrace(trace.span, {}, (trace.tower,))
         panels.append(_panel(base, through, 0, cell))

@@ -75,10 +75,14 @@ def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> di
 def _best(result: dict[str, Any]) -> list[dict[str, Any]]:
     """What opens a section: budgets, the run that keeps the most at each, and what it costs."""
     shown = (columns.KEPT, columns.MEASURED, *columns.COST)
+    named = [(c, *c.title.partition(", ")[::2]) for c in shown]  # "kept, %" in a head is "kept 99.8 %" in a line
     return [
-        {"budget": budget, "label": run["label"], "cells": [(c.title, cell.text, cell.extra) for c in shown if (cell := c.cell(run))]}
+        {
+            "budget": budget, "label": run["label"],
+            "cells": [(name, f"{cell.text} {unit}".strip(), cell.extra) for c, name, unit in named if (cell := c.cell(run))],
+        }
         for budget, run in columns.best(result, FLOORS | {ORACLE, "none"})
-    ]
+    ]  # fmt: skip
 
 
 def _columns(result: dict[str, Any]) -> list[tuple[str, str | None, Column]]:

@@ -72,7 +72,7 @@ def without_tokens(result: dict[str, Any]) -> Figure | None:
             axes.plot(layers, heights, color=look.colour, ls=look.dash, lw=1.0, marker=look.marker, ms=3.5, mec=GROUND, mew=0.5, alpha=0.8)
             ends.append((kind, float(curve.depth), heights[-1]))
     heights = [100 * value for value in (*(point.accuracy for point in curve.points), curve.full)]
-    low, high = ([100 * (curve.full + point.interval[edge]) for point in curve.points] + [100 * curve.full] for edge in (0, 1))
+    low, high = ([100 * min(1.0, curve.full + point.interval[edge]) for point in curve.points] + [100 * curve.full] for edge in (0, 1))
     axes.fill_between(layers, low, high, color=INK, alpha=0.15, lw=0, zorder=3)
     axes.plot(layers, heights, color=INK, lw=2.0, marker="D", ms=4.5, mec=GROUND, mew=0.6, zorder=4, label="all questions")
     axes.axhline(100 * curve.full, color=INK, lw=0.8, zorder=1)
