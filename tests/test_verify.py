@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import KEEP_ALL, OFFICIAL, REDUCING
+from cases import KEEP_ALL, OFFICIAL, REDUCING, TOO_EARLY
 from families import FAMILIES, MIXED, clips_for, forward, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,6 +81,10 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
     encodes, drops = issubclass(cls, EncoderReducer), issubclass(cls, DecoderReducer)
     batches = [made.inputs(MIXED), *([made.inputs(clips_for(family))] if made.video else [])]
     parts = ({"parts": "joint"}, {"parts": "each", "newline": "keep"} if not cls.reads_time else {}) if encodes else ({},)
+    if family in TOO_EARLY.get(method, ()):
+        with pytest.raises(ValueError, match="no attention to rank tokens by"), duet_vlm.attach(model, method, budget=0.35):
+            forward(model, batches[0])
+        return
     for inputs in batches:
         for more in parts:
             for fields, budget in ((REDUCING[method] | more, None), (more, 0.35)):
