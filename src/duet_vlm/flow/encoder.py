@@ -241,7 +241,7 @@ class EncoderFlow:
         slots = slots_of(choice.selection, reducer)
         call.pending = Encoded(
             call.encoding.stream, [], (), choice.plans, call.rules, choice.selection, slots, reducer.cls_token,
-            wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True, alive=choice.alive,
+            wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True, alive=choice.alive, sizes=choice.sizes,
         )  # fmt: skip
         return _merged(features, choice.selection)
 
@@ -271,6 +271,7 @@ class EncoderFlow:
         encoded.rows = rows
         encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
         encoded.tower = None if call.aside else call.tower
+        encoded.spare = self.adapter.spare(call.encoding)
         encoded.projected, encoded.skipped = tuple(self.adapter.projected(call.encoding, counts)), call.skips
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
@@ -284,7 +285,7 @@ class EncoderFlow:
     def _behind(self, rows: list[Tensor], levels: Any, call: EncoderCall) -> Encoded:
         """Spans reduced behind the encoder call; ``levels`` are rows that later layers add to the same ones."""
         choice = self._choice(call, [len(r) for r in rows], lambda: pad_rows(rows)[0])
-        encoded = Encoded(call.encoding.stream, rows, (), choice.plans, call.rules, choice.selection)
+        encoded = Encoded(call.encoding.stream, rows, (), choice.plans, call.rules, choice.selection, sizes=choice.sizes)
         if choice.selection is not None:
             encoded.slots, encoded.wrong = slots_of(choice.selection, call.rules.reducer), choice.wrong
             encoded.alive = choice.alive
@@ -315,8 +316,9 @@ class EncoderFlow:
         reducer = call.rules.reducer
         parts = self.adapter.parts(call.encoding, counts)
         plans = plans_of(call.rules.span, parts, call.each, self._left_of(call, parts))
+        sizes = tuple(sizes_of(rows)[0] for rows in parts)
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
-            return Choice(plans)
+            return Choice(plans, sizes=sizes)
         if reducer.cls_token:
             self.adapter.cls_module()  # raises: no CLS row here
             parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
@@ -333,7 +335,7 @@ class EncoderFlow:
             )
         if call.tower is not None:
             wrong = torch.maximum(wrong, call.tower.wrong.to(wrong.device))
-        return Choice(plans, selection, wrong, None if left is None else content)
+        return Choice(plans, selection, wrong, None if left is None else content, sizes)
 
     def _left(self, call: EncoderCall, width: int) -> Tensor:
         """[B, N] bool: the rows that went through the tower."""

@@ -186,8 +186,9 @@ class Traffic:
             note_missing(cache, step.run, step.kinds)
             if getattr(step.reducer, "cache", "full") == "cut":
                 cut(cache, step.run, step.kinds)
-        if step is not None and step.run.cache_bytes is None and cache is not None:
-            step.run.cache_bytes = compat.cache_bytes(cache)
+        if step is not None and step.run.cache_bytes is None:
+            filled = getattr(output, "past_key_values", None) if cache is None else cache  # of a prompt left whole the decoder made its own
+            step.run.cache_bytes = None if filled is None else compat.cache_bytes(filled)
 
     def at_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of a decoder layer."""

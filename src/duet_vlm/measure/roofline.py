@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from duet_vlm.budget import SpanPlan, largest
 from duet_vlm.measure.devices import ELEMENT_BYTES, Device
-from duet_vlm.measure.flops import decoder_layer_flops, head_flops, mean_rows, projector_flops, scoring_flops, tower_rows, vision_flops
+from duet_vlm.measure.flops import decoder_layer_flops, head_flops, mean_rows, projector_flops, scoring_flops, tower_flops, tower_rows
 from duet_vlm.measure.kv import kv_bytes, kv_bytes_per_layer, rows_held, state_bytes
 from duet_vlm.measure.memory import decoder_weights, layer_weights, mlp_width, prefill_peak_bytes, vision_peak_bytes, vision_weights
 from duet_vlm.measure.report import Sample
@@ -191,7 +191,7 @@ def memory_bytes(model: Model, work: Workload, element_bytes: int, batch: int) -
     rows = work.rows(depth)
     held = [n + work.steps for n in rows_held(model.decoder, rows, work.cut)]
     end = kv_bytes(model.decoder, held, element_bytes) + state_bytes(model.decoder, element_bytes)
-    patches = sum(tower_rows(model.vision, dict(stages).get(0, n)) for n, _, stages in work.sample.in_tower())
+    patches = sum(tower_rows(model.vision, dict(stages).get(0, n)) for n, _, stages, _ in work.sample.in_tower())
     peak = max(
         prefill_peak_bytes(model.decoder, work.entry, rows, work.tokens, element_bytes),
         vision_peak_bytes(model.vision, patches, element_bytes),
@@ -236,9 +236,9 @@ def _vision(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
         return Stage(0, 0, 0.0, "-")
     shape = model.vision.read() if work.sample.skipped else model.vision
     left = work.sample.in_tower()
-    rows = sum(mean_rows(shape, *part) for part in left)
+    rows = sum(mean_rows(shape, n, grid, stages) for n, grid, stages, _ in left)
     projected = sum(work.sample.reaching_projector()) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
-    flops = sum(vision_flops(shape, *one) for one in left) + projector_flops(shape, projected)
+    flops = tower_flops(shape, left) + projector_flops(shape, projected)
     touched = rows * shape.layers * (speed.assumed.hidden_touches * shape.width + speed.assumed.mlp_touches * shape.mlp)
     return speed.layer(batch * flops, vision_weights(shape), batch * touched, shape.layers)
 

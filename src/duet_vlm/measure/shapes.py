@@ -100,7 +100,9 @@ class VisionShape:
     ``patches_per_token`` patches make one visual token; ``extra_rows`` are CLS-like rows; ``projector`` lists (in, out) of its linear maps,
     those of further mergers included; all but ``full_layers`` layers attend within windows of ``window`` patches (None: every layer is full).
     The model holds ``towers`` of this shape (images and clips may have their own); a picture goes through one. Nobody reads its last
-    ``unread`` layers: stock models run them all the same, an attached model does not (outside of training).
+    ``unread`` layers: stock models run them all the same, an attached model does not (outside of training). ``deeper``: the attention of how many
+    layers has run where each of the further mergers looks. ``joined``: all pictures of a call stand in one row, over the whole of which every layer
+    attends under a mask.
     """
 
     layers: int
@@ -115,6 +117,8 @@ class VisionShape:
     window: int | None = None
     towers: int = 1
     unread: int = 0
+    deeper: tuple[int, ...] = ()
+    joined: bool = False
 
     def read(self) -> VisionShape:
         """The tower without its unused last layers."""

@@ -316,6 +316,10 @@ class Adapter(ABC):
         """Per span: visual tokens of each part that the tower looks at by itself (crops, frames). One part unless the family says more."""
         return [(count,) for count in counts]
 
+    def spare(self, call: Encoding) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Per span, of each part: patches that become no token, and patches of padding around it that are embedded with it. Empty: there are none."""
+        return ()
+
     def projected(self, call: Encoding, counts: list[int]) -> list[int]:
         """Per span: rows that the projector works on where V2V leaves them all to it: what the tower made, unless the family pools first."""
         return [sum(sizes) for sizes in self.passes(call, counts)]

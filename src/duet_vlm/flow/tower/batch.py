@@ -56,6 +56,11 @@ class BatchRun(Run):
     widths: dict[int, int] = dataclasses.field(default_factory=dict)  # units in the batch since each cut
 
     @property
+    def planned(self) -> list[Stages]:
+        """Padded to the picture that keeps most."""
+        return [tuple((after, max(counts)) for after, counts in self.stages.items())] * len(self.units)
+
+    @property
     def ran(self) -> list[Stages]:
         return [tuple(self.widths.items())] * len(self.units)
 

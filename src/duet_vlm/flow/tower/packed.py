@@ -54,8 +54,6 @@ class PackedRun(Run):
         Units of each picture of the whole row.
     unit : int
         Patches of a unit.
-    embedded : Tensor or None
-        Patch embeddings of what comes to the first block [K * unit, D], until the tower asks for them.
     """
 
     merges_left: ClassVar[bool] = True
@@ -76,7 +74,6 @@ class PackedRun(Run):
     there: Tensor
     lengths: list[int]
     unit: int
-    embedded: Tensor | None = None
     passed: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # since each cut, the units that were left, in raster order
     seen: int = 0  # rows whose attention ran in this block
 
@@ -241,8 +238,10 @@ class PackedFlow(TowerFlow):
                 run, tables, entering = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw, again)
             call.tower = run
             if call.aside or run is None:
+                call.embedded = rows if 0 in stages else None
+                del rows, entering
                 return plain(hidden_states, grid_thw, **kwargs)
-            run.embedded = entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1]) if 0 in stages else None
+            call.embedded = entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1]) if 0 in stages else None
             del rows, entering
             output = plain(hidden_states, grid_thw, **(kwargs | tables))  # the pixels are embedded already
             output.pooler_output = run.whole(output.pooler_output)
@@ -253,15 +252,14 @@ class PackedFlow(TowerFlow):
         return forward
 
     def embedding(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of the patch embedding: what is left was embedded to choose by."""
+        """The forward of the patch embedding: what goes through the tower was embedded to choose by."""
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
             running = self.running()
-            run = None if running is None else running[0].tower
-            if run is None or run.embedded is None:
+            if running is None or running[0].embedded is None:
                 return plain(*args, **kwargs)
-            rows, run.embedded = run.embedded, None
+            rows, running[0].embedded = running[0].embedded, None
             return rows
 
         return forward
