@@ -315,7 +315,7 @@ class EncoderFlow:
         """Plans and selection for spans of ``counts`` rows; ``features`` makes [B, N, C], a CLS row in front if it is fed, or None."""
         reducer = call.rules.reducer
         parts = self.adapter.parts(call.encoding, counts)
-        plans = plans_of(call.rules.span, parts, call.each, self._left_of(call, parts))
+        plans = plans_of(call.rules.span, parts, call.each, self._left_of(call, parts), self.adapter.fed(call.encoding))
         sizes = tuple(sizes_of(rows)[0] for rows in parts)
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
             return Choice(plans, sizes=sizes)
