@@ -32,7 +32,7 @@ JOINED: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 
 CASES: list[tuple[str, str, dict[str, Any], Row]] = [
-    *((family, method, {}, row) for family in ("qwen2_vl", "qwen2_5_vl", "glm_ocr", "mistral3") for method in ("rlt", "pixelprune") for row in (SMALL,)),
+    *((family, method, {}, SMALL) for family in ("qwen2_vl", "qwen2_5_vl", "glm_ocr", "mistral3") for method in ("rlt", "pixelprune")),
     *((family, "rlt+duet_plus", {"budget": 0.3}, SMALL) for family in ("qwen2_vl", "glm4v")),
     *(("video_llava", method, {"budget": 0.15}, CLIP) for method in ("zoo_prune", "motion+zoo_prune", "contrast+zoo_prune")),
     *((family, *case, SQUARE) for family in ("llava_next_video", "llava_onevision") for case in REDUCED),

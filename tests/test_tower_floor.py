@@ -24,10 +24,11 @@ METHODS = ["contrast", "key_norm", "evit", "checkerboard"]
 
 def kept(handle: Any, tokens: list[list[int]]) -> list[list[list[int]]]:
     """How many tokens of each frame enter; ``tokens``: of a frame of each span of each sample."""
-    return [
-        [[sum(k // size == t for k in span.stages[0].kept) for t in range(-(-span.span.tokens // size))] for span, size in zip(row, sizes, strict=True)]
-        for row, sizes in zip(handle.trace, tokens, strict=True)
-    ]
+
+    def of_span(span: Any, size: int) -> list[int]:
+        return [sum(token // size == frame for token in span.stages[0].kept) for frame in range(span.span.tokens // size)]
+
+    return [[of_span(*one) for one in zip(row, sizes, strict=True)] for row, sizes in zip(handle.trace, tokens, strict=True)]
 
 
 def measured_is_planned(handle: Any) -> None:
@@ -117,7 +118,7 @@ def test_a_budget_of_tokens_is_refused_below_the_floor() -> None:
     model, inputs = shared("qwen2_vl"), FAMILIES["qwen2_vl"].inputs(CLIPS)
     with (
         duet_vlm.attach(model, "contrast", budget=5),
-        pytest.raises(BudgetError, match=r"contrast cannot reach 5 .* span of 72 tokens: of each of its 6 crops or frames .* floor is 6 tokens") as error,
+        pytest.raises(BudgetError, match=r"contrast cannot reach 5 .* of 72 tokens: of each of its 6 crops or frames .* floor is 6 tokens") as error,
     ):
         forward(model, inputs)
     assert error.value.floor == 6

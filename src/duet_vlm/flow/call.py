@@ -97,7 +97,8 @@ class EncoderCall:
     was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
     call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
     ``patches``: patch embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``embedded``: those that were made to
-    choose by, of what comes to the first block, until a packed tower asks for them, ``tower``: the units that go through the tower (flow/tower), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
+    choose by, of what comes to the first block, until a packed tower asks for them, ``tower``: the units that go through the tower
+    (flow/tower), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
     rows (flow/tower/inside.py).
     """
 

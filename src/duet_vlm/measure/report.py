@@ -281,7 +281,8 @@ def make_report(
     def reduced(measured: bool) -> tuple[int, list[int]]:
         """FLOPs of the tower, and the rows that reach the projector."""
         shapes = {s.skipped: vision.read() if s.skipped else vision for s in samples}
-        tower = sum(tower_flops(shape, [p for s in samples if s.skipped == skipped for p in s.in_tower(measured)]) for skipped, shape in shapes.items())
+        runs = {skipped: [part for s in samples if s.skipped == skipped for part in s.in_tower(measured)] for skipped in shapes}
+        tower = sum(tower_flops(shape, runs[skipped]) for skipped, shape in shapes.items())
         return tower, [n for s in samples for n in (s.reaching_projector(measured) if projects_all else s.entering_projector)]
 
     towers = tower_flops(vision, [part for s in samples for part in s.parts()])
