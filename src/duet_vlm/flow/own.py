@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,18 +14,66 @@ from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer
 
 NAME = "duet_vlm_module"
+FROZEN = (
+    "weights of its own module are frozen and have learned nothing (get_peft_model and model.requires_grad_(False) freeze what is attached). "
+    "Attach behind them, or call handle.module.requires_grad_(True) before the optimizer is made; handle.module.requires_grad_(False) says that "
+    "they are to stay as they are"
+)
 
 
 class Apart(nn.Module):
-    """Holds a module that ``parameters()`` and ``to()`` of the model around it reach, and its state dict does not."""
+    """Holds a module that ``parameters()`` and ``to()`` of the model around it reach, and its state dict does not.
+
+    Its layers are not among ``named_modules()``, only a leaf with all their weights is: who adapts layers by their names or kinds (PEFT) would put
+    adapters into them that no file of weights has, or fail on a part that has a layer's name.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        self.keys = frozenset(module.state_dict())
+        self.stays = False  # frozen because the user says so
+        self.learned = False  # has been in a training step with weights that learn
         self.register_load_state_dict_post_hook(_not_missing)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         return {} if destination is None else destination
+
+    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+        memo = set() if memo is None else memo
+        if remove_duplicate and self in memo:
+            return
+        memo.add(self)
+        yield prefix, self
+        yield f"{prefix}.module" if prefix else "module", _Leaf(self.module)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise TypeError(
+            f"{NAME} holds the weights of a reducer that is attached, and cannot be copied. To copy the model: detach() first. With PEFT: leave it out "
+            "of modules_to_save, which trains a copy that nobody runs; call handle.module.requires_grad_(True) behind get_peft_model, and "
+            "handle.save_weights(folder) saves it"
+        )
+
+    def states(self, trainable: bool = True) -> nn.Module:
+        """``requires_grad_`` of the module, which so knows whether it is frozen on purpose."""
+        self.stays = not trainable
+        for weight in self.module.parameters():
+            weight.requires_grad_(trainable)
+        return self.module
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether some of its weights are frozen, by somebody who froze whatever there was."""
+        return not self.stays and not all(weight.requires_grad for weight in self.module.parameters())
+
+
+class _Leaf(nn.Module):
+    """All weights and buffers of a module under their own names, and none of its layers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._parameters, self._buffers = dict(module.named_parameters()), dict(module.named_buffers())
+        self.training = module.training
 
 
 def _not_missing(module: nn.Module, incompatible: Any) -> None:
@@ -54,9 +103,37 @@ def own_module(adapter: Adapter, reducer: Reducer, facts: dict[str, Any], hooks:
     module: nn.Module = compressor.built(sizes_of(adapter, compressor), facts | made_for(adapter, compressor))
     weight = next(adapter.projector().parameters())
     module.to("cpu" if weight.is_meta else weight.device).train(adapter.model.training)
-    adapter.base.add_module(NAME, Apart(module))
+    apart = Apart(module)
+    adapter.base.add_module(NAME, apart)
     hooks.on_undo(lambda: adapter.base._modules.pop(NAME, None) and None)
+    hooks.shadow(module, "requires_grad_", apart.states)
     return module
+
+
+def check_learns(adapter: Adapter, method: str) -> None:
+    """In a training step: refuse one in which a module of the method's own was frozen together with the model, while something else learns."""
+    apart = adapter.base._modules.get(NAME)
+    if not isinstance(apart, Apart):
+        return
+    if not apart.forgotten:
+        apart.learned |= any(weight.requires_grad for weight in apart.module.parameters())
+    elif any(weight.requires_grad for weight in adapter.model.parameters()):
+        raise ValueError(f"{method}: {FROZEN}")
+
+
+def check_saved(adapter: Adapter, method: str) -> None:
+    """Before weights are written: refuse those that were frozen before they could learn, and a module of which others changed the parts."""
+    apart = adapter.base._modules.get(NAME)
+    if not isinstance(apart, Apart):
+        return
+    if apart.forgotten and not apart.learned:
+        raise ValueError(f"{method}: {FROZEN}")
+    differ = sorted(apart.keys ^ set(apart.module.state_dict()))
+    if differ:
+        raise ValueError(
+            f"{method}: layers of its module were replaced since it was attached ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}), "
+            "and attach could not load these weights: take the replacements out (merge adapters) before saving"
+        )
 
 
 def touched(embeds: Tensor, module: nn.Module) -> Tensor:
