@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +15,8 @@ from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer
 
 NAME = "duet_vlm_module"
-FROZEN = (
-    "weights of its own module are frozen and have learned nothing (get_peft_model and model.requires_grad_(False) freeze what is attached). "
-    "Attach behind them, or call handle.module.requires_grad_(True) before the optimizer is made; handle.module.requires_grad_(False) says that "
-    "they are to stay as they are"
-)
+FROZEN = "all weights of its own module are frozen (get_peft_model and model.requires_grad_(False) freeze what is attached)"
+REMEDY = "attach behind them, or call handle.module.requires_grad_(True) before the optimizer is made"
 
 
 class Apart(nn.Module):
@@ -28,12 +26,12 @@ class Apart(nn.Module):
     adapters into them that no file of weights has, or fail on a part that has a layer's name.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, new: bool) -> None:
         super().__init__()
         self.module = module
         self.keys = frozenset(module.state_dict())
-        self.stays = False  # frozen because the user says so
-        self.learned = False  # has been in a training step with weights that learn
+        self.start = _sums(module) if new else None  # of weights that nobody trained
+        self.told = False
         self.register_load_state_dict_post_hook(_not_missing)
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
@@ -54,17 +52,20 @@ class Apart(nn.Module):
             "handle.save_weights(folder) saves it"
         )
 
-    def states(self, trainable: bool = True) -> nn.Module:
-        """``requires_grad_`` of the module, which so knows whether it is frozen on purpose."""
-        self.stays = not trainable
-        for weight in self.module.parameters():
-            weight.requires_grad_(trainable)
-        return self.module
+    @property
+    def frozen(self) -> bool:
+        weights = list(self.module.parameters())
+        return bool(weights) and not any(weight.requires_grad for weight in weights)
 
     @property
-    def forgotten(self) -> bool:
-        """Whether some of its weights are frozen, by somebody who froze whatever there was."""
-        return not self.stays and not all(weight.requires_grad for weight in self.module.parameters())
+    def untrained(self) -> bool:
+        """Whether its weights are those that a new module begins with."""
+        return self.start is not None and self.start == _sums(self.module)
+
+
+def _sums(module: nn.Module) -> tuple[float, ...]:
+    """Of every weight, on the host in float64: the same where nothing was learned, on any device."""
+    return tuple(float(weight.detach().cpu().double().sum()) for weight in module.parameters())
 
 
 class _Leaf(nn.Module):
@@ -103,22 +104,21 @@ def own_module(adapter: Adapter, reducer: Reducer, facts: dict[str, Any], hooks:
     module: nn.Module = compressor.built(sizes_of(adapter, compressor), facts | made_for(adapter, compressor))
     weight = next(adapter.projector().parameters())
     module.to("cpu" if weight.is_meta else weight.device).train(adapter.model.training)
-    apart = Apart(module)
+    apart = Apart(module, compressor.weights is None)
     adapter.base.add_module(NAME, apart)
     hooks.on_undo(lambda: adapter.base._modules.pop(NAME, None) and None)
-    hooks.shadow(module, "requires_grad_", apart.states)
     return module
 
 
 def check_learns(adapter: Adapter, method: str) -> None:
-    """In a training step: refuse one in which a module of the method's own was frozen together with the model, while something else learns."""
+    """In a training step: refuse one that a module is in which has learned nothing and is frozen; of one that has learned, say once that it stays."""
     apart = adapter.base._modules.get(NAME)
-    if not isinstance(apart, Apart):
+    if not isinstance(apart, Apart) or apart.told or not apart.frozen:
         return
-    if not apart.forgotten:
-        apart.learned |= any(weight.requires_grad for weight in apart.module.parameters())
-    elif any(weight.requires_grad for weight in adapter.model.parameters()):
-        raise ValueError(f"{method}: {FROZEN}")
+    if apart.untrained:
+        raise ValueError(f"{method}: {FROZEN} and untrained, so the model would learn to read random rows: {REMEDY}")
+    apart.told = True
+    warnings.warn(f"{method}: {FROZEN}, so they stay as they are; if they are to learn, {REMEDY}", stacklevel=2)
 
 
 def check_saved(adapter: Adapter, method: str) -> None:
@@ -126,8 +126,8 @@ def check_saved(adapter: Adapter, method: str) -> None:
     apart = adapter.base._modules.get(NAME)
     if not isinstance(apart, Apart):
         return
-    if apart.forgotten and not apart.learned:
-        raise ValueError(f"{method}: {FROZEN}")
+    if apart.frozen and apart.untrained:
+        raise ValueError(f"{method}: {FROZEN} and untrained, so there is nothing to save: {REMEDY}")
     differ = sorted(apart.keys ^ set(apart.module.state_dict()))
     if differ:
         raise ValueError(
