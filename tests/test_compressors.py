@@ -306,7 +306,7 @@ def test_a_tower_that_runs_without_its_gradient_is_refused() -> None:
 
     tower.forward = forward
     with duet_vlm.attach(model, "quecc", keep=0.4):
-        with pytest.raises(ValueError, match=r"quecc reads layers of the vision tower, whose gradient re-entrant checkpointing loses: .*freeze the tower"):
+        with pytest.raises(ValueError, match=r"quecc reads layers of the vision tower, .* checkpointing loses: .*freeze the tower"):
             model(**inputs)
         with torch.no_grad():
             model(**inputs)

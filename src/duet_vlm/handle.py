@@ -97,8 +97,8 @@ class Handle:
         Raises
         ------
         ValueError
-            A method without weights, a file with another suffix, weights that were frozen before they could learn, or a module of which others
-            replaced layers.
+            A method without weights, a file with another suffix, weights that were frozen before they learned anything,
+            or a module with replaced layers.
         """
         compressor = self._compressor()
         assert self.module is not None  # as there is a compressor

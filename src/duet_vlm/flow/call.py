@@ -92,8 +92,9 @@ class EncoderCall:
     per span, made of what was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was
     called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
     was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
-    call, which makes rows and signals and chooses nothing; ``learns``: a gradient goes through what a module reads, ``states``: the rows of vision
-    layers that carry it, by the numbers of ``signals``, as the blocks have them; ``unprojected``: its rows in front of the projector, where V2V works on those.
+    call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
+    ``learns``: a gradient goes through what a module reads, ``states``: rows of vision layers that carry it, as the
+    blocks have them, by the numbers of ``signals``.
     ``patches``: patch embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``tower``: the units that go through
     the tower (flow/tower), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
     rows (flow/tower/inside.py).

@@ -126,8 +126,8 @@ class EncoderFlow:
         twice = aside and rules.tower is not None and rules.tower.inside
         aside = aside and not twice
         skips = not aside and self._skips(rules.reducer, encoding)
-        learns = self.module is not None and torch.is_grad_enabled()
-        return EncoderCall(encoding, rules, aside, takes_each(rules.reducer, stream.each), skips, self._prompt(), twice, learns=learns)
+        each, learns = takes_each(rules.reducer, stream.each), self.module is not None and torch.is_grad_enabled()
+        return EncoderCall(encoding, rules, aside, each, skips, self._prompt(), twice, learns=learns)
 
     def _prompt(self) -> Prompt | None:
         """The text around this encoder call."""
@@ -185,12 +185,12 @@ class EncoderFlow:
             return
         rows = output[0] if isinstance(output, tuple) else output
         slots = self.named.slots(block)
-        if call.learns and not torch.is_grad_enabled() and any(weight.requires_grad for weight in self.adapter.tower().parameters()):
+        if call.learns and not torch.is_grad_enabled() and any(w.requires_grad for w in self.adapter.tower().parameters()):
             raise ValueError(
-                f"{call.rules.reducer.name} reads layers of the vision tower, whose gradient re-entrant checkpointing loses: pass "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}, or freeze the tower"
+                f"{call.rules.reducer.name} reads layers of the vision tower, whose gradient re-entrant checkpointing "
+                "loses: pass gradient_checkpointing_kwargs={'use_reentrant': False}, or freeze the tower"
             )
-        if rows.requires_grad and call.learns:  # read behind the tower: a layer that is checkpointed must do here what it does when it runs again
+        if rows.requires_grad and call.learns:  # read behind the tower: what is checkpointed must not save more than its second run
             call.states |= dict.fromkeys(slots, rows)
         else:
             with torch.no_grad():
@@ -372,7 +372,7 @@ class EncoderFlow:
             asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name, call.learns)
             made["question"] = asked.question
             if "decoded" in reducer.reads:
-                made["decoded"] = decoded(self.adapter, asked, self.stacks)  # with a gradient where there is one around it
+                made["decoded"] = decoded(self.adapter, asked, self.stacks)
             if "similar" in reducer.reads:
                 made |= self.words.similar(layers[0].states, asked, self.adapter.family)
         if "projector" in reducer.reads:

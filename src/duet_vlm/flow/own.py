@@ -15,15 +15,17 @@ from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer
 
 NAME = "duet_vlm_module"
-FROZEN = "all weights of its own module are frozen (get_peft_model and model.requires_grad_(False) freeze what is attached)"
+FROZEN = (
+    "all weights of its own module are frozen (get_peft_model and model.requires_grad_(False) freeze what is attached)"
+)
 REMEDY = "attach behind them, or call handle.module.requires_grad_(True) before the optimizer is made"
 
 
 class Apart(nn.Module):
     """Holds a module that ``parameters()`` and ``to()`` of the model around it reach, and its state dict does not.
 
-    Its layers are not among ``named_modules()``, only a leaf with all their weights is: who adapts layers by their names or kinds (PEFT) would put
-    adapters into them that no file of weights has, or fail on a part that has a layer's name.
+    Its layers are not among ``named_modules()``, only a leaf with all their weights is: PEFT, which goes by names and
+    kinds of layers, would put adapters into them that no file of weights has, or fail on a part with a layer's name.
     """
 
     def __init__(self, module: nn.Module, new: bool) -> None:
@@ -37,7 +39,9 @@ class Apart(nn.Module):
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         return {} if destination is None else destination
 
-    def named_modules(self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    def named_modules(
+        self, memo: Any = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
         memo = set() if memo is None else memo
         if remove_duplicate and self in memo:
             return
@@ -47,9 +51,9 @@ class Apart(nn.Module):
 
     def __deepcopy__(self, memo: Any) -> Any:
         raise TypeError(
-            f"{NAME} holds the weights of a reducer that is attached, and cannot be copied. To copy the model: detach() first. With PEFT: leave it out "
-            "of modules_to_save, which trains a copy that nobody runs; call handle.module.requires_grad_(True) behind get_peft_model, and "
-            "handle.save_weights(folder) saves it"
+            f"{NAME} holds the weights of a reducer that is attached, and cannot be copied. To copy the model: detach() "
+            "first. With PEFT: leave it out of modules_to_save, which trains a copy that nothing runs; call "
+            "handle.module.requires_grad_(True) behind get_peft_model, and handle.save_weights(folder) saves it"
         )
 
     @property
@@ -111,7 +115,7 @@ def own_module(adapter: Adapter, reducer: Reducer, facts: dict[str, Any], hooks:
 
 
 def check_learns(adapter: Adapter, method: str) -> None:
-    """In a training step: refuse one that a module is in which has learned nothing and is frozen; of one that has learned, say once that it stays."""
+    """In a training step: refuse a frozen module that has learned nothing; of one that has, say once that it stays."""
     apart = adapter.base._modules.get(NAME)
     if not isinstance(apart, Apart) or apart.told or not apart.frozen:
         return
@@ -122,7 +126,7 @@ def check_learns(adapter: Adapter, method: str) -> None:
 
 
 def check_saved(adapter: Adapter, method: str) -> None:
-    """Before weights are written: refuse those that were frozen before they could learn, and a module of which others changed the parts."""
+    """Before weights are written: refuse those that were frozen before they learned, and a module with replaced layers."""
     apart = adapter.base._modules.get(NAME)
     if not isinstance(apart, Apart):
         return
@@ -131,8 +135,9 @@ def check_saved(adapter: Adapter, method: str) -> None:
     differ = sorted(apart.keys ^ set(apart.module.state_dict()))
     if differ:
         raise ValueError(
-            f"{method}: layers of its module were replaced since it was attached ({', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''}), "
-            "and attach could not load these weights: take the replacements out (merge adapters) before saving"
+            f"{method}: layers of its module were replaced since it was attached ({', '.join(differ[:3])}"
+            f"{', ...' if len(differ) > 3 else ''}), and attach could not load these weights: take the replacements out "
+            "(merge adapters) before saving"
         )
 
 

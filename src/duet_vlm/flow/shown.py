@@ -168,7 +168,9 @@ class Words:
         return {"similar": self.text_tower.tokens(states) @ rows.transpose(1, 2), "pieces": pieces}
 
 
-def question_of(adapter: Adapter, prompt: Prompt | None, stream: str, counts: list[int], method: str, learns: bool = False) -> Asked:
+def question_of(
+    adapter: Adapter, prompt: Prompt | None, stream: str, counts: list[int], method: str, learns: bool = False
+) -> Asked:
     """What the prompt asks of each span; ``learns``: its rows carry a gradient.
 
     Nothing is read from the device: spans fill the placeholders of their stream in order.
@@ -202,8 +204,8 @@ def question_of(adapter: Adapter, prompt: Prompt | None, stream: str, counts: li
 def decoded(adapter: Adapter, asked: Asked, stacks: Stacks) -> Tensor:
     """What the decoder makes of each span's question alone [B, D]: the last row's hidden state. Reads the longest question's length on the host.
 
-    Rows stand at the left, so that what is no question comes behind it, where a causal decoder does not look. Runs with or without a gradient, as
-    its caller does.
+    Rows stand at the left, so that what is no question comes behind it, where a causal decoder does not look. A gradient
+    goes through it where there is one around the call.
     """
     rows, valid = asked.of_sample.rows, asked.of_sample.valid
     length = valid.sum(1)

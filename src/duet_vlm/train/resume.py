@@ -22,15 +22,16 @@ def begin(settings: Settings, restart: bool) -> None:
     Raises
     ------
     ValueError
-        If it holds a run with other settings (those that differ are named), or a training that is not ours: that is neither deleted nor gone on from.
+        If it holds a run with other settings (those that differ are named), or another program's training, which is
+        neither deleted nor gone on from.
     """
     out = Path(settings.out)
     file = out / SETTINGS
     left = [*checkpoints(out), *([out / STATE] if finished(out) else [])]
     if left and not _ours(file):
         raise ValueError(
-            f"{out} holds {left[0].name}, and no {SETTINGS} of duet-vlm train: it is somebody else's training, which is neither deleted nor gone on "
-            "from. Choose another --out, or move it away"
+            f"{out} holds {left[0].name}, and no {SETTINGS} of duet-vlm train: it is another program's training, which is "
+            "neither deleted nor gone on from. Choose another --out, or move it away"
         )
     if restart:
         (out / STATE).unlink(missing_ok=True)
@@ -49,7 +50,8 @@ def begin(settings: Settings, restart: bool) -> None:
 def _ours(file: Path) -> bool:
     """Whether settings of a run are there; those of an older version count, too."""
     try:
-        return file.is_file() and {"model", "data", "method", "trainer"} <= mapping(file.read_text(encoding="utf-8"), str(file)).keys()
+        found = mapping(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
+        return {"model", "data", "method", "trainer"} <= found.keys()
     except ValueError:  # not YAML, or not text
         return False
 

@@ -31,12 +31,13 @@ DEFAULTS = {
 
 
 class ConversationTrainer(Trainer):
-    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), with a held-out loss that is the mean
-    over all answer tokens, with a projector's rate, and with the weights of a method's own beside the model's."""
+    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), with a
+    held-out loss that is the mean over all answer tokens, with a projector's rate, and with the weights of a method's
+    own beside the model's."""
 
     projector_lr: float | None = None
     handle: Handle
-    held_out: list[tuple[Tensor, Tensor]]  # of the evaluation that runs: for each row the loss of its batch, and its answer tokens
+    held_out: list[tuple[Tensor, Tensor]]  # of this evaluation: for each row the loss of its batch, its answer tokens
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -44,8 +45,8 @@ class ConversationTrainer(Trainer):
             self.handle.save_weights(Path(output_dir or self.args.output_dir))
 
     def _load_best_model(self) -> None:
-        """The weights of the best checkpoint. The Trainer's own way leaves the model as it is (its names are others than those of the file,
-        transformers issue 43701), and knows nothing of a module of the method's own."""
+        """The weights of the best checkpoint. The Trainer's own way leaves a whole model as it is (its names are others
+        than the file's, transformers issue 43701), and knows nothing of a module of the method's own."""
         best = Path(self.state.best_model_checkpoint)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config"):
             super()._load_best_model()
@@ -66,15 +67,16 @@ class ConversationTrainer(Trainer):
         found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses, tokens = (torch.cat(some).double() for some in zip(*self.held_out, strict=True))
         if not bool(tokens.any()):
-            raise ValueError("eval_data: no row has an answer, so there is no held-out loss: give rows with answers, or leave it out")
+            raise ValueError("eval_data: no row has an answer, so there is no held-out loss: give some, or leave it out")
         found.metrics[f"{metric_key_prefix}_loss"] = float((losses * tokens)[tokens > 0].sum() / tokens.sum())
         return found
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss, *more = super().prediction_step(model, inputs, *args, **kwargs)
         tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1).to(loss.device)
-        both = (self.gather_function(rows) for rows in (loss.repeat(len(tokens)), tokens))  # without what fills up the last batch of a launch
-        self.held_out.append(tuple(rows.cpu() for rows in both))
+        # of all processes, without the rows that fill up their last batch
+        losses, tokens = (self.gather_function(rows) for rows in (loss.repeat(len(tokens)), tokens))
+        self.held_out.append((losses.cpu(), tokens.cpu()))
         return (loss, *more)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
