@@ -132,6 +132,7 @@ torch.save(found, out)
 
 def test_adapters_and_projector_come_back_in_another_process(start: Path, tmp_path: Path) -> None:
     chosen = settings(start, tmp_path / "out", tune="lora", lora={"r": 4, "lora_alpha": 16}, projector_lr=1e-2)
+    resume.begin(chosen, restart=False)  # as train() does
     trainer, handle = build(chosen)
     projector = handle.adapter.projector().modules_to_save.default
     rates = {id(weight): group["lr"] for group in trainer.create_optimizer().param_groups for weight in group["params"]}
@@ -193,6 +194,7 @@ class Killed(TrainerCallback):
 
 
 def killed_after(step: int, chosen: Settings) -> None:
+    resume.begin(chosen, restart=False)  # as train() does
     trainer, handle = build(chosen)
     trainer.add_callback(Killed(step))
     with handle, pytest.raises(KeyboardInterrupt):
