@@ -347,6 +347,7 @@ def test_a_damaged_checkpoint_is_passed_over(start: Path, uninterrupted: bytes, 
 
 
 def test_no_readable_checkpoint_is_an_error(start: Path, tmp_path: Path) -> None:
+    resume.begin(settings(start, tmp_path), restart=False)
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("")  # a kill while the first checkpoint was written: nothing is lost
     with pytest.warns(UserWarning, match="checkpoint-2 is damaged"):
