@@ -737,3 +737,18 @@ def test_a_method_may_ask_the_projector_behind_a_reduced_tower(family: str, towe
     ((projected, features, valid),) = seen
     assert 0 < valid.sum() < valid.numel()
     torch.testing.assert_close(projected[valid], features[valid], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mistral3", "internvl"])
+@pytest.mark.parametrize("method", ["contrast", "contrast+duet", "key_norm+visionzip", "tome_tower"])
+def test_a_tower_in_float64_keeps_and_computes_what_one_in_float32_does(family: str, method: str) -> None:
+    """Models in double precision are what gradients are checked with."""
+    rows = [TWO, (1, Picture(1, 4, 4), 5, Picture(2, 3, 6), 6, 7)]
+    single, inputs = build(family), FAMILIES[family].inputs(rows, "right")
+    double, wide = build(family).double(), {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    with duet_vlm.attach(single, method, budget=0.5) as handle:
+        expected, slots = forward(single, inputs).logits, handle.slots
+    with duet_vlm.attach(double, method, budget=0.5) as handle:
+        found = forward(double, wide).logits
+        assert found.dtype == torch.float64 and torch.equal(handle.slots, slots)
+    torch.testing.assert_close(found[slots >= 0].float(), expected[slots >= 0], rtol=1e-3, atol=1e-3)

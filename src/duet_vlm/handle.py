@@ -18,7 +18,7 @@ from duet_vlm.flow.cache import Run, static
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.install import install
-from duet_vlm.flow.own import made_for
+from duet_vlm.flow.own import check_saved, made_for
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import named_layers
@@ -97,10 +97,12 @@ class Handle:
         Raises
         ------
         ValueError
-            A method without weights, or a file with another suffix.
+            A method without weights, a file with another suffix, weights that were frozen before they learned anything,
+            or a module with replaced layers.
         """
         compressor = self._compressor()
         assert self.module is not None  # as there is a compressor
+        check_saved(self.adapter, compressor.name)
         return store(self.module, compressor, facts(self.adapter) | made_for(self.adapter, compressor), place)
 
     def load_weights(self, place: str | Path) -> None:

@@ -96,6 +96,8 @@ class EncoderCall:
     called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
     was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
     call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
+    ``learns``: a gradient goes through what a module reads, ``states``: rows of vision layers that carry it, as the
+    blocks have them, by the numbers of ``signals``.
     ``patches``: patch embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``embedded``: those that were made to
     choose by, of what comes to the first block, until a packed tower asks for them, ``tower``: the units that go through the tower
     (flow/tower), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
@@ -118,6 +120,8 @@ class EncoderCall:
     pending: Encoded | None = None
     merged: Tensor | None = None
     gathers: bool = False
+    learns: bool = False
+    states: dict[int, Tensor] = field(default_factory=dict)
     unprojected: Tensor | None = None
     patches: Tensor | None = None
     pixels: Tensor | None = None

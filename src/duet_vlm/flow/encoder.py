@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -126,7 +126,8 @@ class EncoderFlow:
         twice = aside and rules.tower is not None and rules.tower.inside
         aside = aside and not twice
         skips = not aside and self._skips(rules.reducer, encoding)
-        return EncoderCall(encoding, rules, aside, takes_each(rules.reducer, stream.each), skips, self._prompt(), twice)
+        each, learns = takes_each(rules.reducer, stream.each), self.module is not None and torch.is_grad_enabled()
+        return EncoderCall(encoding, rules, aside, each, skips, self._prompt(), twice, learns=learns)
 
     def _prompt(self) -> Prompt | None:
         """The text around this encoder call."""
@@ -182,10 +183,23 @@ class EncoderFlow:
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
         if call is None:
             return
-        rows = (output[0] if isinstance(output, tuple) else output).detach()
-        with torch.no_grad():
-            tokens = self.adapter.token_rows(rows, call.encoding)
-        call.signals |= {slot: call.signals.get(slot, {}) | {"states": tokens} for slot in self.named.slots(block)}
+        rows = output[0] if isinstance(output, tuple) else output
+        slots = self.named.slots(block)
+        if call.learns and not torch.is_grad_enabled() and any(w.requires_grad for w in self.adapter.tower().parameters()):
+            raise ValueError(
+                f"{call.rules.reducer.name} reads layers of the vision tower, whose gradient re-entrant checkpointing "
+                "loses: pass gradient_checkpointing_kwargs={'use_reentrant': False}, or freeze the tower"
+            )
+        if rows.requires_grad and call.learns:  # read behind the tower: what is checkpointed must not save more than its second run
+            call.states |= dict.fromkeys(slots, rows)
+        else:
+            with torch.no_grad():
+                self._tell_states(call, slots, rows.detach())
+
+    def _tell_states(self, call: EncoderCall, slots: Iterable[int], rows: Tensor) -> None:
+        """Put rows as the blocks have them among the signals of the layers that they are of."""
+        tokens = self.adapter.token_rows(rows, call.encoding)
+        call.signals |= {slot: call.signals.get(slot, {}) | {"states": tokens} for slot in slots}
 
     def asks_projector(self, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the projector, for methods that ask it themselves."""
@@ -327,8 +341,7 @@ class EncoderFlow:
         rows = features()
         shown = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
         left = None if call.tower is None else self._left(call, width).to(shown.device)
-        learns = reducer.compressor is not None and torch.is_grad_enabled()
-        with torch.set_grad_enabled(learns), compat.without_autocast(shown):
+        with torch.set_grad_enabled(call.learns), compat.without_autocast(shown):
             read = self._read(call, counts, width, shown.device, layers)
             selection, wrong, content = select(
                 reducer, plans, parts, layers, rows, stream=call.encoding.stream, each=call.each, left=left, read=read
@@ -343,6 +356,9 @@ class EncoderFlow:
         return nn.functional.pad(left, (width - left.shape[1], 0), value=True)  # a CLS row in front never leaves
 
     def _layers(self, call: EncoderCall, width: int) -> tuple[LayerView, ...]:
+        for slot, rows in call.states.items():
+            self._tell_states(call, (slot,), rows)
+        call.states = {}
         views, finite = layer_views(call, len(self.named.blocks), width)
         check_finite(finite, "the vision attention scores")
         return views
@@ -355,7 +371,7 @@ class EncoderFlow:
         if "grid" in reducer.reads:
             made |= grid_of(self.adapter, call.encoding, counts, width, device)
         if reducer.reads & {"question", "similar", "decoded"}:
-            asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name)
+            asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name, call.learns)
             made["question"] = asked.question
             if "decoded" in reducer.reads:
                 made["decoded"] = decoded(self.adapter, asked, self.stacks)

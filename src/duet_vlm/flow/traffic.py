@@ -20,7 +20,7 @@ from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.entry import enter
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.made import Made, reusing
-from duet_vlm.flow.own import touched
+from duet_vlm.flow.own import check_learns, touched
 from duet_vlm.flow.processor import SALIENT
 from duet_vlm.flow.ranks import in_step, with_blank_image
 from duet_vlm.flow.rules import Rules
@@ -167,6 +167,8 @@ class Traffic:
             kwargs["inputs_embeds"] = with_blank_image(self.adapter, self._encode, kwargs["inputs_embeds"])
         if self.module is not None and call.rules is not None and torch.is_grad_enabled() and in_step(self.adapter.model):
             kwargs["inputs_embeds"] = touched(kwargs["inputs_embeds"], self.module)
+        if self.module is not None and call.rules is not None and torch.is_grad_enabled() and self.adapter.model.training:
+            check_learns(self.adapter, call.rules.reducer.name)
         step = enter(self.adapter, call, kwargs)
         if step is not None:
             kwargs[PASS] = step
