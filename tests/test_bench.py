@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -258,7 +258,8 @@ def test_printed_speed_ups_are_those_of_printed_times(tmp_path: Path) -> None:
     FAMILIES["llava"].make().config.save_pretrained(tmp_path)
     words = ["--config-only", tmp_path, "--method", "duet,visionzip,fastv", "-b", "0.5,0.2", "--rounds", 4, "--new", 2, "--no-predict"]
     done = call(*words)
-    head, *rows = [line for line in done.stdout.splitlines() if re.search(r"(speed-up +by FLOPs)|(^(full|\w+ at) )", line) and "infeasible" not in line]
+    wanted = r"(speed-up +by FLOPs)|(^(full|\w+ at) )"
+    head, *rows = [line for line in done.stdout.splitlines() if re.search(wanted, line) and "infeasible" not in line]
     assert head.split()[-7:] == ["first", "token", "speed-up", "by", "FLOPs", "peak", "MiB"] and len(rows) >= 4
     times, ratios = ([float(row.split()[place]) for row in rows] for place in (-4, -3))
     for taken, ratio in zip(times, ratios, strict=True):

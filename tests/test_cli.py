@@ -22,9 +22,9 @@ from duet_vlm import registry, tiny
 from duet_vlm.cli import demo as demo_verb
 from duet_vlm.cli import lists
 from duet_vlm.cli.main import app
-from duet_vlm.measure.speed import Ratio
 from duet_vlm.cli.options import budget_of, settings_of, several, several_paths
 from duet_vlm.loading import chat_text, device_for
+from duet_vlm.measure.speed import Ratio
 from duet_vlm.pictures import MAX_PIXELS
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"

@@ -6,12 +6,10 @@ import functools
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from duet_vlm.cli.errors import folder_for, friendly
@@ -117,7 +115,9 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
 
 
 def _show(found: dict[str, Any]) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    from duet_vlm.evaluate.screen import console as screen
+
+    console = screen(120)
     console.print(f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads")
     for key in sorted({(row["batch"], row["text"]) for row in found["rows"] if "ms" in row}):
         rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
