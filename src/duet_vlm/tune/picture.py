@@ -76,11 +76,14 @@ def front(result: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def name_beside(axes: Any, text: str, place: tuple[float, float]) -> Any:
-    """A label in bold beside a point, on the side where it covers the fewest markers and stays within the axes."""
+    """A label in bold beside a point, on the side where it covers the least of markers and lines and stays within the axes."""
     figure = axes.figure
     figure.draw_without_rendering()
     spots = [axes.transData.transform(spot) for drawn in axes.collections for spot in drawn.get_offsets()]
-    spots += [axes.transData.transform(spot) for drawn in axes.lines if drawn.get_transform() is axes.transData for spot in drawn.get_xydata()]
+    for drawn in axes.lines:
+        if drawn.get_transform() is axes.transData:
+            ends = [axes.transData.transform(spot) for spot in drawn.get_xydata()]
+            spots += [start + (end - start) * step / 40 for start, end in zip(ends, ends[1:], strict=False) for step in range(41)]
     inside = axes.get_window_extent()
     label = axes.annotate(text, place, xytext=(0, 0), textcoords="offset points", weight="bold")
 
