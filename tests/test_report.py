@@ -570,7 +570,8 @@ def test_the_page_opens_with_a_plot_and_the_best_of_each_budget(tmp_path: Path) 
     done = [run for run in RESULT["runs"] if run["status"] == "ok" and run["method"] not in ("none", "oracle", "random", "uniform")]
     budgets = sorted({run["budget"] for run in done}, reverse=True)
     wanted = [max((run for run in done if run["budget"] == budget), key=lambda run: run["accuracy"])["id"] for budget in budgets]
-    assert [[run["id"] for run in runs] for _, runs in found] == [[each] for each in wanted] and [budget for budget, _ in found] == [columns.budget(budget) for budget in budgets]
+    assert [[run["id"] for run in runs] for _, runs in found] == [[each] for each in wanted]
+    assert [budget for budget, _ in found] == [columns.budget(budget) for budget in budgets]
     (tmp_path / "a.json").write_text(json.dumps(RESULT))
     said: list[str] = []
     html = write([tmp_path / "a.json"], tmp_path / "out", said.append)[-1].read_text()
@@ -579,6 +580,14 @@ def test_the_page_opens_with_a_plot_and_the_best_of_each_budget(tmp_path: Path) 
     assert places == sorted(places)
     kept = f"{100 * found[0][1][0]['kept']:.1f}"
     assert f"kept {kept} % (" in html and "kept, % " not in html  # a unit stands behind its number
+
+
+def test_a_folder_that_cannot_be_written_to_is_named_by_its_option(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(RESULT))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        found = CliRunner().invoke(app, ["report", str(tmp_path / "a.json"), "--out", str(out)])
+        assert found.exit_code == 2 and found.stderr.startswith(f"error: --out {out}: cannot be written to ("), found.stderr
 
 
 def test_methods_that_are_level_are_all_named(tmp_path: Path) -> None:
