@@ -11,6 +11,7 @@ import numpy as np
 
 import duet_vlm
 from duet_vlm.evaluate.curve import curve_of
+from duet_vlm.evaluate.experiment import Run
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.report.markdown import table
 from duet_vlm.evaluate.results import load, unpack
@@ -116,7 +117,7 @@ def which() -> str:
     kept: dict[str, dict[tuple[str, float], Row]] = {}
     for task in SPENT:
         for row in load(ROOT / task / "results" / "methods.json")["runs"]:
-            if "+" not in row["method"] and not row["settings"] and row["method"] in duet_vlm.methods() and row["beside"] in SPENT[task]:
+            if row["method"] in duet_vlm.methods() and row["beside"] in SPENT[task] and row["id"] == Run(row["method"], row["beside"]).id:
                 kept.setdefault(row["method"], {})[task, row["beside"]] = row
 
     def cell(row: Row | None) -> str:

@@ -1,12 +1,14 @@
 """Regenerate every table in README.md, docs/ and benchmarks/, and the lists that the command line prints, from committed result files, the
 registry and the adapters: ``make tables``.
 
-``--check`` writes nothing and exits with 1 if a page differs from what the files say.
+``--check`` writes nothing and exits with 1 if a page differs from what the files say. A table without rows, or with a column that no row fills, is
+an error both ways: page and generator then agree about nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -219,8 +221,6 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kept_crowded": lambda: comparison("tiny-crowded", markdown.matrix),
     "kept_long": lambda: comparison("tiny-long", markdown.matrix),
     "more_long": lambda: markdown.matrix(load(ROOT / "comparison" / "tiny-long" / "results" / "more.json")),
-    "runs_tiny": lambda: comparison("tiny", markdown.compact),
-    "runs_crowded": lambda: comparison("tiny-crowded", markdown.compact),
     "importance": importance,
     "pressing": pressing,
     "static": static,
@@ -250,20 +250,40 @@ PAGES = (
 )  # fmt: skip
 
 
+@functools.cache
+def made(name: str) -> str:
+    """A block by its name."""
+    return BLOCKS[name]()
+
+
 def filled(page: str) -> str:
     """The page with every block between its markers made anew."""
 
     def block(match: re.Match[str]) -> str:
-        return f"<!-- table:{match[1]} -->\n{BLOCKS[match[1]]()}\n<!-- /table:{match[1]} -->"
+        return f"<!-- table:{match[1]} -->\n{made(match[1])}\n<!-- /table:{match[1]} -->"
 
     return re.sub(r"<!-- table:(\w+) -->.*?<!-- /table:\1 -->", block, (ROOT / page).read_text(), flags=re.S)
 
 
+def faults(text: str) -> list[str]:
+    """Faults of the tables in a block: no rows, rows that do not fit their head, columns in which no row has a value; a block without any text."""
+    found = [] if text.strip() else ["nothing in it"]
+    for lines in re.findall(r"(?:^\|.*(?:\n|\Z))+", text, flags=re.M):
+        head, dashes, *rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines.strip().split("\n")]
+        found += [f"{' | '.join(head)}: no rows"] if not rows else []
+        found += [f"{' | '.join(row)}: {len(row)} cells under a head of {len(head)}" for row in (dashes, *rows) if len(row) != len(head)]
+        found += [f"column {head[i]!r}: no value" for i in range(len(head)) if rows and not any(row[i : i + 1] not in ([""], ["-"]) for row in rows)]
+    return found
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="only compare")
     check = parser.parse_args().check
-    stale = []
+    stale, empty = [], [f"{name}: {fault}" for name in BLOCKS for fault in faults(made(name))]
+    if empty:
+        print("tables that say nothing:\n" + "\n".join(empty))
+        return 1
     for page in PAGES:
         text = filled(page)
         if text != (ROOT / page).read_text():

@@ -86,9 +86,15 @@ def _cells(runs: list[str], config: str, free: str, cell: Callable[[np.ndarray, 
 HEAD = ["trained", "models", "run in full", *(f"at {b:.0%}" for b in BUDGETS)]
 
 
+def measured(lines: list[list[str]]) -> str:
+    """The table of these lines under HEAD, without budgets that no model was asked at."""
+    places = [i for i in range(len(HEAD)) if any(line[i] != "-" for line in lines)]
+    return table([HEAD[i] for i in places], [[line[i] for i in places] for line in lines])
+
+
 def kept(method: str) -> str:
     """Accuracy of every model at every budget, as a share of the model trained and run in full."""
-    return table(HEAD, [[name, *_cells(budgets(method), config, "full", _kept, "none")] for config, name in TRAINED[method].items() if seeds(config)])
+    return measured([[name, *_cells(budgets(method), config, "full", _kept, "none")] for config, name in TRAINED[method].items() if seeds(config)])
 
 
 def _kept(ours: np.ndarray, full: np.ndarray) -> str:
@@ -99,7 +105,7 @@ def _kept(ours: np.ndarray, full: np.ndarray) -> str:
 def gained(method: str) -> str:
     """Points that training with reduction gains over dropping from the model trained in full, at the same budget."""
     free, *others = TRAINED[method]
-    return table(HEAD, [[TRAINED[method][c], *_cells(budgets(method), c, free, _gain, None)] for c in others if seeds(c)])
+    return measured([[TRAINED[method][c], *_cells(budgets(method), c, free, _gain, None)] for c in others if seeds(c)])
 
 
 def _gain(ours: np.ndarray, free: np.ndarray) -> str:

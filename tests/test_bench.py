@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -250,6 +251,28 @@ def test_the_verb(tmp_path: Path) -> None:
     printed = json.loads(call(*words[:-1], 1, "--batch", 2, "--prompt-tokens", 32, "--json").stdout)
     assert [(row["batch"], row["text"]) for row in printed["rows"]] == [(row["batch"], row["text"]) for row in written["rows"]]
     assert [row["side"] for row in printed["rows"]] == [row["side"] for row in written["rows"]] and printed["sheet"] is None
+
+
+def test_printed_speed_ups_are_those_of_printed_times(tmp_path: Path) -> None:
+    """By what stands on the screen alone; of a few rounds the median of ratios is another number than the ratio of medians."""
+    FAMILIES["llava"].make().config.save_pretrained(tmp_path)
+    words = ["--config-only", tmp_path, "--method", "duet,visionzip,fastv", "-b", "0.5,0.2", "--rounds", 4, "--new", 2, "--no-predict"]
+    done = call(*words)
+    wanted = r"(speed-up +by FLOPs)|(^(full|\w+ at) )"
+    head, *rows = [line for line in done.stdout.splitlines() if re.search(wanted, line) and "infeasible" not in line]
+    assert head.split()[-7:] == ["first", "token", "speed-up", "by", "FLOPs", "peak", "MiB"] and len(rows) >= 4
+    times, ratios = ([float(row.split()[place]) for row in rows] for place in (-4, -3))
+    for taken, ratio in zip(times, ratios, strict=True):
+        assert ratio == pytest.approx(times[0] / taken, rel=0.012)  # both are rounded to three digits
+    assert len({line for line in done.output.splitlines() if line.startswith("batch 1, ")}) == 1
+    assert sum("visual and" in line for line in done.output.splitlines()) == 1  # on both streams together
+
+
+def test_floors_are_written_for_people(tmp_path: Path) -> None:
+    FAMILIES["llava"].make().config.save_pretrained(tmp_path)
+    said = call("--config-only", tmp_path, "--method", "fastv", "-b", "1", "--rounds", 1, "--new", 2, "--no-predict").stdout
+    (line,) = [line for line in said.splitlines() if line.startswith("fastv at 1:")]
+    assert re.fullmatch(r"fastv at 1: infeasible, floor \d+\.\d tokens", line)
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from duet_vlm.cli import lists
 from duet_vlm.cli.main import app
 from duet_vlm.cli.options import budget_of, settings_of, several, several_paths
 from duet_vlm.loading import chat_text, device_for
+from duet_vlm.measure.speed import Ratio
 from duet_vlm.pictures import MAX_PIXELS
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
@@ -210,6 +211,16 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"look at first: {tmp_path / 'demo.png'}" in shown and shown.count("question  ") == 1  # one table
     (same,) = [line.split() for line in shown.splitlines() if line.startswith("as the full model says")]
     assert same[-4:] == [str(column["agree_with_full"]) for column in got["columns"]]
+    (times,) = [[float(cell) for cell in line.split()[-4:]] for line in shown.splitlines() if line.startswith("ms to the first token")]
+    (ratios,) = [[float(cell.rstrip("x")) for cell in line.split()[-4:]] for line in shown.splitlines() if line.startswith("speed-up")]
+    assert ratios == pytest.approx([times[0] / taken for taken in times], abs=0.02)
+
+
+def test_demo_prints_the_ratio_of_the_times_that_it_prints() -> None:
+    full, small = demo_verb.Column("full", None), demo_verb.Column("33%", 0.33, speed_up=Ratio(1.39, 1.3, 1.5))  # the median of paired ratios
+    facts = dict(demo_verb._facts([], full, {"full": 0.0663, "33%": 0.0440}))
+    assert [facts["ms to the first token"](each) for each in (full, small)] == ["66.3", "44.0"]
+    assert [facts["speed-up"](each) for each in (full, small)] == ["1", "1.51x"]
 
 
 def test_viz_compares_methods_and_budgets(tmp_path: Path) -> None:

@@ -127,3 +127,23 @@ def test_results_are_those_of_their_experiment_and_of_committed_code(file: Path)
     result = load(file)
     assert result["experiment"] == from_json(json.loads((file.parents[1] / "experiments" / file.name).read_text()), file.name).to_json()
     assert result["environment"]["commit"] and not unclean(result["environment"]["commit"])
+
+
+@every
+def test_rows_say_what_the_recorded_answers_say(file: Path) -> None:
+    """Shares of right answers, of all and by kind, and wins and losses, counted anew from the answers in the file."""
+    result = load(file)
+    recorded, rows = unpack(result), {row["id"]: row for row in result["runs"] if row["status"] == "ok"}
+    gold = [{text.strip().lower().removesuffix(".") for text in texts} for texts in recorded["gold"]]
+    right = {key: [text.strip().lower().removesuffix(".") in texts for text, texts in zip(said, gold, strict=True)]
+             for key, said in recorded["answers"].items()}  # fmt: skip
+    assert set(right) == set(rows) and len(gold) == result["questions"]["count"]
+    full = sum(right[BASELINE])
+    for key, row in rows.items():
+        assert row["accuracy"] == pytest.approx(sum(right[key]) / len(gold)) and row["kept"] == pytest.approx(sum(right[key]) / full), key
+        for kind, told in row["kinds"].items():
+            own = [hit for hit, name in zip(right[key], recorded["kinds"], strict=True) if name == kind]
+            assert (len(own), pytest.approx(sum(own) / len(own))) == (told["n"], told["accuracy"]), (key, kind)
+        if row["against"]:
+            pairs = list(zip(right[key], right[row["against"]["run"]], strict=True))
+            assert (pairs.count((True, False)), pairs.count((False, True))) == (row["against"]["wins"], row["against"]["losses"]), key

@@ -450,8 +450,29 @@ def test_a_result_of_changed_code_says_so_wherever_it_is_shown(result: dict[str,
     dirty, clean = (result | {"environment": result["environment"] | {"commit": commit}} for commit in ("abc1234+changes", "abc1234"))
     for found, warned in ((dirty, True), (clean, False)):
         show(found)
-        assert ("NOT REPRODUCIBLE" in capsys.readouterr().out) == warned
-        assert ("NOT REPRODUCIBLE" in matrix(found)) == warned and "commit abc1234" in matrix(found)
+        assert ("Not reproducible yet: " in (said := capsys.readouterr().out)) == warned
+        assert ("Not reproducible yet: " in matrix(found)) == warned and "commit abc1234" in matrix(found)
+        assert "NOT" not in said + matrix(found)  # a method in progress is no fault
+
+
+def test_the_screen_shows_what_is_known(result: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No column in which nobody has a value, no heading that is broken into the width of a narrow table, no more columns than there are."""
+    bare = json.loads(json.dumps(result))
+    for run in bare["runs"]:
+        run.update({"prefill": None, "recall": None} if run["status"] == "ok" else {})
+    bare["questions"]["kinds"] = dict(list(bare["questions"]["kinds"].items())[:1])
+    for run in bare["runs"]:
+        if run["status"] == "ok":
+            run["kinds"] = {kind: run["kinds"][kind] for kind in bare["questions"]["kinds"]}
+    monkeypatch.setenv("COLUMNS", "120")
+    show(bare)
+    said = capsys.readouterr().out
+    assert "prefill ms" not in said and "needed" not in said and "accuracy by kind of question\n" in said
+    assert max(len(line) for line in said.split("visual tokens per layer")[0].splitlines()) <= 120
+    some = json.loads(json.dumps(bare))
+    some["runs"][1]["prefill"] = {"ms": 12.345}
+    show(some)
+    assert "prefill" in (said := capsys.readouterr().out) and "12.35" in said or "12.34" in said
 
 
 # ---- result files

@@ -6,6 +6,7 @@ there its stages are checked against a slow twin, and everything recorded is rep
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
@@ -60,6 +61,31 @@ def build(case: Case, attention: str) -> Any:
     return model
 
 
+def scores_in_full(model: Any, inputs: dict[str, Tensor], embedded: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+    """By decoder layer of the stock model what the rows behind the image pay to its tokens, and the rows that enter, or that ``embedded`` says."""
+    text_model, dtype = model.model.language_model, next(model.parameters()).dtype
+    tokens = (inputs["input_ids"][0] == model.config.image_token_id).nonzero().flatten().tolist()
+    queries = list(range(tokens[-1] + 1, inputs["input_ids"].shape[1]))
+
+    def enter(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return ((embedded.to(dtype), *args[1:]), kwargs) if embedded is not None else None
+
+    with _Hooked(text_model.layers[0].register_forward_pre_hook(enter, with_kwargs=True)), Watch(text_model) as watch:
+        model(**inputs | {"pixel_values": inputs["pixel_values"].to(dtype)})
+    tables = [tuple(t[0] for t in table) for table in watch.rotary]
+    rows = [hidden[0] for hidden in watch.hidden]
+    return [ranking_scores(*found, queries, tokens) for found in zip(text_model.layers, rows, tables, strict=True)], watch.hidden[0]
+
+
+def score_tolerance(model: Any, inputs: dict[str, Tensor]) -> dict[str, float]:
+    """For scores inside the decoder: twice what float32 sums cost the stock decoder against float64, at its worst layer, as recording and ours
+    are each as far from the truth; it grows with depth, width and the sharpness of attention."""
+    found, embedded = scores_in_full(model, inputs)
+    exact, _ = scores_in_full(copy.deepcopy(model).double(), inputs, embedded)
+    lost = max(float((ours - truth).abs().max() / truth.max()) for ours, truth in zip(found, exact, strict=True))
+    return SCORE | {"relative": max(SCORE["relative"], 2 * lost)}
+
+
 class Qwen:
     """One run of a case."""
 
@@ -76,6 +102,7 @@ class Qwen:
         self.v2v = self.duet.get("visionzip_enabled", True)
         self.layers: list[int] = self.duet["layer_list"] if self.duet.get("pdrop_enabled") else []
         self.ratios: list[float] = self.duet.get("image_token_ratio_list", [])[: len(self.layers)]
+        self.score = score_tolerance(model, self.inputs) if self.layers else SCORE
 
     # ---- settings
 
@@ -204,7 +231,7 @@ class Qwen:
         else:
             scores = scores_at(handle, layer, watch)[0][before.visual[0]]
         old, new = (t.slot[0][t.visual[0]].tolist() for t in (before, after))
-        case.scores(run, "stage0/scores", scores)
+        case.close(run, "stage0/scores", scores, self.score)
         case.same(run, "stage0/kept_in_ranked_block", [old.index(t) for t in new])
         case.same(run, "stage0/attention_mask", after.valid)
         case.close(run, "stage0/hidden_states", watch.hidden[layer])
@@ -225,7 +252,7 @@ class Qwen:
             queries = list(range(tokens[-1] + 1, before.slot.shape[1]))
             table = tuple(t[0] for t in watch.rotary[layer - 1])  # positions are kept, so the table of the layer before serves
             scores = ranking_scores(self.text_model.layers[layer], watch.output[layer - 1][0], table, queries, tokens)
-            near(f"{self.run}: our stage before layer {layer} against the slow twin", scored[layer].scores[0], scores, SCORE)
+            near(f"{self.run}: our stage before layer {layer} against the slow twin", scored[layer].scores[0], scores, self.score)
             expected = before.slot[0][[tokens[i] for i in best(scores, keep)]]
             equal(f"{self.run}: our survivors at layer {layer} against the slow twin", after.slot[0][after.visual[0]], expected)
 
@@ -242,7 +269,7 @@ class Qwen:
                     case.fact(run, "ranked_block_len", drop.blocks)
                     case.fact(run, "keep_length", drop.left)
                     for s, layer in enumerate(self.layers):
-                        case.scores(run, f"stage{s}/scores", drop.scores[s])
+                        case.close(run, f"stage{s}/scores", drop.scores[s], self.score)
                         case.same(run, f"stage{s}/kept_in_ranked_block", drop.kept[s])
                         case.close(run, f"stage{s}/hidden_states", watch.hidden[layer])
                         case.same(run, f"stage{s}/attention_mask", torch.ones(1, watch.hidden[layer].shape[1]))

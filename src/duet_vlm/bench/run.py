@@ -89,11 +89,11 @@ def run(model: nn.Module, plan: Plan, sheet: Device | None = None, picture: Any 
     """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the dtype."""
     adapter, sheet = adapter_for(model), _known(sheet, model, say)
     rows: list[dict[str, Any]] = []
-    for batch in plan.batches:
-        for text in plan.texts:
-            prompt = prompt_for(adapter, batch, text, plan.tokens, plan.frames, picture)
-            say(f"batch {batch}, {prompt.tokens} visual and {prompt.rows - prompt.tokens} other tokens")
-            rows += _compare(adapter, plan, prompt, sheet)
+    prompts = [(batch, text) for batch in plan.batches for text in plan.texts]
+    for number, (batch, text) in enumerate(prompts, 1):
+        prompt = prompt_for(adapter, batch, text, plan.tokens, plan.frames, picture)
+        say(f"measuring prompt {number} of {len(prompts)}: {len(plan.sides)} sides in turns, {plan.rounds} rounds")
+        rows += _compare(adapter, plan, prompt, sheet)
     return rows
 
 

@@ -6,12 +6,10 @@ import functools
 import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from duet_vlm.cli.errors import folder_for, friendly
@@ -117,11 +115,14 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
 
 
 def _show(found: dict[str, Any]) -> None:
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    from duet_vlm.evaluate.screen import console as screen
+
+    console = screen(120)
     console.print(f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads")
     for key in sorted({(row["batch"], row["text"]) for row in found["rows"] if "ms" in row}):
         rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
-        console.print(f"\nbatch {key[0]}, {rows[0]['tokens']} visual tokens, {key[1]} others; ms, medians of {rows[0]['pairs']} rounds; (predicted)")
+        prompt = f"batch {key[0]}, {rows[0]['tokens']} visual and {key[1]} other tokens"
+        console.print(f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; (predicted); speed-up of the first token by these medians")
         head = ("", "tokens", "vision", "V2V", "prefill", "T2V", "step", "first token", "speed-up", "by FLOPs", "peak MiB")
         table = Table(*head, box=None, pad_edge=False)
         for row in rows:
@@ -129,7 +130,8 @@ def _show(found: dict[str, Any]) -> None:
         console.print(table)
     for row in found["rows"]:
         if "ms" not in row:
-            console.print(f"{row['side']}: {row['status']} (floor {row['floor']})")
+            floor = "" if row["floor"] is None else f", floor {row['floor']:.1f} tokens"
+            console.print(f"{row['side']}: {row['status']}{floor}")
 
 
 def _cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:
@@ -141,8 +143,9 @@ def _cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:
 
     peak = row["peak_bytes"]
     by_flops = full["flops_share"] / row["flops_share"]
+    first, whole = row["ms"]["to first token"]["median"], full["ms"]["to first token"]["median"]
     return [
         row["side"], f"{row['mean_tokens']:.1f}", time("vision"), f"{row['ms']['v2v']['median']:.3g}", time("prefill"),
         f"{sum(stage['ms'] for stage in row['t2v']):.3g}", time("decode step"), time("to first token"),
-        f"{row['speed_up']['to first token']['median']:.2f}", f"{by_flops:.2f}", "-" if peak is None else f"{peak / 2**20:.1f}",
+        f"{whole / first:.2f}", f"{by_flops:.2f}", "-" if peak is None else f"{peak / 2**20:.1f}",
     ]  # fmt: skip

@@ -192,8 +192,8 @@ def show(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict
     console.print(table)
     console.print("\n[yellow]*[/yellow] differs from the full model   [red]x[/red] is not the true answer")
     console.print(
-        f"time: prefill of the first question, pixels to first token, median of {ROUNDS} rounds in turns, one CPU thread; the vision tower costs "
-        "nearly the same at every budget, and it is a large part of a model this small"
+        f"time: prefill of the first question, pixels to first token, median of {ROUNDS} rounds in turns, one CPU thread, and the ratio of these "
+        "medians; the vision tower costs nearly the same at every budget, and it is a large part of a model this small"
     )
     console.print(f"\nlook at first: {files[0]} (what was kept, merged and dropped, and why)\nmore: {', '.join(map(str, files[1:]))}", soft_wrap=True)
 
@@ -214,7 +214,7 @@ def _facts(pairs: list[tuple[str, str, str]], full: Column, seconds: dict[str, f
         ("FLOPs", reported(lambda report: f"{report.observed.flops / report.full.flops:.0%}", "100%")),
         ("KV cache", reported(lambda report: f"{report.observed.kv_bytes / report.full.kv_bytes:.0%}", "100%")),
         ("ms to the first token", lambda column: f"{seconds[column.name] * 1e3:.1f}"),
-        ("speed-up", lambda column: "1" if column.speed_up is None else f"{column.speed_up.median:.2f}x"),
+        ("speed-up", lambda column: "1" if column is full else f"{seconds[full.name] / seconds[column.name]:.2f}x"),
     ]
 
 

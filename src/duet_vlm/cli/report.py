@@ -26,7 +26,12 @@ def report(
         from duet_vlm.evaluate.report import write
 
         with Console(stderr=True).status("reading the results") as status:  # moves on a terminal, is silent elsewhere
-            written = write(several_paths(files), out, lambda text: status.update(f"drawing {escape(text)}"))
+            try:
+                written = write(several_paths(files), out, lambda text: status.update(f"drawing {escape(text)}"))
+            except OSError as error:
+                if error.filename is None or not Path(error.filename).is_relative_to(out):
+                    raise
+                raise ValueError(f"--out {out}: cannot be written to ({error.strerror}: {error.filename})") from error
         if json_:
             print(json.dumps({"files": [str(file) for file in written]}))
             return

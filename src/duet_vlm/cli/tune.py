@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 LIMIT = 400  # questions of a task without end
 KEEP = 0.98
+SHOWN = 16  # candidates on the screen, those that were asked most first
 SIZE = re.compile(r"(?P<number>\d+(\.\d+)?)\s*(?P<unit>[KMGT]?)i?B?", re.IGNORECASE)
 
 Texts = list[str] | None
@@ -156,7 +156,7 @@ def _searched(
         def preview(cost: Preview) -> bool:
             progress.update(bar, total=cost.answers)
             field = "1 candidate" if len(runs) == 1 else f"{len(runs)} candidates"
-            said = f"{field}, {count} questions: at most {cost.answers:,} answers, {_span(cost.seconds)} at the full model's pace"
+            said = f"{field}, {count} questions: at most {cost.answers:,} answers, {_span(cost.seconds)} at the full model's pace, and the timing"
             console.print(f"goal: {goal.words()}\n{said}; what is answered already costs nothing", highlight=False)
             return not dry_run
 
@@ -171,10 +171,11 @@ def _span(seconds: float) -> str:
 def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clips: bool) -> None:
     """Files and the screen."""
     from rich.box import SIMPLE
-    from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from duet_vlm.evaluate.results import save
+    from duet_vlm.evaluate.screen import console
     from duet_vlm.tune.picture import pareto
     from duet_vlm.tune.words import chosen_row, python_line, setting_file, shell_line, verdict
 
@@ -189,19 +190,23 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
     if as_json:
         print(json.dumps({"folder": str(folder)} | result))
         return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    screen = console(100)
     table = Table("candidate", "ms", "kept", "asked", "what became of it", box=SIMPLE, pad_edge=False)
-    for each in sorted(result["candidates"], key=lambda each: (each["id"] != result["chosen"], not each["testing"]["asked"], each["ms"] or 1e9)):
+    asked = {each["id"]: each["choosing"]["asked"] + each["testing"]["asked"] for each in result["candidates"]}
+    rows = sorted(result["candidates"], key=lambda each: (each["id"] != result["chosen"], -asked[each["id"]], each["ms"] or 1e9))
+    for each in rows[:SHOWN]:
         kept = "-" if each["kept"] is None else f"{each['kept']:.1%}"
-        number = each["choosing"]["asked"] + each["testing"]["asked"]
-        table.add_row(each["id"], f"{each['ms']:.4g}" if each["ms"] else "-", kept, str(number), each["reason"] or "[bold]chosen[/bold]")
-    console.print(table)
-    console.print(result["verdict"], soft_wrap=True)
+        told = escape(each["reason"]) or "[bold]chosen[/bold]"
+        table.add_row(escape(each["id"]), f"{each['ms']:.4g}" if each["ms"] else "-", kept, str(asked[each["id"]]), told)
+    screen.print(table)
+    if len(rows) > SHOWN:
+        screen.print(f"{len(rows) - SHOWN} more left earlier; {folder / 'result.json'} has all of them\n", soft_wrap=True, markup=False)
+    screen.print(result["verdict"], soft_wrap=True)
     for lost in result["lost"]:
         said = f"  lost: {lost['question']!r}: the full model says {lost['full']!r}, this one {lost['reduced']!r}"
-        console.print(said, soft_wrap=True, markup=False)
+        screen.print(said, soft_wrap=True, markup=False)
     if row is not None:
         use = f"\nPython: {lines['python']}\n    or: handle = duet_vlm.attach(model, \"{setting}\")\nshell:  {lines['shell']}"
-        console.print(use, soft_wrap=True, markup=False)
+        screen.print(use, soft_wrap=True, markup=False)
     files = [folder / "result.json", folder / "pareto.png", *([] if row is None else [setting])]
-    console.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)
+    screen.print(f"written: {', '.join(map(str, files))}", soft_wrap=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import duet_vlm
@@ -15,40 +18,37 @@ from duet_vlm.measure.report import in_runs
 WIDTH = 150  # where the output goes to a file
 
 
+def console(usual: int = WIDTH) -> Console:
+    """As wide as the terminal; where the output goes elsewhere as wide as COLUMNS says, else ``usual``."""
+    found = Console(highlight=False)
+    return found if found.is_terminal or os.environ.get("COLUMNS", "").isdecimal() else Console(highlight=False, width=usual)
+
+
 def show(result: dict[str, Any]) -> None:
     """The main table, the kinds of question, and the settings that every run used."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
-    asked = result["questions"]
+    screen, asked, done = console(), result["questions"], [run for run in result["runs"] if run["status"] == "ok"]
     judged = f", {n} of them judged by the full model's answer" if (n := asked.get("unlabelled")) else ""
-    main = Table(title=f"{result['task']}: {asked['count']} questions{judged}, 95 % bootstrap intervals", title_justify="left")
-    kinds = Table(title="accuracy by kind of question", title_justify="left")
-    for column in ("run", "nominal tokens", "measured", "accuracy", "interval", "kept", "FLOPs", "KV", "prefill ms", "needed kept"):
-        main.add_column(column, justify="left" if column == "run" else "right")
-    for column in ("run", *asked["kinds"]):
-        kinds.add_column(column, justify="left" if column == "run" else "right")
+    columns = {name: cell for name, cell in CELLS.items() if any(cell(run) != "-" for run in done)}
+    main, kinds = Table(), Table()
+    for table, names in ((main, columns), (kinds, asked["kinds"])):
+        for column in ("run", *names):
+            table.add_column(column, justify="left" if column == "run" else "right")
     for run in result["runs"]:
         name = title(run)
         if run["status"] != "ok":
             main.add_row(name, "infeasible" if run["floor"] is None else f"infeasible, floor {run['floor']:.1f}")
             continue
-        low, high = run["interval"]
-        tokens, prefill, recall = run["tokens"], run["prefill"], run["recall"]
-        main.add_row(
-            name, f"{tokens['nominal']:.1f}", f"{tokens['measured']:.1f}", f"{run['accuracy']:.3f}", f"{low:.3f}-{high:.3f}",
-            _percent(run["kept"], 1), _percent(run["flops_share"]), _percent(run["kv_share"]),
-            "-" if prefill is None else f"{prefill['ms']:.2f}", _percent(recall and recall["entry"]),
-        )  # fmt: skip
+        main.add_row(name, *(cell(run) for cell in columns.values()))
         kinds.add_row(name, *(f"{kind['accuracy']:.3f}" for kind in run["kinds"].values()))
-    console.print(main)
-    console.print(kinds)
-    console.print("visual tokens per layer, and settings other than the defaults:")
-    for run in result["runs"]:
-        if run["status"] == "ok":
-            console.print(f"  {title(run):<36} {settings(run)}", highlight=False, markup=False, soft_wrap=True)
+    above = f"{result['task']}: {asked['count']} questions{judged}, 95 % bootstrap intervals"
+    for words, table in ((above, main), ("accuracy by kind of question", kinds)):
+        screen.print(f"[italic]{escape(words)}[/italic]", soft_wrap=True)  # a table's own title is no wider than the table
+        screen.print(table)
+    screen.print("visual tokens per layer, and settings other than the defaults:")
+    for run in done:
+        screen.print(f"  {title(run):<36} {settings(run)}", markup=False, soft_wrap=True)
     if warning := unclean(result["environment"].get("commit")):
-        console.print(warning, style="bold", highlight=False, markup=False, soft_wrap=True)
+        screen.print(warning, markup=False, soft_wrap=True)
 
 
 def title(run: dict[str, Any]) -> str:
@@ -79,3 +79,16 @@ def _defaults(method: str) -> dict[str, Any]:
 
 def _percent(share: float | None, digits: int = 0) -> str:
     return "-" if share is None else f"{share:.{digits}%}"
+
+
+CELLS: dict[str, Callable[[dict[str, Any]], str]] = {  # the main table's columns; "-" where a result does not know
+    "nominal tokens": lambda run: f"{run['tokens']['nominal']:.1f}",
+    "measured": lambda run: f"{run['tokens']['measured']:.1f}",
+    "accuracy": lambda run: f"{run['accuracy']:.3f}",
+    "interval": lambda run: "{:.3f}-{:.3f}".format(*run["interval"]),
+    "kept": lambda run: _percent(run["kept"], 1),
+    "FLOPs": lambda run: _percent(run["flops_share"]),
+    "KV": lambda run: _percent(run["kv_share"]),
+    "prefill ms": lambda run: "-" if run["prefill"] is None else f"{run['prefill']['ms']:.2f}",
+    "needed kept": lambda run: _percent(run["recall"] and run["recall"]["entry"]),
+}

@@ -44,7 +44,7 @@ def unclean(commit: str | None) -> str:
     """A warning if no commit has the code that gave a result, else nothing."""
     if not (commit or "").endswith(CHANGED):
         return ""
-    return "NOT REPRODUCIBLE: measured with changes that were not committed; commit them and measure again."
+    return "Not reproducible yet: measured with changes that no commit has. Commit them and measure again before you publish."
 
 
 def _commit(package: Path) -> str | None:

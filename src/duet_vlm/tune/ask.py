@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +42,12 @@ class Asker:
             page = self._page("full", numbers, [FULL])
             out |= dict(zip(numbers, page[FULL.id]["answers"], strict=True))
         return out
+
+    def pace(self) -> float:
+        """Seconds that an answer of the full model took when it was asked, now or in an earlier call."""
+        pages = [page for name, page in self.diary.batches.items() if name.startswith("full/")]
+        whole = sum(page["runs"][FULL.id]["seconds"] * len(page["questions"]) for page in pages)
+        return whole / sum(len(page["questions"]) for page in pages)
 
     def replies(self, runs: Sequence[Run], numbers: Sequence[int], said: dict[int, str]) -> dict[str, list[Reply] | str]:
         """Replies of reduced runs to questions that the full model got right (``said``: by number); for a run that could not answer, why."""
@@ -86,8 +93,10 @@ class Asker:
         known = self.diary.batches.get(name, {"runs": {}})["runs"]
         missing = [run for run in runs if run.id not in known]
         if missing:
+            begun = time.perf_counter()
             made = answers(self.loaded, missing, [self.question(number) for number in numbers], self.task.max_new_tokens)
-            self.diary.add(name, {"questions": list(numbers), "runs": made})
+            seconds = (time.perf_counter() - begun) / (len(missing) * len(numbers))
+            self.diary.add(name, {"questions": list(numbers), "runs": {key: found | {"seconds": seconds} for key, found in made.items()}})
         self.advance(len(runs) * len(numbers))
         return self.diary.batches[name]["runs"]
 

@@ -14,6 +14,11 @@ CHOOSING = 0.25  # share of the questions that choose among the candidates; the 
 FEWEST = 24  # questions to choose by, at least
 
 
+def percent(share: float, digits: int = 4) -> str:
+    """A share as people read it: ``98 %``; so many digits that count."""
+    return f"{100 * share:.{digits}g} %"
+
+
 def lower_bound(kept: int, asked: int, level: float = LEVEL) -> float:
     """The one-sided exact lower bound (Clopper and Pearson) of the share that is kept; 0 where nothing was asked or kept."""
     from scipy.stats import beta
@@ -80,7 +85,7 @@ def split(count: int, keep: float | None) -> Split:
         reach = math.exp(math.log(LEVEL) / (count - FEWEST)) if count > FEWEST else 0.0
         instead = f", or --keep {math.floor(1000 * reach) / 1000:g}" if reach > 0.5 else ""
         raise ValueError(
-            f"{_questions(count)} that the full model answers: too few to know with 95 % that {keep:.4g} of the answers are kept: {testing} "
+            f"{_questions(count)} that the full model answers: too few to know with 95 % that {percent(keep)} of the answers are kept: {testing} "
             f"without a loss show it, and {FEWEST} are needed to choose by; give {testing + FEWEST - count} more{instead}"
         )
     return Split(min(count - testing, max(FEWEST, round(CHOOSING * count))), testing, losses)

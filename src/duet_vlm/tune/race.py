@@ -1,6 +1,7 @@
 """The race: candidates answer ever more questions, those that cannot win leave with a reason, and a ladder of the rest is tested.
 
-Choosing and testing never share a question. The ladder is tested from its safest rung to its cheapest, each at the full level, and ends at the
+Who is within the goal goes on before anybody who is not, so that the cheapest setting that holds is found. Choosing and testing never share a
+question. The ladder is tested from its safest rung to its cheapest, each at the full level, and ends at the
 first that fails (a fixed sequence of hypotheses, so the chance of a wrong rung at the end is at most the level, however many there are).
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from duet_vlm.evaluate.experiment import Run
-from duet_vlm.tune.bounds import LEVEL, chance, lower_bound
+from duet_vlm.tune.bounds import LEVEL, chance, lower_bound, percent
 
 RUNGS = 6  # of the ladder, at most
 
@@ -67,27 +68,23 @@ Ask = Callable[[Sequence[Run], Sequence[int]], dict[str, list[Reply] | str]]  # 
 
 
 def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: float | None, ask: Ask) -> list[Candidate]:
-    """Successive halving over three rounds of questions; the ladder, the safest (costliest) first. Candidates that leave have a ``reason``."""
+    """Successive halving over three rounds of questions; the ladder, the safest (costliest) first. Candidates that leave have a ``reason``.
+
+    In each round those that have lost no more than ``keep`` allows go on first. None of the ladder is beyond that, unless all are.
+    """
     standing = [c for c in candidates if not c.reason]
     for part in _rounds(questions):
         _count(standing, part, ask, testing=False)
         for c in standing:
             if not c.reason and keep is not None and (p := chance(c.lost, c.asked, keep)) <= LEVEL:
-                c.reason = f"lost {c.lost} of {c.asked}: as many or more have a chance of {p:.2g} where {keep:.4g} is kept"
+                c.reason = f"lost {c.lost} of {c.asked}: where {percent(keep)} are kept, so many have a chance of {percent(p, 1)}"
         standing = [c for c in standing if not c.reason]
-        stay = _best(standing, max(RUNGS, -(-len(standing) // 2)))
-        for c in standing:
-            if c not in stay:
-                c.reason = _beaten(c, stay)
-        standing = stay
+        standing = _leaving(standing, _best(standing, max(RUNGS, -(-len(standing) // 2)), keep), keep)
     if keep is None:
         ladder = sorted(standing, key=lambda c: (c.lost, c.moved, c.ms))[:1]
     else:
-        ladder = _spread(_front(standing), RUNGS)
-    for c in standing:
-        if c not in ladder:
-            c.reason = _beaten(c, ladder)
-    return sorted(ladder, key=lambda c: -c.ms)
+        ladder = _spread(_front(next(filter(None, _by_goal(standing, keep)), [])), RUNGS)
+    return sorted(_leaving(standing, ladder, keep), key=lambda c: -c.ms)
 
 
 def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int | None, ask: Ask, batch: int) -> Candidate | None:
@@ -106,7 +103,7 @@ def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int |
         if not standing:
             return None
     for c in standing[:-1]:
-        c.reason = f"holds as well; {standing[-1].name} is cheaper"
+        c.reason = f"holds as well; {standing[-1].name} is faster"
     return standing[-1]
 
 
@@ -144,30 +141,51 @@ def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
     ]
 
 
+def _by_goal(candidates: Sequence[Candidate], keep: float | None) -> tuple[list[Candidate], list[Candidate]]:
+    """Those that have lost no more than ``keep`` allows, and the others."""
+    within = [c for c in candidates if keep is None or c.lost <= (1 - keep) * c.asked + 1e-9]
+    return within, [c for c in candidates if c not in within]
+
+
 def _spread(front: Sequence[Candidate], count: int) -> list[Candidate]:
-    """``count`` of a front, evenly over its costs' order, both ends among them."""
+    """``count`` of a front, evenly over its costs' order; the cheapest of those that lost least is always among them."""
     by_cost = sorted(front, key=lambda c: c.ms)
     if len(by_cost) <= count:
         return by_cost
-    if count < 2:
-        return by_cost[:count]
-    return [by_cost[round(i * (len(by_cost) - 1) / (count - 1))] for i in range(count)]
+    if count < 1:
+        return []
+    sure = min(range(len(by_cost)), key=lambda place: by_cost[place].lost)  # the first of equals is the cheapest
+    places = [round(i * (len(by_cost) - 1) / max(1, count - 1)) for i in range(count)]
+    if sure not in places:
+        places[min(range(count), key=lambda i: abs(places[i] - sure))] = sure
+    return [by_cost[place] for place in places]
 
 
-def _best(candidates: Sequence[Candidate], count: int) -> list[Candidate]:
-    """Front after front until there are ``count``."""
-    left: list[Candidate] = list(candidates)
+def _best(candidates: Sequence[Candidate], count: int, keep: float | None) -> list[Candidate]:
+    """Front after front until there are ``count``, first of those within the goal."""
     out: list[Candidate] = []
-    while left and len(out) < count:
-        front = _front(left)
-        out += _spread(front, count - len(out))
-        left = [c for c in left if c not in front]
+    for left in _by_goal(candidates, keep):
+        while left and len(out) < count:
+            front = _front(left)
+            out += _spread(front, count - len(out))
+            left = [c for c in left if c not in front]
     return out
 
 
-def _beaten(c: Candidate, by: Sequence[Candidate]) -> str:
-    better = [other for other in by if other.no_worse(c)]
-    if not better:
-        return f"halving kept others of its front: lost {c.lost} of {c.asked} at {c.ms:.3g} ms"
-    other = min(better, key=lambda each: (each.lost, each.moved))
-    return f"{other.name} takes {other.ms:.3g} ms to its {c.ms:.3g}, lost {other.lost} to its {c.lost} of {c.asked}, and is nearer to the full model"
+def _leaving(standing: Sequence[Candidate], stay: Sequence[Candidate], keep: float | None) -> list[Candidate]:
+    """Those that stay; the others get their reason."""
+    within, _ = _by_goal(standing, keep)
+    for c in standing:
+        if c not in stay:
+            better = [other for other in stay if other.no_worse(c)]
+            c.reason = f"{c.ms:.3g} ms, {c.lost} of {c.asked} lost: "
+            if better:
+                other = min(better, key=lambda each: (each.lost, each.moved))
+                c.reason += f"{other.name} is as good or better in both ({other.ms:.3g} ms, {other.lost} lost) and nearer to the full model"
+            elif keep is not None and c not in within:
+                c.reason += f"more than {percent(keep)} kept allows; others are within it"
+            elif keep is None:
+                c.reason += "others kept more or stayed nearer to the full model"
+            else:
+                c.reason += f"left out for room, as good as the {len(stay)} that went on"
+    return list(stay)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +21,7 @@ from duet_vlm.loading import Loaded
 from duet_vlm.measure.roofline import Model, memory_bytes
 from duet_vlm.models.find import adapter_for
 from duet_vlm.tune.ask import FULL, Asker
-from duet_vlm.tune.bounds import Split, split
+from duet_vlm.tune.bounds import Split, percent, split
 from duet_vlm.tune.race import RUNGS, Candidate, choose, confirm
 
 FORMAT = 1
@@ -48,7 +47,7 @@ class Goal:
             raise ValueError(f"--memory {self.memory:g}: give a size such as 24GB")
 
     def words(self) -> str:
-        parts = [f"at least {self.keep:.4g} of the right answers kept"] if self.keep is not None else ["as many right answers kept as possible"]
+        parts = [f"at least {percent(self.keep)} of the right answers kept"] if self.keep is not None else ["as many right answers kept as possible"]
         parts += [f"{self.speedup:g} times faster to the first token"] if self.speedup is not None else []
         parts += [f"within {self.memory / 1e9:.4g} GB"] if self.memory is not None else []
         return ", ".join(parts)
@@ -94,10 +93,8 @@ def search(
     """
     code, loaded = source(), asker.loaded
     split(count, goal.keep)  # too few however the full model does
-    begun = time.perf_counter()
     said = asker.full(min(asker.batch, count))
-    pace = (time.perf_counter() - begun) / len(said)
-    if not preview(_cost(count, len(runs), goal, pace)):
+    if not preview(_cost(count, len(runs), goal, asker.pace())):
         return None
     say(f"the full model answers {count} questions")
     said |= asker.full(count)
@@ -187,7 +184,7 @@ def _check_costs(
             continue
         ratio, (_, high) = times[c.name]["ratio"], times[c.name]["ratio_interval"]
         if goal.speedup is not None and 1 / high < goal.speedup:
-            c.reason = f"{1 / ratio:.2f} times faster ({1 / high:.2f} with 95 %), {goal.speedup:g} asked"
+            c.reason = f"{1 / ratio:.2f} times faster, at least {1 / high:.2f} with 95 %; {goal.speedup:g} asked"
         elif ratio >= 1:
             c.reason = f"no faster than the full model: {ratio:.2f} of its time to the first token"
         elif goal.memory is not None and (bytes_ := _memory(loaded, c.run, question, new)) > goal.memory:

@@ -44,9 +44,9 @@ def verdict(result: dict[str, Any]) -> str:
         tested = row["testing"]
         questions = "one question" if tested["asked"] == 1 else f"{tested['asked']} questions"
         return (
-            f"{row['id']}: {row['speedup']:.2f} times faster to the first token ({row['ms']:.4g} ms, the full model {result['full_ms']:.4g}). On the "
-            f"{questions} of the test it keeps {tested['asked'] - tested['lost']} of the full model's right answers: at least "
-            f"{row['bound']:.2%} with {1 - LEVEL:.0%}."
+            f"{row['id']}: {result['full_ms'] / row['ms']:.2f} times faster to the first token ({row['ms']:.4g} ms, the full model "
+            f"{result['full_ms']:.4g} ms). In the test, {questions} that the full model answers right, it keeps {tested['asked'] - tested['lost']}. "
+            f"So it keeps at least {row['bound']:.2%} (with {1 - LEVEL:.0%} confidence)."
         )
     tried = [row for row in result["candidates"] if row["testing"]["asked"]] or [row for row in result["candidates"] if row["kept"] is not None]
     if not tried:
@@ -55,8 +55,9 @@ def verdict(result: dict[str, Any]) -> str:
     keep, more = result["goal"]["keep"], ""
     if keep is not None and near["kept"] > keep:  # it may well be good enough: say how many questions would show it
         most = asked["losses"] + 2
-        more = f" More questions may show it: {needed(keep, most)} in the test allow {most} losses, these {asked['testing']} allow {asked['losses']}."
-    return f"Nothing qualifies for {result['goal']['words']}. Nearest is {near['id']}: it kept {near['kept']:.1%} of what it was asked.{more}"
+        more = f" More questions may show that it does: a test of {needed(keep, most)} allows {most} losses, this one of {asked['testing']} allowed "
+        more += f"{asked['losses']}."
+    return f"Nothing qualifies for {result['goal']['words']}. Nearest is {near['id']}: it kept {near['kept']:.1%} of the answers so far.{more}"
 
 
 def _tuples(value: Any) -> Any:

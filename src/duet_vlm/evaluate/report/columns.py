@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -226,17 +227,16 @@ def places(result: dict[str, Any]) -> dict[str, int]:
     return {label: place for place, label in reversed(list(enumerate(cell.get("label") or cell.get("method") for cell in cells)))}
 
 
-def best(result: dict[str, Any], references: frozenset[str]) -> list[tuple[str, Run]]:
-    """(budget, run) of the method that keeps the most at each budget, from large to small; of equals the one on fewer tokens. Methods named in
-    ``references`` are left out."""
-    found: dict[str, Run] = {}
+def best(result: dict[str, Any], references: frozenset[str]) -> list[tuple[str, list[Run]]]:
+    """(budget, runs) of the methods that keep the most at each budget, from large to small: one, or all that are right equally often, those on
+    fewer tokens first. Methods named in ``references`` are left out."""
+    groups: dict[str, list[Run]] = {}
     for run in ordered(result)[1:]:
-        if run["status"] != "ok" or run["method"] in references or not budget(run["budget"]):
-            continue
-        known = found.get(budget(run["budget"]))
-        if known is None or (run["accuracy"], -run["tokens"]["measured"]) > (known["accuracy"], -known["tokens"]["measured"]):
-            found[budget(run["budget"])] = run
-    return list(found.items())
+        if run["status"] == "ok" and run["method"] not in references and budget(run["budget"]):
+            groups.setdefault(budget(run["budget"]), []).append(run)
+    most = {each: max(run["accuracy"] for run in runs) for each, runs in groups.items()}
+    fewest = {each: sorted(runs, key=lambda run: run["tokens"]["measured"]) for each, runs in groups.items()}
+    return [(each, [run for run in runs if math.isclose(run["accuracy"], most[each])]) for each, runs in fewest.items()]
 
 
 def leaders(result: dict[str, Any], references: frozenset[str], most: int) -> list[str]:

@@ -73,15 +73,19 @@ def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> di
 
 
 def _best(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What opens a section: budgets, the run that keeps the most at each, and what it costs."""
+    """What opens a section: budgets, the runs that keep the most at each, and what one that is alone costs."""
     shown = (columns.KEPT, columns.MEASURED, *columns.COST)
     named = [(c, *c.title.partition(", ")[::2]) for c in shown]  # "kept, %" in a head is "kept 99.8 %" in a line
     return [
         {
-            "budget": budget, "label": run["label"],
-            "cells": [(name, f"{cell.text} {unit}".strip(), cell.extra) for c, name, unit in named if (cell := c.cell(run))],
+            "budget": budget, "labels": [run["label"] for run in runs],
+            "cells": [
+                (name, f"{cell.text} {unit}".strip(), cell.extra)
+                for c, name, unit in named[: 1 if len(runs) > 1 else None]  # of several that are level what all have in common
+                if (cell := c.cell(runs[0]))
+            ],
         }
-        for budget, run in columns.best(result, FLOORS | {ORACLE, "none"})
+        for budget, runs in columns.best(result, FLOORS | {ORACLE, "none"})
     ]  # fmt: skip
 
 

@@ -1,0 +1,170 @@
+"""Tables of README and docs against the result files, read here without the generator: ``tables.py --check`` compares that with itself."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import duet_vlm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables as generator  # noqa: E402
+
+MARKED = sorted(
+    str(page.relative_to(ROOT))
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "comparison").rglob("*.md"))
+    if "<!-- table" in page.read_text()
+)
+
+
+def blocks(page: str) -> dict[str, str]:
+    return dict(re.findall(r"<!-- table:(\w+) -->\n(.*?)\n<!-- /table:\1 -->", (ROOT / page).read_text(), flags=re.S))
+
+
+def cells(text: str) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the first table in a text."""
+    head, _, *rows = [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in text.split("\n") if line.startswith("|")]
+    return head, rows
+
+
+def runs(task: str) -> Iterator[dict[str, Any]]:
+    yield from json.loads((ROOT / "comparison" / task / "results/methods.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize("page", MARKED)
+def test_every_table_on_a_page_has_rows(page: str) -> None:
+    """By the page alone: what stands in front of readers, whoever made it."""
+    text = (ROOT / page).read_text()
+    heads = [match.end() for match in re.finditer(r"^\|[ :|-]*---[ :|-]*\|$", text, flags=re.M)]
+    assert heads and all(text[end:].startswith("\n|") for end in heads), page
+
+
+def test_every_block_is_made_and_shown() -> None:
+    """A page that the generator does not look at would keep old numbers, a block on no page would be checked for nothing."""
+    assert set(MARKED) == set(generator.PAGES)
+    shown = [name for page in MARKED for name in blocks(page)]
+    opened = [name for page in MARKED for name in re.findall(r"<!-- table\b:?(\w*)", (ROOT / page).read_text())]
+    assert sorted(shown) == sorted(opened) and set(shown) == set(generator.BLOCKS)
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("| a | b |\n| --- | --- |", "no rows"),
+        ("above\n\n| a | b |\n| --- | --- |\n\n| a |\n| --- |\n| 1 |", "no rows"),
+        ("| a | b |\n| --- | --- |\n| 1 |", "1 cells under a head of 2"),
+        ("| a | b |\n| --- | --- |\n| 1 | - |\n| 2 |  |", "column 'b': no value"),
+        ("  \n", "nothing in it"),
+    ],
+)
+def test_a_table_that_says_nothing_is_an_error(
+    text: str, fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where page and generator agree, and also where pages are to be written."""
+    page = f"<!-- table:one -->\n{text}\n<!-- /table:one -->\n"
+    (tmp_path / "page.md").write_text(page)
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
+    monkeypatch.setattr(generator, "PAGES", ("page.md",))
+    monkeypatch.setattr(generator, "BLOCKS", {"one": lambda: text})
+    for words in (["tables.py", "--check"], ["tables.py"]):
+        generator.made.cache_clear()
+        monkeypatch.setattr(sys, "argv", words)
+        assert generator.main() == 1 and fault in capsys.readouterr().out
+    assert (tmp_path / "page.md").read_text() == page
+    assert generator.faults("text\n\n| a | b \\| c |\n| --- | ---: |\n| 1 | - |\n| - | 2 |\n\nmore") == []
+    generator.made.cache_clear()
+
+
+def usual(row: dict[str, Any]) -> bool:
+    """Whether a run had every setting of its method as it comes; references stand for no method."""
+    if row["method"] not in duet_vlm.methods():
+        return False
+    return row["settings"] == json.loads(json.dumps(duet_vlm.get(row["method"])().settings()))
+
+
+def test_how_much_each_method_keeps() -> None:
+    """Every cell against the run whose settings are the method's own; nothing that was measured is left out."""
+    head, rows = cells(blocks("docs/which-method.md")["which"])
+    columns = [(title.split()[0], float(title.split()[1].rstrip("%")) / 100) for title in head[1:]]
+    truth = {(task, row["method"], row["beside"]): row for task, _ in columns for row in runs(task) if usual(row)}
+    compared = set()
+    for name, *texts in rows:
+        for (task, budget), text in zip(columns, texts, strict=True):
+            row = truth.get((task, name.strip("`"), budget))
+            assert (row is None) == (text == ""), (name, task, budget)
+            if row is not None:
+                assert text == (f"{100 * row['kept']:.1f}" if row["status"] == "ok" else "-"), row["id"]
+                compared.add((task, name.strip("`"), budget))
+    assert compared == {key for key in truth if (key[0], key[2]) in columns} and len(compared) > 150
+    chains = [float(texts[columns.index(("tiny-chain", 0.11))]) for _, *texts in rows if re.match(r"\d", texts[1])]
+    assert len(chains) > 15 and chains == sorted(chains, reverse=True)
+
+
+@pytest.mark.parametrize(
+    "page, block, task",
+    [
+        ("docs/tiny-chain.md", "page_kinds", "tiny-page"),
+        ("docs/comparison.md", "kinds_chain", "tiny-chain"),
+        ("docs/comparison-look-ups.md", "kinds_crowded", "tiny-crowded"),
+    ],
+)
+def test_kinds_of_questions(page: str, block: str, task: str) -> None:
+    head, rows = cells(blocks(page)[block])
+    beside = 0.07 if block == "kinds_crowded" else 0.11
+    truth = {row["label"]: row for row in runs(task) if row["status"] == "ok" and row["beside"] in (None, beside)}
+    assert {label for label, *_ in rows} == set(truth)
+    for label, *texts in rows:
+        row = truth[label]
+        expected = [row["kinds"][kind]["accuracy"] for kind in head[1:-1]] + [row["accuracy"]]
+        assert texts == [f"{value:.3f}" for value in expected], label
+
+
+@pytest.mark.parametrize(
+    "page, block, task", [("docs/comparison.md", "kept_chain", "tiny-chain"), ("docs/comparison-look-ups.md", "kept_tiny", "tiny")]
+)
+def test_how_much_is_kept_at_every_budget(page: str, block: str, task: str) -> None:
+    head, rows = cells(blocks(page)[block])
+    truth = {(row["label"], row["budget"]): row for row in runs(task)}
+    compared = 0
+    for label, *texts in rows:
+        for title, text in zip(head[1:], texts, strict=True):
+            row = truth.get((label.replace("\\", ""), float(title.rstrip(" %")) / 100 if title[0].isdecimal() else None))
+            assert row is not None or text == "-", (label, title)
+            if row is not None and row["status"] == "ok":
+                assert float(text.split()[0]) == pytest.approx(100 * row["kept"], abs=0.0501), (label, title)
+                compared += 1
+    assert compared == sum(row["status"] == "ok" for row in truth.values()) - 1  # the full model is the hundred
+
+
+def registered(folder: str, sign: str) -> int:
+    """How many classes of a folder of the source have the decorator ``sign``."""
+    classes = [
+        node
+        for file in (ROOT / "src/duet_vlm" / folder).glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    calls = [each.func for node in classes for each in node.decorator_list if isinstance(each, ast.Call)]
+    return sum(getattr(call, "attr", getattr(call, "id", "")) == sign for call in calls)
+
+
+def test_lists_of_the_command_line_hold_what_the_source_holds() -> None:
+    """``lists.json`` is compared with what makes it; both are empty where that finds nothing."""
+    lists = json.loads((ROOT / "src/duet_vlm/cli/lists.json").read_text())
+    assert len(lists["methods"]) == registered("methods", "register") > 50
+    assert all(row[key] for row in lists["methods"] for key in ("name", "summary", "stage", "paper", "settings", "idea"))
+    texts = [file.read_text() for file in (ROOT / "src/duet_vlm/models").glob("*.py")]
+    named = {name for text in texts for name in re.findall(r'^    family = "(\w+)"', text, flags=re.M)}
+    assert {row["family"] for row in lists["models"]} == named and len(named) >= 17 and len(lists["presets"]) > 10
+    for name in ("methods", "presets", "models"):
+        first = set(lists[name][0])
+        assert all(set(row) == first for row in lists[name])
