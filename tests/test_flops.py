@@ -68,7 +68,7 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
         assert counted < 0.95 * report.full.flops
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize("decoder", ["llava", "qwen3_5", "qwen3_5_moe"])
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -79,10 +79,10 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
     ],
     ids=str,
 )  # fmt: skip
-def test_layers_that_rank_for_several_drops_cost_what_was_predicted(family: str, method: str, settings: dict[str, Any]) -> None:
+def test_layers_that_rank_for_several_drops_cost_what_was_predicted(decoder: str, method: str, settings: dict[str, Any]) -> None:
     """Where layers have a state, the next one with attention probes, and the last one ranks for all drops up to the next; a layer that ranks for
     later drops does so without the rows that its own has dropped."""
-    model, inputs = shared(family), FAMILIES[family].inputs([(1, 5, Picture(1, 12, 14), *range(20, 34))])
+    model, inputs = shared(decoder), FAMILIES[decoder].inputs([(1, 5, Picture(1, 12, 14), *range(20, 34))])
     with torch.no_grad(), duet_vlm.attach(model, method, **settings) as handle:
         counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
         report = handle.report()
