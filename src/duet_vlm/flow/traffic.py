@@ -92,6 +92,7 @@ class Traffic:
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the model and of the multimodal model inside it, in front of whatever wraps their forward."""
+        compat.refuse_graph(module)
         salient = kwargs.pop(SALIENT, None)
         if module is self.adapter.model or self.stacks.note is None:
             self.stacks.note = Note(kwargs.get("labels"), salient, kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS))
@@ -159,6 +160,7 @@ class Traffic:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of the decoder stack."""
+        compat.refuse_graph(module)
         if not self.stacks.calls or kwargs.get("inputs_embeds") is None:
             return None
         call = self.stacks.calls[-1]
