@@ -161,6 +161,7 @@ class Call:
     placeholders: dict[str, Tensor] = field(default_factory=dict)
     arrived: dict[str, Arrived] = field(default_factory=dict)
     run: Any = None
+    tables: Any = None  # how the decoder's rotary tables were made: module, arguments, what came out
     made: Any = None  # by ranking, in the prefill that runs
 
 

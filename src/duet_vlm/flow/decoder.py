@@ -57,6 +57,7 @@ class PrefillPass:
         self.dropped: dict[int, Dropped] = {}
         self.rotaries: dict[Any, Rotary] = {}
         self.masks: dict[Any, Any] = {}
+        self.tables: list[Any] = []  # how rotary tables of half precision were made
         self.entered: dict[str, dict[str, Any]] = {}  # by kind of layer, what the first was called with for the rows that entered
 
     def _keeps_at(self, layer: int) -> list[int] | None:
@@ -119,6 +120,31 @@ class PrefillPass:
             self.rotaries[key] = group_rotary(self.adapter, hidden, rotary, tokens, self.run.positions, self.kinds[index])
         return self.rotaries[key]
 
+    def _exact_rotary(self, group: Group, index: int, hidden: Tensor, rotary: Rotary) -> Rotary:
+        """The same for ranking: in float32, where the model's are half precision. Rounded tables make attention depend on where a prompt begins."""
+        for module, args, kwargs, made in self.tables:
+            if made[0] is rotary[0]:
+                exact = module.forward(args[0].float(), *args[1:], **kwargs)
+                if group is self.run.groups[0]:
+                    return exact
+                return group_rotary(self.adapter, hidden[..., :1].float(), exact, group.tokens.to(exact[0].device), self.run.positions, self.kinds[index])
+        return self._rotary(group, index, hidden, rotary)
+
+    def _from_zero(self, group: Group, index: int, hidden: Tensor, rotary: Rotary) -> Rotary | None:
+        """Tables of half precision for positions that begin at 0 with each prompt, so that they are rounded as those of the prompt alone; None where
+        the model's are exact. Attention only knows distances."""
+        first = self.run.groups[0]
+        for module, args, kwargs, made in self.tables:
+            if made[0] is rotary[0] and self.run.positions == "keep" and len(args) == 1 + ("position_ids" not in kwargs):
+                positions = args[1] if len(args) > 1 else kwargs["position_ids"]
+                valid = first.tokens.valid.to(positions.device)
+                positions = positions.expand(*positions.shape[:-2], *valid.shape)
+                begin = valid.long().argmax(1, keepdim=True).expand(*positions.shape[:-1], 1)
+                positions = (positions - positions.gather(-1, begin)).clamp(min=0)
+                made = module.forward(args[0], **{**kwargs, "position_ids": positions})
+                return group_rotary(self.adapter, hidden, made, group.tokens.to(made[0].device), self.run.positions, self.kinds[index])
+        return None
+
     def _mask(self, group: Group, index: int, hidden: Tensor, mask: Any) -> Any:
         key = (group.first_layer, self.kinds[index], id(mask))
         if key not in self.masks:
@@ -147,7 +173,7 @@ class PrefillPass:
         """What ``layer`` says of each row."""
         assert self.ranking is not None  # a method that decides
         group = self.run.group(index)
-        rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
+        rotary = self._exact_rotary(group, index, hidden, kwargs["position_embeddings"])
         visual = max(self.run.visual(-1 if group is self.run.groups[0] else group.first_layer))
         state = self.kinds[index] == LINEAR
         made = self.ranking.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary, visual, state)
@@ -216,6 +242,8 @@ class PrefillPass:
         through = layer if at == index else self.adapter.layers[at]
         group = self.run.group(index - 1) if index else self.run.groups[0]
         given = self._given(group, at, hidden, kwargs, index) | {"past_key_values": None, "use_cache": False}
+        if (tables := self._from_zero(group, at, hidden, self.entered.get(self.kinds[at], kwargs)["position_embeddings"])) is not None:
+            given["position_embeddings"] = tables
         asks = tokens.valid & (tokens.slot < self.run.rows - self.run.drafts)
         return prediction_gradient(self.adapter, through, hidden, asks, given, reducer.name, last)
 

@@ -178,6 +178,13 @@ class Traffic:
             self._ran(None)  # a prompt without images
         return args, kwargs
 
+    def tabled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Post-hook of what makes the decoder's rotary tables, for those who rank in half precision."""
+        call = self.stacks.calls[-1] if self.stacks.calls else None
+        if call is not None and args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float16, torch.bfloat16):
+            kind = args[0][..., :1].clone()  # of the rows only the kind of numbers counts, and nothing else of them is to live on
+            call.tables = [*(call.tables or ()), (module, (kind, *args[1:]), kwargs, output)]
+
     def _ran(self, run: Run | None) -> None:
         self.stacks.has_run, self.stacks.last, self.latest = True, run, run
 
@@ -199,6 +206,8 @@ class Traffic:
         if self.stacks.calls:
             self.stacks.calls[-1].layer = index
         hidden = args[0] if args else kwargs.pop("hidden_states")
+        if isinstance(step, PrefillPass) and self.stacks.calls:
+            step.tables = self.stacks.calls[-1].tables or []
         if isinstance(step, PrefillPass) and step.reuses(index, layer):
             self._make_once(layer)
             step.made.recording = True
