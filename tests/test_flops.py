@@ -67,6 +67,28 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
         assert counted < 0.95 * report.full.flops
 
 
+@pytest.mark.parametrize("decoder", ["llava", "qwen3_5", "qwen3_5_moe"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("pio", {"budget": 0.5}), ("pio", {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))}),
+        ("pio", {"schedule": ((2, 0.6), (5, 0.3), (6, 0.1)), "probe": "last"}), ("fitprune", {"schedule": ((2, 0.8), (3, 0.6), (4, 0.5), (6, 0.1))}),
+        ("fitprune", {"schedule": ((3, 0.8), (6, 0.5), (7, 0.1))}), ("fastv", {"layers": 4, "keep": 0.3}),
+        ("fitprune", {"schedule": tuple(enumerate((0.6, 0.3, 0.2, 0.15, 0.12, 0.1), 2))}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_layers_that_rank_for_several_drops_cost_what_was_predicted(decoder: str, method: str, settings: dict[str, Any]) -> None:
+    """Where layers have a state, the next one with attention probes, and the last one ranks for all drops up to the next; a layer that ranks for
+    later drops does so without the rows that its own has dropped."""
+    model, inputs = shared(decoder), FAMILIES[decoder].inputs([(1, 5, Picture(1, 12, 14), *range(20, 34))])
+    with torch.no_grad(), duet_vlm.attach(model, method, **settings) as handle:
+        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        report = handle.report()
+    assert report.predicted.flops == pytest.approx(counted, rel=0.003)
+    assert report.observed.flops == pytest.approx(counted, rel=0.003)
+
+
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.video])
 @pytest.mark.parametrize("method", ["duet", "fastv"])
 def test_a_clip_costs_what_was_predicted(family: str, method: str) -> None:

@@ -79,8 +79,9 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             run = call.tower
             run.content_before = None if isinstance(run, PackedRun) else content_of(self.adapter, call.encoding, run)
             run.history = {max(run.stages): whole_sizes(run)} | cuts.pop(id(run), {})
-            if isinstance(run, JoinedRun):  # patches that fill no token leave in front
-                run.history.setdefault(0, torch.zeros(1, run.patches_before).index_fill(1, run.cells.flatten(), 1.0))
+            if isinstance(run, JoinedRun):  # patches that fill no token leave in front, but of pictures that stay whole
+                some = torch.cat([run.cells.flatten(), run.spare])
+                run.history.setdefault(0, torch.zeros(1, run.patches_before).index_fill(1, some, 1.0))
             seen.append((call.encoding.stream, call.tower))
         return real(self, output, call)
 
@@ -687,6 +688,40 @@ def test_what_a_users_method_returns_is_checked(kind: str, words: str, monkeypat
     with duet_vlm.attach(model, Wrong(keep=0.5)), pytest.raises(ValueError, match=rf"wrong\.stay returned .*{words}"):
         forward(model, inputs)
     assert torch.equal(forward(model, inputs).logits, plain)
+
+
+WHOLE = [("contrast", {"budget": 8}), ("contrast", {"budget": 8, "context": 2}), ("checkerboard+duet_plus", {"budget": 8}), ("key_norm", {"budget": 8})]
+WHOLE += [("evit+duet", {"budget": 6}), ("tome_tower", {"budget": 8}), ("pixelprune", {})]
+
+
+@pytest.mark.parametrize(("method", "settings"), WHOLE, ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("sizes", [[(2, 3), (4, 5)], [(4, 6), (2, 2), (3, 5), (2, 3)]], ids=["first", "between"])
+def test_a_picture_that_stays_whole_is_seen_as_by_itself(
+    method: str, settings: dict[str, Any], attention: str, sizes: list[tuple[int, int]], towers: list[Any]
+) -> None:
+    """Mistral 3's pictures with a line of patches that fill no token: beside one that loses patches, too, it belongs to what the others see."""
+    family, model = FAMILIES["mistral3"], shared("mistral3", attention)
+    rows = [(1, 5, Picture(n, *size), 7 + n, 8, 9) for n, size in enumerate(sizes)]
+    inputs = family.inputs(rows)
+    if method == "pixelprune":  # nothing but lines of one grey leave: those of the pictures from the third line of tokens on
+        inputs["pixel_values"] = flat_from(inputs["pixel_values"], 8 * 2)
+    with duet_vlm.attach(model, method, **settings) as handle:
+        together, slots = forward(model, inputs).logits, handle.slots
+        spares = towers[-1][1].spares.tolist()
+        assert len(towers[-1][1].rows) == sum(towers[-1][1].row_counts().tolist())
+        for number, row in enumerate(rows):
+            single = family.inputs([row])
+            high, wide = single["pixel_values"].shape[2:]
+            single["pixel_values"] = inputs["pixel_values"][number : number + 1, :, :high, :wide]
+            alone = forward(model, single).logits[0]
+            torch.testing.assert_close(together[number][slots[number] >= 0], alone, rtol=1e-3, atol=2e-4)
+    assert spares == [2 * wide if high == 2 else 0 for high, wide in sizes]
+
+
+def flat_from(pixels: Tensor, line: int) -> Tensor:
+    """Pictures whose lines of pixels from ``line`` on are grey."""
+    return torch.cat([pixels[:, :, :line], torch.zeros_like(pixels[:, :, line:])], 2)
 
 
 @pytest.mark.parametrize("method", ["rlt+duet", "pixelprune+duet", "pixelprune"])

@@ -523,6 +523,10 @@ def test_a_broken_image_is_one_clear_line(workers: int, start: Path, tmp_path: P
 def test_arguments_that_cannot_be_right(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trainer: lerning_rate: unknown .did you mean 'learning_rate'.*arguments of transformers.TrainingArguments"):
         train(settings(start, tmp_path, trainer={"lerning_rate": 1.0}))
+    for name, value in (("torch_compile", True), ("torch_compile_backend", "aot_eager")):
+        with pytest.raises(ValueError, match=f"trainer: {name}={value}: it compiles the model as a whole, .* leave it out"):
+            train(settings(start, tmp_path, trainer={name: value}))
+        assert not any(key.startswith("ACCELERATE_DYNAMO") for key in os.environ)
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         train(settings(start, tmp_path, trainer={"label_smoothing_factor": 0.1}))
     with pytest.raises(duet_vlm.BudgetError, match="floor"):

@@ -69,7 +69,7 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]) -> dict[str, Any]:
-    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``."""
+    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``, ``behind``."""
     shape = adapter.decoder_shape()
 
     def of(sample: Sample) -> int:
@@ -77,7 +77,8 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample])
         return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
 
     products, cut = getattr(reducer, "uses_text", True), getattr(reducer, "cache", "full") == "cut"
-    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut}
+    behind = getattr(reducer, "score_before", 0) > 0
+    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "behind": behind}
 
 
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample], projects_all: bool) -> tuple[int, int]:

@@ -94,7 +94,7 @@ class EncoderCall:
     one; ``skips``: tower layers that nobody reads are not run; ``signals``: by number of the layer that a method names, what it takes of it
     per span, made of what was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was
     called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
-    was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
+    was called by itself; ``begun``: how many forwards and generations ran when it began; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
     call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
     ``learns``: a gradient goes through what a module reads, ``states``: rows of vision layers that carry it, as the
     blocks have them, by the numbers of ``signals``.
@@ -111,6 +111,7 @@ class EncoderCall:
     skips: bool = False
     prompt: Prompt | None = None
     twice: bool = False
+    begun: tuple[int, int] = (0, 0)
     recorded: dict[Any, list[Any]] = field(default_factory=dict)
     heard: set[int] = field(default_factory=set)
     signals: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)
@@ -169,6 +170,7 @@ class Call:
     placeholders: dict[str, Tensor] = field(default_factory=dict)
     arrived: dict[str, Arrived] = field(default_factory=dict)
     run: Any = None
+    tables: Any = None  # how the decoder's rotary tables were made: module, arguments, what came out
     made: Any = None  # by ranking, in the prefill that runs
 
 

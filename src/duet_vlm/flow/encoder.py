@@ -65,6 +65,8 @@ class EncoderFlow:
         @functools.wraps(encode)
         def encode_and_reduce(*args: Any, **kwargs: Any) -> Any:
             with self.begun() as rules:
+                if self.stacks.encoders:
+                    self._check_nested(stream)
                 if rules is None or self.stacks.encoders:  # nobody reduces, or one encoder method calls another
                     return encode(*args, **kwargs)
                 bound = signature.bind_partial(*args, **kwargs)
@@ -126,8 +128,18 @@ class EncoderFlow:
         twice = aside and rules.tower is not None and rules.tower.inside
         aside = aside and not twice
         skips = not aside and self._skips(rules.reducer, encoding)
+        begun = len(self.stacks.calls), len(self.stacks.prompts)
         each, learns = takes_each(rules.reducer, stream.each), self.module is not None and torch.is_grad_enabled()
-        return EncoderCall(encoding, rules, aside, each, skips, self._prompt(), twice, learns=learns)
+        return EncoderCall(encoding, rules, aside, each, skips, self._prompt(), twice, begun, learns=learns)
+
+    def _check_nested(self, stream: Stream) -> None:
+        """An encoder method may call that of another stream; whoever encodes pictures from inside the tower that works on some is refused."""
+        running = self.stacks.encoders[-1]
+        if running.begun != (len(self.stacks.calls), len(self.stacks.prompts)) or any(c.encoding.stream == stream.name for c in self.stacks.encoders):
+            raise RuntimeError(
+                f"{type(self.adapter.model).__name__} was called with pictures from inside its own vision tower (by a hook?) while a reducer is "
+                "attached: what both calls record would mix. Call it when this call has ended, or from a hook of the decoder"
+            )
 
     def _prompt(self) -> Prompt | None:
         """The text around this encoder call."""

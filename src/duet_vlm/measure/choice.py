@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duet_vlm.budget import SpanPlan, Stages
 from duet_vlm.compressor import Compressor, Sizes
 from duet_vlm.measure.flops import Grid, Spare, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
-from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.measure.shapes import DecoderShape, VisionShape, probed_layer
 from duet_vlm.ops.merge import by_table
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import Selection
@@ -185,15 +185,17 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
     if not isinstance(reducer, DecoderReducer):
         return 0
     total = 2 * visual[0] * queries * shape.hidden if reducer.text_query == "raters" else 0
+    among: dict[int, int] = {}  # by scoring layer, which may serve several drops, the index of the rows that it ranks
     for layer, (before, stay) in enumerate(zip(visual, visual[1:], strict=False)):
         if not 0 < stay < before:
             continue
         total += _shown_flops(reducer, before, stay, queries, shape)
         if "among" in reducer.needs:
-            total += 2 * before * shape.hidden * shape.query_width + 2 * before * rows[layer] * shape.wide
+            scored = probed_layer(shape.attends, layer - reducer.score_before + 1, last=True)
+            among[scored] = scored + (scored < layer)
         if "gradient" in reducer.needs:
-            total += probe_flops(shape, rows[layer], layer - (reducer.probe == "last"), PREDICTED)
-    return total
+            total += probe_flops(shape, rows[layer], probed_layer(shape.attends, layer, reducer.probe == "last"), PREDICTED)
+    return total + sum(2 * visual[at] * (shape.hidden * shape.query_width + rows[at] * shape.wide) for at in among.values())
 
 
 @lru_cache(maxsize=256)

@@ -65,9 +65,9 @@ def scoring_flops(shape: DecoderShape, rows: int, queries: int, reused: int = 0,
 
 
 def probe_flops(shape: DecoderShape, rows: int, layer: int, predicted: int) -> int:
-    """A gradient by ``rows`` rows through one layer, and through the head for ``predicted`` of them: forward, and backward by rows alone (a linear
-    map costs once more, attention two and a half times)."""
-    attention = 0 if shape.kind(layer) == LINEAR else 4 * rows * rows * shape.wide
+    """A gradient by ``rows`` rows through one layer with attention, and through the head for ``predicted`` of them: forward, and backward by rows
+    alone (a linear map costs once more, attention two and a half times)."""
+    attention = 4 * rows * rows * shape.wide
     return 2 * (decoder_layer_flops(shape, rows, layer=layer) - attention) + attention * 7 // 2 + 2 * head_flops(shape, predicted)
 
 

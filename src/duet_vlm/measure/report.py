@@ -261,6 +261,7 @@ def make_report(
     deciding: int = 0,
     products: bool = True,
     cut: bool = False,
+    behind: bool = False,
 ) -> Report:
     """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache); ``reused_layers`` are
     scored layers that took over the keys they were ranked by.
@@ -268,7 +269,7 @@ def make_report(
     ``projects_all``: the family or the method reduces behind the projector, which then runs on every token and not only on those that enter.
     ``selection``: what signals, choice and merge before the decoder cost (``measure.choice.selection_flops``). ``deciding``: what
     the method inside the decoder costs beyond attention from text (``measure.choice.deciding_flops``), ``products``: it takes that. ``cut``:
-    earlier layers forget what did not reach the last one.
+    earlier layers forget what did not reach the last one. ``behind``: a layer ranks for later drops, the rows that its own has left.
     """
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
@@ -290,7 +291,7 @@ def make_report(
     def costs(rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
-            (before[i], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
+            (before[i + behind], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
             for before, s in zip(entering, samples, strict=True)
             for i in scored_layers
             if ranked

@@ -70,7 +70,7 @@ class Model:
 class Workload:
     """One request: a prompt as ``Sample`` describes it, FLOPs and bytes of its selection before the decoder (in float32), ``new`` tokens to
     write: the prompt's pass gives the first, each further one takes a step. ``scored_layers`` rank; ``reused_layers`` among them take over the
-    keys that they rank by. ``deciding``, ``products``, ``cut``: as ``make_report`` has them."""
+    keys that they rank by. ``deciding``, ``products``, ``cut``, ``behind``: as ``make_report`` has them."""
 
     sample: Sample
     new: int
@@ -82,6 +82,7 @@ class Workload:
     deciding: int = 0
     products: bool = True
     cut: bool = False
+    behind: bool = False
 
     @property
     def steps(self) -> int:
@@ -254,7 +255,7 @@ def _prefill(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
         stages.append(speed.layer(batch * flops, layer_weights(shape, layer, batch * rows), batch * touched))
     before = [work.entry, *work.rows(shape.layers)]
     for layer in work.scored_layers:  # projections as in a layer, then float32 scores of every query and row, touched some six times
-        rows, queries, reused = before[layer], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
+        rows, queries, reused = before[layer + work.behind], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
         projections = scoring_flops(shape, rows, queries, reused, products=False, layer=layer)
         product = scoring_flops(shape, rows, queries, reused, work.products, layer) - projections
         weights = shape.hidden * _made_width(shape, layer, bool(reused))

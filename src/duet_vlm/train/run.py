@@ -117,6 +117,10 @@ def arguments(settings: Settings) -> TrainingArguments:
             raise ValueError(f"trainer: {name}: unknown{near}; these are the arguments of transformers.TrainingArguments")
         if isinstance(value, str) and isinstance(usual[name], int | float):
             raise ValueError(f"trainer: {name}: {value!r}: give a {'truth value' if isinstance(usual[name], bool) else 'number'}")
+    compiling = [name for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if settings.trainer.get(name)]
+    if compiling:  # before the arguments are made: they tell the whole process
+        why = "it compiles the model as a whole, and a reducer's hooks cannot be part of a graph"
+        raise ValueError(f"trainer: {compiling[0]}={settings.trainer[compiling[0]]}: {why}: leave it out")
     try:
         args = TrainingArguments(**{**DEFAULTS, **here, **settings.trainer, "output_dir": settings.out})
     except TypeError as error:
