@@ -22,7 +22,7 @@ def show(result: dict[str, Any]) -> None:
         console = Console(width=WIDTH)
     asked = result["questions"]
     judged = f", {n} of them judged by the full model's answer" if (n := asked.get("unlabelled")) else ""
-    main = Table(title=f"{result['task']}: {asked['count']} questions{judged}, 95 % bootstrap intervals", title_justify="left")
+    main = Table(title=f"{result['task']}: {asked['count']} questions{judged}, 95 % intervals", title_justify="left")
     kinds = Table(title="accuracy by kind of question", title_justify="left")
     for column in ("run", "nominal tokens", "measured", "accuracy", "interval", "kept", "FLOPs", "KV", "prefill ms", "needed kept"):
         main.add_column(column, justify="left" if column == "run" else "right")
