@@ -16,7 +16,7 @@ NOTE_KEPT = (
     f"infeasible budgets give the method's floor in tokens. {ORACLE}"
 )
 NOTE = (
-    "Tokens are means per decoder layer and question. Brackets hold 95 % bootstrap intervals; those of kept and difference compare the same "
+    "Tokens are means per decoder layer and question. Brackets hold 95 % score intervals; those of kept and difference compare the same "
     f"questions; those of prefill ms are quartiles. {ORACLE}"
 )
 
