@@ -31,6 +31,7 @@ from duet_vlm.evaluate.run import batches, run_experiment
 from duet_vlm.evaluate.screen import show
 from duet_vlm.evaluate.shared import SharedVision
 from duet_vlm.evaluate.source import Source, source
+from duet_vlm.evaluate.summary import restated
 from duet_vlm.evaluate.tasks import Question, right, task
 from duet_vlm.loading import Loaded
 
@@ -597,24 +598,24 @@ def score(both: int, won: int, lost: int, neither: int, slope: float, offset: fl
     count = both + won + lost + neither
     mean = (both + won) / count - slope * (both + lost) / count - offset
 
-    def shares(b: np.ndarray, l: np.ndarray) -> tuple[np.ndarray, ...]:
-        w = slope * (b + l) + offset - b
-        return b, w, l, 1 - b - w - l
+    def shares(b: np.ndarray, lo: np.ndarray) -> tuple[np.ndarray, ...]:
+        w = slope * (b + lo) + offset - b
+        return b, w, lo, 1 - b - w - lo
 
     (low_b, high_b), (low_l, high_l) = (0.0, 1.0), (0.0, 1.0)
     for _ in range(40):
-        b, l = np.meshgrid(np.linspace(low_b, high_b, 41), np.linspace(low_l, high_l, 41))
-        found = shares(b, l)
+        b, lo = np.meshgrid(np.linspace(low_b, high_b, 41), np.linspace(low_l, high_l, 41))
+        found = shares(b, lo)
         with np.errstate(divide="ignore", invalid="ignore"):
             likely = sum(n * np.log(np.maximum(p, 0)) if n else 0 * p for n, p in zip((both, won, lost, neither), found, strict=True))
         likely = np.where(np.min(found, axis=0) < -1e-12, -np.inf, likely)
         place = np.unravel_index(np.argmax(likely), likely.shape)
         step_b, step_l = (high_b - low_b) / 8, (high_l - low_l) / 8
         low_b, high_b = max(0, b[place] - step_b), min(1, b[place] + step_b)
-        low_l, high_l = max(0, l[place] - step_l), min(1, l[place] + step_l)
-    b, w, l, _ = (float(share[place]) for share in found)
+        low_l, high_l = max(0, lo[place] - step_l), min(1, lo[place] + step_l)
+    b, w, lo, _ = (float(share[place]) for share in found)
     # per question the run's answer less slope times the full model's: 1 - slope, 1, -slope or 0
-    variance = (b * (1 - slope) ** 2 + w + l * slope**2 - offset**2) / count
+    variance = (b * (1 - slope) ** 2 + w + lo * slope**2 - offset**2) / count
     return abs(mean) / math.sqrt(variance)
 
 
@@ -876,3 +877,70 @@ def test_a_finished_result_is_kept(tmp_path: Path) -> None:
     assert other.exit_code == 2 and "holds another experiment" in other.stderr and file.read_text() == text
     assert run_cli(*words, "--restart").exit_code == 0
     assert load(file)["questions"]["count"] == 3
+
+
+# ---- questions and pictures that change meanwhile
+
+
+def asked_anew(folder: Path, **changes: Any) -> Path:
+    """Six questions about bitmaps, which are of one size in bytes whatever they show; by number of the question what is changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(6):
+        item = tiny.sample("test", changes.get("pictures", 0) + number, 5)
+        item.image.save(folder / f"{number}.bmp")
+    lines = [{"image": f"{number}.bmp", "question": "what is this ?", "answer": changes.get("answer", "red")} for number in range(6)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "mine.jsonl"
+
+
+def ask_file(file: Path, out: Path, *more: str) -> Any:
+    words = ["eval", "--tasks", str(file), "--methods", "uniform", "--budgets", "0.11", "--limit", "all", "--batch", "2", "--timing-rounds", "0"]
+    return CliRunner().invoke(app, [*words, "--workers", "1", "--device", "cpu", "--out", str(out), *more])
+
+
+@pytest.mark.parametrize("changes", [{"answer": "blue"}, {"pictures": 50}])
+def test_a_killed_run_does_not_go_on_with_other_questions_or_pictures(changes: dict[str, Any], tmp_path: Path, killed: list[int]) -> None:
+    file = asked_anew(tmp_path / "data")
+    assert ask_file(file, tmp_path / "out").exit_code == 130
+    killed.clear()
+    asked_anew(tmp_path / "data", **changes)
+    refused = ask_file(file, tmp_path / "out")
+    assert refused.exit_code == 2 and "different contents of questions and pictures" in refused.stderr and "--restart" in refused.stderr
+    asked_anew(tmp_path / "data")  # as they were: it goes on
+    assert ask_file(file, tmp_path / "out").exit_code == 0
+    text = (tmp_path / "out/mine/results/eval.json").read_text()
+    again = ask_file(file, tmp_path / "out")
+    assert again.exit_code == 0 and "finished already" in again.stdout
+    asked_anew(tmp_path / "data", **changes)
+    refused = ask_file(file, tmp_path / "out")
+    assert refused.exit_code == 2 and "answers to other questions or pictures" in refused.stderr
+    assert (tmp_path / "out/mine/results/eval.json").read_text() == text
+    assert ask_file(file, tmp_path / "out", "--restart").exit_code == 0
+
+
+def test_a_digest_is_of_contents_alone(tmp_path: Path) -> None:
+    """Not of folders, times or blanks; and of no more questions than are asked."""
+    here, there = task(str(asked_anew(tmp_path / "a"))), task(str(asked_anew(tmp_path / "b")))
+    assert here.digest(6) == there.digest(6) != here.digest(5)
+    file = tmp_path / "b/mine.jsonl"
+    file.write_text("\n" + file.read_text().replace(", ", ",  "))
+    os.utime(tmp_path / "b/0.bmp", (1, 1))
+    assert task(str(file)).digest(6) == here.digest(6)
+    (tmp_path / "b/5.bmp").write_bytes((tmp_path / "b/4.bmp").read_bytes())
+    assert task(str(file)).digest(6) != here.digest(6) and task(str(file)).digest(5) == here.digest(5)
+    assert task("tiny").digest(6) is None
+
+
+def test_the_statistics_of_committed_results_are_those_of_their_answers() -> None:
+    """What ``benchmarks/restate.py`` would write is what is there, of the three smallest files."""
+    for path in sorted((Path(__file__).parent.parent / "comparison").glob("*/results/*.json"), key=lambda path: path.stat().st_size)[:3]:
+        assert json.loads(json.dumps(restated(load(path)))) == load(path), path
+
+
+def test_the_full_model_keeps_all_of_itself() -> None:
+    """Whatever the questions: that is no estimate."""
+    path = Path(__file__).parent.parent / "comparison/tiny-page/results/methods.json"
+    full, *others = restated(load(path))["runs"]
+    assert full["kept_interval"] == (1.0, 1.0) == full["kinds"][next(iter(full["kinds"]))]["kept_interval"]
+    widths = [high - low for row in others if row["status"] == "ok" for low, high in [row["kept_interval"]]]
+    assert widths and min(widths) > 0.01

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -367,6 +368,42 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(start: Path, tmp_p
     train(other, restart=True)
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns > written and (tmp_path / "mine.txt").exists()
     assert duet_vlm.remembered(tmp_path)["budget"] == 0.25
+
+
+@pytest.mark.parametrize("what", ["conversations", "image", "held out"])
+def test_a_run_does_not_go_on_with_other_data(what: str, start: Path, tmp_path: Path) -> None:
+    """Nor is it finished already; as they were, it is."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for number in range(24):
+        shutil.copy(start / f"{number}.png", data)
+    rows = json.loads((start / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(rows))
+    (data / "held.json").write_text(json.dumps(rows[:4]))
+    held = {"eval_data": (str(data / "held.json"),), "trainer": {"max_steps": 2, "eval_strategy": "no"}}
+    chosen = settings(start, out, data=(str(data / "data.json"),), **held)
+    train(chosen)
+
+    def change(back: bool = False) -> None:
+        if what == "image":
+            shutil.copy(start / ("3.png" if back else "4.png"), data / "3.png")
+        else:
+            changed_ = rows[:4] if what == "held out" else rows[:]
+            if not back:
+                changed_[0] = chat(("user", [IMAGE, text("what ?")]), ("assistant", "a"), images=["0.png"])
+            (data / ("held.json" if what == "held out" else "data.json")).write_text(json.dumps(changed_))
+
+    for unfinished in (False, True):
+        change()
+        with pytest.raises(ValueError, match="conversations or images have changed since; choose another --out, or --restart"):
+            train(chosen)
+        change(back=True)
+        train(chosen)
+        if not unfinished:
+            (out / "trainer_state.json").unlink()  # as if killed after the last checkpoint
+    change()
+    train(chosen, restart=True)
+    train(chosen)
 
 
 # ---- budgets, evaluation, loss

@@ -85,9 +85,8 @@ def measured(job: Experiment, name: str, wanted: Wanted) -> tuple[Path, dict[str
             if result.exists() and load(result)["experiment"] != job.to_json():
                 raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
             if result.exists() and load(result)["questions"].get("contents") != asked.digest(asked.count(job.limit)):
-                raise ValueError(
-                    f"{result} holds answers to other questions or pictures than {job.task} has now; choose another --name, or --restart to replace it"
-                )
+                other = f"answers to other questions or pictures than {job.task} has now"
+                raise ValueError(f"{result} holds {other}; choose another --name, or --restart to replace it")
             if not result.exists():
                 save(folder / "experiments" / f"{name}.json", job.to_json())
                 made = _made(job, name, result, journals, wanted)
