@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import subprocess
@@ -420,6 +421,48 @@ def test_what_the_model_cannot_run_is_said_with_the_method(asked: Asked, words: 
     with pytest.raises((ValueError, TypeError)) as error:
         Side(loaded, asked, shown, QUESTION)
     assert sentence(error.value).startswith(words) and "\n" not in sentence(error.value)
+
+
+@pytest.mark.parametrize("method", ["d2pruner", "fitprune", "vqtoken", "quecc", "resampler", "visionzip+d2pruner", "resampler+fastv"])
+@pytest.mark.parametrize("there", [True, False])
+def test_visitors_name_no_files(method: str, there: bool, tmp_path: Path) -> None:
+    """Not even to be told whether a file is there; whoever starts the page may name one, which visitors may then leave where it is."""
+    names = [name for name in duet_vlm.get(method).__dataclass_fields__ if name.endswith(("prior", "table", "weights"))]
+    file = tmp_path / "some.json"
+    if there:
+        file.write_text("{}")
+    for name in names:
+        wanted = Controls(method, "", settings=f"{name}={file}")
+        with pytest.raises(ValueError, match=f"setting {name}: the page opens no files"):
+            wanted.read()
+        with pytest.raises(ValueError, match=f"setting {name}: the page opens no files"):
+            wanted.read({name: str(tmp_path / "other.json")})
+        assert wanted.files == {name: str(file)} and wanted.read(wanted.files).settings == {name: str(file)}
+        assert Controls(method, "", settings=f"{name}=None").read().settings == {name: None}
+    assert names
+
+
+def test_every_setting_that_a_method_opens_is_known_to_be_a_file(tmp_path: Path, loaded: Loaded) -> None:
+    """Python itself says what is opened when each text setting of each method is a path."""
+    path = str(tmp_path / "opened.json")
+    Path(path).write_text("{}")
+    opened_, listening = set(), True
+
+    def hear(event: str, words: tuple[Any, ...]) -> None:
+        if listening and event == "open" and words[0] is not None and str(words[0]).startswith(path):
+            opened_.add(setting)
+
+    sys.addaudithook(hear)
+    marked = set()
+    for method, cls in duet_vlm.methods().items():
+        for name, field in cls.__dataclass_fields__.items():
+            marked |= {(method, name)} if field.metadata.get("file") else set()
+            if "str" in str(field.type):
+                setting = (method, name)
+                with contextlib.suppress(ValueError, TypeError), attach(same_weights(loaded.model), method, budget=64, **{name: path}):
+                    pass
+    listening = False
+    assert opened_ and opened_ <= marked and {method for method, _ in marked} >= {"d2pruner", "fitprune", "quecc", "resampler", "vqtoken"}
 
 
 def test_the_page_opens_with_what_the_command_line_says() -> None:

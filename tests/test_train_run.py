@@ -393,6 +393,42 @@ def test_a_training_that_is_not_ours_is_neither_deleted_nor_gone_on_from(
     assert {file: file.read_bytes() for file in before.rglob("*") if file.is_file()} == held
 
 
+@pytest.mark.parametrize("what", ["conversations", "image", "held out"])
+def test_a_run_does_not_go_on_with_other_data(what: str, start: Path, tmp_path: Path) -> None:
+    """Nor is it finished already; as they were, it is."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for number in range(24):
+        shutil.copy(start / f"{number}.png", data)
+    rows = json.loads((start / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(rows))
+    (data / "held.json").write_text(json.dumps(rows[:4]))
+    held = {"eval_data": (str(data / "held.json"),), "trainer": {"max_steps": 2, "eval_strategy": "no"}}
+    chosen = settings(start, out, data=(str(data / "data.json"),), **held)
+    train(chosen)
+
+    def change(back: bool = False) -> None:
+        if what == "image":
+            shutil.copy(start / ("3.png" if back else "4.png"), data / "3.png")
+        else:
+            changed_ = rows[:4] if what == "held out" else rows[:]
+            if not back:
+                changed_[0] = chat(("user", [IMAGE, text("what ?")]), ("assistant", "a"), images=["0.png"])
+            (data / ("held.json" if what == "held out" else "data.json")).write_text(json.dumps(changed_))
+
+    for unfinished in (False, True):
+        change()
+        with pytest.raises(ValueError, match="conversations or images have changed since; choose another --out, or --restart"):
+            train(chosen)
+        change(back=True)
+        train(chosen)
+        if not unfinished:
+            (out / "trainer_state.json").unlink()  # as if killed after the last checkpoint
+    change()
+    train(chosen, restart=True)
+    train(chosen)
+
+
 # ---- the best of a run
 
 

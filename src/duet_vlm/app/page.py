@@ -43,6 +43,7 @@ class Page:
 
     def __init__(self, loaded: Loaded, first: Controls, second: Controls, shown_first: Sequence[tuple[Path, str]]) -> None:
         self._loaded = loaded
+        self._files = first.files | second.files
         with gr.Blocks(title="duet-vlm", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as self.blocks:
             clips = "or clip " if loaded.takes_clips else ""
             gr.Markdown(f"# duet-vlm\nFewer visual tokens, same model: `{loaded.name}` on {loaded.model.device}. Drop a picture {clips}and ask.")
@@ -158,7 +159,7 @@ class Page:
         file = None if path is None else Path(path)
         groups = [values[:EACH], values[EACH:]][: 1 + bool(comparing)]
         try:
-            asked = [Controls(*(value or "" for value in group)).read() for group in groups]
+            asked = [Controls(*(value or "" for value in group)).read(self._files) for group in groups]
             shown, text = opened(file, self._loaded), checked(question)
             with ExitStack() as ending:
                 sides = []
@@ -232,7 +233,7 @@ class Page:
 
 def _settings(method: str) -> str:
     try:
-        own = [field.name for field in fields(duet_vlm.get(method))]  # type: ignore[arg-type]
+        own = [field.name for field in fields(duet_vlm.get(method)) if not field.metadata.get("file")]  # type: ignore[arg-type]
     except ValueError:
         return "key=value, one to a line"
     return f"key=value, one to a line: {', '.join(own)}"

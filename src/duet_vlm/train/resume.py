@@ -9,10 +9,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from duet_vlm.train.data import digest
 from duet_vlm.train.settings import Settings, settings_from
 from duet_vlm.train.yaml_text import mapping, written
 
-SETTINGS, STATE = "train.yaml", "trainer_state.json"
+SETTINGS, STATE, DATA = "train.yaml", "trainer_state.json", "train.data"
 UNFINISHED = f"{STATE}, which is written last, cannot be read"
 
 
@@ -22,11 +23,12 @@ def begin(settings: Settings, restart: bool) -> None:
     Raises
     ------
     ValueError
-        If it holds a run with other settings (those that differ are named), or another program's training, which is
-        neither deleted nor gone on from.
+        If it holds a run with other settings (those that differ are named), on data that have changed since, or another
+        program's training, which is neither deleted nor gone on from.
     """
     out = Path(settings.out)
     file = out / SETTINGS
+    contents = "".join(f"{found}\n" for found in _contents(settings))
     left = [*checkpoints(out), *([out / STATE] if finished(out) else [])]
     if left and not _ours(file):
         raise ValueError(
@@ -34,7 +36,8 @@ def begin(settings: Settings, restart: bool) -> None:
             "neither deleted nor gone on from. Choose another --out, or move it away"
         )
     if restart:
-        (out / STATE).unlink(missing_ok=True)
+        for old in (out / STATE, out / DATA):
+            old.unlink(missing_ok=True)
         for folder in checkpoints(out):
             (folder / STATE).unlink(missing_ok=True)  # a kill in between leaves nothing that looks whole
             shutil.rmtree(folder)
@@ -43,7 +46,12 @@ def begin(settings: Settings, restart: bool) -> None:
         differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differ:
             raise ValueError(f"{out} holds a run with other settings ({', '.join(differ)}): choose another --out, or --restart to replace it")
+        if (out / DATA).exists() and (out / DATA).read_text() != contents:
+            raise ValueError(
+                f"{out} holds a run on other data: conversations or images have changed since; choose another --out, or --restart to replace it"
+            )
     out.mkdir(parents=True, exist_ok=True)
+    (out / DATA).write_text(contents)
     file.write_text(written(settings.to_dict()))
 
 
@@ -54,6 +62,12 @@ def _ours(file: Path) -> bool:
         return {"model", "data", "method", "trainer"} <= found.keys()
     except ValueError:  # not YAML, or not text
         return False
+
+
+def _contents(settings: Settings) -> list[str | None]:
+    """Digests of what is trained on and of what is held out."""
+    asked = ((settings.data, settings.limit), (settings.eval_data, settings.eval_limit))
+    return [digest(sources, settings.images, limit) for sources, limit in asked]
 
 
 def finished(out: Path) -> bool:
