@@ -127,7 +127,8 @@ class PrefillPass:
                 exact = module.forward(args[0].float(), *args[1:], **kwargs)
                 if group is self.run.groups[0]:
                     return exact
-                return group_rotary(self.adapter, hidden[..., :1].float(), exact, group.tokens.to(exact[0].device), self.run.positions, self.kinds[index])
+                tokens = group.tokens.to(exact[0].device)
+                return group_rotary(self.adapter, hidden[..., :1].float(), exact, tokens, self.run.positions, self.kinds[index])
         return self._rotary(group, index, hidden, rotary)
 
     def _from_zero(self, group: Group, index: int, hidden: Tensor, rotary: Rotary) -> Rotary | None:
@@ -294,8 +295,8 @@ def _check_probes(adapter: Adapter, reducer: DecoderReducer, drops: list[int]) -
         if adapter.probed_layer(drop, last) < 0:
             there, where = ("before", f"from layer {adapter.first_attention + 1} on") if last else ("from there on", "earlier")
             raise ValueError(
-                f"{reducer.name} drops before decoder layer {drop}, but {adapter.family} has no attention {there} that a gradient can go through: drop "
-                f"{where}"
+                f"{reducer.name} drops before decoder layer {drop}, but {adapter.family} has no attention {there} that a gradient can go through: "
+                f"drop {where}"
             )
 
 
