@@ -690,8 +690,8 @@ def test_what_a_users_method_returns_is_checked(kind: str, words: str, monkeypat
     assert torch.equal(forward(model, inputs).logits, plain)
 
 
-WHOLE = [("contrast", {"budget": 8}), ("contrast", {"budget": 8, "context": 2}), ("checkerboard+duet_plus", {"budget": 8}), ("key_norm", {"budget": 8})]
-WHOLE += [("evit+duet", {"budget": 6}), ("tome_tower", {"budget": 8}), ("pixelprune", {})]
+WHOLE = [("contrast", {"budget": 8}), ("contrast", {"budget": 8, "context": 2}), ("checkerboard+duet_plus", {"budget": 8})]
+WHOLE += [("key_norm", {"budget": 8}), ("evit+duet", {"budget": 6}), ("tome_tower", {"budget": 8}), ("pixelprune", {})]
 
 
 @pytest.mark.parametrize(("method", "settings"), WHOLE, ids=str)

@@ -94,7 +94,8 @@ class EncoderCall:
     one; ``skips``: tower layers that nobody reads are not run; ``signals``: by number of the layer that a method names, what it takes of it
     per span, made of what was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was
     called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
-    was called by itself; ``begun``: how many forwards and generations ran when it began; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
+    was called by itself; ``begun``: how many forwards and generations
+    ran when it began; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
     call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
     ``learns``: a gradient goes through what a module reads, ``states``: rows of vision layers that carry it, as the
     blocks have them, by the numbers of ``signals``.

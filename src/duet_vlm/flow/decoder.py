@@ -127,7 +127,8 @@ class PrefillPass:
                 exact = module.forward(args[0].float(), *args[1:], **kwargs)
                 if group is self.run.groups[0]:
                     return exact
-                return group_rotary(self.adapter, hidden[..., :1].float(), exact, group.tokens.to(exact[0].device), self.run.positions, self.kinds[index])
+                tokens = group.tokens.to(exact[0].device)
+                return group_rotary(self.adapter, hidden[..., :1].float(), exact, tokens, self.run.positions, self.kinds[index])
         return self._rotary(group, index, hidden, rotary)
 
     def _from_zero(self, group: Group, index: int, hidden: Tensor, rotary: Rotary) -> Rotary | None:
@@ -135,13 +136,14 @@ class PrefillPass:
         the model's are exact. Attention only knows distances."""
         first = self.run.groups[0]
         for module, args, kwargs, made in self.tables:
-            if made[0] is rotary[0] and self.run.positions == "keep" and len(args) == 1 + ("position_ids" not in kwargs):
+            if made[0] is rotary[0] and self.run.positions == "keep":
                 positions = args[1] if len(args) > 1 else kwargs["position_ids"]
                 valid = first.tokens.valid.to(positions.device)
                 positions = positions.expand(*positions.shape[:-2], *valid.shape)
                 begin = valid.long().argmax(1, keepdim=True).expand(*positions.shape[:-1], 1)
                 positions = (positions - positions.gather(-1, begin)).clamp(min=0)
-                made = module.forward(args[0], **{**kwargs, "position_ids": positions})
+                given = (args[0], positions, *args[2:]) if len(args) > 1 else args
+                made = module.forward(*given, **kwargs | ({} if len(args) > 1 else {"position_ids": positions}))
                 return group_rotary(self.adapter, hidden, made, group.tokens.to(made[0].device), self.run.positions, self.kinds[index])
         return None
 
@@ -248,8 +250,8 @@ class PrefillPass:
         return prediction_gradient(self.adapter, through, hidden, asks, given, reducer.name, last)
 
     def _given(self, group: Group, at: int, hidden: Tensor, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
-        """What layer ``at`` is called with for the rows of ``group``, where layer ``index`` would be with ``kwargs``; layers of another kind are given
-        other tables."""
+        """What layer ``at`` is called with for the rows of ``group``, where layer ``index`` would be with ``kwargs``; layers of another kind are
+        given other tables."""
         kind = self.kinds[at]
         entered = kwargs if kind == self.kinds[index] else self.entered.get(kind, kwargs)
         given = entered | self._for(group, at, hidden, entered)
@@ -291,10 +293,10 @@ def _check_probes(adapter: Adapter, reducer: DecoderReducer, drops: list[int]) -
     last = reducer.probe == "last"
     for drop in drops:
         if adapter.probed_layer(drop, last) < 0:
-            where = f"from layer {adapter.first_attention + 1} on" if last else "earlier"
+            there, where = ("before", f"from layer {adapter.first_attention + 1} on") if last else ("from there on", "earlier")
             raise ValueError(
-                f"{reducer.name} drops before decoder layer {drop}, but {adapter.family} has no attention {'before' if last else 'from there on'} that a "
-                f"gradient can go through: drop {where}"
+                f"{reducer.name} drops before decoder layer {drop}, but {adapter.family} has no attention {there} that a gradient can go through: "
+                f"drop {where}"
             )
 
 
