@@ -11,6 +11,7 @@ from links import ROOT
 from duet_vlm.evaluate.results import load
 
 PAGE = "results.md"
+LEADING, OPENING = "tiny-chain", "11%"  # the task and the share of the tokens that pages open on
 
 
 @dataclass(frozen=True)
@@ -86,9 +87,16 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
-def sortable(text: str, *more: str) -> str:
-    """A table that assets/tables.js sorts by the column that is clicked; "filtered": with a box that filters its rows."""
-    return f'<div class="{" ".join(["sortable", *more])}" markdown>\n\n{text}\n\n</div>'
+def sortable(text: str) -> str:
+    """A table that assets/tables.js sorts by the column that is clicked."""
+    return f'<div class="sortable" markdown>\n\n{text}\n\n</div>'
+
+
+def filtered(text: str, **opening: str) -> str:
+    """Tables below a box that hides rows without its words, and below a list of values for each of these columns, which stands at the
+    given one as the page opens."""
+    data = "".join(f' data-choose-{number}="{column}={value}"' for number, (column, value) in enumerate(opening.items()))
+    return f'<div class="filtered"{data} markdown>\n\n{text}\n\n</div>'
 
 
 def page() -> str:
@@ -103,10 +111,12 @@ def page() -> str:
     text = [
         "---\nhide: [toc]\n---",
         "# All results",
-        "Every run of every result file under `comparison/`. A click on a column's head sorts by it, the box filters by any words: "
-        "`tiny-chain 11% duet`. Kept, FLOPs and KV cache are shares of the full model's, tokens the measured mean per decoder layer and image. "
-        "All are embedded toy tasks and models: they tell methods apart and do not predict a large model. Read [the comparison](comparison.md) "
-        "for what they mean, and [accuracy against budget](evaluate.md) for how they were made; infeasible: the method cannot do with so few.",
-        sortable(table(head, lines), "filtered"),
+        "Every run of every result file under `comparison/`; the page opens on the leading task at 11 % of the tokens. "
+        "The lists choose task and budget, the box filters by any words (`duet_plus`), a click on a column's head sorts by it. "
+        "Kept, FLOPs and KV cache are shares of the full model's, tokens the measured mean per decoder layer and image. "
+        "All are embedded toy tasks and models: they tell methods apart and do not predict a large model. Read "
+        "[the comparison](comparison.md) for what they mean, and [accuracy against budget](evaluate.md) for how they were made; "
+        "infeasible: the method cannot do with so few.",
+        filtered(sortable(table(head, lines)), task=LEADING, budget=OPENING),
     ]
     return "\n\n".join(text) + "\n"
