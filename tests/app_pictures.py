@@ -38,7 +38,9 @@ def served(*command: str, port: int | None = None, **environment: str) -> Iterat
         process.wait(20)
 
 
-def opened(browser: Any, address: str, watch: Callable[[Any], None] = lambda page: None, width: int = 1400, height: int = 1000) -> Any:
+def opened(
+    browser: Any, address: str, watch: Callable[[Any], None] = lambda page: None, width: int = 1400, height: int = 1000
+) -> Any:
     """The page in a window of its own, with all that makes it; ``watch`` sees it before it is loaded."""
     page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
     page.set_default_timeout(30_000)

@@ -156,11 +156,13 @@ def test_at_the_entry_it_is_the_picture_of_viz() -> None:
 
 def test_the_first_depth_at_which_something_is_gone() -> None:
     grey = Image.new("RGB", (80, 40), GREY)
-    late = SpanTrace(Span(0, 0, 8, (2, 4)), {}, (StageTrace(0, tuple(range(8)), ()), StageTrace(3, (0, 1), (2, 3, 4, 5, 6, 7))))
-    merged = SpanTrace(Span(0, 0, 8, (2, 4)), {}, (StageTrace(0, tuple(range(8)), ()), StageTrace(5, tuple(range(7)), (), {0: (7,)})))
-    never = SpanTrace(Span(0, 0, 8, (2, 4)), {}, (StageTrace(0, tuple(range(8)), ()),))
+    span, entry = Span(0, 0, 8, (2, 4)), StageTrace(0, tuple(range(8)), ())
+    late = SpanTrace(span, {}, (entry, StageTrace(3, (0, 1), (2, 3, 4, 5, 6, 7))))
+    merged = SpanTrace(span, {}, (entry, StageTrace(5, tuple(range(7)), (), {0: (7,)})))
+    never = SpanTrace(span, {}, (entry,))
     of = {"story": [story()], "late": [late], "merged": [merged], "never": [never], "two": [late, merged]}
-    found = {name: Walk(tuple(Strip(grey, trace, []) for trace in traces), 12).first_loss for name, traces in of.items()}
+    strips = {name: tuple(Strip(grey, trace, []) for trace in traces) for name, traces in of.items()}
+    found = {name: Walk(each, 12).first_loss for name, each in strips.items()}
     assert found == {"story": 0, "late": 3, "merged": 5, "never": 0, "two": 3}
 
 

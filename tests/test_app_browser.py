@@ -147,7 +147,8 @@ def test_two_methods_are_compared(page: Any) -> None:
 def test_schedule_tower_and_other_settings(page: Any) -> None:
     show(page, DEMO / ITEMS[0].name, QUESTION)
     more(page)
-    for control, value in (("budget-0", "none"), ("schedule-0", "((3, 0.5), (8, 0.25))"), ("settings-0", "duet_dominant=60\nduet_contextual=4")):
+    own = {"schedule-0": "((3, 0.5), (8, 0.25))", "settings-0": "duet_dominant=60\nduet_contextual=4"}
+    for control, value in {"budget-0": "none", **own}.items():
         set_to(page, control, value)
     choose(page, "tower-0", "contrast")
     set_to(page, "keep-0", "0.5")
@@ -259,7 +260,7 @@ LAPTOP = {"width": 1360, "height": 768}
 
 
 def test_all_that_one_question_needs_is_above_the_fold(browser: Any, address: str) -> None:
-    """A laptop's window: what is asked with, the examples, then answers, and where pictures begin, without scrolling."""
+    """A laptop's window: what is asked with, the examples, then answers and the first pictures, without scrolling."""
     page = opened(browser, address, **LAPTOP)
     in_sight(page, "#file", "#question", "#ask", "#stop", "#method-0", "#share-0", "#examples", "#status")
     thumbs = page.locator("#examples img")
@@ -328,11 +329,12 @@ def test_what_the_command_line_says_of_the_budget_stands_on_the_slider_or_beside
     assert {text: _on_slider(text) for text in starts} == starts
     rest = ["", "none", "", ""]
     meant = {(22, ""): "22%", (22, "0.225"): "0.225", (22, " 64 "): "64", (22, "none"): "", (7, None): "7%"}
-    assert {at: _budgeted(["duet", at[1], *rest, at[0]]) for at in meant} == {at: ["duet", text, *rest] for at, text in meant.items()}
+    for (share, exact), text in meant.items():
+        assert _budgeted(["duet", exact, *rest, share]) == ["duet", text, *rest]
 
 
 def test_the_slider_of_the_depth_opens_where_something_was_lost(page: Any) -> None:
-    """FastV reads two layers first; beside DUET, which drops at the entry, the later of the two is where both have something to show."""
+    """FastV reads two layers first; DUET drops at the entry: the later of the two is where both have something to show."""
     show(page, DEMO / ITEMS[0].name, QUESTION)
     page.check("#compare input")
     ask(page)
@@ -361,9 +363,9 @@ def test_reports_are_readable_on_a_phone(browser: Any, address: str) -> None:
     one, other = (page.locator(f"#report-{number}").bounding_box() for number in range(2))
     assert other["y"] >= one["y"] + one["height"] and one["width"] > 300 and other["width"] > 300
     for number in range(2):
-        inside, whole = page.evaluate(f"(e => [e.scrollWidth, e.clientWidth])(document.querySelector('#report-{number} .report'))")
-        assert inside <= whole
-        assert float(page.evaluate(f"parseFloat(getComputedStyle(document.querySelector('#report-{number} td')).fontSize)")) >= 11
+        report, cell = page.locator(f"#report-{number} .report"), page.locator(f"#report-{number} td").first
+        assert report.evaluate("e => e.scrollWidth <= e.clientWidth")
+        assert cell.evaluate("e => parseFloat(getComputedStyle(e).fontSize)") >= 11
     assert page.evaluate("document.documentElement.scrollWidth") <= 430
     page.close()
 

@@ -398,7 +398,8 @@ def test_a_handle_says_model_method_and_budget() -> None:
     model = shared("llava")
     name = type(model).__name__
     with duet_vlm.attach(model, "duet", budget=5) as handle:
-        assert repr(handle) == f"<duet_vlm.Handle: duet on {name} (llava), budget 5 visual tokens per layer and image; attached>"
+        budget = "budget 5 visual tokens per layer and image"
+        assert repr(handle) == f"<duet_vlm.Handle: duet on {name} (llava), {budget}; attached>"
         handle.set(budget=0.225, text_query="last")
         assert "budget 22.5 % of the visual tokens, text_query='last'; attached>" in str(handle)
     assert repr(handle).endswith("; detached>")

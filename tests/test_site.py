@@ -69,7 +69,8 @@ def result_runs() -> list[tuple[Path, dict[str, Any]]]:
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = leaves(CONFIG["nav"])
     own = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    made = {home.PAGE, measured.PAGE, reference.CLI, reference.API, catalogue.FOLDER, *lessons.pages(), *links.BROUGHT.values()}
+    made = {home.PAGE, measured.PAGE, reference.CLI, reference.API, catalogue.FOLDER}
+    made |= {*lessons.pages(), *links.BROUGHT.values()}
     assert set(listed) == own | made and len(listed) == len(set(listed))
     assert all((ROOT / path).is_file() for path in links.BROUGHT)
 
@@ -77,7 +78,8 @@ def test_every_page_is_in_the_navigation_once() -> None:
 def test_the_site_loads_nothing_from_elsewhere() -> None:
     assert CONFIG["theme"]["font"] is False
     assert not any(re.search(r"https?://", path.read_text()) for path in (ROOT / "docs/assets").iterdir())
-    assert [path for path in CONFIG["extra"]["polyfills"] if "iframe-worker" in path and (ROOT / "docs" / path).is_file()]  # not the usual one
+    shims = [path for path in CONFIG["extra"]["polyfills"] if "iframe-worker" in path]  # the plug-in then fetches none
+    assert shims and all((ROOT / "docs" / path).is_file() for path in shims)
 
 
 def test_the_home_page_is_its_own_and_leads_to_what_people_want() -> None:
@@ -140,8 +142,10 @@ def test_the_catalogue_is_grouped() -> None:
 def test_the_catalogue_has_the_accuracy_that_was_measured(pages: dict[str, str]) -> None:
     """Read from the result files without the site's code; no column without a number."""
     page = pages["catalogue/index.md"]
-    runs = {(path.parts[-3], run["id"]): run for path, run in result_runs() if path.stem == "methods" and "training" not in path.parts}
-    for name, task, budgets in (("duet_plus", "tiny-chain", (0.33, 0.11)), ("fastv", "tiny-chain", (0.33, 0.11)), ("frames", "tiny-video", (0.47, 0.07))):
+    found = [(path, run) for path, run in result_runs() if path.stem == "methods" and "training" not in path.parts]
+    runs = {(path.parts[-3], run["id"]): run for path, run in found}
+    chain, clips = ("tiny-chain", (0.33, 0.11)), ("tiny-video", (0.47, 0.07))
+    for name, task, budgets in (("duet_plus", *chain), ("fastv", *chain), ("frames", *clips)):
         (line,) = [line for line in page.splitlines() if line.startswith(f"| [`{name}`]")]
         for budget in budgets:
             run = runs[task, f"{name}@{budget}"]
@@ -218,9 +222,8 @@ def test_public_names_are_documented_and_on_the_page(monkeypatch: pytest.MonkeyP
     heads = dict(re.findall(r"^::: (\S+)\n    options:\n      heading: (\S+)$", page, flags=re.M))
     assert {head.removeprefix("duet_vlm.") for head in heads.values() if head.count(".") == 1} == set(duet_vlm.__all__)
     for defined, head in heads.items():  # the name in the heading is that very object
-        assert pkgutil.resolve_name(head.replace(".", ":", 1) if head.count(".") == 1 else ":".join(head.rsplit(".", 1))) is pkgutil.resolve_name(
-            ":".join(defined.rsplit(".", 1))
-        )
+        one, other = (pkgutil.resolve_name(":".join(name.rsplit(".", 1))) for name in (head, defined))
+        assert one is other, head
     monkeypatch.setattr(duet_vlm.Handle.report, "__doc__", None)
     monkeypatch.setattr(duet_vlm, "__all__", [*duet_vlm.__all__, "forgotten"])
     assert reference.undocumented() == ["forgotten (not on the page)", "handle.Handle.report"]
@@ -333,10 +336,14 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path: Path) -> None:
         assert shown() == "c" and page.locator(".table-filter span").inner_text() == "1 rows"
 
 
-GROUPED = """<div class="filtered" data-choose-0="budget=11%"><h2>One</h2><p>words of one</p><div class="sortable"><table><thead><tr><th>name</th>
-<th>budget</th><th>kept</th></tr></thead><tbody><tr><td>a</td><td>11%</td><td>33%</td></tr><tr><td>b</td><td>33%</td><td>11%</td></tr></tbody></table>
-</div><h2>Two</h2><p>words of two</p><div class="sortable"><table><thead><tr><th>name</th><th>budget</th></tr></thead><tbody><tr><td>c</td><td>7%</td>
-</tr><tr><td>d</td><td>11%</td></tr></tbody></table></div></div>"""
+GROUPED = """<div class="filtered" data-choose-0="budget=11%">
+<h2>One</h2><p>words of one</p>
+<div class="sortable"><table><thead><tr><th>name</th><th>budget</th><th>kept</th></tr></thead><tbody>
+<tr><td>a</td><td>11%</td><td>33%</td></tr><tr><td>b</td><td>33%</td><td>11%</td></tr></tbody></table></div>
+<h2>Two</h2><p>words of two</p>
+<div class="sortable"><table><thead><tr><th>name</th><th>budget</th></tr></thead><tbody>
+<tr><td>c</td><td>7%</td></tr><tr><td>d</td><td>11%</td></tr></tbody></table></div>
+</div>"""
 
 
 @pytest.fixture
@@ -351,7 +358,7 @@ def window() -> Iterator[Any]:
 
 
 def test_a_page_opens_on_a_value_and_groups_without_rows_go(window: Any, tmp_path: Path) -> None:
-    """The list of a column's values stands at the one that the page names, and asks this column alone; the box asks all tables."""
+    """The list of a column's values stands at the one that the page names, and asks this column alone."""
     (tmp_path / "page.html").write_text(f"{GROUPED}<script>{(ROOT / 'docs/assets/tables.js').read_text()}</script>")
     window.goto((tmp_path / "page.html").as_uri())
 
@@ -359,13 +366,15 @@ def test_a_page_opens_on_a_value_and_groups_without_rows_go(window: Any, tmp_pat
         return "".join(window.locator("tbody tr:visible td:first-child").all_inner_texts())
 
     box, budgets = window.get_by_role("searchbox"), window.get_by_label("budget")
-    assert shown() == "ad" and budgets.input_value() == "11%" and window.locator(".table-filter span").inner_text() == "2 rows"
+    assert shown() == "ad" and budgets.input_value() == "11%"
+    assert window.locator(".table-filter span").inner_text() == "2 rows"
     assert budgets.locator("option").all_inner_texts() == ["every budget", "7%", "11%", "33%"]
     budgets.select_option("")
     assert shown() == "abcd"
     box.fill("7%")
     assert shown() == "c"
-    assert [window.get_by_text(words, exact=True).is_visible() for words in ("One", "words of one", "Two", "words of two")] == [False, False, True, True]
+    for words, there in {"One": False, "words of one": False, "Two": True, "words of two": True}.items():
+        assert window.get_by_text(words, exact=True).is_visible() == there
     box.fill("")
     assert shown() == "abcd" and window.get_by_text("words of one").is_visible()
     window.get_by_text("kept", exact=True).click()  # each table sorts by itself
@@ -373,14 +382,15 @@ def test_a_page_opens_on_a_value_and_groups_without_rows_go(window: Any, tmp_pat
 
 
 def test_a_worker_runs_on_a_page_that_was_opened_from_a_folder(window: Any, tmp_path: Path) -> None:
-    """As the search's does: it listens for messages, and posts answers; several words may be said before it is loaded."""
-    (tmp_path / "worker.js").write_text("var seen = 0; addEventListener('message', async (e) => { seen += 1; postMessage([seen, e.data.n * 2]); });")
+    """As the search's does: it listens for messages and posts answers; some are sent before it is loaded."""
+    (tmp_path / "worker.js").write_text("addEventListener('message', async (e) => { postMessage(e.data.n * 2); });")
     shim = (ROOT / "docs/assets/iframe-worker.js").read_text()
-    start = "const w = new Worker('worker.js'); window.found = []; w.addEventListener('message', (e) => found.push(e.data));"
-    (tmp_path / "page.html").write_text(f"<head><script>{shim}</script></head><body><script>{start} w.postMessage({{n: 1}}); w.postMessage({{n: 5}})</script>")
+    start = """const w = new Worker("worker.js"); window.found = []; w.addEventListener("message", (e) => found.push(e.data));
+    w.postMessage({ n: 1 }); w.postMessage({ n: 5 });"""
+    (tmp_path / "page.html").write_text(f"<head><script>{shim}</script></head><body><script>{start}</script>")
     window.goto((tmp_path / "page.html").as_uri())
     window.wait_for_function("found.length === 2")
-    assert window.evaluate("found") == [[1, 2], [2, 10]]
+    assert window.evaluate("found") == [2, 10]
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +398,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole site, built as `make docs` does."""
     pytest.importorskip("mkdocs", reason="needs the 'docs' extra: make docs")
     folder = tmp_path_factory.mktemp("built") / "site"
-    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -417,7 +428,8 @@ def test_the_search_works_from_the_folder(site: Path, window: Any, start: str) -
     assert "drop" in first.inner_text().lower()
     first.click()
     window.wait_for_url("**/*.html?h=*")
-    assert window.url.startswith(site.as_uri()) and not [url for url in asked if not url.startswith(("file:", "data:", "about:"))]
+    assert window.url.startswith(site.as_uri())
+    assert not [url for url in asked if not url.startswith(("file:", "data:", "about:"))]
 
 
 @pytest.mark.slow
@@ -431,10 +443,11 @@ def test_pages_of_the_site_open_on_what_people_want(site: Path, window: Any) -> 
     assert len(sides) == 3  # beside each other
     window.goto((site / "results.html").as_uri())
     lines = window.locator("tbody tr:visible")
-    assert 20 < lines.count() < 100 and {text for text in lines.locator("td:first-child").all_inner_texts()} == {"tiny-chain"}
+    assert 20 < lines.count() < 100
+    assert set(lines.locator("td:first-child").all_inner_texts()) == {"tiny-chain"}
     window.goto((site / "catalogue/index.html").as_uri())
     window.get_by_role("searchbox", name="Filter the table").fill("cdpruner, neurips")
     assert window.locator("tbody tr:visible").count() == 1 and window.locator("article h2:visible").count() == 1
     window.goto((site / "catalogue/duet.html").as_uri())
-    picture, command = window.locator("article img").first.bounding_box(), window.locator("article pre").first.bounding_box()
+    picture, command = (window.locator(f"article {part}").first.bounding_box() for part in ("img", "pre"))
     assert picture["y"] < command["y"] < 1200

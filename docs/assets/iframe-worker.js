@@ -1,4 +1,5 @@
-/* Pages that are opened from a folder may not start a worker, which the search needs: there its script runs in a hidden frame instead. */
+/* Pages that are opened from a folder may not start a worker, which the search needs: there its script runs in a
+   hidden frame instead. */
 (function () {
   "use strict";
   if (location.protocol !== "file:") return;

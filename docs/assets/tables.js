@@ -1,5 +1,6 @@
-/* Tables inside .sortable sort by the column whose head is clicked. Tables inside .filtered stand below a box that hides rows without its words,
-   and below a list of the values of every column that data-choose-N="column=value" names, which opens at that value. */
+/* Tables inside .sortable sort by the column whose head is clicked. Tables inside .filtered stand below a box that hides
+   rows without its words, and below a list of the values of every column that data-choose-N="column=value" names, which
+   opens at that value. */
 (function () {
   "use strict";
 
@@ -40,7 +41,8 @@
 
   function list(tables, wanted) {
     const [name, value] = wanted.split("=");
-    const number = (table) => Array.from(table.tHead.rows[0].cells).findIndex((head) => head.textContent.trim() === name);
+    const heads = (table) => Array.from(table.tHead.rows[0].cells, (head) => head.textContent.trim());
+    const number = (table) => heads(table).indexOf(name);
     const text = (row) => row.cells[number(row.closest("table"))].textContent.trim();
     const values = new Set(tables.flatMap((table) => Array.from(table.tBodies[0].rows).map(text)));
     const select = document.createElement("select");
@@ -57,7 +59,7 @@
     const found = [];
     let each = part;
     while (each.parentElement !== frame) each = each.parentElement;
-    for (each = each.previousElementSibling; each && !each.querySelector("table, input"); each = each.previousElementSibling) {
+    while ((each = each.previousElementSibling) && !each.querySelector("table, input")) {
       found.push(each);
       if (/^H\d$/.test(each.tagName)) return found;
     }
@@ -68,7 +70,8 @@
     if (frame.dataset.ready) return;
     frame.dataset.ready = "yes";
     const tables = Array.from(frame.querySelectorAll("table"));
-    const lists = Object.keys(frame.dataset).filter((key) => key.startsWith("choose")).sort().map((key) => list(tables, frame.dataset[key]));
+    const chosen = Object.keys(frame.dataset).filter((key) => key.startsWith("choose")).sort();
+    const lists = chosen.map((key) => list(tables, frame.dataset[key]));
     const line = document.createElement("p");
     const box = document.createElement("input");
     const count = document.createElement("span");

@@ -23,14 +23,14 @@ BUDGETS = ("0.22", "0.33", "0.5")  # the first that a method can meet on the emb
 GROUPS = {  # heading of the catalogue -> what its methods share
     "Before the decoder": "They choose or merge visual tokens before the decoder; some drop more of them inside it.",
     "Inside the decoder": "All tokens enter, later layers read fewer; a budget has a floor.",
-    "In the vision tower": "Fewer patches go through the tower; put one in front of another method: `contrast+duet_plus`.",
+    "In the vision tower": "Fewer patches go through it; put one in front of another method: `contrast+duet_plus`.",
     "For clips": "They compare the frames of a clip. An image is a clip of one frame.",
     "Trained": "A module with weights of its own makes the rows that enter.",
     "Baselines": "What every method has to beat.",
 }
 BASELINES = ("baseline", "-")  # in place of a paper
-BENCHES = {"For clips": ("tiny-video", (0.47, 0.07))}  # task and budgets of the accuracy columns, where they are not the leading ones
-USUAL = (LEADING, (0.33, 0.11))
+USUAL = (LEADING, (0.33, 0.11))  # task and budgets of the accuracy columns
+BENCHES = {"For clips": ("tiny-video", (0.47, 0.07))}  # the same of groups that are measured elsewhere
 PLACES = {"-": "nowhere: everything stays"}
 
 
@@ -81,7 +81,8 @@ def numbers(name: str, measured: list[Cell]) -> str:
 def page(row: dict[str, Any], measured: list[Cell], picture: str | None) -> str:
     """The page of one method; ``row`` as ``duet-vlm methods --json`` has it, ``picture`` a file beside the page.
 
-    First what a reader came for: a look at it, how to try it, the settings. Then why, how dear, how good, where not, and what differs.
+    First what a reader came for: a look at it, how to try it, the settings. Then the idea, the cost, numbers, families that refuse it, and
+    what differs.
     """
     name, cls = row["name"], duet_vlm.get(row["name"])
     told = [f"# `{name}`", row["summary"][:1].upper() + row["summary"][1:] + "."]
@@ -155,13 +156,14 @@ def grouped() -> dict[str, list[dict[str, Any]]]:
 
 def navigation() -> list[Any]:
     """The catalogue in the navigation: its index, then the methods below their headings."""
-    listed = [{head: [{row["name"]: f"{FOLDER}/{row['name']}.md"} for row in found]} for head, found in grouped().items()]
-    return [f"{FOLDER}/index.md", *listed]
+    named = {head: [row["name"] for row in found] for head, found in grouped().items()}
+    return [f"{FOLDER}/index.md", *({head: [{name: f"{FOLDER}/{name}.md"} for name in names]} for head, names in named.items())]
 
 
 def kept(name: str, task: str, budget: float, measured: list[Cell]) -> str:
     """Percent of the full model's accuracy that a method by itself keeps; the reason where it has no such number."""
-    found = next((one for one in measured if one.alone and (one.method, one.task, one.budget) == (name, task, budget)), None)
+    alone = {(one.method, one.task, one.budget): one for one in measured if one.alone}
+    found = alone.get((name, task, budget))
     if found is None or found.kept is None:
         return "-" if found is None else found.status
     return f"{100 * found.kept:.1f}"
@@ -185,9 +187,10 @@ def index(measured: list[Cell]) -> str:
     return "\n\n".join([
         "---\nhide: [toc]\n---",
         "# Catalogue of methods",
-        "One page each: a picture, how to try it, settings, idea, cost, numbers, and what differs from the authors' code. A click on a column's "
-        "head sorts. Accuracies are those of [embedded toy tasks](../comparison.md); a dash: not measured there; infeasible: the budget is below "
-        "the method's floor. [Which method when](../which-method.md), [how they spend a budget](../methods.md), [all numbers](../results.md).",
+        "One page each: a picture, how to try it, settings, idea, cost, numbers, and what differs from the authors' code. "
+        "A click on a column's head sorts. Accuracies are those of [embedded toy tasks](../comparison.md); a dash: not "
+        "measured there; infeasible: the budget is below the method's floor. [Which method when](../which-method.md), "
+        "[how they spend a budget](../methods.md), [all numbers](../results.md).",
         filtered("\n\n".join(parts)),
     ]) + "\n"  # fmt: skip
 

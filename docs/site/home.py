@@ -7,6 +7,10 @@ import re
 from links import ROOT
 
 PAGE = "index.md"
+FIRST = """```bash
+pip install -e ".[eval]"   # in a clone
+duet-vlm demo              # an embedded model; nothing is downloaded
+```"""
 CARDS: dict[str, tuple[str, dict[str, str]]] = {  # I want to ... -> in a sentence, and label -> page
     "try it": (
         "Five minutes with an embedded model, then with yours.",
@@ -56,10 +60,11 @@ def page() -> str:
     return "\n\n".join([
         "---\nhide: [navigation, toc]\n---",
         "# duet-vlm",
-        "Make the vision-language model you use faster: fewer visual tokens, same weights, one call to attach, one to undo.",
+        "Make the vision-language model you use faster: fewer visual tokens, same weights, one call to attach, one to "
+        "undo.",
         headline(),
         "![Four views of one image: all tokens, then the tokens that DUET keeps, merges and drops](images/kept.png)",
-        '```bash\npip install -e ".[eval]"   # in a clone\nduet-vlm demo              # an embedded model; nothing is downloaded\n```',
+        FIRST,
         "## I want to ...",
         '<div class="grid cards" markdown>\n\n' + "\n\n".join(cards) + "\n\n</div>",
     ]) + "\n"  # fmt: skip
@@ -73,7 +78,8 @@ def headline() -> str:
     ValueError
         README has none between its marks.
     """
-    found = re.search(r"<!-- table:headline -->\n(.*?)\n<!-- /table:headline -->", (ROOT / "README.md").read_text(), flags=re.S)
+    block = r"<!-- table:headline -->\n(.*?)\n<!-- /table:headline -->"
+    found = re.search(block, (ROOT / "README.md").read_text(), flags=re.S)
     if found is None:
         raise ValueError("README.md has no block <!-- table:headline -->, which the home page of the site shows")
     return found[1]

@@ -39,7 +39,8 @@ def on_files(files: Any, config: Any) -> Any:
     drawn = catalogue.pictures(Path(config.site_dir).parent / "site-pictures")
     made = {page: (links.ROOT / path).read_text() for path, page in links.BROUGHT.items()}
     made |= catalogue.pages(set(drawn)) | lessons.pages()
-    made |= {home.PAGE: home.page(), measured.PAGE: measured.page(), reference.CLI: reference.command_line(), reference.API: reference.python()}
+    made |= {home.PAGE: home.page(), measured.PAGE: measured.page()}
+    made |= {reference.CLI: reference.command_line(), reference.API: reference.python()}
     for uri, text in made.items():
         files.append(File.generated(config, uri, content=text))
     for name, path in drawn.items():

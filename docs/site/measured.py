@@ -93,9 +93,10 @@ def sortable(text: str) -> str:
 
 
 def filtered(text: str, **opening: str) -> str:
-    """Tables below a box that hides rows without its words, and below a list of values for each of these columns, which stands at the
-    given one as the page opens."""
-    data = "".join(f' data-choose-{number}="{column}={value}"' for number, (column, value) in enumerate(opening.items()))
+    """Tables below a box that hides rows without its words, and below a list of values for each of these columns, which
+    stands at the given one as the page opens."""
+    pairs = (f"{column}={value}" for column, value in opening.items())
+    data = "".join(f' data-choose-{number}="{pair}"' for number, pair in enumerate(pairs))
     return f'<div class="filtered"{data} markdown>\n\n{text}\n\n</div>'
 
 
@@ -112,11 +113,11 @@ def page() -> str:
         "---\nhide: [toc]\n---",
         "# All results",
         "Every run of every result file under `comparison/`; the page opens on the leading task at 11 % of the tokens. "
-        "The lists choose task and budget, the box filters by any words (`duet_plus`), a click on a column's head sorts by it. "
+        "The lists choose task and budget, the box filters by any words (`duet_plus`), a click on a column's head sorts. "
         "Kept, FLOPs and KV cache are shares of the full model's, tokens the measured mean per decoder layer and image. "
         "All are embedded toy tasks and models: they tell methods apart and do not predict a large model. Read "
-        "[the comparison](comparison.md) for what they mean, and [accuracy against budget](evaluate.md) for how they were made; "
-        "infeasible: the method cannot do with so few.",
+        "[the comparison](comparison.md) for what they mean, and [accuracy against budget](evaluate.md) for how they "
+        "were made; infeasible: the method cannot do with so few.",
         filtered(sortable(table(head, lines)), task=LEADING, budget=OPENING),
     ]
     return "\n\n".join(text) + "\n"

@@ -47,14 +47,15 @@ def said(words: list[str]) -> str:
 
 def python() -> str:
     """The public names for mkdocstrings, in groups."""
-    told = ["# Python", "Headings are the names that you import or write: `import duet_vlm`, then `duet_vlm.attach(model)`."]
+    words = "Headings are the names that you import or write: `import duet_vlm`, then `duet_vlm.attach(model)`."
+    told = ["# Python", words]
     for head, names in GROUPS.items():
         told += [f"## {head}", *(block(name) for name in names)]
     return "\n\n".join(told) + "\n"
 
 
 def imported(name: str) -> str:
-    """The name that people write for a public object, given where it is defined: ``attach.attach`` is ``duet_vlm.attach``."""
+    """The name that people write for a public object, given where it is defined (``attach.attach``)."""
     short = name.rpartition(".")[2]
     return f"duet_vlm.{short if short in duet_vlm.__all__ else name}"
 

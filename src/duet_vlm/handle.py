@@ -77,7 +77,7 @@ class Handle:
             raise
 
     def __repr__(self) -> str:
-        """The model, the method, the budget, the settings that are not the method's defaults, and where things stand."""
+        """The model, the method, the budget, settings that are not defaults, and whether it is attached."""
         model, known = self.adapter.model, record(self.reducer, self.budget)
         budget = "own settings"
         if isinstance(self.budget, int):

@@ -41,8 +41,8 @@ class Said:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a reduced side did with the spans of the prompt: its trace, the scores that decided by stage, the report, layers of the decoder, and by
-    how much its prefill is faster if time follows FLOPs (``bound``)."""
+    """What a reduced side did with the spans of the prompt: its trace, the scores that decided by stage, the report,
+    layers of the decoder, and by how much its prefill is faster if time follows FLOPs (``bound``)."""
 
     traces: list[SpanTrace]
     scores: list[list[dict[int, float] | None]]

@@ -63,9 +63,12 @@ class Walk:
 
     @property
     def first_loss(self) -> int:
-        """The first depth from the entry on at which tokens are gone, dropped or merged; 0 where all stay to the end."""
-        gone = [layer for strip in self.strips for layer in range(self.depth) if len(fates(strip.trace, layer).alive) < strip.trace.span.tokens]
-        return min(gone, default=0)
+        """The first depth from the entry on at which tokens are gone, dropped or merged; 0 where all stay."""
+        traces = [strip.trace for strip in self.strips]
+        some_gone = (
+            n for n in range(self.depth) if any(len(fates(trace, n).alive) < trace.span.tokens for trace in traces)
+        )
+        return next(some_gone, 0)
 
     def story(self, x: float, y: float, layer: int) -> str:
         """What has become of the patch at a place of that picture, given as shares of its width and height."""

@@ -25,8 +25,9 @@ WAITING = 20  # questions in the queue; more are refused
 KEPT = 3600  # seconds that an upload, and what a page remembers, are kept
 NO_BUDGET = "none"
 LEGEND = (
-    "Left: what is alive (clear), merged (tinted, with the number of the outlined patch that stands for it) and dropped (dark); click a patch to "
-    "read what became of it. Right: the scores that decided, light is high; there is no such picture where no score decided token by token."
+    "Left: what is alive (clear), merged (tinted, with the number of the outlined patch that stands for it) and dropped "
+    "(dark); click a patch to read what became of it. Right: the scores that decided, light is high; there is no such "
+    "picture where no score decided token by token."
 )
 SPEEDS = (
     "<b>Two figures of speed.</b> <i>Measured</i>: the full model's seconds to the first token, over this method's, "
@@ -37,12 +38,13 @@ SPEEDS = (
 )
 HINT = "Drop a picture or take an example, write a question, and click Ask."
 STARTS = "Working: the question waits for its turn, or the prompt is read."
+DONE = "Done: move the slider, click a patch, or ask again."
 CSS = """
 #problem { color: #7d1a06; background: #fdeee9; border-left: 4px solid #c8350f; padding: 0.6em 0.9em; border-radius: 4px; font-weight: 600 }
 #status { min-height: 1.6em }
 #status .busy { font-weight: 600; padding-left: 1.5em; position: relative }
-#status .busy::before { content: ""; position: absolute; left: 0; top: 0.15em; width: 0.8em; height: 0.8em; border: 2px solid currentColor;
-  border-right-color: transparent; border-radius: 50%; animation: round 0.9s linear infinite }
+#status .busy::before { content: ""; position: absolute; left: 0; top: 0.15em; width: 0.8em; height: 0.8em;
+  border: 2px solid currentColor; border-right-color: transparent; border-radius: 50%; animation: round 0.9s linear infinite }
 @keyframes round { to { transform: rotate(360deg) } }
 #head h1 { display: inline; font-size: 1.3em } #head p { display: inline; margin-left: 0.8em }
 #file .wrap { font-size: 12px; line-height: 1.3; padding-top: 1.6em } #file .wrap svg { display: none }
@@ -56,7 +58,7 @@ CSS = """
 .report p { margin: 0.2em 0; overflow-wrap: anywhere }
 @media (prefers-reduced-motion: reduce) { #status .busy::before { animation: none } }
 """
-# Said by the browser itself, at once: the question may wait in the queue. On a narrow window the answers come into sight.
+# Said by the browser itself, at once: the question may wait in the queue. On a narrow window answers come into sight.
 AT_ONCE = """() => {
   const line = document.querySelector("#status"), place = line.getBoundingClientRect();
   if (place.top < 0 || place.bottom > 0.6 * innerHeight) line.scrollIntoView();
@@ -76,13 +78,15 @@ class Page:
         self._loaded = loaded
         with gr.Blocks(title="duet-vlm", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as self.blocks:
             clips = "or clip " if loaded.takes_clips else ""
-            gr.Markdown(f"# duet-vlm\nFewer visual tokens, same model: `{loaded.name}` on {loaded.model.device}.", elem_id="head")
+            words = f"Fewer visual tokens, same model: `{loaded.name}` on {loaded.model.device}."
+            gr.Markdown(f"# duet-vlm\n{words}", elem_id="head")
             with gr.Row():
                 with gr.Column(scale=3, min_width=320, elem_id="asking"):
                     with gr.Row():
-                        self._file = gr.File(label=f"Picture {clips}(drop it here)", height=110, scale=3, min_width=150, elem_id="file")
+                        there: dict[str, Any] = {"height": 110, "min_width": 120}
                         bare: dict[str, Any] = {"interactive": False, "format": "png", "buttons": []}
-                        self._preview = gr.Image(label="Shown", height=110, scale=2, min_width=120, elem_id="preview", **bare)
+                        self._file = gr.File(label=f"Picture {clips}(drop it here)", scale=3, elem_id="file", **there)
+                        self._preview = gr.Image(label="Shown", scale=2, elem_id="preview", **bare, **there)
                     self._question = gr.Textbox(label="Question", lines=1, max_lines=6, elem_id="question")
                     with gr.Row():
                         self._ask = gr.Button("Ask", variant="primary", min_width=100, elem_id="ask")
@@ -93,8 +97,8 @@ class Page:
                         looks = [(opened(path, loaded).preview[0], question) for path, question in self._shown_first]
                         gr.HTML("Examples: click one")
                         self._examples = gr.Gallery(
-                            looks, show_label=False, elem_id="examples", columns=len(looks), height=112, object_fit="cover", format="png",
-                            allow_preview=False, interactive=False, buttons=[], container=False,
+                            looks, show_label=False, elem_id="examples", columns=len(looks), height=112, container=False,
+                            object_fit="cover", format="png", allow_preview=False, interactive=False, buttons=[],
                         )  # fmt: skip
                     self._compare = gr.Checkbox(label="Compare two methods", elem_id="compare")
                     with gr.Column(visible=False) as self._other:
@@ -120,7 +124,7 @@ class Page:
             self._events([control for group in controls for control in group])
 
     def _controls(self, number: int, start: Controls, title: str) -> list[Any]:
-        """The controls of one method: in the order of the fields of ``Controls``, and behind them the slider of the budget."""
+        """The controls of one method: in the order of the fields of ``Controls``, then the slider of the budget."""
         share, exact = _on_slider(start.budget)
         values, name = astuple(start), f"method-{number}"
         with gr.Group():
@@ -133,7 +137,8 @@ class Page:
             with gr.Accordion("More settings", open=opened_):
                 budget = gr.Textbox(
                     exact, label="Budget, exactly", placeholder="64", elem_id=f"budget-{number}",
-                    info=f"visual tokens per layer (64) or a share (0.225), in place of the slider; {NO_BUDGET}: the settings alone say how many",
+                    info="visual tokens per layer (64) or a share (0.225), in place of the slider; "
+                    f"{NO_BUDGET}: the settings alone say how many",
                 )  # fmt: skip
                 schedule = gr.Textbox(
                     values[2], label="Schedule", info="((layer, keep), ...): what is left in front of layers, of what entered; in place of a budget",
@@ -146,12 +151,14 @@ class Page:
                 )  # fmt: skip
                 rest = gr.Textbox(values[5], label="Other settings", info=_settings(values[0]), lines=2, elem_id=f"settings-{number}")
         method.change(lambda name: gr.update(info=_settings(name)), method, rest, queue=False, show_progress="hidden", api_visibility="private")
-        slider.input(lambda: "", None, budget, queue=False, show_progress="hidden", api_visibility="private")  # who moves it means it
+        light: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        slider.input(lambda: "", None, budget, **light)  # a slider that was moved is meant
         return [method, budget, schedule, tower, keep, rest, slider]
 
     def _column(self, number: int) -> tuple[Any, Any, Any]:
         with gr.Column(visible=number < 2, min_width=220) as column:
-            text = gr.Textbox(label=("Full model", "Reduced", "Second method")[number], lines=2, interactive=False, elem_id=f"answer-{number}")
+            label = ("Full model", "Reduced", "Second method")[number]
+            text = gr.Textbox(label=label, lines=2, interactive=False, elem_id=f"answer-{number}")
             facts = gr.HTML(elem_id=f"facts-{number}", elem_classes="facts")
         return column, text, facts
 
@@ -173,7 +180,8 @@ class Page:
         self._file.change(self._look, self._file, [self._preview, self._problem], **light)
         self._compare.change(lambda on: [gr.update(visible=on)] * 2, self._compare, [self._other, self._columns[2][0]], **light)
         parts = [part for column in self._columns for part in column] + [part for view in self._views for part in view]
-        outputs = [self._status, self._problem, self._walks, self._depth, self._legend, self._speeds, self._story, *self._reports, *parts]
+        words = [self._status, self._problem, self._legend, self._speeds, self._story]
+        outputs = [*words, self._walks, self._depth, *self._reports, *parts]
         begins: list[Any] = [self._ask.click, self._question.submit]
         gr.on(begins, None, None, self._status, js=AT_ONCE % _status(STARTS, busy=True), **light)
         asked = gr.on(
@@ -210,7 +218,9 @@ class Page:
         except Exception as error:  # whatever it is, the page says it
             return [None, _wrong(error, Path(path))]
 
-    def _answer(self, path: str | None, question: str | None, longest: float, comparing: bool, *values: Any) -> Iterator[dict[Any, Any]]:
+    def _answer(
+        self, path: str | None, question: str | None, longest: float, comparing: bool, *values: Any
+    ) -> Iterator[dict[Any, Any]]:
         """One question: answers as they are written, then what the slider shows, and the reports."""
         yield self._cleared()
         file = None if path is None else Path(path)
@@ -228,7 +238,7 @@ class Page:
                     yield self._written(said)
                 if failed := [f"{one.name}: {one.error}" for one in said if one.error]:
                     yield {self._problem: gr.update(value=_alert("; ".join(failed)), visible=True)}
-                yield {self._status: _status("Working: the prompt is read once more, to see what was kept and why.", busy=True)}
+                yield {self._status: _status("Working: the prompt is read once more, to see what decided.", busy=True)}
                 done = {number: side.seen() for number, side in enumerate(sides) if number and not said[number].error}
             update: dict[Any, Any] = {}
             walks: list[tuple[str, Walk] | None] = [None, None]
@@ -245,9 +255,12 @@ class Page:
             deep = max((way.depth for _, way in filter(None, walks)), default=0)
             if deep:
                 start = max(way.first_loss for _, way in filter(None, walks))  # so that each has something to show
-                update |= {self._depth: gr.update(maximum=deep - 1, value=start, visible=True), self._legend: gr.update(visible=True)}
-                update |= dict(zip([part for view in self._views for part in view], self._shown(walks, start), strict=True))
-            yield update | {self._walks: walks, self._status: _status("" if failed else "Done: move the slider, click a patch, or ask again.")}
+                update |= {self._depth: gr.update(maximum=deep - 1, value=start, visible=True)}
+                update |= {self._legend: gr.update(visible=True)}
+                places = [part for view in self._views for part in view]
+                update |= dict(zip(places, self._shown(walks, start), strict=True))
+            update |= {self._walks: walks, self._status: _status("" if failed else DONE)}
+            yield update
         except Exception as error:  # whatever it is, the page says it
             yield {self._problem: _wrong(error, file), self._status: _status("")}
 
@@ -313,7 +326,8 @@ def _facts(said: Said, full: Said, seen: Seen | None = None) -> str:
         parts.append("the same answer" if said.text == full.text else "another answer")
         parts.append(f"first token {full.first / said.first:.2f}x as fast, measured" if full.first else "")
     if seen is not None:
-        parts += [f"{seen.bound:.2f}x by FLOPs of the decoder", f"{seen.mean:.1f} of {seen.tokens} visual tokens per layer"]
+        parts.append(f"{seen.bound:.2f}x by FLOPs of the decoder")
+        parts.append(f"{seen.mean:.1f} of {seen.tokens} visual tokens per layer")
     return escape(" · ".join(filter(None, parts)))
 
 
@@ -342,7 +356,7 @@ def _budgeted(values: Sequence[Any]) -> list[Any]:
 
 def _laid_out(report: str) -> str:
     """A report as a table and lines, which a narrow window can show; lines of columns become rows."""
-    lines = [[cell for cell in re.split(r"\s{2,}", line)] for line in report.splitlines()]
+    lines = [re.split(r"\s{2,}", line) for line in report.splitlines()]
     rows = [cells for cells in lines if len(cells) > 3]
     cells = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     words = [f"<p>{escape(' '.join(cells))}</p>" for cells in lines if len(cells) <= 3]
