@@ -90,7 +90,7 @@ def test_the_home_page_is_its_own_and_leads_to_what_people_want() -> None:
     headline = readme.split("<!-- table:headline -->\n")[1].split("\n<!-- /table:headline -->")[0]
     assert headline in page and links.BROUGHT["README.md"] != "index.md"
     for wish, (words, pages) in home.CARDS.items():
-        card = page.split(f"**... {wish}**")[1].split("\n-   ")[0]
+        card = page.split(f"**... {wish}**")[1].split("\n-   ")[0].split("</div>")[0]
         assert words in card and pages
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", links.rewrite(card, "index.md")[0]):
             assert target in listed or target == f"{catalogue.FOLDER}/index.md", target
@@ -149,7 +149,7 @@ def test_the_catalogue_has_the_accuracy_that_was_measured(pages: dict[str, str])
         (line,) = [line for line in page.splitlines() if line.startswith(f"| [`{name}`]")]
         for budget in budgets:
             run = runs[task, f"{name}@{budget}"]
-            assert f"| {100 * run['kept']:.1f} |" in line if run["kept"] is not None else "| infeasible |" in line
+            assert f"| {100 * run['kept']:.1f} |" in line if run["status"] == "ok" else f"| {run['status']} |" in line
     for part in page.split("\n## ")[1:]:
         table = [line.split(" | ") for line in part.splitlines() if line.startswith("| [")]
         if not part.startswith(("Trained", "In the vision tower")):  # not measured in these result files
@@ -162,6 +162,8 @@ def test_the_results_open_on_the_leading_bench() -> None:
     assert measured.LEADING in (ROOT / "docs/comparison.md").read_text().split("leads**")[0]
     shown = [line for line in page.splitlines() if line.startswith("| tiny-chain |") and "| 11% |" in line]
     assert 20 < len(shown) < 100
+    kept = [float(line.split(" | ")[4].split()[0]) for line in shown if "/methods.json" in line and " | - | " not in line]
+    assert len(kept) > 20 and kept == sorted(kept, reverse=True) and "/methods.json" in shown[0]
 
 
 def test_the_comparison_opens_with_who_keeps_what() -> None:
@@ -357,7 +359,7 @@ def window() -> Iterator[Any]:
         yield page
 
 
-def test_a_page_opens_on_a_value_and_groups_without_rows_go(window: Any, tmp_path: Path) -> None:
+def test_in_a_browser_a_page_opens_on_a_value_and_groups_without_rows_go(window: Any, tmp_path: Path) -> None:
     """The list of a column's values stands at the one that the page names, and asks this column alone."""
     (tmp_path / "page.html").write_text(f"{GROUPED}<script>{(ROOT / 'docs/assets/tables.js').read_text()}</script>")
     window.goto((tmp_path / "page.html").as_uri())
@@ -381,7 +383,7 @@ def test_a_page_opens_on_a_value_and_groups_without_rows_go(window: Any, tmp_pat
     assert shown() == "bacd"
 
 
-def test_a_worker_runs_on_a_page_that_was_opened_from_a_folder(window: Any, tmp_path: Path) -> None:
+def test_in_a_browser_a_worker_runs_on_a_page_from_a_folder(window: Any, tmp_path: Path) -> None:
     """As the search's does: it listens for messages and posts answers; some are sent before it is loaded."""
     (tmp_path / "worker.js").write_text("addEventListener('message', async (e) => { postMessage(e.data.n * 2); });")
     shim = (ROOT / "docs/assets/iframe-worker.js").read_text()
@@ -415,7 +417,7 @@ def test_the_site_builds_strictly(site: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start", ["index.html", "catalogue/duet.html"])
-def test_the_search_works_from_the_folder(site: Path, window: Any, start: str) -> None:
+def test_in_a_browser_the_search_works_from_the_folder(site: Path, window: Any, start: str) -> None:
     """Words are typed, the right page is found, a click leads there; nothing is asked of another machine."""
     asked: list[str] = []
     window.on("request", lambda request: asked.append(request.url))
@@ -433,7 +435,7 @@ def test_the_search_works_from_the_folder(site: Path, window: Any, start: str) -
 
 
 @pytest.mark.slow
-def test_pages_of_the_site_open_on_what_people_want(site: Path, window: Any) -> None:
+def test_in_a_browser_pages_open_on_what_people_want(site: Path, window: Any) -> None:
     """In a laptop's window: the cards of the home page, the leading bench at 11 %, a method's picture and command."""
     window.set_viewport_size({"width": 1360, "height": 768})
     window.goto((site / "index.html").as_uri())

@@ -52,7 +52,7 @@ CARDS: dict[str, tuple[str, dict[str, str]]] = {  # I want to ... -> in a senten
 
 
 def page() -> str:
-    """Headline, picture, first command, cards."""
+    """Headline, cards, a picture and a first command."""
     cards = []
     for wish, (words, pages) in CARDS.items():
         links = " · ".join(f"[{label}]({link})" for label, link in pages.items())
@@ -63,10 +63,11 @@ def page() -> str:
         "Make the vision-language model you use faster: fewer visual tokens, same weights, one call to attach, one to "
         "undo.",
         headline(),
-        "![Four views of one image: all tokens, then the tokens that DUET keeps, merges and drops](images/kept.png)",
-        FIRST,
         "## I want to ...",
         '<div class="grid cards" markdown>\n\n' + "\n\n".join(cards) + "\n\n</div>",
+        "## In one picture",
+        "![Four views of one image: all tokens, then the tokens that DUET keeps, merges and drops](images/kept.png)",
+        FIRST,
     ]) + "\n"  # fmt: skip
 
 

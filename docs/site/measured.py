@@ -72,7 +72,7 @@ def _cell(path: Path, result: dict[str, Any], run: dict[str, Any]) -> Cell:
     said = f"{run['label']} (model trained as {path.stem})" if trained else run["label"]
     return Cell(
         str(path.relative_to(ROOT)), result["task"], run["method"], said, run["budget"], run["status"],
-        not trained and run["label"] == run["method"] and "+" not in run["method"] and path.stem == "methods",
+        not trained and not {"+", "["} & {*run["id"]} and path.stem == "methods",  # the id has settings in brackets
         run.get("accuracy"), _pair(run.get("interval")), run.get("kept"), _pair(run.get("kept_interval")),
         tokens.get("measured"), run.get("flops_share"), run.get("kv_share"),
     )  # fmt: skip
@@ -100,11 +100,16 @@ def filtered(text: str, **opening: str) -> str:
     return f'<div class="filtered"{data} markdown>\n\n{text}\n\n</div>'
 
 
+def _order(one: Cell) -> tuple[bool, bool, float]:
+    """The leading task first, of a task the comparison of all methods, of that the largest share kept."""
+    return one.task != LEADING, Path(one.file).stem != "methods", -(one.kept or 0)
+
+
 def page() -> str:
     """All of them in one table that sorts and filters in the browser."""
     head = ["task", "method and setting", "budget", "accuracy (95 %)", "kept, % (95 %)", "mean tokens", "FLOPs", "KV cache", "file"]
     lines = []
-    for one in cells():
+    for one in sorted(cells(), key=_order):
         shares = ["-" if value is None else f"{value:.0%}" for value in (one.flops, one.kv)]
         said = one.label if one.label == one.method or one.method in ("none", "oracle") else f"{one.label} [{one.method}]"
         name = f"[{Path(one.file).stem}](../{one.file})"
