@@ -144,8 +144,8 @@ def test_the_catalogue_has_the_accuracy_that_was_measured(pages: dict[str, str])
     page = pages["catalogue/index.md"]
     found = [(path, run) for path, run in result_runs() if path.stem == "methods" and "training" not in path.parts]
     runs = {(path.parts[-3], run["id"]): run for path, run in found}
-    chain, clips = ("tiny-chain", (0.33, 0.11)), ("tiny-video", (0.47, 0.07))
-    for name, task, budgets in (("duet_plus", *chain), ("fastv", *chain), ("frames", *clips)):
+    chain, inside, clips = ("tiny-chain", (0.33, 0.11)), ("tiny-chain", (0.33, 0.22)), ("tiny-video", (0.47, 0.07))
+    for name, task, budgets in (("duet_plus", *chain), ("fastv", *inside), ("frames", *clips)):
         (line,) = [line for line in page.splitlines() if line.startswith(f"| [`{name}`]")]
         for budget in budgets:
             run = runs[task, f"{name}@{budget}"]
@@ -153,7 +153,7 @@ def test_the_catalogue_has_the_accuracy_that_was_measured(pages: dict[str, str])
     for part in page.split("\n## ")[1:]:
         rows_ = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
         heads = [column for column, head in enumerate(rows_[0]) if head.startswith("kept at")]
-        assert len(heads) == 2 or part.startswith(("Trained", "In the vision tower"))  # other files hold those
+        assert heads or part.startswith(("Trained", "In the vision tower"))  # other files hold those
         assert all(any(re.fullmatch(r"[\d.]+", row[column]) for row in rows_[2:]) for column in heads), part[:30]
 
 
