@@ -444,6 +444,7 @@ def test_in_a_browser_pages_open_on_what_people_want(site: Path, window: Any) ->
     assert cards.count() == len(home.CARDS)
     sides = {round(cards.nth(number).bounding_box()["x"]) for number in range(cards.count())}
     assert len(sides) == 3  # beside each other
+    assert cards.nth(5).bounding_box()["y"] < 768 - 100  # two rows begin above the fold
     window.goto((site / "results.html").as_uri())
     lines = window.locator("tbody tr:visible")
     assert 20 < lines.count() < 100
