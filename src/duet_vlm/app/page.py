@@ -48,6 +48,7 @@ CSS = """
 @keyframes round { to { transform: rotate(360deg) } }
 #head h1 { display: inline; font-size: 1.3em } #head p { display: inline; margin-left: 0.8em }
 #file .wrap { font-size: 12px; line-height: 1.3; padding-top: 1.6em } #file .wrap svg { display: none }
+#file td.download { display: none }
 #examples .grid-container { grid-template-columns: repeat(auto-fill, minmax(72px, 1fr)) !important; height: auto }
 #examples .caption-label { display: none }
 #speeds { font-size: 13px; opacity: 0.85 }
