@@ -155,6 +155,18 @@ def test_at_the_entry_it_is_the_picture_of_viz() -> None:
     assert any((window == entry).all() for row in found for window in row)
 
 
+def test_the_first_depth_at_which_something_is_gone() -> None:
+    grey = Image.new("RGB", (80, 40), GREY)
+    span, entry = Span(0, 0, 8, (2, 4)), StageTrace(0, tuple(range(8)), ())
+    late = SpanTrace(span, {}, (entry, StageTrace(3, (0, 1), (2, 3, 4, 5, 6, 7))))
+    merged = SpanTrace(span, {}, (entry, StageTrace(5, tuple(range(7)), (), {0: (7,)})))
+    never = SpanTrace(span, {}, (entry,))
+    of = {"story": [story()], "late": [late], "merged": [merged], "never": [never], "two": [late, merged]}
+    strips = {name: tuple(Strip(grey, trace, []) for trace in traces) for name, traces in of.items()}
+    found = {name: Walk(each, 12).first_loss for name, each in strips.items()}
+    assert found == {"story": 0, "late": 3, "merged": 5, "never": 0, "two": 3}
+
+
 def clip_walk(apart: bool) -> Walk:
     """Six steps of 2 x 2 tokens, of which the first in each stays: as one span, or a span for each step."""
     frames = [Image.new("RGB", (16, 16), (40 * step, 0, 0)) for step in range(6)]
@@ -351,11 +363,11 @@ def test_every_family_answers_and_shows_its_depth(name: str) -> None:
 
 def test_tokens_without_a_grid_are_an_error_in_words(shown: Shown) -> None:
     bare = SpanTrace(Span(0, 0, 7), {}, (StageTrace(0, (0,), (1, 2, 3, 4, 5, 6)),))
-    way = walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare], [[]], "", 1.0, 7, 4))
+    way = walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare], [[]], "", 1.0, 7, 4, 1.0))
     with pytest.raises(ValueError, match="the 7 tokens of this image form no grid"):
         way.at(0)
     with pytest.raises(ValueError, match="what was shown makes 2 spans"):
-        walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare, bare], [[], []], "", 1.0, 7, 4))
+        walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare, bare], [[], []], "", 1.0, 7, 4, 1.0))
 
 
 # ---- controls

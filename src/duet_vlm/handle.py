@@ -28,6 +28,7 @@ from duet_vlm.flow.traffic import Traffic
 from duet_vlm.flow.verify import raise_if_wrong
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
+from duet_vlm.memory import record
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer, with_fields
 from duet_vlm.tokens import SpanTrace
@@ -74,6 +75,18 @@ class Handle:
         except BaseException:
             self._gate.close()
             raise
+
+    def __repr__(self) -> str:
+        """The model, the method, the budget, settings that are not defaults, and whether it is attached."""
+        model, known = self.adapter.model, record(self.reducer, self.budget)
+        budget = "own settings"
+        if isinstance(self.budget, int):
+            budget = f"budget {self.budget} visual tokens per layer and image"
+        elif self.budget is not None:
+            budget = f"budget {100 * self.budget:.4g} % of the visual tokens"
+        settings = [f"{name}={value!r}" for name, value in known["settings"].items()]
+        told = ", ".join([f"{known['method']} on {type(model).__name__} ({self.adapter.family})", budget, *settings])
+        return f"<duet_vlm.Handle: {told}; {'detached' if self._gate.closed else 'attached'}>"
 
     @property
     def reducer(self) -> Reducer:
