@@ -80,9 +80,9 @@ class PackedTower:
     """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other, each of ``steps`` frames of
     ``patch`` x ``patch`` pixels.
 
-    ``tables(grid_thw, units, counts)`` makes of the units that are left [K] (ascending; ``counts`` of each picture) what the tower's forward
-    takes ready-made, where these units stand in the order that the blocks work in [K], and where the blocks, in their order, would have had
-    them in the whole row [K]. ``mergers`` make one row of each unit, in the order of the blocks.
+    ``tables(grid, units, counts)`` makes of the units that are left [K] (ascending; ``counts`` of each picture) what the tower's forward takes
+    ready-made, where these units stand in the order that the blocks work in [K], and where the blocks, in their order, would have had them in the
+    whole row [K]; ``grid`` is the tower's own argument, on the host. ``mergers`` make one row of each unit, in the order of the blocks.
     """
 
     module: Any

@@ -73,17 +73,17 @@ class Qwen2VL(LlamaLike):
         mergers = visual.merger, *getattr(visual, "deepstack_merger_list", ())
         return (PackedTower(visual, config.spatial_merge_size**2, config.temporal_patch_size, config.patch_size, self.tables, inside, mergers),)
 
-    def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def tables(self, grid: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``PackedTower``. The blocks work in raster order."""
         visual, merge = self.visual, self.visual.config.spatial_merge_size
         patches = (units[:, None] * merge**2 + torch.arange(merge**2, device=units.device)).flatten()
         ends = torch.tensor([0, *counts], device=units.device).cumsum(0) * merge**2
-        made = {"position_ids": get_vision_position_ids(grid_thw, merge).to(units.device)[patches], "cu_seqlens": ends.int()}
+        made = {"position_ids": get_vision_position_ids(grid, merge).to(units.device)[patches], "cu_seqlens": ends.int()}
         if hasattr(visual, "interpolation_mode"):
             taps = get_vision_interpolation_indices_and_weights(
-                grid_thw, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge
+                grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge
             )
-            made |= {name: tap[patches] for name, tap in zip(("interp_indices", "interp_weights"), taps, strict=True)}
+            made |= {name: tap.to(units.device)[patches] for name, tap in zip(("interp_indices", "interp_weights"), taps, strict=True)}
         return made, torch.arange(len(units), device=units.device), units
 
     def raster(self, sizes: list[list[int]]) -> Tensor:

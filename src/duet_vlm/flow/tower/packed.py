@@ -78,6 +78,8 @@ class PackedRun(Run):
     unit: int
     embedded: Tensor | None = None
     passed: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # since each cut, the units that were left, in raster order
+    remaining: tuple[int, ...] = ()  # units of each picture behind the last cut
+    segments: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)  # of the blocks, and what the last cut has left of them
     seen: int = 0  # rows whose attention ran in this block
 
     @property
@@ -147,6 +149,21 @@ class PackedRun(Run):
         pictures = zip(query.split(counts, 2), key.split(counts, 2), self.row_sizes()[None].split(counts, 1), strict=True)
         return torch.cat([column_attention(q, k, calls[0].scaling, calls[0].sample, size) for q, k, size in pictures], 1)
 
+    def ends_left(self, ends: Tensor) -> Tensor:
+        """Ends of the segments of the rows that came to the first block, as those of the rows that are left. Of whole pictures they are known;
+        which windows are empty is read from the device, once for all blocks behind a cut."""
+        for whole, left in self.segments:
+            if whole is ends:
+                return left
+        if len(ends) == len(self.remaining) + 1 and all(self.remaining):  # a segment for each picture
+            left = torch.tensor([0, *self.remaining], device=ends.device).cumsum(0) * self.unit
+        else:
+            patches = self.patches(self.place)
+            alive = torch.zeros(len(self.units) * self.unit, dtype=torch.long, device=patches.device).index_fill(0, patches, 1)
+            left = nn.functional.pad(alive.cumsum(0), (1, 0))[ends.long()].unique_consecutive()
+        self.segments.append((ends, left.int()))
+        return self.segments[-1][1]
+
     def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         starts = torch.tensor([0, *self.lengths[:-1]], device=self.units.device).cumsum(0)
         return self.there, (self.left[self.shown] - starts[:, None]) * self.there
@@ -170,6 +187,8 @@ class PackedRun(Run):
         self.there = known(chosen.counts).to(hidden.device)
         self.wrong, self.stages[after] = torch.maximum(self.wrong, chosen.wrong), chosen.counts
         self.passed[after] = self.left.sort().values
+        self.remaining = chosen.counts
+        self.segments.clear()
         return rows, kept
 
 
@@ -238,7 +257,7 @@ class PackedFlow(TowerFlow):
                 raise runs_again()
             rows = embed(hidden_states) if 0 in stages else hidden_states
             with torch.no_grad(), compat.without_autocast(rows):
-                run, tables, entering = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw, again)
+                run, tables, entering = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, again)
             call.tower = run
             if call.aside or run is None:
                 return plain(hidden_states, grid_thw, **kwargs)
@@ -277,12 +296,8 @@ class PackedFlow(TowerFlow):
         run = self.cut_so_far()
         if run is None:
             return None
-        patches = run.patches(run.place)
-        alive = torch.zeros(len(run.units) * run.unit, dtype=torch.long, device=patches.device).index_fill(0, patches, 1)
-        left = nn.functional.pad(alive.cumsum(0), (1, 0))
-        ends = left[kwargs["cu_seqlens"].long()].unique_consecutive().int()
-        positions = tuple(table[patches] for table in kwargs["position_embeddings"])
-        return args, kwargs | {"cu_seqlens": ends, "position_embeddings": positions}
+        positions = tuple(table[run.patches(run.place)] for table in kwargs["position_embeddings"])
+        return args, kwargs | {"cu_seqlens": run.ends_left(kwargs["cu_seqlens"]), "position_embeddings": positions}
 
     def merged(self, merger: Any, args: Any, output: Tensor) -> Tensor | None:
         """Post-hook of a merger: a row for each unit that came to the first block."""
@@ -293,7 +308,7 @@ class PackedFlow(TowerFlow):
 
     def _pack(
         self, call: EncoderCall, reducer: TowerReducer, tower: PackedTower, stages: dict[int, tuple[int, ...]], spans: list[tuple[int, ...]],
-        rows: Tensor, pixels: Tensor, grid_thw: Tensor, again: bool,
+        rows: Tensor, pixels: Tensor, again: bool,
     ) -> tuple[PackedRun | None, dict[str, Any], Left]:  # fmt: skip
         """What goes through the tower (None: all of it), the tables that belong to it, and the units that come to the first block."""
         unit, side = tower.unit, round(tower.unit**0.5)
@@ -310,7 +325,8 @@ class PackedFlow(TowerFlow):
             left = Left.of(chosen, lengths)
             if sum(left.counts) == sum(lengths):
                 return None, {}, left
-        tables, order, slots = tower.tables(grid_thw, left.units, left.counts)
+        grid = torch.tensor(call.encoding.sizes, device="cpu")  # the host has read it: asking the device again would wait for it
+        tables, order, slots = tower.tables(grid, left.units, left.counts)
         there = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         run = PackedRun(
             stages, grids, weighs, left.wrong, left.pooled, left.units, order, slots, left.size[order], left.read[order],
