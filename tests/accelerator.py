@@ -9,10 +9,9 @@ on its way down. Kernels run on the host memory.
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_any, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 CUDA, HOST, BELOW = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta", 0)
 aten, prims = torch.ops.aten, torch.ops.prims
@@ -92,6 +91,9 @@ class OnDevice(Tensor):
 
     def __bool__(self) -> bool:
         return bool(self.item())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item() if self.ndim == 0 else repr(self), spec)
 
     def tolist(self) -> Any:
         return self.cpu().tolist()

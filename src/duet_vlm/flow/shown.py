@@ -16,7 +16,7 @@ from duet_vlm.flow import compat
 from duet_vlm.flow.call import Call, EncoderCall, Prompt, Stacks
 from duet_vlm.flow.masks import real_rows
 from duet_vlm.models.adapter import Adapter, Encoding, Recorded
-from duet_vlm.ops.ragged import pack_right, pad_rows, take
+from duet_vlm.ops.ragged import pack_right, pad_rows, take, upload
 from duet_vlm.reducer import EncoderReducer
 from duet_vlm.text import query_rows
 from duet_vlm.vision import Change, Layer, LayerView, Question
@@ -125,8 +125,8 @@ def grid_of(adapter: Adapter, encoding: Encoding, counts: list[int], width: int,
     """``place``, ``sides`` and ``tiles`` of a view of ``width`` rows."""
     places = [nn.functional.pad(rows, (0, 0, width - max(counts), 0), value=NOWHERE) for rows in adapter.places(encoding, counts)]
     sizes = [adapter.sides(encoding, counts), adapter.tiles(encoding, counts)]
-    sides, tiles = torch.tensor(sizes, device="cpu").to(device)
-    return {"place": pad_sequence(places, batch_first=True, padding_value=NOWHERE).to(device), "sides": sides, "tiles": tiles}
+    sides, tiles = upload(sizes, device)
+    return {"place": upload(pad_sequence(places, batch_first=True, padding_value=NOWHERE), device), "sides": sides, "tiles": tiles}
 
 
 @dataclass(frozen=True)
@@ -192,7 +192,7 @@ def question_of(adapter: Adapter, prompt: Prompt | None, stream: str, counts: li
     asks = query_rows("all", visual, valid, prompt.labels)
     plain = valid & ~visual if prompt.labels is None else valid & ~visual & (prompt.labels.to(valid.device) == -100)
     asks = torch.where(asks.any(1, keepdim=True), asks, plain)
-    ends, shown = torch.tensor(counts, device=valid.device).cumsum(0), places[stream].sum(1).cumsum(0)
+    ends, shown = upload(counts, valid.device).cumsum(0), places[stream].sum(1).cumsum(0)
     sample = torch.searchsorted(shown, ends).clamp(max=len(shown) - 1)
     most = asks.shape[1] - (sum(counts) if len(asks) == 1 else 0)  # a question is not padded to the length of a clip
     index, real = pack_right(asks, max(1, most))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.ops.ragged import upload
 from duet_vlm.tokens import TokenMap
 
 Rotary = tuple[Tensor, Tensor]
@@ -209,7 +210,7 @@ class Adapter(ABC):
             return {stream.name: input_ids == stream.token_id for stream in self.streams}
         assert inputs_embeds is not None
         embed, device = self.base.get_input_embeddings(), inputs_embeds.device
-        tokens = {stream.name: embed(torch.tensor(stream.token_id, device=device)) for stream in self.streams}
+        tokens = {stream.name: embed(upload(stream.token_id, device)) for stream in self.streams}
         return {name: (inputs_embeds == token).all(-1) for name, token in tokens.items()}
 
     def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:

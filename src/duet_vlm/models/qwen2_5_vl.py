@@ -11,6 +11,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.qwen2_vl import Qwen2VL
+from duet_vlm.ops.ragged import upload
 
 
 class Qwen25VL(Qwen2VL):
@@ -40,7 +41,7 @@ class Qwen25VL(Qwen2VL):
         """See ``PackedTower``. The blocks work window by window; windows of which nothing is left vanish."""
         made, *_ = super().tables(grid, units, counts)
         unit = self.visual.spatial_merge_unit
-        order, ends = (table.to(units.device) for table in self.windows(grid.tolist()))
+        order, ends = (upload(table, units.device) for table in self.windows(grid.tolist()))
         alive = torch.zeros(len(order), dtype=torch.long, device=units.device).index_fill(0, units, 1)
         slots = alive[order].sort(descending=True, stable=True).indices[: len(units)]
         there = (alive.cumsum(0) - 1)[order[slots]]

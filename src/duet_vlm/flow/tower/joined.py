@@ -20,7 +20,7 @@ from duet_vlm.flow.tower.limits import is_flash, recomputes, runs_again, weighin
 from duet_vlm.flow.tower.packed import Left, PackedRun, known
 from duet_vlm.flow.tower.units import frames_before, in_cells, in_patches
 from duet_vlm.models.adapter import Blocks, JoinedBlocks, Recorded
-from duet_vlm.ops.ragged import take, take_square
+from duet_vlm.ops.ragged import take, take_square, upload
 from duet_vlm.tower import TowerReducer
 
 
@@ -152,7 +152,7 @@ class JoinedFlow(TowerFlow):
         place = torch.arange(len(left.units), device=device)
         run = JoinedRun(
             stages, grids, weighs, left.wrong, left.pooled, left.units, place, left.units, left.size, left.read, place,
-            pad_sequence(list(place.split(list(left.counts))), batch_first=True), known(left.counts).to(device), lengths, cell**2,
+            pad_sequence(list(place.split(list(left.counts))), batch_first=True), upload(known(left.counts), device), lengths, cell**2,
             cells=cells, patches_before=starts[-1], entering=left if 0 in stages else None,
         )  # fmt: skip
         if 0 in stages:

@@ -25,7 +25,7 @@ from duet_vlm.flow.tower.run import Run
 from duet_vlm.flow.tower.units import frames_before
 from duet_vlm.models.adapter import PackedTower, Recorded
 from duet_vlm.ops.merge import weighed_means
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import take, upload
 from duet_vlm.ops.score import column_attention
 from duet_vlm.tower import Grid, TowerReducer
 
@@ -84,7 +84,7 @@ class PackedRun(Run):
 
     @property
     def ran(self) -> list[Stages]:
-        ends = torch.tensor(self.lengths, device=self.units.device).cumsum(0)
+        ends = upload(self.lengths, self.units.device).cumsum(0)
         counts = [torch.bincount(torch.bucketize(units, ends, right=True), minlength=len(ends)).tolist() for units in self.passed.values()]
         return [tuple(zip(self.passed, left, strict=True)) for left in zip(*counts, strict=True)]
 
@@ -156,7 +156,7 @@ class PackedRun(Run):
             if whole is ends:
                 return left
         if len(ends) == len(self.remaining) + 1 and all(self.remaining):  # a segment for each picture
-            left = torch.tensor([0, *self.remaining], device=ends.device).cumsum(0) * self.unit
+            left = upload([0, *self.remaining], ends.device).cumsum(0) * self.unit
         else:
             patches = self.patches(self.place)
             alive = torch.zeros(len(self.units) * self.unit, dtype=torch.long, device=patches.device).index_fill(0, patches, 1)
@@ -165,7 +165,7 @@ class PackedRun(Run):
         return self.segments[-1][1]
 
     def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        starts = torch.tensor([0, *self.lengths[:-1]], device=self.units.device).cumsum(0)
+        starts = upload([0, *self.lengths[:-1]], self.units.device).cumsum(0)
         return self.there, (self.left[self.shown] - starts[:, None]) * self.there
 
     def sizes(self) -> Tensor:
@@ -184,7 +184,7 @@ class PackedRun(Run):
         self.place, self.size, self.read = self.place[stays], chosen.size.flatten()[real][seat], ~chosen.unread.flatten()[real][seat]
         now = torch.empty_like(seat).scatter_(0, seat, torch.arange(len(seat), device=seat.device))
         self.shown = pad_sequence(list(now.split(list(chosen.counts))), batch_first=True)
-        self.there = known(chosen.counts).to(hidden.device)
+        self.there = upload(known(chosen.counts), hidden.device)
         self.wrong, self.stages[after] = torch.maximum(self.wrong, chosen.wrong), chosen.counts
         self.passed[after] = self.left.sort().values
         self.remaining = chosen.counts
@@ -220,7 +220,7 @@ class Left:
     @classmethod
     def of(cls, chosen: Chosen, lengths: list[int]) -> Left:
         place = real_places(chosen)
-        start = torch.tensor([0, *lengths[:-1]], device=place.device).cumsum(0)
+        start = upload([0, *lengths[:-1]], place.device).cumsum(0)
         units, size, read = (x.flatten()[place] for x in (chosen.index + start[:, None], chosen.size, ~chosen.unread))
         return cls(units, size, read, chosen.counts, chosen.pooled, chosen.wrong, chosen, tuple(lengths))
 
@@ -233,7 +233,7 @@ class Left:
 
 def real_places(chosen: Chosen) -> Tensor:
     """Which of all places [P * K] hold a unit."""
-    return known(chosen.counts).flatten().nonzero()[:, 0].to(chosen.index.device)
+    return upload(known(chosen.counts).flatten().nonzero()[:, 0], chosen.index.device)
 
 
 class PackedFlow(TowerFlow):
@@ -331,7 +331,7 @@ class PackedFlow(TowerFlow):
         run = PackedRun(
             stages, grids, weighs, left.wrong, left.pooled, left.units, order, slots, left.size[order], left.read[order],
             torch.arange(len(order), device=device), pad_sequence(list(there.split(list(left.counts))), batch_first=True),
-            known(left.counts).to(device), lengths, unit,
+            upload(known(left.counts), device), lengths, unit,
         )  # fmt: skip
         if 0 in stages:
             run.stages[0], run.passed[0] = left.counts, left.units
