@@ -22,7 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 CUDA, HOST, BELOW = torch.device("cuda", 0), torch.device("cpu"), torch.device("meta", 0)
-aten, prims = torch.ops.aten, torch.ops.prims
 
 # operations whose result, or its size, the host has to know before it can go on
 READS = {
@@ -34,8 +33,7 @@ READS = {
 MASKS = (torch.bool, torch.uint8)
 MOVES = {"aten::_to_copy", "aten::copy_", "aten::copy"}
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
-SCALARS = {"aten::masked_fill", "aten::masked_fill_", "aten::fill", "aten::fill_"} | INDEXED  # where a 0-dim host tensor may stand beside pointwise ones
-NEW = {"aten::lift_fresh", "aten::lift_fresh_copy", "aten::alias", "aten::detach"}
+SCALARS = {"aten::masked_fill", "aten::masked_fill_", "aten::fill", "aten::fill_"} | INDEXED  # take host tensors of 0 dims, as pointwise ones do
 
 
 @dataclass(frozen=True)

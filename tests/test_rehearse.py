@@ -16,8 +16,8 @@ import pytest
 import torch
 from accelerator import CUDA, Accelerator, OnDevice, Wait, move, on
 from cases import REDUCING, TOO_EARLY
-from conftest import SHAPES
 from families import FAMILIES, MIXED, Inputs, build, clips_for, generate, shared
+from test_llava_like import two_images
 from test_tower import fitting, suits
 from torch import Tensor, nn
 
@@ -43,7 +43,8 @@ MORE: dict[str, tuple[str, str, int, str]] = {
 WINDOWS = {"qwen2_5_vl": "which windows of the tower are empty: for each encoder call, and behind a block where patches leave there"}
 MASKS = "quecc: stock code looks whether position ids pack several prompts, where the family has one row of them"
 
-ALIKE = ("glm4v_moe", "glm_ocr", "llava_gqa", "mistral3_windows", "qwen3_5_moe", "qwen3_vl_moe")  # to the library like their sisters but for the decoder
+ALIKE = ("glm4v_moe", "glm_ocr", "llava_gqa", "mistral3_windows", "qwen3_5_moe", "qwen3_vl_moe")  # their sisters run every method
+SHAPES = ("none", "duet", "duet_plus", "fastv", "frames+visionzip+pyramiddrop", "key_norm", "prumerge", "quecc", "tokencarve")  # and they these
 DEFAULT_TIER = [
     ("llava", "images", ("none", "duet", "fastv", "divprune", "tokencarve", "contrast", "resampler")),
     ("qwen2_5_vl", "clips", ("duet", "key_norm", "rlt")),
@@ -52,7 +53,7 @@ DEFAULT_TIER = [
 
 
 def runs(family: str, method: str) -> bool:
-    if family in ALIKE and method not in (*SHAPES, "key_norm", "quecc"):
+    if family in ALIKE and method not in SHAPES:
         return False
     return family not in TOO_EARLY.get(method, ()) and (method not in TOWER or suits(family, method))
 
@@ -193,6 +194,17 @@ def test_a_training_step_reads_what_a_prefill_reads(family: str, method: str) ->
     assert not [str(wait) for wait in new if wait.why == "upload" and not wait.stock]
 
 
+def test_how_many_images_a_sample_has_is_read_once() -> None:
+    """LLaVA-OneVision's processor says it, and where there is more than one the model cuts none of them."""
+    inputs = two_images()
+    with Accelerator() as device:
+        _, (plain, _) = asked(device, moved("llava_onevision"), on(inputs))
+        with duet_vlm.attach(moved("llava_onevision"), "duet", **SETTINGS["duet"]):
+            _, (mine, _) = asked(device, moved("llava_onevision"), on(inputs))
+    reads = [wait for wait in added(mine, Counter((wait.why, wait.line) for wait in plain)) if wait.why == "read"]
+    assert Counter(map(function, reads)) == {"read_layout": 1, "encoding": 1, "numbers": 1}, "\n".join(map(str, reads))
+
+
 # ---- the device itself
 
 HOST, ROWS, NUMBER, INDEX = torch.arange(6.0).view(2, 3), torch.ones(2, 3), torch.tensor(2.0), torch.tensor([1, 0])
@@ -215,8 +227,9 @@ def test_what_cuda_does_not_mix_is_refused(operation: Callable[[Tensor], Any]) -
 @pytest.mark.parametrize(
     "operation",
     [
-        lambda x: x * NUMBER, lambda x: NUMBER - x, lambda x: torch.where(x > 0, x, NUMBER), lambda x: x[INDEX], lambda x: x.masked_fill(x > 1, NUMBER),
-        lambda x: x.view(3, 2).t() @ x.t(), lambda x: torch.arange(3, device=x.device) + x, lambda x: torch.zeros_like(x).copy_(x), lambda x: x[:, 1:],
+        lambda x: x * NUMBER, lambda x: NUMBER - x, lambda x: torch.where(x > 0, x, NUMBER), lambda x: x[INDEX],
+        lambda x: x.masked_fill(x > 1, NUMBER), lambda x: x.view(3, 2).t() @ x.t(), lambda x: torch.arange(3, device=x.device) + x,
+        lambda x: torch.zeros_like(x).copy_(x), lambda x: x[:, 1:],
         lambda x: x.cumsum(1).sort(descending=True).indices, lambda x: torch.nn.functional.softmax(x, -1).bfloat16(), lambda x: x.clone().relu_(),
     ],
 )  # fmt: skip

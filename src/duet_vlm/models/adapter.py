@@ -107,6 +107,15 @@ class Encoding:
     stream: str
     sizes: list[list[int]] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    _read: dict[str, list[int]] = field(default_factory=dict, compare=False)
+
+    def numbers(self, name: str) -> list[int] | None:
+        """An argument that is a few numbers; read from the device once."""
+        if self.arguments.get(name) is None:
+            return None
+        if name not in self._read:
+            self._read[name] = torch.as_tensor(self.arguments[name], device="cpu").tolist()
+        return self._read[name]
 
 
 @dataclass(frozen=True)
