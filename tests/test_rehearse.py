@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerator import CUDA, Accelerator, OnDevice, Wait, move, on
 from cases import REDUCING, TOO_EARLY
-from families import FAMILIES, MIXED, Inputs, build, clips_for, generate, shared
+from families import FAMILIES, HIDDEN, MIXED, Inputs, build, clips_for, generate, shared
 from test_llava_like import two_images
 from test_tower import fitting, suits
 from torch import Tensor, nn
@@ -41,7 +41,6 @@ MORE: dict[str, tuple[str, str, int, str]] = {
     "rlt": ("call", "decide", 1, "a threshold decides how many patches stay"),
 }
 WINDOWS = {"qwen2_5_vl": "which windows of the tower are empty: for each encoder call, and behind a block where patches leave there"}
-MASKS = "quecc: stock code looks whether position ids pack several prompts, where the family has one row of them"
 
 ALIKE = ("glm4v_moe", "glm_ocr", "llava_gqa", "mistral3_windows", "qwen3_5_moe", "qwen3_vl_moe")  # their sisters run every method
 SHAPES = ("none", "duet", "duet_plus", "fastv", "frames+visionzip+pyramiddrop", "key_norm", "prumerge", "quecc", "tokencarve")  # and they these
@@ -117,6 +116,14 @@ def function(wait: Wait) -> str:
     return (wait.ours or wait.line).rpartition(" ")[2]
 
 
+@functools.cache
+def reads_of_a_stack(family: str) -> int:
+    """What the untouched decoder reads of rows that are no prompt: some families look whether their positions pack several prompts."""
+    with Accelerator() as device, torch.no_grad():
+        FAMILIES[family].text(moved(family))(inputs_embeds=OnDevice(torch.rand(2, 5, HIDDEN)), use_cache=False)
+    return len([wait for wait in device.waits if wait.why == "read"])
+
+
 def reads_of(family: str, content: str, method: str) -> Counter[str]:
     """By function, what the prefill of a cell reads."""
     inputs, streams = batch(family, content), adapter_for(shared(family)).streams
@@ -125,8 +132,8 @@ def reads_of(family: str, content: str, method: str) -> Counter[str]:
     if method in MORE:
         per, where, count, _ = MORE[method]
         reads[where] += count * (len(calls) if per == "call" else 1)
-    if method == "quecc" and not FAMILIES[family].mrope:
-        reads["decoded"] += len(calls)
+    if method == "quecc":
+        reads["decoded"] += len(calls) * reads_of_a_stack(family)
     if family in WINDOWS and method in TOWER and method not in MORE:
         reads["tables"] += len(calls)
         reads["ends_left"] += len(calls) * (method in INSIDE)
