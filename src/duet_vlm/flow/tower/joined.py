@@ -153,7 +153,7 @@ class JoinedFlow(TowerFlow):
         run = JoinedRun(
             stages, grids, weighs, left.wrong, left.pooled, left.units, place, left.units, left.size, left.read, place,
             pad_sequence(list(place.split(list(left.counts))), batch_first=True), upload(known(left.counts), device), lengths, cell**2,
-            cells=cells, patches_before=starts[-1], entering=left if 0 in stages else None,
+            remaining=left.counts, cells=cells, patches_before=starts[-1], entering=left if 0 in stages else None,
         )  # fmt: skip
         if 0 in stages:
             run.stages[0], run.passed[0] = left.counts, left.units

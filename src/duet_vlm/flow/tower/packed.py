@@ -78,7 +78,7 @@ class PackedRun(Run):
     unit: int
     embedded: Tensor | None = None
     passed: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # since each cut, the units that were left, in raster order
-    remaining: tuple[int, ...] = ()  # units of each picture behind the last cut
+    remaining: tuple[int, ...] = ()  # units of each picture, on the host
     segments: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)  # of the blocks, and what the last cut has left of them
     seen: int = 0  # rows whose attention ran in this block
 
@@ -145,7 +145,7 @@ class PackedRun(Run):
 
     def attention(self, calls: list[Recorded]) -> Tensor:
         query, key = (torch.cat([getattr(one, name) for one in calls], 2) for name in ("query", "key"))
-        counts = [n * self.unit for n in self.there.sum(1).tolist()]
+        counts = [n * self.unit for n in self.remaining]
         pictures = zip(query.split(counts, 2), key.split(counts, 2), self.row_sizes()[None].split(counts, 1), strict=True)
         return torch.cat([column_attention(q, k, calls[0].scaling, calls[0].sample, size) for q, k, size in pictures], 1)
 
@@ -331,7 +331,7 @@ class PackedFlow(TowerFlow):
         run = PackedRun(
             stages, grids, weighs, left.wrong, left.pooled, left.units, order, slots, left.size[order], left.read[order],
             torch.arange(len(order), device=device), pad_sequence(list(there.split(list(left.counts))), batch_first=True),
-            upload(known(left.counts), device), lengths, unit,
+            upload(known(left.counts), device), lengths, unit, remaining=left.counts,
         )  # fmt: skip
         if 0 in stages:
             run.stages[0], run.passed[0] = left.counts, left.units
