@@ -223,6 +223,7 @@ def projecting(adapter: Adapter, call: EncoderCall) -> Callable[[Change], Tensor
         raise RuntimeError(f"{adapter.family}: the projector did not run in this encoder call; detach and attach again")
     (given, *more), kwargs = call.projecting
     runs = in_float32(adapter.projector())
+    more = [x.cpu() if isinstance(x, Tensor) and not x.is_floating_point() else x for x in more]  # sizes, which the projector reads each time
 
     def project(change: Change) -> Tensor:
         made = runs(change(given.detach().float()), *more, **kwargs)
