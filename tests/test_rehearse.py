@@ -139,7 +139,7 @@ def reads_of(family: str, content: str, method: str) -> Counter[str]:
         per, where, count, _ = MORE[method]
         reads[where] += count * (len(calls) if per == "call" else 1)
     if method == "zoo_prune" and family.startswith("mistral3"):  # whose projector is given the sizes of the pictures
-        reads["projecting"] += len(calls)
+        reads["_on_the_host"] += len(calls)
     if method == "quecc":
         reads["decoded"] += len(calls) * reads_of_a_stack(family)
     if family in WINDOWS and method in TOWER and method not in MORE:

@@ -217,13 +217,20 @@ def decoded(adapter: Adapter, asked: Asked, stacks: Stacks) -> Tensor:
     return last.masked_fill((length == 0)[:, None], 0)[asked.sample]
 
 
+def _on_the_host(given: Any) -> Any:
+    """Sizes, which a projector looks at one by one each time it runs."""
+    if isinstance(given, Tensor) and not given.is_floating_point():
+        return given.cpu()
+    return [_on_the_host(x) for x in given] if isinstance(given, list | tuple) else given
+
+
 def projecting(adapter: Adapter, call: EncoderCall) -> Callable[[Change], Tensor]:
     """The projector as a function of a change to what it was given in this call."""
     if call.projecting is None:
         raise RuntimeError(f"{adapter.family}: the projector did not run in this encoder call; detach and attach again")
     (given, *more), kwargs = call.projecting
     runs = in_float32(adapter.projector())
-    more = [x.cpu() if isinstance(x, Tensor) and not x.is_floating_point() else x for x in more]  # sizes, which the projector reads each time
+    more, kwargs = [_on_the_host(x) for x in more], {name: _on_the_host(x) for name, x in kwargs.items()}
 
     def project(change: Change) -> Tensor:
         made = runs(change(given.detach().float()), *more, **kwargs)
