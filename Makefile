@@ -20,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -p no:logging
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-page train-long clean
+.PHONY: help demo test test-all rehearse test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-page train-long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: $(DEV)  ## the default test tier
 
 test-all: $(DEV)  ## every test, slow ones too
 	@$(PYTEST) -m ""
+
+rehearse: $(DEV)  ## families and methods on tensors that claim to be on a GPU: what mixes devices, what the host waits for
+	@$(PYTEST) -m "" tests/test_rehearse.py
 
 test-oldest: $(OLDEST)/.installed  ## the default tier (less packaging) on the oldest supported transformers
 	@$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/test_package.py

@@ -13,6 +13,7 @@ from duet_vlm.budget import SpanPlan
 from duet_vlm.flow import compat, masks
 from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import FULL, LINEAR, SLIDING, Adapter, Rotary
+from duet_vlm.ops.ragged import upload
 from duet_vlm.tokens import Selection, Span, TokenMap
 
 
@@ -325,7 +326,7 @@ class DecodePass:
 
     def _positions(self, group: Group) -> Tensor:
         if self.run.positions == "compact" and group is not self.run.groups[0]:
-            start = torch.tensor(group.lengths, device=self.device)
+            start = upload(group.lengths, self.device)
         else:
             assert self.run.next_position is not None
             start = self.run.next_position.to(self.device)

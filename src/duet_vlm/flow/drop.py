@@ -13,7 +13,7 @@ from duet_vlm.flow.cache import Group, Run
 from duet_vlm.flow.ranking import Ranking, Signals, layer_device
 from duet_vlm.flow.verify import checked_mask, checked_rows
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.ops.ragged import pack_left, pack_right, take
+from duet_vlm.ops.ragged import pack_left, pack_right, take, upload
 from duet_vlm.ops.spans import SpanRows
 from duet_vlm.reducer import DecoderReducer, TextView
 from duet_vlm.tokens import Selection, TokenMap
@@ -113,13 +113,13 @@ def choose(run: Run, ranking: Ranking, index: int, tokens: TokenMap, made: Signa
         return _decided(run, reducer, _view(real, counts, facts | columns | text), rows, None)
     layout = SpanRows.of(alive, rows.shape[1], rows.device)
     counts = tuple(pair for before, after in zip(alive, kept, strict=True) for pair in zip(before, after, strict=True))
-    owner = torch.tensor(layout.owners, device=rows.device)
+    owner = upload(layout.owners, rows.device)
     columns = {name: layout.take(x) for name, x in columns.items()} | {name: x[owner] for name, x in text.items()}
     return _decided(run, reducer, _view(layout.valid, counts, facts | columns), rows, layout)
 
 
 def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], facts: dict[str, Any]) -> TextView:
-    return TextView(valid, torch.tensor([stay for _, stay in counts], device=valid.device), counts=counts, **facts)
+    return TextView(valid, upload([stay for _, stay in counts], valid.device), counts=counts, **facts)
 
 
 def _decided(run: Run, reducer: DecoderReducer, view: TextView, rows: Tensor, layout: SpanRows | None) -> Decided:
@@ -177,8 +177,8 @@ def _provenance(run: Run, tokens: TokenMap, rows: Tensor) -> tuple[tuple[tuple[i
     rank = take(rank, take(tokens.slot, rows))
     per_sample = max(len(row) for row in run.spans)
     offsets = [[s.offset for s in row] + [run.rows] * (per_sample - len(row)) for row in run.spans]
-    starts = torch.tensor(offsets, device=device)
-    first = torch.tensor([sum(len(r) for r in run.spans[:b]) for b in range(len(run.spans))], device=device)
+    starts = upload(offsets, device)
+    first = upload([sum(len(r) for r in run.spans[:b]) for b in range(len(run.spans))], device)
     number = ((rank[..., None] >= starts[:, None]).sum(-1) - 1).clamp(min=0)
     token = rank - starts.gather(1, number).clamp(max=run.rows)
     return spans, (first[:, None] + number).clamp(max=len(spans) - 1), token.clamp(min=0)

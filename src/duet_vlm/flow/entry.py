@@ -21,7 +21,7 @@ from duet_vlm.flow.masks import cut_mask, documents, real_rows, window
 from duet_vlm.flow.positions import entry_positions, next_positions, prompt_positions
 from duet_vlm.flow.rules import Rules
 from duet_vlm.models.adapter import FULL, SLIDING, Adapter
-from duet_vlm.ops.ragged import pack_left, take
+from duet_vlm.ops.ragged import pack_left, take, upload
 from duet_vlm.reducer import DecoderReducer
 from duet_vlm.text import query_rows
 from duet_vlm.tokens import Span, TokenMap
@@ -128,7 +128,7 @@ def _bring_back(adapter: Adapter, call: Call, dealt: Dealt, places: dict[str, Te
             continue
         place = span_ends(arrived, places[name])
         numbers = [number for sample in dealt[name] for (_, number), _ in sample]
-        rows = encoded.ends[torch.tensor(numbers, device=encoded.ends.device)]
+        rows = encoded.ends[upload(numbers, encoded.ends.device)]
         rows = adapter.pointwise.forward(rows[:, None])[:, 0] if encoded.unprojected and adapter.pointwise is not None else rows
         rows = rows.to(embeds.device, embeds.dtype)[place.clamp(min=0).to(embeds.device)]
         embeds = torch.where((left_out & (place >= 0)).to(embeds.device)[..., None], rows, embeds)

@@ -11,7 +11,7 @@ from duet_vlm.flow.cache import Staying
 from duet_vlm.flow.call import Arrived, Call, Encoded
 from duet_vlm.flow.encoder import is_marked
 from duet_vlm.flow.verify import not_finite, raise_if_wrong
-from duet_vlm.ops.ragged import behind, last_of
+from duet_vlm.ops.ragged import behind, last_of, upload
 from duet_vlm.reducer import Reducer
 from duet_vlm.tokens import Span
 
@@ -47,7 +47,7 @@ def predicting(valid: Tensor, visual: Tensor, labels: Tensor | None, drafts: int
 def span_ends(arrived: Arrived, places: Tensor) -> Tensor:
     """[B, S] long: the number (in the order of the features) of the span whose last row stands there, -1 elsewhere."""
     rank = (places.flatten().cumsum(0) - 1).view_as(places)
-    ends = torch.tensor([len(rows) for rows in arrived.features], device=places.device).cumsum(0) - 1
+    ends = upload([len(rows) for rows in arrived.features], places.device).cumsum(0) - 1
     number = torch.searchsorted(ends, rank).clamp(max=len(ends) - 1)
     return torch.where(places & (ends[number] == rank), number, -1)
 

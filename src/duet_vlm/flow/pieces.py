@@ -19,6 +19,7 @@ from torch import Tensor
 from duet_vlm.flow import compat
 from duet_vlm.flow.call import EncoderCall
 from duet_vlm.models.adapter import Adapter, Encoding
+from duet_vlm.ops.ragged import upload
 from duet_vlm.reducer import Reducer
 
 SHARE = 0.25  # of the free memory of an accelerator, for what the tower makes of one piece
@@ -152,12 +153,12 @@ class Cut:
         numbers = self.of_step[clip]
         if numbers[-1] + 1 == len(numbers):
             return rows
-        return rows.unflatten(0, (numbers[-1] + 1, -1))[torch.tensor(numbers, device=rows.device)].flatten(0, 1)
+        return rows.unflatten(0, (numbers[-1] + 1, -1))[upload(numbers, rows.device)].flatten(0, 1)
 
     def once(self, clip: int, rows: Tensor) -> Tensor:
         """Of rows of all steps those of the encoded ones."""
         steps = rows.unflatten(0, (len(self.of_step[clip]), -1))
-        return steps[torch.tensor([not repeats for repeats in self.repeated[clip]], device=rows.device)].flatten(0, 1)
+        return steps[upload([not repeats for repeats in self.repeated[clip]], rows.device)].flatten(0, 1)
 
     @property
     def repeated(self) -> tuple[tuple[bool, ...], ...]:

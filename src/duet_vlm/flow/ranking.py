@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from duet_vlm.flow import compat
 from duet_vlm.models.adapter import Adapter, Rotary
-from duet_vlm.ops.ragged import last_of, pack_right, take
+from duet_vlm.ops.ragged import last_of, pack_right, take, upload
 from duet_vlm.ops.score import QUERY_BLOCK, query_attention, state_read_out
 from duet_vlm.reducer import DecoderReducer
 from duet_vlm.tokens import TokenMap
@@ -109,7 +109,7 @@ class Ranking:
         asks = self.queries.to(tokens.slot.device).gather(1, tokens.slot) & tokens.valid
         if all(self.asking):
             return asks
-        empty = torch.tensor([n == 0 for n in self.asking], device=asks.device)
+        empty = upload([n == 0 for n in self.asking], asks.device)
         last_visual = last_of(tokens.visual)
         nothing = ~tokens.visual.any(1, keepdim=True)  # no image either: any row will do, nothing is dropped
         last_visual = last_visual | (nothing & (torch.arange(asks.shape[1], device=asks.device) == asks.shape[1] - 1))

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.budget import SpanPlan
 from duet_vlm.flow.verify import checked_selection
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.reducer import EncoderReducer, VisionView
 from duet_vlm.tokens import Selection
 
@@ -23,7 +23,7 @@ def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) 
     """
     table, plans = _table(view.plans, parts)
     device = view.valid.device
-    rows = pad_sequence(table, batch_first=True, padding_value=-1).to(device)  # [B * P, M] rows of each part within its span
+    rows = upload(pad_sequence(table, batch_first=True, padding_value=-1), device)  # [B * P, M] rows of each part within its span
     real, index = rows >= 0, rows.clamp(min=0)
     count = len(table) // len(parts)
     span = torch.arange(len(index), device=device)[:, None] // count
@@ -35,8 +35,8 @@ def select_each(reducer: EncoderReducer, view: VisionView, parts: list[Tensor]) 
     pieces = dataclasses.replace(
         found,
         valid=real & found.valid,  # what a reduced tower left
-        dominant=torch.tensor([plan.dominant for plan in plans], device=device),
-        contextual=torch.tensor([plan.contextual for plan in plans], device=device),
+        dominant=upload([plan.dominant for plan in plans], device),
+        contextual=upload([plan.contextual for plan in plans], device),
         plans=plans,
         parts=torch.where(real, 0, -1),
         tiles=None if found.tiles is None else torch.zeros_like(found.tiles),  # a part is no mosaic
@@ -76,7 +76,7 @@ def _joined(selection: Selection, rows: Tensor, count: int) -> Selection:
 
 def with_structure(selection: Selection, structure: Tensor, plans: tuple[SpanPlan, ...]) -> Selection:
     """The selection and behind it the structure rows [B, N] of the spans whose plans keep them."""
-    kept = structure & torch.tensor([plan.structure > 0 for plan in plans], device=structure.device)[:, None]
+    kept = structure & upload([plan.structure > 0 for plan in plans], structure.device)[:, None]
     index, valid = pack_right(kept, max(plan.structure for plan in plans))
     notes = None if selection.notes is None else torch.nn.functional.pad(selection.notes, (0, index.shape[1]))
     return dataclasses.replace(selection, index=torch.cat([selection.index, index], 1), valid=torch.cat([selection.valid, valid], 1), notes=notes)

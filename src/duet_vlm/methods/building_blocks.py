@@ -19,7 +19,7 @@ from duet_vlm.ops.graph import rescaled, unjoined
 from duet_vlm.ops.greedy import apart, conditional, cosine, cover, determinantal, discounted, spread, suppress
 from duet_vlm.ops.join import few_more, in_clusters, in_peaks, some_more, to_close, to_nearest
 from duet_vlm.ops.peaks import distances, peak_scores
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import ranking, spaced, top
 from duet_vlm.reducer import VisionView, check_choice
 from duet_vlm.tokens import Selection
@@ -79,7 +79,7 @@ class Choosing:
 
     def counts(self, numbers: list[int]) -> Tensor:
         """A number for each picture, on the device [B]."""
-        return torch.tensor(numbers, device=self.view.valid.device)
+        return upload(numbers, self.view.valid.device)
 
 
 def _there(x: Tensor | None) -> Tensor:

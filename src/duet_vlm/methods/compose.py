@@ -26,7 +26,7 @@ from duet_vlm.budget import (
 )
 from duet_vlm.calibration import Calibration
 from duet_vlm.methods.frames import Frames
-from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.ragged import pack_right, take, upload
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
 from duet_vlm.tokens import Selection
 from duet_vlm.tower import TowerReducer
@@ -328,7 +328,7 @@ class Composition(EncoderReducer):
         if frames is None or view.stream != "video":
             return first.v2v(view)
         sizes = [self.pool(plan) for plan in view.plans]
-        pool = frames.changed(view, torch.tensor(sizes, device=view.valid.device))
+        pool = frames.changed(view, upload(sizes, view.valid.device))
         rows, valid = pack_right(pool, max(sizes))
 
         selection = first.v2v(dataclasses.replace(view.of_rows(lambda x: take(x, rows)), valid=valid))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from duet_vlm.budget import Schedule
@@ -14,6 +13,7 @@ from duet_vlm.methods.position_prior import Biased, bias_of
 from duet_vlm.observer import Observer
 from duet_vlm.ops.graph import closeness, rescaled, unjoined
 from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import upload
 from duet_vlm.reducer import TextView
 from duet_vlm.registry import register
 from duet_vlm.settings import FILE
@@ -96,6 +96,6 @@ class D2Pruner(StagedReducer):
         if self.semantic == 1:
             return likeness
         sides = [size if grid is None else grid[1] for (_, size), grid in zip(view.spans, view.grids, strict=True)]
-        width = torch.tensor(sides, device=view.span.device)[view.span].clamp(min=1)
+        width = upload(sides, view.span.device)[view.span].clamp(min=1)
         near = closeness(view.token // width, view.token % width) * (view.span[:, None] == view.span[..., None])
         return self.semantic * likeness + (1 - self.semantic) * near

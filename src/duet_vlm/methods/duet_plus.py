@@ -24,7 +24,7 @@ from duet_vlm.budget import (
 )
 from duet_vlm.ops.greedy import conditional, cosine, determinantal
 from duet_vlm.ops.join import to_close
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.saliency import of_largest
 from duet_vlm.ops.schedules import tapered_schedule
 from duet_vlm.ops.select import ranking, top
@@ -113,7 +113,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]
         members = ranking(view.importance, rest)[:, : max(pools)]
-        offered = torch.minimum(torch.tensor(pools, device=rest.device), rest.sum(1))
+        offered = torch.minimum(upload(pools, rest.device), rest.sum(1))
         return to_close(index, valid, members, offered, similarity, self.tau)
 
     def t2v(self, view: TextView) -> Tensor:

@@ -23,6 +23,7 @@ from duet_vlm.budget import (
     target_mean,
 )
 from duet_vlm.methods.named import get
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced, top
 from duet_vlm.reducer import DecoderReducer, TextView, check_budget_or_fields, whole
 from duet_vlm.registry import register
@@ -104,7 +105,7 @@ class RandomTokens(Floor):
 
     def t2v(self, view: TextView) -> Tensor:
         assert view.span is not None and view.token is not None  # promised by ``uses_tokens``
-        table = priorities(self.seed, view.spans).to(view.valid.device)
+        table = upload(priorities(self.seed, view.spans), view.valid.device)
         return top(table[view.span, view.token], view.valid, view.keep)
 
 

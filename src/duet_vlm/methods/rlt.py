@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced
 from duet_vlm.reducer import check_choice
 from duet_vlm.registry import register
@@ -47,8 +48,8 @@ class RLT(ThresholdReducer):
         check_choice("against", self.against, ("kept", "before"))
 
     def stay(self, view: TowerView) -> Tensor:
-        alone = torch.tensor([n < 0 for n in view.before], device=view.valid.device)
-        alone = alone & ~torch.tensor([n in view.before for n in range(len(view.before))], device=alone.device)
+        alone = upload([n < 0 for n in view.before], view.valid.device)
+        alone = alone & ~upload([n in view.before for n in range(len(view.before))], alone.device)
         return torch.where(alone[:, None], spaced(view.valid, view.keep), super().stay(view)) if view.keeps else super().stay(view)
 
     def scores(self, view: TowerView) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duet_vlm.budget import Schedule, count_of, largest
 from duet_vlm.ops.peaks import peaks
-from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.ragged import pack_right, take, upload
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.reducer import TextView, check_choice
 from duet_vlm.registry import register
@@ -102,7 +102,7 @@ class SparseVLM(StagedReducer):
         if not self.recycle:
             return top(scores, valid, view.keep)
         split = [self._split(there, stay) for there, stay in view.counts]
-        kept, pool, clusters = torch.tensor(split, device=scores.device).T
+        kept, pool, clusters = upload(split, scores.device).T
         order = ranking(scores, valid)
         width, most = (max(1, *(row[i] for row in split)) for i in (1, 2))
         turn = torch.arange(width, device=scores.device)

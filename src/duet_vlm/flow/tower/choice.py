@@ -11,7 +11,7 @@ from torch import Tensor
 
 from duet_vlm.flow.verify import checked_merged, checked_units
 from duet_vlm.ops.merge import BLOCK, in_stretches, sizes_of, weighed_means
-from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.ragged import pack_right, take, upload
 from duet_vlm.tower import Grid, Merged, TowerReducer, TowerView
 
 
@@ -69,7 +69,7 @@ def decide(
     are alike, ``shown`` what else the method looks at."""
     last = there & (shown["unit"] == shown["unit"].masked_fill(~there, -1).amax(1, keepdim=True)) & tower.keep_predicting  # may have to predict
     free = there & ~last
-    keep = (torch.tensor(counts, device=there.device) if counts else there.sum(1)) - last.sum(1)
+    keep = (upload(counts, there.device) if counts else there.sum(1)) - last.sum(1)
     view = TowerView(free, keep, tuple(n - tower.keep_predicting for n in counts), **shown)
     picked, place = tower.stay(view), torch.arange(there.shape[1], device=there.device).expand(there.shape)
     into, order = None, place
@@ -85,7 +85,7 @@ def decide(
     unread, pooled = torch.zeros_like(mask), (0,) * len(counts)
     if tower.context:
         pooled = tuple(tower.pooled(high * wide, n) for (high, wide), n in zip(view.grids, counts, strict=True))
-        groups, gone = torch.tensor(pooled, device=there.device), there & ~mask
+        groups, gone = upload(pooled, there.device), there & ~mask
         into = in_stretches(gone, groups)
         unread = unread.scatter(1, into, gone & (groups > 0)[:, None])
         counts = tuple(map(sum, zip(counts, pooled, strict=True)))

@@ -21,6 +21,7 @@ from duet_vlm.flow.tower.choice import choose
 from duet_vlm.flow.tower.limits import recomputes, runs_again, takes_bias, weighing
 from duet_vlm.flow.tower.units import content_first, frames_before, in_cells, in_patches, stages_of
 from duet_vlm.models.adapter import Adapter, Blocks
+from duet_vlm.ops.ragged import upload
 from duet_vlm.parts import left_in_tower
 from duet_vlm.tower import TowerReducer
 
@@ -108,7 +109,7 @@ class TowerFlow:
         cells = in_cells(torch.arange(high * wide, device=device).view(high, wide), cell)
         rows = call.patches.flatten(2).transpose(1, 2)
         real = self.adapter.real_patches(call.encoding, pictures)
-        real = torch.ones(rows.shape[:2], dtype=torch.bool, device=device) if real is None else real.to(device)
+        real = torch.ones(rows.shape[:2], dtype=torch.bool, device=device) if real is None else upload(real, device)
         real = real[:, cells]
         if self.adapter.shows_padding:  # then the last token of a picture is one, padding or not
             real[:, -1] = True

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from duet_vlm.flow.call import EncoderCall
 from duet_vlm.flow.verify import checked_counts
+from duet_vlm.ops.ragged import upload
 from duet_vlm.tower import TowerReducer
 
 
@@ -34,7 +35,7 @@ def frames_before(call: EncoderCall, spans: Sequence[Sequence[int]]) -> tuple[in
 
 def content_first(there: Tensor, content: Tensor, counts: Sequence[int]) -> Tensor:
     """[P, U] bool: what can be chosen of the units that are ``there``: those with ``content``; all, where these are fewer than ``counts``."""
-    enough = content.sum(1) >= torch.tensor(counts, device=content.device)
+    enough = content.sum(1) >= upload(counts, content.device)
     return torch.where(enough[:, None], content, there)
 
 
