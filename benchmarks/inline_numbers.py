@@ -242,8 +242,8 @@ def regained(config: str, run: str) -> str:
 NUMBERS: dict[str, Callable[..., str]] = {
     each.__name__: each
     for each in (
-        kept, whole, gap, lead, asked, place, untold, most_above, changed, settings, flops, needed, wide, tokens, first_token, compiled, towers_met, step_beyond,
-        overhead, tower_first, methods, compared, regained,
+        kept, whole, gap, lead, asked, place, untold, most_above, changed, settings, flops, needed, wide, tokens, first_token, compiled,
+        towers_met, step_beyond, overhead, tower_first, methods, compared, regained,
     )
 }  # fmt: skip
 

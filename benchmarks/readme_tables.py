@@ -157,13 +157,13 @@ def gains() -> str:
     shape, rounds = json.loads((HERE / Path(found["model"]).name).read_text()), full["pairs"]
     decoder, vision = shape["text_config"], shape["vision_config"]
     spread = "95 % intervals" if rounds >= 6 else f"the lowest and the highest of {rounds} rounds"  # fewer cannot carry an interval of 95 %
-    other = " and ".join(inline_numbers.first_token(source) for source in ("prefill", "tower"))
+    other = ", ".join(inline_numbers.first_token(source) for source in ("prefill", "tower"))
     note = _filled(
         f"**Not yet measured on a GPU.** {made['threads']} CPU threads, {made['dtype']}, {made['attention']}, batch of {full['batch']}. "
-        f"Random weights: a decoder of {decoder['num_hidden_layers']} layers x {decoder['hidden_size']}, a tower of "
+        f"Random weights: decoder of {decoder['num_hidden_layers']} layers x {decoder['hidden_size']}, tower of "
         f"{vision['num_hidden_layers']} x {vision['hidden_size']}; {full['text']} tokens besides the image. Times include the tower. "
-        f"Brackets hold {spread} (in the tower: one thread, 95 %). Peak memory: of the prompt. "
-        f"First token at {_spaced(BUDGETS[-1])}: two other measurements have {other}, FLOPs allow {inline_numbers.first_token('flops')}."
+        f"Brackets hold {spread} (in the tower: one thread, 95 %). Peak: of the prompt. "
+        f"First token at {_spaced(BUDGETS[-1])} also: {other}; by FLOPs {inline_numbers.first_token('flops')}."
     )
     head = ["", f"all {full['tokens']} visual tokens", *(f"`{METHOD}` at {_spaced(budget)}" for budget in BUDGETS)]
     return f"{markdown.table(head, lines)}\n\n{note}"

