@@ -56,10 +56,10 @@ test-video: $(VIDEO)/.installed  ## stock video processors on real clips, README
 test-torchao: $(TORCHAO)/.installed  ## models quantised by torchao; own environment, because transformers loads torchao wherever it finds it, with warnings
 	@$(ONE_THREAD) $(TORCHAO)/bin/python -m pytest -q tests/test_works_with.py -k torchao
 
-test-browser: $(BROWSER)  ## the page of a report and that of duet-vlm app, in a real Chromium without a window
+test-browser: $(BROWSER)  ## the page of a report, that of duet-vlm app and scripts of the site, in a real Chromium without a window
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ echo "needs Chromium: apt-get install chromium, or set CHROMIUM to the path of one"; exit 1; }
-	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_report_browser.py tests/test_app_browser.py
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_report_browser.py tests/test_app_browser.py tests/test_site.py -k browser
 
 pictures: $(BROWSER)  ## report of the committed results in out/report, pictures of it and of duet-vlm app in docs/images
 	@$(ONE_THREAD) $(BIN)/duet-vlm report $(wildcard comparison/*/results/methods.json) --out out/report

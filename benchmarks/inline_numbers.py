@@ -19,7 +19,7 @@ import training_tables
 import duet_vlm
 from duet_vlm.evaluate.report import columns
 from duet_vlm.evaluate.results import load
-from duet_vlm.evaluate.statistics import difference_interval
+from duet_vlm.evaluate.statistics import resampled
 from duet_vlm.spelling import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +235,7 @@ def regained(config: str, run: str) -> str:
     ours, free = (training_tables.hits(name, run, common) for name in (config, "full-in-tower"))
     if ours is None or free is None:
         raise NumberError(f"no run {run!r} of {config} under comparison/training")
-    interval = columns.span(difference_interval(ours.mean(0), free.mean(0)), columns.points)
+    interval = columns.span(resampled((ours.mean(0), free.mean(0)), lambda a, b, axis: a.mean(axis) - b.mean(axis)), columns.points)
     return f"{100 * (ours.mean() - free.mean()):.1f} points (95 %: {interval})"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from duet_vlm.evaluate.report.markdown import table
 from duet_vlm.evaluate.results import load, unpack
-from duet_vlm.evaluate.statistics import difference_interval, kept_interval
+from duet_vlm.evaluate.statistics import resampled
 from duet_vlm.evaluate.tasks import accepted
 
 HOME = Path(__file__).resolve().parent.parent / "comparison" / "training"
@@ -98,7 +98,7 @@ def kept(method: str) -> str:
 
 
 def _kept(ours: np.ndarray, full: np.ndarray) -> str:
-    low, high = kept_interval(ours.mean(0), full.mean(0)) or (0.0, 0.0)
+    low, high = resampled((ours.mean(0), full.mean(0)), lambda a, b, axis: a.mean(axis) / np.maximum(b.mean(axis), 1e-12))
     return f"{100 * ours.mean() / full.mean():.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
@@ -109,7 +109,7 @@ def gained(method: str) -> str:
 
 
 def _gain(ours: np.ndarray, free: np.ndarray) -> str:
-    low, high = difference_interval(ours.mean(0), free.mean(0))
+    low, high = resampled((ours.mean(0), free.mean(0)), lambda a, b, axis: a.mean(axis) - b.mean(axis))
     mark = " ▲" if low > 0 else " ▼" if high < 0 else ""
     return f"{100 * (ours.mean() - free.mean()):+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){mark}"
 

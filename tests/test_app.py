@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import socket
 import subprocess
@@ -152,6 +153,18 @@ def test_at_the_entry_it_is_the_picture_of_viz() -> None:
     sheet, entry = np.asarray(draw(picture, one, size=4 * CELL)), np.asarray(at_depth(picture, one, 0, size=4 * CELL).picture)
     found = np.lib.stride_tricks.sliding_window_view(sheet, entry.shape)[:, :, 0]
     assert any((window == entry).all() for row in found for window in row)
+
+
+def test_the_first_depth_at_which_something_is_gone() -> None:
+    grey = Image.new("RGB", (80, 40), GREY)
+    span, entry = Span(0, 0, 8, (2, 4)), StageTrace(0, tuple(range(8)), ())
+    late = SpanTrace(span, {}, (entry, StageTrace(3, (0, 1), (2, 3, 4, 5, 6, 7))))
+    merged = SpanTrace(span, {}, (entry, StageTrace(5, tuple(range(7)), (), {0: (7,)})))
+    never = SpanTrace(span, {}, (entry,))
+    of = {"story": [story()], "late": [late], "merged": [merged], "never": [never], "two": [late, merged]}
+    strips = {name: tuple(Strip(grey, trace, []) for trace in traces) for name, traces in of.items()}
+    found = {name: Walk(each, 12).first_loss for name, each in strips.items()}
+    assert found == {"story": 0, "late": 3, "merged": 5, "never": 0, "two": 3}
 
 
 def clip_walk(apart: bool) -> Walk:
@@ -350,11 +363,11 @@ def test_every_family_answers_and_shows_its_depth(name: str) -> None:
 
 def test_tokens_without_a_grid_are_an_error_in_words(shown: Shown) -> None:
     bare = SpanTrace(Span(0, 0, 7), {}, (StageTrace(0, (0,), (1, 2, 3, 4, 5, 6)),))
-    way = walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare], [[]], "", 1.0, 7, 4))
+    way = walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare], [[]], "", 1.0, 7, 4, 1.0))
     with pytest.raises(ValueError, match="the 7 tokens of this image form no grid"):
         way.at(0)
     with pytest.raises(ValueError, match="what was shown makes 2 spans"):
-        walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare, bare], [[], []], "", 1.0, 7, 4))
+        walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare, bare], [[], []], "", 1.0, 7, 4, 1.0))
 
 
 # ---- controls
@@ -420,6 +433,48 @@ def test_what_the_model_cannot_run_is_said_with_the_method(asked: Asked, words: 
     with pytest.raises((ValueError, TypeError)) as error:
         Side(loaded, asked, shown, QUESTION)
     assert sentence(error.value).startswith(words) and "\n" not in sentence(error.value)
+
+
+@pytest.mark.parametrize("method", ["d2pruner", "fitprune", "vqtoken", "quecc", "resampler", "visionzip+d2pruner", "resampler+fastv"])
+@pytest.mark.parametrize("there", [True, False])
+def test_visitors_name_no_files(method: str, there: bool, tmp_path: Path) -> None:
+    """Not even to be told whether a file is there; whoever starts the page may name one, which visitors may then leave where it is."""
+    names = [name for name in duet_vlm.get(method).__dataclass_fields__ if name.endswith(("prior", "table", "weights"))]
+    file = tmp_path / "some.json"
+    if there:
+        file.write_text("{}")
+    for name in names:
+        wanted = Controls(method, "", settings=f"{name}={file}")
+        with pytest.raises(ValueError, match=f"setting {name}: the page opens no files"):
+            wanted.read()
+        with pytest.raises(ValueError, match=f"setting {name}: the page opens no files"):
+            wanted.read({name: str(tmp_path / "other.json")})
+        assert wanted.files == {name: str(file)} and wanted.read(wanted.files).settings == {name: str(file)}
+        assert Controls(method, "", settings=f"{name}=None").read().settings == {name: None}
+    assert names
+
+
+def test_every_setting_that_a_method_opens_is_known_to_be_a_file(tmp_path: Path, loaded: Loaded) -> None:
+    """Python itself says what is opened when each text setting of each method is a path."""
+    path = str(tmp_path / "opened.json")
+    Path(path).write_text("{}")
+    opened_, listening = set(), True
+
+    def hear(event: str, words: tuple[Any, ...]) -> None:
+        if listening and event == "open" and words[0] is not None and str(words[0]).startswith(path):
+            opened_.add(setting)
+
+    sys.addaudithook(hear)
+    marked = set()
+    for method, cls in duet_vlm.methods().items():
+        for name, field in cls.__dataclass_fields__.items():
+            marked |= {(method, name)} if field.metadata.get("file") else set()
+            if "str" in str(field.type):
+                setting = (method, name)
+                with contextlib.suppress(ValueError, TypeError), attach(same_weights(loaded.model), method, budget=64, **{name: path}):
+                    pass
+    listening = False
+    assert opened_ and opened_ <= marked and {method for method, _ in marked} >= {"d2pruner", "fitprune", "quecc", "resampler", "vqtoken"}
 
 
 def test_the_page_opens_with_what_the_command_line_says() -> None:

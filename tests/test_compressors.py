@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import duet_vlm
 from duet_vlm import VisionView
@@ -232,6 +233,85 @@ def test_gradients_reach_the_module_and_what_else_learns(method: str, family: st
         assert tower and all((weight.grad is None or not weight.grad.any()) == frozen for weight in tower)
 
 
+def slope(model: nn.Module, inputs: dict[str, Any], weights: list[Tensor], directions: list[Tensor]) -> float:
+    """How fast the loss rises along ``directions``: central differences at two steps, extrapolated to none."""
+
+    def difference(step: float) -> float:
+        made = []
+        with torch.no_grad():
+            for sign in (step, -step):
+                for weight, direction in zip(weights, directions, strict=True):
+                    weight.add_(direction, alpha=sign)
+                made.append(float(model(**inputs).loss))
+                for weight, direction in zip(weights, directions, strict=True):
+                    weight.sub_(direction, alpha=sign)
+        return (made[0] - made[1]) / (2 * step)
+
+    near, far = difference(4e-4), difference(12e-4)
+    return near + (near - far) / 8
+
+
+def question_and_answer(family: str) -> dict[str, Any]:
+    inputs = FAMILIES[family].inputs([ONE, TWO], "right")
+    return inputs | {"labels": inputs["input_ids"].where(torch.arange(inputs["input_ids"].shape[1]) >= inputs["input_ids"].shape[1] - 4, -100)}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", pytest.param("llava_next", marks=pytest.mark.slow), "qwen3_vl", "internvl"])
+def test_the_gradient_is_the_slope_of_the_loss(family: str) -> None:
+    """Also through the tower's layers that the module reads, and through the decoder's reading of the question."""
+    model, inputs = build(family).train(), question_and_answer(family)
+    with duet_vlm.attach(model, "quecc", keep=0.4, kernel=2) as handle:
+        model(**inputs).loss.backward()
+        for part in (handle.adapter.tower(), handle.adapter.text_model, handle.adapter.projector(), handle.module):
+            weights = [weight for weight in part.parameters() if weight.grad is not None and weight.ndim > 1]  # type: ignore[union-attr]
+            directions = [normal(number, *weight.shape) * weight.detach().std() for number, weight in enumerate(weights)]
+            analytic = sum(float((weight.grad * way).sum()) for weight, way in zip(weights, directions, strict=True))  # type: ignore[operator]
+            assert analytic == pytest.approx(slope(model, inputs, weights, directions), rel=0.03, abs=0.01), type(part).__name__
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_checkpointing_changes_no_gradient_of_what_the_module_reads(family: str) -> None:
+    model, inputs = build(family).train(), question_and_answer(family)
+
+    def gradients() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    with duet_vlm.attach(model, "quecc", keep=0.4, kernel=2) as handle:
+        expected = gradients()
+        assert not any(weight.grad is None for weight in handle.module.parameters())  # type: ignore[union-attr]
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        found = gradients()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+        for trained in (True, False):  # the tower; of what is used several times the sum has another order
+            handle.adapter.tower().requires_grad_(trained)
+            found = gradients()
+            assert (found.keys() == expected.keys()) == trained
+            for name, grad in found.items():
+                torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-5, msg=name)
+    model.gradient_checkpointing_disable()
+
+
+def test_a_tower_that_runs_without_its_gradient_is_refused() -> None:
+    """Re-entrant checkpointing around the whole tower runs its layers under no_grad."""
+    model, inputs = build("llava").train(), question_and_answer("llava")
+    tower = model.model.vision_tower
+    plain = tower.forward
+
+    def forward(pixels: Tensor, **options: Any) -> Any:
+        return checkpoint(lambda rows: plain(rows, **options), pixels.requires_grad_(), use_reentrant=True)
+
+    tower.forward = forward
+    with duet_vlm.attach(model, "quecc", keep=0.4):
+        with pytest.raises(ValueError, match=r"quecc reads layers of the vision tower, .* checkpointing loses: .*freeze the tower"):
+            model(**inputs)
+        with torch.no_grad():
+            model(**inputs)
+
+
 def test_ranks_wait_for_no_gradient() -> None:
     """A batch without pictures gives every weight a gradient of zero."""
     module = nn.Linear(3, 2)
@@ -410,6 +490,94 @@ def test_a_question_that_is_not_there_is_asked_for() -> None:
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([TWO])
     with duet_vlm.attach(model, "quecc", keep=0.4), pytest.raises(ValueError, match="quecc chooses by the question"):
         model.get_image_features(inputs["pixel_values"])
+
+
+# ---- beside PEFT, in either order
+
+TARGETS = (r".*language_model.*\.(q_proj|v_proj)", ["q_proj", "v_proj"], "all-linear")
+FROZEN = "all weights of its own module are frozen .* and untrained"
+
+
+def adapted(model: nn.Module, target: Any, **options: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=target, init_lora_weights=False, **options))
+
+
+def one_step(model: nn.Module) -> dict[str, Tensor]:
+    """What learns, behind a step of SGD."""
+    weights = {name.rpartition("base_model.model.")[2]: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    model.train()
+    model(**question_and_answer("llava")).loss.backward()
+    torch.optim.SGD(weights.values(), lr=0.1).step()
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=["expression", "names", "all-linear"])
+@pytest.mark.parametrize("method", OWN)
+def test_peft_in_either_order_trains_the_same(method: str, target: Any, tmp_path: Path) -> None:
+    """Adapters go into the layers of the model, whatever the module calls its own, and its file is one that attach loads."""
+    behind = adapted(build("llava"), target)
+    stock = {name.rpartition("base_model.model.")[2] for name, weight in behind.named_parameters() if weight.requires_grad}
+    with duet_vlm.attach(behind, method, **opened(method)):
+        expected = one_step(behind)
+    core = build("llava")
+    handle = duet_vlm.attach(core, method, **opened(method))
+    model = adapted(core, target)
+    new = {name: weight.detach().clone() for name, weight in handle.module.named_parameters()}  # type: ignore[union-attr]
+    handle.module.requires_grad_(True)  # type: ignore[union-attr]
+    found = one_step(model)
+    own = {name for name in found if "duet_vlm_module" in name}
+    assert found.keys() - own == stock and len(own) == len(new)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    learned = load_file(handle.save_weights(tmp_path / "w.safetensors"))
+    assert learned.keys() == new.keys() and any(not torch.equal(learned[name], new[name]) for name in new)
+    handle.detach()
+    with duet_vlm.attach(build("llava"), method, weights=str(tmp_path / "w.safetensors"), **opened(method)) as again:
+        assert all(torch.equal(weight, learned[name]) for name, weight in again.module.state_dict().items())  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("method", OWN)
+def test_a_module_that_was_frozen_before_it_learned_is_refused(method: str, tmp_path: Path) -> None:
+    model, inputs = build("llava"), question_and_answer("llava")
+    handle = duet_vlm.attach(model, method, **opened(method))
+    with pytest.raises(TypeError, match="leave it out of modules_to_save"):
+        adapted(model, TARGETS[0], modules_to_save=["duet_vlm_module"])
+    handle.detach()
+    model = build("llava")
+    handle = duet_vlm.attach(model, method, **opened(method))
+    model = adapted(model, TARGETS[0]).train()
+    with pytest.raises(ValueError, match=f"{method}: {FROZEN}, so the model would learn to read random rows: attach behind"):
+        model(**inputs)
+    with pytest.raises(ValueError, match=f"{method}: {FROZEN}, so there is nothing to save"):
+        handle.save_weights(tmp_path / "w.safetensors")
+    assert not list(tmp_path.iterdir())
+    with torch.no_grad():
+        model(**inputs)  # asking is no training
+        model.eval()
+    model(**inputs)
+    handle.module.requires_grad_(True)  # type: ignore[union-attr]
+    one_step(model)
+    handle.module.requires_grad_(False)  # type: ignore[union-attr]
+    handle.save_weights(tmp_path / "w.safetensors")  # it has learned
+    handle.detach()
+
+
+def test_a_trained_module_may_stay_as_it_is(tmp_path: Path) -> None:
+    with duet_vlm.attach(shared("llava"), "resampler", keep=0.4, seed=4) as handle:
+        file = str(handle.save_weights(tmp_path / "w.safetensors"))
+    core = build("llava")
+    handle = duet_vlm.attach(core, "resampler", keep=0.4, weights=file)
+    model = adapted(core, TARGETS[0])
+    with pytest.warns(UserWarning, match="resampler: all weights of its own module are frozen .*, so they stay as they are"):
+        one_step(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_step(model)  # said once
+    with pytest.raises(ValueError, match=r"resampler: layers of its module were replaced .*out.bias"):
+        handle.module.out = nn.Sequential(handle.module.out)  # type: ignore[union-attr, assignment]
+        handle.save_weights(tmp_path / "other.safetensors")
+    handle.detach()
 
 
 # ---- VQToken's forms

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import math
 import re
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cases import OFFICIAL
-from families import FAMILIES, IMAGE, MIXED, ONE, PAD, TEXT, TWO, build, forward, generate, shared
+from families import FAMILIES, IMAGE, MIXED, ONE, PAD, TEXT, TWO, Picture, build, forward, generate, shared
 from test_detach import snapshot
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -486,3 +488,69 @@ def test_two_models_that_share_a_tower() -> None:
 def test_what_is_no_processor_is_refused_whatever_asks_for_one(method: str, processor: Any) -> None:
     with pytest.raises(TypeError, match=r"processor= must be the model's processor \(with a tokenizer\), got (str|int)"):
         duet_vlm.attach(shared("llava"), method, budget=0.3, processor=processor)
+
+
+@pytest.mark.parametrize("how", ["model.compile", "torch.compile", "decoder", "paused"])
+def test_models_that_are_compiled_while_attached(how: str) -> None:
+    """The first prompt is refused, not the second of another length; and nothing is left behind."""
+    model, made = build("llava"), FAMILIES["llava"]
+    prompts: list[Any] = [made.inputs([(1, 5, Picture(1, 4, 5), 7, 8)]), made.inputs([(1, Picture(2, 3, 4), 11, 12, 13, 14, 15)])]
+    plain = [forward(model, inputs).logits for inputs in prompts]
+    torch._dynamo.reset()
+    with duet_vlm.attach(model, "duet", budget=0.4) as handle, handle.paused() if how == "paused" else contextlib.nullcontext():
+        run = torch.compile(model, backend="eager") if how == "torch.compile" else model
+        if how != "torch.compile":
+            (made.text(model) if how == "decoder" else model).compile(backend="eager")
+        for inputs in prompts:
+            message = "is compiled as a whole while a reducer is attached, .* compile the decoder layers instead .* or detach"
+            with torch.no_grad(), pytest.raises(ValueError, match=message):
+                run(**inputs)
+    with torch.no_grad():
+        for inputs, logits in zip(prompts[:1], plain, strict=False):
+            torch.testing.assert_close(run(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("method", ["duet", "fastv", "contrast+duet_plus"])
+@pytest.mark.parametrize("how", ["forward", "features", "paused", "generate"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_model_that_is_called_from_inside_its_own_tower(name: str, how: str, method: str) -> None:
+    """One error says so, whatever the hook calls; text, and a call from a hook of the decoder, are right."""
+    model, inputs = build(name), FAMILIES[name].inputs([ONE])
+    others, text = FAMILIES[name].inputs([TWO]), {"input_ids": torch.tensor([[5, 6, 7]])}
+    plain, said = forward(model, text).logits, []
+    with duet_vlm.attach(model, method, budget=0.5) as handle:
+        expected, nested = forward(model, inputs).logits, forward(model, others).logits
+
+        def again() -> None:
+            if how == "forward":
+                said.append(model(**others).logits)
+            elif how == "features":
+                model.model.get_image_features(**{k: v for k, v in others.items() if k in ("pixel_values", "image_grid_thw")})
+            elif how == "generate":
+                model.generate(**others, max_new_tokens=1)
+            else:
+                with handle.paused():
+                    model(**others)
+
+        blocks = handle.adapter.vision_attention(None)
+        calling: list[int] = []
+
+        def hook(*_: Any, call: Any) -> None:
+            if not calling:
+                calling.append(1)
+                try:
+                    call()
+                finally:
+                    calling.clear()
+
+        taken = blocks.register_forward_hook(functools.partial(hook, call=again))
+        with torch.no_grad(), pytest.raises(RuntimeError, match="was called with pictures from inside its own vision tower"):
+            model(**inputs)
+        taken.remove()
+        taken = blocks.register_forward_hook(functools.partial(hook, call=lambda: said.append(model(**text).logits)))
+        assert torch.equal(forward(model, inputs).logits, expected) and torch.equal(said.pop(), plain)
+        taken.remove()
+        if how == "forward":
+            taken = handle.adapter.layers[3].register_forward_hook(functools.partial(hook, call=again))
+            assert torch.equal(forward(model, inputs).logits, expected) and torch.equal(said.pop(), nested)
+            taken.remove()

@@ -31,6 +31,7 @@ from duet_vlm.evaluate.run import batches, run_experiment
 from duet_vlm.evaluate.screen import show
 from duet_vlm.evaluate.shared import SharedVision
 from duet_vlm.evaluate.source import Source, source
+from duet_vlm.evaluate.summary import restated
 from duet_vlm.evaluate.tasks import Question, right, task
 from duet_vlm.loading import Loaded
 
@@ -592,13 +593,95 @@ def test_tasks_say_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_intervals_of_a_mean() -> None:
-    """Against the normal approximation, which is good at 2,000 questions."""
+    """Against the normal approximation, which is good at 2,000 questions; and where it is not, the score test: the edges are the shares that
+    differ from what was seen by 1.96 of their own standard deviations."""
     hits = np.arange(2000) % 5 != 0
-    low, high = statistics.mean_interval(hits)
     half = 1.96 * math.sqrt(0.8 * 0.2 / 2000)
-    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half), abs=0.003)
-    assert statistics.mean_interval(hits) == (low, high)
-    assert statistics.mean_interval(np.ones(50, bool)) == (1, 1)
+    assert statistics.mean_interval(hits) == pytest.approx((0.8 - half, 0.8 + half), abs=0.001)
+    for right_, count in ((50, 50), (0, 50), (1, 9), (199, 200)):
+        seen, (low, high) = right_ / count, statistics.mean_interval(np.arange(count) < right_)
+        assert 0 <= low < high <= 1 and high - low > 0.01
+        for edge in {low, high} - {seen}:
+            assert abs(seen - edge) / math.sqrt(edge * (1 - edge) / count) == pytest.approx(1.95996, abs=1e-4)
+
+
+def paired(both: int, won: int, lost: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    """Answers of a run and of the full model, of so many questions of each sort."""
+    return tuple(np.repeat(answers, (both, won, lost, neither)) for answers in ([True, True, False, False], [True, False, True, False]))  # type: ignore[return-value]
+
+
+COUNTS = [(90, 0, 0, 10), (190, 0, 2, 8), (60, 3, 9, 28), (5, 1, 0, 2), (0, 4, 3, 3), (20, 0, 20, 0), (0, 0, 7, 3), (1, 0, 0, 0), (300, 30, 20, 50)]
+
+
+def score(both: int, won: int, lost: int, neither: int, slope: float, offset: float) -> float:
+    """How many standard deviations the seen counts are from the hypothesis accuracy = slope * full + offset, slowly: the likeliest shares of the
+    four sorts of questions under it are searched on a grid that is made finer and finer."""
+    count = both + won + lost + neither
+    mean = (both + won) / count - slope * (both + lost) / count - offset
+
+    def shares(b: np.ndarray, lo: np.ndarray) -> tuple[np.ndarray, ...]:
+        w = slope * (b + lo) + offset - b
+        return b, w, lo, 1 - b - w - lo
+
+    (low_b, high_b), (low_l, high_l) = (0.0, 1.0), (0.0, 1.0)
+    for _ in range(40):
+        b, lo = np.meshgrid(np.linspace(low_b, high_b, 41), np.linspace(low_l, high_l, 41))
+        found = shares(b, lo)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            likely = sum(n * np.log(np.maximum(p, 0)) if n else 0 * p for n, p in zip((both, won, lost, neither), found, strict=True))
+        likely = np.where(np.min(found, axis=0) < -1e-12, -np.inf, likely)
+        place = np.unravel_index(np.argmax(likely), likely.shape)
+        step_b, step_l = (high_b - low_b) / 8, (high_l - low_l) / 8
+        low_b, high_b = max(0, b[place] - step_b), min(1, b[place] + step_b)
+        low_l, high_l = max(0, lo[place] - step_l), min(1, lo[place] + step_l)
+    b, w, lo, _ = (float(share[place]) for share in found)
+    # per question the run's answer less slope times the full model's: 1 - slope, 1, -slope or 0
+    variance = (b * (1 - slope) ** 2 + w + lo * slope**2 - offset**2) / count
+    return abs(mean) / math.sqrt(variance)
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_the_edges_of_paired_intervals_are_those_of_the_score_test(counts: tuple[int, int, int, int]) -> None:
+    """An edge is 1.96 standard deviations from what was seen, or the end of what there is."""
+    hits, full = paired(*counts)
+    seen = hits.mean() - full.mean()
+    low, high = statistics.difference_interval(hits, full)
+    assert -1 <= low <= seen <= high <= 1 and low < high
+    for edge in {low, high} - {-1.0, 1.0}:
+        assert score(*counts, slope=1.0, offset=edge) == pytest.approx(1.95996, abs=2e-3)
+    low, high = statistics.kept_interval(hits, full) or (0.0, 0.0)
+    assert 0 <= low <= hits.mean() / full.mean() <= high < math.inf and low < high
+    for edge in {low, high} - {0.0}:
+        assert score(*counts, slope=edge, offset=0.0) == pytest.approx(1.95996, abs=2e-3)
+
+
+def test_turned_round_a_difference_changes_its_sign() -> None:
+    for counts in COUNTS:
+        hits, full = paired(*counts)
+        low, high = statistics.difference_interval(hits, full)
+        assert statistics.difference_interval(full, hits) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize(
+    ("questions", "lost", "won"),
+    [(600, 0.003, 0), (200, 0.01, 0), (200, 0.01, 0.005), (100, 0.02, 0.01), (33, 0.03, 0.02), (33, 0.1, 0.05), (200, 0.03, 0.01), (600, 0.03, 0.02),
+     (200, 0.0008, 0), (100, 0, 0.01), (1920, 0.001, 0.0005), (100, 0.3, 0.02)],
+)  # fmt: skip
+@pytest.mark.parametrize("right_", [0.95, 0.6])
+def test_95_percent_is_what_paired_intervals_hold(questions: int, lost: float, won: float, right_: float) -> None:
+    """2,000 experiments with a known truth, few answers of which differ: a percentile bootstrap holds it in 64 to 87 % of the first five."""
+    rng = np.random.default_rng(7)
+    found = rng.multinomial(questions, [right_ - lost, won, lost, 1 - right_ - won], size=2000)
+    seen, times = np.unique(found, axis=0, return_counts=True)
+    kept = difference = 0
+    for counts, count in zip(seen, times, strict=True):
+        hits, full = paired(*counts)
+        low, high = statistics.difference_interval(hits, full)
+        difference += count * (low <= won - lost <= high)
+        low, high = statistics.kept_interval(hits, full) or (0.0, 0.0)
+        kept += count * (low <= (right_ - lost + won) / right_ <= high)
+        assert low < high  # something may always be there
+    assert min(kept, difference) / 2000 > 0.92, (kept / 2000, difference / 2000)
 
 
 def test_pairing_is_what_makes_an_interval_narrow() -> None:
@@ -613,8 +696,17 @@ def test_pairing_is_what_makes_an_interval_narrow() -> None:
     assert (low, high) == pytest.approx((-lost - half, -lost + half), abs=0.001)
     share = statistics.kept_interval(other, full)
     assert share is not None and share[1] - share[0] < 0.02
-    assert statistics.kept_interval(full, full) == (1, 1)
     assert statistics.kept_interval(full, np.zeros_like(full)) is None
+    with pytest.raises(TypeError, match="give answers as bool"):
+        statistics.kept_interval(other.astype(float), full)
+
+
+def test_means_over_several_models_are_resampled() -> None:
+    rng = np.random.default_rng(0)
+    ours, full = rng.random((2, 400))
+    low, high = statistics.resampled((ours, full), lambda a, b, axis: a.mean(axis) - b.mean(axis))
+    half = 1.96 * np.std(ours - full) / 20
+    assert (low, high) == pytest.approx(((ours - full).mean() - half, (ours - full).mean() + half), abs=0.006)
 
 
 @pytest.mark.parametrize(("wins", "losses"), [(0, 0), (3, 9), (5, 5), (0, 12), (40, 61)])
@@ -806,3 +898,70 @@ def test_a_finished_result_is_kept(tmp_path: Path) -> None:
     assert other.exit_code == 2 and "holds another experiment" in other.stderr and file.read_text() == text
     assert run_cli(*words, "--restart").exit_code == 0
     assert load(file)["questions"]["count"] == 3
+
+
+# ---- questions and pictures that change meanwhile
+
+
+def asked_anew(folder: Path, **changes: Any) -> Path:
+    """Six questions about bitmaps, which are of one size in bytes whatever they show; by number of the question what is changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(6):
+        item = tiny.sample("test", changes.get("pictures", 0) + number, 5)
+        item.image.save(folder / f"{number}.bmp")
+    lines = [{"image": f"{number}.bmp", "question": "what is this ?", "answer": changes.get("answer", "red")} for number in range(6)]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "mine.jsonl"
+
+
+def ask_file(file: Path, out: Path, *more: str) -> Any:
+    words = ["eval", "--tasks", str(file), "--methods", "uniform", "--budgets", "0.11", "--limit", "all", "--batch", "2", "--timing-rounds", "0"]
+    return CliRunner().invoke(app, [*words, "--workers", "1", "--device", "cpu", "--out", str(out), *more])
+
+
+@pytest.mark.parametrize("changes", [{"answer": "blue"}, {"pictures": 50}])
+def test_a_killed_run_does_not_go_on_with_other_questions_or_pictures(changes: dict[str, Any], tmp_path: Path, killed: list[int]) -> None:
+    file = asked_anew(tmp_path / "data")
+    assert ask_file(file, tmp_path / "out").exit_code == 130
+    killed.clear()
+    asked_anew(tmp_path / "data", **changes)
+    refused = ask_file(file, tmp_path / "out")
+    assert refused.exit_code == 2 and "different contents of questions and pictures" in refused.stderr and "--restart" in refused.stderr
+    asked_anew(tmp_path / "data")  # as they were: it goes on
+    assert ask_file(file, tmp_path / "out").exit_code == 0
+    text = (tmp_path / "out/mine/results/eval.json").read_text()
+    again = ask_file(file, tmp_path / "out")
+    assert again.exit_code == 0 and "finished already" in again.stdout
+    asked_anew(tmp_path / "data", **changes)
+    refused = ask_file(file, tmp_path / "out")
+    assert refused.exit_code == 2 and "answers to other questions or pictures" in refused.stderr
+    assert (tmp_path / "out/mine/results/eval.json").read_text() == text
+    assert ask_file(file, tmp_path / "out", "--restart").exit_code == 0
+
+
+def test_a_digest_is_of_contents_alone(tmp_path: Path) -> None:
+    """Not of folders, times or blanks; and of no more questions than are asked."""
+    here, there = task(str(asked_anew(tmp_path / "a"))), task(str(asked_anew(tmp_path / "b")))
+    assert here.digest(6) == there.digest(6) != here.digest(5)
+    file = tmp_path / "b/mine.jsonl"
+    file.write_text("\n" + file.read_text().replace(", ", ",  "))
+    os.utime(tmp_path / "b/0.bmp", (1, 1))
+    assert task(str(file)).digest(6) == here.digest(6)
+    (tmp_path / "b/5.bmp").write_bytes((tmp_path / "b/4.bmp").read_bytes())
+    assert task(str(file)).digest(6) != here.digest(6) and task(str(file)).digest(5) == here.digest(5)
+    assert task("tiny").digest(6) is None
+
+
+def test_the_statistics_of_committed_results_are_those_of_their_answers() -> None:
+    """What ``benchmarks/restate.py`` would write is what is there, of the three smallest files."""
+    for path in sorted((Path(__file__).parent.parent / "comparison").glob("*/results/*.json"), key=lambda path: path.stat().st_size)[:3]:
+        assert json.loads(json.dumps(restated(load(path)))) == load(path), path
+
+
+def test_the_full_model_keeps_all_of_itself() -> None:
+    """Whatever the questions: that is no estimate."""
+    path = Path(__file__).parent.parent / "comparison/tiny-page/results/methods.json"
+    full, *others = restated(load(path))["runs"]
+    assert full["kept_interval"] == (1.0, 1.0) == full["kinds"][next(iter(full["kinds"]))]["kept_interval"]
+    widths = [high - low for row in others if row["status"] == "ok" for low, high in [row["kept_interval"]]]
+    assert widths and min(widths) > 0.01

@@ -199,3 +199,33 @@ def test_each_process_of_a_machine_has_a_gpu_of_its_own() -> None:
     for wrong in ({"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "many"}):
         with pytest.raises(ValueError, match="RANK=.*WORLD_SIZE=.*from 0 to WORLD_SIZE - 1"):
             Place.here(wrong)
+
+
+# ---- prompts and pictures that change meanwhile
+
+
+def bitmaps(folder: Path, first: int = 0) -> Path:
+    """Six pictures, which are of one size in bytes whatever they show."""
+    folder.mkdir(exist_ok=True)
+    for number in range(6):
+        tiny.sample("test", first + number, 5).image.save(folder / f"{number}.bmp")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["folder", "lines"])
+def test_answers_do_not_mix_pictures_of_two_times(kind: str, tmp_path: Path, killed: list[int]) -> None:
+    folder, out = bitmaps(tmp_path / "data"), tmp_path / "answers.jsonl"
+    lines = [{"image": f"data/{number}.bmp", "question": "what is this ?"} for number in range(6)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    data, more = (folder, ["--prompt", "what is this ?"]) if kind == "folder" else (tmp_path / "asked.jsonl", [])
+    assert call(data, out, *more).exit_code == 130
+    killed.clear()
+    bitmaps(folder, first=50)
+    for _ in range(2):
+        refused = call(data, out, *more)
+        assert refused.exit_code == 2 and "different contents of questions and pictures" in refused.stderr and not out.exists()
+    bitmaps(folder)
+    assert call(data, out, *more).exit_code == 0 and len(rows(out)) == 6
+    bitmaps(folder, first=50)
+    assert "different contents" in call(data, out, *more).stderr  # it is finished, with what was there
+    assert call(data, out, *more, "--restart").exit_code == 0

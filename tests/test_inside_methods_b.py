@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import twins
 from cases import REDUCING
-from families import FAMILIES, IMAGE, ONE, THREE, TWO, Inputs, build, generate, shared
+from families import FAMILIES, IMAGE, ONE, THREE, TWO, Inputs, Picture, build, generate, shared
+from families.qwen import QWEN_IDS
+from families.qwen3_5 import VISION, hybrid_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import duet_vlm
 from duet_vlm import Selection, SpanPlan, TextView, VisionView
@@ -76,10 +81,16 @@ def seen_by(model: nn.Module, inputs: Inputs, **changes: Any) -> list[Any]:
     return seen
 
 
-def by_hand(family: str, inputs: Inputs, layer: int) -> Tensor:
-    """The gradient of one prompt alone, through stock code: hooks hold what layer ``layer`` reads, and the model ends behind it."""
+def by_hand(family: str, inputs: Inputs, layer: int, through: int | None = None, by_embeddings: bool = False) -> Tensor:
+    """The gradient of one prompt alone, through stock code: hooks hold what layer ``layer`` reads, and the model ends behind it; ``through``: behind
+    that layer in its place; ``by_embeddings``: they are its head."""
     model = build(family, "eager")
+    if by_embeddings:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     text = FAMILIES[family].text(model)
+    if through is not None:
+        text.layers[layer] = copy.deepcopy(text.layers[through])
+        text.config.layer_types = [*text.config.layer_types[:layer], text.config.layer_types[through]]
     held: list[Tensor] = []
 
     def hold(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -105,8 +116,46 @@ def test_the_gradient_is_that_of_a_model_that_ends_behind_the_next_layer(family:
     torch.testing.assert_close(view.gradient[0][view.valid[0]], visual[: int(view.valid.sum())], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize(("layer", "probe", "through"), [(1, "next", 1), (2, "next", 4), (3, "next", 4), (7, "last", 4)])
+def test_the_gradient_goes_past_layers_with_a_state(layer: int, probe: str, through: int) -> None:
+    """A row fades on its way through a state, and the gradient with it; layers 1, 4 and 7 have attention."""
+    inputs = FAMILIES["qwen3_5"].inputs([ONE])
+    (view,) = seen_by(shared("qwen3_5"), inputs, schedule=((layer, 0.5),), probe=probe)
+    expected = by_hand("qwen3_5", inputs, layer, through, by_embeddings=probe == "last")
+    visual = expected[(inputs["input_ids"][0] == IMAGE).nonzero().flatten()]
+    torch.testing.assert_close(view.gradient[0][view.valid[0]], visual[: int(view.valid.sum())], rtol=1e-3, atol=1e-6)
+    assert view.gradient[0].norm(dim=-1).min() > 1e-4 * view.gradient[0].norm(dim=-1).max()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "settings", "message"),
+    [
+        ("LFLLFLLL", {"schedule": ((5, 0.5),)}, "pio drops before decoder layer 5, but qwen3_5 has no attention from there on .* drop earlier"),
+        ("LLFLLFLF", {"schedule": ((2, 0.5),), "probe": "last"}, "pio drops before decoder layer 2, .* no attention before .* from layer 3 on"),
+    ],
+)
+def test_a_gradient_without_a_layer_to_go_through_is_refused(kinds: str, settings: dict[str, Any], message: str) -> None:
+    config = Qwen3_5Config(vision_config=VISION, text_config=hybrid_text(kinds), **QWEN_IDS)
+    with pytest.raises(ValueError, match=message):
+        duet_vlm.attach(Qwen3_5ForConditionalGeneration(config), "pio", **settings)
+
+
+@pytest.mark.parametrize("probe", ["next", "last"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
+def test_drafts_are_no_part_of_what_is_predicted(family: str, probe: str) -> None:
+    """Assisted decoding appends guesses to the prompt; the saliency of its tokens is that of the prompt alone."""
+    model, made, prompt = build(family), FAMILIES[family], (*ONE, 52, 13, 47)
+    plain, guessed = made.inputs([prompt]), made.inputs([(*prompt, 21, 22, 23)])
+    views = []
+    for inputs, kept in ((plain, 1), (guessed, 4)):
+        views += seen_by(model, inputs | {"logits_to_keep": kept}, probe=probe)
+    torch.testing.assert_close(views[1].gradient, views[0].gradient, rtol=1e-4, atol=1e-7)
+    with duet_vlm.attach(model, "pio", budget=0.4, probe=probe):
+        assert torch.equal(generate(model, plain, 8).sequences, generate(model, plain, 8, assistant_model=build(family)).sequences)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("family", ["llava", "llava_gqa", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", "llava_gqa", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe"])
 def test_the_gradient_of_a_padded_prompt_is_that_of_the_prompt_alone(family: str, side: str) -> None:
     rows = [ONE, THREE, TWO]
     (together,) = seen_by(shared(family), FAMILIES[family].inputs(rows, side))
@@ -291,3 +340,66 @@ def test_strides_halve_within_strides() -> None:
         (span,) = handle.trace[0]
     assert span.span.tokens == 36
     assert [stage.kept for stage in span.stages[-2:]] == [tuple(range(1, 36, 2)), tuple(range(3, 36, 4))]
+
+
+# ---- half precision
+
+
+def held_by_layers(model: nn.Module, family: str, inputs: Inputs, kept: list[Tensor], replace_up_to: int = -1) -> list[Any]:
+    """Hooks that note what each decoder layer reads, or hand the first ones what was noted."""
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any], layer: int) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if layer > replace_up_to:
+            kept.append(hidden.clone()) if replace_up_to < 0 else None
+            return None
+        return ((kept[layer], *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": kept[layer]})
+
+    layers = FAMILIES[family].text(model).layers
+    return [
+        layer.register_forward_pre_hook(partial(note, layer=i), with_kwargs=True, prepend=True) for i, layer in enumerate(layers)
+    ]
+
+
+@pytest.mark.parametrize("method", ["tokencarve", "dart", "sparsevlm", "sieve", "fastv"])
+@pytest.mark.parametrize("name", ["llava", "llava_gqa"])
+def test_equal_rows_in_half_precision_are_ranked_alike_wherever_a_prompt_begins(name: str, method: str) -> None:
+    """Rounded rotary tables made attention and the length of keys depend on the padding in front of a prompt."""
+    model, made = build(name, dtype=torch.bfloat16), FAMILIES[name]
+    settings: dict[str, Any] = {"schedule": ((2, 0.5),)} if method != "fastv" else {"layers": 2, "keep": 0.5}
+    for seed in range(6):
+        row, longer = (1, 5, Picture(100 + seed, 4, 5), *range(7, 13)), (1, Picture(200 + seed, 4, 5), *range(20, 57))
+        both, alone = (in_half(made.inputs(rows)) for rows in ([longer, row], [row]))
+        real = both["attention_mask"][1].bool()
+        with torch.no_grad(), duet_vlm.attach(model, method, **settings) as handle:
+            kept: list[Tensor] = []
+            hooks = held_by_layers(model, name, both, kept)
+            model(**both)
+            together = handle.trace[1][0].stages
+            for hook in hooks:
+                hook.remove()
+            kept = [hidden[1:][:, real] for hidden in kept[:3] if hidden.shape[1] == len(real)]
+            hooks = held_by_layers(model, name, alone, kept, len(kept) - 1)
+            model(**alone)
+            for hook in hooks:
+                hook.remove()
+            assert [stage.kept for stage in handle.trace[0][0].stages] == [stage.kept for stage in together]
+
+
+def in_half(inputs: Inputs) -> Inputs:
+    return {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def test_the_gradient_in_half_precision_is_that_of_a_prompt_that_begins_at_the_first_place() -> None:
+    """The same numbers, to the last bit, for prompts of one length at other positions."""
+    model, made = build("llava", dtype=torch.bfloat16), FAMILIES["llava"]
+    inputs = in_half(made.inputs([ONE]))
+    places = torch.arange(inputs["input_ids"].shape[1])[None]
+    views = []
+    rows: list[Tensor] = []
+    for begin in (0, 37):
+        hooks = held_by_layers(model, "llava", inputs, rows, -1 if begin == 0 else 2)
+        views += seen_by(model, inputs | {"position_ids": places + begin})
+        for hook in hooks:
+            hook.remove()
+    assert torch.equal(views[0].gradient, views[1].gradient)

@@ -396,6 +396,25 @@ def test_several_files_share_a_page(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tiny-methods-2.md").exists()
 
 
+@pytest.mark.parametrize("task", ["3d", "2024_photos", "1", "007"])
+def test_a_task_whose_name_begins_with_a_digit(tmp_path: Path, task: str) -> None:
+    """Ids and references of its drawings are those of a task with letters, but for the name."""
+
+    def drawn(name: str) -> tuple[list[str], list[str]]:
+        call(save(tmp_path, made_up(3, (0.22, 0.11)) | {"task": name}), "--out", tmp_path / name)
+        page = Page((tmp_path / name / "report.html").read_text())
+        assert page.open == []
+        ids = [v for _, a in page.elements if (v := a.get("id"))]
+        used = [v for _, a in page.elements for key, value in a.items() if value
+                for v in ([value[1:]] if key.endswith("href") and value.startswith("#") else re.findall(r"url\(#([^)]+)\)", value))]
+        return ids, used
+
+    slug = task.replace("_", "-")
+    ids, used = drawn(task)
+    assert len(used) > 20 and set(used) <= set(ids)
+    assert (ids, used) == tuple([re.sub(r"^letters\b", slug, v) for v in found] for found in drawn("letters"))
+
+
 def test_same_file_same_bytes(tmp_path: Path) -> None:
     """In another process too, whatever the order of hashes and a personal matplotlib style say; and nothing is loaded before it is needed."""
     path = save(tmp_path, made_up(4, (0.22, 0.11)))

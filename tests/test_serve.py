@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import base64
 import contextlib
+import http.client
+import http.server
 import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -27,7 +32,7 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.cli.main import app
-from duet_vlm.cli.serve_transformers import NEEDED, remote
+from duet_vlm.cli.serve_transformers import NEEDED, Guard, remote
 from duet_vlm.flow.choose import sizes_of
 from duet_vlm.serve.rows import reduced
 from duet_vlm.serve.settings import ARCHITECTURES, NOTHING_ASKED, Served
@@ -352,55 +357,221 @@ def test_what_is_vllms_is_refused_on_transformers(started: list[Any]) -> None:
     assert "give 'vllm' or 'transformers'" in call("serve", "-m", "tiny", "-b", "9", "--backend", "sglang").stderr
 
 
-def test_pictures_that_are_not_part_of_a_request_are_found() -> None:
-    def body(url: Any) -> bytes:
-        content = [{"type": "image_url", "image_url": url}, {"type": "text", "text": "x"}]
-        return json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
-
-    assert remote(body({"url": "data:image/png;base64,AA"})) is remote(body("data:image/png;base64,AA")) is remote(b"") is remote(b"{") is None
-    for url in ("http://host/x.png", "/etc/hostname", "file:///etc/hostname"):
-        assert remote(body({"url": url})) == remote(body(url)) == url
+PART = "data:image/png;base64,AA"
+ELSEWHERE = ("http://host/x.png", "/etc/hostname", "file:///etc/hostname", "x.png")
 
 
-@pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason="needs transformers[serving]")
-def test_transformers_serves_both_stages(tmp_path: Path) -> None:
-    """The answer is that of ``attach``; other models, URLs and strangers are refused, and the server goes on."""
-    import openai
+def asking(part: Any, **more: Any) -> bytes:
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "x"}]}]
+    return json.dumps({"model": "m", "messages": messages} | more).encode()
 
-    port, item = free_port(), tiny.sample("test", 1, 0)
+
+def doors(value: Any) -> dict[str, bytes]:
+    """Requests that make transformers' server open ``value``, each in another way."""
+    image = {"type": "image_url", "image_url": {"url": value}}
+    return {
+        "chat": asking(image),
+        "detail": asking({"type": "image_url", "image_url": {"url": value, "detail": "low"}}),
+        "bare": asking({"type": "input_image", "image_url": value}),
+        "video": asking({"type": "video_url", "video_url": {"url": value}}),
+        "audio": asking({"type": "audio_url", "audio_url": {"url": value}}),
+        "responses": json.dumps({"input": [{"type": "input_image", "image_url": value}]}).encode(),
+        "turns": json.dumps({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": value}]}]}).encode(),
+        "second": asking({"type": "image_url", "image_url": {"url": PART}}, more=[[image]]),
+    }
+
+
+def test_pictures_that_are_part_of_a_request_are_let_through() -> None:
+    assert [remote(body) for body in (*doors(PART).values(), b"", b"{", b"[]", b'{"messages": []}')] == [None] * 12
+    spoken = asking({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, audio=None)
+    tools = [{"type": "function", "function": {"parameters": {"properties": {"url": {"type": "string"}, "path": {"type": "string"}}}}}]
+    coded = json.dumps({"state": "a", "assets": {"a": {"type": "image", "format": "png", "data_base64": "iVBORw0KGgoAAAANSUhEUg"}}}).encode()
+    assert [remote(body) for body in (spoken, asking({"type": "text", "text": "http://host"}, tools=tools), coded)] == [None] * 3
+
+
+@pytest.mark.parametrize("door", sorted(doors(PART)))
+def test_pictures_that_are_not_part_of_a_request_are_found(door: str) -> None:
+    for url in ELSEWHERE:
+        for value in (url, [url], [[url]], [PART, url], {"url": url}, {"url": [url]}, {"no": url}, [{"url": url}]):
+            assert url in (remote(doors(value)[door]) or ""), value
+    for value in (3, True, [], {}, [PART], {"url": [PART]}):  # neither a text nor an object with one
+        assert remote(doors(value)[door]) is not None
+
+
+def test_other_doors_to_what_is_elsewhere() -> None:
+    """Arguments of the processor, sounds without a format, and assets are opened as well."""
+    for url in ELSEWHERE:
+        bodies = [
+            asking({}, chat_template_kwargs={"processor_kwargs": {"images": url}}),
+            asking({}, chat_template_kwargs={"images": [url]}),
+            asking({"type": "input_audio", "input_audio": {"data": url}}),
+            asking({"type": "input_audio", "input_audio": url}),
+            asking({"type": "image", "path": url}),
+            json.dumps({"state": "a", "questions": {}, "assets": {"a": {"type": "image", "data_base64": url}}}).encode(),
+        ]
+        assert [url in (remote(body) or "") for body in bodies] == [True] * len(bodies)
+
+
+def guarded(body: bytes, *headers: tuple[bytes, bytes], path: str = "/v1/chat/completions", fails: Exception | None = None) -> tuple[int, str]:
+    """Status and answer of an application behind the guard, by ASGI itself. The request comes in pieces of 10 MB."""
+    sent: list[Any] = []
+    pieces = [body[start : start + 10_000_000] for start in range(0, max(1, len(body)), 10_000_000)]
+
+    async def inside(scope: Any, receive: Any, send: Any) -> None:
+        if fails is not None:
+            raise fails
+        read = (await receive())["body"] if path != "/health" else b""
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"inside, %d" % len(read)})
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": pieces.pop(0), "more_body": bool(pieces)}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": path, "headers": [(b"host", b"127.0.0.1"), *headers]}
+    asyncio.run(Guard(inside, "k", False)(scope, receive, send))
+    return sent[0]["status"], sent[1]["body"].decode()
+
+
+KEY = (b"authorization", b"Bearer k")
+
+
+def test_no_header_opens_the_guard() -> None:
+    for host in (b"x/health?", b"x/health#", b"127.0.0.1/health?", b"user@x/health?"):
+        assert guarded(doors(PART)["chat"], (b"host", host))[0] == 401
+        assert guarded(doors("http://host/x.png")["chat"], (b"host", host), KEY)[0] == 400
+    assert guarded(b"", (b"authorization", "Bearer \u00e9".encode()))[0] == guarded(b"", path="//health")[0] == 401
+    assert guarded(b"", path="/health") == (200, "inside, 0") and guarded(doors(PART)["chat"], KEY)[0] == 200
+
+
+def test_requests_that_are_too_deep_or_too_large() -> None:
+    for body in (b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 400 + b"1" + b"}" * 400, b"[" * 102 + b"]" * 102):
+        status, said = guarded(body, KEY)
+        assert status == 400 and "nested deeper than 100" in said
+    assert guarded(b"[" * 90 + b"]" * 90, KEY)[0] == 200
+    large = asking({"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 60_000_000}})
+    assert guarded(large, KEY) == (200, f"inside, {len(large)}")
+    status, said = guarded(b"A" * 100_000_001, KEY)
+    assert status == 413 and "more than 100 MB" in said
+
+
+def test_an_error_that_quotes_the_request_is_not_logged_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr("duet_vlm.cli.serve_transformers.log.error", lambda text, *words: logged.append(text % words))
+    for error, status in ((ValueError("no picture: " + "A" * 60_000_000), 400), (RuntimeError("B" * 60_000_000), 500)):
+        found, said = guarded(b"{}", KEY, fails=error)
+        assert found == status and len(said) < 1000
+    assert len(logged) == 2 and all("in inside" in text and len(text) < 3000 for text in logged)  # where it failed is said
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
+    """transformers' server with the embedded model and a key: its port, and its log."""
+    port, log = free_port(), tmp_path_factory.mktemp("served") / "log"
     command = [sys.executable, "-m", "duet_vlm.cli.main", "serve", "-m", "tiny", "--method", "duet", "-b", "16", "--backend", "transformers"]
     source = str(Path(duet_vlm.__file__).parents[1])
-    with (tmp_path / "log").open("w") as log:
+    with log.open("w") as file:
         run = [*command, "--port", str(port), "--api-key", "k"]
-        process = subprocess.Popen(run, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": source, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(run, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": source, "HF_HUB_OFFLINE": "1"})
     try:
         for _ in range(300):
-            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            assert process.poll() is None, log.read_text()[-2000:]
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
                 break
             time.sleep(0.5)
-        held = io.BytesIO()
-        item.image.save(held, "PNG")
-        picture = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-
-        def ask(url: str, key: str = "k", model: str = str(tiny.path())) -> Any:
-            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
-            content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": item.question}]
-            return client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0)
-
-        model, processor = tiny.load()
-        inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
-        with duet_vlm.attach(model, "duet", budget=16):
-            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        expected = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        assert ask(picture).choices[0].message.content.strip() == expected
-        with pytest.raises(openai.AuthenticationError):
-            ask(picture, key="another")
-        for wrong in ({"url": "http://127.0.0.1:1/x.png"}, {"url": "/etc/hostname"}, {"url": picture, "model": "gpt2"}):
-            with pytest.raises(openai.BadRequestError):
-                ask(**wrong)
-        assert ask(picture).choices[0].message.content.strip() == expected
+        yield port, log
     finally:
         process.terminate()
         process.wait(60)
+
+
+needs_serving = pytest.mark.skipif(any(find_spec(name) is None for name in NEEDED), reason="needs transformers[serving]")
+
+
+def encoded(image: Any) -> str:
+    held = io.BytesIO()
+    image.save(held, "PNG")
+    return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+
+
+@needs_serving
+def test_transformers_serves_both_stages(served: tuple[int, Path]) -> None:
+    """The answer is that of ``attach``; other models, URLs and strangers are refused, and the server goes on."""
+    import openai
+
+    port, item = served[0], tiny.sample("test", 1, 0)
+    picture = encoded(item.image)
+
+    def ask(url: str, key: str = "k", model: str = str(tiny.path())) -> Any:
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0)
+        content: Any = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": item.question}]
+        return client.chat.completions.create(model=model, messages=[{"role": "user", "content": content}], max_tokens=4, temperature=0)
+
+    model, processor = tiny.load()
+    inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
+    with duet_vlm.attach(model, "duet", budget=16):
+        out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    expected = processor.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    assert ask(picture).choices[0].message.content.strip() == expected
+    with pytest.raises(openai.AuthenticationError):
+        ask(picture, key="another")
+    for wrong in ({"url": "http://127.0.0.1:1/x.png"}, {"url": "/etc/hostname"}, {"url": picture, "model": "gpt2"}):
+        with pytest.raises(openai.BadRequestError):
+            ask(**wrong)
+    assert ask(picture).choices[0].message.content.strip() == expected
+
+
+@needs_serving
+def test_a_real_server_fetches_nothing_and_logs_little(served: tuple[int, Path]) -> None:
+    """Raw requests, by every door and with hostile headers: nothing arrives at a listener, no file is opened, the log stays small."""
+    port, log = served
+    arrived: list[str] = []
+    held = io.BytesIO()
+    tiny.sample("test", 1, 0).image.save(held, "PNG")
+
+    class Listener(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            arrived.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(held.getvalue())
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    def ask(body: bytes, key: str | None = "k", host: str = "127.0.0.1", path: str = "/v1/chat/completions") -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+        connection.putrequest("POST", path, skip_host=True)
+        headers = {"Host": host, "Content-Type": "application/json", "Content-Length": str(len(body))}
+        for name, value in (headers if key is None else headers | {"Authorization": f"Bearer {key}"}).items():
+            connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    def named(body: bytes) -> bytes:
+        return json.dumps(json.loads(body) | {"model": str(tiny.path()), "max_tokens": 2}).encode()
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener) as listener:
+        threading.Thread(target=listener.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{listener.server_address[1]}/x.png"
+        for value in (url, [url], {"url": [url]}, [[url]], str(tiny._HERE / "demo" / "scene_1.png"), [str(tiny._HERE / "demo" / "scene_1.png")]):
+            for door, body in doors(value).items():
+                path = "/v1/responses" if b'"input"' in body else "/v1/chat/completions"
+                assert ask(named(body), path=path)[0] == 400, (door, value)
+        for kwargs in ({"processor_kwargs": {"images": url}}, {"images": url}):
+            assert ask(named(asking({"type": "text", "text": "x"}, chat_template_kwargs=kwargs)))[0] == 400
+        for host in ("x/health?", "x/health#", f"127.0.0.1:{port}/health?"):
+            assert ask(named(doors(url)["chat"]), key=None, host=host)[0] == 401
+            assert ask(named(doors(url)["chat"]), host=host)[0] == 400
+        listener.shutdown()
+    assert not arrived
+    assert ask(b"[" * 100_000 + b"]" * 100_000)[0] == 400
+    status, said = ask(named(doors("data:image/png;base64," + "A" * 60_000_000)["chat"]))
+    assert status == 400 and len(said) < 1000
+    assert ask(b"A" * 100_000_001)[0] == 413
+    assert ask(named(doors(encoded(tiny.sample("test", 1, 0).image))["chat"]))[0] == 200
+    assert log.stat().st_size < 200_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,7 @@ torch.save(found, out)
 
 def test_adapters_and_projector_come_back_in_another_process(start: Path, tmp_path: Path) -> None:
     chosen = settings(start, tmp_path / "out", tune="lora", lora={"r": 4, "lora_alpha": 16}, projector_lr=1e-2)
+    resume.begin(chosen, restart=False)  # as train() does
     trainer, handle = build(chosen)
     projector = handle.adapter.projector().modules_to_save.default
     rates = {id(weight): group["lr"] for group in trainer.create_optimizer().param_groups for weight in group["params"]}
@@ -192,6 +194,7 @@ class Killed(TrainerCallback):
 
 
 def killed_after(step: int, chosen: Settings) -> None:
+    resume.begin(chosen, restart=False)  # as train() does
     trainer, handle = build(chosen)
     trainer.add_callback(Killed(step))
     with handle, pytest.raises(KeyboardInterrupt):
@@ -344,6 +347,7 @@ def test_a_damaged_checkpoint_is_passed_over(start: Path, uninterrupted: bytes, 
 
 
 def test_no_readable_checkpoint_is_an_error(start: Path, tmp_path: Path) -> None:
+    resume.begin(settings(start, tmp_path), restart=False)
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("")  # a kill while the first checkpoint was written: nothing is lost
     with pytest.warns(UserWarning, match="checkpoint-2 is damaged"):
@@ -367,6 +371,85 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(start: Path, tmp_p
     train(other, restart=True)
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns > written and (tmp_path / "mine.txt").exists()
     assert duet_vlm.remembered(tmp_path)["budget"] == 0.25
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("left", ["checkpoint-4", "trainer_state.json"])
+@pytest.mark.parametrize("beside", [None, "learning_rate: 1\n", "no mapping"])
+def test_a_training_that_is_not_ours_is_neither_deleted_nor_gone_on_from(
+    left: str, restart: bool, beside: str | None, start: Path, tmp_path: Path
+) -> None:
+    """Checkpoints of transformers' Trainer have the same names."""
+    before = train(settings(start, tmp_path / "theirs", trainer={"max_steps": 4}))
+    (before / "train.yaml").unlink()
+    for gone in before.iterdir():
+        if gone.name.startswith(("checkpoint-", "trainer_state")) and gone.name != left:
+            shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+    if beside is not None:
+        (before / "train.yaml").write_text(beside)
+    held = {file: file.read_bytes() for file in before.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=f"theirs holds {left}, and no train.yaml of duet-vlm train: .* Choose another --out"):
+        train(settings(start, before, budget=0.25, trainer={"max_steps": 5}), restart=restart)
+    assert {file: file.read_bytes() for file in before.rglob("*") if file.is_file()} == held
+
+
+@pytest.mark.parametrize("what", ["conversations", "image", "held out"])
+def test_a_run_does_not_go_on_with_other_data(what: str, start: Path, tmp_path: Path) -> None:
+    """Nor is it finished already; as they were, it is."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    for number in range(24):
+        shutil.copy(start / f"{number}.png", data)
+    rows = json.loads((start / "data.json").read_text())
+    (data / "data.json").write_text(json.dumps(rows))
+    (data / "held.json").write_text(json.dumps(rows[:4]))
+    held = {"eval_data": (str(data / "held.json"),), "trainer": {"max_steps": 2, "eval_strategy": "no"}}
+    chosen = settings(start, out, data=(str(data / "data.json"),), **held)
+    train(chosen)
+
+    def change(back: bool = False) -> None:
+        if what == "image":
+            shutil.copy(start / ("3.png" if back else "4.png"), data / "3.png")
+        else:
+            changed_ = rows[:4] if what == "held out" else rows[:]
+            if not back:
+                changed_[0] = chat(("user", [IMAGE, text("what ?")]), ("assistant", "a"), images=["0.png"])
+            (data / ("held.json" if what == "held out" else "data.json")).write_text(json.dumps(changed_))
+
+    for unfinished in (False, True):
+        change()
+        with pytest.raises(ValueError, match="conversations or images have changed since; choose another --out, or --restart"):
+            train(chosen)
+        change(back=True)
+        train(chosen)
+        if not unfinished:
+            (out / "trainer_state.json").unlink()  # as if killed after the last checkpoint
+    change()
+    train(chosen, restart=True)
+    train(chosen)
+
+
+# ---- the best of a run
+
+
+@pytest.mark.parametrize(("method", "tune"), [("duet", "full"), ("quecc", "full"), ("quecc", "lora"), ("duet", "projector")])
+def test_the_best_model_is_loaded_whole(method: str, tune: str, start: Path, tmp_path: Path) -> None:
+    """A learning rate so high that held-out answers are lost: what is saved at the end is the best checkpoint, in every file. A projector alone
+    learns at that rate: there the best is called the worst."""
+    better = max if tune == "projector" else min
+    often = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "max_steps": 4, "save_total_limit": 10, "lr_scheduler_type": "constant"}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": better is max, "learning_rate": 0.3}
+    held_out: dict[str, Any] = {"eval_data": (str(start / "data.json"),), "eval_limit": 8, "tune": tune, "method": method}
+    out = train(settings(start, tmp_path, trainer=often | best, lora={"r": 4} if tune == "lora" else {}, **held_out))
+    losses = [entry["eval_loss"] for entry in log(out) if "eval_loss" in entry]
+    chosen = out / f"checkpoint-{losses.index(better(losses)) + 1}"
+    assert better(losses) != losses[-1] and len(losses) == 4
+    files = {file.name for file in out.glob("*.safetensors")}
+    assert (BESIDE in files) == (method == "quecc") and files - {BESIDE} == {"adapter_model.safetensors" if tune == "lora" else "model.safetensors"}
+    for name in files:
+        ours, theirs, last = load_file(out / name), load_file(chosen / name), load_file(out / "checkpoint-4" / name)
+        assert ours.keys() == theirs.keys() and all(torch.equal(weight, theirs[key]) for key, weight in ours.items()), name
+        assert any(not torch.equal(weight, last[key]) for key, weight in ours.items()), name
 
 
 # ---- budgets, evaluation, loss
@@ -427,6 +510,33 @@ def test_a_batch_without_any_answer_teaches_nothing(accumulate: int, start: Path
     assert all(bool(weight.isfinite().all()) for weight in after.values()) and changed(weights(start / "model"), after)
 
 
+@pytest.mark.parametrize("method", ["none", "duet"])
+def test_the_held_out_loss_is_the_mean_over_answer_tokens(method: str, start: Path, tmp_path: Path) -> None:
+    """In whatever batches the rows come, those without answers among them."""
+    rows = json.loads((start / "data.json").read_text())[:7] + [json.loads((start / "data.json").read_text())[5]] * 4
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    source, losses = (str(tmp_path / "rows.json"),), []
+    budget = None if method == "none" else 0.5
+    for size in (1, 2, 4, 16):
+        options = {"per_device_eval_batch_size": size, "max_steps": 1, "save_strategy": "no"}
+        chosen = settings(start, tmp_path / "out", eval_data=source, images=str(start), method=method, budget=budget, trainer=options)
+        trainer, handle = build(chosen)
+        with handle:
+            losses.append(trainer.evaluate()["eval_loss"])
+            total = tokens = 0.0
+            with torch.no_grad():
+                for row in range(len(rows)):  # one by one, by the stock loss
+                    batch = trainer.data_collator([trainer.eval_dataset[row]])
+                    count = int((batch["labels"][:, 1:] != -100).sum())
+                    total += float(trainer.model(**batch).loss) * count if count else 0.0
+                    tokens += count
+    assert losses == pytest.approx([total / tokens] * 4, rel=1e-5)
+    (tmp_path / "rows.json").write_text(json.dumps(rows[7:]))
+    trainer, handle = build(chosen)
+    with handle, pytest.raises(ValueError, match="eval_data: no row has an answer, so there is no held-out loss"):
+        trainer.evaluate()
+
+
 def test_tensorboard_gets_its_events(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     train(settings(start, tmp_path / "out", trainer={"max_steps": 1, "report_to": "tensorboard"}))
@@ -449,6 +559,10 @@ def test_a_broken_image_is_one_clear_line(workers: int, start: Path, tmp_path: P
 def test_arguments_that_cannot_be_right(start: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="trainer: lerning_rate: unknown .did you mean 'learning_rate'.*arguments of transformers.TrainingArguments"):
         train(settings(start, tmp_path, trainer={"lerning_rate": 1.0}))
+    for name, value in (("torch_compile", True), ("torch_compile_backend", "aot_eager")):
+        with pytest.raises(ValueError, match=f"trainer: {name}={value}: it compiles the model as a whole, .* leave it out"):
+            train(settings(start, tmp_path, trainer={name: value}))
+        assert not any(key.startswith("ACCELERATE_DYNAMO") for key in os.environ)
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         train(settings(start, tmp_path, trainer={"label_smoothing_factor": 0.1}))
     with pytest.raises(duet_vlm.BudgetError, match="floor"):

@@ -42,6 +42,8 @@ def samples_of(run: Run, per_token: int) -> list[Sample]:
             left=tuple(_of_span(encoded, number, "ran", per_token) for encoded, number in of),
             still=tuple(encoded.stream != "video" for encoded, _ in of),
             repeated=tuple(encoded.repeated[number] if encoded.repeated else () for encoded, number in of),
+            sizes=tuple(encoded.sizes[number] if encoded.sizes else encoded.passes[number] for encoded, number in of),
+            spare=tuple(encoded.spare[number] if encoded.spare else ((0, 0),) * len(encoded.passes[number]) for encoded, number in of),
             kept=tuple(_mean_kept(span, run.depth) for span in history),
         )
         for length, spans, of, plans, asked, measured, nominal, history in zip(
@@ -67,7 +69,7 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]) -> dict[str, Any]:
-    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``."""
+    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``, ``behind``."""
     shape = adapter.decoder_shape()
 
     def of(sample: Sample) -> int:
@@ -75,7 +77,8 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample])
         return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
 
     products, cut = getattr(reducer, "uses_text", True), getattr(reducer, "cache", "full") == "cut"
-    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut}
+    behind = getattr(reducer, "score_before", 0) > 0
+    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "behind": behind}
 
 
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample], projects_all: bool) -> tuple[int, int]:
@@ -87,21 +90,24 @@ def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[Sample]
     width = shape.hidden if projects_all else vision.projector[0][0]
     linear = [layer for layer in adapter.projector().modules() if isinstance(layer, nn.Linear)]
     maps = [(layer.in_features, layer.out_features) for layer in linear] or vision.projector  # not those of further mergers
-    flops, read = tower_choice_flops(reducer, [part for s in samples for part in s.in_tower()], vision, head), 0
+    flops = read = 0
     for still in (True, False):  # images and clips are encoded, and chosen from, by themselves
+        flops += tower_choice_flops(reducer, [part for s in samples for part in s.in_tower(still=still)], vision, head)
         asked = [(s.queries, rows) for s in samples if (rows := _encoded(s, still))]
         if not asked:
             continue
-        plans, passes, steps, ranked, projected = zip(*(row for _, rows in asked for row in rows), strict=True)
+        plans, sizes, passes, steps, ranked, spare, projected = zip(*(row for _, rows in asked for row in rows), strict=True)
         projecting = 2 * sum(projected) * sum(math.prod(sides) for sides in maps)
-        flops += selection_flops(reducer, plans, passes, vision, head, width, steps, ranked, projecting)
+        flops += selection_flops(reducer, plans, sizes, vision, head, width, steps, ranked, projecting, spare)
         flops += question_flops(reducer, [words for words, rows in asked if any(plan.merges for plan, *_ in rows)], shape)
         read += selection_bytes(reducer, plans, passes, vision, head)
     return flops, read
 
 
 def _encoded(sample: Sample, still: bool) -> list[tuple[Any, ...]]:
-    """Of the pictures of a sample, or of its clips: plan, parts, steps of time, parts that signals are made of, rows that the projector works on."""
-    of = sample.still or (False,) * len(sample.plans)
-    every = zip(of, sample.plans, sample.passes, sample.steps, sample.encoded, sample.reaching_projector(), strict=True)
+    """Of the pictures of a sample, or of its clips: plan, parts as V2V sees them and as the tower does, steps of time, parts that signals are made of
+    and their spare patches, rows that the projector works on."""
+    of, sizes = sample.still or (False,) * len(sample.plans), sample.sizes or sample.passes
+    spare = sample.went(sample.wasted())
+    every = zip(of, sample.plans, sizes, sample.passes, sample.steps, sample.encoded, spare, sample.reaching_projector(), strict=True)
     return [tuple(row) for kind, *row in every if kind == still]

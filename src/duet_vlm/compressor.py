@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import warnings
 from abc import abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.memory import BESIDE
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.reducer import EncoderReducer, VisionView, constant
+from duet_vlm.settings import FILE
 from duet_vlm.tokens import Selection
 
 FORMAT = 1
@@ -72,7 +73,7 @@ class Compressor(EncoderReducer):
     made_by: ClassVar[tuple[str, ...]] = ()
 
     keep: Keep | None = None
-    weights: str | None = None
+    weights: str | None = field(default=None, metadata=FILE)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -18,7 +18,7 @@ from duet_vlm.flow.cache import Run, static
 from duet_vlm.flow.encoder import check_finite
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.install import install
-from duet_vlm.flow.own import made_for
+from duet_vlm.flow.own import check_saved, made_for
 from duet_vlm.flow.pieces import Pieces
 from duet_vlm.flow.rules import Rules
 from duet_vlm.flow.shown import named_layers
@@ -28,6 +28,7 @@ from duet_vlm.flow.traffic import Traffic
 from duet_vlm.flow.verify import raise_if_wrong
 from duet_vlm.hooks import Hooks
 from duet_vlm.measure.report import Report, Sample, make_report
+from duet_vlm.memory import record
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducer import Reducer, with_fields
 from duet_vlm.tokens import SpanTrace
@@ -75,6 +76,18 @@ class Handle:
             self._gate.close()
             raise
 
+    def __repr__(self) -> str:
+        """The model, the method, the budget, settings that are not defaults, and whether it is attached."""
+        model, known = self.adapter.model, record(self.reducer, self.budget)
+        budget = "own settings"
+        if isinstance(self.budget, int):
+            budget = f"budget {self.budget} visual tokens per layer and image"
+        elif self.budget is not None:
+            budget = f"budget {100 * self.budget:.4g} % of the visual tokens"
+        settings = [f"{name}={value!r}" for name, value in known["settings"].items()]
+        told = ", ".join([f"{known['method']} on {type(model).__name__} ({self.adapter.family})", budget, *settings])
+        return f"<duet_vlm.Handle: {told}; {'detached' if self._gate.closed else 'attached'}>"
+
     @property
     def reducer(self) -> Reducer:
         """The method with its settings, for calls to come."""
@@ -97,10 +110,12 @@ class Handle:
         Raises
         ------
         ValueError
-            A method without weights, or a file with another suffix.
+            A method without weights, a file with another suffix, weights that were frozen before they learned anything,
+            or a module with replaced layers.
         """
         compressor = self._compressor()
         assert self.module is not None  # as there is a compressor
+        check_saved(self.adapter, compressor.name)
         return store(self.module, compressor, facts(self.adapter) | made_for(self.adapter, compressor), place)
 
     def load_weights(self, place: str | Path) -> None:

@@ -68,14 +68,39 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
     return shares
 
 
-def left_in_tower(plan: SpanPlan, sizes: Sequence[int], fed: int = 0) -> Sequence[int]:
-    """Of a span's parts of ``sizes`` tokens, how many of each go through the tower's blocks: at least one. ``fed`` rows of each part that are
-    no patches (CLS) are among the plan's tokens; they stay and are not counted."""
+def shared_out(total: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
+    """``total`` as ``apportion`` splits it; where a part would get less than its ``least``, every part has that, and the rest is apportioned."""
+    shares = apportion(total, sizes)
+    if all(share >= few for share, few in zip(shares, least, strict=True)):
+        return shares
+    rest = apportion(max(0, total - sum(least)), [size - few for size, few in zip(sizes, least, strict=True)])
+    return [few + more for few, more in zip(least, rest, strict=True)]
+
+
+def left_in_tower(plan: SpanPlan, sizes: Sequence[int], fed: int = 0, least: int = 1) -> Sequence[int]:
+    """Of a span's parts of ``sizes`` tokens, how many of each go through the tower's blocks: no fewer than ``least``, or all there are, and one of a
+    part without any. ``fed`` rows of each part that are no patches (CLS) are among the plan's tokens; they stay and are not counted."""
     if plan.tower is None:
         return sizes
-    left = apportion(min(sum(sizes), max(len(sizes), plan.tower - fed * len(sizes))), sizes)
-    enter = [sum(part) - fed for part in plan.parts] or left  # shares of a smaller sum can be larger by one
-    return [max(1, *some) for some in zip(left, enter, strict=True)]
+    few = [min(size, least) for size in sizes]
+    wanted = max(sum(few), plan.tower - fed * len(sizes))
+    left = shared_out(min(sum(sizes), wanted), sizes, few)
+    enter = [sum(part) - fed for part in plan.parts] or left
+    if sum(enter) == wanted:  # all that is left enters
+        left = enter
+    return [max(1, *some) for some in zip(left, enter, strict=True)]  # shares of a smaller sum can be larger by one
+
+
+def of_each_part(plan: SpanPlan, sizes: Sequence[int], least: Sequence[int]) -> SpanPlan:
+    """The plan of a span of which all that a tower leaves enters, with no fewer rows of any part than its ``least``."""
+    if plan.tower is None:
+        return plan
+    content = max(plan.entry - plan.structure, sum(least))
+    parts, more = plan.parts, content + plan.structure - plan.entry
+    if parts and any(sum(part) < few for part, few in zip(parts, least, strict=True)):
+        parts = tuple((rows, 0) for rows in shared_out(content, sizes, least))
+    counts = tuple(count + more for count in plan.counts)
+    return replace(plan, dominant=plan.dominant + more, counts=counts, tower=content, parts=parts)
 
 
 def _sum(plans: Sequence[SpanPlan], tokens: int) -> SpanPlan:

@@ -71,8 +71,8 @@ class Reducer(ABC):
         leaves the sequence. It counts: one that the method had left out comes on top of its plan. False: it leaves like any other (released
         code).
     clamp_below : int
-        Spans of fewer visual tokens than this that a fractional budget cannot be met on are reduced to the method's floor instead of an
-        error; 0: always an error.
+        Spans of fewer visual tokens than this (inside the tower: crops and frames) that a fractional budget cannot be met on are reduced to the
+        method's floor instead of an error; 0: always an error.
     """
 
     name: ClassVar[str]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,14 @@ DECLARED: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a field says 
     ),
     "tuple[int, ...]": (lambda value: isinstance(value, tuple) and all(type(item) is int for item in value), "whole numbers, as (4, 7)"),
 }
+
+FILE = {"file": True}  # metadata of a field that names a file: field(default=None, metadata=FILE)
+
+
+def files_among(cls: type[Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the settings of a method (a dataclass) that name files."""
+    named = {each.name for each in fields(cls) if each.metadata.get("file")}
+    return {name: value for name, value in settings.items() if name in named and value is not None}
 
 
 def read_value(text: str) -> Any:

@@ -139,6 +139,11 @@ class TowerReducer(EncoderReducer):
         return (0,)
 
     @property
+    def least(self) -> int:
+        """Units of a picture that are left at least, where it has so many."""
+        return 1
+
+    @property
     def inside(self) -> bool:
         """Whether units leave behind some block."""
         return any(self.boundaries(1 << 10))

@@ -10,7 +10,7 @@ import duet_vlm
 from duet_vlm import Reducer, TowerReducer
 from duet_vlm.budget import Budget, read_budget
 from duet_vlm.memory import record
-from duet_vlm.settings import read_value
+from duet_vlm.settings import files_among, read_value
 
 NO_TOWER = "none"
 SCHEDULE, KEEP = "schedule", "keep"
@@ -43,6 +43,20 @@ class Controls:
     tower_keep: str = ""
     settings: str = ""
 
+    @property
+    def files(self) -> dict[str, Any]:
+        """Settings that name files."""
+        return files_among(duet_vlm.get(self._whole), self._lines)
+
+    @property
+    def _whole(self) -> str:
+        """The method's name, with the one in the tower in front."""
+        return "+".join([*([] if self.tower in ("", NO_TOWER) else [self.tower]), self.method.strip()])
+
+    @property
+    def _lines(self) -> dict[str, Any]:
+        return dict(_line(line) for line in self.settings.splitlines() if line.strip())
+
     @classmethod
     def of(cls, method: str, budget: Budget | None, settings: Mapping[str, Any]) -> Controls:
         """The controls that mean this method: the other way round than ``read``."""
@@ -55,30 +69,32 @@ class Controls:
         amount = "" if budget is None else str(budget)
         return cls(method if tower == NO_TOWER else behind, amount, schedule, tower, keep, lines)
 
-    def read(self) -> Asked:
-        """The method that they mean.
+    def read(self, files: Mapping[str, Any] | None = None) -> Asked:
+        """The method that they mean. ``files``: settings that name files, of whoever started the page; others would let visitors open any file.
 
         Raises
         ------
         ValueError
-            An unknown method, a budget or a setting that does not read as one or is out of range, a schedule for a method that has none; each
-            named.
+            An unknown method, a budget or a setting that does not read as one or is out of range, a schedule for a method that has none, a file
+            that is not among ``files``; each named.
         """
         if not self.method.strip():
             raise ValueError("no method is chosen: choose one, or write several with a + between (frames+duet)")
-        parts = [] if self.tower in ("", NO_TOWER) else [self.tower]
-        method = "+".join([*parts, self.method.strip()])
+        method = self._whole
         duet_vlm.get(method)  # names what is unknown, or does not follow each other
-        settings = dict(_line(line) for line in self.settings.splitlines() if line.strip())
+        settings = self._lines
         if self.schedule.strip():
             name = _setting(method, SCHEDULE)
             if name is None:
                 raise ValueError(f"schedule {self.schedule.strip()}: {method} has no schedule, leave it empty")
             settings[name] = read_value(self.schedule)
         if self.tower_keep.strip():
-            if not parts:
+            if self.tower in ("", NO_TOWER):
                 raise ValueError(f"share of the patches {self.tower_keep.strip()}: choose a method in the tower as well, or leave it empty")
             settings[f"{self.tower}_{KEEP}"] = read_value(self.tower_keep)
+        for name, value in files_among(duet_vlm.get(method), settings).items():
+            if value != (files or {}).get(name):
+                raise ValueError(f"setting {name}: the page opens no files; whoever starts it may name one (duet-vlm app --set {name}=FILE)")
         return Asked(method, read_budget(self.budget) if self.budget.strip() else None, settings)
 
 

@@ -33,7 +33,7 @@ def warmed(loaded: Loaded, first: Controls) -> None:
         shown = Shown((), (Clip(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
     else:
         shown = Shown((tiny.demo_images()[0].image,), ())
-    sides = [Side(loaded, asked, shown, "what is this ?") for asked in (None, first.read())]
+    sides = [Side(loaded, asked, shown, "what is this ?") for asked in (None, first.read(first.files))]
     try:
         for said in answers(sides, 1):
             if wrong := next((one for one in said if one.error), None):

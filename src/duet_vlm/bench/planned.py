@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duet_vlm.accounts import decoder_terms
-from duet_vlm.budget import SpanPlan
+from duet_vlm.budget import SpanPlan, Stages
 from duet_vlm.handle import Handle
 from duet_vlm.measure.report import Report, Sample, make_report
 from duet_vlm.measure.roofline import Workload
-from duet_vlm.models.adapter import Adapter, PackedTower
+from duet_vlm.models.adapter import Adapter, Blocks, JoinedBlocks, PackedTower
 from duet_vlm.parts import left_in_tower
 from duet_vlm.reducer import DecoderReducer, EncoderReducer
 
@@ -51,11 +51,13 @@ def planned(
     drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if getattr(reducer, "text_query", "") == "last" else text
     measured = counts, tuple(text + count for count in counts)
-    fed = int(handle.adapter.feeds_cls)
+    fed, least = int(handle.adapter.feeds_cls), getattr(getattr(reducer, "tower", None), "least", 1)
     left = tuple(
-        tuple(handle.leaving(n, k) for n, k in zip(sizes, left_in_tower(plan, sizes, fed), strict=True))
+        tuple(handle.leaving(n, k) for n, k in zip(sizes, left_in_tower(plan, sizes, fed, least), strict=True))
         for plan, sizes in zip(plans, passes, strict=True)
     )
+    if _pads(handle):
+        left = padded(left, passes)
     sample = Sample(
         text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=left, left=left,
         merges_left=_merges_left(handle),
@@ -69,6 +71,21 @@ def planned(
             raise ValueError(f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to rank tokens by")
     layers = tuple(sorted(set(scored.values())))
     return Planned(sample, layers, tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None))
+
+
+def padded(left: tuple[tuple[Stages, ...], ...], passes: Sequence[tuple[int, ...]]) -> tuple[tuple[Stages, ...], ...]:
+    """Where tokens leave the tower, of parts that stand in one batch: all as those of which most are left."""
+    parts = [(n, dict(stages)) for sizes, span in zip(passes, left, strict=True) for n, stages in zip(sizes, span, strict=True)]
+    most: dict[int, int] = {}
+    for after in sorted({after for _, stages in parts for after in stages}):
+        most[after] = max(min([n, *(count for cut, count in stages.items() if cut <= after)]) for n, stages in parts)
+    return tuple(tuple(tuple(most.items()) for _ in span) for span in left)
+
+
+def _pads(handle: Handle) -> bool:
+    """Whether a reduced tower takes the parts of a picture as a batch."""
+    blocks = handle.adapter.blocks_to_reduce()[0] if getattr(handle.reducer, "reduces_in_tower", False) else None
+    return isinstance(blocks, Blocks) and not isinstance(blocks, JoinedBlocks)
 
 
 def _merges_left(handle: Handle) -> bool:

@@ -72,7 +72,8 @@ def measured(job: Experiment, name: str, wanted: Wanted) -> tuple[Path, dict[str
     from duet_vlm.evaluate.screen import show
     from duet_vlm.evaluate.tasks import task
 
-    folder = wanted.out / task(job.task).name
+    asked = task(job.task)
+    folder = wanted.out / asked.name
     result, journals = folder / "results" / f"{name}.json", folder / "results" / f"{name}.parts"
     made = False
     try:
@@ -83,6 +84,9 @@ def measured(job: Experiment, name: str, wanted: Wanted) -> tuple[Path, dict[str
                     journal.unlink()
             if result.exists() and load(result)["experiment"] != job.to_json():
                 raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
+            if result.exists() and load(result)["questions"].get("contents") != asked.digest(asked.count(job.limit)):
+                other = f"answers to other questions or pictures than {job.task} has now"
+                raise ValueError(f"{result} holds {other}; choose another --name, or --restart to replace it")
             if not result.exists():
                 save(folder / "experiments" / f"{name}.json", job.to_json())
                 made = _made(job, name, result, journals, wanted)

@@ -7,8 +7,10 @@ pictures by URL, requests without the key.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
-from collections.abc import Awaitable, Callable
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,6 +18,20 @@ from duet_vlm.cli.options import Reduction
 from duet_vlm.loading import source
 
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # of transformers[serving]
+MOST_MB = 100  # of a request
+DEEPEST = 100  # lists and objects of a request within each other
+LONGEST = 300  # letters of an error in the log and in an answer
+
+# what transformers opens where a request has it: parts of messages, arguments of the processor, assets
+MEDIA = frozenset({"url", "image_url", "video_url", "audio_url", "input_audio", "image", "images", "video", "videos", "audio", "audios", "path"})
+CODED = frozenset({"base64", "data_base64"})  # pictures without data: in front, told from paths by how files of these kinds begin
+PICTURES = ("data:", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # PNG, JPEG, GIF, WebP
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+log = logging.getLogger("uvicorn.error")  # the server's own
 
 
 def check_installed() -> None:
@@ -35,7 +51,7 @@ def run(model: str, reduction: Reduction, host: str, port: int, api_key: str | N
 
     def guarded_server(*args: Any, **kwargs: Any) -> Any:
         app = build(*args, **kwargs)
-        app.middleware("http")(_guard(api_key, fetch_urls))
+        app.add_middleware(Guard, api_key=api_key, fetch_urls=fetch_urls)
         return app
 
     server.build_server = guarded_server  # the server of this process, which serves nothing else
@@ -61,36 +77,135 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
     return Attaching
 
 
-def _guard(api_key: str | None, fetch_urls: bool) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-    """What stands in front of every request but /health."""
+class Guard:
+    """What stands in front of every request but /health, as ASGI has it: the path is the scope's, which no header can change.
 
-    async def guard(request: Any, go_on: Callable[[Any], Awaitable[Any]]) -> Any:
-        from fastapi.responses import JSONResponse
+    Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, and, unless ``fetch_urls``, with pictures,
+    clips or sounds that are not part of them. What fails behind it is logged and answered in ``LONGEST`` letters: errors may quote the request.
+    """
 
-        if request.url.path != "/health":
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if api_key is not None and not secrets.compare_digest(given.encode(), api_key.encode()):
-                return JSONResponse({"error": "a wrong API key, or none"}, 401)
-            if not fetch_urls and (url := remote(await request.body())) is not None:
-                return JSONResponse({"error": f"{url[:80]}: this server fetches no URLs and opens no files (--fetch-urls); send data: URLs"}, 400)
-        return await go_on(request)
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], api_key: str | None, fetch_urls: bool) -> None:
+        self.app, self.api_key, self.fetch_urls = app, api_key, fetch_urls
 
-    return guard
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] == "/health":
+            return await self.app(scope, receive, send)
+        if not self._knows_key(scope):
+            return await _refuse(send, 401, "a wrong API key, or none")
+        body = await _whole(receive)
+        if body is None:
+            return await _refuse(send, 413, f"a request of more than {MOST_MB} MB: make its pictures or clips smaller")
+        try:
+            found = None if self.fetch_urls else remote(body)
+            read(body)
+        except ValueError as error:
+            return await _refuse(send, 400, str(error))
+        if found is not None:
+            text = "this server fetches no URLs and opens no files (--fetch-urls); send each picture, clip or sound as one data: URL"
+            return await _refuse(send, 400, f"{found}: {text}")
+        await self._pass_on(scope, body, receive, send)
+
+    def _knows_key(self, scope: Message) -> bool:
+        if self.api_key is None:
+            return True
+        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"").removeprefix(b"Bearer ")
+        return secrets.compare_digest(given, self.api_key.encode())
+
+    async def _pass_on(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
+        waiting, answered = [body], False
+
+        async def again() -> Message:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False} if waiting else await receive()
+
+        async def sent(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
+        try:
+            await self.app(scope, again, sent)
+        except Exception as error:
+            text = f"{type(error).__name__}: {_short(str(error))}"
+            log.error("%s %s\n%s%s", scope["method"], scope["path"], "".join(traceback.format_tb(error.__traceback__)), text)
+            if not answered:
+                wrong = isinstance(error, ValueError)  # of the request: a picture that cannot be read, a budget that cannot be met
+                await _refuse(send, *((400, _short(str(error))) if wrong else (500, "the server failed; its log says where")))
+
+
+async def _whole(receive: Receive) -> bytes | None:
+    """The body of a request; None where it is too large."""
+    parts, size, more = [], 0, True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))  # one that is broken off has none
+        size, more = size + len(parts[-1]), message.get("more_body", False)
+        if size > MOST_MB * 1_000_000:
+            return None
+    return b"".join(parts)
+
+
+async def _refuse(send: Send, status: int, text: str) -> None:
+    body = json.dumps({"error": text}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} letters)"
+
+
+def read(body: bytes) -> Any:
+    """The JSON of a request; None where it has none, of which the server says what is wrong with it.
+
+    Raises
+    ------
+    ValueError
+        If it is nested too deep.
+    """
+    deep = f"nested deeper than {DEEPEST} lists and objects"
+    try:
+        found = json.loads(body or b"null")
+    except RecursionError:
+        raise ValueError(deep) from None
+    except ValueError:
+        return None
+    level = [found]
+    for _ in range(DEEPEST + 1):
+        if not level:
+            return found
+        level = [item for value in level for item in _inside(value) if isinstance(item, list | dict)]
+    raise ValueError(deep)
 
 
 def remote(body: bytes) -> str | None:
-    """The first picture, clip or sound of a request that is not part of it; None where all are."""
-    try:
-        found = json.loads(body or b"null")
-    except ValueError:
-        return None  # the server says what is wrong with it
+    """The first picture, clip or sound of a request that is not part of it, or may not be; None where all are.
 
-    def urls(value: Any) -> list[str]:
-        if isinstance(value, list):
-            return [url for item in value for url in urls(item)]
-        if not isinstance(value, dict):
-            return []
-        here = [value[key] for key in ("url", "image_url", "video_url", "audio_url") if isinstance(value.get(key), str)]
-        return here + [url for item in value.values() for url in urls(item)]
+    Part of it is a text that begins with ``data:``, or an object with such a ``url``. All else under the keys that transformers opens is refused,
+    wherever they stand, but in descriptions of ``tools``, which are text to it.
+    """
+    found = read(body)
+    if isinstance(found, dict):
+        found = {key: value for key, value in found.items() if key != "tools"}
+    return next((f"{key}: {value[:80] if isinstance(value, str) else _short(json.dumps(value))}" for key, value in _opened(found)), None)
 
-    return next((url for url in urls(found) if not url.startswith("data:")), None)
+
+def _opened(value: Any) -> Iterator[tuple[str, Any]]:
+    """What would be opened from elsewhere, with its key."""
+    if isinstance(value, dict):
+        if "processor_kwargs" in value:  # more doors to the same: images, videos, load_audio_from_video
+            yield "processor_kwargs", value["processor_kwargs"]
+        yield from ((key, item) for key, item in value.items() if key in MEDIA | CODED and not _enclosed(key, item))
+    for item in _inside(value):
+        yield from _opened(item)
+
+
+def _enclosed(key: str, value: Any) -> bool:
+    if isinstance(value, dict):
+        spoken = key == "input_audio" and isinstance(value.get("data"), str) and bool(value.get("format"))  # becomes a data: URL
+        return spoken or isinstance(value.get("url"), str)  # which is judged by itself
+    return value is None or isinstance(value, str) and value.startswith(PICTURES if key in CODED else "data:")
+
+
+def _inside(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else []

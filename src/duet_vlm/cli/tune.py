@@ -135,7 +135,7 @@ def _searched(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     import duet_vlm
-    from duet_vlm.evaluate.journal import Journal, alone
+    from duet_vlm.evaluate.journal import CONTENTS, Journal, alone
     from duet_vlm.evaluate.run import model_facts
     from duet_vlm.evaluate.source import source
     from duet_vlm.tune.ask import Asker
@@ -150,7 +150,9 @@ def _searched(
         versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         first = asked.ask(seed, 0)
         questions = {"task": asked.name, "seed": seed, "count": count, "batch": batch, "first": [first.id, first.text]}
-        subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": source().files}
+        subject: dict[str, Any] = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": source().files}
+        if (contents := asked.digest(count)) is not None:
+            subject[CONTENTS] = contents
         bar = progress.add_task("the full model", total=None)
 
         def preview(cost: Preview) -> bool:

@@ -6,7 +6,6 @@ recorded writes the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -19,8 +18,9 @@ import transformers
 
 import duet_vlm
 from duet_vlm import BudgetError, Handle
+from duet_vlm.contents import digest_of
 from duet_vlm.evaluate.answer import inputs_of
-from duet_vlm.evaluate.journal import Journal, Page, alone
+from duet_vlm.evaluate.journal import CONTENTS, Journal, Page, alone
 from duet_vlm.evaluate.launched import Place, recorded
 from duet_vlm.evaluate.run import model_facts
 from duet_vlm.evaluate.tasks import Question, task
@@ -37,7 +37,7 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Prompts:
     """``names`` and the texts of all prompts; ``open`` makes the question of one, and raises a ValueError where its picture cannot be read.
-    ``mark`` changes with their content; ``clips``: some show one."""
+    ``mark`` changes with what they and their files hold; ``clips``: some show one."""
 
     names: tuple[str, ...]
     texts: tuple[str, ...]
@@ -61,13 +61,12 @@ def prompts(data: str, prompt: str | None) -> Prompts:
         files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
         if not files:
             raise ValueError(f"--data {data}: no pictures in this folder ({', '.join(sorted(PICTURES))})")
-        listed = "\n".join(f"{file.name} {file.stat().st_size}" for file in files) + "\n" + prompt
         names = tuple(file.name for file in files)
 
         def about(number: int) -> Question:
             return Question(names[number], (open_image(files[number]),), prompt, (), "all")
 
-        return Prompts(names, (prompt,) * len(files), about, _digest(listed.encode()))
+        return Prompts(names, (prompt,) * len(files), about, digest_of([names, prompt], files))
     if path.suffix != ".jsonl" or not path.is_file():
         raise ValueError(f"--data {data}: give a folder of pictures or a .jsonl file with image (or video) and question in each line")
     if prompt:
@@ -77,11 +76,8 @@ def prompts(data: str, prompt: str | None) -> Prompts:
     names = tuple(str(line.get("id", number)) for number, line in enumerate(lines))
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--data {data}: the id {twice[0]!r} stands in two lines")
-    return Prompts(names, tuple(line["question"] for line in lines), lambda i: asked.ask(0, i), _digest(path.read_bytes()), asked.clips)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    mark = digest_of([names, asked.digest(len(names))], [])
+    return Prompts(names, tuple(line["question"] for line in lines), lambda i: asked.ask(0, i), mark, asked.clips)
 
 
 def generate(
@@ -121,7 +117,7 @@ def generate(
         versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         pieces = {"chunk_frames": handle.pieces.frames, "still_frames": handle.pieces.still}
         given = {"batch": batch, "max_new_tokens": max_new_tokens} | {name: value for name, value in pieces.items() if value is not None}
-        diary = Journal(journal, {"prompts": asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
+        diary = Journal(journal, {CONTENTS: asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
 
         def work(todo: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
             for part in todo:

@@ -21,6 +21,8 @@ except ImportError:  # Windows, where nothing is locked
 
 Page = dict[str, Any]  # the questions of a batch, and what each of its "runs" made of them
 
+CONTENTS = "contents of questions and pictures"  # of a subject, where they are files
+
 
 class HeldError(ValueError):
     """Another process is at it."""

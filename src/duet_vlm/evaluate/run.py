@@ -19,7 +19,7 @@ import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.evaluate.answer import Outcome, answer, attached
 from duet_vlm.evaluate.experiment import ORACLE, Experiment, Run
-from duet_vlm.evaluate.journal import Journal, Page
+from duet_vlm.evaluate.journal import CONTENTS, Journal, Page
 from duet_vlm.evaluate.launched import ALONE, Place, gpus, recorded
 from duet_vlm.evaluate.results import FORMAT, environment, pack
 from duet_vlm.evaluate.source import Source, source
@@ -66,7 +66,7 @@ def batches(experiment: Experiment, asked: Task) -> list[Batch]:
 @dataclass(frozen=True)
 class Answers:
     """All answers of an experiment, with the model that is to be timed. ``pages`` are those of all batches in their order, ``infeasible`` the runs
-    that gave none."""
+    that gave none, ``contents`` the digest of the questions."""
 
     experiment: Experiment
     loaded: Loaded
@@ -74,6 +74,7 @@ class Answers:
     infeasible: dict[str, Outcome]
     code: Source
     processes: int
+    contents: str | None = None
 
     def result(self, name: str, timing_rounds: int) -> dict[str, Any]:
         """What a result file holds (see :mod:`duet_vlm.evaluate.results`); ``timing_rounds`` as of :func:`run_experiment`."""
@@ -103,6 +104,7 @@ class Answers:
                 "unlabelled": sum(not q.answers for q in asked_for),
                 "per_seed": asked.count(experiment.limit),
                 "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
+                **({} if self.contents is None else {"contents": self.contents}),
             },
             "runs": rows,
             "predictions": pack(predictions),
@@ -187,6 +189,8 @@ def gather(
     versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "format": FORMAT}
     questions = {key: value for key, value in experiment.to_json().items() if key not in ("cells", "against")}
     subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": code.files}
+    if (contents := asked.digest(asked.count(experiment.limit))) is not None:
+        subject[CONTENTS] = contents
     diary = Journal(journals / f"{place.rank}.jsonl", subject)
 
     def work(lacking: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
@@ -196,7 +200,7 @@ def gather(
     found = recorded(diary, place, list(todo), list(possible), work, advance=advance, over=over)
     if found is None:
         return None
-    return Answers(experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, place.world))
+    return Answers(experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, place.world), contents)
 
 
 def preflight(loaded: Loaded, runs: list[Run], first: list[Question]) -> dict[str, Outcome]:

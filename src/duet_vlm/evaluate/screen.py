@@ -40,7 +40,7 @@ def show(result: dict[str, Any]) -> None:
             continue
         main.add_row(name, *(cell(run) for cell in columns.values()))
         kinds.add_row(name, *(f"{kind['accuracy']:.3f}" for kind in run["kinds"].values()))
-    above = f"{result['task']}: {asked['count']} questions{judged}, 95 % bootstrap intervals"
+    above = f"{result['task']}: {asked['count']} questions{judged}, 95 % intervals"
     for words, table in ((above, main), ("accuracy by kind of question", kinds)):
         screen.print(f"[italic]{escape(words)}[/italic]", soft_wrap=True)  # a table's own title is no wider than the table
         screen.print(table)

@@ -2,31 +2,100 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 
 RESAMPLES = 2000
+QUANTILE = 1.959963984540054  # of the normal distribution: 95 % lie within
 
 
-def mean_interval(hits: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of an accuracy; ``hits`` [questions] bool."""
-    return _interval((hits,), lambda a, axis: a.mean(axis), seed)
+def mean_interval(hits: np.ndarray) -> tuple[float, float]:
+    """95 % score interval (Wilson) of an accuracy; ``hits`` [questions] bool."""
+    from scipy.stats import binomtest
+
+    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
-def kept_interval(hits: np.ndarray, full: np.ndarray, seed: int = 0) -> tuple[float, float] | None:
-    """95 % paired bootstrap interval of the share of the full model's accuracy that is kept; both [questions] bool.
+def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | None:
+    """95 % score interval (Nam and Blackwelder 2002) of the share of the full model's accuracy that is kept; both [questions] bool.
 
-    None where the full model gets nothing right.
+    It holds where few answers differ, or none: what leaves no trace in 200 questions may be there all the same. None where the full model gets
+    nothing right.
     """
-    if not full.any():
+    both, won, lost = _counts(hits, full)
+    if both + lost == 0:
         return None
-    return _interval((hits, full), lambda a, b, axis: a.mean(axis) / np.maximum(b.mean(axis), 1e-12), seed)
+    some, share = both + won + lost, (both + won) / (both + lost)
+
+    def beyond(ratio: float) -> float:
+        """Squared distance from ``ratio``, less what chance gives: its variance under the likeliest shares of which it is the ratio."""
+        linear = (won + lost) - (both + lost) * (ratio**2 - 1)
+        square = (ratio + 1) * some
+        likely = (linear + math.sqrt(max(0.0, linear**2 + 4 * square * lost * (ratio - 1)))) / (2 * square)  # lost, of those that any answers
+        return ((both + won) - ratio * (both + lost)) ** 2 - QUANTILE**2 * some * (ratio - 1 + (1 + ratio) * likely)
+
+    far = 2 * share + 1
+    while beyond(far) <= 0:
+        far *= 2
+    return _edge(beyond, share, 0.0), _edge(beyond, share, far)
 
 
-def difference_interval(hits: np.ndarray, other: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % paired bootstrap interval of a difference of accuracies."""
-    return _interval((hits, other), lambda a, b, axis: a.mean(axis) - b.mean(axis), seed)
+def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """95 % score interval (Tango 1998) of a difference of accuracies on the same questions; both [questions] bool. It holds where few answers
+    differ, or none."""
+    _, won, lost = _counts(hits, other)
+    count = len(hits)
+
+    def beyond(difference: float) -> float:
+        """As above, of a difference."""
+        linear = (2 * count - won + lost) * difference - won - lost
+        root = math.sqrt(max(0.0, linear**2 + 8 * count * lost * difference * (1 - difference)))
+        likely = (root - linear) / (4 * count)  # lost, of all
+        return (won - lost - count * difference) ** 2 - QUANTILE**2 * count * (2 * likely + difference * (1 - difference))
+
+    found = (won - lost) / count
+    return _edge(beyond, found, -1.0), _edge(beyond, found, 1.0)
+
+
+def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap over questions of a ``statistic`` of paired ``samples`` ([questions], such as means over several models), to which
+    no score interval applies. Too narrow where few of them differ; a single question has no spread that could be known."""
+    from scipy.stats import bootstrap
+
+    if len(samples[0]) < 2:
+        value = float(statistic(*(s.astype(float) for s in samples), axis=-1))
+        return value, value
+    found = bootstrap(
+        tuple(s.astype(np.float32) for s in samples),
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=200,
+        paired=len(samples) > 1,
+        vectorized=True,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _counts(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:
+    """Questions that both answer, only the first, only the other; a share of a question is no answer."""
+    if hits.dtype != bool or other.dtype != bool:
+        raise TypeError(f"give answers as bool, right or wrong, got {hits.dtype} and {other.dtype}; means of several are for resampled()")
+    return int((hits & other).sum()), int((hits & ~other).sum()), int((other & ~hits).sum())
+
+
+def _edge(beyond: Callable[[float], float], start: float, end: float) -> float:
+    """Where ``beyond`` becomes positive on the way from ``start``; ``end`` where it does not."""
+    from scipy.optimize import brentq
+
+    near = start + (end - start) * 1e-9  # at the start itself there may be no variance
+    if start == end or beyond(end) <= 0:
+        return float(end)
+    return float(brentq(beyond, near, end, xtol=1e-12))
 
 
 def sign_test(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, float]:
@@ -49,23 +118,3 @@ def falling(values: np.ndarray) -> np.ndarray:
     from scipy.optimize import isotonic_regression
 
     return isotonic_regression(values, increasing=False).x
-
-
-def _interval(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int) -> tuple[float, float]:
-    """Percentile bootstrap over questions; a single question has no spread that could be known."""
-    from scipy.stats import bootstrap
-
-    if len(samples[0]) < 2:
-        value = float(statistic(*(s.astype(float) for s in samples), axis=-1))
-        return value, value
-    found = bootstrap(
-        tuple(s.astype(np.float32) for s in samples),
-        statistic,
-        n_resamples=RESAMPLES,
-        batch=200,
-        paired=len(samples) > 1,
-        vectorized=True,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ from duet_vlm import SpanPlan
 from duet_vlm.evaluate import statistics
 from duet_vlm.evaluate.answer import Outcome, method_of
 from duet_vlm.evaluate.experiment import BASELINE, ORACLE, Experiment, Run
-from duet_vlm.evaluate.tasks import Question, right
+from duet_vlm.evaluate.results import unpack
+from duet_vlm.evaluate.tasks import Question, accepted, right
 
 Rows = list[dict[str, Any]]
 
@@ -44,7 +46,7 @@ def summarize(
         if refused is not None:
             rows.append(row | {"status": "infeasible", "floor": refused.floor, "message": refused.message})
             continue
-        row |= {"status": "ok"} | _accuracy(experiment, questions, hits[run.id], hits[BASELINE])
+        row |= {"status": "ok"} | _accuracy(experiment.seeds, [q.kind for q in questions], hits[run.id], hits[BASELINE], run.id == BASELINE)
         row |= _costs(run, outcomes[run.id], len(questions), solve)
         rows.append(row | {"prefill": times.get(run.id), "recall": _recall(outcomes[run.id])})
     _compare(rows, hits, experiment.against)
@@ -52,20 +54,37 @@ def summarize(
     return rows, gold | {"answers": answers}
 
 
-def _accuracy(experiment: Experiment, questions: Sequence[Question], hits: np.ndarray, full: np.ndarray) -> dict[str, Any]:
-    kinds = np.array([q.kind for q in questions])
-    per_seed = len(questions) // len(experiment.seeds)
+def restated(result: dict[str, Any]) -> dict[str, Any]:
+    """A result whose statistics are made anew from its predictions: of a file that an earlier version wrote."""
+    found, asked = unpack(result), result["experiment"]
+    hits = {key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)]) for key, said in found["answers"].items()}
+    rows: Rows = copy.deepcopy(result["runs"])
+    for row in rows:
+        if row["status"] == "ok":
+            row |= _accuracy(asked["seeds"], found["kinds"], hits[row["id"]], hits[BASELINE], row["id"] == BASELINE)
+    _compare(rows, hits, asked["against"])
+    return result | {"runs": rows}
+
+
+def _accuracy(seeds: Sequence[int], kinds_of: Sequence[str], hits: np.ndarray, full: np.ndarray, itself: bool) -> dict[str, Any]:
+    """``itself``: this is the full model, of which it keeps everything whatever the questions."""
+    kinds = np.array(kinds_of)
+    per_seed = len(hits) // len(seeds)
+
+    def kept(own: np.ndarray, whole: np.ndarray) -> tuple[float, float] | None:
+        return (1.0, 1.0) if itself and whole.any() else statistics.kept_interval(own, whole)
+
     by_kind: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(kinds.tolist()):
         own, whole = hits[kinds == kind], full[kinds == kind]
         by_kind[kind] = {"n": len(own), "accuracy": float(own.mean()), "kept": _share(own.mean(), whole.mean())}
-        by_kind[kind]["kept_interval"] = statistics.kept_interval(own, whole)
+        by_kind[kind]["kept_interval"] = kept(own, whole)
     return {
         "accuracy": float(hits.mean()),
         "interval": statistics.mean_interval(hits),
-        "seeds": {str(seed): float(hits[i * per_seed : (i + 1) * per_seed].mean()) for i, seed in enumerate(experiment.seeds)},
+        "seeds": {str(seed): float(hits[i * per_seed : (i + 1) * per_seed].mean()) for i, seed in enumerate(seeds)},
         "kept": _share(hits.mean(), full.mean()),
-        "kept_interval": statistics.kept_interval(hits, full),
+        "kept_interval": kept(hits, full),
         "kinds": by_kind,
     }
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from duet_vlm.contents import digest_of
 from duet_vlm.loading import EMBEDDED
 from duet_vlm.pictures import local, open_image
 from duet_vlm.spelling import did_you_mean
@@ -41,13 +42,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Task:
-    """``ask(seed, index)`` gives a question; ``size`` is how many there are per seed (None: no end); ``clips``: some questions show one."""
+    """``ask(seed, index)`` gives a question; ``size`` is how many there are per seed (None: no end); ``clips``: some questions show one.
+    ``digest(count)`` changes with what the first so many questions and their files hold; None where questions are drawn."""
 
     name: str
     ask: Callable[[int, int], Question]
     size: int | None
     max_new_tokens: int
     clips: bool = False
+    digest: Callable[[int], str | None] = lambda count: None
 
     def count(self, limit: int | None) -> int:
         """Questions per seed.
@@ -96,7 +99,11 @@ def task(name: str) -> Task:
         for file in (path.parent / name for row in rows for name in row[f"{what}s"]):
             if not file.is_file():  # said now, not after hours; broken ones are found when they are opened
                 raise ValueError(f"{path}: its {what} {file}: no such file")
-    return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32, any(row["videos"] for row in rows))
+
+    def digest(count: int) -> str:
+        return digest_of(rows[:count], [path.parent / name for row in rows[:count] for name in (*row["images"], *row["videos"])])
+
+    return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32, any(row["videos"] for row in rows), digest)
 
 
 def right(question: Question, said: str) -> bool:

@@ -67,7 +67,7 @@ class Run:
     """One prompt: its spans, what each layer saw, and where decoding goes on. Plain data; no modules, no cache.
 
     ``rows`` is the prompt's length as sent; ``groups[0]`` is the sequence that entered the decoder, ``group(l)`` what layer l reads.
-    ``after`` is the least number of rows of a sample behind its last visual one.
+    ``after`` is the least number of rows of a sample behind its last visual one, ``drafts`` how many at the prompt's end assisted decoding guessed.
     """
 
     rules: Rules
@@ -77,6 +77,7 @@ class Run:
     prompt: TokenMap
     sources: tuple[tuple[Any, int], ...] = ()
     after: int = 0
+    drafts: int = 0
     groups: list[Group] = field(default_factory=list)
     asking: tuple[int, ...] = ()
     scored_layers: tuple[int, ...] = ()

@@ -45,6 +45,8 @@ class Encoded:
     wrong: Tensor | None = None  # the code of what the method returned (flow/verify.py)
     passes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part that the tower looked at by itself
     projected: tuple[int, ...] = ()  # per span, rows that the projector works on where V2V leaves them all to it
+    sizes: tuple[tuple[int, ...], ...] = ()  # per span, visual tokens of each part as V2V sees them
+    spare: tuple[tuple[tuple[int, int], ...], ...] = ()  # per span and part, patches that become no token, and padding that is embedded
     skipped: bool = False  # tower layers that nobody reads were not run
     repeated: tuple[tuple[bool, ...], ...] = ()  # per span, parts that were not encoded since they repeat the one before
     alive: Tensor | None = None  # [spans, N], the tokens that went through a reduced tower
@@ -65,12 +67,13 @@ class Encoded:
 @dataclass(frozen=True)
 class Choice:
     """How many rows of each span go on, and which: ``selection`` is None where V2V leaves all spans whole. ``alive`` [spans, N]: those it
-    could choose from, where a tower was reduced."""
+    could choose from, where a tower was reduced. ``sizes``: per span, tokens of each part."""
 
     plans: tuple[SpanPlan, ...]
     selection: Selection | None = None
     wrong: Tensor | None = None
     alive: Tensor | None = None
+    sizes: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,10 +94,14 @@ class EncoderCall:
     one; ``skips``: tower layers that nobody reads are not run; ``signals``: by number of the layer that a method names, what it takes of it
     per span, made of what was ``recorded`` (by attention module), until the choice is made of them; ``projecting``: what the projector was
     called with, for methods that ask it themselves; ``heard``: numbers of the layers whose attention ran; ``prompt``: None where the encoder
-    was called by itself; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
+    was called by itself; ``begun``: how many forwards and generations
+    ran when it began; ``merged``: the rows that go through the projector a second time, beside all of them. ``gathers``: it is a piece of a
     call, which makes rows and signals and chooses nothing; ``unprojected``: its rows in front of the projector, where V2V works on those.
-    ``patches``: patch embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``tower``: the units that go through
-    the tower (flow/tower), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
+    ``learns``: a gradient goes through what a module reads, ``states``: rows of vision layers that carry it, as the
+    blocks have them, by the numbers of ``signals``.
+    ``patches``: patch embeddings [P, D, h, w] until units are chosen, ``pixels`` what they were made of, ``embedded``: those that were made to
+    choose by, of what comes to the first block, until a packed tower asks for them, ``tower``: the units that go through the tower
+    (flow/tower), ``watched``: attention of the block that runs, where units leave behind it, ``cutting``: what is happening to its
     rows (flow/tower/inside.py).
     """
 
@@ -105,6 +112,7 @@ class EncoderCall:
     skips: bool = False
     prompt: Prompt | None = None
     twice: bool = False
+    begun: tuple[int, int] = (0, 0)
     recorded: dict[Any, list[Any]] = field(default_factory=dict)
     heard: set[int] = field(default_factory=set)
     signals: dict[int, dict[str, list[Tensor]]] = field(default_factory=dict)
@@ -114,9 +122,12 @@ class EncoderCall:
     pending: Encoded | None = None
     merged: Tensor | None = None
     gathers: bool = False
+    learns: bool = False
+    states: dict[int, Tensor] = field(default_factory=dict)
     unprojected: Tensor | None = None
     patches: Tensor | None = None
     pixels: Tensor | None = None
+    embedded: Tensor | None = None
     tower: Any = None
     watched: list[Any] = field(default_factory=list)
     cutting: Any = None
@@ -160,6 +171,7 @@ class Call:
     placeholders: dict[str, Tensor] = field(default_factory=dict)
     arrived: dict[str, Arrived] = field(default_factory=dict)
     run: Any = None
+    tables: Any = None  # how the decoder's rotary tables were made: module, arguments, what came out
     made: Any = None  # by ranking, in the prefill that runs
 
 

@@ -32,11 +32,11 @@ def takes_each(reducer: Reducer, usual: bool) -> bool:
 
 
 def plans_of(
-    span: Callable[..., SpanPlan], parts: Sequence[Tensor], each: bool, left: Sequence[Sequence[int] | None] | None = None
+    span: Callable[..., SpanPlan], parts: Sequence[Tensor], each: bool, left: Sequence[Sequence[int] | None] | None = None, fed: int = 0
 ) -> tuple[SpanPlan, ...]:
     """The plan of each span, made by ``span`` (``Rules.span``) from the sizes of its parts and its structure rows: ``parts`` on the host, as
-    ``Adapter.parts``. ``left``: how many tokens of each part a threshold in the tower left."""
-    return tuple(span(*sizes_of(rows), each, some) for rows, some in zip(parts, left or [None] * len(parts), strict=True))
+    ``Adapter.parts``. ``left``: how many tokens of each part a threshold in the tower left; ``fed``: rows of each part that are no patches."""
+    return tuple(span(*sizes_of(rows), each, some, fed) for rows, some in zip(parts, left or [None] * len(parts), strict=True))
 
 
 def sizes_of(parts: Tensor) -> tuple[tuple[int, ...], int]:

@@ -171,6 +171,23 @@ def is_eager(layer: nn.Module) -> bool:
     return layer._compiled_call_impl is None and not hasattr(layer.forward, "_torchdynamo_orig_callable")
 
 
+def refuse_graph(module: nn.Module) -> None:
+    """Raise a ValueError where ``module``, whose hooks call this, is being traced by torch.compile."""
+    if torch.compiler.is_compiling():
+        _in_a_graph(type(module).__name__)
+
+
+def _in_a_graph(name: str) -> None:
+    raise ValueError(
+        f"this {name} is compiled as a whole while a reducer is attached, whose hooks cannot be part of a graph: compile the decoder layers instead "
+        "(layer.forward = torch.compile(layer.forward) for each of them), or detach() first. In training leave torch_compile out"
+    )
+
+
+_in_a_graph._torchdynamo_disable = True  # type: ignore[attr-defined]  # else torch forgets the error and goes on without a graph
+_in_a_graph._torchdynamo_disable_msg = "a reducer is attached, and its hooks cannot be part of a graph: compile layers, or detach"  # type: ignore[attr-defined]
+
+
 def is_dispatched(layer: nn.Module) -> bool:
     """Whether accelerate's device map moves what the layer is given; else it runs where its input is."""
     return hasattr(layer, "_hf_hook")

@@ -47,6 +47,7 @@ class PrefillPass:
         self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.drops if _any(run.ranked(layer))])
         run.asking = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
+        self.probes = isinstance(self.reducer, DecoderReducer) and "gradient" in self.reducer.needs
         looks = isinstance(self.reducer, DecoderReducer) and "before" in self.reducer.needs
         self.looks_back = {drop for drop in self.drops if looks and drop not in replay and _any(run.ranked(drop))}
         self.to_rank = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
@@ -56,6 +57,8 @@ class PrefillPass:
         self.dropped: dict[int, Dropped] = {}
         self.rotaries: dict[Any, Rotary] = {}
         self.masks: dict[Any, Any] = {}
+        self.tables: list[Any] = []  # how rotary tables of half precision were made
+        self.entered: dict[str, dict[str, Any]] = {}  # by kind of layer, what the first was called with for the rows that entered
 
     def _keeps_at(self, layer: int) -> list[int] | None:
         """Visual tokens per sample that stay before ``layer``, None where nothing changes and nobody is asked."""
@@ -79,6 +82,8 @@ class PrefillPass:
                 self.ranking.choose_raters(hidden.detach(), self.run.groups[0].tokens.to(hidden.device))
         if self.scored_at.get(index) == index:  # by what all rows would do here
             self._rank(index, layer, hidden, kwargs)
+        if self.probes:
+            self.entered.setdefault(self.kinds[index], dict(kwargs))
         if index in self.drops:
             hidden = self._drop(index, layer, hidden, kwargs)
         self._rank(index, layer, hidden, kwargs)  # for a later drop, by what those do that are left
@@ -115,6 +120,33 @@ class PrefillPass:
             self.rotaries[key] = group_rotary(self.adapter, hidden, rotary, tokens, self.run.positions, self.kinds[index])
         return self.rotaries[key]
 
+    def _exact_rotary(self, group: Group, index: int, hidden: Tensor, rotary: Rotary) -> Rotary:
+        """The same for ranking: in float32, where the model's are half precision. Rounded tables make attention depend on where a prompt begins."""
+        for module, args, kwargs, made in self.tables:
+            if made[0] is rotary[0]:
+                exact = module.forward(args[0].float(), *args[1:], **kwargs)
+                if group is self.run.groups[0]:
+                    return exact
+                tokens = group.tokens.to(exact[0].device)
+                return group_rotary(self.adapter, hidden[..., :1].float(), exact, tokens, self.run.positions, self.kinds[index])
+        return self._rotary(group, index, hidden, rotary)
+
+    def _from_zero(self, group: Group, index: int, hidden: Tensor, rotary: Rotary) -> Rotary | None:
+        """Tables of half precision for positions that begin at 0 with each prompt, so that they are rounded as those of the prompt alone; None where
+        the model's are exact. Attention only knows distances."""
+        first = self.run.groups[0]
+        for module, args, kwargs, made in self.tables:
+            if made[0] is rotary[0] and self.run.positions == "keep":
+                positions = args[1] if len(args) > 1 else kwargs["position_ids"]
+                valid = first.tokens.valid.to(positions.device)
+                positions = positions.expand(*positions.shape[:-2], *valid.shape)
+                begin = valid.long().argmax(1, keepdim=True).expand(*positions.shape[:-1], 1)
+                positions = (positions - positions.gather(-1, begin)).clamp(min=0)
+                given = (args[0], positions, *args[2:]) if len(args) > 1 else args
+                made = module.forward(*given, **kwargs | ({} if len(args) > 1 else {"position_ids": positions}))
+                return group_rotary(self.adapter, hidden, made, group.tokens.to(made[0].device), self.run.positions, self.kinds[index])
+        return None
+
     def _mask(self, group: Group, index: int, hidden: Tensor, mask: Any) -> Any:
         key = (group.first_layer, self.kinds[index], id(mask))
         if key not in self.masks:
@@ -143,7 +175,7 @@ class PrefillPass:
         """What ``layer`` says of each row."""
         assert self.ranking is not None  # a method that decides
         group = self.run.group(index)
-        rotary = self._rotary(group, index, hidden, kwargs["position_embeddings"])
+        rotary = self._exact_rotary(group, index, hidden, kwargs["position_embeddings"])
         visual = max(self.run.visual(-1 if group is self.run.groups[0] else group.first_layer))
         state = self.kinds[index] == LINEAR
         made = self.ranking.signals(layer, hidden.detach(), group.tokens.to(hidden.device), rotary, visual, state)
@@ -207,12 +239,29 @@ class PrefillPass:
         """Of a prediction made through the method's probe, by the rows in front of ``layer``."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer)
-        again = reducer.probe == "last" and index > 0
-        at = index - 1 if again else index
-        through = self.adapter.layers[at] if again else layer
+        last = reducer.probe == "last"
+        at = self.adapter.probed_layer(index, last)
+        through = layer if at == index else self.adapter.layers[at]
         group = self.run.group(index - 1) if index else self.run.groups[0]
-        given = kwargs | self._for(group, at, hidden, kwargs) | {"past_key_values": None, "use_cache": False}
-        return prediction_gradient(self.adapter, through, hidden, tokens.valid, given, reducer.name, reducer.probe == "last")
+        given = self._given(group, at, hidden, kwargs, index) | {"past_key_values": None, "use_cache": False}
+        if (tables := self._from_zero(group, at, hidden, self.entered.get(self.kinds[at], kwargs)["position_embeddings"])) is not None:
+            given["position_embeddings"] = tables
+        asks = tokens.valid & (tokens.slot < self.run.rows - self.run.drafts)
+        return prediction_gradient(self.adapter, through, hidden, asks, given, reducer.name, last)
+
+    def _given(self, group: Group, at: int, hidden: Tensor, kwargs: dict[str, Any], index: int) -> dict[str, Any]:
+        """What layer ``at`` is called with for the rows of ``group``, where layer ``index`` would be with ``kwargs``; layers of another kind are
+        given other tables."""
+        kind = self.kinds[at]
+        entered = kwargs if kind == self.kinds[index] else self.entered.get(kind, kwargs)
+        given = entered | self._for(group, at, hidden, entered)
+        if kind == self.kinds[index] or kind in self.entered:
+            return given
+        valid = group.tokens.valid.to(hidden.device)  # the first layer of this kind is still to come
+        if self.prepared is not None:
+            return given | {"attention_mask": cut_mask(self.prepared, group.tokens.row.to(self.prepared.device), valid.to(self.prepared.device))}
+        config = self.adapter.text_model.config
+        return given | {"attention_mask": compat.decoder_mask(config, hidden, valid if group.padded else None, None, at)}
 
 
 def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict[int, int]:
@@ -221,9 +270,13 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict
     Raises
     ------
     ValueError
-        If there is no such layer.
+        If there is no such layer, or none that a gradient can go through.
     """
-    if not isinstance(reducer, DecoderReducer) or not reducer.attends():
+    if not isinstance(reducer, DecoderReducer):
+        return {}
+    if "gradient" in reducer.needs:
+        _check_probes(adapter, reducer, drops)
+    if not reducer.attends():
         return {}
     scored = {drop: adapter.ranking_layer(drop - reducer.score_before, reducer.score_states) for drop in drops}
     for drop, layer in scored.items():
@@ -234,6 +287,17 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict
                 f"{adapter.first_attention}: drop before layer {lowest} or later"
             )
     return scored
+
+
+def _check_probes(adapter: Adapter, reducer: DecoderReducer, drops: list[int]) -> None:
+    last = reducer.probe == "last"
+    for drop in drops:
+        if adapter.probed_layer(drop, last) < 0:
+            there, where = ("before", f"from layer {adapter.first_attention + 1} on") if last else ("from there on", "earlier")
+            raise ValueError(
+                f"{reducer.name} drops before decoder layer {drop}, but {adapter.family} has no attention {there} that a gradient can go through: "
+                f"drop {where}"
+            )
 
 
 def _any(counts: list[list[int]]) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -65,6 +65,8 @@ class EncoderFlow:
         @functools.wraps(encode)
         def encode_and_reduce(*args: Any, **kwargs: Any) -> Any:
             with self.begun() as rules:
+                if self.stacks.encoders:
+                    self._check_nested(stream)
                 if rules is None or self.stacks.encoders:  # nobody reduces, or one encoder method calls another
                     return encode(*args, **kwargs)
                 bound = signature.bind_partial(*args, **kwargs)
@@ -126,7 +128,18 @@ class EncoderFlow:
         twice = aside and rules.tower is not None and rules.tower.inside
         aside = aside and not twice
         skips = not aside and self._skips(rules.reducer, encoding)
-        return EncoderCall(encoding, rules, aside, takes_each(rules.reducer, stream.each), skips, self._prompt(), twice)
+        begun = len(self.stacks.calls), len(self.stacks.prompts)
+        each, learns = takes_each(rules.reducer, stream.each), self.module is not None and torch.is_grad_enabled()
+        return EncoderCall(encoding, rules, aside, each, skips, self._prompt(), twice, begun, learns=learns)
+
+    def _check_nested(self, stream: Stream) -> None:
+        """An encoder method may call that of another stream; whoever encodes pictures from inside the tower that works on some is refused."""
+        running = self.stacks.encoders[-1]
+        if running.begun != (len(self.stacks.calls), len(self.stacks.prompts)) or any(c.encoding.stream == stream.name for c in self.stacks.encoders):
+            raise RuntimeError(
+                f"{type(self.adapter.model).__name__} was called with pictures from inside its own vision tower (by a hook?) while a reducer is "
+                "attached: what both calls record would mix. Call it when this call has ended, or from a hook of the decoder"
+            )
 
     def _prompt(self) -> Prompt | None:
         """The text around this encoder call."""
@@ -182,10 +195,23 @@ class EncoderFlow:
         call = self.stacks.encoders[-1] if self.stacks.encoders else None
         if call is None:
             return
-        rows = (output[0] if isinstance(output, tuple) else output).detach()
-        with torch.no_grad():
-            tokens = self.adapter.token_rows(rows, call.encoding)
-        call.signals |= {slot: call.signals.get(slot, {}) | {"states": tokens} for slot in self.named.slots(block)}
+        rows = output[0] if isinstance(output, tuple) else output
+        slots = self.named.slots(block)
+        if call.learns and not torch.is_grad_enabled() and any(w.requires_grad for w in self.adapter.tower().parameters()):
+            raise ValueError(
+                f"{call.rules.reducer.name} reads layers of the vision tower, whose gradient re-entrant checkpointing "
+                "loses: pass gradient_checkpointing_kwargs={'use_reentrant': False}, or freeze the tower"
+            )
+        if rows.requires_grad and call.learns:  # read behind the tower: what is checkpointed must not save more than its second run
+            call.states |= dict.fromkeys(slots, rows)
+        else:
+            with torch.no_grad():
+                self._tell_states(call, slots, rows.detach())
+
+    def _tell_states(self, call: EncoderCall, slots: Iterable[int], rows: Tensor) -> None:
+        """Put rows as the blocks have them among the signals of the layers that they are of."""
+        tokens = self.adapter.token_rows(rows, call.encoding)
+        call.signals |= {slot: call.signals.get(slot, {}) | {"states": tokens} for slot in slots}
 
     def asks_projector(self, projector: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Pre-hook of the projector, for methods that ask it themselves."""
@@ -241,7 +267,7 @@ class EncoderFlow:
         slots = slots_of(choice.selection, reducer)
         call.pending = Encoded(
             call.encoding.stream, [], (), choice.plans, call.rules, choice.selection, slots, reducer.cls_token,
-            wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True, alive=choice.alive,
+            wrong=choice.wrong, ends=spans[:, -1].clone(), unprojected=True, alive=choice.alive, sizes=choice.sizes,
         )  # fmt: skip
         return _merged(features, choice.selection)
 
@@ -271,6 +297,7 @@ class EncoderFlow:
         encoded.rows = rows
         encoded.grids, encoded.passes = self.adapter.grids(call.encoding, counts), tuple(self.adapter.passes(call.encoding, counts))
         encoded.tower = None if call.aside else call.tower
+        encoded.spare = self.adapter.spare(call.encoding)
         encoded.projected, encoded.skipped = tuple(self.adapter.projected(call.encoding, counts)), call.skips
         if encoded.finite is None:
             encoded.finite = compat.finite(torch.stack([r.detach().sum(dtype=torch.float32) for r in rows]))
@@ -284,7 +311,7 @@ class EncoderFlow:
     def _behind(self, rows: list[Tensor], levels: Any, call: EncoderCall) -> Encoded:
         """Spans reduced behind the encoder call; ``levels`` are rows that later layers add to the same ones."""
         choice = self._choice(call, [len(r) for r in rows], lambda: pad_rows(rows)[0])
-        encoded = Encoded(call.encoding.stream, rows, (), choice.plans, call.rules, choice.selection)
+        encoded = Encoded(call.encoding.stream, rows, (), choice.plans, call.rules, choice.selection, sizes=choice.sizes)
         if choice.selection is not None:
             encoded.slots, encoded.wrong = slots_of(choice.selection, call.rules.reducer), choice.wrong
             encoded.alive = choice.alive
@@ -314,9 +341,10 @@ class EncoderFlow:
         """Plans and selection for spans of ``counts`` rows; ``features`` makes [B, N, C], a CLS row in front if it is fed, or None."""
         reducer = call.rules.reducer
         parts = self.adapter.parts(call.encoding, counts)
-        plans = plans_of(call.rules.span, parts, call.each, self._left_of(call, parts))
+        plans = plans_of(call.rules.span, parts, call.each, self._left_of(call, parts), self.adapter.fed(call.encoding))
+        sizes = tuple(sizes_of(rows)[0] for rows in parts)
         if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
-            return Choice(plans)
+            return Choice(plans, sizes=sizes)
         if reducer.cls_token:
             self.adapter.cls_module()  # raises: no CLS row here
             parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
@@ -325,15 +353,14 @@ class EncoderFlow:
         rows = features()
         shown = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
         left = None if call.tower is None else self._left(call, width).to(shown.device)
-        learns = reducer.compressor is not None and torch.is_grad_enabled()
-        with torch.set_grad_enabled(learns), compat.without_autocast(shown):
+        with torch.set_grad_enabled(call.learns), compat.without_autocast(shown):
             read = self._read(call, counts, width, shown.device, layers)
             selection, wrong, content = select(
                 reducer, plans, parts, layers, rows, stream=call.encoding.stream, each=call.each, left=left, read=read
             )
         if call.tower is not None:
             wrong = torch.maximum(wrong, call.tower.wrong.to(wrong.device))
-        return Choice(plans, selection, wrong, None if left is None else content)
+        return Choice(plans, selection, wrong, None if left is None else content, sizes)
 
     def _left(self, call: EncoderCall, width: int) -> Tensor:
         """[B, N] bool: the rows that went through the tower."""
@@ -341,6 +368,9 @@ class EncoderFlow:
         return nn.functional.pad(left, (width - left.shape[1], 0), value=True)  # a CLS row in front never leaves
 
     def _layers(self, call: EncoderCall, width: int) -> tuple[LayerView, ...]:
+        for slot, rows in call.states.items():
+            self._tell_states(call, (slot,), rows)
+        call.states = {}
         views, finite = layer_views(call, len(self.named.blocks), width)
         check_finite(finite, "the vision attention scores")
         return views
@@ -353,7 +383,7 @@ class EncoderFlow:
         if "grid" in reducer.reads:
             made |= grid_of(self.adapter, call.encoding, counts, width, device)
         if reducer.reads & {"question", "similar", "decoded"}:
-            asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name)
+            asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name, call.learns)
             made["question"] = asked.question
             if "decoded" in reducer.reads:
                 made["decoded"] = decoded(self.adapter, asked, self.stacks)

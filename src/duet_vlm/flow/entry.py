@@ -83,7 +83,7 @@ def _prefill(adapter: Adapter, rules: Rules, call: Call, kwargs: dict[str, Any])
     if isinstance(reducer, DecoderReducer) and reducer.skip_unanswered and call.labels is not None:
         plans = tuple(_without_drops(row) if not answered else row for row, answered in zip(plans, layout.answered, strict=True))
     pools = _pools(plans, spans, layout, prompt, left_out, each=getattr(reducer, "share", "joint") == "each")
-    run = Run(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.after))
+    run = Run(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.after), call.drafts)
     run.element_bytes, run.real = embeds.element_size(), valid.sum(1)
     run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
     call.run = run

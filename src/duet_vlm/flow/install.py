@@ -126,6 +126,8 @@ def _on_decoder(traffic: Traffic) -> None:
     adapter.install(hooks, traffic.running)
     hooks.add(adapter.text_model.register_forward_pre_hook, traffic.enter, with_kwargs=True, prepend=True)
     hooks.add(adapter.text_model.register_forward_hook, traffic.leave, with_kwargs=True)
+    if isinstance(getattr(adapter.text_model, "rotary_emb", None), nn.Module):
+        hooks.add(adapter.text_model.rotary_emb.register_forward_hook, traffic.tabled, with_kwargs=True)
     for index, layer in enumerate(adapter.layers):
         hooks.add(_inside(layer).register_forward_pre_hook, traffic.at_layer, index, with_kwargs=True)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from numbers import Integral
 
-from duet_vlm.budget import Budget, SpanPlan
+from duet_vlm.budget import Budget, BudgetError, SpanPlan, infeasible, target_mean
 from duet_vlm.flow.verify import checked_plan
-from duet_vlm.parts import plan_span
+from duet_vlm.parts import of_each_part, plan_span
 from duet_vlm.reducer import Reducer, plan_within
 from duet_vlm.tower import TowerReducer
 
@@ -39,8 +41,33 @@ class Rules:
             self._plans[tokens, left] = checked_plan(self.reducer, plan, tokens, self.depth)
         return self._plans[tokens, left]
 
-    def span(self, sizes: Sequence[int], structure: int, each: bool, left: Sequence[int] | None = None) -> SpanPlan:
+    def span(self, sizes: Sequence[int], structure: int, each: bool, left: Sequence[int] | None = None, fed: int = 0) -> SpanPlan:
         """The plan of a span with parts of ``sizes`` tokens and ``structure`` rows beside them; ``each``: parts are reduced one by one;
-        ``left``: how many tokens of each a threshold in the tower left."""
-        keep_structure = getattr(self.reducer, "newline", "drop") == "keep"
-        return plan_span(self.plan, self.budget, sizes, structure, each, keep_structure, left)
+        ``left``: how many tokens of each a threshold in the tower left; ``fed``: rows of each that are no patches (CLS) and never leave.
+
+        Raises
+        ------
+        BudgetError
+            As ``plan``, and where a method in the tower, alone, has less than one token for a part. A fraction of parts of fewer tokens than
+            ``clamp_below`` gives them the floor instead.
+        """
+        tower, keep_structure = self.tower, getattr(self.reducer, "newline", "drop") == "keep"
+        solve = functools.partial(plan_span, self.plan, self.budget, sizes, structure, each, keep_structure, left)
+        if tower is None or tower is not self.reducer or left is not None:
+            return solve()
+        least = [min(size, tower.least + fed) for size in sizes]
+        kept = structure if keep_structure else 0
+        floor, tokens = sum(least) + kept, sum(sizes) + structure
+        try:
+            plan = solve()
+        except BudgetError as error:
+            if error.floor is None or error.floor >= floor:
+                raise
+            plan = SpanPlan(tokens, kept, 0, (kept,) * self.depth, structure=kept, parts=((0, 0),) * (len(sizes) * each), tower=0)
+        if not plan.merges or plan.entry - plan.structure >= sum(least) or self.budget is None:
+            return of_each_part(plan, sizes, least)
+        if isinstance(self.budget, Integral) or max(sizes) >= tower.clamp_below:
+            each_of = f"each of its {len(sizes)} crops or frames" if len(sizes) > 1 else "it"
+            what = f"of {each_of} no fewer than {min(max(sizes), tower.least + fed)} tokens enter the decoder"
+            raise infeasible(tower.name, target_mean(self.budget, tokens), floor, tokens, what)
+        return replace(of_each_part(plan, sizes, least), floored=True)

@@ -168,8 +168,10 @@ class Words:
         return {"similar": self.text_tower.tokens(states) @ rows.transpose(1, 2), "pieces": pieces}
 
 
-def question_of(adapter: Adapter, prompt: Prompt | None, stream: str, counts: list[int], method: str) -> Asked:
-    """What the prompt asks of each span.
+def question_of(
+    adapter: Adapter, prompt: Prompt | None, stream: str, counts: list[int], method: str, learns: bool = False
+) -> Asked:
+    """What the prompt asks of each span; ``learns``: its rows carry a gradient.
 
     Nothing is read from the device: spans fill the placeholders of their stream in order.
 
@@ -196,21 +198,21 @@ def question_of(adapter: Adapter, prompt: Prompt | None, stream: str, counts: li
     sample = torch.searchsorted(shown, ends).clamp(max=len(shown) - 1)
     most = asks.shape[1] - (sum(counts) if len(asks) == 1 else 0)  # a question is not padded to the length of a clip
     index, real = pack_right(asks, max(1, most))
-    return Asked(Question(take(rows.detach(), index), real), asks, prompt.ids, sample)
+    return Asked(Question(take(rows if learns else rows.detach(), index), real), asks, prompt.ids, sample)
 
 
 def decoded(adapter: Adapter, asked: Asked, stacks: Stacks) -> Tensor:
     """What the decoder makes of each span's question alone [B, D]: the last row's hidden state. Reads the longest question's length on the host.
 
-    Rows stand at the left, so that what is no question comes behind it, where a causal decoder does not look.
+    Rows stand at the left, so that what is no question comes behind it, where a causal decoder does not look. A gradient
+    goes through it where there is one around the call.
     """
     rows, valid = asked.of_sample.rows, asked.of_sample.valid
     length = valid.sum(1)
     most = max(1, int(length.max()))
     stacks.calls.append(Call(None, None))  # no part of the prompt around it: nothing is reduced
     try:
-        with torch.no_grad():
-            states = adapter.text_model(inputs_embeds=rows[:, :most], use_cache=False).last_hidden_state
+        states = adapter.text_model(inputs_embeds=rows[:, :most], use_cache=False).last_hidden_state
     finally:
         stacks.calls.pop()
     last = take(states, (length - 1).clamp(min=0)[:, None])[:, 0].float()

@@ -20,7 +20,7 @@ from duet_vlm.flow.decoder import PrefillPass
 from duet_vlm.flow.entry import enter
 from duet_vlm.flow.gate import Gate
 from duet_vlm.flow.made import Made, reusing
-from duet_vlm.flow.own import touched
+from duet_vlm.flow.own import check_learns, touched
 from duet_vlm.flow.processor import SALIENT
 from duet_vlm.flow.ranks import in_step, with_blank_image
 from duet_vlm.flow.rules import Rules
@@ -92,6 +92,7 @@ class Traffic:
 
     def called(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Pre-hook of the model and of the multimodal model inside it, in front of whatever wraps their forward."""
+        compat.refuse_graph(module)
         salient = kwargs.pop(SALIENT, None)
         if module is self.adapter.model or self.stacks.note is None:
             self.stacks.note = Note(kwargs.get("labels"), salient, kwargs.get("logits_to_keep"), kwargs.get(OUTPUTS))
@@ -159,6 +160,7 @@ class Traffic:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of the decoder stack."""
+        compat.refuse_graph(module)
         if not self.stacks.calls or kwargs.get("inputs_embeds") is None:
             return None
         call = self.stacks.calls[-1]
@@ -167,6 +169,8 @@ class Traffic:
             kwargs["inputs_embeds"] = with_blank_image(self.adapter, self._encode, kwargs["inputs_embeds"])
         if self.module is not None and call.rules is not None and torch.is_grad_enabled() and in_step(self.adapter.model):
             kwargs["inputs_embeds"] = touched(kwargs["inputs_embeds"], self.module)
+        if self.module is not None and call.rules is not None and torch.is_grad_enabled() and self.adapter.model.training:
+            check_learns(self.adapter, call.rules.reducer.name)
         step = enter(self.adapter, call, kwargs)
         if step is not None:
             kwargs[PASS] = step
@@ -175,6 +179,13 @@ class Traffic:
         elif call.placeholders and call.rules is not None:
             self._ran(None)  # a prompt without images
         return args, kwargs
+
+    def tabled(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Post-hook of what makes the decoder's rotary tables, for those who rank in half precision."""
+        call = self.stacks.calls[-1] if self.stacks.calls else None
+        if call is not None and args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float16, torch.bfloat16):
+            kind = args[0][..., :1].clone()  # of the rows only the kind of numbers counts, and nothing else of them is to live on
+            call.tables = [*(call.tables or ()), (module, (kind, *args[1:]), kwargs, output)]
 
     def _ran(self, run: Run | None) -> None:
         self.stacks.has_run, self.stacks.last, self.latest = True, run, run
@@ -186,8 +197,9 @@ class Traffic:
             note_missing(cache, step.run, step.kinds)
             if getattr(step.reducer, "cache", "full") == "cut":
                 cut(cache, step.run, step.kinds)
-        if step is not None and step.run.cache_bytes is None and cache is not None:
-            step.run.cache_bytes = compat.cache_bytes(cache)
+        if step is not None and step.run.cache_bytes is None:
+            filled = getattr(output, "past_key_values", None) if cache is None else cache  # of a prompt left whole the decoder made its own
+            step.run.cache_bytes = None if filled is None else compat.cache_bytes(filled)
 
     def at_layer(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         """Pre-hook of a decoder layer."""
@@ -197,6 +209,8 @@ class Traffic:
         if self.stacks.calls:
             self.stacks.calls[-1].layer = index
         hidden = args[0] if args else kwargs.pop("hidden_states")
+        if isinstance(step, PrefillPass) and self.stacks.calls:
+            step.tables = self.stacks.calls[-1].tables or []
         if isinstance(step, PrefillPass) and step.reuses(index, layer):
             self._make_once(layer)
             step.made.recording = True

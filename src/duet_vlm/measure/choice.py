@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from duet_vlm.budget import SpanPlan, Stages
 from duet_vlm.compressor import Compressor, Sizes
-from duet_vlm.measure.flops import Grid, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
-from duet_vlm.measure.shapes import DecoderShape, VisionShape
+from duet_vlm.measure.flops import Grid, Spare, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
+from duet_vlm.measure.shapes import DecoderShape, VisionShape, probed_layer
 from duet_vlm.ops.merge import by_table
 from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
 from duet_vlm.tokens import Selection
@@ -33,29 +33,34 @@ def selection_flops(
     steps: Sequence[Sequence[int]] | None = None,
     ranked: Sequence[Sequence[int]] | None = None,
     projecting: int = 0,
+    spare: Sequence[Sequence[Spare]] | None = None,
 ) -> int:
     """Signals, choice and merge before the decoder for the spans of one call; 0 where the method leaves them whole.
 
     Parameters
     ----------
     passes : sequence of sequence of int
-        Per span, visual tokens of each part that the tower looks at by itself.
+        Per span, visual tokens of each part (crop, frame) that it is chosen from.
     key_width, feature_width : int
         Width of one head of the tower, and of the rows that are reduced.
     steps : sequence of sequence of int, optional
         Per span, visual tokens of each step of time; left out, every part is one.
     ranked : sequence of sequence of int, optional
-        Per span, visual tokens of the parts that signals are made of; left out, all.
+        Per span, visual tokens of the parts that signals are made of, as the tower looks at them; left out, ``passes``.
     projecting : int
         FLOPs of the projector on what it was given in this call, for methods that ask it themselves.
+    spare : sequence of sequence of tuple, optional
+        Per span, of the parts that signals are made of, patches that become no token.
     """
     if not isinstance(reducer, EncoderReducer) or not any(plan.merges for plan in plans):
         return 0
     parts = [tokens for span in (passes if ranked is None else ranked) for tokens in span]
+    beyond = [0] * len(parts) if spare is None else [patches for span in spare for patches, _ in span]
     signals = 0
     if reducer.signals:
-        signals = sum(signal_flops(vision, n, reducer.signal_queries) for n in (parts if reducer.signal_segments else [sum(parts)]))
-        signals *= _attentions(reducer)
+        looks = zip(parts, beyond, strict=True) if reducer.signal_segments else [(sum(parts), sum(beyond))]
+        heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
+        signals = sum(signal_flops(vision, n, reducer.signal_queries, heads, more) for n, more in looks) * _attentions(reducer)
     keys = vision.width if reducer.signal_heads == "one" else key_width
     timed = _steps(plans, passes if steps is None else steps) if reducer.reads_time else None
     return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, timed, projecting)
@@ -67,17 +72,19 @@ def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[
     return (steps, max(-(-plan.tokens // max(1, len(parts))) for plan, parts in zip(plans, passes, strict=True))) if steps > 1 else None
 
 
-def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, Stages]], vision: VisionShape, key_width: int) -> int:
-    """Finding out who is like whom in the tower, and its attention where it ranks units: ``parts`` as ``Sample.in_tower`` lists them."""
+def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, Stages, Spare]], vision: VisionShape, key_width: int) -> int:
+    """Finding out who is like whom in the tower, and its attention where it ranks units, in one call: ``parts`` as ``Sample.in_tower`` lists them.
+    Pictures are compared side by side, padded to the largest; attention is that of each by itself."""
     tower, total = getattr(reducer, "tower", None), 0
     if not isinstance(tower, TowerReducer):
         return 0
-    for tokens, _, stages in parts:
-        for after, left in stages:
-            total += 2 * tower.pairs(tokens, left) * (key_width if after else vision.width)
-            if "attention" in tower.tower_signals:
-                total += signal_flops(vision, tokens, tower.signal_queries)
-            tokens = left
+    here = [tokens for tokens, *_ in parts]
+    for cuts in zip(*(stages for _, _, stages, _ in parts), strict=True):
+        after, left = cuts[0][0], [count for _, count in cuts]
+        total += 2 * len(here) * tower.pairs(max(here), max(left)) * (key_width if after else vision.width)
+        if "attention" in tower.tower_signals:
+            total += sum(signal_flops(vision, tokens, tower.signal_queries, vision.width // key_width) for tokens in here)
+        here = left
     return total
 
 
@@ -178,15 +185,17 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
     if not isinstance(reducer, DecoderReducer):
         return 0
     total = 2 * visual[0] * queries * shape.hidden if reducer.text_query == "raters" else 0
+    among: dict[int, int] = {}  # by scoring layer, which may serve several drops, the index of the rows that it ranks
     for layer, (before, stay) in enumerate(zip(visual, visual[1:], strict=False)):
         if not 0 < stay < before:
             continue
         total += _shown_flops(reducer, before, stay, queries, shape)
         if "among" in reducer.needs:
-            total += 2 * before * shape.hidden * shape.query_width + 2 * before * rows[layer] * shape.wide
+            scored = probed_layer(shape.attends, layer - reducer.score_before + 1, last=True)
+            among[scored] = scored + (scored < layer)
         if "gradient" in reducer.needs:
-            total += probe_flops(shape, rows[layer], layer - (reducer.probe == "last"), PREDICTED)
-    return total
+            total += probe_flops(shape, rows[layer], probed_layer(shape.attends, layer, reducer.probe == "last"), PREDICTED)
+    return total + sum(2 * visual[at] * (shape.hidden * shape.query_width + rows[at] * shape.wide) for at in among.values())
 
 
 @lru_cache(maxsize=256)

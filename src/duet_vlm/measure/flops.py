@@ -13,6 +13,7 @@ from duet_vlm.budget import Stages
 from duet_vlm.measure.shapes import LINEAR, DecoderShape, VisionShape
 
 Grid = tuple[int, int] | None
+Spare = tuple[int, int]  # of a picture: patches that become no token, and patches of padding around it, which are embedded and go no further
 
 
 def decoder_layer_flops(shape: DecoderShape, rows: int, keys: int | None = None, layer: int = 0) -> int:
@@ -64,9 +65,9 @@ def scoring_flops(shape: DecoderShape, rows: int, queries: int, reused: int = 0,
 
 
 def probe_flops(shape: DecoderShape, rows: int, layer: int, predicted: int) -> int:
-    """A gradient by ``rows`` rows through one layer, and through the head for ``predicted`` of them: forward, and backward by rows alone (a linear
-    map costs once more, attention two and a half times)."""
-    attention = 0 if shape.kind(layer) == LINEAR else 4 * rows * rows * shape.wide
+    """A gradient by ``rows`` rows through one layer with attention, and through the head for ``predicted`` of them: forward, and backward by rows
+    alone (a linear map costs once more, attention two and a half times)."""
+    attention = 4 * rows * rows * shape.wide
     return 2 * (decoder_layer_flops(shape, rows, layer=layer) - attention) + attention * 7 // 2 + 2 * head_flops(shape, predicted)
 
 
@@ -88,21 +89,44 @@ def tower_rows(shape: VisionShape, tokens: int) -> int:
     return tokens * shape.patches_per_token + shape.extra_rows
 
 
-def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None, stages: Stages = ()) -> int:
+def tower_flops(shape: VisionShape, parts: Sequence[tuple[int, Grid, Stages, Spare]]) -> int:
+    """The vision tower over the ``parts`` of a call: tokens, grid, stages and spare patches of each, as ``vision_flops`` takes them; with what its
+    further mergers read of them beyond what the last one does, and what pictures in one row attend over beyond themselves."""
+    total = sum(vision_flops(shape, *part) for part in parts)
+    mergers = 1 + len(shape.deeper)
+    one = sum(2 * a * b for a, b in shape.projector[: len(shape.projector) // mergers])
+    for tokens, _, stages, _ in parts:
+        total += one * sum(_left_after(tokens, stages, after) - _left_after(tokens, stages, shape.layers) for after in shape.deeper)
+    if shape.joined:
+        for layer in range(shape.layers):
+            rows = [tower_rows(shape, _left_after(n, stages, layer)) + spare[0] * (not stages) for n, _, stages, spare in parts]
+            total += 4 * shape.width * (sum(rows) ** 2 - sum(n * n for n in rows))
+    return total
+
+
+def _left_after(tokens: int, stages: Stages, blocks: int) -> int:
+    """Tokens that are left once the attention of ``blocks`` blocks has run."""
+    return next((left for after, left in reversed(stages) if after <= blocks), tokens)
+
+
+def vision_flops(shape: VisionShape, tokens: int, grid: Grid = None, stages: Stages = (), spare: Spare = (0, 0)) -> int:
     """The vision tower over one image, crop or frame of ``tokens`` visual tokens (every layer is counted; stock towers run all of them).
 
     ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is taken as full. ``stages``:
     after the attention of how many blocks patches leave, and how many tokens' are left then, evenly out of the windows; all are embedded.
+    ``spare`` patches go through a tower that nothing leaves.
     """
-    whole, windowed, total = tower_rows(shape, tokens), _windowed(shape, tower_rows(shape, tokens), grid), 0
+    beyond, total = 0 if stages else spare[0], 0
+    whole = tower_rows(shape, tokens) + beyond
+    windowed = _windowed(shape, whole, grid)
     full = shape.layers if shape.full_layers is None else shape.full_layers
     for begin, end, attending, going_on in stretches(shape, tokens, stages):
-        layers, rows = end - begin, tower_rows(shape, attending)
+        layers, rows = end - begin, tower_rows(shape, attending) + beyond
         seen = share_of(full, begin, end, shape.layers)
         attention = 4 * shape.width * (seen * rows**2 + (layers - seen) * round(windowed * (rows / whole) ** 2))
         total += layers * (8 * rows * shape.width**2) + attention
-        total += 2 * shape.mlp_matrices * shape.width * shape.mlp * ((layers - 1) * rows + tower_rows(shape, going_on))
-    return total + patch_flops(shape, tokens)
+        total += 2 * shape.mlp_matrices * shape.width * shape.mlp * ((layers - 1) * rows + tower_rows(shape, going_on) + beyond)
+    return total + patch_flops(shape, tokens, sum(spare))
 
 
 def stretches(shape: VisionShape, tokens: int, stages: Stages) -> list[tuple[int, int, int, int]]:
@@ -125,9 +149,9 @@ def share_of(full: int, begin: int, end: int, layers: int) -> int:
     return full * end // layers - full * begin // layers
 
 
-def patch_flops(shape: VisionShape, tokens: int) -> int:
-    """The patch embedding."""
-    return 2 * tokens * shape.patches_per_token * shape.patch_inputs * shape.width
+def patch_flops(shape: VisionShape, tokens: int, more: int = 0) -> int:
+    """The patch embedding, of ``more`` patches than those of the tokens."""
+    return 2 * (tokens * shape.patches_per_token + more) * shape.patch_inputs * shape.width
 
 
 def _windowed(shape: VisionShape, rows: int, grid: Grid) -> int:
@@ -152,10 +176,11 @@ def projector_flops(shape: VisionShape, tokens: int) -> int:
     return sum(2 * tokens * a * b for a, b in shape.projector)
 
 
-def signal_flops(shape: VisionShape, tokens: int, queries: int | None = None) -> int:
-    """Attention scores of one tower layer over one image: of its CLS row, or without one of ``queries`` rows (None: of every one)."""
-    rows = tower_rows(shape, tokens)
-    return 2 * asking_rows(shape, rows, queries) * rows * shape.width
+def signal_flops(shape: VisionShape, tokens: int, queries: int | None = None, heads: int = 0, more: int = 0) -> int:
+    """Attention scores of one tower layer over one image: of its CLS row, or without one of ``queries`` rows (None: of every one), whose ``heads``
+    are then added up as a product. ``more``: patches of the image that become no token."""
+    rows = tower_rows(shape, tokens) + more
+    return 2 * asking_rows(shape, rows, queries) * rows * (shape.width + heads * (shape.extra_rows == 0))
 
 
 def asking_rows(shape: VisionShape, rows: int, queries: int | None) -> int:

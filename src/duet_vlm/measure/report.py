@@ -6,13 +6,15 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from duet_vlm.budget import SpanPlan, Stages
-from duet_vlm.measure.flops import Grid, prefill_flops, projector_flops, scoring_flops, vision_flops
+from duet_vlm.measure.flops import Grid, Spare, prefill_flops, projector_flops, scoring_flops, tower_flops
 from duet_vlm.measure.kv import kv_bytes, rows_held
 from duet_vlm.measure.shapes import DecoderShape, VisionShape
 from duet_vlm.settings import plain
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Sample:
     as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span, of each part where patches leave
     the tower and how many tokens' are left then (``duet_vlm.budget.Stages``), as planned and as measured (left out: none leave).
     ``merges_left``: the projector, which sees every token otherwise, sees only those. ``still``: which spans are pictures, whose parts are no
-    steps of time. ``repeated``: per span, which parts did not go through the tower since they repeat the one before.
+    steps of time. ``repeated``: per span, which parts did not go through the tower since they repeat the one before. ``sizes``: per span the tokens
+    of each part as V2V sees them, where pooling and packing are done (left out: as the tower does). ``spare``: per span, of each part, patches
+    that become no token (left out: there are none).
     """
 
     text: int
@@ -45,12 +49,18 @@ class Sample:
     merges_left: bool = False
     still: tuple[bool, ...] = ()
     repeated: tuple[tuple[bool, ...], ...] = ()
+    sizes: tuple[tuple[int, ...], ...] = ()
+    spare: tuple[tuple[Spare, ...], ...] = ()
 
     @property
     def encoded(self) -> tuple[tuple[int, ...], ...]:
         """Per span the tokens of each part that went through the tower."""
-        spans = zip(self.passes, self._repeated(), strict=True)
-        return tuple(tuple(n for n, again in zip(parts, repeated, strict=True) if not again) for parts, repeated in spans)
+        return self.went(self.passes)
+
+    def went(self, parts: Sequence[Sequence[Part]]) -> tuple[tuple[Part, ...], ...]:
+        """What is said of the parts of each span, of those that went through the tower."""
+        spans = zip(parts, self._repeated(), strict=True)
+        return tuple(tuple(some for some, again in zip(span, repeated, strict=True) if not again) for span, repeated in spans)
 
     def _repeated(self) -> tuple[tuple[bool, ...], ...]:
         known = self.repeated or ((),) * len(self.passes)
@@ -72,10 +82,15 @@ class Sample:
     def to_project(self) -> tuple[int, ...]:
         return self.projected or tuple(map(sum, self.passes))
 
-    def parts(self) -> list[tuple[int, Grid]]:
-        """Tokens and grid of everything that the tower looks at by itself."""
-        grids = self.grids or (None,) * len(self.passes)
-        return [(n, _part_of(grid, span)) for span, grid in zip(self.passes, grids, strict=True) for n in span]
+    def parts(self) -> list[tuple[int, Grid, Stages, Spare]]:
+        """Tokens, grid and spare patches of everything that the tower looks at by itself, as if nothing left it."""
+        grids, spare = self.grids or (None,) * len(self.passes), [some for span in self.wasted() for some in span]
+        every = [(n, _part_of(grid, span)) for span, grid in zip(self.passes, grids, strict=True) for n in span]
+        return [(*part, (), some) for part, some in zip(every, spare, strict=True)]
+
+    def wasted(self) -> tuple[tuple[Spare, ...], ...]:
+        """Per span the spare patches of each part."""
+        return self.spare or tuple(((0, 0),) * len(span) for span in self.passes)
 
     def reaching_projector(self, measured: bool = False) -> list[int]:
         """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
@@ -91,10 +106,13 @@ class Sample:
         spans = zip(self.plans, self.encoded, self.passes, strict=True)
         return [p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.merges else p.entry for p, encoded, parts in spans]
 
-    def in_tower(self, measured: bool = False) -> list[tuple[int, Grid, Stages]]:
-        """Of the same: tokens, grid, and where they leave the tower."""
+    def in_tower(self, measured: bool = False, still: bool | None = None) -> list[tuple[int, Grid, Stages, Spare]]:
+        """The same with where tokens leave the tower, without parts that repeat others; of pictures (``still``), of clips, or of both."""
+        kinds = self.still or (True,) * len(self.passes)
+        which = (still in (None, kind) for kind, span in zip(kinds, self.passes, strict=True) for _ in span)
         left, again = (s for span in self._left(measured) for s in span), (repeats for span in self._repeated() for repeats in span)
-        return [(*part, stages) for part, stages, repeats in zip(self.parts(), left, again, strict=True) if not repeats]
+        every = zip(self.parts(), left, again, which, strict=True)
+        return [(n, grid, stages, spare) for (n, grid, _, spare), stages, repeats, asked in every if asked and not repeats]
 
     def _left(self, measured: bool) -> tuple[tuple[Stages, ...], ...]:
         return (self.left if measured else self.planned_left) or tuple(((),) * len(span) for span in self.passes)
@@ -243,6 +261,7 @@ def make_report(
     deciding: int = 0,
     products: bool = True,
     cut: bool = False,
+    behind: bool = False,
 ) -> Report:
     """Sum the samples up. ``cache_bytes`` are the bytes of each layer's cache after prefill (None without a cache); ``reused_layers`` are
     scored layers that took over the keys they were ranked by.
@@ -250,7 +269,7 @@ def make_report(
     ``projects_all``: the family or the method reduces behind the projector, which then runs on every token and not only on those that enter.
     ``selection``: what signals, choice and merge before the decoder cost (``measure.choice.selection_flops``). ``deciding``: what
     the method inside the decoder costs beyond attention from text (``measure.choice.deciding_flops``), ``products``: it takes that. ``cut``:
-    earlier layers forget what did not reach the last one.
+    earlier layers forget what did not reach the last one. ``behind``: a layer ranks for later drops, the rows that its own has left.
     """
     depth, batch = decoder.layers, len(samples)
     images = [tokens for s in samples for tokens in s.spans]
@@ -262,16 +281,17 @@ def make_report(
 
     def reduced(measured: bool) -> tuple[int, list[int]]:
         """FLOPs of the tower, and the rows that reach the projector."""
-        shapes = [vision.read() if s.skipped else vision for s in samples]
-        tower = sum(vision_flops(shape, *part) for shape, s in zip(shapes, samples, strict=True) for part in s.in_tower(measured))
+        shapes = {s.skipped: vision.read() if s.skipped else vision for s in samples}
+        runs = {skipped: [part for s in samples if s.skipped == skipped for part in s.in_tower(measured)] for skipped in shapes}
+        tower = sum(tower_flops(shape, runs[skipped]) for skipped, shape in shapes.items())
         return tower, [n for s in samples for n in (s.reaching_projector(measured) if projects_all else s.entering_projector)]
 
-    towers = sum(vision_flops(vision, n, grid) for s in samples for n, grid in s.parts())
+    towers = tower_flops(vision, [part for s in samples for part in s.parts()])
 
     def costs(rows: Sequence[Sequence[int]], tower: int, projected: Sequence[int], ranked: bool, kv: int | None) -> Costs:
         entering = [(s.text + s.visual(-1), *r) for r, s in zip(rows, samples, strict=True)]  # rows before layer i's drop
         scored = [
-            (before[i], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
+            (before[i + behind], s.queries, before[i + 1] if i in reused_layers else 0, products, i)
             for before, s in zip(entering, samples, strict=True)
             for i in scored_layers
             if ranked

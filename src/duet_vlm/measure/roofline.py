@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from duet_vlm.budget import SpanPlan, largest
 from duet_vlm.measure.devices import ELEMENT_BYTES, Device
-from duet_vlm.measure.flops import decoder_layer_flops, head_flops, mean_rows, projector_flops, scoring_flops, tower_rows, vision_flops
+from duet_vlm.measure.flops import decoder_layer_flops, head_flops, mean_rows, projector_flops, scoring_flops, tower_flops, tower_rows
 from duet_vlm.measure.kv import kv_bytes, kv_bytes_per_layer, rows_held, state_bytes
 from duet_vlm.measure.memory import decoder_weights, layer_weights, mlp_width, prefill_peak_bytes, vision_peak_bytes, vision_weights
 from duet_vlm.measure.report import Sample
@@ -70,7 +70,7 @@ class Model:
 class Workload:
     """One request: a prompt as ``Sample`` describes it, FLOPs and bytes of its selection before the decoder (in float32), ``new`` tokens to
     write: the prompt's pass gives the first, each further one takes a step. ``scored_layers`` rank; ``reused_layers`` among them take over the
-    keys that they rank by. ``deciding``, ``products``, ``cut``: as ``make_report`` has them."""
+    keys that they rank by. ``deciding``, ``products``, ``cut``, ``behind``: as ``make_report`` has them."""
 
     sample: Sample
     new: int
@@ -82,6 +82,7 @@ class Workload:
     deciding: int = 0
     products: bool = True
     cut: bool = False
+    behind: bool = False
 
     @property
     def steps(self) -> int:
@@ -191,7 +192,7 @@ def memory_bytes(model: Model, work: Workload, element_bytes: int, batch: int) -
     rows = work.rows(depth)
     held = [n + work.steps for n in rows_held(model.decoder, rows, work.cut)]
     end = kv_bytes(model.decoder, held, element_bytes) + state_bytes(model.decoder, element_bytes)
-    patches = sum(tower_rows(model.vision, dict(stages).get(0, n)) for n, _, stages in work.sample.in_tower())
+    patches = sum(tower_rows(model.vision, dict(stages).get(0, n)) for n, _, stages, _ in work.sample.in_tower())
     peak = max(
         prefill_peak_bytes(model.decoder, work.entry, rows, work.tokens, element_bytes),
         vision_peak_bytes(model.vision, patches, element_bytes),
@@ -236,9 +237,9 @@ def _vision(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
         return Stage(0, 0, 0.0, "-")
     shape = model.vision.read() if work.sample.skipped else model.vision
     left = work.sample.in_tower()
-    rows = sum(mean_rows(shape, *part) for part in left)
+    rows = sum(mean_rows(shape, n, grid, stages) for n, grid, stages, _ in left)
     projected = sum(work.sample.reaching_projector()) if work.projects_all else sum(plan.entry for plan in work.sample.plans)
-    flops = sum(vision_flops(shape, *one) for one in left) + projector_flops(shape, projected)
+    flops = tower_flops(shape, left) + projector_flops(shape, projected)
     touched = rows * shape.layers * (speed.assumed.hidden_touches * shape.width + speed.assumed.mlp_touches * shape.mlp)
     return speed.layer(batch * flops, vision_weights(shape), batch * touched, shape.layers)
 
@@ -254,7 +255,7 @@ def _prefill(model: Model, work: Workload, speed: _Speed, batch: int) -> Stage:
         stages.append(speed.layer(batch * flops, layer_weights(shape, layer, batch * rows), batch * touched))
     before = [work.entry, *work.rows(shape.layers)]
     for layer in work.scored_layers:  # projections as in a layer, then float32 scores of every query and row, touched some six times
-        rows, queries, reused = before[layer], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
+        rows, queries, reused = before[layer + work.behind], work.sample.queries, before[layer + 1] if layer in work.reused_layers else 0
         projections = scoring_flops(shape, rows, queries, reused, products=False, layer=layer)
         product = scoring_flops(shape, rows, queries, reused, work.products, layer) - projections
         weights = shape.hidden * _made_width(shape, layer, bool(reused))

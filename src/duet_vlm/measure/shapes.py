@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -85,12 +86,24 @@ class DecoderShape:
     def kind(self, layer: int) -> str:
         return self.kinds[layer] if self.kinds else FULL
 
+    @property
+    def attends(self) -> tuple[bool, ...]:
+        """Which layers have attention, and no state."""
+        return tuple(self.kind(layer) != LINEAR for layer in range(self.layers))
+
     def seen(self, rows: int, layer: int) -> int:
         """How many of ``rows`` the newest one sees in a layer."""
         return min(rows, self.window) if self.kind(layer) == SLIDING and self.window is not None else rows
 
     def has_experts(self, layer: int) -> bool:
         return self.experts is not None and (self.routed[layer] if self.routed else True)
+
+
+def probed_layer(attends: Sequence[bool], drop: int, last: bool) -> int:
+    """The layer that a gradient in front of layer ``drop`` goes through: the next one that ``attends``, or (``last``) the one that did before; -1 if
+    there is none. What a row writes into a state fades on its way to the rows that predict, until rounding is all that comes back."""
+    way = range(max(0, drop - 1), -1, -1) if last else range(drop, len(attends))
+    return next((layer for layer in way if attends[layer]), -1)
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,9 @@ class VisionShape:
     ``patches_per_token`` patches make one visual token; ``extra_rows`` are CLS-like rows; ``projector`` lists (in, out) of its linear maps,
     those of further mergers included; all but ``full_layers`` layers attend within windows of ``window`` patches (None: every layer is full).
     The model holds ``towers`` of this shape (images and clips may have their own); a picture goes through one. Nobody reads its last
-    ``unread`` layers: stock models run them all the same, an attached model does not (outside of training).
+    ``unread`` layers: stock models run them all the same, an attached model does not (outside of training). ``deeper``: the attention of how many
+    layers has run where each of the further mergers looks. ``joined``: all pictures of a call stand in one row, over the whole of which every layer
+    attends under a mask.
     """
 
     layers: int
@@ -115,6 +130,8 @@ class VisionShape:
     window: int | None = None
     towers: int = 1
     unread: int = 0
+    deeper: tuple[int, ...] = ()
+    joined: bool = False
 
     def read(self) -> VisionShape:
         """The tower without its unused last layers."""

@@ -97,7 +97,7 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
     if second is not None:
         facts |= {name: getattr(second, name) for name in DROPPING}
     settings = [
-        (each.name if each.name in SHARED else f"{stage.name}_{each.name}", each.type, field(default=each.default))
+        (each.name if each.name in SHARED else f"{stage.name}_{each.name}", each.type, field(default=each.default, metadata=each.metadata))
         for stage in stages
         for each in fields(stage)
         if facts["owners"].get(each.name) in (None, stage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from duet_vlm.ops.graph import closeness, rescaled, unjoined
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.reducer import TextView
 from duet_vlm.registry import register
+from duet_vlm.settings import FILE
 from duet_vlm.stages import StagedReducer
 
 LEAST = 1e-7
@@ -61,7 +62,7 @@ class D2Pruner(StagedReducer):
     needs = frozenset({"rows"})
 
     text_query: str = "last"
-    prior: str | None = None
+    prior: str | None = field(default=None, metadata=FILE)
     resize: bool = False
     important: float = 0.7
     semantic: float = 1.0

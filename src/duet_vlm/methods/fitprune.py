@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from duet_vlm.ops.fitting import fitted
 from duet_vlm.ops.select import top
 from duet_vlm.reducer import TextView, check_budget_or_fields, check_choice, whole
 from duet_vlm.registry import register
+from duet_vlm.settings import FILE
 from duet_vlm.stages import StagedReducer
 
 USUAL = 60
@@ -50,7 +51,7 @@ class FitPrune(StagedReducer):
     score_heads = "max"
     needs = frozenset({"among"})
 
-    table: str | None = None
+    table: str | None = field(default=None, metadata=FILE)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -39,8 +39,8 @@ class QueCC(Compressor):
         Rows and columns of the kernel: 3 for 64 rows of 24 x 24 tokens, 6 for 16.
 
     Cost: six maps of every token, two of them from four layers of the tower; and the question goes through the decoder once by itself, which is one
-    more read of the device. Needs the question, so the encoder cannot be called by itself. For training: new weights are random, and the tower's
-    layers are read without gradient but for the rows themselves.
+    more read of the device. Needs the question, so the encoder cannot be called by itself. For training: new weights are
+    random; the gradient goes through the tower's layers and through the decoder's reading of the question.
 
     Differences to the released code: the question is all text behind the last picture (there: what stands between a line break and "ASSISTANT");
     any tower (there: CLIP-L); several images, crops and frames (there: refused).

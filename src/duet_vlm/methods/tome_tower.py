@@ -54,12 +54,17 @@ class ToMeTower(TowerReducer):
     def boundaries(self, depth: int) -> Sequence[int]:
         return range(1, (len(self.shares) or depth) + 1)
 
+    @property
+    def least(self) -> int:
+        """The last unit, which may have to predict, joins nobody and is joined by nobody; what else there is becomes one at the least."""
+        return 1 + self.keep_predicting
+
     def counts(self, units: int, left: int, depth: int) -> Sequence[int]:
         shares = self.shares or (1,) * depth
         found, here = [], units
         for done in accumulate(shares):
             wanted = units - (units - left) * done // sum(shares)
-            here = min(here, max(wanted, here - here // 2))
+            here = min(here, max(wanted, here - here // 2, self.least))
             found.append(here)
         if here > left:
             raise ValueError(

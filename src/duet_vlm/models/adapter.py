@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.hooks import Hooks
-from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape, probed_layer
 from duet_vlm.tokens import TokenMap
 
 Rotary = tuple[Tensor, Tensor]
@@ -316,6 +316,10 @@ class Adapter(ABC):
         """Per span: visual tokens of each part that the tower looks at by itself (crops, frames). One part unless the family says more."""
         return [(count,) for count in counts]
 
+    def spare(self, call: Encoding) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Per span, of each part: patches that become no token, and patches of padding around it that are embedded with it. Empty: there are none."""
+        return ()
+
     def projected(self, call: Encoding, counts: list[int]) -> list[int]:
         """Per span: rows that the projector works on where V2V leaves them all to it: what the tower made, unless the family pools first."""
         return [sum(sizes) for sizes in self.passes(call, counts)]
@@ -385,6 +389,10 @@ class Adapter(ABC):
         """The last layer up to ``layer`` whose attention can rank tokens, or (``states``) what is read out of whose state; -1 if there is none."""
         kinds, able = self.layer_types, (FULL, SLIDING, LINEAR) if states else (FULL, SLIDING)
         return next((index for index in range(layer, -1, -1) if kinds[index] in able), -1)
+
+    def probed_layer(self, drop: int, last: bool) -> int:
+        """The layer that a gradient in front of layer ``drop`` goes through (``measure.shapes.probed_layer``)."""
+        return probed_layer([kind != LINEAR for kind in self.layer_types], drop, last)
 
     @property
     def first_attention(self) -> int:

@@ -57,7 +57,8 @@ class LlamaLike(Adapter):
     def _rotated(self, layer: nn.Module, which: str, hidden: Tensor, rotary: Rotary) -> Tensor:
         x = self.heads(layer, which, hidden)
         norm = getattr(layer.self_attn, f"{which}_norm", None)
-        return self.rotate((x if norm is None else norm(x)).transpose(1, 2), rotary)
+        x = x if norm is None else norm(x)
+        return self.rotate(x.to(torch.promote_types(x.dtype, rotary[0].dtype)).transpose(1, 2), rotary)
 
     def check_decoder(self) -> None:
         """For families that take decoders of any kind: refuse those whose queries and keys would come out wrong here.

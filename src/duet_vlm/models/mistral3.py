@@ -101,12 +101,19 @@ class Mistral3(Llava):
         pixels = torch.zeros(1, vision.num_channels, side, side, dtype=weight.dtype, device=weight.device)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, side]], device=weight.device)}
 
+    def spare(self, call: Encoding) -> tuple[tuple[tuple[int, int], ...], ...]:
+        grids = self.patches(call)
+        high, wide = (side // self.clip.patch_size for side in call.arguments["pixel_values"].shape[-2:])
+        spare = [(h * w - (h // self.merge) * (w // self.merge) * self.merge**2, high * wide - h * w) for h, w in grids]
+        return tuple((some,) for some in spare)
+
     def vision_shape(self) -> VisionShape:
         vision, text, unit = self.config.vision_config, self.config.text_config, self.merge**2
         merger = ((vision.hidden_size * unit, vision.hidden_size),) if unit > 1 else ()
         return VisionShape(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3, patches_per_token=unit,
             unread=len(self.unread_layers()), extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            joined="flash" not in (self.clip.config._attn_implementation or ""),
             projector=(*merger, (vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip
 

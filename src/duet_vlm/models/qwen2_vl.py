@@ -126,13 +126,14 @@ class Qwen2VL(LlamaLike):
         vision = self.config.vision_config
         return self._vision_shape(vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio), 2, vision.hidden_size)
 
-    def _vision_shape(self, width: int, mlp: int, mlp_matrices: int, out: int, mergers: int = 1, **windows: Any) -> VisionShape:
+    def _vision_shape(self, width: int, mlp: int, mlp_matrices: int, out: int, deeper: Sequence[int] = (), **windows: Any) -> VisionShape:
         vision = self.config.vision_config
         unit = vision.spatial_merge_size**2
         return VisionShape(
             layers=vision.depth, width=width, mlp=mlp, mlp_matrices=mlp_matrices, patches_per_token=unit, extra_rows=0,
             patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-            projector=((width * unit, width * unit), (width * unit, out)) * mergers, **windows,
+            projector=((width * unit, width * unit), (width * unit, out)) * (1 + len(deeper)),
+            deeper=tuple(block + 1 for block in deeper), **windows,
         )  # fmt: skip
 
 

@@ -46,4 +46,4 @@ class Qwen3VL(Qwen2VL):
 
     def vision_shape(self) -> VisionShape:
         vision = self.config.vision_config
-        return self._vision_shape(vision.hidden_size, vision.intermediate_size, 2, vision.out_hidden_size, 1 + len(vision.deepstack_visual_indexes))
+        return self._vision_shape(vision.hidden_size, vision.intermediate_size, 2, vision.out_hidden_size, vision.deepstack_visual_indexes)

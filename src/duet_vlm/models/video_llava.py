@@ -114,5 +114,8 @@ class VideoLlava(Llava):
             return super().passes(call, counts)
         return [(self.side**2,) * self.projected_together(call)] * len(counts)
 
+    def projected(self, call: Encoding, counts: list[int]) -> list[int]:
+        return counts  # CLS rows, too
+
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return super().grids(call, counts) if call.stream == "image" else (None,) * len(counts)

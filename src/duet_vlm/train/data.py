@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
 from duet_vlm import tiny
+from duet_vlm.contents import digest_of, ends
 from duet_vlm.pictures import local, open_image
 
 DRAWN = {"tiny": False, "tiny-crowded": True}  # name -> crowded scenes
@@ -73,18 +74,30 @@ def conversations(
     return ConcatDataset([_source(name, images, limit, seed, split) for name in sources])
 
 
+def digest(sources: Sequence[str], images: str | None = None, limit: int | None = None) -> str | None:
+    """Of what the conversations of all sources and their images hold; None where all are drawn. Errors are those of ``conversations``."""
+    rows = [_rows(name, images, limit) for name in sources if name not in DRAWN]
+    said = [[(row.messages, len(row.files)) for row in some] for some in rows]
+    return digest_of(said, [file for some in rows for row in some for file in row.files], ends) if rows else None
+
+
 def _source(name: str, images: str | None, limit: int | None, seed: int, split: str) -> Conversations:
     if name in DRAWN:
         if limit is None:
             raise ValueError(f"data: {name} draws conversations without end: give limit")
         return Conversations(limit, partial(_drawn, name, split, seed))
+    rows = _rows(name, images, limit)
+    return Conversations(len(rows), partial(_opened, rows))
+
+
+def _rows(name: str, images: str | None, limit: int | None) -> list[Row]:
     path = Path(name).expanduser()
     folder = Path(images).expanduser() if images else path.parent
     if not folder.is_dir():
         raise ValueError(f"images: {folder}: no such folder")
     rows = [_row(value, where, folder) for value, where in _values(path)[:limit]]
     _check_files(rows)
-    return Conversations(len(rows), partial(_opened, rows))
+    return rows
 
 
 def _opened(rows: Sequence[Row], index: int) -> Conversation:

@@ -9,10 +9,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from duet_vlm.train.data import digest
 from duet_vlm.train.settings import Settings, settings_from
-from duet_vlm.train.yaml_text import written
+from duet_vlm.train.yaml_text import mapping, written
 
-SETTINGS, STATE = "train.yaml", "trainer_state.json"
+SETTINGS, STATE, DATA = "train.yaml", "trainer_state.json", "train.data"
 UNFINISHED = f"{STATE}, which is written last, cannot be read"
 
 
@@ -22,22 +23,51 @@ def begin(settings: Settings, restart: bool) -> None:
     Raises
     ------
     ValueError
-        If it holds a run with other settings; the settings that differ are named.
+        If it holds a run with other settings (those that differ are named), on data that have changed since, or another
+        program's training, which is neither deleted nor gone on from.
     """
     out = Path(settings.out)
     file = out / SETTINGS
+    contents = "".join(f"{found}\n" for found in _contents(settings))
+    left = [*checkpoints(out), *([out / STATE] if finished(out) else [])]
+    if left and not _ours(file):
+        raise ValueError(
+            f"{out} holds {left[0].name}, and no {SETTINGS} of duet-vlm train: it is another program's training, which is "
+            "neither deleted nor gone on from. Choose another --out, or move it away"
+        )
     if restart:
-        for old in (file, out / STATE):
+        for old in (out / STATE, out / DATA):
             old.unlink(missing_ok=True)
         for folder in checkpoints(out):
+            (folder / STATE).unlink(missing_ok=True)  # a kill in between leaves nothing that looks whole
             shutil.rmtree(folder)
-    if file.exists() and (finished(out) or checkpoints(out)):  # a run that never came to a checkpoint may be corrected
+    elif left:  # a run that never came to a checkpoint may be corrected
         before, now = _flat(settings_from(config=file).to_dict()), _flat(settings.to_dict())
         differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differ:
             raise ValueError(f"{out} holds a run with other settings ({', '.join(differ)}): choose another --out, or --restart to replace it")
+        if (out / DATA).exists() and (out / DATA).read_text() != contents:
+            raise ValueError(
+                f"{out} holds a run on other data: conversations or images have changed since; choose another --out, or --restart to replace it"
+            )
     out.mkdir(parents=True, exist_ok=True)
+    (out / DATA).write_text(contents)
     file.write_text(written(settings.to_dict()))
+
+
+def _ours(file: Path) -> bool:
+    """Whether settings of a run are there; those of an older version count, too."""
+    try:
+        found = mapping(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
+        return {"model", "data", "method", "trainer"} <= found.keys()
+    except ValueError:  # not YAML, or not text
+        return False
+
+
+def _contents(settings: Settings) -> list[str | None]:
+    """Digests of what is trained on and of what is held out."""
+    asked = ((settings.data, settings.limit), (settings.eval_data, settings.eval_limit))
+    return [digest(sources, settings.images, limit) for sources, limit in asked]
 
 
 def finished(out: Path) -> bool:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
 from duet_vlm import Handle, NewWeights, attach
 from duet_vlm.loading import base_of, load, quiet
@@ -30,19 +31,58 @@ DEFAULTS = {
 
 
 class ConversationTrainer(Trainer):
-    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), with a projector's rate, and with the
-    weights of a method's own beside the model's."""
+    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), with a
+    held-out loss that is the mean over all answer tokens, with a projector's rate, and with the weights of a method's
+    own beside the model's."""
 
     projector_lr: float | None = None
     handle: Handle
+    held_out: list[tuple[Tensor, Tensor]]  # of this evaluation: for each row the loss of its batch, its answer tokens
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.handle.module is not None and self.args.should_save:  # every process comes by here
             self.handle.save_weights(Path(output_dir or self.args.output_dir))
 
+    def _load_best_model(self) -> None:
+        """The weights of the best checkpoint. The Trainer's own way leaves a whole model as it is (its names are others
+        than the file's, transformers issue 43701), and knows nothing of a module of the method's own."""
+        best = Path(self.state.best_model_checkpoint)
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config"):
+            super()._load_best_model()
+        else:
+            self.model.load_state_dict(load(str(best), "cpu", torch.float32).model.state_dict())
+        if self.handle.module is not None:
+            self.handle.load_weights(best)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The loss that is logged is the mean over the answer tokens of all rows, whatever batches they come in.
+
+        Raises
+        ------
+        ValueError
+            No row has an answer.
+        """
+        self.held_out = []
+        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        losses, tokens = (torch.cat(some).double() for some in zip(*self.held_out, strict=True))
+        if not bool(tokens.any()):
+            raise ValueError("eval_data: no row has an answer, so there is no held-out loss: give some, or leave it out")
+        found.metrics[f"{metric_key_prefix}_loss"] = float((losses * tokens)[tokens > 0].sum() / tokens.sum())
+        return found
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        loss, *more = super().prediction_step(model, inputs, *args, **kwargs)
+        tokens = (inputs["labels"][:, 1:] != IGNORED).sum(1).to(loss.device)
+        # of all processes, without the rows that fill up their last batch
+        losses, tokens = (self.gather_function(rows) for rows in (loss.repeat(len(tokens)), tokens))
+        self.held_out.append((losses.cpu(), tokens.cpu()))
+        return (loss, *more)
+
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         if bool((inputs["labels"][:, 1:] != IGNORED).any()):
+            if not model.training:
+                kwargs.pop("num_items_in_batch", None)  # of all processes: the mean over this one's tokens is wanted
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         nothing = outputs.logits.float().sum() * 0  # runs backward as on every other rank
@@ -77,6 +117,10 @@ def arguments(settings: Settings) -> TrainingArguments:
             raise ValueError(f"trainer: {name}: unknown{near}; these are the arguments of transformers.TrainingArguments")
         if isinstance(value, str) and isinstance(usual[name], int | float):
             raise ValueError(f"trainer: {name}: {value!r}: give a {'truth value' if isinstance(usual[name], bool) else 'number'}")
+    compiling = [name for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if settings.trainer.get(name)]
+    if compiling:  # before the arguments are made: they tell the whole process
+        why = "it compiles the model as a whole, and a reducer's hooks cannot be part of a graph"
+        raise ValueError(f"trainer: {compiling[0]}={settings.trainer[compiling[0]]}: {why}: leave it out")
     try:
         args = TrainingArguments(**{**DEFAULTS, **here, **settings.trainer, "output_dir": settings.out})
     except TypeError as error:
@@ -146,7 +190,7 @@ def build(settings: Settings, checkpoint: Path | None = None) -> tuple[Trainer, 
     except BaseException:
         handle.detach()
         raise
-    trainer.projector_lr, trainer.handle = settings.projector_lr, handle
+    trainer.projector_lr, trainer.handle, trainer.held_out = settings.projector_lr, handle, []
     trainer.remove_callback(PrinterCallback)
     return trainer, handle
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from duet_vlm.contents import digest_of
 from duet_vlm.evaluate.tasks import Question, Task
 from duet_vlm.pictures import open_image
 from duet_vlm.video import decode
@@ -41,4 +42,7 @@ def folder_task(folder: Path, prompts: Sequence[str], frames: int | None = None)
             return Question(name, (), prompt, (), "all", videos=(decode(file, frames).frames,))
         return Question(name, (open_image(file),), prompt, (), "all")
 
-    return Task(folder.resolve().name or "folder", ask, len(asked), 32)
+    def digest(count: int) -> str:
+        return digest_of([(file.name, prompt) for file, prompt in asked[:count]], [file for file, _ in asked[:count]])
+
+    return Task(folder.resolve().name or "folder", ask, len(asked), 32, digest=digest)

@@ -125,12 +125,12 @@ MEASURED = Column(
     tokens,
 )
 ACCURACY = Column(
-    "accuracy", "accuracy", "Share of right answers, 95 % bootstrap interval", ("accuracy",), share, lambda run: span(run["interval"], share)
+    "accuracy", "accuracy", "Share of right answers, 95 % score interval", ("accuracy",), share, lambda run: span(run["interval"], share)
 )
 KEPT = Column(
     "kept",
     "kept, %",
-    "Accuracy as a share of the full model's on the same questions, 95 % paired bootstrap interval",
+    "Accuracy as a share of the full model's on the same questions, 95 % paired score interval",
     ("kept",),
     percent,
     lambda run: span(run.get("kept_interval"), percent),
@@ -186,7 +186,7 @@ def difference(result: dict[str, Any]) -> Column:
     return Column(
         "difference",
         f"difference to {other}, points",
-        f"Accuracy minus that of {other} at the same budget on the same questions, 95 % paired bootstrap interval",
+        f"Accuracy minus that of {other} at the same budget on the same questions, 95 % paired score interval",
         ("against", "difference"),
         points,
         lambda run: span(run["against"]["interval"], points),

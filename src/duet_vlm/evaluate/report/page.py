@@ -174,7 +174,7 @@ def _inline(svg: bytes, prefix: str, caption: str) -> Markup:
     text = svg.decode()
     text = re.sub(r"<!--.*?-->", "", text[text.index("<svg") :], flags=re.S)
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\1{prefix}-", text)
+    text = re.sub(r'\b(id="|href="#|url\(#)', rf"\g<1>{prefix}-", text)
     for colour, variable in VARIABLES.items():
         text = text.replace(f": {colour}", f": var(--{variable})")
     text = re.sub(r"\n\s*", "\n", text)

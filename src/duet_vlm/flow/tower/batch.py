@@ -56,6 +56,11 @@ class BatchRun(Run):
     widths: dict[int, int] = dataclasses.field(default_factory=dict)  # units in the batch since each cut
 
     @property
+    def planned(self) -> list[Stages]:
+        """Padded to the picture that keeps most."""
+        return [tuple((after, max(counts)) for after, counts in self.stages.items())] * len(self.units)
+
+    @property
     def ran(self) -> list[Stages]:
         return [tuple(self.widths.items())] * len(self.units)
 
@@ -101,7 +106,7 @@ class BatchRun(Run):
         """What is added to the attention logits; None where nothing is hidden and all weigh alike."""
         if not self.widths or not self.weighs and len(set(self.counts)) == 1:
             return None
-        return self.row_sizes().log().clamp(min=torch.finfo(key.dtype).min).to(key.dtype)[:, None, None]
+        return self.row_sizes().log().to(key.dtype).clamp(min=torch.finfo(key.dtype).min)[:, None, None]
 
     def mask(self, mask: Any, key: Tensor) -> Any:
         if self.is_stock:

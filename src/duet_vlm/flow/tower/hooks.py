@@ -45,9 +45,9 @@ class TowerFlow:
         if call.rules.by_threshold:
             return {0: ()}
         fed, beside = self.adapter.fed(call.encoding), self.adapter.beside(call.encoding, len(spans))
-        plans = [call.rules.span([n + fed for n in sizes], rows, call.each) for sizes, rows in zip(spans, beside, strict=True)]
+        plans = [call.rules.span([n + fed for n in sizes], rows, call.each, fed=fed) for sizes, rows in zip(spans, beside, strict=True)]
         left = [
-            left_in_tower(plan, sizes, fed) if plan.tower is not None else [whole or n for n in sizes]
+            left_in_tower(plan, sizes, fed, tower.least) if plan.tower is not None else [whole or n for n in sizes]
             for plan, sizes in zip(plans, spans, strict=True)
         ]
         before = [max(1, n) if plan.tower is not None else whole or n for plan, sizes in zip(plans, spans, strict=True) for n in sizes]

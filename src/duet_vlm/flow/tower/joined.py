@@ -1,6 +1,7 @@
 """Towers that hand their blocks pictures of any size one behind the other in a batch of one (Pixtral): rows leave as in ``hooks.py``.
 
-Units stand one by one in front of the blocks, so that whole ones leave; patches that fill no unit, which no token shows, leave at once.
+Units stand one by one in front of the blocks, so that whole ones leave. Patches that fill no unit, which no token shows, leave with the first
+ones of their picture; of a picture that stays whole they stay, behind its units, as its other patches see them.
 """
 
 from __future__ import annotations
@@ -26,28 +27,76 @@ from duet_vlm.tower import TowerReducer
 
 @dataclasses.dataclass(kw_only=True)
 class JoinedRun(PackedRun):
-    """``cells`` [units of the call, c]: numbers of the patches of each among the ``patches_before`` of all pictures."""
+    """``cells`` [units of the call, c]: numbers of the patches of each among the ``patches_before`` of all pictures, which end at ``ends`` [P];
+    ``spare`` [s]: of those that fill no unit the numbers of the ones that stay, ``spares`` [P] how many of each picture."""
 
     merges_left: ClassVar[bool] = False
 
     cells: Tensor
     patches_before: int
+    ends: Tensor
+    spare: Tensor
+    spares: Tensor
     entering: Left | None = None  # until its rows are handed over
+    came: Tensor = dataclasses.field(init=False)  # numbers of the patches that came to the first block
+
+    def __post_init__(self) -> None:
+        self.came = self.rows
+
+    def in_order(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers of the patches of ``units`` of the call [n], then the spare ones [R], and how they stand picture by picture."""
+        patches = torch.cat([self.cells[units].flatten(), self.spare])
+        if not len(self.spare):
+            return patches, torch.arange(len(patches), device=patches.device)
+        return patches, torch.bucketize(patches, self.ends, right=True).argsort(stable=True)
 
     @property
     def rows(self) -> Tensor:
-        """Numbers of the patches that are left."""
-        return self.cells[self.left].flatten()
+        """Numbers of the patches that are left, as the blocks have them."""
+        patches, order = self.in_order(self.left)
+        return patches[order]
+
+    @property
+    def seats(self) -> Tensor:
+        """Where the patches of each unit, then the spare ones, stand among these rows."""
+        return self.in_order(self.left)[1].argsort()
+
+    def arranged(self, units: Tensor, spare: Tensor) -> Tensor:
+        """What belongs to the patches of each unit [n * unit, ...], then to the spare ones, as the blocks have them."""
+        return torch.cat([units, spare])[self.in_order(self.left)[1]]
+
+    def by_unit(self, rows: Tensor) -> Tensor:
+        return rows[self.seats[: len(self.place) * self.unit]].unflatten(0, (-1, self.unit))
+
+    def rows_of(self, units: Tensor) -> Tensor:
+        seats, count = self.seats, len(self.place) * self.unit
+        return torch.cat([seats[self.patches(units)], seats[count:]])[self.in_order(self.left[units])[1]]
+
+    def with_units(self, rows: Tensor, units: Tensor) -> Tensor:
+        return rows.index_copy(0, self.seats[: len(units) * self.unit], units.flatten(0, 1))
+
+    def row_sizes(self) -> Tensor:
+        return self.arranged(super().row_sizes(), self.size.new_ones(len(self.spare)))
+
+    def row_counts(self) -> Tensor:
+        return super().row_counts() + self.spares
 
     def enter(self, hidden: Tensor) -> Tensor:
         """Of the rows of all patches [1, N, D] those that come to the first block, unit by unit [1, R, D]."""
         left, self.entering = self.entering, None
         if left is None or not any(left.pooled):
             return take(hidden, self.rows[None])
-        return left.entering(hidden[0, self.cells].flatten(1)).view(1, -1, hidden.shape[2])
+        units = left.entering(hidden[0, self.cells].flatten(1)).view(-1, hidden.shape[2])
+        return self.arranged(units, hidden[0, self.spare])[None]
+
+    def again(self) -> Tensor:
+        """Where the rows that are left stood among those that came to the first block."""
+        place = torch.arange(len(self.came), device=self.came.device)
+        return self.came.new_zeros(self.patches_before).index_copy(0, self.came, place)[self.rows]
 
     def alive(self) -> Tensor:
-        return self.whole(self.read.float().repeat_interleave(self.unit)[None, :, None])
+        read = self.read.float().repeat_interleave(self.unit)
+        return self.whole(self.arranged(read, read.new_ones(len(self.spare)))[None, :, None])
 
     def whole(self, rows: Tensor, dim: int = 1) -> Tensor:
         """Rows that are left, along ``dim``, as those of all: zeros where they are gone."""
@@ -70,8 +119,7 @@ class JoinedRun(PackedRun):
         """What flash attention is told of the pictures: how long what is left of each is."""
         if "cu_seq_lens_q" not in given:
             return {}
-        counts = self.there.sum(1) * self.unit
-        ends = nn.functional.pad(counts.cumsum(0), (1, 0)).int()
+        ends = nn.functional.pad(self.row_counts().cumsum(0), (1, 0)).int()
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}  # no picture is longer than it was
 
 
@@ -104,7 +152,7 @@ class JoinedFlow(TowerFlow):
         if running is None or running[0].tower is None or running[0].aside:
             return
         run: JoinedRun = running[0].tower
-        width = len(run.place) * run.unit
+        width = len(run.place) * run.unit + len(run.spare)
 
         def full(rows: Tensor | None) -> Tensor | None:
             return rows if rows is None or rows.shape[1] != width else run.whole(rows)
@@ -119,7 +167,7 @@ class JoinedFlow(TowerFlow):
         run: JoinedRun | None = None if running is None or running[0].aside else running[0].tower
         if run is None or len(run.place) == len(run.units):
             return None
-        positions = tuple(table[run.patches(run.place)] for table in kwargs["position_embeddings"])
+        positions = tuple(table[run.again()] for table in kwargs["position_embeddings"])
         return args, kwargs | {"position_embeddings": positions} | run.lengths_of(kwargs)
 
     def _joined(self, call: EncoderCall, tower: TowerReducer, blocks: JoinedBlocks, depth: int, again: bool) -> JoinedRun | None:
@@ -150,10 +198,15 @@ class JoinedFlow(TowerFlow):
             if sum(left.counts) == len(cells):
                 return None
         place = torch.arange(len(left.units), device=device)
+        counts = [*(stages | ({0: left.counts} if 0 in stages else {})).values()]
+        stays = [n == min(some) == max(some) for n, *some in zip(lengths, *counts, strict=True)]
+        spare = [spare_patches(side, cell) + start for side, start in zip(sides, starts, strict=False)]
+        spare = [some if whole else some[:0] for some, whole in zip(spare, stays, strict=True)]
         run = JoinedRun(
             stages, grids, weighs, left.wrong, left.pooled, left.units, place, left.units, left.size, left.read, place,
             pad_sequence(list(place.split(list(left.counts))), batch_first=True), known(left.counts).to(device), lengths, cell**2,
-            cells=cells, patches_before=starts[-1], entering=left if 0 in stages else None,
+            cells=cells, patches_before=starts[-1], ends=torch.tensor(starts[1:], device=device), spare=torch.cat(spare).to(device),
+            spares=torch.tensor([len(some) for some in spare], device=device), entering=left if 0 in stages else None,
         )  # fmt: skip
         if 0 in stages:
             run.stages[0], run.passed[0] = left.counts, left.units
@@ -163,3 +216,11 @@ class JoinedFlow(TowerFlow):
         """Pictures [P, C, H, W], padded to the largest, patch by patch: [N, m]."""
         cut = [some[None, :, : high * patch, : wide * patch] for some, (high, wide) in zip(pixels, sides, strict=True)]
         return torch.cat([in_patches(some, *side)[0] for some, side in zip(cut, sides, strict=True)])
+
+
+def spare_patches(side: tuple[int, int], cell: int) -> Tensor:
+    """Numbers of a picture's patches that fill no unit, on the host: a line, or a column, at its end."""
+    high, wide = side
+    fills = torch.zeros(side, dtype=torch.bool, device="cpu")
+    fills[: high // cell * cell, : wide // cell * cell] = True
+    return (~fills).flatten().nonzero()[:, 0]

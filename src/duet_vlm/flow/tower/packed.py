@@ -54,8 +54,6 @@ class PackedRun(Run):
         Units of each picture of the whole row.
     unit : int
         Patches of a unit.
-    embedded : Tensor or None
-        Patch embeddings of what comes to the first block [K * unit, D], until the tower asks for them.
     """
 
     merges_left: ClassVar[bool] = True
@@ -76,7 +74,6 @@ class PackedRun(Run):
     there: Tensor
     lengths: list[int]
     unit: int
-    embedded: Tensor | None = None
     passed: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # since each cut, the units that were left, in raster order
     seen: int = 0  # rows whose attention ran in this block
 
@@ -126,6 +123,18 @@ class PackedRun(Run):
         """Numbers of units [n] as those of their patches [n * unit]."""
         return (units[:, None] * self.unit + torch.arange(self.unit, device=units.device)).flatten()
 
+    def by_unit(self, rows: Tensor) -> Tensor:
+        """Rows as the blocks have them [R, D], unit by unit [n, unit, D]."""
+        return rows.unflatten(0, (-1, self.unit))
+
+    def rows_of(self, units: Tensor) -> Tensor:
+        """Numbers of the rows that go on where only these units do, of those that are left now [n] -> [R']."""
+        return self.patches(units)
+
+    def with_units(self, rows: Tensor, units: Tensor) -> Tensor:
+        """Rows [R, D] with those of the units that are left in their places [n, unit, D]."""
+        return units.flatten(0, 1)
+
     def row_sizes(self) -> Tensor:
         """Of each row, in the order of the blocks, how many it stands for in the attention."""
         return (self.size if self.weighs else torch.ones_like(self.size)).repeat_interleave(self.unit)
@@ -139,13 +148,17 @@ class PackedRun(Run):
         return size[first : first + key.shape[2]].log().to(key.dtype)[None, None, None]
 
     def of_units(self, rows: Tensor) -> Tensor:
-        return rows[0].unflatten(0, (-1, self.unit)).mean(1, dtype=torch.float32)[self.shown]
+        return self.by_unit(rows[0]).mean(1, dtype=torch.float32)[self.shown]
 
     def attention(self, calls: list[Recorded]) -> Tensor:
         query, key = (torch.cat([getattr(one, name) for one in calls], 2) for name in ("query", "key"))
-        counts = [n * self.unit for n in self.there.sum(1).tolist()]
+        counts = self.row_counts().tolist()
         pictures = zip(query.split(counts, 2), key.split(counts, 2), self.row_sizes()[None].split(counts, 1), strict=True)
         return torch.cat([column_attention(q, k, calls[0].scaling, calls[0].sample, size) for q, k, size in pictures], 1)
+
+    def row_counts(self) -> Tensor:
+        """Of each picture, how many rows the blocks have."""
+        return self.there.sum(1) * self.unit
 
     def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         starts = torch.tensor([0, *self.lengths[:-1]], device=self.units.device).cumsum(0)
@@ -158,19 +171,18 @@ class PackedRun(Run):
         real = real_places(chosen)
         flat = self.shown.gather(1, chosen.index).flatten()[real]  # picture by picture, as the method sees them
         stays, seat = flat.sort()
-        kept = self.patches(stays)[None]
-        rows = take(hidden, kept)
+        kept = self.rows_of(stays)[None]
+        rows, merged = take(hidden, kept), None
         if chosen.into is not None:
-            units = hidden[0].unflatten(0, (-1, self.unit)).flatten(1)[self.shown]
-            merged = weighed_means(units, self.sizes(), chosen.into, chosen.index).flatten(0, 1)[real][seat]
-            rows = merged.unflatten(1, (self.unit, -1)).flatten(0, 1)[None]
+            units = self.by_unit(hidden[0]).flatten(1)[self.shown]
+            merged = weighed_means(units, self.sizes(), chosen.into, chosen.index).flatten(0, 1)[real][seat].unflatten(1, (self.unit, -1))
         self.place, self.size, self.read = self.place[stays], chosen.size.flatten()[real][seat], ~chosen.unread.flatten()[real][seat]
         now = torch.empty_like(seat).scatter_(0, seat, torch.arange(len(seat), device=seat.device))
         self.shown = pad_sequence(list(now.split(list(chosen.counts))), batch_first=True)
         self.there = known(chosen.counts).to(hidden.device)
         self.wrong, self.stages[after] = torch.maximum(self.wrong, chosen.wrong), chosen.counts
         self.passed[after] = self.left.sort().values
-        return rows, kept
+        return rows if merged is None else self.with_units(rows[0], merged)[None], kept
 
 
 def known(counts: Sequence[int]) -> Tensor:
@@ -241,8 +253,10 @@ class PackedFlow(TowerFlow):
                 run, tables, entering = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw, again)
             call.tower = run
             if call.aside or run is None:
+                call.embedded = rows if 0 in stages else None
+                del rows, entering
                 return plain(hidden_states, grid_thw, **kwargs)
-            run.embedded = entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1]) if 0 in stages else None
+            call.embedded = entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1]) if 0 in stages else None
             del rows, entering
             output = plain(hidden_states, grid_thw, **(kwargs | tables))  # the pixels are embedded already
             output.pooler_output = run.whole(output.pooler_output)
@@ -253,15 +267,14 @@ class PackedFlow(TowerFlow):
         return forward
 
     def embedding(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of the patch embedding: what is left was embedded to choose by."""
+        """The forward of the patch embedding: what goes through the tower was embedded to choose by."""
 
         @functools.wraps(plain)
         def forward(*args: Any, **kwargs: Any) -> Any:
             running = self.running()
-            run = None if running is None else running[0].tower
-            if run is None or run.embedded is None:
+            if running is None or running[0].embedded is None:
                 return plain(*args, **kwargs)
-            rows, run.embedded = run.embedded, None
+            rows, running[0].embedded = running[0].embedded, None
             return rows
 
         return forward
