@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import comparison_tables
+import inline_numbers
 
 import duet_vlm
 from duet_vlm.evaluate.report import columns, markdown
@@ -21,7 +22,7 @@ from duet_vlm.models.find import support
 HERE = Path(__file__).parent
 WIDTH = 118  # of a line of text
 BEST = "duet_plus"
-TOY, SHOWN = "tiny-chain", (BEST, "duet", "cdpruner", "scope", "random, DUET's counts")  # the rows of README's accuracy table
+TOY, SHOWN = "tiny-chain", (BEST, "duet", "divprune", "divprune, DUET's schedule", "random, DUET's counts")  # the rows of README's accuracy table
 METHOD, BUDGETS = "duet", ("33%", "11%")  # the columns of its speed table
 
 WORDS = {  # in this order
@@ -85,12 +86,17 @@ def _spaced(budget: str) -> str:
     return budget.replace("%", " %")
 
 
+def _middle() -> float:
+    """The middle one of three measurements of the time to the first token."""
+    return sorted(value for source, value in inline_numbers.first_tokens().items() if source != "flops")[1]
+
+
 def headline() -> str:
     """What the smallest budget of the speed table saves, and what it keeps."""
     _, rows = _bench()
     budget = BUDGETS[-1]
     full, small, share = rows["full"], rows[budget], float(budget.rstrip("%")) / 100
-    first, whole = (small["speed_up"][stage]["median"] for stage in ("to first token", "end to end"))
+    first, whole = _middle(), small["speed_up"]["end to end"]["median"]
     kept, easy = (
         {row["label"]: columns.percent(row["kept"]) for row in comparison_tables.done(task, "methods") if row["beside"] == share}
         for task in (TOY, "tiny-crowded")
@@ -112,7 +118,7 @@ def names() -> str:
         return ", ".join(f"`{name}`" for name in found)
 
     there = f"[{len(families)} model families](docs/families.md): {listed(families)}"
-    return _filled(f"{there}. [{len(methods)} methods](docs/methods.md), each in a file of its own.")
+    return _filled(f"{there}. [{len(methods)} methods](docs/methods.md).")
 
 
 def kept_short() -> str:
@@ -151,11 +157,13 @@ def gains() -> str:
     shape, rounds = json.loads((HERE / Path(found["model"]).name).read_text()), full["pairs"]
     decoder, vision = shape["text_config"], shape["vision_config"]
     spread = "95 % intervals" if rounds >= 6 else f"the lowest and the highest of {rounds} rounds"  # fewer cannot carry an interval of 95 %
+    other = ", ".join(inline_numbers.first_token(source) for source in ("prefill", "tower"))
     note = _filled(
         f"**Not yet measured on a GPU.** {made['threads']} CPU threads, {made['dtype']}, {made['attention']}, batch of {full['batch']}. "
-        f"Random weights: a decoder of {decoder['num_hidden_layers']} layers x {decoder['hidden_size']}, a tower of "
+        f"Random weights: decoder of {decoder['num_hidden_layers']} layers x {decoder['hidden_size']}, tower of "
         f"{vision['num_hidden_layers']} x {vision['hidden_size']}; {full['text']} tokens besides the image. Times include the tower. "
-        f"Both sides run in turns; brackets hold {spread} (the row of the tower: one thread, 95 %). Peak memory: of the prompt."
+        f"Brackets hold {spread} (in the tower: one thread, 95 %). Peak: of the prompt. "
+        f"First token at {_spaced(BUDGETS[-1])} also: {other}; by FLOPs {inline_numbers.first_token('flops')}."
     )
     head = ["", f"all {full['tokens']} visual tokens", *(f"`{METHOD}` at {_spaced(budget)}" for budget in BUDGETS)]
     return f"{markdown.table(head, lines)}\n\n{note}"

@@ -91,14 +91,21 @@ def test_tables_agree_with_result_files() -> None:
 
 
 def test_the_headline_is_what_was_measured() -> None:
-    """Worked out from the medians in the result files, not from the ratios that the table takes."""
+    """Worked out from the medians in the result files, not from the ratios that the table takes. The first token was measured three times: the
+    headline has the middle one, and no more than FLOPs allow."""
     readme = (ROOT / "README.md").read_text()
     said = re.search(r"At 11 % .*first token (\S+)x faster, an answer of (\d+) tokens (\S+)x faster, KV cache (\d+)x", readme)
     assert said
     rows = json.loads((ROOT / "benchmarks/results/bench.json").read_text())["rows"]
     full, small = (next(row for row in rows if row["side"] == side and row["text"] == 65) for side in ("full", "duet at 11%"))
-    for stage, number in (("to first token", said[1]), ("end to end", said[3])):
-        assert full["ms"][stage]["median"] / small["ms"][stage]["median"] == pytest.approx(float(number), abs=0.1)
+    assert full["ms"]["end to end"]["median"] / small["ms"]["end to end"]["median"] == pytest.approx(float(said[3]), abs=0.1)
+    others = [
+        next(row for row in json.loads((ROOT / f"benchmarks/results/{file}.json").read_text())["results"] if row["name"] == name)
+        for file, name in (("prefill", "tower and decoder, duet at 11%"), ("tower", "llava, duet at 11%: pixels to first token"))
+    ]
+    times = [(full["ms"]["to first token"]["median"], small["ms"]["to first token"]["median"]), *(row["milliseconds"] for row in others)]
+    assert sorted(whole / reduced for whole, reduced in times)[1] == pytest.approx(float(said[1]), abs=0.06)
+    assert float(said[1]) <= others[1]["predicted"]
     assert (full["new"], round(full["kv_bytes"] / small["kv_bytes"])) == (int(said[2]), int(said[4]))
 
 
@@ -113,7 +120,7 @@ def test_links_lead_somewhere(page: str) -> None:
 
 def prose(page: str) -> list[tuple[int, str]]:
     """(number, text) of the lines that are no code, no table (nor what is made with it), no picture, and no link that cannot be broken."""
-    text, found, inside = (ROOT / page).read_text(), [], False
+    text, found, inside = re.sub(r"<!-- /?n\b[^\n]*?-->", "", (ROOT / page).read_text()), [], False  # markers of numbers are not seen
     for number, line in enumerate(text.splitlines(), 1):
         if line.lstrip().startswith("```") or line.startswith(("<!-- table:", "<!-- /table:")):
             inside = not inside
