@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.options import AsJson, Debug, several_paths
 
 
@@ -25,8 +25,11 @@ def report(
 
         from duet_vlm.evaluate.report import write
 
+        found = several_paths(files)
+        if all(file.is_file() for file in found):  # what is not is named below
+            folder_for("--out", out)
         with Console(stderr=True).status("reading the results") as status:  # moves on a terminal, is silent elsewhere
-            written = write(several_paths(files), out, lambda text: status.update(f"drawing {escape(text)}"))
+            written = write(found, out, lambda text: status.update(f"drawing {escape(text)}"))
         if json_:
             print(json.dumps({"files": [str(file) for file in written]}))
             return

@@ -23,7 +23,7 @@ def show(result: dict[str, Any]) -> None:
     asked = result["questions"]
     judged = f", {n} of them judged by the full model's answer" if (n := asked.get("unlabelled")) else ""
     main = Table(title=f"{result['task']}: {asked['count']} questions{judged}, 95 % bootstrap intervals", title_justify="left")
-    kinds = Table(title="accuracy by kind of question", title_justify="left")
+    kinds = Table()
     for column in ("run", "nominal tokens", "measured", "accuracy", "interval", "kept", "FLOPs", "KV", "prefill ms", "needed kept"):
         main.add_column(column, justify="left" if column == "run" else "right")
     for column in ("run", *asked["kinds"]):
@@ -42,6 +42,7 @@ def show(result: dict[str, Any]) -> None:
         )  # fmt: skip
         kinds.add_row(name, *(f"{kind['accuracy']:.3f}" for kind in run["kinds"].values()))
     console.print(main)
+    console.print("accuracy by kind of question", style="italic", highlight=False)  # as a title it would be as narrow as the table
     console.print(kinds)
     console.print("visual tokens per layer, and settings other than the defaults:")
     for run in result["runs"]:
