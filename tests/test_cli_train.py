@@ -132,7 +132,7 @@ def test_mistakes_name_value_and_remedy(tmp_path: Path) -> None:
         (["--data", "tiny", "--trainer", "bf16=perhaps"], "trainer: bf16: 'perhaps': give a truth value"),
         (["--recipe", "tinny"], "--recipe tinny: unknown (did you mean 'tiny'?)"),
         (["--config", tmp_path], f"--config {tmp_path}: is a folder"),
-        (["--data", "tiny", "--limit", 4, "--method", "deut"], "unknown method 'deut' (did you mean 'duet'?)"),
+        (["--data", "tiny", "--limit", 4, "--method", "deut"], "unknown method 'deut' (did you mean 'duet'"),
         (["--data", "tiny", "--method", "duet,fastv"], "--method duet,fastv: give one"),
     ]  # fmt: skip
     written = {

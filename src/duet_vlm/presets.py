@@ -15,7 +15,7 @@ from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.reducer import Reducer
-from duet_vlm.spelling import unknown
+from duet_vlm.spelling import did_you_mean
 
 LLAVA, QWEN, VIDEO_LLAVA = "LLaVA-1.5-7B", "Qwen2.5-VL-7B", "Video-LLaVA-7B"
 
@@ -107,8 +107,8 @@ def preset(name: str) -> Reducer:
     Raises
     ------
     ValueError
-        If there is no such preset; the message names those near it.
+        If there is no such preset; the message lists those that there are.
     """
     if name not in PRESETS:
-        raise unknown("preset", name, PRESETS, "'duet-vlm presets'")
+        raise ValueError(f"unknown preset {name!r}{did_you_mean(name, PRESETS)}; known presets: {', '.join(PRESETS)}")
     return PRESETS[name].reducer

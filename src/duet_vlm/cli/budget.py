@@ -63,8 +63,8 @@ def budget(
         fleet.show(name, skeletal, reductions, tokens, parts, json_)
         return
     plans = [(name, *_planned(reduction, skeletal, element_bytes, tokens, parts, prompt_tokens), prompt_tokens) for reduction in reductions]
-    for reduction, (_, plan, *_) in zip(reductions, plans, strict=True):
-        warn_of_more(reduction.budget, [plan.tokens])
+    for reduction, (_, whole, _, _) in zip(reductions, plans, strict=True):
+        warn_of_more(reduction.budget, [whole.tokens])
     if json_:
         plain = [_plain(*plan) for plan in plans]
         print(json.dumps(plain if len(plain) > 1 else plain[0]))

@@ -50,7 +50,10 @@ def evaluate(
         typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task."),
     ] = None,
     methods: Annotated[
-        Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or duet.json, ./mine.py. {SEVERAL} Default: {METHODS}.")
+        Texts,
+        typer.Option(
+            "--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or duet.json, ./mine.py. {SEVERAL} Default: {METHODS}."
+        ),
     ] = None,
     budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {BUDGETS}.")] = None,
     presets: Annotated[Texts, typer.Option("--presets", "--preset", help=f"Named presets to run as well. {SEVERAL}")] = None,

@@ -21,6 +21,7 @@ import duet_vlm
 from duet_vlm import method_files
 from duet_vlm.budget import NoBudget, check_keep
 from duet_vlm.settings import DECLARED, check_names, declared
+from duet_vlm.spelling import did_you_mean
 from duet_vlm.spelling import unknown as not_known
 
 FILE = Path(__file__).with_name("lists.json")
@@ -46,7 +47,7 @@ def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
     Raises
     ------
     ValueError
-        An unknown name; those near it are named.
+        An unknown name; the nearest ones are named.
     """
     found = {row[key]: row for row in rows(name)}
     for each in wanted or ():
@@ -101,7 +102,10 @@ def needs_budget(text: str, settings: Iterable[str]) -> bool:
 
 def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a list."""
-    return not_known("family" if name == "models" else name.removesuffix("s"), given, known, f"'duet-vlm {name}'")
+    if name == "methods":  # too many for a line
+        return not_known("method", given, known, "'duet-vlm methods'")
+    one, all_ = ("family", "families") if name == "models" else (name.removesuffix("s"), name)
+    return ValueError(f"unknown {one} {given!r}{did_you_mean(given, known)}; known {all_}: {', '.join(known)}")
 
 
 def content() -> str:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.budget import read_budget
 from duet_vlm import method_files
+from duet_vlm.budget import read_budget
 from duet_vlm.cli.errors import GOES_ON, friendly
 from duet_vlm.cli.lists import check_method, check_settings, chosen, needs_budget
 from duet_vlm.loading import Loaded, check_model, source

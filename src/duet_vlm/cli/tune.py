@@ -46,7 +46,9 @@ def tune(
     ] = None,
     methods: Annotated[
         Texts,
-        typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or ./mine.py. {SEVERAL} Default: {','.join(METHODS)}."),
+        typer.Option(
+            "--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or ./mine.py. {SEVERAL} Default: {','.join(METHODS)}."
+        ),
     ] = None,
     budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {','.join(map(str, BUDGETS))}.")] = None,
     schedules: Annotated[

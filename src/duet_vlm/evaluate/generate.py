@@ -6,11 +6,9 @@ recorded writes the file.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +22,7 @@ from duet_vlm.evaluate.journal import Journal, Page, alone
 from duet_vlm.evaluate.launched import Place, recorded
 from duet_vlm.evaluate.prompts import Prompts
 from duet_vlm.evaluate.run import model_facts
+from duet_vlm.evaluate.tasks import Question
 from duet_vlm.loading import Loaded
 
 RUN = "answers"  # the only run that a page holds
