@@ -404,3 +404,19 @@ def test_transformers_serves_both_stages(tmp_path: Path) -> None:
     finally:
         process.terminate()
         process.wait(60)
+
+
+def test_the_page_on_serving_shows_a_request_that_is_whole() -> None:
+    """The shell writes it out as it stands on the page: JSON of OpenAI's API, with the picture in it."""
+    import base64
+    import json
+    import subprocess
+
+    root = PLUGIN_TESTS.parent.parent.parent
+    (command,) = [block for block in (root / "docs/serve.md").read_text().split("```bash\n") if block.startswith("curl")]
+    done = subprocess.run(["bash", "-c", "curl() { cat; }\n" + command.split("```")[0]], cwd=root, capture_output=True, text=True, check=True)
+    body = json.loads(done.stdout)
+    picture, question = body["messages"][0]["content"]
+    kind, _, content = picture["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(content) == (root / "src/duet_vlm/tiny/demo/scene_1.png").read_bytes()
+    assert question["text"] == "What shape is the yellow object?" and {"model", "max_tokens", "messages"} == set(body)
