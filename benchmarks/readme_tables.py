@@ -23,7 +23,8 @@ HERE = Path(__file__).parent
 WIDTH = 118  # of a line of text
 BEST = "duet_plus"
 TOY = "tiny-chain"
-SHOWN = (BEST, "duet", "divprune, DUET's schedule", "scope, DUET's schedule", "scope", "cdpruner", "random, DUET's counts")  # of README's accuracy table
+# The rows of README's accuracy table.
+SHOWN = (BEST, "duet", "divprune, DUET's schedule", "scope, DUET's schedule", "scope", "cdpruner", "random, DUET's counts")
 METHOD, BUDGETS = "duet", ("33%", "11%")  # the columns of its speed table; one method and the last budget are its headline
 PUBLISHED = re.compile(r"^\| `duet-64` \| ([\d.]+) \|", re.M)  # the authors' figure, on the page that says where it is from
 
@@ -98,8 +99,9 @@ def headline() -> str:
     published = PUBLISHED.search((HERE.parent / "docs" / "reproduce-duet.md").read_text())
     assert published is not None
     gained = _filled(
-        f"**What you gain: with `{METHOD}` at {_spaced(budget)} of the visual tokens the first token comes {low:.1f} to {high:.1f} times as fast, "
-        f"an answer of {full['new']} tokens {whole:.1f} times as fast, and the KV cache is {full['kv_bytes'] / small['kv_bytes']:.0f} times smaller.**"
+        f"**What you gain: with `{METHOD}` at {_spaced(budget)} of the visual tokens the first token comes {low:.1f} to {high:.1f} times as "
+        f"fast, an answer of {full['new']} tokens {whole:.1f} times as fast, and the KV cache is {full['kv_bytes'] / small['kv_bytes']:.0f} "
+        "times smaller.**"
     )
     lost = _filled(
         f"**What you lose: on a toy task of chained questions it keeps {columns.percent(kept['kept'])} % of the full model's accuracy; for "

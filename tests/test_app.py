@@ -496,9 +496,9 @@ def test_what_the_command_line_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "unknown method 'fastw' (did you mean 'fastv'" in call("--method", "fastw", "--port", port)
     assert "budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0" in call("--budget", "1.5", "--port", port)
     assert "--budget 0.2,0.3: give one" in call("--budget", "0.2,0.3", "--port", port)
-    monkeypatch.setattr(space, "find_spec", lambda name: None)
+    monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda name: None)
     assert 'the page needs Gradio: pip install ".[app]"' in call("--port", port)
-    monkeypatch.setattr(space, "find_spec", lambda name: name)
+    monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda name: name)
     assert "fastv cannot reach" in call("--method", "fastv", "--budget", "0.01", "--port", port)  # before the page opens
 
 

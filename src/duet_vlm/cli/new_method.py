@@ -37,7 +37,8 @@ def new_method(
             print(f"wrote {path}")
         if not (clone / "src/duet_vlm").samefile(PACKAGE):
             method = clone / f"src/duet_vlm/methods/{name}.py"
-            print(f"this command runs another copy of the package ({PACKAGE}), which does not have {name}: run 'pip install -e .' in {clone.resolve()}")
+            other = f"this command runs another copy of the package ({PACKAGE}), which does not have {name}"
+            print(f"{other}: run 'pip install -e .' in {clone.resolve()}")
             print(f"until then: --method {method} in place of --method {name}")
         print(f"next: write your method, then 'make tables', 'make lint' and 'python -m pytest tests/test_invariants.py -k {name}' (CONTRIBUTING.md)")
 

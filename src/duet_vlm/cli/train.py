@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,8 +85,9 @@ def train(
             "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "imitate": imitate, "trainer": _arguments(trainer),
             "settings": kept | settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
         }  # fmt: skip
-        with _options_named(config is not None):
-            settings = settings_from(recipe, config, {name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        with _options_named(OPTIONS if config is None else {name: OPTIONS[name] for name in OPTIONS if given.get(name)}):
+            settings = settings_from(recipe, config, given)
         check_settings(settings.method, settings.settings)
         if print_config:
             from duet_vlm.train.yaml_text import written
@@ -98,16 +99,15 @@ def train(
 
 
 @contextlib.contextmanager
-def _options_named(from_file: bool) -> Iterator[None]:
-    """Errors of settings begin with the setting's name, as a YAML file has it; here they name the option, too."""
+def _options_named(options: Mapping[str, str]) -> Iterator[None]:
+    """Errors of settings begin with the setting's name, as a YAML file has it; those of ``options`` are named as they are typed."""
     try:
         yield
     except ValueError as error:
         name, colon, said = str(error).partition(": ")
-        if not colon or name not in OPTIONS:
+        if not colon or name not in options:
             raise
-        option = OPTIONS[name]
-        raise ValueError(f"{option}{f' (or {name}: in --config)' if from_file else ''}: {said}") from error
+        raise ValueError(f"{options[name]}: {said}") from error
 
 
 def _train(settings: Settings, restart: bool, as_json: bool) -> None:
