@@ -401,13 +401,13 @@ def test_controls_say_what_is_asked_and_the_other_way_round(asked: Asked, contro
     ("controls", "words"),
     [
         (Controls(""), "no method is chosen"),
-        (Controls("fastw", "0.2"), "unknown method 'fastw' (did you mean 'fastv'?)"),
+        (Controls("fastw", "0.2"), "unknown method 'fastw' (did you mean 'fastv'"),
         (Controls("fastv+duet", "0.2"), "at most one of each, in this order"),
         (Controls("duet", "lots"), "budget lots: give a token count (64), a fraction (0.22) or a percentage (22%)"),
-        (Controls("duet", "1.5"), "budget=1.5: a float is a fraction in (0, 1]"),
-        (Controls("duet", "-3"), "budget=-3 tokens: give at least 1"),
-        (Controls("duet", "220%"), "budget=2.2: a float is a fraction in (0, 1]"),
-        (Controls("duet", "nan"), "budget=nan: a float is a fraction in (0, 1]"),
+        (Controls("duet", "1.5"), "budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0"),
+        (Controls("duet", "-3"), "budget -3: keep at least 1 token"),
+        (Controls("duet", "220%"), "budget 220%: a fraction of the visual tokens is above 0 % and up to 100 %"),
+        (Controls("duet", "nan"), "budget nan: a fraction of the visual tokens"),
         (Controls("scope", schedule="((6, .5),)"), "schedule ((6, .5),): scope has no schedule, leave it empty"),
         (Controls("duet", "0.2", tower_keep="0.5"), "choose a method in the tower as well"),
         (Controls("duet", "0.2", settings="dominant"), "setting dominant: write it as key=value, one to a line"),
@@ -548,12 +548,12 @@ def test_what_the_command_line_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         port = taken.getsockname()[1]
         assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use); choose another with --port" in call("--port", port)
     assert "did you mean 'tiny-video'" in call("--model", "tiny-vidoe", "--port", port)
-    assert "unknown method 'fastw' (did you mean 'fastv'?)" in call("--method", "fastw", "--port", port)
-    assert "budget=1.5: a float is a fraction in (0, 1]" in call("--budget", "1.5", "--port", port)
+    assert "unknown method 'fastw' (did you mean 'fastv'" in call("--method", "fastw", "--port", port)
+    assert "budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0" in call("--budget", "1.5", "--port", port)
     assert "--budget 0.2,0.3: give one" in call("--budget", "0.2,0.3", "--port", port)
-    monkeypatch.setattr(space, "find_spec", lambda name: None)
+    monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda name: None)
     assert 'the page needs Gradio: pip install ".[app]"' in call("--port", port)
-    monkeypatch.setattr(space, "find_spec", lambda name: name)
+    monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda name: name)
     assert "fastv cannot reach" in call("--method", "fastv", "--budget", "0.01", "--port", port)  # before the page opens
 
 

@@ -406,7 +406,7 @@ def test_errors_are_said_in_words(page: Any, tmp_path: Path) -> None:
     for control, value, words in (
         ("budget-0", "1.5", "budget=1.5: a float is a fraction in (0, 1] of the visual tokens"),
         ("budget-0", "some", "budget some: give a token count (64), a fraction (0.22) or a percentage (22%)"),
-        ("method-0", "fastw", "unknown method 'fastw' (did you mean 'fastv'?)"),
+        ("method-0", "fastw", "unknown method 'fastw' (did you mean 'fastv'"),
         ("method-0", "adsc", "adsc cannot reach 56.32 mean visual tokens per layer on a span of 256 tokens"),
     ):
         set_to(page, control, value)

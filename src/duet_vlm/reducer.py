@@ -20,6 +20,7 @@ from duet_vlm.budget import (
     Budget,
     BudgetError,
     Keep,
+    NoBudget,
     Schedule,
     SpanPlan,
     check_budget,
@@ -34,8 +35,7 @@ from duet_vlm.budget import (
 from duet_vlm.calibration import Calibration
 from duet_vlm.dropping import NEEDS
 from duet_vlm.dropping import TextView as TextView
-from duet_vlm.settings import declared
-from duet_vlm.spelling import did_you_mean
+from duet_vlm.settings import check_names, declared
 from duet_vlm.tokens import Selection
 from duet_vlm.vision import READS, SIGNALS, Layer
 from duet_vlm.vision import VisionView as VisionView
@@ -313,9 +313,7 @@ def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Re
     """The method with these settings; an unknown one is a ValueError that lists those there are."""
     cls = method if isinstance(method, type) else type(method)
     known = [field.name for field in fields(cls)]
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
+    check_names(cls.name, settings, known)
     return method(**settings) if isinstance(method, type) else replace(method, **settings)
 
 
@@ -335,7 +333,7 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
     if budget is not None and given:
         raise ValueError(f"{method.name}: give either budget= or the method's own settings ({example}), not both")
     if budget is None and not given:
-        raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
+        raise NoBudget(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})", example)
 
 
 def plan_within(reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None) -> SpanPlan:
