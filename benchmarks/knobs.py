@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from common import environment
 
-from duet_vlm.evaluate.experiment import Experiment
-from duet_vlm.evaluate.run import run_experiment
+from duet_vlm.evaluation.experiment import Experiment
+from duet_vlm.evaluation.run import run_experiment
 
 FILE = Path(__file__).parent / "results" / "knobs.json"
 BUDGETS = (0.22, 0.11, 0.05)

@@ -202,7 +202,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 classes = [nn.Module, torch.Tensor, A, B, GenerationMixin, PreTrainedModel, DynamicCache, LlamaDecoderLayer]
 before = [dict(vars(c)) for c in classes], sorted(ALL_ATTENTION_FUNCTIONS.keys()), "torchvision" in sys.modules
 import duet_vlm
-duet_vlm.methods()
+duet_vlm.list_methods()
 after = [dict(vars(c)) for c in classes], sorted(ALL_ATTENTION_FUNCTIONS.keys()), "torchvision" in sys.modules
 print(before == after)
 """
@@ -265,7 +265,7 @@ def test_what_decides_needs_no_transformers() -> None:
     files = {"text", "tower", "models.adapter", "models.llava", "models.towers", "flow.choose", "flow.rules", "flow.split", "flow.verify", "cli.main"}
     names = sorted(name for name in FILES if room_of(name) in pure or name.removeprefix("duet_vlm.") in files)
     code = f"import importlib, sys; sys.modules['transformers'] = None; [importlib.import_module(name) for name in {names}]; import duet_vlm; "
-    assert len(names) > 40 and run(code + "print(duet_vlm.get('duet')(dominant=2).plan(9, 4, None).entry)") == "2"
+    assert len(names) > 40 and run(code + "print(duet_vlm.get_method('duet')(dominant=2).plan(9, 4, None).entry)") == "2"
 
 
 def test_torchvision_is_never_imported() -> None:

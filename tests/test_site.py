@@ -33,7 +33,7 @@ import measured  # noqa: E402
 import reference  # noqa: E402
 
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-SHIPPED = [row for row in rows("methods") if duet_vlm.get(row["name"]).__module__.startswith("duet_vlm.")]
+SHIPPED = [row for row in rows("methods") if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.py"))
 
 
@@ -44,10 +44,10 @@ def pages() -> dict[str, str]:
 
 @pytest.fixture
 def known_methods() -> Iterator[None]:
-    known = duet_vlm.methods()
+    known = duet_vlm.list_methods()
     yield
-    duet_vlm.registry._methods.clear()
-    duet_vlm.registry._methods.update(known)
+    duet_vlm.reducers.registry._methods.clear()
+    duet_vlm.reducers.registry._methods.update(known)
 
 
 def leaves(entry: Any) -> list[str]:
@@ -79,7 +79,7 @@ def test_the_site_loads_nothing_from_elsewhere() -> None:
 
 @pytest.mark.parametrize("row", SHIPPED, ids=lambda row: row["name"])
 def test_a_method_has_a_page_with_all_that_is_known_of_it(row: dict[str, Any], pages: dict[str, str]) -> None:
-    page, cls = pages[f"catalogue/{row['name']}.md"], duet_vlm.get(row["name"])
+    page, cls = pages[f"catalogue/{row['name']}.md"], duet_vlm.get_method(row["name"])
     assert row["summary"][1:] in page and "## Idea" in page
     assert all(f"(https://arxiv.org/abs/{number})" in page for number in re.findall(r"\d{4}\.\d{5}", row["paper"]))
     settings = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.split("## Settings")[1].split("\n## ")[0], flags=re.M))

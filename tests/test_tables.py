@@ -86,9 +86,9 @@ def test_a_table_that_says_nothing_is_an_error(
 
 def usual(row: dict[str, Any]) -> bool:
     """Whether a run had every setting of its method as it comes; references stand for no method."""
-    if row["method"] not in duet_vlm.methods():
+    if row["method"] not in duet_vlm.list_methods():
         return False
-    return row["settings"] == json.loads(json.dumps(duet_vlm.get(row["method"])().settings()))
+    return row["settings"] == json.loads(json.dumps(duet_vlm.get_method(row["method"])().settings()))
 
 
 def test_how_much_each_method_keeps() -> None:

@@ -22,11 +22,11 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import video
+from duet_vlm.inputs import video
 from duet_vlm.cli.main import app
-from duet_vlm.flow.pieces import Pieces
+from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.tiny import video as tiny_video
-from duet_vlm.video import chosen, decode, length, pieces, sampled, upright
+from duet_vlm.inputs.video import frame_numbers, decode, length, pieces, sampled, upright
 from duet_vlm.viz import film, on_film, overlay
 from duet_vlm.viz.overlay import Panel, cell_box
 
@@ -349,7 +349,7 @@ def test_a_long_clip_is_answered_in_pieces(tmp_path: Path) -> None:
 def test_a_terminal_sees_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "clip.mp4")
     words = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "-b", 100, "--fps", 10, "--chunk-frames", 16, "--json"]
-    assert call(*words).stderr == "" and chosen(path, fps=10) == 40 and chosen(path) == 8
+    assert call(*words).stderr == "" and frame_numbers(path, fps=10) == 40 and frame_numbers(path) == 8
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     shown = call(*words)
     assert "40/40" in shown.stderr and "100 visual tokens held" in shown.stderr and json.loads(shown.stdout)["frames"] == 40
@@ -364,15 +364,15 @@ def slow_clip(path: Path, sample: Any) -> Path:
 def cuts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Steps of the pieces of every call for clips that was cut."""
     found: list[list[int]] = []
-    real = Pieces.cut
+    real = ChunkConfig.plan_chunks
 
-    def cut(self: Pieces, *given: Any) -> Any:
+    def cut(self: ChunkConfig, *given: Any) -> Any:
         made = real(self, *given)
         if made is not None:
-            found.append([len(piece.steps) for piece in made.pieces])
+            found.append([len(piece.steps) for piece in made.chunks])
         return made
 
-    monkeypatch.setattr(Pieces, "cut", cut)
+    monkeypatch.setattr(ChunkConfig, "cut", cut)
     return found
 
 

@@ -69,7 +69,7 @@ def numbers(name: str, measured: list[Cell]) -> str:
 
 def page(row: dict[str, Any], measured: list[Cell], picture: str | None) -> str:
     """The page of one method; ``row`` as ``duet-vlm methods --json`` has it, ``picture`` a file beside the page."""
-    name, cls = row["name"], duet_vlm.get(row["name"])
+    name, cls = row["name"], duet_vlm.get_method(row["name"])
     told = [f"# `{name}`", row["summary"][:1].upper() + row["summary"][1:] + "."]
     facts = {
         "Paper": arxiv(row["paper"]) if row["paper"] != "-" else "none",

@@ -19,12 +19,12 @@ GROUPS = {  # heading -> public names, each where it is defined
     "Reports and traces": ["measure.report.Report", "tokens.SpanTrace", "tokens.StageTrace", "tokens.Span"],
     "Methods": ["methods.named.get", "methods.named.methods", "methods.compose.compose", "presets.preset", "registry.register"],
     "Write a method": [
-        "reducer.Reducer", "reducer.EncoderReducer", "reducer.DecoderReducer", "stages.StagedReducer", "tower.TowerReducer",
-        "tower.ThresholdReducer", "vision.VisionView", "dropping.TextView", "tower.TowerView", "tower.Merged", "tokens.Selection",
+        "reducer.Reducer", "reducer.EncoderReducer", "reducer.DecoderReducer", "stages.ScheduledReducer", "tower.TowerReducer",
+        "tower.ThresholdReducer", "vision.EncoderView", "dropping.DecoderView", "tower.TowerView", "tower.Merged", "tokens.Selection",
         "budget.SpanPlan", "budget.BudgetError", "compressor.NewWeights",
     ],
     "Pictures, clips and streams": ["pictures.open_image", "pictures.rgb", "stream.Stream"],
-    "Text towers": ["contrastive.ContrastiveText"],
+    "Text towers": ["contrastive.ClipTextEncoder"],
     "Training": ["train.collate.Collator", "train.data.conversations"],
 }  # fmt: skip
 

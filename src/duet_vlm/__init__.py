@@ -10,20 +10,20 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from duet_vlm.attach import attach, detach, handle_of, remember
-    from duet_vlm.budget import BudgetError, SpanPlan
-    from duet_vlm.compressor import NewWeights
-    from duet_vlm.handle import Handle
-    from duet_vlm.measure.report import Report
-    from duet_vlm.memory import remembered
+    from duet_vlm.api.attach import attach, detach, handle_of, save_to_config
+    from duet_vlm.planning.budget import BudgetError, SpanPlan
+    from duet_vlm.reducers.compressor import NewWeights
+    from duet_vlm.api.handle import Handle
+    from duet_vlm.profiling.report import Report
+    from duet_vlm.reducers.persistence import load_from_config
     from duet_vlm.methods.compose import compose
-    from duet_vlm.methods.named import get, methods
-    from duet_vlm.presets import preset
-    from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView
-    from duet_vlm.registry import register
-    from duet_vlm.stages import StagedReducer
-    from duet_vlm.tokens import Selection, Span, SpanTrace, StageTrace
-    from duet_vlm.tower import Merged, ThresholdReducer, TowerReducer, TowerView
+    from duet_vlm.methods.lookup import get_method, list_methods
+    from duet_vlm.api.presets import preset
+    from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer, DecoderView, EncoderView
+    from duet_vlm.reducers.registry import register
+    from duet_vlm.reducers.scheduled import ScheduledReducer
+    from duet_vlm.planning.tokens import Selection, Span, SpanTrace, StageTrace
+    from duet_vlm.reducers.vision_tower import MergePairs, ThresholdReducer, TowerReducer, TowerView
 
 try:
     __version__ = version("duet-vlm")
@@ -31,35 +31,35 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
 _HOMES = {  # where each public name is found; the block above says the same to type checkers, and a test that both agree
-    "BudgetError": "budget",
-    "DecoderReducer": "reducer",
-    "EncoderReducer": "reducer",
-    "Handle": "handle",
-    "Merged": "tower",
-    "NewWeights": "compressor",
-    "Reducer": "reducer",
-    "Report": "measure.report",
-    "Selection": "tokens",
-    "Span": "tokens",
-    "SpanPlan": "budget",
-    "SpanTrace": "tokens",
-    "StageTrace": "tokens",
-    "StagedReducer": "stages",
-    "TextView": "reducer",
-    "ThresholdReducer": "tower",
-    "TowerReducer": "tower",
-    "TowerView": "tower",
-    "VisionView": "reducer",
-    "attach": "attach",
+    "BudgetError": "planning.budget",
+    "DecoderReducer": "reducers.base",
+    "EncoderReducer": "reducers.base",
+    "Handle": "api.handle",
+    "MergePairs": "reducers.vision_tower",
+    "NewWeights": "reducers.compressor",
+    "Reducer": "reducers.base",
+    "Report": "profiling.report",
+    "Selection": "planning.tokens",
+    "Span": "planning.tokens",
+    "SpanPlan": "planning.budget",
+    "SpanTrace": "planning.tokens",
+    "StageTrace": "planning.tokens",
+    "ScheduledReducer": "reducers.scheduled",
+    "DecoderView": "reducers.base",
+    "ThresholdReducer": "reducers.vision_tower",
+    "TowerReducer": "reducers.vision_tower",
+    "TowerView": "reducers.vision_tower",
+    "EncoderView": "reducers.base",
+    "attach": "api.attach",
     "compose": "methods.compose",
-    "detach": "attach",
-    "get": "methods.named",
-    "handle_of": "attach",
-    "methods": "methods.named",
-    "preset": "presets",
-    "register": "registry",
-    "remember": "attach",
-    "remembered": "memory",
+    "detach": "api.attach",
+    "get_method": "methods.lookup",
+    "handle_of": "api.attach",
+    "list_methods": "methods.lookup",
+    "preset": "api.presets",
+    "register": "reducers.registry",
+    "save_to_config": "api.attach",
+    "load_from_config": "reducers.persistence",
 }
 _ROOMS = frozenset(
     {
@@ -73,7 +73,7 @@ __all__ = [
     "DecoderReducer",
     "EncoderReducer",
     "Handle",
-    "Merged",
+    "MergePairs",
     "NewWeights",
     "Reducer",
     "Report",
@@ -82,22 +82,22 @@ __all__ = [
     "SpanPlan",
     "SpanTrace",
     "StageTrace",
-    "StagedReducer",
-    "TextView",
+    "ScheduledReducer",
+    "DecoderView",
     "ThresholdReducer",
     "TowerReducer",
     "TowerView",
-    "VisionView",
+    "EncoderView",
     "attach",
     "compose",
     "detach",
-    "get",
+    "get_method",
     "handle_of",
-    "methods",
+    "list_methods",
     "preset",
     "register",
-    "remember",
-    "remembered",
+    "save_to_config",
+    "load_from_config",
 ]
 
 

@@ -25,7 +25,7 @@ class Stages(inside.Inside):
                 view = next(views)
                 moved = (view.rows - view.before).norm(dim=-1)[0][view.valid[0]]
             else:  # nobody leaves, so nobody was asked
-                visual = self.state.group(layer).tokens.visual[0]
+                visual = self.state.layer_group(layer).tokens.visual[0]
                 moved = (self.watch.hidden[layer] - self.watch.hidden[layer - 1])[0][visual].norm(dim=-1)
             self.case.scores(self.run, f"{name}/scores", moved)
             self.case.same(self.run, f"{name}/kept_image_index", after)

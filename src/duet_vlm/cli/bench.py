@@ -55,14 +55,14 @@ def bench(
         batches, texts = counts("--batch", batch, 1), counts("--prompt-tokens", prompt_tokens, 32)
         pieces = pieces_of(chunk_frames, still_frames, frames > 0, "give --frames")
         _writable(out, plots)
-        from duet_vlm.bench.plots import draw
-        from duet_vlm.bench.run import Plan, Side, result, sheet_of
+        from duet_vlm.evaluation.speed.plots import draw
+        from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sheet_of
 
         usual = budgets or budgets_of(BUDGETS)
-        reduced = [Side(name, each, settings) for name, own, settings in named for each in ([own] if own and not budgets else usual)]
-        sides = (Side(), *dict.fromkeys(reduced))
+        reduced = [BenchSide(name, each, settings) for name, own, settings in named for each in ([own] if own and not budgets else usual)]
+        sides = (BenchSide(), *dict.fromkeys(reduced))
         loaded, where, name = _model(model, config_only, device, dtype)
-        plan = Plan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
+        plan = BenchPlan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
         say = functools.partial(typer.echo, err=True)
         found = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
         if out is not None:
@@ -92,7 +92,7 @@ def _methods(given: list[str] | None) -> list[tuple[str, int | float | None, tup
     if found == ["all"]:
         import duet_vlm
 
-        found = [name for name in duet_vlm.methods() if name != "none"]
+        found = [name for name in duet_vlm.list_methods() if name != "none"]
     named = [method_of(name) for name in found]
     return [(name, budget, tuple(settings.items())) for name, budget, settings in named]
 
@@ -101,9 +101,9 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
     """The model to run, where, and what it is called."""
     import torch
 
-    from duet_vlm.bench.shapes import random_model
-    from duet_vlm.loading import device_for, load
-    from duet_vlm.measure.devices import TORCH
+    from duet_vlm.evaluation.speed.random_model import random_model
+    from duet_vlm.api.loading import device_for, load
+    from duet_vlm.profiling.devices import TORCH
 
     where = device_for(device)
     if dtype is not None and dtype not in TORCH:
@@ -115,7 +115,7 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
 
 
 def _show(found: dict[str, Any]) -> None:
-    from duet_vlm.evaluate.screen import console as screen
+    from duet_vlm.evaluation.console import console as screen
 
     console = screen(120)
     console.print(f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads")

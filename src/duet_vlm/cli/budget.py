@@ -50,7 +50,7 @@ def budget(
 
     With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown one after the other.
     """
-    from duet_vlm.bench.shapes import skeleton
+    from duet_vlm.evaluation.speed.random_model import skeleton
     from duet_vlm.cli.fleet import Fleet
 
     name = model if config_only is None else (f"{model} ({config_only})" if model != "tiny" else str(config_only))
@@ -70,13 +70,13 @@ def budget(
 
 
 def _planned(reduction: Reduction, model: Any, element_bytes: int, tokens: int | None, parts: int, text: int) -> tuple[SpanPlan, Report]:
-    from duet_vlm.bench.planned import equal_parts, planned, planned_report, whole_of
+    from duet_vlm.evaluation.speed.predicted import equal_parts, plan_prompt, planned_report, whole_of
 
     with reduction.attach(model) as handle:
         fixed = handle.adapter.fixed_tokens
         if tokens is None and fixed is None:
             raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
-        found = planned(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
+        found = plan_prompt(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
         return whole_of(found.sample), planned_report(handle, found, element_bytes)
 
 

@@ -10,7 +10,7 @@ import typer
 
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.lists import check_method
-from duet_vlm.cli.options import AsJson, Debug, Device, Images, Model, Shown
+from duet_vlm.cli.options import AsJson, Debug, Device, Images, Model, VisualInputs
 
 QUESTION = "Describe the image."
 
@@ -31,11 +31,11 @@ def calibrate(
     """
     with friendly(debug, json_):
         check_method(method)
-        pictures = Shown.of(image, None, None, None).images
+        pictures = VisualInputs.of(image, None, None, None).images
 
-        from duet_vlm.calibrating import calibrate as learn
-        from duet_vlm.calibrating import observer_of
-        from duet_vlm.loading import load
+        from duet_vlm.api.calibrate import calibrate as learn
+        from duet_vlm.api.calibrate import observer_of
+        from duet_vlm.api.loading import load
 
         observer_of(method)  # refused before anything large is loaded
         loaded = load(model, device)

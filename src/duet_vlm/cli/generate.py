@@ -35,12 +35,12 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer many prompts into a file. A picture that cannot be read costs its own line only."""
-    from duet_vlm.evaluate.generate import generate as answers
-    from duet_vlm.evaluate.generate import prompts
-    from duet_vlm.evaluate.launched import Place, gpus
-    from duet_vlm.loading import load
+    from duet_vlm.evaluation.generate import generate as answers
+    from duet_vlm.evaluation.generate import prompts
+    from duet_vlm.evaluation.distributed import WorkerRank, gpus
+    from duet_vlm.api.loading import load
 
-    asked, place = prompts(data, prompt), Place.here()
+    asked, place = prompts(data, prompt), WorkerRank.here()
     pieces = pieces_of(chunk_frames, still_frames, asked.clips, 'give --data with "video" in its lines')
     folder_for("--out", out.parent)
     if restart:

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import duet_vlm
-from duet_vlm.spelling import did_you_mean
+from duet_vlm.utils.suggest import did_you_mean
 
 FILE = Path(__file__).with_name("lists.json")
-ENTRY_POINTS = "duet_vlm.methods"  # where other packages name their methods, see duet_vlm.registry
+ENTRY_POINTS = "duet_vlm.methods"  # where other packages name their methods, see duet_vlm.reducers.registry
 FOLDERS = {"methods": "duet_vlm.methods", "models": "duet_vlm.models"}  # a file in these makes a row of that list
 
 Rows = list[dict[str, Any]]
@@ -73,7 +73,7 @@ def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
 
 def content() -> str:
     """What the file has to hold, from the package itself."""
-    own = [row for row in _methods() if duet_vlm.get(row["name"]).__module__.startswith("duet_vlm.")]  # other packages differ by machine
+    own = [row for row in _methods() if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]  # other packages differ by machine
     found = {"files": {name: _files(name) for name in FOLDERS}, "methods": own, "presets": _presets(), "models": _models()}
     return json.dumps(found, indent=1) + "\n"
 
@@ -85,7 +85,7 @@ def _files(name: str) -> list[str]:
 
 
 def _methods() -> Rows:
-    return [describe(name, cls) for name, cls in duet_vlm.methods().items()]
+    return [describe(name, cls) for name, cls in duet_vlm.list_methods().items()]
 
 
 def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
         "name": name,
         "summary": cls.summary,
         "stage": " + ".join(stages) or "-",
-        "needs_text": (issubclass(cls, duet_vlm.DecoderReducer) and cls.asks()) or "question" in reads,
+        "needs_text": (issubclass(cls, duet_vlm.DecoderReducer) and cls.uses_text_queries()) or "question" in reads,
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
         "idea": _paragraphs(cls, lambda text: not text.startswith(("Cost", "Parameters", "Differences", "From the paper"))),
@@ -118,7 +118,7 @@ def _paragraphs(cls: type[duet_vlm.Reducer], wanted: Callable[[str], bool]) -> s
 
 def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
     """Why families cannot run a method with its usual settings, or a preset of its authors' code, as far as that is known without a model."""
-    from duet_vlm.models.find import families
+    from duet_vlm.models.lookup import families
 
     presets = [name for name in dir(cls) if name.startswith("official")]
     found: dict[tuple[str, str], list[str]] = {}
@@ -136,9 +136,9 @@ def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
 def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:
     if reducer.positions == "compact" and adapter.mrope:
         return "positions are grids (M-RoPE) and cannot be compact"
-    lacking = sorted((getattr(reducer, "signals", set()) | getattr(reducer, "reads", set())) & adapter.lacks.keys())
+    lacking = sorted((getattr(reducer, "signals", set()) | getattr(reducer, "reads", set())) & adapter.unsupported.keys())
     if lacking:
-        return adapter.lacks[lacking[0]]
+        return adapter.unsupported[lacking[0]]
     bare = object.__new__(adapter)  # what a family refuses whatever the model, it refuses without one
     asks = [bare.blocks_to_reduce] if getattr(reducer, "reduces_in_tower", False) else []
     asks += [bare.cls_module] if getattr(reducer, "cls_token", False) else []
@@ -153,7 +153,7 @@ def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:
 
 
 def _presets() -> Rows:
-    from duet_vlm.presets import PRESETS
+    from duet_vlm.api.presets import PRESETS
 
     return [
         {
@@ -172,7 +172,7 @@ def _presets() -> Rows:
 
 
 def _models() -> Rows:
-    from duet_vlm.models.find import support
+    from duet_vlm.models.lookup import support
 
     return support()
 

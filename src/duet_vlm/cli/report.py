@@ -23,7 +23,7 @@ def report(
     with friendly(debug, json_):
         from rich.console import Console
 
-        from duet_vlm.evaluate.report import write
+        from duet_vlm.evaluation.report import write
 
         with Console(stderr=True).status("reading the results") as status:  # moves on a terminal, is silent elsewhere
             try:
