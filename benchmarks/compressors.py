@@ -55,11 +55,11 @@ def trained(method: str, tokens: int | None, seed: int, conversations: int, imit
 
 def asked(folder: Path, method: str, tokens: int | None) -> dict[str, Any]:
     """Accuracy by task, and what a question costs."""
-    from duet_vlm.reducers.compressor import BESIDE
-    from duet_vlm.evaluation.run_sample import answer
-    from duet_vlm.evaluation.experiment import ExperimentCell
-    from duet_vlm.evaluation.tasks import right, task
     from duet_vlm.api.loading import load
+    from duet_vlm.evaluation.experiment import ExperimentCell
+    from duet_vlm.evaluation.run_sample import answer
+    from duet_vlm.evaluation.tasks import right, task
+    from duet_vlm.reducers.compressor import BESIDE
 
     loaded = load(str(folder))
     weights = folder / BESIDE

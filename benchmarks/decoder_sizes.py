@@ -41,8 +41,8 @@ def cut(layers: int) -> Path:
 def gflops(folder: Path, tokens: int) -> float:
     """Predicted of the first question of the first task; a module's weights change nothing about it."""
     import duet_vlm
-    from duet_vlm.evaluation.tasks import task
     from duet_vlm.api.loading import load
+    from duet_vlm.evaluation.tasks import task
 
     loaded, question = load(str(folder)), task(SOURCES[0]).ask(0, 0)
     text = loaded.processor.apply_chat_template(

@@ -16,8 +16,8 @@ from shapes import LLAVA, TINY, Shape, build
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm.profiling.timing import time_paired
 from duet_vlm.ops.merge import merged_rows
+from duet_vlm.profiling.timing import time_paired
 
 TARGET, AT_ONCE = 0.03, 0.01  # greedy choices; those of one look
 PICKS = (1, 2, 4, 8)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.profiling.timing import time_paired, ratio
+from duet_vlm.profiling.timing import ratio, time_paired
 
 STEPS, WARMUP, BUDGET = 30, 4, 0.22
 QUESTIONS, SHARES, METHODS = 100, (1.0, 0.75, 0.5), ("", "duet")

@@ -23,11 +23,11 @@ from shapes import LLAVA, TINY, WIDE, Shape, build, twin
 from torch import nn
 
 import duet_vlm
+from duet_vlm.profiling.timing import Timing, time_paired
+from duet_vlm.runtime.encode.attention_intercept import QKRecorder
+from duet_vlm.runtime.encode.encoder import EncoderHooks
 from duet_vlm.runtime.prefill import entry
 from duet_vlm.runtime.prefill.layers import PrefillPass
-from duet_vlm.runtime.encode.encoder import EncoderHooks
-from duet_vlm.runtime.encode.attention_intercept import QKRecorder
-from duet_vlm.profiling.timing import Timing, time_paired
 
 FREE, MERGES, CHOOSES, RANKS = 0.01, 0.02, 0.03, 0.03
 BUDGETS = (0.22, 0.33)  # the first that a method can reach

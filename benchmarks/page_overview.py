@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.evaluation.experiment import BASELINE, ORACLE, ExperimentCell
 from duet_vlm.evaluation.results import environment
+from duet_vlm.evaluation.run_sample import answer
 from duet_vlm.evaluation.tasks import TaskQuestion, right, task
-from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.tiny.page_questions import KINDS
 from duet_vlm.tiny.page_scenes import OVERVIEW, ROWS
 

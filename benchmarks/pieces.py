@@ -17,10 +17,10 @@ from common import environment
 from shapes import Shape, build
 
 import duet_vlm
-from duet_vlm.evaluation.speed.prompts import encode, prompt_for
 from duet_vlm.api.loading import load
-from duet_vlm.profiling.flop_counter import memory_of
+from duet_vlm.evaluation.speed.prompts import encode, prompt_for
 from duet_vlm.models.lookup import adapter_for
+from duet_vlm.profiling.flop_counter import memory_of
 
 FRAMES, SIZE, BUDGET = (16, 64, 256), 8, 0.2
 METHODS = ("evs", "duet")

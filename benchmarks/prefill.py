@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.profiling.timing import time_paired, ratio
+from duet_vlm.profiling.timing import ratio, time_paired
 
 BUDGETS = (0.33, 0.22, 0.11)
 METHODS = ("duet", "visionzip", "pyramiddrop", "fastv")

@@ -54,9 +54,9 @@ def forget() -> None:
 def ask(path: Path, way: str) -> dict[str, float]:
     """One question, in this process."""
     import duet_vlm
-    from duet_vlm.cli.timed_answer import timed_answer
     from duet_vlm.api.loading import load
     from duet_vlm.api.streaming import StreamingVideo
+    from duet_vlm.cli.timed_answer import timed_answer
     from duet_vlm.inputs.video import decode, pieces
 
     torch.set_num_threads(1)

@@ -29,13 +29,13 @@ import video_tables
 from train_step import LLAVA_7B
 
 import duet_vlm
-from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.cli import lists
 from duet_vlm.cli.models import cell
 from duet_vlm.evaluation.report import columns, markdown
 from duet_vlm.evaluation.results import load
-from duet_vlm.profiling.training_cost import TrainingExample, TrainedParts, step_flops
 from duet_vlm.models.lookup import support
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.profiling.training_cost import TrainedParts, TrainingExample, step_flops
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
 from duet_vlm.reducers.vision_tower import TowerReducer
 

@@ -19,8 +19,8 @@ from shapes import LLAVA, QWEN, TINY, TINY_QWEN, Shape, build, twin
 from torch import nn
 
 import duet_vlm
-from duet_vlm.runtime.vision_tower import tower_hooks, varlen
 from duet_vlm.profiling.timing import Timing, time_paired
+from duet_vlm.runtime.vision_tower import tower_hooks, varlen
 
 BUDGET, KEEPS = 0.11, (None, 0.56, 0.5, 0.4)
 METHOD = "duet"

@@ -30,7 +30,7 @@ def cells(method: str, task: str, context: bool) -> list[dict[str, Any]]:
     """``method`` behind the whole tower, and behind what other methods leave of it, with rows for what leaves or without."""
 
     def behind(tower: str, keep: float, **settings: Any) -> dict[str, Any]:
-        label = f"{tower}, {keep:.0%}" + ", no mass" * (("proportional_attention" in settings))
+        label = f"{tower}, {keep:.0%}" + ", no mass" * ("proportional_attention" in settings)
         label += f", context of {settings['pooled_context_tokens']}" if "pooled_context_tokens" in settings else ""
         own = {f"{tower}_{key}": value for key, value in {"keep": keep, **settings}.items()}
         return {"method": f"{tower}+{method}", "budgets": [BUDGET], "settings": own, "label": label}

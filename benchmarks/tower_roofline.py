@@ -11,9 +11,9 @@ from common import HERE, environment
 from scale import HEAD, MODELS, Input, request
 
 import duet_vlm
-from duet_vlm.profiling.selection_cost import tower_choice_flops
 from duet_vlm.profiling.devices import SHEETS
 from duet_vlm.profiling.roofline import Workload, predict
+from duet_vlm.profiling.selection_cost import tower_choice_flops
 
 BUDGET, SHARES, BATCH = 0.11, (0.56, 0.5, 0.44), 8
 INPUTS = {"image, 324 tokens": Input(1, 324), "image, 1,296 tokens": Input(1, 1296), "page, 4,096 tokens": Input(1, 4096)}

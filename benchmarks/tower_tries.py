@@ -25,14 +25,14 @@ from tower_context import Context, context_flops
 from tower_scorers import AskedScorer, Scorer, asked_scorer, embedding_of, scorer, scorer_flops
 
 from duet_vlm import TowerReducer, TowerView, register
-from duet_vlm.evaluation import statistics
-from duet_vlm.evaluation.run_sample import answer
-from duet_vlm.evaluation.experiment import ExperimentCell
-from duet_vlm.evaluation.tasks import right, task
 from duet_vlm.api.loading import LoadedModel, load
-from duet_vlm.profiling.flops import vision_flops
+from duet_vlm.evaluation import statistics
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import right, task
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.select import top
+from duet_vlm.profiling.flops import vision_flops
 
 BUDGET, WHOLE, METHOD, BATCH = 0.11, "whole tower", "duet_plus", 40
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}

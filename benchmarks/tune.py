@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from duet_vlm.api.loading import load
 from duet_vlm.evaluation.journal import Journal
 from duet_vlm.evaluation.results import environment
 from duet_vlm.evaluation.run import model_facts
 from duet_vlm.evaluation.source import source
 from duet_vlm.evaluation.tasks import accepted, task, usual_model
-from duet_vlm.api.loading import load
 from duet_vlm.evaluation.tune import BUDGETS, METHODS
 from duet_vlm.evaluation.tune.answers import AnswerSource
 from duet_vlm.evaluation.tune.candidates import candidates

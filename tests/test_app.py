@@ -22,17 +22,17 @@ from typer.testing import CliRunner
 
 import duet_vlm
 from duet_vlm import Span, SpanTrace, StageTrace, attach, tiny
+from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.app import space
-from duet_vlm.app.generate import FULL, RunRecord, AppSide, answers, same_weights
 from duet_vlm.app.controls import ChosenMethod, Controls, starting, tower_methods
 from duet_vlm.app.depth import STEP, DepthStrip, DepthView, depth_view
+from duet_vlm.app.errors import sentence
 from duet_vlm.app.examples import examples
 from duet_vlm.app.files import MOST_MB, Uploads, check_question, open_uploads
-from duet_vlm.app.errors import sentence
+from duet_vlm.app.generate import FULL, AppSide, RunRecord, answers, same_weights
 from duet_vlm.cli.main import app
-from duet_vlm.api.loading import LoadedModel, load
+from duet_vlm.viz import at_depth, draw, history, token_fates
 from duet_vlm.viz.colors import group
-from duet_vlm.viz import at_depth, draw, token_fates, history
 from duet_vlm.viz.overlay import DROPPED, SHADE
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"

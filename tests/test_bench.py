@@ -18,15 +18,15 @@ from families import FAMILIES, IMAGE, ONE, VIDEO, Picture, build
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm.evaluation.speed.prompts import BenchPrompt, prompt_for
-from duet_vlm.evaluation.speed.predicted import equal_parts, plan_prompt
-from duet_vlm.evaluation.speed.plots import draw, title
-from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sides_of
-from duet_vlm.evaluation.speed.random_model import random_model
 from duet_vlm.cli.main import app
+from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sides_of
+from duet_vlm.evaluation.speed.plots import draw, title
+from duet_vlm.evaluation.speed.predicted import equal_parts, plan_prompt
+from duet_vlm.evaluation.speed.prompts import BenchPrompt, prompt_for
+from duet_vlm.evaluation.speed.random_model import random_model
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.profiling.devices import SHEETS, Device
 from duet_vlm.profiling.report import make_report
-from duet_vlm.models.lookup import adapter_for
 
 SHEET = Device("made up", {"fp32": 1e11}, 1e10, 1e10, "made up", measured=True)
 FAST = {"new": 3, "rounds": 2, "warmup": 0}

@@ -12,13 +12,13 @@ import torch
 import transformers
 
 from duet_vlm import BudgetError
-from duet_vlm.evaluation.run_sample import answer, attached
-from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell, from_json
-from duet_vlm.evaluation.results import cpu_name, load, unpack
-from duet_vlm.evaluation.source import unclean
-from duet_vlm.evaluation.tasks import TaskQuestion, task
 from duet_vlm.api.loading import LoadedModel
 from duet_vlm.api.loading import load as load_model
+from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell, from_json
+from duet_vlm.evaluation.results import cpu_name, load, unpack
+from duet_vlm.evaluation.run_sample import answer, attached
+from duet_vlm.evaluation.source import unclean
+from duet_vlm.evaluation.tasks import TaskQuestion, task
 from duet_vlm.tiny.long_clips import LENGTHS, ROWS
 
 ROOT = Path(__file__).parents[1]

@@ -16,9 +16,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import duet_vlm
-from duet_vlm.runtime import compat
 from duet_vlm.models.adapter import FULL
 from duet_vlm.models.lookup import adapter_for
+from duet_vlm.runtime import compat
 
 FILLED = (3, 5, 2, 2, 2, 2, 2, 2)  # rows in the cache of each layer
 

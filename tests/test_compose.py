@@ -22,17 +22,15 @@ from test_methods_frames import Clip, kept_of_clip, view_of
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import BudgetError, DecoderReducer, EncoderReducer, SpanPlan, EncoderView, compose
-from duet_vlm.reducers import registry
-from duet_vlm.planning.budget import target_mean
+from duet_vlm import BudgetError, DecoderReducer, EncoderReducer, EncoderView, SpanPlan, compose
 from duet_vlm.cli.main import app
 from duet_vlm.evaluation import console
 from duet_vlm.evaluation.experiment import cells_of
+from duet_vlm.methods.baselines import UniformTokens
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.duet_plus import DuetPlus
 from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.baselines import UniformTokens
 from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.none import NoReduction
 from duet_vlm.methods.prumerge import PruMerge
@@ -41,6 +39,8 @@ from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.schedules import paper_schedule
+from duet_vlm.planning.budget import target_mean
+from duet_vlm.reducers import registry
 
 MADE: dict[str, duet_vlm.Reducer] = {
     "frames, duet": compose(Frames(), Duet()),

@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 import duet_vlm
 from duet_vlm import EncoderView
-from duet_vlm.reducers.compressor import BESIDE, Compressor, NewWeights
-from duet_vlm.runtime.training.compressor_module import touch_all_params
 from duet_vlm.methods.quecc import QueCCModule
 from duet_vlm.methods.vqtoken import VQToken
-from duet_vlm.ops.kmeans import elbow, farthest_start, kmeans, cluster_sums
+from duet_vlm.ops.kmeans import cluster_sums, elbow, farthest_start, kmeans
 from duet_vlm.ops.merge import merged_rows, unit_rows
 from duet_vlm.ops.windows import windows, within
+from duet_vlm.reducers.compressor import BESIDE, Compressor, NewWeights
+from duet_vlm.runtime.training.compressor_module import touch_all_params
 from duet_vlm.viz import draw
 
 OWN = {"quecc": {"kernel": 2}, "resampler": {}, "vqtoken": {}}
@@ -328,7 +328,7 @@ def test_the_question_is_what_the_stock_decoder_makes_of_it_alone(family: str) -
     class Spy(duet_vlm.get_method("quecc")):  # type: ignore[misc]
         def select_tokens(self, view: EncoderView) -> Any:
             seen.append(view.question_state)
-            return super().v2v(view)
+            return super().select_tokens(view)
 
     inputs = FAMILIES[family].inputs([ONE, THREE], "right")
     with duet_vlm.attach(model, Spy(keep=0.4)) as handle:

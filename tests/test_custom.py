@@ -18,14 +18,14 @@ from torch import Tensor
 
 import duet_vlm
 from duet_vlm import EncoderView
-from duet_vlm.runtime.validation import check_selection
 from duet_vlm.methods.building_blocks import CLOSEST, MERGERS, SCHEDULES, SCORERS, SELECTORS, TAKEN
 from duet_vlm.methods.custom import Custom
 from duet_vlm.ops import saliency
-from duet_vlm.ops.merge_targets import merge_into_nearest
 from duet_vlm.ops.merge import merged_rows
+from duet_vlm.ops.merge_targets import merge_into_nearest
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import LayerView, QuestionView
+from duet_vlm.runtime.validation import check_selection
 
 PICTURES = [(6, 6), (4, 5), (3, 3), (2, 3), (1, 1)]
 EVERY = list(itertools.product(SCORERS, SELECTORS, MERGERS))

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet_vlm
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.encode import attention_intercept
-from duet_vlm.models.lookup import adapter_for
 
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
 

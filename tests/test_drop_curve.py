@@ -14,7 +14,7 @@ from test_cli import as_json, call
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.evaluation.drop_curve import FULL, LABEL, DropCurve, CurvePoint, contest, curve_of, drops, layers_of, proposals, winners
+from duet_vlm.evaluation.drop_curve import FULL, LABEL, CurvePoint, DropCurve, contest, curve_of, drops, layers_of, proposals, winners
 from duet_vlm.evaluation.experiment import Experiment
 from duet_vlm.evaluation.results import unpack
 from duet_vlm.evaluation.run import run_experiment

@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING, AttentionInterface, CLIPVisionConfig, L
 
 import duet_vlm
 from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.models.lookup import adapter_for
 from duet_vlm.models.llama_like import LLAMA_LAYOUT
+from duet_vlm.models.lookup import adapter_for
 
 FURTHER = [name for name in FAMILIES if name not in FIRST]
 seen: list[Any] = []

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duet_vlm import SpanPlan, EncoderView
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet_plus import DuetPlus
 from duet_vlm.methods.fastervlm import FasterVLM

@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import duet_vlm
-from duet_vlm import DecoderReducer, Selection, SpanPlan, DecoderView
-from duet_vlm.planning.budget import layer_counts
+from duet_vlm import DecoderReducer, DecoderView, Selection, SpanPlan
 from duet_vlm.methods.v2drop import V2Drop
 from duet_vlm.ops.information import information
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.score import query_attention
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import layer_counts
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 RAGGED: tuple[Row, ...] = (ONE, THREE, TEXT, TWO)
@@ -189,7 +189,7 @@ class Silent(Halves):
         (Wrong(how="count"), "halves"),
         (Wrong(how="twice"), "halves"),
         (Wrong(how="nan"), "halves"),
-        (Silent(), "halves.t2v returned a Selection: a method that merges inside the decoder says so"),
+        (Silent(), "halves.prune_tokens returned a Selection: a method that merges inside the decoder says so"),
     ],
 )
 def test_what_cannot_be_is_refused_and_changes_nothing(method: DecoderReducer, says: str) -> None:

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 import duet_vlm
 from duet_vlm import DecoderView
 from duet_vlm.api.calibrate import calibrate
-from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.cli.main import app
 from duet_vlm.methods.d2pruner import D2Pruner
 from duet_vlm.methods.fitprune import FitPrune
@@ -26,6 +25,7 @@ from duet_vlm.methods.sparsevlm import SparseVLM
 from duet_vlm.ops.fitting import fitted, left_after
 from duet_vlm.ops.graph import greedy_independent, rescaled
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.calibration import Calibration
 
 
 def view(there: list[int], stay: list[int], seed: int, heads: int = 3, **more: Tensor) -> DecoderView:

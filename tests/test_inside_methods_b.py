@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import duet_vlm
-from duet_vlm import Selection, SpanPlan, DecoderView, EncoderView
+from duet_vlm import DecoderView, EncoderView, Selection, SpanPlan
 from duet_vlm.methods.adsc import Adsc
 from duet_vlm.methods.apet import ApET
 from duet_vlm.methods.pio import Pio

@@ -20,13 +20,13 @@ from launching import finished, kill_rank, launched
 from typer.testing import CliRunner
 
 from duet_vlm import tiny
+from duet_vlm.api.loading import LoadedModel
 from duet_vlm.cli.main import app
 from duet_vlm.evaluation import run
 from duet_vlm.evaluation.experiment import Experiment
 from duet_vlm.evaluation.journal import Journal, alone
 from duet_vlm.evaluation.results import load, unpack
 from duet_vlm.evaluation.run import run_experiment
-from duet_vlm.api.loading import LoadedModel
 
 LIMIT, BATCH, BATCHES = 14, 4, 4
 

@@ -19,7 +19,7 @@ import torch
 import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.evaluation.lmms import TASKS, launch, run
-from duet_vlm.evaluation.lmms.arguments import LONGEST, parse_arguments, cut, fields_of, generation_of
+from duet_vlm.evaluation.lmms.arguments import LONGEST, cut, fields_of, generation_of, parse_arguments
 
 QUESTIONS = 210
 real = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed here: make test-lmms")

@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import SpanPlan, EncoderView
-from duet_vlm.runtime.validation import check_selection
-from duet_vlm.profiling.selection_cost import choice_flops
-from duet_vlm.profiling.model_dims import VisionDims
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.methods.prumerge_plus import PruMergePlus, adaptive
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.tome_tower import ToMeTower
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.score import cls_attention, one_head
-from duet_vlm.reducers.base import EncoderReducer
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.profiling.model_dims import VisionDims
+from duet_vlm.profiling.selection_cost import choice_flops
+from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.runtime.validation import check_selection
 
 often = settings(max_examples=80, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

@@ -21,9 +21,9 @@ from torch import Tensor
 import duet_vlm
 from duet_vlm import DecoderView, EncoderView
 from duet_vlm.methods.video_base import VideoReducer, VideoRows
-from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.select import top
+from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import QuestionView
 
@@ -229,7 +229,7 @@ def test_metok_weighs_attention_by_events() -> None:
         torch.ones(1, 5, dtype=torch.bool), torch.tensor([2]), host_counts=((5, 2),), scores=torch.tensor([[0.5, 0.3, 0.1, 0.28, 0.2]]),
         tags=torch.tensor([[0.2, 1.0, 2.0, 0.0, 2.0]]),
     )  # fmt: skip
-    assert made("metok").t2v(view)[0].tolist() == [False, True, False, False, True]  # what has no note counts as it is
+    assert made("metok").prune_tokens(view)[0].tolist() == [False, True, False, False, True]  # what has no note counts as it is
 
 
 def test_dycoke_against_loops() -> None:
@@ -319,7 +319,7 @@ many_counts = st.lists(st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n)
 @given(many_counts, st.integers(0, 10**6))
 def test_prunevid_keeps_the_same_share_of_every_set(counts: list[tuple[int, int]], seed: int) -> None:
     view = shown([n for n, _ in counts], [k for _, k in counts], seed)
-    mask = made("prunevid").t2v(view)
+    mask = made("prunevid").prune_tokens(view)
     for b, (n, k) in enumerate(counts):
         sets: dict[tuple[int, float], list[int]] = {}
         for token in range(n):
@@ -336,7 +336,7 @@ def test_prunevid_keeps_the_same_share_of_every_set(counts: list[tuple[int, int]
 @given(many_counts, st.integers(0, 10**6), st.sampled_from(["mean", "halving"]))
 def test_holitom_joins_what_leaves_to_what_stays(counts: list[tuple[int, int]], seed: int, joining: str) -> None:
     view = shown([n for n, _ in counts], [k for _, k in counts], seed)
-    ours = merged_rows(view.hidden_states, made("holitom", joining=joining).t2v(view))
+    ours = merged_rows(view.hidden_states, made("holitom", joining=joining).prune_tokens(view))
     for b, (n, k) in enumerate(counts):
         rows = view.hidden_states[b].double().tolist()
         kept = sorted(sorted(range(n), key=lambda t: -float(view.scores[b, t]))[:k])
@@ -437,7 +437,7 @@ def test_notes_must_fit() -> None:
         def select_tokens(self, view: EncoderView) -> Selection:
             return replace(super().select_tokens(view), tags=torch.zeros(3))
 
-    with duet_vlm.attach(shared("llava"), Wrong()), pytest.raises(ValueError, match=r"v2v returned notes = a tensor \[3\] of torch.float32"):
+    with duet_vlm.attach(shared("llava"), Wrong()), pytest.raises(ValueError, match=r"select_tokens returned notes = a tensor \[3\] of torch.float32"):
         forward(shared("llava"), FAMILIES["llava"].inputs([ONE]))
 
 

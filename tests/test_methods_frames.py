@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import SpanPlan, EncoderView
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.frames import Frames
 
 MOVING = [name for name in ("qwen2_vl", "qwen2_5_vl") if name in FAMILIES]

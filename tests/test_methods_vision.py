@@ -25,7 +25,7 @@ from duet_vlm.methods.zoo_prune import ZooPrune
 from duet_vlm.ops.groups import segment_numbers
 from duet_vlm.ops.saliency import direction
 from duet_vlm.reducers.base import EncoderReducer
-from duet_vlm.reducers.encoder_view import LayerView, EncoderView
+from duet_vlm.reducers.encoder_view import EncoderView, LayerView
 
 
 def view_of(images: list[tuple[int, int]], seed: int = 0, width: int = 6) -> EncoderView:

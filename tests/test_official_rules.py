@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duet_vlm import BudgetError, SpanPlan, EncoderView
+from duet_vlm import BudgetError, EncoderView, SpanPlan
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.merge import merged_rows

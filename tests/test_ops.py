@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duet_vlm import SpanPlan, DecoderView, EncoderView
-from duet_vlm.profiling.flop_counter import allocations
+from duet_vlm import DecoderView, EncoderView, SpanPlan
+from duet_vlm.inputs.text_queries import query_rows
+from duet_vlm.methods.baselines import RandomTokens, UniformTokens
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.baselines import RandomTokens, UniformTokens
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops import merge, ragged, score, select
 from duet_vlm.ops.spans import SpanRows
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
-from duet_vlm.inputs.text_queries import query_rows
 from duet_vlm.planning.tokens import Selection, TokenMap
+from duet_vlm.profiling.flop_counter import allocations
+from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duet_vlm.methods.prunevid import contiguous
-from duet_vlm.ops.video import VideoTokens, FrameWindows, split_windows, join_windows
-from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.dpc_knn import peaks
+from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.static_regions import gains
+from duet_vlm.ops.video import FrameWindows, VideoTokens, join_windows, split_windows
 
 MANY = settings(max_examples=100, deadline=None, derandomize=True)
 

@@ -16,11 +16,11 @@ from PIL import Image
 
 import duet_vlm
 from duet_vlm import Span, SpanTrace, StageTrace, tiny
-from duet_vlm.evaluation import tasks
-from duet_vlm.evaluation.lmms.engine import Engine
-from duet_vlm.evaluation.lmms.arguments import parse_arguments
-from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
 from duet_vlm.api.loading import LoadedModel
+from duet_vlm.evaluation import tasks
+from duet_vlm.evaluation.lmms.arguments import parse_arguments
+from duet_vlm.evaluation.lmms.engine import Engine
+from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
 from duet_vlm.inputs.images import open_image, rgb
 from duet_vlm.tiny import video
 from duet_vlm.train.data import conversations

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.encode.video_chunks import ChunkConfig, changed_steps
-from duet_vlm.profiling.flop_counter import count_flops, memory_of
 from duet_vlm.models.adapter import Encoding
 from duet_vlm.models.tower_signals import patches_of
+from duet_vlm.profiling.flop_counter import count_flops, memory_of
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.encode.video_chunks import ChunkConfig, changed_steps
 
 MOVING = [name for name, family in FAMILIES.items() if family.video]
 METHODS: dict[str, dict[str, Any]] = {

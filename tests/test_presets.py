@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import duet_vlm
 from duet_vlm import tiny
+from duet_vlm.api.presets import PRESETS
 from duet_vlm.cli.main import app
 from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
 from duet_vlm.methods.duet import Duet
-from duet_vlm.api.presets import PRESETS
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
 QUESTION = "What color is the ring?"

@@ -19,10 +19,10 @@ from processors import PINPOINTS, STOCK, inputs_for, picture, processor, prompt
 
 import duet_vlm
 from duet_vlm import BudgetError
-from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.models.lookup import families
-from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import SpanTrace
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 Size = tuple[int, int]  # width and height in pixels
 WIDE, TALL, SQUARE, TINY, ODD = (120, 40), (40, 120), (80, 80), (9, 7), (101, 67)

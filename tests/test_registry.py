@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm.reducers import registry
 from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.reducers import registry
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from report_data import KINDS, made_up
 from typer.testing import CliRunner
 
-from duet_vlm.viz import colors
 from duet_vlm.cli.main import app
 from duet_vlm.evaluation.report import columns, markdown, plots, style, write
 from duet_vlm.evaluation.report.check import check
+from duet_vlm.viz import colors
 
 RESULT = made_up()
 # where the number of a column stands in the file, and by how much the table multiplies it: written down here once more on purpose

@@ -16,16 +16,16 @@ from typer.testing import CliRunner
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.cli.main import app
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.profiling import devices
-from duet_vlm.profiling.flop_counter import memory_of
 from duet_vlm.profiling.devices import SHEETS, Device
+from duet_vlm.profiling.flop_counter import memory_of
 from duet_vlm.profiling.memory import decoder_weights, layer_weights, prefill_peak_bytes, vision_peak_bytes
+from duet_vlm.profiling.model_dims import DecoderDims, ExpertDims, VisionDims, decoder_dims
 from duet_vlm.profiling.report import SampleCounts
 from duet_vlm.profiling.roofline import Assumptions, ModelCost, Workload, memory_bytes, predict
-from duet_vlm.profiling.model_dims import DecoderDims, ExpertDims, VisionDims, decoder_dims
-from duet_vlm.models.lookup import adapter_for
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

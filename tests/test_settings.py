@@ -13,8 +13,8 @@ import torch
 from families import FAMILIES, ONE, build
 
 import duet_vlm
-from duet_vlm.reducers import registry
 from duet_vlm.planning.budget import SpanPlan, check_schedule
+from duet_vlm.reducers import registry
 from duet_vlm.reducers.persistence import to_record
 from duet_vlm.utils.field_types import to_plain
 

@@ -12,7 +12,7 @@ from families import FAMILIES, FIRST, MIXED, ONE, THREE, Inputs, Picture, any_re
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm import Selection, EncoderView
+from duet_vlm import EncoderView, Selection
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.duet import Duet
 from duet_vlm.models.lookup import adapter_for

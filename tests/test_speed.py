@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from duet_vlm.profiling.timing import Timing, time_paired, ratio
+from duet_vlm.profiling.timing import Timing, ratio, time_paired
 
 
 def test_rounds_are_interleaved_and_reversed_in_turn() -> None:

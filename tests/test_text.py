@@ -23,8 +23,8 @@ from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizer
 
 import duet_vlm
 from duet_vlm.inputs import text_queries
-from duet_vlm.runtime.salient_processor import SalientProcessor
 from duet_vlm.inputs.text_queries import content_words, salient_mask
+from duet_vlm.runtime.salient_processor import SalientProcessor
 
 WORDS = "USER : what color is the big car on left of tree a an it ? . ASSISTANT red and blue who drives 2 12 où est le chat".split()
 QUESTION = "what color is it on left ?"

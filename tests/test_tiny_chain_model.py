@@ -7,10 +7,10 @@ import torch
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.evaluation.run_sample import answer
-from duet_vlm.evaluation.experiment import ExperimentCell
-from duet_vlm.evaluation.tasks import right, task, usual_model
 from duet_vlm.api.loading import load
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import right, task, usual_model
 from duet_vlm.tiny import chain
 from duet_vlm.tiny.chain_questions import KINDS
 from duet_vlm.tiny.chain_scenes import CELLS

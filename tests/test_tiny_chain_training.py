@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_tiny_training import resumed_is_whole
 
-from duet_vlm.evaluation.run_sample import answer
-from duet_vlm.evaluation.experiment import ExperimentCell
-from duet_vlm.evaluation.tasks import task
 from duet_vlm.api.loading import load
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import task
 from duet_vlm.tiny import chain
 from duet_vlm.tiny.chain_network import CHAIN_TOKEN, DISTINCT, LAYERS, TURNS, build_decoder
 from duet_vlm.tiny.chain_questions import KINDS, PAIRS, SINGLE, question

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from duet_vlm import tiny
-from duet_vlm.evaluation.run_sample import answer
-from duet_vlm.evaluation.experiment import ExperimentCell
-from duet_vlm.evaluation.tasks import right, task
 from duet_vlm.api.loading import LoadedModel
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import right, task
 from duet_vlm.tiny.questions import CHANCE
 from duet_vlm.tiny.text import TOKEN, prompt
 

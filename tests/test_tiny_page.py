@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from duet_vlm import tiny
-from duet_vlm.app.examples import examples
-from duet_vlm.evaluation.run_sample import answer
-from duet_vlm.evaluation.experiment import ORACLE, ExperimentCell
-from duet_vlm.evaluation.tasks import right, task, usual_model
 from duet_vlm.api.loading import load
+from duet_vlm.app.examples import examples
+from duet_vlm.evaluation.experiment import ORACLE, ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import right, task, usual_model
 from duet_vlm.tiny import page, train_page
 from duet_vlm.tiny.assets import WORDS
 from duet_vlm.tiny.chain_network import CHAIN_TOKEN

@@ -8,12 +8,12 @@ from PIL import Image
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.evaluation.run_sample import answer
-from duet_vlm.evaluation.experiment import ExperimentCell
-from duet_vlm.evaluation.whole_frames import WholeFrames
-from duet_vlm.evaluation.tasks import task
 from duet_vlm.api.loading import LoadedModel
 from duet_vlm.api.loading import load as load_by_name
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import task
+from duet_vlm.evaluation.whole_frames import WholeFrames
 from duet_vlm.tiny import video
 from duet_vlm.tiny.clips import CLIP_ROWS, ROWS
 from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS

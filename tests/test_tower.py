@@ -14,16 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 import duet_vlm
-from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
-from duet_vlm.runtime.vision_tower.selection import select_patches
-from duet_vlm.runtime.vision_tower.concatenated import ConcatenatedTowerState
-from duet_vlm.runtime.vision_tower.capabilities import bias_refusal
-from duet_vlm.runtime.vision_tower.varlen import VarlenTowerState
-from duet_vlm.profiling.flop_counter import count_flops
 from duet_vlm.models.adapter import Encoding, VarlenTower
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import in_stretches
+from duet_vlm.profiling.flop_counter import count_flops
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
+from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
+from duet_vlm.runtime.vision_tower.capabilities import bias_refusal
+from duet_vlm.runtime.vision_tower.concatenated import ConcatenatedTowerState
+from duet_vlm.runtime.vision_tower.selection import select_patches
+from duet_vlm.runtime.vision_tower.varlen import VarlenTowerState
 
 SERVED = list(FAMILIES)
 CONTENT = [(name, "images") for name in SERVED] + [(name, "clips") for name in SERVED if FAMILIES[name].video is True]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.planning.spans import tower_counts, of_each_part, shared_out
+from duet_vlm.planning.spans import of_each_part, shared_out, tower_counts
 
 LARGE, SMALL = Picture(1, 6, 6, frames=4), Picture(2, 4, 3, frames=6)  # at 4 %: 5 tokens for 4 frames, 2 for 6
 CLIPS: list[Row] = [(1, 5, LARGE, 7, 8, 9), (1, 5, SMALL, 7, 8)]

@@ -25,9 +25,9 @@ from transformers import CLIPImageProcessor, LlavaProcessor, TrainerCallback
 from typer.testing import CliRunner
 
 import duet_vlm
+from duet_vlm.api.loading import load
 from duet_vlm.cli.main import app
 from duet_vlm.reducers.compressor import BESIDE
-from duet_vlm.api.loading import load
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import budget_at
 from duet_vlm.train.run import build, train

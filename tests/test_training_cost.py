@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import duet_vlm
 from duet_vlm.evaluation.speed.prompts import encode
-from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.profiling.training_cost import TrainingExample, StepFlops, TrainedParts, step_flops
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.models.lookup import adapter_for
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.profiling.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

@@ -21,15 +21,15 @@ from duet_vlm.cli import tune as tune_verb
 from duet_vlm.cli.main import app
 from duet_vlm.cli.tune import size_of
 from duet_vlm.evaluation.experiment import ExperimentCell
-from duet_vlm.reducers.persistence import load_from_file
 from duet_vlm.evaluation.tune.answers import divergence
 from duet_vlm.evaluation.tune.binomial import FEWEST, allowed, chance, lower_bound, needed, split
 from duet_vlm.evaluation.tune.candidates import candidates
 from duet_vlm.evaluation.tune.folder import folder_task
+from duet_vlm.evaluation.tune.halving import RUNGS, AnswerScore, Candidate, choose, confirm
 from duet_vlm.evaluation.tune.pareto_plot import front, pareto
-from duet_vlm.evaluation.tune.halving import RUNGS, Candidate, AnswerScore, choose, confirm
 from duet_vlm.evaluation.tune.search import Goal
 from duet_vlm.evaluation.tune.summary import python_line, shell_line, verdict
+from duet_vlm.reducers.persistence import load_from_file
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
 

@@ -18,18 +18,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duet_vlm
-from duet_vlm import SpanPlan, DecoderView, EncoderView
-from duet_vlm.planning.budget import layer_counts
-from duet_vlm.runtime import validation
-from duet_vlm.runtime.validation import MESSAGES, InvalidSelection, check_mask, check_plan, check_rows, check_selection, raise_if_invalid
+from duet_vlm import DecoderView, EncoderView, SpanPlan
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import spaced_picks
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.planning.budget import layer_counts
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.runtime import validation
+from duet_vlm.runtime.validation import MESSAGES, InvalidSelection, check_mask, check_plan, check_rows, check_selection, raise_if_invalid
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -65,8 +65,8 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
         assert int(code) == 0
         return found
 
-    stages = {"v2v": v2v} if isinstance(reducer, EncoderReducer) else {}
-    stages |= {"t2v": t2v} if isinstance(reducer, DecoderReducer) else {}
+    stages = {"select_tokens": select_tokens} if isinstance(reducer, EncoderReducer) else {}
+    stages |= {"prune_tokens": prune_tokens} if isinstance(reducer, DecoderReducer) else {}
     return type("Checked", (type(reducer),), {"plan": plan, **stages})(**reducer.settings())
 
 
@@ -93,7 +93,7 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
                     forward(model, inputs)
                     plans = [handle.plan(span.span.tokens) for row in handle.trace for span in row]
                 leaves = drops and any(min(plan.counts) < plan.entry for plan in plans)  # what enters may also stay: an ample budget
-                assert set(seen) == {*["v2v"] * encodes, *["t2v"] * leaves}
+                assert set(seen) == {*["select_tokens"] * encodes, *["prune_tokens"] * leaves}
 
 
 @pytest.mark.parametrize("method, fields", KEEP_ALL, ids=str)
@@ -133,7 +133,7 @@ def test_official_presets_pass_on_clips(name: str, parts: str) -> None:
     seen: list[str] = []
     with duet_vlm.attach(shared("qwen2_5_vl"), checked(dataclasses.replace(OFFICIAL_QWEN[name], crops=parts), seen)):
         forward(shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl")))
-    assert {"v2v", "t2v"} <= set(seen)
+    assert {"select_tokens", "t2v"} <= set(seen)
 
 
 # ---- methods that are wrong
@@ -161,10 +161,10 @@ class Mine(EncoderReducer, DecoderReducer):
         first = (view.valid.cumsum(1) <= rows[:, None]) & view.valid
         index, valid = pack_right(first, max(plan.entry for plan in view.plans))
         rest, real = pack_right(view.valid & ~first, 2)
-        return self._answer("v2v", Selection(index, valid, rest, torch.where(real, rows[:, None] - 1, -1)), view)
+        return self._answer("select_tokens", Selection(index, valid, rest, torch.where(real, rows[:, None] - 1, -1)), view)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        return self._answer("t2v", spaced_picks(view.valid, view.num_keep), view)
+        return self._answer("prune_tokens", spaced_picks(view.valid, view.num_keep), view)
 
 
 def plan_with(**fields: Any) -> Callable[[SpanPlan], SpanPlan]:
@@ -275,18 +275,18 @@ def test_wrong_plans(family: str, name: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_wrong_selections(family: str, name: str) -> None:
-    refused(family, "v2v", *SELECTIONS[name])
+    refused(family, "select_tokens", *SELECTIONS[name])
 
 
 @pytest.mark.parametrize("name", PADDED)
 def test_padding_is_never_chosen(name: str) -> None:
-    refused("qwen2_5_vl", "v2v", *PADDED[name])
+    refused("qwen2_5_vl", "select_tokens", *PADDED[name])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("name", MASKS)
 def test_wrong_masks(family: str, name: str) -> None:
-    refused(family, "t2v", *MASKS[name])
+    refused(family, "prune_tokens", *MASKS[name])
 
 
 @pytest.mark.parametrize("past", [0, 1000], ids=["padding", "past the end"])
@@ -302,8 +302,8 @@ def test_a_stage_of_a_composition_chooses_among_its_candidates(past: int) -> Non
         return dataclasses.replace(selection, index=index)
 
     model, inputs = shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl"))
-    with pytest.raises(ValueError, match=r"frames\+mine\.v2v returned a selection of tokens that do not exist \(span \d: -1\)"):
-        with duet_vlm.attach(model, duet_vlm.compose(Frames(keep=0.8), Mine(stage="v2v", spoil=beyond))):
+    with pytest.raises(ValueError, match=r"frames\+mine\.select_tokens returned a selection of tokens that do not exist \(span \d: -1\)"):
+        with duet_vlm.attach(model, duet_vlm.compose(Frames(keep=0.8), Mine(stage="select_tokens", spoil=beyond))):
             forward(model, inputs)
 
 
@@ -314,7 +314,7 @@ def test_the_method_that_is_spoiled_is_right_in_itself(family: str, parts: str) 
     with duet_vlm.attach(shared(family), checked(Mine(crops=parts), seen)) as handle:
         forward(shared(family), FAMILIES[family].inputs(BATCH))
         assert any(span.merged for row in handle.trace for span in row)
-    assert {"v2v", "t2v"} <= set(seen)
+    assert {"select_tokens", "t2v"} <= set(seen)
 
 
 def test_a_plan_needs_a_stage_that_carries_it_out() -> None:
@@ -521,7 +521,7 @@ def test_a_row_that_must_come_first_is_finite() -> None:
 @pytest.mark.parametrize("code", InvalidSelection)
 def test_codes_that_were_read_later_tell_as_much(code: InvalidSelection) -> None:
     raise_if_invalid(0, Mine())
-    verb = {InvalidSelection.KEPT: "t2v", InvalidSelection.UNITS: "stay", InvalidSelection.JOINS: "stay"}.get(code, "v2v")
+    verb = {InvalidSelection.KEPT: "prune_tokens", InvalidSelection.UNITS: "stay", InvalidSelection.JOINS: "stay"}.get(code, "v2v")
     expected = "contain NaN or Inf" if code == InvalidSelection.INPUT else rf"^mine\.{verb} returned (a|units) .*: [^{{}}]+$"
     with pytest.raises(ValueError, match=expected):
         raise_if_invalid(int(code), Mine())

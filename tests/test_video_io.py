@@ -22,11 +22,11 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm.inputs import video
 from duet_vlm.cli.main import app
+from duet_vlm.inputs import video
+from duet_vlm.inputs.video import decode, frame_numbers, length, pieces, sampled, upright
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.tiny import video as tiny_video
-from duet_vlm.inputs.video import frame_numbers, decode, length, pieces, sampled, upright
 from duet_vlm.viz import film, on_film, overlay
 from duet_vlm.viz.overlay import Panel, cell_box
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from duet_vlm import Span, SpanTrace, StageTrace
-from duet_vlm.viz.colors import GROUPS, group, heat
 from duet_vlm.viz import ScoreRecorder, draw, font, model_view, stack
+from duet_vlm.viz.colors import GROUPS, group, heat
 from duet_vlm.viz.merges import origins
 from duet_vlm.viz.overlay import DROPPED, GAP, HEAD, MARGIN, MEMBER, SHADE
 

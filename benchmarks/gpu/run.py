@@ -23,8 +23,8 @@ from models import CONFIGS, five_crops
 from transformers.utils import is_flash_attn_2_available
 
 import duet_vlm
-from duet_vlm.evaluation.speed.prompts import prompt_for
 from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sheet_of, sides_of
+from duet_vlm.evaluation.speed.prompts import prompt_for
 from duet_vlm.evaluation.speed.random_model import random_model
 from duet_vlm.models.lookup import adapter_for
 

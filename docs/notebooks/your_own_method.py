@@ -12,8 +12,8 @@ import torch
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.planning.budget import layer_counts, target_mean
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import layer_counts, target_mean
 
 
 @duet_vlm.register("grid_and_text")

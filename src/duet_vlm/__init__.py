@@ -4,25 +4,23 @@ Importing this loads nothing: each name below is loaded when it is first used, s
 """
 
 import importlib
-import sys
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from duet_vlm.api.attach import attach, detach, handle_of, save_to_config
-    from duet_vlm.planning.budget import BudgetError, SpanPlan
-    from duet_vlm.reducers.compressor import NewWeights
     from duet_vlm.api.handle import Handle
-    from duet_vlm.profiling.report import Report
-    from duet_vlm.reducers.persistence import load_from_config
+    from duet_vlm.api.presets import preset
     from duet_vlm.methods.compose import compose
     from duet_vlm.methods.lookup import get_method, list_methods
-    from duet_vlm.api.presets import preset
-    from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer, DecoderView, EncoderView
+    from duet_vlm.planning.budget import BudgetError, SpanPlan
+    from duet_vlm.planning.tokens import Selection, Span, SpanTrace, StageTrace
+    from duet_vlm.profiling.report import Report
+    from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
+    from duet_vlm.reducers.compressor import NewWeights
+    from duet_vlm.reducers.persistence import load_from_config
     from duet_vlm.reducers.registry import register
     from duet_vlm.reducers.scheduled import ScheduledReducer
-    from duet_vlm.planning.tokens import Selection, Span, SpanTrace, StageTrace
     from duet_vlm.reducers.vision_tower import MergePairs, ThresholdReducer, TowerReducer, TowerView
 
 try:
@@ -61,13 +59,6 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "save_to_config": "api.attach",
     "load_from_config": "reducers.persistence",
 }
-_ROOMS = frozenset(
-    {
-        "budget", "checks", "contrastive", "flow", "handle", "measure", "memory", "models", "ops", "parts", "presets", "reducer", "registry", "text",
-        "tokens", "tower", "vision",
-    }  # fmt: skip
-)
-
 __all__ = [
     "BudgetError",
     "DecoderReducer",
@@ -101,14 +92,6 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """Two files are called as what they define, ``attach`` and the folder ``methods``: loading them must not replace the function."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
 if not TYPE_CHECKING:  # a checker would take every name for granted
 
     def __getattr__(name):
@@ -116,11 +99,7 @@ if not TYPE_CHECKING:  # a checker would take every name for granted
             found = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
             globals()[name] = found
             return found
-        if name in _ROOMS:
-            return importlib.import_module(f"{__name__}.{name}")
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
     def __dir__():
         return sorted({*globals(), *__all__})
-
-    sys.modules[__name__].__class__ = _Package

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import Selection, DecoderView, EncoderView
+from duet_vlm import DecoderView, EncoderView, Selection
 from duet_vlm.methods.apet import ApET
 from duet_vlm.ops.merge import merged_rows
 from golden_runner.case import STATE, Case

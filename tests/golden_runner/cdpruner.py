@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from duet_vlm import SpanPlan, EncoderView, attach
+from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.inputs.clip_text import ClipTextEncoder
 from duet_vlm.methods.cdpruner import CDPruner
 from duet_vlm.ops.greedy import cosine, greedy_dpp_map

@@ -7,16 +7,16 @@ import math
 import torch
 from torch import Tensor
 
-from duet_vlm import SpanPlan, EncoderView
-from duet_vlm.methods.video_base import VideoRows
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.evs import EVS
 from duet_vlm.methods.fastvid import FastVID
 from duet_vlm.methods.holitom import HoliTom
 from duet_vlm.methods.prunevid import PruneVid
 from duet_vlm.methods.vidcom2 import VidCom2
-from duet_vlm.ops.video import VideoTokens, FrameWindows, join_windows
+from duet_vlm.methods.video_base import VideoRows
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.static_regions import StaticDynamicSets, gains
+from duet_vlm.ops.video import FrameWindows, VideoTokens, join_windows
 from golden_runner.case import STATE, Case
 
 RELATIVE = {"relative": 1e-5, "absolute": 1e-6}

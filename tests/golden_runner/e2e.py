@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import Reducer, DecoderView, attach
+from duet_vlm import DecoderView, Reducer, attach
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.none import NoReduction
 from golden_runner.case import Case

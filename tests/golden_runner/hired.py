@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from duet_vlm import SpanPlan, EncoderView, attach
+from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.hired import HiRED, kept_of_one
 from duet_vlm.ops.groups import top_of_groups

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from duet_vlm import DecoderView, attach
-from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from duet_vlm.methods.pio import Pio
+from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from golden_runner.case import Case
 from golden_runner.spy import Watch, spying
 from golden_runner.t2v import Prompt, compare_step_positions

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from duet_vlm import Handle, Reducer, Selection, SpanPlan, DecoderView, EncoderView, attach
+from duet_vlm import DecoderView, EncoderView, Handle, Reducer, Selection, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.none import NoReduction
@@ -128,7 +128,7 @@ class Qwen:
         zipped = VisionZip(dominant=dominant, contextual=contextual, merge="anchor_plus_mean", anchor_step="floor", **self.signal)
         if not schedule:
             return zipped
-        both = type("VisionZipThenDrop", (Duet,), {"v2v": lambda _, view: zipped.select_tokens(view), "name": "duet"})
+        both = type("VisionZipThenDrop", (Duet,), {"select_tokens": lambda _, view: zipped.select_tokens(view), "name": "duet"})
         return both.official_qwen25(dominant, contextual, schedule=schedule, **self.signal)
 
     # ---- running
@@ -201,7 +201,7 @@ class Qwen:
         plan = SpanPlan(self.tokens, dominant, contextual, (dominant + contextual,))
         one = torch.ones(1, dtype=torch.long)
         view = replace(view, dominant=one * dominant, contextual=one * contextual, plans=(plan,))
-        selection: Selection = self.preset().v2v(view)  # type: ignore[attr-defined]
+        selection: Selection = self.preset().select_tokens(view)  # type: ignore[attr-defined]
         kept = torch.zeros(self.tokens, dtype=torch.long)
         kept[selection.index[0, :dominant]] = 1
         anchors, joins = selection.index[0, dominant:], selection.target_row[0] >= 0

@@ -11,9 +11,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from duet_vlm.runtime.prefill.attention_scores import TextAttentionScorer
 from duet_vlm.methods.sparsevlm import SparseVLM
 from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.runtime.prefill.attention_scores import TextAttentionScorer
 from golden_runner import inside
 from golden_runner.case import COARSE, Case, near
 from golden_runner.t2v import Prompt
@@ -106,7 +106,7 @@ class OtherNoise(Staged):
 
     def compare(self) -> None:
         (view,), name = self.views, "stage0"
-        chosen = self.handle.reducer.t2v(view)
+        chosen = self.handle.reducer.prune_tokens(view)
         self.compare_raters()
         self.case.close(self.run, f"{name}/scores", view.scores[0].mean(1), COARSE)
         self.case.same(self.run, f"{name}/recycled_source", chosen.source_tokens[0])

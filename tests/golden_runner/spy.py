@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm import Handle, Reducer
-from duet_vlm.ops.ragged import pack_right, gather_rows
-from duet_vlm.ops.score import query_attention
 from duet_vlm.inputs.text_queries import query_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.ops.score import query_attention
 
 
 def spying(reducer: Reducer, seen: list[Any]) -> Reducer:
@@ -26,7 +26,7 @@ def spying(reducer: Reducer, seen: list[Any]) -> Reducer:
         seen.append(view)
         return cls.prune_tokens(self, view)  # type: ignore[attr-defined]
 
-    return type(cls.__name__, (cls,), {"v2v": v2v, "t2v": t2v})(**{f.name: getattr(reducer, f.name) for f in fields(reducer)})
+    return type(cls.__name__, (cls,), {"select_tokens": select_tokens, "prune_tokens": prune_tokens})(**{f.name: getattr(reducer, f.name) for f in fields(reducer)})
 
 
 class Watch:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from duet_vlm import Handle, DecoderView, attach
+from duet_vlm import DecoderView, Handle, attach
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from golden_runner.case import Case, equal, near

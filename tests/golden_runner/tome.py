@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from duet_vlm import SpanPlan, EncoderView
-from duet_vlm.runtime.context import EncodeContext, ThreadState
-from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.runtime.encode.attention_intercept import SizeBias
-from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
-from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
-from duet_vlm.runtime.vision_tower.block_hooks import BlockHooks
-from duet_vlm.runtime.vision_tower.patch_groups import stages_of
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.tome_tower import ToMeTower
 from duet_vlm.models.adapter import Encoding
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import matched, merged_rows
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.runtime.active_config import ActiveConfig
+from duet_vlm.runtime.context import EncodeContext, ThreadState
+from duet_vlm.runtime.encode.attention_intercept import SizeBias
+from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
+from duet_vlm.runtime.vision_tower.block_hooks import BlockHooks
+from duet_vlm.runtime.vision_tower.patch_groups import stages_of
+from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
 from golden_runner.case import STATE, Case
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from duet_vlm import EncoderReducer, SpanPlan, EncoderView, attach
+from duet_vlm import EncoderReducer, EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.vispruner import VisPruner

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import SpanPlan, EncoderView, attach
+from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.visionzip import VisionZip

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from duet_vlm import SpanPlan, EncoderView, attach
+from duet_vlm import EncoderView, SpanPlan, attach
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.vscan import VScan
 from duet_vlm.ops.merge import merged_rows

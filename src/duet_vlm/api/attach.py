@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import nn
 
-from duet_vlm.planning.budget import Budget, check_budget
-from duet_vlm.runtime.compat import check_version
-from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.api.handle import Handle
-from duet_vlm.reducers.persistence import KEY, is_method_file, to_checkpoint_record, load_from_config, load_from_file
 from duet_vlm.methods import lookup
 from duet_vlm.models.lookup import adapter_for, core_of
+from duet_vlm.planning.budget import Budget, check_budget
 from duet_vlm.reducers.base import Reducer, with_fields
+from duet_vlm.reducers.persistence import KEY, is_method_file, load_from_config, load_from_file, to_checkpoint_record
+from duet_vlm.runtime.compat import check_version
+from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 
 _attached: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Handle]] = weakref.WeakKeyDictionary()  # the hooks keep the handle
 

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from duet_vlm.api.attach import attach
-from duet_vlm.reducers.calibration import Calibration
-from duet_vlm.runtime.compatibility import facts
 from duet_vlm.methods import lookup
+from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.reducers.observer import Observer
 from duet_vlm.reducers.registry import registered_methods
+from duet_vlm.runtime.compatibility import facts
 
 
 def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Calibration:

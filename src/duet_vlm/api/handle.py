@@ -11,26 +11,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from duet_vlm.api.report_inputs import decoder_terms, sample_counts, selection_cost
-from duet_vlm.planning.budget import Budget, SpanPlan, TowerStages, check_budget
-from duet_vlm.runtime.compatibility import check, facts, hooked
-from duet_vlm.reducers.compressor import store, stored
-from duet_vlm.runtime.decode.cache import PromptState, static_copy
-from duet_vlm.runtime.encode.encoder import check_finite
-from duet_vlm.runtime.call_tracker import CallTracker
-from duet_vlm.runtime.install import install
-from duet_vlm.runtime.training.compressor_module import check_saved, weight_facts
-from duet_vlm.runtime.encode.video_chunks import ChunkConfig
-from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.runtime.encode.build_view import named_layers
-from duet_vlm.runtime.vision_tower.block_hooks import blocks_to_cut
-from duet_vlm.runtime.trace import trace_of
-from duet_vlm.runtime.model_hooks import ModelHooks
-from duet_vlm.runtime.validation import raise_if_invalid
-from duet_vlm.utils.hooks import Hooks
-from duet_vlm.profiling.report import Report, SampleCounts, make_report
 from duet_vlm.models.adapter import Adapter
-from duet_vlm.reducers.base import Reducer, with_fields
+from duet_vlm.planning.budget import Budget, SpanPlan, TowerStages, check_budget
 from duet_vlm.planning.tokens import SpanTrace
+from duet_vlm.profiling.report import Report, SampleCounts, make_report
+from duet_vlm.reducers.base import Reducer, with_fields
+from duet_vlm.reducers.compressor import store, stored
+from duet_vlm.runtime.active_config import ActiveConfig
+from duet_vlm.runtime.call_tracker import CallTracker
+from duet_vlm.runtime.compatibility import check, facts, hooked
+from duet_vlm.runtime.decode.cache import PromptState, static_copy
+from duet_vlm.runtime.encode.build_view import named_layers
+from duet_vlm.runtime.encode.encoder import check_finite
+from duet_vlm.runtime.encode.video_chunks import ChunkConfig
+from duet_vlm.runtime.install import install
+from duet_vlm.runtime.model_hooks import ModelHooks
+from duet_vlm.runtime.trace import trace_of
+from duet_vlm.runtime.training.compressor_module import check_saved, weight_facts
+from duet_vlm.runtime.validation import raise_if_invalid
+from duet_vlm.runtime.vision_tower.block_hooks import blocks_to_cut
+from duet_vlm.utils.hooks import Hooks
 
 
 class Handle:

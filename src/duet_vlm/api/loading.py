@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from duet_vlm.reducers.persistence import KEY, load_from_config
 from duet_vlm.inputs.images import rgb
-from duet_vlm.utils.suggest import did_you_mean
 from duet_vlm.inputs.video import FRAMES, VideoFrames
+from duet_vlm.reducers.persistence import KEY, load_from_config
+from duet_vlm.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,7 @@
 """Clips that arrive piece by piece: a bounded number of visual tokens, whatever the length, and questions at any time.
 
->>> from duet_vlm.api.streaming import Stream
->>> stream = Stream(model, budget=256)
+>>> from duet_vlm.api.streaming import StreamingVideo
+>>> stream = StreamingVideo(model, budget=256)
 >>> for piece in camera:                                     # the next frames, as the processor makes them of a clip
 ...     stream.add(**processor(text="<video>", videos=[piece], return_tensors="pt"))
 >>> inputs = stream.inputs(processor(text=question, videos=[piece], return_tensors="pt")["input_ids"])
@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.models.adapter import Adapter
-from duet_vlm.models.adapter import Modality as Kind
+from duet_vlm.models.adapter import Adapter, Modality
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import spaced_picks

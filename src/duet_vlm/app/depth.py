@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 
 from duet_vlm import SpanTrace
-from duet_vlm.app.generate import RunRecord
 from duet_vlm.app.files import Uploads
-from duet_vlm.viz import at_depth, film, film_place, history, on_film, frame_pictures, part_pictures, cropped_picture, told
+from duet_vlm.app.generate import RunRecord
+from duet_vlm.viz import at_depth, cropped_picture, film, film_place, frame_pictures, history, on_film, part_pictures, told
 
 FIRST = -1  # the vision tower
 SIZE, STEP = 448, 176  # pixels of a picture's longer side, and of a step of time of a clip

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from duet_vlm.app.controls import ChosenMethod
-from duet_vlm.app.files import Uploads
-from duet_vlm.app.errors import sentence
 from duet_vlm.api.loading import LoadedModel
+from duet_vlm.app.controls import ChosenMethod
+from duet_vlm.app.errors import sentence
+from duet_vlm.app.files import Uploads
 
 if TYPE_CHECKING:
     from torch import nn

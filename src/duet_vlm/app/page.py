@@ -12,12 +12,12 @@ from typing import Any
 import gradio as gr
 
 import duet_vlm
-from duet_vlm.app.generate import StreamedText, AppSide, answers
-from duet_vlm.app.controls import NO_TOWER, Controls, other_methods, tower_methods
-from duet_vlm.app.depth import FIRST, DepthView, tiled, depth_view
-from duet_vlm.app.files import check_question, open_uploads
-from duet_vlm.app.errors import sentence
 from duet_vlm.api.loading import LoadedModel
+from duet_vlm.app.controls import NO_TOWER, Controls, other_methods, tower_methods
+from duet_vlm.app.depth import FIRST, DepthView, depth_view, tiled
+from duet_vlm.app.errors import sentence
+from duet_vlm.app.files import check_question, open_uploads
+from duet_vlm.app.generate import AppSide, StreamedText, answers
 
 EACH = len(fields(Controls))  # controls of a method
 WAITING = 20  # questions in the queue; more are refused

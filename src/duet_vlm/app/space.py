@@ -10,11 +10,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.app.generate import AppSide, answers
+from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.app.controls import Controls, starting
 from duet_vlm.app.examples import CLIPS, examples
 from duet_vlm.app.files import MOST_MB, Uploads
-from duet_vlm.api.loading import LoadedModel, load
+from duet_vlm.app.generate import AppSide, answers
 
 
 def check_installed() -> None:

@@ -55,8 +55,8 @@ def bench(
         batches, texts = counts("--batch", batch, 1), counts("--prompt-tokens", prompt_tokens, 32)
         pieces = pieces_of(chunk_frames, still_frames, frames > 0, "give --frames")
         _writable(out, plots)
-        from duet_vlm.evaluation.speed.plots import draw
         from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sheet_of
+        from duet_vlm.evaluation.speed.plots import draw
 
         usual = budgets or budgets_of(BUDGETS)
         reduced = [BenchSide(name, each, settings) for name, own, settings in named for each in ([own] if own and not budgets else usual)]
@@ -101,8 +101,8 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
     """The model to run, where, and what it is called."""
     import torch
 
-    from duet_vlm.evaluation.speed.random_model import random_model
     from duet_vlm.api.loading import device_for, load
+    from duet_vlm.evaluation.speed.random_model import random_model
     from duet_vlm.profiling.devices import TORCH
 
     where = device_for(device)

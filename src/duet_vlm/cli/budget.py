@@ -50,8 +50,8 @@ def budget(
 
     With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown one after the other.
     """
-    from duet_vlm.evaluation.speed.random_model import skeleton
     from duet_vlm.cli.fleet import Fleet
+    from duet_vlm.evaluation.speed.random_model import skeleton
 
     name = model if config_only is None else (f"{model} ({config_only})" if model != "tiny" else str(config_only))
     skeletal, element_bytes = skeleton(model, config_only)

@@ -15,9 +15,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from duet_vlm.api.loading import quiet
 from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.options import AsJson, Debug
-from duet_vlm.api.loading import quiet
 
 if TYPE_CHECKING:
     from duet_vlm import Report
@@ -105,7 +105,7 @@ def time_all(model: Any, columns: list[DemoColumn], inputs: Any) -> dict[str, fl
     import torch
 
     from duet_vlm import attach
-    from duet_vlm.profiling.timing import time_paired, ratio
+    from duet_vlm.profiling.timing import ratio, time_paired
 
     copies = {column.name: copy.deepcopy(model) for column in columns}
     handles = [attach(copies[column.name], "duet", budget=column.budget) for column in columns if column.budget is not None]

@@ -55,13 +55,13 @@ def drop_curve(
         wanted_layers, numbers, questions = _layers(layers), seeds_of(seeds), limit_of(limit)
         budgets_wanted = budgets_of(budgets) if budgets else []
 
+        from duet_vlm.api.loading import config_of
         from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
+        from duet_vlm.evaluation.distributed import WorkerRank
         from duet_vlm.evaluation.drop_curve import DEEP, FULL, check_takes_schedules, contest, curve_of, drops, layers_of, proposals, winners
         from duet_vlm.evaluation.experiment import Experiment
-        from duet_vlm.evaluation.distributed import WorkerRank
         from duet_vlm.evaluation.report.plots import all_plots
         from duet_vlm.evaluation.tasks import usual_model
-        from duet_vlm.api.loading import config_of
 
         WorkerRank.here().check_alone("drop-curve")
         source = model or usual_model(task)

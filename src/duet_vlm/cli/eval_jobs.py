@@ -15,8 +15,8 @@ import typer
 from duet_vlm.cli.errors import folder_for
 
 if TYPE_CHECKING:
-    from duet_vlm.evaluation.experiment import Experiment
     from duet_vlm.evaluation.distributed import WorkerRank
+    from duet_vlm.evaluation.experiment import Experiment
     from duet_vlm.evaluation.run import RunAnswers
 
 
@@ -35,8 +35,8 @@ class JobOptions:
     @staticmethod
     def checked(out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None, quiet: bool) -> JobOptions:
         """With a device that is there, a folder that can be written to, and the usual number of processes."""
-        from duet_vlm.evaluation.distributed import WorkerRank, gpus
         from duet_vlm.api.loading import device_for
+        from duet_vlm.evaluation.distributed import WorkerRank, gpus
 
         place = WorkerRank.here()
         where = device_for(place.device(device, gpus()))
@@ -67,9 +67,9 @@ def check_tasks(jobs: list[Experiment]) -> None:
 
 def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[str, Any] | None]:
     """One experiment, from its journals to its result file; what is finished is read again. No result where other processes are not done yet."""
+    from duet_vlm.evaluation.console import show
     from duet_vlm.evaluation.journal import alone
     from duet_vlm.evaluation.results import load, save
-    from duet_vlm.evaluation.console import show
     from duet_vlm.evaluation.tasks import task
 
     asked = task(job.task)

@@ -11,9 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from duet_vlm.cli.options import Reduction
 from duet_vlm.evaluation.speed.predicted import equal_parts, workload
 from duet_vlm.planning.budget import BudgetError
-from duet_vlm.cli.options import Reduction
 from duet_vlm.profiling.devices import ELEMENT_BYTES, THIS, Device, device
 from duet_vlm.profiling.roofline import Assumptions, ModelCost, Prediction, Workload, predict
 

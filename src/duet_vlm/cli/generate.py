@@ -35,10 +35,10 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer many prompts into a file. A picture that cannot be read costs its own line only."""
+    from duet_vlm.api.loading import load
+    from duet_vlm.evaluation.distributed import WorkerRank, gpus
     from duet_vlm.evaluation.generate import generate as answers
     from duet_vlm.evaluation.generate import prompts
-    from duet_vlm.evaluation.distributed import WorkerRank, gpus
-    from duet_vlm.api.loading import load
 
     asked, place = prompts(data, prompt), WorkerRank.here()
     pieces = pieces_of(chunk_frames, still_frames, asked.clips, 'give --data with "video" in its lines')

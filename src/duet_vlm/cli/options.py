@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.planning.budget import read_budget
+from duet_vlm.api.loading import LoadedModel
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.lists import check_method, chosen
-from duet_vlm.api.loading import LoadedModel
-from duet_vlm.reducers.persistence import is_method_file, load_from_file
 from duet_vlm.inputs.images import open_image
-from duet_vlm.utils.field_types import read_value
 from duet_vlm.inputs.video import VideoFrames, decode, length
+from duet_vlm.planning.budget import read_budget
+from duet_vlm.reducers.persistence import is_method_file, load_from_file
+from duet_vlm.utils.field_types import read_value
 
 if TYPE_CHECKING:
     from torch import nn

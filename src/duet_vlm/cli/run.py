@@ -9,10 +9,10 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from duet_vlm.cli.timed_answer import TimedAnswer, timed_answer
-from duet_vlm.cli.streamed_video import check_streamed, streamed
-from duet_vlm.cli.options import Device, FrameCount, Images, Model, Prompt, Rate, Reduction, VisualInputs, StillFrames, Videos, pieces_of, reducing
 from duet_vlm.api.loading import load
+from duet_vlm.cli.options import Device, FrameCount, Images, Model, Prompt, Rate, Reduction, StillFrames, Videos, VisualInputs, pieces_of, reducing
+from duet_vlm.cli.streamed_video import check_streamed, streamed
+from duet_vlm.cli.timed_answer import TimedAnswer, timed_answer
 
 
 @reducing

@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from duet_vlm.api.loading import source
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import Debug, Reduction, budget_of, one, reductions_of, settings_of
-from duet_vlm.api.loading import source
 from duet_vlm.reducers.persistence import is_method_file
 
 MAX_PIXELS = 89_000_000  # of an image in a request: above it vLLM says so, above twice as many Pillow, and that as a fault of the server

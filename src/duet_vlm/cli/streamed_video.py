@@ -8,9 +8,9 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from duet_vlm.cli.timed_answer import timed_answer
-from duet_vlm.cli.options import Reduction, VisualInputs
 from duet_vlm.api.loading import LoadedModel
+from duet_vlm.cli.options import Reduction, VisualInputs
+from duet_vlm.cli.timed_answer import timed_answer
 from duet_vlm.inputs.video import frame_numbers, pieces
 
 

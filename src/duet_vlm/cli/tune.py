@@ -15,8 +15,8 @@ from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, met
 from duet_vlm.evaluation.tune import BUDGETS, METHODS
 
 if TYPE_CHECKING:
-    from duet_vlm.evaluation.tasks import Task
     from duet_vlm.api.loading import LoadedModel
+    from duet_vlm.evaluation.tasks import Task
 
 LIMIT = 400  # questions of a task without end
 KEEP = 0.98
@@ -70,10 +70,10 @@ def tune(
     with friendly(debug, json_):
         plain_name("--name", name)
         _check_extras()
-        from duet_vlm.evaluation.experiment import cells_of
-        from duet_vlm.evaluation.distributed import WorkerRank
-        from duet_vlm.evaluation.tasks import usual_model
         from duet_vlm.api.loading import load, quiet
+        from duet_vlm.evaluation.distributed import WorkerRank
+        from duet_vlm.evaluation.experiment import cells_of
+        from duet_vlm.evaluation.tasks import usual_model
         from duet_vlm.evaluation.tune.binomial import split
         from duet_vlm.evaluation.tune.candidates import candidates
         from duet_vlm.evaluation.tune.search import Goal
@@ -176,8 +176,8 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
     from rich.markup import escape
     from rich.table import Table
 
-    from duet_vlm.evaluation.results import save
     from duet_vlm.evaluation.console import console
+    from duet_vlm.evaluation.results import save
     from duet_vlm.evaluation.tune.pareto_plot import pareto
     from duet_vlm.evaluation.tune.summary import chosen_row, python_line, setting_file, shell_line, verdict
 

@@ -12,10 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.cli.timed_answer import timed_answer
-from duet_vlm.cli.errors import folder_for
-from duet_vlm.cli.options import SEVERAL, Device, FrameCount, Images, Model, Prompt, Rate, Reduction, VisualInputs, Videos, budget_of, method_of, reducing, several
 from duet_vlm.api.loading import LoadedModel, load
+from duet_vlm.cli.errors import folder_for
+from duet_vlm.cli.options import (
+    SEVERAL,
+    Device,
+    FrameCount,
+    Images,
+    Model,
+    Prompt,
+    Rate,
+    Reduction,
+    Videos,
+    VisualInputs,
+    budget_of,
+    method_of,
+    reducing,
+    several,
+)
+from duet_vlm.cli.timed_answer import timed_answer
 from duet_vlm.inputs.video import VideoFrames
 
 if TYPE_CHECKING:
@@ -29,7 +44,7 @@ def overlay(
     loaded: LoadedModel, inputs: Any, images: list[Image.Image], number: int, trace: SpanTrace, title: str, lines: Sequence[str], scores: Scores
 ) -> Image.Image:
     """The drawing of image ``number`` of a one-sample call."""
-    from duet_vlm.viz import draw, cropped_picture
+    from duet_vlm.viz import cropped_picture, draw
 
     picture = cropped_picture(images[number], inputs, number, loaded.processor)
     return draw(picture, trace, title=title, lines=lines, scores=scores)
@@ -37,7 +52,7 @@ def overlay(
 
 def clip_overlay(loaded: LoadedModel, inputs: Any, clip: VideoFrames, number: int, trace: SpanTrace, title: str, lines: Sequence[str]) -> Image.Image:
     """The drawing of clip ``number`` of a one-sample call."""
-    from duet_vlm.viz import draw, film, on_film, frame_pictures
+    from duet_vlm.viz import draw, film, frame_pictures, on_film
 
     frames, steps = frame_pictures(clip.frames, inputs, number, loaded.processor)
     return draw(film(frames, steps), on_film(trace, steps), title=title, lines=lines, size=STEP * steps, shows="clip")

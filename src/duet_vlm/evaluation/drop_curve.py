@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 import duet_vlm
-from duet_vlm.planning.budget import Schedule
 from duet_vlm.evaluation.statistics import falling
+from duet_vlm.planning.budget import Schedule
 
 METHOD = "duet"  # with a schedule and nothing else: all tokens enter
 FULL = "full model"

@@ -18,14 +18,14 @@ import transformers
 
 import duet_vlm
 from duet_vlm import BudgetError, Handle
-from duet_vlm.utils.contents import digest_of
-from duet_vlm.evaluation.run_sample import inputs_of
-from duet_vlm.evaluation.journal import CONTENTS, Journal, Page, alone
-from duet_vlm.evaluation.distributed import WorkerRank, recorded
-from duet_vlm.evaluation.run import model_facts
-from duet_vlm.evaluation.tasks import TaskQuestion, task
 from duet_vlm.api.loading import LoadedModel
+from duet_vlm.evaluation.distributed import WorkerRank, recorded
+from duet_vlm.evaluation.journal import CONTENTS, Journal, Page, alone
+from duet_vlm.evaluation.run import model_facts
+from duet_vlm.evaluation.run_sample import inputs_of
+from duet_vlm.evaluation.tasks import TaskQuestion, task
 from duet_vlm.inputs.images import open_image
+from duet_vlm.utils.contents import digest_of
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import EncoderReducer, Selection, SpanPlan, EncoderView
+from duet_vlm import EncoderReducer, EncoderView, Selection, SpanPlan
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,17 +17,17 @@ import transformers
 
 import duet_vlm
 from duet_vlm import BudgetError
-from duet_vlm.evaluation.run_sample import Outcome, answer, attached
+from duet_vlm.api.loading import LoadedModel, load
+from duet_vlm.evaluation.distributed import ALONE, WorkerRank, gpus, recorded
 from duet_vlm.evaluation.experiment import ORACLE, Experiment, ExperimentCell
 from duet_vlm.evaluation.journal import CONTENTS, Journal, Page
-from duet_vlm.evaluation.distributed import ALONE, WorkerRank, gpus, recorded
 from duet_vlm.evaluation.results import FORMAT, environment, pack
+from duet_vlm.evaluation.run_sample import Outcome, answer, attached
 from duet_vlm.evaluation.source import Source, source
 from duet_vlm.evaluation.summary import summarize
-from duet_vlm.evaluation.tasks import TaskQuestion, Task, task
+from duet_vlm.evaluation.tasks import Task, TaskQuestion, task
 from duet_vlm.evaluation.timing import prefill_times
 from duet_vlm.evaluation.workers import shared_out
-from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.models.lookup import adapter_for
 
 TIMED_QUESTIONS = 8

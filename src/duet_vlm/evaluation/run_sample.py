@@ -12,12 +12,12 @@ import torch
 
 import duet_vlm
 from duet_vlm import BudgetError, EncoderReducer, Reducer, SpanTrace
+from duet_vlm.api.loading import LoadedModel, chat_text
 from duet_vlm.evaluation.experiment import ORACLE, ExperimentCell
-from duet_vlm.evaluation.whole_frames import WholeFrames
 from duet_vlm.evaluation.oracle import Oracle
 from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.tasks import TaskQuestion
-from duet_vlm.api.loading import LoadedModel, chat_text
+from duet_vlm.evaluation.whole_frames import WholeFrames
 
 REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeFrames)}
 

@@ -12,9 +12,9 @@ import numpy as np
 
 from duet_vlm import SpanPlan
 from duet_vlm.evaluation import statistics
-from duet_vlm.evaluation.run_sample import Outcome, method_of
 from duet_vlm.evaluation.experiment import BASELINE, ORACLE, Experiment, ExperimentCell
 from duet_vlm.evaluation.results import unpack
+from duet_vlm.evaluation.run_sample import Outcome, method_of
 from duet_vlm.evaluation.tasks import TaskQuestion, accepted, right
 
 Rows = list[dict[str, Any]]

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from duet_vlm.utils.contents import digest_of
 from duet_vlm.api.loading import EMBEDDED
 from duet_vlm.inputs.images import local, open_image
-from duet_vlm.utils.suggest import did_you_mean
 from duet_vlm.inputs.video import decode
+from duet_vlm.utils.contents import digest_of
+from duet_vlm.utils.suggest import did_you_mean
 
 
 @dataclass(frozen=True)

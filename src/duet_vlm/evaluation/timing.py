@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from duet_vlm.evaluation.run_sample import attached, inputs_of
-from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell
-from duet_vlm.evaluation.tasks import TaskQuestion
 from duet_vlm.api.loading import LoadedModel
-from duet_vlm.profiling.timing import time_paired, ratio
+from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell
+from duet_vlm.evaluation.run_sample import attached, inputs_of
+from duet_vlm.evaluation.tasks import TaskQuestion
+from duet_vlm.profiling.timing import ratio, time_paired
 
 
 def prefill_times(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], rounds: int) -> dict[str, dict[str, Any]]:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.evaluation.lmms.engine import Engine
 from duet_vlm.evaluation.lmms.arguments import parse_arguments
+from duet_vlm.evaluation.lmms.engine import Engine
 from duet_vlm.inputs.images import open_image
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from duet_vlm import EncoderReducer, Selection, SpanPlan, EncoderView
+from duet_vlm import EncoderReducer, EncoderView, Selection, SpanPlan
 
 
 @dataclass(frozen=True)

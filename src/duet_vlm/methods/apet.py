@@ -9,15 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.ops.greedy import farthest_points
 from duet_vlm.ops.information import residual
 from duet_vlm.ops.merge import nearest_anchor, row_numbers, shares
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, DecoderView, EncoderView, check_budget_or_fields, check_choice, plan_with_schedule, plan_keep_all
-from duet_vlm.reducers.registry import register
+from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import (
+    DecoderReducer,
+    DecoderView,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    check_choice,
+    plan_keep_all,
+    plan_with_schedule,
+)
+from duet_vlm.reducers.registry import register
 
 SLOTS = ("own", "released", "behind")
 

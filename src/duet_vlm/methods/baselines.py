@@ -9,9 +9,21 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, infeasible_budget, layer_counts, target_mean
 from duet_vlm.methods.lookup import get_method
 from duet_vlm.ops.select import spaced_picks, top
+from duet_vlm.planning.budget import (
+    EPSILON,
+    Budget,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_keep,
+    check_schedule,
+    count_of,
+    infeasible_budget,
+    layer_counts,
+    target_mean,
+)
 from duet_vlm.reducers.base import DecoderReducer, DecoderView, check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 

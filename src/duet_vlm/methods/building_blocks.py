@@ -11,18 +11,34 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Schedule, check_schedule
 from duet_vlm.ops import groups, saliency, schedules
-from duet_vlm.ops.neighbor_merge import merge_with_neighbours
-from duet_vlm.ops.duplicates import remove_duplicates
-from duet_vlm.ops.graph import rescaled, independent_set
-from duet_vlm.ops.greedy import pairwise_distance, conditional_kernel, cosine, greedy_coverage, greedy_dpp_map, greedy_discounted, max_min_diversity, greedy_nms
-from duet_vlm.ops.merge_targets import duet_contextual_count, merge_around_anchors, merge_dpc_clusters, visionzip_contextual_count, merge_if_similar, merge_into_nearest
 from duet_vlm.ops.dpc_knn import distances, peak_scores
+from duet_vlm.ops.duplicates import remove_duplicates
+from duet_vlm.ops.graph import independent_set, rescaled
+from duet_vlm.ops.greedy import (
+    conditional_kernel,
+    cosine,
+    greedy_coverage,
+    greedy_discounted,
+    greedy_dpp_map,
+    greedy_nms,
+    max_min_diversity,
+    pairwise_distance,
+)
+from duet_vlm.ops.merge_targets import (
+    duet_contextual_count,
+    merge_around_anchors,
+    merge_dpc_clusters,
+    merge_if_similar,
+    merge_into_nearest,
+    visionzip_contextual_count,
+)
+from duet_vlm.ops.neighbor_merge import merge_with_neighbours
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, spaced_picks, top
-from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.planning.budget import EPSILON, Schedule, check_schedule
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderView, check_choice
 
 CLOSEST = 5  # neighbours that make the density of a token
 STRETCHES = 16  # of a picture, HoloV's

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import conditional_kernel, cosine, greedy_dpp_map
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.saliency import OFFSET, min_max_scaled, relevance
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("cdpruner")

@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, count_of, infeasible_budget, largest_int, target_mean, mean_within
-from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.methods.frames import Frames
-from duet_vlm.ops.ragged import pack_right, gather_rows
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer, DecoderView, EncoderView, plan_keep_all
+from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, count_of, infeasible_budget, largest_int, mean_within, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer, plan_keep_all
+from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.vision_tower import TowerReducer
 
 ORDER = (
     "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"

@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, BudgetError, Keep, Schedule, SpanPlan, check_keep, count_of, layer_counts, target_mean
 from duet_vlm.methods.building_blocks import CHOICES, SCHEDULES, Blocks, checked_schedule
 from duet_vlm.ops.select import top
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, DecoderView, EncoderView, check_budget_or_fields, check_choice, plan_with_schedule, plan_keep_all
-from duet_vlm.reducers.registry import register
+from duet_vlm.planning.budget import Budget, BudgetError, Keep, Schedule, SpanPlan, check_keep, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import (
+    DecoderReducer,
+    DecoderView,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    check_choice,
+    plan_keep_all,
+    plan_with_schedule,
+)
+from duet_vlm.reducers.registry import register
 
 ANY, COSINE = (0, math.inf), (-1, 1)
 RANGES = {"alpha": ANY, "ridge": ANY, "pool": ANY, "window": (1, math.inf), "alike": COSINE, "tau": COSINE, "important": (0, 1)}

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Schedule
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking
+from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.base import DecoderView, check_choice
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer

@@ -8,14 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.ops.merge_targets import duet_contextual_count, merge_around_anchors
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.schedules import paper_schedule
 from duet_vlm.ops.select import ranking, ranks, top
-from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, EncoderReducer, DecoderView, EncoderView, check_budget_or_fields, check_choice, plan_with_schedule, plan_keep_all
-from duet_vlm.reducers.registry import register
+from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import MERGES, Selection
+from duet_vlm.reducers.base import (
+    ROUNDINGS,
+    DecoderReducer,
+    DecoderView,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    check_choice,
+    plan_keep_all,
+    plan_with_schedule,
+)
+from duet_vlm.reducers.registry import register
 
 RELEASED: dict[str, Any] = {  # both released codes
     "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "protect_predicting_tokens": False, "signal_queries": None,

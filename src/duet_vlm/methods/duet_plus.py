@@ -9,16 +9,28 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.ops.greedy import conditional_kernel, cosine, greedy_dpp_map
 from duet_vlm.ops.merge_targets import merge_if_similar
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.saliency import of_largest
 from duet_vlm.ops.schedules import tapered_schedule
 from duet_vlm.ops.select import ranking, top
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, DecoderView, EncoderView, check_budget_or_fields, plan_with_schedule, plan_keep_all
-from duet_vlm.reducers.registry import register
+from duet_vlm.planning.budget import (
+    EPSILON,
+    Budget,
+    BudgetError,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_keep,
+    check_schedule,
+    count_of,
+    layer_counts,
+    target_mean,
+)
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, check_budget_or_fields, plan_keep_all, plan_with_schedule
+from duet_vlm.reducers.registry import register
 
 FLOOR = 0.05  # of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
 

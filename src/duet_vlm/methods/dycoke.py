@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from duet_vlm.methods.video_base import VideoReducer, VideoRows
-from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import spaced_picks, top
+from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.reducers.base import EncoderView
 from duet_vlm.reducers.registry import register
 

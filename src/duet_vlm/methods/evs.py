@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.methods.frames import Frames
+from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.base import plan_fixed_count
 from duet_vlm.reducers.registry import register
 

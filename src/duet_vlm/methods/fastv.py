@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, infeasible_budget, largest_int, layer_counts, target_mean, mean_within
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, infeasible_budget, largest_int, layer_counts, mean_within, target_mean
 from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, DecoderView, check_choice, plan_keep_all
 from duet_vlm.reducers.registry import register
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan
 from duet_vlm.methods.video_base import VideoReducer, VideoRows
-from duet_vlm.ops.video import VideoTokens, FrameWindows, split_windows
-from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.dpc_knn import peaks
+from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking, ranks, top
+from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan
 from duet_vlm.reducers.base import EncoderView, check_choice
 from duet_vlm.reducers.registry import register
 

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Schedule, SpanPlan, count_of, infeasible_budget, largest_fraction, target_mean, mean_within
-from duet_vlm.reducers.calibration import Calibration, read
 from duet_vlm.methods.fitprune_table import DELETED, TOKENS, Curve, released, stretched
-from duet_vlm.reducers.observer import Observer
 from duet_vlm.ops.fitting import fitted
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import Budget, Schedule, SpanPlan, count_of, infeasible_budget, largest_fraction, mean_within, target_mean
 from duet_vlm.reducers.base import DecoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.calibration import Calibration, read
+from duet_vlm.reducers.observer import Observer
 from duet_vlm.reducers.registry import register
-from duet_vlm.utils.field_types import FILE
 from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.utils.field_types import FILE
 
 USUAL = 60
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the tokens, per layer: the lines of a table that is fitted

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranks, spaced_picks, top
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("frames")
@@ -48,7 +48,7 @@ class Frames(EncoderReducer):
         super().__post_init__()
         if self.keep is not None:
             check_keep("keep", self.keep)
-        if self.crops == "each":
+        if self.crops == "per_crop":
             raise ValueError(f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'")
         if self.cls_token:
             raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row has no place in the frame to compare")

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of
 from duet_vlm.ops.groups import proportional_shares, sums_of_groups, top_of_groups
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
-from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_choice, plan_fixed_count
-from duet_vlm.reducers.registry import register
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_choice, plan_fixed_count
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.registry import register
 
 MOST_CROPS = 64  # more than any model cuts a picture into
 FAR = 1 << 30

@@ -8,18 +8,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Keep, Schedule
-from duet_vlm.methods.video_base import VideoRows, ScheduledVideoReducer
-from duet_vlm.ops.video import VideoTokens, FrameWindows, alike_before, split_windows
+from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
+from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.groups import ranks_in_groups
 from duet_vlm.ops.merge import nearest_anchor, row_numbers
-from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
-from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, gains, most_similar, members_of
+from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, gains, members_of, most_similar
+from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
+from duet_vlm.planning.budget import Keep, Schedule
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import DecoderView, EncoderView, check_choice
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("holitom")

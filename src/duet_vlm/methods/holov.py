@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.groups import proportional_shares, segment_numbers, sums_of_groups, top_of_groups
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 TINY = torch.finfo(torch.float32).tiny
 BOUND = 1e30  # what a CLS row that must come first is given for attention

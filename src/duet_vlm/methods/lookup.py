@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from duet_vlm.reducers import registry
 from duet_vlm.methods.compose import composition_class
+from duet_vlm.reducers import registry
 from duet_vlm.reducers.base import Reducer
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Schedule
-from duet_vlm.methods.video_base import VideoRows, ScheduledVideoReducer
-from duet_vlm.ops.video import VideoTokens, FrameWindows, alike_before, split_windows
+from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking, ranks, spaced_picks, top
+from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
+from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.base import DecoderView, EncoderView
 from duet_vlm.reducers.registry import register
 
@@ -57,7 +57,7 @@ class METok(ScheduledVideoReducer):
     needs = frozenset({"notes"})
     reads = frozenset({"question"})
 
-    trim_kv_cache: str = "cut"
+    trim_kv_cache: bool = True
     deviations: float = 1.0
     key: float = 0.25
     pooled: float = 0.25

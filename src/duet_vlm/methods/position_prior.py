@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duet_vlm.reducers.base import DecoderView
 from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.reducers.observer import Observer
-from duet_vlm.reducers.base import DecoderView
 
 Grid = tuple[int, int] | None
 

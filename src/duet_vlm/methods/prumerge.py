@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.ops.neighbor_merge import merge_with_neighbours
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, top
+from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_budget_or_fields, check_choice, plan_keep_all
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("prumerge")

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import outliers, ranking, spaced_picks, top
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderView, check_choice
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("prumerge_plus")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.groups import principal, proportional_shares, sums_of_groups, survivors, top_of_groups
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 PER_GROUP = 4  # tokens to keep for each group
 SCALE = 32  # tokens to keep at which the threshold is the mean likeness of the picture

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.planning.budget import Keep, Schedule
-from duet_vlm.methods.video_base import VideoRows, ScheduledVideoReducer
-from duet_vlm.ops.video import VideoTokens, FrameWindows, split_windows
-from duet_vlm.ops.groups import numbered, ranks_in_groups, equal_shares
-from duet_vlm.ops.merge import unit_rows
+from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
 from duet_vlm.ops.dpc_knn import peaks
-from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, most_similar, members_of
+from duet_vlm.ops.groups import equal_shares, numbered, ranks_in_groups
+from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, members_of, most_similar
+from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
+from duet_vlm.planning.budget import Keep, Schedule
 from duet_vlm.reducers.base import DecoderView, EncoderView, check_choice
 from duet_vlm.reducers.registry import register
 
@@ -59,7 +59,7 @@ class PruneVid(ScheduledVideoReducer):
     needs = frozenset({"notes"})
     compares_positions = True
 
-    trim_kv_cache: str = "cut"
+    trim_kv_cache: bool = True
     windows: float = 0.25
     threshold: float = 0.8
     neighbours: int = 7

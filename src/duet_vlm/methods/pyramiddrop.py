@@ -8,9 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Budget, Schedule, SpanPlan, check_schedule, infeasible_budget, largest_fraction, layer_counts, target_mean, mean_within
 from duet_vlm.ops.schedules import EARLY, EARLY_SHARE, LATE, LATE_SHARE, pyramid
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import (
+    EPSILON,
+    Budget,
+    Schedule,
+    SpanPlan,
+    check_schedule,
+    infeasible_budget,
+    largest_fraction,
+    layer_counts,
+    mean_within,
+    target_mean,
+)
 from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, DecoderView, check_budget_or_fields, check_choice, plan_keep_all
 from duet_vlm.reducers.registry import register
 

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
 from duet_vlm.methods.pool import places_of, windows_of
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.windows import GridWindows, within
-from duet_vlm.reducers.base import EncoderView
-from duet_vlm.reducers.registry import register
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.registry import register
 
 EPSILON = 1e-6  # of its norms
 LEVELS = (12 / 24, 16 / 24, 22 / 24, None)  # of the tower's depth; None: where the features come from

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine, greedy_coverage
 from duet_vlm.ops.ragged import pack_right
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, check_picks, plan_fixed_count
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("scope")

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Schedule
 from duet_vlm.ops.greedy import cosine, greedy_discounted
 from duet_vlm.ops.information import residual
+from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.base import DecoderView
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer

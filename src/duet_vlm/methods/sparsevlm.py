@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Schedule, count_of, largest_int
 from duet_vlm.ops.dpc_knn import peaks
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranking, ranks, top
+from duet_vlm.planning.budget import Schedule, count_of, largest_int
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import DecoderView, check_choice
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
-from duet_vlm.planning.tokens import Selection
 
 RELEASED = {  # tokens kept at each stage, of 576
     "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},

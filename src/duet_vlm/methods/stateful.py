@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Budget, SpanPlan, infeasible_budget, largest_fraction, target_mean, mean_within
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import EPSILON, Budget, SpanPlan, infeasible_budget, largest_fraction, mean_within, target_mean
 from duet_vlm.reducers.base import DecoderReducer, DecoderView, check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 

@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from duet_vlm.planning.budget import Schedule
 from duet_vlm.ops.information import information
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import DecoderView
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
-from duet_vlm.planning.tokens import Selection
 
 
 @register("tokencarve")
@@ -48,7 +48,7 @@ class TokenCarve(ScheduledReducer):
     merges = True
 
     text_query: str = "last"
-    trim_kv_cache: str = "cut"
+    trim_kv_cache: bool = True
     attention_weight: float = 0.5
 
     def __post_init__(self) -> None:

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.merge import matched
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("tome")

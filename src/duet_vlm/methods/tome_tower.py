@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from duet_vlm.ops.merge import matched
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import Schedule
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.base import DecoderView, check_choice
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer

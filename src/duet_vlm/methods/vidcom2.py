@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Keep
 from duet_vlm.methods.video_base import VideoReducer, VideoRows
-from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking
+from duet_vlm.ops.video import VideoTokens, split_windows
+from duet_vlm.planning.budget import Keep
 from duet_vlm.reducers.base import EncoderView
 from duet_vlm.reducers.registry import register
 

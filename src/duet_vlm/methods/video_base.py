@@ -9,10 +9,18 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.ops.video import VideoTokens, join_windows
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, EncoderView, check_budget_or_fields, plan_fixed_count, plan_with_schedule, plan_keep_all
+from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import (
+    DecoderReducer,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    plan_fixed_count,
+    plan_keep_all,
+    plan_with_schedule,
+)
 
 Self = TypeVar("Self", bound="ScheduledVideoReducer")
 
@@ -54,7 +62,7 @@ class VideoReducer(EncoderReducer):
         super().__post_init__()
         if self.keep is not None:
             check_keep("keep", self.keep)
-        if self.crops == "each":
+        if self.crops == "per_crop":
             raise ValueError(f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.ops.merge_targets import merge_around_anchors, visionzip_contextual_count
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
+from duet_vlm.planning.tokens import MERGES, Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_budget_or_fields, check_choice, plan_keep_all
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import MERGES, Selection
 
 
 @register("visionzip")

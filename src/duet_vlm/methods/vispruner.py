@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.duplicates import remove_duplicates
 from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.ragged import pack_right
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("vispruner")

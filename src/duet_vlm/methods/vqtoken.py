@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.planning.budget import Keep
-from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
 from duet_vlm.methods.resampler import of_all
-from duet_vlm.ops.kmeans import farthest_start, kmeans, means, cluster_sums
+from duet_vlm.ops.kmeans import cluster_sums, farthest_start, kmeans, means
 from duet_vlm.ops.merge import shares, unit_rows
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducers.base import EncoderView, check_choice
-from duet_vlm.reducers.registry import register
+from duet_vlm.planning.budget import Keep
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.registry import register
 
 FORMS = ("paper", "code", "codebook")
 BINS = (4, 8, 8)  # of time (or crops), rows and columns, in which a cluster's places are told

@@ -9,16 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.ops.groups import top_with_limit, window_numbers
 from duet_vlm.ops.merge_targets import merge_into_nearest
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.schedules import halfway
 from duet_vlm.ops.select import top
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, DecoderView, EncoderView, check_budget_or_fields, check_choice, plan_with_schedule, plan_keep_all
-from duet_vlm.reducers.registry import register
+from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import (
+    DecoderReducer,
+    DecoderView,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    check_choice,
+    plan_keep_all,
+    plan_with_schedule,
+)
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.registry import register
 
 
 @register("vscan")

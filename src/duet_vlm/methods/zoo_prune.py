@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.ops.greedy import pairwise_distance, cosine
+from duet_vlm.ops.greedy import cosine, pairwise_distance
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.saliency import DIRECTIONS, STEP, min_max_scaled, sensitivity
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
 from duet_vlm.reducers.registry import register
-from duet_vlm.planning.tokens import Selection
 
 
 @register("zoo_prune")

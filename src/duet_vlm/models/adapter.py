@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.utils.hooks import Hooks
-from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, decoder_dims, probed_layer
 from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, decoder_dims, probed_layer
+from duet_vlm.utils.hooks import Hooks
 
 Rotary = tuple[Tensor, Tensor]
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"

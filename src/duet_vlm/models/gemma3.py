@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.models.adapter import TowerBlocks, Encoding, RecordedQK, Rotary
+from duet_vlm.models.adapter import Encoding, RecordedQK, Rotary, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import blocks_like_clip, cells, column_signals
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Gemma3(LlamaLike):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from duet_vlm.utils.hooks import Hooks
-from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.models.adapter import Rotary, Modality
+from duet_vlm.models.adapter import Modality, Rotary
 from duet_vlm.models.llama_like import rotate
 from duet_vlm.models.qwen2_vl import Qwen2VL
 from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.profiling.model_dims import VisionDims
+from duet_vlm.utils.hooks import Hooks
 
 PAIRS = ("glm4v_text", "glm_ocr_text")  # decoders that rotate neighbouring channels; those with experts rotate halves
 

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.models.adapter import TowerBlocks, Encoding, RecordedQK
+from duet_vlm.models.adapter import Encoding, RecordedQK, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import blocks_like_clip
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.score import query_attention, sample_rows
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Idefics3(LlamaLike):

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.models.adapter import Adapter, TowerBlocks, Encoding, BlockModules, RecordedQK
+from duet_vlm.models.adapter import Adapter, BlockModules, Encoding, RecordedQK, TowerBlocks
 from duet_vlm.models.llava import Llava
 from duet_vlm.models.tower_signals import cells
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class InternVL(Llava):

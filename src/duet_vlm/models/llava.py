@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.models.adapter import TowerBlocks, Encoding, RecordedQK
+from duet_vlm.models.adapter import Encoding, RecordedQK, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import blocks_like_clip, cls_signals
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Llava(LlamaLike):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
-from duet_vlm.models.adapter import Encoding, RecordedQK, Modality
+from duet_vlm.models.adapter import Encoding, Modality, RecordedQK
 from duet_vlm.models.llava import Llava
 
 

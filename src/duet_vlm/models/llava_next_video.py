@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Adapter, TowerBlocks, Encoding, RecordedQK, Modality
+from duet_vlm.models.adapter import Adapter, Encoding, Modality, RecordedQK, TowerBlocks
 from duet_vlm.models.llava_next import LlavaNext
 from duet_vlm.models.tower_signals import cells, patches_of
 

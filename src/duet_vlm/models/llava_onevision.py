@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from duet_vlm.models.adapter import Adapter, TowerBlocks, Encoding, RecordedQK
+from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK, TowerBlocks
 from duet_vlm.models.llava_next_video import LlavaNextVideo
 from duet_vlm.models.tower_signals import blocks_like_clip, column_signals
 

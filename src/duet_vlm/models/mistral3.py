@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.models.adapter import Adapter, TowerBlocks, Encoding, BlockModules, ConcatenatedBlocks, RecordedQK, Modality
+from duet_vlm.models.adapter import Adapter, BlockModules, ConcatenatedBlocks, Encoding, Modality, RecordedQK, TowerBlocks
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import column_attention
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Mistral3(Llava):

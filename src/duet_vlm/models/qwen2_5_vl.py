@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from duet_vlm.profiling.model_dims import VisionDims
 from duet_vlm.models.qwen2_vl import Qwen2VL
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen25VL(Qwen2VL):

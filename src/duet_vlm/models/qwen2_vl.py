@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.models.adapter import SLIDING, Encoding, BlockModules, VarlenTower, RecordedQK, Modality
+from duet_vlm.models.adapter import SLIDING, BlockModules, Encoding, Modality, RecordedQK, VarlenTower
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import packed_signals
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen2VL(LlamaLike):

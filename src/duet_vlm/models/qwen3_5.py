@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from duet_vlm.profiling.model_dims import VisionDims
 from duet_vlm.models.adapter import Modality
 from duet_vlm.models.qwen2_vl import Qwen2VL, frames_apart
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen35(Qwen2VL):

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from duet_vlm.utils.hooks import Hooks
-from duet_vlm.profiling.model_dims import VisionDims
 from duet_vlm.models.adapter import Modality
 from duet_vlm.models.qwen2_vl import Qwen2VL, frames_apart
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.profiling.model_dims import VisionDims
+from duet_vlm.utils.hooks import Hooks
 
 
 class Qwen3VL(Qwen2VL):

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.models.adapter import TowerBlocks, Encoding, RecordedQK, Modality
+from duet_vlm.models.adapter import Encoding, Modality, RecordedQK, TowerBlocks
 from duet_vlm.models.llava import Llava
 from duet_vlm.models.tower_signals import patches_of
+from duet_vlm.profiling.model_dims import VisionDims
 
 FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 

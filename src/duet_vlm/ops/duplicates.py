@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranking, top
 
 ROUND = 8  # tokens that leave together

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 
 TIE = 1e-5  # of a cosine: closer than that, additions in another order would decide
 CHANGE = 1e-4  # of all centres together (Frobenius norm): less, and nothing moves any more

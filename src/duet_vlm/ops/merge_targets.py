@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.merge import nearest_anchor, row_numbers
 from duet_vlm.ops.dpc_knn import peaks
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.merge import nearest_anchor, row_numbers
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import rank_positions
 from duet_vlm.planning.tokens import Selection
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.video import VideoTokens, FrameWindows
 from duet_vlm.ops.select import ranking
+from duet_vlm.ops.video import FrameWindows, VideoTokens
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.tokens import Selection
 

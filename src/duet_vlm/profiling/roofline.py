@@ -14,8 +14,8 @@ from duet_vlm.profiling.devices import ELEMENT_BYTES, Device
 from duet_vlm.profiling.flops import decoder_layer_flops, head_flops, mean_rows, projector_flops, scoring_flops, tower_flops, tower_rows
 from duet_vlm.profiling.kv import kv_bytes, kv_bytes_per_layer, rows_held, state_bytes
 from duet_vlm.profiling.memory import decoder_weights, layer_weights, mlp_width, prefill_peak_bytes, vision_peak_bytes, vision_weights
-from duet_vlm.profiling.report import SampleCounts
 from duet_vlm.profiling.model_dims import LINEAR, DecoderDims, VisionDims
+from duet_vlm.profiling.report import SampleCounts
 
 
 @dataclass(frozen=True)

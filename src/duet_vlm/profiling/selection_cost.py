@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from duet_vlm.ops.merge import by_table
 from duet_vlm.planning.budget import SpanPlan, TowerStages
-from duet_vlm.reducers.compressor import Compressor, ModuleSizes
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.profiling.flops import Grid, Spare, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, probed_layer
-from duet_vlm.ops.merge import by_table
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer, DecoderView, EncoderView
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
+from duet_vlm.reducers.compressor import Compressor, ModuleSizes
 from duet_vlm.reducers.encoder_view import Change, LayerView, QuestionView
+from duet_vlm.reducers.vision_tower import TowerReducer
 
 HEADS, WORDS = 16, 64  # of a view without data, where only the count of products matters
 

@@ -6,7 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from duet_vlm.planning.budget import SpanPlan, TowerStages
-from duet_vlm.profiling.flops import decoder_layer_flops, head_flops, patch_flops, projector_flops, scoring_flops, signal_flops, stretches, tower_rows, vision_flops
+from duet_vlm.profiling.flops import (
+    decoder_layer_flops,
+    head_flops,
+    patch_flops,
+    projector_flops,
+    scoring_flops,
+    signal_flops,
+    stretches,
+    tower_rows,
+    vision_flops,
+)
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims
 
 

@@ -15,26 +15,40 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, Keep, Schedule, SpanPlan, check_budget, count_of, infeasible_budget, largest_int, largest_fraction, layer_counts, target_mean, mean_within
+from duet_vlm.planning.budget import (
+    EPSILON,
+    Budget,
+    BudgetError,
+    Keep,
+    Schedule,
+    SpanPlan,
+    check_budget,
+    count_of,
+    infeasible_budget,
+    largest_fraction,
+    largest_int,
+    layer_counts,
+    mean_within,
+    target_mean,
+)
+from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.reducers.decoder_view import NEEDS
 from duet_vlm.reducers.decoder_view import DecoderView as DecoderView
-from duet_vlm.utils.field_types import check_type
-from duet_vlm.utils.suggest import did_you_mean
-from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import READS, SIGNALS, Layer
 from duet_vlm.reducers.encoder_view import EncoderView as EncoderView
+from duet_vlm.utils.field_types import check_type
+from duet_vlm.utils.suggest import did_you_mean
 
 POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient", "raters")
 TRAINING_TURNS = ("first", "all")
 SCORE_MASKS = ("causal", "none")
-SHARES = ("joint", "each")
-PARTS = ("auto", "joint", "each")
+MULTI_IMAGE = ("joint", "per_image")
+CROPS = ("auto", "joint", "per_crop")
 NEWLINES = ("drop", "keep")
 QUERIES = 256  # rows of a picture that rank its tokens where the tower has no CLS row
 HEADS = ("each", "one")
-CACHES = ("full", "cut")
 SCORE_POSITIONS = ("as_is", "divided")
 PROBES = ("next", "last")
 ROUNDINGS = ("floor", "int", "round")
@@ -110,7 +124,7 @@ class EncoderReducer(Reducer):
         "each": the attention of every head, added up, and keys as means over heads. "one": all heads side by side are read as a single wide
         one, as the released code of LLaVA-PruMerge does.
     crops : str
-        "joint": all crops of an image or frames of a clip are reduced together; "each": every one by itself, within one budget, and the
+        "joint": all crops of an image or frames of a clip are reduced together; "per_crop": every one by itself, within one budget, and the
         method's own counts are per part; "auto": what the model family's documentation states.
     newline_tokens : str
         "drop": newline rows of packed crops leave first when their image is reduced; "keep": all of them enter, taken from the budget.
@@ -141,8 +155,8 @@ class EncoderReducer(Reducer):
         if self.signal_queries is not None and self.signal_queries < 1:
             raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
         check_choice("signal_heads", self.signal_heads, HEADS)
-        check_choice("parts", self.crops, PARTS)
-        check_choice("newline", self.newline_tokens, NEWLINES)
+        check_choice("crops", self.crops, CROPS)
+        check_choice("newline_tokens", self.newline_tokens, NEWLINES)
         if self.cls_token and self.positions != "compact":
             raise ValueError(f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}")
         if self.cls_token and self.reads_projected:
@@ -224,13 +238,13 @@ class DecoderReducer(Reducer):
         "causal": a query sees what precedes it; "none": every row (released Qwen2.5-VL code of DUET-VLM).
     multi_image : str
         With several images (or clips) in a prompt, "joint": all their tokens are ranked together, so that an image that matters more to the
-        text keeps more; their sum is what is planned (released code). "each": every image is ranked by itself and keeps its own share.
+        text keeps more; their sum is what is planned (released code). "per_image": every image is ranked by itself and keeps its own share.
     score_positions : str
         "as_is", or "divided": attention divided by what positions alone would give (the product of rotated rows of ones, as SparseVLM's second
         release does; positions so far apart that this is not positive count as the nearest that small).
     trim_kv_cache : bool
-        "full": every layer goes on with the keys and values of all that it read. "cut": once the prompt is read, those of visual tokens that did
-        not reach the last layer leave the caches of earlier ones, too.
+        False: every layer keeps the keys and values of all that it read. True: once the prompt is read, those of visual tokens
+        that did not reach the last layer are removed from the caches of earlier ones, too.
     probe : str
         What a gradient goes through: the "next" layer, the last norm and the head; or the "last" layer once more, with the input embeddings in place
         of the head (released Qwen2.5-VL code of PIO-FVLM).
@@ -250,7 +264,7 @@ class DecoderReducer(Reducer):
     score_mask: str = "causal"
     multi_image: str = "joint"
     score_positions: str = "as_is"
-    trim_kv_cache: str = "full"
+    trim_kv_cache: bool = False
     probe: str = "next"
 
     def __post_init__(self) -> None:
@@ -260,9 +274,8 @@ class DecoderReducer(Reducer):
         check_choice("text_query", self.text_query, TEXT_QUERIES)
         check_choice("training_turns", self.training_turns, TRAINING_TURNS)
         check_choice("score_mask", self.score_mask, SCORE_MASKS)
-        check_choice("share", self.multi_image, SHARES)
+        check_choice("multi_image", self.multi_image, MULTI_IMAGE)
         check_choice("score_positions", self.score_positions, SCORE_POSITIONS)
-        check_choice("cache", self.trim_kv_cache, CACHES)
         check_choice("probe", self.probe, PROBES)
 
     def calibration(self) -> Calibration | None:

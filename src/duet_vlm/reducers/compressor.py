@@ -19,12 +19,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.reducers.persistence import BESIDE
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
-from duet_vlm.utils.field_types import FILE
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.persistence import BESIDE
+from duet_vlm.utils.field_types import FILE
 
 FORMAT = 1
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
-from duet_vlm.planning.budget import Budget, Schedule, SpanPlan, check_schedule, count_of, infeasible_budget, largest_int, largest_fraction, target_mean, mean_within
+from duet_vlm.planning.budget import (
+    Budget,
+    Schedule,
+    SpanPlan,
+    check_schedule,
+    count_of,
+    infeasible_budget,
+    largest_fraction,
+    largest_int,
+    mean_within,
+    target_mean,
+)
 from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, check_budget_or_fields, check_choice, plan_keep_all
 
 RELATIVE = ("entry", "current")

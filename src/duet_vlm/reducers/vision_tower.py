@@ -19,11 +19,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_budget_or_fields, plan_keep_all
+from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_budget_or_fields, plan_keep_all
 
 Grid = tuple[int, int]
 

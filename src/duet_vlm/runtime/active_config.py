@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 from numbers import Integral
 
 from duet_vlm.planning.budget import Budget, BudgetError, SpanPlan, infeasible_budget, target_mean
-from duet_vlm.runtime.validation import check_plan
 from duet_vlm.planning.spans import of_each_part, plan_span
 from duet_vlm.reducers.base import Reducer, plan_or_clamp
 from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.runtime.validation import check_plan
 
 
 @dataclass(frozen=True, eq=False)

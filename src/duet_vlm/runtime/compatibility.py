@@ -6,13 +6,13 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.inputs.clip_text import ClipTextEncoder
-from duet_vlm.runtime.prefill.layers import scoring_layers
-from duet_vlm.runtime.encode.build_view import layer_number
-from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 from duet_vlm.models.adapter import Adapter
+from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.runtime.encode.build_view import layer_number
+from duet_vlm.runtime.prefill.layers import scoring_layers
+from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 
 WITHOUT = {"similar": "take relevance='decoder', which compares with the question as the decoder reads it"}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.models.adapter import Encoding
+from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.runtime.active_config import ActiveConfig
 
 ENCODED = "_duet_vlm_encoded"  # attribute of the encoder output that carries its decisions to the decoder
 

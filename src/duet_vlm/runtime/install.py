@@ -7,24 +7,24 @@ from typing import Any
 
 from torch import nn
 
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.encode.encoder import EncoderHooks
-from duet_vlm.runtime.prefill.entry import refuse_chunked_prefill
-from duet_vlm.runtime.training.labels import gather_labels
-from duet_vlm.runtime.training.compressor_module import install_module
-from duet_vlm.runtime.encode.video_chunks import ChunkConfig
-from duet_vlm.runtime.salient_processor import SalientProcessor, accept_salient
-from duet_vlm.runtime.encode.build_view import QuestionTextEncoder, named_layers
-from duet_vlm.runtime.encode.attention_intercept import QKRecorder, SizeBias
-from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks, names_of
-from duet_vlm.runtime.vision_tower.block_hooks import BlockHooks, depth_of
-from duet_vlm.runtime.vision_tower.concatenated import ConcatenatedTowerHooks
-from duet_vlm.runtime.vision_tower.varlen import VarlenTowerHooks
-from duet_vlm.runtime.model_hooks import ModelHooks
-from duet_vlm.utils.hooks import Hooks
-from duet_vlm.models.adapter import TowerBlocks, ConcatenatedBlocks, VarlenTower
+from duet_vlm.models.adapter import ConcatenatedBlocks, TowerBlocks, VarlenTower
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.encode.attention_intercept import QKRecorder, SizeBias
+from duet_vlm.runtime.encode.build_view import QuestionTextEncoder, named_layers
+from duet_vlm.runtime.encode.encoder import EncoderHooks
+from duet_vlm.runtime.encode.video_chunks import ChunkConfig
+from duet_vlm.runtime.model_hooks import ModelHooks
+from duet_vlm.runtime.prefill.entry import refuse_chunked_prefill
+from duet_vlm.runtime.salient_processor import SalientProcessor, accept_salient
+from duet_vlm.runtime.training.compressor_module import install_module
+from duet_vlm.runtime.training.labels import gather_labels
+from duet_vlm.runtime.vision_tower.block_hooks import BlockHooks, depth_of
+from duet_vlm.runtime.vision_tower.concatenated import ConcatenatedTowerHooks
+from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks, names_of
+from duet_vlm.runtime.vision_tower.varlen import VarlenTowerHooks
+from duet_vlm.utils.hooks import Hooks
 
 
 def install(

@@ -11,22 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.prefill.align_output import align
-from duet_vlm.runtime.encode.multimodal_inputs import OUTPUTS, collect_features, collect_inputs, restore_decisions, swap_in_reduced, without_marks
-from duet_vlm.runtime.decode.cache import PromptState, trim_cache, note_evicted
-from duet_vlm.runtime.context import ForwardContext, OriginalArgs, PromptText, ThreadState
-from duet_vlm.runtime.prefill.layers import PrefillPass
-from duet_vlm.runtime.prefill.entry import begin_decoder
-from duet_vlm.runtime.call_tracker import CallTracker
-from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache, reuse_projection
-from duet_vlm.runtime.training.compressor_module import check_learns, touch_all_params
-from duet_vlm.runtime.salient_processor import SALIENT
-from duet_vlm.runtime.training.distributed import needs_rank_sync, add_dummy_image
-from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.utils.hooks import Hooks
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.active_config import ActiveConfig
+from duet_vlm.runtime.call_tracker import CallTracker
+from duet_vlm.runtime.context import ForwardContext, OriginalArgs, PromptText, ThreadState
+from duet_vlm.runtime.decode.cache import PromptState, note_evicted, trim_cache
+from duet_vlm.runtime.encode.multimodal_inputs import OUTPUTS, collect_features, collect_inputs, restore_decisions, swap_in_reduced, without_marks
+from duet_vlm.runtime.prefill.align_output import align
+from duet_vlm.runtime.prefill.entry import begin_decoder
+from duet_vlm.runtime.prefill.layers import PrefillPass
+from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache, reuse_projection
+from duet_vlm.runtime.salient_processor import SALIENT
+from duet_vlm.runtime.training.compressor_module import check_learns, touch_all_params
+from duet_vlm.runtime.training.distributed import add_dummy_image, needs_rank_sync
+from duet_vlm.utils.hooks import Hooks
 
 PASS = "duet_vlm_pass"  # keyword that carries the running pass from the decoder stack to its layers, recomputation included
 
@@ -195,7 +195,7 @@ class ModelHooks:
         step, cache = kwargs.get(PASS), kwargs.get("past_key_values")
         if isinstance(step, PrefillPass) and cache is not None and step.prompt_state.reduces:
             note_evicted(cache, step.prompt_state, step.kinds)
-            if getattr(step.reducer, "trim_kv_cache", "full") == "cut":
+            if getattr(step.reducer, "trim_kv_cache", False):
                 trim_cache(cache, step.prompt_state, step.kinds)
         if step is not None and step.prompt_state.cache_bytes is None:
             filled = getattr(output, "past_key_values", None) if cache is None else cache  # of a prompt left whole the decoder made its own

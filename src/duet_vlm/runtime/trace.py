@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
-from duet_vlm.runtime.context import EncodedFeatures
 from duet_vlm.planning.tokens import SpanTrace, StageTrace
+from duet_vlm.runtime.context import EncodedFeatures
+from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
 
 
 def rows_per_layer(run: PromptState) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

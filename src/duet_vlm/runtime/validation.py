@@ -10,8 +10,8 @@ and a row that is not valid, or a member that joins none (-1), may hold any numb
 How to call them::
 
     plan = checked_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)         # where plans are made, once per size
-    selection, code = checked_selection(reducer, reducer.v2v(view), view, view.plans)        # wherever v2v is called, parts too
-    mask, code = checked_mask(reducer, reducer.t2v(view), view.valid, view.keep)             # wherever t2v is called
+    selection, code = checked_selection(reducer, reducer.select_tokens(view), view, view.plans)        # wherever select_tokens is called, parts too
+    mask, code = checked_mask(reducer, reducer.prune_tokens(view), view.valid, view.keep)             # wherever prune_tokens is called
     raise_if_wrong(int(code), reducer)                                                       # where the code has been read
 
 Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In a prefill the codes of selections stand beside ``finite`` in
@@ -34,8 +34,8 @@ import torch
 from torch import Tensor
 
 from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer, DecoderView, EncoderView
 from duet_vlm.planning.tokens import MERGES, Selection
+from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 
 MEMBER = 1 << 32  # how a member counts in a table where a kept row counts 1
@@ -61,15 +61,15 @@ class InvalidSelection(IntEnum):
 
 
 MESSAGES = {
-    InvalidSelection.WEIGHTS: "v2v returned a selection with weights that are not finite{}: the weight of a member that joins a row is a finite number",
-    InvalidSelection.MEMBERS: "v2v returned a selection that merges a token twice, or one that it also keeps{}: every token is kept, merged once or dropped "
+    InvalidSelection.WEIGHTS: "select_tokens returned a selection with weights that are not finite{}: the weight of a member that joins a row is a finite number",
+    InvalidSelection.MEMBERS: "select_tokens returned a selection that merges a token twice, or one that it also keeps{}: every token is kept, merged once or dropped "
     "(give weights to merge it into several rows)",
-    InvalidSelection.INTO: "v2v returned a selection that merges a token into a row that does not exist{}: into is the number of a valid row of index, or -1",
-    InvalidSelection.TWICE: "v2v returned a selection that keeps a token twice{}: the valid entries of index must differ",
-    InvalidSelection.PADDING: "v2v returned a selection with padding in it{}: choose and merge tokens only where view.valid is True",
-    InvalidSelection.ROWS: "v2v returned a selection with another number of rows than planned{}: per span, view.dominant + view.contextual rows are valid",
-    InvalidSelection.RANGE: "v2v returned a selection of tokens that do not exist{}: index and members are token numbers from 0 to view.valid.shape[1] - 1",
-    InvalidSelection.KEPT: "t2v returned a mask that keeps another number of tokens than planned{}: per row, keep exactly view.keep of the tokens in view.valid",
+    InvalidSelection.INTO: "select_tokens returned a selection that merges a token into a row that does not exist{}: into is the number of a valid row of index, or -1",
+    InvalidSelection.TWICE: "select_tokens returned a selection that keeps a token twice{}: the valid entries of index must differ",
+    InvalidSelection.PADDING: "select_tokens returned a selection with padding in it{}: choose and merge tokens only where view.valid is True",
+    InvalidSelection.ROWS: "select_tokens returned a selection with another number of rows than planned{}: per span, view.dominant + view.contextual rows are valid",
+    InvalidSelection.RANGE: "select_tokens returned a selection of tokens that do not exist{}: index and members are token numbers from 0 to view.valid.shape[1] - 1",
+    InvalidSelection.KEPT: "prune_tokens returned a mask that keeps another number of tokens than planned{}: per row, keep exactly view.keep of the tokens in view.valid",
     InvalidSelection.UNITS: "stay returned a mask that keeps another number of units than planned{}: per picture, keep exactly view.keep of those in view.valid",
 }
 
@@ -168,14 +168,14 @@ def check_selection(reducer: Reducer, selection: Selection, view: EncoderView, p
         What is wrong, the method and what it returned.
     """
     most = max(plan.entry for plan in plans)
-    return _checked(reducer, "v2v", selection, view.valid, view.dominant + view.contextual, most, _shown_to(view))
+    return _checked(reducer, "select_tokens", selection, view.valid, view.dominant + view.contextual, most, _shown_to(view))
 
 
 def check_rows(reducer: DecoderReducer, selection: Selection, view: DecoderView) -> tuple[Selection, Tensor]:
     """As ``checked_selection``, for rows [B, V] that `prune_tokens` keeps and merges inside the decoder; ``view.keep`` of them."""
     if not reducer.merges:
-        raise ValueError(f"{_name(reducer)}.t2v returned a Selection: a method that merges inside the decoder says so (merges = True)")
-    return _checked(reducer, "t2v", selection, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), None)
+        raise ValueError(f"{_name(reducer)}.prune_tokens returned a Selection: a method that merges inside the decoder says so (merges = True)")
+    return _checked(reducer, "prune_tokens", selection, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), None)
 
 
 def _checked(
@@ -300,7 +300,7 @@ def check_counts(reducer: TowerReducer, units: int, left: int, depth: int) -> Se
 
 
 def check_mask(
-    reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor | None, verb: str = "t2v", wrong: InvalidSelection = InvalidSelection.KEPT
+    reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor | None, verb: str = "prune_tokens", wrong: InvalidSelection = InvalidSelection.KEPT
 ) -> tuple[Tensor, Tensor]:
     """The mask [B, V] that ``reducer`` made of the tokens that stay, False for padding, and the code of what is wrong with it.
 

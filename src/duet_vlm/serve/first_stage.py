@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from duet_vlm.runtime.encode.selection import select_tokens, part_sizes
-from duet_vlm.runtime.validation import raise_if_invalid
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
-from duet_vlm.serve.served_method import ServedMethod
 from duet_vlm.reducers.encoder_view import LayerView
+from duet_vlm.runtime.encode.selection import part_sizes, select_tokens
+from duet_vlm.runtime.validation import raise_if_invalid
+from duet_vlm.serve.served_method import ServedMethod
 
 TowerSignals = tuple[Sequence[Tensor], Sequence[Tensor]]
 

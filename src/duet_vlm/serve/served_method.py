@@ -12,14 +12,14 @@ from functools import lru_cache
 from typing import Any
 
 import duet_vlm
-from duet_vlm.planning.budget import Budget, SpanPlan, check_budget
-from duet_vlm.runtime.encode.selection import reduces_per_crop
-from duet_vlm.runtime.validation import check_plan
 from duet_vlm.methods.lookup import get_method
+from duet_vlm.planning.budget import Budget, SpanPlan, check_budget
 from duet_vlm.planning.spans import plan_span
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer, with_fields
-from duet_vlm.utils.field_types import to_plain
 from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.runtime.encode.selection import reduces_per_crop
+from duet_vlm.runtime.validation import check_plan
+from duet_vlm.utils.field_types import to_plain
 
 KEY = "duet"  # of the model's config: {"method": ..., "budget": ..., and settings of the method}
 REQUEST = "duet_budget"  # of a request's processor arguments

@@ -17,7 +17,6 @@ from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from duet_vlm.inputs.images import eight_bits, rgb
-
 from duet_vlm.tiny.clips import FRAMES, PATCH, SIDE
 from duet_vlm.tiny.video_network import NEW_WORDS, VIDEO, build_video_tokenizer
 

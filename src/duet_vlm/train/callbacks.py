@@ -10,8 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback
 
 from duet_vlm import Handle, save_to_config
-from duet_vlm.planning.budget import Budget
 from duet_vlm.models.lookup import core_of
+from duet_vlm.planning.budget import Budget
 from duet_vlm.train.settings import TrainSettings
 
 SHOWN = {"loss": "loss", "lr": "learning_rate", "held-out loss": "eval_loss"}

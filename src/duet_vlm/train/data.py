@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
 from duet_vlm import tiny
-from duet_vlm.utils.contents import digest_of, ends
 from duet_vlm.inputs.images import local, open_image
+from duet_vlm.utils.contents import digest_of, ends
 
 DRAWN = {"tiny": False, "tiny-crowded": True}  # name -> crowded scenes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
-from duet_vlm import EncoderReducer, Selection, EncoderView, attach
+from duet_vlm import EncoderReducer, EncoderView, Selection, attach
 from duet_vlm.train.collate import Collator
 from duet_vlm.train.settings import TrainSettings
 
@@ -88,4 +88,4 @@ def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
             wrong.append((found.custom_rows.float()[there] - target).square().mean() / target.var(0, unbiased=False).mean().clamp(min=1e-6))
         return found
 
-    return type(kind.__name__, (kind,), {"v2v": v2v})(**{each.name: getattr(reducer, each.name) for each in fields(reducer)})
+    return type(kind.__name__, (kind,), {"select_tokens": select_tokens})(**{each.name: getattr(reducer, each.name) for each in fields(reducer)})

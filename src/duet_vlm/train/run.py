@@ -15,13 +15,13 @@ from transformers.trainer_utils import EvalLoopOutput
 from duet_vlm import Handle, NewWeights, attach
 from duet_vlm.api.loading import base_of, load, quiet
 from duet_vlm.models.lookup import adapter_for
-from duet_vlm.utils.suggest import did_you_mean
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
 from duet_vlm.train.collate import IGNORED, Collator
 from duet_vlm.train.data import conversations
 from duet_vlm.train.imitate import imitate
 from duet_vlm.train.settings import TrainSettings
+from duet_vlm.utils.suggest import did_you_mean
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 DEFAULTS = {

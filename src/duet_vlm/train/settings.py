@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from duet_vlm.planning.budget import Budget, check_budget
-from duet_vlm.utils.suggest import did_you_mean
 from duet_vlm.train.yaml_text import mapping
+from duet_vlm.utils.suggest import did_you_mean
 
 TUNED = ("full", "lora", "projector")
 PROMPTS = ("chat", "plain")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from duet_vlm.viz.colors import group
 from duet_vlm.inputs.images import rgb
 from duet_vlm.planning.tokens import SpanTrace
+from duet_vlm.viz.colors import group
 from duet_vlm.viz.merges import numbered, stage_name, stages
 from duet_vlm.viz.overlay import ANCHOR, DROPPED, MEMBER, NUMBERED, SHADE, Panel, cell_box, heat_map, mix, number_patch, outline
 

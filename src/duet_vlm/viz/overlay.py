@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from duet_vlm.viz.colors import Color, group, heat
 from duet_vlm.inputs.images import rgb
 from duet_vlm.planning.tokens import SpanTrace, StageTrace
+from duet_vlm.viz.colors import Color, group, heat
 from duet_vlm.viz.font import fitted, width, write
 from duet_vlm.viz.merges import numbered, origins, stages
 

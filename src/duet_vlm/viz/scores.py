@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from duet_vlm import DecoderReducer, EncoderReducer, Reducer, SpanTrace, DecoderView, EncoderView
+from duet_vlm import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer, SpanTrace
 
 
 class ScoreRecorder:
@@ -29,14 +29,14 @@ class ScoreRecorder:
                 watcher._see_entry(view)
                 return cls.select_tokens(self, view)  # type: ignore[attr-defined]
 
-            facts["v2v"] = v2v
+            facts["select_tokens"] = select_tokens
         if isinstance(method, DecoderReducer):
 
             def prune_tokens(self: Any, view: DecoderView) -> Any:
                 watcher._see_drop(view)
                 return cls.prune_tokens(self, view)  # type: ignore[attr-defined]
 
-            facts |= {"t2v": t2v, "uses_tokens": True}
+            facts |= {"prune_tokens": prune_tokens, "uses_tokens": True}
         made: Any = type(cls.__name__, (cls,), facts)
         self.reducer: Reducer = made(**method.settings())
 

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.evaluation.lmms.plugin import MODEL
 from duet_vlm.evaluation.lmms.arguments import parse_arguments, value_of
+from duet_vlm.evaluation.lmms.plugin import MODEL
 
 TASKS = Path(__file__).parent / "tasks"  # for --include_path
 INSTALL = 'lmms-eval is not installed here: pip install ".[lmms]" in your clone of duet-vlm (in an environment of its own: about a hundred packages)'

@@ -12,8 +12,8 @@ from lmms_eval.protocol import ChatMessages
 from loguru import logger
 from tqdm import tqdm
 
+from duet_vlm.evaluation.lmms.arguments import fields_of, generation_of, parse_arguments
 from duet_vlm.evaluation.lmms.engine import Engine
-from duet_vlm.evaluation.lmms.arguments import parse_arguments, fields_of, generation_of
 
 
 class DuetVLM(lmms):

@@ -14,17 +14,17 @@ import torch
 from torch import nn
 
 import duet_vlm
-from duet_vlm.evaluation.speed.prompts import BenchPrompt, encode, prompt_for
-from duet_vlm.evaluation.speed.predicted import workload
-from duet_vlm.evaluation.speed.timers import StageTimers
-from duet_vlm.evaluation.results import environment
 from duet_vlm.api.handle import Handle
-from duet_vlm.profiling.flop_counter import cache_bytes, memory_of
-from duet_vlm.profiling.devices import SHEETS, TORCH, Device, this_machine
-from duet_vlm.profiling.roofline import ModelCost, Workload, predict
-from duet_vlm.profiling.timing import Timing, time_paired, ratio
+from duet_vlm.evaluation.results import environment
+from duet_vlm.evaluation.speed.predicted import workload
+from duet_vlm.evaluation.speed.prompts import BenchPrompt, encode, prompt_for
+from duet_vlm.evaluation.speed.timers import StageTimers
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.models.lookup import adapter_for
+from duet_vlm.profiling.devices import SHEETS, TORCH, Device, this_machine
+from duet_vlm.profiling.flop_counter import cache_bytes, memory_of
+from duet_vlm.profiling.roofline import ModelCost, Workload, predict
+from duet_vlm.profiling.timing import Timing, ratio, time_paired
 
 CARDS = {"pcie", "nvl"}  # slower forms of modules that have the same name; the sheets are those of the modules
 

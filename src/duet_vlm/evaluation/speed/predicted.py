@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from duet_vlm.api.report_inputs import decoder_terms
-from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.api.handle import Handle
+from duet_vlm.api.report_inputs import decoder_terms
+from duet_vlm.models.adapter import Adapter, ConcatenatedBlocks, TowerBlocks, VarlenTower
+from duet_vlm.planning.budget import SpanPlan, TowerStages
+from duet_vlm.planning.spans import tower_counts
 from duet_vlm.profiling.report import Report, SampleCounts, make_report
 from duet_vlm.profiling.roofline import Workload
-from duet_vlm.models.adapter import Adapter, TowerBlocks, ConcatenatedBlocks, VarlenTower
-from duet_vlm.planning.spans import tower_counts
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
 
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from duet_vlm import BudgetError
-from duet_vlm.evaluation.run_sample import attached, inputs_of, sharing
+from duet_vlm.api.loading import LoadedModel
 from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell
 from duet_vlm.evaluation.journal import Journal
+from duet_vlm.evaluation.run_sample import attached, inputs_of, sharing
 from duet_vlm.evaluation.shared_vision import SharedVision
-from duet_vlm.evaluation.tasks import TaskQuestion, Task, accepted
-from duet_vlm.api.loading import LoadedModel
+from duet_vlm.evaluation.tasks import Task, TaskQuestion, accepted
 from duet_vlm.evaluation.tune.halving import AnswerScore
 
 FULL = ExperimentCell(BASELINE, label="full model")

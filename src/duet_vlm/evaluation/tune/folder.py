@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from duet_vlm.utils.contents import digest_of
-from duet_vlm.evaluation.tasks import TaskQuestion, Task
+from duet_vlm.evaluation.tasks import Task, TaskQuestion
 from duet_vlm.inputs.images import open_image
 from duet_vlm.inputs.video import decode
+from duet_vlm.utils.contents import digest_of
 
 PICTURES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 CLIPS = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm"})

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 from typing import Any
 
-from duet_vlm.viz.colors import COLOURS, GRID, GROUND, INK, MUTED, RC
 from duet_vlm.evaluation.tune.binomial import percent
+from duet_vlm.viz.colors import COLOURS, GRID, GROUND, INK, MUTED, RC
 
 MARKERS = "os^DvpP<>h"
 

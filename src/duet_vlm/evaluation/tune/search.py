@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from duet_vlm.evaluation.speed.predicted import equal_parts, workload
-from duet_vlm.evaluation.run_sample import attached, inputs_of
+from duet_vlm.api.loading import LoadedModel
 from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell
 from duet_vlm.evaluation.results import environment
 from duet_vlm.evaluation.run import model_facts
+from duet_vlm.evaluation.run_sample import attached, inputs_of
 from duet_vlm.evaluation.source import source
+from duet_vlm.evaluation.speed.predicted import equal_parts, workload
 from duet_vlm.evaluation.tasks import TaskQuestion, accepted
 from duet_vlm.evaluation.timing import prefill_times
-from duet_vlm.api.loading import LoadedModel
-from duet_vlm.profiling.roofline import ModelCost, memory_bytes
-from duet_vlm.models.lookup import adapter_for
 from duet_vlm.evaluation.tune.answers import FULL, AnswerSource
 from duet_vlm.evaluation.tune.binomial import QuestionSplit, percent, split
 from duet_vlm.evaluation.tune.halving import RUNGS, Candidate, choose, confirm
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.profiling.roofline import ModelCost, memory_bytes
 
 FORMAT = 1
 TIMED = 8  # questions of the prompt that is timed

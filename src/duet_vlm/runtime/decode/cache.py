@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.prefill import masks
-from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.models.adapter import FULL, LINEAR, SLIDING, Adapter, Rotary
+from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection, Span, TokenMap
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.active_config import ActiveConfig
+from duet_vlm.runtime.prefill import masks
 
 
 @dataclass(eq=False)

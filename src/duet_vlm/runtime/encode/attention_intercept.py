@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from duet_vlm.models.adapter import RecordedQK
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import ThreadState
 from duet_vlm.runtime.encode.selection import record_qk
 from duet_vlm.utils.hooks import foreign
-from duet_vlm.models.adapter import RecordedQK
 
 FLASH = "_flash_attention_2"  # modules choose their packed path by the word "flash" in the name
 

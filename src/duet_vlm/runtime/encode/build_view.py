@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.context import ForwardContext, EncodeContext, PromptText, ThreadState
-from duet_vlm.runtime.prefill.masks import real_rows
-from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK
-from duet_vlm.ops.ragged import pack_right, pad_rows, gather_rows
-from duet_vlm.reducers.base import EncoderReducer
 from duet_vlm.inputs.text_queries import query_rows
+from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK
+from duet_vlm.ops.ragged import gather_rows, pack_right, pad_rows
+from duet_vlm.reducers.base import EncoderReducer
 from duet_vlm.reducers.encoder_view import Change, Layer, LayerView, QuestionView
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.context import EncodeContext, ForwardContext, PromptText, ThreadState
+from duet_vlm.runtime.prefill.masks import real_rows
 
 FRONT = {"importance": torch.finfo(torch.float32).max}  # of a CLS row that is fed in front: kept before any other
 NOWHERE = -1

@@ -18,19 +18,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.context import ENCODED, ReceivedFeatures, SpanSelection, EncodedFeatures, EncodeContext, PromptText, ThreadState
-from duet_vlm.runtime.encode.selection import plan_spans, select_tokens, part_sizes, slots_of, reduces_per_crop
-from duet_vlm.runtime.encode.video_chunks import ChunkPlan, ChunkedFeatures, ChunkConfig
-from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.runtime.encode.build_view import SignalLayers, QuestionTextEncoder, question_state, grid_of, layer_views, layer_view, projector_function, question_of
-from duet_vlm.runtime.validation import not_finite
 from duet_vlm.models.adapter import Adapter, Encoding, Modality
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows, stacked
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.reducers.encoder_view import LayerView
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.active_config import ActiveConfig
+from duet_vlm.runtime.context import ENCODED, EncodeContext, EncodedFeatures, PromptText, ReceivedFeatures, SpanSelection, ThreadState
+from duet_vlm.runtime.encode.build_view import (
+    QuestionTextEncoder,
+    SignalLayers,
+    grid_of,
+    layer_view,
+    layer_views,
+    projector_function,
+    question_of,
+    question_state,
+)
+from duet_vlm.runtime.encode.selection import part_sizes, plan_spans, reduces_per_crop, select_tokens, slots_of
+from duet_vlm.runtime.encode.video_chunks import ChunkConfig, ChunkedFeatures, ChunkPlan
+from duet_vlm.runtime.validation import not_finite
 
 Features = Callable[[], Tensor | None]
 

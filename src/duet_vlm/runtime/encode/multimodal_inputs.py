@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.runtime.context import ENCODED, ReceivedFeatures, ForwardContext, EncodedFeatures, OriginalArgs
-from duet_vlm.runtime.encode.encoder import publish_features, is_marked
-from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.models.adapter import Adapter
+from duet_vlm.runtime.active_config import ActiveConfig
+from duet_vlm.runtime.context import ENCODED, EncodedFeatures, ForwardContext, OriginalArgs, ReceivedFeatures
+from duet_vlm.runtime.encode.encoder import is_marked, publish_features
 
 OUTPUTS = "mm_encoder_outputs"  # of a forward call, and of generate()
 SHOWN = ("image_hidden_states", "video_hidden_states")  # features among a model's outputs

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.runtime.validation import check_selection
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducers.base import EncoderReducer, EncoderView
+from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView
+from duet_vlm.runtime.validation import check_selection
 
 
 def select_each(reducer: EncoderReducer, view: EncoderView, parts: list[Tensor]) -> tuple[Selection, Tensor]:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.runtime.encode.per_crop import select_each, with_structure
-from duet_vlm.runtime.validation import check_selection
 from duet_vlm.models.adapter import RecordedQK
 from duet_vlm.ops.score import one_head
-from duet_vlm.reducers.base import EncoderReducer, Reducer, EncoderView
+from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, Reducer
 from duet_vlm.reducers.encoder_view import LayerView
+from duet_vlm.runtime.encode.per_crop import select_each, with_structure
+from duet_vlm.runtime.validation import check_selection
 
 STRUCTURE, PADDING = -1, -2  # in place of the number of a part
 
@@ -28,7 +28,7 @@ def reduces_per_crop(reducer: Reducer, usual: bool) -> bool:
     """Whether V2V looks at the parts of a span one by one, where a family ``usual``ly does so or not."""
     if not isinstance(reducer, EncoderReducer) or reducer.crops == "joint":
         return False
-    return reducer.crops == "each" or (usual and not reducer.compares_frames)
+    return reducer.crops == "per_crop" or (usual and not reducer.compares_frames)
 
 
 def plan_spans(

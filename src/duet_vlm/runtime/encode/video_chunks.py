@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.context import EncodeContext
 from duet_vlm.models.adapter import Adapter, Encoding
 from duet_vlm.reducers.base import Reducer
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.context import EncodeContext
 
 SHARE = 0.25  # of the free memory of an accelerator, for what the tower makes of one piece
 

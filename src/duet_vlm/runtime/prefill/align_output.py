@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.runtime.decode.cache import PromptState
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.runtime.decode.cache import PromptState
 
 
 def align(output: Any, run: PromptState) -> Any:

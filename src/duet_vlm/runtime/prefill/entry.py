@@ -10,21 +10,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duet_vlm.inputs.text_queries import query_rows
+from duet_vlm.models.adapter import FULL, SLIDING, Adapter
+from duet_vlm.ops.ragged import gather_rows, pack_left
 from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.planning.tokens import Span, TokenMap
+from duet_vlm.reducers.base import DecoderReducer
 from duet_vlm.runtime import compat
-from duet_vlm.runtime.decode.cache import DecodePass, PrunedCacheMixin, LayerGroup, RankingGroup, PromptState, ProtectedCount, bind_prompt, unbind_prompt
+from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.context import ForwardContext
-from duet_vlm.runtime.prefill.layers import PrefillPass
+from duet_vlm.runtime.decode.cache import (
+    DecodePass,
+    LayerGroup,
+    PromptState,
+    ProtectedCount,
+    PrunedCacheMixin,
+    RankingGroup,
+    bind_prompt,
+    unbind_prompt,
+)
 from duet_vlm.runtime.encode.encoder import is_marked
-from duet_vlm.runtime.prefill.prompt_layout import SpansBySample, PromptLayout, check_pictures, assign_spans, predicting_rows, read_layout, rows_that_stay, span_ends, spans_of
+from duet_vlm.runtime.prefill.layers import PrefillPass
 from duet_vlm.runtime.prefill.masks import cut_mask, documents, real_rows, window
 from duet_vlm.runtime.prefill.positions import entry_positions, next_positions, prompt_positions
-from duet_vlm.runtime.active_config import ActiveConfig
-from duet_vlm.models.adapter import FULL, SLIDING, Adapter
-from duet_vlm.ops.ragged import pack_left, gather_rows
-from duet_vlm.reducers.base import DecoderReducer
-from duet_vlm.inputs.text_queries import query_rows
-from duet_vlm.planning.tokens import Span, TokenMap
+from duet_vlm.runtime.prefill.prompt_layout import (
+    PromptLayout,
+    SpansBySample,
+    assign_spans,
+    check_pictures,
+    predicting_rows,
+    read_layout,
+    rows_that_stay,
+    span_ends,
+    spans_of,
+)
 
 
 def begin_decoder(adapter: Adapter, call: ForwardContext, kwargs: dict[str, Any]) -> DecodePass | PrefillPass | None:
@@ -82,7 +101,7 @@ def _prefill(adapter: Adapter, rules: ActiveConfig, call: ForwardContext, kwargs
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
     if isinstance(reducer, DecoderReducer) and reducer.skip_unanswered and call.labels is not None:
         plans = tuple(_without_drops(row) if not answered else row for row, answered in zip(plans, layout.has_labels, strict=True))
-    pools = _pools(plans, spans, layout, prompt, left_out, each=getattr(reducer, "multi_image", "joint") == "each")
+    pools = _pools(plans, spans, layout, prompt, left_out, each=getattr(reducer, "multi_image", "joint") == "per_image")
     run = PromptState(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.num_text_after_image), call.num_draft_tokens)
     run.element_bytes, run.num_real_tokens = embeds.element_size(), valid.sum(1)
     run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
@@ -96,7 +115,7 @@ def _prefill(adapter: Adapter, rules: ActiveConfig, call: ForwardContext, kwargs
         cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config) if cache is None else cache
         bind_prompt(cache, run)
     replay = stored.setdefault("survivors", {}) if run.reduces and not cached else {}
-    if replay and getattr(reducer, "trim_kv_cache", "full") == "cut":
+    if replay and getattr(reducer, "trim_kv_cache", False):
         raise ValueError(f"{reducer.name}: trim_kv_cache=True takes rows out of a cache, and use_cache=False has none: use a cache, or trim_kv_cache=False")
     return PrefillPass(run, adapter, cache, queries, list(layout.num_queries), kwargs, replay)
 

@@ -7,19 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
+from duet_vlm.ops.ragged import gather_last_dim, gather_rows
+from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.reducers.base import DecoderReducer, Reducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
-from duet_vlm.runtime.prefill.drop_stage import StageDecision, StageGather, replay, decide_stage
 from duet_vlm.runtime.encode.encoder import check_finite
-from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
+from duet_vlm.runtime.prefill.attention_scores import Signals, TextAttentionScorer
+from duet_vlm.runtime.prefill.drop_stage import StageDecision, StageGather, decide_stage, replay
 from duet_vlm.runtime.prefill.masks import cut_mask
 from duet_vlm.runtime.prefill.positions import group_rotary
 from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
-from duet_vlm.runtime.prefill.attention_scores import TextAttentionScorer, Signals
-from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
-from duet_vlm.ops.ragged import gather_rows, gather_last_dim
-from duet_vlm.reducers.base import DecoderReducer, Reducer
-from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
 
 NAMES = {"scores": "the attention scores", "among": "the attention scores", "keys": "the keys"}
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.runtime.compat import is_allowed
 from duet_vlm.models.adapter import FULL
 from duet_vlm.ops.ragged import gather_square
+from duet_vlm.runtime.compat import is_allowed
 
 
 def real_rows(mask: Any, embeds: Tensor) -> Tensor:

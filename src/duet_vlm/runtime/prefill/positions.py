@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.models.adapter import Adapter, Rotary
-from duet_vlm.ops.ragged import last_true, gather_rows, gather_last_dim
+from duet_vlm.ops.ragged import gather_last_dim, gather_rows, last_true
 from duet_vlm.planning.tokens import TokenMap
 
 

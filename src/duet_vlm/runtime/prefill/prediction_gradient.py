@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.runtime.prefill.attention_scores import layer_device
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.runtime.prefill.attention_scores import layer_device
 
 ROWS = 4  # rows that are predicted from: those before the last one
 LIFTED = 1000.0  # the loss in half precision, where small gradients vanish

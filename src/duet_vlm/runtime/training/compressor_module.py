@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.reducers.compressor import ModuleSizes
-from duet_vlm.utils.hooks import Hooks
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.compressor import ModuleSizes
+from duet_vlm.utils.hooks import Hooks
 
 NAME = "duet_vlm_module"
 FROZEN = (

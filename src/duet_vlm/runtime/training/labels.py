@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.runtime.context import ThreadState
 from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.runtime.context import ThreadState
 
 IGNORED = -100
 

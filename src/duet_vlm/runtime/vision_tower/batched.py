@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.planning.budget import TowerStages
-from duet_vlm.runtime.vision_tower.selection import PatchSelection
-from duet_vlm.runtime.vision_tower.state import TowerState
-from duet_vlm.runtime.vision_tower.patch_groups import content_first
 from duet_vlm.models.adapter import RecordedQK
 from duet_vlm.ops.merge import weighed_means
 from duet_vlm.ops.ragged import gather_rows, gather_square
 from duet_vlm.ops.score import cls_attention, column_attention
+from duet_vlm.planning.budget import TowerStages
 from duet_vlm.reducers.vision_tower import Grid
+from duet_vlm.runtime.vision_tower.patch_groups import content_first
+from duet_vlm.runtime.vision_tower.selection import PatchSelection
+from duet_vlm.runtime.vision_tower.state import TowerState
 
 
 @dataclasses.dataclass

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.planning.budget import TowerStages
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.context import EncodeContext
-from duet_vlm.runtime.vision_tower.selection import apply_selection
-from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
-from duet_vlm.runtime.vision_tower.state import TowerState
-from duet_vlm.runtime.vision_tower.patch_groups import stages_of
-from duet_vlm.models.adapter import Adapter, TowerBlocks, VarlenTower, RecordedQK
+from duet_vlm.models.adapter import Adapter, RecordedQK, TowerBlocks, VarlenTower
 from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.planning.budget import TowerStages
 from duet_vlm.reducers.base import EncoderReducer, Reducer
 from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.context import EncodeContext
+from duet_vlm.runtime.vision_tower.patch_groups import stages_of
+from duet_vlm.runtime.vision_tower.selection import apply_selection
+from duet_vlm.runtime.vision_tower.state import TowerState
+from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
 
 
 @dataclass(frozen=True)

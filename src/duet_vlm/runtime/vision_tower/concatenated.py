@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.context import EncodeContext
-from duet_vlm.runtime.vision_tower.selection import select_patches
-from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
-from duet_vlm.runtime.vision_tower.capabilities import is_flash, recomputes, runs_again, bias_refusal
-from duet_vlm.runtime.vision_tower.varlen import SurvivingPatches, VarlenTowerState, host_grids
-from duet_vlm.runtime.vision_tower.patch_groups import frames_before, in_cells, in_patches
-from duet_vlm.models.adapter import TowerBlocks, ConcatenatedBlocks, RecordedQK
+from duet_vlm.models.adapter import ConcatenatedBlocks, RecordedQK, TowerBlocks
 from duet_vlm.ops.ragged import gather_rows, gather_square
 from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.context import EncodeContext
+from duet_vlm.runtime.vision_tower.capabilities import bias_refusal, is_flash, recomputes, runs_again
+from duet_vlm.runtime.vision_tower.patch_groups import frames_before, in_cells, in_patches
+from duet_vlm.runtime.vision_tower.selection import select_patches
+from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
+from duet_vlm.runtime.vision_tower.varlen import SurvivingPatches, VarlenTowerState, host_grids
 
 
 @dataclasses.dataclass(kw_only=True)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime.context import EncodeContext
 from duet_vlm.runtime.validation import check_counts
-from duet_vlm.reducers.vision_tower import TowerReducer
 
 
 def in_cells(grid: Tensor, cell: int) -> Tensor:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.runtime.validation import check_merge_pairs, check_units
 from duet_vlm.ops.merge import BLOCK, in_stretches, sizes_of, weighed_means
-from duet_vlm.ops.ragged import pack_right, gather_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.reducers.vision_tower import Grid, MergePairs, TowerReducer, TowerView
+from duet_vlm.runtime.validation import check_merge_pairs, check_units
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from duet_vlm.planning.budget import TowerStages
-from duet_vlm.runtime.vision_tower.selection import PatchSelection
 from duet_vlm.models.adapter import RecordedQK
+from duet_vlm.planning.budget import TowerStages
 from duet_vlm.reducers.vision_tower import Grid
+from duet_vlm.runtime.vision_tower.selection import PatchSelection
 
 
 class TowerState(ABC):

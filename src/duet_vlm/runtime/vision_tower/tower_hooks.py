@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.context import EncodeContext, ThreadState
-from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
-from duet_vlm.runtime.vision_tower.selection import select_patches
-from duet_vlm.runtime.vision_tower.capabilities import recomputes, runs_again, takes_bias, bias_refusal
-from duet_vlm.runtime.vision_tower.patch_groups import content_first, frames_before, in_cells, in_patches, stages_of
 from duet_vlm.models.adapter import Adapter, TowerBlocks
 from duet_vlm.planning.spans import tower_counts
 from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.context import EncodeContext, ThreadState
+from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
+from duet_vlm.runtime.vision_tower.capabilities import bias_refusal, recomputes, runs_again, takes_bias
+from duet_vlm.runtime.vision_tower.patch_groups import content_first, frames_before, in_cells, in_patches, stages_of
+from duet_vlm.runtime.vision_tower.selection import select_patches
 
 
 class TowerHooks:

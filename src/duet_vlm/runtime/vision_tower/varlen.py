@@ -15,19 +15,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.planning.budget import TowerStages
-from duet_vlm.runtime import compat
-from duet_vlm.runtime.context import EncodeContext
-from duet_vlm.runtime.vision_tower.selection import PatchSelection, select_patches
-from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
-from duet_vlm.runtime.vision_tower.capabilities import is_flash, recomputes, runs_again, bias_refusal
-from duet_vlm.runtime.vision_tower.state import TowerState
-from duet_vlm.runtime.vision_tower.patch_groups import frames_before
-from duet_vlm.models.adapter import VarlenTower, RecordedQK
+from duet_vlm.models.adapter import RecordedQK, VarlenTower
 from duet_vlm.ops.merge import weighed_means
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.score import column_attention
+from duet_vlm.planning.budget import TowerStages
 from duet_vlm.reducers.vision_tower import Grid, TowerReducer
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.context import EncodeContext
+from duet_vlm.runtime.vision_tower.capabilities import bias_refusal, is_flash, recomputes, runs_again
+from duet_vlm.runtime.vision_tower.patch_groups import frames_before
+from duet_vlm.runtime.vision_tower.selection import PatchSelection, select_patches
+from duet_vlm.runtime.vision_tower.state import TowerState
+from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
 
 
 @dataclasses.dataclass

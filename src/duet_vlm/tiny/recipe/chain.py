@@ -16,22 +16,21 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from duet_vlm.tiny.recipe.stages import Stage
-
 from duet_vlm.tiny import load
 from duet_vlm.tiny.chain_network import CHAIN_TOKEN, TURNS, build_decoder
 from duet_vlm.tiny.chain_questions import KINDS, PAIRS, SINGLE, GridScene, pair_question
 from duet_vlm.tiny.chain_scenes import CELLS, SIDE, STREAMS, grid_scene
 from duet_vlm.tiny.labels import patch_labels
 from duet_vlm.tiny.network import FEATURE_LAYER, VISUAL_TOKENS
-from duet_vlm.tiny.render import render
-from duet_vlm.tiny.scenes import GRID
 from duet_vlm.tiny.recipe.chain_lessons import LESSONS, questions
-from duet_vlm.tiny.recipe.chain_packing import PackedQuestion, PackedChains, answer_loss, decode, pack
+from duet_vlm.tiny.recipe.chain_packing import PackedChains, PackedQuestion, answer_loss, decode, pack
 from duet_vlm.tiny.recipe.decoder import LabelFeatures
 from duet_vlm.tiny.recipe.optim import optimizers
 from duet_vlm.tiny.recipe.packing import Lesson, choose_patches, lesson
+from duet_vlm.tiny.recipe.stages import Stage
 from duet_vlm.tiny.recipe.tower import to_pixels
+from duet_vlm.tiny.render import render
+from duet_vlm.tiny.scenes import GRID
 
 ANSWERS = 96  # of a step about single pictures
 PAIRS_SHOWN, PAIR_QUESTIONS, PAIR_EVERY = 4, 12, 6  # every so many steps pairs of pictures, once pictures are whole

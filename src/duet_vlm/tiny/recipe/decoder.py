@@ -13,13 +13,13 @@ from duet_vlm.tiny.assets import WORDS
 from duet_vlm.tiny.labels import LABELS
 from duet_vlm.tiny.network import DECODER_LAYERS, VISUAL_TOKENS, WIDTH, decoder_config
 from duet_vlm.tiny.questions import KINDS, PLURALS, questions
-from duet_vlm.tiny.scenes import COLOR_NAMES, GRID, SHAPES, generator, scene
-from duet_vlm.tiny.text import TOKEN
 from duet_vlm.tiny.recipe.optim import optimizers, rate
 from duet_vlm.tiny.recipe.packing import Lesson, PackedLesson, choose_patches, lesson, pack
-from duet_vlm.tiny.recipe.reading import FactProbes, AttentionWatch, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
+from duet_vlm.tiny.recipe.reading import AttentionWatch, FactProbes, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
 from duet_vlm.tiny.recipe.stages import Stage
 from duet_vlm.tiny.recipe.starts import position_waves, start_decoder
+from duet_vlm.tiny.scenes import COLOR_NAMES, GRID, SHAPES, generator, scene
+from duet_vlm.tiny.text import TOKEN
 
 BATCH, QUESTIONS = 8, 12
 FEW = (28, 40, 57, 85, 128)  # visual tokens of the shortened pictures

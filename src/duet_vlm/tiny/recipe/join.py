@@ -12,13 +12,13 @@ from transformers import LlavaModel
 
 from duet_vlm.tiny.labels import presence
 from duet_vlm.tiny.network import DECODER_LAYERS, FEATURE_LAYER, VISUAL_TOKENS, build_model
-from duet_vlm.tiny.render import render
 from duet_vlm.tiny.recipe.decoder import FEW, DecoderStage, all_patches, lessons, shorten
 from duet_vlm.tiny.recipe.optim import optimizers, rate
 from duet_vlm.tiny.recipe.packing import Lesson, PackedLesson, pack
 from duet_vlm.tiny.recipe.reading import AttentionWatch, accuracy_by_kind, answer_loss, attention_loss, count_loss, decode, probe_loss
 from duet_vlm.tiny.recipe.stages import Stage, weights
 from duet_vlm.tiny.recipe.tower import TowerStage, dense_loss, presence_loss, to_pixels
+from duet_vlm.tiny.render import render
 
 BATCH, QUESTIONS = 8, 16
 FIT_BATCH = 16

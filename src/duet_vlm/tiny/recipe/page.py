@@ -19,12 +19,12 @@ from duet_vlm.tiny.page_network import PAGE_TOKEN, build_page_processor, start_f
 from duet_vlm.tiny.page_questions import KINDS, PageAsker
 from duet_vlm.tiny.page_scenes import NEWLINES, OVERVIEW, QUARTERS, ROWS, ScenePage, packed_rows, page, render_page
 from duet_vlm.tiny.questions import PLURALS, SceneQuestion
-from duet_vlm.tiny.scenes import SHAPES
 from duet_vlm.tiny.recipe.chain import draw_kinds
 from duet_vlm.tiny.recipe.chain_packing import PackedChains, answer_loss, decode, pack
 from duet_vlm.tiny.recipe.optim import optimizers
 from duet_vlm.tiny.recipe.packing import choose_patches, lesson
 from duet_vlm.tiny.recipe.stages import Stage
+from duet_vlm.tiny.scenes import SHAPES
 
 LESSONS = ("quarter", "cell", "at", "land1", "land2", "tally")
 QUESTIONS = 24  # of a page in a step

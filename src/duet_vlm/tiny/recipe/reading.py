@@ -16,8 +16,8 @@ from transformers import LlamaModel
 
 from duet_vlm.tiny.network import WIDTH
 from duet_vlm.tiny.questions import KINDS
-from duet_vlm.tiny.text import TOKEN
 from duet_vlm.tiny.recipe.packing import PREFIX, Lesson, PackedLesson
+from duet_vlm.tiny.text import TOKEN
 
 MENTION_LAYERS = (2, 3)  # one head each for these, first two heads
 ANSWER_LAYERS = (3, 4)

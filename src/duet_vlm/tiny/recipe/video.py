@@ -13,13 +13,13 @@ from transformers import VideoLlavaModel
 from duet_vlm.tiny.clips import FRAMES, ROWS, clip, render
 from duet_vlm.tiny.clips_questions import KINDS
 from duet_vlm.tiny.network import DECODER_LAYERS, FEATURE_LAYER, WIDTH
-from duet_vlm.tiny.video_network import start_from_pictures
 from duet_vlm.tiny.recipe.optim import optimizers, rate
 from duet_vlm.tiny.recipe.packing import PREFIX, PackedLesson
 from duet_vlm.tiny.recipe.reading import PAIR_LAYER, AttentionWatch, answer_loss, attention_loss, count_loss, decode
 from duet_vlm.tiny.recipe.stages import Stage
 from duet_vlm.tiny.recipe.tower import to_pixels
 from duet_vlm.tiny.recipe.video_packing import ClipLesson, all_rows, choose_rows, clip_lesson, pack_clips
+from duet_vlm.tiny.video_network import start_from_pictures
 
 BATCH = 8
 ASKED = ("motion", "motion", "order", "order", "order", "change", "change", "read", "read", "count")

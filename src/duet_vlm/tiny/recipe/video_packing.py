@@ -10,8 +10,8 @@ import torch
 from duet_vlm.tiny.clips import CLIP_ROWS, FRAMES, ROWS, Clip, center, covered
 from duet_vlm.tiny.clips_questions import ClipQuestion, questions
 from duet_vlm.tiny.questions import split_words
-from duet_vlm.tiny.video_network import VIDEO_TOKEN
 from duet_vlm.tiny.recipe.packing import PREFIX, PackedLesson, _additive, _block
+from duet_vlm.tiny.video_network import VIDEO_TOKEN
 
 
 @dataclass(frozen=True)
