@@ -22,7 +22,7 @@ INPUTS = {"image, 324 tokens": Input(1, 324), "image, 1,296 tokens": Input(1, 12
 def reduced(model: Any, what: Input, share: float) -> Workload:
     """Duet at 11 % behind a tower that keeps ``share`` of the patches."""
     work, left = request(model, what, BUDGET), ((((0, int(share * what.each)),),) * what.steps,)
-    sample = dataclasses.replace(work.sample, planned_left=left, in_tower_counts=left, merges_left=True)
+    sample = dataclasses.replace(work.sample, planned_left=left, in_tower_counts=left, projects_survivors_only=True)
     mass = tower_choice_flops(duet_vlm.get_method("contrast+duet")(contrast_keep=share), sample.in_tower(), model.vision, HEAD)
     return dataclasses.replace(work, sample=sample, selection=work.selection + mass)
 

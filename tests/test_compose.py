@@ -193,7 +193,7 @@ def test_neither_budget_nor_settings() -> None:
 
 def test_facts_come_from_the_stages() -> None:
     three = compose(Frames(), VisionZip(), FastV())
-    assert (three.name, three.signals, three.score_before, three.text_query) == ("frames+visionzip+fastv", VisionZip.signals, 1, "last")  # type: ignore[attr-defined]
+    assert (three.name, three.signals, three.score_layer_offset, three.text_query) == ("frames+visionzip+fastv", VisionZip.signals, 1, "last")  # type: ignore[attr-defined]
     assert isinstance(three, EncoderReducer) and isinstance(three, DecoderReducer) and three.uses_text and three.compares_frames
     two = compose(Frames(), DivPrune())
     assert not isinstance(two, DecoderReducer) and two.reads_projected and not two.signals

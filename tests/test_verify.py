@@ -80,7 +80,7 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
     cls, made, model = duet_vlm.get_method(method), FAMILIES[family], shared(family)
     encodes, drops = issubclass(cls, EncoderReducer), issubclass(cls, DecoderReducer)
     batches = [made.inputs(MIXED), *([made.inputs(clips_for(family))] if made.video else [])]
-    parts = ({"crops": "joint"}, {"crops": "per_crop", "newline_tokens": "keep"} if not cls.reads_time else {}) if encodes else ({},)
+    parts = ({"crops": "joint"}, {"crops": "per_crop", "newline_tokens": "keep"} if not cls.compares_frames else {}) if encodes else ({},)
     if family in TOO_EARLY.get(method, ()):
         with pytest.raises(ValueError, match="no attention to rank tokens by"), duet_vlm.attach(model, method, budget=0.35):
             forward(model, batches[0])
@@ -453,7 +453,7 @@ def spoiled(draw: Any) -> tuple[Selection, EncoderView]:
 def code_of(selection: Selection, view: EncoderView) -> tuple[Selection, int]:
     """As on an accelerator: nothing is raised yet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "raise_if_wrong", lambda *_: None)
+        patch.setattr(validation, "raise_if_invalid", lambda *_: None)
         found, code = check_selection(Mine(), selection, view, view.plans)
     return found, int(code)
 

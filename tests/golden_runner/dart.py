@@ -28,7 +28,7 @@ class Drop(inside.Inside):
         case.close(run, "hidden_normed", normed)
         keys = torch.zeros_like(case.out(run, "keys"))
         keys[before] = case.out(run, "keys")[before]  # only those of the image and of the text behind it are shown to the method
-        keys[view.slots[0]], keys[view.text_slots[0]] = self.repeated(view.keys[0]), self.repeated(view.text_keys[0])
+        keys[view.positions[0]], keys[view.text_positions[0]] = self.repeated(view.keys[0]), self.repeated(view.text_keys[0])
         case.close(run, "keys", keys)
         case.same(run, "kept", self.kept(layer))
         case.fact(run, "kept", len(self.kept(layer)))

@@ -37,7 +37,7 @@ def sample_counts(run: PromptState, per_token: int) -> list[SampleCounts]:
             projected=tuple(encoded.projected_rows[number] for encoded, number in of),
             skipped=any(encoded.skipped_layers for encoded, _ in of),
             nominal=nominal,
-            merges_left=any(encoded.tower_state is not None and encoded.tower_state.pending_merges for encoded, _ in of),
+            projects_survivors_only=any(encoded.tower_state is not None and encoded.tower_state.pending_merges for encoded, _ in of),
             planned_left=tuple(_of_span(encoded, number, "planned", per_token) for encoded, number in of),
             in_tower_counts=tuple(_of_span(encoded, number, "ran", per_token) for encoded, number in of),
             still=tuple(encoded.modality != "video" for encoded, _ in of),

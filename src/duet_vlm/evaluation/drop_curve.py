@@ -29,7 +29,7 @@ Cells = tuple[dict[str, Any], ...]
 def paper_schedule(depth: int) -> Schedule:
     """DUET's own drops."""
     made: Any = duet_vlm.get_method("duet")()
-    schedule: Schedule = made.with_drops(depth).schedule
+    schedule: Schedule = made.with_paper_schedule(depth).schedule
     return schedule
 
 

@@ -28,7 +28,7 @@ ORDER = (
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
-DROPPING = ("uses_text", "uses_tokens", "score_before", "score_heads", "score_states", "needs", "merges")  # what a method inside the decoder declares
+DROPPING = ("uses_text", "uses_tokens", "score_layer_offset", "score_heads", "score_states", "needs", "merges")  # what a method inside the decoder declares
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
@@ -82,7 +82,7 @@ def composition_class(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "roles": roles,
         "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
         "reduces_in_tower": tower is not None,
-        "reads_time": frames is not None or sees.compares_frames,
+        "compares_frames": frames is not None or sees.compares_frames,
     }
     if second is not None:
         facts |= {name: getattr(second, name) for name in DROPPING}

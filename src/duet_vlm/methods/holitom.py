@@ -59,7 +59,7 @@ class HoliTom(ScheduledVideoReducer):
 
     paper = "HoliTom, NeurIPS 2025, arXiv 2505.21334"
     summary = "merge over time what stands still in the best windows of a clip, keep the most attended of the rest; inside the decoder once more"
-    stages: ClassVar[Schedule] = ((18, 0.5),)
+    paper_schedule: ClassVar[Schedule] = ((18, 0.5),)
     layers: ClassVar[int] = 28
     needs = frozenset({"rows"})
     merges = True

@@ -52,7 +52,7 @@ class METok(ScheduledVideoReducer):
 
     paper = "METok, EMNLP 2025, arXiv 2506.02850"
     summary = "cut a clip into events, keep more of those that the question is about, before the decoder and at three layers inside it"
-    stages: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
+    paper_schedule: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
     score_layer_offset = 0
     needs = frozenset({"notes"})
     reads = frozenset({"question"})

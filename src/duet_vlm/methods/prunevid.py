@@ -53,7 +53,7 @@ class PruneVid(ScheduledVideoReducer):
 
     paper = "PruneVid, Findings of ACL 2025, arXiv 2412.16117"
     summary = "merge over time what stands still in windows of like frames, then every set into clusters; a drop by text in each"
-    stages: ClassVar[Schedule] = ((11, 0.4),)
+    paper_schedule: ClassVar[Schedule] = ((11, 0.4),)
     score_heads = "most"
     uses_tokens = True
     needs = frozenset({"notes"})

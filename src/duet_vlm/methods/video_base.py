@@ -100,9 +100,9 @@ class ScheduledVideoReducer(VideoReducer, DecoderReducer):
         out: none.
     """
 
-    stages: ClassVar[Schedule]  # of the paper: (layer, share of what enters), falling
+    paper_schedule: ClassVar[Schedule]  # of the paper: (layer, share of what enters), falling
     layers: ClassVar[int] = 32  # of the paper's decoder
-    first: ClassVar[int] = 1  # no drop before this layer, as an earlier one ranks
+    min_layer: ClassVar[int] = 1  # no drop before this layer, as an earlier one ranks
     score_layer_offset = 1
 
     schedule: Schedule | None = None
@@ -112,14 +112,14 @@ class ScheduledVideoReducer(VideoReducer, DecoderReducer):
         if self.schedule is None:
             return
         object.__setattr__(self, "schedule", check_schedule(self.schedule))
-        early = [layer for layer, _ in self.schedule if layer < self.first]
+        early = [layer for layer, _ in self.schedule if layer < self.min_layer]
         if early:
-            why = f"what it decides by is made by earlier layers, so drop before layer {self.first} or later"
+            why = f"what it decides by is made by earlier layers, so drop before layer {self.min_layer} or later"
             raise ValueError(f"{self.name}: schedule drops before layer {early[0]}, but {why}")
 
-    def at_depth(self, depth: int) -> Schedule:
+    def schedule_at_depth(self, depth: int) -> Schedule:
         """The paper's stages in a decoder of ``depth`` layers; where two meet, the later one."""
-        return tuple({max(self.first, layer * depth // self.layers): keep for layer, keep in self.stages}.items())
+        return tuple({max(self.min_layer, layer * depth // self.layers): keep for layer, keep in self.paper_schedule}.items())
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         given = self.keep is not None or (budget is None and self.schedule is not None)
@@ -127,11 +127,11 @@ class ScheduledVideoReducer(VideoReducer, DecoderReducer):
         if budget is None:
             entry = tokens if self.keep is None else count_of(self.keep, tokens)
             return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or ()))
-        schedule = self.at_depth(depth) if self.schedule is None else self.schedule
+        schedule = self.schedule_at_depth(depth) if self.schedule is None else self.schedule
         if any(isinstance(kept, int) for _, kept in schedule):
             raise ValueError(f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0), got {schedule}")
         target = target_mean(budget, tokens)
         return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, schedule, tokens, depth, target)
 
     def with_paper_schedule(self: Self, depth: int, share: float | None = None) -> Self:
-        return self if self.schedule is not None else replace(self, schedule=self.at_depth(depth))
+        return self if self.schedule is not None else replace(self, schedule=self.schedule_at_depth(depth))

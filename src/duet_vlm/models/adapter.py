@@ -152,7 +152,7 @@ class Adapter(ABC):
         The tower has a CLS row (importance = CLS attention); otherwise column sums.
     feeds_cls : bool
         The stock model feeds the CLS row to the decoder as first visual token.
-    shows_padding : bool
+    feeds_padding : bool
         Patches that are nothing but padding become tokens, too.
     mrope : bool
         Positions have several rows (time, height, width) and cannot be renumbered.

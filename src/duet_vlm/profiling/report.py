@@ -27,7 +27,7 @@ class SampleCounts:
     were not run. ``nominal``: visual rows that enter, and at the input of each layer, where rows that predict come on top of the plans (left out:
     as the plans say). ``kept``: per span, tokens per layer as measured. ``planned_left``, ``left``: per span, of each part where patches leave
     the tower and how many tokens' are left then (``duet_vlm.planning.budget.Stages``), as planned and as measured (left out: none leave).
-    ``merges_left``: the projector, which sees every token otherwise, sees only those. ``still``: which spans are pictures, whose parts are no
+    ``projects_survivors_only``: the projector, which sees every token otherwise, sees only those. ``still``: which spans are pictures, whose parts are no
     steps of time. ``repeated``: per span, which parts did not go through the tower since they repeat the one before. ``sizes``: per span the tokens
     of each part as V2V sees them, where pooling and packing are done (left out: as the tower does). ``spare``: per span, of each part, patches
     that become no token (left out: there are none).
@@ -46,7 +46,7 @@ class SampleCounts:
     kept: tuple[float, ...] = ()
     planned_left: tuple[tuple[TowerStages, ...], ...] = ()
     in_tower_counts: tuple[tuple[TowerStages, ...], ...] = ()
-    merges_left: bool = False
+    projects_survivors_only: bool = False
     still: tuple[bool, ...] = ()
     repeated: tuple[tuple[bool, ...], ...] = ()
     sizes: tuple[tuple[int, ...], ...] = ()
@@ -94,7 +94,7 @@ class SampleCounts:
 
     def reaching_projector(self, measured: bool = False) -> list[int]:
         """Rows of each span that the projector of the reduced model works on where V2V leaves them all to it."""
-        if not self.merges_left:
+        if not self.projects_survivors_only:
             shares = zip(self.to_project, self.encoded, self.tokens_per_crop, strict=True)
             return [rows * len(encoded) // max(1, len(parts)) if len(encoded) < len(parts) else rows for rows, encoded, parts in shares]
         spans = zip(self.tokens_per_crop, self._left(measured), strict=True)

@@ -220,9 +220,9 @@ class EncoderReducer(Reducer):
 class DecoderReducer(Reducer):
     """A method that drops, or merges, visual tokens between decoder layers.
 
-    ``uses_text``: it ranks by attention from text, taken ``score_before`` layers before the drop, ``score_heads`` "mean" over heads, their "max", the
+    ``uses_text``: it ranks by attention from text, taken ``score_layer_offset`` layers before the drop, ``score_heads`` "mean" over heads, their "max", the
     "most" of any head and query, or "each". ``score_states``: layers that have a state in place of attention rank by what text reads out of it
-    (``Adapter.read_out``); else the last attention before them does. ``needs`` names what else it looks at (``DecoderView``); only that is made.
+    (``Adapter.linear_attention_scores``); else the last attention before them does. ``needs`` names what else it looks at (``DecoderView``); only that is made.
     ``merges``: it merges rows.
 
     Attributes

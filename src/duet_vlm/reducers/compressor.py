@@ -57,7 +57,7 @@ class ModuleSizes:
 
 @dataclass(frozen=True)
 class Compressor(EncoderReducer):
-    """A method with a module of its own (``EncoderView.module``). Subclasses say in ``made_by`` which settings change what it is made of.
+    """A method with a module of its own (``EncoderView.module``). Subclasses say in ``module_inputs`` which settings change what it is made of.
 
     Attributes
     ----------

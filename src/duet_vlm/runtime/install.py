@@ -72,14 +72,14 @@ def _on_tower(traffic: ModelHooks, reducer: Reducer, words: QuestionTextEncoder,
 
 
 def _in_tower(traffic: ModelHooks, reducer: EncoderReducer) -> None:
-    adapter, stacks, hooks = traffic.adapter, traffic.state, traffic.hooks
-    batch, joined, packed = TowerHooks(adapter, stacks), ConcatenatedTowerHooks(adapter, stacks), VarlenTowerHooks(adapter, stacks)
+    adapter, state, hooks = traffic.adapter, traffic.state, traffic.hooks
+    batch, joined, packed = TowerHooks(adapter, state), ConcatenatedTowerHooks(adapter, state), VarlenTowerHooks(adapter, state)
     for blocks in adapter.blocks_to_reduce():
         depth = depth_of(blocks, adapter, reducer)
         within = isinstance(reducer.tower_reducer, TowerReducer) and reducer.tower_reducer.prunes_inside
         if within or isinstance(blocks, VarlenTower) or not blocks.takes_mask:
             for number, inside in enumerate(blocks.block_modules):
-                hooks.on_undo(SizeBias(inside.attention, stacks, number).remove)
+                hooks.on_undo(SizeBias(inside.attention, state, number).remove)
         if isinstance(blocks, VarlenTower):
             tower = blocks.module
             hooks.shadow(tower, "forward", packed.around(blocks, depth, tower.forward, tower.patch_embed))

@@ -9,10 +9,10 @@ and a row that is not valid, or a member that joins none (-1), may hold any numb
 
 How to call them::
 
-    plan = checked_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)         # where plans are made, once per size
-    selection, code = checked_selection(reducer, reducer.select_tokens(view), view, view.plans)        # wherever select_tokens is called, parts too
-    mask, code = checked_mask(reducer, reducer.prune_tokens(view), view.valid, view.keep)             # wherever prune_tokens is called
-    raise_if_wrong(int(code), reducer)                                                       # where the code has been read
+    plan = check_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)         # where plans are made, once per size
+    selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)        # wherever select_tokens is called, parts too
+    mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid, view.keep)             # wherever prune_tokens is called
+    raise_if_invalid(int(code), reducer)                                                       # where the code has been read
 
 Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In a prefill the codes of selections stand beside ``finite`` in
 the one read of the entry; look at ``finite`` first, numbers that are not finite explain any choice. Codes of masks wait, as the flags of
@@ -172,7 +172,7 @@ def check_selection(reducer: Reducer, selection: Selection, view: EncoderView, p
 
 
 def check_rows(reducer: DecoderReducer, selection: Selection, view: DecoderView) -> tuple[Selection, Tensor]:
-    """As ``checked_selection``, for rows [B, V] that `prune_tokens` keeps and merges inside the decoder; ``view.keep`` of them."""
+    """As ``check_selection``, for rows [B, V] that `prune_tokens` keeps and merges inside the decoder; ``view.keep`` of them."""
     if not reducer.merges:
         raise ValueError(f"{_name(reducer)}.prune_tokens returned a Selection: a method that merges inside the decoder says so (merges = True)")
     return _checked(reducer, "prune_tokens", selection, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), None)
@@ -260,7 +260,7 @@ def _shown_to(view: EncoderView) -> Tensor | None:
 
 
 def check_units(reducer: TowerReducer, mask: Tensor, view: TowerView) -> tuple[Tensor, Tensor]:
-    """As ``checked_mask``, for the units [P, U] that go through the tower; any number of them where a threshold decides."""
+    """As ``check_mask``, for the units [P, U] that go through the tower; any number of them where a threshold decides."""
     keep = view.num_keep if view.has_count else None
     return check_mask(reducer, mask, view.valid, keep, "stay", InvalidSelection.UNITS)
 

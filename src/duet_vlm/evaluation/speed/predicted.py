@@ -60,7 +60,7 @@ def plan_prompt(
         left = padded(left, passes)
     sample = SampleCounts(
         text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=left, in_tower_counts=left,
-        merges_left=_merges_left(handle),
+        projects_survivors_only=_merges_left(handle),
     )  # fmt: skip
     if not isinstance(reducer, DecoderReducer) or not reducer.uses_attention():
         return PlannedPrompt(sample)

@@ -27,8 +27,8 @@ class AttentionInterceptor(ABC):
 
     name: ClassVar[str]
 
-    def __init__(self, module: nn.Module, stacks: ThreadState) -> None:
-        self.module, self.stacks, self.config = module, stacks, module.config
+    def __init__(self, module: nn.Module, state: ThreadState) -> None:
+        self.module, self.state, self.config = module, state, module.config
         mark = f"_{self.name}"
         if hasattr(self.config, mark):
             raise ValueError("a reducer of another model uses this vision tower already (the models share it): detach that one first")
@@ -61,8 +61,8 @@ class QKRecorder(AttentionInterceptor):
     name = "duet_vlm_recorder"
 
     def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
-        if self.stacks.encode_contexts:
-            call, ends = self.stacks.encode_contexts[-1], kwargs.get("cu_seq_lens_q")
+        if self.state.encode_contexts:
+            call, ends = self.state.encode_contexts[-1], kwargs.get("cu_seq_lens_q")
             segments = None if ends is None else ends[1:] - ends[:-1]
             call.recorded_qk.setdefault(self.module, []).append(record_qk(call.config.reducer, query, key, kwargs["scaling"], segments))
         return mask
@@ -74,12 +74,12 @@ class SizeBias(AttentionInterceptor):
 
     name = "duet_vlm_weigher"
 
-    def __init__(self, module: nn.Module, stacks: ThreadState, number: int) -> None:
-        super().__init__(module, stacks)
+    def __init__(self, module: nn.Module, state: ThreadState, number: int) -> None:
+        super().__init__(module, state)
         self.number = number
 
     def seen(self, query: Tensor, key: Tensor, mask: Any, kwargs: dict[str, Any]) -> Any:
-        call = self.stacks.encode_contexts[-1] if self.stacks.encode_contexts else None
+        call = self.state.encode_contexts[-1] if self.state.encode_contexts else None
         if call is None or call.tower_state is None or call.standalone:
             return mask
         if self.number + 1 in call.tower_state.stages:

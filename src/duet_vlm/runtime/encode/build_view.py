@@ -65,14 +65,14 @@ def named_layers(adapter: Adapter, reducer: Any) -> SignalLayers:
     if not wanted:
         return SignalLayers((), ())
     attentions = tuple(tuple(adapter.vision_attentions(layer_number(adapter, layer))) for layer in reducer.signal_layers)
-    stacks = [module for module in adapter.tower().modules() if isinstance(module, nn.ModuleList)] if "states" in wanted else []
-    blocks = tuple(tuple(_block(stacks, attention) for attention in modules) if stacks else () for modules in attentions)
+    state = [module for module in adapter.tower().modules() if isinstance(module, nn.ModuleList)] if "states" in wanted else []
+    blocks = tuple(tuple(_block(state, attention) for attention in modules) if state else () for modules in attentions)
     return SignalLayers(attentions if wanted - {"states"} else ((),) * len(blocks), blocks)
 
 
-def _block(stacks: Iterable[nn.ModuleList], attention: nn.Module) -> nn.Module:
+def _block(state: Iterable[nn.ModuleList], attention: nn.Module) -> nn.Module:
     """The layer that an attention module is part of: the innermost, where towers stand in a list themselves."""
-    *_, block = (block for stack in stacks for block in stack if block is not attention and attention in block.modules())
+    *_, block = (block for stack in state for block in stack if block is not attention and attention in block.modules())
     return block
 
 
@@ -201,7 +201,7 @@ def question_of(
     return QuestionRows(QuestionView(gather_rows(rows if learns else rows.detach(), index), real), asks, prompt.input_ids, sample)
 
 
-def question_state(adapter: Adapter, asked: QuestionRows, stacks: ThreadState) -> Tensor:
+def question_state(adapter: Adapter, asked: QuestionRows, state: ThreadState) -> Tensor:
     """What the decoder makes of each span's question alone [B, D]: the last row's hidden state. Reads the longest question's length on the host.
 
     Rows stand at the left, so that what is no question comes behind it, where a causal decoder does not look. A gradient
@@ -210,11 +210,11 @@ def question_state(adapter: Adapter, asked: QuestionRows, stacks: ThreadState) -
     rows, valid = asked.span_to_sample.embeddings, asked.span_to_sample.valid
     length = valid.sum(1)
     most = max(1, int(length.max()))
-    stacks.forward_contexts.append(ForwardContext(None, None))  # no part of the prompt around it: nothing is reduced
+    state.forward_contexts.append(ForwardContext(None, None))  # no part of the prompt around it: nothing is reduced
     try:
         states = adapter.text_model(inputs_embeds=rows[:, :most], use_cache=False).last_hidden_state
     finally:
-        stacks.forward_contexts.pop()
+        state.forward_contexts.pop()
     last = gather_rows(states, (length - 1).clamp(min=0)[:, None])[:, 0].float()
     return last.masked_fill((length == 0)[:, None], 0)[asked.sample]
 

@@ -57,12 +57,12 @@ class EncoderHooks:
     def __init__(
         self,
         adapter: Adapter,
-        stacks: ThreadState,
+        state: ThreadState,
         begun: Callable[[], AbstractContextManager[ActiveConfig | None]],
         words: QuestionTextEncoder,
         pieces: ChunkConfig,
     ) -> None:
-        self.adapter, self.state, self.begin, self.text_encoder, self.chunks = adapter, stacks, begun, words, pieces
+        self.adapter, self.state, self.begin, self.text_encoder, self.chunks = adapter, state, begun, words, pieces
         self.skips_unused_layers = False  # whether layers that nobody reads were found
         self.signal_layers = SignalLayers((), ())  # the vision layers that the method reads
         self.module: nn.Module | None = None  # of a method that has one

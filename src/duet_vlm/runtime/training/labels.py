@@ -13,11 +13,11 @@ from duet_vlm.runtime.context import ThreadState
 IGNORED = -100
 
 
-def gather_labels(loss: Callable[..., Any], stacks: ThreadState) -> Callable[..., Any]:
+def gather_labels(loss: Callable[..., Any], state: ThreadState) -> Callable[..., Any]:
     """``loss`` with labels [B, S] cut to the rows of the logits [B, T, V]; padding rows count as ignored."""
 
     def loss_of_survivors(logits: Tensor | None = None, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        run = stacks.forward_contexts[-1].prompt_state if stacks.forward_contexts else None
+        run = state.forward_contexts[-1].prompt_state if state.forward_contexts else None
         if run is None or not run.reduces or labels is None or logits is None:
             return loss(logits=logits, labels=labels, **kwargs)
         if kwargs.get("shift_labels") is not None:

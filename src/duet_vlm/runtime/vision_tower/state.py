@@ -27,7 +27,7 @@ class TowerState(ABC):
         Rows in front of the units of each picture.
     weighs : bool
         Rows stand for several in the attention, by their sizes.
-    merges_left : bool
+    projects_survivors_only : bool
         What comes behind the blocks sees only what is left, too.
     wrong : Tensor
         The code of what the method returned (runtime/validation.py).

@@ -28,8 +28,8 @@ from duet_vlm.runtime.vision_tower.selection import select_patches
 class TowerHooks:
     """The hooks on the towers of one model."""
 
-    def __init__(self, adapter: Adapter, stacks: ThreadState) -> None:
-        self.adapter, self.state = adapter, stacks
+    def __init__(self, adapter: Adapter, state: ThreadState) -> None:
+        self.adapter, self.state = adapter, state
 
     def current_state(self) -> tuple[EncodeContext, TowerReducer] | None:
         """The running encoder call, if something reduces in its tower."""
