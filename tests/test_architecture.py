@@ -50,7 +50,7 @@ ARROWS = {
     "flow": {"budget", "compressor", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower", "vision"},
     "serve": {"budget", "duet_vlm", "flow", "methods", "ops", "parts", "reducer", "settings", "tower", "vision"},
     "accounts": {"budget", "flow", "measure", "models", "reducer", "tokens"},
-    "handle": {"accounts", "budget", "checks", "compressor", "flow", "hooks", "measure", "models", "reducer", "tokens"},
+    "handle": {"accounts", "budget", "checks", "compressor", "flow", "hooks", "measure", "memory", "models", "reducer", "tokens"},
     "attach": {"budget", "flow", "handle", "memory", "methods", "models", "reducer"},
     "calibrating": {"attach", "calibration", "checks", "methods", "observer", "registry"},
     "duet_vlm": {
