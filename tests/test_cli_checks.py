@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from duet_vlm import method_files, tiny
 from duet_vlm.cli import lists, options, viz
 from duet_vlm.cli.main import LINES, app
+from duet_vlm.reducers import method_files, tiny
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 PICTURE = tiny._HERE / "demo" / "scene_1.png"

@@ -20,7 +20,7 @@ from report_pictures import CHROMIUM
 from typer.main import get_command
 
 import duet_vlm
-from duet_vlm.cli.lists import rows
+from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent

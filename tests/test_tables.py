@@ -248,8 +248,8 @@ def registered(folder: str, sign: str) -> int:
 
 
 def test_lists_of_the_command_line_hold_what_the_source_holds() -> None:
-    """``lists.json`` is compared with what makes it; both are empty where that finds nothing."""
-    lists = json.loads((ROOT / "src/duet_vlm/cli/lists.json").read_text())
+    """``catalogue.json`` is compared with what makes it; both are empty where that finds nothing."""
+    lists = json.loads((ROOT / "src/duet_vlm/api/catalogue.json").read_text())
     assert len(lists["methods"]) == registered("methods", "register") > 50
     assert all(row[key] for row in lists["methods"] for key in ("name", "summary", "stage", "paper", "settings", "idea"))
     texts = [file.read_text() for file in (ROOT / "src/duet_vlm/models").glob("*.py")]

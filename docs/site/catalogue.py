@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm.cli.lists import rows
+from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.main import app
 
 FOLDER = "catalogue"

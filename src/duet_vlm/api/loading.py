@@ -164,7 +164,7 @@ def check_model(name: str) -> dict[str, Any] | None:
             raise ValueError("it is no object")
     except (OSError, ValueError) as error:
         raise ValueError(f"--model {name}: cannot be loaded from this folder: {file.name}: {' '.join(str(error).split())}") from error
-    from duet_vlm.cli.lists import rows
+    from duet_vlm.api.catalogue import rows
     from duet_vlm.models.unsupported import refusal
 
     known = {row["family"]: row["model_types"] for row in rows("models")}

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from duet_vlm.api.catalogue import check_settings
 from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import folder_for, friendly
-from duet_vlm.cli.lists import check_settings
 from duet_vlm.cli.options import SEVERAL, AsJson, ChunkFrames, Debug, Device, Model, StillFrames, budgets_of, counts, method_of, pieces_of, several
 
 METHODS = ("duet", "visionzip", "fastv", "uniform", "random")

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm import method_files
+from duet_vlm.api.catalogue import rows
 from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import folder_for, friendly
-from duet_vlm.cli.lists import rows
 from duet_vlm.cli.options import AsJson, Debug, Device, Images, Model, VisualInputs, method_of
+from duet_vlm.reducers import method_files
 
 QUESTION = "Describe the image."
 

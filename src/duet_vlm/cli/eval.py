@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duet_vlm.api.catalogue import check_settings, chosen
 from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import GOES_ON, folder_for, friendly, plain_name
-from duet_vlm.cli.lists import check_settings, chosen
 from duet_vlm.cli.options import (
     SEVERAL,
     AsJson,

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm import method_files
+from duet_vlm.api.catalogue import check_method, check_settings, chosen, needs_budget
 from duet_vlm.api.loading import LoadedModel, check_model, source
 from duet_vlm.cli.errors import GOES_ON, friendly
-from duet_vlm.cli.lists import check_method, check_settings, chosen, needs_budget
 from duet_vlm.inputs.images import open_image
 from duet_vlm.inputs.video import VideoFrames, decode, length
 from duet_vlm.planning.budget import read_budget
+from duet_vlm.reducers import method_files
 from duet_vlm.reducers.persistence import is_method_file, load_from_config, load_from_file
 from duet_vlm.utils.field_types import read_value
 

@@ -14,9 +14,9 @@ from typing import Annotated, Any
 
 import typer
 
+from duet_vlm.api.catalogue import check_settings
 from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import GOES_ON, folder_for, friendly
-from duet_vlm.cli.lists import check_settings
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, budget_of, budgets_of, method_of, one, settings_of, several_paths
 from duet_vlm.train.settings import TUNED, TrainSettings, recipes, settings_from
 

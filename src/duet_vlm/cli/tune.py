@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duet_vlm.api.catalogue import check_settings
 from duet_vlm.cli.errors import GOES_ON, folder_for, friendly, plain_name
-from duet_vlm.cli.lists import check_settings
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several
 from duet_vlm.evaluation.tune import BUDGETS, METHODS
 

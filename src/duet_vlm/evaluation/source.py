@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from duet_vlm import method_files
+from duet_vlm.reducers import method_files
 
 CHANGED = "+changes"
 PACKAGE = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
-from duet_vlm import method_files
+from duet_vlm.reducers import method_files
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.utils.suggest import unknown
 

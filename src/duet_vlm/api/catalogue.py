@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import duet_vlm
-from duet_vlm import method_files
 from duet_vlm.planning.budget import NoBudget, check_keep
+from duet_vlm.reducers import method_files
 from duet_vlm.utils.field_types import DECLARED, check_names, check_type
 from duet_vlm.utils.suggest import did_you_mean
 from duet_vlm.utils.suggest import unknown as not_known
 
-FILE = Path(__file__).with_name("lists.json")
+FILE = Path(__file__).with_name("catalogue.json")
 ENTRY_POINTS = "duet_vlm.methods"  # where other packages name their methods, see duet_vlm.reducers.registry
 CHECKED = {*DECLARED, "Keep"}  # types of settings whose values are told apart without the method
 FOLDERS = {"methods": "duet_vlm.methods", "models": "duet_vlm.models"}  # a file in these makes a row of that list
