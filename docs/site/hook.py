@@ -18,6 +18,7 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 carried: set[str] = set()
+DIAGRAMS = Path(sys.prefix) / "package/dist/mermaid.min.js"
 
 
 def on_config(config: Any) -> Any:
@@ -45,6 +46,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, uri, content=text))
     for name, path in drawn.items():
         files.append(File.generated(config, f"{catalogue.FOLDER}/{name}.webp", abs_src_path=str(path)))
+    if DIAGRAMS.is_file():  # where npm was there when the environment was made; without it diagrams stay text
+        files.append(File.generated(config, "assets/mermaid.min.js", abs_src_path=str(DIAGRAMS)))
     carried.clear()
     for file in files.documentation_pages():
         carried.update(links.rewrite(file.content_string, file.src_uri)[1])
