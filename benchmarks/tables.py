@@ -30,7 +30,7 @@ import video_tables
 from train_step import LLAVA_7B
 
 import duet_vlm
-from duet_vlm.cli import lists
+from duet_vlm.api import catalogue as lists
 from duet_vlm.cli.models import cell
 from duet_vlm.evaluation.report import columns, markdown
 from duet_vlm.evaluation.results import load

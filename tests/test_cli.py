@@ -21,7 +21,7 @@ import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.api.loading import chat_text, device_for
 from duet_vlm.cli import demo as demo_verb
-from duet_vlm.cli import lists
+from duet_vlm.api import catalogue as lists
 from duet_vlm.cli.main import app
 from duet_vlm.cli.options import budget_of, settings_of, several, several_paths
 from duet_vlm.inputs.images import MAX_PIXELS
@@ -489,11 +489,11 @@ def test_methods_of_other_packages_are_listed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere-1.0.dist-info").mkdir()
     (tmp_path / "elsewhere-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
     (tmp_path / "elsewhere-1.0.dist-info" / "entry_points.txt").write_text("[duet_vlm.methods]\nmine = elsewhere:Mine\n")
-    code = "from duet_vlm.cli import lists; print({row['name']: row['summary'] for row in lists.rows('methods')}.get('mine'))"
+    code = "from duet_vlm.api import catalogue as lists; print({row['name']: row['summary'] for row in lists.rows('methods')}.get('mine'))"
     path = os.pathsep.join([str(tmp_path), str(Path(duet_vlm.__file__).parents[1])])
     assert shell(code, PYTHONPATH=path) == "keeps what it likes"
     added = "lists._files = lambda name: ['a_file_more']; lists.MADE['methods'] = lambda: [{'name': 'asked anew'}]; print(lists.rows('methods'))"
-    assert shell(f"from duet_vlm.cli import lists; {added}") == "[{'name': 'asked anew'}]"
+    assert shell(f"from duet_vlm.api import catalogue as lists; {added}") == "[{'name': 'asked anew'}]"
 
 
 @pytest.mark.parametrize("words", [["methods"], ["models", "--json"], ["budget", "-b", "64"]])

@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from duet_vlm.cli import lists, options, viz
+from duet_vlm.api import catalogue as lists
+from duet_vlm.cli import options, viz
 from duet_vlm.cli.main import LINES, app
-from duet_vlm.reducers import method_files, tiny
+from duet_vlm.reducers import method_files
+from duet_vlm import tiny
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
@@ -297,7 +299,7 @@ def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch)
             closed.append(verbose)
 
     fake = type(sys)("duet_vlm.app.page")
-    fake.CSS, fake.WAITING, fake.Page, fake.theme = "", 1, Page, dict  # type: ignore[attr-defined]
+    fake.CSS, fake.WAITING, fake.AppPage, fake.theme = "", 1, Page, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "duet_vlm.app.page", fake)
     monkeypatch.setattr(space, "threading", SimpleNamespace(Event=Gone))
     monkeypatch.setattr(space, "warmed", lambda *_: None)

@@ -774,7 +774,7 @@ def test_what_is_wrong_is_said_before_anything_runs(words: list[str], tmp_path: 
 def asked_for(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[Experiment]:
     """The experiments that a command line means."""
     found: list[Experiment] = []
-    monkeypatch.setattr("duet_vlm.cli.eval_jobs.measured", lambda job, *_: (found.append(job) or Path("x"), {}))
+    monkeypatch.setattr("duet_vlm.cli.eval_jobs.run_job", lambda job, *_: (found.append(job) or Path("x"), {}))
     result = run_cli(*words, "--device", "cpu")
     assert result.exit_code == 0, result.output
     return found

@@ -113,7 +113,7 @@ def test_tome(order: str, pace: int, images: list[tuple[int, int]], seed: int) -
 def test_half_of_the_units_can_leave_in_a_block() -> None:
     """As many as look for another: every second one."""
     for units in (2, 3, 8, 9, 48):
-        assert ToMeTower(keep=1, shares=(units // 2,)).stage_counts(units, units - units // 2, 1) == [units - units // 2]
+        assert ToMeTower(keep=1, shares=(units // 2,), protect_predicting_tokens=False).stage_counts(units, units - units // 2, 1) == [units - units // 2]
     with pytest.raises(ValueError, match="3 of 8 units cannot be reached, 4 are left"):
         ToMeTower(keep=3, shares=(5,)).stage_counts(8, 3, 1)
 
@@ -275,7 +275,7 @@ def test_gradient_reaches_the_tower_and_autocast_leaves_the_merge_alone(family: 
 @pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_weights_pass_through_parts_and_compositions(parts: str) -> None:
     """A clip frame by frame, and within a pool: everything that is merged is in the pool."""
-    for name, fields in (("prumerge", {"parts": parts}), ("frames+prumerge", {"frames_keep": 0.8} if parts == "joint" else {})):
+    for name, fields in (("prumerge", {"crops": parts}), ("frames+prumerge", {"frames_keep": 0.8} if parts == "joint" else {})):
         model = shared("qwen2_5_vl")
         with duet_vlm.attach(model, name, budget=0.4, **fields) as handle:
             forward(model, FAMILIES["qwen2_5_vl"].inputs(MIXED))

@@ -94,7 +94,7 @@ def test_a_budget_below_the_newlines_is_refused() -> None:
         plan_span(lambda n: VisionZip().plan(n, 4, 6), 6, [20, 20], 6, False, True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("parts", "frames"), ("newline", True)])
+@pytest.mark.parametrize(("name", "value"), [("crops", "frames"), ("newline_tokens", True)])
 def test_other_words_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}={value!r}: choose one of"):
         VisionZip(**{name: value})

@@ -407,4 +407,4 @@ def test_pictures_are_opened_and_converted_in_one_file(path: Path) -> None:
     """``Image.open`` and ``.convert`` stand in pictures.py only."""
     calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     found = [f for f in calls if f.attr == "convert" or (f.attr == "open" and isinstance(f.value, ast.Name) and f.value.id == "Image")]
-    assert not found or path.name == "pictures.py", [f"{path}:{f.lineno}" for f in found]
+    assert not found or path.name == "images.py", [f"{path}:{f.lineno}" for f in found]

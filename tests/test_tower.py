@@ -385,7 +385,7 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
         assert all(bool(g.isfinite().all()) for g in plain)
         if checkpointing and context and family in NO_MASK:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            with pytest.raises(ValueError, match="context=2: .* nor does this tower with gradient checkpointing"):
+            with pytest.raises(ValueError, match="pooled_context_tokens=2: .* nor does this tower with gradient checkpointing"):
                 gradients()
         elif checkpointing:
             handle.set(**{f"{method}_proportional_attention": True})  # left out by itself where nobody could repeat it
@@ -448,19 +448,19 @@ def test_contrast_takes_what_differs_and_hands_on_the_mass() -> None:
 def test_context_stands_for_what_leaves_in_stretches() -> None:
     patches = torch.arange(9.0).view(1, 9, 1, 1).repeat(1, 1, 1, 2)
     patches[0, 4], patches[0, 7] = 50.0, -50.0
-    chosen = select_patches(duet_vlm.get_method("contrast")(keep=3, context=2), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
+    chosen = select_patches(duet_vlm.get_method("contrast")(keep=3, pooled_context_tokens=2), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
     assert chosen.counts == (5,) and chosen.pooled == (2,)  # 0 1 2 | 3 5 6 leave, 4 7 8 stay
     assert chosen.index.tolist() == [[1, 4, 5, 7, 8]] and chosen.unread.tolist() == [[True, False, True, False, False]]
     assert chosen.size.tolist() == [[3.0, 1.0, 3.0, 1.0, 1.0]]
-    assert chosen.plan_entry(patches[:, :, 0])[0, :, 0].tolist() == pytest.approx([1.0, 50.0, 14 / 3, -50.0, 8.0])
+    assert chosen.entering(patches[:, :, 0])[0, :, 0].tolist() == pytest.approx([1.0, 50.0, 14 / 3, -50.0, 8.0])
 
 
 def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
     contrast = duet_vlm.get_method("contrast")
-    assert bias_refusal(contrast(keep=0.5, context=2, proportional_attention=False), True) and not bias_refusal(contrast(keep=0.5, proportional_attention=False), True)
+    assert bias_refusal(contrast(keep=0.5, pooled_context_tokens=2, proportional_attention=False), True) and not bias_refusal(contrast(keep=0.5, proportional_attention=False), True)
     assert bias_refusal(contrast(keep=0.5), True) and not bias_refusal(contrast(keep=0.5), False)
-    with pytest.raises(ValueError, match="context=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
-        bias_refusal(contrast(keep=0.5, context=2), False)
+    with pytest.raises(ValueError, match="pooled_context_tokens=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
+        bias_refusal(contrast(keep=0.5, pooled_context_tokens=2), False)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 12])
@@ -603,9 +603,9 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("tome_tower", {"budget": 0.5, "shares": (0, 0)}, r"shares=\(0, 0\): numbers of 0 or more, not all 0"),
         ("pixelprune", {"threshold": -1.0}, "threshold=-1.0: give a finite difference"),
         ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
-        ("contrast", {"budget": 0.2, "context": -1}, "context=-1: a number of rows for what leaves a picture, 0 or more"),
-        ("motion+duet", {"budget": 0.2, "motion_context": -2}, "context=-2: a number of rows"),
-        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "context=2: with evit units leave behind blocks"),
+        ("contrast", {"budget": 0.2, "pooled_context_tokens": -1}, "pooled_context_tokens=-1: a number of rows for what leaves a picture, 0 or more"),
+        ("motion+duet", {"budget": 0.2, "motion_pooled_context_tokens": -2}, "pooled_context_tokens=-2: a number of rows"),
+        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "pooled_context_tokens=2: with evit units leave behind blocks"),
         ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
     ],
 )
@@ -655,7 +655,7 @@ class Joins(TowerReducer):
         (lambda number: number, 1, "another number of units than planned"),
         (lambda number: (number + 1).clamp(max=int(number.max())), 1, "units that join what does not stay"),
         (lambda number: number - 9, 1, "units that join what does not stay|another number of units"),
-        (lambda number: number.float(), 1, r"joins\.stay returned into = a tensor"),
+        (lambda number: number.float(), 1, r"joins\.keep_patches returned target = a tensor"),
         (None, 0, "units join others behind a block's attention only"),
     ],
 )
@@ -685,7 +685,7 @@ def test_what_a_users_method_returns_is_checked(kind: str, words: str, monkeypat
     monkeypatch.setattr(Wrong, "kind", kind)
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([TWO])
     plain = forward(model, inputs).logits
-    with duet_vlm.attach(model, Wrong(keep=0.5)), pytest.raises(ValueError, match=rf"wrong\.stay returned .*{words}"):
+    with duet_vlm.attach(model, Wrong(keep=0.5)), pytest.raises(ValueError, match=rf"wrong\.keep_patches returned .*{words}"):
         forward(model, inputs)
     assert torch.equal(forward(model, inputs).logits, plain)
 
@@ -708,8 +708,8 @@ def test_a_picture_that_stays_whole_is_seen_as_by_itself(
         inputs["pixel_values"] = flat_from(inputs["pixel_values"], 8 * 2)
     with duet_vlm.attach(model, method, **settings) as handle:
         together, slots = forward(model, inputs).logits, handle.slots
-        spares = towers[-1][1].spares.tolist()
-        assert len(towers[-1][1].rows) == sum(towers[-1][1].row_counts().tolist())
+        spares = list(towers[-1][1].spares)
+        assert len(towers[-1][1].rows) == sum(towers[-1][1].row_counts())
         for number, row in enumerate(rows):
             single = family.inputs([row])
             high, wide = single["pixel_values"].shape[2:]

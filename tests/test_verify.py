@@ -214,11 +214,11 @@ SELECTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "lists": (selection_with(index=lambda s: s.index.tolist()), r"index = \[\[.*give a tensor \[4, K\] of torch.int64 on cpu"),
     "int32": (selection_with(index=lambda s: s.index.int()), "index = a tensor .* of torch.int32 on cpu: give a tensor .* of torch.int64"),
     "valid as numbers": (selection_with(valid=lambda s: s.valid.long()), "valid = a tensor .* of torch.int64 on cpu: give .* torch.bool"),
-    "one span less": (selection_with(target_row=lambda s: s.target_row[1:]), r"into = a tensor \[3, 2\] .* give a tensor \[4, P\]"),
-    "no spans": (selection_with(source_tokens=lambda s: s.source_tokens[0]), r"members = a tensor \[2\] .* give a tensor \[4, P\]"),
+    "one span less": (selection_with(target_row=lambda s: s.target_row[1:]), r"target_row = a tensor \[3, 2\] .* give a tensor \[4, P\]"),
+    "no spans": (selection_with(source_tokens=lambda s: s.source_tokens[0]), r"source_tokens = a tensor \[2\] .* give a tensor \[4, P\]"),
     "another device": (selection_with(index=lambda s: s.index.to("meta")), "on meta: give a tensor .* on cpu"),
     "valid of other width": (selection_with(valid=lambda s: s.valid[:, 1:]), r"index of shape \(4, \d+\) and valid of shape \(4, \d+\)"),
-    "into of other width": (selection_with(target_row=lambda s: s.target_row[:, 1:]), r"members of shape \(4, 2\) and into of shape \(4, 1\)"),
+    "into of other width": (selection_with(target_row=lambda s: s.target_row[:, 1:]), r"source_tokens of shape \(4, 2\) and target_row of shape \(4, 1\)"),
     "merge": (selection_with(merge=lambda s: "sum"), "merge='sum': choose one of 'mean', 'anchor_plus_mean'"),
     "too few columns": (selection_with(index=lambda s: s.index[:, 1:], valid=lambda s: s.valid[:, 1:]), r"\d+ rows per span: \d+ are planned"),
     "a row less": (selection_with(valid=lambda s: put(s.valid, 0, False)), r"another number of rows than planned \(span 3: \d+ instead of \d+\)"),
@@ -492,7 +492,7 @@ def test_masks_against_loops(data: st.DataObject) -> None:
     row = data.draw(st.integers(0, batch - 1))
     wanted = torch.tensor(kept)
     wanted[row] += data.draw(st.sampled_from([-1, 1]))
-    with pytest.raises(ValueError, match=rf"mine\.t2v .*\(row {row}: {kept[row]} instead of {int(wanted[row])}\)"):
+    with pytest.raises(ValueError, match=rf"mine\.prune_tokens .*\(row {row}: {kept[row]} instead of {int(wanted[row])}\)"):
         check_mask(Mine(), mask, valid, wanted)
 
 

@@ -322,7 +322,7 @@ def test_names_that_nobody_knows_are_refused() -> None:
     class Wrong(Probe):
         reads: ClassVar[frozenset[str]] = frozenset({"depth"})
 
-    with pytest.raises(ValueError, match="Wrong.reads names depth: choose from grid, question, similar, projector"):
+    with pytest.raises(ValueError, match="Wrong.reads names depth: choose from grid, question, text_similarity, projector"):
         Wrong()
 
 

@@ -142,7 +142,7 @@ def group(name: str) -> str:
     """The heading of the catalogue that a method stands under."""
     cls: Any = duet_vlm.get_method(name)
     usual = cls()
-    if getattr(usual, "compressor", None) is not None:
+    if getattr(usual, "trained_reducer", None) is not None:
         return "Trained"
     if cls.paper in BASELINES or name == "none":
         return "Baselines"

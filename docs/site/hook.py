@@ -16,13 +16,16 @@ import measured
 import reference
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+from pymdownx.superfences import fence_code_format
 
 carried: set[str] = set()
 DIAGRAMS = Path(sys.prefix) / "package/dist/mermaid.min.js"
 
 
 def on_config(config: Any) -> Any:
-    """The catalogue's pages take the place of its name in the navigation, group by group."""
+    """The catalogue's pages take the place of its name in the navigation, group by group; diagrams are fences of their own kind."""
+    fence = {"name": "mermaid", "class": "diagram", "format": fence_code_format}
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}
     config.nav = [_filled(entry, catalogue.navigation()) for entry in config.nav]
     return config
 

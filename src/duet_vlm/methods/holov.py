@@ -26,7 +26,7 @@ BOUND = 1e30  # what a CLS row that must come first is given for attention
 class HoloV(EncoderReducer):
     """HoloV (NeurIPS 2025): a holistic choice, so that tokens do not all come from the few places that attract attention.
 
-    The tokens of a picture, in raster order, are cut into ``crops`` stretches. A token scores by its attention and by how much its likeness to
+    The tokens of a picture, in raster order, are cut into ``num_crops`` stretches. A token scores by its attention and by how much its likeness to
     the other tokens of its stretch varies (variance of cosines, brought to the mean attention of the stretch, times ``beta``). A stretch gets
     tokens in proportion to its mean score, and keeps its best. Nothing is merged.
 
@@ -34,7 +34,7 @@ class HoloV(EncoderReducer):
     ----------
     keep : int or float, optional
         Tokens per span or the fraction of them. A budget of n keeps n.
-    crops : int
+    num_crops : int
         Stretches of a picture.
     beta : float
         Weight of variety.
@@ -67,7 +67,7 @@ class HoloV(EncoderReducer):
         if self.keep is not None:
             check_keep("keep", self.keep)
         if self.num_crops < 1:
-            raise ValueError(f"crops={self.num_crops}: stretches that a picture is cut into, at least 1")
+            raise ValueError(f"num_crops={self.num_crops}: stretches that a picture is cut into, at least 1")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta={self.beta}: the weight of variety, at least 0")
         check_choice("within", self.within, ("score", "attention"))

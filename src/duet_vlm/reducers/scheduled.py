@@ -39,7 +39,7 @@ class ScheduledReducer(DecoderReducer):
         What fractions are fractions of: "entry", or "current", the tokens that are still there.
     rounding : str
         "floor" (exact product), "int" (truncated float product) or "round".
-    least : int
+    min_tokens : int
         A stage keeps at least so many tokens of a prompt that has them.
     """
 
@@ -63,7 +63,7 @@ class ScheduledReducer(DecoderReducer):
         check_choice("relative", self.relative, RELATIVE)
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.min_tokens < 0:
-            raise ValueError(f"least={self.min_tokens}: a number of tokens, at least 0")
+            raise ValueError(f"min_tokens={self.min_tokens}: a number of tokens, at least 0")
 
     def schedule_at_depth(self, depth: int) -> Schedule:
         """The paper's stages in a decoder of ``depth`` layers; where two meet, the later one."""

@@ -88,7 +88,7 @@ class TowerReducer(EncoderReducer):
     pooled_context_tokens : int
         Rows that stand for what leaves a picture. In front of the first block the units that leave, line by line, are divided into so many
         groups of the same size. Each goes through the tower as one unit more, the mean of its members at the place of the middle one, that weighs
-        as many rows as it has members and that nobody reads behind the tower. ``mass`` then plays no part. 0: none.
+        as many rows as it has members and that nobody reads behind the tower. ``proportional_attention`` then plays no part. 0: none.
     """
 
     tower_signals: ClassVar[frozenset[str]] = frozenset()
@@ -103,7 +103,7 @@ class TowerReducer(EncoderReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pooled_context_tokens < 0:
-            raise ValueError(f"context={self.pooled_context_tokens}: a number of rows for what leaves a picture, 0 or more")
+            raise ValueError(f"pooled_context_tokens={self.pooled_context_tokens}: a number of rows for what leaves a picture, 0 or more")
         if self.keep is not None:
             check_keep("keep", self.keep)
             if self.keep == 0:

@@ -70,11 +70,11 @@ MESSAGES = {
     InvalidSelection.ROWS: "select_tokens returned a selection with another number of rows than planned{}: per span, view.dominant + view.contextual rows are valid",
     InvalidSelection.RANGE: "select_tokens returned a selection of tokens that do not exist{}: index and members are token numbers from 0 to view.valid.shape[1] - 1",
     InvalidSelection.KEPT: "prune_tokens returned a mask that keeps another number of tokens than planned{}: per row, keep exactly view.keep of the tokens in view.valid",
-    InvalidSelection.UNITS: "stay returned a mask that keeps another number of units than planned{}: per picture, keep exactly view.keep of those in view.valid",
+    InvalidSelection.UNITS: "keep_patches returned a mask that keeps another number of units than planned{}: per picture, keep exactly view.keep of those in view.valid",
 }
 
 MESSAGES[InvalidSelection.JOINS] = (
-    "stay returned units that join what does not stay, or an order that is none{}: into names, for each unit in view.valid, the place of one that "
+    "keep_patches returned units that join what does not stay, or an order that is none{}: into names, for each unit in view.valid, the place of one that "
     "stays (its own if it does), and order every place once"
 )
 PLACES = {InvalidSelection.KEPT: "row", InvalidSelection.UNITS: "picture", InvalidSelection.JOINS: "picture"}

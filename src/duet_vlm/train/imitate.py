@@ -27,7 +27,7 @@ SHOWN = 10  # lines of progress
 def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, data: Dataset[Any], collator: Collator) -> dict[str, Tensor]:
     """The weights that the method's module has after ``settings.imitate`` steps on the images and questions of ``data``; the model stays as it is.
 
-    The error is the squared difference to what ``Compressor.like`` says, over the variance of that. Every process of a launch takes the same steps.
+    The error is the squared difference to what ``Compressor.imitation_target`` says, over the variance of that. Every process of a launch takes the same steps.
 
     Raises
     ------
@@ -84,7 +84,7 @@ def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
             found = kind.select_tokens(self, view)
             assert found.custom_rows is not None  # as there is a module
             there = found.valid[:, : found.custom_rows.shape[1]]
-            target = self.like(view, found)[:, : found.custom_rows.shape[1]].float()[there].detach()
+            target = self.imitation_target(view, found)[:, : found.custom_rows.shape[1]].float()[there].detach()
             wrong.append((found.custom_rows.float()[there] - target).square().mean() / target.var(0, unbiased=False).mean().clamp(min=1e-6))
         return found
 

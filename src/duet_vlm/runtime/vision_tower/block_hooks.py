@@ -47,7 +47,7 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
     tower = reducer.tower_reducer
     assert isinstance(tower, TowerReducer)
     if tower.pooled_context_tokens and tower.prunes_inside:
-        raise ValueError(f"context={tower.pooled_context_tokens}: with {tower.name} units leave behind blocks, and only what leaves in front of all is stood for")
+        raise ValueError(f"pooled_context_tokens={tower.pooled_context_tokens}: with {tower.name} units leave behind blocks, and only what leaves in front of all is stood for")
     for blocks in adapter.blocks_to_reduce():
         depth = depth_of(blocks, adapter, reducer)
         if depth == 0 and tower.prunes_inside:
