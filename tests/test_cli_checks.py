@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from duet_vlm import tiny
 from duet_vlm.api import catalogue as lists
 from duet_vlm.cli import options, viz
 from duet_vlm.cli.main import LINES, app
 from duet_vlm.reducers import method_files
-from duet_vlm import tiny
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 PICTURE = tiny._HERE / "demo" / "scene_1.png"

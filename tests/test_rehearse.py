@@ -37,9 +37,9 @@ MORE: dict[str, tuple[str, str, int, str]] = {
     "prunesid": ("call", "principal", 1, "CUDA's eigh says whether it converged"),
     "sieve": ("prompt", "_ridge", len(REDUCING["sieve"]["schedule"]), "eigh, at each drop"),
     "tokencarve": ("prompt", "information", 1, "eigh"),
-    "quecc": ("call", "decoded", 1, "the decoder reads questions by themselves, as long as the longest"),
-    "pixelprune": ("call", "decide", 1, "a threshold decides how many patches stay"),
-    "rlt": ("call", "decide", 1, "a threshold decides how many patches stay"),
+    "quecc": ("call", "question_state", 1, "the decoder reads questions by themselves, as long as the longest"),
+    "pixelprune": ("call", "apply_selection", 1, "a threshold decides how many patches stay"),
+    "rlt": ("call", "apply_selection", 1, "a threshold decides how many patches stay"),
 }
 WINDOWS = {"qwen2_5_vl": "which windows of the tower are empty: for each encoder call, and behind a block where patches leave there"}
 

@@ -427,11 +427,11 @@ def test_batches_of_clips_from_a_file(tmp_path: Path, cuts: list[list[int]]) -> 
         runs.append(made["runs"])
     assert runs[0] == runs[1]
     data.write_text(json.dumps(lines[0] | {"frames": 0}))
-    assert "line 1: frames 0: how many are taken of each video" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+    assert "line 1: frames 0: how many are taken of each video" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
     data.write_text(json.dumps(lines[0] | {"video": "gone.mp4"}))
-    assert "its video" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+    assert "its video" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
     data.write_text(json.dumps(lines[0]))
-    assert "--data shows clips, and --model tiny takes pictures only" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+    assert "--data shows clips, and --model tiny takes pictures only" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
 
 
 def test_a_benchmark_of_clips_in_pieces(tmp_path: Path, cuts: list[list[int]]) -> None:
@@ -453,7 +453,7 @@ def test_pieces_of_what_is_no_clip(tmp_path: Path) -> None:
         (["eval", "--chunk-frames", 4, "-o", tmp_path / "o"], "no clip is shown; take tasks with clips in place of --tasks tiny"),
         (["eval", "--harness", "lmms-eval", "--still-frames", 0], "--chunk-frames and --still-frames need the own harness"),
         (["eval", "--experiment", path, "--still-frames", 0], "says what is asked: leave out --still-frames"),
-        (["generate", "--data", tmp_path, "-p", "x", "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
+        (["generate", "--data", tmp_path, "-p", "x", "-b", 64, "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
         (["run", "--video", path, "-p", "x", "--method", "duet", "-b", 64, "--chunk-frames", 4], "llava takes no clips, so frames"),
         ([*shared, "zoo_prune", "--chunk-frames", 4], "asks the projector"),
         ([*shared, "duet", "--still-frames", "nan"], "Invalid value for '--still-frames'"),

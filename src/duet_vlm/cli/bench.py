@@ -124,7 +124,7 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
 def _show(found: dict[str, Any]) -> None:
     from duet_vlm.evaluation.console import console as screen
 
-    console = screen(120)
+    console = screen()
     console.print(f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads")
     for key in sorted({(row["batch"], row["text"]) for row in found["rows"] if "ms" in row}):
         rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]

@@ -271,7 +271,7 @@ def check_merge_pairs(reducer: TowerReducer, merged: MergePairs, view: TowerView
     for name, value in (("target", merged.target), ("order", place if merged.order is None else merged.order)):
         form = isinstance(value, Tensor) and value.shape == place.shape and value.dtype == torch.int64 and value.device == place.device
         if not form:
-            raise ValueError(f"{_name(reducer)}.stay returned {name} = {_shown(value)}: give a tensor {list(place.shape)} of {torch.int64}")
+            raise ValueError(f"{_name(reducer)}.keep_patches returned {name} = {_shown(value)}: give a tensor {list(place.shape)} of {torch.int64}")
     inside = merged.target.clamp(0, place.shape[1] - 1)
     into = torch.where(view.valid, inside, place)
     mask = (into == place) & view.valid
@@ -293,7 +293,7 @@ def check_counts(reducer: TowerReducer, units: int, left: int, depth: int) -> Se
     boundaries, counts = reducer.boundaries(depth), reducer.stage_counts(units, left, depth)
     if len(counts) != len(boundaries) or list(counts) != sorted(counts, reverse=True) or not 1 <= left == counts[-1] <= counts[0] <= units:
         raise ValueError(
-            f"{_name(reducer)}.counts(units={units}, left={left}, depth={depth}) returned {list(counts)}: for each of the {len(boundaries)} "
+            f"{_name(reducer)}.stage_counts(units={units}, left={left}, depth={depth}) returned {list(counts)}: for each of the {len(boundaries)} "
             f"boundaries a number of units, none above the one before, at last {left}"
         )
     return counts
