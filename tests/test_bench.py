@@ -235,7 +235,7 @@ def test_random_models_come_from_a_config_alone(tmp_path: Path) -> None:
 
 
 def call(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "150"})
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     return result
 

@@ -28,10 +28,10 @@ NEEDED = [
     "duet_vlm/api/catalogue.json",
     "duet_vlm/cli/skeletons/entry.txt",
     "duet_vlm/cli/skeletons/decoder.txt",
-    "duet_vlm/evaluate/report/page.html.j2",
-    "duet_vlm/evaluate/report/page.css",
-    "duet_vlm/evaluate/report/page.js",
-    "duet_vlm/evaluate/lmms/tasks/tiny/duet_tiny.yaml",
+    "duet_vlm/evaluation/report/page.html.j2",
+    "duet_vlm/evaluation/report/page.css",
+    "duet_vlm/evaluation/report/page.js",
+    "duet_vlm/evaluation/lmms/tasks/tiny/duet_tiny.yaml",
 ]
 
 

@@ -229,7 +229,7 @@ def test_public_names_are_documented_and_on_the_page(monkeypatch: pytest.MonkeyP
         assert one is other, head
     monkeypatch.setattr(duet_vlm.Handle.report, "__doc__", None)
     monkeypatch.setattr(duet_vlm, "__all__", [*duet_vlm.__all__, "forgotten"])
-    assert reference.undocumented() == ["forgotten (not on the page)", "api.handle.Handle.report"]
+    assert reference.undocumented() == ["api.handle.Handle.report", "forgotten (not on the page)"]
 
 
 LINKS = {  # on the page, link of the repository -> link of the site
