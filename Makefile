@@ -171,6 +171,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt plugins/vllm/pyproject.toml $
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
 	$(DOCS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[docs]"
+	@! command -v npm >/dev/null || (cd $(DOCS) && npm pack --silent mermaid@11 >/dev/null && tar xzf mermaid-*.tgz package/dist/mermaid.min.js)
 	@touch $@
 
 $(TORCHAO)/.installed: pyproject.toml constraints.txt

@@ -13,9 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.evaluate.curve import FULL, LABEL, drops
-from duet_vlm.evaluate.experiment import Experiment
-from duet_vlm.evaluate.run import run_experiment
+from duet_vlm.evaluation.drop_curve import FULL, LABEL, drops
+from duet_vlm.evaluation.experiment import Experiment
+from duet_vlm.evaluation.run import run_experiment
 from duet_vlm.tiny.chain_network import LAYERS
 from duet_vlm.tiny.chain_questions import KINDS
 

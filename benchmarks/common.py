@@ -16,8 +16,8 @@ import transformers
 from shapes import Shape
 
 import duet_vlm
-from duet_vlm.evaluate.results import cpu_name
-from duet_vlm.measure.speed import Timing, ratio
+from duet_vlm.evaluation.results import cpu_name
+from duet_vlm.profiling.timing import Timing, ratio
 
 HERE = Path(__file__).parent
 

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 import duet_vlm
-from duet_vlm.evaluate.curve import curve_of
-from duet_vlm.evaluate.experiment import Run
-from duet_vlm.evaluate.report import columns
-from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.evaluate.results import load, unpack
-from duet_vlm.evaluate.statistics import difference_interval, sign_test
-from duet_vlm.evaluate.tasks import accepted
+from duet_vlm.evaluation.drop_curve import curve_of
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.report import columns
+from duet_vlm.evaluation.report.markdown import table
+from duet_vlm.evaluation.results import load, unpack
+from duet_vlm.evaluation.statistics import difference_interval, sign_test
+from duet_vlm.evaluation.tasks import accepted
 
 ROOT = Path(__file__).resolve().parent.parent / "comparison"
 
@@ -117,7 +117,7 @@ def which() -> str:
     kept: dict[str, dict[tuple[str, float], Row]] = {}
     for task in SPENT:
         for row in load(ROOT / task / "results" / "methods.json")["runs"]:
-            if row["method"] in duet_vlm.methods() and row["beside"] in SPENT[task] and row["id"] == Run(row["method"], row["beside"]).id:
+            if row["method"] in duet_vlm.list_methods() and row["beside"] in SPENT[task] and row["id"] == ExperimentCell(row["method"], row["beside"]).id:
                 kept.setdefault(row["method"], {})[task, row["beside"]] = row
 
     def cell(row: Row | None) -> str:

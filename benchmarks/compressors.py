@@ -43,27 +43,27 @@ def trained(method: str, tokens: int | None, seed: int, conversations: int, imit
     """Train into ``out``: seconds of this process (None where it went on from a checkpoint), and the last loss that was logged."""
     from duet_vlm.train import resume
     from duet_vlm.train.run import train
-    from duet_vlm.train.settings import Settings
+    from duet_vlm.train.settings import TrainSettings
 
     own = chosen(method, tokens) if tokens else {}
     rest = {"settings": own, "imitate": imitate, "out": str(out), "trainer": TRAINER | {"seed": seed}}
     budget: dict[str, Any] = {"budget": tokens / SIDE**2, "anneal_from": 1.0} if tokens and method in FALLS else {"budget": tokens}
     begun, fresh = time.process_time(), not resume.checkpoints(out)
-    train(Settings(model=start, data=SOURCES, limit=conversations, method=method, **budget, **rest))
+    train(TrainSettings(model=start, data=SOURCES, limit=conversations, method=method, **budget, **rest))
     return round(time.process_time() - begun, 1) if fresh else None, resume.state(out)["loss"]
 
 
 def asked(folder: Path, method: str, tokens: int | None) -> dict[str, Any]:
     """Accuracy by task, and what a question costs."""
-    from duet_vlm.compressor import BESIDE
-    from duet_vlm.evaluate.answer import answer
-    from duet_vlm.evaluate.experiment import Run
-    from duet_vlm.evaluate.tasks import right, task
-    from duet_vlm.loading import load
+    from duet_vlm.api.loading import load
+    from duet_vlm.evaluation.experiment import ExperimentCell
+    from duet_vlm.evaluation.run_sample import answer
+    from duet_vlm.evaluation.tasks import right, task
+    from duet_vlm.reducers.compressor import BESIDE
 
     loaded = load(str(folder))
     weights = folder / BESIDE
-    run = Run(method, tokens, (chosen(method, tokens) if tokens else {}) | ({"weights": str(weights)} if weights.exists() else {}))
+    run = ExperimentCell(method, tokens, (chosen(method, tokens) if tokens else {}) | ({"weights": str(weights)} if weights.exists() else {}))
     found: dict[str, Any] = {"accuracy": {}, "tokens": 0.0, "gflops": 0.0, "full_gflops": 0.0}
     total = 0
     for name in SOURCES:

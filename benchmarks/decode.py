@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import duet_vlm
-from duet_vlm.measure.speed import paired
+from duet_vlm.profiling.timing import time_paired
 
 TARGET, PADDED_TARGET = 1.02, 1.05
 
@@ -47,7 +47,7 @@ def _step(
         rows = [layer.keys.shape[2] for layer in reduced.layers]
         left = real[:, : rows[0]] if masks else real.new_ones(len(real), rows[0])  # padding is in front on both sides
         sides = {"attached": _stepper(attached, reduced, real, real.sum(1)), "plain": _stepper(plain, _copy(reduced, plain), left, real.sum(1))}
-        times = paired(sides, options.repeats(120), warmup=10)
+        times = time_paired(sides, options.repeats(120), warmup=10)
     return side_by_side(name, shape, times["attached"], times["plain"], target, cache_rows=rows)
 
 

@@ -25,7 +25,7 @@ METHOD = "quecc"
 
 def cut(layers: int) -> Path:
     """The start with its first ``layers`` decoder layers."""
-    from duet_vlm.loading import load
+    from duet_vlm.api.loading import load
 
     folder = OUT / f"start-{layers}"
     if not (folder / "config.json").exists():
@@ -41,8 +41,8 @@ def cut(layers: int) -> Path:
 def gflops(folder: Path, tokens: int) -> float:
     """Predicted of the first question of the first task; a module's weights change nothing about it."""
     import duet_vlm
-    from duet_vlm.evaluate.tasks import task
-    from duet_vlm.loading import load
+    from duet_vlm.api.loading import load
+    from duet_vlm.evaluation.tasks import task
 
     loaded, question = load(str(folder)), task(SOURCES[0]).ask(0, 0)
     text = loaded.processor.apply_chat_template(
@@ -69,7 +69,7 @@ def main() -> None:
     seed, here = parser.parse_args().seed, environment()
     os.chdir(ROOT)
     torch.set_num_threads(1)
-    from duet_vlm.loading import load
+    from duet_vlm.api.loading import load
 
     layers = load(START).model.config.text_config.num_hidden_layers
     large, small = (OUT / f"full-{depth}-{seed}" for depth in (layers, layers // 2))

@@ -16,8 +16,8 @@ from shapes import LLAVA, TINY, Shape, build
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm.measure.speed import paired
 from duet_vlm.ops.merge import merged_rows
+from duet_vlm.profiling.timing import time_paired
 
 TARGET, AT_ONCE = 0.03, 0.01  # greedy choices; those of one look
 PICKS = (1, 2, 4, 8)
@@ -34,20 +34,20 @@ def run(options: Options) -> list[dict[str, Any]]:
         for method, budget, fields in cases:
             extra = "".join(f", {name}={value}" for name, value in fields.items())
             sides[f"choice, {method} at {budget:.0%}{extra}"] = _choice(shape, method, budget, fields)
-        times = paired(sides, options.repeats(9), warmup=1)
+        times = time_paired(sides, options.repeats(9), warmup=1)
     targets = {name: AT_ONCE if "duet at" in name else TARGET for name in sides if name != "prefill"}
     return [side_by_side(name, shape, times[name], times["prefill"], target) for name, target in targets.items()]
 
 
 def _choice(shape: Shape, method: str, budget: float, fields: dict[str, Any]) -> Callable[[], Tensor]:
     """Choose and merge for one image."""
-    reducer = duet_vlm.get(method)(**fields)
+    reducer = duet_vlm.get_method(method)(**fields)
     assert isinstance(reducer, duet_vlm.EncoderReducer)
     plan = reducer.plan(shape.visual_tokens, shape.layers, budget)
     draw = torch.Generator().manual_seed(3)
     keys, features = (torch.randn(1, plan.tokens, width, generator=draw) for width in (min(64, shape.vision_hidden), shape.vision_hidden))
-    view = duet_vlm.VisionView(
+    view = duet_vlm.EncoderView(
         valid=torch.ones(1, plan.tokens, dtype=torch.bool), dominant=torch.tensor([plan.dominant]), contextual=torch.tensor([plan.contextual]),
         plans=(plan,), importance=torch.rand(1, plan.tokens, generator=draw), keys=keys, features=features,
     )  # fmt: skip
-    return lambda: merged_rows(features, reducer.v2v(view))
+    return lambda: merged_rows(features, reducer.select_tokens(view))

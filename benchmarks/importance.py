@@ -18,9 +18,9 @@ import torch
 from common import HERE, environment
 from torch import Tensor
 
-from duet_vlm.evaluate.experiment import Experiment
-from duet_vlm.evaluate.run import run_experiment
-from duet_vlm.models.adapter import Recorded
+from duet_vlm.evaluation.experiment import Experiment
+from duet_vlm.evaluation.run import run_experiment
+from duet_vlm.models.adapter import RecordedQK
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import column_attention
 
@@ -29,7 +29,7 @@ TASKS = {"tiny": "tiny", "tiny-crowded": "tiny"}
 by_cls = Llava.signals
 
 
-def received(self: Llava, recorded: Recorded) -> tuple[Tensor, Tensor]:
+def received(self: Llava, recorded: RecordedQK) -> tuple[Tensor, Tensor]:
     """In place of ``Llava.signals``: attention that patches receive from patches."""
     if recorded.sample == CLS:
         return by_cls(self, recorded)

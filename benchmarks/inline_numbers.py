@@ -17,10 +17,10 @@ from typing import Any
 import training_tables
 
 import duet_vlm
-from duet_vlm.evaluate.report import columns
-from duet_vlm.evaluate.results import load
-from duet_vlm.evaluate.statistics import resampled
-from duet_vlm.spelling import did_you_mean
+from duet_vlm.evaluation.report import columns
+from duet_vlm.evaluation.results import load
+from duet_vlm.evaluation.statistics import resampled
+from duet_vlm.utils.suggest import did_you_mean
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPARED = ROOT / "comparison"
@@ -100,7 +100,7 @@ def asked() -> str:
 def _beside(task: str, budget: str | float) -> list[dict[str, Any]]:
     """Rows of methods as they come at a budget; references stand for no method."""
     found = [row for row in _result(task)["runs"] if row["status"] == "ok" and row["beside"] == float(budget)]
-    return [row for row in found if row["method"].partition("+")[0] in duet_vlm.methods()]
+    return [row for row in found if row["method"].partition("+")[0] in duet_vlm.list_methods()]
 
 
 def _asked_beside(task: str) -> list[dict[str, Any]]:
@@ -218,12 +218,12 @@ def tower_first(share: str, input_: str) -> str:
 
 
 def methods() -> str:
-    return str(sum(name != "none" for name in duet_vlm.methods()))
+    return str(sum(name != "none" for name in duet_vlm.list_methods()))
 
 
 def compared(task: str) -> str:
     """Methods that occur in the comparison of a task, by themselves."""
-    return str(len({row["method"] for row in _result(task)["runs"]} & set(duet_vlm.methods()) - {"none"}))
+    return str(len({row["method"] for row in _result(task)["runs"]} & set(duet_vlm.list_methods()) - {"none"}))
 
 
 # ---- training

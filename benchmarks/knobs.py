@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from common import environment
 
-from duet_vlm.evaluate.experiment import Experiment
-from duet_vlm.evaluate.run import run_experiment
+from duet_vlm.evaluation.experiment import Experiment
+from duet_vlm.evaluation.run import run_experiment
 
 FILE = Path(__file__).parent / "results" / "knobs.json"
 BUDGETS = (0.22, 0.11, 0.05)
@@ -31,7 +31,7 @@ Settings = dict[str, Any]
 KNOBS: dict[str, tuple[Settings, ...]] = {
     "scope": ({"alpha": 0.5}, {"alpha": 2.0}, {"combined": "add"}),
     "vispruner": ({"important": 0.25}, {"important": 0.75}),
-    "holov": ({"beta": 0.03}, {"beta": 0.3}, {"crops": 4}, {"crops": 64}),
+    "holov": ({"beta": 0.03}, {"beta": 0.3}, {"num_crops": 4}, {"num_crops": 64}),
     "prumerge": ({"neighbours": 4}, {"neighbours": 12}),
     "prumerge_plus": ({"important": 0.25}, {"important": 0.75}, {"neighbours": 4}),
     "vscan": ({"window": 4}, {"window": 8}, {"shallow": 0.5}, {"merge_others": False}, {"text_query": "all"}),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.measure.speed import paired, ratio
+from duet_vlm.profiling.timing import ratio, time_paired
 
 STEPS, WARMUP, BUDGET = 30, 4, 0.22
 QUESTIONS, SHARES, METHODS = 100, (1.0, 0.75, 0.5), ("", "duet")
@@ -55,7 +55,7 @@ def decoding() -> list[dict[str, Any]]:
                 for layer in model.model.language_model.layers:
                     layer.forward = torch.compile(layer.forward)
             sides[name] = stepper(model, cache, inputs["attention_mask"])
-        times = paired(sides, STEPS, warmup=WARMUP)
+        times = time_paired(sides, STEPS, warmup=WARMUP)
     rows = []
     for name, timing in times.items():
         found = ratio(timing, times["dynamic"])

@@ -23,31 +23,31 @@ from shapes import LLAVA, TINY, WIDE, Shape, build, twin
 from torch import nn
 
 import duet_vlm
-from duet_vlm.flow import entry
-from duet_vlm.flow.decoder import PrefillPass
-from duet_vlm.flow.encoder import EncoderFlow
-from duet_vlm.flow.signals import Recorder
-from duet_vlm.measure.speed import Timing, paired
+from duet_vlm.profiling.timing import Timing, time_paired
+from duet_vlm.runtime.encode.attention_intercept import QKRecorder
+from duet_vlm.runtime.encode.encoder import EncoderHooks
+from duet_vlm.runtime.prefill import entry
+from duet_vlm.runtime.prefill.layers import PrefillPass
 
 FREE, MERGES, CHOOSES, RANKS = 0.01, 0.02, 0.03, 0.03
 BUDGETS = (0.22, 0.33)  # the first that a method can reach
 OURS: tuple[tuple[Any, str], ...] = (
-    *((EncoderFlow, name) for name in ("after_attention", "after_block", "asks_projector", "before_projector", "after_projector", "_finish")),
-    (Recorder, "seen"), (entry, "_prefill"), (PrefillPass, "at_layer"),
+    *((EncoderHooks, name) for name in ("after_attention", "after_block", "asks_projector", "before_projector", "after_projector", "_finish")),
+    (QKRecorder, "seen"), (entry, "_prefill"), (PrefillPass, "at_layer"),
 )  # fmt: skip
 
 
 def run(options: Options) -> list[dict[str, Any]]:
     image = TINY if options.quick else replace(LLAVA, vision_layers=6)  # of the tower only what is recorded counts
     wide = replace(TINY, hidden=128) if options.quick else WIDE
-    decoder = tuple(name for name in names() if issubclass(duet_vlm.methods()[name], duet_vlm.DecoderReducer))
+    decoder = tuple(name for name in names() if issubclass(duet_vlm.list_methods()[name], duet_vlm.DecoderReducer))
     return [*_compare(options, image, names(), 7, "of the prefill"), *_compare(options, wide, decoder, 3, "of one layer, 4096 wide")]
 
 
 def names() -> tuple[str, ...]:
     """Methods for pictures, in front of the decoder or inside it."""
-    kinds = {name: kind for name, kind in duet_vlm.methods().items() if name != "none" and not issubclass(kind, duet_vlm.TowerReducer)}
-    return tuple(name for name, kind in kinds.items() if not getattr(kind, "reads_time", False))
+    kinds = {name: kind for name, kind in duet_vlm.list_methods().items() if name != "none" and not issubclass(kind, duet_vlm.TowerReducer)}
+    return tuple(name for name, kind in kinds.items() if not getattr(kind, "compares_frames", False))
 
 
 def _compare(options: Options, shape: Shape, methods: tuple[str, ...], pairs: int, unit: str) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _compare(options: Options, shape: Shape, methods: tuple[str, ...], pairs: in
                 with clock.watching(), duet_vlm.attach(model, method, budget=budget) as handle:
                     read = clock.around(reader(model, shape, encoded=False))
                     read()
-                    times = paired({"full": full, "ours": read}, options.repeats(pairs), warmup=1)
+                    times = time_paired({"full": full, "ours": read}, options.repeats(pairs), warmup=1)
                     report = handle.report()
                     kind = type(handle.reducer)
             except (duet_vlm.BudgetError, TypeError, ValueError) as error:

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from duet_vlm.evaluate.answer import answer
-from duet_vlm.evaluate.experiment import BASELINE, ORACLE, Run
-from duet_vlm.evaluate.results import environment
-from duet_vlm.evaluate.tasks import Question, right, task
-from duet_vlm.loading import Loaded, load
+from duet_vlm.api.loading import LoadedModel, load
+from duet_vlm.evaluation.experiment import BASELINE, ORACLE, ExperimentCell
+from duet_vlm.evaluation.results import environment
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import TaskQuestion, right, task
 from duet_vlm.tiny.page_questions import KINDS
 from duet_vlm.tiny.page_scenes import OVERVIEW, ROWS
 
@@ -27,7 +27,7 @@ FULL, ALONE, CROPS = "full model", "overview alone", "crops alone"
 BATCH = 20
 
 
-def shares(questions: list[Question], said: Callable[[list[Question]], tuple[str, ...]]) -> dict[str, float]:
+def shares(questions: list[TaskQuestion], said: Callable[[list[TaskQuestion]], tuple[str, ...]]) -> dict[str, float]:
     """Share of right answers, and by kind."""
     hits: dict[str, list[bool]] = {kind: [] for kind in KINDS}
     for first in range(0, len(questions), BATCH):
@@ -38,14 +38,14 @@ def shares(questions: list[Question], said: Callable[[list[Question]], tuple[str
     return {"all": round(float(np.mean(every)), 4), **{kind: round(float(np.mean(mine)), 4) for kind, mine in hits.items()}}
 
 
-def measure(loaded: Loaded, questions: list[Question], tokens: int) -> dict[str, dict[str, float]]:
+def measure(loaded: LoadedModel, questions: list[TaskQuestion], tokens: int) -> dict[str, dict[str, float]]:
     """Accuracy with all rows, with those of the overview, and with those of the crops."""
     overview = np.arange(ROWS) < OVERVIEW
-    sides = {FULL: (Run(BASELINE), None)}
-    sides |= {name: (Run(ORACLE, int(rows.sum())), rows) for name, rows in ((ALONE, overview), (CROPS, ~overview))}
+    sides = {FULL: (ExperimentCell(BASELINE), None)}
+    sides |= {name: (ExperimentCell(ORACLE, int(rows.sum())), rows) for name, rows in ((ALONE, overview), (CROPS, ~overview))}
 
-    def asked(run: Run, rows: np.ndarray | None) -> Callable[[list[Question]], tuple[str, ...]]:
-        def said(some: list[Question]) -> tuple[str, ...]:
+    def asked(run: ExperimentCell, rows: np.ndarray | None) -> Callable[[list[TaskQuestion]], tuple[str, ...]]:
+        def said(some: list[TaskQuestion]) -> tuple[str, ...]:
             some = some if rows is None else [replace(question, needed=rows) for question in some]
             return answer(loaded, [run], some, tokens)[run.id].answers
 

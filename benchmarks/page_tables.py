@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import comparison_tables
 
-from duet_vlm.evaluate.report import markdown
-from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.evaluate.results import load
+from duet_vlm.evaluation.report import markdown
+from duet_vlm.evaluation.report.markdown import table
+from duet_vlm.evaluation.results import load
 from duet_vlm.tiny import page
 from duet_vlm.tiny.page_questions import CHANCE, KINDS
 

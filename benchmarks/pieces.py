@@ -17,10 +17,10 @@ from common import environment
 from shapes import Shape, build
 
 import duet_vlm
-from duet_vlm.bench.inputs import encode, prompt_for
-from duet_vlm.loading import load
-from duet_vlm.measure.counted import memory_of
-from duet_vlm.models.find import adapter_for
+from duet_vlm.api.loading import load
+from duet_vlm.evaluation.speed.prompts import encode, prompt_for
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.profiling.flop_counter import memory_of
 
 FRAMES, SIZE, BUDGET = (16, 64, 256), 8, 0.2
 METHODS = ("evs", "duet")
@@ -33,7 +33,7 @@ QWEN = Shape(
 def measured(model: Any, frames: int, methods: list[str]) -> list[dict[str, Any]]:
     """A row for each method, in one piece and in pieces."""
     adapter = adapter_for(model)
-    steps = frames // adapter.frames_together()
+    steps = frames // adapter.temporal_patch_size()
     prompt = prompt_for(adapter, 1, 16, STEP * steps if adapter.mrope else None, steps)
     rows = []
     for method in methods:

@@ -18,8 +18,8 @@ from torch import nn
 from transformers import DynamicCache
 
 import duet_vlm
-from duet_vlm.bench.inputs import encode
-from duet_vlm.measure.speed import paired, ratio
+from duet_vlm.evaluation.speed.prompts import encode
+from duet_vlm.profiling.timing import ratio, time_paired
 
 BUDGETS = (0.33, 0.22, 0.11)
 METHODS = ("duet", "visionzip", "pyramiddrop", "fastv")
@@ -63,7 +63,7 @@ def _compare(
             if encoded:
                 text = prompt(shape)["input_ids"].shape[1] - shape.visual_tokens
                 sides[f"{label}, bare"] = bare_reader(plain, shape, [text + round(count) for count in report.measured])
-        times = paired(sides, options.repeats(pairs), warmup=1)
+        times = time_paired(sides, options.repeats(pairs), warmup=1)
     rows = [side_by_side(label, shape, times["plain"], times[label], predicted=value) for label, value in predicted.items()]
     for row in rows:
         if encoded:

@@ -16,9 +16,9 @@ import comparison_tables
 import inline_numbers
 
 import duet_vlm
-from duet_vlm.evaluate.report import columns, markdown
-from duet_vlm.evaluate.results import load
-from duet_vlm.models.find import support
+from duet_vlm.evaluation.report import columns, markdown
+from duet_vlm.evaluation.results import load
+from duet_vlm.models.lookup import support
 
 HERE = Path(__file__).parent
 WIDTH = 118  # of a line of text
@@ -123,7 +123,7 @@ def _first_token() -> list[float]:
 
 def names() -> str:
     """Which families and methods there are."""
-    families, methods = [row["family"] for row in support()], [name for name in duet_vlm.methods() if name != "none"]
+    families, methods = [row["family"] for row in support()], [name for name in duet_vlm.list_methods() if name != "none"]
 
     def listed(found: list[str]) -> str:
         return ", ".join(f"`{name}`" for name in found)

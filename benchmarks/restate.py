@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from duet_vlm.evaluate import statistics
-from duet_vlm.evaluate.results import load
-from duet_vlm.evaluate.summary import restated
+from duet_vlm.evaluation import statistics
+from duet_vlm.evaluation.results import load
+from duet_vlm.evaluation.summary import restated
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted(path for path in (ROOT / "comparison").glob("*/results/*.json"))

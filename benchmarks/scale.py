@@ -15,22 +15,22 @@ from common import HERE, environment
 from shapes import LLAVA, QWEN, Shape, build
 
 import duet_vlm
-from duet_vlm.measure.choice import selection_bytes, selection_flops
-from duet_vlm.measure.devices import SHEETS, Device, this_machine
-from duet_vlm.measure.report import Sample
-from duet_vlm.measure.roofline import Assumptions, Model, Prediction, Workload, predict
-from duet_vlm.measure.shapes import DecoderShape, VisionShape
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.profiling.devices import SHEETS, Device, this_machine
+from duet_vlm.profiling.model_dims import DecoderDims, VisionDims
+from duet_vlm.profiling.report import SampleCounts
+from duet_vlm.profiling.roofline import Assumptions, ModelCost, Prediction, Workload, predict
+from duet_vlm.profiling.selection_cost import selection_bytes, selection_flops
 
 RESULTS = HERE / "results"
 BUDGETS = (0.33, 0.22, 0.11)
 HEAD = 80  # width of a head of this tower
 
 
-def qwen(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int = 152064) -> Model:
+def qwen(layers: int, hidden: int, heads: int, kv_heads: int, mlp: int, vocab: int = 152064) -> ModelCost:
     """Qwen2.5-VL at one of its published sizes; the tower is the same in all of them."""
-    tower = VisionShape(32, 1280, 3420, 3, 4, 0, 1176, ((5120, 5120), (5120, hidden)), full_layers=4, window=64)
-    return Model(DecoderShape(layers, hidden, heads, kv_heads, 128, mlp, vocab), tower)
+    tower = VisionDims(32, 1280, 3420, 3, 4, 0, 1176, ((5120, 5120), (5120, hidden)), full_layers=4, window=64)
+    return ModelCost(DecoderDims(layers, hidden, heads, kv_heads, 128, mlp, vocab), tower)
 
 
 MODELS = {"7B": qwen(28, 3584, 28, 4, 18944), "32B": qwen(64, 5120, 40, 8, 27648), "72B": qwen(80, 8192, 64, 8, 29568)}
@@ -62,14 +62,14 @@ INPUTS = {  # clips: one frame per second, two frames per step of time, 64 token
 }
 
 
-def request(model: Model, what: Input, budget: float | None) -> Workload:
+def request(model: ModelCost, what: Input, budget: float | None) -> Workload:
     """One prompt under duet; ``None`` is the untouched model."""
-    depth, reducer = model.decoder.layers, duet_vlm.get("duet")()
+    depth, reducer = model.decoder.layers, duet_vlm.get_method("duet")()
     plan = reducer.plan(what.tokens, depth, 1.0 if budget is None else budget)
     counts = (plan.entry, *plan.counts)
     scored = tuple(i for i in range(depth) if counts[i + 1] not in (counts[i], 0))
     passes = ((what.each,) * what.steps,)
-    sample = Sample(what.text, (what.tokens,), passes, (plan,), what.text, (plan.counts, plan.counts))
+    sample = SampleCounts(what.text, (what.tokens,), passes, (plan,), what.text, (plan.counts, plan.counts))
     width = model.vision.projector[-1][1]
     cost = selection_flops(reducer, [plan], passes, model.vision, HEAD, width), selection_bytes(reducer, [plan], passes, model.vision, HEAD)
     return Workload(sample, what.new, scored, True, *cost, reused_layers=scored)
@@ -140,18 +140,18 @@ def _check(name: str, predicted: float, measured_ms: float) -> dict[str, Any]:
     return {"name": name, "predicted_ms": 1000 * predicted, "measured_ms": measured_ms, "ratio": 1000 * predicted / measured_ms}
 
 
-def _model(shape: Shape) -> Model:
+def _model(shape: Shape) -> ModelCost:
     adapter = adapter_for(build(dataclasses.replace(shape)))
-    return Model(adapter.decoder_shape(), adapter.vision_shape())
+    return ModelCost(adapter.decoder_dims(), adapter.vision_dims())
 
 
-def _request(model: Model, shape: Shape, budget: float | None, encoded: bool) -> Workload:
-    reducer, depth, tokens = duet_vlm.get("duet")(), model.decoder.layers, shape.visual_tokens
+def _request(model: ModelCost, shape: Shape, budget: float | None, encoded: bool) -> Workload:
+    reducer, depth, tokens = duet_vlm.get_method("duet")(), model.decoder.layers, shape.visual_tokens
     plan = reducer.plan(tokens, depth, 1.0 if budget is None else budget)
     counts = (plan.entry, *plan.counts)
     scored = tuple(i for i in range(depth) if counts[i + 1] not in (counts[i], 0))
     passes: tuple[tuple[int, ...], ...] = () if encoded else ((tokens,),)
-    sample = Sample(shape.text + 1, (tokens,), passes, (plan,), shape.text, (plan.counts, plan.counts), skipped=budget is not None)
+    sample = SampleCounts(shape.text + 1, (tokens,), passes, (plan,), shape.text, (plan.counts, plan.counts), skipped=budget is not None)
     return Workload(sample, 2, scored, shape.family != "llava", reused_layers=scored)  # two tokens: one step
 
 

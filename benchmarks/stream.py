@@ -54,10 +54,10 @@ def forget() -> None:
 def ask(path: Path, way: str) -> dict[str, float]:
     """One question, in this process."""
     import duet_vlm
-    from duet_vlm.cli.answering import answer
-    from duet_vlm.loading import load
-    from duet_vlm.stream import Stream
-    from duet_vlm.video import decode, pieces
+    from duet_vlm.api.loading import load
+    from duet_vlm.api.streaming import StreamingVideo
+    from duet_vlm.cli.timed_answer import timed_answer
+    from duet_vlm.inputs.video import decode, pieces
 
     torch.set_num_threads(1)
     loaded = load("tiny-video")
@@ -67,16 +67,16 @@ def ask(path: Path, way: str) -> dict[str, float]:
     before, start = memory("VmRSS"), time.perf_counter()
     with torch.no_grad():
         if way == "pieces":
-            stream = Stream(loaded.model, BUDGET)
+            stream = StreamingVideo(loaded.model, BUDGET)
             for piece in pieces(path, SIZE, fps=1):
                 inputs = loaded.inputs([], QUESTION, [piece])
                 stream.add(**inputs)
-            answer(loaded, stream.inputs(inputs["input_ids"]), 4, False)
+            timed_answer(loaded, stream.inputs(inputs["input_ids"]), 4, False)
             tokens = stream.steps * stream.places
         else:
             inputs = loaded.inputs([], QUESTION, [decode(path, fps=1)])
             with duet_vlm.attach(loaded.model, "evs", budget=BUDGET) as handle:
-                answer(loaded, inputs, 4, False)
+                timed_answer(loaded, inputs, 4, False)
                 tokens = handle.trace[0][0].span.tokens
     return {"tokens": tokens, "peak_mib": round(memory("VmHWM") - before, 1), "seconds": round(time.perf_counter() - start, 2)}
 

@@ -28,8 +28,8 @@ from shapes import LLAVA, LLAVA_NARROW, QWEN, TINY, TINY_QWEN, WIDE, Shape, buil
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm.flow.decoder import PrefillPass
-from duet_vlm.measure.speed import Timing, ratio
+from duet_vlm.profiling.timing import Timing, ratio
+from duet_vlm.runtime.prefill.layers import PrefillPass
 
 ABOVE_ARITHMETIC = 0.02  # of a layer, that a stage may cost beside its arithmetic in the same prefills
 AGAIN, ONCE, BARE = "keys made again", "keys made once", "bare"

@@ -30,15 +30,15 @@ import video_tables
 from train_step import LLAVA_7B
 
 import duet_vlm
-from duet_vlm.budget import SpanPlan
-from duet_vlm.cli import lists
+from duet_vlm.api import catalogue as lists
 from duet_vlm.cli.models import cell
-from duet_vlm.evaluate.report import columns, markdown
-from duet_vlm.evaluate.results import load
-from duet_vlm.measure.training import Example, Trained, step_flops
-from duet_vlm.models.find import support
-from duet_vlm.reducer import DecoderReducer, EncoderReducer
-from duet_vlm.tower import TowerReducer
+from duet_vlm.evaluation.report import columns, markdown
+from duet_vlm.evaluation.results import load
+from duet_vlm.models.lookup import support
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.profiling.training_cost import TrainedParts, TrainingExample, step_flops
+from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
+from duet_vlm.reducers.vision_tower import TowerReducer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -96,18 +96,18 @@ def train_flops() -> str:
     """Predicted FLOPs of a step of LLaVA-1.5-7B, one sample of 576 visual and 65 other rows, by what is trained."""
     decoder, vision = LLAVA_7B
     recipes = {
-        "projector (stage 1)": Trained(decoder=False),
-        "projector and decoder (stage 2)": Trained(),
-        "the same, gradient checkpointing": Trained(checkpointing=True),
-        "the same as transformers switches it on (a gradient runs through the frozen tower)": Trained(checkpointing=True, input_gradients=True),
-        "projector and adapters of rank 128": Trained(decoder=False, lora=128),
+        "projector (stage 1)": TrainedParts(decoder=False),
+        "projector and decoder (stage 2)": TrainedParts(),
+        "the same, gradient checkpointing": TrainedParts(checkpointing=True),
+        "the same as transformers switches it on (a gradient runs through the frozen tower)": TrainedParts(checkpointing=True, input_gradients=True),
+        "projector and adapters of rank 128": TrainedParts(decoder=False, lora=128),
     }
     plans = [SpanPlan(576, 576, 0, (576,) * decoder.layers)]
-    plans += [duet_vlm.get("duet")().plan(576, decoder.layers, budget) for budget in (192, 128, 64)]
+    plans += [duet_vlm.get_method("duet")().plan(576, decoder.layers, budget) for budget in (192, 128, 64)]
     rows = []
     for name, trained in recipes.items():
         full, *reduced = (
-            step_flops(decoder, vision, [Example(65, (plan,), 48 * (plan.entry < 576), plan.merges)], trained, unread_layers=1).total
+            step_flops(decoder, vision, [TrainingExample(65, (plan,), 48 * (plan.entry < 576), plan.merges)], trained, unread_layers=1).total
             for plan in plans
         )
         rows.append([name, f"{full / 1e12:.1f}", *(f"{flops / full:.1%}" for flops in reduced)])
@@ -202,7 +202,7 @@ def static() -> str:
 
 def methods() -> str:
     rows = []
-    for name, cls in duet_vlm.methods().items():
+    for name, cls in duet_vlm.list_methods().items():
         where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
         where = ["tower"] if issubclass(cls, TowerReducer) else where
         asks = issubclass(cls, DecoderReducer) and cls.uses_text

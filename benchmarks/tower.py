@@ -19,8 +19,8 @@ from shapes import LLAVA, QWEN, TINY, TINY_QWEN, Shape, build, twin
 from torch import nn
 
 import duet_vlm
-from duet_vlm.flow.tower import hooks, packed
-from duet_vlm.measure.speed import Timing, paired
+from duet_vlm.profiling.timing import Timing, time_paired
+from duet_vlm.runtime.vision_tower import tower_hooks, varlen
 
 BUDGET, KEEPS = 0.11, (None, 0.56, 0.5, 0.4)
 METHOD = "duet"
@@ -62,7 +62,7 @@ class Watch:
 @contextlib.contextmanager
 def watched_choice(watch: Watch) -> Iterator[None]:
     """The choice of units and their mass as part of the tower, timed by itself."""
-    real = hooks.choose
+    real = tower_hooks.select_patches
 
     def choose(*args: Any) -> Any:
         watch.start("choice")
@@ -70,11 +70,11 @@ def watched_choice(watch: Watch) -> Iterator[None]:
         watch.end("choice")
         return chosen
 
-    hooks.choose = packed.choose = choose  # type: ignore[assignment]
+    tower_hooks.select_patches = varlen.select_patches = choose  # type: ignore[assignment]
     try:
         yield
     finally:
-        hooks.choose = packed.choose = real  # type: ignore[assignment]
+        tower_hooks.select_patches = varlen.select_patches = real  # type: ignore[assignment]
 
 
 def _compare(options: Options, shape: Shape) -> list[dict[str, Any]]:
@@ -92,7 +92,7 @@ def _compare(options: Options, shape: Shape) -> list[dict[str, Any]]:
             sides[label] = _watched(reader(model, shape, encoded=False), watches[label])
             sides[label]()
             reports[label] = handle.report()
-        times = paired(sides, options.repeats(7), warmup=1)
+        times = time_paired(sides, options.repeats(7), warmup=1)
     rows = []
     last = len(times["plain"].seconds)
     for label, (keep, _) in twins.items():

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from common import HERE, environment
 
-from duet_vlm.evaluate.experiment import Experiment
-from duet_vlm.evaluate.run import run_experiment
+from duet_vlm.evaluation.experiment import Experiment
+from duet_vlm.evaluation.run import run_experiment
 
 BUDGET, WHOLE = 0.11, "whole tower"
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}
@@ -30,8 +30,8 @@ def cells(method: str, task: str, context: bool) -> list[dict[str, Any]]:
     """``method`` behind the whole tower, and behind what other methods leave of it, with rows for what leaves or without."""
 
     def behind(tower: str, keep: float, **settings: Any) -> dict[str, Any]:
-        label = f"{tower}, {keep:.0%}" + ", no mass" * ("mass" in settings)
-        label += f", context of {settings['context']}" if "context" in settings else ""
+        label = f"{tower}, {keep:.0%}" + ", no mass" * ("proportional_attention" in settings)
+        label += f", context of {settings['pooled_context_tokens']}" if "pooled_context_tokens" in settings else ""
         own = {f"{tower}_{key}": value for key, value in {"keep": keep, **settings}.items()}
         return {"method": f"{tower}+{method}", "budgets": [BUDGET], "settings": own, "label": label}
 
@@ -42,7 +42,7 @@ def cells(method: str, task: str, context: bool) -> list[dict[str, Any]]:
     return [
         whole,
         *(behind("contrast", keep) for keep in SHARES),
-        behind("contrast", 0.5, mass=False),
+        behind("contrast", 0.5, proportional_attention=False),
         *(behind("motion", keep) for keep in MOVING if task == "tiny-video"),
         *(behind(floor, 0.5) for floor in ("random_patches", "checkerboard")),
     ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from duet_vlm.measure.shapes import VisionShape
+from duet_vlm.profiling.model_dims import VisionDims
 
 NAME = "tower_context"
 
@@ -54,6 +54,6 @@ class Context:
         return sdpa_attention_forward(module, query, torch.cat([key, keys], 2), torch.cat([value, values], 2), bias, **options)
 
 
-def context_flops(shape: VisionShape, patches: int, frozen: int) -> int:
+def context_flops(shape: VisionDims, patches: int, frozen: int) -> int:
     """What ``frozen`` rows add to a tower through which ``patches`` of a picture go."""
     return shape.layers * (4 * frozen * shape.width**2 + 4 * (patches + shape.extra_rows) * frozen * shape.width)

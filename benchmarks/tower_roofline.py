@@ -11,9 +11,9 @@ from common import HERE, environment
 from scale import HEAD, MODELS, Input, request
 
 import duet_vlm
-from duet_vlm.measure.choice import tower_choice_flops
-from duet_vlm.measure.devices import SHEETS
-from duet_vlm.measure.roofline import Workload, predict
+from duet_vlm.profiling.devices import SHEETS
+from duet_vlm.profiling.roofline import Workload, predict
+from duet_vlm.profiling.selection_cost import tower_choice_flops
 
 BUDGET, SHARES, BATCH = 0.11, (0.56, 0.5, 0.44), 8
 INPUTS = {"image, 324 tokens": Input(1, 324), "image, 1,296 tokens": Input(1, 1296), "page, 4,096 tokens": Input(1, 4096)}
@@ -22,8 +22,8 @@ INPUTS = {"image, 324 tokens": Input(1, 324), "image, 1,296 tokens": Input(1, 12
 def reduced(model: Any, what: Input, share: float) -> Workload:
     """Duet at 11 % behind a tower that keeps ``share`` of the patches."""
     work, left = request(model, what, BUDGET), ((((0, int(share * what.each)),),) * what.steps,)
-    sample = dataclasses.replace(work.sample, planned_left=left, left=left, merges_left=True)
-    mass = tower_choice_flops(duet_vlm.get("contrast+duet")(contrast_keep=share), sample.in_tower(), model.vision, HEAD)
+    sample = dataclasses.replace(work.sample, planned_left=left, in_tower_counts=left, projects_survivors_only=True)
+    mass = tower_choice_flops(duet_vlm.get_method("contrast+duet")(contrast_keep=share), sample.in_tower(), model.vision, HEAD)
     return dataclasses.replace(work, sample=sample, selection=work.selection + mass)
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.loading import load
-from duet_vlm.measure.flops import vision_flops
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.find import adapter_for
+from duet_vlm.api.loading import load
+from duet_vlm.evaluation.report.markdown import table
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.profiling.flops import vision_flops
+from duet_vlm.profiling.model_dims import VisionDims
 from duet_vlm.tiny.network import VISUAL_TOKENS
 
 FRAME = 64  # patches of a frame of the embedded clip model
@@ -57,9 +57,9 @@ def roofline() -> str:
 
 
 @functools.cache
-def tower_of(model: str) -> VisionShape:
+def tower_of(model: str) -> VisionDims:
     """The tower of an embedded model."""
-    return adapter_for(load(model).model).vision_shape().read()
+    return adapter_for(load(model).model).vision_dims().read()
 
 
 @functools.cache

@@ -25,14 +25,14 @@ from tower_context import Context, context_flops
 from tower_scorers import AskedScorer, Scorer, asked_scorer, embedding_of, scorer, scorer_flops
 
 from duet_vlm import TowerReducer, TowerView, register
-from duet_vlm.evaluate import statistics
-from duet_vlm.evaluate.answer import answer
-from duet_vlm.evaluate.experiment import Run
-from duet_vlm.evaluate.tasks import right, task
-from duet_vlm.loading import Loaded, load
-from duet_vlm.measure.flops import vision_flops
-from duet_vlm.models.find import adapter_for
+from duet_vlm.api.loading import LoadedModel, load
+from duet_vlm.evaluation import statistics
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import right, task
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.select import top
+from duet_vlm.profiling.flops import vision_flops
 
 BUDGET, WHOLE, METHOD, BATCH = 0.11, "whole tower", "duet_plus", 40
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}
@@ -65,14 +65,14 @@ class Try(TowerReducer):
     def boundaries(self, depth: int) -> Sequence[int]:
         return (0, 2) if self.rule == "second" else (0,)
 
-    def stay(self, view: TowerView) -> Tensor:
+    def keep_patches(self, view: TowerView) -> Tensor:
         if view.after:
             assert view.key_norm is not None
-            return top(-view.key_norm, view.valid, view.keep)
+            return top(-view.key_norm, view.valid, view.num_keep)
         score = BASES[self.base](view)
         if self.rule in RULES:
             score = even(score) + self.weight * even(RULES[self.rule](view))
-        stays = top(score, view.valid, view.keep)
+        stays = top(score, view.valid, view.num_keep)
         if self.frozen:
             Here.context.freeze(view.valid & ~stays, view.grids[0], self.frozen)
         return stays
@@ -93,8 +93,8 @@ def contrast(view: TowerView) -> Tensor:
 def motion(view: TowerView) -> Tensor:
     """As ``motion`` ranks the patches of clips: their distance from the median over time, and a little contrast."""
     assert view.pixels is not None
-    starts = [number for number, before in enumerate(view.before) if before < 0]
-    clips = zip(starts, [*starts[1:], len(view.before)], strict=True)
+    starts = [number for number, before in enumerate(view.previous_picture) if before < 0]
+    clips = zip(starts, [*starts[1:], len(view.previous_picture)], strict=True)
     change = [(clip - clip.median(0).values).abs().mean(-1) for clip in (view.pixels[first:end, :, 0].float() for first, end in clips)]
     still = contrast(view) / contrast(view).amax(1, keepdim=True)
     return 0.05 * still + torch.cat([one / one.amax() for one in change])
@@ -128,7 +128,7 @@ def change(view: TowerView) -> Tensor:
     """From the frame before."""
     assert view.pixels is not None
     score, pixels = torch.zeros_like(contrast(view)), view.pixels[:, :, 0].float()
-    for frame, before in enumerate(view.before):
+    for frame, before in enumerate(view.previous_picture):
         if before >= 0:
             score[frame] = (pixels[frame] - pixels[before]).abs().mean(-1)
     return score
@@ -170,35 +170,35 @@ def tries(task_name: str) -> list[Cell]:
         return Cell(label, settings=settings, both=both)
 
     if task_name == "tiny-video":
-        moving = {"base": "motion", "mass": False}
+        moving = {"base": "motion", "proportional_attention": False}
         return [
             Cell("motion", "motion", both=True),
             Cell("contrast", "contrast", both=True),
-            Cell("contrast, no mass", "contrast", {"mass": False}),
+            Cell("contrast, no mass", "contrast", {"proportional_attention": False}),
             Cell("contrast, ground 8%", "contrast", {"ground": 0.08}),
             Cell("change", "rlt"),
-            tried("contrast + change, no mass", rule="change", mass=False),
-            Cell("motion, mass", "motion", {"mass": True}),
+            tried("contrast + change, no mass", rule="change", proportional_attention=False),
+            Cell("motion, mass", "motion", {"proportional_attention": True}),
             tried("motion, frozen context, cells of 2 x 2", **moving, frozen=2, both=True),
             tried("motion, frozen context, cells of 4 x 4", **moving, frozen=4),
-            *(Cell(f"motion, context of {rows}", "motion", {"context": rows}, both=True) for rows in (1, 2, 4, 6, 8)),
-            Cell("contrast, context of 4", "contrast", {"context": 4}),
+            *(Cell(f"motion, context of {rows}", "motion", {"pooled_context_tokens": rows}, both=True) for rows in (1, 2, 4, 6, 8)),
+            Cell("contrast, context of 4", "contrast", {"pooled_context_tokens": 4}),
             tried("motion + question", **moving, rule="asked", weight=1.0, both=True),
             tried("motion + question, context of 4", **moving, rule="asked", weight=1.0, context=4, both=True),
         ]
     return [
         Cell("contrast", "contrast", both=True),
-        Cell("contrast, no mass", "contrast", {"mass": False}, both=True),
+        Cell("contrast, no mass", "contrast", {"proportional_attention": False}, both=True),
         *(Cell(f"contrast, ground {share:.0%}", "contrast", {"ground": share}) for share in (0.04, 0.08, 0.16)),
         tried("contrast + chroma", rule="chroma"),
         tried("contrast + edges", rule="edges"),
         tried("contrast + neighbourhood", rule="around"),
         tried("learned scorer", rule="learned", weight=10.0),
         Cell("contrast, then short keys after 2 blocks", settings={"rule": "second"}),
-        tried("contrast, frozen context, cells of 2 x 2", frozen=2, mass=False, both=True),
+        tried("contrast, frozen context, cells of 2 x 2", frozen=2, proportional_attention=False, both=True),
         tried("contrast, frozen context, cells of 2 x 2, ranked by mass", frozen=2),
-        tried("contrast, frozen context, cells of 4 x 4", frozen=4, mass=False),
-        *(Cell(f"contrast, context of {rows}", "contrast", {"context": rows}, both=True) for rows in (1, 2, 4, 6, 8, 12, 16)),
+        tried("contrast, frozen context, cells of 4 x 4", frozen=4, proportional_attention=False),
+        *(Cell(f"contrast, context of {rows}", "contrast", {"pooled_context_tokens": rows}, both=True) for rows in (1, 2, 4, 6, 8, 12, 16)),
         tried("contrast + question", rule="asked", weight=1.0, both=True),
         tried("contrast + question, context of 4", rule="asked", weight=1.0, context=4, both=True),
     ]
@@ -207,11 +207,11 @@ def tries(task_name: str) -> list[Cell]:
 LEVELS = {"tiny": (128, 107), "tiny-crowded": (128, 107), "tiny-video": (28, 23)}  # patches of a picture or frame, where nothing is computed beside
 
 
-def cost(cell: Cell, patches: int, loaded: Loaded, tokens: int) -> float:
+def cost(cell: Cell, patches: int, loaded: LoadedModel, tokens: int) -> float:
     """FLOPs of a tower that leaves so many of a picture's ``tokens``, over those of the whole one."""
-    shape, settings = adapter_for(loaded.model).vision_shape().read(), cell.settings
+    shape, settings = adapter_for(loaded.model).vision_dims().read(), cell.settings
     rule = Try(rule=settings.get("rule", ""))
-    left = rule.counts(tokens, patches + settings.get("context", 0), shape.layers)
+    left = rule.stage_counts(tokens, patches + settings.get("pooled_context_tokens", 0), shape.layers)
     total = vision_flops(shape, tokens, None, tuple(zip(rule.boundaries(shape.layers), left, strict=True)))
     if frozen := settings.get("frozen"):
         total += context_flops(shape, patches, tokens // frozen**2)
@@ -220,7 +220,7 @@ def cost(cell: Cell, patches: int, loaded: Loaded, tokens: int) -> float:
 
 
 @functools.cache
-def prepared(model: str) -> tuple[Loaded, Any, Context]:
+def prepared(model: str) -> tuple[LoadedModel, Any, Context]:
     """A model, its tower, and what can add context to it."""
     loaded = load(model)
     tower = loaded.model.model.video_tower if model == "tiny-video" else loaded.model.model.vision_tower
@@ -246,7 +246,7 @@ def measured(name: str, limit: int, seed: int, only: str, parts: Parts) -> list[
     loaded, tower, Here.context = prepared(TASKS[name])
     asked_of, clips, tokens = task(name), name == "tiny-video", tower.embeddings.num_patches
     Here.embed = tower.embeddings.patch_embedding
-    runs, rows = {WHOLE: Run(METHOD, BUDGET, label=WHOLE)}, {}
+    runs, rows = {WHOLE: ExperimentCell(METHOD, BUDGET, label=WHOLE)}, {}
     for level in LEVELS[name]:
         for cell in tries(name):
             if not re.search(only, cell.label) or not (cell.both or level == LEVELS[name][-1]):
@@ -254,7 +254,7 @@ def measured(name: str, limit: int, seed: int, only: str, parts: Parts) -> list[
             most = cost(Cell("contrast"), level, loaded, tokens)
             patches = max(n for n in range(1, level + 1) if cost(cell, n, loaded, tokens) <= most)
             settings = {"keep": FRAMES * (patches + 1) if clips else patches, **cell.settings}
-            run = Run(f"{cell.method}+{METHOD}", BUDGET, {f"{cell.method}_{key}": value for key, value in settings.items()}, cell.label)
+            run = ExperimentCell(f"{cell.method}+{METHOD}", BUDGET, {f"{cell.method}_{key}": value for key, value in settings.items()}, cell.label)
             runs[run.id] = run
             rows[run.id] = {"task": name, "tower": cell.label, "level": level, "patches": patches, "flops": cost(cell, patches, loaded, tokens)}
     hits: dict[str, list[bool]] = {}

@@ -20,16 +20,16 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.bench.inputs import encode
-from duet_vlm.budget import SpanPlan
-from duet_vlm.measure.counted import memory_of
-from duet_vlm.measure.shapes import DecoderShape, VisionShape
-from duet_vlm.measure.speed import Timing, paired, ratio
-from duet_vlm.measure.training import Example, StepFlops, Trained, step_flops
-from duet_vlm.models.find import adapter_for
+from duet_vlm.evaluation.speed.prompts import encode
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.profiling.flop_counter import memory_of
+from duet_vlm.profiling.model_dims import DecoderDims, VisionDims
+from duet_vlm.profiling.timing import Timing, ratio, time_paired
+from duet_vlm.profiling.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
 
 STAGES = ("vision", "decoder", "backward", "optimiser")
-LLAVA_7B = DecoderShape(32, 4096, 32, 32, 128, 11008, 32064), VisionShape(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))
+LLAVA_7B = DecoderDims(32, 4096, 32, 32, 128, 11008, 32064), VisionDims(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))
 TARGET = 0.55  # at 11 % where the decoder dominates
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -92,7 +92,7 @@ def _compare(options: Options, name: str, shape: Shape, plain: nn.Module, batch:
     with ExitStack() as attached:
         steps = prepare(plain, batch, attached)
         rounds = options.repeats(rounds)
-        times = paired({str(side): step for side, step in steps.items()}, rounds, warmup=2)
+        times = time_paired({str(side): step for side, step in steps.items()}, rounds, warmup=2)
         stages = {side: step.stages(rounds) for side, step in steps.items()}
         flops = {side: step.flops for side, step in steps.items()}
         left = {side: memory_of(step.forward, DEVICE)[1] / 2**20 for side, step in steps.items()}
@@ -182,12 +182,12 @@ def attach(model: nn.Module, side: Side) -> duet_vlm.Handle:
 def predicted(model: nn.Module, handle: duet_vlm.Handle | None, batch: Batch, side: Side) -> StepFlops:
     """FLOPs of the step, from shapes and plans."""
     adapter, tokens = adapter_for(model), batch.tokens
-    plan = SpanPlan(tokens, tokens, 0, (tokens,) * adapter.decoder_shape().layers) if handle is None else handle.plan(tokens)
+    plan = SpanPlan(tokens, tokens, 0, (tokens,) * adapter.decoder_dims().layers) if handle is None else handle.plan(tokens)
     text = batch.text["input_ids"].shape[1] - tokens
-    stages = () if handle is None else handle.leaving(tokens, plan.tower or tokens)
-    example = Example(text, (plan,), queries=batch.queries, signals=plan.merges, stages=stages)
-    trained = Trained(checkpointing=side.checkpointing, input_gradients=side.checkpointing)
-    return step_flops(adapter.decoder_shape(), adapter.vision_shape(), [example] * batch.size, trained, unread_layers=1)
+    stages = () if handle is None else handle.dropping(tokens, plan.tower or tokens)
+    example = TrainingExample(text, (plan,), queries=batch.queries, signals=plan.merges, stages=stages)
+    trained = TrainedParts(checkpointing=side.checkpointing, input_gradients=side.checkpointing)
+    return step_flops(adapter.decoder_dims(), adapter.vision_dims(), [example] * batch.size, trained, unread_layers=1)
 
 
 def keep_memory() -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.evaluate.results import load, unpack
-from duet_vlm.evaluate.statistics import resampled
-from duet_vlm.evaluate.tasks import accepted
+from duet_vlm.evaluation.report.markdown import table
+from duet_vlm.evaluation.results import load, unpack
+from duet_vlm.evaluation.statistics import resampled
+from duet_vlm.evaluation.tasks import accepted
 
 HOME = Path(__file__).resolve().parent.parent / "comparison" / "training"
 TASKS = ("tiny", "tiny-crowded")

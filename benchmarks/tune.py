@@ -14,16 +14,16 @@ from typing import Any
 
 import torch
 
-from duet_vlm.evaluate.journal import Journal
-from duet_vlm.evaluate.results import environment
-from duet_vlm.evaluate.run import model_facts
-from duet_vlm.evaluate.source import source
-from duet_vlm.evaluate.tasks import accepted, task, usual_model
-from duet_vlm.loading import load
-from duet_vlm.tune import BUDGETS, METHODS
-from duet_vlm.tune.ask import Asker
-from duet_vlm.tune.candidates import candidates
-from duet_vlm.tune.search import Goal, search
+from duet_vlm.api.loading import load
+from duet_vlm.evaluation.journal import Journal
+from duet_vlm.evaluation.results import environment
+from duet_vlm.evaluation.run import model_facts
+from duet_vlm.evaluation.source import source
+from duet_vlm.evaluation.tasks import accepted, task, usual_model
+from duet_vlm.evaluation.tune import BUDGETS, METHODS
+from duet_vlm.evaluation.tune.answers import AnswerSource
+from duet_vlm.evaluation.tune.candidates import candidates
+from duet_vlm.evaluation.tune.search import Goal, search
 
 FRESH_SEED = 1000
 BATCH = 40
@@ -44,9 +44,9 @@ def main() -> None:
     code, loaded, questions = source(), load(usual_model(asked.task), "cpu"), task(asked.task)
     runs = candidates([(method, {}) for method in METHODS], BUDGETS, ("own",), loaded.model)
 
-    def asker(name: str, seed: int) -> Asker:
+    def asker(name: str, seed: int) -> AnswerSource:
         subject = {"task": asked.task, "keep": asked.keep, "seed": seed, "batch": BATCH, "source code": code.files}
-        return Asker(loaded, questions, seed, BATCH, Journal(asked.journals / f"{asked.task}-{asked.keep:g}-{name}.jsonl", subject))
+        return AnswerSource(loaded, questions, seed, BATCH, Journal(asked.journals / f"{asked.task}-{asked.keep:g}-{name}.jsonl", subject))
 
     fresh = asker("fresh", FRESH_SEED)
     said = fresh.full(asked.fresh)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.evaluate.report.markdown import table
+from duet_vlm.evaluation.report.markdown import table
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -16,8 +16,8 @@ from shapes import LLAVA, QWEN, TINY, TINY_QWEN, Shape, build, picture, twin
 from torch import nn
 
 import duet_vlm
-from duet_vlm.bench.inputs import encode
-from duet_vlm.measure.speed import paired
+from duet_vlm.evaluation.speed.prompts import encode
+from duet_vlm.profiling.timing import time_paired
 
 TARGETS = {"llava": 1.01, "qwen2_5_vl": 1.05, "page": 1.02}
 
@@ -52,5 +52,5 @@ def _compare(
     attached, image = twin(plain), picture(shape)
     with torch.inference_mode(), duet_vlm.attach(attached, "duet", budget=0.22, **settings):
         sides = {"duet": lambda: encode(attached, image), "plain": lambda: encode(plain, image)}
-        times = paired(sides, options.repeats(pairs), warmup=2)
+        times = time_paired(sides, options.repeats(pairs), warmup=2)
     return side_by_side(name, shape, times["duet"], times["plain"], target)

@@ -8,9 +8,9 @@ from typing import Any
 
 import comparison_tables
 
-from duet_vlm.evaluate.report import columns
-from duet_vlm.evaluate.report.markdown import table
-from duet_vlm.evaluate.results import load, unpack
+from duet_vlm.evaluation.report import columns
+from duet_vlm.evaluation.report.markdown import table
+from duet_vlm.evaluation.results import load, unpack
 from duet_vlm.tiny import long_questions
 from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS
 from duet_vlm.tiny.long import TURN

@@ -60,14 +60,14 @@ REDUCING: dict[str, dict[str, Any]] = {
     },
     "hired": {"keep": 0.4},
     "holitom": {"keep": 0.6, "schedule": ((4, 0.5),)},
-    "holov": {"keep": 0.4, "crops": 3},
-    "metok": {"keep": 0.6, "schedule": ((3, 0.6), (5, 0.25), (7, 0.1)), "cache": "full"},
+    "holov": {"keep": 0.4, "num_crops": 3},
+    "metok": {"keep": 0.6, "schedule": ((3, 0.6), (5, 0.25), (7, 0.1)), "trim_kv_cache": False},
     "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "pool": {"keep": 0.4},
     "prumerge": {"keep": 0.3, "neighbours": 3},
     "prumerge_plus": {"keep": 0.3, "neighbours": 3},
     "prunesid": {"keep": 0.6},
-    "prunevid": {"keep": 0.6, "schedule": ((4, 0.4),), "cache": "full"},
+    "prunevid": {"keep": 0.6, "schedule": ((4, 0.4),), "trim_kv_cache": False},
     "pyramiddrop": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1))},
     "quecc": {"keep": 0.4, "kernel": 2},
     "random": {"entry": 0.6, "schedule": ((4, 0.3),)},
@@ -76,7 +76,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     "sieve": {"schedule": ((2, 0.5), (4, 0.25), (6, 0.1)), "heads": 2},
     "sparsevlm": {"schedule": ((2, 0.6), (3, 0.5), (5, 0.3))},
     "stateful": {"power": 0.7, "end": 0.1},
-    "tokencarve": {"schedule": ((3, 0.4),), "cache": "full"},
+    "tokencarve": {"schedule": ((3, 0.4),), "trim_kv_cache": False},
     "tome": {"keep": 0.4},
     "uniform": {"entry": 0.6, "schedule": ((4, 0.3),)},
     "vidcom2": {"keep": 0.4},
@@ -94,7 +94,7 @@ TOO_EARLY = {name: ("qwen3_5", "qwen3_5_moe") for name in ("dart", "fitprune", "
 
 def _by_text(name: str) -> bool:
     """Whether a method's drops keep the largest attention from text, and nothing else matters."""
-    second = duet_vlm.methods()[name.rpartition("+")[2]]
+    second = duet_vlm.list_methods()[name.rpartition("+")[2]]
     return issubclass(second, duet_vlm.DecoderReducer) and second.uses_text and not second.needs
 
 
@@ -179,7 +179,7 @@ OFFICIAL: dict[str, duet_vlm.Reducer] = {
     "evs": EVS.official(0.6),
     "fastvid": FastVID.official(0.4),
     "holitom": HoliTom.official(0.6, ((4, 0.5),)),
-    "prunevid": PruneVid.official(0.6, ((4, 0.4),), cache="full"),
+    "prunevid": PruneVid.official(0.6, ((4, 0.4),), trim_kv_cache=False),
     "vidcom2": VidCom2.official(0.4),
     "apet": ApET.official(9, 5, 4, basis=3),
     "vqtoken": VQToken.official(9),

@@ -75,7 +75,7 @@ BEHIND = (  # tests of what comes behind the prompt: of methods that stay out of
 @functools.cache
 def only_in_front(method: str) -> bool:
     """Whether a method has nothing to do inside the decoder."""
-    cls = duet_vlm.methods().get(method.rpartition("+")[2])
+    cls = duet_vlm.list_methods().get(method.rpartition("+")[2])
     return cls is not None and not issubclass(cls, duet_vlm.DecoderReducer)
 
 
@@ -123,7 +123,7 @@ def as_rank(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
 @pytest.fixture
 def killed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The process dies when it would record its second batch, in the middle of the line; as long as the list is not empty."""
-    from duet_vlm.evaluate.journal import Journal
+    from duet_vlm.evaluation.journal import Journal
 
     real, alive, times = Journal.add, [1], []
 

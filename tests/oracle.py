@@ -64,32 +64,32 @@ def choices_of(handle: Handle) -> list[Choice]:
         place = (valid.long().cumsum(0) - 1).tolist()
         visual = [place[s] for s in run.prompt.visual[sample].nonzero().flatten().tolist()]
         sources = run.sources[number : number + len(spans)]
-        images = [(encoded.stream, image) for encoded, image in sources]
+        images = [(encoded.modality, image) for encoded, image in sources]
         rows = [_entered(run.positions, *source, span.tokens) for source, span in zip(sources, spans, strict=True)]
         places = [visual[span.offset : span.offset + span.tokens] for span in spans]
         number += len(spans)
         for span, span_rows, span_places in zip(spans, rows, places, strict=True):  # a last token that V2V left out, but whose row predicts
-            last = place[int(run.prompt.slot[sample][run.prompt.visual[sample]][span.offset + span.tokens - 1])]
-            there = {place[s] for s in run.groups[0].tokens.slot[sample][run.groups[0].tokens.valid[sample]].tolist()}
+            last = place[int(run.prompt.prompt_index[sample][run.prompt.visual[sample]][span.offset + span.tokens - 1])]
+            there = {place[s] for s in run.layer_groups[0].tokens.prompt_index[sample][run.layer_groups[0].tokens.valid[sample]].tolist()}
             if last in there and span_places[-1] == last and span.tokens - 1 not in span_rows:
                 span_rows[span.tokens - 1] = (span.tokens - 1, (), None)
         alive = {}
-        for group in run.groups:
-            slots = group.tokens.slot[sample][group.tokens.valid[sample]].tolist()
+        for group in run.layer_groups:
+            slots = group.tokens.prompt_index[sample][group.tokens.valid[sample]].tolist()
             assert slots == sorted(set(slots)), "rows must stay in order, each once"
             alive[group.first_layer] = frozenset(place[s] for s in slots)
-        merging = [group for group in run.groups if group.merged is not None]
-        merged = {group.first_layer: _joined(group.merged, sample, place) for group in merging}
+        merging = [group for group in run.layer_groups if group.merged_into is not None]
+        merged = {group.first_layer: _joined(group.merged_into, sample, place) for group in merging}
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        facts = run.sources[0][0].cls_token, merged, frozenset(run.cut), bool(getattr(run.rules.reducer, "reads_projected", False))
+        facts = run.sources[0][0].cls_token, merged, frozenset(run.trimmed_layers), bool(getattr(run.config.reducer, "reads_projected", False))
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
     return choices
 
 
 def _joined(selection: Any, sample: int, place: list[int]) -> list[tuple[int, tuple[int, ...], tuple[float, ...] | None, str]]:
     """The rows of a drop inside the decoder that others joined."""
-    into, members = selection.into[sample].tolist(), selection.members[sample].tolist()
+    into, members = selection.target_row[sample].tolist(), selection.source_tokens[sample].tolist()
     weights = None if selection.weights is None else selection.weights[sample].tolist()
     found = []
     for row, (anchor, real) in enumerate(zip(selection.index[sample].tolist(), selection.valid[sample].tolist(), strict=True)):
@@ -113,8 +113,8 @@ def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
     selection = encoded.selection
     if selection is None:
         return {slot: (slot, (), None) for slot in range(tokens)}
-    into = selection.into[number].tolist()
-    members = selection.members[number].tolist()
+    into = selection.target_row[number].tolist()
+    members = selection.source_tokens[number].tolist()
     weights = None if selection.weights is None else selection.weights[number].tolist()
     entered = {}
     for row, (source, real) in enumerate(zip(selection.index[number].tolist(), selection.valid[number].tolist(), strict=True)):
@@ -122,8 +122,8 @@ def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
             here = [place for place, target in enumerate(into) if target == row]
             joined: tuple[int, ...] = tuple(members[p] for p in here)
             weigh: Made = None if weights is None else tuple(weights[p] for p in here)
-            if selection.rows is not None and row < selection.rows.shape[1]:
-                weigh = selection.rows[number, row].detach()
+            if selection.custom_rows is not None and row < selection.custom_rows.shape[1]:
+                weigh = selection.custom_rows[number, row].detach()
             entered[len(entered) if positions == "compact" else source] = (source, joined, weigh)
     return entered
 

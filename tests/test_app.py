@@ -22,17 +22,17 @@ from typer.testing import CliRunner
 
 import duet_vlm
 from duet_vlm import Span, SpanTrace, StageTrace, attach, tiny
+from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.app import space
-from duet_vlm.app.asking import FULL, Seen, Side, answers, same_weights
-from duet_vlm.app.controls import Asked, Controls, starting, tower_methods
-from duet_vlm.app.depth import STEP, Strip, Walk, walk
+from duet_vlm.app.controls import ChosenMethod, Controls, starting, tower_methods
+from duet_vlm.app.depth import STEP, DepthStrip, DepthView, depth_view
+from duet_vlm.app.errors import sentence
 from duet_vlm.app.examples import examples
-from duet_vlm.app.files import MOST_MB, Shown, checked, opened
-from duet_vlm.app.words import sentence
+from duet_vlm.app.files import MOST_MB, Uploads, check_question, open_uploads
+from duet_vlm.app.generate import FULL, AppSide, RunRecord, answers, same_weights
 from duet_vlm.cli.main import app
-from duet_vlm.loading import Loaded, load
-from duet_vlm.palette import group
-from duet_vlm.viz import at_depth, draw, fates, history
+from duet_vlm.viz import at_depth, draw, history, token_fates
+from duet_vlm.viz.colors import group
 from duet_vlm.viz.overlay import DROPPED, SHADE
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
@@ -42,13 +42,13 @@ DARK = tuple(round(g * (1 - DROPPED) + s * DROPPED) for g, s in zip(GREY, SHADE,
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
+def loaded() -> LoadedModel:
     return load("tiny")
 
 
 @pytest.fixture(scope="module")
-def shown(loaded: Loaded) -> Shown:
-    return opened(PICTURE, loaded)
+def shown(loaded: LoadedModel) -> Uploads:
+    return open_uploads(PICTURE, loaded)
 
 
 # ---- what the slider shows
@@ -73,20 +73,20 @@ def story() -> SpanTrace:
     ],
 )
 def test_what_has_become_of_every_token(layer: int, alive: set[int], into: dict[int, tuple[int, ...]], dropped: dict[int, int]) -> None:
-    found = fates(story(), layer)
+    found = token_fates(story(), layer)
     assert (set(found.alive), found.into, found.dropped) == (alive, into, dropped)
 
 
 def test_below_the_tower_there_is_nothing() -> None:
     with pytest.raises(ValueError, match="layer -2: give -1"):
-        fates(story(), -2)
+        token_fates(story(), -2)
 
 
 def test_a_token_of_several_groups_leaves_with_the_last_of_them() -> None:
     stages = (StageTrace(0, (0, 1, 3), ()), StageTrace(2, (1, 3), (0,)), StageTrace(4, (3,), (1,)))
     shared = SpanTrace(Span(0, 0, 4, (2, 2)), {0: (2, 3), 1: (2,)}, stages)
-    assert fates(shared, 0).into == {2: (0, 1)} and 3 in fates(shared, 0).alive  # who is kept is alive, whatever else it was merged into
-    assert fates(shared, 2).into == {2: (1,)} and fates(shared, 4).dropped == {0: 2, 1: 4, 2: 4}
+    assert token_fates(shared, 0).into == {2: (0, 1)} and 3 in token_fates(shared, 0).alive  # who is kept is alive, whatever else it was merged into
+    assert token_fates(shared, 2).into == {2: (1,)} and token_fates(shared, 4).dropped == {0: 2, 1: 4, 2: 4}
 
 
 def test_the_story_of_a_patch() -> None:
@@ -101,17 +101,17 @@ def test_the_story_of_a_patch() -> None:
 TELLING = ("apet", "contrast+duet", "duet", "duet_plus", "pyramiddrop", "sparsevlm", "tokencarve", "tome", "vscan")  # the others are slow tests
 
 
-REST = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(duet_vlm.methods().keys() - set(TELLING))]
+REST = [pytest.param(name, marks=pytest.mark.slow) for name in sorted(duet_vlm.list_methods().keys() - set(TELLING))]
 
 
 @pytest.mark.parametrize("name", [*TELLING, *REST])
-def test_alive_is_what_the_layers_read(name: str, loaded: Loaded, shown: Shown) -> None:
+def test_alive_is_what_the_layers_read(name: str, loaded: LoadedModel, shown: Uploads) -> None:
     """Counted by the report on the rows that the layers really had; and every token is in one of the three."""
-    side = Side(loaded, Asked(name, 0.3, {}), shown, QUESTION)
+    side = AppSide(loaded, ChosenMethod(name, 0.3, {}), shown, QUESTION)
     assert [one.error for one in list(answers([side], 1))[-1]] == [""]
     seen, read = side.seen(), side.handle.report().measured  # type: ignore[union-attr]
     for layer in range(seen.depth):
-        found = fates(seen.traces[0], layer)
+        found = token_fates(seen.traces[0], layer)
         assert len(found.alive) == read[layer]
         assert sorted([*found.alive, *found.into, *found.dropped]) == list(range(256))
         assert set(itertools.chain(*found.into.values())) <= found.alive
@@ -162,22 +162,22 @@ def test_the_first_depth_at_which_something_is_gone() -> None:
     merged = SpanTrace(span, {}, (entry, StageTrace(5, tuple(range(7)), (), {0: (7,)})))
     never = SpanTrace(span, {}, (entry,))
     of = {"story": [story()], "late": [late], "merged": [merged], "never": [never], "two": [late, merged]}
-    strips = {name: tuple(Strip(grey, trace, []) for trace in traces) for name, traces in of.items()}
-    found = {name: Walk(each, 12).first_loss for name, each in strips.items()}
+    strips = {name: tuple(DepthStrip(grey, trace, []) for trace in traces) for name, traces in of.items()}
+    found = {name: DepthView(each, 12).first_loss for name, each in strips.items()}
     assert found == {"story": 0, "late": 3, "merged": 5, "never": 0, "two": 3}
 
 
-def clip_walk(apart: bool) -> Walk:
+def clip_walk(apart: bool) -> DepthView:
     """Six steps of 2 x 2 tokens, of which the first in each stays: as one span, or a span for each step."""
     frames = [Image.new("RGB", (16, 16), (40 * step, 0, 0)) for step in range(6)]
     if apart:
         trace = SpanTrace(Span(0, 0, 4, (2, 2)), {}, (StageTrace(0, (0,), (1, 2, 3)),))
-        return Walk(tuple(Strip(frame, trace, []) for frame in frames), 4)
+        return DepthView(tuple(DepthStrip(frame, trace, []) for frame in frames), 4)
     whole = Image.new("RGB", (16, 96))
     for step, frame in enumerate(frames):
         whole.paste(frame, (0, 16 * step))
     gone = tuple(token for token in range(24) if token % 4)
-    return Walk((Strip(whole, SpanTrace(Span(0, 0, 24, (12, 2)), {}, (StageTrace(0, tuple(range(0, 24, 4)), gone),)), [], 6),), 4)
+    return DepthView((DepthStrip(whole, SpanTrace(Span(0, 0, 24, (12, 2)), {}, (StageTrace(0, tuple(range(0, 24, 4)), gone),)), [], 6),), 4)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -195,10 +195,10 @@ def test_a_clip_is_laid_out_in_rows_of_four(apart: bool) -> None:
     assert way.story(1.1 / 4, 0.6, 0) == ("Part 6: Row 1, column 1 is alive" if apart else "Step 6, row 1, column 1 is alive")
 
 
-def test_one_click_one_patch(loaded: Loaded, shown: Shown) -> None:
-    side = Side(loaded, Asked("duet", 0.22, {}), shown, QUESTION)
+def test_one_click_one_patch(loaded: LoadedModel, shown: Uploads) -> None:
+    side = AppSide(loaded, ChosenMethod("duet", 0.22, {}), shown, QUESTION)
     list(answers([side], 1))
-    way = walk(shown, side.inputs, loaded.processor, side.seen())
+    way = depth_view(shown, side.inputs, loaded.processor, side.seen())
     kept = way.strips[0].trace.stages[0].kept
     for token in (0, 17, 255):
         said = way.story((token % 16 + 0.5) / 16, (token // 16 + 0.5) / 16, 0)
@@ -211,7 +211,7 @@ def test_one_click_one_patch(loaded: Loaded, shown: Shown) -> None:
 
 
 @pytest.fixture
-def endless(loaded: Loaded) -> Iterator[None]:
+def endless(loaded: LoadedModel) -> Iterator[None]:
     """Answers go on to their longest."""
     settings = loaded.model.generation_config
     settings.suppress_tokens = [settings.eos_token_id]
@@ -219,11 +219,11 @@ def endless(loaded: Loaded) -> Iterator[None]:
     settings.suppress_tokens = None
 
 
-SIDES = (None, Asked("duet", 0.22, {}), Asked("contrast+fastv", 0.22, {"contrast_keep": 0.5}))
+SIDES = (None, ChosenMethod("duet", 0.22, {}), ChosenMethod("contrast+fastv", 0.22, {"contrast_keep": 0.5}))
 
 
-def test_answers_are_those_of_stock_generate(loaded: Loaded, shown: Shown, endless: None) -> None:
-    sides = [Side(loaded, asked, shown, QUESTION) for asked in SIDES]
+def test_answers_are_those_of_stock_generate(loaded: LoadedModel, shown: Uploads, endless: None) -> None:
+    sides = [AppSide(loaded, asked, shown, QUESTION) for asked in SIDES]
     told = list(answers(sides, 6))[-1]
     model, processor = tiny.load()
     model.generation_config.suppress_tokens = [model.generation_config.eos_token_id]
@@ -240,8 +240,8 @@ def test_answers_are_those_of_stock_generate(loaded: Loaded, shown: Shown, endle
         side.close()
 
 
-def test_each_side_begins_when_the_one_before_it_has_and_goes_on_when_all_have(loaded: Loaded, shown: Shown) -> None:
-    told = list(answers([Side(loaded, asked, shown, QUESTION) for asked in SIDES], 8))
+def test_each_side_begins_when_the_one_before_it_has_and_goes_on_when_all_have(loaded: LoadedModel, shown: Uploads) -> None:
+    told = list(answers([AppSide(loaded, asked, shown, QUESTION) for asked in SIDES], 8))
     for moment in told:
         started = [said.first is not None for said in moment]
         assert started == sorted(started, reverse=True)  # one after the other
@@ -250,44 +250,44 @@ def test_each_side_begins_when_the_one_before_it_has_and_goes_on_when_all_have(l
     assert all(said.done for said in told[-1]) and all(said.first > 0 for said in told[-1])  # type: ignore[operator]
 
 
-def test_whoever_stops_looking_stops_the_answers(loaded: Loaded, shown: Shown, endless: None) -> None:
+def test_whoever_stops_looking_stops_the_answers(loaded: LoadedModel, shown: Uploads, endless: None) -> None:
     before = threading.active_count()
-    going: Iterator[Any] = answers([Side(loaded, asked, shown, QUESTION) for asked in SIDES], 100_000)
+    going: Iterator[Any] = answers([AppSide(loaded, asked, shown, QUESTION) for asked in SIDES], 100_000)
     next(going)
     going.close()  # type: ignore[attr-defined]
     assert threading.active_count() == before
 
 
-def test_what_fails_on_one_side_is_said_there_and_the_others_go_on(loaded: Loaded, shown: Shown) -> None:
-    sides = [Side(loaded, asked, shown, QUESTION) for asked in SIDES]
+def test_what_fails_on_one_side_is_said_there_and_the_others_go_on(loaded: LoadedModel, shown: Uploads) -> None:
+    sides = [AppSide(loaded, asked, shown, QUESTION) for asked in SIDES]
     sides[1].inputs["attention_mask"] = torch.ones(1, 3)
     full, failed, other = list(answers(sides, 4))[-1]
     assert failed.error and "\n" not in failed.error and failed.first is None
     assert full.text == other.text == "cross" and not full.error + other.error
 
 
-def test_nothing_is_left_on_the_model_and_no_weight_is_copied(loaded: Loaded, shown: Shown) -> None:
+def test_nothing_is_left_on_the_model_and_no_weight_is_copied(loaded: LoadedModel, shown: Uploads) -> None:
     twin = same_weights(loaded.model)
     ours = dict(loaded.model.named_parameters()) | dict(loaded.model.named_buffers())
     assert all(tensor is ours[name] for name, tensor in (*twin.named_parameters(), *twin.named_buffers()))
     mine = {id(module) for module in loaded.model.modules()}
     assert not mine & {id(module) for module in twin.modules()}
-    side = Side(loaded, SIDES[1], shown, QUESTION)
+    side = AppSide(loaded, SIDES[1], shown, QUESTION)
     list(answers([side], 2))
     side.seen()
     assert duet_vlm.handle_of(loaded.model) is None and duet_vlm.handle_of(side.model) is not None
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in loaded.model.modules())
 
 
-def test_two_at_once_get_the_answers_that_they_get_alone(loaded: Loaded) -> None:
+def test_two_at_once_get_the_answers_that_they_get_alone(loaded: LoadedModel) -> None:
     """Two pictures, two methods, two threads, one model."""
     items = tiny.demo_images()[:2]
     pairs = zip(items, ("duet", "pyramiddrop"), strict=True)
-    asked = [(Shown((item.image,), ()), item.questions[0][0], Asked(name, 0.3, {})) for item, name in pairs]
+    asked = [(Uploads((item.image,), ()), item.questions[0][0], ChosenMethod(name, 0.3, {})) for item, name in pairs]
 
-    def ask(one: tuple[Shown, str, Asked], out: list[Any]) -> None:
+    def ask(one: tuple[Uploads, str, ChosenMethod], out: list[Any]) -> None:
         for _ in range(2):
-            sides = [Side(loaded, None, one[0], one[1]), Side(loaded, one[2], one[0], one[1])]
+            sides = [AppSide(loaded, None, one[0], one[1]), AppSide(loaded, one[2], one[0], one[1])]
             texts = [said.text for said in list(answers(sides, 4))[-1]]
             out.append((texts, sides[1].seen().traces[0].stages[-1].kept))
             for side in sides:
@@ -305,8 +305,8 @@ def test_two_at_once_get_the_answers_that_they_get_alone(loaded: Loaded) -> None
     assert both == alone and len(both[0]) == len(both[1]) == 2
 
 
-def test_salient_words_are_marked_for_those_who_ask_for_them(loaded: Loaded, shown: Shown) -> None:
-    sides = [Side(loaded, asked, shown, QUESTION) for asked in (None, Asked("duet", 0.22, {"text_query": "salient"}), SIDES[1])]
+def test_salient_words_are_marked_for_those_who_ask_for_them(loaded: LoadedModel, shown: Uploads) -> None:
+    sides = [AppSide(loaded, asked, shown, QUESTION) for asked in (None, ChosenMethod("duet", 0.22, {"text_query": "salient"}), SIDES[1])]
     assert ["salient_mask" in side.inputs for side in sides] == [False, True, False]
     assert [said.error for said in list(answers(sides, 2))[-1]] == ["", "", ""]
     assert sides[1].seen().scores[0][1]
@@ -319,12 +319,12 @@ def test_a_clip_from_its_file_to_the_slider(name: str, tmp_path: Path) -> None:
     pytest.importorskip("av")
     takes_clips = load(name)
     ((path, question),) = examples(takes_clips, tmp_path)
-    clip = opened(path, takes_clips)
+    clip = open_uploads(path, takes_clips)
     assert len(clip.preview) == takes_clips.frames
-    side = Side(takes_clips, Asked("frames+duet", 0.3, {}), clip, question)
+    side = AppSide(takes_clips, ChosenMethod("frames+duet", 0.3, {}), clip, question)
     assert not list(answers([side], 2))[-1][0].error
     seen = side.seen()
-    way, (trace,) = walk(clip, side.inputs, takes_clips.processor, seen), seen.traces
+    way, (trace,) = depth_view(clip, side.inputs, takes_clips.processor, seen), seen.traces
     frames = takes_clips.frames
     each = trace.span.tokens // frames  # a CLS row in front of the square of every frame
     steps = int((each - 1) ** 0.5)
@@ -348,26 +348,26 @@ def test_every_family_answers_and_shows_its_depth(name: str) -> None:
     processors = processor(name)
     processors.chat_template = PARTS.replace("@", STOCK[name].mark or STOCK[name].image)
     model = shared(name)
-    asked = Shown((picture("photo", 90, 70),), ())
-    sides = [Side(Loaded(name, model, processors), each, asked, "what is this") for each in (None, Asked("duet", 0.5, {}))]
+    asked = Uploads((picture("photo", 90, 70),), ())
+    sides = [AppSide(LoadedModel(name, model, processors), each, asked, "what is this") for each in (None, ChosenMethod("duet", 0.5, {}))]
     said = list(answers(sides, 3))[-1]
     assert [one.error for one in said] == ["", ""] and [one.tokens for one in said] == [3, 3]
     seen, read = sides[1].seen(), sides[1].handle.report().measured  # type: ignore[union-attr]
-    assert [sum(len(fates(trace, layer).alive) for trace in seen.traces) for layer in range(seen.depth)] == list(read)
+    assert [sum(len(token_fates(trace, layer).alive) for trace in seen.traces) for layer in range(seen.depth)] == list(read)
     if all(trace.span.grid for trace in seen.traces):
-        step = walk(asked, sides[1].inputs, processors, seen).at(seen.depth - 1)
+        step = depth_view(asked, sides[1].inputs, processors, seen).at(seen.depth - 1)
         assert step.title == f"at layer {seen.depth - 1}: {read[-1]:.0f} of {seen.tokens} alive" and step.patches.width > 100
     assert duet_vlm.handle_of(model) is None
     sides[1].close()
 
 
-def test_tokens_without_a_grid_are_an_error_in_words(shown: Shown) -> None:
+def test_tokens_without_a_grid_are_an_error_in_words(shown: Uploads) -> None:
     bare = SpanTrace(Span(0, 0, 7), {}, (StageTrace(0, (0,), (1, 2, 3, 4, 5, 6)),))
-    way = walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare], [[]], "", 1.0, 7, 4, 1.0))
+    way = depth_view(shown, {"pixel_values": torch.zeros(4, 8)}, None, RunRecord([bare], [[]], "", 1.0, 7, 4, 1.0))
     with pytest.raises(ValueError, match="the 7 tokens of this image form no grid"):
         way.at(0)
     with pytest.raises(ValueError, match="what was shown makes 2 spans"):
-        walk(shown, {"pixel_values": torch.zeros(4, 8)}, None, Seen([bare, bare], [[], []], "", 1.0, 7, 4, 1.0))
+        depth_view(shown, {"pixel_values": torch.zeros(4, 8)}, None, RunRecord([bare, bare], [[], []], "", 1.0, 7, 4, 1.0))
 
 
 # ---- controls
@@ -376,23 +376,23 @@ def test_tokens_without_a_grid_are_an_error_in_words(shown: Shown) -> None:
 @pytest.mark.parametrize(
     ("asked", "controls"),
     [
-        (Asked("duet", 0.22, {}), Controls("duet", "0.22")),
-        (Asked("duet", 64, {}), Controls("duet", "64")),
-        (Asked("scope", None, {"keep": 30}), Controls("scope", settings="keep=30")),
-        (Asked("contrast+duet", 0.11, {"contrast_keep": 0.5}), Controls("duet", "0.11", tower="contrast", tower_keep="0.5")),
-        (Asked("frames+duet", 0.11, {"frames_keep": 0.4}), Controls("frames+duet", "0.11", settings="frames_keep=0.4")),
-        (Asked("contrast", 0.3, {"mass": False}), Controls("contrast", "0.3", settings="mass=False")),
+        (ChosenMethod("duet", 0.22, {}), Controls("duet", "0.22")),
+        (ChosenMethod("duet", 64, {}), Controls("duet", "64")),
+        (ChosenMethod("scope", None, {"keep": 30}), Controls("scope", settings="keep=30")),
+        (ChosenMethod("contrast+duet", 0.11, {"contrast_keep": 0.5}), Controls("duet", "0.11", tower="contrast", tower_keep="0.5")),
+        (ChosenMethod("frames+duet", 0.11, {"frames_keep": 0.4}), Controls("frames+duet", "0.11", settings="frames_keep=0.4")),
+        (ChosenMethod("contrast", 0.3, {"proportional_attention": False}), Controls("contrast", "0.3", settings="proportional_attention=False")),
         (
-            Asked("duet", None, {"dominant": 40, "contextual": 8, "schedule": ((6, 0.5), (9, 0))}),
+            ChosenMethod("duet", None, {"dominant": 40, "contextual": 8, "schedule": ((6, 0.5), (9, 0))}),
             Controls("duet", schedule="((6, 0.5), (9, 0))", settings="dominant=40\ncontextual=8"),
         ),
         (
-            Asked("contrast+duet", None, {"duet_schedule": ((6, 0.5),), "duet_dominant": 40, "text_query": "last"}),
+            ChosenMethod("contrast+duet", None, {"duet_schedule": ((6, 0.5),), "duet_dominant": 40, "text_query": "last"}),
             Controls("duet", schedule="((6, 0.5),)", tower="contrast", settings="duet_dominant=40\ntext_query=last"),
         ),
     ],
 )
-def test_controls_say_what_is_asked_and_the_other_way_round(asked: Asked, controls: Controls) -> None:
+def test_controls_say_what_is_asked_and_the_other_way_round(asked: ChosenMethod, controls: Controls) -> None:
     assert Controls.of(asked.method, asked.budget, asked.settings) == controls
     assert controls.read() == asked
 
@@ -422,16 +422,16 @@ def test_controls_that_cannot_be_are_named(controls: Controls, words: str) -> No
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
-        (Asked("fastv", 0.01, {}), "fastv cannot reach 2.56 mean visual tokens per layer on a span of 256 tokens"),
-        (Asked("duet", 0.2, {"dominnant": 3}), "duet has no setting 'dominnant' (did you mean 'dominant'?)"),
-        (Asked("duet", 0.2, {"text_query": "first"}), "duet: "),
-        (Asked("duet", None, {"schedule": ((60, 0.5),), "dominant": 40, "contextual": 8}), "duet: schedule drops before layer 60"),
-        (Asked("adsc", 0.2, {}), "adsc cannot reach"),
+        (ChosenMethod("fastv", 0.01, {}), "fastv cannot reach 2.56 mean visual tokens per layer on a span of 256 tokens"),
+        (ChosenMethod("duet", 0.2, {"dominnant": 3}), "duet has no setting 'dominnant' (did you mean 'dominant'?)"),
+        (ChosenMethod("duet", 0.2, {"text_query": "first"}), "duet: "),
+        (ChosenMethod("duet", None, {"schedule": ((60, 0.5),), "dominant": 40, "contextual": 8}), "duet: schedule drops before layer 60"),
+        (ChosenMethod("adsc", 0.2, {}), "adsc cannot reach"),
     ],
 )
-def test_what_the_model_cannot_run_is_said_with_the_method(asked: Asked, words: str, loaded: Loaded, shown: Shown) -> None:
+def test_what_the_model_cannot_run_is_said_with_the_method(asked: ChosenMethod, words: str, loaded: LoadedModel, shown: Uploads) -> None:
     with pytest.raises((ValueError, TypeError)) as error:
-        Side(loaded, asked, shown, QUESTION)
+        AppSide(loaded, asked, shown, QUESTION)
     assert sentence(error.value).startswith(words) and "\n" not in sentence(error.value)
 
 
@@ -439,7 +439,7 @@ def test_what_the_model_cannot_run_is_said_with_the_method(asked: Asked, words: 
 @pytest.mark.parametrize("there", [True, False])
 def test_visitors_name_no_files(method: str, there: bool, tmp_path: Path) -> None:
     """Not even to be told whether a file is there; whoever starts the page may name one, which visitors may then leave where it is."""
-    names = [name for name in duet_vlm.get(method).__dataclass_fields__ if name.endswith(("prior", "table", "weights"))]
+    names = [name for name in duet_vlm.get_method(method).__dataclass_fields__ if name.endswith(("prior", "table", "weights"))]
     file = tmp_path / "some.json"
     if there:
         file.write_text("{}")
@@ -454,7 +454,7 @@ def test_visitors_name_no_files(method: str, there: bool, tmp_path: Path) -> Non
     assert names
 
 
-def test_every_setting_that_a_method_opens_is_known_to_be_a_file(tmp_path: Path, loaded: Loaded) -> None:
+def test_every_setting_that_a_method_opens_is_known_to_be_a_file(tmp_path: Path, loaded: LoadedModel) -> None:
     """Python itself says what is opened when each text setting of each method is a path."""
     path = str(tmp_path / "opened.json")
     Path(path).write_text("{}")
@@ -466,7 +466,7 @@ def test_every_setting_that_a_method_opens_is_known_to_be_a_file(tmp_path: Path,
 
     sys.addaudithook(hear)
     marked = set()
-    for method, cls in duet_vlm.methods().items():
+    for method, cls in duet_vlm.list_methods().items():
         for name, field in cls.__dataclass_fields__.items():
             marked |= {(method, name)} if field.metadata.get("file") else set()
             if "str" in str(field.type):
@@ -486,14 +486,14 @@ def test_the_page_opens_with_what_the_command_line_says() -> None:
     assert starting(None, None, {}, trained) == Controls("scope", "0.11")
     assert starting(None, 0.5, {}, trained) == Controls("scope", "0.5")
     preset = duet_vlm.preset("duet-64")
-    assert duet_vlm.get(starting(preset, None, {}, bare).read().method)(**starting(preset, None, {}, bare).read().settings) == preset
+    assert duet_vlm.get_method(starting(preset, None, {}, bare).read().method)(**starting(preset, None, {}, bare).read().settings) == preset
     assert "contrast" in tower_methods() and "duet" not in tower_methods()
 
 
 # ---- bad files, bad questions, bad command lines
 
 
-def test_files_that_cannot_be_are_named_without_their_folder(loaded: Loaded, tmp_path: Path) -> None:
+def test_files_that_cannot_be_are_named_without_their_folder(loaded: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "notes.png").write_text("no picture")
     (tmp_path / "clip.mp4").write_bytes(b"no clip")
     (tmp_path / "empty.jpg").touch()
@@ -508,24 +508,24 @@ def test_files_that_cannot_be_are_named_without_their_folder(loaded: Loaded, tmp
     }
     for name, words in expected.items():
         with pytest.raises(ValueError) as error:
-            opened(tmp_path / name, loaded)
+            open_uploads(tmp_path / name, loaded)
         assert sentence(error.value, tmp_path / name) == words
     with pytest.raises(ValueError, match="nothing to look at: drop a picture or a clip first"):
-        opened(None, loaded)
+        open_uploads(None, loaded)
 
 
 def test_questions_that_cannot_be() -> None:
-    assert checked("  what ? ") == "what ?"
+    assert check_question("  what ? ") == "what ?"
     for wrong in (None, "", "  \n"):
         with pytest.raises(ValueError, match="no question"):
-            checked(wrong)
+            check_question(wrong)
     with pytest.raises(ValueError, match="the question has 5000 letters; at most 4000"):
-        checked("a" * 5000)
+        check_question("a" * 5000)
 
 
-def test_a_question_with_the_word_for_a_picture(loaded: Loaded, shown: Shown) -> None:
+def test_a_question_with_the_word_for_a_picture(loaded: LoadedModel, shown: Uploads) -> None:
     with pytest.raises(ValueError) as error:
-        Side(loaded, None, shown, "what is <image> ?")
+        AppSide(loaded, None, shown, "what is <image> ?")
     assert sentence(error.value).startswith("the question holds '<image>'")
 
 

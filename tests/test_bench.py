@@ -18,15 +18,15 @@ from families import FAMILIES, IMAGE, ONE, VIDEO, Picture, build
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm.bench.inputs import Prompt, prompt_for
-from duet_vlm.bench.planned import equal_parts, planned
-from duet_vlm.bench.plots import draw, title
-from duet_vlm.bench.run import Plan, Side, result, sides_of
-from duet_vlm.bench.shapes import random_model
 from duet_vlm.cli.main import app
-from duet_vlm.measure.devices import SHEETS, Device
-from duet_vlm.measure.report import make_report
-from duet_vlm.models.find import adapter_for
+from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sides_of
+from duet_vlm.evaluation.speed.plots import draw, title
+from duet_vlm.evaluation.speed.predicted import equal_parts, plan_prompt
+from duet_vlm.evaluation.speed.prompts import BenchPrompt, prompt_for
+from duet_vlm.evaluation.speed.random_model import random_model
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.profiling.devices import SHEETS, Device
+from duet_vlm.profiling.report import make_report
 
 SHEET = Device("made up", {"fp32": 1e11}, 1e10, 1e10, "made up", measured=True)
 FAST = {"new": 3, "rounds": 2, "warmup": 0}
@@ -43,7 +43,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
     with torch.no_grad():
         before = model(**inputs).logits
     hooks = hooks_of(model)
-    plan = Plan((*sides_of(["duet", "fastv", "random"], [0.5]), Side("fastv", 1)), (1, 2), (9,), tokens=36, **FAST)
+    plan = BenchPlan((*sides_of(["duet", "fastv", "random"], [0.5]), BenchSide("fastv", 1)), (1, 2), (9,), tokens=36, **FAST)
     out = result(request.param, model, plan, SHEET, lambda line: None)
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, before)
@@ -77,7 +77,7 @@ def test_rows_say_what_was_planned(found: dict[str, Any]) -> None:
     rows = {row["side"]: row for row in found["rows"] if "ms" in row and row["batch"] == 1}
     assert rows["full"]["speed_up"]["prefill"] == {"median": 1, "low": 1, "high": 1} and rows["full"]["flops_bound"] == 1
     assert [g["rows"] for g in rows["full"]["groups"]] == [46] and rows["full"]["t2v"] == []
-    plan = duet_vlm.get("duet")().plan(36, 8, 0.5)
+    plan = duet_vlm.get_method("duet")().plan(36, 8, 0.5)
     assert [n for g in rows["duet at 50%"]["groups"] for n in [g["rows"] - 10] * (g["layers"][1] - g["layers"][0] + 1)] == list(plan.counts)
     assert [stage["layer"] for stage in rows["duet at 50%"]["t2v"]] == [i for i in range(1, 8) if plan.counts[i] != plan.counts[i - 1]]
     for row in rows.values():
@@ -91,7 +91,7 @@ def test_the_clocks_see_every_tower() -> None:
     """Video-LLaVA has a tower for images and one for clips."""
     model = build("video_llava")
     for frames in (0, 2):
-        plan = Plan(sides_of(["duet"], [0.5]), texts=(5,), frames=frames, memory=False, generate_rounds=0, **FAST)
+        plan = BenchPlan(sides_of(["duet"], [0.5]), texts=(5,), frames=frames, memory=False, generate_rounds=0, **FAST)
         for row in result("video_llava", model, plan, None, lambda line: None)["rows"]:
             assert row["ms"]["vision"]["low"] > 0 and row["ms"]["projector"]["low"] > 0, (frames, row["side"])
 
@@ -112,7 +112,7 @@ def test_prompts_for_every_family(family: str) -> None:
     check_prompt(model, prompt_for(adapter_for(model), 2, 7), marks)
 
 
-def check_prompt(model: Any, prompt: Prompt, marks: int = 0) -> None:
+def check_prompt(model: Any, prompt: BenchPrompt, marks: int = 0) -> None:
     words, picture = (
         {key: value[: len(value) // 2] if isinstance(value, torch.Tensor) else value for key, value in part.items()}
         for part in (prompt.text, prompt.picture)
@@ -195,11 +195,11 @@ def test_what_is_planned_is_what_runs(name: str, parts: int, method: str, settin
         model(**family.inputs([(1, *pictures, 5, 6, 7)]))
         real = handle.report()
         text = sum(token not in (IMAGE, VIDEO) for token in family.expand((1, *pictures, 5, 6, 7)))
-        found = planned(handle, equal_parts(handle.adapter, parts * each, parts), text)
+        found = plan_prompt(handle, equal_parts(handle.adapter, parts * each, parts), text)
         run = handle._last_run()
         predicted = make_report(
             method="", settings={}, budget=handle.budget, samples=[found.sample], scored_layers=found.scored, reused_layers=found.reused,
-            decoder=handle.adapter.decoder_shape(), vision=handle.adapter.vision_shape(), element_bytes=4, cache_bytes=None, decoded=0,
+            decoder=handle.adapter.decoder_dims(), vision=handle.adapter.vision_dims(), element_bytes=4, cache_bytes=None, decoded=0,
             projects_all=handle.projects_all, selection=handle.selection_cost([found.sample])[0],
         ).predicted  # fmt: skip
     assert (predicted.vision_flops, predicted.decoder_flops) == (real.observed.vision_flops, real.observed.decoder_flops)
@@ -217,7 +217,7 @@ def test_crops_are_one_span_where_the_family_joins_them() -> None:
 def test_ranking_needs_a_layer_with_attention_in_front() -> None:
     with duet_vlm.attach(build("qwen3_5"), "fastv", budget=0.2) as handle:  # one layer of full width is all that this pays for: a linear one
         with pytest.raises(ValueError, match="no attention to rank tokens by"):
-            planned(handle, ((64,),), 5)
+            plan_prompt(handle, ((64,),), 5)
 
 
 def test_random_models_come_from_a_config_alone(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_random_models_come_from_a_config_alone(tmp_path: Path) -> None:
 
 
 def call(*arguments: Any, code: int = 0) -> Any:
-    result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "150"})
     assert result.exit_code == code, f"{result.output}\n{result.exception!r}"
     return result
 
@@ -272,13 +272,13 @@ def test_floors_are_written_for_people(tmp_path: Path) -> None:
     FAMILIES["llava"].make().config.save_pretrained(tmp_path)
     said = call("--config-only", tmp_path, "--method", "fastv", "-b", "1", "--rounds", 1, "--new", 2, "--no-predict").stdout
     (line,) = [line for line in said.splitlines() if line.startswith("fastv at 1:")]
-    assert re.fullmatch(r"fastv at 1: infeasible, floor \d+\.\d tokens", line)
+    assert re.fullmatch(r"fastv at 1: infeasible \(floor \d+\.\d\)", line)
 
 
 def test_what_is_wrong_is_said(tmp_path: Path) -> None:
     assert "choose one of" in call("--dtype", "int4", code=2).stderr
     assert "nosuch" in call("--method", "nosuch", "--no-predict", code=2).stderr
-    assert "did you mean 'fastv'?" in call("--method", "duet,fstv", code=2).stderr
+    assert "did you mean 'fastv'" in call("--method", "duet,fstv", code=2).stderr
     assert "--batch 0: give whole numbers, at least 1" in call("--batch", "1,0", code=2).stderr
     assert "is a folder" in call("--out", tmp_path, code=2).stderr
     assert "--budget many" in call("-b", "many", "--no-predict", code=2).stderr
@@ -313,18 +313,18 @@ GB = 10**9  # of total memory as CUDA tells it, which is a little more or less t
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10.5, None),
 ])  # fmt: skip
 def test_sheets_are_found_by_the_name_and_memory_of_the_device(name: str, memory: float, sheet: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    from duet_vlm.bench import run
+    from duet_vlm.evaluation.speed import paired
 
     said: list[str] = []
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=memory * GB))
-    assert run.sheet_of("cuda:0", said.append) is (SHEETS[sheet] if sheet else None)
+    assert paired.sheet_of("cuda:0", said.append) is (SHEETS[sheet] if sheet else None)
     assert said == [] if sheet else len(said) == 1 and name in said[0] and "nothing is predicted" in said[0]
 
 
 def test_dtypes_that_a_sheet_does_not_know_are_measured_all_the_same() -> None:
     said: list[str] = []
-    plan = Plan(sides_of([], []), texts=(5,), memory=False, generate_rounds=0, **FAST)
+    plan = BenchPlan(sides_of([], []), texts=(5,), memory=False, generate_rounds=0, **FAST)
     found = result("llava", build("llava", dtype=torch.bfloat16), plan, SHEET, said.append)
     assert found["rows"][0]["ms"]["prefill"]["median"] > 0 and "predicted_ms" not in found["rows"][0] and found["sheet"] is None
     assert [line for line in said if "nothing is predicted: the sheet of made up has fp32, the model runs in bf16" in line] == said[:1]

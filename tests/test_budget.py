@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 
 import duet_vlm
 from duet_vlm import BudgetError, SpanPlan, compose
-from duet_vlm.budget import check_budget, check_schedule, count_of, largest, layer_counts, target_mean
+from duet_vlm.methods.baselines import RandomTokens, UniformTokens
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.duet_plus import DuetPlus
 from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.floors import RandomTokens, UniformTokens
 from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.none import NoReduction
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.parts import plan_span
-from duet_vlm.reducer import plan_within
+from duet_vlm.planning.budget import check_budget, check_schedule, count_of, largest_int, layer_counts, target_mean
+from duet_vlm.planning.spans import plan_span
+from duet_vlm.reducers.base import plan_or_clamp
 
 SOLVERS = {method.name: method for method in (DivPrune, Duet, DuetPlus, FastV, PyramidDrop, Scope, VisionZip, RandomTokens, UniformTokens)}
 many = settings(max_examples=200, deadline=None, derandomize=True)
@@ -197,14 +197,14 @@ def test_small_spans_are_floored_to_the_floor(name: str, depth: int) -> None:
         for budget in (0.004, 0.02, 0.11, 0.33):
             floor = floor_of(method, tokens, depth)
             if floor <= budget * tokens:
-                assert plan_within(method, tokens, depth, budget) == method.plan(tokens, depth, budget)
+                assert plan_or_clamp(method, tokens, depth, budget) == method.plan(tokens, depth, budget)
             elif tokens < 64 and floor_of(method, large, depth) <= budget * large:
-                plan = plan_within(method, tokens, depth, budget)
+                plan = plan_or_clamp(method, tokens, depth, budget)
                 assert plan.floored and plan.mean == pytest.approx(floor) and plan.tokens == tokens
                 assert dataclasses.replace(plan, floored=False) == method.plan(tokens, depth, floor / tokens)
             else:
                 with pytest.raises(BudgetError, match=r"floor is .* tokens") as caught:
-                    plan_within(method, tokens, depth, budget)
+                    plan_or_clamp(method, tokens, depth, budget)
                 assert caught.value.floor == floor
 
 
@@ -212,33 +212,33 @@ def test_small_spans_are_floored_to_the_floor(name: str, depth: int) -> None:
 def test_what_a_floored_span_keeps(method: Any, size: float) -> None:
     """One token: in every layer, or until the first drop of DUET's and of the deep schedule (half and a quarter of the depth)."""
     for tokens in (1, 4, 9):
-        assert plan_within(method(), tokens, 32, 0.01).counts == (1,) * int(32 * size) + (0,) * int(32 - 32 * size)
+        assert plan_or_clamp(method(), tokens, 32, 0.01).counts == (1,) * int(32 * size) + (0,) * int(32 - 32 * size)
 
 
 def test_what_is_never_floored() -> None:
     for method, tokens, budget in (
-        (Scope(clamp_below=0), 3, 0.1),
-        (Scope(clamp_below=9), 9, 0.1),
+        (Scope(small_image_tokens=0), 3, 0.1),
+        (Scope(small_image_tokens=9), 9, 0.1),
         (FastV(), 9, 3 / 576),
         (PyramidDrop(), 60, 2),  # a token count is meant for every image
-        (compose(Scope(clamp_below=0), Duet(clamp_below=0)), 3, 0.1),
+        (compose(Scope(small_image_tokens=0), Duet(small_image_tokens=0)), 3, 0.1),
     ):
         with pytest.raises(BudgetError):
-            plan_within(method, tokens, 32, budget)
-    assert plan_within(Scope(clamp_below=9), 8, 32, 0.1).floored and plan_within(Scope(clamp_below=500), 499, 32, 0.001).floored
-    assert plan_within(compose(Scope(clamp_below=9), Duet(clamp_below=9)), 8, 32, 0.01).floored
-    assert plan_within(FastV(), 100, 32, None) == FastV().plan(100, 32, None)
+            plan_or_clamp(method, tokens, 32, budget)
+    assert plan_or_clamp(Scope(small_image_tokens=9), 8, 32, 0.1).floored and plan_or_clamp(Scope(small_image_tokens=500), 499, 32, 0.001).floored
+    assert plan_or_clamp(compose(Scope(small_image_tokens=9), Duet(small_image_tokens=9)), 8, 32, 0.01).floored
+    assert plan_or_clamp(FastV(), 100, 32, None) == FastV().plan(100, 32, None)
     with pytest.raises(BudgetError, match="duet needs a budget"):
-        plan_within(Duet(), 9, 32, None)
-    with pytest.raises(ValueError, match="clamp_below=-1: a number of visual tokens, at least 0"):
-        Duet(clamp_below=-1)
-    with pytest.raises(ValueError, match="pyramiddrop wants clamp_below=9, duet 64; a composition has one"):
-        compose(Duet(), PyramidDrop(clamp_below=9))
+        plan_or_clamp(Duet(), 9, 32, None)
+    with pytest.raises(ValueError, match="small_image_tokens=-1: a number of visual tokens, at least 0"):
+        Duet(small_image_tokens=-1)
+    with pytest.raises(ValueError, match="pyramiddrop wants small_image_tokens=9, duet 64; a composition has one"):
+        compose(Duet(), PyramidDrop(small_image_tokens=9))
 
 
 def test_a_floored_span_of_parts_stays_marked() -> None:
     def solve(tokens: int) -> SpanPlan:
-        return plan_within(Scope(), tokens, 8, 0.02)
+        return plan_or_clamp(Scope(), tokens, 8, 0.02)
 
     plan = plan_span(solve, 0.02, (4, 4, 4), 3, each=True, keep_structure=False)
     assert plan.floored and plan.entry == 1 and plan.parts == ((1, 0), (0, 0), (0, 0))
@@ -328,7 +328,7 @@ def test_layer_counts(entry: int, depth: int, stages: list[tuple[int, int]]) -> 
 @many
 @given(st.integers(0, 500), st.integers(-1, 500))
 def test_largest(high: int, edge: int) -> None:
-    assert largest(high, lambda n: n <= edge) == min(high, edge)
+    assert largest_int(high, lambda n: n <= edge) == min(high, edge)
 
 
 def test_budgets_are_counts_or_fractions() -> None:
@@ -351,22 +351,22 @@ def test_schedules_are_normalised() -> None:
     assert hash(Duet(schedule=[[3, 0.5]])) == hash(Duet(schedule=((3, 0.5),)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("name", sorted(name for name, cls in duet_vlm.methods().items() if issubclass(cls, duet_vlm.EncoderReducer)))
+@pytest.mark.parametrize("name", sorted(name for name, cls in duet_vlm.list_methods().items() if issubclass(cls, duet_vlm.EncoderReducer)))
 def test_what_enters_is_the_budget_where_nothing_drops_later(name: str) -> None:
     """Every count there is, and of fractions the largest count that is not above them; what the plan divides, it divides as for itself."""
-    reducer = duet_vlm.get(name)()
+    reducer = duet_vlm.get_method(name)()
     for tokens in (1, 2, 7, 64, 65):
         for budget in range(1, tokens + 3):
-            plan = reducer.entering(tokens, budget, depth=12)
+            plan = reducer.plan_entry(tokens, budget, depth=12)
             assert (plan.tokens, plan.entry, plan.counts) == (tokens, min(budget, tokens), (min(budget, tokens),) * 12)
         for share in (0.01, 0.13, 0.5, 0.999, 1.0):
-            assert reducer.entering(tokens, share).entry == max(1, int(share * tokens + 1e-9))
+            assert reducer.plan_entry(tokens, share).entry == max(1, int(share * tokens + 1e-9))
     alike = next(plan for share in range(1, 577) if (plan := reducer.plan(576, 32, share / 576)).entry >= 64)
-    assert reducer.entering(576, alike.entry).contextual == alike.contextual
+    assert reducer.plan_entry(576, alike.entry).contextual == alike.contextual
     with pytest.raises(duet_vlm.BudgetError, match="budget=0"):
-        reducer.entering(64, 0)
+        reducer.plan_entry(64, 0)
 
 
 def test_counts_of_a_methods_own_and_a_budget_that_enters_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="either budget= or the method's own"):
-        duet_vlm.get("visionzip")(dominant=5).entering(64, 9)
+        duet_vlm.get_method("visionzip")(dominant=5).plan_entry(64, 9)

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 import duet_vlm
 from duet_vlm.models.adapter import SLIDING
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 OTHER: Row = (1, 5, Picture(31, 3, 4), 71, 72)

@@ -18,14 +18,15 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import registry, tiny
+from duet_vlm import tiny
+from duet_vlm.api import catalogue as lists
+from duet_vlm.api.loading import chat_text, device_for
 from duet_vlm.cli import demo as demo_verb
-from duet_vlm.cli import lists
 from duet_vlm.cli.main import app
 from duet_vlm.cli.options import budget_of, settings_of, several, several_paths
-from duet_vlm.loading import chat_text, device_for
-from duet_vlm.measure.speed import Ratio
-from duet_vlm.pictures import MAX_PIXELS
+from duet_vlm.inputs.images import MAX_PIXELS
+from duet_vlm.profiling.timing import Ratio
+from duet_vlm.reducers import registry
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
 QUESTION = "What color is the ring?"
@@ -123,9 +124,9 @@ def test_budget_needs_tokens_where_images_differ(tmp_path: Path) -> None:
 
 
 def test_methods_lists_all() -> None:
-    assert {row["name"] for row in as_json("methods")} == set(duet_vlm.methods())
+    assert {row["name"] for row in as_json("methods")} == set(duet_vlm.list_methods())
     shown = call("methods").stdout
-    assert all(name in shown for name in duet_vlm.methods())
+    assert all(name in shown for name in duet_vlm.list_methods())
     duet = next(row for row in as_json("methods") if row["name"] == "duet")
     one = call("methods", "cdpruner").stdout.replace("\n", " ")
     for word in ("determinantal point process", "Cost:", "needs: question", "relevance", "official not on", "idefics3", "shares a space"):
@@ -138,7 +139,7 @@ def test_methods_lists_all() -> None:
 
 
 def test_presets_are_listed_and_chosen_by_name() -> None:
-    from duet_vlm.presets import PRESETS
+    from duet_vlm.api.presets import PRESETS
 
     rows = {row["name"]: row for row in as_json("presets")}
     assert set(rows) == set(PRESETS)
@@ -217,7 +218,7 @@ def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_demo_prints_the_ratio_of_the_times_that_it_prints() -> None:
-    full, small = demo_verb.Column("full", None), demo_verb.Column("33%", 0.33, speed_up=Ratio(1.39, 1.3, 1.5))  # the median of paired ratios
+    full, small = demo_verb.DemoColumn("full", None), demo_verb.DemoColumn("33%", 0.33, speed_up=Ratio(1.39, 1.3, 1.5))  # the median of paired ratios
     facts = dict(demo_verb._facts([], full, {"full": 0.0663, "33%": 0.0440}))
     assert [facts["ms to the first token"](each) for each in (full, small)] == ["66.3", "44.0"]
     assert [facts["speed-up"](each) for each in (full, small)] == ["1", "1.51x"]
@@ -418,7 +419,7 @@ def test_devices_that_are_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("verb", [["viz", "-i", PICTURE, "-p", "x", "-b", "64", "-o"], ["demo", "-o"], ["eval", "-o"], ["bench", "--plots"]])
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(verb: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duet_vlm.loading.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("duet_vlm.api.loading.load", lambda *_: pytest.fail("a model was loaded"))
     (tmp_path / "file").touch()
     result = call(*verb, tmp_path / "file" / "deep", code=2)
     option = "--plots" if verb[-1] == "--plots" else "--out"
@@ -488,11 +489,11 @@ def test_methods_of_other_packages_are_listed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere-1.0.dist-info").mkdir()
     (tmp_path / "elsewhere-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
     (tmp_path / "elsewhere-1.0.dist-info" / "entry_points.txt").write_text("[duet_vlm.methods]\nmine = elsewhere:Mine\n")
-    code = "from duet_vlm.cli import lists; print({row['name']: row['summary'] for row in lists.rows('methods')}.get('mine'))"
+    code = "from duet_vlm.api import catalogue as lists; print({row['name']: row['summary'] for row in lists.rows('methods')}.get('mine'))"
     path = os.pathsep.join([str(tmp_path), str(Path(duet_vlm.__file__).parents[1])])
     assert shell(code, PYTHONPATH=path) == "keeps what it likes"
     added = "lists._files = lambda name: ['a_file_more']; lists.MADE['methods'] = lambda: [{'name': 'asked anew'}]; print(lists.rows('methods'))"
-    assert shell(f"from duet_vlm.cli import lists; {added}") == "[{'name': 'asked anew'}]"
+    assert shell(f"from duet_vlm.api import catalogue as lists; {added}") == "[{'name': 'asked anew'}]"
 
 
 @pytest.mark.parametrize("words", [["methods"], ["models", "--json"], ["budget", "-b", "64"]])

@@ -16,9 +16,11 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from duet_vlm import method_files, tiny
-from duet_vlm.cli import lists, options, viz
+from duet_vlm import tiny
+from duet_vlm.api import catalogue as lists
+from duet_vlm.cli import options, viz
 from duet_vlm.cli.main import LINES, app
+from duet_vlm.reducers import method_files
 
 SRC = Path(__file__).resolve().parent.parent / "src"
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
@@ -91,7 +93,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["run", *ASK, "-b", "64", "-m", "empty"], "--model empty: this folder has no config.json"),
     (["run", *ASK, "--set", "dominant=lots"], "dominant must be an int (tokens) or a float in [0, 1] (fraction), got 'lots'"),
     (["run", *ASK, "-b", "64", "--set", "colour=3"], "duet has no setting 'colour'; its settings: positions, "),
-    (["run", *ASK, "-b", "64", "--set", "clamp_below=1.5"], "clamp_below=1.5: give a whole number (int)"),
+    (["run", *ASK, "-b", "64", "--set", "small_image_tokens=1.5"], "small_image_tokens=1.5: give a whole number (int)"),
     (["bench", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
     (["bench", "--dtype", "fp8"], "--dtype fp8: choose one of fp32, bf16, fp16"),
     (["eval", "-m", "wrongmodel"], "--model wrongmodel: no such folder"),
@@ -166,10 +168,10 @@ def test_cheap_checks_agree_with_the_methods() -> None:
     for method, settings in REDUCING.items():
         lists.check_settings(method, settings)
     for row in lists.rows("methods"):
-        for name, value in {field: getattr(duet_vlm.get(row["name"])(), field) for field in row["types"]}.items():
+        for name, value in {field: getattr(duet_vlm.get_method(row["name"])(), field) for field in row["types"]}.items():
             lists.check_settings(row["name"], {name: value})
         try:
-            duet_vlm.get(row["name"])().plan(1000, 24, None)
+            duet_vlm.get_method(row["name"])().plan(1000, 24, None)
         except duet_vlm.BudgetError:
             assert lists.needs_budget(row["name"], {}), row["name"]
         else:
@@ -234,7 +236,7 @@ def test_texts_of_strangers_import_nothing(tmp_path: Path) -> None:
 
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'written')!r}, 'w')\n" + MINE)
     with pytest.raises(ValueError, match="unknown method"):
-        duet_vlm.get(str(tmp_path / "evil.py"))
+        duet_vlm.get_method(str(tmp_path / "evil.py"))
     assert not (tmp_path / "written").exists()
 
 
@@ -297,7 +299,7 @@ def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch)
             closed.append(verbose)
 
     fake = type(sys)("duet_vlm.app.page")
-    fake.CSS, fake.WAITING, fake.Page, fake.theme = "", 1, Page, dict  # type: ignore[attr-defined]
+    fake.CSS, fake.WAITING, fake.AppPage, fake.theme = "", 1, Page, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "duet_vlm.app.page", fake)
     monkeypatch.setattr(space, "threading", SimpleNamespace(Event=Gone))
     monkeypatch.setattr(space, "warmed", lambda *_: None)
@@ -309,9 +311,9 @@ def test_ctrl_c_ends_the_page_in_the_same_words(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_point_is_a_point_and_a_floor_has_one_digit(capsys: pytest.CaptureFixture[str]) -> None:
     from duet_vlm.cli import bench, drop_curve
-    from duet_vlm.evaluate.curve import Curve, Point
+    from duet_vlm.evaluation.drop_curve import CurvePoint, DropCurve
 
-    curve = Curve(12, 0.9, {}, (Point(11, 0.9, 0.0, (0.0, 0.0), {}),))
+    curve = DropCurve(12, 0.9, {}, (CurvePoint(11, 0.9, 0.0, (0.0, 0.0), {}),))
     drop_curve._show(curve, {}, 0.01)
     drop_curve._show(curve, {}, 0.02)
     said = capsys.readouterr().out
@@ -333,7 +335,7 @@ def test_a_folder_that_cannot_be_written_is_named_by_its_option(tmp_path: Path, 
 
 def test_visitors_and_options_share_no_words() -> None:
     """The page and Python speak of ``budget``; the command line of ``--budget``, with what was typed."""
-    from duet_vlm.budget import read_budget
+    from duet_vlm.planning.budget import read_budget
 
     for text, said in (("200%", "budget 200%: "), ("0", "budget 0: keep at least 1 token"), ("nan", "budget nan: a fraction")):
         with pytest.raises(ValueError, match=f"^{said}"):

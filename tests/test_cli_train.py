@@ -21,9 +21,9 @@ from transformers import LlamaForCausalLM, TrainingArguments
 
 import duet_vlm
 from duet_vlm import tiny
+from duet_vlm.api.loading import load
 from duet_vlm.cli import train as verb
-from duet_vlm.loading import load
-from duet_vlm.train.settings import Settings, recipes, settings_from
+from duet_vlm.train.settings import TrainSettings, recipes, settings_from
 
 RECIPES = ("llava-finetune", "llava-finetune-lora", "llava-pretrain", "tiny")
 RUN = {"max_steps": "2", "per_device_train_batch_size": "2", "use_cpu": "true"}
@@ -63,7 +63,7 @@ def test_every_option_reaches_the_settings() -> None:
     assert got["settings"] == {"text_query": "all", "schedule": [[16, 0.5], [24, 0.0]]}
     assert (got["anneal_from"], got["anneal_until"]) == (1.0, 0.7)
     assert got["trainer"] == {"learning_rate": 1e-3, "report_to": "tensorboard", "bf16": True, "label_names": ["a", "b"]}
-    assert set(got) == set(Settings.__dataclass_fields__)
+    assert set(got) == set(TrainSettings.__dataclass_fields__)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_train_then_run_what_was_trained(tmp_path: Path) -> None:
 def test_a_remembered_salient_query_gets_its_processor(tmp_path: Path) -> None:
     model, processor = tiny.load()
     with duet_vlm.attach(model, "duet", budget=0.3, text_query="salient", processor=processor) as handle:
-        duet_vlm.remember(handle)
+        duet_vlm.save_to_config(handle)
         model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert as_json("run", "-m", tmp_path, "-i", PICTURE, "-p", QUESTION)["report"]["settings"]["text_query"] == "salient"

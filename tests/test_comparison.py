@@ -12,13 +12,13 @@ import torch
 import transformers
 
 from duet_vlm import BudgetError
-from duet_vlm.evaluate.answer import answer, attached
-from duet_vlm.evaluate.experiment import BASELINE, Run, from_json
-from duet_vlm.evaluate.results import cpu_name, load, unpack
-from duet_vlm.evaluate.source import unclean
-from duet_vlm.evaluate.tasks import Question, task
-from duet_vlm.loading import Loaded
-from duet_vlm.loading import load as load_model
+from duet_vlm.api.loading import LoadedModel
+from duet_vlm.api.loading import load as load_model
+from duet_vlm.evaluation.experiment import BASELINE, ExperimentCell, from_json
+from duet_vlm.evaluation.results import cpu_name, load, unpack
+from duet_vlm.evaluation.run_sample import answer, attached
+from duet_vlm.evaluation.source import unclean
+from duet_vlm.evaluation.tasks import TaskQuestion, task
 from duet_vlm.tiny.long_clips import LENGTHS, ROWS
 
 ROOT = Path(__file__).parents[1]
@@ -46,16 +46,16 @@ every = pytest.mark.parametrize("file", FILES, ids=lambda path: f"{path.parts[-3
 
 
 @functools.cache
-def model_of(name: str) -> Loaded:
+def model_of(name: str) -> LoadedModel:
     return load_model(str(ROOT / name) if (ROOT / name).is_dir() else name, "cpu")
 
 
 @functools.cache
-def first_questions(name: str, seed: int) -> list[Question]:
+def first_questions(name: str, seed: int) -> list[TaskQuestion]:
     return [task(name).ask(seed, index) for index in range(COUNT)]
 
 
-def runs_of(result: dict[str, Any]) -> dict[str, Run]:
+def runs_of(result: dict[str, Any]) -> dict[str, ExperimentCell]:
     return {run.id: run for run in from_json(result["experiment"], result["name"]).runs()}
 
 
@@ -110,7 +110,7 @@ def test_budgets_are_solved_as_they_were(file: Path) -> None:
     for row in result["runs"]:
         run = runs[row["id"]]
         try:
-            with attached(loaded, run, [Question("", (), "", (), "")] if run.method == "oracle" else []) as handle:
+            with attached(loaded, run, [TaskQuestion("", (), "", (), "")] if run.method == "oracle" else []) as handle:
                 plans = [handle.plan(tokens) for tokens in sizes]
         except BudgetError as error:
             assert row["status"] == "infeasible" and row["floor"] == pytest.approx(error.floor), row["id"]

@@ -1,4 +1,4 @@
-"""Facts about transformers that flow/compat.py leans on. One that changes shall fail here, by name, and not as a wrong token somewhere."""
+"""Facts about transformers that runtime/compat.py leans on. One that changes shall fail here, by name, and not as a wrong token somewhere."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import duet_vlm
-from duet_vlm.flow import compat
 from duet_vlm.models.adapter import FULL
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.runtime import compat
 
 FILLED = (3, 5, 2, 2, 2, 2, 2, 2)  # rows in the cache of each layer
 
@@ -154,7 +154,7 @@ def test_reports_count_what_a_quantised_cache_stores(family: str) -> None:
         with pytest.raises(ValueError, match="only supported for models with only full attention layers"):
             QuantizedCache(backend="fp8", config=model.config)
         return
-    size = adapter.decoder_shape().head_dim
+    size = adapter.decoder_dims().head_dim
     with duet_vlm.attach(model, "duet", **REDUCING["duet"]) as handle:
         generate(model, inputs, 3)
         plain = handle.report().observed.kv_bytes

@@ -22,16 +22,15 @@ from test_methods_frames import Clip, kept_of_clip, view_of
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import BudgetError, DecoderReducer, EncoderReducer, SpanPlan, VisionView, compose, registry
-from duet_vlm.budget import target_mean
+from duet_vlm import BudgetError, DecoderReducer, EncoderReducer, EncoderView, SpanPlan, compose
 from duet_vlm.cli.main import app
-from duet_vlm.evaluate import screen
-from duet_vlm.evaluate.experiment import cells_of
+from duet_vlm.evaluation import console
+from duet_vlm.evaluation.experiment import cells_of
+from duet_vlm.methods.baselines import UniformTokens
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.duet_plus import DuetPlus
 from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.floors import UniformTokens
 from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.none import NoReduction
 from duet_vlm.methods.prumerge import PruMerge
@@ -40,6 +39,8 @@ from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.schedules import paper_schedule
+from duet_vlm.planning.budget import target_mean
+from duet_vlm.reducers import registry
 
 MADE: dict[str, duet_vlm.Reducer] = {
     "frames, duet": compose(Frames(), Duet()),
@@ -122,7 +123,7 @@ def test_rows_are_divided_as_the_method_divides_them_alone(entry: int, dominant:
 
 
 def test_a_method_of_somebody_else_names_its_usual_drops_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_methods", dict(duet_vlm.methods()))
+    monkeypatch.setattr(registry, "_methods", dict(duet_vlm.list_methods()))
 
     @duet_vlm.register("half_way")
     @dataclass(frozen=True)
@@ -132,19 +133,19 @@ def test_a_method_of_somebody_else_names_its_usual_drops_itself(monkeypatch: pyt
         paper = summary = "-"
         at: int | None = None
 
-        def with_drops(self, depth: int, share: float | None = None) -> HalfWay:
+        def with_paper_schedule(self, depth: int, share: float | None = None) -> HalfWay:
             return self if self.at is not None else dataclasses.replace(self, at=depth // 2)
 
         def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
             assert self.at is not None
             return SpanPlan(tokens, tokens, 0, tuple(tokens if layer < self.at else 0 for layer in range(depth)))
 
-        def t2v(self, view: duet_vlm.TextView) -> torch.Tensor:
+        def prune_tokens(self, view: duet_vlm.DecoderView) -> torch.Tensor:
             return view.valid
 
     assert compose(Scope(), HalfWay()).plan(100, 8, 10).counts == (20,) * 4 + (0,) * 4
     assert compose(Scope(), HalfWay(at=2)).plan(100, 8, 10).counts == (40,) * 2 + (0,) * 6
-    assert duet_vlm.get("scope+half_way")() == compose(Scope(), HalfWay())
+    assert duet_vlm.get_method("scope+half_way")() == compose(Scope(), HalfWay())
 
 
 def test_the_pool() -> None:
@@ -192,12 +193,12 @@ def test_neither_budget_nor_settings() -> None:
 
 def test_facts_come_from_the_stages() -> None:
     three = compose(Frames(), VisionZip(), FastV())
-    assert (three.name, three.signals, three.score_before, three.text_query) == ("frames+visionzip+fastv", VisionZip.signals, 1, "last")  # type: ignore[attr-defined]
-    assert isinstance(three, EncoderReducer) and isinstance(three, DecoderReducer) and three.uses_text and three.reads_time
+    assert (three.name, three.signals, three.score_layer_offset, three.text_query) == ("frames+visionzip+fastv", VisionZip.signals, 1, "last")  # type: ignore[attr-defined]
+    assert isinstance(three, EncoderReducer) and isinstance(three, DecoderReducer) and three.uses_text and three.compares_frames
     two = compose(Frames(), DivPrune())
     assert not isinstance(two, DecoderReducer) and two.reads_projected and not two.signals
     assert compose(Frames(), PyramidDrop()).signals == frozenset() and compose(VisionZip(), Duet()).text_query == "all"  # type: ignore[attr-defined]
-    assert not compose(VisionZip(), Duet()).reads_time
+    assert not compose(VisionZip(), Duet()).compares_frames
     assert compose(Frames(), UniformTokens(entry=0.5)).uses_text is False  # type: ignore[attr-defined]
     assert compose(Frames(), Duet(text_query="last", signal_layer=2)).settings()["text_query"] == "last"
     assert compose(VisionZip.official(), PyramidDrop.official()).settings()["cls_token"] is True
@@ -238,8 +239,8 @@ def test_stages_that_want_different_things() -> None:
         compose(Duet(schedule=((2, 0.5),)), PyramidDrop())
     with pytest.raises(ValueError, match="of duet set the drops only"):
         compose(VisionZip(), Duet(dominant=5))
-    with pytest.raises(ValueError, match="parts='each' would separate them"):
-        compose(Frames(), VisionZip(parts="each"))
+    with pytest.raises(ValueError, match="crops='per_crop' would separate them"):
+        compose(Frames(), VisionZip(crops="per_crop"))
     with pytest.raises(TypeError, match="is no method; give instances"):
         compose(Frames(), "duet")  # type: ignore[arg-type]
     assert compose(Frames(positions="compact"), Duet(positions="compact")).positions == "compact"
@@ -248,15 +249,15 @@ def test_stages_that_want_different_things() -> None:
 # ---- which
 
 
-def chosen(method: duet_vlm.Reducer, view: VisionView) -> list[tuple[list[int], dict[int, list[int]]]]:
+def chosen(method: duet_vlm.Reducer, view: EncoderView) -> list[tuple[list[int], dict[int, list[int]]]]:
     """Per span: rows that enter without anyone merged into them, and anchor -> members."""
     assert isinstance(method, EncoderReducer)
-    selection = method.v2v(view)
+    selection = method.select_tokens(view)
     out = []
     for number in range(len(view.plans)):
         index = selection.index[number].tolist()
         joined: dict[int, list[int]] = {}
-        for member, into in zip(selection.members[number].tolist(), selection.into[number].tolist(), strict=True):
+        for member, into in zip(selection.source_tokens[number].tolist(), selection.target_row[number].tolist(), strict=True):
             if into >= 0:
                 joined.setdefault(index[into], []).append(member)
         rows = [row for row, real in zip(index, selection.valid[number].tolist(), strict=True) if real]
@@ -264,13 +265,13 @@ def chosen(method: duet_vlm.Reducer, view: VisionView) -> list[tuple[list[int], 
     return out
 
 
-def with_signals(view: VisionView, plans: list[SpanPlan], seed: int) -> VisionView:
+def with_signals(view: EncoderView, plans: list[SpanPlan], seed: int) -> EncoderView:
     """The view with random attention and keys, and other plans."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.tensor([[p.dominant, p.contextual] for p in plans])
     keys = torch.randn(*view.valid.shape, 5, generator=generator)
     importance = torch.rand(view.valid.shape, generator=generator)
-    return VisionView(view.valid, counts[:, 0], counts[:, 1], tuple(plans), importance, keys, view.features, view.parts, view.stream)
+    return EncoderView(view.valid, counts[:, 0], counts[:, 1], tuple(plans), importance, keys, view.features, view.parts, view.modality)
 
 
 @pytest.mark.parametrize("method", ["visionzip", "duet"])
@@ -360,7 +361,7 @@ def test_by_name_by_instance_and_by_setting() -> None:
     model, name = shared("llava"), "frames+visionzip+pyramiddrop"
     made = compose(Frames(keep=0.7), VisionZip(dominant=0.4, contextual=0.2), PyramidDrop(schedule=((2, 0.5), (4, 0.25), (6, 0.1))))
     with duet_vlm.attach(model, name, **REDUCING[name]) as handle:
-        assert handle.reducer == made and hash(handle.reducer) == hash(made) and type(handle.reducer) is duet_vlm.get(name)
+        assert handle.reducer == made and hash(handle.reducer) == hash(made) and type(handle.reducer) is duet_vlm.get_method(name)
         handle.set(frames_keep=0.8, positions="compact")
         assert handle.reducer.settings() == made.settings() | {"frames_keep": 0.8, "positions": "compact"}
         with pytest.raises(ValueError, match="dominant=-1"):
@@ -376,13 +377,13 @@ def test_by_name_by_instance_and_by_setting() -> None:
 @pytest.mark.parametrize("name", ["frames+nothing", "frames+", "+", "frames++duet"])
 def test_unknown_stages(name: str) -> None:
     with pytest.raises(ValueError, match="unknown method"):
-        duet_vlm.get(name)
+        duet_vlm.get_method(name)
 
 
 def test_a_checkpoint_remembers_it() -> None:
     model = build("qwen2_vl")
     with duet_vlm.attach(model, compose(Frames(keep=0.75), Duet(), PyramidDrop(schedule=((2, 0.5),))), budget=0.25) as handle:
-        duet_vlm.remember(handle)
+        duet_vlm.save_to_config(handle)
         reducer = handle.reducer
     written = json.loads(json.dumps(model.config.duet_vlm))
     assert written == {
@@ -409,7 +410,7 @@ def test_in_an_evaluation() -> None:
     assert cells_of("duet,frames+duet[frames_keep=0.5;text_query=last]") == [("duet", []), ("frames+duet", ["frames_keep=0.5", "text_query=last"])]
     made = compose(Frames(keep=0.5), Duet())
     run = {"method": made.name, "settings": made.settings(), "solved": None}
-    assert screen.settings(run) == "frames_keep=0.5" and "frames_keep=0.5; " in screen.settings(run | {"method": "not_installed"}) + "; "
+    assert console.settings(run) == "frames_keep=0.5" and "frames_keep=0.5; " in console.settings(run | {"method": "not_installed"}) + "; "
 
 
 def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,4 +425,4 @@ def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     for second in (VisionZip(), Duet(), DivPrune(), Scope(), PruMerge(), ToMe()):
         made = compose(Frames(), second)
         assert isinstance(made, EncoderReducer)
-        made.v2v(view)
+        made.select_tokens(view)

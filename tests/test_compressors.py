@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import duet_vlm
-from duet_vlm import VisionView
-from duet_vlm.compressor import BESIDE, Compressor, NewWeights
-from duet_vlm.flow.own import touched
-from duet_vlm.methods.quecc import Cells
+from duet_vlm import EncoderView
+from duet_vlm.methods.quecc import QueCCModule
 from duet_vlm.methods.vqtoken import VQToken
-from duet_vlm.ops.lloyd import elbow, farthest, lloyd, standing
+from duet_vlm.ops.kmeans import cluster_sums, elbow, farthest_start, kmeans
 from duet_vlm.ops.merge import merged_rows, unit_rows
 from duet_vlm.ops.windows import windows, within
+from duet_vlm.reducers.compressor import BESIDE, Compressor, NewWeights
+from duet_vlm.runtime.training.compressor_module import touch_all_params
 from duet_vlm.viz import draw
 
 OWN = {"quecc": {"kernel": 2}, "resampler": {}, "vqtoken": {}}
@@ -75,7 +75,7 @@ def test_windows_equal_those_cut_by_hand(seed: int, rows: int, columns: int, dat
         assert {len(window) for window in expected} <= {len(left) // count, -(-len(left) // count)}
     else:
         assert found.whole[0] and found.centre[0].tolist() == token_of  # every token, in order
-        assert (found.selection().into[0] == -1).all()
+        assert (found.selection().target_row[0] == -1).all()
 
 
 @pytest.mark.parametrize("side", [2, 3, 4])
@@ -93,7 +93,7 @@ def test_pooling_equals_torchs_on_whole_windows(side: int) -> None:
 @pytest.mark.parametrize("kernel", [2, 3])
 def test_queries_of_whole_cells_are_those_of_a_convolution(kernel: int) -> None:
     grid, width = 6, 8
-    module = Cells(width, 12, 5, 2, kernel)
+    module = QueCCModule(width, 12, 5, 2, kernel)
     place = torch.cartesian_prod(torch.arange(grid), torch.arange(grid))[None]
     count = (grid // kernel) ** 2
     found = windows(place, torch.ones(1, 36, dtype=torch.bool), torch.tensor([count]), count, kernel**2)
@@ -105,7 +105,7 @@ def test_queries_of_whole_cells_are_those_of_a_convolution(kernel: int) -> None:
 
 def test_a_constant_kernel_is_the_mean_of_cells_of_any_shape() -> None:
     """Stretched to other cells its sum stays: constant weights 1 / 4 over 2 x 2 give means of whatever cells there are."""
-    module = Cells(8, 12, 5, 2, 2)
+    module = QueCCModule(8, 12, 5, 2, 2)
     nn.init.constant_(module.q_downsample.weight, 0.25)
     nn.init.zeros_(module.q_downsample.bias)  # type: ignore[arg-type]
     place = torch.cartesian_prod(torch.arange(5), torch.arange(7))[None]
@@ -140,16 +140,16 @@ def test_clusters_equal_those_found_by_hand(seed: int, tokens: int, data: st.Dat
     valid = torch.ones(2, tokens, dtype=torch.bool)
     valid[1, count:] = False  # a shorter one in the same batch
     there = torch.ones(2, count, dtype=torch.bool)
-    first = farthest(rows, valid, count)
+    first = farthest_start(rows, valid, count)
     chosen = [int((rows[0] @ rows[0].sum(0)).argmax())]
     while len(chosen) < count:
         chosen.append(int((rows[0] @ rows[0][chosen].T).amax(1).argmin()))
     assert first[0].tolist() == chosen
-    labels, centres = lloyd(rows, valid, first, there, 8)
+    labels, centres = kmeans(rows, valid, first, there, 8)
     expected, means = lloyd_by_hand(rows[0], chosen, 8)
     assert labels[0].tolist() == expected and torch.allclose(centres[0], torch.stack(means), atol=1e-5)
     assert (labels[1, count:] == -1).all()
-    alone, _ = lloyd(rows[1:, :count], valid[1:, :count], farthest(rows[1:, :count], valid[1:, :count], count), there[1:], 8)
+    alone, _ = kmeans(rows[1:, :count], valid[1:, :count], farthest_start(rows[1:, :count], valid[1:, :count], count), there[1:], 8)
     assert torch.equal(alone[0], labels[1, :count])
 
 
@@ -161,8 +161,8 @@ def test_every_cluster_stands_at_a_token_of_its_own(seed: int, tokens: int, data
     rows = unit_rows(normal(seed, kinds, 5))[torch.arange(tokens) % kinds][None]
     count = data.draw(st.integers(1, tokens))
     valid, there = torch.ones(1, tokens, dtype=torch.bool), torch.ones(1, count, dtype=torch.bool)
-    labels, centres = lloyd(rows, valid, farthest(rows, valid, count), there, 4)
-    place, labels = standing(rows, valid, labels, centres, there)
+    labels, centres = kmeans(rows, valid, farthest_start(rows, valid, count), there, 4)
+    place, labels = cluster_sums(rows, valid, labels, centres, there)
     assert place[0].tolist() == sorted(set(place[0].tolist())) and len(place[0]) == count
     assert labels[0][place[0]].tolist() == list(range(count)) and set(labels[0].tolist()) == set(range(count))
 
@@ -172,7 +172,7 @@ def test_of_two_rows_the_first_stands_for_them(seed: int) -> None:
     """Both are as like their mean, up to rounding, which is another one in a batch."""
     rows = unit_rows(torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(seed)))
     there, labels = torch.tensor([[True]]), torch.zeros(1, 2, dtype=torch.long)
-    assert standing(rows, torch.ones(1, 2, dtype=torch.bool), labels, rows.mean(1, keepdim=True), there)[0].item() == 0
+    assert cluster_sums(rows, torch.ones(1, 2, dtype=torch.bool), labels, rows.mean(1, keepdim=True), there)[0].item() == 0
 
 
 def test_the_elbow_is_the_released_codes() -> None:
@@ -315,20 +315,20 @@ def test_a_tower_that_runs_without_its_gradient_is_refused() -> None:
 def test_ranks_wait_for_no_gradient() -> None:
     """A batch without pictures gives every weight a gradient of zero."""
     module = nn.Linear(3, 2)
-    touched(torch.ones(1, 2, 4, requires_grad=True), module).sum().backward()
+    touch_all_params(torch.ones(1, 2, 4, requires_grad=True), module).sum().backward()
     assert all(weight.grad is not None and not weight.grad.any() for weight in module.parameters())
     rows = torch.ones(1, 2, 4)
-    assert touched(rows, nn.Module()) is rows  # the bare codebook has no weights
+    assert touch_all_params(rows, nn.Module()) is rows  # the bare codebook has no weights
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next", "qwen3_vl"])
 def test_the_question_is_what_the_stock_decoder_makes_of_it_alone(family: str) -> None:
     model, seen = shared(family), []
 
-    class Spy(duet_vlm.get("quecc")):  # type: ignore[misc]
-        def v2v(self, view: VisionView) -> Any:
-            seen.append(view.decoded)
-            return super().v2v(view)
+    class Spy(duet_vlm.get_method("quecc")):  # type: ignore[misc]
+        def select_tokens(self, view: EncoderView) -> Any:
+            seen.append(view.question_state)
+            return super().select_tokens(view)
 
     inputs = FAMILIES[family].inputs([ONE, THREE], "right")
     with duet_vlm.attach(model, Spy(keep=0.4)) as handle:
@@ -429,13 +429,13 @@ def test_a_checkpoint_remembers_its_weights(tmp_path: Path) -> None:
     model, inputs = build("llava"), FAMILIES["llava"].inputs([TWO])
     with duet_vlm.attach(model, "resampler", budget=9, seed=2) as handle:
         expected = forward(model, inputs).logits
-        duet_vlm.remember(handle)
+        duet_vlm.save_to_config(handle)
         handle.save_weights(tmp_path)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["duet_vlm"]["settings"] == {"seed": 2, "weights": BESIDE}
     again = type(model).from_pretrained(tmp_path).eval()
     for place in (tmp_path, again, again.config):
-        assert duet_vlm.remembered(place)["settings"]["weights"] == str(tmp_path / BESIDE)  # type: ignore[index]
+        assert duet_vlm.load_from_config(place)["settings"]["weights"] == str(tmp_path / BESIDE)  # type: ignore[index]
     with duet_vlm.attach(again) as handle:
         assert handle.budget == 9 and torch.equal(forward(again, inputs).logits, expected)
 
@@ -469,7 +469,7 @@ def test_what_cannot_be_loaded_is_one_clear_sentence(tmp_path: Path) -> None:
     wider = build("llava")
     with duet_vlm.attach(wider, "quecc", keep=0.4) as handle:
         other = handle.save_weights(tmp_path / "wider.safetensors")
-        said = handle.adapter.vision_shape().width
+        said = handle.adapter.vision_dims().width
     tensors, metadata = load_file(other), safe_open(other, "pt").metadata()
     save_file(tensors, other, {name: text.replace(f'"rows of width": {said}', '"rows of width": 64') for name, text in metadata.items()})
     assert f"were trained for a model with rows of width 64, here it is {said}" in refused(weights=str(other))  # another tower
@@ -481,8 +481,8 @@ def test_what_cannot_be_loaded_is_one_clear_sentence(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
     assert "are no weights of a compressor" in refused(weights=str(tmp_path / "other.safetensors"))
     assert "heads=7: rows of this model are 32 numbers wide" in refused(weights=None, heads=7)
-    assert "weights=3: give the path" in message(lambda: duet_vlm.get("quecc")(weights=3))
-    assert "cls_token=True: quecc makes its rows of patches" in message(lambda: duet_vlm.get("quecc")(cls_token=True, positions="compact"))
+    assert "weights=3: give the path" in message(lambda: duet_vlm.get_method("quecc")(weights=3))
+    assert "cls_token=True: quecc makes its rows of patches" in message(lambda: duet_vlm.get_method("quecc")(cls_token=True, positions="compact"))
     assert load_file(file)
 
 
@@ -606,20 +606,20 @@ def test_the_paper_form_begins_as_means_of_the_same_length() -> None:
     valid, place = torch.ones(1, 5, dtype=torch.bool), torch.stack([torch.zeros(5).long(), torch.arange(5)], -1)[None]
     plan = duet_vlm.SpanPlan(5, 2, 0, (2,))
     for reducer, scale in ((VQToken(keep=2), (2.0, 6.0)), (VQToken.official(2), None)):
-        module = reducer.built(_sizes(32), {})
-        view = VisionView(
-            valid, torch.tensor([2]), torch.tensor([0]), (plan,), features=rows, parts=torch.zeros(1, 5).long(), place=place,
-            sides=torch.tensor([[1, 5]]), module=module, most=(1, 5),
+        module = reducer.build_module(_sizes(32), {})
+        view = EncoderView(
+            valid, torch.tensor([2]), torch.tensor([0]), (plan,), features=rows, parts=torch.zeros(1, 5).long(), coords=place,
+            grid_size=torch.tensor([[1, 5]]), module=module, max_parts=(1, 5),
         )  # fmt: skip
-        made = merged_rows(rows, reducer.v2v(view))
+        made = merged_rows(rows, reducer.select_tokens(view))
         expected = unit_rows(rows[:, [0, 3]]) if scale is None else torch.stack([rows[0, 0] * scale[0], rows[0, 3] / 4 * scale[1]])[None]
         torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-5)
 
 
 def _sizes(width: int) -> Any:
-    from duet_vlm.compressor import Sizes
+    from duet_vlm.reducers.compressor import ModuleSizes
 
-    return Sizes(width, 0, width, None)
+    return ModuleSizes(width, 0, width, None)
 
 
 # ---- what is told of them
@@ -653,6 +653,6 @@ def test_tokens_of_every_group_get_the_colour_of_none() -> None:
 
 
 def test_each_setting_of_a_module_is_a_setting() -> None:
-    for name, cls in duet_vlm.methods().items():
+    for name, cls in duet_vlm.list_methods().items():
         if issubclass(cls, Compressor):
-            assert set(cls.made_by) <= set(cls().settings()), name
+            assert set(cls.module_inputs) <= set(cls().settings()), name

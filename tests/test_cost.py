@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duet_vlm
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops import score
 
 HERE = str(Path(duet_vlm.__file__).parent)
@@ -95,8 +95,8 @@ def test_the_counter_counts() -> None:
 def allowed_reads(case: Case) -> int:
     """One where the prompt enters the decoder; where images differ in size, one more for the sizes of an encoder call, which the stock
     code reads several times over; and where the decoder reads the question by itself, its length, and what the stock code reads of a mask."""
-    reads = getattr(duet_vlm.get(case.method.split("+")[0])(), "reads", ())
-    return 1 + 2 * ("decoded" in reads) + any(stream.sizes for stream in adapter_for(case.model()).streams)
+    reads = getattr(duet_vlm.get_method(case.method.split("+")[0])(), "reads", ())
+    return 1 + 2 * ("question_state" in reads) + any(stream.sizes for stream in adapter_for(case.model()).modalities)
 
 
 def reads_on_the_way(family: str, attention: str) -> tuple[int, list[int]]:
@@ -223,7 +223,7 @@ def test_ranking_flops_are_of_the_rows_that_were_projected(family: str, method: 
     with duet_vlm.attach(model, method, **settings) as handle:
         forward(model, FAMILIES[family].inputs([ONE]))
         ranking = handle.report().observed.ranking_flops
-        shape = handle.adapter.decoder_shape()
+        shape = handle.adapter.decoder_dims()
     for hook in hooks:
         hook.remove()
     (rows, handed_over), queries = seen["k_proj"], seen["q_proj"][0]  # keys are made once, and the layer takes over those it needs

@@ -17,15 +17,15 @@ from test_ops_clips import dpc
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import VisionView
-from duet_vlm.flow.verify import checked_selection
+from duet_vlm import EncoderView
 from duet_vlm.methods.building_blocks import CLOSEST, MERGERS, SCHEDULES, SCORERS, SELECTORS, TAKEN
 from duet_vlm.methods.custom import Custom
 from duet_vlm.ops import saliency
-from duet_vlm.ops.join import to_nearest
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.tokens import Selection
-from duet_vlm.vision import LayerView, Question
+from duet_vlm.ops.merge_targets import merge_into_nearest
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.encoder_view import LayerView, QuestionView
+from duet_vlm.runtime.validation import check_selection
 
 PICTURES = [(6, 6), (4, 5), (3, 3), (2, 3), (1, 1)]
 EVERY = list(itertools.product(SCORERS, SELECTORS, MERGERS))
@@ -77,7 +77,7 @@ def test_drops_alone_are_those_of_duet() -> None:
 # ---- every combination, on views
 
 
-def view_of(reducer: Custom, budget: float, seed: int = 0, width: int = 12) -> VisionView:
+def view_of(reducer: Custom, budget: float, seed: int = 0, width: int = 12) -> EncoderView:
     """Pictures of several sizes in all that any block looks at; padding holds numbers that would win."""
     draw, sizes = torch.Generator().manual_seed(seed), [rows * columns for rows, columns in PICTURES]
     batch, most = len(sizes), max(sizes)
@@ -92,29 +92,29 @@ def view_of(reducer: Custom, budget: float, seed: int = 0, width: int = 12) -> V
     plans = tuple(reducer.plan(n, 8, budget) for n in sizes)
     count = torch.tensor([[plan.dominant, plan.contextual] for plan in plans])
     turned = torch.randn(width, width, generator=draw)
-    words = Question(torch.randn(batch, 3, width, generator=draw), torch.tensor([[True, True, False]] * batch))
-    return VisionView(
+    words = QuestionView(torch.randn(batch, 3, width, generator=draw), torch.tensor([[True, True, False]] * batch))
+    return EncoderView(
         valid, count[:, 0], count[:, 1], plans, importance, keys, features, torch.where(valid, 0, -1), layers=(LayerView(importance, keys=keys),),
-        place=torch.stack([token // wide, token % wide], 2).masked_fill(~valid[..., None], -1), sides=torch.tensor(PICTURES),
-        tiles=torch.zeros(batch, 2).long(), question=words, project=lambda change: change(features).tanh() @ turned,
+        coords=torch.stack([token // wide, token % wide], 2).masked_fill(~valid[..., None], -1), grid_size=torch.tensor(PICTURES),
+        crop_grid=torch.zeros(batch, 2).long(), question=words, project=lambda change: change(features).tanh() @ turned,
     )  # fmt: skip
 
 
-def alone(view: VisionView, row: int) -> VisionView:
+def alone(view: EncoderView, row: int) -> EncoderView:
     """One picture of a view, without padding."""
     tokens = view.plans[row].tokens
-    cut = view.of_rows(lambda x: x[row : row + 1, :tokens], lambda x: x[row : row + 1])
+    cut = view.select_rows(lambda x: x[row : row + 1, :tokens], lambda x: x[row : row + 1])
     return dataclasses.replace(cut, dominant=view.dominant[row : row + 1], contextual=view.contextual[row : row + 1], plans=view.plans[row : row + 1])
 
 
 def made_of(selection: Selection, row: int) -> dict[int, dict[int, float]]:
     """Where each row stands -> what joins it, with which weight."""
     made: dict[int, dict[int, float]] = {}
-    weights = torch.ones_like(selection.members, dtype=torch.float32) if selection.weights is None else selection.weights
+    weights = torch.ones_like(selection.source_tokens, dtype=torch.float32) if selection.weights is None else selection.weights
     for number, (token, real) in enumerate(zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)):
         if real:
-            here = selection.into[row] == number
-            pairs = zip(selection.members[row, here].tolist(), weights[row, here].tolist(), strict=True)
+            here = selection.target_row[row] == number
+            pairs = zip(selection.source_tokens[row, here].tolist(), weights[row, here].tolist(), strict=True)
             made[token] = {member: weight for member, weight in pairs if weight}
     return made
 
@@ -126,11 +126,11 @@ def test_every_combination_chooses_as_planned(scorer: str, selector: str) -> Non
     for turn, merger in enumerate(MERGERS):
         reducer = Custom(scorer=scorer, selector=selector, merger=merger, compare=("features", "keys")[turn % 2], window=2)
         view = view_of(reducer, 7, seed=turn)
-        selection, code = checked_selection(reducer, reducer.v2v(view), view, view.plans)
+        selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)
         assert int(code) == 0 and [plan.entry for plan in view.plans] == [7, 7, 7, 6, 1]
         assert bool(torch.isfinite(merged_rows(view.features, selection)[selection.valid]).all())  # type: ignore[arg-type]
         for row, plan in enumerate(view.plans):
-            found, single = made_of(selection, row), made_of(reducer.v2v(alone(view, row)), 0)
+            found, single = made_of(selection, row), made_of(reducer.select_tokens(alone(view, row)), 0)
             assert found.keys() == single.keys() and len(found) == plan.entry
             assert all(found[token] == pytest.approx(single[token], rel=1e-4) for token in found)
             if not plan.merges:  # whole pictures stay bit for bit: nobody joins anybody
@@ -199,19 +199,19 @@ def test_nothing_is_read_back(selector: str, merger: str, monkeypatch: pytest.Mo
     """Every selection can be made of tensors without values."""
     reducer = Custom(selector=selector, merger=merger, window=2)
     shown = view_of(reducer, 7)
-    everything = shown.of_rows(lambda x: x.to("meta"), lambda x: x.to("meta"))
+    everything = shown.select_rows(lambda x: x.to("meta"), lambda x: x.to("meta"))
     view = dataclasses.replace(everything, dominant=shown.dominant.to("meta"), contextual=shown.contextual.to("meta"))
     for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("reads the device"))
     with torch.device("meta"):
         for scorer in SCORERS if merger == "none" and selector == "top" else ("importance",):
-            assert dataclasses.replace(reducer, scorer=scorer).v2v(view).index.shape[0] == len(PICTURES)
+            assert dataclasses.replace(reducer, scorer=scorer).select_tokens(view).index.shape[0] == len(PICTURES)
 
 
 # ---- blocks that no other test sees, by loops
 
 
-def numbers(view: VisionView, row: int) -> tuple[list[float], Any, Any]:
+def numbers(view: EncoderView, row: int) -> tuple[list[float], Any, Any]:
     n = view.plans[row].tokens
     assert view.importance is not None and view.features is not None and view.keys is not None
     return view.importance[row, :n].tolist(), view.features[row, :n].tolist(), view.keys[row, :n].tolist()
@@ -231,7 +231,7 @@ def test_scores_by_hand(scorer: str) -> None:
             "uniform": [1.0 for _ in features],
         }[scorer]
         kept = twins.best(score, [True] * plan.tokens, plan.entry)
-        assert sorted(made_of(reducer.v2v(view), row)) == sorted(kept)
+        assert sorted(made_of(reducer.select_tokens(view), row)) == sorted(kept)
 
 
 @pytest.mark.parametrize("side", [1, 2, 3, 9])
@@ -251,7 +251,7 @@ def test_windows_share_by_hand(side: int) -> None:
         for at in sorted(windows, key=lambda at: (-round(exact[at] - quota[at], 9), at))[: plan.entry - sum(quota.values())]:
             quota[at] += 1
         kept = [token for at, tokens in windows.items() for token in sorted(tokens, key=lambda i: (-importance[i], i))[: quota[at]]]
-        assert sorted(made_of(reducer.v2v(view), row)) == sorted(kept)
+        assert sorted(made_of(reducer.select_tokens(view), row)) == sorted(kept)
 
 
 @pytest.mark.parametrize(("selector", "alike"), [("nms", 0.2), ("nms", 0.8), ("discount", 0.8), ("apart", 0.8)])
@@ -271,7 +271,7 @@ def test_greedy_selectors_by_hand(selector: str, alike: float) -> None:
             else:
                 best = max(left, key=lambda i: score[i] * math.prod(1 - max(like, 0.0) for like in likes[i]))
             chosen.append(best)
-        assert sorted(made_of(reducer.v2v(view), row)) == sorted(chosen)
+        assert sorted(made_of(reducer.select_tokens(view), row)) == sorted(chosen)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -279,7 +279,7 @@ def test_the_rest_joins_the_nearest(weighted: bool) -> None:
     """Each row is the mean of all that are nearest to its token, itself too: plain, or by score."""
     reducer = Custom(merger="weighted" if weighted else "nearest")
     view = view_of(reducer, 7)
-    rows = merged_rows(view.features, reducer.v2v(view))  # type: ignore[arg-type]
+    rows = merged_rows(view.features, reducer.select_tokens(view))  # type: ignore[arg-type]
     for row, plan in enumerate(view.plans):
         importance, features, _ = numbers(view, row)
         kept = sorted(twins.best(importance, [True] * plan.tokens, plan.entry))
@@ -295,7 +295,7 @@ def test_the_rest_joins_the_nearest(weighted: bool) -> None:
 
 def test_weights_of_zero_make_a_plain_mean() -> None:
     index, real, rest = torch.tensor([[0]]), torch.tensor([[True]]), torch.tensor([[False, True, True]])
-    selection = to_nearest(index, real, rest, 2, torch.ones(1, 3, 2), torch.zeros(1, 3))
+    selection = merge_into_nearest(index, real, rest, 2, torch.ones(1, 3, 2), torch.zeros(1, 3))
     assert merged_rows(torch.tensor([[[3.0], [6.0], [9.0]]]), selection).tolist() == [[[6.0]]]
 
 
@@ -306,10 +306,10 @@ def test_density_peaks_by_hand() -> None:
         view = view_of(scored, 7)
         _, features, _ = numbers(view, row)
         centres, _ = dpc(features, view.plans[row].entry, CLOSEST)
-        assert sorted(made_of(scored.v2v(view), row)) == sorted(centres)
+        assert sorted(made_of(scored.select_tokens(view), row)) == sorted(centres)
         view = view_of(merged, 14 if row == 0 else 7)
         importance, features, _ = numbers(view, row)
-        plan, found = view.plans[row], made_of(merged.v2v(view), row)
+        plan, found = view.plans[row], made_of(merged.select_tokens(view), row)
         kept = twins.best(importance, [True] * plan.tokens, plan.dominant)
         rest = [token for token in range(plan.tokens) if token not in kept]
         centres, joins = dpc([features[token] for token in rest], plan.contextual, CLOSEST)
@@ -334,7 +334,7 @@ def test_density_peaks_by_hand() -> None:
 def test_schedules_by_name(name: Any, share: float | None, drops: Any) -> None:
     method = Custom(schedule=name)
     assert method.drops(32, share) == drops
-    assert method.with_drops(32, share).plan(1000, 32, None).counts == layer_by_layer(1000, drops)
+    assert method.with_paper_schedule(32, share).plan(1000, 32, None).counts == layer_by_layer(1000, drops)
     if share is not None:
         assert 576 * share - 1 < method.plan(576, 32, share).mean <= 576 * share
 
@@ -370,7 +370,7 @@ def test_in_compositions(name: str) -> None:
     """Like any method before, or inside, the decoder; a composition needs what its blocks need."""
     alike: dict[str, Any] = {"custom_selector": "max_min", "custom_compare": "projected"}
     settings = {"custom_schedule": "duet"} if name == "divprune+custom" else alike
-    reducer = duet_vlm.get(name)(**settings)
+    reducer = duet_vlm.get_method(name)(**settings)
     assert isinstance(reducer, duet_vlm.EncoderReducer) and reducer.reads_projected and reducer.reads_features and not reducer.signals
     model, inputs = shared("llava"), FAMILIES["llava"].inputs((ONE, TWO))
     plain = forward(model, inputs).logits
@@ -426,7 +426,7 @@ def test_budgets_and_settings() -> None:
 def test_few_rows_and_crops_by_themselves(merger: str, keep: float) -> None:
     """No row or one, and crops that are reduced each by itself, of which some keep none."""
     model, inputs = shared("llava_next"), FAMILIES["llava_next"].inputs((ONE, THREE))
-    with duet_vlm.attach(model, "custom", keep=keep, merger=merger, selector="nms", parts="each" if keep == 0.3 else "joint") as handle:
+    with duet_vlm.attach(model, "custom", keep=keep, merger=merger, selector="nms", crops="per_crop" if keep == 0.3 else "joint") as handle:
         forward(model, inputs)
         report = handle.report()
         assert report.predicted == report.observed and report.nominal == report.measured

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
 import duet_vlm
-from duet_vlm.bench.inputs import prompt_for
-from duet_vlm.models.find import adapter_for
+from duet_vlm.evaluation.speed.prompts import prompt_for
+from duet_vlm.models.lookup import adapter_for
 
 ROOT = Path(duet_vlm.__file__).parent
 MAKERS = _device_constructors()
@@ -63,7 +63,7 @@ def test_a_tensor_without_a_device_is_found() -> None:
 
 def batches(family: str) -> list[dict[str, torch.Tensor]]:
     """Images, and clips where the family takes them."""
-    clips = "video" in {stream.name for stream in adapter_for(shared(family)).streams}
+    clips = "video" in {stream.name for stream in adapter_for(shared(family)).modalities}
     return [FAMILIES[family].inputs(rows) for rows in (MIXED, *([clips_for(family)] if clips else []))]
 
 
@@ -113,7 +113,7 @@ def test_prompts_of_noise_and_places_in_the_tower_are_made_on_the_host(family: s
 
 def test_salient_words_do_not_depend_on_it() -> None:
     from duet_vlm import tiny
-    from duet_vlm.text import salient_mask
+    from duet_vlm.inputs.text_queries import salient_mask
 
     _, processor = tiny.load()
     text = ["what color is the red star ?", "how many ?"]

@@ -16,8 +16,9 @@ from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import duet_vlm
-from duet_vlm.flow import compat, signals
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.encode import attention_intercept
 
 HOOKS = [name for name in vars(nn.Module()) if "hook" in name]
 
@@ -123,8 +124,8 @@ def test_an_exception_inside_forward_leaves_no_trace(case: Case, place: str) -> 
         bomb.remove()
         assert torch.equal(forward(model, inputs).logits, reduced)
         assert handle.trace == trace
-        stacks = handle._traffic.stacks
-        assert not stacks.calls and not stacks.encoders and not stacks.begun
+        stacks = handle._model_hooks.state
+        assert not stacks.forward_contexts and not stacks.encode_contexts and not stacks.active_configs
     assert snapshot(model) == before
 
 
@@ -229,7 +230,7 @@ def test_others_wrappers_stay_and_pass_straight_through_ours(case: Case) -> None
     handle = case.attach(model)
     reduced = generate(model, inputs, 3)
     ours = wrap_all(model, found, calls)
-    assert {"forward", "generate", "_loss_function", adapter_for(model).streams[0].encode} <= {name for _, name in ours}
+    assert {"forward", "generate", "_loss_function", adapter_for(model).modalities[0].encode} <= {name for _, name in ours}
     assert all(torch.equal(a, b) for a, b in zip(generate(model, inputs, 3).logits, reduced.logits, strict=True))
     theirs = {place: vars(place[0])[place[1]] for place in ours}
     with pytest.warns(UserWarning, match=r"left there: .*\(counted of test_detach\.py\)") as caught:
@@ -266,7 +267,7 @@ def test_others_wrappers_from_before_taken_off(family: str, when: str, recwarn: 
     """Before detach that takes ours off as well, and detach does not bring theirs back; after detach they are as they were."""
     model, inputs, calls = warm(family), FAMILIES[family].inputs(MIXED), []
     before, plain = snapshot(model), forward(model, inputs).logits
-    places = [(model, "forward"), (model, "generate"), (model.model, adapter_for(model).streams[0].encode), (model.model, "forward")]
+    places = [(model, "forward"), (model, "generate"), (model.model, adapter_for(model).modalities[0].encode), (model.model, "forward")]
     for module, name in places:
         vars(module)[name] = around(getattr(module, name), calls, name)
     wrapped = snapshot(model)
@@ -328,7 +329,7 @@ def test_an_attention_that_was_called_before_its_recorder_went() -> None:
         forward(model, inputs)
     arguments = {"scaling": 0.5, "dropout": 0.0}
     expected, _ = compat.attention_function(attention, "sdpa")(attention, query, query, query, None, **arguments)
-    assert torch.equal(compat.attention_function(attention, signals.Recorder.name)(attention, query, query, query, None, **arguments)[0], expected)
+    assert torch.equal(compat.attention_function(attention, attention_intercept.QKRecorder.name)(attention, query, query, query, None, **arguments)[0], expected)
 
 
 # ---- copies and attaching twice

@@ -121,7 +121,7 @@ def check_trainer(folder: Path) -> None:
     assert curves["stopped"] == pytest.approx(curve[:2], rel=1e-4)
     assert curves["resumed"] == pytest.approx(curve, rel=1e-4)
     for name in ("whole", "resumed"):
-        assert duet_vlm.remembered(folder / name) == {"method": "duet", "budget": BUDGET, "settings": ANY}
+        assert duet_vlm.load_from_config(folder / name) == {"method": "duet", "budget": BUDGET, "settings": ANY}
         saved = LlavaForConditionalGeneration.from_pretrained(folder / name)
         assert farthest(weights(saved), after, before) < 1e-3
 

@@ -46,7 +46,7 @@ def tiny_for_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in (ROOT / p).read_text()])
 def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    known = duet_vlm.methods()
+    known = duet_vlm.list_methods()
     model, processor = tiny.load()
     image, prompt = Image.open(DEMO[0]), tiny.prompt("what color is the star ?")
     inputs = processor(images=image, text=prompt, return_tensors="pt")
@@ -59,8 +59,8 @@ def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.
         for snippet in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.S):
             exec(compile(snippet, page, "exec"), names)
     finally:
-        duet_vlm.registry._methods.clear()
-        duet_vlm.registry._methods.update(known)
+        duet_vlm.reducers.registry._methods.clear()
+        duet_vlm.reducers.registry._methods.update(known)
     if page == "README.md":
         assert "FLOPs-bound speed-up" in capsys.readouterr().out
 

@@ -14,17 +14,17 @@ from test_cli import as_json, call
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.evaluate.curve import FULL, LABEL, Curve, Point, contest, curve_of, drops, layers_of, proposals, winners
-from duet_vlm.evaluate.experiment import Experiment
-from duet_vlm.evaluate.results import unpack
-from duet_vlm.evaluate.run import run_experiment
+from duet_vlm.evaluation.drop_curve import FULL, LABEL, CurvePoint, DropCurve, contest, curve_of, drops, layers_of, proposals, winners
+from duet_vlm.evaluation.experiment import Experiment
+from duet_vlm.evaluation.results import unpack
+from duet_vlm.evaluation.run import run_experiment
 
 DEPTH = 12
 
 
-def curve(losses: dict[int, float], full: float = 0.9, depth: int = DEPTH) -> Curve:
-    points = (Point(layer, full - lost, -lost, (-lost, -lost), {"all": full - lost}) for layer, lost in losses.items())
-    return Curve(depth, full, {"all": full}, tuple(points))
+def curve(losses: dict[int, float], full: float = 0.9, depth: int = DEPTH) -> DropCurve:
+    points = (CurvePoint(layer, full - lost, -lost, (-lost, -lost), {"all": full - lost}) for layer, lost in losses.items())
+    return DropCurve(depth, full, {"all": full}, tuple(points))
 
 
 def test_where_tokens_stop_mattering() -> None:
@@ -59,7 +59,7 @@ def test_the_contest_runs_and_names_no_schedule_twice(losses: dict[int, float]) 
     for cell in cells:
         for budget in cell["budgets"]:
             schedule = tuple(map(tuple, cell["settings"]["schedule"]))
-            plan = duet_vlm.get("duet_plus")(schedule=schedule).plan(256, DEPTH, budget)
+            plan = duet_vlm.get_method("duet_plus")(schedule=schedule).plan(256, DEPTH, budget)
             assert 0.8 * 28 < plan.mean <= 28.16
 
 
@@ -120,7 +120,7 @@ def test_results_without_a_curve_have_none(measured: dict[str, Any]) -> None:
 
 def test_the_band_ends_at_all_answers_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """An interval of differences, put on the full model's accuracy, may reach beyond 100 %."""
-    from duet_vlm.evaluate.report import plots
+    from duet_vlm.evaluation.report import plots
 
     found = curve({3: 0.0}, full=0.98)
     found = dataclasses.replace(found, points=tuple(dataclasses.replace(point, interval=(-0.1, 0.1)) for point in found.points))

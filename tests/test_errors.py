@@ -26,7 +26,7 @@ import duet_vlm
 from duet_vlm import BudgetError
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastv import FastV
-from duet_vlm.models.find import families
+from duet_vlm.models.lookup import families
 from duet_vlm.models.unsupported import REASONS
 
 
@@ -80,7 +80,7 @@ AT_ATTACH = [
     Wrong({"budget": 10, "keeep": 3}, ValueError, r"duet has no setting 'keeep'; its settings: .*dominant"),
     Wrong({"budget": 10, "positions": "packed"}, ValueError, r"positions='packed': choose one of 'keep', 'compact'"),
     Wrong({"budget": 10, "text_query": "first"}, ValueError, r"text_query='first': choose one of 'all', 'last', 'salient'"),
-    Wrong({"budget": 10, "share": "all"}, ValueError, r"share='all': choose one of 'joint', 'each'"),
+    Wrong({"budget": 10, "multi_image": "all"}, ValueError, r"multi_image='all': choose one of 'joint', 'per_image'"),
     Wrong({"budget": 10, "merge": "sum"}, ValueError, r"merge='sum': choose one of 'mean'"),
     Wrong({"budget": 10, "signal_layer": 7}, ValueError, r"signal_layer=7: this vision tower has no such layer"),
     Wrong({"budget": 0.5, "positions": "compact"}, TypeError, r"positions='compact' cannot work on qwen2_5_vl.*use positions='keep'", "qwen2_5_vl"),
@@ -467,7 +467,7 @@ def test_names_are_checked() -> None:
         duet_vlm.register("mine")(int)  # type: ignore[type-var]
     with pytest.raises(ValueError, match=r"method 'fastv' is already registered by duet_vlm\.methods\.fastv\.FastV"):
         duet_vlm.register("fastv")(type("Other", (FastV,), {}))
-    assert duet_vlm.get("fastv") is FastV
+    assert duet_vlm.get_method("fastv") is FastV
 
 
 def test_two_models_that_share_a_tower() -> None:

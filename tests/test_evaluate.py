@@ -18,22 +18,23 @@ import torch
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import loading, tiny
+from duet_vlm import tiny
+from duet_vlm.api import loading
+from duet_vlm.api.loading import LoadedModel
 from duet_vlm.cli.main import app
-from duet_vlm.evaluate import statistics
-from duet_vlm.evaluate.answer import alive, answer, attached, inputs_of, reads_elsewhere
-from duet_vlm.evaluate.experiment import Experiment, Run, cells_of, from_json, read
-from duet_vlm.evaluate.journal import Journal, alone
-from duet_vlm.evaluate.oracle import Oracle
-from duet_vlm.evaluate.report.markdown import matrix
-from duet_vlm.evaluate.results import load, pack, save, unpack
-from duet_vlm.evaluate.run import batches, run_experiment
-from duet_vlm.evaluate.screen import show
-from duet_vlm.evaluate.shared import SharedVision
-from duet_vlm.evaluate.source import Source, source
-from duet_vlm.evaluate.summary import restated
-from duet_vlm.evaluate.tasks import Question, right, task
-from duet_vlm.loading import Loaded
+from duet_vlm.evaluation import statistics
+from duet_vlm.evaluation.console import show
+from duet_vlm.evaluation.experiment import Experiment, ExperimentCell, cells_of, from_json, read
+from duet_vlm.evaluation.journal import Journal, alone
+from duet_vlm.evaluation.oracle import Oracle
+from duet_vlm.evaluation.report.markdown import matrix
+from duet_vlm.evaluation.results import load, pack, save, unpack
+from duet_vlm.evaluation.run import batches, run_experiment
+from duet_vlm.evaluation.run_sample import alive, answer, attached, inputs_of, reads_elsewhere
+from duet_vlm.evaluation.shared_vision import SharedVision
+from duet_vlm.evaluation.source import Source, source
+from duet_vlm.evaluation.summary import restated
+from duet_vlm.evaluation.tasks import TaskQuestion, right, task
 
 CELLS = (
     {"method": "duet", "budgets": [0.22, 0.05]},
@@ -45,8 +46,8 @@ SMALL = Experiment("tiny", CELLS, seeds=(0, 3), limit=7, batch=4)
 
 
 @pytest.fixture(scope="module")
-def loaded() -> Loaded:
-    return Loaded("tiny", *tiny.load())
+def loaded() -> LoadedModel:
+    return LoadedModel("tiny", *tiny.load())
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +120,7 @@ def test_a_wrong_experiment_is_named(data: Any, says: str) -> None:
 # ---- answers
 
 
-def test_answers_are_those_of_the_model_by_itself(loaded: Loaded, result: dict[str, Any]) -> None:
+def test_answers_are_those_of_the_model_by_itself(loaded: LoadedModel, result: dict[str, Any]) -> None:
     """The whole machinery against four lines that a user would write."""
     model, processor = tiny.load()
     items = [tiny.sample("test", i, 3) for i in range(4)]
@@ -134,7 +135,7 @@ def test_answers_are_those_of_the_model_by_itself(loaded: Loaded, result: dict[s
         said = [t.strip() for t in processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
         assert predictions["answers"][key][place : place + 4] == said
         hits = [q == a for q, a in zip(said, [i.answer for i in items], strict=True)]
-        assert [right(Question("", (), "", (i.answer,), ""), s) for i, s in zip(items, said, strict=True)] == hits
+        assert [right(TaskQuestion("", (), "", (i.answer,), ""), s) for i, s in zip(items, said, strict=True)] == hits
 
 
 def test_accuracy_is_the_share_of_right_answers(result: dict[str, Any]) -> None:
@@ -149,13 +150,13 @@ def test_accuracy_is_the_share_of_right_answers(result: dict[str, Any]) -> None:
                 assert (values["n"], values["accuracy"]) == (len(mine), pytest.approx(sum(mine) / len(mine)))
 
 
-def test_shared_vision_layers_change_no_bit_and_leave_no_trace(loaded: Loaded) -> None:
+def test_shared_vision_layers_change_no_bit_and_leave_no_trace(loaded: LoadedModel) -> None:
     questions = [task("tiny").ask(5, i) for i in range(3)]
     inputs, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
     assert len(shared.layers) == 4
     calls = []
     hook = shared.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    for run in (Run("none"), Run("duet", 0.11), Run("fastv", 0.22)):
+    for run in (ExperimentCell("none"), ExperimentCell("duet", 0.11), ExperimentCell("fastv", 0.22)):
         with attached(loaded, run, questions), torch.no_grad():
             plain = loaded.model(**inputs).logits
             with shared.reused():
@@ -165,7 +166,7 @@ def test_shared_vision_layers_change_no_bit_and_leave_no_trace(loaded: Loaded) -
     assert shared.output is not None
 
 
-def test_sharing_really_skips_the_layers(loaded: Loaded) -> None:
+def test_sharing_really_skips_the_layers(loaded: LoadedModel) -> None:
     questions = [task("tiny").ask(5, i) for i in range(2)]
     inputs, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
     calls = []
@@ -178,11 +179,11 @@ def test_sharing_really_skips_the_layers(loaded: Loaded) -> None:
     assert calls == [1]
 
 
-def test_methods_that_name_vision_layers_are_not_given_shared_ones(loaded: Loaded) -> None:
+def test_methods_that_name_vision_layers_are_not_given_shared_ones(loaded: LoadedModel) -> None:
     """Whoever stands first in the batch: a method answers as it does alone."""
     questions = [task("tiny").ask(5, i) for i in range(4)]
-    elsewhere = [Run("hired", 0.11), Run("vscan", 0.22), Run("visionzip", 0.11, {"signal_layer": 2}), Run("evit+duet", 0.11)]
-    runs = [Run("none"), Run("duet", 0.11), *elsewhere]
+    elsewhere = [ExperimentCell("hired", 0.11), ExperimentCell("vscan", 0.22), ExperimentCell("visionzip", 0.11, {"signal_layer": 2}), ExperimentCell("evit+duet", 0.11)]
+    runs = [ExperimentCell("none"), ExperimentCell("duet", 0.11), *elsewhere]
     together = answer(loaded, runs, questions, 3)
     assert {run.id: answer(loaded, [run], questions, 3)[run.id] for run in runs} == together
     for run in runs:
@@ -190,9 +191,9 @@ def test_methods_that_name_vision_layers_are_not_given_shared_ones(loaded: Loade
             assert reads_elsewhere(handle.reducer) is (run in elsewhere)
 
 
-def test_the_oracle_keeps_what_the_answer_needs(loaded: Loaded) -> None:
+def test_the_oracle_keeps_what_the_answer_needs(loaded: LoadedModel) -> None:
     questions = [task("tiny").ask(1, i) for i in range(7)]
-    with attached(loaded, Run("oracle", 64), questions) as handle, torch.no_grad():
+    with attached(loaded, ExperimentCell("oracle", 64), questions) as handle, torch.no_grad():
         loaded.model(**inputs_of(loaded, questions))
         for q, (span,) in zip(questions, handle.trace, strict=True):
             kept = alive(span, 0)
@@ -201,17 +202,17 @@ def test_the_oracle_keeps_what_the_answer_needs(loaded: Loaded) -> None:
         assert handle.report().measured_mean == 64
 
 
-def test_recall_counts_needed_patches(loaded: Loaded) -> None:
+def test_recall_counts_needed_patches(loaded: LoadedModel) -> None:
     """Uniform keeps a pattern that anybody can write down."""
     questions = [task("tiny").ask(2, i) for i in range(7)]
-    found = answer(loaded, [Run("uniform", 64)], questions, 4)["uniform@64"].recalls
+    found = answer(loaded, [ExperimentCell("uniform", 64)], questions, 4)["uniform@64"].recalls
     pattern = {i for i in range(256) if (i + 1) * 64 // 256 > i * 64 // 256}
     needed = [set(np.flatnonzero(q.needed).tolist()) for q in questions]
     shares = [len(n & pattern) / len(n) for n in needed if n]
     assert found == pytest.approx((len(shares), sum(shares), sum(shares), sum(shares)))
 
 
-def test_costs_are_those_of_the_report(loaded: Loaded, result: dict[str, Any]) -> None:
+def test_costs_are_those_of_the_report(loaded: LoadedModel, result: dict[str, Any]) -> None:
     row = rows(result)["duet@0.22"]
     with duet_vlm.attach(loaded.model, "duet", budget=0.22) as handle:
         plan = handle.plan(256)
@@ -257,15 +258,15 @@ def test_comparisons_name_their_partner(result: dict[str, Any]) -> None:
 
 def test_floors_follow_a_method_count_for_count() -> None:
     for tokens, depth, budget in ((576, 32, 64), (256, 12, 0.07), (100, 28, 0.9)):
-        wanted = duet_vlm.get("duet")().plan(tokens, depth, budget).counts
+        wanted = duet_vlm.get_method("duet")().plan(tokens, depth, budget).counts
         for floor in ("random", "uniform"):
-            assert duet_vlm.get(floor)(follow="duet").plan(tokens, depth, budget).counts == wanted
+            assert duet_vlm.get_method(floor)(follow="duet").plan(tokens, depth, budget).counts == wanted
     with pytest.raises(ValueError, match="leave out entry= and schedule="):
-        duet_vlm.get("random")(follow="duet", entry=5)
+        duet_vlm.get_method("random")(follow="duet", entry=5)
     with pytest.raises(ValueError, match="other than the random baselines"):
-        duet_vlm.get("random")(follow="uniform")
+        duet_vlm.get_method("random")(follow="uniform")
     with pytest.raises(ValueError, match="unknown method 'nobody'"):
-        duet_vlm.get("random")(follow="nobody")
+        duet_vlm.get_method("random")(follow="nobody")
 
 
 # ---- the same numbers, nothing lost
@@ -428,7 +429,7 @@ def test_a_journal_of_other_code_is_refused(tmp_path: Path, monkeypatch: pytest.
     few = Experiment("tiny", ({"method": "uniform", "budgets": [0.11]},), limit=4, batch=2, against="uniform")
 
     def measured(code: Source, advance: Any = lambda done, total: None) -> dict[str, Any]:
-        monkeypatch.setattr("duet_vlm.evaluate.run.source", lambda: code)
+        monkeypatch.setattr("duet_vlm.evaluation.run.source", lambda: code)
         return run_experiment(few, "few", tmp_path / "j", device="cpu", timing_rounds=0, advance=advance)
 
     def stop(done: int, total: int) -> None:
@@ -513,7 +514,7 @@ def test_a_broken_result_file_is_named(result: dict[str, Any], tmp_path: Path) -
 # ---- tasks
 
 
-def test_a_task_of_ones_own(tmp_path: Path, loaded: Loaded) -> None:
+def test_a_task_of_ones_own(tmp_path: Path, loaded: LoadedModel) -> None:
     items = [tiny.sample("test", i) for i in range(3)]
     for i, item in enumerate(items):
         item.image.save(tmp_path / f"{i}.png")
@@ -521,7 +522,7 @@ def test_a_task_of_ones_own(tmp_path: Path, loaded: Loaded) -> None:
     (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
     experiment = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "duet", "budgets": [0.33]},))
     found = run_experiment(experiment, "own", tmp_path / "j", device="cpu", timing_rounds=0)
-    assert found["task"] == "mine" and found["questions"] == {"count": 3, "unlabelled": 0, "per_seed": 3, "kinds": {"own": 3}}
+    assert found["task"] == "mine" and found["questions"].pop("contents") and found["questions"] == {"count": 3, "unlabelled": 0, "per_seed": 3, "kinds": {"own": 3}}
     assert found["runs"][0]["accuracy"] == 1 and found["runs"][0]["recall"] is None
     oracle = Experiment(str(tmp_path / "mine.jsonl"), ({"method": "oracle", "budgets": [0.33]},))
     with pytest.raises(ValueError, match="leave the oracle out"):
@@ -765,7 +766,7 @@ def test_a_wrong_command_is_explained(words: list[str], says: str, tmp_path: Pat
 
 @pytest.mark.parametrize("words", [["--against", "nobody"], ["--methods", "deut"], ["--tasks", "tiny,tyni"], ["--device", "tpu"]])
 def test_what_is_wrong_is_said_before_anything_runs(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duet_vlm.evaluate.run.load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("duet_vlm.evaluation.run.load", lambda *_: pytest.fail("a model was loaded"))
     assert run_cli("--limit", "2", *words, "--out", str(tmp_path / "out")).exit_code == 2
     assert not (tmp_path / "out").exists()
 
@@ -773,7 +774,7 @@ def test_what_is_wrong_is_said_before_anything_runs(words: list[str], tmp_path: 
 def asked_for(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[Experiment]:
     """The experiments that a command line means."""
     found: list[Experiment] = []
-    monkeypatch.setattr("duet_vlm.cli.measured.measured", lambda job, *_: (found.append(job) or Path("x"), {}))
+    monkeypatch.setattr("duet_vlm.cli.eval_jobs.run_job", lambda job, *_: (found.append(job) or Path("x"), {}))
     result = run_cli(*words, "--device", "cpu")
     assert result.exit_code == 0, result.output
     return found
@@ -833,8 +834,8 @@ def test_the_oracle_reads_clips(tmp_path: Path) -> None:
     by_id = rows(result)
     assert by_id["oracle@0.22"]["recall"]["entry"] == 1 and by_id["oracle@0.22"]["tokens"]["measured"] == 114  # .22 of 520
     assert by_id["none"]["tokens"]["measured"] == 520 and result["model"]["name"] == "tiny-video"
-    with pytest.raises(ValueError, match="use parts='joint', not 'each'"):
-        Oracle(parts="each")
+    with pytest.raises(ValueError, match="use crops='joint', not 'per_crop'"):
+        Oracle(crops="per_crop")
 
 
 def test_json_holds_everything_but_the_answers(tmp_path: Path) -> None:
@@ -849,7 +850,7 @@ def test_json_holds_everything_but_the_answers(tmp_path: Path) -> None:
 
 def test_two_at_once_are_refused_and_a_killed_one_stops_nobody(tmp_path: Path) -> None:
     journal = tmp_path / "results" / "eval.partial.jsonl"
-    code = "import sys, time; from pathlib import Path; from duet_vlm.evaluate.journal import alone\n"
+    code = "import sys, time; from pathlib import Path; from duet_vlm.evaluation.journal import alone\n"
     code += "with alone(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code, str(journal)], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None and first.stdout.readline() == "held\n"

@@ -14,8 +14,8 @@ from transformers import CONFIG_MAPPING, AttentionInterface, CLIPVisionConfig, L
 
 import duet_vlm
 from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.models.find import adapter_for
 from duet_vlm.models.llama_like import LLAMA_LAYOUT
+from duet_vlm.models.lookup import adapter_for
 
 FURTHER = [name for name in FAMILIES if name not in FIRST]
 seen: list[Any] = []
@@ -26,9 +26,9 @@ caught: dict[str, Tensor] = {}
 class Probe(VisionZip):
     """Looks at what it is given and keeps two fifths."""
 
-    def v2v(self, view: Any) -> Any:
+    def select_tokens(self, view: Any) -> Any:
         seen.append(view)
-        return super().v2v(view)
+        return super().select_tokens(view)
 
 
 def catch(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -79,11 +79,11 @@ def test_importance_equals_the_towers_attention(family: str) -> None:
         inputs = made.inputs(rows)
         expected = made.signals(shared(family, "eager"), inputs)
         seen.clear()
-        with duet_vlm.attach(shared(family), Probe(dominant=0.4, contextual=0.2, parts="joint")):
+        with duet_vlm.attach(shared(family), Probe(dominant=0.4, contextual=0.2, crops="joint")):
             forward(shared(family), inputs)
-        assert {view.stream for view in seen} == set(expected)
+        assert {view.modality for view in seen} == set(expected)
         for view in seen:
-            for row, (importance, keys) in enumerate(expected[view.stream]):
+            for row, (importance, keys) in enumerate(expected[view.modality]):
                 shown = ~importance.isnan()
                 assert view.importance is not None and shown.any()
                 torch.testing.assert_close(view.importance[row, : len(importance)][shown], importance[shown], rtol=1e-4, atol=1e-6)
@@ -93,7 +93,7 @@ def test_importance_equals_the_towers_attention(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_support_matrix_says_what_the_adapter_does(family: str) -> None:
     adapter = adapter_for(shared(family))
-    assert (adapter.video is True) == any(stream.name == "video" for stream in adapter.streams) == FAMILIES[family].video
+    assert (adapter.video is True) == any(stream.name == "video" for stream in adapter.modalities) == FAMILIES[family].video
     assert adapter.notes and adapter.example.count("/") == 1
 
 

@@ -12,7 +12,7 @@ from families import FAMILIES, MIXED, ONE, TWO, clips_for, forward, generate, sh
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm.bench.inputs import encode
+from duet_vlm.evaluation.speed.prompts import encode
 
 PIXELS = {"pixel_values": "get_image_features", "pixel_values_images": "get_image_features", "pixel_values_videos": "get_video_features"}
 
@@ -89,7 +89,7 @@ def test_features_that_come_back_carry_their_plan(case: Case) -> None:
             beams = generate(model, inputs, 4, num_beams=3, num_return_sequences=3).sequences
             outputs = asked(model, inputs)
             kept = [t.clone() for t in tensors(outputs["image"])]
-            handle.set(positions=handle.reducer.positions, keep_predicting=False)
+            handle.set(positions=handle.reducer.positions, protect_predicting_tokens=False)
             for _ in range(2):
                 assert torch.equal(forward(model, text, mm_encoder_outputs=dict(outputs)).logits, reduced) and handle.trace == trace
             again = generate(model, text, 4, mm_encoder_outputs=dict(outputs)).logits

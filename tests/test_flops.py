@@ -29,10 +29,10 @@ from transformers import (
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.measure.counted import cache_bytes, counted_flops, counted_rows
-from duet_vlm.measure.flops import decode_flops, prefill_flops, scoring_flops, vision_flops
-from duet_vlm.measure.kv import kv_bytes, kv_bytes_per_layer, state_bytes
-from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape
+from duet_vlm.profiling.flop_counter import cache_bytes, count_flops, count_rows
+from duet_vlm.profiling.flops import decode_flops, prefill_flops, scoring_flops, vision_flops
+from duet_vlm.profiling.kv import kv_bytes, kv_bytes_per_layer, state_bytes
+from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, decoder_dims
 
 WITHIN = 0.01
 ROW: Row = (1, 5, Picture(1, 5, 7), *range(20, 34))  # windows at two borders are not full
@@ -43,10 +43,10 @@ def test_the_counter_counts_products_and_whole_rectangles() -> None:
     a, b = torch.randn(5, 7), torch.randn(7, 11)
     q, kv = torch.randn(2, 4, 9, 16), torch.randn(2, 4, 13, 16)
     conv = nn.Conv2d(3, 8, 4, stride=4)
-    assert counted_flops(lambda: a @ b) == 2 * 5 * 7 * 11
-    assert counted_flops(lambda: conv(torch.randn(1, 3, 16, 16))) == 2 * 16 * 48 * 8
-    assert counted_flops(lambda: F.scaled_dot_product_attention(q, kv, kv)) == 4 * 2 * 4 * 9 * 13 * 16
-    assert counted_flops(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)) == 4 * 2 * 4 * 9 * 9 * 16  # nothing taken off
+    assert count_flops(lambda: a @ b) == 2 * 5 * 7 * 11
+    assert count_flops(lambda: conv(torch.randn(1, 3, 16, 16))) == 2 * 16 * 48 * 8
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, kv, kv)) == 4 * 2 * 4 * 9 * 13 * 16
+    assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)) == 4 * 2 * 4 * 9 * 9 * 16  # nothing taken off
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -55,7 +55,7 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
     """From pixels to the first token: tower, signals, choice, projector, every layer at its own length, ranking, head."""
     model, inputs = shared(family), FAMILIES[family].inputs([ROW])
     with torch.no_grad(), duet_vlm.attach(model, method or "none", **REDUCING.get(method, {})) as handle:
-        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
         report = handle.report()
     assert report.predicted.flops == pytest.approx(counted, rel=WITHIN)
     assert report.observed.flops == pytest.approx(counted, rel=WITHIN)
@@ -83,7 +83,7 @@ def test_layers_that_rank_for_several_drops_cost_what_was_predicted(decoder: str
     later drops does so without the rows that its own has dropped."""
     model, inputs = shared(decoder), FAMILIES[decoder].inputs([(1, 5, Picture(1, 12, 14), *range(20, 34))])
     with torch.no_grad(), duet_vlm.attach(model, method, **settings) as handle:
-        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
         report = handle.report()
     assert report.predicted.flops == pytest.approx(counted, rel=0.003)
     assert report.observed.flops == pytest.approx(counted, rel=0.003)
@@ -94,10 +94,10 @@ def test_layers_that_rank_for_several_drops_cost_what_was_predicted(decoder: str
 def test_a_clip_costs_what_was_predicted(family: str, method: str) -> None:
     model, inputs = build(family), FAMILIES[family].inputs(clips_for(family)[:1])
     with torch.no_grad(), duet_vlm.attach(model, method, **REDUCING[method]) as handle:
-        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
         report = handle.report()
     assert report.observed.flops == pytest.approx(counted, rel=WITHIN)
-    assert report.full.flops == pytest.approx(counted_flops(lambda: model(**inputs, logits_to_keep=1)), rel=WITHIN)
+    assert report.full.flops == pytest.approx(count_flops(lambda: model(**inputs, logits_to_keep=1)), rel=WITHIN)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "glm4v", "llava_next", "llava_onevision"])
@@ -111,7 +111,7 @@ def test_several_pictures_cost_what_was_predicted(family: str, method: str, clip
         return
     model, inputs = shared(family), FAMILIES[family].inputs([row])
     with torch.no_grad(), duet_vlm.attach(model, method, **REDUCING[method]) as handle:
-        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
         assert handle.report().observed.flops == pytest.approx(counted, rel=WITHIN)
 
 
@@ -121,17 +121,17 @@ def test_the_embedded_model(method: str) -> None:
     item = tiny.samples("test", 1)[0]
     inputs = processor(images=item.image, text=tiny.prompt(item.question), return_tensors="pt")
     with torch.no_grad(), duet_vlm.attach(model, method, **({} if method == "none" else {"budget": 0.22})) as handle:
-        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
         assert handle.report().observed.flops == pytest.approx(counted, rel=WITHIN)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_those_that_the_layers_were_given(family: str) -> None:
     model, inputs = build(family), FAMILIES[family].inputs([ROW])
-    layers = duet_vlm.models.find.adapter_for(model).layers  # type: ignore[attr-defined]
-    with torch.no_grad(), duet_vlm.attach(model, "duet", **REDUCING["duet"]) as handle, counted_rows(layers) as calls:
+    layers = duet_vlm.models.lookup.adapter_for(model).layers  # type: ignore[attr-defined]
+    with torch.no_grad(), duet_vlm.attach(model, "duet", **REDUCING["duet"]) as handle, count_rows(layers) as calls:
         cache = model(**inputs, use_cache=True).past_key_values
-        report, shape = handle.report(), handle.adapter.decoder_shape()
+        report, shape = handle.report(), handle.adapter.decoder_dims()
         text = report.tokens - sum(plan.tokens for plan in [handle.plan(report.tokens)])
     rows = [seen for (seen,) in calls]
     text = rows[0] - int(report.measured[0])
@@ -179,14 +179,14 @@ def test_decoders_of_every_kind(name: str, rows: int) -> None:
     model.set_attn_implementation("sdpa")
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
-    shape = decoder_shape(config)
+    shape = decoder_dims(config)
     outputs: list[Any] = []
     embeds = torch.randn(1, rows, config.hidden_size)
     with torch.no_grad():
-        prefill = counted_flops(lambda: outputs.append(model(inputs_embeds=embeds, use_cache=True)))
+        prefill = count_flops(lambda: outputs.append(model(inputs_embeds=embeds, use_cache=True)))
         cache = outputs[0].past_key_values
         held = cache_bytes(cache)
-        step = counted_flops(lambda: model(inputs_embeds=embeds[:, :1], past_key_values=cache, use_cache=True))
+        step = count_flops(lambda: model(inputs_embeds=embeds[:, :1], past_key_values=cache, use_cache=True))
     head = 2 * config.hidden_size * config.vocab_size
     assert prefill_flops(shape, [rows] * 4) - head == pytest.approx(prefill, rel=WITHIN)
     assert decode_flops(shape, [rows] * 4) - head == pytest.approx(step, rel=0.03 if shape.linear else WITHIN)
@@ -194,7 +194,7 @@ def test_decoders_of_every_kind(name: str, rows: int) -> None:
 
 
 def test_layer_kinds_are_read_from_the_config() -> None:
-    shapes = {name: decoder_shape(config) for name, (_, config) in DECODERS.items()}
+    shapes = {name: decoder_dims(config) for name, (_, config) in DECODERS.items()}
     assert shapes["plain"].kinds == () and shapes["plain"].experts is None
     assert shapes["all layers windowed"].kinds == ("sliding",) * 4
     assert shapes["linear and full layers"].kinds == ("linear", "linear", "linear", "full") and shapes["linear and full layers"].gated
@@ -203,23 +203,23 @@ def test_layer_kinds_are_read_from_the_config() -> None:
     config = LlamaConfig(**COMMON)
     config.layer_types = ["full_attention", "mamba", "full_attention", "mamba"]
     with pytest.raises(ValueError, match="mamba"):
-        decoder_shape(config)
+        decoder_dims(config)
 
 
 def test_what_a_window_leaves_in_the_cache() -> None:
-    shape = DecoderShape(3, 64, 4, 2, 16, 96, 100, kinds=("full", "sliding", "linear"), window=10)
+    shape = DecoderDims(3, 64, 4, 2, 16, 96, 100, kinds=("full", "sliding", "linear"), window=10)
     assert kv_bytes_per_layer(shape, (30, 30, 30), 2) == (2 * 30 * 32 * 2, 2 * 9 * 32 * 2, 0)
     assert kv_bytes_per_layer(shape, (5, 5, 5), 2) == (2 * 5 * 32 * 2, 2 * 5 * 32 * 2, 0)
 
 
 def test_windows_at_the_border_are_not_full() -> None:
     """5 x 7 tokens of four patches in windows of 4 x 4 tokens: 4x4, 4x3, 1x4 and 1x3 of them."""
-    tower = VisionShape(2, 32, 48, 3, 4, 0, 96, (), full_layers=1, window=64)
+    tower = VisionDims(2, 32, 48, 3, 4, 0, 96, (), full_layers=1, window=64)
     pairs = sum((4 * n) ** 2 for n in (16, 12, 4, 3))
-    without = VisionShape(2, 32, 48, 3, 4, 0, 96, (), full_layers=2)
+    without = VisionDims(2, 32, 48, 3, 4, 0, 96, (), full_layers=2)
     assert vision_flops(without, 35) - vision_flops(tower, 35, (5, 7)) == 4 * 32 * (140**2 - pairs)
 
 
 def test_ranking_by_hand() -> None:
-    shape = DecoderShape(2, 64, 4, 2, 16, 96, 100)
+    shape = DecoderDims(2, 64, 4, 2, 16, 96, 100)
     assert scoring_flops(shape, 50, 3) == 2 * 50 * 64 * 32 + 2 * 3 * 64 * 64 + 2 * 3 * 50 * 64

@@ -10,9 +10,9 @@ from families import FAMILIES, Picture, Row, forward, shared
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm.measure.counted import cache_bytes, counted_flops
-from duet_vlm.measure.flops import tower_flops, vision_flops
-from duet_vlm.measure.shapes import VisionShape
+from duet_vlm.profiling.flop_counter import cache_bytes, count_flops
+from duet_vlm.profiling.flops import tower_flops, vision_flops
+from duet_vlm.profiling.model_dims import VisionDims
 
 IMAGE: Row = (1, 2, Picture(1, 6, 8), 7, 8, 9, 10)
 CUT: Row = (1, 2, Picture(1, 5, 7), 7, 8, 9, 10, 11)  # crops of which packing cuts lines off
@@ -49,9 +49,9 @@ CASES: list[tuple[str, str, dict[str, Any], Row]] = [
 def test_a_prompt_costs_what_was_predicted(family: str, method: str, settings: dict[str, Any], row: Row) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs([row])
     with torch.no_grad():
-        stock = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        stock = count_flops(lambda: model(**inputs, logits_to_keep=1))
         with duet_vlm.attach(model, method, **settings) as handle:
-            counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+            counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
             report = handle.report()
     assert report.full.flops == pytest.approx(stock, rel=0.01)
     assert report.observed.flops == pytest.approx(counted, rel=0.01)
@@ -63,7 +63,7 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str, settings: d
 def test_rows_of_a_batch_share_one_row_of_the_tower(method: str) -> None:
     model, inputs = shared("pixtral"), FAMILIES["pixtral"].inputs([SEVERAL, SEVERAL])
     with torch.no_grad(), duet_vlm.attach(model, method, **({} if method == "none" else {"budget": 0.3})) as handle:
-        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
         assert handle.report().observed.flops == pytest.approx(counted, rel=0.01)
 
 
@@ -105,8 +105,8 @@ def test_the_cache_of_a_prompt_that_is_left_whole_is_measured(family: str, metho
 
 def test_pictures_in_one_row_by_hand() -> None:
     """Two pictures of 5 and 3 tokens of four patches, one patch to spare and two of padding: two layers attend over 33 rows, one over 4 + 8."""
-    apart = VisionShape(3, 32, 48, 3, 4, 0, 96, ())
-    joined = VisionShape(3, 32, 48, 3, 4, 0, 96, (), joined=True)
+    apart = VisionDims(3, 32, 48, 3, 4, 0, 96, ())
+    joined = VisionDims(3, 32, 48, 3, 4, 0, 96, (), joined=True)
     parts = [(5, None, (), (1, 2)), (3, None, (), (0, 0))]
     assert tower_flops(apart, parts) == sum(vision_flops(apart, *part) for part in parts)
     assert tower_flops(joined, parts) - tower_flops(apart, parts) == 3 * 4 * 32 * (33**2 - 21**2 - 12**2)
@@ -117,6 +117,6 @@ def test_pictures_in_one_row_by_hand() -> None:
 
 def test_further_mergers_by_hand() -> None:
     """Two further mergers look behind blocks 1 and 2, the last one behind all three; of 9 tokens 6 are left after the first attention, then 2."""
-    shape = VisionShape(3, 32, 48, 2, 4, 0, 96, ((128, 128), (128, 64)) * 3, deeper=(1, 2))
+    shape = VisionDims(3, 32, 48, 2, 4, 0, 96, ((128, 128), (128, 64)) * 3, deeper=(1, 2))
     part = (9, None, ((1, 6), (2, 2)), (0, 0))
     assert tower_flops(shape, [part]) - vision_flops(shape, *part) == 2 * 128 * (128 + 64) * (6 - 2)

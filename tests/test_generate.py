@@ -14,10 +14,10 @@ from launching import finished, kill_rank, launched
 from typer.testing import CliRunner
 
 from duet_vlm import tiny
+from duet_vlm.cli.eval_jobs import JobOptions
 from duet_vlm.cli.main import app
-from duet_vlm.cli.measured import Wanted
-from duet_vlm.evaluate.launched import Place
-from duet_vlm.evaluate.run import devices_of
+from duet_vlm.evaluation.distributed import WorkerRank
+from duet_vlm.evaluation.run import devices_of
 
 COUNT, BATCH, MANY = 11, 2, 220
 
@@ -185,20 +185,20 @@ def test_an_evaluation_takes_all_gpus_of_a_machine(tmp_path: Path, monkeypatch: 
     assert devices_of("cuda:1", 2, 2) == ["cuda:1"] * 2 and devices_of("cpu", 2, 2) == ["cpu"] * 2 and devices_of(None, 2, 0) == [None] * 2
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     for asked, where, workers in ((None, "cuda", 4), ("cuda:2", "cuda:2", 1), ("cpu", "cpu", os.cpu_count())):
-        monkeypatch.setattr("duet_vlm.loading.device_for", lambda device, where=where: where)
-        assert Wanted.checked(tmp_path, False, None, 0, asked, True).workers == workers
-    assert Wanted.checked(tmp_path, False, 3, 0, None, True).workers == 3
+        monkeypatch.setattr("duet_vlm.api.loading.device_for", lambda device, where=where: where)
+        assert JobOptions.checked(tmp_path, False, None, 0, asked, True).workers == workers
+    assert JobOptions.checked(tmp_path, False, 3, 0, None, True).workers == 3
 
 
 def test_each_process_of_a_machine_has_a_gpu_of_its_own() -> None:
-    found = [Place(rank, 6, rank % 3).device(None, 2) for rank in range(6)]
+    found = [WorkerRank(rank, 6, rank % 3).device(None, 2) for rank in range(6)]
     assert found == ["cuda:0", "cuda:1", "cuda:0", "cuda:0", "cuda:1", "cuda:0"]
-    assert Place(1, 2, 1).device("cuda", 2) == "cuda:1" and Place(1, 2, 1).device("cuda:0", 2) == "cuda:0"
-    assert Place(1, 2, 1).device("cpu", 2) == "cpu" and Place(1, 2, 1).device(None, 0) is None and Place().device(None, 4) is None
-    assert Place.here({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == Place(3, 4, 1) and Place.here({}) == Place()
+    assert WorkerRank(1, 2, 1).device("cuda", 2) == "cuda:1" and WorkerRank(1, 2, 1).device("cuda:0", 2) == "cuda:0"
+    assert WorkerRank(1, 2, 1).device("cpu", 2) == "cpu" and WorkerRank(1, 2, 1).device(None, 0) is None and WorkerRank().device(None, 4) is None
+    assert WorkerRank.here({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}) == WorkerRank(3, 4, 1) and WorkerRank.here({}) == WorkerRank()
     for wrong in ({"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "-1", "WORLD_SIZE": "4"}, {"WORLD_SIZE": "many"}):
         with pytest.raises(ValueError, match="RANK=.*WORLD_SIZE=.*from 0 to WORLD_SIZE - 1"):
-            Place.here(wrong)
+            WorkerRank.here(wrong)
 
 
 # ---- prompts and pictures that change meanwhile

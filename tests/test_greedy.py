@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duet_vlm import SpanPlan, VisionView
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.duet_plus import DuetPlus
 from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.vispruner import VisPruner
 from duet_vlm.ops import greedy
-from duet_vlm.reducer import EncoderReducer
+from duet_vlm.reducers.base import EncoderReducer
 
 many = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -35,7 +35,7 @@ def spans(draw: Any, largest: int = 12) -> list[tuple[int, int]]:
     return [(n, draw(st.integers(0, n))) for n in sizes]
 
 
-def view_of(images: list[tuple[int, int]], seed: int, exact: bool) -> VisionView:
+def view_of(images: list[tuple[int, int]], seed: int, exact: bool) -> EncoderView:
     """Spans padded on the right; importance and features either random or of few exact values."""
     draw, width, batch = torch.Generator().manual_seed(seed), max(n for n, _ in images), len(images)
     if exact:
@@ -47,12 +47,12 @@ def view_of(images: list[tuple[int, int]], seed: int, exact: bool) -> VisionView
     counts = torch.tensor([count for _, count in images])
     plans = tuple(SpanPlan(n, count, 0, (count,) * 4) for n, count in images)
     rows = features * valid[..., None]
-    return VisionView(valid, counts, torch.zeros_like(counts), plans, importance, rows, rows)
+    return EncoderView(valid, counts, torch.zeros_like(counts), plans, importance, rows, rows)
 
 
-def chosen_by(method: EncoderReducer, view: VisionView) -> list[list[int]]:
-    selection = method.v2v(view)
-    assert selection.members.shape[1] == 0
+def chosen_by(method: EncoderReducer, view: EncoderView) -> list[list[int]]:
+    selection = method.select_tokens(view)
+    assert selection.source_tokens.shape[1] == 0
     return [index[valid].tolist() for index, valid in zip(selection.index, selection.valid, strict=True)]
 
 
@@ -123,14 +123,14 @@ def test_duet_plus(images: list[tuple[int, int]], seed: int, twice: bool, alpha:
         assert view.features is not None and view.importance is not None
         features, importance = view.features.gather(1, index[..., None].expand_as(view.features)), view.importance.gather(1, index)
         view = dataclasses.replace(view, features=features * view.valid[..., None], importance=importance)
-    selection = DuetPlus(schedule=(), alpha=alpha, pool=pool, tau=tau).v2v(view)
+    selection = DuetPlus(schedule=(), alpha=alpha, pool=pool, tau=tau).select_tokens(view)
     for sample, (tokens, count) in enumerate(images):
         signals = rows_of(view.importance, sample, tokens), rows_of(view.features, sample, tokens)
         chosen, clusters = twins.duet_plus_entry(*signals, count, alpha, pool, tau)
         rows = selection.index[sample].tolist()
         assert [i for i, ok in zip(rows, selection.valid[sample], strict=True) if ok] == chosen
         found: dict[int, list[int]] = {token: [] for token in chosen}
-        for member, into in zip(selection.members[sample].tolist(), selection.into[sample].tolist(), strict=True):
+        for member, into in zip(selection.source_tokens[sample].tolist(), selection.target_row[sample].tolist(), strict=True):
             if into >= 0:
                 found[rows[into]].append(member)
         assert found == clusters
@@ -142,7 +142,7 @@ def test_padding_and_neighbours_in_the_batch_change_nothing(images: list[tuple[i
     """Garbage in padding rows and images beside it leave a span's choice alone."""
     view = view_of(images, seed, exact=True)
     assert view.importance is not None and view.features is not None
-    grown = VisionView(
+    grown = EncoderView(
         torch.cat([view.valid, torch.zeros(len(images), spare, dtype=torch.bool)], 1), view.dominant, view.contextual, view.plans,
         torch.cat([view.importance, torch.full((len(images), spare), 9.0)], 1), None,
         torch.cat([view.features, torch.ones(len(images), spare, 4)], 1),
@@ -152,7 +152,7 @@ def test_padding_and_neighbours_in_the_batch_change_nothing(images: list[tuple[i
         assert chosen_by(method, grown) == together
         for sample, (tokens, _) in enumerate(images):
             one = slice(sample, sample + 1)
-            alone = VisionView(
+            alone = EncoderView(
                 view.valid[one, :tokens], view.dominant[one], view.contextual[one], view.plans[one], view.importance[one, :tokens], None,
                 view.features[one, :tokens],
             )  # fmt: skip
@@ -165,7 +165,7 @@ def choose(features: Tensor, importance: Tensor, count: int, alpha: float = 1.0)
     for n in range(1, count + 1):
         plan = (SpanPlan(len(features), n, 0, (n,)),)
         valid = torch.ones(1, len(features), dtype=torch.bool)
-        view = VisionView(valid, torch.tensor([n]), torch.tensor([0]), plan, importance[None], None, features[None])
+        view = EncoderView(valid, torch.tensor([n]), torch.tensor([0]), plan, importance[None], None, features[None])
         order += set(chosen_by(Scope(alpha=alpha), view)[0]) - set(order)
     return order
 
@@ -202,7 +202,7 @@ def test_tokens_that_gain_the_same_tie() -> None:
         rows = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(seed))
         table = greedy.cosine(rows, torch.ones(1, 3, dtype=torch.bool))
         if float(table[0, 1, 2]) > max(0.0, float(table[0, 0, 1:].amax())):
-            chosen = greedy.cover(table, torch.tensor([[9.0, 1.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([2]), 2)
+            chosen = greedy.greedy_coverage(table, torch.tensor([[9.0, 1.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool), torch.tensor([2]), 2)
             assert chosen.tolist() == [[True, True, False]]
 
 

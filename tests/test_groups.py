@@ -72,7 +72,7 @@ def slow_shares(weight: list[float], size: list[int], total: int) -> list[int]:
 @given(st.lists(st.tuples(st.integers(0, 7), st.integers(0, 9)), min_size=1, max_size=6), st.integers(0, 40))
 def test_shares_are_exact(rows: list[tuple[int, int]], total: int) -> None:
     weight, size = ([row[i] for row in rows] for i in (0, 1))
-    found = groups.shares(torch.tensor([weight]).float(), torch.tensor([size]), torch.tensor([total]))[0].tolist()
+    found = groups.proportional_shares(torch.tensor([weight]).float(), torch.tensor([size]), torch.tensor([total]))[0].tolist()
     assert sum(found) == min(total, sum(size)) and all(0 <= n <= most for n, most in zip(found, size, strict=True))
     slow = slow_shares([float(w) for w in weight], size, total)
     assert all(abs(a - b) <= 1 for a, b in zip(found, slow, strict=True))  # remainders that are equal but for rounding
@@ -115,7 +115,7 @@ def test_windows_of_a_grid(rows: int, columns: int, side: int) -> None:
     """Left-over rows and columns belong to the last window; a second part has windows of its own."""
     place = torch.tensor([(y, x) for _ in range(2) for y in range(rows) for x in range(columns)])[None]
     parts = torch.arange(2).repeat_interleave(rows * columns)[None]
-    number, count = groups.windows(place, torch.tensor([[rows, columns]]), parts, side, 2)
+    number, count = groups.window_numbers(place, torch.tensor([[rows, columns]]), parts, side, 2)
     high, wide = max(1, rows // side), max(1, columns // side)
     window = [min(y // side, high - 1) * wide + min(x // side, wide - 1) for y in range(rows) for x in range(columns)]
     expected = [*window, *(high * wide + each for each in window)]
@@ -162,7 +162,7 @@ def test_the_largest_determinant(seed: int, count: int) -> None:
     rows, weight = torch.randn(2, 9, 12, generator=draw), torch.rand(2, 9, generator=draw) + 0.1
     valid = torch.tensor([[True] * 9, [True] * 7 + [False] * 2])
     kernel = weight[:, :, None] * greedy.cosine(rows, valid) * weight[:, None]
-    found = greedy.determinantal(kernel, valid, torch.tensor([count, min(count, 3)]), count)
+    found = greedy.greedy_dpp_map(kernel, valid, torch.tensor([count, min(count, 3)]), count)
     for row, n in enumerate((count, min(count, 3))):
         assert found[row].nonzero().flatten().tolist() == sorted(slow_map(kernel[row], valid[row].nonzero().flatten().tolist(), n))
 
@@ -171,7 +171,7 @@ def test_more_picks_than_the_rank_are_still_that_many() -> None:
     """Of features of rank 3 the first three picks span all; the others are the lowest, none twice, nothing is NaN."""
     rows = torch.randn(1, 20, 3, generator=torch.Generator().manual_seed(0))
     kernel = greedy.cosine(rows, torch.ones(1, 20, dtype=torch.bool))
-    found = greedy.determinantal(kernel, torch.ones(1, 20, dtype=torch.bool), torch.tensor([12]), 12)
+    found = greedy.greedy_dpp_map(kernel, torch.ones(1, 20, dtype=torch.bool), torch.tensor([12]), 12)
     assert int(found.sum()) == 12
     first = set(slow_map(kernel[0], list(range(20)), 3))
     assert set(found[0].nonzero().flatten().tolist()) == first | set([i for i in range(20) if i not in first][:9])
@@ -180,7 +180,7 @@ def test_more_picks_than_the_rank_are_still_that_many() -> None:
 def test_orthogonal_tokens_are_chosen_by_their_weight() -> None:
     weight = torch.tensor([[0.3, 0.9, 0.1, 0.9, 0.5]])
     kernel = torch.diag_embed(weight.square())
-    found = greedy.determinantal(kernel, torch.ones(1, 5, dtype=torch.bool), torch.tensor([2]), 2)
+    found = greedy.greedy_dpp_map(kernel, torch.ones(1, 5, dtype=torch.bool), torch.tensor([2]), 2)
     assert found[0].nonzero().flatten().tolist() == [1, 3]
 
 
@@ -191,7 +191,7 @@ def test_weight_and_distance_from_the_chosen(seed: int, count: int) -> None:
     rows, weight = torch.randn(2, 10, 6, generator=draw), torch.randint(0, 4, (2, 10), generator=draw) / 3
     valid = torch.tensor([[True] * 10, [False] * 2 + [True] * 8])
     likeness = greedy.cosine(rows, valid)
-    found = greedy.apart(likeness, weight, valid, torch.tensor([count, min(count, 5)]), count)
+    found = greedy.pairwise_distance(likeness, weight, valid, torch.tensor([count, min(count, 5)]), count)
     for row, n in enumerate((count, min(count, 5))):
         chosen: list[int] = []
         for _ in range(n):

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from duet_vlm.cli.main import app
-from duet_vlm.evaluate import lmms
+from duet_vlm.evaluation import lmms
 
 WORDS = ["eval", "--harness", "lmms-eval", "--tasks", "pope,gqa", "--methods", "duet[text_query=last]", "--budgets", "64", "--limit", "5"]
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from duet_vlm.hooks import Hooks
+from duet_vlm.utils.hooks import Hooks
 
 ONE = torch.ones(1, dtype=torch.float64)  # products of many primes
 

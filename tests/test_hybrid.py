@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import duet_vlm
-from duet_vlm import TextView
+from duet_vlm import DecoderView
 from duet_vlm.methods.stateful import Stateful
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 
 
 def released() -> nn.Module:
@@ -70,13 +70,13 @@ def test_the_named_layer_is_accepted_and_methods_without_ranking_drop_anywhere()
 # ---- ranked by what is read out of states
 
 
-def views_of(model: nn.Module, inputs: Any, **settings: Any) -> tuple[list[TextView], duet_vlm.Handle]:
-    seen: list[TextView] = []
+def views_of(model: nn.Module, inputs: Any, **settings: Any) -> tuple[list[DecoderView], duet_vlm.Handle]:
+    seen: list[DecoderView] = []
 
     class Spy(Stateful):
-        def t2v(self, view: TextView) -> Tensor:
+        def prune_tokens(self, view: DecoderView) -> Tensor:
             seen.append(view)
-            return super().t2v(view)
+            return super().prune_tokens(view)
 
     with duet_vlm.attach(model, Spy(**settings)) as handle:
         forward(model, inputs)
@@ -173,7 +173,7 @@ def test_every_layer_ranks_its_own_rows_and_a_budget_is_met() -> None:
 def test_adapters_without_states_say_so() -> None:
     model = shared("llava")
     with pytest.raises(TypeError, match="llava: what its layers with a state read is not known here"):
-        adapter_for(model).read_out(model, torch.zeros(1, 1, 1), torch.ones(1, 1), torch.zeros(1, 1))
+        adapter_for(model).linear_attention_scores(model, torch.zeros(1, 1, 1), torch.ones(1, 1), torch.zeros(1, 1))
 
 
 @pytest.mark.parametrize(
@@ -189,14 +189,14 @@ def test_adapters_without_states_say_so() -> None:
 def test_schedules_that_cannot_be(settings: dict[str, Any], message: str) -> None:
     budget = settings.pop("budget", None)
     with pytest.raises(ValueError, match=message):
-        duet_vlm.get("stateful")(**settings).plan(20, 8, budget)
+        duet_vlm.get_method("stateful")(**settings).plan(20, 8, budget)
 
 
 def test_the_schedule_cuts_little_early_and_more_late() -> None:
-    counts = duet_vlm.get("stateful")(power=2.0, end=0.2).plan(1000, 4, None).counts
+    counts = duet_vlm.get_method("stateful")(power=2.0, end=0.2).plan(1000, 4, None).counts
     assert counts == (1000, 950, 800, 550)  # 1 - 0.8 (l / 4)^2
     for budget in (0.15, 0.3, 0.6, 0.9):
-        plan = duet_vlm.get("stateful")(end=0.1).plan(3136, 32, budget)
+        plan = duet_vlm.get_method("stateful")(end=0.1).plan(3136, 32, budget)
         assert 3136 * budget - 1 < plan.mean <= 3136 * budget
 
 

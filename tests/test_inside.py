@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import duet_vlm
-from duet_vlm import DecoderReducer, Selection, SpanPlan, TextView
-from duet_vlm.budget import layer_counts
+from duet_vlm import DecoderReducer, DecoderView, Selection, SpanPlan
 from duet_vlm.methods.v2drop import V2Drop
 from duet_vlm.ops.information import information
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.score import query_attention
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import layer_counts
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 RAGGED: tuple[Row, ...] = (ONE, THREE, TEXT, TWO)
@@ -47,7 +47,7 @@ def equals_oracle(family: str, rows: tuple[Row, ...], method: Any, **settings: A
     ("family", "positions"), [("llava", "keep"), ("llava", "compact"), ("qwen2_5_vl", "keep"), ("gemma3", "keep"), ("qwen3_5", "keep")]
 )
 def test_a_cut_cache_answers_as_if_earlier_layers_had_never_held_the_rest(family: str, positions: str, rows: tuple[Row, ...]) -> None:
-    choices, report = equals_oracle(family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, cache="cut", positions=positions)
+    choices, report = equals_oracle(family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, trim_kv_cache=True, positions=positions)
     assert all(choice.cut for choice in choices)
     assert report.observed.kv_bytes == report.predicted.kv_bytes
     _, full = equals_oracle(family, rows, "duet", dominant=0.6, contextual=0.2, schedule=SCHEDULE, positions=positions)
@@ -56,7 +56,7 @@ def test_a_cut_cache_answers_as_if_earlier_layers_had_never_held_the_rest(family
 
 def test_beams_follow_a_cut_cache() -> None:
     inputs, model = FAMILIES["llava"].inputs(RAGGED), shared("llava")
-    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, cache="cut") as handle:
+    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, trim_kv_cache=True) as handle:
         written = generate(model, inputs, 4, num_beams=3, output_scores=True)
         choices = choices_of(handle)
     generated = written.sequences[:, inputs["input_ids"].shape[1] :]
@@ -68,8 +68,8 @@ def test_beams_follow_a_cut_cache() -> None:
 
 def test_a_cut_cache_needs_a_cache_to_cut() -> None:
     inputs, model = FAMILIES["llava"].inputs([ONE]), shared("llava")
-    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, cache="cut"):
-        with pytest.raises(ValueError, match="cache='cut' takes rows out of a cache, and use_cache=False has none"):
+    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, trim_kv_cache=True):
+        with pytest.raises(ValueError, match="trim_kv_cache=True takes rows out of a cache, and use_cache=False has none"):
             generate(model, inputs, 3, use_cache=False)
         assert forward(model, inputs, use_cache=False).logits.isfinite().all()  # a single pass writes nothing
 
@@ -84,11 +84,11 @@ def test_a_cache_that_holds_something_else_is_not_cut() -> None:
                 layer.keys = layer.keys[:, :, -4:] if layer.keys is not None else None
             return found
 
-    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, cache="cut"):
-        with pytest.raises(ValueError, match="cache='cut' needs a cache that holds keys and values as they are"):
+    with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, trim_kv_cache=True):
+        with pytest.raises(ValueError, match="trim_kv_cache=True needs a cache that holds keys and values as they are"):
             forward(model, inputs, past_key_values=Short(config=model.model.language_model.config), use_cache=True)
-    with pytest.raises(ValueError, match="cache='half': choose one of 'full', 'cut'"):
-        V2Drop(cache="half")
+    with pytest.raises(TypeError, match="trim_kv_cache='half': give True or False"):
+        V2Drop(trim_kv_cache="half")
 
 
 # ---- merging
@@ -105,9 +105,9 @@ class Halves(DecoderReducer):
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
         return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((3, (tokens + 1) // 2),)))
 
-    def t2v(self, view: TextView) -> Selection:
+    def prune_tokens(self, view: DecoderView) -> Selection:
         place = view.valid.cumsum(1) - 1
-        index, valid = pack_right(view.valid & (place % 2 == 0), max(stay for _, stay in view.counts))
+        index, valid = pack_right(view.valid & (place % 2 == 0), max(stay for _, stay in view.host_counts))
         tokens = torch.arange(place.shape[1]).expand_as(place)
         row = torch.where(view.valid, place // 2, -1)
         weights = torch.where(place % 2 == 0, 1.0, 0.5)
@@ -115,17 +115,17 @@ class Halves(DecoderReducer):
         return Selection(index, valid, tokens, row.masked_fill(alone, -1), weights=weights)
 
 
-@pytest.mark.parametrize("share", ["joint", "each"])
+@pytest.mark.parametrize("share", ["joint", "per_image"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "qwen3_5", "video_llava"])
 def test_weighed_merges_inside_the_decoder_equal_the_oracle(family: str, share: str) -> None:
-    choices, _ = equals_oracle(family, RAGGED, Halves(share=share))
+    choices, _ = equals_oracle(family, RAGGED, Halves(multi_image=share))
     assert any(choice.merged.get(3) for choice in choices)
 
 
-@pytest.mark.parametrize("share", ["joint", "each"])
+@pytest.mark.parametrize("share", ["joint", "per_image"])
 def test_merges_inside_the_decoder_without_a_cache_are_replayed(share: str) -> None:
     inputs, model = FAMILIES["llava"].inputs(RAGGED), shared("llava")
-    with duet_vlm.attach(model, Halves(share=share)):
+    with duet_vlm.attach(model, Halves(multi_image=share)):
         cached = generate(model, inputs, 5)
         uncached = generate(model, inputs, 5, use_cache=False)
     for a, b in zip(cached.logits, uncached.logits, strict=True):
@@ -134,7 +134,7 @@ def test_merges_inside_the_decoder_without_a_cache_are_replayed(share: str) -> N
 
 def test_with_share_each_nobody_joins_another_image() -> None:
     inputs, model = FAMILIES["llava"].inputs([THREE, TWO]), shared("llava")
-    with duet_vlm.attach(model, "tokencarve", schedule=((3, 0.5),), cache="full", share="each") as handle:
+    with duet_vlm.attach(model, "tokencarve", schedule=((3, 0.5),), trim_kv_cache=False, multi_image="per_image") as handle:
         forward(model, inputs)
         each = handle.trace
         for sample in (0, 1):
@@ -169,13 +169,13 @@ class Wrong(Halves):
 
     how: str = "count"
 
-    def t2v(self, view: TextView) -> Any:
-        made = super().t2v(view)
+    def prune_tokens(self, view: DecoderView) -> Any:
+        made = super().prune_tokens(view)
         if self.how == "count":
-            return Selection(made.index, made.valid & False, made.members, made.into, weights=made.weights)
+            return Selection(made.index, made.valid & False, made.source_tokens, made.target_row, weights=made.weights)
         if self.how == "twice":
-            return Selection(made.index * 0 + made.index[:, :1], made.valid, made.members[:, :0], made.into[:, :0])
-        return Selection(made.index, made.valid, made.members, made.into, weights=made.weights * float("nan"))
+            return Selection(made.index * 0 + made.index[:, :1], made.valid, made.source_tokens[:, :0], made.target_row[:, :0])
+        return Selection(made.index, made.valid, made.source_tokens, made.target_row, weights=made.weights * float("nan"))
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class Silent(Halves):
         (Wrong(how="count"), "halves"),
         (Wrong(how="twice"), "halves"),
         (Wrong(how="nan"), "halves"),
-        (Silent(), "halves.t2v returned a Selection: a method that merges inside the decoder says so"),
+        (Silent(), "halves.prune_tokens returned a Selection: a method that merges inside the decoder says so"),
     ],
 )
 def test_what_cannot_be_is_refused_and_changes_nothing(method: DecoderReducer, says: str) -> None:
@@ -204,8 +204,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing(method: DecoderReducer, s
 
 
 def test_an_unknown_need_is_named() -> None:
-    cls = type("Curious", (Halves,), {"needs": frozenset({"rows", "weather"}), "name": "curious"})
-    with pytest.raises(ValueError, match="curious: needs names weather; known are rows, before, text"):
+    cls = type("Curious", (Halves,), {"needs": frozenset({"hidden_states", "weather"}), "name": "curious"})
+    with pytest.raises(ValueError, match="curious: needs names weather; known are hidden_states, previous_hidden_states, text_hidden_states"):
         cls()
 
 
@@ -217,18 +217,18 @@ class Seen(DecoderReducer):
     """Keeps what it is shown."""
 
     name, paper, summary = "seen", "-", "-"
-    needs = frozenset({"rows", "before", "text", "keys", "slots", "among"})
+    needs = frozenset({"hidden_states", "previous_hidden_states", "text_hidden_states", "keys", "positions", "visual_self_attention"})
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
         return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((4, tokens // 2),)))
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         VIEWS.append(view)
         assert view.scores is not None
-        return top(view.scores if view.scores.ndim == 2 else view.scores.sum(-1), view.valid, view.keep)
+        return top(view.scores if view.scores.ndim == 2 else view.scores.sum(-1), view.valid, view.num_keep)
 
 
-VIEWS: list[TextView] = []
+VIEWS: list[DecoderView] = []
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
@@ -246,11 +246,11 @@ def test_rows_and_texts_are_those_that_the_layers_read(family: str) -> None:
             hook.remove()
     (view,) = VIEWS
     visual = handle._run.prompt.visual[0]
-    assert view.counts == ((int(visual.sum()), int(visual.sum()) // 2),)
-    assert torch.equal(view.rows[0], read[3][0][visual]) and torch.equal(view.before[0], read[2][0][visual])
+    assert view.host_counts == ((int(visual.sum()), int(visual.sum()) // 2),)
+    assert torch.equal(view.hidden_states[0], read[3][0][visual]) and torch.equal(view.previous_hidden_states[0], read[2][0][visual])
     after = torch.arange(len(visual)) > visual.nonzero().max()
-    assert torch.equal(view.text[0], read[3][0][after]) and view.text_valid.all()
-    assert view.slots[0].tolist() == visual.nonzero().flatten().tolist() and view.text_slots[0].tolist() == after.nonzero().flatten().tolist()
+    assert torch.equal(view.text_hidden_states[0], read[3][0][after]) and view.text_valid.all()
+    assert view.positions[0].tolist() == visual.nonzero().flatten().tolist() and view.text_positions[0].tolist() == after.nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize("heads", ["mean", "max", "most", "each"])
@@ -305,7 +305,7 @@ def test_attention_divided_by_positions_is_that_over_rotated_ones(family: str) -
             forward(model, inputs)
             views.append(VIEWS[0])
     config = model.config.text_config
-    slots, last = views[0].slots[0], int(views[0].text_slots[0, -1])
+    slots, last = views[0].positions[0], int(views[0].text_positions[0, -1])
     if family == "llava":
         width = config.hidden_size // config.num_attention_heads
         theta = config.rope_parameters["rope_theta"] ** (-torch.arange(0, width, 2).double() / width)

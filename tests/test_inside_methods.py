@@ -16,26 +16,26 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import TextView
-from duet_vlm.calibrating import calibrate
-from duet_vlm.calibration import Calibration
+from duet_vlm import DecoderView
+from duet_vlm.api.calibrate import calibrate
 from duet_vlm.cli.main import app
 from duet_vlm.methods.d2pruner import D2Pruner
 from duet_vlm.methods.fitprune import FitPrune
 from duet_vlm.methods.sparsevlm import SparseVLM
 from duet_vlm.ops.fitting import fitted, left_after
-from duet_vlm.ops.graph import independent, rescaled
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.graph import greedy_independent, rescaled
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.calibration import Calibration
 
 
-def view(there: list[int], stay: list[int], seed: int, heads: int = 3, **more: Tensor) -> TextView:
+def view(there: list[int], stay: list[int], seed: int, heads: int = 3, **more: Tensor) -> DecoderView:
     """Random rows and scores of as many tokens as each sample has."""
     draw = torch.Generator().manual_seed(seed)
     most = max(there)
     valid = torch.arange(most) < torch.tensor(there)[:, None]
-    return TextView(
-        valid, torch.tensor(stay), counts=tuple(zip(there, stay, strict=True)), scores=torch.rand(len(there), most, heads, generator=draw),
-        rows=torch.randn(len(there), most, 8, generator=draw), **more,
+    return DecoderView(
+        valid, torch.tensor(stay), host_counts=tuple(zip(there, stay, strict=True)), scores=torch.rand(len(there), most, heads, generator=draw),
+        hidden_states=torch.randn(len(there), most, 8, generator=draw), **more,
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def slow_sparsevlm(scores: list[float], rows: list[list[float]], stay: int) -> d
 
 def groups(chosen: Selection, b: int) -> dict[int, list[int]]:
     index = chosen.index[b][chosen.valid[b]].tolist()
-    pairs = zip(chosen.members[b].tolist(), chosen.into[b].tolist(), strict=True)
+    pairs = zip(chosen.source_tokens[b].tolist(), chosen.target_row[b].tolist(), strict=True)
     out: dict[int, list[int]] = {token: [] for token in index}
     for member, row in pairs:
         if row >= 0:
@@ -87,10 +87,10 @@ def groups(chosen: Selection, b: int) -> dict[int, list[int]]:
 def test_sparsevlm_recycles_as_loops_do(stay: list[int]) -> None:
     there = [60, 120, 40]
     shown = view(there, stay, seed=sum(stay))
-    chosen = SparseVLM(schedule=((2, 5),)).t2v(shown)
+    chosen = SparseVLM(schedule=((2, 5),)).prune_tokens(shown)
     assert isinstance(chosen, Selection)
     for b, (n, k) in enumerate(zip(there, stay, strict=True)):
-        expected = slow_sparsevlm(shown.scores[b, :n].mean(-1).tolist(), shown.rows[b, :n].tolist(), k)
+        expected = slow_sparsevlm(shown.scores[b, :n].mean(-1).tolist(), shown.hidden_states[b, :n].tolist(), k)
         assert groups(chosen, b) == expected and len(expected) == k
         index = chosen.index[b][chosen.valid[b]].tolist()
         assert index == sorted(index)
@@ -98,7 +98,7 @@ def test_sparsevlm_recycles_as_loops_do(stay: list[int]) -> None:
 
 def test_sparsevlm_keeps_within_counts_too_small_for_its_clusters() -> None:
     for stay in (1, 2, 3):
-        chosen = SparseVLM(schedule=((2, 5),)).t2v(view([200], [stay], seed=stay))
+        chosen = SparseVLM(schedule=((2, 5),)).prune_tokens(view([200], [stay], seed=stay))
         assert int(chosen.valid.sum()) == stay
         best = view([200], [stay], seed=stay).scores[0].mean(-1).argmax()
         assert int(best) in chosen.index[0][chosen.valid[0]].tolist()
@@ -106,14 +106,14 @@ def test_sparsevlm_keeps_within_counts_too_small_for_its_clusters() -> None:
 
 def test_sparsevlm_second_release_reads_the_heads_that_look_most() -> None:
     shown = view([9, 6], [4, 3], seed=5, heads=6)
-    mask = SparseVLM(schedule=((2, 4),), recycle=False, best_heads=2).t2v(shown)
-    for b, (n, k) in enumerate(shown.counts):
+    mask = SparseVLM(schedule=((2, 4),), recycle=False, best_heads=2).prune_tokens(shown)
+    for b, (n, k) in enumerate(shown.host_counts):
         scores = shown.scores[b, :n].T.tolist()
         two = sorted(scores, key=sum, reverse=True)[:2]
         mean = [sum(column) for column in zip(*two, strict=True)]
         assert set(mask[b].nonzero().flatten().tolist()) == set(sorted(range(n), key=lambda i: -mean[i])[:k])
-    everyone = SparseVLM(schedule=((2, 4),), recycle=False, best_heads=14).t2v(shown)
-    assert torch.equal(everyone, SparseVLM(schedule=((2, 4),), recycle=False).t2v(shown))
+    everyone = SparseVLM(schedule=((2, 4),), recycle=False, best_heads=14).prune_tokens(shown)
+    assert torch.equal(everyone, SparseVLM(schedule=((2, 4),), recycle=False).prune_tokens(shown))
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(192, (309, 204, 113)), (64, (82, 32, 18))])
@@ -130,8 +130,8 @@ def test_sparsevlm_official_asks_where_only_the_order_changes() -> None:
     model = shared("llava")
     with duet_vlm.attach(model, method) as handle:
         forward(model, FAMILIES["llava"].inputs([ONE]))
-        before, after = (handle._run.group(layer).tokens for layer in (3, 4))
-    slots = [tokens.slot[0][tokens.visual[0]].tolist() for tokens in (before, after)]
+        before, after = (handle._run.layer_group(layer).tokens for layer in (3, 4))
+    slots = [tokens.prompt_index[0][tokens.visual[0]].tolist() for tokens in (before, after)]
     assert sorted(slots[0]) == sorted(slots[1]) and slots[0] != slots[1] and slots[1][:-1] == [s for s in slots[0] if s != slots[1][-1]]
 
 
@@ -158,16 +158,16 @@ def test_layers_in_a_row_rank_by_the_rows_that_are_left(rows: Any) -> None:
     """A drop in front of every layer: a layer's attention is that of the rows that it reads."""
     model, family = shared("llava", "eager"), FAMILIES["llava"]
     inputs = family.inputs(rows)
-    seen: list[TextView] = []
+    seen: list[DecoderView] = []
 
     class Spy(SparseVLM):
-        def t2v(self, view: TextView) -> Any:
+        def prune_tokens(self, view: DecoderView) -> Any:
             seen.append(view)
-            return super().t2v(view)
+            return super().prune_tokens(view)
 
     with duet_vlm.attach(model, Spy(schedule=((2, 0.7), (3, 0.5), (4, 0.4)), recycle=False, text_query="last")) as handle:
         out = forward(model, inputs, output_attentions=True)
-        groups = [handle._run.group(layer).tokens for layer in (1, 2, 3)]
+        groups = [handle._run.layer_group(layer).tokens for layer in (1, 2, 3)]
     for shown, tokens, attention in zip(seen, groups, out.attentions[1:4], strict=True):
         for b in range(len(rows)):
             expected = attention[b, :, -1][:, tokens.visual[b]].T
@@ -180,10 +180,10 @@ def test_layers_in_a_row_rank_by_the_rows_that_are_left(rows: Any) -> None:
 def test_fitprune_keeps_the_largest_products() -> None:
     draw = torch.Generator().manual_seed(1)
     shown = view([9, 5], [4, 2], seed=2)
-    shown = replace(shown, scores=torch.rand(2, 9, generator=draw), among=torch.rand(2, 9, generator=draw))
-    mask = FitPrune(schedule=((1, 4),)).t2v(shown)
-    for b, (n, k) in enumerate(shown.counts):
-        products = [c * s for c, s in zip(shown.scores[b, :n].tolist(), shown.among[b, :n].tolist(), strict=True)]
+    shown = replace(shown, scores=torch.rand(2, 9, generator=draw), visual_self_attention=torch.rand(2, 9, generator=draw))
+    mask = FitPrune(schedule=((1, 4),)).prune_tokens(shown)
+    for b, (n, k) in enumerate(shown.host_counts):
+        products = [c * s for c, s in zip(shown.scores[b, :n].tolist(), shown.visual_self_attention[b, :n].tolist(), strict=True)]
         assert set(mask[b].nonzero().flatten().tolist()) == set(sorted(range(n), key=lambda i: -products[i])[:k])
 
 
@@ -269,10 +269,10 @@ def slow_d2pruner(relative: list[float], rows: list[list[float]], keep: int, imp
 def test_d2pruner_chooses_as_loops_do(alike: float) -> None:
     there, stay = [30, 21, 8], [12, 9, 7]
     shown = view(there, stay, seed=int(alike * 10))
-    shown = replace(shown, scores=shown.scores[..., 0], token=torch.arange(30).expand(3, -1), span=torch.zeros(3, 30, dtype=torch.long))
-    mask = D2Pruner(schedule=((2, 9),), alike=alike).t2v(shown)
-    for b, (n, k) in enumerate(shown.counts):
-        expected = slow_d2pruner(shown.scores[b, :n].tolist(), shown.rows[b, :n].tolist(), k, 0.7, alike)
+    shown = replace(shown, scores=shown.scores[..., 0], token_index=torch.arange(30).expand(3, -1), span_index=torch.zeros(3, 30, dtype=torch.long))
+    mask = D2Pruner(schedule=((2, 9),), alike=alike).prune_tokens(shown)
+    for b, (n, k) in enumerate(shown.host_counts):
+        expected = slow_d2pruner(shown.scores[b, :n].tolist(), shown.hidden_states[b, :n].tolist(), k, 0.7, alike)
         assert set(mask[b].nonzero().flatten().tolist()) == expected
 
 
@@ -281,22 +281,22 @@ def test_d2pruner_divides_by_the_prior_of_the_place(tmp_path: Path) -> None:
     bias, real = torch.rand(4, 6) + 0.1, torch.rand(24)
     path = str(Calibration("d2pruner", {}, {"4x6": bias}).save(tmp_path / "prior.safetensors"))
     shown = replace(
-        view([24], [10], seed=1), scores=(bias.flatten() * real)[None], token=torch.arange(24)[None], span=torch.zeros(1, 24, dtype=torch.long),
+        view([24], [10], seed=1), scores=(bias.flatten() * real)[None], token_index=torch.arange(24)[None], span_index=torch.zeros(1, 24, dtype=torch.long),
         spans=((0, 24),), grids=((4, 6),),
     )  # fmt: skip
-    mask = D2Pruner(schedule=((2, 9),), prior=path, important=1.0).t2v(shown)
+    mask = D2Pruner(schedule=((2, 9),), prior=path, important=1.0).prune_tokens(shown)
     assert set(mask[0].nonzero().flatten().tolist()) == set(real.topk(10).indices.tolist())
     other = replace(shown, grids=((6, 4),))
     with pytest.raises(ValueError, match=r"knows no grid of 6x4, only 4x6: resize=True"):
-        D2Pruner(schedule=((2, 9),), prior=path).t2v(other)
-    assert D2Pruner(schedule=((2, 9),), prior=path, resize=True).t2v(other).sum() == 10
+        D2Pruner(schedule=((2, 9),), prior=path).prune_tokens(other)
+    assert D2Pruner(schedule=((2, 9),), prior=path, resize=True).prune_tokens(other).sum() == 10
 
 
 def test_nothing_alike_is_picked_twice() -> None:
     """Three copies of each of four rows: a set of four has one of each."""
     rows = torch.eye(4).repeat_interleave(3, 0)[None]
     joined = rescaled(rows @ rows.transpose(1, 2), torch.ones(1, 12, dtype=torch.bool)) > 0.8
-    picked = independent(torch.rand(1, 12), joined, torch.ones(1, 12, dtype=torch.bool), torch.tensor([6]), 6)
+    picked = greedy_independent(torch.rand(1, 12), joined, torch.ones(1, 12, dtype=torch.bool), torch.tensor([6]), 6)
     assert sorted(token // 3 for token in picked[0].nonzero().flatten().tolist()) == [0, 1, 2, 3]
 
 

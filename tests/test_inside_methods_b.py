@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
 import duet_vlm
-from duet_vlm import Selection, SpanPlan, TextView, VisionView
+from duet_vlm import DecoderView, EncoderView, Selection, SpanPlan
 from duet_vlm.methods.adsc import Adsc
 from duet_vlm.methods.apet import ApET
 from duet_vlm.methods.pio import Pio
 from duet_vlm.methods.sieve import Sieve
-from duet_vlm.ops.greedy import cosine, discounted, suppress
+from duet_vlm.ops.greedy import cosine, greedy_discounted, greedy_nms
 from duet_vlm.ops.information import residual
 from duet_vlm.ops.merge import merged_rows
 
@@ -61,7 +61,7 @@ def drawn(samples: list[tuple[int, int]], seed: int, exact: bool) -> tuple[Tenso
 def test_suppression(samples: list[tuple[int, int]], seed: int, exact: bool, threshold: float) -> None:
     rows, score, valid, count = drawn(samples, seed, exact)
     threshold = threshold if exact or abs(threshold) < 1 else threshold * 0.99  # rounded cosines of a row with itself
-    chosen = suppress(cosine(rows, valid), score, valid, count, int(count.max()), threshold)
+    chosen = greedy_nms(cosine(rows, valid), score, valid, count, int(count.max()), threshold)
     for b, (tokens, wanted) in enumerate(samples):
         expected = twins.suppressed(rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted, threshold)
         assert chosen[b].nonzero().flatten().tolist() == expected
@@ -72,9 +72,9 @@ def seen_by(model: nn.Module, inputs: Inputs, **changes: Any) -> list[Any]:
     seen: list[Any] = []
 
     class Spy(Pio):
-        def t2v(self, view: Any) -> Tensor:
+        def prune_tokens(self, view: Any) -> Tensor:
             seen.append(view)
-            return super().t2v(view)
+            return super().prune_tokens(view)
 
     with torch.no_grad(), duet_vlm.attach(model, Spy(**{"schedule": ((2, 0.5),)} | changes)):
         model(**inputs)
@@ -209,21 +209,21 @@ def test_a_count_of_zero_leaves_its_stage_out_in_the_released_code() -> None:
 # ---- apet
 
 
-def shown(rows: Tensor, valid: Tensor, count: Tensor) -> TextView:
+def shown(rows: Tensor, valid: Tensor, count: Tensor) -> DecoderView:
     counts = tuple(zip(valid.sum(1).tolist(), count.tolist(), strict=True))
-    return TextView(valid, count, counts=counts, rows=rows)
+    return DecoderView(valid, count, host_counts=counts, hidden_states=rows)
 
 
 @many
 @given(samples=spans(), seed=seeds, basis=st.integers(1, 5))
 def test_approximation(samples: list[tuple[int, int]], seed: int, basis: int) -> None:
     rows, _, valid, count = drawn(samples, seed, exact=False)
-    chosen = ApET(keep=0.5, basis=basis, ridge=1e-2).t2v(shown(rows, valid, count))
+    chosen = ApET(keep=0.5, basis=basis, ridge=1e-2).prune_tokens(shown(rows, valid, count))
     for b, (tokens, wanted) in enumerate(samples):
         kept, joined = twins.approximated(rows[b, :tokens].double().tolist(), wanted, basis, 1e-2)
         assert chosen.index[b][chosen.valid[b]].tolist() == kept
         ours: dict[int, list[int]] = {}
-        for member, row in zip(chosen.members[b].tolist(), chosen.into[b].tolist(), strict=True):
+        for member, row in zip(chosen.source_tokens[b].tolist(), chosen.target_row[b].tolist(), strict=True):
             if row >= 0:
                 ours.setdefault(int(chosen.index[b, row]), []).append(member)
         assert ours == joined
@@ -237,7 +237,7 @@ def test_released_rows_weigh_one_and_neighbours_in_the_batch_change_nothing(slot
 
     def of(rows: Tensor, valid: Tensor, count: Tensor) -> Selection:
         plans = tuple(SpanPlan(n, int(k), 0, ()) for n, k in zip(valid.sum(1).tolist(), count.tolist(), strict=True))
-        return method.t2v(shown(rows, valid, count)) if inside else method.v2v(VisionView(valid, count, count * 0, plans, features=rows))
+        return method.prune_tokens(shown(rows, valid, count)) if inside else method.select_tokens(EncoderView(valid, count, count * 0, plans, features=rows))
 
     together = of(rows, valid, count)
     made = merged_rows(rows, together)
@@ -246,8 +246,8 @@ def test_released_rows_weigh_one_and_neighbours_in_the_batch_change_nothing(slot
         real = together.valid[b]
         assert together.index[b][real].tolist() == alone.index[0][alone.valid[0]].tolist() and int(real.sum()) == int(count[b])
         torch.testing.assert_close(made[b][real], merged_rows(rows[b : b + 1, :tokens], alone)[0][alone.valid[0]])
-        joins = together.into[b] >= 0
-        weight = torch.zeros(made.shape[1]).index_add(0, together.into[b][joins], together.weights[b][joins])
+        joins = together.target_row[b] >= 0
+        weight = torch.zeros(made.shape[1]).index_add(0, together.target_row[b][joins], together.weights[b][joins])
         torch.testing.assert_close(weight[weight > 0], torch.ones(int((weight > 0).sum())))
     torch.testing.assert_close(made[1], rows[1, together.index[1]])  # nothing leaves, so nothing is merged
 
@@ -275,7 +275,7 @@ def test_tokens_that_are_all_one_are_approximated_exactly() -> None:
         rows = size * torch.randn(2, 1, 33, generator=torch.Generator().manual_seed(1)).expand(2, 20, 33)
         assert residual(rows, rows[:, :10], 1e-5).abs().max() <= 1e-2 * size
         every = torch.ones(2, 20, dtype=torch.bool)
-        chosen = ApET(keep=0.5).t2v(shown(rows, every, torch.tensor([12, 12])))
+        chosen = ApET(keep=0.5).prune_tokens(shown(rows, every, torch.tensor([12, 12])))
         assert chosen.valid.sum(1).tolist() == [12, 12] and merged_rows(rows, chosen).isfinite().all()
 
 
@@ -286,7 +286,7 @@ def test_tokens_that_are_all_one_are_approximated_exactly() -> None:
 @given(samples=spans(), seed=seeds, exact=st.booleans())
 def test_discounted(samples: list[tuple[int, int]], seed: int, exact: bool) -> None:
     rows, score, valid, count = drawn(samples, seed, exact)
-    chosen = discounted(cosine(rows, valid).square(), score, valid, count, int(count.max()))
+    chosen = greedy_discounted(cosine(rows, valid).square(), score, valid, count, int(count.max()))
     for b, (tokens, wanted) in enumerate(samples):
         expected = twins.discounted(rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted)
         assert chosen[b].nonzero().flatten().tolist() == expected
@@ -299,8 +299,8 @@ def test_sieve(samples: list[tuple[int, int]], seed: int, words: int, heads: int
     draw = torch.Generator().manual_seed(seed + 1)
     scores, text = torch.rand(*valid.shape, heads, generator=draw), torch.randn(len(samples), words, 5, generator=draw)
     said = torch.arange(words) < torch.randint(1, words + 1, (len(samples), 1), generator=draw)
-    view = replace(shown(rows, valid, count), scores=scores * valid[..., None], text=text, text_valid=said)
-    chosen = Sieve(schedule=((2, 0.5),), heads=best).t2v(view)
+    view = replace(shown(rows, valid, count), scores=scores * valid[..., None], text_hidden_states=text, text_valid=said)
+    chosen = Sieve(schedule=((2, 0.5),), heads=best).prune_tokens(view)
     for b, (tokens, wanted) in enumerate(samples):
         seen = text[b][said[b]].double().tolist()
         expected = twins.sieved(rows[b, :tokens].double().tolist(), seen, scores[b, :tokens].double().tolist(), wanted, best, 0.75)
@@ -312,8 +312,8 @@ def test_what_the_text_says_already_leaves_first() -> None:
     text = torch.tensor([[[1.0, 0, 0, 0], [0, 1.0, 0, 0], [0, 0, 0, 0]]])
     rows = torch.tensor([[[2.0, 1, 0, 0], [0, 0, 1.0, 0], [1.0, 3, 0, 0], [0, 0, 0, 1.0]]])
     every = torch.ones(1, 4, dtype=torch.bool)
-    view = TextView(every, torch.tensor([2]), counts=((4, 2),), rows=rows, text=text, text_valid=every[:, :3], scores=torch.ones(1, 4, 2))
-    assert Sieve(schedule=((2, 0.5),), energy=1.0).t2v(view).tolist() == [[False, True, False, True]]
+    view = DecoderView(every, torch.tensor([2]), host_counts=((4, 2),), hidden_states=rows, text_hidden_states=text, text_valid=every[:, :3], scores=torch.ones(1, 4, 2))
+    assert Sieve(schedule=((2, 0.5),), energy=1.0).prune_tokens(view).tolist() == [[False, True, False, True]]
 
 
 @pytest.mark.parametrize("wrong, said", [({"heads": 0}, "heads=0"), ({"energy": 0.0}, "energy=0.0"), ({"energy": 1.5}, "energy=1.5")])
@@ -328,8 +328,8 @@ def test_what_sieve_refuses(wrong: dict[str, Any], said: str) -> None:
 @pytest.mark.parametrize("tokens, keep, kept", [(8, 4, [1, 3, 5, 7]), (9, 3, [2, 5, 8]), (7, 3, [2, 4, 6]), (5, 1, [4]), (4, 4, [0, 1, 2, 3])])
 def test_the_last_of_each_stride_stays(tokens: int, keep: int, kept: list[int]) -> None:
     every = torch.ones(1, tokens, dtype=torch.bool)
-    view = TextView(every, torch.tensor([keep]), counts=((tokens, keep),))
-    assert Adsc(schedule=((2, 0.5),)).t2v(view)[0].nonzero().flatten().tolist() == kept
+    view = DecoderView(every, torch.tensor([keep]), host_counts=((tokens, keep),))
+    assert Adsc(schedule=((2, 0.5),)).prune_tokens(view)[0].nonzero().flatten().tolist() == kept
 
 
 def test_strides_halve_within_strides() -> None:

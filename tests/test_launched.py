@@ -20,13 +20,13 @@ from launching import finished, kill_rank, launched
 from typer.testing import CliRunner
 
 from duet_vlm import tiny
+from duet_vlm.api.loading import LoadedModel
 from duet_vlm.cli.main import app
-from duet_vlm.evaluate import run
-from duet_vlm.evaluate.experiment import Experiment
-from duet_vlm.evaluate.journal import Journal, alone
-from duet_vlm.evaluate.results import load, unpack
-from duet_vlm.evaluate.run import run_experiment
-from duet_vlm.loading import Loaded
+from duet_vlm.evaluation import run
+from duet_vlm.evaluation.experiment import Experiment
+from duet_vlm.evaluation.journal import Journal, alone
+from duet_vlm.evaluation.results import load, unpack
+from duet_vlm.evaluation.run import run_experiment
 
 LIMIT, BATCH, BATCHES = 14, 4, 4
 
@@ -155,7 +155,7 @@ def test_a_process_that_comes_late_asks_nothing(
     assert call(tmp_path / "other", limit=6).exit_code == 0
     real = run.load
 
-    def slow(*given: Any) -> Loaded:
+    def slow(*given: Any) -> LoadedModel:
         result_of(tmp_path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(result_of(tmp_path / "other"), result_of(tmp_path))
         shutil.rmtree(result_of(tmp_path).parent / "eval.parts")
@@ -188,7 +188,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def no_locks(*_: Any) -> None:
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr("duet_vlm.evaluate.journal.fcntl.flock", no_locks)
+    monkeypatch.setattr("duet_vlm.evaluation.journal.fcntl.flock", no_locks)
     with alone(tmp_path / "new" / "0.jsonl"), alone(tmp_path / "new" / "0.jsonl"):
         pass
     assert not list((tmp_path / "new").iterdir())
@@ -270,7 +270,7 @@ def workers_of(process: int) -> list[int]:
 
 def test_workers_have_the_gpus_of_the_machine_to_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]) -> None:
     """Three GPUs that are not there: each worker is told one, and this process's model is on none of them meanwhile."""
-    loaded, seen = Loaded("tiny", *tiny.load()), []
+    loaded, seen = LoadedModel("tiny", *tiny.load()), []
 
     def shared_out(jobs: Any, places: Any, make: Any, kept: str) -> Any:
         seen.append(places)
@@ -287,6 +287,6 @@ def test_workers_have_the_gpus_of_the_machine_to_themselves(tmp_path: Path, monk
     moved: list[str] = []
     model: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda:0"))]), to=lambda where: moved.append(str(where)))
     monkeypatch.setattr("torch.cuda.empty_cache", lambda: moved.append("emptied"))
-    with run._aside(Loaded("large", model, None)):
+    with run._aside(LoadedModel("large", model, None)):
         assert moved == ["cpu", "emptied"]
     assert moved == ["cpu", "emptied", "cuda:0"]

@@ -10,7 +10,7 @@ from oracle import choices_of, step_logits, walk_batch
 
 import duet_vlm
 from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 
 BOTH = (Picture(1, 4, 5), Picture(2, 3, 4))  # in one prompt: neither is cut into crops
 
@@ -38,7 +38,7 @@ def test_several_images_of_a_prompt_are_not_cut_into_crops() -> None:
 def test_the_row_that_ends_a_clip_leaves_or_stays_as_structure() -> None:
     model, inputs = shared("llava_onevision"), FAMILIES["llava_onevision"].inputs([CLIP])
     for newline, stays in (("drop", False), ("keep", True)):
-        with duet_vlm.attach(model, "visionzip", budget=6, newline=newline) as handle:
+        with duet_vlm.attach(model, "visionzip", budget=6, newline_tokens=newline) as handle:
             forward(model, inputs)
             kept = handle.trace[0][0].stages[0].kept
         assert len(kept) == 6 and (12 in kept) == stays
@@ -48,7 +48,7 @@ def test_the_row_that_ends_a_clip_leaves_or_stays_as_structure() -> None:
 def test_frames_and_crops_one_by_one_keep_equal_shares(family: str) -> None:
     """Three frames of four tokens; an image's overview and its crops."""
     model, made = shared(family), FAMILIES[family]
-    with duet_vlm.attach(model, "visionzip", dominant=2, contextual=1, parts="each") as handle:
+    with duet_vlm.attach(model, "visionzip", dominant=2, contextual=1, crops="per_crop") as handle:
         forward(model, made.inputs([CLIP]))
         frames = handle.trace[0][0].stages[0].kept
         forward(model, made.inputs([ONE]))
@@ -60,7 +60,7 @@ def test_frames_and_crops_one_by_one_keep_equal_shares(family: str) -> None:
 def test_rows_between_crops_belong_to_one_of_them() -> None:
     """6 x 8 patches of 2 x 2 crops resized to 3 x 4: the line in the middle lies between the upper crops, 1 and 2, and the lower, 3 and 4."""
     adapter = adapter_for(shared("llava_onevision"))
-    (rows,) = adapter.parts(adapter.streams[0].encoding(any_res_pixels([Picture(1, 7, 10)])), [])
+    (rows,) = adapter.parts(adapter.modalities[0].encoding(any_res_pixels([Picture(1, 7, 10)])), [])
     assert rows[:16].tolist() == [0] * 16
     upper, middle, lower = rows[16:].view(3, 5).tolist()
     assert upper == [1, 1, 2, 2, -1] and lower == [3, 3, 4, 4, -1]

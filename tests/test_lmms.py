@@ -18,8 +18,8 @@ import torch
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.evaluate.lmms import TASKS, launch, run
-from duet_vlm.evaluate.lmms.settings import LONGEST, chosen, cut, fields_of, generation_of
+from duet_vlm.evaluation.lmms import TASKS, launch, run
+from duet_vlm.evaluation.lmms.arguments import LONGEST, cut, fields_of, generation_of, parse_arguments
 
 QUESTIONS = 210
 real = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason="lmms-eval is not installed here: make test-lmms")
@@ -29,19 +29,19 @@ real = pytest.mark.skipif(importlib.util.find_spec("lmms_eval") is None, reason=
 
 
 def test_a_method_with_budget_and_settings() -> None:
-    asked = chosen(None, 64, None, {"schedule": "[[16,0.5],[24,0.0]]", "text_query": "last", "dominant": 3})
+    asked = parse_arguments(None, 64, None, {"schedule": "[[16,0.5],[24,0.0]]", "text_query": "last", "dominant": 3})
     assert (asked.label, asked.method, asked.budget) == ("duet", "duet", 64)
     assert asked.fields == {"schedule": [[16, 0.5], [24, 0.0]], "text_query": "last", "dominant": 3}
 
 
 def test_a_preset_stands_alone() -> None:
-    asked = chosen(None, None, "duet-192", {})
+    asked = parse_arguments(None, None, "duet-192", {})
     assert asked.label == "duet-192" and asked.method == duet_vlm.preset("duet-192") and asked.budget is None
     for method, budget, fields in (("duet", None, {}), (None, 64, {}), (None, None, {"dominant": 3})):
         with pytest.raises(ValueError, match="preset=duet-192 brings its method and all settings: leave out (method|budget|dominant)"):
-            chosen(method, budget, "duet-192", fields)
+            parse_arguments(method, budget, "duet-192", fields)
     with pytest.raises(ValueError, match="known presets: duet-192"):
-        chosen(None, None, "duet", {})
+        parse_arguments(None, None, "duet", {})
 
 
 def test_settings_are_json_or_a_mapping() -> None:
@@ -104,7 +104,7 @@ def test_mistakes_are_found_before_anything_starts(tmp_path: Path) -> None:
 
 def test_the_entry_point_and_the_task_folder_ship() -> None:
     (entry,) = entry_points(group="lmms_eval.models", name="duet_vlm")
-    assert entry.value == "duet_vlm.evaluate.lmms:manifest"
+    assert entry.value == "duet_vlm.evaluation.lmms:manifest"
     assert {path.name for path in (TASKS / "tiny").iterdir()} >= {"duet_tiny.yaml", "streams.json", "utils.py"}
 
 
@@ -225,7 +225,7 @@ def user(text: str, *images: Any) -> list[dict[str, Any]]:
 
 @real
 def test_batches_of_none_one_and_two_images_agree(tmp_path: Path) -> None:
-    from duet_vlm.evaluate.lmms.model import DuetVLM
+    from duet_vlm.evaluation.lmms.model import DuetVLM
 
     scenes = [tiny.sample("test", i, 0) for i in range(4)]
     talks = [user(scenes[0].question), *(user(s.question, s.image) for s in scenes[1:3]), user(scenes[3].question, scenes[3].image, scenes[0].image)]
@@ -242,7 +242,7 @@ def test_batches_of_none_one_and_two_images_agree(tmp_path: Path) -> None:
 
 @real
 def test_different_generation_settings_never_share_a_batch(tmp_path: Path) -> None:
-    from duet_vlm.evaluate.lmms.model import DuetVLM
+    from duet_vlm.evaluation.lmms.model import DuetVLM
 
     lm = DuetVLM("tiny", method="none", batch_size=8, device="cpu", measured=str(tmp_path / "m.json"))
     item = tiny.sample("test", 0, 0)
@@ -255,7 +255,7 @@ def test_different_generation_settings_never_share_a_batch(tmp_path: Path) -> No
 
 @real
 def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
-    from duet_vlm.evaluate.lmms.model import DuetVLM
+    from duet_vlm.evaluation.lmms.model import DuetVLM
 
     with pytest.raises(ValueError, match="batch_size=auto"):
         DuetVLM("tiny", batch_size="auto")
@@ -274,7 +274,7 @@ def test_what_it_cannot_do_is_said(tmp_path: Path) -> None:
 
 @real
 def test_dtype_attention_and_salient_words_reach_the_model(tmp_path: Path) -> None:
-    from duet_vlm.evaluate.lmms.model import DuetVLM
+    from duet_vlm.evaluation.lmms.model import DuetVLM
 
     item = tiny.sample("test", 0, 0)
     lm = DuetVLM(
@@ -324,7 +324,7 @@ def test_qwen_answers_equal_the_librarys_own(qwen: Path, tmp_path: Path) -> None
     """Images of several sizes in one batch, against one prompt at a time by hand."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from duet_vlm.evaluate.lmms.model import DuetVLM
+    from duet_vlm.evaluation.lmms.model import DuetVLM
 
     scenes = [tiny.sample("test", i, 0) for i in range(6)]
     pictures = [scene.image.resize((32 + 8 * i, 48)) for i, scene in enumerate(scenes)]
@@ -350,7 +350,7 @@ def test_qwen_answers_equal_the_librarys_own(qwen: Path, tmp_path: Path) -> None
 
 @real
 def test_max_pixels_reaches_the_processor(qwen: Path, tmp_path: Path) -> None:
-    from duet_vlm.evaluate.lmms.model import DuetVLM
+    from duet_vlm.evaluation.lmms.model import DuetVLM
 
     tokens = []
     for pixels in (64 * 64, 32 * 32):

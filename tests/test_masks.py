@@ -14,7 +14,7 @@ from transformers import DataCollatorWithFlattening
 
 import duet_vlm
 from duet_vlm.models.adapter import SLIDING
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 METHODS = ("duet", "fastv", "visionzip", "uniform")

@@ -28,12 +28,12 @@ def test_what_was_attached_comes_back(family: str, method: str, options: dict[st
     model = build(family)
     inputs = FAMILIES[family].inputs([ONE])
     with duet_vlm.attach(model, method, **options) as handle, torch.no_grad():
-        duet_vlm.remember(handle)
+        duet_vlm.save_to_config(handle)
         expected = model(**inputs).logits
         reducer, budget = handle.reducer, handle.budget
         model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
-    assert duet_vlm.remembered(tmp_path) == duet_vlm.remembered(again) == duet_vlm.remembered(again.config)
+    assert duet_vlm.load_from_config(tmp_path) == duet_vlm.load_from_config(again) == duet_vlm.load_from_config(again.config)
     with duet_vlm.attach(again) as handle, torch.no_grad():
         assert (handle.reducer, handle.budget) == (reducer, budget)
         torch.testing.assert_close(again(**inputs).logits, expected)
@@ -42,7 +42,7 @@ def test_what_was_attached_comes_back(family: str, method: str, options: dict[st
 def test_what_is_named_goes_before_what_is_remembered() -> None:
     model = build("llava")
     with duet_vlm.attach(model, "duet", budget=0.3, text_query="last") as handle:
-        duet_vlm.remember(handle)
+        duet_vlm.save_to_config(handle)
     with duet_vlm.attach(model, budget=0.2) as handle:
         assert (handle.reducer.name, handle.budget, handle.reducer.text_query) == ("duet", 0.2, "last")  # type: ignore[attr-defined]
     with duet_vlm.attach(model, text_query="all") as handle:
@@ -50,7 +50,7 @@ def test_what_is_named_goes_before_what_is_remembered() -> None:
     with duet_vlm.attach(model, "fastv", keep=0.5) as handle:
         assert (handle.reducer.name, handle.budget) == ("fastv", None)
     del model.config.duet_vlm
-    assert duet_vlm.remembered(model) is None
+    assert duet_vlm.load_from_config(model) is None
     with pytest.raises(duet_vlm.BudgetError, match="duet needs a budget"):
         duet_vlm.attach(model)
 
@@ -68,9 +68,9 @@ def test_an_attached_model_that_was_not_told_saves_nothing_of_it(tmp_path: Path)
 def test_entries_of_others_are_refused(entry: Any, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"duet_vlm": entry}))
     with pytest.raises(ValueError, match=r"config.duet_vlm is .* expected budget, method, settings"):
-        duet_vlm.remembered(tmp_path)
+        duet_vlm.load_from_config(tmp_path)
 
 
 def test_folders_without_config_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no config.json there"):
-        duet_vlm.remembered(tmp_path)
+        duet_vlm.load_from_config(tmp_path)

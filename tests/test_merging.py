@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import SpanPlan, VisionView
-from duet_vlm.flow.verify import checked_selection
-from duet_vlm.measure.choice import choice_flops
-from duet_vlm.measure.shapes import VisionShape
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.methods.prumerge_plus import PruMergePlus, adaptive
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.tome_tower import ToMeTower
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.score import cls_attention, one_head
-from duet_vlm.reducer import EncoderReducer
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.profiling.model_dims import VisionDims
+from duet_vlm.profiling.selection_cost import choice_flops
+from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.runtime.validation import check_selection
 
 often = settings(max_examples=80, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -32,18 +32,18 @@ seeds = st.integers(0, 10_000)
 spans = st.lists(st.integers(1, 24).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1, max_size=3)
 
 
-def view_of(reducer: EncoderReducer, images: list[tuple[int, int]], seed: int) -> VisionView:
+def view_of(reducer: EncoderReducer, images: list[tuple[int, int]], seed: int) -> EncoderView:
     draw = torch.Generator().manual_seed(seed)
     width = max(n for n, _ in images)
     plans = tuple(reducer.plan(n, 4, budget) for n, budget in images)
     counts = torch.tensor([[p.dominant, p.contextual] for p in plans])
     valid = torch.arange(width) < torch.tensor([n for n, _ in images])[:, None]
     importance = torch.rand(len(images), width, generator=draw) ** 4
-    return VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, torch.randn(len(images), width, 4, generator=draw))
+    return EncoderView(valid, counts[:, 0], counts[:, 1], plans, importance, torch.randn(len(images), width, 4, generator=draw))
 
 
-def checked(reducer: EncoderReducer, view: VisionView) -> Selection:
-    selection, code = checked_selection(reducer, reducer.v2v(view), view, view.plans)
+def checked(reducer: EncoderReducer, view: EncoderView) -> Selection:
+    selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)
     assert int(code) == 0
     return selection
 
@@ -54,8 +54,8 @@ def made_of(selection: Selection, row: int) -> list[dict[int, float]]:
     rows: list[dict[int, float]] = []
     for number, (token, real) in enumerate(zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)):
         if real:
-            here = (selection.into[row] == number).nonzero().flatten()
-            pairs = zip(selection.members[row, here].tolist(), selection.weights[row, here].tolist(), strict=True)
+            here = (selection.target_row[row] == number).nonzero().flatten()
+            pairs = zip(selection.source_tokens[row, here].tolist(), selection.weights[row, here].tolist(), strict=True)
             made: dict[int, float] = {}
             for member, weight in pairs:
                 made[member] = made.get(member, 0.0) + weight
@@ -104,7 +104,7 @@ def test_tome(order: str, pace: int, images: list[tuple[int, int]], seed: int) -
         index = [int(t) for t in selection.index[row][selection.valid[row]]]
         assert index == [group[0] for group in groups]
         found: list[set[int]] = [{token} for token in index]
-        for member, into in zip(selection.members[row].tolist(), selection.into[row].tolist(), strict=True):
+        for member, into in zip(selection.source_tokens[row].tolist(), selection.target_row[row].tolist(), strict=True):
             if into >= 0:
                 found[into].add(member)
         assert found == [set(group) for group in groups]
@@ -113,21 +113,21 @@ def test_tome(order: str, pace: int, images: list[tuple[int, int]], seed: int) -
 def test_half_of_the_units_can_leave_in_a_block() -> None:
     """As many as look for another: every second one."""
     for units in (2, 3, 8, 9, 48):
-        assert ToMeTower(keep=1, shares=(units // 2,)).counts(units, units - units // 2, 1) == [units - units // 2]
+        assert ToMeTower(keep=1, shares=(units // 2,), protect_predicting_tokens=False).stage_counts(units, units - units // 2, 1) == [units - units // 2]
     with pytest.raises(ValueError, match="3 of 8 units cannot be reached, 4 are left"):
-        ToMeTower(keep=3, shares=(5,)).counts(8, 3, 1)
+        ToMeTower(keep=3, shares=(5,)).stage_counts(8, 3, 1)
 
 
 def test_ties_go_to_the_lower_index() -> None:
     """Keys all alike: the first other tokens are neighbours, and ToMe pairs the first places with the first odd one."""
-    view = VisionView(
+    view = EncoderView(
         torch.ones(1, 6, dtype=torch.bool), torch.tensor([2]), torch.tensor([1]), (SpanPlan(6, 2, 1, (3,)),), torch.ones(1, 6), torch.ones(1, 6, 2)
     )
-    same(made_of(PruMerge(neighbours=2, merge="sum").v2v(view), 0), [{0: 1, 1: 1, 2: 1}, {1: 1, 0: 1, 2: 1}, {2: 1, 3: 1, 4: 1, 5: 1}])
+    same(made_of(PruMerge(neighbours=2, merge="sum").select_tokens(view), 0), [{0: 1, 1: 1, 2: 1}, {1: 1, 0: 1, 2: 1}, {2: 1, 3: 1, 4: 1, 5: 1}])
     plan = SpanPlan(6, 4, 0, (4,))
-    view = VisionView(view.valid, torch.tensor([4]), torch.tensor([0]), (plan,), None, view.keys)
-    selection = ToMe(pace=2).v2v(view)
-    assert selection.index.tolist() == [[1, 3, 4, 5]] and selection.into.tolist() == [[0, -1, 0, -1, -1, -1]]
+    view = EncoderView(view.valid, torch.tensor([4]), torch.tensor([0]), (plan,), None, view.keys)
+    selection = ToMe(pace=2).select_tokens(view)
+    assert selection.index.tolist() == [[1, 3, 4, 5]] and selection.target_row.tolist() == [[0, -1, 0, -1, -1, -1]]
 
 
 @pytest.mark.parametrize("reducer", [PruMerge(), PruMergePlus(), ToMe(), PruMergePlus.official(0.25)], ids=lambda r: r.name)
@@ -136,7 +136,7 @@ def test_nothing_is_read_back(reducer: EncoderReducer, monkeypatch: pytest.Monke
     keep = getattr(reducer, "keep", None)
     plans = tuple(reducer.plan(n, 2, None if keep else 9) for n in (40, 25, 9))
     count = torch.empty(3, dtype=torch.long, device="meta")
-    view = VisionView(
+    view = EncoderView(
         torch.empty(3, 40, dtype=torch.bool, device="meta"),
         count,
         count,
@@ -147,7 +147,7 @@ def test_nothing_is_read_back(reducer: EncoderReducer, monkeypatch: pytest.Monke
     for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("reads the device"))
     with torch.device("meta"):
-        selection = reducer.v2v(view)
+        selection = reducer.select_tokens(view)
         rows = merged_rows(torch.empty(3, 40, 5, device="meta"), selection)
     assert rows.shape[0] == 3 and rows.shape[1] - max(plan.entry for plan in plans) in (0, 1)  # a whole span has no last row
 
@@ -188,7 +188,7 @@ def test_a_token_kept_twice_has_two_rows_and_the_lowest_other_is_lost() -> None:
     importance = torch.full((1, 16), 0.1)
     importance[0, [2, 3, 7, 9]] = torch.tensor([4.0, 3.0, 2.0, 1.0])
     keys = torch.randn(1, 16, 4, generator=torch.Generator().manual_seed(1))
-    view = VisionView(torch.ones(1, 16, dtype=torch.bool), torch.tensor([8]), torch.tensor([1]), (plan,), importance, keys)
+    view = EncoderView(torch.ones(1, 16, dtype=torch.bool), torch.tensor([8]), torch.tensor([1]), (plan,), importance, keys)
     selection = checked(reducer, view)
     assert selection.index[0, :8].tolist() == [2, 3, 7, 9, 0, 6, 10, 14]  # the second row of 2 stands where 0 is lost
     rows = made_of(selection, 0)
@@ -201,12 +201,12 @@ def test_a_token_kept_twice_has_two_rows_and_the_lowest_other_is_lost() -> None:
 def test_one_head_reads_the_tower_as_one(request: pytest.FixtureRequest) -> None:
     """What a method is shown with signal_heads="one" equals the attention of the joined heads, of the layer that it names."""
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
-    seen: list[VisionView] = []
+    seen: list[EncoderView] = []
 
     class Probe(PruMerge):
-        def v2v(self, view: VisionView) -> Selection:
+        def select_tokens(self, view: EncoderView) -> Selection:
             seen.append(view)
-            return super().v2v(view)
+            return super().select_tokens(view)
 
     attention = model.model.vision_tower.encoder.layers[-1].self_attn
     raw: dict[str, Tensor] = {}
@@ -226,7 +226,7 @@ def test_one_head_reads_the_tower_as_one(request: pytest.FixtureRequest) -> None
 
 def test_flops_count_matching_and_merging() -> None:
     plan = SpanPlan(100, 9, 1, (10,))
-    tower = VisionShape(layers=1, width=32, mlp=64, mlp_matrices=2, patches_per_token=1, extra_rows=1, patch_inputs=12, projector=((32, 64),))
+    tower = VisionDims(layers=1, width=32, mlp=64, mlp_matrices=2, patches_per_token=1, extra_rows=1, patch_inputs=12, projector=((32, 64),))
     assert choice_flops(PruMerge(keep=9), (plan,), 8, 32, tower) == 2 * 9 * 100 * 8 + 2 * 10 * 100 * 32
     assert choice_flops(ToMe(keep=25, pace=2), (SpanPlan(100, 25, 0, (25,)),), 8, 32, tower) == 2 * (50 * 50 + 25 * 25) * 8
 
@@ -249,7 +249,7 @@ def test_flops_count_matching_and_merging() -> None:
 )
 def test_bad_settings(method: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        duet_vlm.get(method)(**fields)
+        duet_vlm.get_method(method)(**fields)
 
 
 def test_the_grid_needs_a_count() -> None:
@@ -272,10 +272,10 @@ def test_gradient_reaches_the_tower_and_autocast_leaves_the_merge_alone(family: 
     assert gradient.isfinite().all() and bool(gradient.any())
 
 
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_weights_pass_through_parts_and_compositions(parts: str) -> None:
     """A clip frame by frame, and within a pool: everything that is merged is in the pool."""
-    for name, fields in (("prumerge", {"parts": parts}), ("frames+prumerge", {"frames_keep": 0.8} if parts == "joint" else {})):
+    for name, fields in (("prumerge", {"crops": parts}), ("frames+prumerge", {"frames_keep": 0.8} if parts == "joint" else {})):
         model = shared("qwen2_5_vl")
         with duet_vlm.attach(model, name, budget=0.4, **fields) as handle:
             forward(model, FAMILIES["qwen2_5_vl"].inputs(MIXED))

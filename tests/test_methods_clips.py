@@ -19,13 +19,13 @@ from test_methods_frames import MOVING, Clip
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import TextView, VisionView
-from duet_vlm.methods.clip import ClipReducer, Rows
-from duet_vlm.ops.clips import Clips, divided
+from duet_vlm import DecoderView, EncoderView
+from duet_vlm.methods.video_base import VideoReducer, VideoRows
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.select import top
-from duet_vlm.tokens import Selection
-from duet_vlm.vision import Question
+from duet_vlm.ops.video import VideoTokens, split_windows
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.encoder_view import QuestionView
 
 METHODS: dict[str, dict[str, Any]] = {
     "dycoke": {},
@@ -40,13 +40,13 @@ STAGED = ("holitom", "metok", "prunevid")  # which go on inside the decoder
 EACH = pytest.mark.parametrize("method", METHODS)
 
 
-def made(method: str, **changes: Any) -> ClipReducer:
-    return duet_vlm.get(method)(**{"keep": 0.5} | METHODS[method] | changes)
+def made(method: str, **changes: Any) -> VideoReducer:
+    return duet_vlm.get_method(method)(**{"keep": 0.5} | METHODS[method] | changes)
 
 
 def view_of(
-    reducer: ClipReducer, clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", still: float = 0.5, most: bool = True
-) -> VisionView:
+    reducer: VideoReducer, clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", still: float = 0.5, most: bool = True
+) -> EncoderView:
     """Clips whose frames share a part ``still`` of what they are, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     width = max(steps * size for steps, size in clips)
@@ -58,25 +58,25 @@ def view_of(
         parts[row, : steps * size] = torch.arange(steps).repeat_interleave(size)
     plans = tuple(replace(reducer, keep=count).plan(steps * size, 4, None) for (steps, size), count in zip(clips, counts, strict=True))
     dominant, contextual = (torch.tensor([getattr(plan, name) for plan in plans]) for name in ("dominant", "contextual"))
-    return VisionView(
+    return EncoderView(
         parts >= 0, dominant, contextual, plans, torch.rand(len(clips), width, generator=generator), None, features, parts, stream,
-        question=asked(len(clips), generator), most=(max(t for t, _ in clips), max(n for _, n in clips)) if most else None,
+        question=asked(len(clips), generator), max_parts=(max(t for t, _ in clips), max(n for _, n in clips)) if most else None,
     )  # fmt: skip
 
 
-def asked(spans: int, generator: torch.Generator) -> Question:
+def asked(spans: int, generator: torch.Generator) -> QuestionView:
     """Questions of one to four words."""
-    return Question(torch.randn(spans, 4, 6, generator=generator), torch.arange(4) < torch.randint(1, 5, (spans, 1), generator=generator))
+    return QuestionView(torch.randn(spans, 4, 6, generator=generator), torch.arange(4) < torch.randint(1, 5, (spans, 1), generator=generator))
 
 
-def alone(view: VisionView, row: int, tokens: int) -> VisionView:
+def alone(view: EncoderView, row: int, tokens: int) -> EncoderView:
     def one(x: Tensor | None) -> Tensor | None:
         return None if x is None else x[row : row + 1, :tokens]
 
     count = slice(row, row + 1)
-    return VisionView(
+    return EncoderView(
         view.valid[count, :tokens], view.dominant[count], view.contextual[count], view.plans[count], one(view.importance), None, one(view.features),
-        one(view.parts), view.stream, question=Question(view.question.rows[count], view.question.valid[count]),
+        one(view.parts), view.modality, question=QuestionView(view.question.embeddings[count], view.question.valid[count]),
     )  # fmt: skip
 
 
@@ -86,8 +86,8 @@ def told(selection: Selection, row: int) -> list[tuple[int, list[tuple[int, floa
     found = []
     for number, (token, real) in enumerate(zip(selection.index[row].tolist(), selection.valid[row].tolist(), strict=True)):
         if real:
-            here = (selection.into[row] == number).nonzero()[:, 0]
-            found.append((token, [(int(selection.members[row, i]), round(float(selection.weights[row, i]), 5)) for i in here]))
+            here = (selection.target_row[row] == number).nonzero()[:, 0]
+            found.append((token, [(int(selection.source_tokens[row, i]), round(float(selection.weights[row, i]), 5)) for i in here]))
     return found
 
 
@@ -98,11 +98,11 @@ def test_counts_are_exact_and_clips_of_a_batch_are_independent(method: str, data
     reducer = made(method, keep=None)
     counts = [data.draw(st.integers(1, steps * size)) for steps, size in clips]
     view = view_of(reducer, clips, counts, seed, still=still)
-    together = reducer.v2v(view)
+    together = reducer.select_tokens(view)
     for row, ((steps, size), count) in enumerate(zip(clips, counts, strict=True)):
         rows = told(together, row)
         assert [token for token, _ in rows] == sorted({token for token, _ in rows}) and len(rows) == count
-        assert rows == told(reducer.v2v(alone(view, row, steps * size)), 0)
+        assert rows == told(reducer.select_tokens(alone(view, row, steps * size)), 0)
         if method in MERGING:
             members = [token for _, made_of in rows for token, _ in made_of]
             assert len(members) == len(set(members))  # in one row at most
@@ -115,7 +115,7 @@ def test_counts_are_exact_and_clips_of_a_batch_are_independent(method: str, data
 def test_nothing_leaves_without_being_merged(method: str) -> None:
     reducer = made(method, keep=None)
     view = view_of(reducer, [(6, 8), (4, 4)], [24, 9], still=0.8)  # every segment has a row
-    selection = reducer.v2v(view)
+    selection = reducer.select_tokens(view)
     for row, tokens in ((0, 48), (1, 16)):
         rows = told(selection, row)
         assert {token for _, members in rows for token, _ in members} | {token for token, _ in rows} == set(range(tokens))
@@ -129,8 +129,8 @@ def test_what_stands_still_is_averaged_over_time(method: str) -> None:
     features[:, :, 0] = features[:, :1, 0] + 0.01 * torch.randn(1, 3, 6, generator=generator)
     reducer = made(method, keep=None, **({"windows": 0.3} if method == "prunevid" else {}), threshold=0.9)
     view = view_of(reducer, [(3, 4)], [10])
-    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, view.importance, None, features.flatten(1, 2), view.parts, "video")
-    assert told(reducer.v2v(view), 0)[0] == (0, [(0, 0.33333), (4, 0.33333), (8, 0.33333)])
+    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, view.importance, None, features.flatten(1, 2), view.parts, "video")
+    assert told(reducer.select_tokens(view), 0)[0] == (0, [(0, 0.33333), (4, 0.33333), (8, 0.33333)])
 
 
 @pytest.mark.parametrize("method", ["holitom", "prunevid"])
@@ -139,8 +139,8 @@ def test_no_more_is_averaged_than_the_budget_asks_for(method: str) -> None:
     reducer = made(method, keep=None)
     rows = torch.randn(1, 1, 8, 6, generator=torch.Generator().manual_seed(0)).expand(-1, 10, -1, -1).flatten(1, 2)
     view = view_of(reducer, [(10, 8)], [40])
-    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, view.importance, None, rows, view.parts, "video")
-    assert int(reducer.v2v(view).valid.sum()) == 40
+    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, view.importance, None, rows, view.parts, "video")
+    assert int(reducer.select_tokens(view).valid.sum()) == 40
 
 
 def test_vidcom2_against_loops() -> None:
@@ -169,7 +169,7 @@ def test_vidcom2_against_loops() -> None:
     for t, frame in enumerate(frames):
         score = [to_clip[t][p] + alike(frame[p], frame) for p in range(5)]
         kept += sorted(t * 5 + p for p in sorted(range(5), key=lambda p: score[p])[: counts[t]])
-    assert [token for token, _ in told(reducer.v2v(view), 0)] == kept
+    assert [token for token, _ in told(reducer.select_tokens(view), 0)] == kept
 
 
 def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: int, method: Any) -> tuple[list[Any], dict[int, float]]:
@@ -197,7 +197,7 @@ def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: i
         for t in range(steps)
     ]
     weight = torch.tensor([[len(f) * (1.0 if event[t] in key else method.pooled) for t, f in enumerate(fresh)]])
-    counts = divided(torch.tensor([count]), weight, torch.full((1, steps), places))[0].tolist()
+    counts = split_windows(torch.tensor([count]), weight, torch.full((1, steps), places))[0].tolist()
     out: list[Any] = []
     for t in range(steps):
         runs = min(counts[t], len(fresh[t]))
@@ -216,20 +216,20 @@ def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: i
 def test_metok_against_loops(seed: int, count: int, still: float) -> None:
     reducer = made("metok", keep=None)
     view = view_of(reducer, [(8, 5), (3, 4)], [count, 2], seed, still=still)
-    selection = reducer.v2v(view)
-    words = view.question.rows[0][view.question.valid[0]].double().tolist()
+    selection = reducer.select_tokens(view)
+    words = view.question.embeddings[0][view.question.valid[0]].double().tolist()
     expected, notes = slow_metok(view.features[0].double().view(8, 5, 6).tolist(), words, count, reducer)
     assert told(selection, 0) == expected and len(expected) == count
-    for token, note, real in zip(selection.index[0].tolist(), selection.notes[0].tolist(), selection.valid[0].tolist(), strict=True):
+    for token, note, real in zip(selection.index[0].tolist(), selection.tags[0].tolist(), selection.valid[0].tolist(), strict=True):
         assert not real or note == pytest.approx(notes[token], rel=1e-4)
 
 
 def test_metok_weighs_attention_by_events() -> None:
-    view = TextView(
-        torch.ones(1, 5, dtype=torch.bool), torch.tensor([2]), counts=((5, 2),), scores=torch.tensor([[0.5, 0.3, 0.1, 0.28, 0.2]]),
-        notes=torch.tensor([[0.2, 1.0, 2.0, 0.0, 2.0]]),
+    view = DecoderView(
+        torch.ones(1, 5, dtype=torch.bool), torch.tensor([2]), host_counts=((5, 2),), scores=torch.tensor([[0.5, 0.3, 0.1, 0.28, 0.2]]),
+        tags=torch.tensor([[0.2, 1.0, 2.0, 0.0, 2.0]]),
     )  # fmt: skip
-    assert made("metok").t2v(view)[0].tolist() == [False, True, False, False, True]  # what has no note counts as it is
+    assert made("metok").prune_tokens(view)[0].tolist() == [False, True, False, False, True]  # what has no note counts as it is
 
 
 def test_dycoke_against_loops() -> None:
@@ -241,16 +241,16 @@ def test_dycoke_against_loops() -> None:
     for frame, other in ((1, 0), (2, 0), (3, 2), (5, 4)):
         places = sorted(range(5), key=lambda p: twins.cosine(rows[frame * 5 + p], rows[other * 5 + p]))[:2]
         kept += [frame * 5 + p for p in places]
-    assert [token for token, _ in told(reducer.v2v(view), 0)] == sorted(kept)
+    assert [token for token, _ in told(reducer.select_tokens(view), 0)] == sorted(kept)
     few = view_of(reducer, [(6, 5)], [4])
-    assert [token for token, _ in told(reducer.v2v(few), 0)] == [2, 4, 22, 24]  # spread over the frames that stay whole
+    assert [token for token, _ in told(reducer.select_tokens(few), 0)] == [2, 4, 22, 24]  # spread over the frames that stay whole
 
 
 def test_evs_counts_as_released() -> None:
-    assert duet_vlm.get("evs").official(0.9).plan(400, 2, None).entry == 39  # type: ignore[attr-defined]
-    assert duet_vlm.get("frames")(keep=0.1).plan(400, 2, None).entry == 40
+    assert duet_vlm.get_method("evs").official(0.9).plan(400, 2, None).entry == 39  # type: ignore[attr-defined]
+    assert duet_vlm.get_method("frames")(keep=0.1).plan(400, 2, None).entry == 40
     with pytest.raises(ValueError, match=r"pruned=1.0: the share of tokens that leave"):
-        duet_vlm.get("evs").official(1.0)  # type: ignore[attr-defined]
+        duet_vlm.get_method("evs").official(1.0)  # type: ignore[attr-defined]
 
 
 @EACH
@@ -263,7 +263,7 @@ def test_nothing_is_read_back(method: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
         monkeypatch.setattr(Tensor, name, refuse)
-    reducer.v2v(view)
+    reducer.select_tokens(view)
 
 
 @EACH
@@ -271,8 +271,8 @@ def test_images_are_clips_of_one_frame(method: str) -> None:
     reducer = made(method, keep=None)
     crops, picture = (view_of(reducer, [clip], [5], stream="image") for clip in ((3, 4), (1, 12)))
     shown = {"importance": crops.importance, "features": crops.features, "question": crops.question}
-    picture = VisionView(picture.valid, picture.dominant, picture.contextual, picture.plans, parts=picture.parts, **shown)
-    assert told(reducer.v2v(crops), 0) == told(reducer.v2v(picture), 0) and len(told(reducer.v2v(crops), 0)) == 5
+    picture = EncoderView(picture.valid, picture.dominant, picture.contextual, picture.plans, parts=picture.parts, **shown)
+    assert told(reducer.select_tokens(crops), 0) == told(reducer.select_tokens(picture), 0) and len(told(reducer.select_tokens(crops), 0)) == 5
 
 
 @EACH
@@ -286,7 +286,7 @@ def test_reports_and_padded_batches(family: str, method: str) -> None:
             report = handle.report()
             for row in handle.trace:
                 for span in row:
-                    plan = duet_vlm.get(method)(**METHODS[method]).plan(span.span.tokens, 8, 0.4)
+                    plan = duet_vlm.get_method(method)(**METHODS[method]).plan(span.span.tokens, 8, 0.4)
                     assert len(span.stages[0].kept) == plan.entry and plan.mean <= 0.4 * span.span.tokens + 1e-9
                     assert method in STAGED or plan.entry == math.floor(0.4 * span.span.tokens + 1e-9)
         assert report.predicted == report.observed
@@ -295,13 +295,13 @@ def test_reports_and_padded_batches(family: str, method: str) -> None:
 @pytest.mark.parametrize("method", ["dycoke", "holitom", "prunevid"])
 def test_places_are_not_known_behind_frames(method: str) -> None:
     with pytest.raises(ValueError, match=rf"compose\(frames, {method}\): {method} compares the same places of frames"):
-        duet_vlm.get(f"frames+{method}")
+        duet_vlm.get_method(f"frames+{method}")
 
 
 # ---- inside the decoder
 
 
-def shown(there: list[int], stay: list[int], seed: int, spans: int = 2) -> TextView:
+def shown(there: list[int], stay: list[int], seed: int, spans: int = 2) -> DecoderView:
     """Samples of tokens in up to ``spans`` clips each, whose sets are noted in no order."""
     draw = torch.Generator().manual_seed(seed)
     shape = len(there), max(there)
@@ -309,7 +309,7 @@ def shown(there: list[int], stay: list[int], seed: int, spans: int = 2) -> TextV
     notes = torch.randint(0, 5, shape, generator=draw).float() * 3
     span = torch.randint(0, spans, shape, generator=draw).sort(1).values
     scores, rows = torch.rand(shape, generator=draw), torch.randn(*shape, 6, generator=draw)
-    return TextView(valid, torch.tensor(stay), counts=tuple(zip(there, stay, strict=True)), scores=scores, rows=rows, notes=notes, span=span)
+    return DecoderView(valid, torch.tensor(stay), host_counts=tuple(zip(there, stay, strict=True)), scores=scores, hidden_states=rows, tags=notes, span_index=span)
 
 
 many_counts = st.lists(st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1, max_size=3)
@@ -319,11 +319,11 @@ many_counts = st.lists(st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n)
 @given(many_counts, st.integers(0, 10**6))
 def test_prunevid_keeps_the_same_share_of_every_set(counts: list[tuple[int, int]], seed: int) -> None:
     view = shown([n for n, _ in counts], [k for _, k in counts], seed)
-    mask = made("prunevid").t2v(view)
+    mask = made("prunevid").prune_tokens(view)
     for b, (n, k) in enumerate(counts):
         sets: dict[tuple[int, float], list[int]] = {}
         for token in range(n):
-            sets.setdefault((int(view.span[b, token]), float(view.notes[b, token])), []).append(token)
+            sets.setdefault((int(view.span_index[b, token]), float(view.tags[b, token])), []).append(token)
         names = sorted(sets)
         quota = [k * len(sets[name]) // n for name in names]
         for number in sorted(range(len(names)), key=lambda i: -(k * len(sets[names[i]]) % n))[: k - sum(quota)]:
@@ -336,9 +336,9 @@ def test_prunevid_keeps_the_same_share_of_every_set(counts: list[tuple[int, int]
 @given(many_counts, st.integers(0, 10**6), st.sampled_from(["mean", "halving"]))
 def test_holitom_joins_what_leaves_to_what_stays(counts: list[tuple[int, int]], seed: int, joining: str) -> None:
     view = shown([n for n, _ in counts], [k for _, k in counts], seed)
-    ours = merged_rows(view.rows, made("holitom", joining=joining).t2v(view))
+    ours = merged_rows(view.hidden_states, made("holitom", joining=joining).prune_tokens(view))
     for b, (n, k) in enumerate(counts):
-        rows = view.rows[b].double().tolist()
+        rows = view.hidden_states[b].double().tolist()
         kept = sorted(sorted(range(n), key=lambda t: -float(view.scores[b, t]))[:k])
         members: dict[int, list[int]] = {t: [t] for t in kept}
         for token in sorted(set(range(n)) - set(kept)):
@@ -355,69 +355,69 @@ def test_holitom_joins_what_leaves_to_what_stays(counts: list[tuple[int, int]], 
 @pytest.mark.parametrize("method", STAGED)
 def test_a_budget_lets_more_in_and_drops_where_the_paper_does(method: str) -> None:
     if method == "metok":
-        counts = duet_vlm.get(method)().plan(3136, 32, 0.2).counts
+        counts = duet_vlm.get_method(method)().plan(3136, 32, 0.2).counts
         assert [counts[layer] for layer in (7, 8, 16, 24)] == [math.floor(counts[0] * share + 1e-9) for share in (1, 0.5, 0.25, 0.125)]
         assert 626.2 < sum(counts) / 32 <= 627.2
         return
     layer, share = {"holitom": (18, 0.5), "prunevid": (9, 0.4)}[method]  # 11 of 32 is 9 of 28
-    counts = duet_vlm.get(method)().plan(3136, 28, 0.1).counts
+    counts = duet_vlm.get_method(method)().plan(3136, 28, 0.1).counts
     assert set(counts[:layer]) == {counts[0]} and set(counts[layer:]) == {math.floor(share * counts[0] + 1e-9)}
     assert 312.6 < sum(counts) / 28 <= 313.6
-    assert duet_vlm.get(method)(schedule=((3, 0.2),)).plan(1000, 8, 0.25).counts[2:4] == (500, 100)
-    assert duet_vlm.get(method)(keep=0.5).plan(1000, 8, None).counts == (500,) * 8  # its own settings: nothing inside unless asked for
+    assert duet_vlm.get_method(method)(schedule=((3, 0.2),)).plan(1000, 8, 0.25).counts[2:4] == (500, 100)
+    assert duet_vlm.get_method(method)(keep=0.5).plan(1000, 8, None).counts == (500,) * 8  # its own settings: nothing inside unless asked for
     with pytest.raises(ValueError, match=rf"{method}: schedule drops before layer 0, but what it decides by is made by earlier layers"):
-        duet_vlm.get(method)(schedule=((0, 0.5),))
+        duet_vlm.get_method(method)(schedule=((0, 0.5),))
     with pytest.raises(ValueError, match=rf"{method}: with a budget give fractions in schedule="):
-        duet_vlm.get(method)(schedule=((4, 7),)).plan(100, 8, 0.5)
+        duet_vlm.get_method(method)(schedule=((4, 7),)).plan(100, 8, 0.5)
 
 
 @dataclass(frozen=True)
-class Noting(ClipReducer, duet_vlm.DecoderReducer):
+class Noting(VideoReducer, duet_vlm.DecoderReducer):
     """Keeps every other token and notes 100 times the step of time, plus the place; sees its notes again."""
 
     name, paper, summary = "noting", "-", "-"
-    needs = frozenset({"notes"})
+    needs = frozenset({"tags"})
     uses_tokens = True
 
     def plan(self, tokens: int, depth: int, budget: Any) -> duet_vlm.SpanPlan:
         half = (tokens + 1) // 2
         return duet_vlm.SpanPlan(tokens, half, 0, (half,) * 3 + (half // 2,) * (depth - 3))
 
-    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+    def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         kept = top(-torch.arange(view.valid.shape[1]).expand(view.valid.shape) % 2 * 1.0, view.valid, count)
         order = -clips.rows(torch.arange(clips.index.shape[1] * clips.index.shape[2]).view(clips.index.shape[1:]).expand(clips.index.shape))
-        alone = Rows.alone(kept)
+        alone = VideoRows.alone(kept)
         return alone._replace(notes=100 * clips.step + clips.place + 1, order=order if self.positions == "compact" else None)
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         SEEN.append(view)
-        return top(view.notes, view.valid, view.keep)
+        return top(view.tags, view.valid, view.num_keep)
 
 
-SEEN: list[TextView] = []
+SEEN: list[DecoderView] = []
 
 
-@pytest.mark.parametrize("share", ["joint", "each"])
+@pytest.mark.parametrize("share", ["joint", "per_image"])
 @pytest.mark.parametrize("family", MOVING)
 def test_notes_come_back_inside_the_decoder(family: str, share: str) -> None:
     """Whatever is in a batch: clips of several lengths, images (clips of one step), padding, spans ranked together or by themselves."""
-    with duet_vlm.attach(shared(family), Noting(share=share)) as handle:
+    with duet_vlm.attach(shared(family), Noting(multi_image=share)) as handle:
         for side in ("left", "right"):
             SEEN.clear()
             forward(shared(family), FAMILIES[family].inputs(clips_for(family, CLIPS), side))
             (view,) = SEEN
             trace = [span for row in handle.trace for span in row]
-            assert view.span is not None and view.token is not None and view.notes is not None
+            assert view.span_index is not None and view.token_index is not None and view.tags is not None
             for b, t in view.valid.nonzero().tolist():
-                span, token = trace[int(view.span[b, t])], int(view.token[b, t])
+                span, token = trace[int(view.span_index[b, t])], int(view.token_index[b, t])
                 clip = span.span.tokens
                 assert 0 <= token < clip and token in span.stages[0].kept
-                step, place = divmod(int(view.notes[b, t]) - 1, 100)
+                step, place = divmod(int(view.tags[b, t]) - 1, 100)
                 if FAMILIES[family].mixes or span.span.grid is None:  # newline rows stand between the steps of some
                     assert step * ((clip - 1 - place) // step if step else clip) + place <= clip
-                assert int(view.notes[b, t]) > 0
+                assert int(view.tags[b, t]) > 0
             for number, span in enumerate(trace):  # in the order of the clip, as steps and places are
-                here = [float(view.notes[b, t]) for b, t in view.valid.nonzero().tolist() if int(view.span[b, t]) == number]
+                here = [float(view.tags[b, t]) for b, t in view.valid.nonzero().tolist() if int(view.span_index[b, t]) == number]
                 assert here == sorted(here) and len(set(here)) == len(here) == len(span.stages[0].kept)
 
 
@@ -428,16 +428,16 @@ def test_notes_follow_rows_that_are_renumbered() -> None:
         forward(shared("llava"), FAMILIES["llava"].inputs([ONE]))
         (view,) = SEEN
         assert handle.trace[0][0].stages[0].kept
-    here = view.notes[0][view.valid[0]].tolist()
+    here = view.tags[0][view.valid[0]].tolist()
     assert here == sorted(here, reverse=True) and len(here) > 3
 
 
 def test_notes_must_fit() -> None:
     class Wrong(Noting):
-        def v2v(self, view: VisionView) -> Selection:
-            return replace(super().v2v(view), notes=torch.zeros(3))
+        def select_tokens(self, view: EncoderView) -> Selection:
+            return replace(super().select_tokens(view), tags=torch.zeros(3))
 
-    with duet_vlm.attach(shared("llava"), Wrong()), pytest.raises(ValueError, match=r"v2v returned notes = a tensor \[3\] of torch.float32"):
+    with duet_vlm.attach(shared("llava"), Wrong()), pytest.raises(ValueError, match=r"select_tokens returned notes = a tensor \[3\] of torch.float32"):
         forward(shared("llava"), FAMILIES["llava"].inputs([ONE]))
 
 
@@ -479,11 +479,11 @@ def test_compositions_meet_one_budget(method: str) -> None:
         ("prunevid", {"rows": "score"}, "rows='score': choose one of"),
         ("vidcom2", {"channels": 0.0}, "channels=0.0: the share of channels"),
         ("vidcom2", {"temperature": 0.0}, "temperature=0.0: of a softmax"),
-        ("dycoke", {"parts": "each"}, "dycoke compares the frames of a clip, and parts='each' would separate them"),
-        ("evs", {"parts": "each"}, "evs compares the frames of a clip"),
+        ("dycoke", {"crops": "per_crop"}, "dycoke compares the frames of a clip, and crops='per_crop' would separate them"),
+        ("evs", {"crops": "per_crop"}, "evs compares the frames of a clip"),
         ("vidcom2", {"keep": -3}, "keep=-3: a token count"),
     ],
 )
 def test_settings_that_cannot_be(method: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        duet_vlm.get(method)(**changes)
+        duet_vlm.get_method(method)(**changes)

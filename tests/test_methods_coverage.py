@@ -131,16 +131,16 @@ def test_duet_plus_looks_at_tower_rows_and_attention(family: str, alpha: float) 
 
 def test_duet_plus_plans() -> None:
     """Under DUET's schedule the same rows in every layer as DUET; by itself without drops, with DUET's, or with earlier ones, by the budget."""
-    reducer = duet_vlm.get("duet_plus")
+    reducer = duet_vlm.get_method("duet_plus")
     for budget in (1, 0.05, 64, 0.11, 0.33, 300, 0.7, 500, 0.99, 576):
-        plus, duet = reducer(schedule=((16, 0.5), (24, 0.0))).plan(576, 32, budget), duet_vlm.get("duet")().plan(576, 32, budget)
+        plus, duet = reducer(schedule=((16, 0.5), (24, 0.0))).plan(576, 32, budget), duet_vlm.get_method("duet")().plan(576, 32, budget)
         assert plus.counts == duet.counts and plus.entry == duet.entry
-    assert reducer().plan(576, 32, 64).counts == duet_vlm.get("duet")().plan(576, 32, 64).counts == (102,) * 16 + (51,) * 8 + (0,) * 8
+    assert reducer().plan(576, 32, 64).counts == duet_vlm.get_method("duet")().plan(576, 32, 64).counts == (102,) * 16 + (51,) * 8 + (0,) * 8
     assert reducer().plan(576, 32, 0.05).counts == (66,) * 8 + (33,) * 8 + (16,) * 8 + (0,) * 8  # half, and half of that
     assert reducer().plan(576, 32, 500).counts == (500,) * 32
     assert reducer().plan(100, 8, 14).counts == (14,) * 8 and reducer().plan(100, 8, 13).counts == (21,) * 4 + (10,) * 2 + (0,) * 2
-    assert reducer(keep=100).with_drops(32).plan(576, 32, None).counts == (100,) * 16 + (50,) * 8 + (0,) * 8
-    scope = duet_vlm.get("scope+duet_plus")()
+    assert reducer(keep=100).with_paper_schedule(32).plan(576, 32, None).counts == (100,) * 16 + (50,) * 8 + (0,) * 8
+    scope = duet_vlm.get_method("scope+duet_plus")()
     for budget in (0.05, 0.11, 0.4):  # a composition's drops depend on the budget in the same way
         assert scope.plan(576, 32, budget).counts == reducer().plan(576, 32, budget).counts
     assert reducer(keep=100, schedule=((8, 0.5), (16, 0.0))).plan(576, 32, None).counts == (100,) * 8 + (50,) * 8 + (0,) * 16
@@ -156,7 +156,7 @@ def test_duet_plus_plans() -> None:
 
 @pytest.mark.parametrize("method", CONSTANT)
 def test_counts(method: str) -> None:
-    reducer = duet_vlm.get(method)
+    reducer = duet_vlm.get_method(method)
     assert reducer().plan(576, 32, 64).counts == (64,) * 32
     assert reducer().plan(576, 32, 0.11).counts == (63,) * 32  # 63.36
     assert reducer(keep=0.5).plan(9, 4, None).counts == (4,) * 4
@@ -189,7 +189,7 @@ def test_counts(method: str) -> None:
 )
 def test_bad_settings(method: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        duet_vlm.get(method)(**settings)
+        duet_vlm.get_method(method)(**settings)
 
 
 @pytest.mark.parametrize("method", GREEDY)

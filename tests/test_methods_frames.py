@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import SpanPlan, VisionView
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.frames import Frames
 
 MOVING = [name for name in ("qwen2_vl", "qwen2_5_vl") if name in FAMILIES]
@@ -29,7 +29,7 @@ def kept_of_clip(features: list[list[float]], steps: int, count: int) -> list[in
     return sorted(kept + sorted(later, key=lambda i: (twins.cosine(features[i], features[i - size]), i))[: count - first])
 
 
-def view_of(clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", shift: int = 0) -> VisionView:
+def view_of(clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", shift: int = 0) -> EncoderView:
     """Random rows of several clips, ``shift`` unused rows in front of each, as the flow would hand them over."""
     width = shift + max(steps * size for steps, size in clips)
     features = torch.randn(len(clips), width, 6, generator=torch.Generator().manual_seed(seed))
@@ -38,12 +38,12 @@ def view_of(clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "
         parts[row, shift : shift + steps * size] = torch.arange(steps).repeat_interleave(size)
     plans = tuple(SpanPlan(steps * size, count, 0, (count,) * 4) for (steps, size), count in zip(clips, counts, strict=True))
     kept = torch.tensor(counts)
-    return VisionView(parts >= 0, kept, torch.zeros_like(kept), plans, features=features, parts=parts, stream=stream)
+    return EncoderView(parts >= 0, kept, torch.zeros_like(kept), plans, features=features, parts=parts, modality=stream)
 
 
-def chosen(view: VisionView) -> list[list[int]]:
-    selection = Frames(keep=1.0).v2v(view)
-    assert not selection.members.numel()
+def chosen(view: EncoderView) -> list[list[int]]:
+    selection = Frames(keep=1.0).select_tokens(view)
+    assert not selection.source_tokens.numel()
     return [row[real].tolist() for row, real in zip(selection.index, selection.valid, strict=True)]
 
 
@@ -65,14 +65,14 @@ def test_what_never_changes_is_kept_once() -> None:
     features = still.repeat(4, 1, 1)
     features[2, 1] += 1
     view = view_of([(4, 4)], [6])
-    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, features=features.view(1, 16, 8), parts=view.parts, stream="video")
+    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features.view(1, 16, 8), parts=view.parts, modality="video")
     assert chosen(view) == [[0, 1, 2, 3, 9, 13]]
 
 
 def test_ties_go_to_the_lower_index() -> None:
     view = view_of([(3, 4)], [7])
     features = torch.randn(1, 4, 8).repeat(1, 3, 1)  # nothing ever changes: all later rows tie at exactly 0
-    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, stream="video")
+    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, modality="video")
     assert chosen(view) == [[0, 1, 2, 3, 4, 5, 6]]
 
 
@@ -83,7 +83,7 @@ def test_brightness_alone_is_no_change() -> None:
     turned = rows * torch.tensor([0.1, 10.0, 5.0, 3.0])[:, None]
     turned[2] += 0.5
     features = torch.stack([rows, turned]).view(1, 8, 8)
-    view = VisionView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, stream="video")
+    view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, modality="video")
     assert chosen(view) == [[0, 1, 2, 3, 6]]
 
 
@@ -101,12 +101,12 @@ def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("item", "tolist", "__bool__", "__int__", "nonzero"):
         monkeypatch.setattr(Tensor, name, refuse)
-    Frames(keep=0.5).v2v(view)
+    Frames(keep=0.5).select_tokens(view)
 
 
 def test_settings_that_cannot_be() -> None:
-    with pytest.raises(ValueError, match="parts='each' would separate them"):
-        Frames(parts="each")
+    with pytest.raises(ValueError, match="crops='per_crop' would separate them"):
+        Frames(crops="per_crop")
     with pytest.raises(ValueError, match="no place in the frame to compare"):
         Frames(cls_token=True, positions="compact")
     with pytest.raises(ValueError, match=r"keep=1.5"):

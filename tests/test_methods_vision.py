@@ -14,21 +14,21 @@ from transformers import CLIPConfig, CLIPModel
 
 import duet_vlm
 from duet_vlm import SpanPlan
-from duet_vlm.bench.inputs import encode
-from duet_vlm.contrastive import ContrastiveText
+from duet_vlm.evaluation.speed.prompts import encode
+from duet_vlm.inputs.clip_text import ClipTextEncoder
 from duet_vlm.methods.cdpruner import CDPruner
 from duet_vlm.methods.hired import HiRED
 from duet_vlm.methods.holov import HoloV
 from duet_vlm.methods.prunesid import PruneSID
 from duet_vlm.methods.vscan import VScan
 from duet_vlm.methods.zoo_prune import ZooPrune
-from duet_vlm.ops.groups import stretches
+from duet_vlm.ops.groups import segment_numbers
 from duet_vlm.ops.saliency import direction
-from duet_vlm.reducer import EncoderReducer
-from duet_vlm.vision import LayerView, VisionView
+from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder_view import EncoderView, LayerView
 
 
-def view_of(images: list[tuple[int, int]], seed: int = 0, width: int = 6) -> VisionView:
+def view_of(images: list[tuple[int, int]], seed: int = 0, width: int = 6) -> EncoderView:
     """Square pictures of (tokens a side, how many to keep), padded on the right; padding holds numbers that would win."""
     draw, sizes = torch.Generator().manual_seed(seed), [side**2 for side, _ in images]
     most, batch = max(sizes), len(images)
@@ -38,15 +38,15 @@ def view_of(images: list[tuple[int, int]], seed: int = 0, width: int = 6) -> Vis
     token, side = torch.arange(most).expand(batch, -1), torch.tensor([[side] for side, _ in images])
     count = torch.tensor([n for _, n in images])
     plans = tuple(SpanPlan(size, n, 0, (n,)) for size, (_, n) in zip(sizes, images, strict=True))
-    return VisionView(
+    return EncoderView(
         valid, count, count * 0, plans, layers[0].importance, None, features, torch.where(valid, 0, -1), layers=layers,
-        place=torch.stack([token // side, token % side], 2).masked_fill(~valid[..., None], -1), sides=side.expand(-1, 2),
-        tiles=torch.zeros(batch, 2).long(),
+        coords=torch.stack([token // side, token % side], 2).masked_fill(~valid[..., None], -1), grid_size=side.expand(-1, 2),
+        crop_grid=torch.zeros(batch, 2).long(),
     )  # fmt: skip
 
 
-def chosen(method: EncoderReducer, view: VisionView) -> list[list[int]]:
-    selection = method.v2v(view)
+def chosen(method: EncoderReducer, view: EncoderView) -> list[list[int]]:
+    selection = method.select_tokens(view)
     return [sorted(index[valid].tolist()) for index, valid in zip(selection.index, selection.valid, strict=True)]
 
 
@@ -77,9 +77,9 @@ def test_hired_counts_what_is_important_where_a_crop_shows_it(picture: Picture) 
     model, seen = shared("llava_next"), []
 
     class Spy(HiRED):
-        def v2v(self, view: Any) -> Any:
+        def select_tokens(self, view: Any) -> Any:
             seen.append(view)
-            return super().v2v(view)
+            return super().select_tokens(view)
 
     with duet_vlm.attach(model, Spy(keep=0.4)) as handle:
         forward(model, FAMILIES["llava_next"].inputs([(1, picture, 5, 6)]))
@@ -116,7 +116,7 @@ def test_hired_keeps_the_most_attended_tokens_of_a_picture_that_is_whole() -> No
 def test_vscan_scans_twice_and_merges_the_rest(window: int) -> None:
     images = [(6, 14), (4, 15), (5, 3), (3, 1)]
     view, method = view_of(images), VScan(keep=1, window=window)
-    selection = method.v2v(view)
+    selection = method.select_tokens(view)
     for row, (side, n) in enumerate(images):
         deep, shallow = (layer.importance[row] for layer in view.layers)
         number = max(1, side // window)
@@ -130,7 +130,7 @@ def test_vscan_scans_twice_and_merges_the_rest(window: int) -> None:
         index = selection.index[row][selection.valid[row]].tolist()
         assert index == kept
         unit = torch.nn.functional.normalize(view.features[row].double(), dim=-1)
-        joined = {int(m): index[int(i)] for m, i in zip(selection.members[row], selection.into[row], strict=True) if i >= 0}
+        joined = {int(m): index[int(i)] for m, i in zip(selection.source_tokens[row], selection.target_row[row], strict=True) if i >= 0}
         assert joined == {m: max(kept, key=lambda k, m=m: float(unit[m] @ unit[k])) for m in range(side**2) if m not in kept}
 
 
@@ -158,8 +158,8 @@ def test_vscan_needs_local_tokens_for_the_windows_of_a_picture_not_of_a_batch() 
 
 @pytest.mark.parametrize("crops", [1, 3, 7])
 def test_holov_shares_by_attention_and_variety(crops: int) -> None:
-    view, method = view_of(IMAGES), HoloV(keep=1, crops=crops)
-    stretch = stretches(view.valid, method.crops)
+    view, method = view_of(IMAGES), HoloV(keep=1, num_crops=crops)
+    stretch = segment_numbers(view.valid, method.num_crops)
     score = method.score(view, stretch)
     for row, (side, _) in enumerate(IMAGES):
         total, groups, start = side**2, [], 0
@@ -182,7 +182,7 @@ def test_holov_shares_by_attention_and_variety(crops: int) -> None:
             for i in group:
                 assert float(score[row, i]) == pytest.approx(float(view.importance[row, i]) + 0.09 * variety[i] * level, rel=1e-4)
     assert [len(row) for row in chosen(method, view)] == [n for _, n in IMAGES]
-    assert [len(row) for row in chosen(HoloV.official(1, crops=crops), view)] == [n for _, n in IMAGES]
+    assert [len(row) for row in chosen(HoloV.official(1, num_crops=crops), view)] == [n for _, n in IMAGES]
 
 
 # ---- prunesid
@@ -198,7 +198,7 @@ def test_prunesid_keeps_a_token_of_every_group_and_no_twins_first() -> None:
     attention = (kind == 2).float()[None] + torch.rand(1, 24) / 10
     count = torch.tensor([16])
     plan = SpanPlan(24, 16, 0, (16,))
-    view = VisionView(torch.ones(1, 24, dtype=torch.bool), count, count * 0, (plan,), attention, None, features)
+    view = EncoderView(torch.ones(1, 24, dtype=torch.bool), count, count * 0, (plan,), attention, None, features)
     group, groups = PruneSID(keep=16).groups(view)
     assert groups == 4
     for a in range(24):
@@ -228,9 +228,9 @@ def test_zoo_prune_measures_how_far_the_projector_moves() -> None:
     model, seen = shared("llava"), []
 
     class Spy(ZooPrune):
-        def v2v(self, view: Any) -> Any:
+        def select_tokens(self, view: Any) -> Any:
             seen.append((view, self.sensitivity(view), self.weight(view)))
-            return super().v2v(view)
+            return super().select_tokens(view)
 
     with duet_vlm.attach(model, Spy(keep=0.4, directions=3, step=0.05)):
         forward(model, FAMILIES["llava"].inputs([ONE]))
@@ -255,9 +255,9 @@ def test_cdpruner_by_the_decoders_own_embeddings() -> None:
     model, seen = shared("llava"), []
 
     class Spy(CDPruner):
-        def v2v(self, view: Any) -> Any:
+        def select_tokens(self, view: Any) -> Any:
             seen.append((view, self.weight(view)))
-            return super().v2v(view)
+            return super().select_tokens(view)
 
     inputs = FAMILIES["llava"].inputs([ONE, TWO])
     with duet_vlm.attach(model, Spy(keep=8)) as handle:
@@ -316,12 +316,12 @@ def ids_of(text: str) -> dict[str, list[int]]:
 
 def test_cdpruner_reads_each_question_with_the_text_tower() -> None:
     """Two samples with questions of different lengths, one longer than the tower's window: negated mean cosine over its pieces."""
-    model, seen, tower = shared("llava"), [], ContrastiveText(clip(), ids_of)
+    model, seen, tower = shared("llava"), [], ClipTextEncoder(clip(), ids_of)
 
     class Spy(CDPruner):
-        def v2v(self, view: Any) -> Any:
+        def select_tokens(self, view: Any) -> Any:
             seen.append((view, self.likeness(view)))
-            return super().v2v(view)
+            return super().select_tokens(view)
 
     long = (1, ONE[2], *range(30, 42))
     inputs = FAMILIES["llava"].inputs([ONE, long])
@@ -335,18 +335,18 @@ def test_cdpruner_reads_each_question_with_the_text_tower() -> None:
             ids = ids_of(" ".join(map(str, words)))["input_ids"]
             texts = [tower.clip.text_model(input_ids=torch.tensor([ids[i : i + 8]])).pooler_output for i in range(0, len(ids), 8)]
             texts = torch.nn.functional.normalize(tower.clip.text_projection(torch.cat(texts)), dim=-1)
-            assert int(view.pieces[sample].sum()) == len(texts) == math.ceil(len(ids) / 8)
+            assert int(view.text_similarity_valid[sample].sum()) == len(texts) == math.ceil(len(ids) / 8)
             torch.testing.assert_close(likeness[sample], -(images[sample] @ texts.T).mean(1), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("llava", {}, "pass text_tower=duet_vlm.contrastive.ContrastiveText"),
+        ("llava", {}, "pass text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder"),
         ("llava", {"text_tower": "clip"}, "got str"),
-        ("llava", {"text_tower": ContrastiveText(clip(), ids_of)}, "pass processor= to attach"),
-        ("llava", {"text_tower": ContrastiveText(clip(48), ids_of), "processor": Processor()}, "a vision tower of width 48, this model's has 32"),
-        ("qwen2_5_vl", {"text_tower": ContrastiveText(clip(), ids_of), "processor": Processor()}, "qwen2_5_vl cannot give: its vision"),
+        ("llava", {"text_tower": ClipTextEncoder(clip(), ids_of)}, "pass processor= to attach"),
+        ("llava", {"text_tower": ClipTextEncoder(clip(48), ids_of), "processor": Processor()}, "a vision tower of width 48, this model's has 32"),
+        ("qwen2_5_vl", {"text_tower": ClipTextEncoder(clip(), ids_of), "processor": Processor()}, "qwen2_5_vl cannot give: its vision"),
     ],
 )
 def test_text_towers_that_do_not_fit_are_refused(family: str, options: dict[str, Any], message: str) -> None:
@@ -354,14 +354,14 @@ def test_text_towers_that_do_not_fit_are_refused(family: str, options: dict[str,
         duet_vlm.attach(shared(family), "cdpruner", relevance="contrastive", keep=0.4, **options)
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(TypeError, match="Linear has no text_model; give a transformers CLIPModel"):
-        ContrastiveText(torch.nn.Linear(2, 2), ids_of)
+        ClipTextEncoder(torch.nn.Linear(2, 2), ids_of)
 
 
 def test_settings_out_of_range_are_refused() -> None:
     for method, settings, message in (
         ("hired", {"alpha": 1.5}, "alpha=1.5: the overview's share"),
         ("hired", {"early": 9, "keep": 4}, "signal_layer=9: this vision tower has no such layer"),
-        ("holov", {"crops": 0}, "crops=0"),
+        ("holov", {"num_crops": 0}, "num_crops=0"),
         ("vscan", {"window": 0}, "window=0"),
         ("zoo_prune", {"directions": 0}, "directions=0"),
         ("zoo_prune", {"step": 0.0}, "step=0.0"),

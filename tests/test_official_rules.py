@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from duet_vlm import BudgetError, SpanPlan, VisionView
+from duet_vlm import BudgetError, EncoderView, SpanPlan
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.merge import merged_rows
@@ -62,8 +62,8 @@ def test_released_choice_at_the_edges(original: bool, dominant: int, contextual:
             reducer.plan(ROWS - 1, 1, None)
     plan = SpanPlan(ROWS - 1, dominant, rows - dominant, (rows,))
     counts = torch.tensor([[dominant, rows - dominant]] * 2)
-    view = VisionView(torch.ones(2, ROWS, dtype=torch.bool), counts[:, 0], counts[:, 1], (plan,) * 2, importance, keys)
-    torch.testing.assert_close(merged_rows(features, reducer.v2v(view)), torch.stack(expected))
+    view = EncoderView(torch.ones(2, ROWS, dtype=torch.bool), counts[:, 0], counts[:, 1], (plan,) * 2, importance, keys)
+    torch.testing.assert_close(merged_rows(features, reducer.select_tokens(view)), torch.stack(expected))
 
 
 def test_settings_that_the_released_code_cannot_run_are_refused() -> None:

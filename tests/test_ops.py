@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from duet_vlm import SpanPlan, TextView, VisionView
-from duet_vlm.measure.counted import allocations
+from duet_vlm import DecoderView, EncoderView, SpanPlan
+from duet_vlm.inputs.text_queries import query_rows
+from duet_vlm.methods.baselines import RandomTokens, UniformTokens
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.fastv import FastV
-from duet_vlm.methods.floors import RandomTokens, UniformTokens
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops import merge, ragged, score, select
 from duet_vlm.ops.spans import SpanRows
-from duet_vlm.reducer import DecoderReducer, EncoderReducer
-from duet_vlm.text import query_rows
-from duet_vlm.tokens import Selection, TokenMap
+from duet_vlm.planning.tokens import Selection, TokenMap
+from duet_vlm.profiling.flop_counter import allocations
+from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -71,17 +71,17 @@ def test_column_attention_in_blocks(tokens: int) -> None:
 @quick
 @given(st.integers(1, 400), st.integers(1, 400))
 def test_spread_takes_one_row_of_every_stretch(total: int, count: int) -> None:
-    rows = score.spread(total, count, torch.device("cpu")).tolist()
+    rows = score.spread_indices(total, count, torch.device("cpu")).tolist()
     assert rows == sorted(set(rows)) and len(rows) == min(total, count)
     if count < total:
         assert all(i * total // count <= row < (i + 1) * total // count for i, row in enumerate(rows))
-    assert score.spread(total, None, torch.device("cpu")).tolist() == list(range(total))
+    assert score.spread_indices(total, None, torch.device("cpu")).tolist() == list(range(total))
 
 
 @pytest.mark.parametrize(("side", "count"), [(72, 256), (128, 256), (256, 256), (64, 64), (48, 256)])
 def test_spread_meets_every_part_of_a_grid(side: int, count: int) -> None:
     """As many in each quarter of the columns and of the rows, also where the stretches are whole rows."""
-    rows = score.spread(side * side, count, torch.device("cpu"))
+    rows = score.spread_indices(side * side, count, torch.device("cpu"))
     for place in (rows // side, rows % side):
         met = torch.bincount(place * 4 // side, minlength=4)
         assert met.min() >= 0.85 * count / 4 and met.max() <= 1.15 * count / 4
@@ -91,7 +91,7 @@ def test_spread_meets_every_part_of_a_grid(side: int, count: int) -> None:
 def test_column_attention_from_some_of_the_rows(tokens: int, sample: int | None) -> None:
     query, key = normal(1, 2, 2, tokens, 8), normal(2, 2, 2, tokens, 8)
     weights = (query @ key.transpose(-1, -2) * 0.3).softmax(-1).mean(1)
-    asking = score.spread(tokens, sample, torch.device("cpu"))
+    asking = score.spread_indices(tokens, sample, torch.device("cpu"))
     expected = weights[:, asking].sum(1) * tokens / len(asking)
     torch.testing.assert_close(score.column_attention(query, key, 0.3, sample), expected)
     assert (sample or tokens) < tokens or torch.equal(score.column_attention(query, key, 0.3, sample), score.column_attention(query, key, 0.3))
@@ -101,7 +101,7 @@ def test_column_attention_from_some_of_the_rows(tokens: int, sample: int | None)
 @given(score_batches(rows=4, width=30), st.integers(1, 40))
 def test_some_of_the_real_rows(batch: tuple[Tensor, Tensor], count: int) -> None:
     real = batch[1]
-    for row, found, weight in zip(real.tolist(), *(x.tolist() for x in score.some_of(real, count)), strict=True):
+    for row, found, weight in zip(real.tolist(), *(x.tolist() for x in score.sample_rows(real, count)), strict=True):
         places = [place for place, asks in enumerate(row) if asks]
         asking = [place for place, counts in zip(found, weight, strict=True) if counts]
         assert len(set(asking)) == len(asking) == min(count, len(places)) and set(asking) <= set(places)
@@ -168,14 +168,14 @@ def test_top(batch: tuple[Tensor, Tensor], data: Any) -> None:
 def test_spaced(batch: tuple[Tensor, Tensor], data: Any) -> None:
     _, valid = batch
     count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
-    for v, c, mask in zip(valid.tolist(), count, select.spaced(valid, torch.tensor(count)), strict=True):
+    for v, c, mask in zip(valid.tolist(), count, select.spaced_picks(valid, torch.tensor(count)), strict=True):
         assert mask.nonzero().flatten().tolist() == twins.spaced(v, c)
 
 
 @quick
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 40)), min_size=1, max_size=4))
 def test_places(rows: list[tuple[int, int]]) -> None:
-    place, valid = select.places(torch.tensor([c for c, _ in rows]), 9, torch.tensor([p for _, p in rows]))
+    place, valid = select.rank_positions(torch.tensor([c for c, _ in rows]), 9, torch.tensor([p for _, p in rows]))
     for (count, pool), found, real in zip(rows, place.tolist(), valid.tolist(), strict=True):
         assert [f for f, ok in zip(found, real, strict=True) if ok] == [i * pool // count for i in range(count)]
 
@@ -187,7 +187,7 @@ def test_places(rows: list[tuple[int, int]]) -> None:
 @given(score_batches())
 def test_the_last_row_and_what_is_behind_it(batch: tuple[Tensor, Tensor]) -> None:
     rows = batch[1]
-    for row, last, behind in zip(rows.tolist(), ragged.last_of(rows).tolist(), ragged.behind(rows).tolist(), strict=True):
+    for row, last, behind in zip(rows.tolist(), ragged.last_true(rows).tolist(), ragged.after_last_true(rows).tolist(), strict=True):
         end = max((place for place, real in enumerate(row) if real), default=-1)
         assert [place for place, found in enumerate(last) if found] == ([end] if end >= 0 else [])
         assert behind == [place > end for place in range(len(row))]
@@ -217,14 +217,14 @@ def test_take(seed: int, batch: int, rows: int, count: int, broadcast: bool) -> 
     for b in range(batch):
         chosen = index[b].tolist()
         own = source[0 if broadcast else b]
-        assert torch.equal(ragged.take(source, index)[b], torch.stack([own[i] for i in chosen]))
+        assert torch.equal(ragged.gather_rows(source, index)[b], torch.stack([own[i] for i in chosen]))
         positions = source[..., 0, 0]
-        assert torch.equal(ragged.take_last(positions, index)[b], torch.stack([own[i, 0, 0] for i in chosen]))
+        assert torch.equal(ragged.gather_last_dim(positions, index)[b], torch.stack([own[i, 0, 0] for i in chosen]))
         mrope = positions.expand(3, *positions.shape)
-        assert torch.equal(ragged.take_last(mrope, index)[2, b], torch.stack([own[i, 0, 0] for i in chosen]))
+        assert torch.equal(ragged.gather_last_dim(mrope, index)[2, b], torch.stack([own[i, 0, 0] for i in chosen]))
         square = mask[0 if broadcast else b]
         cut = torch.stack([torch.stack([square[:, i, j] for j in chosen], -1) for i in chosen], 1)
-        assert torch.equal(ragged.take_square(mask, index)[b], cut)
+        assert torch.equal(ragged.gather_square(mask, index)[b], cut)
 
 
 def test_pad_rows() -> None:
@@ -243,10 +243,10 @@ def test_token_map_composes(batch: tuple[Tensor, Tensor], data: Any) -> None:
     tokens, slots = TokenMap.identity(valid, visual, torch.zeros_like(valid)), [row.nonzero().flatten().tolist() for row in valid]
     for _ in range(2):
         wanted = torch.rand(valid.shape, generator=draw) < 0.6  # by prompt slot
-        keep = tokens.valid & wanted.gather(1, tokens.slot)
+        keep = tokens.valid & wanted.gather(1, tokens.prompt_index)
         slots = [[s for s in row if wanted[b, s]] for b, row in enumerate(slots)]
-        tokens = tokens.take(*ragged.pack_left(keep, int(keep.sum(1).max())))
-        assert [t[v].tolist() for t, v in zip(tokens.slot, tokens.valid, strict=True)] == slots
+        tokens = tokens.gather(*ragged.pack_left(keep, int(keep.sum(1).max())))
+        assert [t[v].tolist() for t, v in zip(tokens.prompt_index, tokens.valid, strict=True)] == slots
         seen = [[bool(visual[b, s]) for s in row] for b, row in enumerate(slots)]
         assert [t[v].tolist() for t, v in zip(tokens.visual, tokens.valid, strict=True)] == seen
 
@@ -419,7 +419,7 @@ def spans(draw: Any) -> list[tuple[int, int, int]]:
     return images
 
 
-def view_of(images: list[tuple[int, int, int]], seed: int, ties: bool) -> VisionView:
+def view_of(images: list[tuple[int, int, int]], seed: int, ties: bool) -> EncoderView:
     width = max(n for n, _, _ in images)
     importance = normal(seed, len(images), width)
     if ties:
@@ -427,14 +427,14 @@ def view_of(images: list[tuple[int, int, int]], seed: int, ties: bool) -> Vision
     counts = torch.tensor([[d, c] for _, d, c in images])
     plans = tuple(SpanPlan(n, d, c, (d + c,) * 4) for n, d, c in images)
     valid = torch.arange(width) < torch.tensor([n for n, _, _ in images])[:, None]
-    return VisionView(valid, counts[:, 0], counts[:, 1], plans, importance, normal(seed + 1, len(images), width, 3))
+    return EncoderView(valid, counts[:, 0], counts[:, 1], plans, importance, normal(seed + 1, len(images), width, 3))
 
 
 def clusters_of(selection: Selection, sample: int, dominant: int) -> tuple[list[int], dict[int, list[int]]]:
     index = [int(i) for i, ok in zip(selection.index[sample], selection.valid[sample], strict=True) if ok]
     place = [row for row, ok in enumerate(selection.valid[sample].tolist()) if ok]
     clusters: dict[int, list[int]] = {anchor: [] for anchor in index[dominant:]}
-    for member, into in zip(selection.members[sample].tolist(), selection.into[sample].tolist(), strict=True):
+    for member, into in zip(selection.source_tokens[sample].tolist(), selection.target_row[sample].tolist(), strict=True):
         if into >= 0:
             clusters[index[place.index(into)]].append(member)
     return index[:dominant], clusters
@@ -455,8 +455,8 @@ def test_visionzip_v2v(rule: str, images: list[tuple[int, int, int]], seed: int,
     check_v2v(VisionZip(anchor_step=rule), view_of(images, seed, ties), images, lambda *a: twins.visionzip_entry(*a, rule))
 
 
-def check_v2v(method: EncoderReducer, view: VisionView, images: list[tuple[int, int, int]], twin: Any) -> None:
-    selection = method.v2v(view)
+def check_v2v(method: EncoderReducer, view: EncoderView, images: list[tuple[int, int, int]], twin: Any) -> None:
+    selection = method.select_tokens(view)
     assert view.importance is not None and view.keys is not None
     for sample, (tokens, dominant, contextual) in enumerate(images):
         kept, clusters = twin(view.importance[sample, :tokens].tolist(), view.keys[sample, :tokens].tolist(), dominant, contextual)
@@ -475,7 +475,7 @@ def check_v2v(method: EncoderReducer, view: VisionView, images: list[tuple[int, 
 def test_t2v_keeps_the_best(method: DecoderReducer, batch: tuple[Tensor, Tensor], data: Any) -> None:
     scores, valid = batch
     count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
-    stays = method.t2v(TextView(valid, torch.tensor(count), scores=scores))
+    stays = method.prune_tokens(DecoderView(valid, torch.tensor(count), scores=scores))
     for s, v, c, mask in zip(scores.tolist(), valid.tolist(), count, stays, strict=True):
         assert mask.nonzero().flatten().tolist() == sorted(twins.best(s, v, c))
 
@@ -485,7 +485,7 @@ def test_t2v_keeps_the_best(method: DecoderReducer, batch: tuple[Tensor, Tensor]
 def test_uniform_t2v(batch: tuple[Tensor, Tensor], data: Any) -> None:
     _, valid = batch
     count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
-    stays = UniformTokens().t2v(TextView(valid, torch.tensor(count)))
+    stays = UniformTokens().prune_tokens(DecoderView(valid, torch.tensor(count)))
     assert [m.nonzero().flatten().tolist() for m in stays] == [twins.spaced(v, c) for v, c in zip(valid.tolist(), count, strict=True)]
 
 
@@ -494,25 +494,25 @@ def test_uniform_t2v(batch: tuple[Tensor, Tensor], data: Any) -> None:
 def test_random_t2v(seed: int, sizes: list[int], data: Any) -> None:
     """Exactly ``keep`` stay; later stages keep a subset; the choice within an image depends on nothing but seed, its number and its size."""
     total = sum(sizes)
-    view = TextView(
+    view = DecoderView(
         torch.ones(1, total, dtype=torch.bool), torch.tensor([0]), tuple(enumerate(sizes)),
         torch.tensor([[i for i, n in enumerate(sizes) for _ in range(n)]]), torch.tensor([[t for n in sizes for t in range(n)]]),
     )  # fmt: skip
     method = RandomTokens(seed=seed, entry=1)
     counts = sorted(data.draw(st.lists(st.integers(0, total), min_size=2, max_size=2)))
-    few, many = (method.t2v(TextView(view.valid, torch.tensor([c]), view.spans, view.span, view.token))[0] for c in counts)
+    few, many = (method.prune_tokens(DecoderView(view.valid, torch.tensor([c]), view.spans, view.span_index, view.token_index))[0] for c in counts)
     assert [int(few.sum()), int(many.sum())] == counts
     assert not bool((few & ~many).any())
-    span = torch.cat([view.span, view.span + len(sizes)])
-    twice = TextView(view.valid.repeat(2, 1), torch.tensor([counts[1]] * 2), view.spans * 2, span, view.token.repeat(2, 1))
-    assert torch.equal(method.t2v(twice), many.expand(2, -1))
+    span = torch.cat([view.span_index, view.span_index + len(sizes)])
+    twice = DecoderView(view.valid.repeat(2, 1), torch.tensor([counts[1]] * 2), view.spans * 2, span, view.token_index.repeat(2, 1))
+    assert torch.equal(method.prune_tokens(twice), many.expand(2, -1))
 
 
 def test_random_is_uniform_and_depends_on_the_seed() -> None:
     """Over many seeds each of ten tokens is kept about as often as any other (mean 300 of 1000, five sigma are 73)."""
     spans_, span, token = ((0, 10),), torch.zeros(1, 10).long(), torch.arange(10)[None]
-    view = TextView(torch.ones(1, 10, dtype=torch.bool), torch.tensor([3]), spans_, span, token)
-    often = sum(RandomTokens(seed=seed, entry=1).t2v(view)[0].long() for seed in range(1000))
+    view = DecoderView(torch.ones(1, 10, dtype=torch.bool), torch.tensor([3]), spans_, span, token)
+    often = sum(RandomTokens(seed=seed, entry=1).prune_tokens(view)[0].long() for seed in range(1000))
     assert isinstance(often, Tensor) and int(often.min()) > 227 and int(often.max()) < 373
 
 
@@ -562,7 +562,7 @@ def test_ranked_by_span_every_span_chooses_as_if_it_were_alone(
 
     def chosen(valid: Tensor, keep: list[int], scores: Tensor, spans: tuple[tuple[int, int], ...]) -> Tensor:
         span, token = (torch.arange(n) for n in valid.shape)
-        return method.t2v(TextView(valid, torch.tensor(keep), spans, span[:, None].expand(valid.shape), token.expand(valid.shape), scores))
+        return method.prune_tokens(DecoderView(valid, torch.tensor(keep), spans, span[:, None].expand(valid.shape), token.expand(valid.shape), scores))
 
     found = by_span(spans.put(chosen(spans.valid, keep, spans.take(scores), numbers)).tolist(), alive) if keep else []
     for stays, kept, own, number in zip(found, keep, by_span(scores.tolist(), alive), numbers, strict=True):

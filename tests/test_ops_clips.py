@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duet_vlm.methods.prunevid import contiguous
-from duet_vlm.ops.clips import Clips, Windows, divided, joined
+from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.ops.peaks import peaks
-from duet_vlm.ops.still import gains
+from duet_vlm.ops.static_regions import gains
+from duet_vlm.ops.video import FrameWindows, VideoTokens, join_windows, split_windows
 
 MANY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -32,7 +32,7 @@ def test_rows_find_their_step_and_place(clips: list[tuple[int, int]], shift: int
     parts = torch.full((len(clips), width), -1)
     for row, (steps, size) in enumerate(clips):
         parts[row, shift : shift + steps * size] = torch.arange(steps).repeat_interleave(size)
-    found = Clips.of(parts, parts >= 0, (max(t for t, _ in clips), max(n for _, n in clips)) if known else None)
+    found = VideoTokens.of(parts, parts >= 0, (max(t for t, _ in clips), max(n for _, n in clips)) if known else None)
     for row, (steps, size) in enumerate(clips):
         assert found.real[row].sum() == steps * size and found.length[row] == steps
         for step, place in itertools.product(range(steps), range(size)):
@@ -62,7 +62,7 @@ def test_shares_add_up_and_are_within_one_of_their_exact_value(data: st.DataObje
     weight, most = [w for w, _ in groups], [n for _, n in groups]
     least = [int(some and n > 0) for n in most]
     total = data.draw(st.integers(sum(least), sum(most)))
-    found = divided(torch.tensor([total]), torch.tensor([weight]), torch.tensor([most]), torch.tensor([least]))[0].tolist()
+    found = split_windows(torch.tensor([total]), torch.tensor([weight]), torch.tensor([most]), torch.tensor([least]))[0].tolist()
     assert sum(found) == total
     assert all(lo <= n <= hi for lo, n, hi in zip(least, found, most, strict=True))
     exact = shares(total, [w if n else 0.0 for w, n in groups], most, least)
@@ -70,9 +70,9 @@ def test_shares_add_up_and_are_within_one_of_their_exact_value(data: st.DataObje
 
 
 def test_equal_shares_go_to_the_earlier_group_first() -> None:
-    assert divided(torch.tensor([7]), torch.ones(1, 4), torch.full((1, 4), 5)).tolist() == [[2, 2, 2, 1]]
-    assert divided(torch.tensor([7]), torch.ones(1, 3), torch.tensor([[1, 9, 9]])).tolist() == [[1, 3, 3]]
-    assert divided(torch.tensor([3]), torch.zeros(1, 2), torch.tensor([[2, 2]])).tolist() == [[2, 1]]  # nobody has a weight
+    assert split_windows(torch.tensor([7]), torch.ones(1, 4), torch.full((1, 4), 5)).tolist() == [[2, 2, 2, 1]]
+    assert split_windows(torch.tensor([7]), torch.ones(1, 3), torch.tensor([[1, 9, 9]])).tolist() == [[1, 3, 3]]
+    assert split_windows(torch.tensor([3]), torch.zeros(1, 2), torch.tensor([[2, 2]])).tolist() == [[2, 1]]  # nobody has a weight
 
 
 def dpc(rows: list[list[float]], count: int, neighbours: int) -> tuple[list[int], list[int]]:
@@ -109,7 +109,7 @@ def test_equal_rows_are_peaks_by_index() -> None:
     assert chosen.tolist() == [[True, True, False, False, False]]
 
 
-def windows_of(windows: Windows, length: int) -> list[int]:
+def windows_of(windows: FrameWindows, length: int) -> list[int]:
     return [int(n) for n in windows.length[0] if n][: length or None]
 
 
@@ -164,7 +164,7 @@ def test_joined_rows_are_weighted_sums(tokens: int, seed: int, twice: bool) -> N
     owner = torch.randint(-1, tokens, (1, times * tokens), generator=generator)
     owner = torch.where((owner >= 0) & kept.gather(1, owner.clamp(min=0)), owner, -1)
     weight, features = torch.rand(1, times * tokens, generator=generator), random(seed, 1, tokens, 3)
-    found = merged_rows(features, joined(kept, owner, weight, len(rows)))[0]
+    found = merged_rows(features, join_windows(kept, owner, weight, len(rows)))[0]
     for number, row in enumerate(rows):
         here = [i for i in range(times * tokens) if owner[0, i] == row]
         members = [i % tokens for i in here]

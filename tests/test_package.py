@@ -25,13 +25,13 @@ NEEDED = [
     "duet_vlm/train/recipes/tiny.yaml",
     "duet_vlm/tiny/demo/questions.json",
     "duet_vlm/tiny/demo/scene_1.png",
-    "duet_vlm/cli/lists.json",
+    "duet_vlm/api/catalogue.json",
     "duet_vlm/cli/skeletons/entry.txt",
     "duet_vlm/cli/skeletons/decoder.txt",
-    "duet_vlm/evaluate/report/page.html.j2",
-    "duet_vlm/evaluate/report/page.css",
-    "duet_vlm/evaluate/report/page.js",
-    "duet_vlm/evaluate/lmms/tasks/tiny/duet_tiny.yaml",
+    "duet_vlm/evaluation/report/page.html.j2",
+    "duet_vlm/evaluation/report/page.css",
+    "duet_vlm/evaluation/report/page.js",
+    "duet_vlm/evaluation/lmms/tasks/tiny/duet_tiny.yaml",
 ]
 
 
@@ -109,6 +109,6 @@ def test_one_version_number() -> None:
 
 def test_methods_stays_a_function() -> None:
     """Loading the method files must not replace ``duet_vlm.methods`` by the folder of that name."""
-    code = "import duet_vlm; a = duet_vlm.methods(); from duet_vlm.methods.fastv import FastV; print(a == duet_vlm.methods())"
+    code = "import duet_vlm; a = duet_vlm.list_methods(); from duet_vlm.methods.fastv import FastV; print(a == duet_vlm.list_methods())"
     env = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     assert subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.strip() == "True"

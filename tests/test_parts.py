@@ -15,10 +15,10 @@ from test_families import Probe, seen
 
 import duet_vlm
 from duet_vlm import BudgetError
-from duet_vlm.budget import SpanPlan
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.visionzip import VisionZip
-from duet_vlm.parts import apportion, left_in_tower, plan_span
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.planning.spans import apportion, plan_span, tower_counts
 
 DEPTH = 8
 
@@ -62,7 +62,7 @@ def test_a_tower_leaves_of_every_part_what_enters_of_it() -> None:
     parts = tuple((n, 0) for n in apportion(38, sizes))
     plan = SpanPlan(58, 38, 0, (38,), parts=parts, tower=39)
     assert parts[3] == (9, 0) and apportion(39, sizes)[3] == 8
-    assert left_in_tower(plan, sizes) == [11, 9, 11, 9]
+    assert tower_counts(plan, sizes) == [11, 9, 11, 9]
 
 
 def test_counts_of_a_method_are_per_part_when_parts_are_taken_one_by_one() -> None:
@@ -90,11 +90,11 @@ def test_a_span_that_is_kept_whole_keeps_its_newlines() -> None:
 
 
 def test_a_budget_below_the_newlines_is_refused() -> None:
-    with pytest.raises(BudgetError, match=r"newline='keep': the budget lets 6 of 46 rows enter .* 6 of them are newlines; raise the budget"):
+    with pytest.raises(BudgetError, match=r"newline_tokens='keep': the budget lets 6 of 46 rows enter .* 6 of them are newlines; raise the budget"):
         plan_span(lambda n: VisionZip().plan(n, 4, 6), 6, [20, 20], 6, False, True)
 
 
-@pytest.mark.parametrize(("name", "value"), [("parts", "frames"), ("newline", True)])
+@pytest.mark.parametrize(("name", "value"), [("crops", "frames"), ("newline_tokens", True)])
 def test_other_words_are_refused(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name}={value!r}: choose one of"):
         VisionZip(**{name: value})
@@ -117,10 +117,10 @@ def part_rows(family: str, picture: Picture) -> list[list[int]]:
 def test_every_part_keeps_its_own_best_rows(family: str, rows: Any) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows)
     seen.clear()
-    with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.0, parts="joint")):
+    with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.0, crops="joint")):
         forward(model, inputs)
-    importance = {view.stream: view.importance for view in seen}
-    with duet_vlm.attach(model, VisionZip(dominant=0.4, contextual=0.0, parts="each")) as handle:
+    importance = {view.modality: view.importance for view in seen}
+    with duet_vlm.attach(model, VisionZip(dominant=0.4, contextual=0.0, crops="per_crop")) as handle:
         forward(model, inputs)
         kept = [set(span.stages[0].kept) for row in handle.trace for span in row]
     numbers = {"image": 0, "video": 0}
@@ -135,11 +135,11 @@ def test_every_part_keeps_its_own_best_rows(family: str, rows: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["duet", "visionzip", "divprune"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_kept_newlines_all_enter(method: str, parts: str) -> None:
     model, inputs = shared("llava_next"), FAMILIES["llava_next"].inputs(MIXED)
     for newline in ("keep", "drop"):
-        with duet_vlm.attach(model, method, budget=0.5, parts=parts, newline=newline) as handle:
+        with duet_vlm.attach(model, method, budget=0.5, crops=parts, newline_tokens=newline) as handle:
             forward(model, inputs)
             report = handle.report()
             entered = [set(span.stages[0].kept) for row in handle.trace for span in row]
@@ -152,10 +152,10 @@ def test_kept_newlines_all_enter(method: str, parts: str) -> None:
 
 
 SETTINGS = [
-    ("llava_next", MIXED, {"parts": "each", "newline": "drop"}),
-    ("llava_next", MIXED, {"parts": "joint", "newline": "keep"}),
-    ("llava_next", MIXED, {"parts": "each", "newline": "keep"}),
-    ("qwen2_5_vl", CLIPS, {"parts": "each"}),
+    ("llava_next", MIXED, {"crops": "per_crop", "newline_tokens": "drop"}),
+    ("llava_next", MIXED, {"crops": "joint", "newline_tokens": "keep"}),
+    ("llava_next", MIXED, {"crops": "per_crop", "newline_tokens": "keep"}),
+    ("qwen2_5_vl", CLIPS, {"crops": "per_crop"}),
 ]
 COUNTS = {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25))}
 
@@ -178,8 +178,8 @@ def test_generation_equals_the_oracle(family: str, rows: Any, options: dict[str,
 def test_parts_of_one_image_are_the_image() -> None:
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
     kept = []
-    for parts in ("joint", "each"):
-        with duet_vlm.attach(model, "duet", budget=0.4, parts=parts) as handle:
+    for parts in ("joint", "per_crop"):
+        with duet_vlm.attach(model, "duet", budget=0.4, crops=parts) as handle:
             forward(model, inputs)
             kept.append(handle.trace)
     assert kept[0] == kept[1]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import duet_vlm
-from duet_vlm.measure.counted import allocations
+from duet_vlm.profiling.flop_counter import allocations
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -27,7 +27,7 @@ SHAPES = {
 TOWER = Shape(**WIDE | {"vision_mlp": 512}, kv_heads=2, vision_hidden=128, family="qwen2_5_vl")  # 1,024 patches: the tower has the peak
 # compare every visual token of a span with many others: that table is the method
 PAIRWISE = {"scope", "divprune", "duet_plus", "vispruner", "prumerge", "prumerge_plus", "tome"}
-METHODS = sorted(set(duet_vlm.methods()) - {"none"})
+METHODS = sorted(set(duet_vlm.list_methods()) - {"none"})
 QUICK = ("duet", "fastv", "scope")  # the others run under make test-all
 EACH = [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
 

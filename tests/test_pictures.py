@@ -16,15 +16,15 @@ from PIL import Image
 
 import duet_vlm
 from duet_vlm import Span, SpanTrace, StageTrace, tiny
-from duet_vlm.evaluate import tasks
-from duet_vlm.evaluate.lmms.engine import Engine
-from duet_vlm.evaluate.lmms.settings import chosen
-from duet_vlm.evaluate.vlmevalkit import Model
-from duet_vlm.loading import Loaded
-from duet_vlm.pictures import open_image, rgb
+from duet_vlm.api.loading import LoadedModel
+from duet_vlm.evaluation import tasks
+from duet_vlm.evaluation.lmms.arguments import parse_arguments
+from duet_vlm.evaluation.lmms.engine import Engine
+from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
+from duet_vlm.inputs.images import open_image, rgb
 from duet_vlm.tiny import video
 from duet_vlm.train.data import conversations
-from duet_vlm.viz import draw, seen
+from duet_vlm.viz import draw, model_view
 
 ROOT = Path(duet_vlm.__file__).parent
 GREYS = np.array([[0, 51, 102, 153, 204, 255], [255, 153, 51, 204, 102, 0]], np.uint8)  # what every grey picture below should be
@@ -348,7 +348,7 @@ def test_every_way_in_converts_pictures_alike(tmp_path: Path) -> None:
     """A picture that the user opened gives the model the pixels of its file."""
     path = deep(tmp_path)
     model, processor = tiny.load()
-    loaded = Loaded("tiny", model, processor)
+    loaded = LoadedModel("tiny", model, processor)
     same = loaded.inputs([Image.fromarray(expected())], "q")["pixel_values"]
     assert torch.equal(loaded.inputs([Image.open(path)], "q")["pixel_values"], same)
     taken: list[torch.Tensor] = []
@@ -356,11 +356,11 @@ def test_every_way_in_converts_pictures_alike(tmp_path: Path) -> None:
     def note(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         taken.append((*args, *kwargs.values())[0])
 
-    engine = Engine("tiny", chosen("none", None, None, {}), device="cpu")
+    engine = Engine("tiny", parse_arguments("none", None, None, {}), device="cpu")
     engine.model.model.vision_tower.register_forward_pre_hook(note, with_kwargs=True)
     asked = [{"role": "user", "content": [{"type": "image", "image": Image.open(path)}, {"type": "text", "text": "q"}]}]
     engine.answer("t", [asked], {"max_new_tokens": 1})
-    kit = Model("tiny", method="none", device="cpu", max_new_tokens=1)
+    kit = VLMEvalKitModel("tiny", method="none", device="cpu", max_new_tokens=1)
     kit.engine.model.model.vision_tower.register_forward_pre_hook(note, with_kwargs=True)
     kit.generate([{"type": "image", "value": str(path)}, {"type": "text", "value": "q"}])
     assert len(taken) == 2 and all(torch.equal(pixels, same) for pixels in taken)
@@ -370,7 +370,7 @@ def test_drawings_show_the_picture_of_the_file(tmp_path: Path) -> None:
     span = SpanTrace(Span(0, 0, 4, (2, 2)), {}, (StageTrace(0, (0, 1, 2, 3), ()),))
     by_hand = np.asarray(draw(Image.fromarray(expected()), span))
     np.testing.assert_array_equal(np.asarray(draw(Image.open(deep(tmp_path)), span)), by_hand)
-    np.testing.assert_array_equal(np.asarray(seen(Image.open(deep(tmp_path)), None, object())), expected())
+    np.testing.assert_array_equal(np.asarray(model_view(Image.open(deep(tmp_path)), None, object())), expected())
 
 
 CLIPS: dict[str, Callable[[np.ndarray], Any]] = {
@@ -407,4 +407,4 @@ def test_pictures_are_opened_and_converted_in_one_file(path: Path) -> None:
     """``Image.open`` and ``.convert`` stand in pictures.py only."""
     calls = [n.func for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
     found = [f for f in calls if f.attr == "convert" or (f.attr == "open" and isinstance(f.value, ast.Name) and f.value.id == "Image")]
-    assert not found or path.name == "pictures.py", [f"{path}:{f.lineno}" for f in found]
+    assert not found or path.name == "images.py", [f"{path}:{f.lineno}" for f in found]

@@ -10,12 +10,12 @@ from families import CLIPS, FAMILIES, ONE, Picture, build, clips_for, forward, g
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm.bench.inputs import encode
-from duet_vlm.flow import compat
-from duet_vlm.flow.pieces import Pieces, changed
-from duet_vlm.measure.counted import counted_flops, memory_of
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.models.adapter import Encoding
-from duet_vlm.models.towers import patches_of
+from duet_vlm.models.tower_signals import patches_of
+from duet_vlm.profiling.flop_counter import count_flops, memory_of
+from duet_vlm.runtime import compat
+from duet_vlm.runtime.encode.video_chunks import ChunkConfig, changed_steps
 
 MOVING = [name for name, family in FAMILIES.items() if family.video]
 METHODS: dict[str, dict[str, Any]] = {
@@ -72,7 +72,7 @@ def test_pieces_change_no_bit(family: str, method: str, steps: int) -> None:
     settings = METHODS[method]
     with duet_vlm.attach(model, method, **settings) as handle:
         whole, kept, report = forward(model, inputs).logits, handle.trace, handle.report()
-        together = handle.adapter.frames_together()
+        together = handle.adapter.temporal_patch_size()
     with duet_vlm.attach(model, method, **settings, chunk_frames=steps * together) as handle:
         assert same(family, forward(model, inputs).logits, whole)
         assert handle.trace == kept and handle.report() == report
@@ -83,7 +83,7 @@ def test_the_tower_sees_no_more_than_a_piece(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(LONG)
     with duet_vlm.attach(model, "evs", keep=0.5) as handle:
         (whole,) = pieces_of(family, model, inputs)
-        together = handle.adapter.frames_together()
+        together = handle.adapter.temporal_patch_size()
     found: dict[int, list[int]] = {}
     for count in (1, 3):
         with duet_vlm.attach(model, "evs", keep=0.5, chunk_frames=count * together):
@@ -100,7 +100,7 @@ def test_answers_and_costs_are_the_same(family: str) -> None:
     for settings in ({}, {"chunk_frames": 2}):
         with duet_vlm.attach(model, "duet", **METHODS["duet"], **settings):
             told.append(generate(model, inputs).sequences)
-            counts.append(counted_flops(lambda: forward(model, inputs)))
+            counts.append(count_flops(lambda: forward(model, inputs)))
     assert torch.equal(*told) and counts[1] == pytest.approx(counts[0], rel=0.02)
 
 
@@ -139,8 +139,8 @@ def test_free_memory_is_what_the_device_and_torch_have_left(monkeypatch: pytest.
     call = Encoding("video", [[9, 4, 4]], {})
     there = torch.zeros(9 * 16, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2).to("meta")  # on the CPU nobody asks
     monkeypatch.setattr(compat, "free_bytes", lambda device: 8_000_000)
-    assert Pieces()._steps(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)
-    assert Pieces(4)._steps(adapter, reducer, call, there) == 2  # what is asked for goes first
+    assert ChunkConfig()._steps(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)
+    assert ChunkConfig(4)._steps(adapter, reducer, call, there) == 2  # what is asked for goes first
 
 
 def test_a_caller_of_the_encoder_gets_the_stock_output() -> None:
@@ -177,7 +177,7 @@ def test_what_cannot_be_cut_is_named(family: str, method: str, chunk: Any, error
 def test_the_handle_knows_its_pieces() -> None:
     model = build("video_llava")
     with duet_vlm.attach(model, "duet", budget=0.5, chunk_frames=2) as handle:
-        assert handle.pieces.frames == 2
+        assert handle.chunks.chunk_frames == 2
         assert handle.set(budget=0.3).budget == 0.3
 
 
@@ -206,7 +206,7 @@ def test_frames_that_are_the_same_have_the_same_rows(family: str, method: str, c
         whole, kept = forward(model, inputs).logits, handle.trace
     with duet_vlm.attach(model, method, **settings, chunk_frames=chunk, still_frames=0.0) as handle:
         assert same(family, forward(model, inputs).logits, whole) and handle.trace == kept
-        assert sum(handle._run.sources[0][0].repeated[0]) == (3 if "video_grid_thw" in inputs else 1)  # type: ignore[union-attr]
+        assert sum(handle._run.sources[0][0].repeated_parts[0]) == (3 if "video_grid_thw" in inputs else 1)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", MOVING)
@@ -216,7 +216,7 @@ def test_what_is_not_encoded_costs_nothing(family: str, method: str) -> None:
     model, inputs, found = shared(family), repeating(family, [0, 0, 2, 2, 2, 5]), []
     for settings in ({}, {"still_frames": 0.0}):
         with duet_vlm.attach(model, method, **METHODS[method], **settings) as handle:
-            counted = counted_flops(lambda: forward(model, inputs, logits_to_keep=1))
+            counted = count_flops(lambda: forward(model, inputs, logits_to_keep=1))
             found.append((counted, handle.report()))
     (whole, before), (less, after) = found
     assert after.observed.flops == after.predicted.flops == pytest.approx(less, rel=0.01)
@@ -227,10 +227,10 @@ def test_what_is_not_encoded_costs_nothing(family: str, method: str) -> None:
 def test_a_slow_drift_is_seen() -> None:
     """Every step is compared with the last one that was encoded, not with its neighbour."""
     steps = torch.arange(10.0)[:, None, None].expand(-1, 4, 3) * 0.1
-    assert changed(steps, 0.25).tolist() == [True, False, False, True, False, False, True, False, False, True]
-    assert changed(steps, 0.05).all() and changed(steps, 9.0).tolist() == [True] + [False] * 9
-    assert changed(torch.zeros(3, 2, 2), 0.0).tolist() == [True, False, False]
-    assert changed(torch.tensor([[[0.0]], [[float("nan")]], [[0.0]]]), 9.0).tolist() == [True, True, True]  # for the features to be refused
+    assert changed_steps(steps, 0.25).tolist() == [True, False, False, True, False, False, True, False, False, True]
+    assert changed_steps(steps, 0.05).all() and changed_steps(steps, 9.0).tolist() == [True] + [False] * 9
+    assert changed_steps(torch.zeros(3, 2, 2), 0.0).tolist() == [True, False, False]
+    assert changed_steps(torch.tensor([[[0.0]], [[float("nan")]], [[0.0]]]), 9.0).tolist() == [True, True, True]  # for the features to be refused
 
 
 def test_one_patch_that_changes_is_a_change() -> None:
@@ -239,8 +239,8 @@ def test_one_patch_that_changes_is_a_change() -> None:
     frames[2, 0, 20, 35] = 1.0  # one value of 588
     steps = patches_of(frames, 14)
     assert steps.shape == (3, 6, 588) and steps[1].mean(-1).tolist() == [0, 0, 0, 0, 0, 0.5]
-    assert changed(steps, 0.4).tolist() == [True, True, True] and changed(steps, 0.5).tolist() == [True, False, False]
-    assert changed(steps[[0, 2]], 0.01).tolist() == [True, False] and changed(steps[[0, 2]], 0.001).tolist() == [True, True]
+    assert changed_steps(steps, 0.4).tolist() == [True, True, True] and changed_steps(steps, 0.5).tolist() == [True, False, False]
+    assert changed_steps(steps[[0, 2]], 0.01).tolist() == [True, False] and changed_steps(steps[[0, 2]], 0.001).tolist() == [True, True]
 
 
 @pytest.mark.parametrize(

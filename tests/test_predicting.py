@@ -102,12 +102,12 @@ def test_official_presets_drop_such_rows_as_released(preset: duet_vlm.Reducer) -
         forward(model, made.inputs([IMAGE_LAST]))
         assert handle.report().measured[-1] == handle.plan(36).counts[-1]
         if handle.plan(36).counts[-1] == 0:
-            with pytest.raises(ValueError, match=r"sample 0 has no row left .* keep_predicting=True"):
+            with pytest.raises(ValueError, match=r"sample 0 has no row left .* protect_predicting_tokens=True"):
                 forward(model, made.inputs([ALONE]))
     for cls in (Duet, PyramidDrop, FastV, VisionZip):
-        assert cls.keep_predicting
+        assert cls.protect_predicting_tokens
 
 
 def test_keep_predicting_is_a_bool() -> None:
-    with pytest.raises(TypeError, match="keep_predicting=1: give True or False"):
-        Duet(dominant=3, keep_predicting=1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="protect_predicting_tokens=1: give True or False"):
+        Duet(dominant=3, protect_predicting_tokens=1)  # type: ignore[arg-type]

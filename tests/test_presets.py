@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 import duet_vlm
 from duet_vlm import tiny
+from duet_vlm.api.presets import PRESETS
 from duet_vlm.cli.main import app
-from duet_vlm.evaluate.vlmevalkit import Model
+from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
 from duet_vlm.methods.duet import Duet
-from duet_vlm.presets import PRESETS
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
 QUESTION = "What color is the ring?"
@@ -77,7 +77,7 @@ def test_a_duet_budget_solves_to_the_counts_of_its_preset(budget: int, dominant:
 
 @pytest.mark.parametrize(("method", "preset", "budget"), [("visionzip", f"visionzip-{n}", n) for n in (192, 128, 64)])
 def test_a_visionzip_budget_solves_to_the_counts_of_its_preset(method: str, preset: str, budget: int) -> None:
-    assert duet_vlm.get(method)().plan(576, 32, budget) == PRESETS[preset].reducer.plan(576, 32, None)
+    assert duet_vlm.get_method(method)().plan(576, 32, budget) == PRESETS[preset].reducer.plan(576, 32, None)
 
 
 PYRAMIDS = [name for name in PRESETS if name.startswith("pyramiddrop")]
@@ -86,7 +86,7 @@ PYRAMIDS = [name for name in PRESETS if name.startswith("pyramiddrop")]
 @pytest.mark.parametrize("name", PYRAMIDS)
 def test_a_pyramiddrop_budget_solves_to_the_counts_of_its_preset(name: str) -> None:
     """At the mean that a preset has; at the number that it is known by to within a token per layer, as its shares have two digits."""
-    row, method = PRESETS[name], duet_vlm.get("pyramiddrop")()
+    row, method = PRESETS[name], duet_vlm.get_method("pyramiddrop")()
     named = row.reducer.plan(576, 32, None).counts
     assert method.plan(576, 32, row.mean / row.tokens).counts == named
     solved = method.plan(576, 32, int(name.split("-")[1])).counts
@@ -161,7 +161,7 @@ def test_viz_and_budget_take_presets_too(deep: Path, tmp_path: Path) -> None:
 
 
 def test_harness_models_take_presets(deep: Path, tmp_path: Path) -> None:
-    model = Model(str(deep), preset="duet-64", max_new_tokens=2, device="cpu", measured=tmp_path / "m.json")
+    model = VLMEvalKitModel(str(deep), preset="duet-64", max_new_tokens=2, device="cpu", measured=tmp_path / "m.json")
     model.generate([{"type": "image", "value": str(PICTURE)}, {"type": "text", "value": QUESTION}])
     counted = json.loads((tmp_path / "m.json").read_text())
     assert counted["label"] == "duet-64" and counted["settings"]["cls_token"] and counted["budget"] is None

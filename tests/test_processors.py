@@ -19,10 +19,10 @@ from processors import PINPOINTS, STOCK, inputs_for, picture, processor, prompt
 
 import duet_vlm
 from duet_vlm import BudgetError
-from duet_vlm.budget import SpanPlan
-from duet_vlm.models.find import families
-from duet_vlm.stages import StagedReducer
-from duet_vlm.tokens import SpanTrace
+from duet_vlm.models.lookup import families
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.planning.tokens import SpanTrace
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 Size = tuple[int, int]  # width and height in pixels
 WIDE, TALL, SQUARE, TINY, ODD = (120, 40), (40, 120), (80, 80), (9, 7), (101, 67)
@@ -316,11 +316,11 @@ def crops_of(size: Size) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("newline", ["keep", "drop"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_parts_and_newlines(name: str, parts: str, newline: str) -> None:
     budget, spans = 0.4, counted(name, ROWS)
-    with duet_vlm.attach(shared(name), "duet", budget=budget, parts=parts, newline=newline) as handle:
+    with duet_vlm.attach(shared(name), "duet", budget=budget, crops=parts, newline_tokens=newline) as handle:
         generate(shared(name), inputs_for(name, drawn(ROWS)), NEW)
         report, trace = handle.report(), handle.trace
     wanted = budget * sum(map(sum, spans))
@@ -442,8 +442,8 @@ def schedule(plan: SpanPlan, most: int) -> list[int]:
 def test_methods_and_budgets(name: str, method: str, budget: float) -> None:
     """An int counts per span: what is no larger is kept whole. Methods that drop inside the decoder only cannot go below what their first layers
     need."""
-    late = issubclass(duet_vlm.get(method), StagedReducer) or method in ("fastv", "fitprune", "pyramiddrop", "stateful")
-    whole_cache = {"cache": "full"} if issubclass(duet_vlm.get(method), duet_vlm.DecoderReducer) else {}
+    late = issubclass(duet_vlm.get_method(method), ScheduledReducer) or method in ("fastv", "fitprune", "pyramiddrop", "stateful")
+    whole_cache = {"trim_kv_cache": False} if issubclass(duet_vlm.get_method(method), duet_vlm.DecoderReducer) else {}
     spans, model, inputs = counted(name, ROWS), shared(name), inputs_for(name, drawn(ROWS))
     flat = [tokens for row in spans for tokens in row]
     wanted = sum(min(budget, tokens) if isinstance(budget, int) else budget * tokens for tokens in flat)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import duet_vlm
-from duet_vlm.flow.compat import OLDEST
+from duet_vlm.runtime.compat import OLDEST
 
 ROOT = Path(__file__).resolve().parent.parent
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))

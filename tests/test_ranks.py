@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, ONE, TEXT, build
 
 import duet_vlm
-from duet_vlm.flow import ranks
+from duet_vlm.runtime.training import distributed
 
 
 @pytest.mark.parametrize("method", ["none", "duet", "duet_plus"])
@@ -42,10 +42,10 @@ def test_blank_image_reaches_every_parameter_and_changes_nothing(family: str, me
 
 def test_alone_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llava").train()
-    assert not ranks.in_step(model)
+    assert not distributed.needs_rank_sync(model)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert not ranks.in_step(model)
+    assert not distributed.needs_rank_sync(model)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert ranks.in_step(model)
-    assert not ranks.in_step(model.eval())  # replicas that only answer do not wait for each other
+    assert distributed.needs_rank_sync(model)
+    assert not distributed.needs_rank_sync(model.eval())  # replicas that only answer do not wait for each other

@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import registry
-from duet_vlm.budget import SpanPlan
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.reducers import registry
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,19 @@ class Outside(duet_vlm.DecoderReducer):
     def plan(self, tokens: int, depth: int, budget: object) -> SpanPlan:
         return SpanPlan(tokens, tokens, 0, (tokens,) * depth)
 
-    def t2v(self, view: duet_vlm.TextView) -> Tensor:
+    def prune_tokens(self, view: duet_vlm.DecoderView) -> Tensor:
         return view.valid
 
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry that has loaded nothing but knows the package's own methods."""
-    monkeypatch.setattr(registry, "_methods", dict(duet_vlm.methods()))
+    monkeypatch.setattr(registry, "_methods", dict(duet_vlm.list_methods()))
 
 
 def test_the_package_brings_its_methods() -> None:
-    assert set(duet_vlm.methods()) >= {"duet", "visionzip", "pyramiddrop", "fastv", "random", "uniform", "none"}
-    assert all(cls.name == name and cls.paper and cls.summary for name, cls in duet_vlm.methods().items())
+    assert set(duet_vlm.list_methods()) >= {"duet", "visionzip", "pyramiddrop", "fastv", "random", "uniform", "none"}
+    assert all(cls.name == name and cls.paper and cls.summary for name, cls in duet_vlm.list_methods().items())
 
 
 def test_entry_points_of_other_packages(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_entry_points_of_other_packages(fresh: None, monkeypatch: pytest.MonkeyP
     asked = []
     monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or [point])
     monkeypatch.setattr(registry, "_loaded", False)
-    assert duet_vlm.get("outside").summary == Outside.summary
+    assert duet_vlm.get_method("outside").summary == Outside.summary
     assert asked == [registry.ENTRY_POINT_GROUP]
 
 

@@ -22,7 +22,7 @@ from test_tower import fitting, suits
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 
 TOWER: dict[str, dict[str, Any]] = {
     **{name: {"keep": 0.45} for name in ("checkerboard", "contrast", "evit", "key_norm", "motion", "random_patches")},
@@ -37,9 +37,9 @@ MORE: dict[str, tuple[str, str, int, str]] = {
     "prunesid": ("call", "principal", 1, "CUDA's eigh says whether it converged"),
     "sieve": ("prompt", "_ridge", len(REDUCING["sieve"]["schedule"]), "eigh, at each drop"),
     "tokencarve": ("prompt", "information", 1, "eigh"),
-    "quecc": ("call", "decoded", 1, "the decoder reads questions by themselves, as long as the longest"),
-    "pixelprune": ("call", "decide", 1, "a threshold decides how many patches stay"),
-    "rlt": ("call", "decide", 1, "a threshold decides how many patches stay"),
+    "quecc": ("call", "question_state", 1, "the decoder reads questions by themselves, as long as the longest"),
+    "pixelprune": ("call", "apply_selection", 1, "a threshold decides how many patches stay"),
+    "rlt": ("call", "apply_selection", 1, "a threshold decides how many patches stay"),
 }
 WINDOWS = {"qwen2_5_vl": "which windows of the tower are empty: for each encoder call, and behind a block where patches leave there"}
 
@@ -135,7 +135,7 @@ def reads_of_a_stack(family: str) -> int:
 
 def reads_of(family: str, content: str, method: str) -> Counter[str]:
     """By function, what the prefill of a cell reads."""
-    inputs, streams = batch(family, content), adapter_for(shared(family)).streams
+    inputs, streams = batch(family, content), adapter_for(shared(family)).modalities
     calls = [stream for stream in streams if stream.pixels in inputs]
     reads = Counter({"read_layout": 1, "encoding": sum(stream.sizes is not None for stream in calls), "spans_of": int(len(calls) > 1)})
     if method in MORE:
@@ -173,7 +173,7 @@ def test_a_prefill_reads_what_it_must_and_a_step_nothing(cell: list[str]) -> Non
 
 def test_the_list_of_reasons_names_methods_that_there_are() -> None:
     assert MORE.keys() < SETTINGS.keys() and WINDOWS.keys() < FAMILIES.keys()
-    assert {*duet_vlm.methods()} <= {*SETTINGS}
+    assert {*duet_vlm.list_methods()} <= {*SETTINGS}
 
 
 # ---- a training step

@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 from report_data import KINDS, made_up
 from typer.testing import CliRunner
 
-from duet_vlm import palette
 from duet_vlm.cli.main import app
-from duet_vlm.evaluate.report import columns, markdown, plots, style, write
-from duet_vlm.evaluate.report.check import check
+from duet_vlm.evaluation.report import columns, markdown, plots, style, write
+from duet_vlm.evaluation.report.check import check
+from duet_vlm.viz import colors
 
 RESULT = made_up()
 # where the number of a column stands in the file, and by how much the table multiplies it: written down here once more on purpose
@@ -420,7 +420,7 @@ def test_same_file_same_bytes(tmp_path: Path) -> None:
     path = save(tmp_path, made_up(4, (0.22, 0.11)))
     (tmp_path / "matplotlibrc").write_text("lines.linewidth: 9\nfont.size: 30\nsvg.hashsalt: mine\n")
     call(path, "--out", tmp_path / "here")
-    code = "import sys, duet_vlm.evaluate.report; from duet_vlm.cli.main import app; assert 'matplotlib' not in sys.modules; app()"
+    code = "import sys, duet_vlm.evaluation.report; from duet_vlm.cli.main import app; assert 'matplotlib' not in sys.modules; app()"
     other = {"PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path / "matplotlibrc")}
     subprocess.run([sys.executable, "-c", code, "report", path, "--out", tmp_path / "there"], check=True, env=os.environ | other)
     here, there = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("here", "there"))
@@ -540,7 +540,7 @@ def test_colours_stand_out_on_light_and_dark_ground() -> None:
                 assert contrast(colour, colours["ground"]) >= needed, (name, colour)
                 if name in ("ink", "muted"):
                     assert contrast(colour, colours["raised"]) >= needed
-    assert {name: light[name] for name in palette.VARIABLES.values()} == {name: colour for colour, name in palette.VARIABLES.items()}
+    assert {name: light[name] for name in colors.VARIABLES.values()} == {name: colour for colour, name in colors.VARIABLES.items()}
 
 
 # How eyes without one kind of cone see linear RGB: Machado, Oliveira and Fernandes 2009, severity 1
@@ -567,7 +567,7 @@ def test_series_can_be_told_apart(eye: str) -> None:
     css = Path(plots.__file__).with_name("page.css").read_text()
     for block in re.findall(r":root \{(.*?)\}", css, flags=re.S):
         colours = [lab(colour, EYES[eye]) for colour in re.findall(r"--series-\d: (#\w{6})", block)]
-        assert len(colours) == len(palette.COLOURS)
+        assert len(colours) == len(colors.COLOURS)
         assert min(float(np.linalg.norm(a - b)) for i, a in enumerate(colours) for b in colours[:i]) >= 25
 
 

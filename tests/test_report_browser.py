@@ -12,7 +12,7 @@ from PIL import Image
 from report_data import KINDS, made_up
 from report_pictures import CHROMIUM, take
 
-from duet_vlm.evaluate.report import write
+from duet_vlm.evaluation.report import write
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser installs it")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium (or set CHROMIUM to its path)")

@@ -16,31 +16,31 @@ from typer.testing import CliRunner
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.budget import SpanPlan
 from duet_vlm.cli.main import app
-from duet_vlm.measure import devices
-from duet_vlm.measure.counted import memory_of
-from duet_vlm.measure.devices import SHEETS, Device
-from duet_vlm.measure.memory import decoder_weights, layer_weights, prefill_peak_bytes, vision_peak_bytes
-from duet_vlm.measure.report import Sample
-from duet_vlm.measure.roofline import Assumptions, Model, Workload, memory_bytes, predict
-from duet_vlm.measure.shapes import DecoderShape, Experts, VisionShape, decoder_shape
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.profiling import devices
+from duet_vlm.profiling.devices import SHEETS, Device
+from duet_vlm.profiling.flop_counter import memory_of
+from duet_vlm.profiling.memory import decoder_weights, layer_weights, prefill_peak_bytes, vision_peak_bytes
+from duet_vlm.profiling.model_dims import DecoderDims, ExpertDims, VisionDims, decoder_dims
+from duet_vlm.profiling.report import SampleCounts
+from duet_vlm.profiling.roofline import Assumptions, ModelCost, Workload, memory_bytes, predict
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 from shapes import Shape, build, picture, prompt
 
-DECODER = DecoderShape(32, 4096, 32, 32, 128, 11008, 32064)  # LLaVA-1.5-7B
-VISION = VisionShape(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))
-LLAVA_7B = Model(DECODER, VISION)
+DECODER = DecoderDims(32, 4096, 32, 32, 128, 11008, 32064)  # LLaVA-1.5-7B
+VISION = VisionDims(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))
+LLAVA_7B = ModelCost(DECODER, VISION)
 IDEAL = Assumptions(compute=1, bandwidth=1, causal=1, hidden_touches=0, mlp_touches=0, usable=1, parallel=1)
 SIMPLE = Device("simple", {"bf16": 1e15, "fp32": 1e14}, 1e13, 1e11, "made up")
 
 
 def request(entry: int, new: int = 100, text: int = 64, depth: int = 32) -> Workload:
     plan = SpanPlan(576, entry, 0, (entry,) * depth)
-    return Workload(Sample(text, (576,), ((576,),), (plan,), text, (plan.counts, plan.counts)), new)
+    return Workload(SampleCounts(text, (576,), ((576,),), (plan,), text, (plan.counts, plan.counts)), new)
 
 
 def test_a_7b_model_by_hand() -> None:
@@ -85,7 +85,7 @@ def test_a_reduced_prompt() -> None:
 
 
 def test_tower_layers_that_nobody_reads_take_time_in_the_full_model_only() -> None:
-    model, work = Model(DECODER, replace(VISION, unread=1)), request(64)
+    model, work = ModelCost(DECODER, replace(VISION, unread=1)), request(64)
     skipped = replace(work, sample=replace(work.sample, skipped=True))
     whole, less = (predict(model, some, SIMPLE, "bf16", 1, IDEAL).vision for some in (work, skipped))
     layer = 8 * 577 * 1024**2 + 4 * 577 * 1024 * 4096 + 4 * 577**2 * 1024
@@ -112,7 +112,7 @@ def test_memory_decides_the_batch_and_the_devices() -> None:
     found = predict(LLAVA_7B, work, SHEETS["l4"], "bf16")
     usable = found.devices * 24e9 * Assumptions().usable
     assert memory_bytes(LLAVA_7B, work, 2, found.max_batch) <= usable < memory_bytes(LLAVA_7B, work, 2, found.max_batch + 1)
-    large = Model(DecoderShape(80, 8192, 64, 8, 128, 29568, 152064), VISION)  # 72 G weights, 145 GB
+    large = ModelCost(DecoderDims(80, 8192, 64, 8, 128, 29568, 152064), VISION)  # 72 G weights, 145 GB
     deep = request(576, depth=80)
     assert [predict(large, deep, SHEETS[name]).devices for name in ("l4", "a100", "h200", "mi300x")] == [8, 4, 2, 1]
     with pytest.raises(ValueError, match="do not fit"):
@@ -127,7 +127,7 @@ def test_devices_for_a_load_are_whole_models() -> None:
 
 
 def test_experts_are_read_as_far_as_they_are_visited() -> None:
-    shape = DecoderShape(1, 64, 4, 2, 16, 96, 100, experts=Experts(8, 2, 40))
+    shape = DecoderDims(1, 64, 4, 2, 16, 96, 100, experts=ExpertDims(8, 2, 40))
     attention, router, expert = 64 * (2 * 64 + 2 * 32), 64 * 8, 3 * 64 * 40
     assert layer_weights(shape, 0) == attention + router + 8 * expert
     assert layer_weights(shape, 0, 1) == pytest.approx(attention + router + 2 * expert)
@@ -138,14 +138,14 @@ def test_experts_are_read_as_far_as_they_are_visited() -> None:
 def test_weights_of_decoders(name: str) -> None:
     kind, config = DECODERS[name]
     config.tie_word_embeddings = True
-    assert decoder_weights(decoder_shape(config)) == pytest.approx(sum(p.numel() for p in kind(config).parameters()), rel=0.02)
+    assert decoder_weights(decoder_dims(config)) == pytest.approx(sum(p.numel() for p in kind(config).parameters()), rel=0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_of_whole_models(family: str) -> None:
     model = FAMILIES[family].make()
     adapter = adapter_for(model)
-    predicted = Model(adapter.decoder_shape(), adapter.vision_shape()).numbers
+    predicted = ModelCost(adapter.decoder_dims(), adapter.vision_dims()).numbers
     assert predicted == pytest.approx(sum(p.numel() for p in model.parameters()), rel=0.05)  # norms, biases and positions weigh much at this size
 
 
@@ -164,8 +164,8 @@ def test_peak_estimates_against_the_allocator(kv_heads: int) -> None:
         grid = {"image_grid_thw": image["image_grid_thw"]}
         tower, _ = memory_of(lambda: model.get_image_features(**image))
         decoder, _ = memory_of(lambda: model(**inputs, **grid, mm_encoder_outputs={"image": features}, logits_to_keep=1, use_cache=True))
-    assert vision_peak_bytes(adapter.vision_shape(), 4 * 256, 4) == pytest.approx(tower, rel=0.15)
-    assert prefill_peak_bytes(adapter.decoder_shape(), rows, [rows] * 6, 256, 4) == pytest.approx(decoder, rel=0.15)
+    assert vision_peak_bytes(adapter.vision_dims(), 4 * 256, 4) == pytest.approx(tower, rel=0.15)
+    assert prefill_peak_bytes(adapter.decoder_dims(), rows, [rows] * 6, 256, 4) == pytest.approx(decoder, rel=0.15)
 
 
 # ---- sheets and the verb
@@ -230,8 +230,8 @@ def test_the_verb_prints_what_is_predicted() -> None:
     adapter = adapter_for(model)
     numbers = sum(p.numel() for p in model.parameters())
     plan = SpanPlan(256, 256, 0, (256,) * 12)
-    work = Workload(Sample(60, (256,), ((256,),), (plan,), 60, (plan.counts, plan.counts)), 32)
-    same = predict(Model(adapter.decoder_shape(), adapter.vision_shape(), numbers), work, SHEETS["h200"], "bf16", 8)
+    work = Workload(SampleCounts(60, (256,), ((256,),), (plan,), 60, (plan.counts, plan.counts)), 32)
+    same = predict(ModelCost(adapter.decoder_dims(), adapter.vision_dims(), numbers), work, SHEETS["h200"], "bf16", 8)
     assert got["rows"][0]["total"] == pytest.approx(same.total)
 
 
@@ -272,4 +272,4 @@ def test_budgets_below_a_floor_are_rows(tmp_path: Path) -> None:
     assert all("total" in row or row["status"] == "infeasible" for row in got["rows"])
     floors = json.loads(call("--method", "fastv", "--device", "l4", "--json").stdout)["rows"]
     assert [row.get("status") for row in floors if row["budget"] == 0.11] in (["infeasible"], [None])
-    assert duet_vlm.get("fastv")().plan(256, 12, 0.11).mean <= 0.11 * 256
+    assert duet_vlm.get_method("fastv")().plan(256, 12, 0.11).mean <= 0.11 * 256

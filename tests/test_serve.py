@@ -33,15 +33,15 @@ import duet_vlm
 from duet_vlm import tiny
 from duet_vlm.cli.main import app
 from duet_vlm.cli.serve_transformers import NEEDED, Guard, remote
-from duet_vlm.flow.choose import sizes_of
-from duet_vlm.serve.rows import reduced
-from duet_vlm.serve.settings import ARCHITECTURES, NOTHING_ASKED, Served
+from duet_vlm.runtime.encode.selection import part_sizes
+from duet_vlm.serve.first_stage import reduce_rows
+from duet_vlm.serve.served_method import ARCHITECTURES, NOTHING_ASKED, ServedMethod
 
 # these read more of tower or prompt than the plug-in makes
 BEYOND = {"cdpruner", "hired", "metok", "pool", "quecc", "resampler", "vqtoken", "vscan", "zoo_prune"}
 FIRST_STAGES = sorted(
     name
-    for name, cls in duet_vlm.methods().items()
+    for name, cls in duet_vlm.list_methods().items()
     if issubclass(cls, duet_vlm.EncoderReducer) and not issubclass(cls, duet_vlm.TowerReducer) and name not in BEYOND
 )
 
@@ -75,18 +75,18 @@ FIRST_STAGES = sorted(
 )
 def test_settings_that_no_server_can_run_are_refused_by_name(given: Any, says: str) -> None:
     with pytest.raises((ValueError, TypeError), match=says):
-        Served.of(given, "compact")
+        ServedMethod.of(given, "compact")
 
 
-@pytest.mark.parametrize("name", sorted(BEYOND & set(duet_vlm.methods())))
+@pytest.mark.parametrize("name", sorted(BEYOND & set(duet_vlm.list_methods())))
 def test_a_method_that_reads_more_than_the_plug_in_makes_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: it reads .*choose another"):
-        Served.of({"method": name, "budget": 64}, "compact")
+        ServedMethod.of({"method": name, "budget": 64}, "compact")
 
 
 @pytest.mark.parametrize("name", FIRST_STAGES)
 def test_every_method_with_a_first_stage_is_served_at_its_budget(name: str) -> None:
-    served = Served.of({"method": name, "budget": 64}, "compact")
+    served = ServedMethod.of({"method": name, "budget": 64}, "compact")
     for tokens in (1, 63, 64, 65, 576, 2880):
         assert served.span((tokens,)).entry == min(tokens, 64)
         assert served.span((tokens,), asked=served.asked({"duet_budget": 5})).entry == min(tokens, 5)
@@ -96,7 +96,7 @@ def test_every_method_with_a_first_stage_is_served_at_its_budget(name: str) -> N
 
 
 def test_a_request_may_ask_for_less_and_is_told_when_it_asks_for_more() -> None:
-    served = Served.of({"method": "divprune", "budget": 64}, "compact")
+    served = ServedMethod.of({"method": "divprune", "budget": 64}, "compact")
     assert served.asked({}) == served.asked({"duet_budget": None}) == NOTHING_ASKED
     one, whole = served.asked({"duet_budget": 1}), served.asked({"duet_budget": 1.0})  # a token, and all tokens
     assert served.span((576,), asked=one).entry == 1 and served.span((60,), asked=whole).entry == 60
@@ -106,13 +106,13 @@ def test_a_request_may_ask_for_less_and_is_told_when_it_asks_for_more() -> None:
         with pytest.raises(ValueError, match="duet_budget="):
             served.asked({"duet_budget": bad})
     with pytest.raises(ValueError, match="has counts of its own"):
-        Served.of({"method": "duet", "dominant": 54, "contextual": 10}, "compact").asked({"duet_budget": 4})
+        ServedMethod.of({"method": "duet", "dominant": 54, "contextual": 10}, "compact").asked({"duet_budget": 4})
 
 
 def test_other_settings_are_another_salt() -> None:
     given: list[dict[str, Any]] = [{"budget": 64}, {"budget": 65}, {"method": "duet_plus", "budget": 64}, {"budget": 64, "cluster_width": 5}]
-    assert len({Served.of(each, "compact").salt for each in given} | {Served.of(given[0], "keep").salt}) == 5
-    assert Served.of(given[0], "compact").salt == Served.of(dict(given[0]), "compact").salt
+    assert len({ServedMethod.of(each, "compact").salt for each in given} | {ServedMethod.of(given[0], "keep").salt}) == 5
+    assert ServedMethod.of(given[0], "compact").salt == ServedMethod.of(dict(given[0]), "compact").salt
 
 
 def test_the_plug_in_has_a_model_for_each_architecture_that_the_command_line_offers() -> None:
@@ -165,7 +165,7 @@ def test_counts_are_those_that_attach_was_recorded_with(family: str) -> None:
     text = answers["duet/no picture"][0] - len(asked["no picture"][0])  # bytes, but for marks
     checked = 0
     for name, settings in cases.METHODS[family].items():
-        served = Served.of(settings, cases.POSITIONS[family])
+        served = ServedMethod.of(settings, cases.POSITIONS[family])
         for case, (prompt, pictures, clips) in asked.items():
             entered = sum(cases.STAMP * len(seen[frames.tobytes()][0]) for frames, _ in clips) if family == "qwen3_vl" else 0
             for shown in [*pictures, *(frames for frames, _ in clips)]:
@@ -207,16 +207,16 @@ def test_another_vllm_warns(plug_in: Any, version: str) -> None:
 @pytest.mark.parametrize("name", FIRST_STAGES)
 def test_a_span_in_a_batch_becomes_what_it_becomes_alone(name: str) -> None:
     torch.manual_seed(0)
-    served = Served.of({"method": name, "budget": 9}, "keep")
+    served = ServedMethod.of({"method": name, "budget": 9}, "keep")
     rows = [torch.randn(n, 8) for n in (16, 25, 9, 4)]
     parts = [torch.zeros(16).long(), torch.tensor([0] * 12 + [-1] + [1] * 12), torch.zeros(9).long(), torch.zeros(4).long()]
     signals = [torch.rand(len(row)) for row in rows], [torch.randn(len(row), 6) for row in rows]
     asked = [NOTHING_ASKED, NOTHING_ASKED, 6.0, NOTHING_ASKED]  # the third asks for five
-    together = reduced(served, rows, parts, asked, signals)
+    together = reduce_rows(served, rows, parts, asked, signals)
     for i, (kept, source) in enumerate(together):
-        ((alone, place),) = reduced(served, rows[i : i + 1], parts[i : i + 1], asked[i : i + 1], ([signals[0][i]], [signals[1][i]]))
+        ((alone, place),) = reduce_rows(served, rows[i : i + 1], parts[i : i + 1], asked[i : i + 1], ([signals[0][i]], [signals[1][i]]))
         assert torch.equal(source, place) and torch.allclose(kept, alone, atol=1e-6)
-        assert len(kept) == [9, 9, 5, 4][i] == served.span(*sizes_of(parts[i]), asked[i]).entry
+        assert len(kept) == [9, 9, 5, 4][i] == served.span(*part_sizes(parts[i]), asked[i]).entry
         assert source.tolist() == sorted(set(source.tolist())) and not (parts[i][source] < 0).any()
     assert torch.equal(together[3][0], rows[3])  # smaller than the budget: whole
 
@@ -229,17 +229,17 @@ def test_a_clip_is_known_by_its_steps() -> None:
     third = second.clone()
     third[3] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     rows, parts = [torch.cat([step, second, third])], [torch.arange(3).repeat_interleave(4)]
-    served = Served.of({"method": "frames", "budget": 6}, "keep")
-    ((kept, source),) = reduced(served, rows, parts, [NOTHING_ASKED], None, stream="video")
+    served = ServedMethod.of({"method": "frames", "budget": 6}, "keep")
+    ((kept, source),) = reduce_rows(served, rows, parts, [NOTHING_ASKED], None, stream="video")
     assert source.tolist() == [0, 1, 2, 3, 5, 11] and torch.equal(kept, rows[0][source])
-    ((_, still),) = reduced(served, rows, parts, [NOTHING_ASKED], None)
+    ((_, still),) = reduce_rows(served, rows, parts, [NOTHING_ASKED], None)
     assert still.tolist() != source.tolist()
 
 
 def test_a_method_without_its_signals_is_an_error() -> None:
-    served = Served.of({"budget": 4}, "compact")
+    served = ServedMethod.of({"budget": 4}, "compact")
     with pytest.raises(RuntimeError, match="duet ranks by the attention of the vision tower"):
-        reduced(served, [torch.randn(9, 4)], [torch.zeros(9).long()], [NOTHING_ASKED], None)
+        reduce_rows(served, [torch.randn(9, 4)], [torch.zeros(9).long()], [NOTHING_ASKED], None)
 
 
 # ---- the command line

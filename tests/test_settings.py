@@ -13,12 +13,12 @@ import torch
 from families import FAMILIES, ONE, build
 
 import duet_vlm
-from duet_vlm import registry
-from duet_vlm.budget import SpanPlan, check_schedule
-from duet_vlm.memory import record
-from duet_vlm.settings import plain
+from duet_vlm.planning.budget import SpanPlan, check_schedule
+from duet_vlm.reducers import registry
+from duet_vlm.reducers.persistence import to_record
+from duet_vlm.utils.field_types import to_plain
 
-METHODS = {**duet_vlm.methods(), **{name: duet_vlm.get(name) for name in ("frames+duet", "scope+pyramiddrop", "frames+visionzip+fastv")}}
+METHODS = {**duet_vlm.list_methods(), **{name: duet_vlm.get_method(name) for name in ("frames+duet", "scope+pyramiddrop", "frames+visionzip+fastv")}}
 SETTINGS = [(name, field.name, str(field.type).removesuffix(" | None")) for name, cls in METHODS.items() for field in fields(cls)]
 
 # kind -> (value as numpy gives it, the same in Python)
@@ -78,7 +78,7 @@ def test_numbers_of_numpy_become_pythons(method: str, name: str, kind: str) -> N
         value = reducer.settings()[name]
         assert value == meant and type(value) is type(meant)
         assert json.dumps(reducer.settings()) == json.dumps(wanted.settings())
-        assert json.dumps(record(reducer, np.float32(0.3))) == json.dumps(record(wanted, 0.3))  # type: ignore[arg-type]
+        assert json.dumps(to_record(reducer, np.float32(0.3))) == json.dumps(to_record(wanted, 0.3))  # type: ignore[arg-type]
         assert pickle.loads(pickle.dumps(reducer)) == reducer
 
 
@@ -93,11 +93,11 @@ def test_settings_of_another_kind_are_refused_by_name(method: str, name: str, ki
             stage = next((f"{part}_" for part in method.split("+") if name.startswith(f"{part}_")), "")
             assert message.startswith(name.removeprefix(stage))
         else:
-            assert isinstance(caught.value, TypeError) and message.startswith(f"{name}={plain(value)!r}: give ")
+            assert isinstance(caught.value, TypeError) and message.startswith(f"{name}={to_plain(value)!r}: give ")
 
 
 def test_methods_of_others_are_held_to_what_they_declare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_methods", dict(duet_vlm.methods()))
+    monkeypatch.setattr(registry, "_methods", dict(duet_vlm.list_methods()))
 
     @duet_vlm.register("theirs")
     @dataclass(frozen=True)
@@ -113,10 +113,10 @@ def test_methods_of_others_are_held_to_what_they_declare(monkeypatch: pytest.Mon
         def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
             return SpanPlan(tokens, tokens, 0, (tokens,) * depth)
 
-        def t2v(self, view: duet_vlm.TextView) -> torch.Tensor:
+        def prune_tokens(self, view: duet_vlm.DecoderView) -> torch.Tensor:
             return view.valid
 
-    made = duet_vlm.get("theirs")(width=np.int64(4), when=None, weight=np.float32(0.1), table=[np.float64(1), 2])
+    made = duet_vlm.get_method("theirs")(width=np.int64(4), when=None, weight=np.float32(0.1), table=[np.float64(1), 2])
     assert made == Theirs(width=4, weight=0.1, table=(1.0, 2)) and json.loads(json.dumps(made.settings()))["table"] == [1.0, 2]
     for wrong in ({"width": None}, {"width": 2.5}, {"when": True}, {"weight": "much"}):
         with pytest.raises(TypeError, match=rf"{next(iter(wrong))}=.*: give a"):
@@ -144,10 +144,10 @@ def test_reports_and_checkpoints_of_numpys_numbers(method: str, options: dict[st
     """What is measured and remembered equals what plain numbers give."""
     model = build("llava")
     written = []
-    for given in (options, {name: plain(value) for name, value in options.items()}):
+    for given in (options, {name: to_plain(value) for name, value in options.items()}):
         with duet_vlm.attach(model, method, **given) as handle, torch.no_grad():
             model(**FAMILIES["llava"].inputs([ONE]))
-            duet_vlm.remember(handle)
+            duet_vlm.save_to_config(handle)
             report = json.loads(handle.report().to_json())
             written.append(({k: report[k] for k in ("settings", "budget", "measured_mean")}, json.loads(model.config.to_json_string())["duet_vlm"]))
     assert written[0] == written[1]

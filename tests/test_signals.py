@@ -12,13 +12,13 @@ from families import FAMILIES, FIRST, MIXED, ONE, THREE, Inputs, Picture, any_re
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm import Selection, VisionView
-from duet_vlm.bench.inputs import encode
+from duet_vlm import EncoderView, Selection
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.duet import Duet
-from duet_vlm.models.find import adapter_for
-from duet_vlm.ops.score import spread
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.ops.score import spread_indices
 
-seen: list[VisionView] = []
+seen: list[EncoderView] = []
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Probe(Duet):
 
     name = "probe"
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         seen.append(view)
-        return super().v2v(view)
+        return super().select_tokens(view)
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +98,7 @@ def qwen_signals(model: nn.Module, inputs: Inputs, layer: int, pictures: list[Pi
     for picture in pictures:
         count = picture.height * picture.width
         q, k = (t[start : start + 4 * count].transpose(0, 1) for t in (query, key))
-        asking = spread(4 * count, sample, q.device)
+        asking = spread_indices(4 * count, sample, q.device)
         received = (q @ k.transpose(1, 2) * 8**-0.5).softmax(-1).mean(0)[asking].sum(0) * (4 * count / len(asking))
         by_window = received.view(count, 4).mean(1), k.mean(0).view(count, 4, 8).mean(1)
         order = window_order(picture.height, picture.width) if model.config.model_type == "qwen2_5_vl" else range(count)

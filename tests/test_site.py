@@ -20,7 +20,7 @@ from report_pictures import CHROMIUM
 from typer.main import get_command
 
 import duet_vlm
-from duet_vlm.cli.lists import rows
+from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ import measured  # noqa: E402
 import reference  # noqa: E402
 
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
-SHIPPED = [row for row in rows("methods") if duet_vlm.get(row["name"]).__module__.startswith("duet_vlm.")]
+SHIPPED = [row for row in rows("methods") if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.py"))
 
 
@@ -46,10 +46,10 @@ def pages() -> dict[str, str]:
 
 @pytest.fixture
 def known_methods() -> Iterator[None]:
-    known = duet_vlm.methods()
+    known = duet_vlm.list_methods()
     yield
-    duet_vlm.registry._methods.clear()
-    duet_vlm.registry._methods.update(known)
+    duet_vlm.reducers.registry._methods.clear()
+    duet_vlm.reducers.registry._methods.update(known)
 
 
 def leaves(entry: Any) -> list[str]:
@@ -105,7 +105,7 @@ def test_the_home_page_without_a_headline_is_an_error(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("row", SHIPPED, ids=lambda row: row["name"])
 def test_a_method_has_a_page_with_all_that_is_known_of_it(row: dict[str, Any], pages: dict[str, str]) -> None:
-    page, cls = pages[f"catalogue/{row['name']}.md"], duet_vlm.get(row["name"])
+    page, cls = pages[f"catalogue/{row['name']}.md"], duet_vlm.get_method(row["name"])
     assert row["summary"][1:] in page and "## Idea" in page
     assert all(f"(https://arxiv.org/abs/{number})" in page for number in re.findall(r"\d{4}\.\d{5}", row["paper"]))
     settings = dict(re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", page.split("## Settings")[1].split("\n## ")[0], flags=re.M))
@@ -229,7 +229,7 @@ def test_public_names_are_documented_and_on_the_page(monkeypatch: pytest.MonkeyP
         assert one is other, head
     monkeypatch.setattr(duet_vlm.Handle.report, "__doc__", None)
     monkeypatch.setattr(duet_vlm, "__all__", [*duet_vlm.__all__, "forgotten"])
-    assert reference.undocumented() == ["forgotten (not on the page)", "handle.Handle.report"]
+    assert reference.undocumented() == ["api.handle.Handle.report", "forgotten (not on the page)"]
 
 
 LINKS = {  # on the page, link of the repository -> link of the site
@@ -413,7 +413,7 @@ def test_the_site_builds_strictly(site: Path) -> None:
     assert all((site / page).with_suffix(".html").is_file() for page in pages)
     heads = re.findall(r'<h3 id="([^"]+)"[^>]*>(.*?)</h3>', (site / "reference/python.html").read_text(), flags=re.S)
     found = {anchor: re.sub(r"<[^>]+>|\s|&para;|¶", "", words) for anchor, words in heads}
-    assert found["duet_vlm.attach.attach"] == "duet_vlm.attach" and found["duet_vlm.handle.Handle"] == "duet_vlm.Handle"
+    assert found["duet_vlm.api.attach.attach"] == "duet_vlm.attach" and found["duet_vlm.api.handle.Handle"] == "duet_vlm.Handle"
 
 
 @pytest.mark.slow

@@ -9,18 +9,18 @@ from collections.abc import Iterator
 
 import pytest
 
-from duet_vlm.measure.speed import Timing, paired, ratio
+from duet_vlm.profiling.timing import Timing, ratio, time_paired
 
 
 def test_rounds_are_interleaved_and_reversed_in_turn() -> None:
     calls: list[str] = []
-    timings = paired({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1)
+    timings = time_paired({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, repeats=3, warmup=1)
     assert "".join(calls) == "baabbaab"  # one round to warm up, then ab, ba, ab
     assert {name: len(t.seconds) for name, t in timings.items()} == {"a": 3, "b": 3}
 
 
 def test_a_longer_function_takes_longer() -> None:
-    timings = paired({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, repeats=5)
+    timings = time_paired({"short": lambda: time.sleep(0.002), "long": lambda: time.sleep(0.02)}, repeats=5)
     found = ratio(timings["long"], timings["short"])
     assert 1 < found.low <= found.median <= found.high
 
@@ -50,7 +50,7 @@ def test_interval_covers_the_median_with_95_percent(n: int) -> None:
 
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="repeats=0"):
-        paired({}, repeats=0)
+        time_paired({}, repeats=0)
     with pytest.raises(ValueError, match="same paired"):
         ratio(Timing((1.0, 2.0)), Timing((1.0,)))
 
@@ -67,6 +67,6 @@ def test_the_context_around_a_function_is_not_timed() -> None:
         time.sleep(0.02)
 
     seen = []
-    times = paired({"a": lambda: seen.append(bool(inside)), "b": lambda: None}, repeats=3, warmup=1, around={"a": around})
+    times = time_paired({"a": lambda: seen.append(bool(inside)), "b": lambda: None}, repeats=3, warmup=1, around={"a": around})
     assert seen == [True] * 4 and not inside
     assert times["a"].median < 0.01

@@ -13,7 +13,7 @@ from transformers import DynamicCache
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 ROOM = 6

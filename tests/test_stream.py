@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, Inputs, Picture, forward, generate, shared
 
 import duet_vlm
-from duet_vlm.stream import Stream
+from duet_vlm.api.streaming import StreamingVideo
 
 QUESTION = tuple(range(41, 91))  # long enough to end behind the last step of time, where all ways to count on agree
 
@@ -44,7 +44,7 @@ STREAMED = ("qwen2_vl", "qwen2_5_vl", "llava_onevision", "llava_next_video", "vi
 def test_equals_evs_offline(family: str, budget: int, sizes: list[int]) -> None:
     """The same tokens as attach(model, "evs") keeps of the whole clip, and the same logits and answer."""
     model, inputs = shared(family), clip_of(family, 6)
-    stream = Stream(model, budget)
+    stream = StreamingVideo(model, budget)
     grid = inputs.get("video_grid_thw")
     steps = inputs["pixel_values_videos"].shape[1] if grid is None else 6
     for piece in pieces(family, inputs, sizes if steps == 6 else [1] * steps if len(sizes) > 1 else [steps]):
@@ -62,7 +62,7 @@ def test_equals_evs_offline(family: str, budget: int, sizes: list[int]) -> None:
 
 def test_placeholders_of_any_length_and_questions_at_any_time() -> None:
     model, inputs = shared("qwen2_5_vl"), clip_of("qwen2_5_vl", 4)
-    stream, few = Stream(model, 9), clip_of("qwen2_5_vl", 1)
+    stream, few = StreamingVideo(model, 9), clip_of("qwen2_5_vl", 1)
     for number, piece in enumerate(pieces("qwen2_5_vl", inputs, [1, 1, 1, 1]), start=1):
         stream.add(**piece)
         asked = stream.inputs(few["input_ids"])["inputs_embeds"]
@@ -75,7 +75,7 @@ def test_memory_does_not_grow_with_the_clip() -> None:
     """What is held after 400 steps is as large as after 4."""
     model = shared("qwen2_5_vl")
     piece = clip_of("qwen2_5_vl", 4)
-    stream = Stream(model, 20)
+    stream = StreamingVideo(model, 20)
     sizes = []
     for _ in range(100):
         stream.add(**{name: piece[name] for name in ("pixel_values_videos", "video_grid_thw")})
@@ -87,12 +87,12 @@ def test_memory_does_not_grow_with_the_clip() -> None:
 def test_what_cannot_be() -> None:
     model = shared("qwen2_5_vl")
     with pytest.raises(TypeError, match=r"budget=0.5: a stream has no end yet"):
-        Stream(model, 0.5)  # type: ignore[arg-type]
+        StreamingVideo(model, 0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="budget=0: a stream holds at least 1"):
-        Stream(model, 0)
+        StreamingVideo(model, 0)
     with pytest.raises(TypeError, match="llava takes no clips"):
-        Stream(shared("llava"), 8)
-    stream, inputs = Stream(model, 8), clip_of("qwen2_5_vl", 2)
+        StreamingVideo(shared("llava"), 8)
+    stream, inputs = StreamingVideo(model, 8), clip_of("qwen2_5_vl", 2)
     with pytest.raises(ValueError, match="nothing was added yet"):
         stream.inputs(inputs["input_ids"])
     with pytest.raises(ValueError, match="no pixel_values_videos among input_ids"):

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import duet_vlm
-from duet_vlm.evaluate.results import load, unpack
-from duet_vlm.evaluate.tasks import accepted
+from duet_vlm.evaluation.results import load, unpack
+from duet_vlm.evaluation.tasks import accepted
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -176,9 +176,9 @@ def test_what_leads_on_questions_that_chose_nothing() -> None:
 
 def usual(row: dict[str, Any]) -> bool:
     """Whether a run had every setting of its method as it comes; references stand for no method."""
-    if row["method"] not in duet_vlm.methods():
+    if row["method"] not in duet_vlm.list_methods():
         return False
-    return row["settings"] == json.loads(json.dumps(duet_vlm.get(row["method"])().settings()))
+    return row["settings"] == json.loads(json.dumps(duet_vlm.get_method(row["method"])().settings()))
 
 
 def test_how_much_each_method_keeps() -> None:
@@ -248,8 +248,8 @@ def registered(folder: str, sign: str) -> int:
 
 
 def test_lists_of_the_command_line_hold_what_the_source_holds() -> None:
-    """``lists.json`` is compared with what makes it; both are empty where that finds nothing."""
-    lists = json.loads((ROOT / "src/duet_vlm/cli/lists.json").read_text())
+    """``catalogue.json`` is compared with what makes it; both are empty where that finds nothing."""
+    lists = json.loads((ROOT / "src/duet_vlm/api/catalogue.json").read_text())
     assert len(lists["methods"]) == registered("methods", "register") > 50
     assert all(row[key] for row in lists["methods"] for key in ("name", "summary", "stage", "paper", "settings", "idea"))
     texts = [file.read_text() for file in (ROOT / "src/duet_vlm/models").glob("*.py")]

@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
 import duet_vlm
-from duet_vlm import text
-from duet_vlm.flow.processor import SalientProcessor
-from duet_vlm.text import content_words, salient_mask
+from duet_vlm.inputs import text_queries
+from duet_vlm.inputs.text_queries import content_words, salient_mask
+from duet_vlm.runtime.salient_processor import SalientProcessor
 
 WORDS = "USER : what color is the big car on left of tree a an it ? . ASSISTANT red and blue who drives 2 12 où est le chat".split()
 QUESTION = "what color is it on left ?"
@@ -51,9 +51,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def no_spacy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The rule that knows no language, whatever is installed here."""
     monkeypatch.setitem(sys.modules, "spacy", None)
-    text._spacy.cache_clear()
+    text_queries._spacy.cache_clear()
     yield
-    text._spacy.cache_clear()
+    text_queries._spacy.cache_clear()
 
 
 def words_of(tokenizer: PreTrainedTokenizerFast, ids: Tensor, mask: Tensor) -> list[list[str]]:
@@ -168,10 +168,10 @@ def test_spacy_branch(monkeypatch: pytest.MonkeyPatch) -> None:
         return parse
 
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
-    text._spacy.cache_clear()
+    text_queries._spacy.cache_clear()
     assert spoken(QUESTION) == ["color", "left"]
     assert spoken("what is it") == ["what", "is", "it"]
-    assert loaded == [text.SPACY_MODEL]  # once
+    assert loaded == [text_queries.SPACY_MODEL]  # once
 
 
 def test_spacy_without_its_model_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_spacy_without_its_model_falls_back(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError(name)
 
     monkeypatch.setitem(sys.modules, "spacy", types.SimpleNamespace(load=load))
-    text._spacy.cache_clear()
+    text_queries._spacy.cache_clear()
     assert spoken(QUESTION) == RULE
 
 

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from duet_vlm.evaluate.tasks import task
+from duet_vlm.evaluation.tasks import task
 from duet_vlm.tiny import chain
 from duet_vlm.tiny.assets import WORDS
 from duet_vlm.tiny.chain_network import CHAIN_TOKEN

@@ -12,7 +12,7 @@ from duet_vlm.tiny.chain_network import CHAIN_TOKEN
 from duet_vlm.tiny.chain_questions import KINDS
 from duet_vlm.tiny.chain_scenes import grid_scene
 from duet_vlm.tiny.questions import split_words
-from duet_vlm.tiny.recipe.chain_lessons import LESSONS, Teacher, questions
+from duet_vlm.tiny.recipe.chain_lessons import LESSONS, ChainTeacher, questions
 from duet_vlm.tiny.scenes import COLOR_NAMES
 
 
@@ -49,7 +49,7 @@ def test_lessons_have_right_answers_in_known_words(kind: str, side: int) -> None
     found = 0
     for i in range(40):
         scene = grid_scene("train", 5, i, side)
-        asked = getattr(Teacher(scene, scene.generator(2)), kind)()
+        asked = getattr(ChainTeacher(scene, scene.generator(2)), kind)()
         if asked is not None:
             found += 1
             assert asked.kind == kind and asked.answer == answered(asked.text, scene), asked.text

@@ -7,10 +7,10 @@ import torch
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.evaluate.answer import answer
-from duet_vlm.evaluate.experiment import Run
-from duet_vlm.evaluate.tasks import right, task, usual_model
-from duet_vlm.loading import load
+from duet_vlm.api.loading import load
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import right, task, usual_model
 from duet_vlm.tiny import chain
 from duet_vlm.tiny.chain_questions import KINDS
 from duet_vlm.tiny.chain_scenes import CELLS
@@ -36,14 +36,14 @@ def test_its_tower_is_that_of_the_tiny_model(loaded) -> None:
 def test_it_answers_fresh_questions(loaded) -> None:
     """Five of each kind, of a stream that nothing else asks: most are right, and the rest is no habit of one word."""
     questions = [task("tiny-chain").ask(77, index) for index in range(5 * len(KINDS))]
-    (outcome,) = answer(loaded, [Run("none")], questions, 4).values()
+    (outcome,) = answer(loaded, [ExperimentCell("none")], questions, 4).values()
     assert sum(right(q, said) for q, said in zip(questions, outcome.answers, strict=True)) >= 0.75 * len(questions)
 
 
 def test_without_pictures_in_the_decoder_it_guesses(loaded) -> None:
     """Questions cannot be answered from their words."""
     questions = [task("tiny-chain").ask(78, index) for index in range(4 * len(KINDS))]
-    full, blind = answer(loaded, [Run("none"), Run("duet", settings={"schedule": ((1, 0.0),)})], questions, 4).values()
+    full, blind = answer(loaded, [ExperimentCell("none"), ExperimentCell("duet", settings={"schedule": ((1, 0.0),)})], questions, 4).values()
     hits = [sum(right(q, said) for q, said in zip(questions, one.answers, strict=True)) for one in (full, blind)]
     assert hits[1] < 0.55 * hits[0]
 

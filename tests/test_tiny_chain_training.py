@@ -8,16 +8,16 @@ import pytest
 import torch
 from test_tiny_training import resumed_is_whole
 
-from duet_vlm.evaluate.answer import answer
-from duet_vlm.evaluate.experiment import Run
-from duet_vlm.evaluate.tasks import task
-from duet_vlm.loading import load
+from duet_vlm.api.loading import load
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import task
 from duet_vlm.tiny import chain
 from duet_vlm.tiny.chain_network import CHAIN_TOKEN, DISTINCT, LAYERS, TURNS, build_decoder
 from duet_vlm.tiny.chain_questions import KINDS, PAIRS, SINGLE, question
 from duet_vlm.tiny.chain_scenes import grid_scene
 from duet_vlm.tiny.questions import split_words
-from duet_vlm.tiny.recipe.chain import PARTS, ChainStage, Part, answers_seen, draw_kinds, part_at
+from duet_vlm.tiny.recipe.chain import PARTS, ChainStage, CurriculumPart, answers_seen, draw_kinds, part_at
 from duet_vlm.tiny.recipe.chain_packing import PREFIX, decode, pack
 from duet_vlm.tiny.train_chain import STEPS, main
 
@@ -29,7 +29,7 @@ def shrink(patch: pytest.MonkeyPatch) -> None:
     for name, value in {"ANSWERS": 16, "PAIRS_SHOWN": 2, "PAIR_QUESTIONS": 3, "PAIR_EVERY": 2, "FIT_STEPS": 2, "FIT_PICTURES": 2, "CHUNK": 1}.items():
         patch.setattr(f"duet_vlm.tiny.recipe.chain.{name}", value)
     patch.setattr(ChainStage, "validate", lambda self: {"all": 0.0})
-    parts = (Part(min(p.until, i + 1) if i + 1 < len(PARTS) else p.until, p.side, 2, p.keep, p.kinds) for i, p in enumerate(PARTS))
+    parts = (CurriculumPart(min(p.until, i + 1) if i + 1 < len(PARTS) else p.until, p.side, 2, p.keep, p.kinds) for i, p in enumerate(PARTS))
     patch.setattr("duet_vlm.tiny.recipe.chain.PARTS", tuple(parts))
 
 
@@ -117,7 +117,7 @@ def test_one_command_trains_and_exports_a_model_that_answers(trained):
     loaded = load(str(trained))
     assert (trained / "model.safetensors").stat().st_size < 15e6 and "curve" in (trained / "training_log.json").read_text()
     questions = [task("tiny-chain").ask(0, KINDS.index(kind)) for kind in ("read_word", "hop2", *PAIRS)]
-    found = answer(loaded, [Run("none"), Run("oracle", 0.22), Run("random", 0.22)], questions, 1)
+    found = answer(loaded, [ExperimentCell("none"), ExperimentCell("oracle", 0.22), ExperimentCell("random", 0.22)], questions, 1)
     assert [len(outcome.answers) for outcome in found.values()] == [4] * 3
     oracle, chance = found["oracle@0.22"].recalls, found["random@0.22"].recalls
     assert oracle[0] == oracle[1] > 2 * chance[1] > 0

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 
 from duet_vlm import tiny
-from duet_vlm.evaluate.tasks import task, usual_model
-from duet_vlm.loading import load as load_by_name
+from duet_vlm.api.loading import load as load_by_name
+from duet_vlm.evaluation.tasks import task, usual_model
 from duet_vlm.tiny import long, train_long, video
 from duet_vlm.tiny.assets import WORDS
 from duet_vlm.tiny.long_clips import BRIEF, LENGTHS, ROWS, SCENES, SIDE, LongClip, center, long_clip, render

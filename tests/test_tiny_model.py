@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from duet_vlm import tiny
-from duet_vlm.evaluate.answer import answer
-from duet_vlm.evaluate.experiment import Run
-from duet_vlm.evaluate.tasks import right, task
-from duet_vlm.loading import Loaded
+from duet_vlm.api.loading import LoadedModel
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import right, task
 from duet_vlm.tiny.questions import CHANCE
 from duet_vlm.tiny.text import TOKEN, prompt
 
@@ -24,8 +24,8 @@ def loaded():
     return tiny.load()
 
 
-def said(model, processor, questions, *runs: Run) -> list[list[str]]:
-    found = answer(Loaded("tiny", model, processor), runs or [Run("none")], questions, 4)
+def said(model, processor, questions, *runs: ExperimentCell) -> list[list[str]]:
+    found = answer(LoadedModel("tiny", model, processor), runs or [ExperimentCell("none")], questions, 4)
     return [list(outcome.answers) for outcome in found.values()]
 
 
@@ -109,7 +109,7 @@ def test_model_needs_to_look(loaded):
     questions = [task("tiny").ask(1, i) for i in range(56)]
     share = [
         np.mean([text == q.answers[0] for text, q in zip(row, questions, strict=True)])
-        for row in said(*loaded, questions, Run("oracle", 28), Run("random", 28))
+        for row in said(*loaded, questions, ExperimentCell("oracle", 28), ExperimentCell("random", 28))
     ]
     assert share[0] > share[1] + 0.15
 
@@ -117,8 +117,8 @@ def test_model_needs_to_look(loaded):
 def test_cls_attention_prefers_foreground(loaded):
     """In front of the decoder the tokens that CLS attends to most hold far more needed patches than their share of the picture."""
     questions = [task("tiny").ask(0, i) for i in range(14)]
-    runs = [Run("duet", settings={"dominant": 64, "contextual": 0, "schedule": ()})]
-    (found,) = answer(Loaded("tiny", *loaded), runs, questions, 4).values()
+    runs = [ExperimentCell("duet", settings={"dominant": 64, "contextual": 0, "schedule": ()})]
+    (found,) = answer(LoadedModel("tiny", *loaded), runs, questions, 4).values()
     assert found.recalls[1] / found.recalls[0] > 2 * 64 / 256
 
 

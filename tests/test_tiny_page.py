@@ -17,22 +17,22 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from duet_vlm import tiny
+from duet_vlm.api.loading import load
 from duet_vlm.app.examples import examples
-from duet_vlm.evaluate.answer import answer
-from duet_vlm.evaluate.experiment import ORACLE, Run
-from duet_vlm.evaluate.tasks import right, task, usual_model
-from duet_vlm.loading import load
+from duet_vlm.evaluation.experiment import ORACLE, ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import right, task, usual_model
 from duet_vlm.tiny import page, train_page
 from duet_vlm.tiny.assets import WORDS
 from duet_vlm.tiny.chain_network import CHAIN_TOKEN
 from duet_vlm.tiny.chain_scenes import grid_scene
 from duet_vlm.tiny.page_network import PAGE_TOKEN, POSITIONS, build_page_model, build_page_processor
 from duet_vlm.tiny.page_questions import CHANCE, HOPS, KINDS, needed_of, question
-from duet_vlm.tiny.page_scenes import FILLED, NEWLINES, OVERVIEW, QUARTERS, ROWS, Page, render_page
+from duet_vlm.tiny.page_scenes import FILLED, NEWLINES, OVERVIEW, QUARTERS, ROWS, ScenePage, render_page
 from duet_vlm.tiny.page_scenes import page as drawn_page
 from duet_vlm.tiny.questions import PLURALS, split_words
 from duet_vlm.tiny.recipe.chain_packing import decode
-from duet_vlm.tiny.recipe.page import LESSONS, PageStage, Teacher, chosen, sources
+from duet_vlm.tiny.recipe.page import LESSONS, PageStage, PageTeacher, chosen, sources
 from duet_vlm.tiny.scenes import COLOR_NAMES, SHAPES
 
 PINNED = "4938ef0dc76828810a307f9cf33d1c5815513d2ce9bcb3ef5637ef6602470490"
@@ -58,7 +58,7 @@ def asked_of(kind: str, n: int = 300) -> list:
     return [(p, q) for p in drawn if (q := question(p, kind, p.generator(2)))]
 
 
-def described(drawn: Page) -> dict:
+def described(drawn: ScenePage) -> dict:
     """Cell of the page, 8 x 8, (row, column) -> (shape, colour, tag), from pixels alone."""
     found = {}
     for number, quarter in enumerate(drawn.quarters):
@@ -75,7 +75,7 @@ def moved(at: tuple[int, int], moves: str) -> tuple[int, int]:
     return at[0] - moves.count("above"), at[1] + moves.count("right")
 
 
-def answer_from_description(text: str, drawn: Page) -> str | None:
+def answer_from_description(text: str, drawn: ScenePage) -> str | None:
     """The answer, by reading the question with regular expressions."""
     cells = described(drawn)
     if m := re.fullmatch(r"How many (\w+) are there\?", text):
@@ -217,7 +217,7 @@ def test_lessons_are_right_and_no_part_of_the_task():
     rng = np.random.default_rng(0)
     for i in range(20):
         drawn = drawn_page("validation", 5, i)
-        cells, teacher = described(drawn), Teacher(drawn, rng)
+        cells, teacher = described(drawn), PageTeacher(drawn, rng)
         for kind in LESSONS:
             words = split_words((asked := teacher.asked(kind)).text)
             assert {*words, asked.answer} <= set(PAGE_TOKEN)
@@ -282,7 +282,7 @@ def test_weights_are_small_and_the_tower_is_that_of_the_tiny_model(loaded):
 
 
 def test_it_answers_fresh_questions_as_recorded(loaded, fresh):
-    (outcome,) = answer(loaded, [Run("none")], fresh, 4).values()
+    (outcome,) = answer(loaded, [ExperimentCell("none")], fresh, 4).values()
     assert sum(right(q, said) for q, said in zip(fresh, outcome.answers, strict=True)) >= 0.75 * len(fresh)
     assert sum(a != b for a, b in zip(outcome.answers, RECORDED.split(), strict=True)) <= 1  # a near tie may fall otherwise elsewhere
 
@@ -293,7 +293,7 @@ def test_the_overview_alone_shows_no_print_and_needed_rows_do(loaded, fresh):
     overview = np.arange(ROWS) < OVERVIEW
     blind = [replace(q, needed=overview) for q in reading]
     hits = [
-        sum(right(q, said) for q, said in zip(asked, next(iter(answer(loaded, [Run(ORACLE, budget)], asked, 4).values())).answers, strict=True))
+        sum(right(q, said) for q, said in zip(asked, next(iter(answer(loaded, [ExperimentCell(ORACLE, budget)], asked, 4).values())).answers, strict=True))
         for asked, budget in ((blind, OVERVIEW / ROWS), (reading, 0.11))
     ]
     assert hits[0] <= 0.25 * len(reading) and hits[1] >= 0.75 * len(reading)

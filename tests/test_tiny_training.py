@@ -13,7 +13,7 @@ from duet_vlm.tiny.recipe.finish import FinishStage, forget, looks
 from duet_vlm.tiny.recipe.join import JoinStage, ProjectorStage
 from duet_vlm.tiny.recipe.optim import Muon, orthogonal, rate
 from duet_vlm.tiny.recipe.packing import Lesson, pack
-from duet_vlm.tiny.recipe.reading import Watch, answer_logits, count_loss, decode
+from duet_vlm.tiny.recipe.reading import AttentionWatch, answer_logits, count_loss, decode
 from duet_vlm.tiny.recipe.stages import Stage, curve, fit, last_checkpoint, weights
 from duet_vlm.tiny.recipe.starts import NEIGHBOURS, start_tower
 from duet_vlm.tiny.recipe.tower import TowerStage
@@ -182,7 +182,7 @@ def test_unguided_finish_forgets_supervised_attention():
 
 def test_a_batch_without_counting_questions_has_no_counting_loss():
     decoder, rng = build_decoder(0), np.random.default_rng(0)
-    watch, features = Watch(decoder), LabelFeatures()
+    watch, features = AttentionWatch(decoder), LabelFeatures()
     items = lessons("validation", 0, 0, 1, 3, ("attribute",))
     packed = pack(items, all_patches(1), rng)
     decode(decoder, features(labels_of(items, packed, 0.0, rng), packed.patches), packed, DECODER_LAYERS, DECODER_LAYERS)

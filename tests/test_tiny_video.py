@@ -8,12 +8,12 @@ from PIL import Image
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.evaluate.answer import answer
-from duet_vlm.evaluate.experiment import Run
-from duet_vlm.evaluate.frames import WholeFrames
-from duet_vlm.evaluate.tasks import task
-from duet_vlm.loading import Loaded
-from duet_vlm.loading import load as load_by_name
+from duet_vlm.api.loading import LoadedModel
+from duet_vlm.api.loading import load as load_by_name
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.run_sample import answer
+from duet_vlm.evaluation.tasks import task
+from duet_vlm.evaluation.whole_frames import WholeFrames
 from duet_vlm.tiny import video
 from duet_vlm.tiny.clips import CLIP_ROWS, ROWS
 from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS
@@ -208,8 +208,8 @@ def test_model_is_found_by_name(loaded):
 # ---- in the evaluation
 
 
-def ran(loaded, questions, *runs: Run):
-    return answer(Loaded("tiny-video", *loaded), runs, questions, 4)
+def ran(loaded, questions, *runs: ExperimentCell):
+    return answer(LoadedModel("tiny-video", *loaded), runs, questions, 4)
 
 
 def test_whole_frames_leave_as_if_they_had_been_masked(loaded):
@@ -234,7 +234,7 @@ def test_whole_frames_leave_as_if_they_had_been_masked(loaded):
     ("settings", "words"),
     [
         ({"frames": 9}, "frames=9 of=8"),
-        ({"parts": "each"}, "use parts='joint'"),
+        ({"crops": "per_crop"}, "use crops='joint'"),
         ({"of": 7}, "not made of 7 equal frames"),
         ({"budget": 0.5}, "no budget"),
     ],
@@ -247,5 +247,5 @@ def test_whole_frames_explain_what_they_need(loaded, settings, words):
 def test_questions_know_what_they_need(loaded):
     """The oracle keeps every needed row at a budget where chance keeps few of them."""
     questions = [task("tiny-video").ask(0, i) for i in range(10)]
-    oracle, chance = ran(loaded, questions, Run("oracle", 0.07, {"parts": "joint"}), Run("random", 0.07)).values()
+    oracle, chance = ran(loaded, questions, ExperimentCell("oracle", 0.07, {"crops": "joint"}), ExperimentCell("random", 0.07)).values()
     assert oracle.recalls[1] == oracle.recalls[0] and chance.recalls[1] < 0.3 * chance.recalls[0]

@@ -14,16 +14,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface
 
 import duet_vlm
-from duet_vlm.flow.tower.batch import BatchRun
-from duet_vlm.flow.tower.choice import choose
-from duet_vlm.flow.tower.joined import JoinedRun
-from duet_vlm.flow.tower.limits import weighing
-from duet_vlm.flow.tower.packed import PackedRun
-from duet_vlm.measure.counted import counted_flops
-from duet_vlm.models.adapter import Encoding, PackedTower
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.adapter import Encoding, VarlenTower
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import in_stretches
-from duet_vlm.tower import Merged, TowerReducer, TowerView
+from duet_vlm.profiling.flop_counter import count_flops
+from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
+from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
+from duet_vlm.runtime.vision_tower.capabilities import bias_refusal
+from duet_vlm.runtime.vision_tower.concatenated import ConcatenatedTowerState
+from duet_vlm.runtime.vision_tower.selection import select_patches
+from duet_vlm.runtime.vision_tower.varlen import VarlenTowerState
 
 SERVED = list(FAMILIES)
 CONTENT = [(name, "images") for name in SERVED] + [(name, "clips") for name in SERVED if FAMILIES[name].video is True]
@@ -50,7 +50,7 @@ def spelled(cell: str) -> tuple[str, dict[str, int]]:
     """``contrast+duet/3``: with three rows for what leaves."""
     method, _, rows = cell.partition("/")
     tower, *behind = method.split("+")
-    return method, {f"{tower}_context" if behind else "context": int(rows)} if rows else {}
+    return method, {f"{tower}_pooled_context_tokens" if behind else "pooled_context_tokens": int(rows)} if rows else {}
 
 
 def rows_of(family: str, content: str) -> list[Any]:
@@ -68,24 +68,24 @@ def fitting(family: str, row: Any) -> Any:
 def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What went through the towers of the calls that follow."""
     seen: list[Any] = []
-    from duet_vlm.flow.encoder import EncoderFlow
+    from duet_vlm.runtime.encode.encoder import EncoderHooks
 
-    real, cuts = EncoderFlow._finish, {}
-    for kind in (BatchRun, PackedRun):
-        monkeypatch.setattr(kind, "cut", remembering(kind.cut, cuts))
+    real, cuts = EncoderHooks._finish, {}
+    for kind in (BatchedTowerState, VarlenTowerState):
+        monkeypatch.setattr(kind, "drop_patches", remembering(kind.drop_patches, cuts))
 
     def finish(self: Any, output: Any, call: Any) -> Any:
-        if call.tower is not None:
-            run = call.tower
-            run.content_before = None if isinstance(run, PackedRun) else content_of(self.adapter, call.encoding, run)
+        if call.tower_state is not None:
+            run = call.tower_state
+            run.content_before = None if isinstance(run, VarlenTowerState) else content_of(self.adapter, call.encoding, run)
             run.history = {max(run.stages): whole_sizes(run)} | cuts.pop(id(run), {})
-            if isinstance(run, JoinedRun):  # patches that fill no token leave in front, but of pictures that stay whole
+            if isinstance(run, ConcatenatedTowerState):  # patches that fill no token leave in front, but of pictures that stay whole
                 some = torch.cat([run.cells.flatten(), run.spare])
                 run.history.setdefault(0, torch.zeros(1, run.patches_before).index_fill(1, some, 1.0))
-            seen.append((call.encoding.stream, call.tower))
+            seen.append((call.encoding.stream, call.tower_state))
         return real(self, output, call)
 
-    monkeypatch.setattr(EncoderFlow, "_finish", finish)
+    monkeypatch.setattr(EncoderHooks, "_finish", finish)
     return seen
 
 
@@ -100,22 +100,22 @@ def remembering(cut: Any, cuts: dict[int, Any]) -> Any:
     return cut_and_note
 
 
-def content_of(adapter: Any, encoding: Encoding, run: BatchRun) -> Tensor:
+def content_of(adapter: Any, encoding: Encoding, run: BatchedTowerState) -> Tensor:
     """[P, U] bool: units that show more than padding."""
     real = adapter.real_patches(encoding, len(run.units))
-    real = torch.ones(len(run.units), run.total - run.extra, dtype=torch.bool) if real is None else real.clone()
+    real = torch.ones(len(run.units), run.total - run.num_cls, dtype=torch.bool) if real is None else real.clone()
     found = real[:, run.cells].any(2)
-    found[:, -1] |= adapter.shows_padding
+    found[:, -1] |= adapter.feeds_padding
     return found
 
 
 def whole_sizes(run: Any) -> Tensor:
     """How many rows each row of the whole tower stands for: [P, rows]; of packed towers [1, rows] in the order of their blocks."""
-    if isinstance(run, JoinedRun):
+    if isinstance(run, ConcatenatedTowerState):
         return run.whole(run.row_sizes()[None])
-    if isinstance(run, BatchRun):
+    if isinstance(run, BatchedTowerState):
         return run.whole(run.row_sizes())
-    sizes = run.size.new_zeros(run.total).index_copy(0, run.slots[run.place], run.size if run.weighs else torch.ones_like(run.size))
+    sizes = run.size.new_zeros(run.total).index_copy(0, run.slots[run.place], run.size if run.uses_size_bias else torch.ones_like(run.size))
     return sizes.repeat_interleave(run.unit)[None]
 
 
@@ -173,18 +173,18 @@ def pooled_slowly(hidden: Tensor, run: Any) -> Tensor:
     """Rows in front of the first block with the means of what leaves in the places of those that stand for it."""
     hidden, start = hidden.clone(), 0
     for picture, (high, wide) in enumerate(run.grids):
-        if isinstance(run, BatchRun):
-            row, rows, read = hidden[picture], [(run.extra + cell).tolist() for cell in run.cells], run.alive()[picture, run.cells[:, 0], 0]
+        if isinstance(run, BatchedTowerState):
+            row, rows, read = hidden[picture], [(run.num_cls + cell).tolist() for cell in run.cells], run.survivors()[picture, run.cells[:, 0], 0]
         else:
             units = range(start, start + high * wide)
             packed = [list(range(u * run.unit, (u + 1) * run.unit)) for u in units]
-            row, rows = hidden[0], [run.cells[u].tolist() for u in units] if isinstance(run, JoinedRun) else packed
-            read = run.alive()[0, [some[0] for some in rows], 0]
+            row, rows = hidden[0], [run.cells[u].tolist() for u in units] if isinstance(run, ConcatenatedTowerState) else packed
+            read = run.survivors()[0, [some[0] for some in rows], 0]
             start += high * wide
         content = [True] * len(rows) if run.content_before is None else run.content_before[picture]
         gone = [unit for unit in range(high * wide) if content[unit] and not read[unit]]
-        for number in range(run.pooled[picture]):
-            members = [unit for rank, unit in enumerate(gone) if rank * run.pooled[picture] // len(gone) == number]
+        for number in range(run.pooled_count[picture]):
+            members = [unit for rank, unit in enumerate(gone) if rank * run.pooled_count[picture] // len(gone) == number]
             if not members:  # less left than that, beside padding
                 continue
             mean = sum(row[rows[unit]] for unit in members) / len(members)
@@ -205,7 +205,7 @@ def rows_of_twin(family: str, inputs: Inputs, runs: list[Any]) -> dict[str, list
             attention.config = copy.copy(attention.config)
             attention.config._attn_implementation_internal = "tower_twin"
     for part in adapter_for(model).blocks_to_reduce():
-        if isinstance(part, PackedTower):
+        if isinstance(part, VarlenTower):
             part.module.patch_embed.register_forward_hook(twin.pool_output)
         else:
             part.stack.register_forward_pre_hook(twin.pool_input, with_kwargs=True)
@@ -222,7 +222,7 @@ def by_stream(handle: duet_vlm.Handle) -> dict[str, list[Tensor]]:
     """Per stream the rows of each span as the decoder got them, marked where they are gone."""
     found: dict[str, list[Tensor]] = {}
     for encoded, number in handle._run.sources:
-        found.setdefault(encoded.stream, []).append(encoded.rows[number])
+        found.setdefault(encoded.modality, []).append(encoded.rows[number])
     return found
 
 
@@ -230,7 +230,7 @@ def by_stream(handle: duet_vlm.Handle) -> dict[str, list[Tensor]]:
 @pytest.mark.parametrize(("family", "kind", "method"), cells(DROPPING, True))
 def test_survivors_are_those_of_a_tower_that_does_not_see_the_rest(family: str, kind: str, method: str, mass: bool, towers: list[Any]) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
-    with duet_vlm.attach(model, method, keep=KEEP, mass=mass) as handle:
+    with duet_vlm.attach(model, method, keep=KEEP, proportional_attention=mass) as handle:
         forward(model, inputs)
         ours = by_stream(handle)
     twins = rows_of_twin(family, inputs, towers)
@@ -248,12 +248,12 @@ def test_what_leaves_is_stood_for_by_the_means_of_its_stretches(family: str, kin
     """Two rows stand for it: survivors are those of a tower that sees these, weighed, and not the rest; only survivors are read."""
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
     tower, *behind = method.split("+")
-    settings = {f"{tower}_keep": KEEP, f"{tower}_context": 2, "budget": 0.2} if behind else {"keep": KEEP, "context": 2}
+    settings = {f"{tower}_keep": KEEP, f"{tower}_pooled_context_tokens": 2, "budget": 0.2} if behind else {"keep": KEEP, "pooled_context_tokens": 2}
     with duet_vlm.attach(model, method, **settings) as handle:
         forward(model, inputs)
         ours, history = by_stream(handle), [span for row in handle.trace for span in row]
     for _, run in towers:
-        assert run.pooled == tuple(min(2, (high * wide - n) // 2) for (high, wide), n in zip(run.grids, run.counts, strict=True)) != (0,)
+        assert run.pooled_count == tuple(min(2, (high * wide - n) // 2) for (high, wide), n in zip(run.grids, run.counts, strict=True)) != (0,)
     fed = 8 if family == "video_llava" and kind == "clips" else 0  # CLS rows are tokens there
     assert sum(len(span.tower.kept) for span in history) == sum(n for _, run in towers for n in run.counts) + fed
     if behind:  # which rows of the tower enter is the choice of the method behind it
@@ -270,7 +270,7 @@ def test_what_leaves_is_stood_for_by_the_means_of_its_stretches(family: str, kin
 def test_with_nothing_to_stand_for_the_tower_is_the_stock_one(family: str) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, "images"))
     plain = forward(model, inputs).logits
-    with duet_vlm.attach(model, "contrast+duet_plus", budget=1.0, contrast_context=3):
+    with duet_vlm.attach(model, "contrast+duet_plus", budget=1.0, contrast_pooled_context_tokens=3):
         assert torch.equal(forward(model, inputs).logits, plain)
     assert torch.equal(forward(model, inputs).logits, plain)
 
@@ -320,7 +320,7 @@ def test_flops_of_the_reduced_tower_are_those_that_torch_counts(family: str, kin
     setattr(model.model, encoder, functools.wraps(plain)(encode))
     costs = []
     for keep in (1.0, 0.5):
-        with duet_vlm.attach(model, method, keep=keep, mass=False, **settings) as handle, torch.no_grad():
+        with duet_vlm.attach(model, method, keep=keep, proportional_attention=False, **settings) as handle, torch.no_grad():
             forward(model, inputs)
             costs.append(handle.report().observed.vision_flops)
     assert counted[0] == costs[0] and costs[1] < 0.95 * costs[0]
@@ -378,17 +378,17 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
-    settings = {f"{method}_mass": not checkpointing or family not in NO_MASK} | {f"{method}_context": rows for rows in context.values()}
+    settings = {f"{method}_proportional_attention": not checkpointing or family not in NO_MASK} | {f"{method}_pooled_context_tokens": rows for rows in context.values()}
     with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **settings) as handle:
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
         assert all(bool(g.isfinite().all()) for g in plain)
         if checkpointing and context and family in NO_MASK:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            with pytest.raises(ValueError, match="context=2: .* nor does this tower with gradient checkpointing"):
+            with pytest.raises(ValueError, match="pooled_context_tokens=2: .* nor does this tower with gradient checkpointing"):
                 gradients()
         elif checkpointing:
-            handle.set(**{f"{method}_mass": True})  # left out by itself where nobody could repeat it
+            handle.set(**{f"{method}_proportional_attention": True})  # left out by itself where nobody could repeat it
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for a, b in zip(plain, gradients(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -428,27 +428,27 @@ def test_the_trace_tells_what_went_through_the_tower(family: str, method: str, t
 def test_floors_choose_as_they_say() -> None:
     grid = (4, 6)
     view = TowerView(torch.ones(2, 24, dtype=torch.bool), torch.tensor([12, 12]), (12, 12), (grid, grid))
-    board = duet_vlm.get("checkerboard")(keep=0.5).stay(view)
+    board = duet_vlm.get_method("checkerboard")(keep=0.5).keep_patches(view)
     assert board.sum(1).tolist() == [12, 12]
     lines = board[0].view(grid)
     assert not (lines[:, 1:] & lines[:, :-1]).any() and not (lines[1:] & lines[:-1]).any()
-    chance = [duet_vlm.get("random_patches")(keep=0.5, seed=seed).stay(view) for seed in (0, 0, 1)]
+    chance = [duet_vlm.get_method("random_patches")(keep=0.5, seed=seed).keep_patches(view) for seed in (0, 0, 1)]
     assert torch.equal(chance[0], chance[1]) and not torch.equal(chance[0], chance[2]) and chance[0].sum(1).tolist() == [12, 12]
 
 
 def test_contrast_takes_what_differs_and_hands_on_the_mass() -> None:
     patches = torch.zeros(1, 9, 1, 4)
     patches[0, 4, 0, 0], patches[0, 7, 0, 1] = 5.0, 3.0  # two things on an even ground
-    chosen = choose(duet_vlm.get("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
+    chosen = select_patches(duet_vlm.get_method("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
     assert chosen.index.tolist() == [[4, 7, 8]] and chosen.size.tolist() == [[1.0, 1.0, 7.0]]  # the ground stands for itself
-    plain = choose(duet_vlm.get("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], False)
+    plain = select_patches(duet_vlm.get_method("contrast")(keep=3), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], False)
     assert plain.size.tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_context_stands_for_what_leaves_in_stretches() -> None:
     patches = torch.arange(9.0).view(1, 9, 1, 1).repeat(1, 1, 1, 2)
     patches[0, 4], patches[0, 7] = 50.0, -50.0
-    chosen = choose(duet_vlm.get("contrast")(keep=3, context=2), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
+    chosen = select_patches(duet_vlm.get_method("contrast")(keep=3, pooled_context_tokens=2), patches, torch.ones(1, 9, 1, dtype=torch.bool), [3], [(3, 3)], True)
     assert chosen.counts == (5,) and chosen.pooled == (2,)  # 0 1 2 | 3 5 6 leave, 4 7 8 stay
     assert chosen.index.tolist() == [[1, 4, 5, 7, 8]] and chosen.unread.tolist() == [[True, False, True, False, False]]
     assert chosen.size.tolist() == [[3.0, 1.0, 3.0, 1.0, 1.0]]
@@ -456,11 +456,11 @@ def test_context_stands_for_what_leaves_in_stretches() -> None:
 
 
 def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
-    contrast = duet_vlm.get("contrast")
-    assert weighing(contrast(keep=0.5, context=2, mass=False), True) and not weighing(contrast(keep=0.5, mass=False), True)
-    assert weighing(contrast(keep=0.5), True) and not weighing(contrast(keep=0.5), False)
-    with pytest.raises(ValueError, match="context=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
-        weighing(contrast(keep=0.5, context=2), False)
+    contrast = duet_vlm.get_method("contrast")
+    assert bias_refusal(contrast(keep=0.5, pooled_context_tokens=2, proportional_attention=False), True) and not bias_refusal(contrast(keep=0.5, proportional_attention=False), True)
+    assert bias_refusal(contrast(keep=0.5), True) and not bias_refusal(contrast(keep=0.5), False)
+    with pytest.raises(ValueError, match="pooled_context_tokens=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
+        bias_refusal(contrast(keep=0.5, pooled_context_tokens=2), False)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 12])
@@ -479,8 +479,8 @@ def test_stretches_are_groups_of_one_size(count: int) -> None:
 
 def test_ground_is_taken_evenly_from_the_ranks_of_the_rest() -> None:
     view = TowerView(torch.ones(1, 20, dtype=torch.bool), torch.tensor([8]), (8,), ((4, 5),), torch.arange(20.0)[None])
-    assert duet_vlm.get("contrast")(keep=8).stay(view)[0].nonzero()[:, 0].tolist() == list(range(12, 20))
-    assert duet_vlm.get("contrast")(keep=8, ground=0.25).stay(view)[0].nonzero()[:, 0].tolist() == [3, 10, *range(14, 20)]  # ranks 3 and 10 of 14
+    assert duet_vlm.get_method("contrast")(keep=8).keep_patches(view)[0].nonzero()[:, 0].tolist() == list(range(12, 20))
+    assert duet_vlm.get_method("contrast")(keep=8, ground=0.25).keep_patches(view)[0].nonzero()[:, 0].tolist() == [3, 10, *range(14, 20)]  # ranks 3 and 10 of 14
 
 
 def shows(pixels: Tensor, grid: tuple[int, int], keeps: tuple[int, ...] = (), before: tuple[int, ...] = (-1,)) -> TowerView:
@@ -518,26 +518,26 @@ def pruned_slowly(pixels: list[list[float]], threshold: float) -> list[list[bool
 @pytest.mark.parametrize("grid", [(5, 6), (1, 7), (6, 1)])
 def test_pixelprune_is_its_slow_twin(grid: tuple[int, int], threshold: float) -> None:
     pixels = torch.randint(0, 4, (30, grid[0] * grid[1]), generator=torch.Generator().manual_seed(1)) / 2
-    stays = duet_vlm.get("pixelprune")(threshold=threshold).stay(shows(pixels, grid))
+    stays = duet_vlm.get_method("pixelprune")(threshold=threshold).keep_patches(shows(pixels, grid))
     for mine, picture in zip(stays, pixels, strict=True):
         assert mine.view(grid).tolist() == pruned_slowly(picture.view(grid).tolist(), threshold)
-    counted = duet_vlm.get("pixelprune")(keep=3).stay(shows(pixels, grid, (3,) * 30))
+    counted = duet_vlm.get_method("pixelprune")(keep=3).keep_patches(shows(pixels, grid, (3,) * 30))
     assert counted.sum(1).tolist() == [3] * 30 and counted[:, 0].all()
 
 
 def test_rlt_keeps_what_changed() -> None:
     drift = torch.tensor([[0.0, 0.0, 5.0], [0.08, 0.0, 9.0], [0.16, 0.0, 9.0], [0.24, 1.0, 9.0]])  # frames of three units
-    view, rlt = shows(drift, (1, 3), before=(-1, 0, 1, 2)), duet_vlm.get("rlt")
+    view, rlt = shows(drift, (1, 3), before=(-1, 0, 1, 2)), duet_vlm.get_method("rlt")
     first = [True, True, True]
     # a slow drift is seen against what stayed, not against the frame before; a frame in which nothing changed keeps one unit
-    assert rlt(threshold=0.1).stay(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
-    assert rlt(threshold=0.1, against="before").stay(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
+    assert rlt(threshold=0.1).keep_patches(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
+    assert rlt(threshold=0.1, against="before").keep_patches(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
     assert rlt(threshold=0.09, against="before").scores(view)[2, 0] < 0 < rlt(threshold=0.09).scores(view)[2, 0]
     tubelets = torch.tensor([[[0.0, 7.0]], [[3.0, 0.05]]])  # the last frame of a step against the first of the one before
     assert rlt().scores(shows(tubelets, (1, 1), before=(-1, 0)))[1, 0] < 0
-    counted = rlt(keep=1).stay(shows(drift, (1, 3), (1, 1, 1, 1), (-1, 0, 1, 2)))
+    counted = rlt(keep=1).keep_patches(shows(drift, (1, 3), (1, 1, 1, 1), (-1, 0, 1, 2)))
     assert counted.tolist() == [[False, False, True], [False, False, True], [True, False, False], [False, True, False]]
-    assert rlt().stay(shows(torch.rand(2, 6), (2, 3), before=(-1, -1))).all()  # images stay whole
+    assert rlt().keep_patches(shows(torch.rand(2, 6), (2, 3), before=(-1, -1))).all()  # images stay whole
 
 
 def test_motion_takes_what_a_clip_usually_does_not_show() -> None:
@@ -545,7 +545,7 @@ def test_motion_takes_what_a_clip_usually_does_not_show() -> None:
     clip[:, 3] = 9.0  # stands still, however bright
     for frame, place in enumerate((0, 1, 2, 0, 1)):
         clip[frame, place] = 1.0
-    stays = duet_vlm.get("motion")(keep=1).stay(shows(clip, (2, 2), (1,) * 5, (-1, 0, 1, 2, 3)))
+    stays = duet_vlm.get_method("motion")(keep=1).keep_patches(shows(clip, (2, 2), (1,) * 5, (-1, 0, 1, 2, 3)))
     assert stays.long().argmax(1).tolist() == [0, 1, 2, 0, 1]
 
 
@@ -572,15 +572,15 @@ def test_thresholds_account_for_what_they_leave(family: str, method: str, towers
 
 
 def test_no_more_enters_than_the_tower_leaves() -> None:
-    method = duet_vlm.compose(duet_vlm.get("contrast")(keep=0.3), duet_vlm.get("duet")())
+    method = duet_vlm.compose(duet_vlm.get_method("contrast")(keep=0.3), duet_vlm.get_method("duet")())
     with pytest.warns(UserWarning, match=r"\d+ of 576 tokens would enter the decoder, but the tower leaves 172"):
         plan = method.plan(576, 32, 0.25)
     assert plan.entry == plan.tower == 172 and plan.mean <= 0.25 * 576 < plan.mean + 3
-    free = duet_vlm.get("contrast+duet_plus")().plan(576, 32, 0.11)
-    assert free.tower == 323 and free.entry == duet_vlm.get("duet_plus")().plan(576, 32, 0.11).entry
-    wide = duet_vlm.get("contrast+duet")().plan(576, 32, 0.25)
+    free = duet_vlm.get_method("contrast+duet_plus")().plan(576, 32, 0.11)
+    assert free.tower == 323 and free.entry == duet_vlm.get_method("duet_plus")().plan(576, 32, 0.11).entry
+    wide = duet_vlm.get_method("contrast+duet")().plan(576, 32, 0.25)
     assert wide.tower == min(576, -(-3 * wide.entry // 2))
-    drops = duet_vlm.get("contrast+pyramiddrop")().plan(576, 32, 0.2)
+    drops = duet_vlm.get_method("contrast+pyramiddrop")().plan(576, 32, 0.2)
     assert drops.entry == drops.tower == 323 and drops.mean <= 0.2 * 576
 
 
@@ -603,9 +603,9 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("tome_tower", {"budget": 0.5, "shares": (0, 0)}, r"shares=\(0, 0\): numbers of 0 or more, not all 0"),
         ("pixelprune", {"threshold": -1.0}, "threshold=-1.0: give a finite difference"),
         ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
-        ("contrast", {"budget": 0.2, "context": -1}, "context=-1: a number of rows for what leaves a picture, 0 or more"),
-        ("motion+duet", {"budget": 0.2, "motion_context": -2}, "context=-2: a number of rows"),
-        ("evit", {"budget": 0.2, "context": 2}, "context=2: with evit units leave behind blocks"),
+        ("contrast", {"budget": 0.2, "pooled_context_tokens": -1}, "pooled_context_tokens=-1: a number of rows for what leaves a picture, 0 or more"),
+        ("motion+duet", {"budget": 0.2, "motion_pooled_context_tokens": -2}, "pooled_context_tokens=-2: a number of rows"),
+        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "pooled_context_tokens=2: with evit units leave behind blocks"),
         ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
     ],
 )
@@ -629,7 +629,7 @@ class Wrong(TowerReducer):
     name, paper, summary = "wrong", "-", "-"
     kind: str = "few"
 
-    def stay(self, view: TowerView) -> Tensor:
+    def keep_patches(self, view: TowerView) -> Tensor:
         mask = torch.zeros_like(view.valid)
         return {"few": mask, "float": mask.float(), "shape": mask[:, 1:]}[type(self).kind]
 
@@ -644,9 +644,9 @@ class Joins(TowerReducer):
     def boundaries(self, depth: int) -> tuple[int, ...]:
         return (type(self).place,)
 
-    def stay(self, view: TowerView) -> Merged:
+    def keep_patches(self, view: TowerView) -> MergePairs:
         number = torch.arange(view.valid.shape[1]).expand(view.valid.shape)
-        return Merged(number.clamp(max=int(view.keep[0]) - 1)) if type(self).made is None else Merged(type(self).made(number))
+        return MergePairs(number.clamp(max=int(view.num_keep[0]) - 1)) if type(self).made is None else MergePairs(type(self).made(number))
 
 
 @pytest.mark.parametrize(
@@ -655,7 +655,7 @@ class Joins(TowerReducer):
         (lambda number: number, 1, "another number of units than planned"),
         (lambda number: (number + 1).clamp(max=int(number.max())), 1, "units that join what does not stay"),
         (lambda number: number - 9, 1, "units that join what does not stay|another number of units"),
-        (lambda number: number.float(), 1, r"joins\.stay returned into = a tensor"),
+        (lambda number: number.float(), 1, r"joins\.keep_patches returned target = a tensor"),
         (None, 0, "units join others behind a block's attention only"),
     ],
 )
@@ -685,12 +685,12 @@ def test_what_a_users_method_returns_is_checked(kind: str, words: str, monkeypat
     monkeypatch.setattr(Wrong, "kind", kind)
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([TWO])
     plain = forward(model, inputs).logits
-    with duet_vlm.attach(model, Wrong(keep=0.5)), pytest.raises(ValueError, match=rf"wrong\.stay returned .*{words}"):
+    with duet_vlm.attach(model, Wrong(keep=0.5)), pytest.raises(ValueError, match=rf"wrong\.keep_patches returned .*{words}"):
         forward(model, inputs)
     assert torch.equal(forward(model, inputs).logits, plain)
 
 
-WHOLE = [("contrast", {"budget": 8}), ("contrast", {"budget": 8, "context": 2}), ("checkerboard+duet_plus", {"budget": 8})]
+WHOLE = [("contrast", {"budget": 8}), ("contrast", {"budget": 8, "pooled_context_tokens": 2}), ("checkerboard+duet_plus", {"budget": 8})]
 WHOLE += [("key_norm", {"budget": 8}), ("evit+duet", {"budget": 6}), ("tome_tower", {"budget": 8}), ("pixelprune", {})]
 
 
@@ -708,8 +708,8 @@ def test_a_picture_that_stays_whole_is_seen_as_by_itself(
         inputs["pixel_values"] = flat_from(inputs["pixel_values"], 8 * 2)
     with duet_vlm.attach(model, method, **settings) as handle:
         together, slots = forward(model, inputs).logits, handle.slots
-        spares = towers[-1][1].spares.tolist()
-        assert len(towers[-1][1].rows) == sum(towers[-1][1].row_counts().tolist())
+        spares = list(towers[-1][1].spares)
+        assert len(towers[-1][1].rows) == sum(towers[-1][1].row_counts())
         for number, row in enumerate(rows):
             single = family.inputs([row])
             high, wide = single["pixel_values"].shape[2:]
@@ -735,13 +735,13 @@ def test_pictures_of_one_unit_have_nothing_to_choose(method: str, content: Any) 
 
 
 @pytest.mark.parametrize("method", [*FRONT, *INSIDE, "pixelprune+duet_plus"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_crops_of_which_packing_leaves_nothing(method: str, parts: str) -> None:
     """A very wide image shows nothing of its own crops in LLaVA-NeXT: its counts are those of the image behind it, by itself and together."""
     family, model = FAMILIES["llava_next"], shared("llava_next")
     rows: Any = [(1, Picture(1, 1, 12), 5, 6), (1, Picture(2, 6, 7), 7, 8)]
     settings = {"budget": 0.5} if "+" in method else {} if method in ("rlt", "pixelprune") else {"keep": 0.5}
-    with duet_vlm.attach(model, method, parts=parts, **settings) as handle:
+    with duet_vlm.attach(model, method, crops=parts, **settings) as handle:
         alone = []
         for row in rows:
             forward(model, family.inputs([row]))
@@ -755,7 +755,7 @@ def test_crops_of_which_packing_leaves_nothing(method: str, parts: str) -> None:
 @pytest.mark.parametrize("tower", ["contrast", "key_norm"])
 def test_a_method_may_ask_the_projector_behind_a_reduced_tower(family: str, tower: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What it makes of unchanged rows is what the method is shown; its cost is counted on the rows that it works on."""
-    kind, seen = duet_vlm.get("zoo_prune"), []
+    kind, seen = duet_vlm.get_method("zoo_prune"), []
     plain = kind.sensitivity
 
     def spy(self: Any, view: Any) -> Tensor:
@@ -765,7 +765,7 @@ def test_a_method_may_ask_the_projector_behind_a_reduced_tower(family: str, towe
 
     model, inputs = build(family), FAMILIES[family].inputs([(1, Picture(1, 4, 4), 5, Picture(2, 3, 6), 6, 7)])
     with duet_vlm.attach(model, f"{tower}+zoo_prune", budget=0.3, zoo_prune_directions=3, **{f"{tower}_keep": 0.5}) as handle, torch.no_grad():
-        counted = counted_flops(lambda: model(**inputs, logits_to_keep=1))
+        counted = count_flops(lambda: model(**inputs, logits_to_keep=1))
         assert handle.report().observed.flops == pytest.approx(counted, rel=0.01)
         monkeypatch.setattr(kind, "sensitivity", spy)
         forward(model, inputs)

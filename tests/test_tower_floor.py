@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import duet_vlm
 from duet_vlm import BudgetError
-from duet_vlm.budget import SpanPlan
-from duet_vlm.parts import left_in_tower, of_each_part, shared_out
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.planning.spans import of_each_part, shared_out, tower_counts
 
 LARGE, SMALL = Picture(1, 6, 6, frames=4), Picture(2, 4, 3, frames=6)  # at 4 %: 5 tokens for 4 frames, 2 for 6
 CLIPS: list[Row] = [(1, 5, LARGE, 7, 8, 9), (1, 5, SMALL, 7, 8)]
@@ -61,10 +61,10 @@ def test_every_frame_keeps_one_beside_a_clip_of_another_size(family: str, method
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_crops_of_two_images(method: str, parts: str) -> None:
     model, maker = shared("llava_next"), FAMILIES["llava_next"]
-    with duet_vlm.attach(model, method, budget=0.02, parts=parts) as handle:
+    with duet_vlm.attach(model, method, budget=0.02, crops=parts) as handle:
         alone = []
         for row in CROPS:
             forward(model, maker.inputs([row]))
@@ -77,12 +77,12 @@ def test_crops_of_two_images(method: str, parts: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("parts", ["auto", "joint", "each"])
+@pytest.mark.parametrize("parts", ["auto", "joint", "per_crop"])
 @pytest.mark.parametrize("settings", [{"budget": 0.05}, {"keep": 0.05}, {"keep": 1}], ids=str)
 def test_a_clip_that_brings_cls_rows(method: str, parts: str, settings: dict[str, Any]) -> None:
     """Video-LLaVA feeds the CLS row of each frame, beside which a patch stays."""
     model, inputs = shared("video_llava"), FAMILIES["video_llava"].inputs([(1, 2, Picture(1, 5, 4, frames=2), 7, 8, 9)])
-    with duet_vlm.attach(model, method, parts=parts, **settings) as handle:
+    with duet_vlm.attach(model, method, crops=parts, **settings) as handle:
         forward(model, inputs)
         ((frames,),) = kept(handle, [[17]])
         measured_is_planned(handle)
@@ -94,7 +94,7 @@ def test_a_clip_that_brings_cls_rows(method: str, parts: str, settings: dict[str
 @pytest.mark.parametrize("settings", [{"budget": 0.5}, {"keep": 0.5}], ids=str)
 def test_newlines_that_are_kept_are_not_counted_with_the_tower(method: str, settings: dict[str, Any]) -> None:
     model, maker = shared("llava_next"), FAMILIES["llava_next"]
-    with duet_vlm.attach(model, method, newline="keep", **settings) as handle:
+    with duet_vlm.attach(model, method, newline_tokens="keep", **settings) as handle:
         for row in CROPS:
             forward(model, maker.inputs([row]))
             measured_is_planned(handle)
@@ -122,9 +122,9 @@ def test_a_budget_of_tokens_is_refused_below_the_floor() -> None:
     ):
         forward(model, inputs)
     assert error.value.floor == 6
-    with duet_vlm.attach(model, "contrast", budget=0.04, clamp_below=12), pytest.raises(BudgetError, match="its floor is 6 tokens"):
+    with duet_vlm.attach(model, "contrast", budget=0.04, small_image_tokens=12), pytest.raises(BudgetError, match="its floor is 6 tokens"):
         forward(model, inputs)  # frames of 12 tokens are not small enough
-    with duet_vlm.attach(model, "contrast", budget=0.01, clamp_below=13) as handle:  # less than one token of the clip
+    with duet_vlm.attach(model, "contrast", budget=0.01, small_image_tokens=13) as handle:  # less than one token of the clip
         forward(model, FAMILIES["qwen2_vl"].inputs(CLIPS[1:]))
         assert handle.report().measured[0] == 6
     assert duet_vlm.handle_of(model) is None
@@ -140,5 +140,5 @@ def test_shares_never_fall_below_the_least(sizes: list[int], few: int, data: st.
     if total:
         plan = of_each_part(SpanPlan(sum(sizes), 1, 0, (1,) * 4, tower=1), sizes, least)
         assert plan.entry == plan.tower == plan.mean == max(1, sum(least))
-        left = left_in_tower(SpanPlan(sum(sizes), total, 0, (total,) * 4, tower=total), sizes, least=few)
+        left = tower_counts(SpanPlan(sum(sizes), total, 0, (total,) * 4, tower=total), sizes, least=few)
         assert [n for n, size in zip(left, sizes, strict=True) if size] == [max(1, n) for n, size in zip(shares, sizes, strict=True) if size]

@@ -25,13 +25,13 @@ from transformers import CLIPImageProcessor, LlavaProcessor, TrainerCallback
 from typer.testing import CliRunner
 
 import duet_vlm
+from duet_vlm.api.loading import load
 from duet_vlm.cli.main import app
-from duet_vlm.compressor import BESIDE
-from duet_vlm.loading import load
+from duet_vlm.reducers.compressor import BESIDE
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import budget_at
 from duet_vlm.train.run import build, train
-from duet_vlm.train.settings import Settings
+from duet_vlm.train.settings import TrainSettings
 
 QUESTIONS = ("what is it ?", "and then ?", "what ?", "is it a cat ?")
 ANSWERS = ("a red cat", "blue", "it is red and blue", ".")
@@ -66,12 +66,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def settings(start: Path, out: Path, **changes: Any) -> Settings:
+def settings(start: Path, out: Path, **changes: Any) -> TrainSettings:
     trainer = {
         "per_device_train_batch_size": 4, "num_train_epochs": 1, "learning_rate": 1e-3, "use_cpu": True, "logging_steps": 1, "save_steps": 2,
     } | changes.pop("trainer", {})  # fmt: skip
     defaults = {"model": str(start / "model"), "data": (str(start / "data.json"),), "method": "duet", "budget": 0.5}
-    return Settings(**{**defaults, **changes, "out": str(out), "trainer": trainer})
+    return TrainSettings(**{**defaults, **changes, "out": str(out), "trainer": trainer})
 
 
 def log(out: Path) -> list[dict[str, Any]]:
@@ -106,9 +106,9 @@ def test_what_learns_is_saved_with_processor_and_reduction(choice: dict[str, Any
     assert changed(weights(start / "model"), weights(out)) == learned
     loaded = load(str(out))
     assert all(weight.dtype == torch.float32 for weight in loaded.model.parameters())
-    assert duet_vlm.remembered(out) == {"method": "duet", "budget": None, "settings": {"schedule": ((2, 0.5), (5, 0.25))}}
+    assert duet_vlm.load_from_config(out) == {"method": "duet", "budget": None, "settings": {"schedule": ((2, 0.5), (5, 0.25))}}
     with duet_vlm.attach(loaded.model) as handle:  # no method named
-        assert handle.reducer == duet_vlm.get("duet")(schedule=((2, 0.5), (5, 0.25)))
+        assert handle.reducer == duet_vlm.get_method("duet")(schedule=((2, 0.5), (5, 0.25)))
     inputs = loaded.inputs([Image.open(start / "0.png")], "what is it ?")
     assert int((inputs["input_ids"] == ID["<image>"]).sum()) == 16
     losses = [entry["loss"] for entry in log(out) if "loss" in entry]
@@ -118,7 +118,7 @@ def test_what_learns_is_saved_with_processor_and_reduction(choice: dict[str, Any
 FRESH = """
 import sys, torch
 from PIL import Image
-from duet_vlm.loading import load
+from duet_vlm.api.loading import load
 picture, out, *folders = sys.argv[1:]
 found = []
 for folder in folders:
@@ -193,7 +193,7 @@ class Killed(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def killed_after(step: int, chosen: Settings) -> None:
+def killed_after(step: int, chosen: TrainSettings) -> None:
     resume.begin(chosen, restart=False)  # as train() does
     trainer, handle = build(chosen)
     trainer.add_callback(Killed(step))
@@ -258,7 +258,7 @@ def test_a_methods_own_weights_learn_and_stay_beside_the_model(method: str, tune
     with duet_vlm.attach(loaded.model, method, budget=0.5) as handle:
         new = handle.module.state_dict()  # type: ignore[union-attr]
     assert learned.keys() == new.keys() and sum(not torch.equal(learned[name], new[name]) for name in new) > 0.9 * len(new) - 2
-    assert duet_vlm.remembered(out) == {"method": method, "budget": 0.5, "settings": {"weights": str(out / BESIDE)}}
+    assert duet_vlm.load_from_config(out) == {"method": method, "budget": 0.5, "settings": {"weights": str(out / BESIDE)}}
     with duet_vlm.attach(loaded.model) as handle:  # no method named
         assert all(torch.equal(weight, learned[name]) for name, weight in handle.module.state_dict().items())  # type: ignore[union-attr]
     assert duet_vlm.attach(loaded.model, method, budget=0.5, weights=str(tmp_path / "killed" / "checkpoint-6" / BESIDE)).module is not None
@@ -370,7 +370,7 @@ def test_a_finished_run_is_left_alone_and_another_one_refused(start: Path, tmp_p
     (tmp_path / "mine.txt").write_text("not from training")
     train(other, restart=True)
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns > written and (tmp_path / "mine.txt").exists()
-    assert duet_vlm.remembered(tmp_path)["budget"] == 0.25
+    assert duet_vlm.load_from_config(tmp_path)["budget"] == 0.25
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -492,7 +492,7 @@ def test_mixed_budgets_depend_on_step_and_seed_only(start: Path, tmp_path: Path)
     assert drawn != [budget_at(chosen, step, 300, seed=2) for step in range(300)]
     trainer, handle = build(chosen)
     with handle:
-        assert duet_vlm.remembered(trainer.model) is None and handle.budget == 0.5
+        assert duet_vlm.load_from_config(trainer.model) is None and handle.budget == 0.5
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

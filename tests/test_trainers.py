@@ -152,15 +152,15 @@ def test_ranking_under_autocast(family: str) -> None:
 
     @dataclass(frozen=True)
     class Watching(Duet):
-        def t2v(self, view: duet_vlm.TextView) -> torch.Tensor:
+        def prune_tokens(self, view: duet_vlm.DecoderView) -> torch.Tensor:
             dtypes.append(view.scores.dtype)
             probe = torch.eye(2) @ torch.eye(2)
             dtypes.append(probe.dtype)
-            return super().t2v(view)
+            return super().prune_tokens(view)
 
-        def v2v(self, view: duet_vlm.VisionView) -> duet_vlm.Selection:
+        def select_tokens(self, view: duet_vlm.EncoderView) -> duet_vlm.Selection:
             dtypes.extend((view.importance.dtype, view.keys.dtype, (torch.eye(2) @ torch.eye(2)).dtype))
-            return super().v2v(view)
+            return super().select_tokens(view)
 
     for layer in model.model.language_model.layers:
         layer.self_attn.k_proj.register_forward_pre_hook(watch)
@@ -219,7 +219,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(family: str, tmp_pa
         complete.train()
     model = build(family)
     with attach(model) as handle:
-        duet_vlm.remember(handle)
+        duet_vlm.save_to_config(handle)
         run = trainer(model, family, tmp_path / "cut", **options)
         step, calls = run.training_step, []
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import duet_vlm
-from duet_vlm.bench.inputs import encode
-from duet_vlm.budget import SpanPlan
-from duet_vlm.measure.training import Example, StepFlops, Trained, step_flops
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.models.adapter import Adapter
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.profiling.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -32,22 +32,22 @@ ANSWER = 4
 ROWS = ((1, 5, Picture(1, 4, 6), *range(20, 34)), (1, 6, Picture(2, 4, 6), *range(40, 54)))  # sides that fill the tower's windows
 PROJECTIONS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
-STAGE_1 = Trained(decoder=False)
-STAGE_2 = Trained()
-FULL = Trained(tower=True)
-LORA = Trained(decoder=False, projector=False, lora=4)
+STAGE_1 = TrainedParts(decoder=False)
+STAGE_2 = TrainedParts()
+FULL = TrainedParts(tower=True)
+LORA = TrainedParts(decoder=False, projector=False, lora=4)
 EVERY = {
     "full": FULL,
     "frozen tower": STAGE_2,
     "projector only": STAGE_1,
-    "tower only": Trained(tower=True, projector=False, decoder=False),
+    "tower only": TrainedParts(tower=True, projector=False, decoder=False),
     "adapters": LORA,
-    "adapters and projector": Trained(decoder=False, lora=4),
-    "full, checkpointing": Trained(tower=True, checkpointing=True, input_gradients=True),
-    "frozen tower, checkpointing": Trained(checkpointing=True),
-    "frozen tower, checkpointing, input gradients": Trained(checkpointing=True, input_gradients=True),
-    "projector only, checkpointing": Trained(decoder=False, checkpointing=True),
-    "adapters, checkpointing, input gradients": Trained(decoder=False, projector=False, lora=4, checkpointing=True, input_gradients=True),
+    "adapters and projector": TrainedParts(decoder=False, lora=4),
+    "full, checkpointing": TrainedParts(tower=True, checkpointing=True, input_gradients=True),
+    "frozen tower, checkpointing": TrainedParts(checkpointing=True),
+    "frozen tower, checkpointing, input gradients": TrainedParts(checkpointing=True, input_gradients=True),
+    "projector only, checkpointing": TrainedParts(decoder=False, checkpointing=True),
+    "adapters, checkpointing, input gradients": TrainedParts(decoder=False, projector=False, lora=4, checkpointing=True, input_gradients=True),
 }
 CASES = [(what, method) for what in EVERY for method in (None, "duet")]
 # choosing and merging are left out of the prediction (test_flops counts them): only methods whose choice is next to nothing in models this small
@@ -55,14 +55,14 @@ DEAR = {"fastvid", "hired", "prunevid", "quecc", "resampler", "vqtoken", "vscan"
 
 
 def _by_attention(name: str) -> bool:
-    cls = duet_vlm.get(name)
+    cls = duet_vlm.get_method(name)
     return not getattr(cls, "needs", ()) and getattr(cls, "text_query", "") != "raters" and name not in DEAR
 
 
 CASES += [("frozen tower", name) for name in REDUCING if name != "duet" and _by_attention(name)]
 
 
-def freeze(adapter: Adapter, trained: Trained) -> nn.Module:
+def freeze(adapter: Adapter, trained: TrainedParts) -> nn.Module:
     """The model to run, with what is trained left open; eager attention, because the counter does not know the CPU's fused one."""
     model, base = adapter.model.train(), adapter.base
     tower = getattr(base, "vision_tower", None) or base.visual
@@ -99,7 +99,7 @@ def counted(run: nn.Module, inputs: dict[str, Any], **options: Any) -> tuple[int
     return forward, counter.get_total_flops() - forward
 
 
-def predicted(family: str, adapter: Adapter, handle: duet_vlm.Handle | None, trained: Trained) -> StepFlops:
+def predicted(family: str, adapter: Adapter, handle: duet_vlm.Handle | None, trained: TrainedParts) -> StepFlops:
     """From the shapes, the plan, and the prompt as it is written above."""
     tokens = FAMILIES[family].tokens(ROWS[0][2])  # type: ignore[arg-type]
     text = len(FAMILIES[family].expand(ROWS[0])) - tokens
@@ -109,13 +109,13 @@ def predicted(family: str, adapter: Adapter, handle: duet_vlm.Handle | None, tra
     asks = isinstance(method, duet_vlm.DecoderReducer) and method.uses_text
     question = 14 - ANSWER + FAMILIES[family].mrope  # Qwen's end-of-image token comes after the image, too
     queries = {"all": question, "last": 1}[getattr(method, "text_query", "all")]
-    example = Example(
+    example = TrainingExample(
         text, (plan,), queries=queries if asks else 0, signals=plan.merges and bool(getattr(method, "signals", ())),
         projects_all=handle is not None and handle.projects_all,
-        stages=() if handle is None else handle.leaving(tokens, plan.tower or tokens),
+        stages=() if handle is None else handle.dropping(tokens, plan.tower or tokens),
     )  # fmt: skip
     unread = 0 if FAMILIES[family].mrope else 1
-    return step_flops(adapter.decoder_shape(), adapter.vision_shape(), [example] * len(ROWS), trained, unread)
+    return step_flops(adapter.decoder_dims(), adapter.vision_dims(), [example] * len(ROWS), trained, unread)
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -147,7 +147,7 @@ def test_patches_that_left_the_tower_cost_nothing_behind_it(family: str, what: s
     adapter = adapter_for(build(family, "eager"))
     run = freeze(adapter, trained)
     whole = predicted(family, adapter, None, trained)
-    with duet_vlm.attach(run, f"{name}+duet", budget=6, **tower, **{f"{name}_mass": False}) as handle:
+    with duet_vlm.attach(run, f"{name}+duet", budget=6, **tower, **{f"{name}_proportional_attention": False}) as handle:
         forward, backward = counted(run, FAMILIES[family].inputs(ROWS))
         found = predicted(family, adapter, handle, trained)
     assert found.vision < 0.75 * whole.vision
@@ -171,16 +171,16 @@ def test_two_images_in_a_row() -> None:
     row = (1, Picture(1), 7, Picture(2), *range(20, 34))
     with duet_vlm.attach(run, "duet", **REDUCING["duet"]) as handle:
         forward, backward = counted(run, FAMILIES["llava"].inputs([row]))
-        example = Example(16, (handle.plan(36), handle.plan(36)), queries=14 - ANSWER, signals=True)
-    found = step_flops(adapter.decoder_shape(), adapter.vision_shape(), [example], FULL, unread_layers=1)
+        example = TrainingExample(16, (handle.plan(36), handle.plan(36)), queries=14 - ANSWER, signals=True)
+    found = step_flops(adapter.decoder_dims(), adapter.vision_dims(), [example], FULL, unread_layers=1)
     assert found.total == pytest.approx(forward + backward, rel=0.01)
 
 
 def test_what_makes_no_sense_is_refused() -> None:
     with pytest.raises(ValueError, match="nothing is trained"):
-        Trained(projector=False, decoder=False)
+        TrainedParts(projector=False, decoder=False)
     with pytest.raises(ValueError, match="lora=-1"):
-        Trained(lora=-1)
+        TrainedParts(lora=-1)
 
 
 # ---- the benchmark's own
@@ -224,9 +224,9 @@ def test_the_shape_has_the_proportions_of_a_7b_model() -> None:
     model = build_shape(train_step.DOMINATED)
     adapter = adapter_for(model)
     shares = []
-    for decoder, vision in ((adapter.decoder_shape(), adapter.vision_shape()), train_step.LLAVA_7B):
-        plans = SpanPlan(576, 576, 0, (576,) * decoder.layers), duet_vlm.get("duet")().plan(576, decoder.layers, 0.11)
-        full, reduced = (step_flops(decoder, vision, [Example(65, (plan,))], STAGE_2, unread_layers=1) for plan in plans)
+    for decoder, vision in ((adapter.decoder_dims(), adapter.vision_dims()), train_step.LLAVA_7B):
+        plans = SpanPlan(576, 576, 0, (576,) * decoder.layers), duet_vlm.get_method("duet")().plan(576, decoder.layers, 0.11)
+        full, reduced = (step_flops(decoder, vision, [TrainingExample(65, (plan,))], STAGE_2, unread_layers=1) for plan in plans)
         head = 2 * 641 * decoder.hidden * decoder.vocab
         shares.append((full.vision / (full.vision + full.decoder), head / full.decoder, reduced.total / full.total))
     assert shares[0] == pytest.approx(shares[1], rel=0.2)

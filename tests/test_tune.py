@@ -20,16 +20,16 @@ from duet_vlm import tiny
 from duet_vlm.cli import tune as tune_verb
 from duet_vlm.cli.main import app
 from duet_vlm.cli.tune import size_of
-from duet_vlm.evaluate.experiment import Run
-from duet_vlm.memory import saved
-from duet_vlm.tune.ask import divergence
-from duet_vlm.tune.bounds import FEWEST, allowed, chance, lower_bound, needed, split
-from duet_vlm.tune.candidates import candidates
-from duet_vlm.tune.folder import folder_task
-from duet_vlm.tune.picture import front, pareto
-from duet_vlm.tune.race import RUNGS, Candidate, Reply, choose, confirm
-from duet_vlm.tune.search import Goal
-from duet_vlm.tune.words import python_line, shell_line, verdict
+from duet_vlm.evaluation.experiment import ExperimentCell
+from duet_vlm.evaluation.tune.answers import divergence
+from duet_vlm.evaluation.tune.binomial import FEWEST, allowed, chance, lower_bound, needed, split
+from duet_vlm.evaluation.tune.candidates import candidates
+from duet_vlm.evaluation.tune.folder import folder_task
+from duet_vlm.evaluation.tune.halving import RUNGS, AnswerScore, Candidate, choose, confirm
+from duet_vlm.evaluation.tune.pareto_plot import front, pareto
+from duet_vlm.evaluation.tune.search import Goal
+from duet_vlm.evaluation.tune.summary import python_line, shell_line, verdict
+from duet_vlm.reducers.persistence import load_from_file
 
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
 
@@ -89,17 +89,17 @@ class Made:
         self.luck: dict[tuple[str, int], float] = {}
         self.asked: list[tuple[str, int]] = []
 
-    def __call__(self, runs: Sequence[Run], numbers: Sequence[int]) -> dict[str, list[Reply] | str]:
-        out: dict[str, list[Reply] | str] = {}
+    def __call__(self, runs: Sequence[ExperimentCell], numbers: Sequence[int]) -> dict[str, list[AnswerScore] | str]:
+        out: dict[str, list[AnswerScore] | str] = {}
         for run in runs:
             self.asked += [(run.id, number) for number in numbers]
             luck = [self.luck.setdefault(("" if self.hard else run.id, number), self.rng.random()) for number in numbers]
             rate = self.rates[run.id]
-            out[run.id] = "too small a budget" if rate > 1 else [Reply(chance < rate, rate + chance / 100) for chance in luck]
+            out[run.id] = "too small a budget" if rate > 1 else [AnswerScore(chance < rate, rate + chance / 100) for chance in luck]
         return out
 
     def field(self) -> list[Candidate]:
-        return [Candidate(Run(name), ms=100.0 - place) for place, name in enumerate(self.rates)]
+        return [Candidate(ExperimentCell(name), ms=100.0 - place) for place, name in enumerate(self.rates)]
 
 
 def raced(made: Made, keep: float | None, count: int) -> tuple[Candidate | None, list[Candidate], list[Candidate]]:
@@ -122,7 +122,7 @@ def test_the_cheapest_that_holds_wins_and_every_other_has_a_reason() -> None:
 
 def test_a_rung_behind_one_that_failed_is_not_taken() -> None:
     """The order is fixed before the test: what comes after a failure counts no more, however well it does."""
-    safe, unlucky, cheap = (Candidate(Run(name), ms=ms) for name, ms in (("safe", 3.0), ("unlucky", 2.0), ("cheap", 1.0)))
+    safe, unlucky, cheap = (Candidate(ExperimentCell(name), ms=ms) for name, ms in (("safe", 3.0), ("unlucky", 2.0), ("cheap", 1.0)))
     found = confirm([safe, unlucky, cheap], range(149), 0, Made({"safe": 0.0, "unlucky": 0.5, "cheap": 0.0}), 16)
     assert found is safe and "failed before it" in cheap.reason and "which allows 0 of 149" in unlucky.reason
     assert cheap.tested < 149
@@ -145,11 +145,11 @@ class Said:
     def __init__(self, choosing: int, rows: dict[str, tuple[float, int, float]]) -> None:
         self.choosing, self.rows = choosing, rows
 
-    def __call__(self, runs: Sequence[Run], numbers: Sequence[int]) -> dict[str, list[Reply] | str]:
-        return {run.id: [Reply(number in LOST[: self.rows[run.id][1]], self.rows[run.id][2]) for number in numbers] for run in runs}
+    def __call__(self, runs: Sequence[ExperimentCell], numbers: Sequence[int]) -> dict[str, list[AnswerScore] | str]:
+        return {run.id: [AnswerScore(number in LOST[: self.rows[run.id][1]], self.rows[run.id][2]) for number in numbers] for run in runs}
 
     def field(self) -> list[Candidate]:
-        return [Candidate(Run(name), ms=ms) for name, (ms, *_) in self.rows.items()]
+        return [Candidate(ExperimentCell(name), ms=ms) for name, (ms, *_) in self.rows.items()]
 
 
 def test_what_is_within_the_goal_is_kept_first() -> None:
@@ -268,7 +268,7 @@ def test_a_file_is_attached_like_its_contents(tmp_path: Path) -> None:
     for text, said in (("{", "is not JSON"), ("[]", "holds no reduction"), ('{"method": "duet"}', "holds no reduction")):
         file.write_text(text)
         with pytest.raises(ValueError, match=said):
-            saved(file)
+            load_from_file(file)
     with pytest.raises(ValueError, match="nowhere.json: cannot be read"):
         duet_vlm.attach(model, "nowhere.json")
 

@@ -18,18 +18,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duet_vlm
-from duet_vlm import SpanPlan, TextView, VisionView
-from duet_vlm.budget import layer_counts
-from duet_vlm.flow import verify
-from duet_vlm.flow.verify import MESSAGES, Wrong, checked_mask, checked_plan, checked_rows, checked_selection, raise_if_wrong
+from duet_vlm import DecoderView, EncoderView, SpanPlan
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.frames import Frames
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.ops.select import spaced
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.select import spaced_picks
+from duet_vlm.planning.budget import layer_counts
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.runtime import validation
+from duet_vlm.runtime.validation import MESSAGES, InvalidSelection, check_mask, check_plan, check_rows, check_selection, raise_if_invalid
 
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -39,34 +39,34 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
 
     def plan(self: Any, tokens: int, depth: int, budget: Any) -> SpanPlan:
         made = type(reducer).plan(self, tokens, depth, budget)
-        found = checked_plan(self, made, tokens, depth)
+        found = check_plan(self, made, tokens, depth)
         assert found == made
         return found
 
-    def v2v(self: Any, view: VisionView) -> Selection:
-        made = type(reducer).v2v(self, view)
-        found, code = checked_selection(self, made, view, view.plans)
+    def select_tokens(self: Any, view: EncoderView) -> Selection:
+        made = type(reducer).select_tokens(self, view)
+        found, code = check_selection(self, made, view, view.plans)
         assert int(code) == 0 and found.merge == made.merge and found.weights is made.weights
-        assert torch.equal(found.valid, made.valid) and torch.equal(found.into, made.into)
+        assert torch.equal(found.valid, made.valid) and torch.equal(found.target_row, made.target_row)
         assert torch.equal(found.index[found.valid], made.index[made.valid])
-        assert torch.equal(found.members[found.into >= 0], made.members[made.into >= 0])
-        seen.append("v2v")
+        assert torch.equal(found.source_tokens[found.target_row >= 0], made.source_tokens[made.target_row >= 0])
+        seen.append("select_tokens")
         return found
 
-    def t2v(self: Any, view: TextView) -> Any:
-        made = type(reducer).t2v(self, view)
-        seen.append("t2v")
+    def prune_tokens(self: Any, view: DecoderView) -> Any:
+        made = type(reducer).prune_tokens(self, view)
+        seen.append("prune_tokens")
         if isinstance(made, Selection):
-            found, code = checked_rows(self, made, view)
-            assert torch.equal(found.valid, made.valid) and torch.equal(found.into, made.into) and found.weights is made.weights
+            found, code = check_rows(self, made, view)
+            assert torch.equal(found.valid, made.valid) and torch.equal(found.target_row, made.target_row) and found.weights is made.weights
         else:
-            found, code = checked_mask(self, made, view.valid, view.keep)
+            found, code = check_mask(self, made, view.valid, view.num_keep)
             assert torch.equal(found, made)
         assert int(code) == 0
         return found
 
-    stages = {"v2v": v2v} if isinstance(reducer, EncoderReducer) else {}
-    stages |= {"t2v": t2v} if isinstance(reducer, DecoderReducer) else {}
+    stages = {"select_tokens": select_tokens} if isinstance(reducer, EncoderReducer) else {}
+    stages |= {"prune_tokens": prune_tokens} if isinstance(reducer, DecoderReducer) else {}
     return type("Checked", (type(reducer),), {"plan": plan, **stages})(**reducer.settings())
 
 
@@ -77,10 +77,10 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
 @pytest.mark.parametrize("method", REDUCING)
 def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
     """Images, and clips where the family has them; settings, and budgets with parts one by one or together."""
-    cls, made, model = duet_vlm.get(method), FAMILIES[family], shared(family)
+    cls, made, model = duet_vlm.get_method(method), FAMILIES[family], shared(family)
     encodes, drops = issubclass(cls, EncoderReducer), issubclass(cls, DecoderReducer)
     batches = [made.inputs(MIXED), *([made.inputs(clips_for(family))] if made.video else [])]
-    parts = ({"parts": "joint"}, {"parts": "each", "newline": "keep"} if not cls.reads_time else {}) if encodes else ({},)
+    parts = ({"crops": "joint"}, {"crops": "per_crop", "newline_tokens": "keep"} if not cls.compares_frames else {}) if encodes else ({},)
     if family in TOO_EARLY.get(method, ()):
         with pytest.raises(ValueError, match="no attention to rank tokens by"), duet_vlm.attach(model, method, budget=0.35):
             forward(model, batches[0])
@@ -93,14 +93,14 @@ def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
                     forward(model, inputs)
                     plans = [handle.plan(span.span.tokens) for row in handle.trace for span in row]
                 leaves = drops and any(min(plan.counts) < plan.entry for plan in plans)  # what enters may also stay: an ample budget
-                assert set(seen) == {*["v2v"] * encodes, *["t2v"] * leaves}
+                assert set(seen) == {*["select_tokens"] * encodes, *["prune_tokens"] * leaves}
 
 
 @pytest.mark.parametrize("method, fields", KEEP_ALL, ids=str)
 def test_keeping_everything_passes(method: str, fields: dict[str, Any]) -> None:
     fields = dict(fields)
     budget = fields.pop("budget", None)
-    reducer = checked(duet_vlm.get(method)(**fields), [])
+    reducer = checked(duet_vlm.get_method(method)(**fields), [])
     with duet_vlm.attach(shared("qwen2_5_vl"), reducer, budget=budget):
         forward(shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(MIXED))
 
@@ -127,13 +127,13 @@ def test_official_presets_pass_with_the_cls_row(name: str) -> None:
     assert seen
 
 
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 @pytest.mark.parametrize("name", OFFICIAL_QWEN)
 def test_official_presets_pass_on_clips(name: str, parts: str) -> None:
     seen: list[str] = []
-    with duet_vlm.attach(shared("qwen2_5_vl"), checked(dataclasses.replace(OFFICIAL_QWEN[name], parts=parts), seen)):
+    with duet_vlm.attach(shared("qwen2_5_vl"), checked(dataclasses.replace(OFFICIAL_QWEN[name], crops=parts), seen)):
         forward(shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl")))
-    assert {"v2v", "t2v"} <= set(seen)
+    assert {"select_tokens", "prune_tokens"} <= set(seen)
 
 
 # ---- methods that are wrong
@@ -156,15 +156,15 @@ class Mine(EncoderReducer, DecoderReducer):
         counts = layer_counts(entry, depth, ((3, 0.5), (5, 0.0)))
         return self._answer("plan", SpanPlan(tokens, entry - 1, 1, counts))
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         rows = view.dominant + view.contextual
         first = (view.valid.cumsum(1) <= rows[:, None]) & view.valid
         index, valid = pack_right(first, max(plan.entry for plan in view.plans))
         rest, real = pack_right(view.valid & ~first, 2)
-        return self._answer("v2v", Selection(index, valid, rest, torch.where(real, rows[:, None] - 1, -1)), view)
+        return self._answer("select_tokens", Selection(index, valid, rest, torch.where(real, rows[:, None] - 1, -1)), view)
 
-    def t2v(self, view: TextView) -> Tensor:
-        return self._answer("t2v", spaced(view.valid, view.keep), view)
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        return self._answer("prune_tokens", spaced_picks(view.valid, view.num_keep), view)
 
 
 def plan_with(**fields: Any) -> Callable[[SpanPlan], SpanPlan]:
@@ -181,7 +181,7 @@ def put(x: Tensor, column: int, value: Any) -> Tensor:
     return x
 
 
-def padding_of(selection: Selection, view: VisionView) -> Selection:
+def padding_of(selection: Selection, view: EncoderView) -> Selection:
     """A row of padding of the smallest span is chosen."""
     row = int(view.valid.sum(1).argmin())
     index = selection.index.clone()
@@ -214,32 +214,32 @@ SELECTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "lists": (selection_with(index=lambda s: s.index.tolist()), r"index = \[\[.*give a tensor \[4, K\] of torch.int64 on cpu"),
     "int32": (selection_with(index=lambda s: s.index.int()), "index = a tensor .* of torch.int32 on cpu: give a tensor .* of torch.int64"),
     "valid as numbers": (selection_with(valid=lambda s: s.valid.long()), "valid = a tensor .* of torch.int64 on cpu: give .* torch.bool"),
-    "one span less": (selection_with(into=lambda s: s.into[1:]), r"into = a tensor \[3, 2\] .* give a tensor \[4, P\]"),
-    "no spans": (selection_with(members=lambda s: s.members[0]), r"members = a tensor \[2\] .* give a tensor \[4, P\]"),
+    "one span less": (selection_with(target_row=lambda s: s.target_row[1:]), r"target_row = a tensor \[3, 2\] .* give a tensor \[4, P\]"),
+    "no spans": (selection_with(source_tokens=lambda s: s.source_tokens[0]), r"source_tokens = a tensor \[2\] .* give a tensor \[4, P\]"),
     "another device": (selection_with(index=lambda s: s.index.to("meta")), "on meta: give a tensor .* on cpu"),
     "valid of other width": (selection_with(valid=lambda s: s.valid[:, 1:]), r"index of shape \(4, \d+\) and valid of shape \(4, \d+\)"),
-    "into of other width": (selection_with(into=lambda s: s.into[:, 1:]), r"members of shape \(4, 2\) and into of shape \(4, 1\)"),
+    "into of other width": (selection_with(target_row=lambda s: s.target_row[:, 1:]), r"source_tokens of shape \(4, 2\) and target_row of shape \(4, 1\)"),
     "merge": (selection_with(merge=lambda s: "sum"), "merge='sum': choose one of 'mean', 'anchor_plus_mean'"),
     "too few columns": (selection_with(index=lambda s: s.index[:, 1:], valid=lambda s: s.valid[:, 1:]), r"\d+ rows per span: \d+ are planned"),
     "a row less": (selection_with(valid=lambda s: put(s.valid, 0, False)), r"another number of rows than planned \(span 3: \d+ instead of \d+\)"),
     "past the end": (selection_with(index=lambda s: put(s.index, 0, 1000)), r"tokens that do not exist \(span 3: 1000\)"),
     "from the end": (selection_with(index=lambda s: put(s.index, 0, -1)), r"tokens that do not exist \(span 3: -1\)"),
-    "members past the end": (selection_with(members=lambda s: put(s.members, 0, 1000)), r"tokens that do not exist \(span 3: 1000\)"),
+    "members past the end": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, 1000)), r"tokens that do not exist \(span 3: 1000\)"),
     "twice": (selection_with(index=lambda s: put(s.index, 0, s.index[-1, 1])), r"keeps a token twice \(span 3: 1\)"),
-    "no such row": (selection_with(into=lambda s: put(s.into, 0, s.index.shape[1])), r"a row that does not exist \(span 3: \d+\)"),
-    "a row before the first": (selection_with(into=lambda s: put(s.into, 0, -2)), r"a row that does not exist \(span 3: -2\)"),
-    "merged twice": (selection_with(members=lambda s: put(s.members, 0, s.members[-1, 1])), r"merges a token twice.*\(span 3: \d+\)"),
-    "weights as numbers": (selection_with(weights=lambda s: s.into), r"weights = .*int64.*give a tensor \[4, 2\] of floating point, as members"),
+    "no such row": (selection_with(target_row=lambda s: put(s.target_row, 0, s.index.shape[1])), r"a row that does not exist \(span 3: \d+\)"),
+    "a row before the first": (selection_with(target_row=lambda s: put(s.target_row, 0, -2)), r"a row that does not exist \(span 3: -2\)"),
+    "merged twice": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, s.source_tokens[-1, 1])), r"merges a token twice.*\(span 3: \d+\)"),
+    "weights as numbers": (selection_with(weights=lambda s: s.target_row), r"weights = .*int64.*give a tensor \[4, 2\] of floating point, as members"),
     "weights of other width": (selection_with(weights=lambda s: torch.ones(4, 3)), r"weights = a tensor \[4, 3\] .* give a tensor \[4, 2\]"),
     "a weight that is none": (
-        selection_with(weights=lambda s: torch.full(s.into.shape, float("nan"))),
+        selection_with(weights=lambda s: torch.full(s.target_row.shape, float("nan"))),
         r"weights that are not finite \(span 0: \d+\)",
     ),
     "weights and twice": (
-        selection_with(weights=lambda s: torch.ones(s.into.shape), index=lambda s: put(s.index, 0, s.index[-1, 1])),
+        selection_with(weights=lambda s: torch.ones(s.target_row.shape), index=lambda s: put(s.index, 0, s.index[-1, 1])),
         r"keeps a token twice \(span 3: 1\)",
     ),
-    "kept and merged": (selection_with(members=lambda s: put(s.members, 0, s.index[-1, 0])), r"one that it also keeps \(span 3: 0\)"),
+    "kept and merged": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, s.index[-1, 0])), r"one that it also keeps \(span 3: 0\)"),
 }
 MASKS: dict[str, tuple[Callable[..., Any], str]] = {
     "none": (lambda mask, view: None, r"returned None: give a tensor \[2, \d+\] of torch.bool on cpu"),
@@ -275,26 +275,26 @@ def test_wrong_plans(family: str, name: str) -> None:
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_wrong_selections(family: str, name: str) -> None:
-    refused(family, "v2v", *SELECTIONS[name])
+    refused(family, "select_tokens", *SELECTIONS[name])
 
 
 @pytest.mark.parametrize("name", PADDED)
 def test_padding_is_never_chosen(name: str) -> None:
-    refused("qwen2_5_vl", "v2v", *PADDED[name])
+    refused("qwen2_5_vl", "select_tokens", *PADDED[name])
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize("name", MASKS)
 def test_wrong_masks(family: str, name: str) -> None:
-    refused(family, "t2v", *MASKS[name])
+    refused(family, "prune_tokens", *MASKS[name])
 
 
 @pytest.mark.parametrize("past", [0, 1000], ids=["padding", "past the end"])
 def test_a_stage_of_a_composition_chooses_among_its_candidates(past: int) -> None:
     """Frames hands on a pool of a clip's tokens: what is not in it is no choice, though the clip may have such a token."""
 
-    def beyond(selection: Selection, view: VisionView) -> Selection:
-        if view.stream != "video":
+    def beyond(selection: Selection, view: EncoderView) -> Selection:
+        if view.modality != "video":
             return selection
         row = int(view.valid.sum(1).argmin())
         index = selection.index.clone()
@@ -302,35 +302,35 @@ def test_a_stage_of_a_composition_chooses_among_its_candidates(past: int) -> Non
         return dataclasses.replace(selection, index=index)
 
     model, inputs = shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl"))
-    with pytest.raises(ValueError, match=r"frames\+mine\.v2v returned a selection of tokens that do not exist \(span \d: -1\)"):
-        with duet_vlm.attach(model, duet_vlm.compose(Frames(keep=0.8), Mine(stage="v2v", spoil=beyond))):
+    with pytest.raises(ValueError, match=r"frames\+mine\.select_tokens returned a selection of tokens that do not exist \(span \d: -1\)"):
+        with duet_vlm.attach(model, duet_vlm.compose(Frames(keep=0.8), Mine(stage="select_tokens", spoil=beyond))):
             forward(model, inputs)
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_the_method_that_is_spoiled_is_right_in_itself(family: str, parts: str) -> None:
     seen: list[str] = []
-    with duet_vlm.attach(shared(family), checked(Mine(parts=parts), seen)) as handle:
+    with duet_vlm.attach(shared(family), checked(Mine(crops=parts), seen)) as handle:
         forward(shared(family), FAMILIES[family].inputs(BATCH))
         assert any(span.merged for row in handle.trace for span in row)
-    assert {"v2v", "t2v"} <= set(seen)
+    assert {"select_tokens", "prune_tokens"} <= set(seen)
 
 
 def test_a_plan_needs_a_stage_that_carries_it_out() -> None:
     """A method without V2V cannot let fewer rows in, one without T2V cannot choose who leaves later; leaving none needs no choice."""
-    before, inside = VisionZip(dominant=4), duet_vlm.get("fastv")()
+    before, inside = VisionZip(dominant=4), duet_vlm.get_method("fastv")()
     with pytest.raises(ValueError, match="fewer rows enter than the span has, but this method is no EncoderReducer"):
-        checked_plan(inside, SpanPlan(8, 4, 0, (4, 4)), 8, 2)
-    assert checked_plan(inside, SpanPlan(8, 8, 0, (4, 2)), 8, 2).counts == (4, 2)
+        check_plan(inside, SpanPlan(8, 4, 0, (4, 4)), 8, 2)
+    assert check_plan(inside, SpanPlan(8, 8, 0, (4, 2)), 8, 2).counts == (4, 2)
     with pytest.raises(ValueError, match="drops tokens before layer 1, but this method is no DecoderReducer"):
-        checked_plan(before, SpanPlan(8, 4, 0, (4, 2)), 8, 2)
-    assert checked_plan(before, SpanPlan(8, 4, 0, (4, 0)), 8, 2).counts == (4, 0)
+        check_plan(before, SpanPlan(8, 4, 0, (4, 2)), 8, 2)
+    assert check_plan(before, SpanPlan(8, 4, 0, (4, 0)), 8, 2).counts == (4, 0)
 
 
 def test_numbers_of_numpy_become_plain_ones() -> None:
     plan = SpanPlan(np.int64(8), np.int32(3), np.int64(1), [np.int64(4), np.int64(2)])
-    found = checked_plan(Mine(), plan, 8, 2)
+    found = check_plan(Mine(), plan, 8, 2)
     assert found == SpanPlan(8, 3, 1, (4, 2))
     assert all(type(n) is int for n in (found.tokens, found.dominant, found.contextual, *found.counts))
 
@@ -341,22 +341,22 @@ def test_a_method_without_a_name_is_called_by_its_class() -> None:
             return SpanPlan(tokens, tokens, 0, (tokens,) * depth)
 
     with pytest.raises(ValueError, match=r"^Nameless\.plan\(tokens=4, depth=2\) returned None"):
-        checked_plan(Nameless(), None, 4, 2)
+        check_plan(Nameless(), None, 4, 2)
 
 
 # ---- any selection, against loops
 
 
-def view_of(valid: Tensor, rows: list[tuple[int, int]], device: str = "cpu") -> VisionView:
+def view_of(valid: Tensor, rows: list[tuple[int, int]], device: str = "cpu") -> EncoderView:
     plans = tuple(SpanPlan(int(n), *pair, ()) for n, pair in zip(valid.sum(1).tolist(), rows, strict=True))
     counts = torch.tensor(rows, device=device)
-    return VisionView(valid.to(device), counts[:, 0], counts[:, 1], plans)
+    return EncoderView(valid.to(device), counts[:, 0], counts[:, 1], plans)
 
 
-def faults(selection: Selection, view: VisionView) -> set[Wrong]:
+def faults(selection: Selection, view: EncoderView) -> set[InvalidSelection]:
     """All that is wrong with the values, one token after the other."""
-    found: set[Wrong] = set()
-    tables = (x.tolist() for x in (selection.index, selection.valid, selection.members, selection.into, view.valid))
+    found: set[InvalidSelection] = set()
+    tables = (x.tolist() for x in (selection.index, selection.valid, selection.source_tokens, selection.target_row, view.valid))
     for index, valid, members, into, real, plan in zip(*tables, view.plans, strict=True):
         kept = [token for token, counts in zip(index, valid, strict=True) if counts]
         merged = []
@@ -364,24 +364,24 @@ def faults(selection: Selection, view: VisionView) -> set[Wrong]:
             if 0 <= row < len(valid) and valid[row]:
                 merged.append(member)
             elif row != -1:
-                found.add(Wrong.INTO)
+                found.add(InvalidSelection.INTO)
         everyone = [token for token in kept + merged if 0 <= token < len(real)]
         if len(everyone) < len(kept) + len(merged):
-            found.add(Wrong.RANGE)
+            found.add(InvalidSelection.RANGE)
         if len(kept) != plan.dominant + plan.contextual:
-            found.add(Wrong.ROWS)
+            found.add(InvalidSelection.ROWS)
         if not all(real[token] for token in everyone):
-            found.add(Wrong.PADDING)
+            found.add(InvalidSelection.PADDING)
         kept, merged = ([token for token in some if 0 <= token < len(real)] for some in (kept, merged))
         if len(set(kept)) < len(kept):
-            found.add(Wrong.TWICE)
+            found.add(InvalidSelection.TWICE)
         if len(set(merged)) < len(merged) or set(merged) & set(kept):
-            found.add(Wrong.MEMBERS)
+            found.add(InvalidSelection.MEMBERS)
     return found
 
 
 @st.composite
-def right_ones(draw: Any) -> tuple[Selection, VisionView]:
+def right_ones(draw: Any) -> tuple[Selection, EncoderView]:
     """Spans of unequal size, any rows in any order, any members, and anything at all where there is no row and no member."""
     batch, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 9))
     shown = [draw(st.lists(st.booleans(), min_size=tokens, max_size=tokens)) for _ in range(batch)]
@@ -412,14 +412,14 @@ def right_ones(draw: Any) -> tuple[Selection, VisionView]:
 
 @quick
 @given(right_ones())
-def test_a_right_selection_is_never_refused(pair: tuple[Selection, VisionView]) -> None:
+def test_a_right_selection_is_never_refused(pair: tuple[Selection, EncoderView]) -> None:
     selection, view = pair
-    found, code = checked_selection(Mine(), selection, view, view.plans)
-    joins = selection.into >= 0
+    found, code = check_selection(Mine(), selection, view, view.plans)
+    joins = selection.target_row >= 0
     assert int(code) == 0 and code.ndim == 0 and not faults(selection, view)
-    assert torch.equal(found.valid, selection.valid) and torch.equal(found.into, selection.into)
+    assert torch.equal(found.valid, selection.valid) and torch.equal(found.target_row, selection.target_row)
     assert torch.equal(found.index[found.valid], selection.index[selection.valid])
-    assert torch.equal(found.members[joins], selection.members[joins])
+    assert torch.equal(found.source_tokens[joins], selection.source_tokens[joins])
 
 
 def test_with_weights_a_token_may_join_several_rows_and_be_kept() -> None:
@@ -429,19 +429,19 @@ def test_with_weights_a_token_may_join_several_rows_and_be_kept() -> None:
     into = torch.tensor([[0, 0, 1, 2], [0, 0, 2, -1]])
     selection = Selection(index, torch.ones(2, 3, dtype=torch.bool), members, into, weights=torch.ones(2, 4))
     selection.weights[1, 3] = float("nan")
-    assert checked_selection(Mine(), selection, view, view.plans)[1] == 0
-    assert code_of(dataclasses.replace(selection, weights=None), view)[1] == Wrong.MEMBERS
+    assert check_selection(Mine(), selection, view, view.plans)[1] == 0
+    assert code_of(dataclasses.replace(selection, weights=None), view)[1] == InvalidSelection.MEMBERS
     selection.weights[1, 2] = float("inf")
-    assert code_of(selection, view)[1] == Wrong.WEIGHTS
-    assert code_of(dataclasses.replace(selection, members=put(members, 0, 9)), view)[1] == Wrong.RANGE
-    assert code_of(dataclasses.replace(selection, into=put(into, 0, 7)), view)[1] == Wrong.INTO
+    assert code_of(selection, view)[1] == InvalidSelection.WEIGHTS
+    assert code_of(dataclasses.replace(selection, source_tokens=put(members, 0, 9)), view)[1] == InvalidSelection.RANGE
+    assert code_of(dataclasses.replace(selection, target_row=put(into, 0, 7)), view)[1] == InvalidSelection.INTO
 
 
 @st.composite
-def spoiled(draw: Any) -> tuple[Selection, VisionView]:
+def spoiled(draw: Any) -> tuple[Selection, EncoderView]:
     """A right one with a few numbers changed to others."""
     selection, view = draw(right_ones())
-    tables = {name: getattr(selection, name).clone() for name in ("index", "valid", "members", "into")}
+    tables = {name: getattr(selection, name).clone() for name in ("index", "valid", "source_tokens", "target_row")}
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from([name for name, table in tables.items() if table.numel()] or ["none"]))
         if name != "none":
@@ -450,28 +450,28 @@ def spoiled(draw: Any) -> tuple[Selection, VisionView]:
     return dataclasses.replace(selection, **tables), view
 
 
-def code_of(selection: Selection, view: VisionView) -> tuple[Selection, int]:
+def code_of(selection: Selection, view: EncoderView) -> tuple[Selection, int]:
     """As on an accelerator: nothing is raised yet."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "raise_if_wrong", lambda *_: None)
-        found, code = checked_selection(Mine(), selection, view, view.plans)
+        patch.setattr(validation, "raise_if_invalid", lambda *_: None)
+        found, code = check_selection(Mine(), selection, view, view.plans)
     return found, int(code)
 
 
 @settings(quick, max_examples=300)
 @given(spoiled())
-def test_the_code_is_the_worst_fault_that_loops_find(pair: tuple[Selection, VisionView]) -> None:
+def test_the_code_is_the_worst_fault_that_loops_find(pair: tuple[Selection, EncoderView]) -> None:
     selection, view = pair
     assert code_of(selection, view)[1] == max(faults(selection, view), default=0)
 
 
 @settings(quick, max_examples=300)
 @given(spoiled())
-def test_until_it_is_told_a_wrong_selection_reads_nothing_out_of_bounds(pair: tuple[Selection, VisionView]) -> None:
+def test_until_it_is_told_a_wrong_selection_reads_nothing_out_of_bounds(pair: tuple[Selection, EncoderView]) -> None:
     selection, view = pair
     found, _ = code_of(selection, view)
     tokens, rows = view.valid.shape[1], found.index.shape[1]
-    for table, lowest, end in ((found.index, 0, tokens), (found.members, 0, tokens), (found.into, -1, rows)):
+    for table, lowest, end in ((found.index, 0, tokens), (found.source_tokens, 0, tokens), (found.target_row, -1, rows)):
         assert bool(((table >= lowest) & (table < end)).all())
     assert bool((found.valid.sum(1) <= view.dominant + view.contextual).all())
     if rows:
@@ -485,15 +485,15 @@ def test_masks_against_loops(data: st.DataObject) -> None:
     table = st.lists(st.lists(st.booleans(), min_size=width, max_size=width), min_size=batch, max_size=batch)
     mask, valid = torch.tensor(data.draw(table)), torch.tensor(data.draw(table))
     kept = [sum(a and b for a, b in zip(row, real, strict=True)) for row, real in zip(mask.tolist(), valid.tolist(), strict=True)]
-    found, code = checked_mask(Mine(), mask, valid, torch.tensor(kept))
+    found, code = check_mask(Mine(), mask, valid, torch.tensor(kept))
     assert int(code) == 0 and found.tolist() == [
         [a and b for a, b in zip(row, real, strict=True)] for row, real in zip(mask.tolist(), valid.tolist(), strict=True)
     ]
     row = data.draw(st.integers(0, batch - 1))
     wanted = torch.tensor(kept)
     wanted[row] += data.draw(st.sampled_from([-1, 1]))
-    with pytest.raises(ValueError, match=rf"mine\.t2v .*\(row {row}: {kept[row]} instead of {int(wanted[row])}\)"):
-        checked_mask(Mine(), mask, valid, wanted)
+    with pytest.raises(ValueError, match=rf"mine\.prune_tokens .*\(row {row}: {kept[row]} instead of {int(wanted[row])}\)"):
+        check_mask(Mine(), mask, valid, wanted)
 
 
 # ---- numbers that are none, other devices, cost
@@ -505,27 +505,27 @@ def test_input_that_is_not_finite_is_told_before_the_choice_it_spoiled(signal: s
     view = view_of(torch.ones(2, 4, dtype=torch.bool), [(2, 0), (1, 0)])
     rows = torch.zeros(2, 4) if signal == "importance" else torch.zeros(2, 4, 3)
     rows[1, 2] = bad
-    nowhere = Selection.pick(torch.full((2, 2), 99), torch.ones(2, 2, dtype=torch.bool))
+    nowhere = Selection.keep_only(torch.full((2, 2), 99), torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match="contain NaN or Inf: tokens cannot be ranked. Check the input image"):
-        checked_selection(Mine(), nowhere, dataclasses.replace(view, **{signal: rows}), view.plans)
+        check_selection(Mine(), nowhere, dataclasses.replace(view, **{signal: rows}), view.plans)
 
 
 def test_a_row_that_must_come_first_is_finite() -> None:
     """The importance of a fed CLS row is the largest float32 there is, in every span."""
     view = view_of(torch.ones(3, 4, dtype=torch.bool), [(2, 0)] * 3)
     view = dataclasses.replace(view, importance=torch.full((3, 4), torch.finfo(torch.float32).max))
-    _, code = checked_selection(Mine(), Selection.pick(*pack_right(view.valid, 2)), view, view.plans)
+    _, code = check_selection(Mine(), Selection.keep_only(*pack_right(view.valid, 2)), view, view.plans)
     assert int(code) == 0
 
 
-@pytest.mark.parametrize("code", Wrong)
-def test_codes_that_were_read_later_tell_as_much(code: Wrong) -> None:
-    raise_if_wrong(0, Mine())
-    verb = {Wrong.KEPT: "t2v", Wrong.UNITS: "stay", Wrong.JOINS: "stay"}.get(code, "v2v")
-    expected = "contain NaN or Inf" if code == Wrong.INPUT else rf"^mine\.{verb} returned (a|units) .*: [^{{}}]+$"
+@pytest.mark.parametrize("code", InvalidSelection)
+def test_codes_that_were_read_later_tell_as_much(code: InvalidSelection) -> None:
+    raise_if_invalid(0, Mine())
+    verb = {InvalidSelection.KEPT: "prune_tokens", InvalidSelection.UNITS: "keep_patches", InvalidSelection.JOINS: "keep_patches"}.get(code, "select_tokens")
+    expected = "contain NaN or Inf" if code == InvalidSelection.INPUT else rf"^mine\.{verb} returned (a|units) .*: [^{{}}]+$"
     with pytest.raises(ValueError, match=expected):
-        raise_if_wrong(int(code), Mine())
-    assert len(set(MESSAGES.values())) == len(Wrong) - 1
+        raise_if_invalid(int(code), Mine())
+    assert len(set(MESSAGES.values())) == len(InvalidSelection) - 1
 
 
 class Sizes(TorchDispatchMode):
@@ -550,11 +550,11 @@ def test_on_other_devices_no_value_is_read_and_nothing_large_is_made() -> None:
     members = torch.zeros(batch, 100, dtype=torch.long, device="meta")
     with Sizes() as sizes:
         weights = torch.empty(members.shape, device="meta")
-        checked_selection(Mine(), Selection(index, index > 0, members, members, weights=weights), view, view.plans)
+        check_selection(Mine(), Selection(index, index > 0, members, members, weights=weights), view, view.plans)
         assert len(sizes.made) < 60
         sizes.made.clear()
-        selection, code = checked_selection(Mine(), Selection(index, index > 0, members, members), view, view.plans)
-        mask, told = checked_mask(Mine(), view.valid, view.valid, view.dominant)
+        selection, code = check_selection(Mine(), Selection(index, index > 0, members, members), view, view.plans)
+        mask, told = check_mask(Mine(), view.valid, view.valid, view.dominant)
     assert code.device.type == told.device.type == "meta" and code.ndim == told.ndim == 0
     assert selection.index.shape == index.shape and mask.shape == view.valid.shape
     assert max(sizes.made) <= batch * (tokens + 1)

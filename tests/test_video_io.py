@@ -22,11 +22,11 @@ from transformers.video_utils import VideoMetadata, default_sample_indices_fn
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import video
 from duet_vlm.cli.main import app
-from duet_vlm.flow.pieces import Pieces
+from duet_vlm.inputs import video
+from duet_vlm.inputs.video import decode, frame_numbers, length, pieces, sampled, upright
+from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.tiny import video as tiny_video
-from duet_vlm.video import chosen, decode, length, pieces, sampled, upright
 from duet_vlm.viz import film, on_film, overlay
 from duet_vlm.viz.overlay import Panel, cell_box
 
@@ -349,7 +349,7 @@ def test_a_long_clip_is_answered_in_pieces(tmp_path: Path) -> None:
 def test_a_terminal_sees_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / "clip.mp4")
     words = ["run", "-m", "tiny-video", "--video", path, "-p", "x", "-b", 100, "--fps", 10, "--chunk-frames", 16, "--json"]
-    assert call(*words).stderr == "" and chosen(path, fps=10) == 40 and chosen(path) == 8
+    assert call(*words).stderr == "" and frame_numbers(path, fps=10) == 40 and frame_numbers(path) == 8
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     shown = call(*words)
     assert "40/40" in shown.stderr and "100 visual tokens held" in shown.stderr and json.loads(shown.stdout)["frames"] == 40
@@ -364,15 +364,15 @@ def slow_clip(path: Path, sample: Any) -> Path:
 def cuts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Steps of the pieces of every call for clips that was cut."""
     found: list[list[int]] = []
-    real = Pieces.cut
+    real = ChunkConfig.plan_chunks
 
-    def cut(self: Pieces, *given: Any) -> Any:
+    def cut(self: ChunkConfig, *given: Any) -> Any:
         made = real(self, *given)
         if made is not None:
-            found.append([len(piece.steps) for piece in made.pieces])
+            found.append([len(piece.steps) for piece in made.chunks])
         return made
 
-    monkeypatch.setattr(Pieces, "cut", cut)
+    monkeypatch.setattr(ChunkConfig, "plan_chunks", cut)
     return found
 
 
@@ -427,11 +427,11 @@ def test_batches_of_clips_from_a_file(tmp_path: Path, cuts: list[list[int]]) -> 
         runs.append(made["runs"])
     assert runs[0] == runs[1]
     data.write_text(json.dumps(lines[0] | {"frames": 0}))
-    assert "line 1: frames 0: how many are taken of each video" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+    assert "line 1: frames 0: how many are taken of each video" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
     data.write_text(json.dumps(lines[0] | {"video": "gone.mp4"}))
-    assert "its video" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+    assert "its video" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
     data.write_text(json.dumps(lines[0]))
-    assert "--data shows clips, and --model tiny takes pictures only" in call("generate", "--data", data, "-o", tmp_path / "x", code=2).stderr
+    assert "--data shows clips, and --model tiny takes pictures only" in call("generate", "--data", data, "-b", "0.5", "-o", tmp_path / "x", code=2).stderr
 
 
 def test_a_benchmark_of_clips_in_pieces(tmp_path: Path, cuts: list[list[int]]) -> None:
@@ -453,7 +453,7 @@ def test_pieces_of_what_is_no_clip(tmp_path: Path) -> None:
         (["eval", "--chunk-frames", 4, "-o", tmp_path / "o"], "no clip is shown; take tasks with clips in place of --tasks tiny"),
         (["eval", "--harness", "lmms-eval", "--still-frames", 0], "--chunk-frames and --still-frames need the own harness"),
         (["eval", "--experiment", path, "--still-frames", 0], "says what is asked: leave out --still-frames"),
-        (["generate", "--data", tmp_path, "-p", "x", "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
+        (["generate", "--data", tmp_path, "-p", "x", "-b", 64, "-o", tmp_path / "o", "--chunk-frames", 4], 'give --data with "video" in its lines'),
         (["run", "--video", path, "-p", "x", "--method", "duet", "-b", 64, "--chunk-frames", 4], "llava takes no clips, so frames"),
         ([*shared, "zoo_prune", "--chunk-frames", 4], "asks the projector"),
         ([*shared, "duet", "--still-frames", "nan"], "Invalid value for '--still-frames'"),

@@ -30,7 +30,7 @@ def test_every_frame_keeps_its_share_and_its_cls_row(method: str) -> None:
 
 
 def test_frames_together_keep_every_cls_row() -> None:
-    with duet_vlm.attach(shared("video_llava"), "visionzip", dominant=7, contextual=0, parts="joint") as handle:
+    with duet_vlm.attach(shared("video_llava"), "visionzip", dominant=7, contextual=0, crops="joint") as handle:
         forward(shared("video_llava"), FAMILIES["video_llava"].inputs([CLIP]))
         kept = handle.trace[0][0].stages[0].kept
     assert len(kept) == 7 and {0, ROWS} <= set(kept)

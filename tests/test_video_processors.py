@@ -23,8 +23,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 import duet_vlm
-from duet_vlm.loading import Loaded
-from duet_vlm.video import decode
+from duet_vlm.api.loading import LoadedModel
+from duet_vlm.inputs.video import decode
 
 pytest.importorskip("torchvision", reason="stock video processors need torchvision: make test-video")
 
@@ -142,7 +142,7 @@ STOCK = {
 EACH = pytest.mark.parametrize("family", [pytest.param(name, marks=() if name in FAMILIES else pytest.mark.skip("no adapter yet")) for name in STOCK])
 
 
-def loaded(family: str) -> Loaded:
+def loaded(family: str) -> LoadedModel:
     """The family's tiny model with the tokenizer's ids, and its stock processor."""
     words = tokenizer()
     config, stock = FAMILIES[family].make().config, STOCK[family]
@@ -160,7 +160,7 @@ def loaded(family: str) -> Loaded:
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     model.generation_config.suppress_tokens = list(range(len(WORDS)))
-    return Loaded(family, model, stock.processor(words))
+    return LoadedModel(family, model, stock.processor(words))
 
 
 def brighter(number: int) -> np.ndarray:

@@ -12,16 +12,17 @@ from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, any_res_layout, bui
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import EncoderReducer, Selection, SpanPlan, registry
-from duet_vlm.bench.inputs import encode
-from duet_vlm.flow.shown import in_float32
-from duet_vlm.models.find import adapter_for
+from duet_vlm import EncoderReducer, Selection, SpanPlan
+from duet_vlm.evaluation.speed.prompts import encode
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import constant
-from duet_vlm.vision import VisionView
+from duet_vlm.reducers import registry
+from duet_vlm.reducers.base import plan_fixed_count
+from duet_vlm.reducers.encoder_view import EncoderView
+from duet_vlm.runtime.encode.build_view import in_float32
 
-seen: list[VisionView] = []
+seen: list[EncoderView] = []
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Probe(EncoderReducer):
         return (self.signal_layer, self.second)
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         seen.append(view)
         first = -torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape).float()
-        return Selection.pick(*pack_right(top(first, view.valid, view.dominant), max(plan.dominant for plan in view.plans)))
+        return Selection.keep_only(*pack_right(top(first, view.valid, view.dominant), max(plan.dominant for plan in view.plans)))
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def rows_of(family: str) -> list[Any]:
     return [MIXED, clips_for(family)] if FAMILIES[family].video else [MIXED]
 
 
-def views(family: str, method: Probe, rows: Any = MIXED, model: Any = None) -> list[VisionView]:
+def views(family: str, method: Probe, rows: Any = MIXED, model: Any = None) -> list[EncoderView]:
     seen.clear()
     model = shared(family) if model is None else model
     with duet_vlm.attach(model, method):
@@ -79,8 +80,8 @@ def views(family: str, method: Probe, rows: Any = MIXED, model: Any = None) -> l
 @pytest.mark.parametrize("family", FAMILIES)
 def test_several_layers_are_those_that_single_ones_give(family: str) -> None:
     for rows in rows_of(family):
-        both = views(family, Probe(parts="joint"), rows)
-        alone = [views(family, Probe(signal_layer=layer, second=layer, parts="joint"), rows) for layer in (None, 0)]
+        both = views(family, Probe(crops="joint"), rows)
+        alone = [views(family, Probe(signal_layer=layer, second=layer, crops="joint"), rows) for layer in (None, 0)]
         for number, view in enumerate(both):
             for layer, one in zip(view.layers, (alone[0][number].layers[0], alone[1][number].layers[0]), strict=True):
                 assert all(torch.equal(a, b) for a, b in zip(layer.tensors(), one.tensors(), strict=True)) and len(layer.tensors()) == 5
@@ -91,9 +92,9 @@ def test_several_layers_are_those_that_single_ones_give(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_heads_add_up_to_the_importance(family: str) -> None:
     for rows in rows_of(family):
-        for view in views(family, Probe(parts="joint"), rows):
+        for view in views(family, Probe(crops="joint"), rows):
             for layer in view.layers:
-                content = view.valid & (view.place >= 0).all(-1)
+                content = view.valid & (view.coords >= 0).all(-1)
                 mean, total = (reduced(layer.heads, -1)[content] for reduced in (torch.mean, torch.sum))
                 found = layer.importance[content]
                 assert torch.allclose(mean, found, rtol=1e-4, atol=1e-6) or torch.allclose(total, found, rtol=1e-4, atol=1e-6)
@@ -119,8 +120,8 @@ def test_queries_take_the_way_of_the_keys(family: str) -> None:
     """Where both are the same numbers in the tower they are so behind it: crops packed, cells averaged, windows put back in order."""
     model = with_queries_as_keys(family)
     for rows in rows_of(family):
-        for view in views(family, Probe(parts="joint"), rows, model):
-            content = view.valid & (view.place >= 0).all(-1)
+        for view in views(family, Probe(crops="joint"), rows, model):
+            content = view.valid & (view.coords >= 0).all(-1)
             for layer in view.layers:
                 torch.testing.assert_close(layer.queries[content], layer.keys[content])
 
@@ -128,9 +129,9 @@ def test_queries_take_the_way_of_the_keys(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_projector_asked_again_gives_its_rows(family: str) -> None:
     for rows in rows_of(family):
-        for view in views(family, Probe(parts="joint"), rows):
+        for view in views(family, Probe(crops="joint"), rows):
             again = view.project(lambda x: x)
-            content = view.valid & (view.place >= 0).all(-1)
+            content = view.valid & (view.coords >= 0).all(-1)
             torch.testing.assert_close(again[content], view.features[content], rtol=1e-4, atol=1e-5)
             moved = view.project(lambda x: x + torch.linspace(-0.5, 0.5, x.shape[-1]))
             assert (moved - again)[content].abs().amax() > 1e-3
@@ -140,7 +141,7 @@ def test_the_projector_asked_again_gives_its_rows(family: str) -> None:
 def test_states_are_the_rows_that_leave_the_layer(family: str) -> None:
     """Behind a point-wise projector they are the rows that the decoder gets; in front of it the features themselves."""
     model = shared(family)
-    for view in views(family, Probe(parts="joint"), rows_of(family)[-1]):
+    for view in views(family, Probe(crops="joint"), rows_of(family)[-1]):
         with torch.no_grad():
             projected = model.model.multi_modal_projector(view.layers[0].states)
         torch.testing.assert_close(projected[view.valid], view.features[view.valid], rtol=1e-4, atol=1e-5)
@@ -162,23 +163,23 @@ def expected_place(family: str, picture: Any) -> list[tuple[int, int]] | None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_grid_says_where_each_token_stands(family: str) -> None:
     for rows in rows_of(family):
-        for view in views(family, Probe(parts="joint"), rows):
-            shows = (view.place >= 0).all(-1)
-            assert torch.equal(shows, (view.place >= 0).any(-1)) and not (shows & (view.parts < 0)).any()
-            assert (view.place[shows] < view.sides[:, None].expand_as(view.place)[shows]).all()
+        for view in views(family, Probe(crops="joint"), rows):
+            shows = (view.coords >= 0).all(-1)
+            assert torch.equal(shows, (view.coords >= 0).any(-1)) and not (shows & (view.parts < 0)).any()
+            assert (view.coords[shows] < view.grid_size[:, None].expand_as(view.coords)[shows]).all()
             for span in range(len(view.valid)):  # nobody stands where another does, but in pictures that were resized behind the tower
-                where = torch.cat([view.parts[span, :, None], view.place[span]], 1)[shows[span]]
+                where = torch.cat([view.parts[span, :, None], view.coords[span]], 1)[shows[span]]
                 assert len(where.unique(dim=0)) == len(where) and len(where) > 1
     pictures = pictures_of(MIXED)
-    (view,) = views(family, Probe(parts="joint"))
+    (view,) = views(family, Probe(crops="joint"))
     for span, picture in enumerate(pictures):
         expected = expected_place(family, picture)
         if expected is not None:
-            assert view.place[span, : len(expected)].tolist() == [list(place) for place in expected]
+            assert view.coords[span, : len(expected)].tolist() == [list(place) for place in expected]
     if family == "llava_next":
         from families import any_res_crops
 
-        assert view.tiles.tolist() == [list(any_res_crops(picture)) for picture in pictures]
+        assert view.crop_grid.tolist() == [list(any_res_crops(picture)) for picture in pictures]
 
 
 # ---- the question
@@ -198,16 +199,16 @@ def test_every_span_gets_the_question_of_its_sample(family: str, side: str) -> N
     made, model = FAMILIES[family], shared(family)
     rows = (ONE, THREE, TEXT, TWO, (1, 5, 6, THREE[1]))
     inputs = made.inputs(rows, side)
-    visual = {adapter_for(model).streams[0].token_id}
+    visual = {adapter_for(model).modalities[0].token_id}
     expected = [asked(model, made.expand(row), visual) for row in rows for item in row if not isinstance(item, int)]
     calls = [lambda: forward(model, inputs), lambda: generate(model, inputs, 2), lambda: generate(model, inputs, 2, num_beams=2)]
     for call in calls:
         seen.clear()
-        with duet_vlm.attach(model, Probe(keep_predicting=False)):
+        with duet_vlm.attach(model, Probe(protect_predicting_tokens=False)):
             call()
         for view in seen:
-            assert len(expected) == len(view.question.rows)
-            for rows_, valid, wanted in zip(view.question.rows, view.question.valid, expected, strict=True):
+            assert len(expected) == len(view.question.embeddings)
+            for rows_, valid, wanted in zip(view.question.embeddings, view.question.valid, expected, strict=True):
                 assert torch.equal(rows_[valid], wanted)
         assert seen
 
@@ -219,7 +220,7 @@ def test_the_question_of_a_labelled_prompt_ends_where_its_answer_begins() -> Non
     with duet_vlm.attach(model, Probe()):
         forward(model, inputs, labels=labels)
     (view,) = seen
-    assert torch.equal(view.question.rows[view.question.valid], model.get_input_embeddings()(torch.tensor(ONE[3:-2])))
+    assert torch.equal(view.question.embeddings[view.question.valid], model.get_input_embeddings()(torch.tensor(ONE[3:-2])))
 
 
 def test_a_prompt_of_embeddings_is_a_question_too() -> None:
@@ -228,7 +229,7 @@ def test_a_prompt_of_embeddings_is_a_question_too() -> None:
     with duet_vlm.attach(model, Probe()):
         forward(model, {"inputs_embeds": embeds, "pixel_values": inputs["pixel_values"]})
     (view,) = seen
-    assert torch.equal(view.question.rows[view.question.valid], embeds[0, -4:])
+    assert torch.equal(view.question.embeddings[view.question.valid], embeds[0, -4:])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -244,15 +245,15 @@ def test_an_encoder_that_is_called_by_itself_has_no_question(family: str) -> Non
 
 def test_parts_by_themselves_see_their_own_rows() -> None:
     """Per crop: the grid, states and projected rows of that crop; no mosaic."""
-    (joint,) = views("llava_next", Probe(parts="joint"))
-    (each,) = views("llava_next", Probe(parts="each"))
-    assert not each.tiles.any() and joint.tiles.any() and len(each.valid) > len(joint.valid)
+    (joint,) = views("llava_next", Probe(crops="joint"))
+    (each,) = views("llava_next", Probe(crops="per_crop"))
+    assert not each.crop_grid.any() and joint.crop_grid.any() and len(each.valid) > len(joint.valid)
     crops = len(each.valid) // len(joint.valid)
     for span in range(len(joint.valid)):
         for crop in range(crops):
             rows = (joint.parts[span] == crop) & joint.valid[span]
             part = each.valid[span * crops + crop]
-            assert torch.equal(joint.place[span][rows], each.place[span * crops + crop][part])
+            assert torch.equal(joint.coords[span][rows], each.coords[span * crops + crop][part])
             assert torch.equal(joint.layers[1].states[span][rows], each.layers[1].states[span * crops + crop][part])
             again = each.project(lambda x: x)[span * crops + crop][part]
             torch.testing.assert_close(again, joint.features[span][rows], rtol=1e-4, atol=1e-5)
@@ -321,7 +322,7 @@ def test_names_that_nobody_knows_are_refused() -> None:
     class Wrong(Probe):
         reads: ClassVar[frozenset[str]] = frozenset({"depth"})
 
-    with pytest.raises(ValueError, match="Wrong.reads names depth: choose from grid, question, similar, projector"):
+    with pytest.raises(ValueError, match="Wrong.reads names depth: choose from grid, question, text_similarity, projector"):
         Wrong()
 
 

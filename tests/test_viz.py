@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from duet_vlm import Span, SpanTrace, StageTrace
-from duet_vlm.palette import GROUPS, group, heat
-from duet_vlm.viz import Watched, draw, font, seen, stack
-from duet_vlm.viz.groups import origins
+from duet_vlm.viz import ScoreRecorder, draw, font, model_view, stack
+from duet_vlm.viz.colors import GROUPS, group, heat
+from duet_vlm.viz.merges import origins
 from duet_vlm.viz.overlay import DROPPED, GAP, HEAD, MARGIN, MEMBER, SHADE
 
 CELL = 20
@@ -190,7 +190,7 @@ def test_a_watched_method_does_what_it_did_and_shows_why() -> None:
     inputs = processor(images=item.image, text=tiny.prompt(item.questions[0][0]), return_tensors="pt")
     for method in ("duet", "fastv", "pyramiddrop", "visionzip", "divprune", "random"):
         with attach(model, method, budget=0.22) as handle, torch.no_grad():
-            plain, watched = model(**inputs).logits, Watched(handle.reducer)
+            plain, watched = model(**inputs).logits, ScoreRecorder(handle.reducer)
             before = handle.trace[0][0]
         with attach(model, watched.reducer, budget=0.22) as handle, torch.no_grad():
             assert torch.equal(model(**inputs).logits, plain)
@@ -235,7 +235,7 @@ def test_seen_is_the_centre_that_the_processor_cut_out() -> None:
     wide = Image.new("RGB", (672, 224), (200, 30, 30))
     wide.paste((20, 180, 40), (224, 0, 448, 224))
     pixels = processor.image_processor(wide, return_tensors="pt")["pixel_values"][0]
-    view = np.asarray(seen(wide, pixels, processor)).astype(int)
+    view = np.asarray(model_view(wide, pixels, processor)).astype(int)
     assert view.shape == (224, 224, 3)
     assert np.abs(view - (20, 180, 40)).max(-1).mean() < 6
-    assert seen(wide, torch.zeros(4, 8), processor).size == wide.size
+    assert model_view(wide, torch.zeros(4, 8), processor).size == wide.size

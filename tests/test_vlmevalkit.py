@@ -9,7 +9,7 @@ import pytest
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.evaluate.vlmevalkit import Model
+from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
 
 
 def test_answers_equal_the_librarys_own(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_answers_equal_the_librarys_own(tmp_path: Path) -> None:
             inputs = processor(images=scene.image, text=tiny.prompt(scene.question), return_tensors="pt")
             out = stock.generate(**inputs, max_new_tokens=4)
             expected.append(processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-    model = Model("tiny", budget=0.11, device="cpu", max_new_tokens=4, measured=tmp_path / "m.json")
+    model = VLMEvalKitModel("tiny", budget=0.11, device="cpu", max_new_tokens=4, measured=tmp_path / "m.json")
     model.set_dump_image(lambda line: [])
     said = []
     for i, scene in enumerate(scenes):
@@ -37,9 +37,9 @@ def test_answers_equal_the_librarys_own(tmp_path: Path) -> None:
 
 def test_what_it_refuses() -> None:
     with pytest.raises(ValueError, match="leave out method"):
-        Model("tiny", method="duet", preset="duet-64")
+        VLMEvalKitModel("tiny", method="duet", preset="duet-64")
     with pytest.raises(ValueError, match="duet has no setting 'depth'"):
-        Model("tiny", budget=0.5, settings={"depth": 3}, device="cpu")
-    model = Model("tiny", method="none", device="cpu")
+        VLMEvalKitModel("tiny", budget=0.5, settings={"depth": 3}, device="cpu")
+    model = VLMEvalKitModel("tiny", method="none", device="cpu")
     with pytest.raises(ValueError, match="brings video: duet_vlm reduces images only"):
         model.generate([{"type": "video", "value": "clip.mp4"}])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from crew import clerk
 
-from duet_vlm.evaluate.workers import shared_out
+from duet_vlm.evaluation.workers import shared_out
 
 KEPT = "start again"
 
@@ -74,7 +74,7 @@ def test_errors_travel(task: Any, place: str | None, kind: type[Exception], says
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no such thing on Windows")
 def test_processes_do_not_hear_ctrl_c() -> None:
     """Nor the first ones of a program, with which Python starts its tracker of resources; and the program itself does."""
-    program = "import signal, crew; from duet_vlm.evaluate.workers import shared_out\n"
+    program = "import signal, crew; from duet_vlm.evaluation.workers import shared_out\n"
     program += "found = [reply for _, reply in shared_out([('blocked',), ('blocked',)], [None, None], crew.clerk, '')]\n"
     program += "print(found, signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)

@@ -212,8 +212,8 @@ def test_a_compressed_cache_of_a_padded_batch_is_refused(method: str) -> None:
 
 
 def test_a_compressed_cache_cannot_be_cut_as_well(inputs: Any) -> None:
-    """``cache="cut"`` takes rows by their number, which a compressed cache has lost."""
+    """``trim_kv_cache=True`` takes rows by their number, which a compressed cache has lost."""
     model, _ = tiny.load()
-    with duet_vlm.attach(model, "duet", budget=BUDGET, cache="cut"), pressed(model, 0.5):
-        with pytest.raises(ValueError, match="cache='cut' needs a cache"):
+    with duet_vlm.attach(model, "duet", budget=BUDGET, trim_kv_cache=True), pressed(model, 0.5):
+        with pytest.raises(ValueError, match="trim_kv_cache=True needs a cache"):
             model.generate(**inputs, max_new_tokens=3)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import duet_vlm
 from duet_vlm.models.adapter import LINEAR
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 

@@ -23,10 +23,10 @@ from models import CONFIGS, five_crops
 from transformers.utils import is_flash_attn_2_available
 
 import duet_vlm
-from duet_vlm.bench.inputs import prompt_for
-from duet_vlm.bench.run import Plan, Side, result, sheet_of, sides_of
-from duet_vlm.bench.shapes import random_model
-from duet_vlm.models.find import adapter_for
+from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sheet_of, sides_of
+from duet_vlm.evaluation.speed.prompts import prompt_for
+from duet_vlm.evaluation.speed.random_model import random_model
+from duet_vlm.models.lookup import adapter_for
 
 RESULTS = Path(__file__).parents[1] / "results"
 BUDGETS = (0.33, 0.22, 0.111)
@@ -119,8 +119,8 @@ def _model(name: str, cases: list[Case], given: argparse.Namespace, end: float) 
 def _case(model: nn.Module, case: Case, tiny: bool, device: str) -> dict[str, Any]:
     tokens = case.tokens if case.tokens is None or not tiny else max(16 * max(1, case.frames // 2), case.tokens // 64)
     picture = five_crops(model.config) if case.model == "llava-next-7b" else None
-    plan = Plan(
-        (*sides_of(["duet"], BUDGETS), Side("visionzip", 0.111), Side("uniform", 0.111)), case.batches[:1] if tiny else case.batches, (60,), tokens,
+    plan = BenchPlan(
+        (*sides_of(["duet"], BUDGETS), BenchSide("visionzip", 0.111), BenchSide("uniform", 0.111)), case.batches[:1] if tiny else case.batches, (60,), tokens,
         case.frames // 2, 4 if tiny else 128, 1 if tiny else 5, 0 if tiny else 2, steps=2 if tiny else 8, generate_rounds=1 * case.ends,
     )  # fmt: skip
     found = result(str(case), model, plan, None if tiny else sheet_of(device), lambda line: print(f"{case}: {line}", file=sys.stderr), picture)
@@ -129,7 +129,7 @@ def _case(model: nn.Module, case: Case, tiny: bool, device: str) -> dict[str, An
     return found
 
 
-def largest_batch(model: nn.Module, side: Side, plan: Plan, picture: Any, most: int) -> int:
+def largest_batch(model: nn.Module, side: BenchSide, plan: BenchPlan, picture: Any, most: int) -> int:
     """The largest power of two that reads its prompts and writes a token without running out of memory, up to ``most``."""
     adapter, fits, batch = adapter_for(model), 0, 1
     while batch <= most:

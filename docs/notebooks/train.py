@@ -27,7 +27,7 @@ print({name: tuple(value.shape) for name, value in batch.items()})
 # %%
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
 with duet_vlm.attach(model.train(), "duet", budget=0.05) as handle:
-    duet_vlm.remember(handle)  # goes into config.json with the weights
+    duet_vlm.save_to_config(handle)  # goes into config.json with the weights
     for step in range(8):
         loss = model(**collate([data[4 * step + i] for i in range(4)])).loss
         loss.backward()
@@ -42,6 +42,6 @@ with duet_vlm.attach(model.train(), "duet", budget=0.05) as handle:
 with tempfile.TemporaryDirectory() as folder:
     model.save_pretrained(folder)
     again = type(model).from_pretrained(folder)
-print(duet_vlm.remembered(again))
+print(duet_vlm.load_from_config(again))
 with duet_vlm.attach(again.eval()) as handle:
     print(handle.reducer.name, handle.budget)

@@ -12,8 +12,8 @@ import torch
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.budget import layer_counts, target_mean
 from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import layer_counts, target_mean
 
 
 @duet_vlm.register("grid_and_text")
@@ -33,9 +33,9 @@ class GridAndText(duet_vlm.DecoderReducer):
         share = self.keep if budget is None else max(0.0, 2 * target_mean(budget, tokens) / tokens - 1)
         return duet_vlm.SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((depth // 2, min(share, 1.0)),)))
 
-    def t2v(self, view: duet_vlm.TextView) -> torch.Tensor:
-        on_grid = view.token % self.step == 0
-        return top(view.scores + 0.01 * on_grid, view.valid, view.keep)
+    def prune_tokens(self, view: duet_vlm.DecoderView) -> torch.Tensor:
+        on_grid = view.token_index % self.step == 0
+        return top(view.scores + 0.01 * on_grid, view.valid, view.num_keep)
 
 
 # %% [markdown]
@@ -62,7 +62,7 @@ with duet_vlm.attach(model, "grid_and_text", budget=0.7) as handle:
 class GreedyGuest(GridAndText):
     """Keeps everything, whatever it was asked for."""
 
-    def t2v(self, view):
+    def prune_tokens(self, view):
         return view.valid
 
 

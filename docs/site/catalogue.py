@@ -14,7 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm.cli.lists import rows
+from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.main import app
 
 FOLDER = "catalogue"
@@ -88,7 +88,7 @@ def page(row: dict[str, Any], measured: list[Cell], picture: str | None) -> str:
     First what a reader came for: a look at it, how to try it, the settings. Then the idea, the cost, numbers, families that refuse it, and
     what differs.
     """
-    name, cls = row["name"], duet_vlm.get(row["name"])
+    name, cls = row["name"], duet_vlm.get_method(row["name"])
     told = [f"# `{name}`", row["summary"][:1].upper() + row["summary"][1:] + "."]
     if picture:
         told.append(f"![What {name} keeps of a demo picture]({picture})")
@@ -140,15 +140,15 @@ def pictures(folder: Path) -> dict[str, Path]:
 
 def group(name: str) -> str:
     """The heading of the catalogue that a method stands under."""
-    cls: Any = duet_vlm.get(name)
+    cls: Any = duet_vlm.get_method(name)
     usual = cls()
-    if getattr(usual, "compressor", None) is not None:
+    if getattr(usual, "trained_reducer", None) is not None:
         return "Trained"
     if cls.paper in BASELINES or name == "none":
         return "Baselines"
     if issubclass(cls, duet_vlm.TowerReducer):
         return "In the vision tower"
-    if getattr(cls, "reads_time", False):
+    if getattr(cls, "compares_frames", False):
         return "For clips"
     return "Before the decoder" if issubclass(cls, duet_vlm.EncoderReducer) else "Inside the decoder"
 

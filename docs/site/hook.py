@@ -16,12 +16,16 @@ import measured
 import reference
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
+from pymdownx.superfences import fence_code_format
 
 carried: set[str] = set()
+DIAGRAMS = Path(sys.prefix) / "package/dist/mermaid.min.js"
 
 
 def on_config(config: Any) -> Any:
-    """The catalogue's pages take the place of its name in the navigation, group by group."""
+    """The catalogue's pages take the place of its name in the navigation, group by group; diagrams are fences of their own kind."""
+    fence = {"name": "mermaid", "class": "diagram", "format": fence_code_format}
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [fence]}
     config.nav = [_filled(entry, catalogue.navigation()) for entry in config.nav]
     return config
 
@@ -45,6 +49,8 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, uri, content=text))
     for name, path in drawn.items():
         files.append(File.generated(config, f"{catalogue.FOLDER}/{name}.webp", abs_src_path=str(path)))
+    if DIAGRAMS.is_file():  # where npm was there when the environment was made; without it diagrams stay text
+        files.append(File.generated(config, "assets/mermaid.min.js", abs_src_path=str(DIAGRAMS)))
     carried.clear()
     for file in files.documentation_pages():
         carried.update(links.rewrite(file.content_string, file.src_uri)[1])

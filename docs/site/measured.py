@@ -8,7 +8,7 @@ from typing import Any
 
 from links import ROOT
 
-from duet_vlm.evaluate.results import load
+from duet_vlm.evaluation.results import load
 
 PAGE = "results.md"
 LEADING, OPENING = "tiny-chain", "11%"  # the task and the share of the tokens that pages open on

@@ -15,16 +15,16 @@ from duet_vlm.cli.main import app
 
 CLI, API = "reference/command-line.md", "reference/python.md"
 GROUPS = {  # heading -> public names, each where it is defined
-    "Attach": ["attach.attach", "handle.Handle", "attach.detach", "attach.handle_of", "attach.remember", "memory.remembered"],
-    "Reports and traces": ["measure.report.Report", "tokens.SpanTrace", "tokens.StageTrace", "tokens.Span"],
-    "Methods": ["methods.named.get", "methods.named.methods", "methods.compose.compose", "presets.preset", "registry.register"],
+    "Attach": ["api.attach.attach", "api.handle.Handle", "api.attach.detach", "api.attach.handle_of", "api.attach.save_to_config", "reducers.persistence.load_from_config"],
+    "Reports and traces": ["profiling.report.Report", "planning.tokens.SpanTrace", "planning.tokens.StageTrace", "planning.tokens.Span"],
+    "Methods": ["methods.lookup.get_method", "methods.lookup.list_methods", "methods.compose.compose", "api.presets.preset", "reducers.registry.register"],
     "Write a method": [
-        "reducer.Reducer", "reducer.EncoderReducer", "reducer.DecoderReducer", "stages.StagedReducer", "tower.TowerReducer",
-        "tower.ThresholdReducer", "vision.VisionView", "dropping.TextView", "tower.TowerView", "tower.Merged", "tokens.Selection",
-        "budget.SpanPlan", "budget.BudgetError", "compressor.NewWeights",
+        "reducers.base.Reducer", "reducers.base.EncoderReducer", "reducers.base.DecoderReducer", "reducers.scheduled.ScheduledReducer", "reducers.vision_tower.TowerReducer",
+        "reducers.vision_tower.ThresholdReducer", "reducers.encoder_view.EncoderView", "reducers.decoder_view.DecoderView", "reducers.vision_tower.TowerView", "reducers.vision_tower.MergePairs", "planning.tokens.Selection",
+        "planning.budget.SpanPlan", "planning.budget.BudgetError", "reducers.compressor.NewWeights",
     ],
-    "Pictures, clips and streams": ["pictures.open_image", "pictures.rgb", "stream.Stream"],
-    "Text towers": ["contrastive.ContrastiveText"],
+    "Pictures, clips and streams": ["inputs.images.open_image", "inputs.images.rgb", "api.streaming.StreamingVideo"],
+    "Text towers": ["inputs.clip_text.ClipTextEncoder"],
     "Training": ["train.collate.Collator", "train.data.conversations"],
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ def run(folder: Path, steps: int, checkpointing: str, resume: bool = False) -> l
         weight.requires_grad_("encoder.layers.3" not in name and "post_layernorm" not in name)  # misses their optimizer state
     options = {"gradient_checkpointing": True} if checkpointing == "model" else {}
     with duet_vlm.attach(model, "duet", budget=BUDGET) as handle:
-        duet_vlm.remember(handle)
+        duet_vlm.save_to_config(handle)
         done = trainer(
             model, "llava", folder, use_cpu=False, per_device_train_batch_size=1, max_steps=steps, save_strategy="steps", save_steps=2, **options,
             optimizer=(torch.optim.SGD, {"lr": RATE, "momentum": MOMENTUM}),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import Selection, TextView, VisionView
+from duet_vlm import DecoderView, EncoderView, Selection
 from duet_vlm.methods.apet import ApET
 from duet_vlm.ops.merge import merged_rows
 from golden_runner.case import STATE, Case
@@ -20,12 +20,12 @@ def encoded(method: ApET, rows: Tensor, keep: int) -> Selection:
     """Of one span [1, N, C], before the decoder."""
     everyone, count = torch.ones(rows.shape[:2], dtype=torch.bool), torch.tensor([keep])
     plan = replace(method, keep=keep, schedule=()).plan(rows.shape[1], 4, None)
-    return method.v2v(VisionView(everyone, count, count * 0, (plan,), features=rows))
+    return method.select_tokens(EncoderView(everyone, count, count * 0, (plan,), features=rows))
 
 
 def dropped(method: ApET, rows: Tensor, keep: int) -> Selection:
     everyone = torch.ones(rows.shape[:2], dtype=torch.bool)
-    return method.t2v(TextView(everyone, torch.tensor([keep]), counts=((rows.shape[1], keep),), rows=rows))
+    return method.prune_tokens(DecoderView(everyone, torch.tensor([keep]), host_counts=((rows.shape[1], keep),), hidden_states=rows))
 
 
 def rounded(rows: Tensor, settings: dict[str, Any]) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
-from duet_vlm import SpanPlan, VisionView, attach
-from duet_vlm.contrastive import ContrastiveText
+from duet_vlm import EncoderView, SpanPlan, attach
+from duet_vlm.inputs.clip_text import ClipTextEncoder
 from duet_vlm.methods.cdpruner import CDPruner
-from duet_vlm.ops.greedy import cosine, determinantal
+from duet_vlm.ops.greedy import cosine, greedy_dpp_map
 from duet_vlm.ops.merge import unit_rows
 from golden_runner.case import STATE, Case, near
 from golden_runner.models import TINY_LLAMA, llava, load, renamed
@@ -35,7 +35,7 @@ def check_clip(case: Case) -> None:
     model = llava(renamed(vision, PLACES | PROJECTOR), image_token=IMAGE, vision=config["vision"], text=text)
     for run, settings in case.runs.items():
         ids = case.tensors[f"in/{run}/token_ids"][0].tolist()
-        tower = ContrastiveText(clip, lambda text, ids=ids: {"input_ids": ids})
+        tower = ClipTextEncoder(clip, lambda text, ids=ids: {"input_ids": ids})
         seen = shown(model, CDPruner.official(settings["n"]), tower, case.tensors[f"in/{run}/pixel_values"])
         states = seen.layers[0].states
         case.close(run, "hidden", states, STATE)
@@ -66,9 +66,9 @@ class Processor:
     tokenizer = SimpleNamespace(decode=lambda ids, **options: "asked")
 
 
-def shown(model: Any, method: CDPruner, tower: ContrastiveText, pixels: Tensor) -> VisionView:
+def shown(model: Any, method: CDPruner, tower: ClipTextEncoder, pixels: Tensor) -> EncoderView:
     """What the method of an attached model is shown of a prompt with as many samples as there are pictures."""
-    seen: list[VisionView] = []
+    seen: list[EncoderView] = []
     tokens = (pixels.shape[-1] // model.config.vision_config.patch_size) ** 2
     ids = torch.tensor([[1, *[IMAGE] * tokens, 2, 3]]).expand(len(pixels), -1)
     with attach(model, spying(method, seen), text_tower=tower, processor=Processor()):
@@ -84,27 +84,27 @@ def check_function(case: Case) -> None:
         method = CDPruner.official(settings["n"])
         plan = method.plan(tokens, 1, None)
         count = torch.full((batch,), plan.dominant)
-        view = VisionView(
-            torch.ones(batch, tokens, dtype=torch.bool), count, count * 0, (plan,) * batch, features=projected, similar=similar,
-            pieces=torch.ones(batch, len(texts), dtype=torch.bool),
+        view = EncoderView(
+            torch.ones(batch, tokens, dtype=torch.bool), count, count * 0, (plan,) * batch, features=projected, text_similarity=similar,
+            text_similarity_valid=torch.ones(batch, len(texts), dtype=torch.bool),
         )  # fmt: skip
         if "error" in settings:
             with case.official_error(run):
-                assert method.v2v(view).index.shape[1] == settings["n"]
+                assert method.select_tokens(view).index.shape[1] == settings["n"]
             continue
         compare(case, run, method, view)
 
 
-def compare(case: Case, run: str, method: CDPruner, view: VisionView) -> None:
+def compare(case: Case, run: str, method: CDPruner, view: EncoderView) -> None:
     weight = method.weight(view)
     case.close(run, "relevance", weight, RELEVANCE)
-    case.same(run, "kept", method.v2v(view).index)
+    case.same(run, "kept", method.select_tokens(view).index)
     kernel = weight[:, :, None] * cosine(view.features, view.valid) * weight[:, None]
     n = case.runs[run]["n"]
     orders = []
     for one in kernel:  # what one more adds
         every = torch.ones(n, len(one), dtype=torch.bool)
-        sets = determinantal(one.expand(n, -1, -1), every, torch.arange(1, n + 1), n).int()
+        sets = greedy_dpp_map(one.expand(n, -1, -1), every, torch.arange(1, n + 1), n).int()
         orders.append(torch.diff(sets, dim=0, prepend=torch.zeros_like(sets[:1])).argmax(1))
     case.same(run, "order", torch.stack(orders))
     assert isinstance(view.plans[0], SpanPlan) and view.plans[0].entry == n

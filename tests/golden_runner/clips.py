@@ -7,24 +7,24 @@ import math
 import torch
 from torch import Tensor
 
-from duet_vlm import SpanPlan, VisionView
-from duet_vlm.methods.clip import Rows
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.evs import EVS
 from duet_vlm.methods.fastvid import FastVID
 from duet_vlm.methods.holitom import HoliTom
 from duet_vlm.methods.prunevid import PruneVid
 from duet_vlm.methods.vidcom2 import VidCom2
-from duet_vlm.ops.clips import Clips, Windows, joined
+from duet_vlm.methods.video_base import VideoRows
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.ops.still import Sets, gains
+from duet_vlm.ops.static_regions import StaticDynamicSets, gains
+from duet_vlm.ops.video import FrameWindows, VideoTokens, join_windows
 from golden_runner.case import STATE, Case
 
 RELATIVE = {"relative": 1e-5, "absolute": 1e-6}
 
 
-def clip_of(frames: int, places: int) -> Clips:
+def clip_of(frames: int, places: int) -> VideoTokens:
     parts = torch.arange(frames).repeat_interleave(places)[None]
-    return Clips.of(parts, parts >= 0)
+    return VideoTokens.of(parts, parts >= 0)
 
 
 def check_vidcom2(case: Case) -> None:
@@ -85,7 +85,7 @@ def check_fastvid(case: Case) -> None:
         peak = reducer.peaks(rows, clips.real & ~salient, (context * share + 1e-6).floor().long() * gives)
         kept = clips.rows(salient | peak)
         owner, weight = reducer.joins(clips, rows, kept, peak, windows)
-        selection = joined(kept, owner, weight, int(kept.sum()))
+        selection = join_windows(kept, owner, weight, int(kept.sum()))
         positions = selection.index[0] + start
         behind = torch.arange(start + frames * places, len(prompt))
         case.same(run, "kept_positions", torch.cat([torch.arange(start), positions, behind]))
@@ -105,10 +105,10 @@ def check_evs(case: Case) -> None:
         reducer = EVS.official(settings["q"])
         kept = max(places, reducer.plan(tokens, 1, None).entry)  # the first step stays whole; a plan does not know how large it is
         plan = SpanPlan(tokens, kept, 0, (kept,))
-        view = VisionView(
-            parts >= 0, torch.tensor([kept]), torch.tensor([0]), (plan,), features=features, parts=parts, stream="video", most=(steps, places)
+        view = EncoderView(
+            parts >= 0, torch.tensor([kept]), torch.tensor([0]), (plan,), features=features, parts=parts, modality="video", max_parts=(steps, places)
         )
-        index = reducer.v2v(view).index[0]
+        index = reducer.select_tokens(view).index[0]
         if case.has(run, "positions"):
             check_evs_positions(case, run, index)
             continue
@@ -155,7 +155,7 @@ def check_holitom(case: Case) -> None:
         windows = gains(alike > reducer.threshold, clips.length, reducer.window)
         count = int(windows.number.max()) + 1
         case.same(run, "segments", torch.stack([windows.first, windows.first + windows.length - 1], -1)[0, :count])
-        sets = Sets.of(clips, windows, rows, reducer.still(alike, clips, windows)[0])
+        sets = StaticDynamicSets.of(clips, windows, rows, reducer.still(alike, clips, windows)[0])
         saved = frames * places - int(sets.sizes.sum())
         case.fact(run, "pruned_static_tokens", saved)
         ratio = min(settings["retain_ratio"] / ((frames * places - saved) / (frames * places)), 1)
@@ -169,8 +169,8 @@ def check_holitom(case: Case) -> None:
         case.fact(run, "rows", len(merged))
 
 
-def rows_of(features: Tensor, found: Rows) -> Tensor:
-    return merged_rows(features, joined(found.kept, found.owner, found.weight, int(found.kept.sum()), found.order))[0]
+def rows_of(features: Tensor, found: VideoRows) -> Tensor:
+    return merged_rows(features, join_windows(found.kept, found.owner, found.weight, int(found.kept.sum()), found.order))[0]
 
 
 def check_prunevid(case: Case) -> None:
@@ -183,7 +183,7 @@ def check_prunevid(case: Case) -> None:
         windows = reducer.cut(rows, clips)
         count = int(windows.number.max()) + 1
         case.same(run, "window_sizes", windows.length[0, :count])
-        sets = Sets.of(clips, windows, rows, reducer.still(rows, clips, windows)[0])
+        sets = StaticDynamicSets.of(clips, windows, rows, reducer.still(rows, clips, windows)[0])
         counts = torch.tensor([[size if size <= 14 else int(size * settings["cluster_ratio"]) for size in sets.sizes[0].tolist()]])
         case.same(run, "static_sizes", counts[0, :count])
         of_window = torch.zeros(1, frames, dtype=torch.long).scatter_add_(1, windows.number, counts[:, frames:])
@@ -202,6 +202,6 @@ def check_prunevid(case: Case) -> None:
             case.same(run, name, kept[0].nonzero()[:, 0])
 
 
-def dynamic_of(windows: Windows, counts: Tensor, window: int) -> Tensor:
+def dynamic_of(windows: FrameWindows, counts: Tensor, window: int) -> Tensor:
     """Rows of what moves in every frame of a window."""
     return counts[0, counts.shape[1] // 2 :][windows.number[0] == window]

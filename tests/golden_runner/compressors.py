@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.methods.quecc import Cells
-from duet_vlm.methods.vqtoken import Frames
-from duet_vlm.ops.lloyd import elbow, lloyd, means
+from duet_vlm.methods.quecc import QueCCModule
+from duet_vlm.methods.vqtoken import FrameModule
+from duet_vlm.ops.kmeans import elbow, kmeans, means
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.windows import windows, within
 from golden_runner.case import Case
@@ -19,7 +19,7 @@ LEAST = 12  # clusters that the elbow begins with
 @torch.no_grad()
 def check_quecc(case: Case) -> None:
     config, weights = case.config, case.weights()
-    module = Cells(config["embed_dim"], config["multi_level_dim"], config["text_dim"], config["heads"], config["kernel"])
+    module = QueCCModule(config["embed_dim"], config["multi_level_dim"], config["text_dim"], config["heads"], config["kernel"])
     module.load_state_dict({name.removeprefix("0."): weight for name, weight in weights.items() if name.startswith("0.")})
     side = config["grid"]
     place = torch.cartesian_prod(torch.arange(side), torch.arange(side))[None].expand(config["batch"], -1, -1)
@@ -37,7 +37,7 @@ def check_quecc(case: Case) -> None:
 def check_vqtoken(case: Case) -> None:
     features, config = case.tensors["in/features"], case.config
     rows = unit_rows(features.flatten(0, 1))[None]
-    module = Frames(config["tokens_per_frame"], config["dim"], config["heads"]).eval()
+    module = FrameModule(config["tokens_per_frame"], config["dim"], config["heads"]).eval()
     module.load_state_dict(case.weights())
     for run, settings in case.runs.items():
         if "error" in settings:
@@ -46,7 +46,7 @@ def check_vqtoken(case: Case) -> None:
 
         def clustered(first: Tensor, rounds: int = settings["max_iteration"]) -> tuple[Tensor, Tensor]:
             there = torch.ones(1, len(first), dtype=torch.bool)
-            labels, centres = lloyd(rows, torch.ones(rows.shape[:2], dtype=torch.bool), first[None], there, rounds)
+            labels, centres = kmeans(rows, torch.ones(rows.shape[:2], dtype=torch.bool), first[None], there, rounds)
             return labels, means(rows, labels, centres)
 
         if case.has(run, "distortions"):

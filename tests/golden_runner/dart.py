@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import TextView
+from duet_vlm import DecoderView
 from duet_vlm.methods.dart import Dart
 from golden_runner import inside
 from golden_runner.case import Case
@@ -23,12 +23,12 @@ class Drop(inside.Inside):
     def compare(self) -> None:
         case, run, layer = self.case, self.run, self.settings["K"]
         (view,) = self.views
-        start, before = self.prompt.starts[0], self.state.group(layer - 1).tokens.slot[0]
+        start, before = self.prompt.starts[0], self.state.layer_group(layer - 1).tokens.prompt_index[0]
         normed = self.handle.adapter.text_model.norm(self.watch.output[layer - 1])[0]
         case.close(run, "hidden_normed", normed)
         keys = torch.zeros_like(case.out(run, "keys"))
         keys[before] = case.out(run, "keys")[before]  # only those of the image and of the text behind it are shown to the method
-        keys[view.slots[0]], keys[view.text_slots[0]] = self.repeated(view.keys[0]), self.repeated(view.text_keys[0])
+        keys[view.positions[0]], keys[view.text_positions[0]] = self.repeated(view.keys[0]), self.repeated(view.text_keys[0])
         case.close(run, "keys", keys)
         case.same(run, "kept", self.kept(layer))
         case.fact(run, "kept", len(self.kept(layer)))
@@ -45,14 +45,14 @@ class Drop(inside.Inside):
         return keys.unflatten(-1, (groups, -1)).repeat_interleave(heads // groups, 1).flatten(1)
 
 
-def compare_rule(case: Case, run: str, view: TextView, method: Dart, start: int) -> None:
+def compare_rule(case: Case, run: str, view: DecoderView, method: Dart, start: int) -> None:
     """Pivots, their order, and what another order would keep."""
-    image = view.slots[0][view.keys[0].abs().sum(-1).argsort(descending=True)[: method.visual_pivots]]
-    text = view.text_slots[0][view.text_keys[0].abs().sum(-1).argsort(descending=True)[: method.text_pivots]]
+    image = view.positions[0][view.keys[0].abs().sum(-1).argsort(descending=True)[: method.visual_pivots]]
+    text = view.text_positions[0][view.text_keys[0].abs().sum(-1).argsort(descending=True)[: method.text_pivots]]
     case.same(run, "pivots_image", image)
     case.same(run, "pivots_text", text)
     case.same(run, "pivot_order", list(set(image.tolist() + text.tolist())))
-    plain = replace(method, pivot_order="norm").t2v(view)[0]
+    plain = replace(method, pivot_order="norm").prune_tokens(view)[0]
     case.same(run, "kept_image_then_text_order", plain.nonzero().flatten())
 
 
@@ -66,12 +66,12 @@ def check(case: Case) -> None:
     for run, settings in case.runs.items():
         method = preset(case, settings)
         keep = method.schedule[0][1]
-        view = TextView(
-            _all(rows[:, image]), torch.tensor([keep]), counts=((count, keep),), rows=rows[:, image], text=rows[:, behind],
+        view = DecoderView(
+            _all(rows[:, image]), torch.tensor([keep]), host_counts=((count, keep),), hidden_states=rows[:, image], text_hidden_states=rows[:, behind],
             text_valid=_all(rows[:, behind]), keys=keys[:, image], text_keys=keys[:, behind],
-            slots=torch.arange(rows.shape[1])[None, image], text_slots=torch.arange(rows.shape[1])[None, behind],
+            positions=torch.arange(rows.shape[1])[None, image], text_positions=torch.arange(rows.shape[1])[None, behind],
         )  # fmt: skip
-        case.same(run, "kept", method.t2v(view)[0].nonzero().flatten())
+        case.same(run, "kept", method.prune_tokens(view)[0].nonzero().flatten())
         case.fact(run, "kept", keep)
         compare_rule(case, run, view, method, start)
 

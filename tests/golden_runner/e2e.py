@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import Reducer, TextView, attach
+from duet_vlm import DecoderView, Reducer, attach
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.none import NoReduction
 from golden_runner.case import Case
@@ -59,7 +59,7 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], model: Any, ids: 
     # once as it is; once more with the recorded projector output in place of ours, so that the rounding of a deep tower does not blur
     # the strict comparison of everything behind it
     for exact in (False, True) if recorded else (False,):
-        views: list[TextView] = []
+        views: list[DecoderView] = []
 
         def at_projector(module: Any, args: Any, output: Tensor, exact: bool = exact) -> Tensor | None:
             if not recorded:
@@ -91,17 +91,17 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], model: Any, ids: 
             hook.remove()
 
 
-def compare_stages(case: Case, run: str, layers: list[int], handle: Any, watch: Watch, views: list[TextView], exact: bool) -> None:
+def compare_stages(case: Case, run: str, layers: list[int], handle: Any, watch: Watch, views: list[DecoderView], exact: bool) -> None:
     """Survivors at each stage, and with the recorded features their scores."""
     if not layers:
         return
     state = handle._run
-    scored = dict(zip(state.scored_layers, [v for v in views if isinstance(v, TextView)], strict=True))
-    entry = state.groups[0].tokens
-    entered = {slot: i for i, slot in enumerate(entry.slot[0][entry.visual[0]].tolist())}
+    scored = dict(zip(state.scored_layers, [v for v in views if isinstance(v, DecoderView)], strict=True))
+    entry = state.layer_groups[0].tokens
+    entered = {slot: i for i, slot in enumerate(entry.prompt_index[0][entry.visual[0]].tolist())}
     for s, layer in enumerate(layers):
-        before, after = (state.group(at).tokens for at in (layer - 1, layer))
-        old, new = ([entered[t] for t in g.slot[0][g.visual[0]].tolist()] for g in (before, after))
+        before, after = (state.layer_group(at).tokens for at in (layer - 1, layer))
+        old, new = ([entered[t] for t in g.prompt_index[0][g.visual[0]].tolist()] for g in (before, after))
         case.same(run, f"stage{s}/kept_in_v2v_token_order", new)
         case.same(run, f"stage{s}/kept_in_current_image_block", [old.index(t) for t in new])
         if not exact:

@@ -37,11 +37,11 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
     cache = DynamicCache(config=prompt.text_model.config) if settings.get("use_cache") else None
     with attach(prompt.model, spying(reducer, views)) as handle, Watch(prompt.text_model) as watch:
         prompt(past_key_values=cache, use_cache=cache is not None)
-        tokens = handle._run.groups[-1].tokens
+        tokens = handle._run.layer_groups[-1].tokens
         if not recorded:
             assert torch.isfinite(watch.last).all()
             return
-        kept = tokens.slot[0][tokens.visual[0]] - prompt.starts[0]
+        kept = tokens.prompt_index[0][tokens.visual[0]] - prompt.starts[0]
         case.same(run, "kept_image_index", kept)
         case.fact(run, "kept", len(kept))
         if views:
@@ -50,7 +50,7 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
             scores = scores_at(handle, settings["K"] - 1, watch)[0][prompt.visual[0]]
         case.scores(run, "scores", scores)
         if settings.get("inplace") is False:
-            compare_masked(case, run, settings["K"], prompt, watch.last[0], tokens.slot[0])
+            compare_masked(case, run, settings["K"], prompt, watch.last[0], tokens.prompt_index[0])
             return
         case.close(run, "last_hidden_state", watch.last)
         watch.rotates(len(watch.hidden) - 1, case.out(run, "position_ids_entering_last_layer"))

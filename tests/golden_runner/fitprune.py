@@ -47,23 +47,23 @@ class Fitted(inside.Inside):
         self.decode()
 
     def scores(self, view: Any) -> Tensor:
-        return (view.scores * view.among)[0] * self.asking
+        return (view.scores * view.visual_self_attention)[0] * self.asking
 
     @property
     def asking(self) -> int:
         """Recorded sums over the text rows are means here."""
-        return self.state.asking[0]
+        return self.state.num_queries[0]
 
     def left(self, depth: int, kept: list[int]) -> list[int]:
         """The rows of the last layer that are left after it, which nothing reads here: the recording lets go of them, too."""
-        tokens = self.state.group(depth - 1).tokens
+        tokens = self.state.layer_group(depth - 1).tokens
         stays = {token + self.prompt.starts[0] for token in kept}
-        return [row for row, slot in enumerate(tokens.slot[0].tolist()) if not tokens.visual[0, row] or slot in stays]
+        return [row for row, slot in enumerate(tokens.prompt_index[0].tolist()) if not tokens.visual[0, row] or slot in stays]
 
     def last_scores(self) -> Tensor:
         """Of the last layer, behind which nothing is dropped here."""
         layer = self.case.config["num_hidden_layers"] - 1
-        adapter, tokens = self.handle.adapter, self.state.group(layer).tokens
+        adapter, tokens = self.handle.adapter, self.state.layer_group(layer).tokens
         hidden, rotary = self.watch.hidden[layer], self.watch.rotary[layer]
         rows = torch.arange(hidden.shape[1])[None]
         query, key = adapter.project(adapter.layers[layer], hidden, rotary, rows)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import EncoderReducer, VisionView, attach
-from duet_vlm.bench.inputs import encode
+from duet_vlm import EncoderReducer, EncoderView, attach
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.divprune import DivPrune
 from duet_vlm.methods.scope import Scope
 from golden_runner.case import Case
@@ -64,7 +64,7 @@ def chosen(method: EncoderReducer, features: Tensor, importance: Tensor | None, 
     plans = tuple(type(method)(keep=count).plan(tokens, 1, None) for count in counts)
     valid = torch.ones(features.shape[:2], dtype=torch.bool)
     count = torch.tensor(counts)
-    selection = method.v2v(VisionView(valid, count, count * 0, plans, importance, None, features))
+    selection = method.select_tokens(EncoderView(valid, count, count * 0, plans, importance, None, features))
     return torch.zeros_like(valid).scatter_reduce(1, selection.index, selection.valid, "amax")
 
 
@@ -72,7 +72,7 @@ def check_tower(case: Case) -> None:
     model = llava(renamed(case.weights(), {"vision_model.": "model.vision_tower.", "": "model.vision_tower."}), image_token=7, vision=case.config)
     for run, settings in case.runs.items():
         pixels = case.tensors[f"in/{run}/pixel_values"]
-        seen: list[VisionView] = []
+        seen: list[EncoderView] = []
         rows: list[Tensor] = []
         hook = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output, rows=rows: rows.append(args[0]))
         with attach(model, spying(scope(settings), seen)):

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from duet_vlm import SpanPlan, VisionView, attach
-from duet_vlm.bench.inputs import encode
+from duet_vlm import EncoderView, SpanPlan, attach
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.hired import HiRED, kept_of_one
 from duet_vlm.ops.groups import top_of_groups
-from duet_vlm.vision import LayerView
+from duet_vlm.reducers.encoder_view import LayerView
 from golden_runner.case import STATE, Case, equal, near
 from golden_runner.models import llava, renamed
 from golden_runner.spy import spying
@@ -37,7 +37,7 @@ def check(case: Case) -> None:
     weights = {name: rows for name, rows in case.weights().items() if "position_ids" not in name and name != "image_newline"}
     model = llava(renamed(weights, PLACES), image_token=config["image_token"], vision=config["vision"], text=config["text"])
     pixels = case.given("pixel_values")
-    seen: list[VisionView] = []
+    seen: list[EncoderView] = []
     with attach(model, spying(HiRED.official(0.2), seen)):
         encode(model, {"pixel_values": pixels})
     (view,) = seen
@@ -92,7 +92,7 @@ def by_image(case: Case, *rows: Tensor) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.split(crops_of(case)) for x in rows), strict=True))
 
 
-def view_of(case: Case, late: Tensor, early: Tensor, plans: list[SpanPlan]) -> VisionView:
+def view_of(case: Case, late: Tensor, early: Tensor, plans: list[SpanPlan]) -> EncoderView:
     """All crops of each image as one span, nothing cut off."""
     side = case.config["vision"]["image_size"] // case.config["vision"]["patch_size"]
     width, patches = max(plan.tokens for plan in plans), side**2
@@ -106,9 +106,9 @@ def view_of(case: Case, late: Tensor, early: Tensor, plans: list[SpanPlan]) -> V
     place = torch.stack([token % patches // side, token % side], 2)
     tiles = [grid(case, number) if case.config["pinpoints"] else (0, 0) for number in range(batch)]
     count = torch.tensor([plan.dominant for plan in plans])
-    return VisionView(
-        valid, count, count * 0, tuple(plans), layers[0], parts=torch.where(valid, token // patches, -1), place=place,
-        layers=tuple(LayerView(rows) for rows in layers), sides=torch.full((batch, 2), side), tiles=torch.tensor(tiles),
+    return EncoderView(
+        valid, count, count * 0, tuple(plans), layers[0], parts=torch.where(valid, token // patches, -1), coords=place,
+        layers=tuple(LayerView(rows) for rows in layers), grid_size=torch.full((batch, 2), side), crop_grid=torch.tensor(tiles),
     )  # fmt: skip
 
 
@@ -117,10 +117,10 @@ def budgets(case: Case, settings: dict[str, Any], late: Tensor, early: Tensor, r
     method = HiRED.official(settings["token_budget_rate"], settings["alpha"])
     plans = [method.plan(crops * late.shape[1], 1, None) for crops in crops_of(case)]
     view = view_of(case, late, early, plans)
-    group, crops = method.crops(view)
+    group, crops = method.crop_tokens(view)
     quota = method.quota(view, group, crops)
     kept = top_of_groups(view.importance, group, view.valid, quota, quota.sum(1))
-    chosen = method.v2v(view)
+    chosen = method.select_tokens(view)
     for number, plan in enumerate(plans):  # what the preset keeps: these, and the rest of the plan
         ours = torch.zeros_like(kept[number]).scatter(0, chosen.index[number][chosen.valid[number]], True)
         assert bool((ours | ~kept[number]).all()) and int(ours.sum()) == plan.dominant
@@ -141,11 +141,11 @@ def chosen_by_preset(settings: dict[str, Any], late: Tensor, early: Tensor, crop
     plan = method.plan(late.shape[1], 1, None)
     count, side = torch.full((len(late),), plan.dominant), math.isqrt(late.shape[1])
     token = torch.arange(late.shape[1]).expand(late.shape)
-    view = VisionView(
+    view = EncoderView(
         torch.ones_like(late).bool(), count, count * 0, (plan,) * len(late), late, parts=token * 0, layers=(LayerView(late), LayerView(early)),
-        place=torch.stack([token // side, token % side], 2), sides=torch.full((len(late), 2), side), tiles=torch.zeros(len(late), 2).long(),
+        coords=torch.stack([token // side, token % side], 2), grid_size=torch.full((len(late), 2), side), crop_grid=torch.zeros(len(late), 2).long(),
     )  # fmt: skip
-    return list(method.v2v(view).index)
+    return list(method.select_tokens(view).index)
 
 
 def pack(case: Case, rows: Tensor, mask: Tensor, number: int) -> Tensor:

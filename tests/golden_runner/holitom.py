@@ -40,16 +40,16 @@ class Joined(inside.Inside):
         case.scores(run, "scores", view.scores[0])
         name = "output_of_layer_k_minus_1"
         case.close(run, name, self.watch.output[layer - 1].view_as(case.out(run, name)))
-        case.fact(run, "kept", int(view.keep))
+        case.fact(run, "kept", int(view.num_keep))
         kept = self.kept(layer)
         case.same(run, "kept_image_index", kept)
         left = [token for token in range(case.meta["image_tokens"]) if token not in kept]
         case.same(run, "dropped_index", left)
-        merged, start = self.state.group(layer).merged, self.prompt.starts[0]
-        anchor = dict(zip((merged.members[0] - start).tolist(), (merged.index[0][merged.into[0]] - start).tolist(), strict=True))
+        merged, start = self.state.layer_group(layer).merged_into, self.prompt.starts[0]
+        anchor = dict(zip((merged.source_tokens[0] - start).tolist(), (merged.index[0][merged.target_row[0]] - start).tolist(), strict=True))
         case.same(run, "merged_into_index", [anchor[token] for token in left])
         case.close(run, "hidden_states", self.watch.hidden[layer][0])
-        case.same(run, "position_ids", self.state.group(layer).tokens.slot[0])
+        case.same(run, "position_ids", self.state.layer_group(layer).tokens.prompt_index[0])
         self.watch.rotates(layer, case.out(run, "position_ids")[None])
         super().compare()
 

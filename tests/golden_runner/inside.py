@@ -51,8 +51,8 @@ class Inside:
 
     def kept(self, layer: int) -> list[int]:
         """The image tokens that ``layer`` reads, counted in the image."""
-        tokens = self.state.group(layer).tokens
-        return [int(slot) - self.prompt.starts[0] for slot in tokens.slot[0][tokens.visual[0]]]
+        tokens = self.state.layer_group(layer).tokens
+        return [int(slot) - self.prompt.starts[0] for slot in tokens.prompt_index[0][tokens.visual[0]]]
 
     def rotates(self, layer: int, name: str) -> None:
         positions = self.case.out(self.run, name)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from duet_vlm import TextView, attach
-from duet_vlm.flow.probe import prediction_gradient
+from duet_vlm import DecoderView, attach
 from duet_vlm.methods.pio import Pio
+from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from golden_runner.case import Case
 from golden_runner.spy import Watch, spying
 from golden_runner.t2v import Prompt, compare_step_positions
@@ -19,7 +19,7 @@ from golden_runner.v2drop import QwenPrompt
 GRADIENT = {"relative": 5e-4, "absolute": 0.0}
 
 
-def saliency(view: TextView) -> Tensor:
+def saliency(view: DecoderView) -> Tensor:
     """The released loss is one mean over all samples of the batch."""
     assert view.gradient is not None
     return view.gradient.norm(dim=-1) / len(view.valid)
@@ -54,9 +54,9 @@ class Stages:
 
     def kept(self, layer: int) -> Tensor:
         """The image tokens that ``layer`` reads, counted in the image: [B, n]."""
-        tokens = self.state.group(layer).tokens
+        tokens = self.state.layer_group(layer).tokens
         starts = torch.tensor(self.prompt.starts)[:, None]
-        return tokens.slot[tokens.visual].view(len(tokens.slot), -1) - starts
+        return tokens.prompt_index[tokens.visual].view(len(tokens.prompt_index), -1) - starts
 
     def compare_stages(self) -> None:
         case, run = self.case, self.run
@@ -119,7 +119,7 @@ def check_qwen(case: Case) -> None:
             compare_next(case, run, stage, layer, view, replace(method, probe="next"), prompt, done)
 
 
-def compare_next(case: Case, run: str, stage: int, layer: int, view: TextView, method: Pio, prompt: Prompt, done: Stages) -> None:
+def compare_next(case: Case, run: str, stage: int, layer: int, view: DecoderView, method: Pio, prompt: Prompt, done: Stages) -> None:
     """The gradient at the rows that the released choice has left."""
     adapter, width = done.handle.adapter, done.watch.output[layer - 1].shape[1]
     position = done.watch.rotary[layer - 1]
@@ -127,6 +127,6 @@ def compare_next(case: Case, run: str, stage: int, layer: int, view: TextView, m
     everyone = torch.ones(1, width, dtype=torch.bool)
     rows = done.watch.output[layer - 1]
     gradient = prediction_gradient(adapter, adapter.layers[layer], rows, everyone, given, "pio")
-    visual = done.state.group(layer - 1).tokens.visual[0]
-    chosen = method.t2v(replace(view, gradient=gradient[:, visual]))
+    visual = done.state.layer_group(layer - 1).tokens.visual[0]
+    chosen = method.prune_tokens(replace(view, gradient=gradient[:, visual]))
     case.same(run, f"stage{stage}/kept_if_next_block", chosen[0].nonzero().T)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import SpanPlan, VisionView, attach
-from duet_vlm.bench.inputs import encode
+from duet_vlm import EncoderView, SpanPlan, attach
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.methods.prumerge_plus import PruMergePlus, adaptive
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.score import cls_attention
 from duet_vlm.ops.select import outliers
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.tokens import Selection
 from golden_runner.case import COARSE, STATE, Case, near
 from golden_runner.models import llava, renamed
 from golden_runner.spy import spying
@@ -63,15 +63,15 @@ def selected(case: Case, settings: dict[str, Any], attention: Tensor, key: Tenso
     reducer = (PruMergePlus if settings["plus"] else PruMerge).official(share)
     view = view_of(attention, key, reducer.plan(tokens, 1, None))
     if isinstance(reducer, PruMergePlus):
-        return reducer.v2v(view), reducer.released(view)[0]
-    selection = reducer.v2v(view)
+        return reducer.select_tokens(view), reducer.released(view)[0]
+    selection = reducer.select_tokens(view)
     return selection, selection.index[:, :-1]
 
 
-def view_of(attention: Tensor, key: Tensor, plan: SpanPlan) -> VisionView:
+def view_of(attention: Tensor, key: Tensor, plan: SpanPlan) -> EncoderView:
     number = torch.ones(len(attention), dtype=torch.long)
     valid = torch.ones_like(attention, dtype=torch.bool)
-    return VisionView(valid, number * plan.dominant, number * plan.contextual, (plan,) * len(attention), attention, key[:, 1:])
+    return EncoderView(valid, number * plan.dominant, number * plan.contextual, (plan,) * len(attention), attention, key[:, 1:])
 
 
 def joining(selection: Selection, attention: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def joining(selection: Selection, attention: Tensor) -> tuple[Tensor, Tensor]:
     assert selection.weights is not None
     last = selection.index.shape[1] - 1
     rows, rest = [], []
-    for members, into, weights, scores in zip(selection.members, selection.into, selection.weights, attention, strict=True):
+    for members, into, weights, scores in zip(selection.source_tokens, selection.target_row, selection.weights, attention, strict=True):
         of_rows = []
         for row in range(last):
             here = (into == row) & (weights != 1)  # 1: the kept token itself
@@ -111,4 +111,4 @@ def check_tower(case: Case) -> None:
         beside(case, f"tower/{name}", found, state | {"relative": 1e-4})
     beside(case, "tower/cls_attention", seen[0].importance, score)
     near("keys", seen[0].keys, case.tensors["out/tower/key"][:, 1:], state | {"relative": 1e-4})
-    near("rows", rows[0], merged_rows(features[:, 1:], reducer.v2v(seen[0])), STATE)
+    near("rows", rows[0], merged_rows(features[:, 1:], reducer.select_tokens(seen[0])), STATE)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from duet_vlm import Handle, Reducer, Selection, SpanPlan, TextView, VisionView, attach
-from duet_vlm.bench.inputs import encode
+from duet_vlm import DecoderView, EncoderView, Handle, Reducer, Selection, SpanPlan, attach
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.none import NoReduction
 from duet_vlm.methods.visionzip import VisionZip
@@ -128,7 +128,7 @@ class Qwen:
         zipped = VisionZip(dominant=dominant, contextual=contextual, merge="anchor_plus_mean", anchor_step="floor", **self.signal)
         if not schedule:
             return zipped
-        both = type("VisionZipThenDrop", (Duet,), {"v2v": lambda _, view: zipped.v2v(view), "name": "duet"})
+        both = type("VisionZipThenDrop", (Duet,), {"select_tokens": lambda _, view: zipped.select_tokens(view), "name": "duet"})
         return both.official_qwen25(dominant, contextual, schedule=schedule, **self.signal)
 
     # ---- running
@@ -144,7 +144,7 @@ class Qwen:
                 text = self.inputs["input_ids"].shape[1] - self.tokens
                 assert widths == [text + n for n in handle.plan(self.tokens).counts]
 
-    def signals(self) -> VisionView:
+    def signals(self) -> EncoderView:
         """What V2V would look at."""
         views: list[Any] = []
         with attach(self.model, spying(Duet.official_qwen25(1, 1, schedule=(), **self.signal), views)):
@@ -160,13 +160,13 @@ class Qwen:
         with self.images(), attach(self.model, spying(reducer, views)) as handle, Watch(self.text_model) as watch:
             logits = self.model(**self.inputs, use_cache=True).logits
             case.fact(run, "image_start", self.start)
-            self.compare_vision(next((v for v in views if isinstance(v, VisionView)), idle))
+            self.compare_vision(next((v for v in views if isinstance(v, EncoderView)), idle))
             if self.v2v:
                 self.compare_entry(handle, watch)
             case.same(run, "rope_deltas", self.model.model.rope_deltas)
             self.positions("prefill_position_ids_entering_first_layer", watch, 0)
             if self.layers:
-                self.compare_first_stage(handle, watch, [v for v in views if isinstance(v, TextView)])
+                self.compare_first_stage(handle, watch, [v for v in views if isinstance(v, DecoderView)])
             if several:
                 self.compare_twin(handle, watch, views)
             else:
@@ -190,7 +190,7 @@ class Qwen:
 
     # ---- V2V
 
-    def compare_vision(self, view: VisionView) -> None:
+    def compare_vision(self, view: EncoderView) -> None:
         """Scores, metric and choice of V2V, on what the library's own recorder saw."""
         case, run = self.case, self.run
         case.scores(run, "v2v/token_score", view.importance[0])
@@ -201,36 +201,36 @@ class Qwen:
         plan = SpanPlan(self.tokens, dominant, contextual, (dominant + contextual,))
         one = torch.ones(1, dtype=torch.long)
         view = replace(view, dominant=one * dominant, contextual=one * contextual, plans=(plan,))
-        selection: Selection = self.preset().v2v(view)  # type: ignore[attr-defined]
+        selection: Selection = self.preset().select_tokens(view)  # type: ignore[attr-defined]
         kept = torch.zeros(self.tokens, dtype=torch.long)
         kept[selection.index[0, :dominant]] = 1
-        anchors, joins = selection.index[0, dominant:], selection.into[0] >= 0
+        anchors, joins = selection.index[0, dominant:], selection.target_row[0] >= 0
         order = ranking(view.importance, view.valid)[0, :dominant]
         assert set(order.tolist()) == set(kept.nonzero().flatten().tolist())
         case.same(run, "v2v/dominant_indices_score_order", order)
         case.same(run, "v2v/target_positions", anchors)
         case.same(run, "v2v/target_indices_filtered", ((1 - kept).cumsum(0) - 1)[anchors])
-        case.same(run, "v2v/merge_positions", selection.members[0][joins])
+        case.same(run, "v2v/merge_positions", selection.source_tokens[0][joins])
         if case.has(run, "v2v/assignment"):
-            case.same(run, "v2v/assignment", selection.into[0][joins] - dominant)
+            case.same(run, "v2v/assignment", selection.target_row[0][joins] - dominant)
 
     def compare_entry(self, handle: Handle, watch: Watch) -> None:
-        tokens = handle._run.groups[0].tokens
+        tokens = handle._run.layer_groups[0].tokens
         mask = torch.zeros(self.inputs["input_ids"].shape[1], dtype=torch.long)
-        mask[tokens.slot[0]] = 1
+        mask[tokens.prompt_index[0]] = 1
         self.case.same(self.run, "v2v/sequence_keep_mask", mask)
         self.case.close(self.run, "v2v/inputs_embeds_reduced", watch.calls[0][0][0])
 
     # ---- T2V
 
-    def compare_first_stage(self, handle: Handle, watch: Watch, views: list[TextView]) -> None:
+    def compare_first_stage(self, handle: Handle, watch: Watch, views: list[DecoderView]) -> None:
         case, run, state, layer = self.case, self.run, handle._run, self.layers[0]
-        before, after = state.group(layer - 1).tokens, state.group(layer).tokens
+        before, after = state.layer_group(layer - 1).tokens, state.layer_group(layer).tokens
         if layer in state.scored_layers:
             scores = views[state.scored_layers.index(layer)].scores[0]
         else:
             scores = scores_at(handle, layer, watch)[0][before.visual[0]]
-        old, new = (t.slot[0][t.visual[0]].tolist() for t in (before, after))
+        old, new = (t.prompt_index[0][t.visual[0]].tolist() for t in (before, after))
         case.close(run, "stage0/scores", scores, self.score)
         case.same(run, "stage0/kept_in_ranked_block", [old.index(t) for t in new])
         case.same(run, "stage0/attention_mask", after.valid)
@@ -240,21 +240,21 @@ class Qwen:
     def compare_twin(self, handle: Handle, watch: Watch, views: list[Any]) -> None:
         """Our later stages: every visual token alive is ranked by the text after the image, keeps count from the entry."""
         state = handle._run
-        scored = dict(zip(state.scored_layers, [v for v in views if isinstance(v, TextView)], strict=True))
-        entered = int(state.groups[0].tokens.visual.sum())
+        scored = dict(zip(state.scored_layers, [v for v in views if isinstance(v, DecoderView)], strict=True))
+        entered = int(state.layer_groups[0].tokens.visual.sum())
         for layer, ratio in list(zip(self.layers, self.ratios, strict=True))[1:]:
-            before, after = state.group(layer - 1).tokens, state.group(layer).tokens
+            before, after = state.layer_group(layer - 1).tokens, state.layer_group(layer).tokens
             tokens = before.visual[0].nonzero().flatten().tolist()
             keep = int(entered * ratio)
             assert int(after.visual.sum()) == keep
             if layer not in scored:
                 continue
-            queries = list(range(tokens[-1] + 1, before.slot.shape[1]))
+            queries = list(range(tokens[-1] + 1, before.prompt_index.shape[1]))
             table = tuple(t[0] for t in watch.rotary[layer - 1])  # positions are kept, so the table of the layer before serves
             scores = ranking_scores(self.text_model.layers[layer], watch.output[layer - 1][0], table, queries, tokens)
             near(f"{self.run}: our stage before layer {layer} against the slow twin", scored[layer].scores[0], scores, self.score)
-            expected = before.slot[0][[tokens[i] for i in best(scores, keep)]]
-            equal(f"{self.run}: our survivors at layer {layer} against the slow twin", after.slot[0][after.visual[0]], expected)
+            expected = before.prompt_index[0][[tokens[i] for i in best(scores, keep)]]
+            equal(f"{self.run}: our survivors at layer {layer} against the slow twin", after.prompt_index[0][after.visual[0]], expected)
 
     def compare_official(self) -> None:
         """Our V2V with the released drop rule gives every recorded number."""

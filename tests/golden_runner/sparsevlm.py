@@ -11,9 +11,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from duet_vlm.flow.ranking import Ranking
 from duet_vlm.methods.sparsevlm import SparseVLM
-from duet_vlm.tokens import TokenMap
+from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.runtime.prefill.attention_scores import TextAttentionScorer
 from golden_runner import inside
 from golden_runner.case import COARSE, Case, near
 from golden_runner.t2v import Prompt
@@ -45,7 +45,7 @@ class Staged(inside.Inside):
                 case.close(run, f"{name}/head_sums", view.scores[0].sum(0) * raters, COARSE)
                 heads = view.scores[0].sum(0).topk(reducer.best_heads).indices
                 case.same(run, f"{name}/heads_used", heads.sort().values)
-            chosen = reducer.t2v(view)
+            chosen = reducer.prune_tokens(view)
             if reducer.recycle:
                 self.compare_recycled(name, view, chosen, layer)
             else:
@@ -68,18 +68,18 @@ class Staged(inside.Inside):
         clusters = len(case.out(run, f"{name}/recycled_tokens"))
         kept = len(index) - clusters
         case.same(run, f"{name}/kept_in_current_visual_block", index[:kept])
-        case.same(run, f"{name}/recycled_source", chosen.members[0])
-        centres = [chosen.members[0].tolist().index(token) for token in index[kept:].tolist()]
+        case.same(run, f"{name}/recycled_source", chosen.source_tokens[0])
+        centres = [chosen.source_tokens[0].tolist().index(token) for token in index[kept:].tolist()]
         if case.has(run, f"{name}/cluster_centers"):
             case.same(run, f"{name}/cluster_centers", centres)
-        into = chosen.into[0] - kept
+        into = chosen.target_row[0] - kept
         for number, place in enumerate(centres):
             into[place] = number
         if clusters > 1:
             case.same(run, f"{name}/cluster_assignment", into)
         else:
             case.same(run, f"{name}/cluster_assignment", torch.zeros_like(into))
-        state = self.state.group(layer).tokens
+        state = self.state.layer_group(layer).tokens
         rows = self.watch.hidden[layer][0][state.visual[0]]
         near(f"{run}/{name}/recycled_tokens", rows[kept:], case.out(run, f"{name}/recycled_tokens"))
         case.compared.add(f"out/{run}/{name}/recycled_tokens")
@@ -106,10 +106,10 @@ class OtherNoise(Staged):
 
     def compare(self) -> None:
         (view,), name = self.views, "stage0"
-        chosen = self.handle.reducer.t2v(view)
+        chosen = self.handle.reducer.prune_tokens(view)
         self.compare_raters()
         self.case.close(self.run, f"{name}/scores", view.scores[0].mean(1), COARSE)
-        self.case.same(self.run, f"{name}/recycled_source", chosen.members[0])
+        self.case.same(self.run, f"{name}/recycled_source", chosen.source_tokens[0])
         self.case.same(self.run, f"{name}/kept_in_current_visual_block", chosen.index[0][: self.settings["budgets"][0]])
         self.rotates(self.handle.reducer.schedule[0][0], f"{name}/position_ids")
         self.case.compared |= {f"out/{self.run}/{rest}" for rest in self.case.names(self.run)}
@@ -130,11 +130,11 @@ def check(case: Case) -> None:
 def _watching() -> Iterator[list[Tensor]]:
     """The raters that are chosen."""
     seen: list[Tensor] = []
-    plain = Ranking.choose_raters
+    plain = TextAttentionScorer.choose_raters
 
-    def chosen(self: Ranking, embeds: Tensor, tokens: TokenMap) -> None:
+    def chosen(self: TextAttentionScorer, embeds: Tensor, tokens: TokenMap) -> None:
         plain(self, embeds, tokens)
         seen.append(self.raters)
 
-    with patch.object(Ranking, "choose_raters", chosen):
+    with patch.object(TextAttentionScorer, "choose_raters", chosen):
         yield seen

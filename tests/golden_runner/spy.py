@@ -9,24 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm import Handle, Reducer
-from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.inputs.text_queries import query_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.score import query_attention
-from duet_vlm.text import query_rows
 
 
 def spying(reducer: Reducer, seen: list[Any]) -> Reducer:
     """The same method with the same settings; ``seen`` collects the views it is shown."""
     cls = type(reducer)
 
-    def v2v(self: Any, view: Any) -> Any:
+    def select_tokens(self: Any, view: Any) -> Any:
         seen.append(view)
-        return cls.v2v(self, view)  # type: ignore[attr-defined]
+        return cls.select_tokens(self, view)  # type: ignore[attr-defined]
 
-    def t2v(self: Any, view: Any) -> Any:
+    def prune_tokens(self: Any, view: Any) -> Any:
         seen.append(view)
-        return cls.t2v(self, view)  # type: ignore[attr-defined]
+        return cls.prune_tokens(self, view)  # type: ignore[attr-defined]
 
-    return type(cls.__name__, (cls,), {"v2v": v2v, "t2v": t2v})(**{f.name: getattr(reducer, f.name) for f in fields(reducer)})
+    return type(cls.__name__, (cls,), {"select_tokens": select_tokens, "prune_tokens": prune_tokens})(**{f.name: getattr(reducer, f.name) for f in fields(reducer)})
 
 
 class Watch:
@@ -85,9 +85,9 @@ def scores_at(
 ) -> Tensor:
     """Ranking scores [B, T] of the rows in front of ``layer``, for stages that keep all or none, which the library does not score."""
     run, reducer, adapter = handle._run, handle.reducer, handle.adapter
-    tokens = run.group(layer - 1).tokens
+    tokens = run.layer_group(layer - 1).tokens
     rows = query_rows(reducer.text_query, run.prompt.visual, run.prompt.valid, labels, salient, reducer.training_turns)
-    index, valid = pack_right(take(rows, tokens.slot) & tokens.valid, max(1, int(rows.sum(1).max())))
+    index, valid = pack_right(gather_rows(rows, tokens.prompt_index) & tokens.valid, max(1, int(rows.sum(1).max())))
     hidden, rotary = watch.calls[call][2][layer - 1], watch.calls[call][1][layer - 1]
     module = adapter.layers[layer]
     rotary = tuple(t.expand(len(hidden), *t.shape[1:]) for t in rotary)

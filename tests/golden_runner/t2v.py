@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from duet_vlm import Handle, TextView, attach
+from duet_vlm import DecoderView, Handle, attach
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from golden_runner.case import Case, equal, near
@@ -103,12 +103,12 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
     with handle, Watch(prompt.text_model) as watch:
         prompt(labels=labels, past_key_values=cache, use_cache=cache is not None, **extra)
         if not recorded:
-            assert torch.isfinite(watch.last).all() and watch.last.shape[1] == max(handle._run.groups[-1].lengths)
+            assert torch.isfinite(watch.last).all() and watch.last.shape[1] == max(handle._run.layer_groups[-1].lengths)
             return
         compare_prefill(case, run, handle, watch)
         compare_stages(case, run, settings["layer_list"], prompt, handle, watch, views, labels, salient)
         if labels is not None:
-            tokens = handle._run.groups[-1].tokens
+            tokens = handle._run.layer_groups[-1].tokens
             case.rows(run, "new_labels", losses[0], tokens.valid, equal)
             rest = case.out(run, "new_labels")[torch.arange(losses[0].shape[1]) >= tokens.valid.sum(1, keepdim=True)]
             assert (rest == IGNORED).all() and (losses[0][~tokens.valid] == IGNORED).all()
@@ -118,16 +118,16 @@ def _check_run(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, r
 def compare_prefill(case: Case, run: str, handle: Handle, watch: Watch) -> None:
     state, depth = handle._run, len(watch.hidden)
     case.fact(run, "seq_len_entering_each_layer", [h.shape[1] for h in watch.hidden])
-    case.rows(run, "last_hidden_state", watch.last, state.groups[-1].tokens.valid)
+    case.rows(run, "last_hidden_state", watch.last, state.layer_groups[-1].tokens.valid)
     for name in case.names(run, "layer_input/"):
         layer = int(name.split("/")[1])
-        case.rows(run, name, watch.hidden[layer], state.group(layer).tokens.valid)
+        case.rows(run, name, watch.hidden[layer], state.layer_group(layer).tokens.valid)
     if case.has(run, "prefill_position_ids_entering_last_layer"):
         compare_positions(case, run, "prefill_position_ids_entering_last_layer", handle, watch, depth - 1)
 
 
 def compare_positions(case: Case, run: str, name: str, handle: Handle, watch: Watch, layer: int) -> None:
-    watch.rotates(layer, case.out(run, name), handle._run.group(layer).tokens.valid)
+    watch.rotates(layer, case.out(run, name), handle._run.layer_group(layer).tokens.valid)
     case.compared.add(f"out/{run}/{name}")
 
 
@@ -138,7 +138,7 @@ def compare_stages(
     prompt: Prompt,
     handle: Handle,
     watch: Watch,
-    views: list[TextView],
+    views: list[DecoderView],
     labels: Tensor | None,
     salient: Tensor | None,
 ) -> None:
@@ -146,7 +146,7 @@ def compare_stages(
     scored = dict(zip(state.scored_layers, views, strict=True))
     told = [{stage.layer: list(stage.kept) for stage in spans[0].stages} if spans else {} for spans in handle.trace]
     for s, layer in enumerate(layers):
-        before, after = state.group(layer - 1), state.group(layer)
+        before, after = state.layer_group(layer - 1), state.layer_group(layer)
         name = f"stage{s}"
         if case.has(run, f"{name}/position_ids"):
             compare_positions(case, run, f"{name}/position_ids", handle, watch, layer)
@@ -160,7 +160,7 @@ def compare_stages(
             if not case.names(run, f"{sample}/"):
                 assert before.lengths[b] == after.lengths[b], f"{run}: sample {b} is not ranked in the recording, but here it lost tokens"
                 continue
-            old, new = ([int(t) - prompt.starts[b] for t in g.tokens.slot[b][g.tokens.visual[b]]] for g in (before, after))
+            old, new = ([int(t) - prompt.starts[b] for t in g.tokens.prompt_index[b][g.tokens.visual[b]]] for g in (before, after))
             case.same(run, f"{sample}/kept_original_image_index", new)
             case.same(run, f"{sample}/kept_in_current_image_block", [old.index(t) for t in new])
             assert told[b].get(layer, new) == new, f"{run}: handle.trace tells other survivors of {sample}"
@@ -170,7 +170,7 @@ def compare_stages(
                 scores = scores_at(handle, layer, watch, labels, salient)[b][before.tokens.visual[b]]
             padding = before.width - before.lengths[b]
             if padding and labels is None and handle.reducer.text_query == "all":
-                compare_shifted(case, run, f"{sample}/scores", scores, state.asking[b], padding)
+                compare_shifted(case, run, f"{sample}/scores", scores, state.num_queries[b], padding)
             else:
                 case.scores(run, f"{sample}/scores", scores)
 

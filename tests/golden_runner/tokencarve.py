@@ -25,14 +25,14 @@ class Carved(inside.Inside):
         case, run = self.case, self.run
         (view,) = self.views
         case.scores(run, "attention_score", view.scores[0])
-        carried = information(view.rows, view.valid)[0]
+        carried = information(view.hidden_states, view.valid)[0]
         near(f"{run}/svd_score", carried, case.out(run, "svd_score"), {"relative": 1e-4, "absolute": 0.0})
         case.compared.add(f"out/{run}/svd_score")
         self.compare_points(view.scores[0], carried)
-        merged = self.state.group(2).merged
+        merged = self.state.layer_group(2).merged_into
         start = self.prompt.starts[0]
-        joins = merged.into[0] >= 0
-        ours = {int(m) - start: int(merged.index[0, r]) - start for m, r in zip(merged.members[0][joins], merged.into[0][joins], strict=True)}
+        joins = merged.target_row[0] >= 0
+        ours = {int(m) - start: int(merged.index[0, r]) - start for m, r in zip(merged.source_tokens[0][joins], merged.target_row[0][joins], strict=True)}
         recorded = zip(case.out(run, "merged_index").tolist(), case.out(run, "merged_into_index").tolist(), strict=True)
         assert ours == dict(recorded), f"{run}: merged {ours}"
         kept = self.kept(2)
@@ -40,7 +40,7 @@ class Carved(inside.Inside):
         case.same(run, "stage1_index", sorted(kept + list(ours)))
         assert set(case.out(run, "set_a_index").tolist()) == self.better(view.scores[0], carried), f"{run}: another better half"
         case.compared |= {f"out/{run}/{name}" for name in ("merged_index", "merged_into_index", "set_a_index")}
-        case.same(run, "kept_positions", self.state.group(2).tokens.slot[0])
+        case.same(run, "kept_positions", self.state.layer_group(2).tokens.prompt_index[0])
         case.close(run, "hidden_states_entering_layer2", self.watch.hidden[2][0])
         super().compare()
 

@@ -11,20 +11,20 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from duet_vlm import SpanPlan, VisionView
-from duet_vlm.flow.call import EncoderCall, Stacks
-from duet_vlm.flow.rules import Rules
-from duet_vlm.flow.signals import Weigher
-from duet_vlm.flow.tower.batch import BatchRun
-from duet_vlm.flow.tower.hooks import TowerFlow
-from duet_vlm.flow.tower.inside import InsideFlow
-from duet_vlm.flow.tower.units import stages_of
+from duet_vlm import EncoderView, SpanPlan
 from duet_vlm.methods.tome import ToMe
 from duet_vlm.methods.tome_tower import ToMeTower
 from duet_vlm.models.adapter import Encoding
-from duet_vlm.models.find import adapter_for
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.merge import matched, merged_rows
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.runtime.active_config import ActiveConfig
+from duet_vlm.runtime.context import EncodeContext, ThreadState
+from duet_vlm.runtime.encode.attention_intercept import SizeBias
+from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
+from duet_vlm.runtime.vision_tower.block_hooks import BlockHooks
+from duet_vlm.runtime.vision_tower.patch_groups import stages_of
+from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
 from golden_runner.case import STATE, Case
 
 
@@ -56,9 +56,9 @@ def check_method(case: Case, run: str, metric: Tensor, x: Tensor, rows: int) -> 
     reducer = ToMe.official(rows)
     plan = reducer.plan(metric.shape[1], 1, None)
     number = torch.ones(len(metric), dtype=torch.long)
-    view = VisionView(torch.ones(metric.shape[:2], dtype=torch.bool), number * rows, number * 0, (plan,) * len(metric), None, metric)
+    view = EncoderView(torch.ones(metric.shape[:2], dtype=torch.bool), number * rows, number * 0, (plan,) * len(metric), None, metric)
     assert isinstance(plan, SpanPlan) and plan.entry == rows
-    case.close(run, "x", merged_rows(x, reducer.v2v(view)), STATE)
+    case.close(run, "x", merged_rows(x, reducer.select_tokens(view)), STATE)
 
 
 def matching(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Tensor, Selection]:
@@ -78,21 +78,21 @@ def matching(metric: Tensor, r: int, protected: int) -> tuple[Tensor, Tensor, Te
 
 
 def weighted(selection: Selection, x: Tensor, weights: Tensor) -> Tensor:
-    return merged_rows(x, Selection(selection.index, selection.valid, selection.members, selection.into, weights=weights))
+    return merged_rows(x, Selection(selection.index, selection.valid, selection.source_tokens, selection.target_row, weights=weights))
 
 
 def summed(selection: Selection, x: Tensor) -> Tensor:
-    return weighted(selection, x, torch.ones(selection.members.shape))
+    return weighted(selection, x, torch.ones(selection.source_tokens.shape))
 
 
 def averaged(selection: Selection, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
     sizes = summed(selection, size)
-    share = size[..., 0] / sizes[..., 0].gather(1, selection.into)
+    share = size[..., 0] / sizes[..., 0].gather(1, selection.target_row)
     return weighted(selection, x, share), sizes
 
 
 def membership(selection: Selection, tokens: int) -> Tensor:
-    return F.one_hot(selection.into, selection.index.shape[1]).transpose(1, 2)[:, :, :tokens]
+    return F.one_hot(selection.target_row, selection.index.shape[1]).transpose(1, 2)[:, :, :tokens]
 
 
 def schedule(settings: dict[str, Any], layers: int) -> list[int]:
@@ -145,24 +145,24 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
     if side * side != count or not extra:
         return  # no picture that a CLIP tower could take
     model = clip_with(case, side)
-    reducer = ToMeTower(keep=count - sum(leaving), shares=tuple(leaving), order="released", keep_predicting=False, mass=case.runs[run]["prop_attn"])
-    adapter, stacks = adapter_for(model), Stacks()
-    blocks = dataclasses.replace(adapter.blocks_to_reduce()[0], read=config["layers"])
-    flow = TowerFlow(adapter, stacks)
+    reducer = ToMeTower(keep=count - sum(leaving), shares=tuple(leaving), order="released", protect_predicting_tokens=False, proportional_attention=case.runs[run]["prop_attn"])
+    adapter, stacks = adapter_for(model), ThreadState()
+    blocks = dataclasses.replace(adapter.blocks_to_reduce()[0], output_block=config["layers"])
+    flow = TowerHooks(adapter, stacks)
     stages = stages_of(reducer, [count], [count - sum(leaving)], config["layers"], [count])
     every = torch.ones(len(given), count, dtype=torch.bool)
-    tower = BatchRun(
-        stages={after: counts * len(given) for after, counts in stages.items()}, grids=((side, side),) * len(given), extra=extra,
-        weighs=reducer.mass, wrong=torch.tensor(0), pooled=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), there=every,
+    tower = BatchedTowerState(
+        stages={after: counts * len(given) for after, counts in stages.items()}, grids=((side, side),) * len(given), num_cls=extra,
+        uses_size_bias=reducer.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), there=every,
         read=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
     )  # fmt: skip
-    stacks.encoders.append(EncoderCall(Encoding("image"), Rules(reducer, None, 1), tower=tower))
-    inside = InsideFlow(flow)
+    stacks.encode_contexts.append(EncodeContext(Encoding("image"), ActiveConfig(reducer, None, 1), tower_state=tower))
+    inside = BlockHooks(flow)
     hidden = given
-    for number, block in enumerate(blocks.inside):
-        Weigher(block.attention, stacks, number)
-        block.norm.register_forward_pre_hook(functools.partial(inside.middle, number))
-        block.mlp.register_forward_hook(functools.partial(inside.spread, number))
+    for number, block in enumerate(blocks.block_modules):
+        SizeBias(block.attention, stacks, number)
+        block.norm.register_forward_pre_hook(functools.partial(inside.before_mlp, number))
+        block.mlp.register_forward_hook(functools.partial(inside.after_block, number))
         block.block.register_forward_hook(functools.partial(inside.end, number))
         hidden = block.block(hidden, None)
     weights = case.weights()

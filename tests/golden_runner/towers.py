@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from duet_vlm import EncoderReducer, SpanPlan, VisionView, attach
-from duet_vlm.bench.inputs import encode
+from duet_vlm import EncoderReducer, EncoderView, SpanPlan, attach
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.vispruner import VisPruner
 from duet_vlm.ops.score import column_attention
@@ -32,7 +32,7 @@ def check_clip(case: Case) -> None:
                 assert through_hooks(model, preset(case, settings), pixels)[1].shape[1] == settings["n"]
             continue
         view, rows = through_hooks(model, preset(case, settings), pixels)
-        case.same(run, "kept", preset(case, settings).v2v(view).index)
+        case.same(run, "kept", preset(case, settings).select_tokens(view).index)
         case.close(run, "rows", rows, STATE)
         beside(case, "hidden", tower_features(model, pixels)[:, 1:], STATE)
         beside(case, "cls_attention_mean", view.importance / case.config["vision"]["num_attention_heads"], COARSE)
@@ -55,8 +55,8 @@ def check_siglip(case: Case) -> None:
         plan = SpanPlan(hidden.shape[1], given["n"], 0, (given["n"],))
         number = torch.full((len(hidden),), 1)
         valid = torch.ones(hidden.shape[:2], dtype=torch.bool)
-        view = VisionView(valid, number * given["n"], number * 0, (plan,) * len(hidden), received, None, hidden)
-        kept = preset(case, given).v2v(view).index
+        view = EncoderView(valid, number * given["n"], number * 0, (plan,) * len(hidden), received, None, hidden)
+        kept = preset(case, given).select_tokens(view).index
         case.same(run, "kept", kept)
         case.close(run, "rows", projector(hidden.gather(1, kept[..., None].expand(-1, -1, hidden.shape[2]))), STATE)
 
@@ -67,9 +67,9 @@ def preset(case: Case, settings: dict[str, Any]) -> EncoderReducer:
     return VisPruner.official(settings["n"], settings["important_ratio"])
 
 
-def through_hooks(model: Any, reducer: EncoderReducer, pixels: Tensor) -> tuple[VisionView, Tensor]:
+def through_hooks(model: Any, reducer: EncoderReducer, pixels: Tensor) -> tuple[EncoderView, Tensor]:
     """What the method of an attached model is shown, and the rows that leave the projector."""
-    seen: list[VisionView] = []
+    seen: list[EncoderView] = []
     rows: list[Tensor] = []
     hook = model.model.multi_modal_projector.register_forward_hook(lambda module, args, output: rows.append(output))
     try:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm import SpanPlan, VisionView, attach
-from duet_vlm.bench.inputs import encode
+from duet_vlm import EncoderView, SpanPlan, attach
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.select import ranking
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.tokens import Selection
 from golden_runner.case import SCORE, STATE, Case
 from golden_runner.models import llava, renamed
 from golden_runner.spy import spying
@@ -39,7 +39,7 @@ def check(case: Case) -> None:
         plan = counts(reducer, settings, features.shape[1])
         number = torch.full((len(features),), 1)
         view = replace(view, dominant=number * plan.dominant, contextual=number * plan.contextual, plans=(plan,) * len(features))
-        selection = reducer.v2v(view)
+        selection = reducer.select_tokens(view)
         rows = merged_rows(features, selection)
         case.close(run, "hidden_states_save", rows, state)
         case.close(run, "dominant_tokens", rows[:, : plan.dominant], state)
@@ -83,9 +83,9 @@ def tolerances(model: Any, pixels: Tensor) -> tuple[dict[str, float], dict[str, 
     return STATE | {"absolute": max(STATE["absolute"], float(lost))}, SCORE | {"relative": max(SCORE["relative"], float(blurred))}
 
 
-def signals(model: Any, pixels: Tensor) -> VisionView:
+def signals(model: Any, pixels: Tensor) -> EncoderView:
     """Importance and keys as the library's own recorder sees them."""
-    seen: list[VisionView] = []
+    seen: list[EncoderView] = []
     with attach(model, spying(Duet.official_llava(1, 1, 1, schedule=()), seen)):
         encode(model, {"pixel_values": pixels})
     return seen[0]
@@ -103,7 +103,7 @@ def through_hooks(model: Any, reducer: Duet | VisionZip, pixels: Tensor) -> Tens
     return rows[0]
 
 
-def compare_choice(case: Case, run: str, view: VisionView, selection: Selection, dominant: int, score: dict[str, float]) -> None:
+def compare_choice(case: Case, run: str, view: EncoderView, selection: Selection, dominant: int, score: dict[str, float]) -> None:
     batch, width = view.valid.shape
     kept = torch.zeros(batch, width, dtype=torch.long).scatter_(1, selection.index[:, :dominant], 1)
     anchors = selection.index[:, dominant:]
@@ -112,7 +112,7 @@ def compare_choice(case: Case, run: str, view: VisionView, selection: Selection,
     case.same(run, "all_indices", ranking(view.importance, view.valid)[:, :dominant])
     case.same(run, "target_positions", anchors)
     case.same(run, "target_indices_filtered", ((1 - kept).cumsum(1) - 1).gather(1, anchors))
-    joins = selection.into >= 0
-    case.same(run, "merge_positions", torch.stack([m[j] for m, j in zip(selection.members, joins, strict=True)]))
+    joins = selection.target_row >= 0
+    case.same(run, "merge_positions", torch.stack([m[j] for m, j in zip(selection.source_tokens, joins, strict=True)]))
     if case.has(run, "assignment"):
-        case.same(run, "assignment", torch.stack([i[j] - dominant for i, j in zip(selection.into, joins, strict=True)]))
+        case.same(run, "assignment", torch.stack([i[j] - dominant for i, j in zip(selection.target_row, joins, strict=True)]))

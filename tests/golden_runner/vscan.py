@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from duet_vlm import SpanPlan, VisionView, attach
-from duet_vlm.bench.inputs import encode
+from duet_vlm import EncoderView, SpanPlan, attach
+from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.vscan import VScan
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.tokens import Selection
-from duet_vlm.vision import LayerView
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.encoder_view import LayerView
 from golden_runner.case import STATE, Case
 from golden_runner.models import TINY_LLAMA, llava, renamed
 from golden_runner.spy import Watch, spying
@@ -42,13 +42,13 @@ def check_clip(case: Case) -> None:
             case.same(run, "kept", torch.arange(plan.tokens).expand(len(hidden), -1))
             case.close(run, "rows", projected, STATE)
             continue
-        seen: list[VisionView] = []
+        seen: list[EncoderView] = []
         with attach(model, spying(method, seen)):
             encode(model, {"pixel_values": pixels})
         (view,) = seen
         for name, layer in (("deep", view.layers[0]), ("shallow", view.layers[1])):
             beside(case, f"cls_attention_{name}", layer.importance / heads, score | {"relative": max(1e-4, score["relative"])})
-        compare(case, run, method.v2v(view), view.features)
+        compare(case, run, method.select_tokens(view), view.features)
         case.fact(run, "kept", plan.entry)
 
 
@@ -57,9 +57,9 @@ def compare(case: Case, run: str, selection: Selection, features: Tensor) -> Non
     case.same(run, "kept", selection.index.view(shape))
     case.close(run, "rows", merged_rows(features, selection).view(case.out(run, "rows").shape), STATE)
     if case.has(run, "merged"):
-        joins = selection.into >= 0
-        case.same(run, "merged", selection.members[joins].view(case.out(run, "merged").shape))
-        case.same(run, "merged_into", selection.into[joins].view(case.out(run, "merged").shape))
+        joins = selection.target_row >= 0
+        case.same(run, "merged", selection.source_tokens[joins].view(case.out(run, "merged").shape))
+        case.same(run, "merged_into", selection.target_row[joins].view(case.out(run, "merged").shape))
 
 
 def check_qwen(case: Case) -> None:
@@ -72,19 +72,19 @@ def check_qwen(case: Case) -> None:
         view = view_of(plan, deep, local, features, torch.stack([token // columns, token % columns], 2), (rows, columns))
         if "error" in settings:
             with case.official_error(run):
-                assert method.v2v(view).index.shape[1] == settings["n"]
+                assert method.select_tokens(view).index.shape[1] == settings["n"]
             continue
-        selection = method.v2v(view)
+        selection = method.select_tokens(view)
         chosen = method.locals_of(view)[0].nonzero()[:, 0]
         case.same(run, "local", chosen[local[0, chosen].argsort(descending=True, stable=True)])
         compare(case, run, selection, features)
 
 
-def view_of(plan: SpanPlan, deep: Tensor, shallow: Tensor, features: Tensor, place: Tensor, sides: tuple[int, int]) -> VisionView:
+def view_of(plan: SpanPlan, deep: Tensor, shallow: Tensor, features: Tensor, place: Tensor, sides: tuple[int, int]) -> EncoderView:
     count = torch.tensor([plan.dominant])
-    return VisionView(
-        torch.ones_like(deep).bool(), count, count * 0, (plan,), deep, features=features, parts=torch.zeros_like(deep).long(), place=place,
-        layers=(LayerView(deep), LayerView(shallow)), sides=torch.tensor([sides]), tiles=torch.zeros(1, 2).long(),
+    return EncoderView(
+        torch.ones_like(deep).bool(), count, count * 0, (plan,), deep, features=features, parts=torch.zeros_like(deep).long(), coords=place,
+        layers=(LayerView(deep), LayerView(shallow)), grid_size=torch.tensor([sides]), crop_grid=torch.zeros(1, 2).long(),
     )  # fmt: skip
 
 
@@ -117,10 +117,10 @@ def run_decoder(case: Case, run: str, settings: dict[str, Any], prompt: Prompt, 
         case.close(run, "logits_last", watch.last[:, -1] @ prompt.table.T, STATE)
         state, start = handle._run, prompt.starts[0]
         for number, (layer, view) in enumerate(zip(settings["layer_list"], views, strict=True)):
-            before, after, name = state.group(layer - 1), state.group(layer), f"stage{number}"
+            before, after, name = state.layer_group(layer - 1), state.layer_group(layer), f"stage{number}"
             case.close(run, f"{name}/hidden_before", watch.output[layer - 1], STATE)
             case.close(run, f"{name}/hidden_after", watch.hidden[layer], STATE)
-            old, new = (torch.stack([s[v] for s, v in zip(g.tokens.slot, g.tokens.visual, strict=True)]) - start for g in (before, after))
+            old, new = (torch.stack([s[v] for s, v in zip(g.tokens.prompt_index, g.tokens.visual, strict=True)]) - start for g in (before, after))
             case.same(run, f"{name}/kept_original", new)
             case.same(run, f"{name}/kept", torch.stack([torch.searchsorted(a, b) for a, b in zip(old, new, strict=True)]))
             case.close(run, f"{name}/scores", view.scores, {"relative": 1e-4, "absolute": 0.0})

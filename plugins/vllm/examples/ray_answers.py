@@ -14,7 +14,7 @@ import ray
 from transformers import AutoConfig
 from vllm import LLM, SamplingParams
 
-from duet_vlm.pictures import open_image
+from duet_vlm.inputs.images import open_image
 
 
 class Engine:

@@ -8,16 +8,16 @@ from typing import Any
 
 import duet_vlm
 from duet_vlm import Reducer, TowerReducer
-from duet_vlm.budget import Budget, read_budget
-from duet_vlm.memory import record
-from duet_vlm.settings import files_among, read_value
+from duet_vlm.planning.budget import Budget, read_budget
+from duet_vlm.reducers.persistence import to_record
+from duet_vlm.utils.field_types import files_among, read_value
 
 NO_TOWER = "none"
 SCHEDULE, KEEP = "schedule", "keep"
 
 
 @dataclass(frozen=True)
-class Asked:
+class ChosenMethod:
     """A method to attach: its name, a budget, and settings."""
 
     method: str
@@ -46,7 +46,7 @@ class Controls:
     @property
     def files(self) -> dict[str, Any]:
         """Settings that name files."""
-        return files_among(duet_vlm.get(self._whole), self._lines)
+        return files_among(duet_vlm.get_method(self._whole), self._lines)
 
     @property
     def _whole(self) -> str:
@@ -69,7 +69,7 @@ class Controls:
         amount = "" if budget is None else str(budget)
         return cls(method if tower == NO_TOWER else behind, amount, schedule, tower, keep, lines)
 
-    def read(self, files: Mapping[str, Any] | None = None) -> Asked:
+    def read(self, files: Mapping[str, Any] | None = None) -> ChosenMethod:
         """The method that they mean. ``files``: settings that name files, of whoever started the page; others would let visitors open any file.
 
         Raises
@@ -81,7 +81,7 @@ class Controls:
         if not self.method.strip():
             raise ValueError("no method is chosen: choose one, or write several with a + between (frames+duet)")
         method = self._whole
-        duet_vlm.get(method)  # names what is unknown, or does not follow each other
+        duet_vlm.get_method(method)  # names what is unknown, or does not follow each other
         settings = self._lines
         if self.schedule.strip():
             name = _setting(method, SCHEDULE)
@@ -92,28 +92,28 @@ class Controls:
             if self.tower in ("", NO_TOWER):
                 raise ValueError(f"share of the patches {self.tower_keep.strip()}: choose a method in the tower as well, or leave it empty")
             settings[f"{self.tower}_{KEEP}"] = read_value(self.tower_keep)
-        for name, value in files_among(duet_vlm.get(method), settings).items():
+        for name, value in files_among(duet_vlm.get_method(method), settings).items():
             if value != (files or {}).get(name):
                 raise ValueError(f"setting {name}: the page opens no files; whoever starts it may name one (duet-vlm app --set {name}=FILE)")
-        return Asked(method, read_budget(self.budget) if self.budget.strip() else None, settings)
+        return ChosenMethod(method, read_budget(self.budget) if self.budget.strip() else None, settings)
 
 
 def tower_methods() -> list[str]:
     """Methods that stand in the vision tower in front of another one."""
-    return [name for name, cls in duet_vlm.methods().items() if issubclass(cls, TowerReducer)]
+    return [name for name, cls in duet_vlm.list_methods().items() if issubclass(cls, TowerReducer)]
 
 
 def other_methods() -> list[str]:
     """All other methods."""
-    return [name for name in duet_vlm.methods() if name not in tower_methods()]
+    return [name for name in duet_vlm.list_methods() if name not in tower_methods()]
 
 
 def starting(method: str | Reducer | None, budget: Budget | None, settings: Mapping[str, Any], model: Any) -> Controls:
     """The controls as the page opens: what the command line asked for, else what the model was trained with, else DUET at 22 %."""
     if isinstance(method, Reducer):
-        changed = record(method, budget)
+        changed = to_record(method, budget)
         return Controls.of(changed["method"], budget, changed["settings"] | dict(settings))
-    if method is None and (known := duet_vlm.remembered(model)) is not None:
+    if method is None and (known := duet_vlm.load_from_config(model)) is not None:
         return Controls.of(known["method"], known["budget"] if budget is None else budget, known["settings"] | dict(settings))
     own = budget is None and not settings
     return Controls.of(method or "duet", 0.22 if own and method is None else budget, settings)
@@ -121,7 +121,7 @@ def starting(method: str | Reducer | None, budget: Budget | None, settings: Mapp
 
 def _setting(method: str, name: str) -> str | None:
     """What a setting is called in a method: by its own name, or behind the part's that has it."""
-    fields = getattr(duet_vlm.get(method), "__dataclass_fields__", {})
+    fields = getattr(duet_vlm.get_method(method), "__dataclass_fields__", {})
     return next((field for field in fields if field == name or field.endswith(f"_{name}")), None)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 from PIL import Image
 
 from duet_vlm import SpanTrace
-from duet_vlm.app.asking import Seen
-from duet_vlm.app.files import Shown
-from duet_vlm.viz import at_depth, fates, film, film_place, history, on_film, seen_frames, seen_parts, seen_picture, told
+from duet_vlm.app.files import Uploads
+from duet_vlm.app.generate import RunRecord
+from duet_vlm.viz import at_depth, cropped_picture, film, film_place, frame_pictures, history, on_film, part_pictures, token_fates, told
 
 FIRST = -1  # the vision tower
 SIZE, STEP = 448, 176  # pixels of a picture's longer side, and of a step of time of a clip
@@ -21,7 +21,7 @@ Scores = list[dict[int, float] | None]
 
 
 @dataclass(frozen=True)
-class Step:
+class DepthStep:
     """What the slider shows: a line, a smaller one, the patches, and the scores that decided (None where none did)."""
 
     title: str
@@ -31,7 +31,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Strip:
+class DepthStrip:
     """A span on the picture that its tokens cover: ``steps`` pictures of one size below each other."""
 
     picture: Image.Image
@@ -41,13 +41,13 @@ class Strip:
 
 
 @dataclass(frozen=True)
-class Walk:
+class DepthView:
     """What one answer did with what was shown, through the depth of a decoder of ``depth`` layers: one span, or a span for each tile or frame."""
 
-    strips: tuple[Strip, ...]
+    strips: tuple[DepthStrip, ...]
     depth: int
 
-    def at(self, layer: int) -> Step:
+    def at(self, layer: int) -> DepthStep:
         """The picture where decoder layer ``layer`` reads it; -1 is the vision tower, 0 the entry to the decoder.
 
         Raises
@@ -59,14 +59,14 @@ class Walk:
         patches = tiled([tile for strip, panel in zip(self.strips, panels, strict=True) for tile in _cut(panel.picture, strip.steps)])
         scored = [(strip, panel.scores) for strip, panel in zip(self.strips, panels, strict=True) if panel.scores is not None]
         scores = tiled([tile for strip, picture in scored for tile in _cut(picture, strip.steps)]) if len(scored) == len(panels) else None
-        return Step(*told([strip.trace for strip in self.strips], layer), patches, scores)
+        return DepthStep(*told([strip.trace for strip in self.strips], layer), patches, scores)
 
     @property
     def first_loss(self) -> int:
         """The first depth from the entry on at which tokens are gone, dropped or merged; 0 where all stay."""
         traces = [strip.trace for strip in self.strips]
         some_gone = (
-            n for n in range(self.depth) if any(len(fates(trace, n).alive) < trace.span.tokens for trace in traces)
+            n for n in range(self.depth) if any(len(token_fates(trace, n).alive) < trace.span.tokens for trace in traces)
         )
         return next(some_gone, 0)
 
@@ -88,7 +88,7 @@ class Walk:
         return sum(strip.steps for strip in self.strips)
 
 
-def walk(shown: Shown, inputs: Any, processor: Any, done: Seen) -> Walk:
+def depth_view(shown: Uploads, inputs: Any, processor: Any, done: RunRecord) -> DepthView:
     """The walk through an answer.
 
     Raises
@@ -98,16 +98,16 @@ def walk(shown: Shown, inputs: Any, processor: Any, done: Seen) -> Walk:
     """
     count = len(done.traces)
     if shown.clips:
-        parts, steps = seen_frames(shown.clips[0].frames, inputs, 0, processor)
+        parts, steps = frame_pictures(shown.clips[0].frames, inputs, 0, processor)
         if count == 1:
             trace, place = done.traces[0], film_place(done.traces[0], steps)
             scores = [stage and {place(token): score for token, score in stage.items()} for stage in done.scores[0]] if place else []
-            return Walk((Strip(film(parts, steps), on_film(trace, steps), scores, steps),), done.depth)
+            return DepthView((DepthStrip(film(parts, steps), on_film(trace, steps), scores, steps),), done.depth)
     else:
-        parts = [seen_picture(shown.pictures[0], inputs, 0, processor)] if count == 1 else seen_parts(inputs, processor, count)
+        parts = [cropped_picture(shown.pictures[0], inputs, 0, processor)] if count == 1 else part_pictures(inputs, processor, count)
     if len(parts) != count:
         raise ValueError(f"what was shown makes {count} spans in this model, which cannot be drawn on it")
-    return Walk(tuple(Strip(*part) for part in zip(parts, done.traces, done.scores, strict=True)), done.depth)
+    return DepthView(tuple(DepthStrip(*part) for part in zip(parts, done.traces, done.scores, strict=True)), done.depth)
 
 
 def _cut(strip: Image.Image, steps: int) -> list[Image.Image]:
@@ -124,7 +124,7 @@ def tiled(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _story(strip: Strip, x: float, y: float, layer: int) -> str:
+def _story(strip: DepthStrip, x: float, y: float, layer: int) -> str:
     if strip.trace.span.grid is None:
         return ""
     rows, columns = strip.trace.span.grid

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from duet_vlm import tiny
-from duet_vlm.loading import Loaded
+from duet_vlm.api.loading import LoadedModel
 from duet_vlm.tiny import long, page, video
 
 EACH = 4  # frames of the file that show one step of the clip
 CLIPS: dict[str, Callable[[str, int], video.ClipSample]] = {"tiny-video": video.sample, "tiny-long": long.sample}
 
 
-def examples(loaded: Loaded, folder: Path) -> list[tuple[Path, str]]:
+def examples(loaded: LoadedModel, folder: Path) -> list[tuple[Path, str]]:
     """Files, written to ``folder``, and a question about each."""
     if loaded.name in CLIPS:
         return _clip(folder, CLIPS[loaded.name])

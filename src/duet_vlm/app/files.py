@@ -8,20 +8,20 @@ from pathlib import Path
 
 from PIL import Image
 
-from duet_vlm.loading import Loaded
-from duet_vlm.pictures import open_image
-from duet_vlm.video import Clip, decode
+from duet_vlm.api.loading import LoadedModel
+from duet_vlm.inputs.images import open_image
+from duet_vlm.inputs.video import VideoFrames, decode
 
 MOST_MB = 100  # of an upload
 LONGEST_QUESTION = 4000  # letters
 
 
 @dataclass(frozen=True)
-class Shown:
+class Uploads:
     """What is asked about: one picture, or one clip."""
 
     pictures: tuple[Image.Image, ...]
-    clips: tuple[Clip, ...]
+    clips: tuple[VideoFrames, ...]
 
     @property
     def preview(self) -> list[Image.Image]:
@@ -29,7 +29,7 @@ class Shown:
         return [*self.pictures, *(frame for clip in self.clips for frame in clip.frames)]
 
 
-def opened(path: Path | None, loaded: Loaded) -> Shown:
+def open_uploads(path: Path | None, loaded: LoadedModel) -> Uploads:
     """The file as the model is shown it.
 
     Raises
@@ -42,10 +42,10 @@ def opened(path: Path | None, loaded: Loaded) -> Shown:
     if path.is_file() and path.stat().st_size > MOST_MB * 1_000_000:
         raise ValueError(f"{path.name}: {path.stat().st_size / 1e6:.0f} MB; at most {MOST_MB} MB are taken. Make it smaller first")
     if not is_clip(path):
-        return Shown((open_image(path),), ())
+        return Uploads((open_image(path),), ())
     if not loaded.takes_clips:
         raise ValueError(f"{path.name}: {loaded.name} takes pictures only, drop one, or start the page with a model that takes clips")
-    return Shown((), (decode(path, loaded.frames),))
+    return Uploads((), (decode(path, loaded.frames),))
 
 
 def is_clip(path: Path) -> bool:
@@ -53,7 +53,7 @@ def is_clip(path: Path) -> bool:
     return (mimetypes.guess_type(path.name)[0] or "").startswith("video/") or path.suffix.lower() in (".mkv", ".webm", ".m4v")
 
 
-def checked(question: str | None) -> str:
+def check_question(question: str | None) -> str:
     """The question without blanks around it.
 
     Raises

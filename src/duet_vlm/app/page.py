@@ -13,12 +13,12 @@ from typing import Any
 import gradio as gr
 
 import duet_vlm
-from duet_vlm.app.asking import Said, Seen, Side, answers
+from duet_vlm.api.loading import LoadedModel
 from duet_vlm.app.controls import NO_TOWER, Controls, other_methods, tower_methods
-from duet_vlm.app.depth import FIRST, Walk, tiled, walk
-from duet_vlm.app.files import checked, opened
-from duet_vlm.app.words import sentence
-from duet_vlm.loading import Loaded
+from duet_vlm.app.depth import FIRST, DepthView, depth_view, tiled
+from duet_vlm.app.errors import sentence
+from duet_vlm.app.files import check_question, open_uploads
+from duet_vlm.app.generate import AppSide, RunRecord, StreamedText, answers
 
 EACH = len(fields(Controls))  # controls of a method
 WAITING = 20  # questions in the queue; more are refused
@@ -72,10 +72,10 @@ def theme() -> Any:
     return gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 
 
-class Page:
+class AppPage:
     """The page for one loaded model; ``blocks`` is what Gradio serves."""
 
-    def __init__(self, loaded: Loaded, first: Controls, second: Controls, shown_first: Sequence[tuple[Path, str]]) -> None:
+    def __init__(self, loaded: LoadedModel, first: Controls, second: Controls, shown_first: Sequence[tuple[Path, str]]) -> None:
         self._loaded = loaded
         self._files = first.files | second.files
         with gr.Blocks(title="duet-vlm", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as self.blocks:
@@ -96,7 +96,7 @@ class Page:
                     controls = [self._controls(0, first, "Method")]
                     self._shown_first = list(shown_first)
                     if self._shown_first:
-                        looks = [(opened(path, loaded).preview[0], question) for path, question in self._shown_first]
+                        looks = [(open_uploads(path, loaded).preview[0], question) for path, question in self._shown_first]
                         gr.HTML("Examples: click one")
                         self._examples = gr.Gallery(
                             looks, show_label=False, elem_id="examples", columns=len(looks), height=112, container=False,
@@ -216,7 +216,7 @@ class Page:
         if path is None:
             return [None, _nothing_wrong()]
         try:
-            return [tiled(opened(Path(path), self._loaded).preview), _nothing_wrong()]
+            return [tiled(open_uploads(Path(path), self._loaded).preview), _nothing_wrong()]
         except Exception as error:  # whatever it is, the page says it
             return [None, _wrong(error, Path(path))]
 
@@ -229,13 +229,13 @@ class Page:
         groups = [_budgeted(values[: EACH + 1]), _budgeted(values[EACH + 1 :])][: 1 + bool(comparing)]
         try:
             asked = [Controls(*(value or "" for value in group)).read(self._files) for group in groups]
-            shown, text = opened(file, self._loaded), checked(question)
+            shown, text = open_uploads(file, self._loaded), check_question(question)
             with ExitStack() as ending:
                 sides = []
                 for each in [None, *asked]:
-                    sides.append(Side(self._loaded, each, shown, text))
+                    sides.append(AppSide(self._loaded, each, shown, text))
                     ending.callback(sides[-1].close)
-                said: list[Said] = []
+                said: list[StreamedText] = []
                 for said in answers(sides, int(longest)):
                     yield self._written(said)
                 if failed := [f"{one.name}: {one.error}" for one in said if one.error]:
@@ -243,13 +243,13 @@ class Page:
                 yield {self._status: _status("Working: the prompt is read once more, to see what decided.", busy=True)}
                 done = {number: side.seen() for number, side in enumerate(sides) if number and not said[number].error}
             update: dict[Any, Any] = {}
-            walks: list[tuple[str, Walk] | None] = [None, None]
+            walks: list[tuple[str, DepthView] | None] = [None, None]
             for number, seen in done.items():
                 update |= {self._columns[number][2]: _facts(said[number], said[0], seen)}
                 told = f"<h3>{escape(sides[number].name)}</h3>{_laid_out(seen.report)}"
                 update |= {self._reports[number - 1]: told, self._speeds: gr.update(visible=True)}
                 try:
-                    way = walk(shown, sides[number].inputs, self._loaded.processor, seen)
+                    way = depth_view(shown, sides[number].inputs, self._loaded.processor, seen)
                     way.at(0)
                     walks[number - 1] = sides[number].name, way
                 except ValueError as error:  # tokens that form no grid: there are answers and reports all the same
@@ -272,7 +272,7 @@ class Page:
         texts = {part: "" for _, text, facts in self._columns for part in (text, facts)}
         return hidden | texts | {self._story: ""} | dict.fromkeys(self._reports, "") | {view[0]: gr.update(visible=False) for view in self._views}
 
-    def _written(self, said: Sequence[Said]) -> dict[Any, Any]:
+    def _written(self, said: Sequence[StreamedText]) -> dict[Any, Any]:
         waits = [one.name for one in said if one.first is None and not one.done]
         words = f"{waits[0]} reads the prompt" if waits else "answers are written"
         found: dict[Any, Any] = {self._status: _status(f"Working: {words}.", busy=True)}
@@ -280,7 +280,7 @@ class Page:
             found |= {text: gr.update(value=one.text, label=one.name), facts: _facts(one, said[0])}
         return found
 
-    def _shown(self, walks: Sequence[tuple[str, Walk] | None], layer: int) -> list[Any]:
+    def _shown(self, walks: Sequence[tuple[str, DepthView] | None], layer: int) -> list[Any]:
         """What stands in the views of both methods, each a name and a walk."""
         found: list[Any] = []
         for one in walks:
@@ -311,13 +311,13 @@ class Page:
 
 def _settings(method: str) -> str:
     try:
-        own = [field.name for field in fields(duet_vlm.get(method)) if not field.metadata.get("file")]  # type: ignore[arg-type]
+        own = [field.name for field in fields(duet_vlm.get_method(method)) if not field.metadata.get("file")]  # type: ignore[arg-type]
     except ValueError:
         return "key=value, one to a line"
     return f"key=value, one to a line: {', '.join(own)}"
 
 
-def _facts(said: Said, full: Said, seen: Seen | None = None) -> str:
+def _facts(said: StreamedText, full: StreamedText, seen: RunRecord | None = None) -> str:
     """Time and tokens of one answer, and both figures of speed once they are known."""
     if said.error:
         return "stopped"

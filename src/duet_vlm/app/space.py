@@ -10,24 +10,24 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.app.asking import Side, answers
+from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.app.controls import Controls, starting
 from duet_vlm.app.examples import CLIPS, examples
-from duet_vlm.app.files import MOST_MB, Shown
-from duet_vlm.loading import Loaded, load
+from duet_vlm.app.files import MOST_MB, Uploads
+from duet_vlm.app.generate import AppSide, answers
 
 
-def warmed(loaded: Loaded, first: Controls) -> None:
+def warmed(loaded: LoadedModel, first: Controls) -> None:
     """Ask once before anybody does: the first call of a process pays for what later ones find made. What cannot be attached is refused here."""
     from duet_vlm import tiny
-    from duet_vlm.video import Clip
+    from duet_vlm.inputs.video import VideoFrames
 
     if loaded.name in CLIPS:
         frames = CLIPS[loaded.name]("test", 0).frames
-        shown = Shown((), (Clip(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
+        shown = Uploads((), (VideoFrames(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
     else:
-        shown = Shown((tiny.demo_images()[0].image,), ())
-    sides = [Side(loaded, asked, shown, "what is this ?") for asked in (None, first.read(first.files))]
+        shown = Uploads((tiny.demo_images()[0].image,), ())
+    sides = [AppSide(loaded, asked, shown, "what is this ?") for asked in (None, first.read(first.files))]
     try:
         for said in answers(sides, 1):
             if wrong := next((one for one in said if one.error), None):
@@ -37,7 +37,7 @@ def warmed(loaded: Loaded, first: Controls) -> None:
             side.close()
 
 
-def serve(loaded: Loaded, first: Controls, host: str | None = None, port: int | None = None) -> None:
+def serve(loaded: LoadedModel, first: Controls, host: str | None = None, port: int | None = None) -> None:
     """Serve until the process is told to stop, from its main thread.
 
     Nothing is shared, counted or kept: no tunnel, no analytics, and uploads in a folder of their own that goes with the process. Host and port
@@ -51,12 +51,12 @@ def serve(loaded: Loaded, first: Controls, host: str | None = None, port: int | 
         _open(loaded, first, Path(folder), host, port)
 
 
-def _open(loaded: Loaded, first: Controls, folder: Path, host: str | None, port: int | None) -> None:
-    from duet_vlm.app.page import CSS, WAITING, Page, theme
+def _open(loaded: LoadedModel, first: Controls, folder: Path, host: str | None, port: int | None) -> None:
+    from duet_vlm.app.page import CSS, WAITING, AppPage, theme
 
     other = Controls("duet" if first.method == "fastv" else "fastv", first.budget or "0.22")
     (folder / "examples").mkdir()
-    page: Any = Page(loaded, first, other, examples(loaded, folder / "examples")).blocks
+    page: Any = AppPage(loaded, first, other, examples(loaded, folder / "examples")).blocks
     page.queue(max_size=WAITING)
     _, address, _ = page.launch(
         server_name=host, server_port=port, share=False, max_file_size=f"{MOST_MB}mb", footer_links=[], enable_monitoring=False, ssr_mode=False,

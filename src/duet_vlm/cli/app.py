@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from duet_vlm.api.loading import check_model, load
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import BudgetText, Debug, Device, Method, Model, Positions, Preset, Settings, one, reductions_of
 from duet_vlm.cli.serve import check_port
-from duet_vlm.loading import check_model, load
 
 
 def app(

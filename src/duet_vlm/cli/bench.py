@@ -12,10 +12,10 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from duet_vlm.api.catalogue import check_settings
+from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import folder_for, friendly
-from duet_vlm.cli.lists import check_settings
 from duet_vlm.cli.options import SEVERAL, AsJson, ChunkFrames, Debug, Device, Model, StillFrames, budgets_of, counts, method_of, pieces_of, several
-from duet_vlm.loading import check_model
 
 METHODS = ("duet", "visionzip", "fastv", "uniform", "random")
 BUDGETS = ("0.33", "0.11")
@@ -64,14 +64,14 @@ def bench(
         if config_only is None:
             check_model(model)
         _writable(out, plots)
-        from duet_vlm.bench.plots import draw
-        from duet_vlm.bench.run import Plan, Side, result, sheet_of
+        from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sheet_of
+        from duet_vlm.evaluation.speed.plots import draw
 
         usual = budgets or budgets_of(BUDGETS)
-        reduced = [Side(name, each, settings) for name, own, settings in named for each in ([own] if own and not budgets else usual)]
-        sides = (Side(), *dict.fromkeys(reduced))
+        reduced = [BenchSide(name, each, settings) for name, own, settings in named for each in ([own] if own and not budgets else usual)]
+        sides = (BenchSide(), *dict.fromkeys(reduced))
         loaded, where, name = _model(model, config_only, device, dtype)
-        plan = Plan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
+        plan = BenchPlan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
         say = functools.partial(typer.echo, err=True)
         found = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
         if out is not None:
@@ -101,7 +101,7 @@ def _methods(given: list[str] | None) -> list[tuple[str, int | float | None, tup
     if found == ["all"]:
         import duet_vlm
 
-        found = [name for name in duet_vlm.methods() if name != "none"]
+        found = [name for name in duet_vlm.list_methods() if name != "none"]
     named = [method_of(name) for name in found]
     return [(name, budget, tuple(settings.items())) for name, budget, settings in named]
 
@@ -110,9 +110,9 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
     """The model to run, where, and what it is called."""
     import torch
 
-    from duet_vlm.bench.shapes import random_model
-    from duet_vlm.loading import device_for, load
-    from duet_vlm.measure.devices import TORCH
+    from duet_vlm.api.loading import device_for, load
+    from duet_vlm.evaluation.speed.random_model import random_model
+    from duet_vlm.profiling.devices import TORCH
 
     where = device_for(device)
     if config_only is None:
@@ -122,9 +122,9 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
 
 
 def _show(found: dict[str, Any]) -> None:
-    from duet_vlm.evaluate.screen import console as screen
+    from duet_vlm.evaluation.console import console as screen
 
-    console = screen(120)
+    console = screen()
     console.print(f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads")
     for key in sorted({(row["batch"], row["text"]) for row in found["rows"] if "ms" in row}):
         rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]

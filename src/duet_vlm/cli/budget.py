@@ -53,8 +53,8 @@ def budget(
     if device is None and config_only is None:
         for reduction in reductions:
             reduction.check_budget(model)
-    from duet_vlm.bench.shapes import skeleton
     from duet_vlm.cli.fleet import Fleet
+    from duet_vlm.evaluation.speed.random_model import skeleton
 
     name = model if config_only is None else (f"{model} ({config_only})" if model != "tiny" else str(config_only))
     skeletal, element_bytes = skeleton(model, config_only)
@@ -75,13 +75,13 @@ def budget(
 
 
 def _planned(reduction: Reduction, model: Any, element_bytes: int, tokens: int | None, parts: int, text: int) -> tuple[SpanPlan, Report]:
-    from duet_vlm.bench.planned import equal_parts, planned, planned_report, whole_of
+    from duet_vlm.evaluation.speed.predicted import equal_parts, plan_prompt, planned_report, whole_of
 
     with reduction.attach(model) as handle:
         fixed = handle.adapter.fixed_tokens
         if tokens is None and fixed is None:
             raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
-        found = planned(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
+        found = plan_prompt(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
         return whole_of(found.sample), planned_report(handle, found, element_bytes)
 
 

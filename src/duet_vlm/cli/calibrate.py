@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm import method_files
+from duet_vlm.api.catalogue import rows
+from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import folder_for, friendly
-from duet_vlm.cli.lists import rows
-from duet_vlm.cli.options import AsJson, Debug, Device, Images, Model, Shown, method_of
-from duet_vlm.loading import check_model
+from duet_vlm.cli.options import AsJson, Debug, Device, Images, Model, VisualInputs, method_of
+from duet_vlm.reducers import method_files
 
 QUESTION = "Describe the image."
 
@@ -36,13 +36,13 @@ def calibrate(
         able = [row["name"] for row in rows("methods") if row["calibrated"]]
         if not method_files.names() and method not in able:
             raise ValueError(f"{method} is not calibrated to a model; methods that are: {', '.join(able)}")
-        pictures = Shown.of(image, None, None, None, prompt).images
+        pictures = VisualInputs.of(image, None, None, None, prompt).images
         check_model(model)
         folder_for("--out", out.parent)
 
-        from duet_vlm.calibrating import calibrate as learn
-        from duet_vlm.calibrating import observer_of
-        from duet_vlm.loading import load
+        from duet_vlm.api.calibrate import calibrate as learn
+        from duet_vlm.api.calibrate import observer_of
+        from duet_vlm.api.loading import load
 
         observer_of(method)  # refused before anything large is loaded
         loaded = load(model, device)

@@ -15,13 +15,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from duet_vlm.api.loading import quiet
 from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.options import AsJson, Debug
-from duet_vlm.loading import quiet
 
 if TYPE_CHECKING:
     from duet_vlm import Report
-    from duet_vlm.measure.speed import Ratio
+    from duet_vlm.profiling.timing import Ratio
 
 BUDGETS = (0.33, 0.22, 0.11)
 DRAWN = 0.22
@@ -30,7 +30,7 @@ FIRST = "demo.png"  # the picture to look at first
 
 
 @dataclass
-class Column:
+class DemoColumn:
     """What one setting answered (question by question) and what it cost."""
 
     name: str
@@ -70,16 +70,16 @@ def batches(processor: Any) -> list[tuple[Any, Any]]:
     return out
 
 
-def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path) -> tuple[list[Column], list[Path]]:
+def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path) -> tuple[list[DemoColumn], list[Path]]:
     """Every question in full and at every budget; on the way one picture of the first question at all of them, and one per image."""
-    from duet_vlm import attach, get
-    from duet_vlm.viz import Watched, draw, seen, stack
+    from duet_vlm import attach, get_method
+    from duet_vlm.viz import ScoreRecorder, draw, model_view, stack
 
-    columns, files, first = [Column("full", None)], [], []
+    columns, files, first = [DemoColumn("full", None)], [], []
     for _, inputs in asked:
         columns[0].answers += ask(model, processor, inputs)
     for budget in BUDGETS:
-        column, watched = Column(f"{budget:.0%}", budget), Watched(get("duet")())
+        column, watched = DemoColumn(f"{budget:.0%}", budget), ScoreRecorder(get_method("duet")())
         with attach(model, watched.reducer, budget=budget) as handle:
             for item, inputs in asked:
                 said, place = ask(model, processor, inputs), len(column.answers)
@@ -91,21 +91,21 @@ def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Pa
                 title, picture = f"duet at {budget:.0%}: {tokens:.1f} of {trace.span.tokens} tokens per layer", inputs["pixel_values"][0]
                 if place == 0:  # of a batch, of which the scores would be those of the first question
                     scores = watched.of(trace, 0)
-                    first.append(draw(seen(item.image, picture, processor), trace, title=title, lines=lines, scores=scores))
+                    first.append(draw(model_view(item.image, picture, processor), trace, title=title, lines=lines, scores=scores))
                 if budget == DRAWN:
                     files.append(out / f"{Path(item.name).stem}.png")
-                    draw(seen(item.image, picture, processor), trace, title=title, lines=lines).save(files[-1])
+                    draw(model_view(item.image, picture, processor), trace, title=title, lines=lines).save(files[-1])
         columns.append(column)
     stack(first).save(out / FIRST)
     return columns, [out / FIRST, *files]
 
 
-def time_all(model: Any, columns: list[Column], inputs: Any) -> dict[str, float]:
+def time_all(model: Any, columns: list[DemoColumn], inputs: Any) -> dict[str, float]:
     """Median seconds of a prefill, full and reduced in turns, each on its own copy of the model; fills in speed-ups and reports."""
     import torch
 
     from duet_vlm import attach
-    from duet_vlm.measure.speed import paired, ratio
+    from duet_vlm.profiling.timing import ratio, time_paired
 
     copies = {column.name: copy.deepcopy(model) for column in columns}
     handles = [attach(copies[column.name], "duet", budget=column.budget) for column in columns if column.budget is not None]
@@ -114,7 +114,7 @@ def time_all(model: Any, columns: list[Column], inputs: Any) -> dict[str, float]
         return lambda: copies[name](**inputs, logits_to_keep=1)
 
     with torch.inference_mode():
-        timings = paired({name: prefill(name) for name in copies}, repeats=ROUNDS)
+        timings = time_paired({name: prefill(name) for name in copies}, repeats=ROUNDS)
     for column, handle in zip(columns[1:], handles, strict=True):
         column.report = handle.report()
         handle.detach()
@@ -122,7 +122,7 @@ def time_all(model: Any, columns: list[Column], inputs: Any) -> dict[str, float]
     return {name: timing.median for name, timing in timings.items()}
 
 
-def agreement(column: Column, full: Column) -> int:
+def agreement(column: DemoColumn, full: DemoColumn) -> int:
     return sum(a == b for a, b in zip(column.answers, full.answers, strict=True))
 
 
@@ -152,7 +152,7 @@ def demo(
             print(f"\nfinished in {time.perf_counter() - start:.0f} s")
 
 
-def plain(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> dict[str, Any]:
+def plain(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> dict[str, Any]:
     """The same as JSON values."""
     return {
         "questions": [{"image": name, "question": question, "answer": true} for name, question, true in pairs],
@@ -173,7 +173,7 @@ def plain(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dic
     }
 
 
-def show(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> None:
+def show(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> None:
     """One table, and where the pictures are."""
     console, full = Console(highlight=False), columns[0]
     console.print(f"The embedded tiny VLM answers {len(pairs)} questions: in full, then with DUET at three shares of the visual tokens\n")
@@ -198,13 +198,13 @@ def show(columns: list[Column], pairs: list[tuple[str, str, str]], seconds: dict
     console.print(f"\nlook at first: {files[0]} (what was kept, merged and dropped, and why)\nmore: {', '.join(map(str, files[1:]))}", soft_wrap=True)
 
 
-def _facts(pairs: list[tuple[str, str, str]], full: Column, seconds: dict[str, float]) -> list[tuple[str, Callable[[Column], str]]]:
+def _facts(pairs: list[tuple[str, str, str]], full: DemoColumn, seconds: dict[str, float]) -> list[tuple[str, Callable[[DemoColumn], str]]]:
     """The lines below the questions."""
 
-    def right(column: Column) -> str:
+    def right(column: DemoColumn) -> str:
         return str(sum(a == true for a, (_, _, true) in zip(column.answers, pairs, strict=True)))
 
-    def reported(read: Callable[[Any], str], whole: str) -> Callable[[Column], str]:
+    def reported(read: Callable[[Any], str], whole: str) -> Callable[[DemoColumn], str]:
         return lambda column: whole if column.report is None else read(column.report)
 
     return [

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duet_vlm.api.loading import check_model, config_of, depth_of
 from duet_vlm.cli.errors import GOES_ON, friendly, plain_name
 from duet_vlm.cli.eval import limit_of, seeds_of
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, several
-from duet_vlm.loading import check_model, config_of, depth_of
 
 if TYPE_CHECKING:
-    from duet_vlm.evaluate.curve import Curve
+    from duet_vlm.evaluation.drop_curve import DropCurve
 
 OUT = Path("out/drop-curve")
 
@@ -55,29 +55,29 @@ def drop_curve(
         wanted_layers, numbers, questions = _layers(layers), seeds_of(seeds), limit_of(limit)
         budgets_wanted = budgets_of(budgets) if budgets else []
 
-        from duet_vlm.cli.measured import Wanted, check_tasks, measured, told
-        from duet_vlm.evaluate.curve import DEEP, FULL, check_takes_schedules, contest, curve_of, drops, layers_of, proposals, winners
-        from duet_vlm.evaluate.experiment import Experiment
-        from duet_vlm.evaluate.launched import Place
-        from duet_vlm.evaluate.tasks import task as task_of
-        from duet_vlm.evaluate.tasks import usual_model
+        from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
+        from duet_vlm.evaluation.distributed import WorkerRank
+        from duet_vlm.evaluation.drop_curve import DEEP, FULL, check_takes_schedules, contest, curve_of, drops, layers_of, proposals, winners
+        from duet_vlm.evaluation.experiment import Experiment
+        from duet_vlm.evaluation.tasks import task as task_of
+        from duet_vlm.evaluation.tasks import usual_model
 
-        Place.here().check_alone("drop-curve")
+        WorkerRank.here().check_alone("drop-curve")
         source = model or usual_model(task)
         task_of(task).count(questions)
         if (stated := depth_of(check_model(source))) is not None:
             layers_of(stated, wanted_layers)
         if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
             raise ImportError('the picture of the curve needs matplotlib: pip install ".[eval]" in your clone of duet-vlm')
-        from duet_vlm.evaluate.report.plots import all_plots
+        from duet_vlm.evaluation.report.plots import all_plots
 
         depth = config_of(source).get_text_config().num_hidden_layers
         if budgets_wanted:
             check_takes_schedules(method, depth)
         job = Experiment(task, drops(layers_of(depth, wanted_layers)), source, numbers, questions, batch, FULL)
         check_tasks([job])
-        wanted = Wanted.checked(out, restart, workers, 0, device, json_)
-        file, result = measured(job, name, wanted)
+        wanted = JobOptions.checked(out, restart, workers, 0, device, json_)
+        file, result = run_job(job, name, wanted)
         assert result is not None  # this process is alone
         curve = curve_of(result)
         assert curve is not None  # it was just measured
@@ -90,10 +90,10 @@ def drop_curve(
             print(f"picture: {picture}")
         if budgets_wanted:
             second = Experiment(task, contest(curve, method, budgets_wanted, tolerance), source, numbers, questions, batch, DEEP)
-            file, result = measured(second, f"{name}-schedules", wanted)
+            file, result = run_job(second, f"{name}-schedules", wanted)
             assert result is not None  # this process is alone
             best = winners(result)
-            found |= {"best": {str(budget): _line(row) for budget, row in best.items()}, "contest": told(file, result)}
+            found |= {"best": {str(budget): _line(row) for budget, row in best.items()}, "contest": tell_progress(file, result)}
             if not json_:
                 for row in best.values():
                     print(_sentence(row))
@@ -109,12 +109,12 @@ def _layers(values: list[str] | None) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
-def _facts(curve: Curve, tolerance: float) -> dict[str, Any]:
+def _facts(curve: DropCurve, tolerance: float) -> dict[str, Any]:
     points = [{"layer": p.layer, "accuracy": p.accuracy, "difference": p.difference, "interval": p.interval, "kinds": p.kinds} for p in curve.points]
     return {"depth": curve.depth, "full": curve.full, "needed_until": curve.needed_until(tolerance), "needs": curve.needs(), "points": points}
 
 
-def _show(curve: Curve, schedules: dict[str, Any], tolerance: float) -> None:
+def _show(curve: DropCurve, schedules: dict[str, Any], tolerance: float) -> None:
     last = curve.needed_until(tolerance)
     points = f"{100 * tolerance:g} point{'s'[: tolerance != 0.01]}"
     lost = f"within {points} of the full model's {curve.full:.3f}"

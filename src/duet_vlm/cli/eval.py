@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duet_vlm.api.catalogue import check_settings, chosen
+from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import GOES_ON, folder_for, friendly, plain_name
-from duet_vlm.cli.lists import check_settings, chosen
 from duet_vlm.cli.options import (
     SEVERAL,
     AsJson,
@@ -24,10 +25,9 @@ from duet_vlm.cli.options import (
     several,
     several_paths,
 )
-from duet_vlm.loading import check_model
 
 if TYPE_CHECKING:
-    from duet_vlm.evaluate.experiment import Experiment
+    from duet_vlm.evaluation.experiment import Experiment
 
 METHODS = "duet,visionzip,pyramiddrop,fastv,random,uniform"
 BUDGETS = "0.33,0.22,0.11"
@@ -86,7 +86,7 @@ def evaluate(
     All GPUs of the machine are used. Start the same command again after a kill and it goes on where it stopped.
     """
     with friendly(debug, json_, GOES_ON):
-        from duet_vlm.evaluate.experiment import read
+        from duet_vlm.evaluation.experiment import read
 
         plain_name("--name", name)
         if harness not in ("own", "lmms-eval"):
@@ -112,15 +112,15 @@ def evaluate(
             folder = folder_for("--out", out / "lmms-eval")
             said = through_lmms_eval(jobs[0], [job.task for job in jobs], device, folder, restart, json_)
         else:
-            from duet_vlm.cli.measured import Wanted, check_tasks, measured, told
+            from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
 
             for job in jobs:
                 check_model(job.model)
             check_tasks(jobs)
-            wanted = Wanted.checked(out, restart, workers, timing_rounds, device, json_)
+            wanted = JobOptions.checked(out, restart, workers, timing_rounds, device, json_)
             title = name or ("eval" if experiment is None else experiment.stem)
-            results = [measured(job, title, wanted) for job in jobs]
-            said = [told(file, found) for file, found in results if found is not None]
+            results = [run_job(job, title, wanted) for job in jobs]
+            said = [tell_progress(file, found) for file, found in results if found is not None]
         if json_:
             print(json.dumps({"results": said}))
 
@@ -135,8 +135,8 @@ def _job(
     batch: int | None,
     pieces: dict[str, Any],
 ) -> Experiment:
-    from duet_vlm.evaluate.experiment import AGAINST, Experiment
-    from duet_vlm.evaluate.tasks import usual_model
+    from duet_vlm.evaluation.experiment import AGAINST, Experiment
+    from duet_vlm.evaluation.tasks import usual_model
 
     job = Experiment(task, cells, model or usual_model(task), seeds, limit, batch or 40, against or AGAINST, **pieces)
     if against is not None:
@@ -145,7 +145,7 @@ def _job(
 
 
 def _pieces(chunk_frames: int | None, still_frames: float | None, names: list[str], harness: str) -> dict[str, Any]:
-    from duet_vlm.evaluate.tasks import task
+    from duet_vlm.evaluation.tasks import task
 
     if chunk_frames is None and still_frames is None:
         return {}
@@ -156,7 +156,7 @@ def _pieces(chunk_frames: int | None, still_frames: float | None, names: list[st
 
 
 def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tuple[dict[str, Any], ...]:
-    from duet_vlm.evaluate.experiment import ORACLE, REFERENCES, cells_of
+    from duet_vlm.evaluation.experiment import ORACLE, REFERENCES, cells_of
 
     text = METHODS if methods is None and presets is None else ",".join(several(methods))
     wanted, published, named = budgets_of(budgets or [BUDGETS]), several(presets), cells_of(text) if text else []

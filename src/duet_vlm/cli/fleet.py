@@ -11,11 +11,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.bench.planned import equal_parts, workload
-from duet_vlm.budget import BudgetError
 from duet_vlm.cli.options import Reduction
-from duet_vlm.measure.devices import ELEMENT_BYTES, THIS, Device, device
-from duet_vlm.measure.roofline import Assumptions, Model, Prediction, Workload, predict
+from duet_vlm.evaluation.speed.predicted import equal_parts, workload
+from duet_vlm.planning.budget import BudgetError
+from duet_vlm.profiling.devices import ELEMENT_BYTES, THIS, Device, device
+from duet_vlm.profiling.roofline import Assumptions, ModelCost, Prediction, Workload, predict
 
 BUDGETS = (0.5, 0.33, 0.22, 0.11)
 TOKENS = 1296  # of an image of 1,008 x 1,008 pixels in Qwen2.5-VL, where the family fixes no number and none is given
@@ -56,7 +56,7 @@ class Fleet:
         own = not asked and (bool(first.fields) or not isinstance(first.method, str | None))
         with (first if own else dataclasses.replace(first, budget=asked[0] if asked else 1.0)).attach(skeletal) as handle:
             adapter = handle.adapter
-            model = Model(adapter.decoder_shape(), adapter.vision_shape(), weights)
+            model = ModelCost(adapter.decoder_dims(), adapter.vision_dims(), weights)
             count = tokens or (adapter.fixed_tokens or 0) * parts or TOKENS
             passes = equal_parts(adapter, count, parts)
             rows: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ class Fleet:
         else:
             self._print(name, method, count, parts, weights, rows)
 
-    def _row(self, budget: int | float | None, work: Workload, model: Model) -> dict[str, Any]:
+    def _row(self, budget: int | float | None, work: Workload, model: ModelCost) -> dict[str, Any]:
         found = predict(model, work, self.device, self.dtype, self.batch, self.assumed)
         mean = sum(plan.mean for plan in work.sample.plans)
         return {

@@ -35,17 +35,17 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer many prompts into a file. A picture that cannot be read costs its own line only."""
-    from duet_vlm.evaluate.launched import Place, gpus
-    from duet_vlm.evaluate.prompts import prompts
+    from duet_vlm.evaluation.distributed import WorkerRank, gpus
+    from duet_vlm.evaluation.prompts import prompts
 
     if prompt is not None and not prompt.strip():
         raise ValueError("--prompt is empty: write a question")
-    asked, place = prompts(data, prompt), Place.here()
+    asked, place = prompts(data, prompt), WorkerRank.here()
     reduction.check_budget(model)
     pieces = pieces_of(chunk_frames, still_frames, asked.clips, 'give --data with "video" in its lines')
     folder_for("--out", out.parent)
-    from duet_vlm.evaluate.generate import generate as answers
-    from duet_vlm.loading import load
+    from duet_vlm.api.loading import load
+    from duet_vlm.evaluation.generate import generate as answers
 
     if restart:
         place.check_restart(f"{out}.parts")

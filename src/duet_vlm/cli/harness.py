@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.evaluate.results import save
+from duet_vlm.evaluation.results import save
 
 if TYPE_CHECKING:
-    from duet_vlm.evaluate.experiment import Experiment
+    from duet_vlm.evaluation.experiment import Experiment
 
 
 def through_lmms_eval(job: Experiment, tasks: Sequence[str], device: str | None, out: Path, restart: bool, as_json: bool) -> list[dict[str, Any]]:
@@ -30,7 +30,7 @@ def through_lmms_eval(job: Experiment, tasks: Sequence[str], device: str | None,
 
 
 def _each(job: Experiment, tasks: Sequence[str], device: str | None, out: Path, restart: bool) -> dict[str, dict[str, Any]]:
-    from duet_vlm.evaluate import lmms
+    from duet_vlm.evaluation import lmms
 
     console, found = Console(), {}
     for run in job.runs():

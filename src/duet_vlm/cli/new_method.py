@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 import duet_vlm
+from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.lists import rows
 from duet_vlm.cli.options import Debug
 
 PACKAGE = Path(str(duet_vlm.__file__)).parent

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm import method_files
-from duet_vlm.budget import read_budget
+from duet_vlm.api.catalogue import check_method, check_settings, chosen, needs_budget
+from duet_vlm.api.loading import LoadedModel, check_model, source
 from duet_vlm.cli.errors import GOES_ON, friendly
-from duet_vlm.cli.lists import check_method, check_settings, chosen, needs_budget
-from duet_vlm.loading import Loaded, check_model, source
-from duet_vlm.memory import names_file, remembered, saved
-from duet_vlm.pictures import open_image
-from duet_vlm.settings import read_value
-from duet_vlm.video import Clip, decode, length
+from duet_vlm.inputs.images import open_image
+from duet_vlm.inputs.video import VideoFrames, decode, length
+from duet_vlm.planning.budget import read_budget
+from duet_vlm.reducers import method_files
+from duet_vlm.reducers.persistence import is_method_file, load_from_config, load_from_file
+from duet_vlm.utils.field_types import read_value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,7 +130,7 @@ def counts(option: str, values: Sequence[str] | None, default: int) -> tuple[int
 
 
 @dataclass(frozen=True)
-class Shown:
+class VisualInputs:
     """What a prompt shows: pictures, then clips, as the options name them. Files that cannot be right are refused before a model is loaded."""
 
     images: list[Image.Image]
@@ -140,7 +140,7 @@ class Shown:
     paths: list[Path] = field(default_factory=list)
 
     @classmethod
-    def of(cls, images: list[Path] | None, videos: list[Path] | None, frames: int | None, fps: float | None, prompt: str) -> Shown:
+    def of(cls, images: list[Path] | None, videos: list[Path] | None, frames: int | None, fps: float | None, prompt: str) -> VisualInputs:
         """As the options say; ``prompt`` is what is asked about them.
 
         Raises
@@ -161,7 +161,7 @@ class Shown:
             length(path)
         return cls([open_image(path) for path in pictures], clips, frames, fps, [*pictures, *clips])
 
-    def clips(self, loaded: Loaded) -> list[Clip]:
+    def clips(self, loaded: LoadedModel) -> list[VideoFrames]:
         """The clips, with as many frames as the user or the model wants."""
         frames = loaded.frames if self.frames is None and self.fps is None else self.frames
         return [decode(path, frames, self.fps) for path in self.videos]
@@ -236,9 +236,9 @@ class Reduction:
 
     def attach(self, model: nn.Module, processor: Any = None, **pieces: Any) -> Handle:
         """Attach it; ``processor`` is used where the settings need one, ``pieces`` are those of ``pieces_of``."""
-        from duet_vlm import attach, remembered
+        from duet_vlm import attach, load_from_config
 
-        known = remembered(model) if self.method is None else None
+        known = load_from_config(model) if self.method is None else None
         fields = (known or {}).get("settings", {}) | self.fields
         marked = processor if fields.get("text_query") == "salient" else None
         return attach(model, self.method, budget=self.budget, processor=marked, **self.fields | pieces)
@@ -263,9 +263,9 @@ class Reduction:
             place, local = source(model)
             if not local:
                 return None
-            kept = remembered(place) if (Path(place) / "config.json").is_file() else None
+            kept = load_from_config(place) if (Path(place) / "config.json").is_file() else None
         else:
-            kept = remembered(model)
+            kept = load_from_config(model)
         kept = kept or {"method": "duet", "budget": None, "settings": {}}
         budget = kept["budget"] if self.budget is None else self.budget
         return kept | {"budget": budget, "settings": kept["settings"] | self.fields}
@@ -294,7 +294,7 @@ def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[st
     ValueError
         An unknown method, or a file without one.
     """
-    found = saved(name) if names_file(name) else {"method": name, "budget": None, "settings": {}}
+    found = load_from_file(name) if is_method_file(name) else {"method": name, "budget": None, "settings": {}}
     parts = [method_files.announce(part) if method_files.names_module(part) else part for part in _stages(found["method"])]
     check_method("+".join(parts), *others)
     return "+".join(parts), found["budget"], found["settings"]

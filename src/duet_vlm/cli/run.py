@@ -10,8 +10,7 @@ from typing import Annotated, Any, cast
 
 import typer
 
-from duet_vlm.cli.answering import Answer, answer
-from duet_vlm.cli.long_clips import check_streamed, streamed
+from duet_vlm.api.loading import load
 from duet_vlm.cli.options import (
     Device,
     FrameCount,
@@ -20,14 +19,15 @@ from duet_vlm.cli.options import (
     Prompt,
     Rate,
     Reduction,
-    Shown,
     StillFrames,
     Videos,
+    VisualInputs,
     pieces_of,
     reducing,
     warn_of_more,
 )
-from duet_vlm.loading import load
+from duet_vlm.cli.streamed_video import check_streamed, streamed
+from duet_vlm.cli.timed_answer import TimedAnswer, timed_answer
 
 BUDGET = 0.22  # where nobody names one
 
@@ -59,7 +59,7 @@ def run(
 
     Without --budget, 22 % of the visual tokens are kept.
     """
-    shown = Shown.of(image, video, frames, fps, prompt)
+    shown = VisualInputs.of(image, video, frames, fps, prompt)
     pieces = pieces_of(chunk_frames, still_frames, bool(shown.videos), "give --video")
     if chunk_frames is not None and reduction.method is None:
         check_streamed(shown, reduction, compare, still_frames)
@@ -75,10 +75,10 @@ def run(
         label = reduction.label_on(handle)
         width = max(len(label), 4)
         if compare:
-            answer(loaded, inputs, 1, False)  # the first call of a process pays for what all later ones find made
+            timed_answer(loaded, inputs, 1, False)  # the first call of a process pays for what all later ones find made
         if compare and not json_:
             sys.stdout.write(f"{label:<{width}} | ")
-        short = answer(loaded, inputs, max_new_tokens, not json_)
+        short = timed_answer(loaded, inputs, max_new_tokens, not json_)
         report = handle.report()
         warn_of_more(reduction.budget, [span.span.tokens for span in handle.trace[0]])
         full = None
@@ -87,7 +87,7 @@ def run(
                 sys.stdout.write(f"{'full':<{width}} | ")
             inputs.pop("salient_mask", None)
             with handle.paused():
-                full = answer(loaded, inputs, max_new_tokens, not json_)
+                full = timed_answer(loaded, inputs, max_new_tokens, not json_)
     if json_:
         values: dict[str, Any] = {"model": model, "prompt": prompt, "answer": short.text, "full_answer": full and full.text}
         values["timing"] = {"reduced": _plain(short), "full": full and _plain(full)}
@@ -101,5 +101,5 @@ def run(
     print(f"\n{report}")
 
 
-def _plain(found: Answer) -> dict[str, Any]:
+def _plain(found: TimedAnswer) -> dict[str, Any]:
     return {key: value for key, value in asdict(found).items() if key != "text"}

@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
+from duet_vlm.api.loading import source
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import Debug, Reduction, budget_of, one, reductions_of, settings_of
-from duet_vlm.loading import source
-from duet_vlm.memory import names_file
+from duet_vlm.reducers.persistence import is_method_file
 
 MAX_PIXELS = 89_000_000  # of an image in a request: above it vLLM says so, above twice as many Pillow, and that as a fault of the server
 NO_HOST = "none.invalid"  # a name that nobody can have: of a server that shall fetch nothing
@@ -111,7 +111,7 @@ def _given(method: list[str] | None, budget: list[str] | None, settings: list[st
     """The options as the settings of a server."""
     one("--budget", budget)
     amount, name = budget_of(budget[0]) if budget else None, one("--method", method) or "duet_plus"
-    if names_file(name):
+    if is_method_file(name):
         raise ValueError(
             f"--method {name}: a file's budget is a mean over the decoder's layers; on vLLM a budget counts what enters. Name --method and --budget, "
             "or serve with --backend transformers"
@@ -120,7 +120,7 @@ def _given(method: list[str] | None, budget: list[str] | None, settings: list[st
 
 
 def _flags(model: str, given: dict[str, Any]) -> list[str]:
-    from duet_vlm.serve.settings import flags
+    from duet_vlm.serve.served_method import flags
 
     config = _config(model)
     try:

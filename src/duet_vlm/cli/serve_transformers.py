@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from importlib.util import find_spec
 from typing import Any
 
+from duet_vlm.api.loading import source
 from duet_vlm.cli.options import Reduction
-from duet_vlm.loading import source
 
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # of transformers[serving]
 MOST_MB = 100  # of a request

@@ -14,11 +14,11 @@ from typing import Annotated, Any
 
 import typer
 
+from duet_vlm.api.catalogue import check_settings
+from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import GOES_ON, folder_for, friendly
-from duet_vlm.cli.lists import check_settings
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, budget_of, budgets_of, method_of, one, settings_of, several_paths
-from duet_vlm.loading import check_model
-from duet_vlm.train.settings import TUNED, Settings, recipes, settings_from
+from duet_vlm.train.settings import TUNED, TrainSettings, recipes, settings_from
 
 NEEDED = ("accelerate", "yaml")  # of the extra 'train', in every run
 EPILOG = "\n\n".join(["Recipes:", *(f"{name}: {said}." for name, said in recipes().items())])
@@ -110,7 +110,7 @@ def _options_named(options: Mapping[str, str]) -> Iterator[None]:
         raise ValueError(f"{options[name]}: {said}") from error
 
 
-def _train(settings: Settings, restart: bool, as_json: bool) -> None:
+def _train(settings: TrainSettings, restart: bool, as_json: bool) -> None:
     first = os.environ.get("RANK", "0") == "0"
     out = Path(settings.out)
     if first:

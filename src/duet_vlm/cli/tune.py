@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from duet_vlm.api.catalogue import check_settings
 from duet_vlm.cli.errors import GOES_ON, folder_for, friendly, plain_name
-from duet_vlm.cli.lists import check_settings
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several
-from duet_vlm.tune import BUDGETS, METHODS
+from duet_vlm.evaluation.tune import BUDGETS, METHODS
 
 if TYPE_CHECKING:
-    from duet_vlm.evaluate.tasks import Task
-    from duet_vlm.loading import Loaded
+    from duet_vlm.api.loading import LoadedModel
+    from duet_vlm.evaluation.tasks import Task
 
 LIMIT = 400  # questions of a task without end
 KEEP = 0.98
@@ -73,14 +73,14 @@ def tune(
     with friendly(debug, json_, GOES_ON):
         plain_name("--name", name)
         _check_extras()
-        from duet_vlm.evaluate.experiment import cells_of
-        from duet_vlm.evaluate.launched import Place
-        from duet_vlm.evaluate.tasks import usual_model
-        from duet_vlm.loading import check_model, load, quiet
-        from duet_vlm.tune.bounds import split
-        from duet_vlm.tune.goal import Goal
+        from duet_vlm.api.loading import check_model, load, quiet
+        from duet_vlm.evaluation.distributed import WorkerRank
+        from duet_vlm.evaluation.experiment import cells_of
+        from duet_vlm.evaluation.tasks import usual_model
+        from duet_vlm.evaluation.tune.binomial import split
+        from duet_vlm.evaluation.tune.goal import Goal
 
-        Place.here().check_alone("tune")
+        WorkerRank.here().check_alone("tune")
         size = None if memory is None else size_of(memory)
         goal = Goal(KEEP if keep is None and speedup is None and size is None else keep, speedup, size)
         named = [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))] if methods else []
@@ -93,7 +93,7 @@ def tune(
         count = asked.count(limit if limit is not None or asked.size is not None else LIMIT)
         split(count, goal.keep)  # too few questions: said before a model is loaded
         folder = folder_for("--out", out / (name or asked.name))
-        from duet_vlm.tune.candidates import candidates
+        from duet_vlm.evaluation.tune.candidates import candidates
 
         with quiet():
             loaded = load(model or usual_model(asked.name), device)
@@ -108,8 +108,8 @@ def tune(
 
 def task_of(data: str, prompts: Texts) -> Task:
     """The questions: a task by its name, JSON lines, or a folder."""
-    from duet_vlm.evaluate.tasks import task
-    from duet_vlm.tune.folder import folder_task
+    from duet_vlm.evaluation.tasks import task
+    from duet_vlm.evaluation.tune.folder import folder_task
 
     place = Path(data).expanduser()
     if place.is_dir():
@@ -134,7 +134,7 @@ def _check_extras() -> None:
 
 
 def _searched(
-    loaded: Loaded, asked: Task, seed: int, count: int, runs: Any, goal: Any, batch: int, rounds: int, folder: Path, restart: bool, dry_run: bool
+    loaded: LoadedModel, asked: Task, seed: int, count: int, runs: Any, goal: Any, batch: int, rounds: int, folder: Path, restart: bool, dry_run: bool
 ) -> dict[str, Any] | None:
     """The search, with its journal and a bar on stderr."""
     import torch
@@ -143,11 +143,11 @@ def _searched(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     import duet_vlm
-    from duet_vlm.evaluate.journal import CONTENTS, Journal, alone
-    from duet_vlm.evaluate.run import model_facts
-    from duet_vlm.evaluate.source import source
-    from duet_vlm.tune.ask import Asker
-    from duet_vlm.tune.search import Preview, search
+    from duet_vlm.evaluation.journal import CONTENTS, Journal, alone
+    from duet_vlm.evaluation.run import model_facts
+    from duet_vlm.evaluation.source import source
+    from duet_vlm.evaluation.tune.answers import AnswerSource
+    from duet_vlm.evaluation.tune.search import Preview, search
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeElapsedColumn())
@@ -170,7 +170,7 @@ def _searched(
             console.print(f"goal: {goal.words()}\n{said}; what is answered already costs nothing", highlight=False)
             return not dry_run
 
-        asker = Asker(loaded, asked, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers))
+        asker = AnswerSource(loaded, asked, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers))
         return search(asker, count, runs, goal, rounds, preview, lambda text: progress.update(bar, description=text[:40]))
 
 
@@ -184,10 +184,10 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
     from rich.markup import escape
     from rich.table import Table
 
-    from duet_vlm.evaluate.results import save
-    from duet_vlm.evaluate.screen import console
-    from duet_vlm.tune.picture import pareto
-    from duet_vlm.tune.words import chosen_row, python_line, setting_file, shell_line, verdict
+    from duet_vlm.evaluation.console import console
+    from duet_vlm.evaluation.results import save
+    from duet_vlm.evaluation.tune.pareto_plot import pareto
+    from duet_vlm.evaluation.tune.summary import chosen_row, python_line, setting_file, shell_line, verdict
 
     row, setting = chosen_row(result), folder / "duet.json"
     lines = {} if row is None else {"python": python_line(row), "shell": shell_line(row, model, clips)}

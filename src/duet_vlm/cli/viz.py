@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.cli.answering import answer
+from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.cli.errors import folder_for
 from duet_vlm.cli.options import (
     SEVERAL,
@@ -23,16 +23,16 @@ from duet_vlm.cli.options import (
     Prompt,
     Rate,
     Reduction,
-    Shown,
     Videos,
+    VisualInputs,
     budget_of,
     method_of,
     reducing,
     several,
     warn_of_more,
 )
-from duet_vlm.loading import Loaded, load
-from duet_vlm.video import Clip
+from duet_vlm.cli.timed_answer import timed_answer
+from duet_vlm.inputs.video import VideoFrames
 
 if TYPE_CHECKING:
     from duet_vlm import Handle, SpanTrace
@@ -42,20 +42,20 @@ STEP = 160  # pixels of the longer side of a clip's panel, per step of time
 
 
 def overlay(
-    loaded: Loaded, inputs: Any, images: list[Image.Image], number: int, trace: SpanTrace, title: str, lines: Sequence[str], scores: Scores
+    loaded: LoadedModel, inputs: Any, images: list[Image.Image], number: int, trace: SpanTrace, title: str, lines: Sequence[str], scores: Scores
 ) -> Image.Image:
     """The drawing of image ``number`` of a one-sample call."""
-    from duet_vlm.viz import draw, seen_picture
+    from duet_vlm.viz import cropped_picture, draw
 
-    picture = seen_picture(images[number], inputs, number, loaded.processor)
+    picture = cropped_picture(images[number], inputs, number, loaded.processor)
     return draw(picture, trace, title=title, lines=lines, scores=scores)
 
 
-def clip_overlay(loaded: Loaded, inputs: Any, clip: Clip, number: int, trace: SpanTrace, title: str, lines: Sequence[str]) -> Image.Image:
+def clip_overlay(loaded: LoadedModel, inputs: Any, clip: VideoFrames, number: int, trace: SpanTrace, title: str, lines: Sequence[str]) -> Image.Image:
     """The drawing of clip ``number`` of a one-sample call."""
-    from duet_vlm.viz import draw, film, on_film, seen_frames
+    from duet_vlm.viz import draw, film, frame_pictures, on_film
 
-    frames, steps = seen_frames(clip.frames, inputs, number, loaded.processor)
+    frames, steps = frame_pictures(clip.frames, inputs, number, loaded.processor)
     return draw(film(frames, steps), on_film(trace, steps), title=title, lines=lines, size=STEP * steps, shows="clip")
 
 
@@ -89,7 +89,7 @@ def viz(
 
     Below a stage: the scores that decided. Above: what the full model answers, and what the reduced one does.
     """
-    shown = Shown.of(image, video, frames, fps, prompt)
+    shown = VisualInputs.of(image, video, frames, fps, prompt)
     reduction.check_budget(model)
     reductions = [reduction, *(beside(reduction, text) for text in several(compare))]
     for each in reductions[1:]:
@@ -100,7 +100,7 @@ def viz(
     loaded = load(model, device)
     clips = shown.clips(loaded)
     inputs = loaded.inputs(shown.images, prompt, clips)
-    full = answer(loaded, inputs, max_new_tokens, False).text
+    full = timed_answer(loaded, inputs, max_new_tokens, False).text
     drawn = [_view(loaded, shown, clips, each, prompt, full, max_new_tokens) for each in reductions]
     views = list({view[0]: view for view in drawn}.values())  # who compares duet with fastv may well name both
     files, names = [], [name for name, *_ in views]
@@ -140,19 +140,19 @@ def beside(reduction: Reduction, text: str) -> Reduction:
 
 
 def _view(
-    loaded: Loaded, shown: Shown, clips: list[Clip], reduction: Reduction, prompt: str, full: str, longest: int
+    loaded: LoadedModel, shown: VisualInputs, clips: list[VideoFrames], reduction: Reduction, prompt: str, full: str, longest: int
 ) -> tuple[str, list[Image.Image], dict[str, Any]]:
     """One reduction: its name, a sheet for each image and clip, and what it said."""
     from duet_vlm import attach
-    from duet_vlm.viz import Watched
+    from duet_vlm.viz import ScoreRecorder
 
     with reduction.attach(loaded.model, loaded.processor) as handle:
         name, label, budget = file_name(reduction, handle), reduction.label_on(handle), handle.budget
-        watched = Watched(handle.reducer)
+        watched = ScoreRecorder(handle.reducer)
     marked = loaded.processor if getattr(watched.reducer, "text_query", None) == "salient" else None
     with attach(loaded.model, watched.reducer, budget=budget, processor=marked) as handle:
         inputs = loaded.inputs(shown.images, prompt, clips)
-        said = answer(loaded, inputs, longest, False).text
+        said = timed_answer(loaded, inputs, longest, False).text
         (spans,), report = handle.trace, handle.report()
     warn_of_more(reduction.budget, [trace.span.tokens for trace in spans])
     if len(spans) != len(shown.paths):

@@ -7,22 +7,22 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from duet_vlm.budget import Schedule
-from duet_vlm.ops.select import spaced
-from duet_vlm.reducer import TextView
-from duet_vlm.registry import register
-from duet_vlm.stages import StagedReducer
+from duet_vlm.ops.select import spaced_picks
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 
 @register("adsc")
 @dataclass(frozen=True)
-class Adsc(StagedReducer):
+class Adsc(ScheduledReducer):
     """ADSC (arXiv 2602.12618), from its abstract: no code is public. No score at all: at a few layers of the decoder every second token goes on.
 
     The last token of each stride stays: under causal attention it has seen the others, and a decoder that is trained with the drops learns to move
     what it needs there. Without training it is the uniform baseline along a schedule.
 
-    Parameters as ``StagedReducer``: halved before layers 8, 16 and 24 of 32.
+    Parameters as ``ScheduledReducer``: halved before layers 8, 16 and 24 of 32.
 
     Cost: nothing. Needs nothing of the tower or of the text. For training: ``anneal_from`` in the trainer's settings falls from easy to hard budgets
     (the paper's curriculum over ratios is not published).
@@ -32,8 +32,8 @@ class Adsc(StagedReducer):
 
     paper = "ADSC, arXiv 2602.12618"
     summary = "strided drops in stages inside the decoder, for training with them (untrained: the uniform baseline along a schedule)"
-    stages: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
+    paper_schedule: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
     uses_text = False
 
-    def t2v(self, view: TextView) -> Tensor:
-        return spaced(view.valid, view.keep)
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        return spaced_picks(view.valid, view.num_keep)

@@ -9,15 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from duet_vlm.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
-from duet_vlm.ops.greedy import farthest
+from duet_vlm.ops.greedy import farthest_points
 from duet_vlm.ops.information import residual
 from duet_vlm.ops.merge import nearest_anchor, row_numbers, shares
-from duet_vlm.ops.ragged import pack_right, take
+from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, check_choice, scheduled, whole
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import (
+    DecoderReducer,
+    DecoderView,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    check_choice,
+    plan_keep_all,
+    plan_with_schedule,
+)
+from duet_vlm.reducers.registry import register
 
 SLOTS = ("own", "released", "behind")
 
@@ -57,7 +66,7 @@ class ApET(EncoderReducer, DecoderReducer):
     paper = "ApET, CVPR 2026, arXiv 2602.19870"
     summary = "keep what a few basis tokens approximate worst and merge the rest, before the decoder and once inside it"
     uses_text = False
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
     merges = True
 
     keep: Keep | None = None
@@ -84,13 +93,13 @@ class ApET(EncoderReducer, DecoderReducer):
     @classmethod
     def official(cls, keep: Keep = 192, inside: int = 64, layer: int = 16, **fields: Any) -> ApET:
         """The released LLaVA code: ``keep`` rows enter, ``inside`` go on before ``layer``; renumbered positions."""
-        released: dict[str, Any] = {"slots": "released", "positions": "compact", "parts": "each", "keep_predicting": False}
+        released: dict[str, Any] = {"slots": "released", "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "schedule": ((layer, inside),)} | released | fields)
 
     @classmethod
     def official_qwen(cls, keep: Keep = 0.3, **fields: Any) -> ApET:
         """The released Qwen2.5-VL code, whose drop inside the decoder (with ``ridge=0.1``) is there but never called."""
-        return cls(**{"keep": keep, "schedule": (), "slots": "released", "own_share": 0.5, "keep_predicting": False} | fields)
+        return cls(**{"keep": keep, "schedule": (), "slots": "released", "own_share": 0.5, "protect_predicting_tokens": False} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.keep is not None or self.schedule is not None, "keep=, schedule=")
@@ -100,24 +109,24 @@ class ApET(EncoderReducer, DecoderReducer):
             entry = tokens if self.keep is None else min(max(1, count_of(self.keep, tokens, rounding)), tokens)
             return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, stages if self.schedule is None else self.schedule))
         target = target_mean(budget, tokens)
-        return whole(tokens, depth) if target >= tokens else scheduled(self, stages, tokens, depth, target)
+        return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, stages, tokens, depth, target)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.features is not None  # promised by ``reads_features``
         return self._reduced(view.features, view.valid, view.dominant, max(plan.dominant for plan in view.plans), in_order=True)
 
-    def t2v(self, view: TextView) -> Selection:
-        assert view.rows is not None  # promised by ``needs``
-        return self._reduced(view.rows, view.valid, view.keep, max(stay for _, stay in view.counts), in_order=False)
+    def prune_tokens(self, view: DecoderView) -> Selection:
+        assert view.hidden_states is not None  # promised by ``needs``
+        return self._reduced(view.hidden_states, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), in_order=False)
 
     def errors(self, rows: Tensor, valid: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Basis tokens [B, M] by turn, which of them count [B, M], and each token's error of approximation [B, N]."""
         rows, alive = rows.float(), valid.sum(1)
         start = rows.norm(dim=-1).masked_fill(~valid, -1).argmax(1) if self.start is None else (alive - 1).clamp(0, self.start)
-        basis = farthest(rows, valid, min(self.basis, max(most - 1, 0)), start)
+        basis = farthest_points(rows, valid, min(self.basis, max(most - 1, 0)), start)
         used = torch.where(count < alive, (count - 1).clamp(0, self.basis), 0)
         real = torch.arange(basis.shape[1], device=basis.device) < used[:, None]
-        return basis, real, residual(rows, take(rows, basis) * real[..., None], self.ridge).norm(dim=-1)
+        return basis, real, residual(rows, gather_rows(rows, basis) * real[..., None], self.ridge).norm(dim=-1)
 
     def _reduced(self, rows: Tensor, valid: Tensor, count: Tensor, most: int, in_order: bool) -> Selection:
         basis, real, error = self.errors(rows, valid, count, most)

@@ -11,25 +11,41 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import EPSILON, Schedule, check_schedule
 from duet_vlm.ops import groups, saliency, schedules
-from duet_vlm.ops.absorb import with_neighbours
-from duet_vlm.ops.doubles import without_doubles
-from duet_vlm.ops.graph import rescaled, unjoined
-from duet_vlm.ops.greedy import apart, conditional, cosine, cover, determinantal, discounted, spread, suppress
-from duet_vlm.ops.join import few_more, in_clusters, in_peaks, some_more, to_close, to_nearest
-from duet_vlm.ops.peaks import distances, peak_scores
+from duet_vlm.ops.dpc_knn import distances, peak_scores
+from duet_vlm.ops.duplicates import remove_duplicates
+from duet_vlm.ops.graph import independent_set, rescaled
+from duet_vlm.ops.greedy import (
+    conditional_kernel,
+    cosine,
+    greedy_coverage,
+    greedy_discounted,
+    greedy_dpp_map,
+    greedy_nms,
+    max_min_diversity,
+    pairwise_distance,
+)
+from duet_vlm.ops.merge_targets import (
+    duet_contextual_count,
+    merge_around_anchors,
+    merge_dpc_clusters,
+    merge_if_similar,
+    merge_into_nearest,
+    visionzip_contextual_count,
+)
+from duet_vlm.ops.neighbor_merge import merge_with_neighbours
 from duet_vlm.ops.ragged import pack_right, upload
-from duet_vlm.ops.select import ranking, spaced, top
-from duet_vlm.reducer import VisionView, check_choice
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.select import ranking, spaced_picks, top
+from duet_vlm.planning.budget import EPSILON, Schedule, check_schedule
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderView, check_choice
 
 CLOSEST = 5  # neighbours that make the density of a token
 STRETCHES = 16  # of a picture, HoloV's
 TAKEN = 32  # tokens that a chosen one takes in, PruMerge's
 
 
-class Settings(Protocol):
+class BlockSettings(Protocol):
     """What blocks read of the method's settings (``custom``)."""
 
     @property
@@ -49,12 +65,12 @@ class Settings(Protocol):
 
 
 @dataclass(frozen=True)
-class Choosing:
+class ChoiceState:
     """A choice on its way, what selectors and mergers look at: ``weight`` [B, N], the scores, not negative; ``shown`` [B, N, d], the rows whose
     likeness counts, None where nobody compares."""
 
-    view: VisionView
-    settings: Settings
+    view: EncoderView
+    settings: BlockSettings
     weight: Tensor
     shown: Tensor | None
 
@@ -95,7 +111,7 @@ class Scorer:
     """``score`` of each token [B, N], larger is better. ``rows`` that it reads: "" none, "features", or "projected"; ``scale``: how the score becomes
     a weight unless the settings say otherwise, with ``offset`` where it is a range."""
 
-    score: Callable[[VisionView], Tensor]
+    score: Callable[[EncoderView], Tensor]
     signals: frozenset[str] = frozenset()
     reads: frozenset[str] = frozenset()
     rows: str = ""
@@ -103,16 +119,16 @@ class Scorer:
     offset: float = 0.0
 
 
-def _asked(view: VisionView) -> Tensor:
+def _asked(view: EncoderView) -> Tensor:
     assert view.question is not None  # promised by ``reads``
-    return saliency.relevance(_there(view.features), view.question.rows, view.question.valid)
+    return saliency.relevance(_there(view.features), view.question.embeddings, view.question.valid)
 
 
-def _dense(view: VisionView) -> Tensor:
+def _dense(view: EncoderView) -> Tensor:
     return peak_scores(distances(_there(view.features).masked_fill(~view.valid[..., None], 0)), view.valid, CLOSEST)
 
 
-def _moved(view: VisionView) -> Tensor:
+def _moved(view: EncoderView) -> Tensor:
     assert view.project is not None  # promised by ``reads``
     return saliency.sensitivity(view.project)
 
@@ -136,57 +152,57 @@ SCORERS: dict[str, Scorer] = {
 class Selector:
     """``choose`` the tokens [B, N] bool, ``view.dominant`` of each picture; whether it looks at scores, and at likeness; what else it reads."""
 
-    choose: Callable[[Choosing], Tensor]
+    choose: Callable[[ChoiceState], Tensor]
     scores: bool = True
     compares: bool = False
     reads: frozenset[str] = frozenset()
 
 
-def _windows(c: Choosing) -> Tensor:
+def _windows(c: ChoiceState) -> Tensor:
     """Windows of a grid in proportion to their tokens, the best of each."""
     view, most = c.view, c.view.valid.shape[1]
-    place, sides, parts = _there(view.place), _there(view.sides), _there(view.parts)
-    window, _ = groups.windows(place, sides, torch.where(view.valid, parts, -1), c.settings.window, most)
+    place, sides, parts = _there(view.coords), _there(view.grid_size), _there(view.parts)
+    window, _ = groups.window_numbers(place, sides, torch.where(view.valid, parts, -1), c.settings.window, most)
     group = groups.numbered(window, view.valid)
     size = groups.sums_of_groups(view.valid, group, view.valid, most).long()
-    return groups.top_of_groups(c.weight, group, view.valid, groups.same_shares(size, view.dominant), view.dominant)
+    return groups.top_of_groups(c.weight, group, view.valid, groups.equal_shares(size, view.dominant), view.dominant)
 
 
-def _stretches(c: Choosing) -> Tensor:
+def _stretches(c: ChoiceState) -> Tensor:
     """Stretches of the raster order in proportion to their mean score, the best of each."""
-    view, stretch = c.view, groups.stretches(c.view.valid, STRETCHES)
+    view, stretch = c.view, groups.segment_numbers(c.view.valid, STRETCHES)
     size, total = (groups.sums_of_groups(x, stretch, view.valid, STRETCHES) for x in (view.valid, c.weight))
-    quota = groups.shares(total / size.clamp(min=1), size, view.dominant)
+    quota = groups.proportional_shares(total / size.clamp(min=1), size, view.dominant)
     return groups.top_of_groups(c.weight, stretch, view.valid, quota, view.dominant)
 
 
-def _determinantal(c: Choosing) -> Tensor:
-    return determinantal(conditional(c.table, c.weight, c.settings.ridge), c.view.valid, c.view.dominant, c.steps)
+def _determinantal(c: ChoiceState) -> Tensor:
+    return greedy_dpp_map(conditional_kernel(c.table, c.weight, c.settings.ridge), c.view.valid, c.view.dominant, c.steps)
 
 
-def _graph(c: Choosing) -> Tensor:
+def _graph(c: ChoiceState) -> Tensor:
     joined = rescaled(c.table, c.view.valid) > c.settings.alike
     steps = max(plan.dominant - int(plan.dominant * c.settings.important) for plan in c.view.plans)
-    return unjoined(c.weight, joined, c.view.valid, c.view.dominant, c.settings.important, steps)
+    return independent_set(c.weight, joined, c.view.valid, c.view.dominant, c.settings.important, steps)
 
 
-def _distinct(c: Choosing) -> Tensor:
-    return without_doubles(c.table, c.weight, c.view.valid, [(plan.tokens, plan.dominant) for plan in c.view.plans], c.settings.important)
+def _distinct(c: ChoiceState) -> Tensor:
+    return remove_duplicates(c.table, c.weight, c.view.valid, [(plan.tokens, plan.dominant) for plan in c.view.plans], c.settings.important)
 
 
 SELECTORS = {
     "top": Selector(lambda c: top(c.weight, c.view.valid, c.view.dominant)),
-    "even": Selector(lambda c: spaced(c.view.valid, c.view.dominant), scores=False),
+    "even": Selector(lambda c: spaced_picks(c.view.valid, c.view.dominant), scores=False),
     "windows": Selector(_windows, reads=frozenset({"grid"})),
     "stretches": Selector(_stretches),
-    "nms": Selector(lambda c: suppress(c.table, c.weight, c.view.valid, c.view.dominant, c.steps, c.settings.alike), compares=True),
+    "nms": Selector(lambda c: greedy_nms(c.table, c.weight, c.view.valid, c.view.dominant, c.steps, c.settings.alike), compares=True),
     "graph": Selector(_graph, compares=True),
     "distinct": Selector(_distinct, compares=True),
-    "max_min": Selector(lambda c: spread(c.table, c.view.valid, c.view.dominant, c.steps), scores=False, compares=True),
-    "apart": Selector(lambda c: apart(c.table, c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
+    "max_min": Selector(lambda c: max_min_diversity(c.table, c.view.valid, c.view.dominant, c.steps), scores=False, compares=True),
+    "apart": Selector(lambda c: pairwise_distance(c.table, c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
     "determinantal": Selector(_determinantal, compares=True),
-    "coverage": Selector(lambda c: cover(c.table, c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
-    "discount": Selector(lambda c: discounted(c.table.clamp(min=0), c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
+    "coverage": Selector(lambda c: greedy_coverage(c.table, c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
+    "discount": Selector(lambda c: greedy_discounted(c.table.clamp(min=0), c.weight, c.view.valid, c.view.dominant, c.steps), compares=True),
 }
 
 
@@ -198,58 +214,58 @@ class Merger:
     """``merge`` the tokens that were not chosen ([B, N] bool are the chosen ones); whether it looks at scores, and at likeness; ``own``: how many of
     the rows that enter, of a picture of how many tokens, it makes of these alone."""
 
-    merge: Callable[[Choosing, Tensor], Selection]
+    merge: Callable[[ChoiceState, Tensor], Selection]
     scores: bool = False
     compares: bool = True
     own: Callable[[int, int], int] = lambda entry, tokens: 0
 
 
-def _kept(c: Choosing, chosen: Tensor) -> tuple[Tensor, Tensor]:
+def _kept(c: ChoiceState, chosen: Tensor) -> tuple[Tensor, Tensor]:
     return pack_right(chosen, c.steps)
 
 
-def _close(c: Choosing, chosen: Tensor) -> Selection:
+def _close(c: ChoiceState, chosen: Tensor) -> Selection:
     rest, share = c.view.valid & ~chosen, 0.5 if c.settings.pool is None else c.settings.pool
     pools = [math.floor(share * plan.dominant + EPSILON) for plan in c.view.plans]
     members, offered = ranking(c.weight, rest)[:, : max(pools)], torch.minimum(c.counts(pools), rest.sum(1))
-    return to_close(*_kept(c, chosen), members, offered, c.table, c.settings.tau)
+    return merge_if_similar(*_kept(c, chosen), members, offered, c.table, c.settings.tau)
 
 
-def _local(c: Choosing, chosen: Tensor) -> Selection:
+def _local(c: ChoiceState, chosen: Tensor) -> Selection:
     rest, share = c.view.valid & ~chosen, 4.0 if c.settings.pool is None else c.settings.pool
     pools = [math.ceil(share * plan.contextual - EPSILON) for plan in c.view.plans]
     order, pool = ranking(c.weight, rest)[:, : max(1, *pools)], torch.minimum(c.counts(pools), rest.sum(1))
-    return in_clusters(*_kept(c, chosen), order, pool, c.view.contextual, max(plan.contextual for plan in c.view.plans), c.rows)
+    return merge_around_anchors(*_kept(c, chosen), order, pool, c.view.contextual, max(plan.contextual for plan in c.view.plans), c.rows)
 
 
-def _spaced(c: Choosing, chosen: Tensor) -> Selection:
+def _spaced(c: ChoiceState, chosen: Tensor) -> Selection:
     rest, width = c.view.valid & ~chosen, max(plan.contextual for plan in c.view.plans)
     order, _ = pack_right(rest, max(1, c.left))
-    return in_clusters(*_kept(c, chosen), order, rest.sum(1), c.view.contextual, width, c.rows)
+    return merge_around_anchors(*_kept(c, chosen), order, rest.sum(1), c.view.contextual, width, c.rows)
 
 
-def _peaks(c: Choosing, chosen: Tensor) -> Selection:
+def _peaks(c: ChoiceState, chosen: Tensor) -> Selection:
     rest, width = c.view.valid & ~chosen, max(plan.contextual for plan in c.view.plans)
-    return in_peaks(*_kept(c, chosen), rest, c.left, c.view.contextual, width, c.rows, CLOSEST)
+    return merge_dpc_clusters(*_kept(c, chosen), rest, c.left, c.view.contextual, width, c.rows, CLOSEST)
 
 
-def _neighbours(c: Choosing, chosen: Tensor) -> Selection:
+def _neighbours(c: ChoiceState, chosen: Tensor) -> Selection:
     index, valid = _kept(c, chosen)
-    return with_neighbours(index, index, valid, c.view.valid, c.view.contextual, c.weight, c.rows, TAKEN)
+    return merge_with_neighbours(index, index, valid, c.view.valid, c.view.contextual, c.weight, c.rows, TAKEN)
 
 
-def _nearest(c: Choosing, chosen: Tensor, weight: Tensor | None = None) -> Selection:
-    return to_nearest(*_kept(c, chosen), c.view.valid & ~chosen, c.left, c.rows, weight)
+def _nearest(c: ChoiceState, chosen: Tensor, weight: Tensor | None = None) -> Selection:
+    return merge_into_nearest(*_kept(c, chosen), c.view.valid & ~chosen, c.left, c.rows, weight)
 
 
 MERGERS = {
-    "none": Merger(lambda c, chosen: Selection.pick(*_kept(c, chosen)), compares=False),
+    "none": Merger(lambda c, chosen: Selection.keep_only(*_kept(c, chosen)), compares=False),
     "nearest": Merger(_nearest),
     "weighted": Merger(lambda c, chosen: _nearest(c, chosen, c.weight), scores=True),
     "close": Merger(_close, scores=True),
-    "local": Merger(_local, scores=True, own=few_more),
-    "spaced": Merger(_spaced, own=lambda entry, tokens: some_more(entry)),
-    "peaks": Merger(_peaks, own=few_more),
+    "local": Merger(_local, scores=True, own=duet_contextual_count),
+    "spaced": Merger(_spaced, own=lambda entry, tokens: visionzip_contextual_count(entry)),
+    "peaks": Merger(_peaks, own=duet_contextual_count),
     "neighbours": Merger(_neighbours, scores=True, own=lambda entry, tokens: int(entry > 1)),
 }
 
@@ -310,17 +326,17 @@ class Blocks:
         """The rows behind the tower that somebody looks at: "features", "projected"."""
         return frozenset({self.scorer.rows, self.compare} - {"", "keys"})
 
-    def weight(self, view: VisionView, alpha: float) -> Tensor:
+    def weight(self, view: EncoderView, alpha: float) -> Tensor:
         """Scores as weights to the power ``alpha``, not negative, 0 for padding: [B, N]."""
         score = self.scorer.score(view)
         if self.scale == "largest":
             return saliency.of_largest(score, view.valid, alpha)
         if self.scale == "range":
-            score = saliency.ranged(score, view.valid, self.scorer.offset)
+            score = saliency.min_max_scaled(score, view.valid, self.scorer.offset)
         return (score**alpha).masked_fill(~view.valid, 0.0)
 
-    def selection(self, view: VisionView, settings: Settings) -> Selection:
+    def selection(self, view: EncoderView, settings: BlockSettings) -> Selection:
         """Scored, selected, merged."""
         rows = view.keys if self.compare == "keys" else view.features
-        choosing = Choosing(view, settings, self.weight(view, settings.alpha), rows)
+        choosing = ChoiceState(view, settings, self.weight(view, settings.alpha), rows)
         return self.merger.merge(choosing, self.selector.choose(choosing))

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.ops.greedy import conditional, cosine, determinantal
+from duet_vlm.ops.greedy import conditional_kernel, cosine, greedy_dpp_map
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.ops.saliency import OFFSET, ranged, relevance
-from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.saliency import OFFSET, min_max_scaled, relevance
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("cdpruner")
@@ -62,7 +62,7 @@ class CDPruner(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 64, **fields: Any) -> CDPruner:
         """The released LLaVA code: relevance in CLIP's space, scaled over the call, compact positions; ``keep`` patches of each crop."""
-        released: dict[str, Any] = {"relevance": "contrastive", "scale": "call", "positions": "compact", "parts": "each", "keep_predicting": False}
+        released: dict[str, Any] = {"relevance": "contrastive", "scale": "call", "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
         return cls(**{"keep": keep} | released | fields)
 
     @property
@@ -71,26 +71,26 @@ class CDPruner(EncoderReducer):
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"similar" if self.relevance == "contrastive" else "question"})
+        return frozenset({"text_similarity" if self.relevance == "contrastive" else "question"})
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.features is not None  # always there
         steps = max(plan.dominant for plan in view.plans)
-        kernel = conditional(cosine(view.features, view.valid), self.weight(view))
-        return Selection.pick(*pack_right(determinantal(kernel, view.valid, view.dominant, steps), steps))
+        kernel = conditional_kernel(cosine(view.features, view.valid), self.weight(view))
+        return Selection.keep_only(*pack_right(greedy_dpp_map(kernel, view.valid, view.dominant, steps), steps))
 
-    def weight(self, view: VisionView) -> Tensor:
+    def weight(self, view: EncoderView) -> Tensor:
         """Relevance of each token in (0, 1], 0 for padding: [B, N]."""
-        return ranged(self.likeness(view), view.valid, OFFSET, self.scale == "call")
+        return min_max_scaled(self.likeness(view), view.valid, OFFSET, self.scale == "call")
 
-    def likeness(self, view: VisionView) -> Tensor:
+    def likeness(self, view: EncoderView) -> Tensor:
         """How much each token is about the question [B, N]."""
         if self.relevance == "contrastive":
-            assert view.similar is not None and view.pieces is not None  # promised by ``reads``
-            pieces = view.pieces.float()[:, None]
-            return -(view.similar * pieces).sum(2) / pieces.sum(2).clamp(min=1)
+            assert view.text_similarity is not None and view.text_similarity_valid is not None  # promised by ``reads``
+            pieces = view.text_similarity_valid.float()[:, None]
+            return -(view.text_similarity * pieces).sum(2) / pieces.sum(2).clamp(min=1)
         assert view.features is not None and view.question is not None  # promised by ``reads``
-        return relevance(view.features, view.question.rows, view.question.valid)
+        return relevance(view.features, view.question.embeddings, view.question.valid)

@@ -13,24 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import (
-    EPSILON,
-    Budget,
-    BudgetError,
-    SpanPlan,
-    count_of,
-    infeasible,
-    largest,
-    target_mean,
-    within,
-)
-from duet_vlm.calibration import Calibration
 from duet_vlm.methods.frames import Frames
-from duet_vlm.ops.ragged import pack_right, take, upload
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, Reducer, TextView, VisionView, whole
-from duet_vlm.tokens import Selection
-from duet_vlm.tower import TowerReducer
-from duet_vlm.vision import Layer
+from duet_vlm.ops.ragged import gather_rows, pack_right, upload
+from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, count_of, infeasible_budget, largest_int, mean_within, target_mean
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer, plan_keep_all
+from duet_vlm.reducers.calibration import Calibration
+from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.vision_tower import TowerReducer
 
 ORDER = (
     "at most one of each, in this order: a method in the tower, frames, a method that reduces before the decoder, a method that drops inside it"
@@ -38,7 +28,7 @@ ORDER = (
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
-DROPPING = ("uses_text", "uses_tokens", "score_before", "score_heads", "score_states", "needs", "merges")  # what a method inside the decoder declares
+DROPPING = ("uses_text", "uses_tokens", "score_layer_offset", "score_heads", "score_states", "needs", "merges")  # what a method inside the decoder declares
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
@@ -60,7 +50,7 @@ def compose(*stages: Reducer) -> Composition:
     for stage in stages:
         if not isinstance(stage, Reducer):
             raise TypeError(f"compose: {stage!r} is no method; give instances, e.g. compose(Frames(), Duet())")
-    cls = composed(tuple(type(stage) for stage in stages))
+    cls = composition_class(tuple(type(stage) for stage in stages))
     settings: dict[str, Any] = {}
     for stage in stages:
         for each in fields(stage):
@@ -79,7 +69,7 @@ def compose(*stages: Reducer) -> Composition:
 
 
 @cache
-def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
+def composition_class(stages: tuple[type[Reducer], ...]) -> type[Composition]:
     """The class of a composition, as ``attach(model, "frames+duet")`` finds it."""
     tower, frames, first, second = roles = _roles(stages)
     sees = first or frames or tower
@@ -92,7 +82,7 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         "roles": roles,
         "owners": dict.fromkeys(SECOND_SETTINGS, second) | dict.fromkeys(FIRST_SETTINGS, sees),
         "reduces_in_tower": tower is not None,
-        "reads_time": frames is not None or sees.reads_time,
+        "compares_frames": frames is not None or sees.compares_frames,
     }
     if second is not None:
         facts |= {name: getattr(second, name) for name in DROPPING}
@@ -102,7 +92,7 @@ def composed(stages: tuple[type[Reducer], ...]) -> type[Composition]:
         for each in fields(stage)
         if facts["owners"].get(each.name) in (None, stage)
     ]
-    base = Composition if second is None else DroppingComposition
+    base = Composition if second is None else DecoderComposition
     return dataclasses.make_dataclass("".join(stage.__name__ for stage in stages), settings, bases=(base,), namespace=facts, frozen=True)
 
 
@@ -121,7 +111,7 @@ def _roles(stages: tuple[type[Reducer], ...]) -> Classes:
     first = before[0] if before else second if second is not None and issubclass(second, EncoderReducer) else None
     wrong = any(not issubclass(stage, EncoderReducer) for stage in before)
     wrong |= any(issubclass(stage, TowerReducer | Frames | Composition) for stage in rest)
-    if frames is not None and first is not None and issubclass(first, EncoderReducer) and first.reads_places:
+    if frames is not None and first is not None and issubclass(first, EncoderReducer) and first.compares_positions:
         raise ValueError(
             f"compose({frames.name}, {first.name}): {first.name} compares the same places of frames, which are not known of the tokens that "
             f"{frames.name} leaves; leave {frames.name} out"
@@ -163,7 +153,7 @@ class Composition(EncoderReducer):
             return
         if getattr(first, "schedule", None):
             raise ValueError(f"{self.name}: {second.name} drops inside the decoder, so leave {self.stages[-2].name}_schedule out")
-        if isinstance(second, EncoderReducer) and second.with_drops(1000).plan(4096, 1000, None).merges:
+        if isinstance(second, EncoderReducer) and second.with_paper_schedule(1000).plan(4096, 1000, None).merges:
             raise ValueError(f"{self.name}: {self.stages[-2].name} reduces before the decoder; of {second.name} set the drops only")
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -180,7 +170,7 @@ class Composition(EncoderReducer):
         return own | {each.name: getattr(self, each.name) for each in fields(cls) if each.name in SHARED and hasattr(self, each.name)}
 
     @property
-    def tower(self) -> TowerReducer | None:  # type: ignore[override]
+    def tower_reducer(self) -> TowerReducer | None:  # type: ignore[override]
         return self._stages[0]
 
     @property
@@ -208,8 +198,8 @@ class Composition(EncoderReducer):
         return self._stages[1] is not None or self._sees.reads_features
 
     @property
-    def compressor(self) -> EncoderReducer | None:
-        return self._sees.compressor
+    def trained_reducer(self) -> EncoderReducer | None:
+        return self._sees.trained_reducer
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
@@ -222,7 +212,7 @@ class Composition(EncoderReducer):
         if tower is None:
             return self._behind(tokens, depth, budget)
         if tower.keep is None and budget is not None and target_mean(budget, tokens) >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
         wanted = self._wanted(tokens, depth, budget)
         left = self._left(tower, tokens, wanted)
         if first is not None and wanted.merges and wanted.entry > left:
@@ -231,9 +221,9 @@ class Composition(EncoderReducer):
                 f"later layers keep more. Raise {tower.name}_keep, or lower the budget",
                 stacklevel=2,
             )
-        return self.plan_left(tokens, depth, budget, left)
+        return self.plan_after_tower(tokens, depth, budget, left)
 
-    def plan_left(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+    def plan_after_tower(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
         wanted, some = self._wanted(tokens, depth, budget), left if left < tokens else None
         if self._reduces_behind and wanted.entry <= left:
             return dataclasses.replace(wanted, tower=some)
@@ -242,7 +232,7 @@ class Composition(EncoderReducer):
 
     def _wanted(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         """What would enter behind a whole tower."""
-        return self._behind(tokens, depth, budget) if self._reduces_behind else whole(tokens, depth)
+        return self._behind(tokens, depth, budget) if self._reduces_behind else plan_keep_all(tokens, depth)
 
     @property
     def _reduces_behind(self) -> bool:
@@ -268,7 +258,7 @@ class Composition(EncoderReducer):
             return self._planned(tokens, depth)
         target = target_mean(budget, tokens)
         if target >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
         if first is not None and (second is None or second is first):
             return first.plan(tokens, depth, budget)
         assert second is not None
@@ -290,22 +280,22 @@ class Composition(EncoderReducer):
             return entering
         if second is None:
             return entering
-        return dataclasses.replace(entering, counts=second.with_drops(depth).plan(entering.entry, depth, None).counts)
+        return dataclasses.replace(entering, counts=second.with_paper_schedule(depth).plan(entering.entry, depth, None).counts)
 
     def _solved(self, second: DecoderReducer, tokens: int, depth: int, target: float) -> SpanPlan:
         """The largest entry whose mean under the drops is within ``target``; if all tokens leave budget over, the drops keep more: those of
         a larger number than there is, at last the stages that drop everything."""
-        drops = second.with_drops(depth, target / tokens)
+        drops = second.with_paper_schedule(depth, target / tokens)
 
         def counts(entry: int, end: int) -> tuple[int, ...]:
             return tuple(accumulate((min(kept, tokens) or end for kept in drops.plan(entry, depth, None).counts), min))
 
-        if not within(counts(1, 0), target):
-            drops = second.with_drops(depth, 0.0)  # the earliest that it has: of a few tokens one may still enter
-        entry = largest(tokens << 30, lambda n: within(counts(n, 0), target))
+        if not mean_within(counts(1, 0), target):
+            drops = second.with_paper_schedule(depth, 0.0)  # the earliest that it has: of a few tokens one may still enter
+        entry = largest_int(tokens << 30, lambda n: mean_within(counts(n, 0), target))
         if entry < 1:
-            raise infeasible(self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder")
-        end = largest(tokens, lambda n: within(counts(entry, n), target)) if entry >= tokens else 0
+            raise infeasible_budget(self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder")
+        end = largest_int(tokens, lambda n: mean_within(counts(entry, n), target)) if entry >= tokens else 0
         split = _split(self._stages[2], tokens, depth, min(entry, tokens))
         return dataclasses.replace(split, counts=counts(entry, end))
 
@@ -319,54 +309,54 @@ class Composition(EncoderReducer):
 
     # ---- which
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         tower, frames, first, _ = self._stages
         if first is None:
             alone = frames or tower
             assert alone is not None
-            return alone.v2v(view)
-        if frames is None or view.stream != "video":
-            return first.v2v(view)
+            return alone.select_tokens(view)
+        if frames is None or view.modality != "video":
+            return first.select_tokens(view)
         sizes = [self.pool(plan) for plan in view.plans]
         pool = frames.changed(view, upload(sizes, view.valid.device))
         rows, valid = pack_right(pool, max(sizes))
 
-        selection = first.v2v(dataclasses.replace(view.of_rows(lambda x: take(x, rows)), valid=valid))
+        selection = first.select_tokens(dataclasses.replace(view.select_rows(lambda x: gather_rows(x, rows)), valid=valid))
 
         def of_span(number: Tensor) -> Tensor:
             """Numbers of candidates as those of tokens; what is no candidate becomes no token, for the flow to refuse."""
             inside = number.clamp(0, rows.shape[1] - 1)
             return torch.where(valid.gather(1, inside) & (inside == number), rows.gather(1, inside), -1)
 
-        return dataclasses.replace(selection, index=of_span(selection.index), members=of_span(selection.members))
+        return dataclasses.replace(selection, index=of_span(selection.index), source_tokens=of_span(selection.source_tokens))
 
 
 @dataclass(frozen=True)
-class DroppingComposition(Composition, DecoderReducer):
+class DecoderComposition(Composition, DecoderReducer):
     """A composition whose last stage drops inside the decoder."""
 
-    def asked(self, depth: int) -> frozenset[int]:
+    def extra_stages(self, depth: int) -> frozenset[int]:
         second = self._stages[3]
-        return frozenset() if second is None else second.with_drops(depth).asked(depth)
+        return frozenset() if second is None else second.with_paper_schedule(depth).extra_stages(depth)
 
     def calibration(self) -> Calibration | None:
         second = self._stages[3]
         return None if second is None else second.calibration()
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         second = self._stages[3]
         assert second is not None
-        return second.t2v(view)
+        return second.prune_tokens(view)
 
 
 def _split(method: EncoderReducer | None, tokens: int, depth: int, entry: int) -> SpanPlan:
     """``entry`` rows in dominant and contextual ones, as ``method`` divides them under the budget at which that many enter."""
     if method is None:
         return SpanPlan(tokens, entry, 0, ())
-    contextual = min(method.entering(tokens, entry, depth).contextual, entry - 1)
+    contextual = min(method.plan_entry(tokens, entry, depth).contextual, entry - 1)
     return SpanPlan(tokens, entry - contextual, contextual, ())
 
 
 def _made_again(stages: tuple[type[Reducer], ...], settings: dict[str, Any]) -> Composition:
     """For pickle, which finds no class that was made on the fly."""
-    return composed(stages)(**settings)
+    return composition_class(stages)(**settings)

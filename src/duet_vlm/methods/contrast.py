@@ -9,8 +9,8 @@ from torch import Tensor
 
 from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import ranking, top
-from duet_vlm.registry import register
-from duet_vlm.tower import TowerReducer, TowerView
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
 
 
 @register("contrast")
@@ -39,11 +39,11 @@ class Contrast(TowerReducer):
         if not 0 <= self.ground <= 1:
             raise ValueError(f"ground={self.ground}: a share of the patches that stay, from 0 to 1")
 
-    def stay(self, view: TowerView) -> Tensor:
+    def keep_patches(self, view: TowerView) -> Tensor:
         assert view.contrast is not None  # promised by ``tower_signals``
-        spread = [int(self.ground * keep) for keep in view.keeps]
-        count = upload(spread, view.keep.device)[:, None]
-        first = top(view.contrast, view.valid, view.keep - count[:, 0])
+        spread = [int(self.ground * keep) for keep in view.has_count]
+        count = upload(spread, view.num_keep.device)[:, None]
+        first = top(view.contrast, view.valid, view.num_keep - count[:, 0])
         rest = view.valid & ~first
         number = torch.arange(max(spread), device=count.device)
         rank = (2 * number + 1) * rest.sum(1, keepdim=True) // (2 * count).clamp(min=1)

@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from duet_vlm.budget import Budget, BudgetError, Keep, Schedule, SpanPlan, check_keep, count_of, layer_counts, target_mean
 from duet_vlm.methods.building_blocks import CHOICES, SCHEDULES, Blocks, checked_schedule
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, check_choice, scheduled, whole
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Budget, BudgetError, Keep, Schedule, SpanPlan, check_keep, count_of, layer_counts, target_mean
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import (
+    DecoderReducer,
+    DecoderView,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    check_choice,
+    plan_keep_all,
+    plan_with_schedule,
+)
+from duet_vlm.reducers.registry import register
 
 ANY, COSINE = (0, math.inf), (-1, 1)
 RANGES = {"alpha": ANY, "ridge": ANY, "pool": ANY, "window": (1, math.inf), "alike": COSINE, "tau": COSINE, "important": (0, 1)}
@@ -120,7 +129,7 @@ class Custom(EncoderReducer, DecoderReducer):
         """The schedule in a decoder of ``depth`` layers; ``share``: of its tokens, that a budget leaves a picture."""
         return SCHEDULES[self.schedule](depth, share) if isinstance(self.schedule, str) else self.schedule
 
-    def with_drops(self, depth: int, share: float | None = None) -> Custom:
+    def with_paper_schedule(self, depth: int, share: float | None = None) -> Custom:
         return replace(self, keep=1.0 if self.keep is None else self.keep, schedule=self.drops(depth, share))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -130,20 +139,20 @@ class Custom(EncoderReducer, DecoderReducer):
             return self._divided(SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.drops(depth))))
         target = target_mean(budget, tokens)
         if target >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
         if any(isinstance(kept, int) for _, kept in self.drops(depth)):
             raise ValueError(f"schedule={self.schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts")
         with contextlib.suppress(BudgetError):
-            return self._divided(scheduled(self, self.drops(depth, target / tokens), tokens, depth, target))
-        return self._divided(scheduled(self, self.drops(depth, 0.0), tokens, depth, target))  # of a few tokens one can still enter
+            return self._divided(plan_with_schedule(self, self.drops(depth, target / tokens), tokens, depth, target))
+        return self._divided(plan_with_schedule(self, self.drops(depth, 0.0), tokens, depth, target))  # of a few tokens one can still enter
 
     def _divided(self, plan: SpanPlan) -> SpanPlan:
         own = self.blocks.merger.own(plan.entry, plan.tokens) if plan.merges else 0
         return replace(plan, dominant=plan.entry - own, contextual=own)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         return self.blocks.selection(view, self)
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.keep)
+        return top(view.scores, view.valid, view.num_keep)

@@ -7,17 +7,17 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from duet_vlm.budget import Schedule
-from duet_vlm.calibration import Calibration, read
-from duet_vlm.methods.position_prior import Biased, bias_of
-from duet_vlm.observer import Observer
-from duet_vlm.ops.graph import closeness, rescaled, unjoined
+from duet_vlm.methods.position_prior import PositionBiasObserver, bias_of
+from duet_vlm.ops.graph import closeness, independent_set, rescaled
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import upload
-from duet_vlm.reducer import TextView
-from duet_vlm.registry import register
-from duet_vlm.settings import FILE
-from duet_vlm.stages import StagedReducer
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.calibration import Calibration, read
+from duet_vlm.reducers.observer import Observer
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.utils.field_types import FILE
 
 LEAST = 1e-7
 LAYER = 2
@@ -25,14 +25,14 @@ LAYER = 2
 
 @register("d2pruner")
 @dataclass(frozen=True)
-class D2Pruner(StagedReducer):
+class D2Pruner(ScheduledReducer):
     """D2Pruner (AAAI 2026): attention over what positions get anyway, and structural diversity. From the paper: no code was to be had.
 
     Attention of the last text token is divided by a stored prior, the mean that each place of the grid gets over many images. Most of the budget
     goes to the best by it; the rest is picked in that order from tokens that are not like any picked one (a maximal independent set of the graph
     whose edges join tokens alike in hidden state and place), and where these run out, by attention again.
 
-    Parameters beyond ``StagedReducer`` (one stage, before layer 2 of any depth, keeps 2/9)
+    Parameters beyond ``ScheduledReducer`` (one stage, before layer 2 of any depth, keeps 2/9)
     ----------
     prior : str or None
         A file that ``duet-vlm calibrate d2pruner`` made for this model. None: a uniform prior, attention as it is.
@@ -55,11 +55,11 @@ class D2Pruner(StagedReducer):
 
     paper = "D2Pruner, AAAI 2026, from the paper"
     summary = "one early drop inside the decoder by attention without position bias, then by what resembles no other"
-    stages: ClassVar[Schedule] = ((LAYER, 2 / 9),)
-    first: ClassVar[int] = LAYER
-    score_before = 1
+    paper_schedule: ClassVar[Schedule] = ((LAYER, 2 / 9),)
+    min_layer: ClassVar[int] = LAYER
+    score_layer_offset = 1
     uses_tokens = True
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
 
     text_query: str = "last"
     prior: str | None = field(default=None, metadata=FILE)
@@ -77,25 +77,25 @@ class D2Pruner(StagedReducer):
 
     @classmethod
     def observer(cls) -> Observer:
-        return Biased(layer=LAYER)
+        return PositionBiasObserver(layer=LAYER)
 
     def calibration(self) -> Calibration | None:
         return None if self.prior is None else read(self.prior, "d2pruner", "prior")
 
-    def t2v(self, view: TextView) -> Tensor:
-        assert view.scores is not None and view.rows is not None and view.token is not None and view.span is not None  # promised
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        assert view.scores is not None and view.hidden_states is not None and view.token_index is not None and view.span_index is not None  # promised
         stored, valid = self.calibration(), view.valid
         relative = view.scores if stored is None else view.scores / (bias_of(stored, view, self.resize) + LEAST)
-        most = max(stay - int(stay * self.important) for _, stay in view.counts)
-        return unjoined(relative, self._joined(view) > self.alike, valid, view.keep, self.important, most)
+        most = max(stay - int(stay * self.important) for _, stay in view.host_counts)
+        return independent_set(relative, self._joined(view) > self.alike, valid, view.num_keep, self.important, most)
 
-    def _joined(self, view: TextView) -> Tensor:
-        assert view.rows is not None and view.token is not None and view.span is not None
-        unit = unit_rows(view.rows)
+    def _joined(self, view: DecoderView) -> Tensor:
+        assert view.hidden_states is not None and view.token_index is not None and view.span_index is not None
+        unit = unit_rows(view.hidden_states)
         likeness = rescaled(unit @ unit.transpose(1, 2), view.valid)
         if self.semantic == 1:
             return likeness
         sides = [size if grid is None else grid[1] for (_, size), grid in zip(view.spans, view.grids, strict=True)]
-        width = upload(sides, view.span.device)[view.span].clamp(min=1)
-        near = closeness(view.token // width, view.token % width) * (view.span[:, None] == view.span[..., None])
+        width = upload(sides, view.span_index.device)[view.span_index].clamp(min=1)
+        near = closeness(view.token_index // width, view.token_index % width) * (view.span_index[:, None] == view.span_index[..., None])
         return self.semantic * likeness + (1 - self.semantic) * near

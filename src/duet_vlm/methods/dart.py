@@ -8,27 +8,27 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Schedule
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking
-from duet_vlm.reducer import TextView, check_choice
-from duet_vlm.registry import register
-from duet_vlm.stages import StagedReducer
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.reducers.base import DecoderView, check_choice
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 PIVOT_ORDERS = ("norm", "set")
 
 
 @register("dart")
 @dataclass(frozen=True)
-class Dart(StagedReducer):
+class Dart(ScheduledReducer):
     """DART (EMNLP 2025, arXiv 2502.11494): not the important tokens stay but those that duplicate nothing.
 
     Pivots are the visual and the text tokens with the largest keys (norm over all heads of the layer before the drop). The visual pivots stay;
     then each pivot in turn takes its share of the visual tokens that are left: those least like it (cosine of normed hidden states). Visual
     pivots come first, text pivots after them, each by falling norm; shares differ by one at most, so that the asked number is met exactly.
 
-    Parameters beyond ``StagedReducer`` (one stage, before layer 2 of 32, keeps 2/9)
+    Parameters beyond ``ScheduledReducer`` (one stage, before layer 2 of 32, keeps 2/9)
     ----------
     visual_pivots, text_pivots : int
         How many pivots, at least one visual.
@@ -47,10 +47,10 @@ class Dart(StagedReducer):
 
     paper = "DART, EMNLP 2025, arXiv 2502.11494"
     summary = "one early drop inside the decoder: keep what resembles a few pivot tokens least"
-    stages: ClassVar[Schedule] = ((2, 2 / 9),)
+    paper_schedule: ClassVar[Schedule] = ((2, 2 / 9),)
     uses_text = False
-    score_before = 1
-    needs = frozenset({"rows", "text", "keys", "slots"})
+    score_layer_offset = 1
+    needs = frozenset({"hidden_states", "text_hidden_states", "keys", "positions"})
 
     visual_pivots: int = 4
     text_pivots: int = 4
@@ -71,25 +71,25 @@ class Dart(StagedReducer):
         """The released LLaVA code: after ``layers`` layers the visual pivots and ``maximum`` // (all pivots) for each of them."""
         pivots = visual_pivots + text_pivots
         kept = visual_pivots + pivots * (maximum // pivots)
-        released: dict[str, Any] = {"key_norm": 1, "pivot_order": "set", "keep_predicting": False}
+        released: dict[str, Any] = {"key_norm": 1, "pivot_order": "set", "protect_predicting_tokens": False}
         own: dict[str, Any] = {"schedule": ((layers, kept),), "visual_pivots": visual_pivots, "text_pivots": text_pivots}
         return cls(**own | released | fields)
 
-    def t2v(self, view: TextView) -> Tensor:
-        assert view.rows is not None and view.text is not None and view.keys is not None  # promised by ``needs``
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        assert view.hidden_states is not None and view.text_hidden_states is not None and view.keys is not None  # promised by ``needs``
         assert view.text_keys is not None and view.text_valid is not None
         visual = ranking(view.keys.float().norm(self.key_norm, dim=-1), view.valid)[:, : self.visual_pivots]
         text = ranking(view.text_keys.float().norm(self.key_norm, dim=-1), view.text_valid)[:, : self.text_pivots]
         asked = torch.cat([view.valid.gather(1, visual), view.text_valid.gather(1, text)], 1)  # pivots that exist
-        rows, words = unit_rows(view.normed(view.rows)), unit_rows(view.normed(view.text))
-        likeness = torch.cat([take(rows, visual), take(words, text)], 1) @ rows.transpose(1, 2)  # [B, pivots, V]
+        rows, words = unit_rows(view.final_norm(view.hidden_states)), unit_rows(view.final_norm(view.text_hidden_states))
+        likeness = torch.cat([gather_rows(rows, visual), gather_rows(words, text)], 1) @ rows.transpose(1, 2)  # [B, pivots, V]
         if self.pivot_order == "set" and not likeness.is_meta:
-            assert view.slots is not None and view.text_slots is not None
-            order = _as_in_a_set(torch.cat([view.slots.gather(1, visual), view.text_slots.gather(1, text)], 1))
-            likeness, asked = take(likeness, order), asked.gather(1, order)
+            assert view.positions is not None and view.text_positions is not None
+            order = _as_in_a_set(torch.cat([view.positions.gather(1, visual), view.text_positions.gather(1, text)], 1))
+            likeness, asked = gather_rows(likeness, order), asked.gather(1, order)
         rank = torch.arange(visual.shape[1], device=visual.device)
-        kept = torch.zeros_like(view.valid).scatter(1, visual, (rank < view.keep[:, None]) & view.valid.gather(1, visual))
-        left = view.keep - kept.sum(1)
+        kept = torch.zeros_like(view.valid).scatter(1, visual, (rank < view.num_keep[:, None]) & view.valid.gather(1, visual))
+        left = view.num_keep - kept.sum(1)
         share, more = left // asked.sum(1), left % asked.sum(1)
         turn = asked.cumsum(1)
         for pivot in range(asked.shape[1]):

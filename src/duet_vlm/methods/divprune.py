@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.ops.greedy import cosine, spread
+from duet_vlm.ops.greedy import cosine, max_min_diversity
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducer import ROUNDINGS, EncoderReducer, VisionView, check_choice, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("divprune")
@@ -51,13 +51,13 @@ class DivPrune(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 0.098, **fields: Any) -> DivPrune:
         """The released LLaVA code: rounded counts, compact positions."""
-        return cls(**{"keep": keep, "rounding": "round", "positions": "compact", "keep_predicting": False} | fields)
+        return cls(**{"keep": keep, "rounding": "round", "positions": "compact", "protect_predicting_tokens": False} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget, self.rounding)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget, self.rounding)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.features is not None  # always there
         steps = max(plan.dominant for plan in view.plans)
-        chosen = spread(cosine(view.features, view.valid), view.valid, view.dominant, steps)
-        return Selection.pick(*pack_right(chosen, steps))
+        chosen = max_min_diversity(cosine(view.features, view.valid), view.valid, view.dominant, steps)
+        return Selection.keep_only(*pack_right(chosen, steps))

@@ -8,37 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import (
-    Budget,
-    Keep,
-    Schedule,
-    SpanPlan,
-    check_keep,
-    check_schedule,
-    count_of,
-    layer_counts,
-    target_mean,
-)
-from duet_vlm.ops.join import few_more, in_clusters
+from duet_vlm.ops.merge_targets import duet_contextual_count, merge_around_anchors
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.schedules import paper_schedule
 from duet_vlm.ops.select import ranking, ranks, top
-from duet_vlm.reducer import (
+from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.planning.tokens import MERGES, Selection
+from duet_vlm.reducers.base import (
     ROUNDINGS,
     DecoderReducer,
+    DecoderView,
     EncoderReducer,
-    TextView,
-    VisionView,
+    EncoderView,
     check_budget_or_fields,
     check_choice,
-    scheduled,
-    whole,
+    plan_keep_all,
+    plan_with_schedule,
 )
-from duet_vlm.registry import register
-from duet_vlm.tokens import MERGES, Selection
+from duet_vlm.reducers.registry import register
 
 RELEASED: dict[str, Any] = {  # both released codes
-    "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "keep_predicting": False, "signal_queries": None,
+    "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "protect_predicting_tokens": False, "signal_queries": None,
 }  # fmt: skip
 
 
@@ -144,20 +134,20 @@ class Duet(EncoderReducer, DecoderReducer):
     def _solved(self, tokens: int, depth: int, target: float) -> SpanPlan:
         """The largest entry under the paper's schedule; when even all tokens leave budget over, later stages keep more."""
         if target >= tokens:
-            return whole(tokens, depth)
-        plan = scheduled(self, paper_schedule(depth), tokens, depth, target)
+            return plan_keep_all(tokens, depth)
+        plan = plan_with_schedule(self, paper_schedule(depth), tokens, depth, target)
         if not plan.merges:
             return plan
         entry = plan.dominant
-        contextual = few_more(entry, tokens)
+        contextual = duet_contextual_count(entry, tokens)
         return replace(plan, dominant=entry - contextual, contextual=contextual)
 
-    def with_drops(self, depth: int, share: float | None = None) -> Duet:
+    def with_paper_schedule(self, depth: int, share: float | None = None) -> Duet:
         return self if self.schedule is not None else replace(self, schedule=paper_schedule(depth))
 
     # ---- which
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None and view.keys is not None  # promised by ``signals``
         order = ranking(view.importance, view.valid)
         dominant, dominant_valid = pack_right(
@@ -169,13 +159,13 @@ class Duet(EncoderReducer, DecoderReducer):
         rank = torch.arange(min(max(1, self.cluster_width * width), order.shape[1]), device=order.device)
         rest = order.gather(1, (view.dominant[:, None] + rank).clamp(max=order.shape[1] - 1))
         spread = self.anchor_step == "spread"
-        return in_clusters(dominant, dominant_valid, rest, pool, view.contextual, width, view.keys, self.merge, spread)
+        return merge_around_anchors(dominant, dominant_valid, rest, pool, view.contextual, width, view.keys, self.merge, spread)
 
     @property
     def _merges(self) -> bool:
         """False where the settings ask for no contextual row (K = 0): the one that the released code still emits merges nothing."""
         return self.dominant is None or isinstance(self.contextual, float) or bool(self.contextual)
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.keep)
+        return top(view.scores, view.valid, view.num_keep)

@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import (
+from duet_vlm.ops.greedy import conditional_kernel, cosine, greedy_dpp_map
+from duet_vlm.ops.merge_targets import merge_if_similar
+from duet_vlm.ops.ragged import pack_right, upload
+from duet_vlm.ops.saliency import of_largest
+from duet_vlm.ops.schedules import tapered_schedule
+from duet_vlm.ops.select import ranking, top
+from duet_vlm.planning.budget import (
     EPSILON,
     Budget,
     BudgetError,
@@ -22,15 +28,9 @@ from duet_vlm.budget import (
     layer_counts,
     target_mean,
 )
-from duet_vlm.ops.greedy import conditional, cosine, determinantal
-from duet_vlm.ops.join import to_close
-from duet_vlm.ops.ragged import pack_right, upload
-from duet_vlm.ops.saliency import of_largest
-from duet_vlm.ops.schedules import tapered_schedule
-from duet_vlm.ops.select import ranking, top
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, scheduled, whole
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, check_budget_or_fields, plan_keep_all, plan_with_schedule
+from duet_vlm.reducers.registry import register
 
 FLOOR = 0.05  # of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
 
@@ -94,28 +94,28 @@ class DuetPlus(EncoderReducer, DecoderReducer):
             raise ValueError(f"schedule={self.schedule}: with a budget give fractions (0.0 to 1.0) of the entering tokens, not counts")
         target = target_mean(budget, tokens)
         if target >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
         if self.schedule is not None:
-            return scheduled(self, self.schedule, tokens, depth, target)
+            return plan_with_schedule(self, self.schedule, tokens, depth, target)
         with contextlib.suppress(BudgetError):
-            return scheduled(self, tapered_schedule(depth, target / tokens), tokens, depth, target)
-        return scheduled(self, tapered_schedule(depth, 0.0), tokens, depth, target)  # of a few tokens one can still enter
+            return plan_with_schedule(self, tapered_schedule(depth, target / tokens), tokens, depth, target)
+        return plan_with_schedule(self, tapered_schedule(depth, 0.0), tokens, depth, target)  # of a few tokens one can still enter
 
-    def with_drops(self, depth: int, share: float | None = None) -> DuetPlus:
+    def with_paper_schedule(self, depth: int, share: float | None = None) -> DuetPlus:
         return self if self.schedule is not None else replace(self, schedule=tapered_schedule(depth, share))
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None and view.features is not None  # promised by ``signals``; always there
         steps = max(plan.dominant for plan in view.plans)
         similarity, weight = cosine(view.features, view.valid), of_largest(view.importance, view.valid, self.alpha)
-        chosen = determinantal(conditional(similarity, weight, FLOOR), view.valid, view.dominant, steps)
+        chosen = greedy_dpp_map(conditional_kernel(similarity, weight, FLOOR), view.valid, view.dominant, steps)
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]
         members = ranking(view.importance, rest)[:, : max(pools)]
         offered = torch.minimum(upload(pools, rest.device), rest.sum(1))
-        return to_close(index, valid, members, offered, similarity, self.tau)
+        return merge_if_similar(index, valid, members, offered, similarity, self.tau)
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.keep)
+        return top(view.scores, view.valid, view.num_keep)

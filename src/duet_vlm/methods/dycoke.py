@@ -7,20 +7,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.methods.clip import ClipReducer, Rows
-from duet_vlm.ops.clips import Clips, divided
+from duet_vlm.methods.video_base import VideoReducer, VideoRows
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.ragged import take
-from duet_vlm.ops.select import spaced, top
-from duet_vlm.reducer import VisionView
-from duet_vlm.registry import register
+from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.ops.select import spaced_picks, top
+from duet_vlm.ops.video import VideoTokens, split_windows
+from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.registry import register
 
 GROUP = 4  # frames of which the first stays whole
 
 
 @register("dycoke")
 @dataclass(frozen=True)
-class DyCoke(ClipReducer):
+class DyCoke(VideoReducer):
     """DyCoke (CVPR 2025, arXiv 2411.15024), the stage before the decoder (token temporal merging).
 
     Frames come in groups of four. The first is kept whole, the second and third are compared with it and the fourth with the third (cosine at
@@ -40,21 +40,21 @@ class DyCoke(ClipReducer):
 
     paper = "DyCoke, CVPR 2025, arXiv 2411.15024"
     summary = "of every four frames keep one whole and of the others what differs from it, before the decoder; images are thinned evenly"
-    reads_places = True
+    compares_positions = True
 
-    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+    def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         assert view.features is not None
         at = torch.arange(clips.real.shape[1], device=count.device)
         whole = clips.rows(clips.real & (at % GROUP == 0)[:, None]) & clips.placed
         first = torch.minimum(whole.sum(1), count)
         rest = clips.real & (at % GROUP != 0)[:, None]
-        frames = divided(count - first, rest.sum(2).float(), rest.sum(2))
+        frames = split_windows(count - first, rest.sum(2).float(), rest.sum(2))
         differs = top(self.change(clips.grid(view.features), clips).flatten(0, 1), rest.flatten(0, 1), frames.flatten()).view(rest.shape)
-        return Rows.alone(spaced(whole, first) | (clips.rows(differs) & clips.placed))
+        return VideoRows.alone(spaced_picks(whole, first) | (clips.rows(differs) & clips.placed))
 
-    def change(self, rows: Tensor, clips: Clips) -> Tensor:
+    def change(self, rows: Tensor, clips: VideoTokens) -> Tensor:
         """1 - cosine with the frame that each is held to: [B, T, P, C] -> [B, T, P]; as much as can be where that has no such row."""
         at = torch.arange(rows.shape[1], device=rows.device)
         other = (at - torch.where(at % GROUP == 2, 2, 1)).clamp(min=0).expand(rows.shape[:2])
         unit = unit_rows(rows)
-        return ((unit - take(unit, other)).square().sum(-1) / 2).masked_fill(~take(clips.real, other), 2.0)
+        return ((unit - gather_rows(unit, other)).square().sum(-1) / 2).masked_fill(~gather_rows(clips.real, other), 2.0)

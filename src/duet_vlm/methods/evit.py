@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duet_vlm.ops.select import top
-from duet_vlm.registry import register
-from duet_vlm.tower import TowerReducer, TowerView, check_after
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.vision_tower import TowerReducer, TowerView, check_after
 
 
 @register("evit")
@@ -41,6 +41,6 @@ class EViT(TowerReducer):
     def boundaries(self, depth: int) -> Sequence[int]:
         return self.after or sorted({max(1, k * (depth + 1) // 12) for k in (4, 7, 10)} & set(range(1, depth + 1)))
 
-    def stay(self, view: TowerView) -> Tensor:
+    def keep_patches(self, view: TowerView) -> Tensor:
         assert view.attention is not None  # promised by ``tower_signals``
-        return top(view.attention, view.valid, view.keep)
+        return top(view.attention, view.valid, view.num_keep)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.budget import Budget, SpanPlan
 from duet_vlm.methods.frames import Frames
-from duet_vlm.reducer import constant
-from duet_vlm.registry import register
+from duet_vlm.planning.budget import Budget, SpanPlan
+from duet_vlm.reducers.base import plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("evs")
@@ -33,7 +33,7 @@ class EVS(Frames):
         """The released rule for a share ``pruned`` of the tokens, in [0, 1); give one that leaves the first step."""
         if not 0 <= pruned < 1:
             raise ValueError(f"pruned={pruned}: the share of tokens that leave, in [0, 1)")
-        return cls(**{"keep": 1.0 - pruned, "keep_predicting": False} | fields)
+        return cls(**{"keep": 1.0 - pruned, "protect_predicting_tokens": False} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget, "int")
+        return plan_fixed_count(self, self.keep, tokens, depth, budget, "int")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("fastervlm")
@@ -45,11 +45,11 @@ class FasterVLM(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 144, **fields: Any) -> FasterVLM:
         """The released LLaVA code: compact positions; ``keep`` patches of each crop."""
-        return cls(**{"keep": keep, "positions": "compact", "parts": "each", "keep_predicting": False, "signal_queries": None} | fields)
+        return cls(**{"keep": keep, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None  # promised by ``signals``
-        return Selection.pick(*pack_right(top(view.importance, view.valid, view.dominant), max(plan.dominant for plan in view.plans)))
+        return Selection.keep_only(*pack_right(top(view.importance, view.valid, view.dominant), max(plan.dominant for plan in view.plans)))

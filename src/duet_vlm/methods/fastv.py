@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep, infeasible, largest, layer_counts, target_mean, within
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import ROUNDINGS, DecoderReducer, TextView, check_choice, whole
-from duet_vlm.registry import register
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, infeasible_budget, largest_int, layer_counts, mean_within, target_mean
+from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, DecoderView, check_choice, plan_keep_all
+from duet_vlm.reducers.registry import register
 
 
 @register("fastv")
@@ -38,7 +38,7 @@ class FastV(DecoderReducer):
 
     paper = "FastV, ECCV 2024, arXiv 2403.06764"
     summary = "one early drop inside the decoder by the last token's attention"
-    score_before = 1
+    score_layer_offset = 1
 
     text_query: str = "last"
     layers: int = 2
@@ -58,7 +58,7 @@ class FastV(DecoderReducer):
         check_choice("variant", variant, ("hf", "inplace", "lmms"))
         lmms = {"rounding": "int", "layers": 3, "keep": 0.5}
         presets: dict[str, dict[str, Any]] = {"hf": {"rounding": "round"}, "inplace": {}, "lmms": lmms}
-        return cls(**{"keep_predicting": False} | presets[variant] | fields)
+        return cls(**{"protect_predicting_tokens": False} | presets[variant] | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         if budget is None:
@@ -67,16 +67,16 @@ class FastV(DecoderReducer):
             raise ValueError("fastv: give either budget= or the method's own settings (layers=, keep=), not both")
         target = target_mean(budget, tokens)
         if target >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
         for layers in (2, 1):
             if layers < depth and tokens * layers <= target * depth + 1e-9:
                 return self._solved(tokens, depth, layers, target)
-        raise infeasible(self.name, target, tokens / depth, tokens, f"its first layer of {depth} runs at full width")
+        raise infeasible_budget(self.name, target, tokens / depth, tokens, f"its first layer of {depth} runs at full width")
 
     def _solved(self, tokens: int, depth: int, layers: int, target: float) -> SpanPlan:
-        keep = largest(tokens, lambda n: within(layer_counts(tokens, depth, ((layers, n),)), target))
+        keep = largest_int(tokens, lambda n: mean_within(layer_counts(tokens, depth, ((layers, n),)), target))
         return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((layers, keep),)))
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.keep)
+        return top(view.scores, view.valid, view.num_keep)

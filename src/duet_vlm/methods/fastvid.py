@@ -8,22 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan
-from duet_vlm.methods.clip import ClipReducer, Rows
-from duet_vlm.ops.clips import Clips, Windows, divided
+from duet_vlm.methods.video_base import VideoReducer, VideoRows
+from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.peaks import peaks
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking, ranks, top
-from duet_vlm.reducer import VisionView, check_choice
-from duet_vlm.registry import register
+from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan
+from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.registry import register
 
 NEIGHBOURS = 4  # that decide how dense it is around a row
 
 
 @register("fastvid")
 @dataclass(frozen=True)
-class FastVID(ClipReducer):
+class FastVID(VideoReducer):
     """FastVID (NeurIPS 2025, arXiv 2503.11187).
 
     A clip is cut into segments where neighbouring frames differ most. Every frame keeps its most attended tokens. Of each segment, every
@@ -77,31 +77,31 @@ class FastVID(ClipReducer):
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> FastVID:
         """The released rule with a count that is given."""
-        return cls(**{"keep": keep, "merge": "frames", "keep_predicting": False, "signal_queries": None} | fields)
+        return cls(**{"keep": keep, "merge": "frames", "protect_predicting_tokens": False, "signal_queries": None} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         plan = super().plan(tokens, depth, budget)
         merged = int(plan.entry * self.context) if plan.merges else 0
         return SpanPlan(tokens, plan.entry - merged, merged, plan.counts)
 
-    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+    def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         assert view.importance is not None and view.features is not None
         rows, attention = clips.grid(view.features), clips.grid(view.importance)
         windows = self.windows(clips.means(rows), clips.length)
-        salient = self.salient(attention, clips, divided(torch.minimum(view.dominant, count), clips.sizes, clips.sizes))
+        salient = self.salient(attention, clips, split_windows(torch.minimum(view.dominant, count), clips.sizes, clips.sizes))
         others, left = clips.real & ~salient, count - salient.sum((1, 2))
         frames, share = self.frames(windows, clips.length)
         room = others.sum(2) * frames
-        peak = self.peaks(rows, others, divided(torch.minimum(left, room.sum(1)), share * frames, room))
+        peak = self.peaks(rows, others, split_windows(torch.minimum(left, room.sum(1)), share * frames, room))
         kept = clips.rows(salient | peak) & clips.placed
         kept |= top(view.importance, clips.placed & ~kept, left - peak.sum((1, 2)))
-        return Rows(kept, *self.joins(clips, rows, kept, peak, windows))
+        return VideoRows(kept, *self.joins(clips, rows, kept, peak, windows))
 
-    def salient(self, attention: Tensor, clips: Clips, count: Tensor) -> Tensor:
+    def salient(self, attention: Tensor, clips: VideoTokens, count: Tensor) -> Tensor:
         """The ``count`` [B, T] most attended rows of every frame: attention [B, T, P] -> [B, T, P] bool."""
         return top(attention.flatten(0, 1), clips.real.flatten(0, 1), count.flatten()).view(attention.shape)
 
-    def joins(self, clips: Clips, rows: Tensor, kept: Tensor, peak: Tensor, windows: Windows) -> tuple[Tensor, Tensor]:
+    def joins(self, clips: VideoTokens, rows: Tensor, kept: Tensor, peak: Tensor, windows: FrameWindows) -> tuple[Tensor, Tensor]:
         """To which peak ([B, T, P] bool) every row is added and with which weight, [B, M N] each; rows that are ``kept`` [B, N] are not."""
         each, nearest = self.nearest(clips, rows, peak, windows)
         itself = clips.rows(peak) & clips.placed
@@ -114,15 +114,15 @@ class FastVID(ClipReducer):
         owner = torch.cat([torch.where(itself, number, -1), owner.flatten(1)], 1)
         return owner, torch.cat([own, share.gather(1, owner[:, kept.shape[1] :].clamp(min=0))], 1)
 
-    def windows(self, frames: Tensor, length: Tensor) -> Windows:
+    def windows(self, frames: Tensor, length: Tensor) -> FrameWindows:
         """Segments of clips by what stands for their frames: [B, T, C], [B] frames."""
         alike = (unit_rows(frames)[:, 1:] * unit_rows(frames)[:, :-1]).sum(-1)
         inside = torch.arange(1, frames.shape[1], device=frames.device) < length[:, None]
         lowest = ranks(ranking(-alike, inside)) < self.segments - 1
         starts = ((alike < self.threshold) | lowest) & inside
-        return Windows.of(torch.nn.functional.pad(starts, (1, 0), value=True), length)
+        return FrameWindows.of(torch.nn.functional.pad(starts, (1, 0), value=True), length)
 
-    def frames(self, windows: Windows, length: Tensor) -> tuple[Tensor, Tensor]:
+    def frames(self, windows: FrameWindows, length: Tensor) -> tuple[Tensor, Tensor]:
         """Frames that give peaks [B, T] bool, and how much each has to stand for [B, T]: the frames of its segment, shared."""
         at = torch.arange(windows.number.shape[1], device=length.device)
         size, first = windows.of_step(windows.length), windows.of_step(windows.first)
@@ -133,17 +133,17 @@ class FastVID(ClipReducer):
         """The ``count`` [B, T] density peaks among ``others`` [B, T, P] of every frame: [B, T, P] bool."""
         return peaks(rows.flatten(0, 1), others.flatten(0, 1), count.flatten(), NEIGHBOURS)[0].view(others.shape)
 
-    def nearest(self, clips: Clips, rows: Tensor, peak: Tensor, windows: Windows) -> tuple[list[Tensor], Tensor]:
+    def nearest(self, clips: VideoTokens, rows: Tensor, peak: Tensor, windows: FrameWindows) -> tuple[list[Tensor], Tensor]:
         """For every row the peak that it resembles most: in each frame of its segment that gives some, from the last one on, and in all of them
         ([B, N] each, -1 for none)."""
         unit, first, last = unit_rows(rows), windows.of_step(windows.first), windows.of_step(windows.first + windows.length - 1)
         each, most, found = [], rows.new_full(clips.real.shape, float("-inf"), dtype=torch.float32), torch.full_like(clips.index, -1)
         for back in range(0, rows.shape[1], self.every):
             frame = (last - back).clamp(min=0)
-            there = take(peak, frame) & (last - back >= first)[..., None]
-            cosine = (unit @ take(unit, frame).transpose(2, 3)).masked_fill_(~there[:, :, None], float("-inf"))
+            there = gather_rows(peak, frame) & (last - back >= first)[..., None]
+            cosine = (unit @ gather_rows(unit, frame).transpose(2, 3)).masked_fill_(~there[:, :, None], float("-inf"))
             near, place = cosine.max(3) if cosine.shape[3] else (most, found)
-            target = torch.where(near > float("-inf"), take(clips.index, frame).gather(2, place.clamp(min=0)), -1)
+            target = torch.where(near > float("-inf"), gather_rows(clips.index, frame).gather(2, place.clamp(min=0)), -1)
             found, most = torch.where(near > most, target, found), torch.maximum(near, most)
             each.append(target)
         return [clips.rows(target) for target in each], clips.rows(found)

@@ -8,16 +8,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Schedule, SpanPlan, count_of, infeasible, largest_share, target_mean, within
-from duet_vlm.calibration import Calibration, read
 from duet_vlm.methods.fitprune_table import DELETED, TOKENS, Curve, released, stretched
-from duet_vlm.observer import Observer
 from duet_vlm.ops.fitting import fitted
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import TextView, check_budget_or_fields, check_choice, whole
-from duet_vlm.registry import register
-from duet_vlm.settings import FILE
-from duet_vlm.stages import StagedReducer
+from duet_vlm.planning.budget import Budget, Schedule, SpanPlan, count_of, infeasible_budget, largest_fraction, mean_within, target_mean
+from duet_vlm.reducers.base import DecoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.calibration import Calibration, read
+from duet_vlm.reducers.observer import Observer
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.utils.field_types import FILE
 
 USUAL = 60
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the tokens, per layer: the lines of a table that is fitted
@@ -25,14 +25,14 @@ SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of the tokens, per lay
 
 @register("fitprune")
 @dataclass(frozen=True)
-class FitPrune(StagedReducer):
+class FitPrune(ScheduledReducer):
     """FitPrune (AAAI 2025, arXiv 2409.10197): each layer loses the tokens that matter least to the text and to the picture itself.
 
     A token's score is the attention that it receives from text times that from visual tokens, both the largest of all heads, in the layer before.
     How many leave after each layer is fitted so that attention changes least: a table, of which each line is a curve of what the layers read. A
     budget takes the curve that it allows between two lines, or between the ends and those curves that keep all, or none behind the first layer.
 
-    Parameters beyond ``StagedReducer``
+    Parameters beyond ``ScheduledReducer``
     ----------
     table : str or None
         A file that ``duet-vlm calibrate fitprune`` made for this model. None: the released table of LLaVA-1.5-7B, stretched to the decoder's depth.
@@ -46,10 +46,10 @@ class FitPrune(StagedReducer):
 
     paper = "FitPrune, AAAI 2025, arXiv 2409.10197"
     summary = "drop a few tokens after every layer, as many as a table fitted to the model says"
-    stages: ClassVar[Schedule] = ()
-    score_before = 1
+    paper_schedule: ClassVar[Schedule] = ()
+    score_layer_offset = 1
     score_heads = "max"
-    needs = frozenset({"among"})
+    needs = frozenset({"visual_self_attention"})
 
     table: str | None = field(default=None, metadata=FILE)
 
@@ -64,17 +64,17 @@ class FitPrune(StagedReducer):
         """The released numbers that save ``reduction`` % of the FLOPs, for 576 tokens; of ``depth`` layers the first ones' (as released)."""
         check_choice("reduction", str(reduction), tuple(map(str, DELETED)))
         left = [TOKENS - sum(DELETED[reduction][:layer]) for layer in range(1, min(depth, 32))]
-        numbers: dict[str, Any] = {"schedule": tuple(enumerate(left, 1)), "keep_predicting": False}
+        numbers: dict[str, Any] = {"schedule": tuple(enumerate(left, 1)), "protect_predicting_tokens": False}
         return cls(**numbers | fields)
 
     @classmethod
     def observer(cls) -> Observer:
-        return Fitting()
+        return AttentionObserver()
 
     def calibration(self) -> Calibration | None:
         return None if self.table is None else read(self.table, "fitprune", "table")
 
-    def at_depth(self, depth: int) -> Schedule:
+    def schedule_at_depth(self, depth: int) -> Schedule:
         lines = self._lines(depth)
         return tuple(enumerate(lines[len(lines) // 2][1:], 1))
 
@@ -84,7 +84,7 @@ class FitPrune(StagedReducer):
             return super().plan(tokens, depth, None)
         lines, target = self._lines(depth), target_mean(budget, tokens)
         if target >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
 
         def counts(share: float) -> tuple[int, ...]:
             place = (1 - share) * (len(lines) - 1)
@@ -92,9 +92,9 @@ class FitPrune(StagedReducer):
             between = (a + (b - a) * (place - number) for a, b in zip(lines[number], lines[number + 1], strict=True))
             return tuple(count_of(max(0.0, min(1.0, x)), tokens) for x in between)
 
-        if not within(counts(0.0), target):
-            raise infeasible(self.name, target, tokens / depth, tokens, "its first layer runs at full width")
-        return SpanPlan(tokens, tokens, 0, counts(largest_share(lambda x: within(counts(x), target))))
+        if not mean_within(counts(0.0), target):
+            raise infeasible_budget(self.name, target, tokens / depth, tokens, "its first layer runs at full width")
+        return SpanPlan(tokens, tokens, 0, counts(largest_fraction(lambda x: mean_within(counts(x), target))))
 
     def _lines(self, depth: int) -> list[Curve]:
         """From all tokens in every layer to none behind the first one."""
@@ -107,29 +107,29 @@ class FitPrune(StagedReducer):
                 raise ValueError(f"table={self.table!r} was made for a decoder of {len(lines[0])} layers, this one has {depth}: {stored.advice}")
         return [(1.0,) * depth, *lines, (1.0, *(0.0,) * (depth - 1))]
 
-    def t2v(self, view: TextView) -> Tensor:
-        assert view.scores is not None and view.among is not None  # promised by ``uses_text`` and ``needs``
-        return top(view.scores * view.among, view.valid, view.keep)
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        assert view.scores is not None and view.visual_self_attention is not None  # promised by ``uses_text`` and ``needs``
+        return top(view.scores * view.visual_self_attention, view.valid, view.num_keep)
 
 
 @dataclass(frozen=True)
-class Fitting(Observer):
+class AttentionObserver(Observer):
     """Notes what every token receives in every layer, and fits a line to each share of the tokens (arXiv 2409.10197, section 3)."""
 
-    score_before = 1
+    score_layer_offset = 1
     score_heads = "max"
-    needs = frozenset({"among"})
+    needs = frozenset({"visual_self_attention"})
 
-    def asked(self, depth: int) -> frozenset[int]:
+    def extra_stages(self, depth: int) -> frozenset[int]:
         return frozenset(range(1, depth))
 
-    def note(self, view: TextView) -> list[Tensor]:
-        assert view.scores is not None and view.among is not None  # promised by ``uses_text`` and ``needs``
-        both = torch.stack([view.scores, view.among], 1).float().cpu()
-        return [row[:, :there] for row, (there, _) in zip(both, view.counts, strict=True)]
+    def observe(self, view: DecoderView) -> list[Tensor]:
+        assert view.scores is not None and view.visual_self_attention is not None  # promised by ``uses_text`` and ``needs``
+        both = torch.stack([view.scores, view.visual_self_attention], 1).float().cpu()
+        return [row[:, :there] for row, (there, _) in zip(both, view.host_counts, strict=True)]
 
     def result(self, depth: int) -> dict[str, Any]:
-        notes = self.seen.lines
+        notes = self.observations.entries
         calls = (zip(*notes[first : first + depth - 1], strict=True) for first in range(0, len(notes), depth - 1))
         pictures = [tuple(torch.stack(layers, 1)) for call in calls for layers in call if layers[0].shape[1]]
         lines = [fitted(pictures, share) for share in SHARES]

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.ragged import pack_right, take
-from duet_vlm.ops.select import ranks, spaced, top
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.ops.select import ranks, spaced_picks, top
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("frames")
@@ -40,7 +40,7 @@ class Frames(EncoderReducer):
 
     paper = "after EVS (Efficient Video Sampling, NVIDIA)"
     summary = "keep the tokens of a clip that changed since the frame before; images are thinned evenly"
-    reads_time = True
+    compares_frames = True
 
     keep: Keep | None = None
 
@@ -48,26 +48,26 @@ class Frames(EncoderReducer):
         super().__post_init__()
         if self.keep is not None:
             check_keep("keep", self.keep)
-        if self.parts == "each":
-            raise ValueError(f"{self.name} compares the frames of a clip, and parts='each' would separate them: use parts='joint'")
+        if self.crops == "per_crop":
+            raise ValueError(f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'")
         if self.cls_token:
             raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row has no place in the frame to compare")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
-        return Selection.pick(*pack_right(self.changed(view, view.dominant), max(plan.dominant for plan in view.plans)))
+    def select_tokens(self, view: EncoderView) -> Selection:
+        return Selection.keep_only(*pack_right(self.changed(view, view.dominant), max(plan.dominant for plan in view.plans)))
 
-    def changed(self, view: VisionView, count: Tensor) -> Tensor:
+    def changed(self, view: EncoderView, count: Tensor) -> Tensor:
         """Mask [B, N] of ``count`` [B] tokens of each span: the first step, then those that changed most."""
-        if view.stream != "video":
-            return spaced(view.valid, count)
+        if view.modality != "video":
+            return spaced_picks(view.valid, count)
         assert view.features is not None and view.parts is not None  # always there
         first = view.valid & (view.parts <= 0)
         size = first.sum(1)
         score = novelty(view.features, view.valid, view.parts, size)
-        return spaced(first, torch.minimum(count, size)) | top(score, view.valid & ~first, (count - size).clamp(min=0))
+        return spaced_picks(first, torch.minimum(count, size)) | top(score, view.valid & ~first, (count - size).clamp(min=0))
 
 
 def novelty(features: Tensor, valid: Tensor, parts: Tensor, size: Tensor) -> Tensor:
@@ -78,4 +78,4 @@ def novelty(features: Tensor, valid: Tensor, parts: Tensor, size: Tensor) -> Ten
     order = parts.masked_fill(~valid, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)  # by step, then by place
     before = order.gather(1, (ranks(order) - size[:, None]).clamp(min=0))
     unit = unit_rows(features)
-    return take(unit, before).sub_(unit).square_().sum(-1) / 2  # in place: clips are long
+    return gather_rows(unit, before).sub_(unit).square_().sum(-1) / 2  # in place: clips are long

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep, count_of
-from duet_vlm.ops.groups import shares, sums_of_groups, top_of_groups
+from duet_vlm.ops.groups import proportional_shares, sums_of_groups, top_of_groups
 from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import ROUNDINGS, EncoderReducer, VisionView, check_choice, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
-from duet_vlm.vision import Layer
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.registry import register
 
 MOST_CROPS = 64  # more than any model cuts a picture into
 FAR = 1 << 30
@@ -76,29 +76,29 @@ class HiRED(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 0.2, alpha: float = 0.5, **fields: Any) -> HiRED:
         """The released code: stripes, truncated float products, compact positions."""
-        released: dict[str, Any] = {"regions": "stripes", "rounding": "int", "positions": "compact", "keep_predicting": False}
-        return cls(**{"keep": keep, "alpha": alpha, "parts": "joint", "signal_queries": None} | released | fields)
+        released: dict[str, Any] = {"regions": "stripes", "rounding": "int", "positions": "compact", "protect_predicting_tokens": False}
+        return cls(**{"keep": keep, "alpha": alpha, "crops": "joint", "signal_queries": None} | released | fields)
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
         return (self.signal_layer, self.early)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget, self.rounding)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget, self.rounding)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None  # promised by ``signals``
-        group, crops = self.crops(view)
+        group, crops = self.crop_tokens(view)
         chosen = top_of_groups(view.importance, group, view.valid, self.quota(view, group, crops), view.dominant)
-        return Selection.pick(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+        return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
 
-    def crops(self, view: VisionView) -> tuple[Tensor, int]:
+    def crop_tokens(self, view: EncoderView) -> tuple[Tensor, int]:
         """The overview (0) or the crop (from 1) that each token is of [B, N], and room for as many crops as any picture may have."""
-        assert view.parts is not None and view.tiles is not None  # promised by ``reads``
+        assert view.parts is not None and view.crop_grid is not None  # promised by ``reads``
         most = max(1, min(MOST_CROPS, max(plan.tokens for plan in view.plans) - 1))
-        return torch.where(view.tiles.prod(1, keepdim=True) > 0, view.parts.clamp(0, most), 0), most
+        return torch.where(view.crop_grid.prod(1, keepdim=True) > 0, view.parts.clamp(0, most), 0), most
 
-    def quota(self, view: VisionView, group: Tensor, crops: int) -> Tensor:
+    def quota(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
         """How many tokens the overview and each crop keep [B, 1 + crops]: all of the budget where a picture was not cut."""
         overview = view.valid & (group == 0)
         size = sums_of_groups(view.valid, group, view.valid, 1 + crops).long()
@@ -106,30 +106,30 @@ class HiRED(EncoderReducer):
         rest = torch.minimum(view.dominant - torch.minimum(first, size[:, 0]), size[:, 1:].sum(1))
         weight = sums_of_groups(self.important(view, overview), self.region(view, group, crops), overview, crops)
         if self.regions == "quadrants":
-            split = shares(weight, size[:, 1:], rest)
+            split = proportional_shares(weight, size[:, 1:], rest)
         else:  # float32, as released, and without what is left of a token
             split = torch.minimum((weight / weight.sum(1, keepdim=True).clamp(min=1) * rest[:, None]).floor().long(), size[:, 1:])
         return torch.cat([(view.dominant - rest)[:, None], split], 1)
 
-    def important(self, view: VisionView, overview: Tensor) -> Tensor:
+    def important(self, view: EncoderView, overview: Tensor) -> Tensor:
         """[B, N] bool: the most attended tokens of the overview [B, N] in the early layer."""
         early, most = view.layers[1].importance, max(plan.tokens for plan in view.plans)
         assert early is not None  # promised by ``signals``
         wanted = upload([count_of(1 - self.alpha, n, self.rounding) for n in range(most + 1)], overview.device)
         return top(early, overview, wanted[overview.sum(1).clamp(max=most)])
 
-    def region(self, view: VisionView, group: Tensor, crops: int) -> Tensor:
+    def region(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
         """The crop, counted from 0, that shows the place of each token of the overview [B, N]."""
-        assert view.place is not None and view.sides is not None and view.tiles is not None  # promised by ``reads``
-        high, wide, rows, columns = (x[:, None] for x in (*view.sides.unbind(1), *view.tiles.clamp(min=1).unbind(1)))
+        assert view.coords is not None and view.grid_size is not None and view.crop_grid is not None  # promised by ``reads``
+        high, wide, rows, columns = (x[:, None] for x in (*view.grid_size.unbind(1), *view.crop_grid.clamp(min=1).unbind(1)))
         if self.regions == "stripes":
-            raster = view.place[..., 0] * wide + view.place[..., 1]
+            raster = view.coords[..., 0] * wide + view.coords[..., 1]
             return (raster * (rows * columns) // (high * wide)).clamp(0, crops - 1)
         crop, shows = (group - 1).clamp(min=0), (view.valid & (group > 0))[..., None]
-        mosaic = view.place + torch.stack([crop // columns * high, crop % columns * wide], 2)
+        mosaic = view.coords + torch.stack([crop // columns * high, crop % columns * wide], 2)
         begins = mosaic.masked_fill(~shows, FAR).amin(1, keepdim=True)  # what is no padding: the overview shows the picture alone
         ends = mosaic.masked_fill(~shows, -1).amax(1, keepdim=True) + 1
-        at = (begins + (view.place + 0.5) / view.sides[:, None] * (ends - begins)).floor().long() // view.sides[:, None]
+        at = (begins + (view.coords + 0.5) / view.grid_size[:, None] * (ends - begins)).floor().long() // view.grid_size[:, None]
         return (at[..., 0] * columns + at[..., 1]).clamp(0, crops - 1)
 
 

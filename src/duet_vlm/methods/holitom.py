@@ -8,23 +8,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Keep, Schedule
-from duet_vlm.methods.clip import Rows, StagedClipReducer
-from duet_vlm.ops.clips import Clips, Windows, alike_before, divided
+from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
+from duet_vlm.ops.dpc_knn import peaks
 from duet_vlm.ops.groups import ranks_in_groups
 from duet_vlm.ops.merge import nearest_anchor, row_numbers
-from duet_vlm.ops.peaks import peaks
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
-from duet_vlm.ops.still import Sets, everywhere, gains, likest, members_of
-from duet_vlm.reducer import TextView, VisionView, check_choice
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, gains, members_of, most_similar
+from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
+from duet_vlm.planning.budget import Keep, Schedule
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderView, EncoderView, check_choice
+from duet_vlm.reducers.registry import register
 
 
 @register("holitom")
 @dataclass(frozen=True)
-class HoliTom(StagedClipReducer):
+class HoliTom(ScheduledVideoReducer):
     """HoliTom (NeurIPS 2025, arXiv 2505.21334): merge what a clip repeats, before the decoder and once inside it.
 
     A place stands still in a window of frames if every two neighbours have a cosine above ``threshold`` there. The clip is cut into windows so that
@@ -33,7 +33,7 @@ class HoliTom(StagedClipReducer):
     decoder (layer 18 of 28) half of them stay, those that the last text row attends to most, and every other one joins the one that it is most
     like (cosine of hidden states).
 
-    Parameters beyond ``StagedClipReducer``
+    Parameters beyond ``ScheduledVideoReducer``
     ----------
     threshold : float
         Cosine above which a place stands still, in [-1, 1].
@@ -59,12 +59,12 @@ class HoliTom(StagedClipReducer):
 
     paper = "HoliTom, NeurIPS 2025, arXiv 2505.21334"
     summary = "merge over time what stands still in the best windows of a clip, keep the most attended of the rest; inside the decoder once more"
-    stages: ClassVar[Schedule] = ((18, 0.5),)
+    paper_schedule: ClassVar[Schedule] = ((18, 0.5),)
     layers: ClassVar[int] = 28
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
     merges = True
     signals = frozenset({"importance"})
-    reads_places = True
+    compares_positions = True
 
     text_query: str = "last"
     threshold: float = 0.8
@@ -89,23 +89,23 @@ class HoliTom(StagedClipReducer):
     @classmethod
     def official(cls, keep: Keep | None = 0.15, schedule: Schedule | None = ((18, 0.5),), **fields: Any) -> HoliTom:
         """The released settings and order, with counts that are given; ``schedule=()``: nothing inside the decoder, as in some of its scripts."""
-        released: dict[str, Any] = {"rows": "sets", "positions": "compact", "joining": "halving", "keep_predicting": False, "signal_queries": None}
+        released: dict[str, Any] = {"rows": "sets", "positions": "compact", "joining": "halving", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep, "schedule": schedule} | released | fields)
 
-    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+    def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         assert view.importance is not None and view.features is not None
         rows = clips.grid(view.features)
         alike = self.alike(rows, clips)
         windows = gains(alike > self.threshold, clips.length, self.window)
         places, score = self.still(alike, clips, windows)
-        sets = Sets.of(clips, windows, rows, likest(places, score, windows, clips.placed.sum(1) - count))
-        return self.merged(sets, clips.grid(view.importance), divided(count, sets.sizes, sets.sizes))
+        sets = StaticDynamicSets.of(clips, windows, rows, most_similar(places, score, windows, clips.placed.sum(1) - count))
+        return self.merged(sets, clips.grid(view.importance), split_windows(count, sets.sizes, sets.sizes))
 
-    def alike(self, rows: Tensor, clips: Clips) -> Tensor:
+    def alike(self, rows: Tensor, clips: VideoTokens) -> Tensor:
         """Cosine of neighbours at the same place: [B, T, P, C] -> [B, T - 1, P], -1 where one is missing."""
         return alike_before(rows).masked_fill(~(clips.real[:, 1:] & clips.real[:, :-1]), -1.0)
 
-    def still(self, alike: Tensor, clips: Clips, windows: Windows) -> tuple[Tensor, Tensor]:
+    def still(self, alike: Tensor, clips: VideoTokens, windows: FrameWindows) -> tuple[Tensor, Tensor]:
         """Places that stand still in every window [B, T, P] bool, and their smallest cosine there."""
         inside = windows.number[:, 1:] == windows.number[:, :-1]
         least = alike.new_full(clips.real.shape, float("inf"))
@@ -113,7 +113,7 @@ class HoliTom(StagedClipReducer):
         least = least.scatter_reduce(1, windows.number[:, 1:, None].expand(steps.shape), steps, "amin")
         return everywhere(clips, windows) & (least > self.threshold), least
 
-    def merged(self, sets: Sets, attention: Tensor, count: Tensor) -> Rows:
+    def merged(self, sets: StaticDynamicSets, attention: Tensor, count: Tensor) -> VideoRows:
         """``count`` [B, 2 T] rows of every set: density peaks of what stands still, the most attended [B, T, P] of the rest."""
         steps, shape = attention.shape[1], sets.real.shape
         real = sets.real[:, :steps].flatten(0, 1)
@@ -127,15 +127,15 @@ class HoliTom(StagedClipReducer):
         place = torch.arange(shape[2], device=near.device).expand(near.shape)
         place = torch.cat([x.view(-1, steps, shape[2]) for x in (near.masked_fill(none, -1), torch.where(best, place, -1))], 1)
         weight = torch.cat([x.view(-1, steps, shape[2]) for x in (weight, torch.ones_like(weight))], 1)
-        return Rows(sets.kept(chosen), *sets.joins(place, weight), sets.sequence() if self.rows == "sets" else None)
+        return VideoRows(sets.kept(chosen), *sets.joins(place, weight), sets.sequence() if self.rows == "sets" else None)
 
-    def t2v(self, view: TextView) -> Selection:
-        assert view.rows is not None and view.scores is not None  # promised by ``needs`` and ``uses_text``
-        stays = top(view.scores, view.valid, view.keep)
-        index, real = pack_right(stays, max(stay for _, stay in view.counts))
+    def prune_tokens(self, view: DecoderView) -> Selection:
+        assert view.hidden_states is not None and view.scores is not None  # promised by ``needs`` and ``uses_text``
+        stays = top(view.scores, view.valid, view.num_keep)
+        index, real = pack_right(stays, max(stay for _, stay in view.host_counts))
         tokens = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
         leaves = view.valid & ~stays & real.any(1, keepdim=True)
-        into = nearest_anchor(view.rows, tokens, index, real).masked_fill(~leaves, -1)
+        into = nearest_anchor(view.hidden_states, tokens, index, real).masked_fill(~leaves, -1)
         if self.joining == "mean":
             return Selection(index, real, tokens, into)
         turn = ranks_in_groups(torch.zeros_like(view.scores), into, leaves)

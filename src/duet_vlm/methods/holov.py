@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine
-from duet_vlm.ops.groups import shares, stretches, sums_of_groups, top_of_groups
+from duet_vlm.ops.groups import proportional_shares, segment_numbers, sums_of_groups, top_of_groups
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 TINY = torch.finfo(torch.float32).tiny
 BOUND = 1e30  # what a CLS row that must come first is given for attention
@@ -26,7 +26,7 @@ BOUND = 1e30  # what a CLS row that must come first is given for attention
 class HoloV(EncoderReducer):
     """HoloV (NeurIPS 2025): a holistic choice, so that tokens do not all come from the few places that attract attention.
 
-    The tokens of a picture, in raster order, are cut into ``crops`` stretches. A token scores by its attention and by how much its likeness to
+    The tokens of a picture, in raster order, are cut into ``num_crops`` stretches. A token scores by its attention and by how much its likeness to
     the other tokens of its stretch varies (variance of cosines, brought to the mean attention of the stretch, times ``beta``). A stretch gets
     tokens in proportion to its mean score, and keeps its best. Nothing is merged.
 
@@ -34,7 +34,7 @@ class HoloV(EncoderReducer):
     ----------
     keep : int or float, optional
         Tokens per span or the fraction of them. A budget of n keeps n.
-    crops : int
+    num_crops : int
         Stretches of a picture.
     beta : float
         Weight of variety.
@@ -57,7 +57,7 @@ class HoloV(EncoderReducer):
     reads_projected = True
 
     keep: Keep | None = None
-    crops: int = 16
+    num_crops: int = 16
     beta: float = 0.09
     within: str = "score"
     split: str = "even"
@@ -66,8 +66,8 @@ class HoloV(EncoderReducer):
         super().__post_init__()
         if self.keep is not None:
             check_keep("keep", self.keep)
-        if self.crops < 1:
-            raise ValueError(f"crops={self.crops}: stretches that a picture is cut into, at least 1")
+        if self.num_crops < 1:
+            raise ValueError(f"num_crops={self.num_crops}: stretches that a picture is cut into, at least 1")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta={self.beta}: the weight of variety, at least 0")
         check_choice("within", self.within, ("score", "attention"))
@@ -76,23 +76,23 @@ class HoloV(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 64, **fields: Any) -> HoloV:
         """The released LLaVA code: attention chooses within a stretch, whole shares, compact positions."""
-        released: dict[str, Any] = {"within": "attention", "split": "floor", "positions": "compact", "keep_predicting": False}
-        return cls(**{"keep": keep, "parts": "joint", "signal_queries": None} | released | fields)
+        released: dict[str, Any] = {"within": "attention", "split": "floor", "positions": "compact", "protect_predicting_tokens": False}
+        return cls(**{"keep": keep, "crops": "joint", "signal_queries": None} | released | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None  # promised by ``signals``
-        stretch = stretches(view.valid, self.crops)
+        stretch = segment_numbers(view.valid, self.num_crops)
         score = self.score(view, stretch)
-        size = sums_of_groups(view.valid, stretch, view.valid, self.crops)
-        mean = sums_of_groups(score, stretch, view.valid, self.crops) / size.clamp(min=1)
+        size = sums_of_groups(view.valid, stretch, view.valid, self.num_crops)
+        mean = sums_of_groups(score, stretch, view.valid, self.num_crops) / size.clamp(min=1)
         by = score if self.within == "score" else view.importance
         chosen = top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
-        return Selection.pick(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+        return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
 
-    def score(self, view: VisionView, stretch: Tensor) -> Tensor:
+    def score(self, view: EncoderView, stretch: Tensor) -> Tensor:
         """Attention and variety of each token [B, N]; a stretch of one token has no variety."""
         assert view.importance is not None and view.features is not None  # promised by ``signals``
         others = (stretch[:, :, None] == stretch[:, None]) & view.valid[:, None]
@@ -105,14 +105,14 @@ class HoloV(EncoderReducer):
         fed = view.importance >= BOUND  # a CLS row counts as the most attended token
         attention = view.importance.masked_fill(fed, 0.0)
         attention = torch.where(fed, attention.amax(1, keepdim=True), attention)
-        both = (sums_of_groups(x, stretch, view.valid, self.crops).gather(1, stretch) for x in (attention, variety))
+        both = (sums_of_groups(x, stretch, view.valid, self.num_crops).gather(1, stretch) for x in (attention, variety))
         level, varies = both
         return attention + self.beta * variety * level / varies.clamp(min=TINY)
 
     def quota(self, mean: Tensor, size: Tensor, total: Tensor) -> Tensor:
         """How many tokens each stretch keeps [B, crops], from its mean score and its size."""
         if self.split == "even":
-            return shares(mean, size, total)
+            return proportional_shares(mean, size, total)
         part = (mean / mean.sum(1, keepdim=True).clamp(min=TINY) * total[:, None]).floor().long()
         order = ranks(ranking(mean, torch.ones_like(mean, dtype=torch.bool)))
         return part + (order < (total - part.sum(1))[:, None])

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duet_vlm.ops.select import top
-from duet_vlm.registry import register
-from duet_vlm.tower import TowerReducer, TowerView, check_after
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.vision_tower import TowerReducer, TowerView, check_after
 
 
 @register("key_norm")
@@ -38,6 +38,6 @@ class KeyNorm(TowerReducer):
     def boundaries(self, depth: int) -> Sequence[int]:
         return (self.after,)
 
-    def stay(self, view: TowerView) -> Tensor:
+    def keep_patches(self, view: TowerView) -> Tensor:
         assert view.key_norm is not None  # promised by ``tower_signals``
-        return top(-view.key_norm, view.valid, view.keep)
+        return top(-view.key_norm, view.valid, view.num_keep)

@@ -8,28 +8,28 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Schedule
-from duet_vlm.methods.clip import Rows, StagedClipReducer
-from duet_vlm.ops.clips import Clips, Windows, alike_before, divided
+from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.select import ranking, ranks, spaced, top
-from duet_vlm.reducer import TextView, VisionView
-from duet_vlm.registry import register
+from duet_vlm.ops.select import ranking, ranks, spaced_picks, top
+from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.reducers.base import DecoderView, EncoderView
+from duet_vlm.reducers.registry import register
 
 SLACK = 1e-6  # of a cosine, lost by rounding
 
 
 @register("metok")
 @dataclass(frozen=True)
-class METok(StagedClipReducer):
+class METok(ScheduledVideoReducer):
     """METok (EMNLP 2025, arXiv 2506.02850): three stages by the events of a clip and what the question asks. From the abstract: no code is public.
 
     Before the decoder the clip is cut into events where neighbouring frames are unlike each other, and events are ranked by their likeness to the
     question. Tokens that repeat the frame before them leave. The key events keep their other tokens, those of the rest are pooled. Inside the
     decoder, at three layers, the tokens stay that text attends to most, times the weight of their event (a softmax over the clip). Behind the
-    prompt, earlier layers forget the others (``cache="cut"``): so much of the cache is left as the last stage keeps.
+    prompt, earlier layers forget the others (``trim_kv_cache=True``): so much of the cache is left as the last stage keeps.
 
-    Parameters beyond ``StagedClipReducer``
+    Parameters beyond ``ScheduledVideoReducer``
     ----------
     deviations : float
         A clip is cut between frames whose likeness is so many standard deviations below the mean of the clip, at least 0.
@@ -52,12 +52,12 @@ class METok(StagedClipReducer):
 
     paper = "METok, EMNLP 2025, arXiv 2506.02850"
     summary = "cut a clip into events, keep more of those that the question is about, before the decoder and at three layers inside it"
-    stages: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
-    score_before = 0
-    needs = frozenset({"notes"})
+    paper_schedule: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
+    score_layer_offset = 0
+    needs = frozenset({"tags"})
     reads = frozenset({"question"})
 
-    cache: str = "cut"
+    trim_kv_cache: bool = True
     deviations: float = 1.0
     key: float = 0.25
     pooled: float = 0.25
@@ -76,22 +76,22 @@ class METok(StagedClipReducer):
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature}: of a softmax, above 0")
 
-    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+    def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         assert view.features is not None and view.question is not None  # promised by ``reads``
         rows = clips.grid(view.features)
         frames = unit_rows(clips.means(rows))
         events = self.events(frames, clips.length)
-        words, real = unit_rows(view.question.rows), view.question.valid[..., None]
+        words, real = unit_rows(view.question.embeddings), view.question.valid[..., None]
         asked = (words * real).sum(1) / real.sum(1).clamp(min=1)
         relevance = events.sums((frames @ asked[..., None])[..., 0]) / events.length.clamp(min=1)
         fresh = self.fresh(rows, clips, events)
         share = torch.where(events.of_step(self.key_events(relevance, events)), 1.0, self.pooled)
-        kept, place, weight = pooled(clips.real, fresh, divided(count, share * fresh.sum(2), clips.sizes))
+        kept, place, weight = pooled(clips.real, fresh, split_windows(count, share * fresh.sum(2), clips.sizes))
         owner = clips.rows(clips.index.gather(2, place.clamp(min=0)).masked_fill(place < 0, -1)).masked_fill(~clips.placed, -1)
         notes = clips.of_step(events.of_step(self.weights(relevance, events)))
-        return Rows(clips.rows(kept) & clips.placed, owner, clips.rows(weight), notes=notes)
+        return VideoRows(clips.rows(kept) & clips.placed, owner, clips.rows(weight), notes=notes)
 
-    def events(self, frames: Tensor, length: Tensor) -> Windows:
+    def events(self, frames: Tensor, length: Tensor) -> FrameWindows:
         """Of unit rows, one for each frame [B, T, C]."""
         alike = (frames[:, 1:] * frames[:, :-1]).sum(-1)
         real = torch.arange(1, frames.shape[1], device=frames.device) < length[:, None]
@@ -99,27 +99,27 @@ class METok(StagedClipReducer):
         mean = (alike * real).sum(1, keepdim=True) / number
         spread = (((alike - mean).square() * real).sum(1, keepdim=True) / number).sqrt()
         cuts = real & (alike < mean - self.deviations * spread - SLACK)
-        return Windows.of(torch.nn.functional.pad(cuts, (1, 0), value=True), length)
+        return FrameWindows.of(torch.nn.functional.pad(cuts, (1, 0), value=True), length)
 
-    def key_events(self, relevance: Tensor, events: Windows) -> Tensor:
+    def key_events(self, relevance: Tensor, events: FrameWindows) -> Tensor:
         """[B, T] bool."""
         there = events.length > 0
         count = (there.sum(1) * self.key - SLACK).ceil()
         return there & (ranks(ranking(relevance, there)) < count[:, None])
 
-    def weights(self, relevance: Tensor, events: Windows) -> Tensor:
+    def weights(self, relevance: Tensor, events: FrameWindows) -> Tensor:
         """What an event counts inside the decoder [B, T], 1 in the mean of the clip."""
         there = events.length > 0
         return (relevance / self.temperature).masked_fill(~there, float("-inf")).softmax(1) * there.sum(1, keepdim=True)
 
-    def fresh(self, rows: Tensor, clips: Clips, events: Windows) -> Tensor:
+    def fresh(self, rows: Tensor, clips: VideoTokens, events: FrameWindows) -> Tensor:
         """Tokens that do not repeat the frame before them [B, T, P] bool."""
         again = (alike_before(rows) > self.threshold) & clips.real[:, :-1] & (events.number[:, 1:] == events.number[:, :-1])[..., None]
         return clips.real & ~torch.nn.functional.pad(again, (0, 0, 1, 0))
 
-    def t2v(self, view: TextView) -> Tensor:
-        assert view.scores is not None and view.notes is not None  # promised by ``needs`` and ``uses_text``
-        return top(view.scores * torch.where(view.notes > 0, view.notes, 1.0), view.valid, view.keep)
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        assert view.scores is not None and view.tags is not None  # promised by ``needs`` and ``uses_text``
+        return top(view.scores * torch.where(view.tags > 0, view.tags, 1.0), view.valid, view.num_keep)
 
 
 def pooled(real: Tensor, fresh: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,6 +135,6 @@ def pooled(real: Tensor, fresh: Tensor, count: Tensor) -> tuple[Tensor, Tensor, 
     joins = fresh & (runs > 0)
     first = torch.full_like(place, places).scatter_reduce(2, run, torch.where(joins, place, places), "amin").gather(2, run)
     size = torch.zeros_like(place).scatter_add(2, run, joins.long()).gather(2, run)
-    more = spaced((real & ~fresh).flatten(0, 1), (count - runs[..., 0]).flatten()).view(batch, steps, places)
+    more = spaced_picks((real & ~fresh).flatten(0, 1), (count - runs[..., 0]).flatten()).view(batch, steps, places)
     into = torch.where(more, place, torch.where(joins, first, -1))
     return begins | more, into, torch.where(more, 1.0, 1 / size.clamp(min=1))

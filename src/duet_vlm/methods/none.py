@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from duet_vlm.budget import Budget, SpanPlan, check_budget
-from duet_vlm.reducer import Reducer, whole
-from duet_vlm.registry import register
+from duet_vlm.planning.budget import Budget, SpanPlan, check_budget
+from duet_vlm.reducers.base import Reducer, plan_keep_all
+from duet_vlm.reducers.registry import register
 
 
 @register("none")
@@ -20,4 +20,4 @@ class NoReduction(Reducer):
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget(budget)
-        return whole(tokens, depth)
+        return plan_keep_all(tokens, depth)

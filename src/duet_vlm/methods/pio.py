@@ -8,23 +8,23 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from duet_vlm.budget import Schedule
-from duet_vlm.ops.greedy import cosine, suppress
-from duet_vlm.reducer import TextView
-from duet_vlm.registry import register
-from duet_vlm.stages import StagedReducer
+from duet_vlm.ops.greedy import cosine, greedy_nms
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 
 @register("pio")
 @dataclass(frozen=True)
-class Pio(StagedReducer):
+class Pio(ScheduledReducer):
     """PIO-FVLM, later called TRIO (arXiv 2602.04657): how much would the model's prediction change, were a visual token another one?
 
     At each stage the next layer, the last norm and the head predict from the four rows before the prompt's last one. The gradient of the cross
     entropy against the likeliest tokens is taken by the hidden states that the layer reads; a token's saliency is the length of its gradient. By
     falling saliency each token stays that resembles none before it (cosine below ``tau``); if these are too few, the best of the others fill up.
 
-    Parameters beyond ``StagedReducer`` (its stages are before layers 1, 10 and 15 of 32, and keep 38 %, 22 % and 9 %)
+    Parameters beyond ``ScheduledReducer`` (its stages are before layers 1, 10 and 15 of 32, and keep 38 %, 22 % and 9 %)
     ----------
     tau : float
         Cosine from which two tokens are doubles, in [-1, 1]; 1 takes out exact doubles only.
@@ -40,9 +40,9 @@ class Pio(StagedReducer):
 
     paper = "PIO-FVLM (TRIO), arXiv 2602.04657"
     summary = "drop in stages inside the decoder: keep what the gradient of the model's own prediction is largest for, without doubles"
-    stages: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
+    paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
     uses_text = False
-    needs = frozenset({"rows", "gradient"})
+    needs = frozenset({"hidden_states", "gradient"})
 
     tau: float = 0.8
 
@@ -59,7 +59,7 @@ class Pio(StagedReducer):
         for layer, count in zip(layers, counts, strict=True):
             if count and (not schedule or count < schedule[-1][1]):
                 schedule.append((layer, count))
-        released: dict[str, Any] = {"schedule": tuple(schedule), "positions": "compact", "keep_predicting": False}
+        released: dict[str, Any] = {"schedule": tuple(schedule), "positions": "compact", "protect_predicting_tokens": False}
         return cls(**released | fields)
 
     @classmethod
@@ -67,11 +67,11 @@ class Pio(StagedReducer):
         """The released Qwen2.5-VL code: ``ratios`` of what is there, truncated; the probe is the layer that has just run, once more, and the input
         embeddings are the head. The ratios are not published: those of the LLaVA stages."""
         schedule = tuple(zip(layers, ratios, strict=True))
-        released: dict[str, Any] = {"relative": "current", "rounding": "int", "probe": "last", "keep_predicting": False}
+        released: dict[str, Any] = {"relative": "current", "rounding": "int", "probe": "last", "protect_predicting_tokens": False}
         return cls(**{"schedule": schedule} | released | fields)
 
-    def t2v(self, view: TextView) -> Tensor:
-        assert view.rows is not None and view.gradient is not None  # promised by ``needs``
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        assert view.hidden_states is not None and view.gradient is not None  # promised by ``needs``
         saliency = view.gradient.norm(dim=-1)
-        most = max(stay for _, stay in view.counts)
-        return suppress(cosine(view.rows, view.valid), saliency, view.valid, view.keep, most, self.tau)
+        most = max(stay for _, stay in view.host_counts)
+        return greedy_nms(cosine(view.hidden_states, view.valid), saliency, view.valid, view.num_keep, most, self.tau)

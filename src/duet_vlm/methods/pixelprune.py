@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.reducer import check_choice
-from duet_vlm.registry import register
-from duet_vlm.tower import ThresholdReducer, TowerView, check_threshold
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.vision_tower import ThresholdReducer, TowerView, check_threshold
 
 
 @register("pixelprune")
@@ -37,7 +37,7 @@ class PixelPrune(ThresholdReducer):
     summary = "patches that repeat the pixels beside or above them do not go through the vision tower"
     tower_signals = frozenset({"pixels"})
 
-    mass: bool = False
+    proportional_attention: bool = False
     threshold: float = 0.0
     metric: str = "max"
 
@@ -52,7 +52,7 @@ class PixelPrune(ThresholdReducer):
         for picture, grid in enumerate(view.grids):
             count = grid[0] * grid[1]
             pixels = view.pixels[picture, :count, 0].float().unflatten(0, grid)
-            scores[picture, :count] = self.of_picture(pixels, bool(view.keeps)).flatten()
+            scores[picture, :count] = self.of_picture(pixels, bool(view.has_count)).flatten()
         return scores
 
     def of_picture(self, pixels: Tensor, as_they_are: bool) -> Tensor:

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.ops.windows import Windows, windows
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.windows import GridWindows, windows
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("pool")
@@ -19,7 +19,7 @@ class Pool(EncoderReducer):
     """Every picture, crop or frame is cut into as many windows as rows may enter, and each row is the mean of its window.
 
     Windows have equally many tokens, or one more, and are rectangles where rows and columns are multiples of them: 24 x 24 tokens become 8 x 8
-    windows of 3 x 3 at 64. With ``parts="joint"`` crops or frames are cut together, one below the other. A row stands where the token in the middle
+    windows of 3 x 3 at 64. With ``crops="joint"`` crops or frames are cut together, one below the other. A row stands where the token in the middle
     of its window stood. Nothing is learned here; a projector and a decoder that are trained with it learn to read means.
 
     Parameters
@@ -34,7 +34,7 @@ class Pool(EncoderReducer):
     summary = "the mean of every window of a grid as one row, before the decoder (baseline)"
     reads = frozenset({"grid"})
 
-    parts: str = "each"
+    crops: str = "per_crop"
     keep: Keep | None = None
 
     def __post_init__(self) -> None:
@@ -45,20 +45,20 @@ class Pool(EncoderReducer):
             check_keep("keep", self.keep)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         return windows_of(view).selection()
 
 
-def places_of(view: VisionView) -> Tensor:
+def places_of(view: EncoderView) -> Tensor:
     """Row and column of each token [B, N, 2], parts that are reduced together one below the other."""
-    assert view.place is not None and view.parts is not None and view.sides is not None  # promised by ``reads``
-    above = view.parts.clamp(min=0) * view.sides[:, :1]
-    return view.place.clamp(min=0) + nn.functional.pad(above[..., None], (0, 1))
+    assert view.coords is not None and view.parts is not None and view.grid_size is not None  # promised by ``reads``
+    above = view.parts.clamp(min=0) * view.grid_size[:, :1]
+    return view.coords.clamp(min=0) + nn.functional.pad(above[..., None], (0, 1))
 
 
-def windows_of(view: VisionView) -> Windows:
+def windows_of(view: EncoderView) -> GridWindows:
     """The windows of each picture, as many as rows are planned."""
     most = max(plan.entry for plan in view.plans)
     largest = max((-(-plan.tokens // plan.entry) for plan in view.plans if plan.entry), default=1)

@@ -8,43 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.calibration import Calibration
-from duet_vlm.observer import Observer
-from duet_vlm.reducer import TextView
+from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.calibration import Calibration
+from duet_vlm.reducers.observer import Observer
 
 Grid = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Biased(Observer):
+class PositionBiasObserver(Observer):
     """Notes the attention that visual tokens get from the last text token in the layer before ``layer``; its mean per grid is stored."""
 
-    score_before = 1
+    score_layer_offset = 1
     uses_tokens = True
 
     text_query: str = "last"
     layer: int = 2
 
-    def asked(self, depth: int) -> frozenset[int]:
+    def extra_stages(self, depth: int) -> frozenset[int]:
         return frozenset({self.layer})
 
-    def note(self, view: TextView) -> list[tuple[str, Tensor]]:
+    def observe(self, view: DecoderView) -> list[tuple[str, Tensor]]:
         assert view.scores is not None  # promised by ``uses_text``
         rows = [(scores[:there], *view.spans[int(span)], view.grids[int(span)]) for scores, (there, _), span in self._spans(view)]
         return [(name_of(size, grid), scores.float().cpu().view(shape_of(size, grid))) for scores, _, size, grid in rows]
 
-    def _spans(self, view: TextView) -> list[Any]:
-        assert view.scores is not None and view.span is not None
-        return [row for row in zip(view.scores, view.counts, view.span[:, 0], strict=True) if row[1][0]]
+    def _spans(self, view: DecoderView) -> list[Any]:
+        assert view.scores is not None and view.span_index is not None
+        return [row for row in zip(view.scores, view.host_counts, view.span_index[:, 0], strict=True) if row[1][0]]
 
     def result(self, depth: int) -> dict[str, Any]:
         found: dict[str, list[Tensor]] = {}
-        for name, scores in (pair for note in self.seen.lines for pair in note):
+        for name, scores in (pair for note in self.observations.entries for pair in note):
             found.setdefault(name, []).append(scores)
         return {name: torch.stack(scores).mean(0) for name, scores in found.items()}
 
 
-def bias_of(stored: Calibration, view: TextView, resize: bool) -> Tensor:
+def bias_of(stored: Calibration, view: DecoderView, resize: bool) -> Tensor:
     """[B, V], what each token's place gets; with ``resize`` interpolated from the largest grid where its own is not known.
 
     Raises
@@ -52,7 +52,7 @@ def bias_of(stored: Calibration, view: TextView, resize: bool) -> Tensor:
     ValueError
         An unknown grid otherwise.
     """
-    assert view.scores is not None and view.token is not None and view.span is not None
+    assert view.scores is not None and view.token_index is not None and view.span_index is not None
     if view.scores.is_meta:  # costs are counted on shapes
         return torch.ones_like(view.scores)
 
@@ -67,7 +67,7 @@ def bias_of(stored: Calibration, view: TextView, resize: bool) -> Tensor:
         return nn.functional.interpolate(largest[None, None], shape_of(size, grid), mode="bilinear").flatten()
 
     every = [of(size, grid).to(view.scores) for (_, size), grid in zip(view.spans, view.grids, strict=True)]
-    return nn.utils.rnn.pad_sequence(every, batch_first=True)[view.span, view.token]
+    return nn.utils.rnn.pad_sequence(every, batch_first=True)[view.span_index, view.token_index]
 
 
 def shape_of(size: int, grid: Grid) -> tuple[int, int]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible, target_mean
-from duet_vlm.ops.absorb import with_neighbours
+from duet_vlm.ops.neighbor_merge import merge_with_neighbours
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, top
-from duet_vlm.reducer import ROUNDINGS, EncoderReducer, VisionView, check_budget_or_fields, check_choice, whole
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.registry import register
 
 
 @register("prumerge")
@@ -77,7 +77,7 @@ class PruMerge(EncoderReducer):
         """The released rule with ``keep`` of each crop (released in training: 1/8; else the share of outliers): sums, the last vision layer,
         compact positions."""
         released: dict[str, Any] = {"merge": "sum", "order": "attention", "rounding": "int", "signal_heads": "one", "signal_layer": -1}
-        released |= {"positions": "compact", "parts": "each", "keep_predicting": False, "signal_queries": None}
+        released |= {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep} | released | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -88,11 +88,11 @@ class PruMerge(EncoderReducer):
             target = target_mean(budget, tokens)
             entry = int(target + EPSILON)
             if entry < 1:
-                raise infeasible(self.name, target, 1, tokens, "at least one token enters the decoder")
+                raise infeasible_budget(self.name, target, 1, tokens, "at least one token enters the decoder")
             others = int(entry > 1)
             kept = entry - others
         if kept + others >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
         return SpanPlan(tokens, kept, others, (kept + others,) * depth)
 
     def kept_of(self, tokens: int) -> int:
@@ -100,11 +100,11 @@ class PruMerge(EncoderReducer):
         assert self.keep is not None
         return count_of(self.keep, tokens, self.rounding)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         tokens, real = self.chosen(view)
         return self.around(view, tokens, tokens, real)
 
-    def chosen(self, view: VisionView) -> tuple[Tensor, Tensor]:
+    def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
         """The kept tokens [B, K] in the order of their rows, and which of them are real [B, K]."""
         assert view.importance is not None  # promised by ``signals``
         width = max(plan.dominant for plan in view.plans)
@@ -113,10 +113,10 @@ class PruMerge(EncoderReducer):
         place = torch.arange(width, device=view.valid.device)
         return ranking(view.importance, view.valid)[:, :width], place < view.dominant[:, None]
 
-    def around(self, view: VisionView, tokens: Tensor, places: Tensor, real: Tensor) -> Selection:
+    def around(self, view: EncoderView, tokens: Tensor, places: Tensor, real: Tensor) -> Selection:
         """Each of ``tokens`` [B, K] and what resembles it in a row at ``places`` [B, K], and behind them a row of all that is left.
 
         A token that is kept twice counts twice as a neighbour. A place whose token is not kept is lost: it joins no row.
         """
         assert view.importance is not None and view.keys is not None  # promised by ``signals``
-        return with_neighbours(tokens, places, real, view.valid, view.contextual, view.importance, view.keys, self.neighbours, self.merge == "mean")
+        return merge_with_neighbours(tokens, places, real, view.valid, view.contextual, view.importance, view.keys, self.neighbours, self.merge == "mean")

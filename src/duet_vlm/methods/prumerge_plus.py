@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan
 from duet_vlm.methods.prumerge import PruMerge
 from duet_vlm.ops.ragged import pack_right, upload
-from duet_vlm.ops.select import outliers, ranking, spaced, top
-from duet_vlm.reducer import VisionView, check_choice
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.select import outliers, ranking, spaced_picks, top
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.registry import register
 
 
 @register("prumerge_plus")
@@ -76,18 +76,18 @@ class PruMergePlus(PruMerge):
         step = int(1 / self.keep) if isinstance(self.keep, float) else tokens // attended
         return range(step // 2, tokens - 1, step)
 
-    def v2v(self, view: VisionView) -> Selection:
-        return super().v2v(view) if self.spacing == "even" else self.around(view, *self.released(view))
+    def select_tokens(self, view: EncoderView) -> Selection:
+        return super().select_tokens(view) if self.spacing == "even" else self.around(view, *self.released(view))
 
-    def chosen(self, view: VisionView) -> tuple[Tensor, Tensor]:
+    def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
         assert view.importance is not None  # promised by ``signals``
         most = upload([math.ceil(plan.dominant * self.important) for plan in view.plans], view.valid.device)
         important = torch.minimum(outliers(view.importance, view.valid).sum(1), most)
         attended = top(view.importance, view.valid, important)
-        even = spaced(view.valid & ~attended, view.dominant - important)
+        even = spaced_picks(view.valid & ~attended, view.dominant - important)
         return pack_right(attended | even, max(plan.dominant for plan in view.plans))
 
-    def released(self, view: VisionView) -> tuple[Tensor, Tensor, Tensor]:
+    def released(self, view: EncoderView) -> tuple[Tensor, Tensor, Tensor]:
         """The kept tokens [B, K], where their rows stand, and which are real. A second row of a token stands where one is lost."""
         assert view.importance is not None  # promised by ``signals``
         device, sizes = view.valid.device, [PruMerge.kept_of(self, plan.tokens) if plan.merges else plan.dominant for plan in view.plans]

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.greedy import cosine
-from duet_vlm.ops.groups import principal, shares, sums_of_groups, survivors, top_of_groups
+from duet_vlm.ops.groups import principal, proportional_shares, sums_of_groups, survivors, top_of_groups
 from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 PER_GROUP = 4  # tokens to keep for each group
 SCALE = 32  # tokens to keep at which the threshold is the mean likeness of the picture
@@ -62,12 +62,12 @@ class PruneSID(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 64, **fields: Any) -> PruneSID:
         """As the released LLaVA code but for what the class names: compact positions; ``keep`` patches of each crop."""
-        return cls(**{"keep": keep, "positions": "compact", "parts": "each", "keep_predicting": False, "signal_queries": None} | fields)
+        return cls(**{"keep": keep, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None} | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None and view.features is not None  # promised by ``signals``
         most = max(plan.dominant for plan in view.plans)
         group, groups = self.groups(view)
@@ -77,12 +77,12 @@ class PruneSID(EncoderReducer):
         taken = step < upload(limits, step.device)[:, None]
         apart, size = (sums_of_groups(mask, group, view.valid, groups) for mask in (taken, view.valid))
         one = (size > 0).long()
-        more = shares(apart - one, (apart - one).clamp(min=0), view.dominant - one.sum(1))
+        more = proportional_shares(apart - one, (apart - one).clamp(min=0), view.dominant - one.sum(1))
         worse = ranks(ranking(view.importance, view.valid))
         first = -(worse + ~taken * worse.shape[1]).float()  # by attention, who was taken in front of who left
-        return Selection.pick(*pack_right(top_of_groups(first, group, view.valid, one + more, view.dominant), most))
+        return Selection.keep_only(*pack_right(top_of_groups(first, group, view.valid, one + more, view.dominant), most))
 
-    def groups(self, view: VisionView) -> tuple[Tensor, int]:
+    def groups(self, view: EncoderView) -> tuple[Tensor, int]:
         """The group of each token [B, N], and how many there are at most."""
         assert view.features is not None
         counts = [min(max(1, plan.dominant // PER_GROUP), max(1, plan.tokens)) for plan in view.plans]
@@ -90,7 +90,7 @@ class PruneSID(EncoderReducer):
         parts = principal(view.features.float().sigmoid(), view.valid, wanted, max(counts))
         return parts.abs().argmax(-1), max(counts)
 
-    def threshold(self, view: VisionView, likeness: Tensor) -> Tensor:
+    def threshold(self, view: EncoderView, likeness: Tensor) -> Tensor:
         """The cosine above which two tokens of a group are the same [B]."""
         count = view.valid.sum(1).clamp(min=2)
         mean = (likeness.sum((1, 2)) - view.valid.sum(1)) / (count * (count - 1))

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.budget import Keep, Schedule
-from duet_vlm.methods.clip import Rows, StagedClipReducer
-from duet_vlm.ops.clips import Clips, Windows, divided
-from duet_vlm.ops.groups import numbered, ranks_in_groups, same_shares
+from duet_vlm.methods.video_base import ScheduledVideoReducer, VideoRows
+from duet_vlm.ops.dpc_knn import peaks
+from duet_vlm.ops.groups import equal_shares, numbered, ranks_in_groups
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.peaks import peaks
-from duet_vlm.ops.still import Sets, everywhere, likest, members_of
-from duet_vlm.reducer import TextView, VisionView, check_choice
-from duet_vlm.registry import register
+from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, members_of, most_similar
+from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
+from duet_vlm.planning.budget import Keep, Schedule
+from duet_vlm.reducers.base import DecoderView, EncoderView, check_choice
+from duet_vlm.reducers.registry import register
 
 NEIGHBOURS = 7  # tokens that decide how dense it is around one
 SETS = 1 << 24  # more than a clip has
@@ -24,15 +24,15 @@ SETS = 1 << 24  # more than a clip has
 
 @register("prunevid")
 @dataclass(frozen=True)
-class PruneVid(StagedClipReducer):
+class PruneVid(ScheduledVideoReducer):
     """PruneVid (Findings of ACL 2025, arXiv 2412.16117): merge over time and space before the decoder, drop by the question inside it.
 
     Frames are clustered by their means (density peaks) and clusters made contiguous. A place stands still in such a window if the mean cosine of its
     tokens over all pairs of frames is above ``threshold``: these are averaged. What stands still in a window, and the rest of every frame, is
     clustered again, and every cluster becomes its mean. Nothing leaves without being merged. Inside the decoder, behind layer 10 of 32, every such
-    set keeps the same share, the rows that any head of any text row attends to most, and earlier layers forget the others (``cache="cut"``).
+    set keeps the same share, the rows that any head of any text row attends to most, and earlier layers forget the others (``trim_kv_cache=True``).
 
-    Parameters beyond ``StagedClipReducer``
+    Parameters beyond ``ScheduledVideoReducer``
     ----------
     windows : float
         Clusters of frames, as a fraction of the frames, in (0, 1].
@@ -53,13 +53,13 @@ class PruneVid(StagedClipReducer):
 
     paper = "PruneVid, Findings of ACL 2025, arXiv 2412.16117"
     summary = "merge over time what stands still in windows of like frames, then every set into clusters; a drop by text in each"
-    stages: ClassVar[Schedule] = ((11, 0.4),)
+    paper_schedule: ClassVar[Schedule] = ((11, 0.4),)
     score_heads = "most"
     uses_tokens = True
-    needs = frozenset({"notes"})
-    reads_places = True
+    needs = frozenset({"tags"})
+    compares_positions = True
 
-    cache: str = "cut"
+    trim_kv_cache: bool = True
     windows: float = 0.25
     threshold: float = 0.8
     neighbours: int = 7
@@ -78,17 +78,17 @@ class PruneVid(StagedClipReducer):
     @classmethod
     def official(cls, keep: Keep | None = 0.17, schedule: Schedule | None = ((11, 0.4),), **fields: Any) -> PruneVid:
         """The released settings and order, with counts that are given."""
-        return cls(**{"keep": keep, "schedule": schedule, "rows": "sets", "positions": "compact", "keep_predicting": False} | fields)
+        return cls(**{"keep": keep, "schedule": schedule, "rows": "sets", "positions": "compact", "protect_predicting_tokens": False} | fields)
 
-    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+    def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         assert view.features is not None
         rows = clips.grid(view.features)
         windows = self.cut(rows, clips)
         places, score = self.still(rows, clips, windows)
-        sets = Sets.of(clips, windows, rows, likest(places, score, windows, clips.placed.sum(1) - count))
-        return self.merged(sets, divided(count, sets.sizes, sets.sizes))._replace(notes=clips.rows(sets.number))
+        sets = StaticDynamicSets.of(clips, windows, rows, most_similar(places, score, windows, clips.placed.sum(1) - count))
+        return self.merged(sets, split_windows(count, sets.sizes, sets.sizes))._replace(notes=clips.rows(sets.number))
 
-    def cut(self, rows: Tensor, clips: Clips) -> Windows:
+    def cut(self, rows: Tensor, clips: VideoTokens) -> FrameWindows:
         """Windows of like frames of rows [B, T, P, C]."""
         length = clips.length
         steps = torch.arange(rows.shape[1], device=rows.device) < length[:, None]
@@ -96,14 +96,14 @@ class PruneVid(StagedClipReducer):
         _, near, _ = peaks(clips.means(rows), steps, count, self.neighbours)
         return contiguous(near, length)
 
-    def still(self, rows: Tensor, clips: Clips, windows: Windows) -> tuple[Tensor, Tensor]:
+    def still(self, rows: Tensor, clips: VideoTokens, windows: FrameWindows) -> tuple[Tensor, Tensor]:
         """Places that stand still in every window [B, T, P] bool, and the mean cosine of all pairs of their tokens."""
         unit = unit_rows(rows).masked_fill(~clips.real[..., None], 0)
         pairs = (windows.length * (windows.length - 1)).clamp(min=1)[..., None]
         score = (windows.sums(unit).square().sum(-1) - windows.sums(unit.square().sum(-1))) / pairs
         return everywhere(clips, windows) & (score > self.threshold), score
 
-    def merged(self, sets: Sets, count: Tensor) -> Rows:
+    def merged(self, sets: StaticDynamicSets, count: Tensor) -> VideoRows:
         """``count`` [B, 2 T] cluster means of every set."""
         shape, real = sets.real.shape, sets.real.flatten(0, 1)
         peak, near, rank = peaks(sets.rows.flatten(0, 1), real, count.flatten(), NEIGHBOURS)
@@ -112,20 +112,20 @@ class PruneVid(StagedClipReducer):
         as_is = count.flatten()[:, None] >= real.sum(1, keepdim=True)
         rank = torch.where(as_is, torch.arange(shape[2], device=rank.device), rank)
         order = sets.sequence(rank.view(shape)) if self.rows == "sets" else None
-        return Rows(sets.kept(peak.view(shape)), *sets.joins(near.view(shape), weight.view(shape)), order)
+        return VideoRows(sets.kept(peak.view(shape)), *sets.joins(near.view(shape), weight.view(shape)), order)
 
-    def t2v(self, view: TextView) -> Tensor:
-        assert view.scores is not None and view.notes is not None and view.span is not None  # promised
-        group = numbered(view.span * SETS + view.notes.long(), view.valid)
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        assert view.scores is not None and view.tags is not None and view.span_index is not None  # promised
+        group = numbered(view.span_index * SETS + view.tags.long(), view.valid)
         size = torch.zeros_like(group).scatter_add(1, group, view.valid.long())
-        return self.of_sets(view.scores, group, view.valid, same_shares(size, view.keep))
+        return self.of_sets(view.scores, group, view.valid, equal_shares(size, view.num_keep))
 
     def of_sets(self, scores: Tensor, group: Tensor, valid: Tensor, count: Tensor) -> Tensor:
         """Mask [B, V] of the ``count`` [B, G] best of every set."""
         return valid & (ranks_in_groups(scores, group, valid) < count.gather(1, group))
 
 
-def contiguous(label: Tensor, length: Tensor) -> Windows:
+def contiguous(label: Tensor, length: Tensor) -> FrameWindows:
     """Labels of steps [B, T] as windows. From left to right, a run that is shorter than the longest of its label, or the only step of its kind, takes
     the label of the longer of the runs beside it, the left one on a tie; runs grow by those that join them. Windows are the runs that this leaves."""
     runs = _runs(label, length)
@@ -148,6 +148,6 @@ def contiguous(label: Tensor, length: Tensor) -> Windows:
     return _runs(torch.stack(found, 1).gather(1, runs.number), length)
 
 
-def _runs(label: Tensor, length: Tensor) -> Windows:
+def _runs(label: Tensor, length: Tensor) -> FrameWindows:
     """Neighbouring steps of one label [B, T] as windows."""
-    return Windows.of(nn.functional.pad(label[:, 1:] != label[:, :-1], (1, 0), value=True), length)
+    return FrameWindows.of(nn.functional.pad(label[:, 1:] != label[:, :-1], (1, 0), value=True), length)

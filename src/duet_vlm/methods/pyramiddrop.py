@@ -8,22 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
-from duet_vlm.budget import (
+from duet_vlm.ops.schedules import EARLY, EARLY_SHARE, LATE, LATE_SHARE, pyramid
+from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import (
     EPSILON,
     Budget,
     Schedule,
     SpanPlan,
     check_schedule,
-    infeasible,
-    largest_share,
+    infeasible_budget,
+    largest_fraction,
     layer_counts,
+    mean_within,
     target_mean,
-    within,
 )
-from duet_vlm.ops.schedules import EARLY, EARLY_SHARE, LATE, LATE_SHARE, pyramid
-from duet_vlm.ops.select import top
-from duet_vlm.reducer import ROUNDINGS, DecoderReducer, TextView, check_budget_or_fields, check_choice, whole
-from duet_vlm.registry import register
+from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, DecoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.registry import register
 
 
 def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
@@ -82,7 +82,7 @@ class PyramidDrop(DecoderReducer):
     def official(cls, schedule: Schedule = ((8, 0.5), (16, 0.25), (24, 0.125)), **fields: Any) -> PyramidDrop:
         """The released code: compact positions, truncated float products, the tokens before all answers in training."""
         preset: dict[str, Any] = {"positions": "compact", "rounding": "int", "training_turns": "all", "skip_unanswered": True}
-        preset["keep_predicting"] = False
+        preset["protect_predicting_tokens"] = False
         return cls(**{"schedule": schedule} | preset | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -92,28 +92,28 @@ class PyramidDrop(DecoderReducer):
             return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, self.schedule, self.rounding))
         target = target_mean(budget, tokens)
         if target >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
         early, late = pyramid(depth, EARLY, EARLY_SHARE), pyramid(depth, LATE, LATE_SHARE)
         first = early[0][0]
         if tokens * first > target * depth + EPSILON:
-            raise infeasible(self.name, target, tokens * first / depth, tokens, f"its first {first} of {depth} layers run at full width")
+            raise infeasible_budget(self.name, target, tokens * first / depth, tokens, f"its first {first} of {depth} layers run at full width")
 
         def counts(schedule: Schedule) -> tuple[int, ...]:
             return layer_counts(tokens, depth, schedule)
 
         def largest_of(path: Callable[[float], Schedule]) -> SpanPlan:
-            share = largest_share(lambda s: within(counts(path(s)), target))
+            share = largest_fraction(lambda s: mean_within(counts(path(s)), target))
             return SpanPlan(tokens, tokens, 0, counts(path(share)))
 
-        if within(counts(late), target):
+        if mean_within(counts(late), target):
             return largest_of(lambda share: pyramid(depth, LATE, share))
-        if within(counts(early), target):
+        if mean_within(counts(early), target):
             return largest_of(lambda weight: between(early, late, weight))
         return largest_of(lambda share: pyramid(depth, EARLY, share))
 
-    def with_drops(self, depth: int, share: float | None = None) -> PyramidDrop:
+    def with_paper_schedule(self, depth: int, share: float | None = None) -> PyramidDrop:
         return self if self.schedule is not None else replace(self, schedule=pyramid(depth))
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.keep)
+        return top(view.scores, view.valid, view.num_keep)

@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.compressor import Compressor, Sizes, attended, check_heads
 from duet_vlm.methods.pool import places_of, windows_of
-from duet_vlm.ops.ragged import take
-from duet_vlm.ops.windows import Windows, within
-from duet_vlm.reducer import VisionView
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
-from duet_vlm.vision import Layer
+from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.ops.windows import GridWindows, within
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.registry import register
 
 EPSILON = 1e-6  # of its norms
 LEVELS = (12 / 24, 16 / 24, 22 / 24, None)  # of the tower's depth; None: where the features come from
@@ -49,10 +49,10 @@ class QueCC(Compressor):
     paper = "QueCC, ICLR 2025, arXiv 2411.03312"
     summary = "trained: convolve the picture with the question into a few queries, each attends to its cell, before the decoder"
     signals = frozenset({"states"})
-    reads = frozenset({"grid", "question", "decoded"})
-    made_by: ClassVar[tuple[str, ...]] = ("heads", "kernel")
+    reads = frozenset({"grid", "question", "question_state"})
+    module_inputs: ClassVar[tuple[str, ...]] = ("heads", "kernel")
 
-    parts: str = "each"
+    crops: str = "per_crop"
     heads: int = 8
     kernel: int = 4
 
@@ -65,18 +65,18 @@ class QueCC(Compressor):
     def signal_layers(self) -> tuple[Layer, ...]:
         return (*LEVELS[:-1], self.signal_layer)
 
-    def module(self, sizes: Sizes) -> nn.Module:
+    def module(self, sizes: ModuleSizes) -> nn.Module:
         check_heads(self.heads, sizes.rows, "rows")
-        return Cells(sizes.rows, sizes.levels, sizes.decoder, self.heads, self.kernel)
+        return QueCCModule(sizes.rows, sizes.levels, sizes.decoder, self.heads, self.kernel)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         found = windows_of(view)
-        assert isinstance(view.module, Cells) and view.features is not None and view.decoded is not None  # promised
+        assert isinstance(view.module, QueCCModule) and view.features is not None and view.question_state is not None  # promised
         levels = torch.cat([layer.states for layer in view.layers if layer.states is not None], -1)
-        return found.selection(view.module(view.features, levels, view.decoded, found, within(places_of(view), found)))
+        return found.selection(view.module(view.features, levels, view.question_state, found, within(places_of(view), found)))
 
 
-class Cells(nn.Module):
+class QueCCModule(nn.Module):
     """The module, named as in the released code; ``rows`` wide, reading levels that are ``levels`` wide together and a text state of ``text``."""
 
     def __init__(self, rows: int, levels: int, text: int, heads: int, kernel: int) -> None:
@@ -86,13 +86,13 @@ class Cells(nn.Module):
         self.q_downsample = nn.Conv2d(rows, rows, kernel, stride=kernel, groups=rows)  # run cell by cell in ``queries``
         self.clip_attn = nn.MultiheadAttention(rows, heads, batch_first=True)
 
-    def forward(self, features: Tensor, levels: Tensor, text: Tensor, cells: Windows, place: Tensor) -> Tensor:
+    def forward(self, features: Tensor, levels: Tensor, text: Tensor, cells: GridWindows, place: Tensor) -> Tensor:
         """features [B, N, C], levels [B, N, L], text [B, T], where in its cell each token stands [B, K, M, 2] -> rows [B, K, C]."""
         kind = self.q_downsample.weight.dtype
         asking = features.to(kind) + self.text_projection(text.to(kind))[:, None]
         index, shape = cells.tokens.flatten(1), cells.tokens.shape
-        query = self.queries(take(self.q_proj(asking), index).view(*shape, -1), cells.real, place)
-        key, value = (take(part(levels.to(kind)), index).view(shape[0] * shape[1], shape[2], -1) for part in (self.k_proj, self.v_proj))
+        query = self.queries(gather_rows(self.q_proj(asking), index).view(*shape, -1), cells.real, place)
+        key, value = (gather_rows(part(levels.to(kind)), index).view(shape[0] * shape[1], shape[2], -1) for part in (self.k_proj, self.v_proj))
         hidden = ~cells.real.flatten(0, 1)
         hidden = hidden & ~hidden.all(1, keepdim=True)  # cells that are not there: nobody reads what comes out, but it has to be a number
         return attended(self.clip_attn, query.flatten(0, 1)[:, None], key, value, hidden).view(shape[0], shape[1], -1)

@@ -8,12 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.compressor import Compressor, Sizes, attended, check_heads
 from duet_vlm.methods.pool import places_of, windows_of
-from duet_vlm.ops.ragged import take
-from duet_vlm.reducer import VisionView
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.registry import register
 
 LONGEST = 10_000.0  # of the waves that places are written in
 
@@ -40,9 +40,9 @@ class Resampler(Compressor):
     paper = "baseline (after Flamingo, arXiv 2204.14198, and Qwen-VL, arXiv 2308.12966)"
     summary = "trained: learned queries attend to the whole picture, before the decoder (baseline)"
     reads = frozenset({"grid"})
-    made_by: ClassVar[tuple[str, ...]] = ("heads", "layers")
+    module_inputs: ClassVar[tuple[str, ...]] = ("heads", "layers")
 
-    parts: str = "each"
+    crops: str = "per_crop"
     heads: int = 8
     layers: int = 1
 
@@ -51,20 +51,20 @@ class Resampler(Compressor):
         if self.layers < 1:
             raise ValueError(f"layers={self.layers}: at least 1")
 
-    def module(self, sizes: Sizes) -> nn.Module:
+    def module(self, sizes: ModuleSizes) -> nn.Module:
         check_heads(self.heads, sizes.rows, "rows")
-        return Queries(sizes.rows, self.heads, self.layers)
+        return ResamplerModule(sizes.rows, self.heads, self.layers)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         found = windows_of(view)
-        assert isinstance(view.module, Queries) and view.features is not None  # promised
+        assert isinstance(view.module, ResamplerModule) and view.features is not None  # promised
         places = waves(places_of(view), view.features.shape[2])
-        made = view.module(view.features, places, take(places, found.centre), view.valid)
+        made = view.module(view.features, places, gather_rows(places, found.centre), view.valid)
         return of_all(found.centre, found.valid, view.valid, found.whole, made)
 
-    def like(self, view: VisionView, made: Selection) -> Tensor:
+    def imitation_target(self, view: EncoderView, made: Selection) -> Tensor:
         """The means of windows: those of all tokens would be one and the same for every row."""
-        return super().like(view, windows_of(view).selection())
+        return super().imitation_target(view, windows_of(view).selection())
 
 
 def of_all(index: Tensor, there: Tensor, valid: Tensor, whole: Tensor, rows: Tensor) -> Selection:
@@ -75,7 +75,7 @@ def of_all(index: Tensor, there: Tensor, valid: Tensor, whole: Tensor, rows: Ten
     joins = there[:, :, None] & valid[:, None] & ~whole[:, None, None]
     into = torch.where(joins, row[:, None], -1).flatten(1)
     weights = (joins / valid.sum(1).clamp(min=1)[:, None, None]).flatten(1)
-    return Selection(index, there, number.repeat(len(index), count), into, weights=weights, rows=rows)
+    return Selection(index, there, number.repeat(len(index), count), into, weights=weights, custom_rows=rows)
 
 
 def waves(place: Tensor, width: int) -> Tensor:
@@ -88,7 +88,7 @@ def waves(place: Tensor, width: int) -> Tensor:
     return nn.functional.pad(written, (0, width - written.shape[-1]))
 
 
-class Round(nn.Module):
+class ResamplerBlock(nn.Module):
     """Attention to the picture, then a feed-forward, each behind a norm and beside what it is given."""
 
     def __init__(self, rows: int, heads: int) -> None:
@@ -103,14 +103,14 @@ class Round(nn.Module):
         return made
 
 
-class Queries(nn.Module):
+class ResamplerModule(nn.Module):
     """The module: ``rows`` wide."""
 
     def __init__(self, rows: int, heads: int, layers: int) -> None:
         super().__init__()
         self.query = nn.Embedding(1, rows)
         self.norm, self.out = nn.LayerNorm(rows), nn.Linear(rows, rows)
-        self.rounds = nn.ModuleList(Round(rows, heads) for _ in range(layers))
+        self.rounds = nn.ModuleList(ResamplerBlock(rows, heads) for _ in range(layers))
 
     def forward(self, features: Tensor, places: Tensor, standing: Tensor, valid: Tensor) -> Tensor:
         """features and their places [B, N, C], of which ``valid`` [B, N] are there, the places of the rows [B, K, C] -> rows [B, K, C]."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.ragged import upload
-from duet_vlm.ops.select import spaced
-from duet_vlm.reducer import check_choice
-from duet_vlm.registry import register
-from duet_vlm.tower import ThresholdReducer, TowerView, check_threshold
+from duet_vlm.ops.select import spaced_picks
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.vision_tower import ThresholdReducer, TowerView, check_threshold
 
 
 @register("rlt")
@@ -38,7 +38,7 @@ class RLT(ThresholdReducer):
     summary = "patches of a clip that did not change since the frame before do not go through the vision tower"
     tower_signals = frozenset({"pixels"})
 
-    mass: bool = False
+    proportional_attention: bool = False
     threshold: float = 0.1
     against: str = "kept"
 
@@ -47,22 +47,22 @@ class RLT(ThresholdReducer):
         check_threshold(self.threshold)
         check_choice("against", self.against, ("kept", "before"))
 
-    def stay(self, view: TowerView) -> Tensor:
-        alone = upload([n < 0 for n in view.before], view.valid.device)
-        alone = alone & ~upload([n in view.before for n in range(len(view.before))], alone.device)
-        return torch.where(alone[:, None], spaced(view.valid, view.keep), super().stay(view)) if view.keeps else super().stay(view)
+    def keep_patches(self, view: TowerView) -> Tensor:
+        alone = upload([n < 0 for n in view.previous_picture], view.valid.device)
+        alone = alone & ~upload([n in view.previous_picture for n in range(len(view.previous_picture))], alone.device)
+        return torch.where(alone[:, None], spaced_picks(view.valid, view.num_keep), super().keep_patches(view)) if view.has_count else super().keep_patches(view)
 
     def scores(self, view: TowerView) -> Tensor:
         assert view.pixels is not None  # promised by ``tower_signals``
         scores = torch.full(view.valid.shape, torch.inf, device=view.valid.device)
         reference = view.pixels[:, :, 0].float().clone()
-        for picture, before in enumerate(view.before):
+        for picture, before in enumerate(view.previous_picture):
             if before < 0:
                 continue
             change = (view.pixels[picture, :, -1].float() - reference[before]).abs().mean(-1)
             scores[picture] = change - self.threshold
-            if view.keeps and view.before[before] < 0:
+            if view.has_count and view.previous_picture[before] < 0:
                 scores[before] = scores[picture]
-            if not view.keeps and self.against == "kept":
+            if not view.has_count and self.against == "kept":
                 reference[picture] = torch.where((change > self.threshold)[:, None], reference[picture], reference[before])
         return scores

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.ops.greedy import cosine, cover
+from duet_vlm.ops.greedy import cosine, greedy_coverage
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, check_picks, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, check_picks, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("scope")
@@ -59,11 +59,11 @@ class Scope(EncoderReducer):
         check_picks(self.picks)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None and view.features is not None  # promised by ``signals``
         steps = max(plan.dominant for plan in view.plans)
         similarity = cosine(view.features, view.valid)
-        chosen = cover(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks, self.combined == "add")
-        return Selection.pick(*pack_right(chosen, steps))
+        chosen = greedy_coverage(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks, self.combined == "add")
+        return Selection.keep_only(*pack_right(chosen, steps))

@@ -8,26 +8,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Schedule
-from duet_vlm.ops.greedy import cosine, discounted
+from duet_vlm.ops.greedy import cosine, greedy_discounted
 from duet_vlm.ops.information import residual
-from duet_vlm.reducer import TextView
-from duet_vlm.registry import register
-from duet_vlm.stages import StagedReducer
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 LEAST = 1e-6  # ridge beyond the last eigenvalue that is counted
 
 
 @register("sieve")
 @dataclass(frozen=True)
-class Sieve(StagedReducer):
+class Sieve(ScheduledReducer):
     """SIEVE ("When Vision Becomes Text", 2026), from the paper: no code is public.
 
     At each stage a token's worth is its attention from the text, summed over the ``heads`` that attend to visual tokens most, times the share of its
     hidden state that combinations of the text's hidden states cannot express; both squared. Tokens are chosen one after the other by worth, and
     each takes from every other one's the squared cosine of what text cannot express of the two.
 
-    Parameters beyond ``StagedReducer``
+    Parameters beyond ``ScheduledReducer``
     ----------
     heads : int
         Heads that count, at least 1.
@@ -43,8 +43,8 @@ class Sieve(StagedReducer):
 
     paper = "SIEVE: When Vision Becomes Text, 2026"
     summary = "drop in stages inside the decoder: keep what is attended to and not expressed by text yet, unlike each other"
-    stages: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
-    needs = frozenset({"rows", "text"})
+    paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
+    needs = frozenset({"hidden_states", "text_hidden_states"})
     score_heads = "each"
 
     heads: int = 12
@@ -57,18 +57,18 @@ class Sieve(StagedReducer):
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy={self.energy}: a share in (0, 1]")
 
-    def t2v(self, view: TextView) -> Tensor:
-        assert view.rows is not None and view.text is not None and view.text_valid is not None and view.scores is not None  # as declared
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        assert view.hidden_states is not None and view.text_hidden_states is not None and view.text_valid is not None and view.scores is not None  # as declared
         said, valid = view.text_valid[..., None], view.valid
-        middle = (view.text.float() * said).sum(1, keepdim=True) / said.sum(1, keepdim=True).clamp(min=1)
-        text, rows = (view.text.float() - middle) * said, view.rows.float() - middle
+        middle = (view.text_hidden_states.float() * said).sum(1, keepdim=True) / said.sum(1, keepdim=True).clamp(min=1)
+        text, rows = (view.text_hidden_states.float() - middle) * said, view.hidden_states.float() - middle
         rest = residual(rows, text, self._ridge(text))
         unsaid = rest.norm(dim=-1) / rows.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
         by_head = view.scores * valid[..., None]
         best = by_head.sum(1).topk(min(self.heads, by_head.shape[2])).indices
         attention = by_head.gather(2, best[:, None].expand(-1, by_head.shape[1], -1)).sum(-1)
-        most = max(stay for _, stay in view.counts)
-        return discounted(cosine(rest, valid).square(), (attention * unsaid).square(), valid, view.keep, most)
+        most = max(stay for _, stay in view.host_counts)
+        return greedy_discounted(cosine(rest, valid).square(), (attention * unsaid).square(), valid, view.num_keep, most)
 
     def _ridge(self, text: Tensor) -> Tensor:
         """[B, 1, 1], the eigenvalue at which enough of the spectrum of text [B, Q, D] is reached."""

@@ -8,14 +8,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Schedule, count_of, largest
-from duet_vlm.ops.peaks import peaks
-from duet_vlm.ops.ragged import pack_right, take, upload
+from duet_vlm.ops.dpc_knn import peaks
+from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.ops.select import ranking, ranks, top
-from duet_vlm.reducer import TextView, check_choice
-from duet_vlm.registry import register
-from duet_vlm.stages import StagedReducer
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Schedule, count_of, largest_int
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderView, check_choice
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 RELEASED = {  # tokens kept at each stage, of 576
     "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
@@ -27,14 +27,14 @@ HEADS = 14
 
 @register("sparsevlm")
 @dataclass(frozen=True)
-class SparseVLM(StagedReducer):
+class SparseVLM(ScheduledReducer):
     """SparseVLM (ICML 2025, arXiv 2410.04417): words that the picture shows rate its tokens; of those that leave, the better ones are recycled.
 
     Raters are the text tokens that the visual ones resemble more than the average one, found once from the embeddings. At each stage the tokens
     stay that get most attention from raters in the layer before. Of d others the best int(0.3 d) + 1 are clustered around the density peaks
     of their hidden states, about ten in a cluster, and each cluster goes on as its mean at the place of its centre.
 
-    Parameters beyond ``StagedReducer`` (stages before layers 3, 7 and 16 of 32, which keep 0.54, 0.35 and 0.2)
+    Parameters beyond ``ScheduledReducer`` (stages before layers 3, 7 and 16 of 32, which keep 0.54, 0.35 and 0.2)
     ----------
     recycle : bool
         False: the others only leave (second release).
@@ -54,10 +54,10 @@ class SparseVLM(StagedReducer):
 
     paper = "SparseVLM, ICML 2025, arXiv 2410.04417"
     summary = "drop in stages inside the decoder by attention from visual words, and recycle a part of what leaves as cluster means"
-    stages: ClassVar[Schedule] = ((3, 0.54), (7, 0.35), (16, 0.2))
-    score_before = 1
+    paper_schedule: ClassVar[Schedule] = ((3, 0.54), (7, 0.35), (16, 0.2))
+    score_layer_offset = 1
     score_heads = "each"
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
     merges = True
 
     text_query: str = "raters"
@@ -76,11 +76,11 @@ class SparseVLM(StagedReducer):
         check_choice("version", version, tuple(RELEASED))
         check_choice("tokens", str(tokens), tuple(map(str, RELEASED[version])))
         schedule = tuple(zip(LAYERS, RELEASED[version][tokens], strict=True))
-        every: dict[str, Any] = {"schedule": schedule, "relative": "current", "released": True, "keep_predicting": False}
+        every: dict[str, Any] = {"schedule": schedule, "relative": "current", "released": True, "protect_predicting_tokens": False}
         second = {"recycle": False, "best_heads": HEADS, "score_positions": "divided"}
         return cls(**every | ({"positions": "compact"} if version == "1.5" else second) | fields)
 
-    def asked(self, depth: int) -> frozenset[int]:
+    def extra_stages(self, depth: int) -> frozenset[int]:
         """``released``: where a single token is recycled nobody leaves, but it moves behind the others."""
         return frozenset(layer for layer, _ in self.schedule or () if self.released and self.recycle)
 
@@ -96,19 +96,19 @@ class SparseVLM(StagedReducer):
             counts = counts[:layer] + (min(gone_on, there),) * (depth - layer)
         return counts
 
-    def t2v(self, view: TextView) -> Tensor | Selection:
-        assert view.scores is not None and view.rows is not None  # promised by ``uses_text`` and ``needs``
+    def prune_tokens(self, view: DecoderView) -> Tensor | Selection:
+        assert view.scores is not None and view.hidden_states is not None  # promised by ``uses_text`` and ``needs``
         scores, valid = self._mean(view.scores, view.valid), view.valid
         if not self.recycle:
-            return top(scores, valid, view.keep)
-        split = [self._split(there, stay) for there, stay in view.counts]
+            return top(scores, valid, view.num_keep)
+        split = [self._split(there, stay) for there, stay in view.host_counts]
         kept, pool, clusters = upload(split, scores.device).T
         order = ranking(scores, valid)
         width, most = (max(1, *(row[i] for row in split)) for i in (1, 2))
         turn = torch.arange(width, device=scores.device)
         members, real = order.gather(1, (kept[:, None] + turn).clamp(max=order.shape[1] - 1)), turn < pool[:, None]
-        chosen, nearest, peak = peaks(take(view.rows, members), real, clusters, most, capped=True)
-        index = pack_right(ranks(order) < kept[:, None], max(stay for _, stay in view.counts))[0]
+        chosen, nearest, peak = peaks(gather_rows(view.hidden_states, members), real, clusters, most, capped=True)
+        index = pack_right(ranks(order) < kept[:, None], max(stay for _, stay in view.host_counts))[0]
         row = torch.arange(index.shape[1], device=index.device).expand_as(index)
         behind = peak.argsort(dim=1).gather(1, (row - kept[:, None]).clamp(0, width - 1))
         index = torch.where(row < kept[:, None], index, members.gather(1, behind))
@@ -132,7 +132,7 @@ class SparseVLM(StagedReducer):
         """How many of ``there`` tokens are kept, clustered, and how many clusters they make, so that ``stay`` go on."""
         if there == stay and not self.released:
             return stay, 0, 0
-        kept = largest(stay, lambda k: k + _clusters(there - k) <= stay)
+        kept = largest_int(stay, lambda k: k + _clusters(there - k) <= stay)
         named = [min(keep, there - 1) for _, keep in self.schedule or () if self.released]
         if kept not in named and kept - 1 in named and kept - 1 + _clusters(there - kept + 1) == stay:
             kept -= 1  # two numbers may give the same count: the one that was asked for

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from duet_vlm.budget import EPSILON, Budget, SpanPlan, infeasible, largest_share, target_mean, within
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import DecoderReducer, TextView, check_budget_or_fields, whole
-from duet_vlm.registry import register
+from duet_vlm.planning.budget import EPSILON, Budget, SpanPlan, infeasible_budget, largest_fraction, mean_within, target_mean
+from duet_vlm.reducers.base import DecoderReducer, DecoderView, check_budget_or_fields, plan_keep_all
+from duet_vlm.reducers.registry import register
 
 
 @register("stateful")
@@ -61,11 +61,11 @@ class Stateful(DecoderReducer):
             return SpanPlan(tokens, tokens, 0, self.counts(tokens, depth, self.power))
         target = target_mean(budget, tokens)
         if target >= tokens:
-            return whole(tokens, depth)
+            return plan_keep_all(tokens, depth)
         least = self.counts(tokens, depth, 0.0)
-        if not within(least, target):
-            raise infeasible(self.name, target, sum(least) / depth, tokens, f"its first of {depth} layers runs at full width")
-        power = largest_share(lambda x: x < 1 and within(self.counts(tokens, depth, x / (1 - x)), target))
+        if not mean_within(least, target):
+            raise infeasible_budget(self.name, target, sum(least) / depth, tokens, f"its first of {depth} layers runs at full width")
+        power = largest_fraction(lambda x: x < 1 and mean_within(self.counts(tokens, depth, x / (1 - x)), target))
         return SpanPlan(tokens, tokens, 0, self.counts(tokens, depth, power / (1 - power)))
 
     def counts(self, tokens: int, depth: int, power: float) -> tuple[int, ...]:
@@ -73,9 +73,9 @@ class Stateful(DecoderReducer):
         shares = (1 - (1 - self.end) * (layer / depth) ** power if layer else 1.0 for layer in range(depth))
         return tuple(math.floor(tokens * share + EPSILON) for share in shares)
 
-    def with_drops(self, depth: int, share: float | None = None) -> Stateful:
+    def with_paper_schedule(self, depth: int, share: float | None = None) -> Stateful:
         return self if self.power is not None else replace(self, power=1.0)
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.keep)
+        return top(view.scores, view.valid, view.num_keep)

@@ -7,27 +7,27 @@ from typing import Any, ClassVar
 
 import torch
 
-from duet_vlm.budget import Schedule
 from duet_vlm.ops.information import information
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.reducer import TextView
-from duet_vlm.registry import register
-from duet_vlm.stages import StagedReducer
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 
 @register("tokencarve")
 @dataclass(frozen=True)
-class TokenCarve(StagedReducer):
+class TokenCarve(ScheduledReducer):
     """TokenCarve (arXiv 2503.10501): what text attends to and what carries information, pruned to half as many again as are wanted, then merged.
 
     Two rankings, one by the attention of the last token and one by what a token adds to the spectrum of all (``ops.information``), are added up
     place by place. Of the best 3n/2 tokens the better half only receives; of the others those n/2 leave that resemble one of the better half
-    most (cosine), and are averaged into it. n rows go on, and earlier layers forget the others (``cache="cut"``).
+    most (cosine), and are averaged into it. n rows go on, and earlier layers forget the others (``trim_kv_cache=True``).
 
-    Parameters beyond ``StagedReducer`` (one stage, before layer 2 of any depth, keeps 2/9)
+    Parameters beyond ``ScheduledReducer`` (one stage, before layer 2 of any depth, keeps 2/9)
     ----------
     attention_weight : float
         Weight of the ranking by attention, in [0, 1]; the other one has the rest. 0 and 1 are the released modes 1 and 2.
@@ -41,14 +41,14 @@ class TokenCarve(StagedReducer):
 
     paper = "TokenCarve, arXiv 2503.10501"
     summary = "one early drop inside the decoder by attention and information; half of what leaves last is merged"
-    stages: ClassVar[Schedule] = ((2, 2 / 9),)
-    first: ClassVar[int] = 2
-    score_before = 1
-    needs = frozenset({"rows"})
+    paper_schedule: ClassVar[Schedule] = ((2, 2 / 9),)
+    min_layer: ClassVar[int] = 2
+    score_layer_offset = 1
+    needs = frozenset({"hidden_states"})
     merges = True
 
     text_query: str = "last"
-    cache: str = "cut"
+    trim_kv_cache: bool = True
     attention_weight: float = 0.5
 
     def __post_init__(self) -> None:
@@ -59,21 +59,21 @@ class TokenCarve(StagedReducer):
     @classmethod
     def official(cls, keep: int = 128, attention_weight: float = 0.5, **fields: Any) -> TokenCarve:
         """The released counts: ``keep`` tokens from layer 2 on."""
-        released: dict[str, Any] = {"schedule": ((2, keep),), "attention_weight": attention_weight, "keep_predicting": False}
+        released: dict[str, Any] = {"schedule": ((2, keep),), "attention_weight": attention_weight, "protect_predicting_tokens": False}
         return cls(**released | fields)
 
-    def t2v(self, view: TextView) -> Selection:
-        assert view.rows is not None and view.scores is not None  # promised by ``needs`` and ``uses_text``
+    def prune_tokens(self, view: DecoderView) -> Selection:
+        assert view.hidden_states is not None and view.scores is not None  # promised by ``needs`` and ``uses_text``
         valid, alive = view.valid, view.valid.sum(1)
-        by_attention, by_information = (ranks(ranking(x, valid)) for x in (view.scores, information(view.rows, valid)))
+        by_attention, by_information = (ranks(ranking(x, valid)) for x in (view.scores, information(view.hidden_states, valid)))
         fused = -(self.attention_weight * by_attention + (1 - self.attention_weight) * by_information)
         place = ranks(ranking(fused, valid))
-        pruned = torch.minimum(view.keep * 3 // 2, alive)[:, None]
+        pruned = torch.minimum(view.num_keep * 3 // 2, alive)[:, None]
         better, worse = place < pruned // 2, (place >= pruned // 2) & (place < pruned)
-        unit = unit_rows(view.rows)
+        unit = unit_rows(view.hidden_states)
         likeness, partner = (unit @ unit.transpose(1, 2)).masked_fill(~better[:, None], -torch.inf).max(2)
-        merged = worse & (ranks(ranking(likeness, worse)) < pruned - view.keep[:, None])
-        index, real = pack_right((better | worse) & ~merged, max(stay for _, stay in view.counts))
+        merged = worse & (ranks(ranking(likeness, worse)) < pruned - view.num_keep[:, None])
+        index, real = pack_right((better | worse) & ~merged, max(stay for _, stay in view.host_counts))
         number = torch.zeros_like(place).scatter(1, index, torch.arange(index.shape[1], device=index.device).expand_as(index))
         tokens = torch.arange(place.shape[1], device=place.device).expand_as(place)
         return Selection(index, real, tokens, torch.where(merged, number.gather(1, partner), -1))

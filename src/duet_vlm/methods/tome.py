@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.ops.merge import matched
-from duet_vlm.ops.ragged import pack_right, take
-from duet_vlm.reducer import EncoderReducer, VisionView, check_choice, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("tome")
@@ -66,13 +66,13 @@ class ToMe(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> ToMe:
         """The matching of the released code, in its order, at compact positions; ``keep`` rows of each crop."""
-        released: dict[str, Any] = {"order": "released", "pace": 2, "positions": "compact", "parts": "each", "keep_predicting": False}
+        released: dict[str, Any] = {"order": "released", "pace": 2, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
         return cls(**{"keep": keep} | released | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.keys is not None  # promised by ``signals``
         sums, home = view.keys.float(), torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         joined = home  # the token at whose place each one is
@@ -83,10 +83,10 @@ class ToMe(EncoderReducer):
             most = [(max(k, n - max(1, n // self.pace)), k) for n, k in most]
             leaving = torch.minimum((left - wanted).clamp(min=0), (left // self.pace).clamp(min=1))
             left = left - leaving
-            source, target = matched(take(sums, rows), real)
+            source, target = matched(gather_rows(sums, rows), real)
             leaves = torch.arange(source.shape[1], device=rows.device) < leaving[:, None]
             moved, onto = rows.gather(1, source), rows.gather(1, target)
-            amount = take(sums, moved) * leaves[..., None]
+            amount = gather_rows(sums, moved) * leaves[..., None]
             sums = sums.scatter_add(1, onto[..., None].expand_as(amount), amount)
             joined = home.scatter(1, moved, torch.where(leaves, onto, moved)).gather(1, joined)
             rows, real = self._next(rows, real, source, leaves, max(n for n, _ in most))

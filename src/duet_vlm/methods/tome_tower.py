@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from duet_vlm.ops.merge import matched
-from duet_vlm.ops.ragged import pack_right, take
-from duet_vlm.reducer import check_choice
-from duet_vlm.registry import register
-from duet_vlm.tower import Merged, TowerReducer, TowerView
+from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 
 
 @register("tome_tower")
@@ -57,9 +57,9 @@ class ToMeTower(TowerReducer):
     @property
     def least(self) -> int:
         """The last unit, which may have to predict, joins nobody and is joined by nobody; what else there is becomes one at the least."""
-        return 1 + self.keep_predicting
+        return 1 + self.protect_predicting_tokens
 
-    def counts(self, units: int, left: int, depth: int) -> Sequence[int]:
+    def stage_counts(self, units: int, left: int, depth: int) -> Sequence[int]:
         shares = self.shares or (1,) * depth
         found, here = [], units
         for done in accumulate(shares):
@@ -73,22 +73,22 @@ class ToMeTower(TowerReducer):
             )
         return found
 
-    def pairs(self, units: int, left: int) -> int:
+    def merge_pairs(self, units: int, left: int) -> int:
         return (units - units // 2) * (units // 2)
 
-    def stay(self, view: TowerView) -> Merged:
-        assert view.keys is not None and view.unit is not None  # promised by ``tower_signals``
+    def keep_patches(self, view: TowerView) -> MergePairs:
+        assert view.keys is not None and view.unit_index is not None  # promised by ``tower_signals``
         place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         index, real = pack_right(view.valid, place.shape[1])
-        keys, there = nn.functional.pad(take(view.keys, index), (0, 0, view.extra, 0)), nn.functional.pad(real, (view.extra, 0), value=True)
-        source, target = matched(keys, there, view.extra)
-        leaves = torch.arange(source.shape[1], device=place.device) < (view.valid.sum(1) - view.keep)[:, None]
+        keys, there = nn.functional.pad(gather_rows(view.keys, index), (0, 0, view.num_cls, 0)), nn.functional.pad(real, (view.num_cls, 0), value=True)
+        source, target = matched(keys, there, view.num_cls)
+        leaves = torch.arange(source.shape[1], device=place.device) < (view.valid.sum(1) - view.num_keep)[:, None]
         everyone = torch.arange(keys.shape[1], device=place.device).expand(there.shape)
-        joined = everyone.scatter(1, source, torch.where(leaves, target, source))[:, view.extra :] - view.extra
+        joined = everyone.scatter(1, source, torch.where(leaves, target, source))[:, view.num_cls :] - view.num_cls
         into = place.scatter(1, index, index.gather(1, joined))
         if self.order == "raster":
-            return Merged(into)
-        looked = source if view.extra == 0 else source.sort(1).values
+            return MergePairs(into)
+        looked = source if view.num_cls == 0 else source.sort(1).values
         order = torch.cat([looked, everyone[:, 1::2]], 1)
-        order = order[order >= view.extra].view(len(order), -1) - view.extra
-        return Merged(into, index.gather(1, order))
+        order = order[order >= view.num_cls].view(len(order), -1) - view.num_cls
+        return MergePairs(into, index.gather(1, order))

@@ -7,21 +7,21 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from duet_vlm.budget import Schedule
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import TextView, check_choice
-from duet_vlm.registry import register
-from duet_vlm.stages import StagedReducer
+from duet_vlm.planning.budget import Schedule
+from duet_vlm.reducers.base import DecoderView, check_choice
+from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scheduled import ScheduledReducer
 
 
 @register("v2drop")
 @dataclass(frozen=True)
-class V2Drop(StagedReducer):
+class V2Drop(ScheduledReducer):
     """V2Drop (CVPR 2026): a visual token that a layer hardly changes has nothing more to give; the laziest leave.
 
     At each stage the tokens stay whose hidden states the last layer moved farthest (L2 distance of its input and output).
 
-    Parameters as ``StagedReducer``: its stages are before layers 3, 17 and 22 of 32, and keep 1/2, 1/4 and (``least``) one token.
+    Parameters as ``ScheduledReducer``: its stages are before layers 3, 17 and 22 of 32, and keep 1/2, 1/4 and (``least``) one token.
 
     Cost: three numbers per token and channel, no attention; one copy of the visual rows is kept for a layer. Needs nothing of the text. Usable
     in training (the choice carries no gradient).
@@ -32,21 +32,21 @@ class V2Drop(StagedReducer):
 
     paper = "V2Drop, CVPR 2026, github.com/xuyang-liu16/V2Drop"
     summary = "drop in stages inside the decoder what the last layer changed least"
-    stages: ClassVar[Schedule] = ((3, 0.5), (17, 0.25), (22, 0.0))
+    paper_schedule: ClassVar[Schedule] = ((3, 0.5), (17, 0.25), (22, 0.0))
     uses_text = False
-    needs = frozenset({"rows", "before"})
+    needs = frozenset({"hidden_states", "previous_hidden_states"})
 
-    least: int = 1
+    min_tokens: int = 1
 
     @classmethod
     def official(cls, model: str = "llava", **fields: Any) -> V2Drop:
         """The released counts, of what is there at each stage: "llava" or "qwen2_vl"."""
         check_choice("model", model, ("llava", "qwen2_vl"))
         schedule = ((3, 0.5), (17, 0.5), (22, 0.0)) if model == "llava" else ((3, 0.25), (16, 0.05), (22, 0.0))
-        released: dict[str, Any] = {"schedule": schedule, "relative": "current", "rounding": "int", "keep_predicting": False}
+        released: dict[str, Any] = {"schedule": schedule, "relative": "current", "rounding": "int", "protect_predicting_tokens": False}
         return cls(**released | fields)
 
-    def t2v(self, view: TextView) -> Tensor:
-        assert view.rows is not None and view.before is not None  # promised by ``needs``
-        moved = (view.rows.float() - view.before.float()).norm(dim=-1)
-        return top(moved, view.valid, view.keep)
+    def prune_tokens(self, view: DecoderView) -> Tensor:
+        assert view.hidden_states is not None and view.previous_hidden_states is not None  # promised by ``needs``
+        moved = (view.hidden_states.float() - view.previous_hidden_states.float()).norm(dim=-1)
+        return top(moved, view.valid, view.num_keep)

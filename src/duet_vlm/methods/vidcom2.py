@@ -8,20 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Keep
-from duet_vlm.methods.clip import ClipReducer, Rows
-from duet_vlm.ops.clips import Clips, divided
+from duet_vlm.methods.video_base import VideoReducer, VideoRows
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking
-from duet_vlm.reducer import VisionView
-from duet_vlm.registry import register
+from duet_vlm.ops.video import VideoTokens, split_windows
+from duet_vlm.planning.budget import Keep
+from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.registry import register
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the kernels whose sum says how alike two rows are
 
 
 @register("vidcom2")
 @dataclass(frozen=True)
-class VidCom2(ClipReducer):
+class VidCom2(VideoReducer):
     """VidCom2 (EMNLP 2025, arXiv 2505.14454).
 
     The half of the channels that varies least over the clip is kept to compare with, rows then have unit length. A token is compared with the
@@ -60,16 +60,16 @@ class VidCom2(ClipReducer):
     @classmethod
     def official(cls, keep: Keep = 0.25, **fields: Any) -> VidCom2:
         """The released rule with a count that is given: newline rows stay."""
-        return cls(**{"keep": keep, "newline": "keep", "keep_predicting": False} | fields)
+        return cls(**{"keep": keep, "newline_tokens": "keep", "protect_predicting_tokens": False} | fields)
 
-    def reduced(self, view: VisionView, clips: Clips, count: Tensor) -> Rows:
+    def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
         assert view.features is not None
         to_clip, to_frame = self.likeness(clips.grid(view.features), clips)
         scale = self.scale(to_clip, clips)
-        frames = divided(count, scale * clips.sizes, clips.sizes, least_of(count, clips.sizes))
-        return Rows.alone(self.chosen(clips, to_clip + to_frame, frames))
+        frames = split_windows(count, scale * clips.sizes, clips.sizes, least_of(count, clips.sizes))
+        return VideoRows.alone(self.chosen(clips, to_clip + to_frame, frames))
 
-    def likeness(self, rows: Tensor, clips: Clips) -> tuple[Tensor, Tensor]:
+    def likeness(self, rows: Tensor, clips: VideoTokens) -> tuple[Tensor, Tensor]:
         """How much each row [B, T, P, C] is like the mean of its clip and that of its frame: twice [B, T, P] float32."""
         rows, real = rows.float(), clips.real[..., None]
         total = clips.sizes.sum(1)[:, None, None, None].clamp(min=1)
@@ -80,14 +80,14 @@ class VidCom2(ClipReducer):
         frame = unit.sum(2, keepdim=True) / clips.sizes.clamp(min=1)[..., None, None]
         return kernels(unit, unit.sum((1, 2), keepdim=True) / total), kernels(unit, frame)
 
-    def scale(self, to_clip: Tensor, clips: Clips) -> Tensor:
+    def scale(self, to_clip: Tensor, clips: VideoTokens) -> Tensor:
         """What each frame keeps compared with an equal share: [B, T] float32."""
         there = clips.sizes > 0
         unlike = -to_clip.masked_fill(~clips.real, 0).sum(2) / clips.sizes.clamp(min=1)
         share = (unlike.masked_fill(~there, float("-inf")) / self.temperature).softmax(1).masked_fill(~there, 0)
         return (1 + share - 1 / there.sum(1, keepdim=True).clamp(min=1)) * there
 
-    def chosen(self, clips: Clips, alike: Tensor, frames: Tensor) -> Tensor:
+    def chosen(self, clips: VideoTokens, alike: Tensor, frames: Tensor) -> Tensor:
         """The ``frames`` [B, T] least alike rows of every frame: alike [B, T, P] -> [B, N] bool."""
         order = ranking(-alike.flatten(0, 1), clips.real.flatten(0, 1))
         best = torch.arange(order.shape[1], device=order.device) < frames.flatten()[:, None]

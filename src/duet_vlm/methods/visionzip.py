@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible, target_mean
-from duet_vlm.ops.join import in_clusters, some_more
+from duet_vlm.ops.merge_targets import merge_around_anchors, visionzip_contextual_count
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import EncoderReducer, VisionView, check_budget_or_fields, check_choice, whole
-from duet_vlm.registry import register
-from duet_vlm.tokens import MERGES, Selection
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
+from duet_vlm.planning.tokens import MERGES, Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.registry import register
 
 
 @register("visionzip")
@@ -61,7 +61,7 @@ class VisionZip(EncoderReducer):
     def official(cls, dominant: int = 54, contextual: int = 10, **fields: Any) -> VisionZip:
         """The released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS, dominant, contextual] at compact positions."""
         preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
-        preset |= {"keep_predicting": False, "signal_queries": None}
+        preset |= {"protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
@@ -74,17 +74,17 @@ class VisionZip(EncoderReducer):
         else:
             target = target_mean(budget, tokens)
             if target >= tokens:
-                return whole(tokens, depth)
+                return plan_keep_all(tokens, depth)
             entry = int(target + 1e-9)
             if entry < 1:
-                raise infeasible(self.name, target, 1, tokens, "at least one token enters the decoder")
-            contextual = some_more(entry)
+                raise infeasible_budget(self.name, target, 1, tokens, "at least one token enters the decoder")
+            contextual = visionzip_contextual_count(entry)
             dominant = entry - contextual
         if dominant + contextual > tokens:
             raise ValueError(f"dominant={dominant} + contextual={contextual} rows (CLS too) do not fit the image's {tokens} placeholders")
         return SpanPlan(tokens, dominant, contextual, (dominant + contextual,) * depth)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None and view.keys is not None  # promised by ``signals``
         is_dominant = top(view.importance, view.valid, view.dominant)
         dominant, dominant_valid = pack_right(is_dominant, max(plan.dominant for plan in view.plans))
@@ -92,4 +92,4 @@ class VisionZip(EncoderReducer):
         others = view.valid.sum(1) - view.dominant
         rest, _ = pack_right(view.valid & ~is_dominant, view.valid.shape[1])
         spread = self.anchor_step == "spread"
-        return in_clusters(dominant, dominant_valid, rest, others, view.contextual, width, view.keys, self.merge, spread)
+        return merge_around_anchors(dominant, dominant_valid, rest, others, view.contextual, width, view.keys, self.merge, spread)

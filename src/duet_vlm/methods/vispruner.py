@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.ops.doubles import without_doubles
+from duet_vlm.ops.duplicates import remove_duplicates
 from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("vispruner")
@@ -55,14 +55,14 @@ class VisPruner(EncoderReducer):
     @classmethod
     def official(cls, keep: Keep = 128, important: float = 0.5, **fields: Any) -> VisPruner:
         """The released LLaVA code: compact positions; ``keep`` patches of each crop."""
-        released: dict[str, Any] = {"positions": "compact", "parts": "each", "keep_predicting": False, "signal_queries": None}
+        released: dict[str, Any] = {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep, "important": important} | released | fields)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None and view.features is not None  # promised by ``signals``
         sizes = [(plan.tokens, plan.dominant) for plan in view.plans]
-        chosen = without_doubles(cosine(view.features, view.valid), view.importance, view.valid, sizes, self.important)
-        return Selection.pick(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+        chosen = remove_duplicates(cosine(view.features, view.valid), view.importance, view.valid, sizes, self.important)
+        return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))

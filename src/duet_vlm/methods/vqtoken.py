@@ -8,15 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.budget import Keep
-from duet_vlm.compressor import Compressor, Sizes, attended, check_heads
 from duet_vlm.methods.resampler import of_all
-from duet_vlm.ops.lloyd import farthest, lloyd, means, standing
+from duet_vlm.ops.kmeans import cluster_sums, farthest_start, kmeans, means
 from duet_vlm.ops.merge import shares, unit_rows
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.reducer import VisionView, check_choice
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.budget import Keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.registry import register
 
 FORMS = ("paper", "code", "codebook")
 BINS = (4, 8, 8)  # of time (or crops), rows and columns, in which a cluster's places are told
@@ -59,10 +59,10 @@ class VQToken(Compressor):
     summary = "trained: cluster means of the projected rows, and where each cluster occurs, before the decoder"
     reads = frozenset({"grid"})
     reads_projected = True
-    reads_time = True
-    made_by: ClassVar[tuple[str, ...]] = ("heads", "form", "frame")
+    compares_frames = True
+    module_inputs: ClassVar[tuple[str, ...]] = ("heads", "form", "frame")
 
-    parts: str = "joint"
+    crops: str = "joint"
     form: str = "paper"
     norms: bool = True
     frame: int | None = None
@@ -80,53 +80,53 @@ class VQToken(Compressor):
     @classmethod
     def official(cls, keep: Keep = 12) -> VQToken:
         """As released: the bare codebook, 12 rows. The released code looks for the number of clusters with an elbow rule over 12 to 32, which gives
-        12 nearly always and 22 at the most (``duet_vlm.ops.lloyd.elbow``); here the number is known before the picture is seen."""
+        12 nearly always and 22 at the most (``duet_vlm.ops.kmeans.elbow``); here the number is known before the picture is seen."""
         return cls(keep=keep, form="codebook", norms=False, rounds=100)
 
-    def module(self, sizes: Sizes) -> nn.Module:
+    def module(self, sizes: ModuleSizes) -> nn.Module:
         if self.form == "codebook":
             return nn.Module()
         check_heads(self.heads, sizes.decoder, "rows")
         if self.form == "paper":
-            return Places(sizes.decoder, self.heads)
+            return PlaceModule(sizes.decoder, self.heads)
         tokens = self.frame or sizes.tokens
         if tokens is None:
             raise ValueError("form='code' reads maps of one size, and this model's pictures are of any: give frame= (tokens of one), or form='paper'")
-        return Frames(tokens, sizes.decoder, self.heads)
+        return FrameModule(tokens, sizes.decoder, self.heads)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.features is not None and view.module is not None
         found = self._clusters(view)
         if self.form == "codebook":
             return found.selection(found.codebook)
-        if isinstance(view.module, Places):
+        if isinstance(view.module, PlaceModule):
             made = view.module(found.codebook, self._occupied(view, found))
             return found.selection(made * found.length if self.norms else made)
-        assert isinstance(view.module, Frames)
+        assert isinstance(view.module, FrameModule)
         return of_all(found.place, found.there, view.valid, found.whole, self._frames(view, found, view.module))
 
-    def _clusters(self, view: VisionView) -> Clusters:
+    def _clusters(self, view: EncoderView) -> TokenClusters:
         assert view.features is not None
         rows, valid, wanted = view.features.float(), view.valid, view.dominant + view.contextual
         most = max(plan.entry for plan in view.plans)
         there = torch.arange(most, device=rows.device) < wanted[:, None]
         unit = unit_rows(rows)
         with torch.no_grad():
-            labels, centres = lloyd(unit, valid, farthest(unit, valid, most), there, self.rounds)
-            place, labels = standing(unit, valid, labels, centres, there)
+            labels, centres = kmeans(unit, valid, farthest_start(unit, valid, most), there, self.rounds)
+            place, labels = cluster_sums(unit, valid, labels, centres, there)
         whole = wanted >= valid.sum(1)
         place = torch.where(whole[:, None], pack_right(valid, most)[0], place)
         codebook = means(unit, labels, torch.zeros_like(centres))
         length = means(rows.norm(dim=-1, keepdim=True), labels, torch.zeros_like(centres[..., :1]))
-        return Clusters(place, there, labels, codebook, length, whole)
+        return TokenClusters(place, there, labels, codebook, length, whole)
 
-    def _occupied(self, view: VisionView, found: Clusters) -> Tensor:
+    def _occupied(self, view: EncoderView, found: TokenClusters) -> Tensor:
         """Which share of a cluster stands in each bin: [B, K, bins]."""
-        assert view.place is not None and view.sides is not None and view.parts is not None
+        assert view.coords is not None and view.grid_size is not None and view.parts is not None
         time = view.parts.clamp(min=0)
         steps = time.amax(1, keepdim=True) + 1
-        row, column = view.place.clamp(min=0).unbind(-1)
-        rows, columns = view.sides[:, None].clamp(min=1).unbind(-1)
+        row, column = view.coords.clamp(min=0).unbind(-1)
+        rows, columns = view.grid_size[:, None].clamp(min=1).unbind(-1)
         bins = [(at * count // size).clamp(max=count - 1) for at, count, size in zip((time, row, column), BINS, (steps, rows, columns), strict=True)]
         cell = (bins[0] * BINS[1] + bins[1]) * BINS[2] + bins[2]
         total, (batch, count) = BINS[0] * BINS[1] * BINS[2], found.place.shape
@@ -135,7 +135,7 @@ class VQToken(Compressor):
         counted = counted[:, :-1].view(batch, count, total)
         return counted / counted.sum(2, keepdim=True).clamp(min=1)
 
-    def _frames(self, view: VisionView, found: Clusters, module: Frames) -> Tensor:
+    def _frames(self, view: EncoderView, found: TokenClusters, module: FrameModule) -> Tensor:
         """The released module on each span's frames."""
         made, frames = [], [1] * len(view.plans)
         for number, plan in enumerate(view.plans):
@@ -154,7 +154,7 @@ class VQToken(Compressor):
 
 
 @dataclass(frozen=True)
-class Clusters:
+class TokenClusters:
     """B spans in up to K clusters: the token ``place`` [B, K] that each row stands for, of which ``there`` are; ``labels`` [B, N]; means of unit rows
     [B, K, C] and of lengths [B, K, 1]; ``whole`` [B]: spans with as many rows as tokens."""
 
@@ -168,10 +168,10 @@ class Clusters:
     def selection(self, rows: Tensor) -> Selection:
         numbers = torch.arange(self.labels.shape[1], device=self.labels.device).expand_as(self.labels)
         into = self.labels.masked_fill(self.whole[:, None], -1)
-        return Selection(self.place, self.there, numbers, into, weights=shares(into, self.place.shape[1]), rows=rows)
+        return Selection(self.place, self.there, numbers, into, weights=shares(into, self.place.shape[1]), custom_rows=rows)
 
 
-class Places(nn.Module):
+class PlaceModule(nn.Module):
     """The paper's form: codebook rows attend to each other with values made of places, then a feed-forward; both begin as nothing."""
 
     def __init__(self, rows: int, heads: int) -> None:
@@ -196,7 +196,7 @@ class Places(nn.Module):
         return made
 
 
-class Frames(nn.Module):
+class FrameModule(nn.Module):
     """The released module, named as there: maps of ``tokens`` cluster numbers as queries of one decoder layer over the codebook."""
 
     def __init__(self, tokens: int, rows: int, heads: int) -> None:

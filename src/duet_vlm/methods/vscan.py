@@ -9,16 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
-from duet_vlm.ops.groups import top_with_limit, windows
-from duet_vlm.ops.join import to_nearest
+from duet_vlm.ops.groups import top_with_limit, window_numbers
+from duet_vlm.ops.merge_targets import merge_into_nearest
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.schedules import halfway
 from duet_vlm.ops.select import top
-from duet_vlm.reducer import DecoderReducer, EncoderReducer, TextView, VisionView, check_budget_or_fields, check_choice, scheduled, whole
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
-from duet_vlm.vision import Layer
+from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import (
+    DecoderReducer,
+    DecoderView,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    check_choice,
+    plan_keep_all,
+    plan_with_schedule,
+)
+from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.registry import register
 
 
 @register("vscan")
@@ -82,13 +91,13 @@ class VScan(EncoderReducer, DecoderReducer):
     @classmethod
     def official(cls, keep: int | None = 96, schedule: Schedule | None = ((16, 32),), **fields: Any) -> VScan:
         """The released LLaVA code: equally many tokens of each window, compact positions; ``keep`` of each crop, counts in the schedule."""
-        released: dict[str, Any] = {"local": "equal", "shallow": 5, "positions": "compact", "parts": "each", "keep_predicting": False}
+        released: dict[str, Any] = {"local": "equal", "shallow": 5, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "schedule": schedule} | released | fields)
 
     @classmethod
     def official_qwen25(cls, keep: Keep | None = 0.25, schedule: Schedule | None = ((14, 1 / 3),), **fields: Any) -> VScan:
         """The released Qwen2.5-VL code: windows of 4, all rows of a picture ask."""
-        return cls(**{"keep": keep, "schedule": schedule, "window": 4, "signal_queries": None, "keep_predicting": False} | fields)
+        return cls(**{"keep": keep, "schedule": schedule, "window": 4, "signal_queries": None, "protect_predicting_tokens": False} | fields)
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
@@ -103,7 +112,7 @@ class VScan(EncoderReducer, DecoderReducer):
         if self.local == "equal" or any(isinstance(kept, int) for _, kept in schedule):
             raise ValueError(f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0) and local='limit', got {schedule}, {self.local!r}")
         target = target_mean(budget, tokens)
-        return whole(tokens, depth) if target >= tokens else scheduled(self, schedule, tokens, depth, target)
+        return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, schedule, tokens, depth, target)
 
     def _entering(self, asked: int, tokens: int) -> int:
         """How many rows enter where ``asked`` of them were meant."""
@@ -114,27 +123,27 @@ class VScan(EncoderReducer, DecoderReducer):
             raise ValueError(f"{self.name}: keep={asked} has {asked // 2} local tokens for {each} windows: give at least {2 * each}")
         return asked // 2 // each * each + asked - asked // 2
 
-    def with_drops(self, depth: int, share: float | None = None) -> VScan:
+    def with_paper_schedule(self, depth: int, share: float | None = None) -> VScan:
         return self if self.schedule is not None else replace(self, schedule=halfway(depth))
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.features is not None and view.importance is not None  # promised by ``signals``
         local = self.locals_of(view)
         chosen = local | top(view.importance, view.valid & ~local, view.dominant - local.sum(1))
         index, valid = pack_right(chosen, max(plan.dominant for plan in view.plans))
         if not self.merge_others:
-            return Selection.pick(index, valid)
-        return to_nearest(index, valid, view.valid & ~chosen, max(plan.tokens - plan.dominant for plan in view.plans), view.features)
+            return Selection.keep_only(index, valid)
+        return merge_into_nearest(index, valid, view.valid & ~chosen, max(plan.tokens - plan.dominant for plan in view.plans), view.features)
 
-    def locals_of(self, view: VisionView) -> Tensor:
+    def locals_of(self, view: EncoderView) -> Tensor:
         """Mask [B, N] of the local tokens."""
         shallow = view.layers[1].importance
-        assert shallow is not None and view.place is not None and view.sides is not None and view.parts is not None  # promised
-        window, count = windows(view.place, view.sides, torch.where(view.valid, view.parts, -1), self.window, view.valid.shape[1])
+        assert shallow is not None and view.coords is not None and view.grid_size is not None and view.parts is not None  # promised
+        window, count = window_numbers(view.coords, view.grid_size, torch.where(view.valid, view.parts, -1), self.window, view.valid.shape[1])
         half = view.dominant // 2
         limit = half // count if self.local == "equal" else (half + count - 1) // count
         return top_with_limit(shallow, window, view.valid, limit, torch.minimum(half, limit * count))
 
-    def t2v(self, view: TextView) -> Tensor:
+    def prune_tokens(self, view: DecoderView) -> Tensor:
         assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.keep)
+        return top(view.scores, view.valid, view.num_keep)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from duet_vlm.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.ops.greedy import apart, cosine
+from duet_vlm.ops.greedy import cosine, pairwise_distance
 from duet_vlm.ops.ragged import pack_right
-from duet_vlm.ops.saliency import DIRECTIONS, STEP, ranged, sensitivity
-from duet_vlm.reducer import EncoderReducer, VisionView, constant
-from duet_vlm.registry import register
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.saliency import DIRECTIONS, STEP, min_max_scaled, sensitivity
+from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.registry import register
 
 
 @register("zoo_prune")
@@ -63,19 +63,19 @@ class ZooPrune(EncoderReducer):
             raise ValueError(f"step={self.step}: the length of a move, above 0")
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return constant(self, self.keep, tokens, depth, budget)
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
-    def v2v(self, view: VisionView) -> Selection:
+    def select_tokens(self, view: EncoderView) -> Selection:
         assert view.features is not None  # always there
         steps = max(plan.dominant for plan in view.plans)
-        chosen = apart(cosine(view.features, view.valid), self.weight(view), view.valid, view.dominant, steps)
-        return Selection.pick(*pack_right(chosen, steps))
+        chosen = pairwise_distance(cosine(view.features, view.valid), self.weight(view), view.valid, view.dominant, steps)
+        return Selection.keep_only(*pack_right(chosen, steps))
 
-    def weight(self, view: VisionView) -> Tensor:
+    def weight(self, view: EncoderView) -> Tensor:
         """Sensitivity scaled to [0, 1] over the tokens of each span, 0 for padding: [B, N]."""
-        return ranged(self.sensitivity(view), view.valid)
+        return min_max_scaled(self.sensitivity(view), view.valid)
 
-    def sensitivity(self, view: VisionView) -> Tensor:
+    def sensitivity(self, view: EncoderView) -> Tensor:
         """Mean over directions of the distance of both moves, per length of the move: [B, N]."""
         assert view.project is not None  # promised by ``reads``
         return sensitivity(view.project, self.directions, self.step, self.seed)

@@ -11,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.hooks import Hooks
-from duet_vlm.measure.shapes import DecoderShape, VisionShape, decoder_shape, probed_layer
 from duet_vlm.ops.ragged import upload
-from duet_vlm.tokens import TokenMap
+from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, decoder_dims, probed_layer
+from duet_vlm.utils.hooks import Hooks
 
 Rotary = tuple[Tensor, Tensor]
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedQK:
     """One call of the recorded vision attention: query, key [B, H, N, d] (keys grouped if the tower groups them) and its scaling.
 
     ``segments`` are lengths along N that do not see each other (several images packed in one row), None for one segment per row. ``sample``:
@@ -38,7 +38,7 @@ class Recorded:
 
 
 @dataclass(frozen=True)
-class Inside:
+class BlockModules:
     """One block of a vision tower, and inside it: its attention, the norm behind that, which is given the residual stream, and its MLP."""
 
     block: nn.Module
@@ -48,7 +48,7 @@ class Inside:
 
 
 @dataclass(frozen=True)
-class Blocks:
+class TowerBlocks:
     """The part of a vision tower that works on rows, where patches can leave: P pictures of N patches each, row by row.
 
     ``patches`` makes patch embeddings [P, D, h, w]; ``stack`` runs the blocks on [P, extra + N, D];
@@ -60,15 +60,15 @@ class Blocks:
     tower: nn.Module
     patches: nn.Module
     stack: nn.Module
-    inside: tuple[Inside, ...]
-    read: int
-    extra: int = 0
-    cell: int = 1
+    block_modules: tuple[BlockModules, ...]
+    output_block: int
+    num_cls: int = 0
+    patch_grid: int = 1
     takes_mask: bool = True
 
 
 @dataclass(frozen=True)
-class JoinedBlocks(Blocks):
+class ConcatenatedBlocks(TowerBlocks):
     """The same of a tower whose pictures, of any size, stand one behind the other in a batch of one. ``grids(call)``: rows and columns of
     patches of each, of ``patch`` x ``patch`` pixels."""
 
@@ -77,7 +77,7 @@ class JoinedBlocks(Blocks):
 
 
 @dataclass(frozen=True)
-class PackedTower:
+class VarlenTower:
     """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other, each of ``steps`` frames of
     ``patch`` x ``patch`` pixels.
 
@@ -91,13 +91,13 @@ class PackedTower:
     steps: int
     patch: int
     tables: Callable[[Tensor, Tensor, tuple[int, ...]], tuple[dict[str, Any], Tensor, Tensor]]
-    inside: tuple[Inside, ...]
+    block_modules: tuple[BlockModules, ...]
     mergers: tuple[nn.Module, ...]
 
     @property
-    def read(self) -> int:
+    def output_block(self) -> int:
         """The first block whose rows somebody reads."""
-        return len(self.inside) - 1
+        return len(self.block_modules) - 1
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Encoding:
 
 
 @dataclass(frozen=True)
-class Stream:
+class Modality:
     """One kind of visual input: its name in ``mm_encoder_outputs``, the method of ``base`` that encodes it, the placeholder id in
     ``input_ids``, the argument that brings its pixels and, where sizes are free, the argument that brings those. ``each``: V2V takes the
     parts of a span (crops, frames) one by one unless the method's settings say otherwise."""
@@ -162,7 +162,7 @@ class Adapter(ABC):
         The tower has a CLS row (importance = CLS attention); otherwise column sums.
     feeds_cls : bool
         The stock model feeds the CLS row to the decoder as first visual token.
-    shows_padding : bool
+    feeds_padding : bool
         Patches that are nothing but padding become tokens, too.
     mrope : bool
         Positions have several rows (time, height, width) and cannot be renumbered.
@@ -172,16 +172,16 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]
     video: ClassVar[bool | str] = False  # "as images": the processor hands frames over as images
     notes: ClassVar[str] = ""
-    lacks: ClassVar[dict[str, str]] = {"similar": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
+    unsupported: ClassVar[dict[str, str]] = {"text_similarity": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
     example: ClassVar[str] = ""
 
     decoder: ClassVar[str] = "language_model"
 
-    pointwise: nn.Module | None = None
+    pointwise_projector: nn.Module | None = None
     fixed_tokens: int | None = None
     has_cls = False
     feeds_cls = False
-    shows_padding = False
+    feeds_padding = False
     mrope = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -210,19 +210,19 @@ class Adapter(ABC):
     # ---- the prompt
 
     @property
-    def streams(self) -> tuple[Stream, ...]:
-        return (Stream("image", "get_image_features", self.image_token_id, "pixel_values"),)
+    def modalities(self) -> tuple[Modality, ...]:
+        return (Modality("image", "get_image_features", self.image_token_id, "pixel_values"),)
 
     def placeholders(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> dict[str, Tensor]:
         """Per stream [B, S] bool: rows that will hold its visual tokens, by id or (as the stock model does) by embedding."""
         if input_ids is not None:
-            return {stream.name: input_ids == stream.token_id for stream in self.streams}
+            return {stream.name: input_ids == stream.token_id for stream in self.modalities}
         assert inputs_embeds is not None
         embed, device = self.base.get_input_embeddings(), inputs_embeds.device
-        tokens = {stream.name: embed(upload(stream.token_id, device)) for stream in self.streams}
+        tokens = {stream.name: embed(upload(stream.token_id, device)) for stream in self.modalities}
         return {name: (inputs_embeds == token).all(-1) for name, token in tokens.items()}
 
-    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+    def placeholder_ids(self, stream: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
         """Token ids that a prompt shows a span of ``tokens`` with, whose parts (crops, frames) the tower saw as ``parts``."""
         return [stream.token_id] * tokens
 
@@ -236,11 +236,11 @@ class Adapter(ABC):
     def projector(self) -> nn.Module:
         """What maps vision features to the decoder's width."""
 
-    def unread_layers(self) -> Sequence[nn.Module]:
+    def unused_tower_layers(self) -> Sequence[nn.Module]:
         """Layers of the tower behind the one that the features come from: stock models run them for nothing."""
         return ()
 
-    def reads_usual_layers(self, call: Encoding) -> bool:
+    def uses_default_layers(self, call: Encoding) -> bool:
         """Whether an encoder call takes its features where the config says, and the caller did not request the layers' own outputs."""
         return True
 
@@ -258,36 +258,36 @@ class Adapter(ABC):
         size = (1, vision.num_channels, vision.image_size, vision.image_size)
         return {"pixel_values": torch.zeros(size, dtype=weight.dtype, device=weight.device)}
 
-    def blocks_to_reduce(self) -> tuple[Blocks | PackedTower, ...]:
+    def blocks_to_reduce(self) -> tuple[TowerBlocks | VarlenTower, ...]:
         """Where patches can leave inside the tower, one for each tower; a TypeError says why not."""
         raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it (duet, visionzip)")
 
-    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+    def cell_of(self, call: Encoding, blocks: TowerBlocks) -> int:
         """How many patches high and wide what later becomes one token is."""
-        return blocks.cell
+        return blocks.patch_grid
 
-    def sees_whole(self, layer: int) -> bool:
+    def attends_globally(self, layer: int) -> bool:
         """Whether a tower layer attends to whole pictures, not within windows."""
         return True
 
-    def pictures(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+    def images_of(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
         """Per span the tokens of each of the ``count`` pictures that stand in the tower's batch, each of ``tokens``: one picture a span unless
         the family says more."""
         together = self.projected_together(call)
         return [(tokens,) * together] * (count // together)
 
-    def beside(self, call: Encoding, spans: int) -> list[int]:
+    def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
         """Per span the rows that show no picture (newlines)."""
         return [0] * spans
 
-    def fed(self, call: Encoding) -> int:
+    def num_cls_rows(self, call: Encoding) -> int:
         """How many rows of each picture that are no patches (CLS) become tokens."""
         return int(self.feeds_cls)
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         """Numbers of patches [P, N, c] as those of the tokens that they become: per span [n, c], means where several make one, ones for
         rows that are no patches."""
-        return list(nn.functional.pad(patches, (0, 0, self.fed(call), 0), value=1.0))
+        return list(nn.functional.pad(patches, (0, 0, self.num_cls_rows(call), 0), value=1.0))
 
     def real_patches(self, call: Encoding, pictures: int) -> Tensor | None:
         """[P, N] bool, False for patches that are nothing but padding, or that no token shows; None where there are none."""
@@ -304,7 +304,7 @@ class Adapter(ABC):
         return [self.vision_attention(layer)]
 
     @abstractmethod
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         """Per span, in call order: importance [n] and mean keys [n, d] of its rows (a CLS row excluded; anything for structure rows).
 
         ``segmented`` keeps the tower's own attention segments.
@@ -313,16 +313,16 @@ class Adapter(ABC):
     def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
         """Rows as the tower's blocks have them [P, R, c] (CLS in front) as those of the tokens that they become: per span [n, c], means where
         several make one, anything for structure rows."""
-        return self.carried(rows[:, int(self.has_cls) :], call)
+        return self.patches_to_tokens(rows[:, int(self.has_cls) :], call)
 
-    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         """What the projector made [..., c] as rows of spans [n, c], anything for structure rows: one picture a span unless the family says
         more."""
         return list(projected)
 
     # ---- what a call made: spans, their parts and their grids
 
-    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         """Per span: visual tokens of each part that the tower looks at by itself (crops, frames). One part unless the family says more."""
         return [(count,) for count in counts]
 
@@ -330,25 +330,25 @@ class Adapter(ABC):
         """Per span, of each part: patches that become no token, and patches of padding around it that are embedded with it. Empty: there are none."""
         return ()
 
-    def projected(self, call: Encoding, counts: list[int]) -> list[int]:
+    def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
         """Per span: rows that the projector works on where V2V leaves them all to it: what the tower made, unless the family pools first."""
-        return [sum(sizes) for sizes in self.passes(call, counts)]
+        return [sum(sizes) for sizes in self.tokens_per_crop(call, counts)]
 
     @abstractmethod
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         """(rows, columns) of each span's token grid, None where it has none."""
 
-    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         """Per span: rows and columns of each of its parts, in tokens where nothing is cut off."""
-        grids, parts = self.grids(call, counts), self.passes(call, counts)
+        grids, parts = self.grids(call, counts), self.tokens_per_crop(call, counts)
         if None in grids:
             raise TypeError(f"{self.family}: what this model makes of a picture has no grid; use a method that needs none (duet, vispruner)")
         return [(grid[0] // len(sizes), grid[1]) for grid, sizes in zip(grids, parts, strict=True) if grid is not None]
 
-    def places(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+    def token_coords(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         """Per span, on the host: row and column of each of its rows within its part [n, 2], -1 for those that show no patch of a picture."""
-        fed, places = self.fed(call), []
-        for (_, columns), numbers in zip(self.sides(call, counts), self.parts(call, counts), strict=True):
+        fed, places = self.num_cls_rows(call), []
+        for (_, columns), numbers in zip(self.grid_sizes(call, counts), self.parts(call, counts), strict=True):
             number, part = np.arange(len(numbers)), numbers.numpy()
             begins = np.maximum.accumulate(np.where(np.diff(part, prepend=-2) != 0, number, 0))
             place = number - begins - fed
@@ -356,7 +356,7 @@ class Adapter(ABC):
             places.append(torch.from_numpy(np.where(shows[:, None], np.stack([place // columns, place % columns], 1), -1)))
         return places
 
-    def frames_together(self) -> int:
+    def temporal_patch_size(self) -> int:
         """How many frames of a clip the tower looks at as one step of time, each step by itself: a clip then goes through it in pieces. A TypeError
         says why it cannot."""
         why = "takes frames as images" if self.video else "takes no clips"
@@ -366,17 +366,17 @@ class Adapter(ABC):
         """Of each clip of a call the pixels of its steps of time, patch by patch: [t, n, m]."""
         raise NotImplementedError
 
-    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+    def slice_frames(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
         """A call that shows only the ``chosen`` steps of one clip."""
         raise NotImplementedError
 
-    def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def crop_grids(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         """Per span: rows and columns of the crops that follow its first part, (0, 0) where it was not cut."""
         return [(0, 0)] * len(counts)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         """Per span, on the host: the part (crop, frame) that each of its rows shows [n], -1 for structure rows (newlines)."""
-        return [torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.passes(call, counts)]
+        return [torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.tokens_per_crop(call, counts)]
 
     def spans(self, output: Any, call: Encoding) -> list[Tensor]:
         """The projected rows of each span, as ``output.pooler_output`` holds them (families that return frames one by one join them there)."""
@@ -418,7 +418,7 @@ class Adapter(ABC):
         """Of rows ``hidden`` [B, n, D] entering ``layer``: rotated queries [B, H, q, d] of rows ``asking`` [B, q], rotated keys
         [B, Hkv, n, d] of all."""
 
-    def read_out(self, layer: nn.Module, hidden: Tensor, valid: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def linear_attention_scores(self, layer: nn.Module, hidden: Tensor, valid: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of rows ``hidden`` [B, n, D] entering a layer with a state, of which ``valid`` [B, n] are real: what rows ``asking`` [B, q] read it with
         [B, H, q, d], at what the rows write into it [B, H, n, d], and how strongly [B, H, n], all float32. The product of the three, without what
         fades in between, says how much of a row's own value one that asks can read."""
@@ -431,7 +431,7 @@ class Adapter(ABC):
         """The module that ``project`` and the layer itself call for keys and nothing else; None if there is none."""
 
     @abstractmethod
-    def run_by_ranking(self, layer: nn.Module) -> list[nn.Module]:
+    def modules_run_for_scores(self, layer: nn.Module) -> list[nn.Module]:
         """The modules that ``project`` runs on all rows, and the layer itself on those that are left, once each."""
 
     @abstractmethod
@@ -440,10 +440,10 @@ class Adapter(ABC):
 
     # ---- sizes, for cost predictions
 
-    def decoder_shape(self) -> DecoderShape:
+    def decoder_dims(self) -> DecoderDims:
         """Sizes of the decoder, for cost predictions."""
-        return decoder_shape(self.config.text_config)
+        return decoder_dims(self.config.text_config)
 
     @abstractmethod
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         """Sizes of tower and projector, for cost predictions."""

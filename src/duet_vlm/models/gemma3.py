@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Rotary
+from duet_vlm.models.adapter import Encoding, RecordedQK, Rotary, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.models.towers import blocks_like_clip, cells, column_signals
+from duet_vlm.models.tower_signals import blocks_like_clip, cells, column_signals
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Gemma3(LlamaLike):
@@ -42,19 +42,19 @@ class Gemma3(LlamaLike):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_tower.encoder.layers[-1 if layer is None else layer].self_attn
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = column_signals(recorded)
-        tokens = self.carried(torch.cat([importance[..., None], keys], -1), call)
+        tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         return list(cells(patches, self.side, self.cell))
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+    def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
         tower = self.base.vision_tower
         inside = blocks_like_clip(tower.encoder.layers)
-        return (Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, len(inside) - 1, cell=self.cell),)
+        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, len(inside) - 1, patch_grid=self.cell),)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         side = self.side // self.cell
@@ -69,9 +69,9 @@ class Gemma3(LlamaLike):
     def projector(self) -> nn.Module:
         return self.base.multi_modal_projector
 
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         vision, text = self.config.vision_config, self.config.text_config
-        return VisionShape(
+        return VisionDims(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
             patches_per_token=self.cell**2, extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
             projector=((vision.hidden_size, text.hidden_size),),

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from duet_vlm.hooks import Hooks
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Rotary, Stream
+from duet_vlm.models.adapter import Modality, Rotary
 from duet_vlm.models.llama_like import rotate
 from duet_vlm.models.qwen2_vl import Qwen2VL
-from duet_vlm.tokens import TokenMap
+from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.profiling.model_dims import VisionDims
+from duet_vlm.utils.hooks import Hooks
 
 PAIRS = ("glm4v_text", "glm_ocr_text")  # decoders that rotate neighbouring channels; those with experts rotate halves
 
@@ -42,7 +42,7 @@ class Glm4V(Qwen2VL):
         begun, ended = ((input_ids == mark).cumsum(1) for mark in (self.config.video_start_token_id, self.config.video_end_token_id))
         return {"image": visual & (begun <= ended), "video": visual & (begun > ended)}
 
-    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+    def placeholder_ids(self, stream: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
         config, still = self.config, [self.image_token_id]
         frames = [token for count in parts for token in (config.image_start_token_id, *still * count, config.image_end_token_id)]
         return frames if stream.name == "image" else [config.video_start_token_id, *frames, config.video_end_token_id]
@@ -58,11 +58,11 @@ class Glm4V(Qwen2VL):
 
         hooks.shadow(model, "_expand_multimodal_outputs", expand)
 
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         vision, merger = self.config.vision_config, self.visual.merger
         unit, out = vision.spatial_merge_size**2, vision.out_hidden_size
         linear = (merger.proj, merger.gate_proj, merger.up_proj, merger.down_proj)
-        return VisionShape(
+        return VisionDims(
             layers=vision.depth, width=vision.hidden_size, mlp=self.visual.blocks[0].mlp.gate_proj.out_features, mlp_matrices=3,
             patches_per_token=unit, extra_rows=0, patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
             projector=((vision.hidden_size * unit, out), *((layer.in_features, layer.out_features) for layer in linear)),

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded
+from duet_vlm.models.adapter import Encoding, RecordedQK, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.models.towers import blocks_like_clip
-from duet_vlm.ops.ragged import take
-from duet_vlm.ops.score import query_attention, some_of
+from duet_vlm.models.tower_signals import blocks_like_clip
+from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.ops.score import query_attention, sample_rows
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Idefics3(LlamaLike):
@@ -27,7 +27,7 @@ class Idefics3(LlamaLike):
     model_types = ("idefics3", "smolvlm")
     video = "as images"
     decoder = "text_model"
-    shows_padding = True
+    feeds_padding = True
     notes = "images of any size and clips as frames; budgets count per crop or frame"
     example = "HuggingFaceTB/SmolVLM2-2.2B-Instruct"
 
@@ -41,28 +41,28 @@ class Idefics3(LlamaLike):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_model.encoder.layers[-1 if layer is None else layer].self_attn
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         keys = recorded.key.float().mean(1)
         real = self.real_patches(call, len(keys))
         size = real.float() if recorded.size is None else recorded.size * real
-        asks, weight = some_of(size > 0, recorded.sample)
-        query = take(recorded.query.transpose(1, 2), asks).transpose(1, 2)
+        asks, weight = sample_rows(size > 0, recorded.sample)
+        query = gather_rows(recorded.query.transpose(1, 2), asks).transpose(1, 2)
         everyone = (size > 0)[:, None].expand(-1, asks.shape[1], -1)
         received = query_attention(query, recorded.key, recorded.scaling, everyone, weight * size.gather(1, asks), size)
         importance = received * size.sum(1, keepdim=True)  # a sum over the patches that ask, not their mean
-        tokens = self.carried(torch.cat([importance[..., None], keys], -1), call)
+        tokens = self.patches_to_tokens(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in tokens], [rows[:, 1:] for rows in tokens]
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         rows, columns = self._grid(call)
         cells = patches.unflatten(1, (rows, self.side, columns, self.side))
         return list(cells.mean((2, 4)).flatten(1, 2))
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
+    def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
         tower = self.base.vision_model
         inside = blocks_like_clip(tower.encoder.layers)
-        return (Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, len(inside) - 1, cell=self.side),)
+        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, len(inside) - 1, patch_grid=self.side),)
 
     def _grid(self, call: Encoding) -> tuple[int, int]:
         """Rows and columns of a crop's tokens."""
@@ -96,9 +96,9 @@ class Idefics3(LlamaLike):
         size = (1, 1, vision.num_channels, vision.image_size, vision.image_size)
         return {"pixel_values": torch.ones(size, dtype=weight.dtype, device=weight.device)}
 
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         vision, unit = self.config.vision_config, self.side**2
-        return VisionShape(
+        return VisionDims(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2, patches_per_token=unit,
             extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
             projector=((vision.hidden_size * unit, self.config.text_config.hidden_size),),

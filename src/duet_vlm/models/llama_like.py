@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.models.adapter import Adapter, Rotary
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import gather_rows
 
 LLAMA_LAYOUT = (
     "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "phi", "stablelm", "gemma",
@@ -38,12 +38,12 @@ class LlamaLike(Adapter):
     def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, asking: Tensor) -> tuple[Tensor, Tensor]:
         normed = layer.input_layernorm(hidden)
         key = self._rotated(layer, "k", normed, rotary)
-        return self._rotated(layer, "q", take(normed, asking), (take(rotary[0], asking), take(rotary[1], asking))), key
+        return self._rotated(layer, "q", gather_rows(normed, asking), (gather_rows(rotary[0], asking), gather_rows(rotary[1], asking))), key
 
     def key_projection(self, layer: nn.Module) -> nn.Module | None:
         return getattr(getattr(layer, "self_attn", None), "k_proj", None)
 
-    def run_by_ranking(self, layer: nn.Module) -> list[nn.Module]:
+    def modules_run_for_scores(self, layer: nn.Module) -> list[nn.Module]:
         return [module for module in (layer.input_layernorm, self.key_projection(layer)) if module is not None]
 
     def scaling(self, layer: nn.Module) -> float:

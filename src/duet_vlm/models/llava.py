@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded
+from duet_vlm.models.adapter import Encoding, RecordedQK, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.models.towers import blocks_like_clip, cls_signals
+from duet_vlm.models.tower_signals import blocks_like_clip, cls_signals
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Llava(LlamaLike):
@@ -21,12 +21,12 @@ class Llava(LlamaLike):
     model_types = ("llava",)
     notes = "CLIP towers; images; MHA and GQA decoders of the Llama layout"
     example = "llava-hf/llava-1.5-7b-hf"
-    lacks: ClassVar[dict[str, str]] = {}
+    unsupported: ClassVar[dict[str, str]] = {}
     has_cls = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.pointwise = self.base.multi_modal_projector
+        self.pointwise_projector = self.base.multi_modal_projector
         self.feeds_cls = getattr(self.config, "vision_feature_select_strategy", "default") == "full"
         self.side = self.patches_a_side()
         self.fixed_tokens = self.side**2 + self.feeds_cls
@@ -36,13 +36,13 @@ class Llava(LlamaLike):
         return super().serves(config) and (config.model_type != "llava" or config.vision_config.model_type != "pixtral")
 
     @property
-    def clip(self) -> nn.Module:
+    def clip_tower(self) -> nn.Module:
         """The tower of images."""
         return self.base.vision_tower
 
     def blocks(self) -> nn.ModuleList:
         """The layers of the tower."""
-        return self.clip.encoder.layers
+        return self.clip_tower.encoder.layers
 
     def patches_a_side(self) -> int:
         """Rows, and columns, of patches of a picture."""
@@ -50,8 +50,8 @@ class Llava(LlamaLike):
         return int(vision.image_size // vision.patch_size)
 
     def check_tower(self) -> None:
-        tower = type(self.clip).__name__
-        if not hasattr(self.clip, "encoder") or "CLIP" not in tower:
+        tower = type(self.clip_tower).__name__
+        if not hasattr(self.clip_tower, "encoder") or "CLIP" not in tower:
             raise TypeError(f"{self.family}: the vision tower {tower} is not supported yet, only CLIP towers are")
 
     def check(self) -> None:
@@ -64,13 +64,13 @@ class Llava(LlamaLike):
         return "vision_feature_layer" if hasattr(self.config, "vision_feature_layer") else "vision_feature_layers"
 
     @property
-    def chosen(self) -> Any:
+    def feature_layers(self) -> Any:
         """Which of the tower's hidden states are the features: a number, or several to be joined."""
         return getattr(self.config, self.feature_setting)
 
     def layers_read(self) -> list[int]:
         """Indices of the tower layers whose outputs are visual features."""
-        chosen = self.chosen
+        chosen = self.feature_layers
         depth = len(self.blocks())
         return [(i if i >= 0 else depth + 1 + i) - 1 for i in (chosen if isinstance(chosen, list | tuple) else [chosen])]
 
@@ -81,55 +81,55 @@ class Llava(LlamaLike):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.blocks()[self.feature_layer() if layer is None else layer].self_attn
 
-    def unread_layers(self) -> Sequence[nn.Module]:
+    def unused_tower_layers(self) -> Sequence[nn.Module]:
         return self.blocks()[self.feature_layer() + 1 :]
 
-    def reads_usual_layers(self, call: Encoding) -> bool:
+    def uses_default_layers(self, call: Encoding) -> bool:
         asked = {**call.arguments.get("kwargs", {}), **call.arguments}
-        return asked.get(self.feature_setting) in (None, self.chosen) and not asked.get("output_hidden_states")
+        return asked.get(self.feature_setting) in (None, self.feature_layers) and not asked.get("output_hidden_states")
 
     def tower(self) -> nn.Module:
-        return self.clip
+        return self.clip_tower
 
     def projector(self) -> nn.Module:
         return self.base.multi_modal_projector
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        return (self.clip_blocks(self.clip),)
+    def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
+        return (self.clip_tower_blocks(self.clip_tower),)
 
-    def clip_blocks(self, tower: nn.Module) -> Blocks:
+    def clip_tower_blocks(self, tower: nn.Module) -> TowerBlocks:
         """A CLIP tower: CLS in front, every patch a token."""
         inside = blocks_like_clip(tower.encoder.layers)
-        return Blocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, min(self.layers_read()), extra=1)
+        return TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, inside, min(self.layers_read()), num_cls=1)
 
     def layers_before_signals(self) -> Sequence[nn.Module]:
-        several = isinstance(self.chosen, list | tuple)
+        several = isinstance(self.feature_layers, list | tuple)
         return () if several else self.blocks()[: self.feature_layer()]
 
     def cls_module(self) -> nn.Module:
-        if isinstance(self.chosen, list | tuple):
+        if isinstance(self.feature_layers, list | tuple):
             raise TypeError("cls_token=True needs one vision_feature_layer, this model joins several")
         return self.blocks()[self.feature_layer()]
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         return list(importance), list(keys)
 
     def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
-        return list(rows) if self.fed(call) else super().token_rows(rows, call)
+        return list(rows) if self.num_cls_rows(call) else super().token_rows(rows, call)
 
-    def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
+    def signals(self, recorded: RecordedQK) -> tuple[Tensor, Tensor]:
         """Importance [B, N] and mean keys [B, N, d] of the patches that the tower saw."""
         return cls_signals(recorded)
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return tuple((math.isqrt(n), math.isqrt(n)) if math.isqrt(n) ** 2 == n else None for n in (c - self.feeds_cls for c in counts))
 
-    def vision_shape(self) -> VisionShape:
-        vision, text, chosen = self.config.vision_config, self.config.text_config, self.chosen
+    def vision_dims(self) -> VisionDims:
+        vision, text, chosen = self.config.vision_config, self.config.text_config, self.feature_layers
         joined = vision.hidden_size * (len(chosen) if isinstance(chosen, list | tuple) else 1)
-        return VisionShape(
+        return VisionDims(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
             patches_per_token=1, extra_rows=int(self.has_cls), patch_inputs=vision.num_channels * vision.patch_size**2,
             unread=len(self.blocks()[self.feature_layer() + 1 :]), projector=((joined, text.hidden_size), (text.hidden_size, text.hidden_size)),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
-from duet_vlm.models.adapter import Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Encoding, Modality, RecordedQK
 from duet_vlm.models.llava import Llava
 
 
@@ -26,25 +26,25 @@ class LlavaNext(Llava):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.pointwise, self.fixed_tokens = None, None
+        self.pointwise_projector, self.fixed_tokens = None, None
 
     @property
-    def streams(self) -> tuple[Stream, ...]:
-        return (Stream("image", "get_image_features", self.image_token_id, "pixel_values", "image_sizes"),)
+    def modalities(self) -> tuple[Modality, ...]:
+        return (Modality("image", "get_image_features", self.image_token_id, "pixel_values", "image_sizes"),)
 
     def check(self) -> None:
         super().check()
         if self.feeds_cls:
             raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' is supported")
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         return self.packed(patches, call)
 
-    def pictures(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+    def images_of(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
         arriving = self.real_patches(call, count).sum(1).split(self.crops(call))
         return [tuple(sizes.tolist()) for sizes in arriving]
 
-    def beside(self, call: Encoding, spans: int) -> list[int]:
+    def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
         patches = torch.ones(sum(self.crops(call)), self.side**2, 1, device="cpu")
         return [int((rows == 0).sum()) for rows in self.packed(patches, call)]
 
@@ -60,23 +60,23 @@ class LlavaNext(Llava):
         numbers = torch.arange(1, crops * self.side**2 + 1, dtype=torch.float64, device="cpu").view(crops, -1, 1)
         return [rows[:, 0].long() for rows in self.packed(numbers, call)]
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         importance, keys = self.signals(recorded)
         packed = self.packed(torch.cat([importance[..., None], keys], -1), call)
         return [rows[:, 0] for rows in packed], [rows[:, 1:] for rows in packed]
 
-    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         return self.packed(projected, call)
 
-    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         return [(self.side, self.side)] * len(counts)
 
-    def places(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+    def token_coords(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         """Rows and columns of the whole mosaic are packed as features are, and the crop's own are what is left of them."""
         side, patch = self.side, torch.arange(self.side**2, device="cpu")
         own = torch.stack([patch // side, patch % side], 1)
-        corners = [torch.tensor([(0, 0), *((i // c, i % c) for i in range(r * c))], device="cpu") * side for r, c in self.tiles(call, counts)]
+        corners = [torch.tensor([(0, 0), *((i // c, i % c) for i in range(r * c))], device="cpu") * side for r, c in self.crop_grids(call, counts)]
         mosaic = torch.cat([corner[:, None] + own for corner in corners]).double()
         places = []
         for rows, corner, part in zip(self.packed(mosaic, call), corners, self.parts(call, counts), strict=True):
@@ -84,7 +84,7 @@ class LlavaNext(Llava):
             places.append(place.masked_fill((part < 0)[:, None], -1))
         return places
 
-    def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def crop_grids(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         shapes = [get_anyres_image_grid_shape(size, pinpoints, side) for size in call.sizes]
         return [tuple(shape) if crops > 1 else (0, 0) for shape, crops in zip(shapes, self.crops(call), strict=True)]
@@ -109,7 +109,7 @@ class LlavaNext(Llava):
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         return [image_size_to_num_patches(size, pinpoints, side) for size in call.sizes]
 
-    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         return [(self.side**2,) * crops for crops in self.crops(call)]
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:

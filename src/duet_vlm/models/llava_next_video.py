@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Adapter, Encoding, Modality, RecordedQK, TowerBlocks
 from duet_vlm.models.llava_next import LlavaNext
-from duet_vlm.models.towers import cells, patches_of
+from duet_vlm.models.tower_signals import cells, patches_of
 
 
 class LlavaNextVideo(LlavaNext):
@@ -24,8 +24,8 @@ class LlavaNextVideo(LlavaNext):
     example = "llava-hf/LLaVA-NeXT-Video-7B-hf"
 
     @property
-    def streams(self) -> tuple[Stream, ...]:
-        return (*super().streams, Stream("video", "get_video_features", self.config.video_token_id, "pixel_values_videos"))
+    def modalities(self) -> tuple[Modality, ...]:
+        return (*super().modalities, Modality("video", "get_video_features", self.config.video_token_id, "pixel_values_videos"))
 
     def frames(self, call: Encoding) -> tuple[int, int]:
         """Clips of the call, and frames of each."""
@@ -40,27 +40,27 @@ class LlavaNextVideo(LlavaNext):
         """Signals of frames [F, N, c] as the model pools its features: [F, n, c]."""
         return cells(signals, self.side, self.config.spatial_pool_stride)
 
-    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
-        return int(self.config.spatial_pool_stride) if call.stream == "video" else blocks.cell
+    def cell_of(self, call: Encoding, blocks: TowerBlocks) -> int:
+        return int(self.config.spatial_pool_stride) if call.stream == "video" else blocks.patch_grid
 
-    def pictures(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
+    def images_of(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
         if call.stream == "image":
-            return super().pictures(call, count, tokens)
+            return super().images_of(call, count, tokens)
         clips, frames = self.frames(call)
         return [(tokens,) * frames] * clips
 
-    def beside(self, call: Encoding, spans: int) -> list[int]:
-        return super().beside(call, spans) if call.stream == "image" else [0] * spans
+    def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
+        return super().num_separator_rows(call, spans) if call.stream == "image" else [0] * spans
 
     def real_patches(self, call: Encoding, pictures: int) -> Tensor | None:
         return super().real_patches(call, pictures) if call.stream == "image" else None
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         if call.stream == "image":
-            return super().carried(patches, call)
+            return super().patches_to_tokens(patches, call)
         return list(self.pooled(patches).unflatten(0, self.frames(call)).flatten(1, 2))
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":
             return super().importance_and_keys(calls, call, segmented)
         (recorded,) = calls
@@ -73,27 +73,27 @@ class LlavaNextVideo(LlavaNext):
             return super().token_rows(rows, call)
         return list(self.pooled(rows[:, int(self.has_cls) :]).unflatten(0, self.frames(call)).flatten(1, 2))
 
-    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
-        return super().arranged(projected, call) if call.stream == "image" else list(projected.unflatten(0, self.frames(call)).flatten(1, 2))
+    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+        return super().unpack_to_spans(projected, call) if call.stream == "image" else list(projected.unflatten(0, self.frames(call)).flatten(1, 2))
 
-    def frames_together(self) -> int:
+    def temporal_patch_size(self) -> int:
         return 1
 
     def steps(self, call: Encoding) -> list[Tensor]:
         return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
 
-    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+    def slice_frames(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
         shown = call.arguments["pixel_values_videos"][clip, list(chosen)][None]
         return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": shown})
 
-    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
-        return super().sides(call, counts) if call.stream == "image" else [(self.pooled_side(), self.pooled_side())] * len(counts)
+    def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return super().grid_sizes(call, counts) if call.stream == "image" else [(self.pooled_side(), self.pooled_side())] * len(counts)
 
-    def places(self, call: Encoding, counts: list[int]) -> list[Tensor]:
-        return super().places(call, counts) if call.stream == "image" else Adapter.places(self, call, counts)
+    def token_coords(self, call: Encoding, counts: list[int]) -> list[Tensor]:
+        return super().token_coords(call, counts) if call.stream == "image" else Adapter.token_coords(self, call, counts)
 
-    def tiles(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
-        return super().tiles(call, counts) if call.stream == "image" else Adapter.tiles(self, call, counts)
+    def crop_grids(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+        return super().crop_grids(call, counts) if call.stream == "image" else Adapter.crop_grids(self, call, counts)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         if call.stream == "image":
@@ -101,14 +101,14 @@ class LlavaNextVideo(LlavaNext):
         clips, frames = self.frames(call)
         return [torch.arange(frames, device="cpu").repeat_interleave(self.pooled_side() ** 2)] * clips
 
-    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         if call.stream == "image":
-            return super().passes(call, counts)
+            return super().tokens_per_crop(call, counts)
         clips, frames = self.frames(call)
         return [(self.side**2,) * frames] * clips
 
-    def projected(self, call: Encoding, counts: list[int]) -> list[int]:
-        return super().projected(call, counts) if call.stream == "image" else counts  # clips are pooled before they are projected
+    def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
+        return super().projected_rows(call, counts) if call.stream == "image" else counts  # clips are pooled before they are projected
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         if call.stream == "image":

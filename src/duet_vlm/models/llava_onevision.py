@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Recorded
+from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK, TowerBlocks
 from duet_vlm.models.llava_next_video import LlavaNextVideo
-from duet_vlm.models.towers import blocks_like_clip, column_signals
+from duet_vlm.models.tower_signals import blocks_like_clip, column_signals
 
 
 class LlavaOnevision(LlavaNextVideo):
@@ -24,7 +24,7 @@ class LlavaOnevision(LlavaNextVideo):
     model_types = ("llava_onevision",)
     notes = "SigLIP towers; images of any size; clips, all frames reduced together; decoders of the Llama or Qwen2 layout"
     example = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
-    lacks = Adapter.lacks
+    unsupported = Adapter.unsupported
     has_cls = False
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,7 +32,7 @@ class LlavaOnevision(LlavaNextVideo):
         self.feeds_cls = False  # "full" strategy means all patches here
 
     def check_tower(self) -> None:
-        tower = type(self.clip).__name__
+        tower = type(self.clip_tower).__name__
         if "Siglip" not in tower or self.config.vision_feature_select_strategy != "full":
             raise TypeError(
                 f"llava_onevision: only SigLIP towers with vision_feature_select_strategy='full' are supported, got {tower} with "
@@ -42,7 +42,7 @@ class LlavaOnevision(LlavaNextVideo):
     def cls_module(self) -> nn.Module:
         raise TypeError("llava_onevision: this vision tower has no CLS row, so cls_token=True (official LLaVA presets) cannot work")
 
-    def signals(self, recorded: Recorded) -> tuple[Tensor, Tensor]:
+    def signals(self, recorded: RecordedQK) -> tuple[Tensor, Tensor]:
         return column_signals(recorded)
 
     def crops(self, call: Encoding) -> list[int]:
@@ -60,13 +60,13 @@ class LlavaOnevision(LlavaNextVideo):
         )
         return rows
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        inside = blocks_like_clip(self.clip.encoder.layers)
-        return (Blocks(self.clip, self.clip.embeddings.patch_embedding, self.clip.encoder, inside, min(self.layers_read())),)
+    def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
+        inside = blocks_like_clip(self.clip_tower.encoder.layers)
+        return (TowerBlocks(self.clip_tower, self.clip_tower.embeddings.patch_embedding, self.clip_tower.encoder, inside, min(self.layers_read())),)
 
-    def cell_of(self, call: Encoding, blocks: Blocks) -> int:
+    def cell_of(self, call: Encoding, blocks: TowerBlocks) -> int:
         if call.stream == "image":
-            return blocks.cell
+            return blocks.patch_grid
         if self.side % 2:
             raise ValueError(
                 f"llava_onevision: frames of {self.side} x {self.side} patches are resized behind the vision tower, where what is left would be "
@@ -74,12 +74,12 @@ class LlavaOnevision(LlavaNextVideo):
             )
         return 2  # half the size, without remainder: means of cells
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
-        rows = super().carried(patches, call)
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        rows = super().patches_to_tokens(patches, call)
         return rows if call.stream == "image" else [nn.functional.pad(some, (0, 0, 0, 1)) for some in rows]
 
-    def beside(self, call: Encoding, spans: int) -> list[int]:
-        return super().beside(call, spans) if call.stream == "image" else [1] * spans
+    def num_separator_rows(self, call: Encoding, spans: int) -> list[int]:
+        return super().num_separator_rows(call, spans) if call.stream == "image" else [1] * spans
 
     def _numbers(self, call: Encoding) -> list[Tensor]:
         crops = sum(self.crops(call))
@@ -98,7 +98,7 @@ class LlavaOnevision(LlavaNextVideo):
     def pooled(self, signals: Tensor) -> Tensor:
         return self.base.apply_pooling(signals)
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         importance, keys = super().importance_and_keys(calls, call, segmented)
         if call.stream == "image":
             return importance, keys
@@ -108,17 +108,17 @@ class LlavaOnevision(LlavaNextVideo):
         tokens = super().token_rows(rows, call)
         return tokens if call.stream == "image" else [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in tokens]
 
-    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         if call.stream == "image":
-            return super().arranged(projected, call)
-        return [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in super().arranged(self.pooled(projected), call)]
+            return super().unpack_to_spans(projected, call)
+        return [nn.functional.pad(rows, (0, 0, 0, 1)) for rows in super().unpack_to_spans(self.pooled(projected), call)]
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         parts = super().parts(call, counts)
         return parts if call.stream == "image" else [nn.functional.pad(rows, (0, 1), value=-1) for rows in parts]
 
-    def projected(self, call: Encoding, counts: list[int]) -> list[int]:
-        return Adapter.projected(self, call, counts)  # clips are pooled behind the projector here
+    def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
+        return Adapter.projected_rows(self, call, counts)  # clips are pooled behind the projector here
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return (None,) * len(counts)

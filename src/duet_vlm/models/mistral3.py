@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Adapter, Blocks, Encoding, Inside, JoinedBlocks, Recorded, Stream
+from duet_vlm.models.adapter import Adapter, BlockModules, ConcatenatedBlocks, Encoding, Modality, RecordedQK, TowerBlocks
 from duet_vlm.models.llava import Llava
 from duet_vlm.ops.score import column_attention
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Mistral3(Llava):
@@ -21,25 +21,25 @@ class Mistral3(Llava):
     model_types = ("mistral3",)
     notes = "images of any size; Mistral decoders"
     example = "mistralai/Mistral-Small-3.1-24B-Instruct-2503"
-    lacks = Adapter.lacks
+    unsupported = Adapter.unsupported
     has_cls = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.pointwise, self.fixed_tokens, self.feeds_cls = None, None, False
+        self.pointwise_projector, self.fixed_tokens, self.feeds_cls = None, None, False
         self.merge = int(getattr(self.config, "spatial_merge_size", 1))
 
     @property
-    def streams(self) -> tuple[Stream, ...]:
-        return (Stream("image", "get_image_features", self.image_token_id, "pixel_values", "image_sizes"),)
+    def modalities(self) -> tuple[Modality, ...]:
+        return (Modality("image", "get_image_features", self.image_token_id, "pixel_values", "image_sizes"),)
 
     def check_tower(self) -> None:
-        tower = type(self.clip).__name__
+        tower = type(self.clip_tower).__name__
         if "Pixtral" not in tower:
             raise TypeError(f"{self.family}: the vision tower {tower} is not supported, only Pixtral towers are")
 
     def blocks(self) -> nn.ModuleList:
-        return self.clip.transformer.layers
+        return self.clip_tower.transformer.layers
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.blocks()[self.feature_layer() if layer is None else layer].attention
@@ -49,24 +49,24 @@ class Mistral3(Llava):
 
     def patches(self, call: Encoding) -> list[tuple[int, int]]:
         """Rows and columns of patches of each image."""
-        size = self.clip.patch_size
+        size = self.clip_tower.patch_size
         return [(height // size, width // size) for height, width in call.sizes]
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        tower, read = self.clip, min(self.layers_read())
-        inside = tuple(Inside(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
+    def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
+        tower, read = self.clip_tower, min(self.layers_read())
+        inside = tuple(BlockModules(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
         return (
-            JoinedBlocks(
-                tower, tower.patch_conv, tower.transformer, inside, read, cell=self.merge, grids=self.patches, patch=int(tower.patch_size),
+            ConcatenatedBlocks(
+                tower, tower.patch_conv, tower.transformer, inside, read, patch_grid=self.merge, grids=self.patches, patch=int(tower.patch_size),
             ),
         )  # fmt: skip
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         grids = self.patches(call)
         rows = patches[0].split([high * wide for high, wide in grids])
         return [self.merged(some, grid) for some, grid in zip(rows, grids, strict=True)]
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         (recorded,) = calls
         counts = [rows * columns for rows, columns in self.patches(call)]
         size = recorded.key.new_ones(1, recorded.key.shape[2]) if recorded.size is None else recorded.size
@@ -77,7 +77,7 @@ class Mistral3(Llava):
             for query, key, some in images
         ])  # fmt: skip
         signals = torch.cat([received[:, None], recorded.key[0].float().mean(0)], 1)
-        merged = self.carried(signals[None], call)
+        merged = self.patches_to_tokens(signals[None], call)
         return [rows[:, 0] for rows in merged], [rows[:, 1:] for rows in merged]
 
     def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
@@ -85,7 +85,7 @@ class Mistral3(Llava):
         images = rows[0].split([height * width for height, width in grids])
         return [self.merged(image, grid) for image, grid in zip(images, grids, strict=True)]
 
-    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         return list(projected.flatten(0, -2).split([(h // self.merge) * (w // self.merge) for h, w in self.patches(call)]))
 
     def merged(self, signals: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -96,24 +96,24 @@ class Mistral3(Llava):
         return tuple((rows // self.merge, columns // self.merge) for rows, columns in self.patches(call))
 
     def blank_image(self) -> dict[str, Any]:
-        vision, weight = self.config.vision_config, next(self.clip.parameters())
+        vision, weight = self.config.vision_config, next(self.clip_tower.parameters())
         side = 2 * self.merge * vision.patch_size  # the stock code cannot take an image of a single token
         pixels = torch.zeros(1, vision.num_channels, side, side, dtype=weight.dtype, device=weight.device)
         return {"pixel_values": pixels, "image_sizes": torch.tensor([[side, side]], device=weight.device)}
 
     def spare(self, call: Encoding) -> tuple[tuple[tuple[int, int], ...], ...]:
         grids = self.patches(call)
-        high, wide = (side // self.clip.patch_size for side in call.arguments["pixel_values"].shape[-2:])
+        high, wide = (side // self.clip_tower.patch_size for side in call.arguments["pixel_values"].shape[-2:])
         spare = [(h * w - (h // self.merge) * (w // self.merge) * self.merge**2, high * wide - h * w) for h, w in grids]
         return tuple((some,) for some in spare)
 
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         vision, text, unit = self.config.vision_config, self.config.text_config, self.merge**2
         merger = ((vision.hidden_size * unit, vision.hidden_size),) if unit > 1 else ()
-        return VisionShape(
+        return VisionDims(
             layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3, patches_per_token=unit,
-            unread=len(self.unread_layers()), extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
-            joined="flash" not in (self.clip.config._attn_implementation or ""),
+            unread=len(self.unused_tower_layers()), extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            joined="flash" not in (self.clip_tower.config._attn_implementation or ""),
             projector=(*merger, (vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ class PaliGemma(Gemma3):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self.pointwise = self.base.multi_modal_projector
+        self.pointwise_projector = self.base.multi_modal_projector
 
     def tokens_per_image(self) -> int:
         return self.side**2

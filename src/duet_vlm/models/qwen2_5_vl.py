@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from duet_vlm.measure.shapes import VisionShape
 from duet_vlm.models.qwen2_vl import Qwen2VL
 from duet_vlm.ops.ragged import upload
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen25VL(Qwen2VL):
@@ -27,7 +27,7 @@ class Qwen25VL(Qwen2VL):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.visual.blocks[max(self.visual.fullatt_block_indexes) if layer is None else layer].attn
 
-    def sees_whole(self, layer: int) -> bool:
+    def attends_globally(self, layer: int) -> bool:
         return layer % len(self.visual.blocks) in self.visual.fullatt_block_indexes
 
     def raster(self, sizes: list[list[int]]) -> Tensor:
@@ -48,7 +48,7 @@ class Qwen25VL(Qwen2VL):
         left = torch.nn.functional.pad(alive[order].cumsum(0), (1, 0))[ends // unit] * unit
         return made | {"window_index": there, "cu_window_seqlens": left.unique_consecutive().int()}, there, slots
 
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         vision = self.config.vision_config
         windows = {"full_layers": len(vision.fullatt_block_indexes), "window": (vision.window_size // vision.patch_size) ** 2}
         return self._vision_shape(vision.hidden_size, vision.intermediate_size, 3, vision.out_hidden_size, **windows)

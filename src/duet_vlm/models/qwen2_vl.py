@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_interpolation_indices_and_weights, get_vision_position_ids
 
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import SLIDING, Encoding, Inside, PackedTower, Recorded, Stream
+from duet_vlm.models.adapter import SLIDING, BlockModules, Encoding, Modality, RecordedQK, VarlenTower
 from duet_vlm.models.llama_like import LlamaLike
-from duet_vlm.models.towers import packed_signals
+from duet_vlm.models.tower_signals import packed_signals
 from duet_vlm.ops.ragged import upload
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen2VL(LlamaLike):
@@ -36,10 +36,10 @@ class Qwen2VL(LlamaLike):
         self.visual = self.base.visual
 
     @property
-    def streams(self) -> tuple[Stream, ...]:
+    def modalities(self) -> tuple[Modality, ...]:
         return (
-            Stream("image", "get_image_features", self.image_token_id, "pixel_values", "image_grid_thw"),
-            Stream("video", "get_video_features", self.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
+            Modality("image", "get_image_features", self.image_token_id, "pixel_values", "image_grid_thw"),
+            Modality("video", "get_video_features", self.config.video_token_id, "pixel_values_videos", "video_grid_thw"),
         )
 
     def check(self) -> None:
@@ -49,7 +49,7 @@ class Qwen2VL(LlamaLike):
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.visual.blocks[-1 if layer is None else layer].attn
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         unit = self.visual.config.spatial_merge_size**2
         importance, keys = packed_signals(calls, unit, segmented)
         raster = upload(self.raster(call.sizes), importance.device)
@@ -58,21 +58,21 @@ class Qwen2VL(LlamaLike):
 
     def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
-        return self.arranged(rows.flatten(0, -2).unflatten(0, (-1, unit)).mean(1), call)
+        return self.unpack_to_spans(rows.flatten(0, -2).unflatten(0, (-1, unit)).mean(1), call)
 
-    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
         return list(projected[upload(self.raster(call.sizes), projected.device)].split([t * h * w // unit for t, h, w in call.sizes]))
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
         return list(patches[0].unflatten(0, (-1, unit)).mean(1).split([t * h * w // unit for t, h, w in call.sizes]))
 
-    def blocks_to_reduce(self) -> tuple[PackedTower, ...]:
+    def blocks_to_reduce(self) -> tuple[VarlenTower, ...]:
         visual, config = self.visual, self.visual.config
-        inside = tuple(Inside(block, block.attn, block.norm2, block.mlp) for block in visual.blocks)
+        inside = tuple(BlockModules(block, block.attn, block.norm2, block.mlp) for block in visual.blocks)
         mergers = visual.merger, *getattr(visual, "deepstack_merger_list", ())
-        return (PackedTower(visual, config.spatial_merge_size**2, config.temporal_patch_size, config.patch_size, self.tables, inside, mergers),)
+        return (VarlenTower(visual, config.spatial_merge_size**2, config.temporal_patch_size, config.patch_size, self.tables, inside, mergers),)
 
     def tables(self, grid: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``PackedTower``. The blocks work in raster order."""
@@ -95,19 +95,19 @@ class Qwen2VL(LlamaLike):
         size = self.visual.config.spatial_merge_size
         return tuple((t * h // size, w // size) for t, h, w in call.sizes)
 
-    def frames_together(self) -> int:
+    def temporal_patch_size(self) -> int:
         return int(self.config.vision_config.temporal_patch_size)
 
     def steps(self, call: Encoding) -> list[Tensor]:
         pixels = call.arguments["pixel_values_videos"].split([math.prod(size) for size in call.sizes])
         return [rows.unflatten(0, (size[0], -1)) for rows, size in zip(pixels, call.sizes, strict=True)]
 
-    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+    def slice_frames(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
         shown, size = self.steps(call)[clip][list(chosen)], [len(chosen), *call.sizes[clip][1:]]
         grid = call.arguments["video_grid_thw"].new_tensor([size])
         return Encoding(call.stream, [size], call.arguments | {"pixel_values_videos": shown.flatten(0, 1), "video_grid_thw": grid})
 
-    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         return [(count // t,) * t for (t, _, _), count in zip(call.sizes, counts, strict=True)]
 
     def tower(self) -> nn.Module:
@@ -123,14 +123,14 @@ class Qwen2VL(LlamaLike):
         pixels = torch.zeros(side * side, inputs, dtype=weight.dtype, device=weight.device)
         return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, side, side]], device=weight.device)}
 
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         vision = self.config.vision_config
         return self._vision_shape(vision.embed_dim, int(vision.embed_dim * vision.mlp_ratio), 2, vision.hidden_size)
 
-    def _vision_shape(self, width: int, mlp: int, mlp_matrices: int, out: int, deeper: Sequence[int] = (), **windows: Any) -> VisionShape:
+    def _vision_shape(self, width: int, mlp: int, mlp_matrices: int, out: int, deeper: Sequence[int] = (), **windows: Any) -> VisionDims:
         vision = self.config.vision_config
         unit = vision.spatial_merge_size**2
-        return VisionShape(
+        return VisionDims(
             layers=vision.depth, width=width, mlp=mlp, mlp_matrices=mlp_matrices, patches_per_token=unit, extra_rows=0,
             patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
             projector=((width * unit, width * unit), (width * unit, out)) * (1 + len(deeper)),
@@ -138,7 +138,7 @@ class Qwen2VL(LlamaLike):
         )  # fmt: skip
 
 
-def frames_apart(config: Any, stream: Stream, parts: tuple[int, ...]) -> list[int]:
+def frames_apart(config: Any, stream: Modality, parts: tuple[int, ...]) -> list[int]:
     """Token ids of an image or clip as Qwen3's prompts write it: each step of time between marks of its own."""
     start, end = config.vision_start_token_id, config.vision_end_token_id
     return [token for count in parts for token in (start, *[stream.token_id] * count, end)]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Stream
+from duet_vlm.models.adapter import Modality
 from duet_vlm.models.qwen2_vl import Qwen2VL, frames_apart
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen35(Qwen2VL):
@@ -24,14 +24,14 @@ class Qwen35(Qwen2VL):
     notes = "images of any size, video; linear and full attention, ranked by the latter; kept positions only (M-RoPE)"
     example = "Qwen/Qwen3.5-9B"
 
-    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+    def placeholder_ids(self, stream: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
         return frames_apart(self.config, stream, parts)
 
     def heads(self, layer: nn.Module, which: str, hidden: Tensor) -> Tensor:
         heads = super().heads(layer, which, hidden)
         return heads[:, :, ::2] if which == "q" else heads  # behind each query head comes the gate of its output
 
-    def read_out(self, layer: nn.Module, hidden: Tensor, valid: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def linear_attention_scores(self, layer: nn.Module, hidden: Tensor, valid: Tensor, asking: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of a gated delta rule (Yang et al., ICLR 2025): queries, keys, and the gates that rows are written with, of value heads that share a key
         added up."""
         mixer = layer.linear_attn
@@ -42,8 +42,8 @@ class Qwen35(Qwen2VL):
         both = nn.functional.conv1d(both.to(weight.dtype), weight, padding=weight.shape[-1] - 1, groups=len(weight))[..., : hidden.shape[1]]
         query, key = unit_rows(nn.functional.silu(both).transpose(1, 2).unflatten(2, (2, heads, width))).transpose(1, 3).unbind(2)
         gate = mixer.in_proj_b(normed).float().sigmoid().unflatten(2, (heads, -1)).mean(3) / heads
-        return take(query.transpose(1, 2), asking).transpose(1, 2), key, gate.transpose(1, 2)
+        return gather_rows(query.transpose(1, 2), asking).transpose(1, 2), key, gate.transpose(1, 2)
 
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         vision = self.config.vision_config
         return self._vision_shape(vision.hidden_size, vision.intermediate_size, 2, vision.out_hidden_size)

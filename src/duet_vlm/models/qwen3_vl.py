@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from duet_vlm.hooks import Hooks
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Stream
+from duet_vlm.models.adapter import Modality
 from duet_vlm.models.qwen2_vl import Qwen2VL, frames_apart
-from duet_vlm.ops.ragged import take
-from duet_vlm.tokens import TokenMap
+from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.planning.tokens import TokenMap
+from duet_vlm.profiling.model_dims import VisionDims
+from duet_vlm.utils.hooks import Hooks
 
 
 class Qwen3VL(Qwen2VL):
@@ -26,7 +26,7 @@ class Qwen3VL(Qwen2VL):
     notes = "images of any size, video; dense and mixture-of-experts decoders; kept positions only (M-RoPE)"
     example = "Qwen/Qwen3-VL-8B-Instruct"
 
-    def written(self, stream: Stream, tokens: int, parts: tuple[int, ...]) -> list[int]:
+    def placeholder_ids(self, stream: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:
         return frames_apart(self.config, stream, parts)
 
     def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
@@ -39,11 +39,11 @@ class Qwen3VL(Qwen2VL):
                 return stock(hidden, visual_pos_masks, visual_embeds)
             mask, rows = visual_pos_masks.to(hidden.device), visual_embeds.to(hidden.device, hidden.dtype)
             number = (mask.flatten().cumsum(0) - 1).clamp(min=0).view_as(mask)
-            added = rows[take(number, tokens.slot.to(hidden.device))]
+            added = rows[gather_rows(number, tokens.prompt_index.to(hidden.device))]
             return hidden + torch.where(tokens.visual.to(hidden.device)[..., None], added, 0)
 
         hooks.shadow(self.text_model, "_deepstack_process", add_to_survivors)
 
-    def vision_shape(self) -> VisionShape:
+    def vision_dims(self) -> VisionDims:
         vision = self.config.vision_config
         return self._vision_shape(vision.hidden_size, vision.intermediate_size, 2, vision.out_hidden_size, vision.deepstack_visual_indexes)

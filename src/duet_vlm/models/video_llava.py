@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.measure.shapes import VisionShape
-from duet_vlm.models.adapter import Blocks, Encoding, Recorded, Stream
+from duet_vlm.models.adapter import Encoding, Modality, RecordedQK, TowerBlocks
 from duet_vlm.models.llava import Llava
-from duet_vlm.models.towers import patches_of
+from duet_vlm.models.tower_signals import patches_of
+from duet_vlm.profiling.model_dims import VisionDims
 
 FIRST = 1e30  # importance of a CLS row: above any attention, and finite in sums
 
@@ -33,14 +33,14 @@ class VideoLlava(Llava):
         self.fixed_tokens = None  # clips are as long as they are
 
     @property
-    def streams(self) -> tuple[Stream, ...]:
+    def modalities(self) -> tuple[Modality, ...]:
         return (
-            Stream("image", "get_image_features", self.image_token_id, "pixel_values"),
-            Stream("video", "get_video_features", self.config.video_token_id, "pixel_values_videos", each=True),
+            Modality("image", "get_image_features", self.image_token_id, "pixel_values"),
+            Modality("video", "get_video_features", self.config.video_token_id, "pixel_values_videos", each=True),
         )
 
     @property
-    def clip(self) -> nn.Module:
+    def clip_tower(self) -> nn.Module:
         return self.base.image_tower
 
     def tower(self) -> nn.Module:
@@ -51,10 +51,10 @@ class VideoLlava(Llava):
         number = self.feature_layer() if layer is None else layer
         return [image[number].self_attn, video[number].self_attn]
 
-    def vision_shape(self) -> VisionShape:
-        return dataclasses.replace(super().vision_shape(), towers=2)
+    def vision_dims(self) -> VisionDims:
+        return dataclasses.replace(super().vision_dims(), towers=2)
 
-    def unread_layers(self) -> list[nn.Module]:
+    def unused_tower_layers(self) -> list[nn.Module]:
         return [layer for tower in (self.base.image_tower, self.base.video_tower) for layer in tower.encoder.layers[self.feature_layer() + 1 :]]
 
     def cls_module(self) -> nn.Module:
@@ -66,7 +66,7 @@ class VideoLlava(Llava):
     def spans(self, output: object, call: Encoding) -> list[Tensor]:
         return list(output.pooler_output.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))  # type: ignore[attr-defined]
 
-    def importance_and_keys(self, calls: list[Recorded], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
+    def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         if call.stream == "image":
             return super().importance_and_keys(calls, call, segmented)
         (recorded,) = calls
@@ -77,44 +77,44 @@ class VideoLlava(Llava):
         return list(importance.unflatten(0, frames).flatten(1)), list(keys.unflatten(0, frames).flatten(1, 2))
 
     def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
-        return self.arranged(torch.stack(super().token_rows(rows, call)), call)
+        return self.unpack_to_spans(torch.stack(super().token_rows(rows, call)), call)
 
-    def arranged(self, projected: Tensor, call: Encoding) -> list[Tensor]:
+    def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         return list(projected.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
 
-    def frames_together(self) -> int:
+    def temporal_patch_size(self) -> int:
         return 1
 
     def steps(self, call: Encoding) -> list[Tensor]:
         return [patches_of(frames, self.config.vision_config.patch_size) for frames in call.arguments["pixel_values_videos"]]
 
-    def of_steps(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
+    def slice_frames(self, call: Encoding, clip: int, chosen: Sequence[int]) -> Encoding:
         shown = call.arguments["pixel_values_videos"][clip, list(chosen)][None]
         return dataclasses.replace(call, arguments=call.arguments | {"pixel_values_videos": shown})
 
-    def sides(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
+    def grid_sizes(self, call: Encoding, counts: list[int]) -> list[tuple[int, int]]:
         return [(self.side, self.side)] * len(counts)
 
-    def fed(self, call: Encoding) -> int:
-        return 1 if call.stream == "video" else super().fed(call)
+    def num_cls_rows(self, call: Encoding) -> int:
+        return 1 if call.stream == "video" else super().num_cls_rows(call)
 
-    def carried(self, patches: Tensor, call: Encoding) -> list[Tensor]:
-        frames = torch.stack(super().carried(patches, call))
+    def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
+        frames = torch.stack(super().patches_to_tokens(patches, call))
         return list(frames.unflatten(0, (-1, self.projected_together(call))).flatten(1, 2))
 
-    def blocks_to_reduce(self) -> tuple[Blocks, ...]:
-        return self.clip_blocks(self.base.image_tower), self.clip_blocks(self.base.video_tower)
+    def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
+        return self.clip_tower_blocks(self.base.image_tower), self.clip_tower_blocks(self.base.video_tower)
 
     def parts(self, call: Encoding, counts: list[int]) -> list[Tensor]:
         frames = self.projected_together(call)
         return [torch.arange(frames, device="cpu").repeat_interleave(count // frames) for count in counts]
 
-    def passes(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
+    def tokens_per_crop(self, call: Encoding, counts: list[int]) -> list[tuple[int, ...]]:
         if call.stream == "image":
-            return super().passes(call, counts)
+            return super().tokens_per_crop(call, counts)
         return [(self.side**2,) * self.projected_together(call)] * len(counts)
 
-    def projected(self, call: Encoding, counts: list[int]) -> list[int]:
+    def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
         return counts  # CLS rows, too
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:

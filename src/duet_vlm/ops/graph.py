@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking, ranks, top
 
 
@@ -24,7 +24,7 @@ def closeness(row: Tensor, column: Tensor) -> Tensor:
     return 1 / (1 + (place[:, None] - place[:, :, None]).norm(dim=-1))
 
 
-def independent(scores: Tensor, joined: Tensor, free: Tensor, count: Tensor, steps: int) -> Tensor:
+def greedy_independent(scores: Tensor, joined: Tensor, free: Tensor, count: Tensor, steps: int) -> Tensor:
     """Up to ``count`` [B] of the ``free`` [B, N] tokens, none ``joined`` [B, N, N] to another: always the best that is left, ties to the lower index.
 
     -> [B, N] bool; ``steps`` is the largest count. A token's entry for itself plays no part.
@@ -34,12 +34,12 @@ def independent(scores: Tensor, joined: Tensor, free: Tensor, count: Tensor, ste
         best = scores.masked_fill(~free, -torch.inf).argmax(1, keepdim=True)
         new = free.gather(1, best) & (count > step)[:, None]
         picked |= torch.zeros_like(free).scatter(1, best, new)
-        free &= ~(take(joined, best)[:, 0] & new)
+        free &= ~(gather_rows(joined, best)[:, 0] & new)
         free &= ~torch.zeros_like(free).scatter(1, best, new)
     return picked
 
 
-def unjoined(scores: Tensor, joined: Tensor, valid: Tensor, count: Tensor, important: float, steps: int) -> Tensor:
+def independent_set(scores: Tensor, joined: Tensor, valid: Tensor, count: Tensor, important: float, steps: int) -> Tensor:
     """``count`` [B] of the ``valid`` [B, N] tokens: the share ``important`` by score alone; then, by score, those that are not ``joined`` [B, N, N]
     to a chosen one; and where these run out, by score again (D2Pruner).
 
@@ -47,7 +47,7 @@ def unjoined(scores: Tensor, joined: Tensor, valid: Tensor, count: Tensor, impor
     """
     first = top(scores, valid, (count * important).long())
     free = valid & ~first & ~(joined & first[:, None]).any(2)
-    picked = independent(scores, joined, free, count - first.sum(1), steps)
+    picked = greedy_independent(scores, joined, free, count - first.sum(1), steps)
     place = ranks(ranking(scores, valid))
     order = place + place.shape[1] * (2 - 2 * first.long() - picked.long())
     return top(-order.float(), valid, count)

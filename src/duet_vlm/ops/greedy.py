@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.merge import unit_rows
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking, ranks
 
 TIE = 1e-5  # of the largest: closer than that, additions in another order would decide, and the lowest index is taken
@@ -31,7 +31,7 @@ def cosine(rows: Tensor, valid: Tensor) -> Tensor:
     return table
 
 
-def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, total: int, picks: int = 1, add: bool = False) -> Tensor:
+def greedy_coverage(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, total: int, picks: int = 1, add: bool = False) -> Tensor:
     """Greedy coverage: again and again the token that adds most to sum_u max(0, max over chosen v of similarity[u, v]), times its weight.
 
     With ``picks`` > 1 that many are chosen in one step, the similarities being read once: the best of the 4 * ``picks`` largest scores, each
@@ -63,7 +63,7 @@ def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, tota
         score = out_of_play + gain + weight if add else torch.addcmul(out_of_play, gain, weight)
         best = _first(score, CLOSE) if picks == 1 else _unlike(score, similarity, picks)
         out_of_play.scatter_(1, best, float("-inf"))
-        covered = torch.maximum(covered, take(similarity, best).amax(1))
+        covered = torch.maximum(covered, gather_rows(similarity, best).amax(1))
         order.append(best)
     return _mask_of(order, count, valid)
 
@@ -71,13 +71,13 @@ def cover(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, tota
 def _unlike(score: Tensor, similarity: Tensor, picks: int) -> Tensor:
     """The tokens of ``picks`` large scores [B, N] that are not alike: [B, picks], or all N if there are fewer; best first."""
     score, place = (t[:, : 4 * picks] for t in score.sort(dim=1, descending=True, stable=True))
-    among = take(similarity, place).gather(2, place[:, None].expand(-1, place.shape[1], -1))
+    among = gather_rows(similarity, place).gather(2, place[:, None].expand(-1, place.shape[1], -1))
     fresh = 1 - among.tril(-1).amax(2)  # of each, in view of those before it
     order = (score * fresh.clamp(min=torch.finfo(torch.float32).tiny)).argsort(dim=1, descending=True, stable=True)
     return place.gather(1, order[:, :picks])
 
 
-def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+def max_min_diversity(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
     """Greedy max-min: first the token that is least like its nearest neighbour, then the one that is least like its nearest chosen one.
 
     similarity [B, N, N], valid [B, N], count [B] of which ``steps`` is the largest -> the chosen tokens [B, N] bool.
@@ -90,13 +90,13 @@ def spread(similarity: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tens
     for step in range(steps):
         best = (nearest + out_of_play).argmin(1, keepdim=True)
         out_of_play.scatter_(1, best, never)
-        row = take(similarity, best)[:, 0]
+        row = gather_rows(similarity, best)[:, 0]
         nearest = torch.maximum(nearest, row) if step else row
         order.append(best)
     return _mask_of(order, count, valid)
 
 
-def apart(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+def pairwise_distance(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
     """Again and again the token with the largest weight times 1 - its similarity to the most similar chosen one; first the largest weight.
 
     similarity [B, N, N], weight [B, N] not negative, valid [B, N], count [B] of which ``steps`` is the largest -> the chosen tokens [B, N] bool.
@@ -106,13 +106,13 @@ def apart(similarity: Tensor, weight: Tensor, valid: Tensor, count: Tensor, step
     for step in range(steps):
         best = (out_of_play + weight * (1 - nearest)).argmax(1, keepdim=True)
         out_of_play.scatter_(1, best, float("-inf"))
-        row = take(similarity, best)[:, 0]
+        row = gather_rows(similarity, best)[:, 0]
         nearest = torch.maximum(nearest, row) if step else row
         order.append(best)
     return _mask_of(order, count, valid)
 
 
-def conditional(similarity: Tensor, weight: Tensor, ridge: float = 0.0) -> Tensor:
+def conditional_kernel(similarity: Tensor, weight: Tensor, ridge: float = 0.0) -> Tensor:
     """The kernel w_i (cos(i, j) + ridge [i = j]) w_j: similarity [B, N, N], weight [B, N] -> [B, N, N]. ``ridge`` is what no other token explains of
     one: where all are explained, the largest weights are next."""
     kernel = similarity.clone()  # changed in place: of a long clip these are the largest tensors that are made
@@ -121,7 +121,7 @@ def conditional(similarity: Tensor, weight: Tensor, ridge: float = 0.0) -> Tenso
     return kernel.mul_(weight[:, :, None]).mul_(weight[:, None])
 
 
-def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+def greedy_dpp_map(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
     """The greedy choice of largest determinant (MAP of a determinantal point process): again and again the token whose part of the kernel is
     explained least by those chosen.
 
@@ -140,14 +140,14 @@ def determinantal(kernel: Tensor, valid: Tensor, count: Tensor, steps: int) -> T
         order.append(best)
         known, mine = parts[:, :step], parts[:, :step].gather(2, best[:, None].expand(-1, step, -1))
         size, least = left.gather(1, best), floor.gather(1, best)
-        new = (take(kernel, best)[:, 0] - (mine.transpose(1, 2) @ known)[:, 0]) * torch.maximum(size, least).rsqrt()
+        new = (gather_rows(kernel, best)[:, 0] - (mine.transpose(1, 2) @ known)[:, 0]) * torch.maximum(size, least).rsqrt()
         parts[:, step] = new = torch.where(size > least, new, 0.0)
         left = (left - new.square()).clamp(min=0)
         left = torch.where(left > floor, left, 0.0)
     return _mask_of(order, count, valid)
 
 
-def farthest(rows: Tensor, valid: Tensor, steps: int, start: Tensor) -> Tensor:
+def farthest_points(rows: Tensor, valid: Tensor, steps: int, start: Tensor) -> Tensor:
     """Farthest point sampling: from ``start`` [B] on, again and again the token farthest from the nearest chosen one (Euclidean).
 
     rows [B, N, C], valid [B, N] -> the picks [B, steps] in their order; rows with fewer valid tokens repeat some.
@@ -157,13 +157,13 @@ def farthest(rows: Tensor, valid: Tensor, steps: int, start: Tensor) -> Tensor:
     order = []
     for _ in range(steps):
         order.append(best)
-        away = torch.cdist(rows, take(rows, best), compute_mode="donot_use_mm_for_euclid_dist")[..., 0]
+        away = torch.cdist(rows, gather_rows(rows, best), compute_mode="donot_use_mm_for_euclid_dist")[..., 0]
         nearest = torch.minimum(nearest, away).scatter(1, best, -torch.inf)
         best = nearest.argmax(1, keepdim=True)
     return torch.cat(order, 1) if order else start.new_zeros(len(start), 0)
 
 
-def discounted(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
+def greedy_discounted(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int) -> Tensor:
     """Again and again the token of the largest score, which takes of every other one's the share by which they are alike (SIEVE).
 
     similarity [B, N, N] in [0, 1], score [B, N] not negative, valid [B, N], count [B] of which ``steps`` is the largest -> [B, N] bool.
@@ -171,12 +171,12 @@ def discounted(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, 
     score, order = score.masked_fill(~valid, -torch.inf), []
     for _ in range(steps):
         best = score.argmax(1, keepdim=True)
-        score = (score * (1 - take(similarity, best)[:, 0])).scatter(1, best, -torch.inf).masked_fill(score == -torch.inf, -torch.inf)
+        score = (score * (1 - gather_rows(similarity, best)[:, 0])).scatter(1, best, -torch.inf).masked_fill(score == -torch.inf, -torch.inf)
         order.append(best)
     return _mask_of(order, count, valid)
 
 
-def suppress(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int, threshold: float) -> Tensor:
+def greedy_nms(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, steps: int, threshold: float) -> Tensor:
     """Non-maximum suppression by falling score: a token is chosen unless one before it resembles it by ``threshold`` or more; where these are
     too few, the best of the suppressed fill up (PIO-FVLM, arXiv 2602.04657).
 
@@ -188,7 +188,7 @@ def suppress(similarity: Tensor, score: Tensor, valid: Tensor, count: Tensor, st
     order = []
     for _ in range(steps):
         best = turn.argmin(1, keepdim=True)
-        near = (take(similarity, best)[:, 0] >= threshold) & free
+        near = (gather_rows(similarity, best)[:, 0] >= threshold) & free
         turn = turn + tokens * near
         free = (free & ~near).scatter(1, best, False)
         turn = turn.scatter(1, best, 4 * tokens)

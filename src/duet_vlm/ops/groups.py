@@ -40,7 +40,7 @@ def sums_of_groups(values: Tensor, group: Tensor, valid: Tensor, count: int) -> 
     return kept.new_zeros(len(values), count).scatter_add_(1, group.clamp(0, count - 1), kept)
 
 
-def shares(weight: Tensor, size: Tensor, total: Tensor) -> Tensor:
+def proportional_shares(weight: Tensor, size: Tensor, total: Tensor) -> Tensor:
     """Whole numbers in proportion to ``weight`` [B, G], none above ``size`` [B, G], that add up to ``total`` [B] (or to all there is).
 
     What a full group leaves goes to the others in proportion; what is left of a token to the largest remainders, ties to the earlier group.
@@ -66,7 +66,7 @@ def shares(weight: Tensor, size: Tensor, total: Tensor) -> Tensor:
     return (whole + (more & (whole < size))).long()
 
 
-def same_shares(size: Tensor, total: Tensor) -> Tensor:
+def equal_shares(size: Tensor, total: Tensor) -> Tensor:
     """``total`` [B] tokens divided in proportion to the ``size`` [B, G] long of each group; what is left by largest remainder, ties to the earlier
     group. In whole numbers, so that equal remainders are equal."""
     product, tokens = total[:, None] * size, size.sum(1, keepdim=True).clamp(min=1)
@@ -91,7 +91,7 @@ def top_with_limit(scores: Tensor, group: Tensor, valid: Tensor, limit: Tensor, 
     return top(scores, valid & (ranks_in_groups(scores, group, valid) < limit[:, None]), count)
 
 
-def stretches(valid: Tensor, count: int) -> Tensor:
+def segment_numbers(valid: Tensor, count: int) -> Tensor:
     """Which of ``count`` stretches of its picture, in order, each token is of: as long as each other, the first ones by one token longer.
 
     valid [B, N] -> [B, N] long.
@@ -102,7 +102,7 @@ def stretches(valid: Tensor, count: int) -> Tensor:
     return torch.where(place < longer * (short + 1), place // (short + 1), late).clamp(0, count - 1)
 
 
-def windows(place: Tensor, sides: Tensor, parts: Tensor, side: int, most: int) -> tuple[Tensor, Tensor]:
+def window_numbers(place: Tensor, sides: Tensor, parts: Tensor, side: int, most: int) -> tuple[Tensor, Tensor]:
     """Windows of ``side`` x ``side`` tokens on each part's grid; rows and columns that fill none belong to the last one.
 
     place [B, N, 2], sides [B, 2], parts [B, N] (of which there are up to ``most``) -> the window of each token [B, N] and how many there are

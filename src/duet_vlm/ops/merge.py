@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.ops.ragged import pack_right, take
-from duet_vlm.tokens import Selection
+from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.planning.tokens import Selection
 
 BLOCK = 1024  # rows that look for their nearest at once
 ROWS = 64  # rows that sort all tokens at once
@@ -25,7 +25,7 @@ def nearest_anchor(metric: Tensor, members: Tensor, anchors: Tensor, anchor_vali
     metric [B, N, d], members [B, P], anchors [B, K], anchor_valid [B, K] -> anchor number [B, P].
     """
     unit = unit_rows(metric)
-    similarity = take(unit, members) @ take(unit, anchors).transpose(1, 2)
+    similarity = gather_rows(unit, members) @ gather_rows(unit, anchors).transpose(1, 2)
     return similarity.masked_fill(~anchor_valid[:, None], float("-inf")).argmax(-1)
 
 
@@ -39,7 +39,7 @@ def neighbours(metric: Tensor, tokens: Tensor, times: Tensor, count: int) -> Ten
     others, missing, alone = unit.transpose(1, 2), times <= 0, times.gather(1, tokens) <= 1
     found = []
     for rows, single in zip(tokens.split(ROWS, 1), alone.split(ROWS, 1), strict=True):
-        likeness = (take(unit, rows) @ others).masked_fill_(missing[:, None], float("-inf"))
+        likeness = (gather_rows(unit, rows) @ others).masked_fill_(missing[:, None], float("-inf"))
         itself = likeness.gather(2, rows[..., None]).masked_fill(single[..., None], float("-inf"))
         order = likeness.scatter_(2, rows[..., None], itself).argsort(dim=2, descending=True, stable=True)
         found.append(order[..., :count].clone())  # not a view: it would keep the whole order
@@ -53,7 +53,7 @@ def sizes_of(metric: Tensor, kept: Tensor, anchors: Tensor, anchor_valid: Tensor
     row stood for -> [B, K] float32. Works through blocks of rows, so memory is linear in N.
     """
     unit = unit_rows(metric)
-    others, size = take(unit, anchors).transpose(1, 2), given.gather(1, anchors) * anchor_valid
+    others, size = gather_rows(unit, anchors).transpose(1, 2), given.gather(1, anchors) * anchor_valid
     for rows, leaving in zip(unit.split(BLOCK, 1), (given * ~kept).split(BLOCK, 1), strict=True):
         into = (rows @ others).masked_fill_(~anchor_valid[:, None], float("-inf")).argmax(-1)
         size = size.scatter_add(1, into, leaving)
@@ -67,8 +67,8 @@ def weighed_means(rows: Tensor, size: Tensor, into: Tensor, index: Tensor) -> Te
     target = into[..., None].expand_as(rows)
     total = torch.zeros_like(rows, dtype=torch.float32).scatter_add(1, target, rows.float() * size[..., None])
     weight, members = (torch.zeros_like(size).scatter_add(1, into, x) for x in (size, torch.ones_like(size)))
-    means = take(total, index) / weight.gather(1, index).clamp(min=torch.finfo(torch.float32).tiny)[..., None]  # 0: not a row that is left
-    return torch.where(members.gather(1, index)[..., None] > 1, means.to(rows.dtype), take(rows, index))
+    means = gather_rows(total, index) / weight.gather(1, index).clamp(min=torch.finfo(torch.float32).tiny)[..., None]  # 0: not a row that is left
+    return torch.where(members.gather(1, index)[..., None] > 1, means.to(rows.dtype), gather_rows(rows, index))
 
 
 def in_stretches(gone: Tensor, count: Tensor) -> Tensor:
@@ -90,16 +90,16 @@ def merged_rows(features: Tensor, selection: Selection) -> Tensor:
     Sums run in float32. Rows without members are copied unchanged, bit for bit. With weights, and more members than each token has once, the work is
     one product of a table [B, K, N], which autocast must not touch.
     """
-    rows = take(features, selection.index)
-    if selection.members.shape[1] == 0:
+    rows = gather_rows(features, selection.index)
+    if selection.source_tokens.shape[1] == 0:
         return rows
     width = rows.shape[1]
-    into = selection.into.masked_fill(selection.into < 0, width)  # one spare row collects the tokens that join no row
-    if selection.rows is not None:
-        return _made(selection.rows, rows, into)
+    into = selection.target_row.masked_fill(selection.target_row < 0, width)  # one spare row collects the tokens that join no row
+    if selection.custom_rows is not None:
+        return _made(selection.custom_rows, rows, into)
     if selection.weights is not None:
         return _weighed(features, selection, selection.weights, rows, into)
-    members = take(features, selection.members).float()
+    members = gather_rows(features, selection.source_tokens).float()
     total = members.new_zeros(rows.shape[0], width + 1, rows.shape[2])
     total = total.scatter_add(1, into[..., None].expand_as(members), members)[:, :width]
     count = members.new_zeros(rows.shape[0], width + 1).scatter_add_(1, into, torch.ones_like(into, dtype=members.dtype))[:, :width, None]
@@ -124,7 +124,7 @@ def _joined(into: Tensor, width: int) -> Tensor:
 
 def by_table(selection: Selection, tokens: int) -> bool:
     """Whether rows of weighted members are made as the product of a table of rows x ``tokens``: where tokens join several rows."""
-    return selection.rows is None and selection.weights is not None and selection.members.shape[1] > tokens
+    return selection.custom_rows is None and selection.weights is not None and selection.source_tokens.shape[1] > tokens
 
 
 def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tensor, into: Tensor) -> Tensor:
@@ -132,7 +132,7 @@ def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tens
     batch, tokens, width = len(features), features.shape[1], rows.shape[1]
     joined = _joined(into, width)
     if not by_table(selection, tokens):
-        shares = take(features, selection.members).float() * weights.float()[..., None]
+        shares = gather_rows(features, selection.source_tokens).float() * weights.float()[..., None]
         total = shares.new_zeros(batch, width + 1, rows.shape[2]).scatter_add(1, into[..., None].expand_as(shares), shares)[:, :width]
         return torch.where(joined, total.to(rows.dtype), rows)
     made: list[Tensor] = []
@@ -140,7 +140,7 @@ def _weighed(features: Tensor, selection: Selection, weights: Tensor, rows: Tens
     for part in rows.split(max(1, CELLS // (batch * tokens)), 1):  # a clip has many rows of many tokens
         first, count = sum(some.shape[1] for some in made), part.shape[1]
         here = torch.where((into >= first) & (into < first + count), into - first, count)
-        table = features.new_zeros(batch, (count + 1) * tokens).scatter_add_(1, here * tokens + selection.members, weights)
+        table = features.new_zeros(batch, (count + 1) * tokens).scatter_add_(1, here * tokens + selection.source_tokens, weights)
         made.append(table.unflatten(1, (count + 1, tokens))[:, :count] @ features)
     return torch.where(joined, torch.cat(made, 1).to(rows.dtype), rows)
 

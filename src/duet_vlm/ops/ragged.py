@@ -16,17 +16,17 @@ def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None)
     return held.to(device, non_blocking=True)
 
 
-def behind(rows: Tensor) -> Tensor:
+def after_last_true(rows: Tensor) -> Tensor:
     """What stands after the last True of each row (everything where there is none): [B, S] bool -> [B, S] bool."""
     return rows.flip(1).cumsum(1).flip(1) == 0
 
 
-def last_of(rows: Tensor) -> Tensor:
+def last_true(rows: Tensor) -> Tensor:
     """Only the last True of each row: [B, S] bool -> [B, S] bool."""
     return rows & (rows.flip(1).cumsum(1).flip(1) == 1)
 
 
-def take(x: Tensor, index: Tensor) -> Tensor:
+def gather_rows(x: Tensor, index: Tensor) -> Tensor:
     """Pick rows: x [B or 1, T, ...], index [B, n] -> [B, n, ...]."""
     if len(index) == x.shape[0] == 1:
         return x[0].index_select(0, index[0])[None]  # copies whole rows: a third of the time
@@ -35,13 +35,13 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return x[torch.arange(len(index), device=x.device)[:, None], index]
 
 
-def take_last(x: Tensor, index: Tensor) -> Tensor:
+def gather_last_dim(x: Tensor, index: Tensor) -> Tensor:
     """Gather along the last dim of [..., B or 1, T] (position ids, with or without M-RoPE rows): index [B, n] -> [..., B, n]."""
     batch, count = index.shape
     return x.expand(*x.shape[:-2], batch, x.shape[-1]).gather(-1, index.expand(*x.shape[:-2], batch, count))
 
 
-def take_square(mask: Tensor, index: Tensor) -> Tensor:
+def gather_square(mask: Tensor, index: Tensor) -> Tensor:
     """Gather query and key rows of an attention mask [B or 1, H, T, T]: index [B, n] -> [B, H, n, n]."""
     batch, count = index.shape
     mask = mask.expand(batch, *mask.shape[1:])

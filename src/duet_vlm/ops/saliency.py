@@ -56,7 +56,7 @@ def direction(seed: int, number: int, width: int) -> Tensor:
     return drawn / drawn.norm()
 
 
-def ranged(score: Tensor, valid: Tensor, offset: float = 0.0, together: bool = False) -> Tensor:
+def min_max_scaled(score: Tensor, valid: Tensor, offset: float = 0.0, together: bool = False) -> Tensor:
     """Scores [B, N] from 0 (the smallest of the picture's) to 1 (the largest), 0 where not ``valid`` [B, N].
 
     ``offset`` of that range is added, so that the smallest can still be told from others; ``together``: smallest and largest of all pictures.

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import gather_rows
 
 GOLDEN = (5**0.5 - 1) / 2
 QUERY_BLOCK = 256  # rows of the score matrix alive at once: H x 256 x T instead of H x T x T
@@ -49,7 +49,7 @@ def cls_attention(query: Tensor, key: Tensor, scaling: float, size: Tensor | Non
     return weights[:, :, 0, 1:].sum(1)
 
 
-def spread(total: int, count: int | None, device: torch.device) -> Tensor:
+def spread_indices(total: int, count: int | None, device: torch.device) -> Tensor:
     """``count`` of ``total`` rows, ascending, one from each of as many equal stretches; all where there are no more.
 
     Where in its stretch a row is taken moves on by the golden ratio, so that no column of a grid is met more often than others.
@@ -61,7 +61,7 @@ def spread(total: int, count: int | None, device: torch.device) -> Tensor:
     return start + ((number * GOLDEN).frac() * (end - start)).long()
 
 
-def some_of(real: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+def sample_rows(real: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
     """Up to ``count`` of the real rows of each sample, spread over them: real [B, N] bool -> rows [B, n] and their weight, 0 or 1, float32."""
     order = (~real).int().argsort(dim=1, stable=True)
     if count is None or count >= real.shape[1]:
@@ -81,13 +81,13 @@ def column_attention(query: Tensor, key: Tensor, scaling: float, sample: int | N
     one of size 0 is not there.
     """
     if size is not None:
-        asks, real = some_of(size > 0, sample)
-        query = take(query.transpose(1, 2), asks).transpose(1, 2)
+        asks, real = sample_rows(size > 0, sample)
+        query = gather_rows(query.transpose(1, 2), asks).transpose(1, 2)
         everyone = (size > 0)[:, None].expand(-1, asks.shape[1], -1)
         return query_attention(query, key, scaling, everyone, real * size.gather(1, asks), size) * size.sum(1, keepdim=True)
     key, heads, every = key.float(), query.shape[1], query.shape[2]
     if sample is not None and sample < every:
-        query = query[:, :, spread(every, sample, query.device)]
+        query = query[:, :, spread_indices(every, sample, query.device)]
     heads = heads * query.shape[2] / every
     total = key.new_zeros(key.shape[0], key.shape[2])
     for block in query.split(QUERY_BLOCK, dim=2):  # no name for a block's weights: it would keep them alive beside the next ones

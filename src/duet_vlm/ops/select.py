@@ -23,7 +23,7 @@ def top(scores: Tensor, valid: Tensor, count: Tensor) -> Tensor:
     return torch.zeros_like(valid).scatter_(1, ranking(scores, valid), best) & valid
 
 
-def spaced(valid: Tensor, count: Tensor) -> Tensor:
+def spaced_picks(valid: Tensor, count: Tensor) -> Tensor:
     """Mask of ``count`` [B] valid tokens evenly spaced over each row's valid tokens: [B, N] bool."""
     total = valid.sum(1, keepdim=True).clamp(min=1)
     place = valid.cumsum(1) - 1
@@ -31,7 +31,7 @@ def spaced(valid: Tensor, count: Tensor) -> Tensor:
     return chosen & valid
 
 
-def places(count: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
+def rank_positions(count: Tensor, width: int, pool: Tensor) -> tuple[Tensor, Tensor]:
     """Evenly spaced ranks floor(i * pool / count) for i < count: -> [B, width] long, valid [B, width]; ``count``, ``pool`` are [B]."""
     i = torch.arange(width, device=count.device)
     place = i * pool[:, None] // count.clamp(min=1)[:, None]

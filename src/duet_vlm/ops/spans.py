@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.ragged import upload
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.tokens import Selection
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class SpanRows:
             before.append(total[sample])
             nth.append(self.owners[:number].count(sample))
             total[sample] += counts[number]
-        most, members = max(total), selection.members.shape[1]
+        most, members = max(total), selection.source_tokens.shape[1]
         device = self.index.device
         row, start, turn = (upload(x, device)[:, None] for x in (self.owners, before, nth))
         column = self.index % self.width
@@ -75,10 +75,10 @@ class SpanRows:
         index, valid = (x.new_zeros(self.batch, most + 1).index_put((row, spare), x)[:, :-1] for x in rows)
         slot = turn * members + torch.arange(members, device=device)
         wide = (max(nth, default=0) + 1) * members
-        into = torch.where(selection.into < 0, -1, selection.into + start)
-        joined = column.new_zeros(self.batch, wide).index_put((row, slot), column.gather(1, selection.members))
+        into = torch.where(selection.target_row < 0, -1, selection.target_row + start)
+        joined = column.new_zeros(self.batch, wide).index_put((row, slot), column.gather(1, selection.source_tokens))
         targets = column.new_full((self.batch, wide), -1).index_put((row, slot), into)
         weights = selection.weights
         if weights is not None:
             weights = weights.new_zeros(self.batch, wide).index_put((row, slot), weights)
-        return replace(selection, index=index, valid=valid, members=joined, into=targets, weights=weights)
+        return replace(selection, index=index, valid=valid, source_tokens=joined, target_row=targets, weights=weights)

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.merge import shares
-from duet_vlm.ops.ragged import take
+from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranks
-from duet_vlm.tokens import Selection
+from duet_vlm.planning.tokens import Selection
 
 
 @dataclass(frozen=True)
-class Windows:
+class GridWindows:
     """B pictures of up to N tokens in up to K windows of up to M tokens.
 
     ``tokens`` [B, K, M] are token numbers, those of a window by column and then by row, of which ``real`` [B, K, M] are there; ``centre`` [B, K] is
@@ -33,10 +33,10 @@ class Windows:
         """Each window as one row at its centre: the mean of its tokens, or what ``rows`` [B, K, C] says. Whole pictures stay as they are."""
         numbers = torch.arange(self.of.shape[1], device=self.of.device).expand_as(self.of)
         into = self.of.masked_fill(self.whole[:, None], -1)
-        return Selection(self.centre, self.valid, numbers, into, weights=shares(into, self.centre.shape[1]), rows=rows)
+        return Selection(self.centre, self.valid, numbers, into, weights=shares(into, self.centre.shape[1]), custom_rows=rows)
 
 
-def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int) -> Windows:
+def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int) -> GridWindows:
     """Cut pictures into ``count`` windows.
 
     Tokens are dealt to bands of whole windows by row, and within a band to windows by column, so that no window has two tokens more than
@@ -75,7 +75,7 @@ def windows(place: Tensor, valid: Tensor, count: Tensor, most: int, largest: int
     slot = begins[..., None] + torch.arange(largest, device=valid.device)
     real = (slot < ends[..., None]) & there[..., None]
     tokens = order.gather(1, slot.clamp(max=valid.shape[1] - 1).flatten(1)).view_as(slot)
-    return Windows(tokens, real, _centre(place, tokens, real), there, of, whole[:, 0])
+    return GridWindows(tokens, real, _centre(place, tokens, real), there, of, whole[:, 0])
 
 
 def _order(key: Tensor, valid: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def _rank(key: Tensor, valid: Tensor) -> Tensor:
 
 def _centre(place: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
     """[B, K]; in whole numbers, so that equally near ones tie."""
-    places = take(place, tokens.flatten(1)).unflatten(1, tokens.shape[1:])
+    places = gather_rows(place, tokens.flatten(1)).unflatten(1, tokens.shape[1:])
     count = real.sum(2)[..., None, None]
     far = (places * count - (places * real[..., None]).sum(2, keepdim=True)).square().sum(-1)
     far = far * place.shape[1] + tokens
@@ -97,9 +97,9 @@ def _centre(place: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
     return tokens.gather(2, nearest)[..., 0]
 
 
-def within(place: Tensor, found: Windows) -> Tensor:
+def within(place: Tensor, found: GridWindows) -> Tensor:
     """Where in its window each token stands, from -1 to 1 down and across, half a step from the border: [B, K, M, 2] float32."""
-    places = take(place, found.tokens.flatten(1)).unflatten(1, found.tokens.shape[1:])
+    places = gather_rows(place, found.tokens.flatten(1)).unflatten(1, found.tokens.shape[1:])
     hidden = ~found.real[..., None]
     first = places.masked_fill(hidden, torch.iinfo(places.dtype).max).amin(2, keepdim=True)
     last = places.masked_fill(hidden, 0).amax(2, keepdim=True)

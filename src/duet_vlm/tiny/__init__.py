@@ -86,7 +86,7 @@ def load_from(folder: Path, dtype: torch.dtype | None) -> tuple[LlavaForConditio
 
 def prompt(question: str) -> str:
     """The text that goes to the processor together with one image."""
-    from .text import prompt as build
+    from duet_vlm.tiny.text import prompt as build
 
     return build(question)
 
@@ -109,9 +109,9 @@ def sample(split: str, index: int, seed: int = 0, crowded: bool = False) -> Samp
     """
     from PIL import Image
 
-    from .questions import KINDS, needed_patches, question
-    from .render import render
-    from .scenes import scene
+    from duet_vlm.tiny.questions import KINDS, needed_patches, question
+    from duet_vlm.tiny.render import render
+    from duet_vlm.tiny.scenes import scene
 
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")
@@ -148,7 +148,7 @@ def first(n: int, drawn: Callable[[int], Drawn]) -> list[Drawn]:
 
 def demo_images() -> list[DemoImage]:
     """The shipped demo pictures with their questions and right answers."""
-    from duet_vlm.pictures import open_image
+    from duet_vlm.inputs.images import open_image
 
     listed = json.loads((_HERE / "demo" / "questions.json").read_text())
     out = []

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import first, load_from
+from duet_vlm.tiny import first, load_from
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,9 +72,9 @@ def sample(split: str, index: int, seed: int = 0) -> ChainSample:
     """
     from PIL import Image
 
-    from .chain_questions import KINDS, SINGLE, needed_of, pair_question, question
-    from .chain_scenes import grid_scene
-    from .render import render
+    from duet_vlm.tiny.chain_questions import KINDS, SINGLE, needed_of, pair_question, question
+    from duet_vlm.tiny.chain_scenes import grid_scene
+    from duet_vlm.tiny.render import render
 
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import LlamaModel
 
-from .chain_scenes import CELLS
-from .network import HEAD_SIZE, HEADS, WIDTH, decoder_config
-from .questions import PLURALS
-from .scenes import SHAPES
-from .text import TOKEN
+from duet_vlm.tiny.chain_scenes import CELLS
+from duet_vlm.tiny.network import HEAD_SIZE, HEADS, WIDTH, decoder_config
+from duet_vlm.tiny.questions import PLURALS
+from duet_vlm.tiny.scenes import SHAPES
+from duet_vlm.tiny.text import TOKEN
 
 NEW_WORDS = (",", ":", "both", "in", "pictures", "tag", "cell", *CELLS)
 CHAIN_TOKEN = {**TOKEN, **{word: len(TOKEN) + i for i, word in enumerate(NEW_WORDS)}}

@@ -14,12 +14,12 @@ from itertools import product
 
 import numpy as np
 
-from . import questions as plain
-from .assets import WORDS
-from .chain_scenes import CELLS, SIDE, GridScene
-from .labels import body_patches, tag_patches
-from .questions import PLURALS, Question, needed_patches
-from .scenes import COLOR_NAMES, SHAPES
+from duet_vlm.tiny import questions as plain
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.chain_scenes import CELLS, SIDE, GridScene
+from duet_vlm.tiny.labels import body_patches, tag_patches
+from duet_vlm.tiny.questions import PLURALS, SceneQuestion, needed_patches
+from duet_vlm.tiny.scenes import COLOR_NAMES, SHAPES
 
 MOVES = ("right", "above", "same color")
 STEPS = {"right": (0, 1), "above": (-1, 0)}  # (rows, columns)
@@ -38,7 +38,7 @@ PAIR_COUNTS = (1, 2, 3, 4, 5)  # answers of "in both pictures"
 
 
 @dataclass(frozen=True)
-class Chain(Question):
+class Chain(SceneQuestion):
     """A chain question: ``path`` are the things gone through, the named one first and the one that is read last; ``read`` what is read."""
 
     path: tuple[int, ...] = ()
@@ -120,14 +120,14 @@ class ChainAsker(plain.Asker):
         return self.chain(3)
 
 
-def question(scene: GridScene, kind: str, rng: np.random.Generator) -> Question | None:
+def question(scene: GridScene, kind: str, rng: np.random.Generator) -> SceneQuestion | None:
     """One question about one picture, or None when the scene offers none of this kind."""
     if kind not in SINGLE:
         raise ValueError(f"unknown question kind {kind!r}; use one of {', '.join(SINGLE)}")
     return getattr(ChainAsker(scene, rng), kind)()
 
 
-def needed_of(scene: GridScene, asked: Question) -> np.ndarray:
+def needed_of(scene: GridScene, asked: SceneQuestion) -> np.ndarray:
     """Patches that show what the answer needs, (256,) bool: of a chain everything it goes through, and the tag that is read."""
     if not isinstance(asked, Chain):
         return needed_patches(scene, asked)
@@ -165,5 +165,5 @@ def pair_question(scenes: tuple[GridScene, GridScene], kind: str, rng: np.random
     if not shapes:
         return None
     shape = shapes[int(rng.integers(len(shapes)))]
-    needed = [needed_patches(scene, Question("", "", kind, tuple(seen[shape]), False, ())) for scene, seen in zip(scenes, found, strict=True)]
+    needed = [needed_patches(scene, SceneQuestion("", "", kind, tuple(seen[shape]), False, ())) for scene, seen in zip(scenes, found, strict=True)]
     return PairQuestion(text.format(many=PLURALS[shape]), answer, kind, np.concatenate(needed))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assets import WORDS
-from .scenes import CELL, COLORS, SHAPES, SIZES, Scene, Thing, extent, generator, put, tag_size
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.scenes import CELL, COLORS, SHAPES, SIZES, Scene, Thing, extent, generator, put, tag_size
 
 SIDE = 4  # cells in a row and in a column
 CELLS = tuple(f"{column}{row}" for row in range(1, SIDE + 1) for column in "abcd"[:SIDE])  # their names, row by row

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assets import WORD_HEIGHT, WORDS, word_width
-from .backgrounds import window
-from .labels import SHOWN
-from .render import shape_mask, tag_mask
-from .scenes import CELL, COLORS, PATCH, SHAPES, Tag, _place, _variant, generator
+from duet_vlm.tiny.assets import WORD_HEIGHT, WORDS, word_width
+from duet_vlm.tiny.backgrounds import window
+from duet_vlm.tiny.labels import SHOWN
+from duet_vlm.tiny.render import shape_mask, tag_mask
+from duet_vlm.tiny.scenes import CELL, COLORS, PATCH, SHAPES, Tag, _place, _variant, generator
 
 FRAMES = 8
 SIDE = 112  # pixels: things keep the size in patches that the tower knows from pictures
@@ -86,7 +86,7 @@ class Clip:
         return dataclasses.replace(self, actors=tuple(turned))
 
 
-class _Stage:
+class _ClipStage:
     """Free cells of every frame, and the actors placed so far; None among them where no room was left."""
 
     def __init__(self, split: str, rng: np.random.Generator) -> None:
@@ -127,7 +127,7 @@ def _shown(color: int, first: int, n: int) -> list[int]:
     return [color if first <= f < first + n else HIDDEN for f in range(FRAMES)]
 
 
-def _play(stage: _Stage) -> None:
+def _play(stage: _ClipStage) -> None:
     """Place all actors: largest claims first."""
     rng, pick = stage.rng, stage.pick
     shapes, stay = [int(s) for s in rng.permutation(len(SHAPES))], [(0, 0)] * FRAMES
@@ -166,7 +166,7 @@ def clip(split: str, seed: int, index: int) -> Clip:
     """
     rng = generator(split, seed, index, CLIP_STREAM)
     while True:
-        stage = _Stage(split, rng)
+        stage = _ClipStage(split, rng)
         _play(stage)
         if None not in stage.actors:
             return Clip(split, seed, index, tuple(a for a in stage.actors if a is not None))

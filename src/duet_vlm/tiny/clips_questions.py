@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assets import WORDS
-from .clips import CLIP_ROWS, FRAMES, STEPS, Clip, center, covered
-from .questions import PLURALS
-from .scenes import COLOR_NAMES, SHAPES
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.clips import CLIP_ROWS, FRAMES, STEPS, Clip, center, covered
+from duet_vlm.tiny.questions import PLURALS
+from duet_vlm.tiny.scenes import COLOR_NAMES, SHAPES
 
 KINDS = ("motion", "order", "change", "read", "count")
 # What is reached without looking, and by a reader who sees every frame but not in which order they come.
@@ -60,7 +60,7 @@ class ClipQuestion:
     gaps: tuple[float, float, float] = NONE
 
 
-class _Asker:
+class _ClipAsker:
     """The questions of one clip."""
 
     def __init__(self, clip: Clip, rng: np.random.Generator) -> None:
@@ -145,11 +145,11 @@ def question(clip: Clip, kind: str, rng: np.random.Generator) -> ClipQuestion:
     """One question of a kind."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; use one of {', '.join(KINDS)}")
-    ask: Callable[[], ClipQuestion] = getattr(_Asker(clip, rng), kind)
+    ask: Callable[[], ClipQuestion] = getattr(_ClipAsker(clip, rng), kind)
     return ask()
 
 
 def questions(clip: Clip, kinds: tuple[str, ...], rng: np.random.Generator) -> list[ClipQuestion]:
     """One question of every kind named, which may be named again."""
-    asker = _Asker(clip, rng)
+    asker = _ClipAsker(clip, rng)
     return [getattr(asker, kind)() for kind in kinds]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from .assets import WORDS
-from .render import shape_mask
-from .scenes import COLOR_NAMES, GRID, PATCH, SHAPES, SIZES, Scene, Thing
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.render import shape_mask
+from duet_vlm.tiny.scenes import COLOR_NAMES, GRID, PATCH, SHAPES, SIZES, Scene, Thing
 
 # Classes per label; 0 means none. Kinds: 1 thing, 2 centre of a thing, 3 digit, 4 word.
 LABELS = {"kind": 5, "shape": 11, "color": 9, "digit": 11, "word": len(WORDS) + 1, "size": 5}

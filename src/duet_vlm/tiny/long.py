@@ -16,14 +16,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import first
-from .video import ClipSample, load_from, prompt, shown
+from duet_vlm.tiny import first
+from duet_vlm.tiny.video import ClipSample, load_from, prompt, shown
 
 if TYPE_CHECKING:
     import torch
     from transformers import VideoLlavaForConditionalGeneration
 
-    from .video_processor import TinyVideoProcessor
+    from duet_vlm.tiny.video_processor import TinyVideoProcessor
 
 __all__ = ["TURN", "load", "path", "prompt", "sample", "samples"]
 
@@ -49,8 +49,8 @@ def sample(split: str, index: int, seed: int = 0) -> ClipSample:
         "train", "validation" or "test".
     index, seed : int
     """
-    from .long_clips import LENGTHS, long_clip, render
-    from .long_questions import KINDS, question
+    from duet_vlm.tiny.long_clips import LENGTHS, long_clip, render
+    from duet_vlm.tiny.long_questions import KINDS, question
 
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assets import WORD_HEIGHT, WORDS, word_width
-from .backgrounds import window
-from .clips import Actor, pixels
-from .scenes import CELL, COLORS, PATCH, SHAPES, _variant, generator
+from duet_vlm.tiny.assets import WORD_HEIGHT, WORDS, word_width
+from duet_vlm.tiny.backgrounds import window
+from duet_vlm.tiny.clips import Actor, pixels
+from duet_vlm.tiny.scenes import CELL, COLORS, PATCH, SHAPES, _variant, generator
 
 LENGTHS = (64, 128, 256)  # frames
 SCENES = 4

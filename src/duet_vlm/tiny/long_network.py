@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from transformers import VideoLlavaForConditionalGeneration
 
-from . import video
-from .clips import GRID
-from .long_clips import LENGTHS, ROWS, SIDE
-from .scenes import PATCH
-from .video_network import NEW_WORDS, VIDEO_TOKEN, build_video_model, start_towers, video_config
+from duet_vlm.tiny import video
+from duet_vlm.tiny.clips import GRID
+from duet_vlm.tiny.long_clips import LENGTHS, ROWS, SIDE
+from duet_vlm.tiny.scenes import PATCH
+from duet_vlm.tiny.video_network import NEW_WORDS, VIDEO_TOKEN, build_video_model, start_towers, video_config
 
 LONG_WORDS = (*NEW_WORDS, "in", "scene")
 LONG_TOKEN = {**VIDEO_TOKEN, **{word: len(VIDEO_TOKEN) + i for i, word in enumerate(LONG_WORDS[len(NEW_WORDS) :])}}

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assets import WORDS
-from .long_clips import ROWS, Event, LongClip, center
-from .questions import PLURALS
-from .scenes import SHAPES
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.long_clips import ROWS, Event, LongClip, center
+from duet_vlm.tiny.questions import PLURALS
+from duet_vlm.tiny.scenes import SHAPES
 
 KINDS = ("beside", "when", "order", "read", "count")
 CHANCE = {"beside": 1 / 10, "when": 1 / 4, "order": 1 / 2, "read": 1 / 12, "count": 1 / 5}  # what is reached without looking, nearly
@@ -39,7 +39,7 @@ def name(event: Event) -> str:
     return (WORDS if event.actor.role == "word" else SHAPES)[event.actor.value]
 
 
-class _Asker:
+class _LongAsker:
     """The questions of one clip."""
 
     def __init__(self, clip: LongClip, rng: np.random.Generator) -> None:
@@ -86,5 +86,5 @@ def question(clip: LongClip, kind: str, rng: np.random.Generator) -> LongQuestio
     """One question of a kind."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; use one of {', '.join(KINDS)}")
-    asked: LongQuestion = getattr(_Asker(clip, rng), kind)()
+    asked: LongQuestion = getattr(_LongAsker(clip, rng), kind)()
     return asked

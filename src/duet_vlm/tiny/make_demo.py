@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .questions import KINDS, Question, question
-from .render import render
-from .scenes import Scene, generator, scene
+from duet_vlm.tiny.questions import KINDS, SceneQuestion, question
+from duet_vlm.tiny.render import render
+from duet_vlm.tiny.scenes import Scene, generator, scene
 
 FOLDER = Path(__file__).with_name("demo")
 SEED = 2024
 PICTURES, PER_PICTURE = 4, 5
 
 
-def _ask_all(drawn: Scene) -> list[Question] | None:
+def _ask_all(drawn: Scene) -> list[SceneQuestion] | None:
     """One question of every kind, or None when the scene lacks one."""
     rng = generator("test", SEED, drawn.index, 2)
     asked = [question(drawn, kind, rng) for kind in KINDS]

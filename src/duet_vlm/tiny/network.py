@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from .scenes import IMAGE_SIZE, PATCH
-from .text import EMBEDDINGS, TOKEN
+from duet_vlm.tiny.scenes import IMAGE_SIZE, PATCH
+from duet_vlm.tiny.text import EMBEDDINGS, TOKEN
 
 WIDTH = 128
 HEADS = 4

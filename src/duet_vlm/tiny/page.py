@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import first
-from .text import prompt
+from duet_vlm.tiny import first
+from duet_vlm.tiny.text import prompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,8 +72,8 @@ def sample(split: str, index: int, seed: int = 0) -> PageSample:
     """
     from PIL import Image
 
-    from .page_questions import KINDS, needed_of, question
-    from .page_scenes import page, render_page
+    from duet_vlm.tiny.page_questions import KINDS, needed_of, question
+    from duet_vlm.tiny.page_scenes import page, render_page
 
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")

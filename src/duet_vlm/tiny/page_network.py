@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import GenerationConfig, LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
-from . import chain
-from .chain_network import CHAIN_TOKEN, EMBEDDINGS, LAYERS
-from .network import FEATURE_LAYER, VISUAL_TOKENS, decoder_config, tower_config
-from .page_scenes import ACROSS
-from .scenes import IMAGE_SIZE, PATCH
-from .text import CHAT_TEMPLATE, TOKEN, build_tokenizer
+from duet_vlm.tiny import chain
+from duet_vlm.tiny.chain_network import CHAIN_TOKEN, EMBEDDINGS, LAYERS
+from duet_vlm.tiny.network import FEATURE_LAYER, VISUAL_TOKENS, decoder_config, tower_config
+from duet_vlm.tiny.page_scenes import ACROSS
+from duet_vlm.tiny.scenes import IMAGE_SIZE, PATCH
+from duet_vlm.tiny.text import CHAT_TEMPLATE, TOKEN, build_tokenizer
 
 PAGE_SIDE = ACROSS * IMAGE_SIZE  # pixels
 PAGE_TOKEN = {**CHAIN_TOKEN, "quarter": len(CHAIN_TOKEN)}

@@ -15,12 +15,12 @@ from itertools import product
 
 import numpy as np
 
-from . import questions as plain
-from .chain_questions import STEPS, Chain, neighbours, readable, walk
-from .labels import body_patches, tag_patches
-from .page_scenes import QUARTERS, ROWS, Page, packed_rows
-from .questions import Question
-from .scenes import COLOR_NAMES, SHAPES
+from duet_vlm.tiny import questions as plain
+from duet_vlm.tiny.chain_questions import STEPS, Chain, neighbours, readable, walk
+from duet_vlm.tiny.labels import body_patches, tag_patches
+from duet_vlm.tiny.page_scenes import QUARTERS, ROWS, ScenePage, packed_rows
+from duet_vlm.tiny.questions import SceneQuestion
+from duet_vlm.tiny.scenes import COLOR_NAMES, SHAPES
 
 KINDS = ("attribute", "existence", "read_digit", "read_word", "count", "hop1", "hop2")
 HOPS = {"hop1": 1, "hop2": 2}
@@ -30,7 +30,7 @@ CHANCE = {"attribute": 1 / 8, "existence": 1 / 2, "read_digit": 1 / 10, "read_wo
 class PageAsker(plain.Asker):
     """The questions of one page."""
 
-    def __init__(self, page: Page, rng: np.random.Generator) -> None:
+    def __init__(self, page: ScenePage, rng: np.random.Generator) -> None:
         super().__init__(page, rng)  # type: ignore[arg-type]  # it asks about things, wherever they are
         self.page, self.quarter = page, page.where
         firsts = [self.quarter.index(number) for number in range(QUARTERS)]
@@ -44,13 +44,13 @@ class PageAsker(plain.Asker):
         quarter = self.quarter[i]
         return readable(self.page.quarters[quarter], i - self.quarter.index(quarter), read)
 
-    def existence(self) -> Question:
+    def existence(self) -> SceneQuestion:
         """Of a shape that is there once: how often a shape is there says nothing."""
         i, yes = self.pick(self.unique), bool(self.rng.random() < 0.5)
         color = self.things[i].color
         said = color if yes else self.pick([c for c in range(len(COLOR_NAMES)) if c != color])
         text = f"Is there a {COLOR_NAMES[said]} {SHAPES[self.things[i].shape]}?"
-        return Question(text, "yes" if yes else "no", "existence", (i,), False, ())
+        return SceneQuestion(text, "yes" if yes else "no", "existence", (i,), False, ())
 
     def chain(self, hops: int, read: str = "tag") -> Chain | None:
         """The moves are drawn first, so that they do not depend on where things stand."""
@@ -70,14 +70,14 @@ class PageAsker(plain.Asker):
         return self.chain(2)
 
 
-def question(page: Page, kind: str, rng: np.random.Generator) -> Question | None:
+def question(page: ScenePage, kind: str, rng: np.random.Generator) -> SceneQuestion | None:
     """One question, or None when the page offers none of this kind."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; use one of {', '.join(KINDS)}")
     return getattr(PageAsker(page, rng), kind)()
 
 
-def needed_of(page: Page, asked: Question) -> np.ndarray:
+def needed_of(page: ScenePage, asked: SceneQuestion) -> np.ndarray:
     """Rows of the packed page that show what the answer needs, in the crops: (1312,) bool; of a chain everything it goes through."""
     rows, things, where = np.zeros(ROWS, bool), page.things, page.where
     for i in asked.needed:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .chain_scenes import SIDE, TAGS, GridScene, thing_in
-from .render import render
-from .scenes import COLORS, GRID, SHAPES, Thing, generator
+from duet_vlm.tiny.chain_scenes import SIDE, TAGS, GridScene, thing_in
+from duet_vlm.tiny.render import render
+from duet_vlm.tiny.scenes import COLORS, GRID, SHAPES, Thing, generator
 
 ACROSS = 2  # quarters in a row and in a column
 QUARTERS = ACROSS * ACROSS
@@ -33,7 +33,7 @@ class Quarter(GridScene):
 
 
 @dataclass(frozen=True)
-class Page:
+class ScenePage:
     """Four quarters, row by row. ``count`` is the answer that count questions should get; ``group``: the shape to count, if it repeats."""
 
     split: str
@@ -66,7 +66,7 @@ def _shapes(rng: np.random.Generator) -> tuple[list[int], int, int | None]:
     return [*order[:SINGLE], *many * [order[SINGLE]], *(order[i] for i in rest)], count, order[SINGLE] if count >= 2 else None
 
 
-def page(split: str, seed: int, index: int) -> Page:
+def page(split: str, seed: int, index: int) -> ScenePage:
     """The layout number ``index`` of a stream.
 
     Parameters
@@ -84,10 +84,10 @@ def page(split: str, seed: int, index: int) -> Page:
         looks = zip(cells, mine, rng.integers(len(COLORS), size=FILLED), rng.choice(3, FILLED, p=TAGS), strict=True)
         things = tuple(thing_in(cell, int(shape), int(color), int(tag), split, rng) for cell, shape, color, tag in looks)
         quarters.append(Quarter(split, seed, QUARTERS * index + number, things, 0, None, cells=tuple(cells)))
-    return Page(split, seed, index, tuple(quarters), count, group)
+    return ScenePage(split, seed, index, tuple(quarters), count, group)
 
 
-def render_page(drawn: Page) -> np.ndarray:
+def render_page(drawn: ScenePage) -> np.ndarray:
     """Draw a page, (448, 448, 3) uint8."""
     seen = [render(quarter) for quarter in drawn.quarters]
     return np.concatenate([np.concatenate(seen[i : i + ACROSS], 1) for i in range(0, QUARTERS, ACROSS)])

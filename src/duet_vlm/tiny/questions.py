@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assets import WORDS
-from .labels import body_patches, tag_patches
-from .scenes import COLOR_NAMES, GRID, SHAPES, Scene
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.labels import body_patches, tag_patches
+from duet_vlm.tiny.scenes import COLOR_NAMES, GRID, SHAPES, Scene
 
 KINDS = ("attribute", "existence", "read_digit", "read_word", "count", "spatial", "compare")
 CHANCE = {"attribute": 0.125, "existence": 0.5, "read_digit": 0.1, "read_word": 1 / 16, "count": 0.2, "spatial": 0.5, "compare": 0.5}
@@ -20,7 +20,7 @@ MIN_SIZE_STEP = 7  # pixels of size difference for "larger"
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """One question.
 
     Attributes
@@ -47,12 +47,12 @@ def split_words(text: str) -> list[str]:
     return re.findall(r"\w+|[^\w\s]+", text.lower())
 
 
-def question_tokens_of(asked: Question, numbers: dict[str, int]) -> list[int]:
+def question_tokens_of(asked: SceneQuestion, numbers: dict[str, int]) -> list[int]:
     """Token numbers of a question, without the prompt around it; equals what the tokenizer makes of it."""
     return [numbers[word] for word in split_words(asked.text)]
 
 
-def _ask(pieces: list[str | tuple[str, list[int]]], answer: str, kind: str, needed: list[int], reads: bool = False) -> Question:
+def _ask(pieces: list[str | tuple[str, list[int]]], answer: str, kind: str, needed: list[int], reads: bool = False) -> SceneQuestion:
     """Join pieces to a question; a (word, things) piece is a mention."""
     words: list[str] = []
     mentions = []
@@ -63,7 +63,7 @@ def _ask(pieces: list[str | tuple[str, list[int]]], answer: str, kind: str, need
         else:
             words += piece.split()
     text = " ".join(words)
-    return Question(text[0].upper() + text[1:] + "?", answer, kind, tuple(needed), reads, tuple(mentions))
+    return SceneQuestion(text[0].upper() + text[1:] + "?", answer, kind, tuple(needed), reads, tuple(mentions))
 
 
 class Asker:
@@ -85,7 +85,7 @@ class Asker:
     def name(self, i: int) -> tuple[str, list[int]]:
         return SHAPES[self.things[i].shape], [i]
 
-    def attribute(self) -> Question:
+    def attribute(self) -> SceneQuestion:
         if self.unique_color and self.rng.random() < 0.4:
             i = self.pick(self.unique_color)
             words = ["what shape is the", COLOR_NAMES[self.things[i].color], ("object", [i])]
@@ -93,7 +93,7 @@ class Asker:
         i = self.pick(self.unique)
         return _ask(["what color is the", self.name(i)], COLOR_NAMES[self.things[i].color], "attribute", [i])
 
-    def existence(self) -> Question:
+    def existence(self) -> SceneQuestion:
         have = {(t.shape, t.color) for t in self.things}
         shapes, colors = {s for s, _ in have}, {c for _, c in have}
         if self.rng.random() < 0.5:
@@ -106,7 +106,7 @@ class Asker:
             answer, seen = "no", [i for i, t in enumerate(self.things) if t.shape == shape]
         return _ask(["is there a", COLOR_NAMES[color], (SHAPES[shape], seen)], answer, "existence", seen)
 
-    def read(self, kind: str) -> Question | None:
+    def read(self, kind: str) -> SceneQuestion | None:
         tagged = [i for i in self.unique if self.things[i].tag and self.things[i].tag.kind == kind]
         if not tagged:
             return None
@@ -116,13 +116,13 @@ class Asker:
         noun = "number" if kind == "digit" else "word"
         return _ask([f"what {noun} is next to the", self.name(i)], answer, f"read_{kind}", [i], reads=True)
 
-    def read_digit(self) -> Question | None:
+    def read_digit(self) -> SceneQuestion | None:
         return self.read("digit")
 
-    def read_word(self) -> Question | None:
+    def read_word(self) -> SceneQuestion | None:
         return self.read("word")
 
-    def count(self) -> Question:
+    def count(self) -> SceneQuestion:
         present = {t.shape for t in self.things}
         if self.scene.count >= 2:
             shape = self.scene.group
@@ -133,7 +133,7 @@ class Asker:
         seen = [i for i, t in enumerate(self.things) if t.shape == shape]
         return _ask(["how many", (PLURALS[shape], seen), "are there"], str(self.scene.count), "count", seen)
 
-    def spatial(self) -> Question | None:
+    def spatial(self) -> SceneQuestion | None:
         for _ in range(20):
             a, b = self.pair()
             axis = int(self.rng.integers(2))
@@ -145,10 +145,10 @@ class Asker:
             return _ask(["is the", self.name(a), relation, "the", self.name(b)], "yes" if yes else "no", "spatial", [a, b])
         return None
 
-    def compare(self) -> Question | None:
+    def compare(self) -> SceneQuestion | None:
         return self._compare_color() if self.rng.random() < 0.5 else self._compare_size()
 
-    def _compare_color(self) -> Question | None:
+    def _compare_color(self) -> SceneQuestion | None:
         pairs = [(a, b) for a in self.unique for b in self.unique if a != b]
         same = [p for p in pairs if self.things[p[0]].color == self.things[p[1]].color]
         differ = [p for p in pairs if p not in same]
@@ -159,7 +159,7 @@ class Asker:
         words = ["do the", self.name(a), "and the", self.name(b), "have the same color"]
         return _ask(words, "yes" if yes else "no", "compare", [a, b])
 
-    def _compare_size(self) -> Question | None:
+    def _compare_size(self) -> SceneQuestion | None:
         for _ in range(20):
             a, b = self.pair()
             step = self.things[a].size - self.things[b].size
@@ -169,14 +169,14 @@ class Asker:
         return None
 
 
-def question(scene: Scene, kind: str, rng: np.random.Generator) -> Question | None:
+def question(scene: Scene, kind: str, rng: np.random.Generator) -> SceneQuestion | None:
     """One question of a kind, or None when the scene offers none."""
     if kind not in KINDS:
         raise ValueError(f"unknown question kind {kind!r}; use one of {', '.join(KINDS)}")
     return getattr(Asker(scene, rng), kind)()
 
 
-def questions(scene: Scene, n: int, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> list[Question]:
+def questions(scene: Scene, n: int, rng: np.random.Generator, kinds: tuple[str, ...] = KINDS) -> list[SceneQuestion]:
     """``n`` questions of random kinds."""
     asker, out = Asker(scene, rng), []
     while len(out) < n:
@@ -186,7 +186,7 @@ def questions(scene: Scene, n: int, rng: np.random.Generator, kinds: tuple[str, 
     return out
 
 
-def needed_patches(scene: Scene, asked: Question) -> np.ndarray:
+def needed_patches(scene: Scene, asked: SceneQuestion) -> np.ndarray:
     """Patches that show what the answer needs, (256,) bool: the needed things and, for reading, their tags."""
     out = np.zeros(GRID * GRID, bool)
     for i in asked.needed:

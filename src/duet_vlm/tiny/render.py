@@ -8,9 +8,9 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .assets import WORDS
-from .backgrounds import window
-from .scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, Tag, Thing, glyphs
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.backgrounds import window
+from duet_vlm.tiny.scenes import COLORS, IMAGE_SIZE, SHAPES, Scene, Tag, Thing, glyphs
 
 _COLOR_TABLE = np.array(list(COLORS.values()), np.float32)
 

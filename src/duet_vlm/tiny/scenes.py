@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .assets import DIGIT_SIZE, DIGIT_VARIANTS, FILE, TEST_SHARE, WORD_HEIGHT, WORD_VARIANTS, WORDS, word_width
+from duet_vlm.tiny.assets import DIGIT_SIZE, DIGIT_VARIANTS, FILE, TEST_SHARE, WORD_HEIGHT, WORD_VARIANTS, WORDS, word_width
 
 IMAGE_SIZE = 224
 PATCH = 14

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .assets import WORDS
-from .questions import PLURALS
-from .scenes import COLOR_NAMES, SHAPES
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.questions import PLURALS
+from duet_vlm.tiny.scenes import COLOR_NAMES, SHAPES
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
@@ -60,7 +60,7 @@ def build_processor(vocabulary: dict[str, int] = TOKEN) -> LlavaProcessor:
     """Processor of the tiny model: 224 px, 256 visual tokens per image."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
-    from .scenes import IMAGE_SIZE, PATCH
+    from duet_vlm.tiny.scenes import IMAGE_SIZE, PATCH
 
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(

@@ -15,14 +15,14 @@ from pathlib import Path
 
 import torch
 
-from .network import build_model
-from .recipe.command import parsed, parser, thinned, write
-from .recipe.decoder import DecoderStage
-from .recipe.finish import FinishStage
-from .recipe.join import JoinStage, ProjectorStage
-from .recipe.stages import Stage, curve, fit, weights
-from .recipe.tower import TowerStage
-from .text import build_processor
+from duet_vlm.tiny.network import build_model
+from duet_vlm.tiny.recipe.command import parsed, parser, thinned, write
+from duet_vlm.tiny.recipe.decoder import DecoderStage
+from duet_vlm.tiny.recipe.finish import FinishStage
+from duet_vlm.tiny.recipe.join import JoinStage, ProjectorStage
+from duet_vlm.tiny.recipe.stages import Stage, curve, fit, weights
+from duet_vlm.tiny.recipe.tower import TowerStage
+from duet_vlm.tiny.text import build_processor
 
 TOWER_STEPS, DECODER_STEPS, PROJECTOR_STEPS, JOIN_STEPS, FINISH_STEPS = 7500, 4000, 1200, 1500, 900
 DECODER_STOP = 0.75  # the decoder leaves its schedule here, still moving: it has to adapt to the tower next

@@ -11,13 +11,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from . import load
-from .chain_network import CHAIN_TOKEN, DISTINCT, EMBEDDINGS, LAYERS
-from .network import build_model
-from .recipe.chain import ChainStage, answers_seen
-from .recipe.command import parsed, parser, write
-from .recipe.stages import curve, fit, weights
-from .text import build_processor
+from duet_vlm.tiny import load
+from duet_vlm.tiny.chain_network import CHAIN_TOKEN, DISTINCT, EMBEDDINGS, LAYERS
+from duet_vlm.tiny.network import build_model
+from duet_vlm.tiny.recipe.chain import ChainStage, answers_seen
+from duet_vlm.tiny.recipe.command import parsed, parser, write
+from duet_vlm.tiny.recipe.stages import curve, fit, weights
+from duet_vlm.tiny.text import build_processor
 
 STEPS = 18200
 

@@ -6,11 +6,11 @@ last checkpoint, exactly. The schedule counts steps, never seconds.
 
 from __future__ import annotations
 
-from .long_clips import LENGTHS, SIDE
-from .long_network import LONG_WORDS, POSITIONS, build_long_model
-from .recipe.long import LongStage
-from .recipe.one_stage import OneStage
-from .video_processor import TinyVideoProcessor, build_video_processor
+from duet_vlm.tiny.long_clips import LENGTHS, SIDE
+from duet_vlm.tiny.long_network import LONG_WORDS, POSITIONS, build_long_model
+from duet_vlm.tiny.recipe.long import LongStage
+from duet_vlm.tiny.recipe.one_stage import OneStage
+from duet_vlm.tiny.video_processor import TinyVideoProcessor, build_video_processor
 
 STEPS = 1500
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .page_network import build_page_model, build_page_processor
-from .recipe.one_stage import OneStage
-from .recipe.page import PageStage
-from .train_chain import in_turns
+from duet_vlm.tiny.page_network import build_page_model, build_page_processor
+from duet_vlm.tiny.recipe.one_stage import OneStage
+from duet_vlm.tiny.recipe.page import PageStage
+from duet_vlm.tiny.train_chain import in_turns
 
 STEPS = 2400
 DECODER = "language_model."

@@ -6,10 +6,10 @@ last checkpoint, exactly. The schedule counts steps, never seconds.
 
 from __future__ import annotations
 
-from .recipe.one_stage import OneStage
-from .recipe.video import VideoStage
-from .video_network import build_video_model
-from .video_processor import build_video_processor
+from duet_vlm.tiny.recipe.one_stage import OneStage
+from duet_vlm.tiny.recipe.video import VideoStage
+from duet_vlm.tiny.video_network import build_video_model
+from duet_vlm.tiny.video_processor import build_video_processor
 
 STEPS = 2200
 

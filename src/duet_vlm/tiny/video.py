@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import first
+from duet_vlm.tiny import first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from PIL import Image
     from transformers import VideoLlavaForConditionalGeneration
 
-    from .clips_questions import ClipQuestion
-    from .long_questions import LongQuestion
-    from .video_processor import TinyVideoProcessor
+    from duet_vlm.tiny.clips_questions import ClipQuestion
+    from duet_vlm.tiny.long_questions import LongQuestion
+    from duet_vlm.tiny.video_processor import TinyVideoProcessor
 
 __all__ = ["ClipSample", "load", "path", "prompt", "sample", "samples"]
 
@@ -67,7 +67,7 @@ def load_from(folder: Path, dtype: torch.dtype | None) -> tuple[VideoLlavaForCon
     import torch
     from transformers import VideoLlavaForConditionalGeneration
 
-    from .video_processor import TinyVideoProcessor
+    from duet_vlm.tiny.video_processor import TinyVideoProcessor
 
     model = VideoLlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype or torch.float32, local_files_only=True)
     return model.eval(), TinyVideoProcessor.from_pretrained(folder)
@@ -87,8 +87,8 @@ def sample(split: str, index: int, seed: int = 0) -> ClipSample:
         "train", "validation" or "test".
     index, seed : int
     """
-    from .clips import clip, render
-    from .clips_questions import KINDS, question
+    from duet_vlm.tiny.clips import clip, render
+    from duet_vlm.tiny.clips_questions import KINDS, question
 
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")

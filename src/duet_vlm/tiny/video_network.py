@@ -7,12 +7,12 @@ from tokenizers import AddedToken
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
-from . import load
-from .clips import CLIP_ROWS, GRID, SIDE
-from .network import FEATURE_LAYER, decoder_config, tower_config
-from .scenes import GRID as PICTURE_GRID
-from .scenes import PATCH
-from .text import SPECIAL, TOKEN, build_tokenizer
+from duet_vlm.tiny import load
+from duet_vlm.tiny.clips import CLIP_ROWS, GRID, SIDE
+from duet_vlm.tiny.network import FEATURE_LAYER, decoder_config, tower_config
+from duet_vlm.tiny.scenes import GRID as PICTURE_GRID
+from duet_vlm.tiny.scenes import PATCH
+from duet_vlm.tiny.text import SPECIAL, TOKEN, build_tokenizer
 
 VIDEO = "<video>"
 NEW_WORDS = ("where", "does", "move", "appear", "before", "after", "first", "last", "up", "down")

@@ -16,10 +16,9 @@ from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-from duet_vlm.pictures import eight_bits, rgb
-
-from .clips import FRAMES, PATCH, SIDE
-from .video_network import NEW_WORDS, VIDEO, build_video_tokenizer
+from duet_vlm.inputs.images import eight_bits, rgb
+from duet_vlm.tiny.clips import FRAMES, PATCH, SIDE
+from duet_vlm.tiny.video_network import NEW_WORDS, VIDEO, build_video_tokenizer
 
 FILE = "processor_config.json"
 CHAT_TEMPLATE = (
@@ -78,7 +77,7 @@ class TinyVideoProcessor:
             Prompts with one ``<video>`` for each clip, in order.
         videos : clip or sequence of clips, optional
             A clip is a sequence of frames (PIL pictures, or arrays [height, width, 3] of one size) or one array [frames, height, width, 3].
-            Modes and numbers as in ``duet_vlm.pictures.rgb``; the range of numbers is that of the whole clip. All clips have the same
+            Modes and numbers as in ``duet_vlm.inputs.images.rgb``; the range of numbers is that of the whole clip. All clips have the same
             number of frames; ``tiny-video`` was trained on 8, ``tiny-long`` on 64 to 256.
         images : sequence
             None: the model was trained on clips only.

@@ -9,15 +9,15 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback
 
-from duet_vlm import Handle, remember
-from duet_vlm.budget import Budget
-from duet_vlm.models.find import core_of
-from duet_vlm.train.settings import Settings
+from duet_vlm import Handle, save_to_config
+from duet_vlm.models.lookup import core_of
+from duet_vlm.planning.budget import Budget
+from duet_vlm.train.settings import TrainSettings
 
 SHOWN = {"loss": "loss", "lr": "learning_rate", "held-out loss": "eval_loss"}
 
 
-def budget_at(settings: Settings, step: int, steps: int, seed: int) -> Budget | None:
+def budget_at(settings: TrainSettings, step: int, steps: int, seed: int) -> Budget | None:
     """The budget of one optimiser step: a function of the step alone, so that all ranks agree and a resumed run goes on alike."""
     budgets = settings.budgets
     if len(budgets) > 1:
@@ -32,7 +32,7 @@ def budget_at(settings: Settings, step: int, steps: int, seed: int) -> Budget | 
 class BudgetCallback(TrainerCallback):
     """Sets the budget before every step, and the last one of the settings for evaluation and for good."""
 
-    def __init__(self, handle: Handle, settings: Settings) -> None:
+    def __init__(self, handle: Handle, settings: TrainSettings) -> None:
         self.handle, self.settings = handle, settings
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -59,7 +59,7 @@ class RememberCallback(TrainerCallback):
         self.handle = handle
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        remember(self.handle)
+        save_to_config(self.handle)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

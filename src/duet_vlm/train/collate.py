@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duet_vlm.text import columns_of
+from duet_vlm.inputs.text_queries import columns_of
 from duet_vlm.train.data import Conversation
 
 IGNORED = -100

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
 from duet_vlm import tiny
-from duet_vlm.contents import digest_of, ends
-from duet_vlm.pictures import local, open_image
+from duet_vlm.inputs.images import local, open_image
+from duet_vlm.utils.contents import digest_of, ends
 
 DRAWN = {"tiny": False, "tiny-crowded": True}  # name -> crowded scenes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -33,7 +33,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Row:
+class DataRow:
     """A conversation whose images are still files."""
 
     messages: list[dict[str, Any]]
@@ -90,7 +90,7 @@ def _source(name: str, images: str | None, limit: int | None, seed: int, split: 
     return Conversations(len(rows), partial(_opened, rows))
 
 
-def _rows(name: str, images: str | None, limit: int | None) -> list[Row]:
+def _rows(name: str, images: str | None, limit: int | None) -> list[DataRow]:
     path = Path(name).expanduser()
     folder = Path(images).expanduser() if images else path.parent
     if not folder.is_dir():
@@ -100,7 +100,7 @@ def _rows(name: str, images: str | None, limit: int | None) -> list[Row]:
     return rows
 
 
-def _opened(rows: Sequence[Row], index: int) -> Conversation:
+def _opened(rows: Sequence[DataRow], index: int) -> Conversation:
     return rows[index].opened()
 
 
@@ -136,7 +136,7 @@ def _parsed(text: bytes, where: str) -> Any:
         raise ValueError(f"{where}: not JSON ({error})") from error
 
 
-def _row(value: Any, where: str, folder: Path) -> Row:
+def _row(value: Any, where: str, folder: Path) -> DataRow:
     if not isinstance(value, dict) or not isinstance(turns := value.get("conversations", value.get("messages")), list):
         raise ValueError(f"{where}: needs a list under 'conversations' (LLaVA) or 'messages' (chat)")
     if not turns or any(not isinstance(turn, dict) for turn in turns):
@@ -157,7 +157,7 @@ def _row(value: Any, where: str, folder: Path) -> Row:
         messages.append({"role": ROLES[turn[who]], "content": plain})
     if waiting:
         raise ValueError(f"{where}: {len(files)} places for {len(files) + len(waiting)} images: put {MARKER} where each image goes")
-    return Row(messages, tuple(files), where)
+    return DataRow(messages, tuple(files), where)
 
 
 def _file(part: dict[str, Any], waiting: list[Any], where: str) -> str:
@@ -189,7 +189,7 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
     return parts
 
 
-def _check_files(rows: Iterable[Row]) -> None:
+def _check_files(rows: Iterable[DataRow]) -> None:
     """Every image exists: one listing per folder, which is cheap for half a million files on a shared disk."""
     wanted: dict[str, dict[str, str]] = defaultdict(dict)
     for row in rows:

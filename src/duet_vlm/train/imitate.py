@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
-from duet_vlm import EncoderReducer, Selection, VisionView, attach
+from duet_vlm import EncoderReducer, EncoderView, Selection, attach
 from duet_vlm.train.collate import Collator
-from duet_vlm.train.settings import Settings
+from duet_vlm.train.settings import TrainSettings
 
 RATE = 3e-3
 SHOWN = 10  # lines of progress
 
 
-def imitate(model: nn.Module, settings: Settings, args: TrainingArguments, data: Dataset[Any], collator: Collator) -> dict[str, Tensor]:
+def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, data: Dataset[Any], collator: Collator) -> dict[str, Tensor]:
     """The weights that the method's module has after ``settings.imitate`` steps on the images and questions of ``data``; the model stays as it is.
 
-    The error is the squared difference to what ``Compressor.like`` says, over the variance of that. Every process of a launch takes the same steps.
+    The error is the squared difference to what ``Compressor.imitation_target`` says, over the variance of that. Every process of a launch takes the same steps.
 
     Raises
     ------
@@ -38,7 +38,7 @@ def imitate(model: nn.Module, settings: Settings, args: TrainingArguments, data:
     budget = settings.budgets[-1] if settings.budgets else None
     with attach(model, settings.method, budget=budget, **settings.settings) as handle:
         method = handle.reducer
-        compressor = getattr(method, "compressor", None)
+        compressor = getattr(method, "trained_reducer", None)
     if compressor is None:
         raise ValueError(f"imitate: {settings.imitate}: {method.name} has no module that could learn; leave it out")
     with attach(model, imitating(compressor, wrong), budget=budget) as handle:
@@ -79,13 +79,13 @@ def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
     """The same method, which writes down how far its rows are from what they should be like; a gradient reaches its module and nothing else."""
     kind = type(reducer)
 
-    def v2v(self: Any, view: VisionView) -> Selection:
+    def select_tokens(self: Any, view: EncoderView) -> Selection:
         with torch.enable_grad():
-            found = kind.v2v(self, view)
-            assert found.rows is not None  # as there is a module
-            there = found.valid[:, : found.rows.shape[1]]
-            target = self.like(view, found)[:, : found.rows.shape[1]].float()[there].detach()
-            wrong.append((found.rows.float()[there] - target).square().mean() / target.var(0, unbiased=False).mean().clamp(min=1e-6))
+            found = kind.select_tokens(self, view)
+            assert found.custom_rows is not None  # as there is a module
+            there = found.valid[:, : found.custom_rows.shape[1]]
+            target = self.imitation_target(view, found)[:, : found.custom_rows.shape[1]].float()[there].detach()
+            wrong.append((found.custom_rows.float()[there] - target).square().mean() / target.var(0, unbiased=False).mean().clamp(min=1e-6))
         return found
 
-    return type(kind.__name__, (kind,), {"v2v": v2v})(**{each.name: getattr(reducer, each.name) for each in fields(reducer)})
+    return type(kind.__name__, (kind,), {"select_tokens": select_tokens})(**{each.name: getattr(reducer, each.name) for each in fields(reducer)})

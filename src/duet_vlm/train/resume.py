@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from duet_vlm.train.data import digest
-from duet_vlm.train.settings import Settings, settings_from
+from duet_vlm.train.settings import TrainSettings, settings_from
 from duet_vlm.train.yaml_text import mapping, written
 
 SETTINGS, STATE, DATA = "train.yaml", "trainer_state.json", "train.data"
 UNFINISHED = f"{STATE}, which is written last, cannot be read"
 
 
-def begin(settings: Settings, restart: bool) -> None:
+def begin(settings: TrainSettings, restart: bool) -> None:
     """Claim the folder ``settings.out``; with ``restart`` what an earlier run left there is deleted first.
 
     Raises
@@ -64,7 +64,7 @@ def _ours(file: Path) -> bool:
         return False
 
 
-def _contents(settings: Settings) -> list[str | None]:
+def _contents(settings: TrainSettings) -> list[str | None]:
     """Digests of what is trained on and of what is held out."""
     asked = ((settings.data, settings.limit), (settings.eval_data, settings.eval_limit))
     return [digest(sources, settings.images, limit) for sources, limit in asked]

@@ -13,15 +13,15 @@ from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import EvalLoopOutput
 
 from duet_vlm import Handle, NewWeights, attach
-from duet_vlm.loading import base_of, load, quiet
-from duet_vlm.models.find import adapter_for
-from duet_vlm.spelling import did_you_mean
+from duet_vlm.api.loading import base_of, load, quiet
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.train import resume
 from duet_vlm.train.callbacks import BudgetCallback, FrozenTowerCallback, ProgressCallback, RememberCallback
 from duet_vlm.train.collate import IGNORED, Collator
 from duet_vlm.train.data import conversations
 from duet_vlm.train.imitate import imitate
-from duet_vlm.train.settings import Settings
+from duet_vlm.train.settings import TrainSettings
+from duet_vlm.utils.suggest import did_you_mean
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 DEFAULTS = {
@@ -101,7 +101,7 @@ class ConversationTrainer(Trainer):
         return optimizer
 
 
-def arguments(settings: Settings) -> TrainingArguments:
+def arguments(settings: TrainSettings) -> TrainingArguments:
     """The Trainer's own arguments; ours are defaults under the user's.
 
     Raises
@@ -130,7 +130,7 @@ def arguments(settings: Settings) -> TrainingArguments:
     return args
 
 
-def tuned(model: nn.Module, settings: Settings) -> nn.Module:
+def tuned(model: nn.Module, settings: TrainSettings) -> nn.Module:
     """Freeze what does not learn, in ``frozen_dtype``; with tune='lora' the adapters are added, and the projector is saved beside them."""
     adapter = adapter_for(model)
     projector = adapter.projector()
@@ -151,7 +151,7 @@ def tuned(model: nn.Module, settings: Settings) -> nn.Module:
     return model
 
 
-def build(settings: Settings, checkpoint: Path | None = None) -> tuple[Trainer, Handle]:
+def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trainer, Handle]:
     """The Trainer with the reduced model; detach the handle when done.
 
     To go on from a ``checkpoint`` of a whole model it is loaded like any model: the Trainer's own loading passes over the key names that
@@ -195,7 +195,7 @@ def build(settings: Settings, checkpoint: Path | None = None) -> tuple[Trainer, 
     return trainer, handle
 
 
-def train(settings: Settings, restart: bool = False) -> Path:
+def train(settings: TrainSettings, restart: bool = False) -> Path:
     """Train, going on from the last whole checkpoint in ``out`` if there is one; returns the folder of the finished model.
 
     A finished run is left as it is. ``restart`` deletes what an earlier run left in ``out``.

@@ -9,9 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from duet_vlm.budget import Budget, check_budget
-from duet_vlm.spelling import did_you_mean
+from duet_vlm.planning.budget import Budget, check_budget
 from duet_vlm.train.yaml_text import mapping
+from duet_vlm.utils.suggest import did_you_mean
 
 TUNED = ("full", "lora", "projector")
 PROMPTS = ("chat", "plain")
@@ -20,7 +20,7 @@ MERGED = ("lora", "settings", "trainer")  # mappings, whose keys are settings of
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainSettings:
     """One training run.
 
     Attributes
@@ -148,7 +148,7 @@ def recipes() -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def settings_from(recipe: str | None = None, config: Path | None = None, options: Mapping[str, Any] | None = None) -> Settings:
+def settings_from(recipe: str | None = None, config: Path | None = None, options: Mapping[str, Any] | None = None) -> TrainSettings:
     """A recipe, then a YAML file, then single options: later layers win; ``trainer``, ``lora`` and ``settings`` are merged key by key.
 
     Raises
@@ -170,13 +170,13 @@ def settings_from(recipe: str | None = None, config: Path | None = None, options
             raise ValueError(f"--config {config}: not a text file in UTF-8") from error
         layers.append(mapping(text, str(config)))
     merged: dict[str, Any] = {}
-    known = {f.name for f in dataclasses.fields(Settings)}
+    known = {f.name for f in dataclasses.fields(TrainSettings)}
     for layer in (*layers, options or {}):
         for key, value in layer.items():
             if key not in known:
                 raise ValueError(f"unknown setting {key!r}{did_you_mean(key, known)}; known: {', '.join(sorted(known))}")
             merged[key] = {**merged.get(key, {}), **_pairs(key, value)} if key in MERGED else value
-    return Settings(**merged)
+    return TrainSettings(**merged)
 
 
 def _pairs(name: str, value: Any) -> Mapping[str, Any]:

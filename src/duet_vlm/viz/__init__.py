@@ -1,26 +1,26 @@
 """Pictures of what was kept, merged and dropped; users of the public API only."""
 
-from duet_vlm.viz.clips import film, film_place, on_film
-from duet_vlm.viz.depth import Fates, at_depth, fates, history, told
+from duet_vlm.viz.depth import TokenFates, at_depth, history, token_fates, told
 from duet_vlm.viz.overlay import Panel, draw, stack
-from duet_vlm.viz.scores import Watched
-from duet_vlm.viz.view import seen, seen_frames, seen_parts, seen_picture
+from duet_vlm.viz.scores import ScoreRecorder
+from duet_vlm.viz.video import film, film_place, on_film
+from duet_vlm.viz.view import cropped_picture, frame_pictures, model_view, part_pictures
 
 __all__ = [
-    "Fates",
+    "TokenFates",
     "Panel",
-    "Watched",
+    "ScoreRecorder",
     "at_depth",
     "draw",
-    "fates",
+    "token_fates",
     "film",
     "film_place",
     "history",
     "on_film",
-    "seen",
-    "seen_frames",
-    "seen_parts",
-    "seen_picture",
+    "model_view",
+    "frame_pictures",
+    "part_pictures",
+    "cropped_picture",
     "stack",
     "told",
 ]

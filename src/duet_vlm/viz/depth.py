@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from duet_vlm.palette import group
-from duet_vlm.pictures import rgb
-from duet_vlm.tokens import SpanTrace
-from duet_vlm.viz.groups import numbered, stage_name, stages
+from duet_vlm.inputs.images import rgb
+from duet_vlm.planning.tokens import SpanTrace
+from duet_vlm.viz.colors import group
+from duet_vlm.viz.merges import numbered, stage_name, stages
 from duet_vlm.viz.overlay import ANCHOR, DROPPED, MEMBER, NUMBERED, SHADE, Panel, cell_box, heat_map, mix, number_patch, outline
 
 
 @dataclass(frozen=True)
-class Fates:
+class TokenFates:
     """The tokens of a span at one depth, each in one of three: ``alive``; ``into``, merged into which tokens that are alive; ``dropped``, and in
     front of which layer (-1: in the vision tower). What was merged into a token that is dropped leaves with it."""
 
@@ -25,7 +25,7 @@ class Fates:
     dropped: dict[int, int]
 
 
-def fates(trace: SpanTrace, layer: int) -> Fates:
+def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
     """What has become of every token of a span where decoder layer ``layer`` reads it; -1 is the vision tower, 0 the entry to the decoder.
 
     Raises
@@ -54,12 +54,12 @@ def fates(trace: SpanTrace, layer: int) -> Fates:
             into[member] = staying
         else:
             dropped[member] = max(dropped[end] for end in ends)
-    return Fates(alive, into, dropped)
+    return TokenFates(alive, into, dropped)
 
 
 def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
     """What has become of one token up to a layer, in a sentence; of a clip whose grid holds ``steps`` of time below each other, with its step."""
-    found, name = fates(trace, layer), _place(trace, token, steps)
+    found, name = token_fates(trace, layer), _place(trace, token, steps)
     if token in found.alive:
         members = sum(token in anchors for anchors in found.into.values())
         joined = f" and stands for {members} others that were merged into it" if members else ""
@@ -73,7 +73,7 @@ def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
 
 def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
     """How many tokens are alive at a layer, and in a second line how many were merged and dropped; of several spans together."""
-    found = [fates(trace, layer) for trace in traces]
+    found = [token_fates(trace, layer) for trace in traces]
     left = [where for each in found for where in each.dropped.values()]
     into, groups = sum(len(each.into) for each in found), sum(len({end for ends in each.into.values() for end in ends}) for each in found)
     alive, tokens = sum(len(each.alive) for each in found), sum(trace.span.tokens for trace in traces)
@@ -113,7 +113,7 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
     """
     if trace.span.grid is None:
         raise ValueError(f"the {trace.span.tokens} tokens of this image form no grid, so they cannot be drawn on it")
-    found, groups = fates(trace, layer), numbered(trace)
+    found, groups = token_fates(trace, layer), numbered(trace)
     rows, columns = trace.span.grid
     cell = max(4, round(size / max(rows, columns)))
     pixels = np.asarray(rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), np.float32)

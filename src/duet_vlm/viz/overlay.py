@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from duet_vlm.palette import Color, group, heat
-from duet_vlm.pictures import rgb
-from duet_vlm.tokens import SpanTrace, StageTrace
+from duet_vlm.inputs.images import rgb
+from duet_vlm.planning.tokens import SpanTrace, StageTrace
+from duet_vlm.viz.colors import Color, group, heat
 from duet_vlm.viz.font import fitted, width, write
-from duet_vlm.viz.groups import numbered, origins, stages
+from duet_vlm.viz.merges import numbered, origins, stages
 
 PAPER: Color = (250, 250, 248)
 INK: Color = (28, 28, 32)

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from duet_vlm import DecoderReducer, EncoderReducer, Reducer, SpanTrace, TextView, VisionView
+from duet_vlm import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer, SpanTrace
 
 
-class Watched:
+class ScoreRecorder:
     """A method that acts as before and keeps the scores that it was shown.
 
     Attributes
@@ -20,23 +20,23 @@ class Watched:
 
     def __init__(self, method: Reducer) -> None:
         self._entry: list[np.ndarray] = []
-        self._drops: list[tuple[TextView, np.ndarray]] = []
+        self._drops: list[tuple[DecoderView, np.ndarray]] = []
         cls, watcher = type(method), self
         facts: dict[str, Any] = {}
         if isinstance(method, EncoderReducer):
 
-            def v2v(self: Any, view: VisionView) -> Any:
+            def select_tokens(self: Any, view: EncoderView) -> Any:
                 watcher._see_entry(view)
-                return cls.v2v(self, view)  # type: ignore[attr-defined]
+                return cls.select_tokens(self, view)  # type: ignore[attr-defined]
 
-            facts["v2v"] = v2v
+            facts["select_tokens"] = select_tokens
         if isinstance(method, DecoderReducer):
 
-            def t2v(self: Any, view: TextView) -> Any:
+            def prune_tokens(self: Any, view: DecoderView) -> Any:
                 watcher._see_drop(view)
-                return cls.t2v(self, view)  # type: ignore[attr-defined]
+                return cls.prune_tokens(self, view)  # type: ignore[attr-defined]
 
-            facts |= {"t2v": t2v, "uses_tokens": True}
+            facts |= {"prune_tokens": prune_tokens, "uses_tokens": True}
         made: Any = type(cls.__name__, (cls,), facts)
         self.reducer: Reducer = made(**method.settings())
 
@@ -56,19 +56,19 @@ class Watched:
         front = len(scores) - trace.span.tokens  # a CLS row
         return {token: float(scores[token + front]) for token in range(trace.span.tokens)} if front in (0, 1) else None
 
-    def _see_entry(self, view: VisionView) -> None:
+    def _see_entry(self, view: EncoderView) -> None:
         if view.importance is not None and not view.importance.is_meta:  # costs are counted on tensors without numbers
             lengths = view.valid.cumsum(1).argmax(1) + 1
             self._entry += [row[: int(n)].float().cpu().numpy() for row, n in zip(view.importance, lengths, strict=True)]
 
-    def _see_drop(self, view: TextView) -> None:
+    def _see_drop(self, view: DecoderView) -> None:
         if view.scores is not None and not view.scores.is_meta:
             scores = view.scores.amax(-1) if view.scores.ndim == 3 else view.scores
             self._drops.append((view, scores.float().cpu().numpy()))
 
 
-def _of_span(view: TextView, scores: np.ndarray, number: int) -> dict[int, float]:
+def _of_span(view: DecoderView, scores: np.ndarray, number: int) -> dict[int, float]:
     """Scores of one span of the first sample."""
-    assert view.span is not None and view.token is not None  # asked for by ``uses_tokens``
-    valid, span, token = (x.cpu().numpy() for x in (view.valid, view.span, view.token))
+    assert view.span_index is not None and view.token_index is not None  # asked for by ``uses_tokens``
+    valid, span, token = (x.cpu().numpy() for x in (view.valid, view.span_index, view.token_index))
     return {int(token[place]): float(scores[place]) for place in zip(*np.nonzero(valid), strict=True) if span[place] == number}

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from duet_vlm.pictures import rgb
+from duet_vlm.inputs.images import rgb
 
 
-def seen(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
+def model_view(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
     """The part of ``image`` that the tokens cover.
 
     Parameters
@@ -29,23 +29,23 @@ def seen(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
     return _picture(pixels, settings)
 
 
-def seen_picture(image: Image.Image, inputs: Any, number: int, processor: Any) -> Image.Image:
+def cropped_picture(image: Image.Image, inputs: Any, number: int, processor: Any) -> Image.Image:
     """Picture ``number`` of a one-sample call as ``seen``."""
     pixels = _pixels(inputs)
-    return seen(image, pixels[number] if pixels.ndim == 4 else None, processor)
+    return model_view(image, pixels[number] if pixels.ndim == 4 else None, processor)
 
 
-def seen_parts(inputs: Any, processor: Any, count: int) -> list[Image.Image]:
+def part_pictures(inputs: Any, processor: Any, count: int) -> list[Image.Image]:
     """The ``count`` pictures that a processor made of one, where it hands out tiles one by one; none where it made another number."""
     pixels = _pixels(inputs)
     tiles = pixels.flatten(0, -4) if pixels.ndim > 3 else pixels[:0]
     return [_picture(tile, getattr(processor, "image_processor", processor)) for tile in tiles] if len(tiles) == count else []
 
 
-def seen_frames(frames: Sequence[Image.Image], inputs: Any, number: int, processor: Any) -> tuple[list[Image.Image], int]:
+def frame_pictures(frames: Sequence[Image.Image], inputs: Any, number: int, processor: Any) -> tuple[list[Image.Image], int]:
     """The frames of clip ``number`` of a one-sample call as ``seen``, and how many steps of time the model makes of them."""
     pixels, grids = inputs["pixel_values_videos"], inputs.get("video_grid_thw")
-    found = [seen(frame, pixels[number, i] if pixels.ndim == 5 else None, processor) for i, frame in enumerate(frames)]
+    found = [model_view(frame, pixels[number, i] if pixels.ndim == 5 else None, processor) for i, frame in enumerate(frames)]
     return found, len(found) if grids is None else int(grids[number, 0])
 
 

@@ -24,7 +24,7 @@ def register() -> None:
     import vllm
     from vllm import ModelRegistry
 
-    from duet_vlm.serve.settings import PREFIX
+    from duet_vlm.serve.served_method import PREFIX
 
     check_version(vllm.__version__)
     known = set(ModelRegistry.get_supported_archs())

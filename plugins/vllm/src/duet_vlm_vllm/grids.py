@@ -15,8 +15,8 @@ from vllm.config import VllmConfig
 from vllm.multimodal.video_prune.evs import compute_mrope_for_media
 from vllm.platforms import current_platform
 
-from duet_vlm.models.towers import packed_signals
-from duet_vlm.serve.rows import reduced
+from duet_vlm.models.tower_signals import packed_signals
+from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm_vllm.placeholders import BUDGETS, FewerPlaceholders
 from duet_vlm_vllm.settings import served
 from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
@@ -112,7 +112,7 @@ class KeptPositions:
             rows, signals = self._encoded(pixels[first:last], grids[some])
             parts = [steps_of(grid, len(row)) for grid, row in zip(grids[some], rows, strict=True)]
             seen = [row[:, : self.width] for row in rows]
-            kept = reduced(self.duet, rows, parts, asked[some], signals, seen, stream=kind)
+            kept = reduce_rows(self.duet, rows, parts, asked[some], signals, seen, stream=kind)
             out += [self.in_prompt(row, index.cpu(), whole) for (row, index), whole in zip(kept, written[some], strict=True)]
         return tuple(out)
 

@@ -16,9 +16,9 @@ from vllm.model_executor.models.interns1 import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from duet_vlm.models.towers import cells, cls_signals
-from duet_vlm.serve.rows import reduced
-from duet_vlm.serve.settings import REQUEST
+from duet_vlm.models.tower_signals import cells, cls_signals
+from duet_vlm.serve.first_stage import reduce_rows
+from duet_vlm.serve.served_method import REQUEST
 from duet_vlm_vllm.placeholders import FewerPlaceholders, ImagesOnly
 from duet_vlm_vllm.settings import served
 from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
@@ -78,4 +78,4 @@ class DuetInternVL(InternS1ForConditionalGeneration):
             means = cells(both, math.isqrt(both.shape[1]), round(1 / self.downsample_ratio))
             signals = list(means[..., 0]), list(means[..., 1:])
         parts = [torch.zeros(len(row), dtype=torch.long) for row in rows]
-        return [row for row, _ in reduced(self.duet, rows, parts, asked, signals)]
+        return [row for row, _ in reduce_rows(self.duet, rows, parts, asked, signals)]

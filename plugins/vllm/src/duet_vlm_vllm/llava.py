@@ -16,9 +16,9 @@ from vllm.model_executor.models.llava import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from duet_vlm.models.towers import cls_signals
-from duet_vlm.serve.rows import reduced
-from duet_vlm.serve.settings import REQUEST
+from duet_vlm.models.tower_signals import cls_signals
+from duet_vlm.serve.first_stage import reduce_rows
+from duet_vlm.serve.served_method import REQUEST
 from duet_vlm_vllm.placeholders import FewerPlaceholders
 from duet_vlm_vllm.settings import served
 from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
@@ -93,5 +93,5 @@ class DuetLlava(Tower, LlavaForConditionalGeneration):
         late = self.duet.reducer.reads_projected
         rows = list(self.multi_modal_projector(features) if late else features)
         parts = [torch.zeros(len(row), dtype=torch.long) for row in rows]
-        kept = [row for row, _ in reduced(self.duet, rows, parts, asked, self.signals())]
+        kept = [row for row, _ in reduce_rows(self.duet, rows, parts, asked, self.signals())]
         return kept if late else list(self.multi_modal_projector(torch.cat(kept)).split([len(row) for row in kept]))

@@ -17,8 +17,8 @@ from vllm.model_executor.models.llava_next import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from duet_vlm.serve.rows import reduced
-from duet_vlm.serve.settings import REQUEST
+from duet_vlm.serve.first_stage import reduce_rows
+from duet_vlm.serve.served_method import REQUEST
 from duet_vlm_vllm.llava import Tower
 from duet_vlm_vllm.placeholders import FewerPlaceholders
 from duet_vlm_vllm.tower import batches, budgets
@@ -75,7 +75,7 @@ class AnyRes(Tower):
             ranked = self._packed(both, both.new_zeros(both.shape[-1]), sizes, counts)
             signals = [some[:, 0] for some in ranked], [some[:, 1:] for some in ranked]
         parts = [self.parts_of(self.config, size) for size in sizes]
-        return [row for row, _ in reduced(self.duet, rows, parts, asked, signals)]
+        return [row for row, _ in reduce_rows(self.duet, rows, parts, asked, signals)]
 
     def _packed(self, rows: Tensor, newline: Tensor, sizes: list[list[int]], counts: list[int]) -> list[Tensor]:
         """Rows [crops of all images, N, c] -> per image [n, c]."""

@@ -17,8 +17,8 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from duet_vlm.models.towers import column_signals
-from duet_vlm.serve.rows import reduced
+from duet_vlm.models.tower_signals import column_signals
+from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm_vllm.llava_next import AnyRes, AnyResProcessor, NextPacking
 from duet_vlm_vllm.placeholders import BUDGETS
 from duet_vlm_vllm.tower import batches, budgets
@@ -71,7 +71,7 @@ class DuetLlavaOnevision(Packing, AnyRes, LlavaOnevisionForConditionalGeneration
         if signals:
             importance, keys = (nn.functional.pad(some, (0, 0, 0, 1)) for some in signals)
             ranked = [importance[:, 0]], [keys]
-        ((kept, _),) = reduced(self.duet, [rows], [frames_of(len(frames), len(rows))], [asked], ranked, stream="video")
+        ((kept, _),) = reduce_rows(self.duet, [rows], [frames_of(len(frames), len(rows))], [asked], ranked, stream="video")
         return kept
 
     def _frames(self, frames: Tensor) -> Sequence[Tensor]:

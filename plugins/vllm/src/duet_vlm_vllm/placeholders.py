@@ -10,8 +10,8 @@ import torch
 from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.processing import PromptUpdateDetails
 
-from duet_vlm.flow.choose import sizes_of
-from duet_vlm.serve.settings import REQUEST, Served
+from duet_vlm.runtime.encode.selection import part_sizes
+from duet_vlm.serve.served_method import REQUEST, ServedMethod
 from duet_vlm_vllm.metrics import count
 from duet_vlm_vllm.settings import served
 
@@ -69,7 +69,7 @@ class FewerPlaceholders:
         return content
 
     @property
-    def duet(self) -> Served:
+    def duet(self) -> ServedMethod:
         return served(self.info.get_hf_config(), self.positions)
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
@@ -103,7 +103,7 @@ class FewerPlaceholders:
             ids = list(details.full)
             places = self.visual(kind, ids, details).nonzero().squeeze(1).tolist()
             asked = float(item[BUDGETS[kind]].data)
-            stay = sum(self.duet.span(*sizes_of(parts), asked).entry for parts in self.spans(kind, mm_items, number, item, len(places)))
+            stay = sum(self.duet.span(*part_sizes(parts), asked).entry for parts in self.spans(kind, mm_items, number, item, len(places)))
             gone = set(places[stay:])
             return self.shown(kind, Shortened([token for place, token in enumerate(ids) if place not in gone], details.is_embed, len(places), stay))
 

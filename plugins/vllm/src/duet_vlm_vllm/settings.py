@@ -6,10 +6,10 @@ import json
 from functools import lru_cache
 from typing import Any
 
-from duet_vlm.serve.settings import KEY, Served
+from duet_vlm.serve.served_method import KEY, ServedMethod
 
 
-def served(config: Any, positions: str) -> Served:
+def served(config: Any, positions: str) -> ServedMethod:
     """The settings that ``--hf-overrides`` (or config.json) gives under "duet".
 
     Raises
@@ -24,5 +24,5 @@ def served(config: Any, positions: str) -> Served:
 
 
 @lru_cache(maxsize=64)
-def _served(given: str, positions: str) -> Served:
-    return Served.of(json.loads(given), positions)
+def _served(given: str, positions: str) -> ServedMethod:
+    return ServedMethod.of(json.loads(given), positions)

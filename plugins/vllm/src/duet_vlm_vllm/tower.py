@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 
-from duet_vlm.flow.choose import recorded
-from duet_vlm.models.adapter import Recorded
-from duet_vlm.reducer import EncoderReducer
-from duet_vlm.serve.settings import NOTHING_ASKED
+from duet_vlm.models.adapter import RecordedQK
+from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.runtime.encode.selection import record_qk
+from duet_vlm.serve.served_method import NOTHING_ASKED
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -47,9 +47,9 @@ class Recorder:
         if not self.whole:
             query, key = _all_heads(query), _all_heads(key)
         segments = None if ends is None else ends[1:] - ends[:-1]
-        self.calls.append(recorded(self.reducer, query, key, float(module.scale), segments))
+        self.calls.append(record_qk(self.reducer, query, key, float(module.scale), segments))
 
-    def take(self) -> list[Recorded]:
+    def take(self) -> list[RecordedQK]:
         calls, self.calls = self.calls, []
         return calls
 

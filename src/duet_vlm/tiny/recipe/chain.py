@@ -16,22 +16,21 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from duet_vlm.tiny import load
+from duet_vlm.tiny.chain_network import CHAIN_TOKEN, TURNS, build_decoder
+from duet_vlm.tiny.chain_questions import KINDS, PAIRS, SINGLE, GridScene, pair_question
+from duet_vlm.tiny.chain_scenes import CELLS, SIDE, STREAMS, grid_scene
+from duet_vlm.tiny.labels import patch_labels
+from duet_vlm.tiny.network import FEATURE_LAYER, VISUAL_TOKENS
+from duet_vlm.tiny.recipe.chain_lessons import LESSONS, questions
+from duet_vlm.tiny.recipe.chain_packing import PackedChains, PackedQuestion, answer_loss, decode, pack
+from duet_vlm.tiny.recipe.decoder import LabelFeatures
+from duet_vlm.tiny.recipe.optim import optimizers
+from duet_vlm.tiny.recipe.packing import Lesson, choose_patches, lesson
 from duet_vlm.tiny.recipe.stages import Stage
-
-from .. import load
-from ..chain_network import CHAIN_TOKEN, TURNS, build_decoder
-from ..chain_questions import KINDS, PAIRS, SINGLE, GridScene, pair_question
-from ..chain_scenes import CELLS, SIDE, STREAMS, grid_scene
-from ..labels import patch_labels
-from ..network import FEATURE_LAYER, VISUAL_TOKENS
-from ..render import render
-from ..scenes import GRID
-from .chain_lessons import LESSONS, questions
-from .chain_packing import Asked, Packed, answer_loss, decode, pack
-from .decoder import LabelFeatures
-from .optim import optimizers
-from .packing import Lesson, choose_patches, lesson
-from .tower import to_pixels
+from duet_vlm.tiny.recipe.tower import to_pixels
+from duet_vlm.tiny.render import render
+from duet_vlm.tiny.scenes import GRID
 
 ANSWERS = 96  # of a step about single pictures
 PAIRS_SHOWN, PAIR_QUESTIONS, PAIR_EVERY = 4, 12, 6  # every so many steps pairs of pictures, once pictures are whole
@@ -43,7 +42,7 @@ FIT_STEPS, FIT_ROWS, FIT_PICTURES = 1500, 1024, 320
 
 
 @dataclass(frozen=True)
-class Part:
+class CurriculumPart:
     """A part of the curriculum, up to step ``until``: pictures of side x side cells, so many a step with ``keep`` tokens each; weighted kinds."""
 
     until: int
@@ -78,23 +77,23 @@ def weighted(lookups: float, places: float, more: float, **others: float) -> dic
 
 
 PARTS = (
-    Part(700, 2, 8, (10,), weighted(1.0, 1.0, 0.0)),
-    Part(1400, 2, 8, (10,), weighted(0.5, 0.7, 0.3, land1=1.0, hop1=1.5, twin=0.7, other=0.4, there=0.7, tint=0.4)),
-    Part(2400, 3, 8, (20, 28), weighted(0.5, 0.7, 0.3, land1=0.5, land2=0.7, hop1=1.5, any2=1.0, order=0.3, tint=0.4, twin=0.7, there=0.7)),
-    Part(3400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, tint=0.3, **TWINS)),
-    Part(4600, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, any3=1.0, **CHAINS)),
-    Part(6400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.2, hop1=0.7, any2=1.0, any3=1.5, **JOINED)),
-    Part(9000, 4, 8, (32, 40, 57), weighted(0.3, 0.2, 0.7, order=0.3, hop1=0.7, any2=1.5, any3=2.0, **CHAINS)),
-    Part(10400, 4, 4, (VISUAL_TOKENS,), WHOLE),
-    Part(12400, 4, 8, (32, 40, 57), weighted(0.2, 0.2, 0.5, hop1=0.5, any2=1.0, any3=2.0, **AFTER)),
-    Part(12800, 4, 4, (VISUAL_TOKENS,), {**WHOLE, "near": 1.5}),
-    Part(13800, 4, 4, (VISUAL_TOKENS,), LAST),
-    Part(15000, 4, 4, (VISUAL_TOKENS,), EVEN),
-    Part(10**9, 4, 4, (VISUAL_TOKENS,), {**EVEN, "count": 1.5, "tally": 4.0}),
+    CurriculumPart(700, 2, 8, (10,), weighted(1.0, 1.0, 0.0)),
+    CurriculumPart(1400, 2, 8, (10,), weighted(0.5, 0.7, 0.3, land1=1.0, hop1=1.5, twin=0.7, other=0.4, there=0.7, tint=0.4)),
+    CurriculumPart(2400, 3, 8, (20, 28), weighted(0.5, 0.7, 0.3, land1=0.5, land2=0.7, hop1=1.5, any2=1.0, order=0.3, tint=0.4, twin=0.7, there=0.7)),
+    CurriculumPart(3400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, tint=0.3, **TWINS)),
+    CurriculumPart(4600, 3, 8, (20, 28), weighted(0.2, 0.2, 0.3, hop1=0.7, any2=1.0, any3=1.0, **CHAINS)),
+    CurriculumPart(6400, 3, 8, (20, 28), weighted(0.2, 0.2, 0.2, hop1=0.7, any2=1.0, any3=1.5, **JOINED)),
+    CurriculumPart(9000, 4, 8, (32, 40, 57), weighted(0.3, 0.2, 0.7, order=0.3, hop1=0.7, any2=1.5, any3=2.0, **CHAINS)),
+    CurriculumPart(10400, 4, 4, (VISUAL_TOKENS,), WHOLE),
+    CurriculumPart(12400, 4, 8, (32, 40, 57), weighted(0.2, 0.2, 0.5, hop1=0.5, any2=1.0, any3=2.0, **AFTER)),
+    CurriculumPart(12800, 4, 4, (VISUAL_TOKENS,), {**WHOLE, "near": 1.5}),
+    CurriculumPart(13800, 4, 4, (VISUAL_TOKENS,), LAST),
+    CurriculumPart(15000, 4, 4, (VISUAL_TOKENS,), EVEN),
+    CurriculumPart(10**9, 4, 4, (VISUAL_TOKENS,), {**EVEN, "count": 1.5, "tally": 4.0}),
 )
 
 
-def part_at(step: int) -> Part:
+def part_at(step: int) -> CurriculumPart:
     """Which part of the curriculum a step belongs to."""
     return next(part for part in PARTS if step < part.until)
 
@@ -115,7 +114,7 @@ def tower() -> CLIPVisionModel:
     return load()[0].model.vision_tower.requires_grad_(False)
 
 
-class Pool:
+class FeaturePool:
     """Pictures of a stream with what the tower sees on them, in memory, made when they are first asked for; always ``CHUNK`` at a time."""
 
     def __init__(self, split: str, seed: int, side: int, size: int, bf16: bool) -> None:
@@ -146,7 +145,7 @@ def cell_words() -> Tensor:
     return torch.tensor([CHAIN_TOKEN[name] for name in CELLS])[at[:, None] * SIDE + at].flatten()
 
 
-def start_projector(words: Tensor, pool: Pool, seed: int) -> LlavaMultiModalProjector:
+def start_projector(words: Tensor, pool: FeaturePool, seed: int) -> LlavaMultiModalProjector:
     """A projector that makes of a patch what the decoder's words for it are, plus its place: a fit of ``FIT_STEPS`` small steps."""
     model = load()[0]
     projector, rng = LlavaMultiModalProjector(model.config), torch.Generator().manual_seed(seed)
@@ -184,10 +183,10 @@ class ChainStage(Stage):
 
     def __init__(self, seed: int, steps: int, bf16: bool, pictures: int = 9000) -> None:
         super().__init__(seed, steps, bf16)
-        self.pools = {side: Pool("train", seed, side, pictures if side == SIDE else pictures // 3, bf16) for side in STREAMS}
+        self.pools = {side: FeaturePool("train", seed, side, pictures if side == SIDE else pictures // 3, bf16) for side in STREAMS}
         self.decoder = build_decoder(seed)
         self.projector: nn.Module = start_projector(self.decoder.embed_tokens.weight.detach(), self.pools[SIDE], seed)
-        self.held = {side: Pool("validation", seed, side, 10**6, bf16) for side in STREAMS}
+        self.held = {side: FeaturePool("validation", seed, side, 10**6, bf16) for side in STREAMS}
 
     def batch(self, step: int) -> dict[str, Any]:
         part, rng = part_at(step), np.random.default_rng([self.seed, 14, step])
@@ -199,12 +198,12 @@ class ChainStage(Stage):
         patches = chosen(lessons, int(rng.choice(part.keep)), rng)
         return {"asked": asked, "seen": seen, "patches": patches, "packed": pack(asked, patches, VISUAL_TOKENS)}
 
-    def pair_batch(self, part: Part, rng: np.random.Generator) -> dict[str, Any]:
+    def pair_batch(self, part: CurriculumPart, rng: np.random.Generator) -> dict[str, Any]:
         """Pairs of pictures that stand at random places of the pool."""
         pool, pairs, asked = self.pools[SIDE], [], []
         for _ in range(PAIRS_SHOWN):
             a, b = (pool.take(int(i), 1) for i in rng.integers(pool.size, size=2))
-            found: list[Asked] = []
+            found: list[PackedQuestion] = []
             while len(found) < PAIR_QUESTIONS:
                 one = pair_question((a[0][0].scene, b[0][0].scene), PAIRS[int(rng.integers(2))], rng)
                 found += [one] if one else []
@@ -215,7 +214,7 @@ class ChainStage(Stage):
         seen = torch.stack([torch.cat([a[1][0], b[1][0]]) for a, b in pairs])
         return {"asked": asked, "seen": seen, "patches": patches, "packed": pack(asked, patches, 2 * VISUAL_TOKENS)}
 
-    def answers(self, asked: list[list[Asked]], seen: Tensor, patches: np.ndarray, packed: Packed) -> tuple[Tensor, Tensor]:
+    def answers(self, asked: list[list[PackedQuestion]], seen: Tensor, patches: np.ndarray, packed: PackedChains) -> tuple[Tensor, Tensor]:
         """Loss and hits."""
         kept = seen[torch.arange(len(seen))[:, None], torch.from_numpy(patches)]
         return answer_loss(self.decoder, decode(self.decoder, self.projector(kept), packed, TURNS), packed)
@@ -254,9 +253,9 @@ class ChainStage(Stage):
         return out
 
 
-def some_pairs(scenes: tuple[GridScene, GridScene], rng: np.random.Generator, n: int = 4) -> list[Asked]:
+def some_pairs(scenes: tuple[GridScene, GridScene], rng: np.random.Generator, n: int = 4) -> list[PackedQuestion]:
     """``n`` questions over two pictures."""
-    found: list[Asked] = []
+    found: list[PackedQuestion] = []
     while len(found) < n:
         one = pair_question(scenes, PAIRS[len(found) % 2], rng) or pair_question(scenes, "pair_count", rng)
         found += [one] if one else []
@@ -270,7 +269,7 @@ def chosen(lessons: list[Lesson], keep: int, rng: np.random.Generator) -> np.nda
     return np.stack([choose_patches(x, keep, rng) for x in lessons])
 
 
-def by_kind(hits: Tensor | list[Tensor], asked: list[list[Asked]]) -> dict[str, float]:
+def by_kind(hits: Tensor | list[Tensor], asked: list[list[PackedQuestion]]) -> dict[str, float]:
     """Share of right answers per kind, and the mean of the kinds."""
     found: dict[str, list[float]] = {kind: [] for kind in (*KINDS, *LESSONS)}
     for row, mine in zip(hits, asked, strict=True):

@@ -11,10 +11,10 @@ from itertools import product
 
 import numpy as np
 
-from ..chain_questions import MOVES, READS, STEPS, Chain, ChainAsker, readable, walk
-from ..chain_scenes import CELLS, SIDE, GridScene
-from ..questions import Question
-from ..scenes import COLOR_NAMES, SHAPES
+from duet_vlm.tiny.chain_questions import MOVES, READS, STEPS, Chain, ChainAsker, readable, walk
+from duet_vlm.tiny.chain_scenes import CELLS, SIDE, GridScene
+from duet_vlm.tiny.questions import SceneQuestion
+from duet_vlm.tiny.scenes import COLOR_NAMES, SHAPES
 
 LESSONS = (
     "cell", "at", "paint", "land1", "land2", "land3", "twin", "other", "there", "mixed", "far", "tint", "order", "near", "any2", "any3",
@@ -22,7 +22,7 @@ LESSONS = (
 )  # fmt: skip
 
 
-class Teacher(ChainAsker):
+class ChainTeacher(ChainAsker):
     """The questions of one scene, and the lessons."""
 
     def landing(self, hops: int) -> Chain | None:
@@ -47,18 +47,18 @@ class Teacher(ChainAsker):
         found = self.chain(3, ways=anywhere(3))
         return found and replace(found, kind="any3")
 
-    def paint(self) -> Question:
+    def paint(self) -> SceneQuestion:
         """What the move by colour from a cell has to know first."""
         thing = int(self.rng.integers(len(self.things)))
         cell, color = readable(self.scene, thing, "cell"), COLOR_NAMES[self.things[thing].color]
         assert cell is not None
-        return Question(f"{cell.capitalize()}: what color?", color, "paint", (thing,), False, ())
+        return SceneQuestion(f"{cell.capitalize()}: what color?", color, "paint", (thing,), False, ())
 
-    def twin(self) -> Question | None:
+    def twin(self) -> SceneQuestion | None:
         found = self.chain(1, (*READS, "cell"), 1.0, [("same color",)])
         return found and replace(found, kind="twin")
 
-    def other(self) -> Question | None:
+    def other(self) -> SceneQuestion | None:
         """The move by colour with the colour given: "Star, red" is the other red thing."""
         found = self.twin()
         if found is None:
@@ -66,7 +66,7 @@ class Teacher(ChainAsker):
         color = COLOR_NAMES[self.things[found.needed[0]].color]
         return replace(found, kind="other", text=found.text.replace("same color", color))
 
-    def there(self) -> Question | None:
+    def there(self) -> SceneQuestion | None:
         """The move by colour from a cell, as it is behind another move."""
         found = self.twin()
         if found is None:
@@ -75,19 +75,19 @@ class Teacher(ChainAsker):
         assert name is not None and cell is not None
         return replace(found, kind="there", text=found.text.replace(name.capitalize(), cell.capitalize()))
 
-    def mixed(self) -> Question | None:
+    def mixed(self) -> SceneQuestion | None:
         found = self.chain(2, (*READS, "cell"), 1.0, [way for way in anywhere(2) if "same color" in way])
         return found and replace(found, kind="mixed")
 
-    def far(self) -> Question | None:
+    def far(self) -> SceneQuestion | None:
         found = self.chain(2, (*READS, "cell"), 1.0, [(step, "same color") for step in STEPS])
         return found and replace(found, kind="far")
 
-    def near(self) -> Question | None:
+    def near(self) -> SceneQuestion | None:
         found = self.chain(2, (*READS, "cell"), 1.0, [("same color", step) for step in STEPS])
         return found and replace(found, kind="near")
 
-    def tint(self) -> Question | None:
+    def tint(self) -> SceneQuestion | None:
         """What that chain has to know on its way."""
         found = self.chain(1, ("color",), 1.0, [(step,) for step in STEPS])
         return found and replace(found, kind="tint")
@@ -107,27 +107,27 @@ class Teacher(ChainAsker):
         text = f"{SHAPES[shapes[path[0]]].capitalize()}, {move}: how many?"
         return Chain(text, str(wanted), "tally", (path[0], *alike), False, (), (path[0], *alike), (move,), "count")
 
-    def order(self) -> Question:
+    def order(self) -> SceneQuestion:
         """Two cells, which a spatial question would have to find first."""
         a, b = (int(n) for n in self.rng.permutation(SIDE * SIDE)[:2])
         beside = a % SIDE != b % SIDE and (a // SIDE == b // SIDE or self.rng.random() < 0.5)
         word = self.pick(["left of", "right of"] if beside else ["above", "below"])
         before = (a % SIDE < b % SIDE) if "of" in word else (a // SIDE < b // SIDE)
         yes = before == (word in ("left of", "above"))
-        return Question(f"Is {CELLS[a]} {word} {CELLS[b]}?", "yes" if yes else "no", "order", (), False, ())
+        return SceneQuestion(f"Is {CELLS[a]} {word} {CELLS[b]}?", "yes" if yes else "no", "order", (), False, ())
 
-    def cell(self) -> Question:
+    def cell(self) -> SceneQuestion:
         thing = self.pick(self.unique)
         text = f"{SHAPES[self.things[thing].shape].capitalize()}: what cell?"
-        return Question(text, readable(self.scene, thing, "cell"), "cell", (thing,), False, ())
+        return SceneQuestion(text, readable(self.scene, thing, "cell"), "cell", (thing,), False, ())
 
-    def at(self) -> Question:
+    def at(self) -> SceneQuestion:
         """The way back: what is in a cell."""
         read = self.pick(list(READS))
         thing = self.pick([i for i in range(len(self.things)) if readable(self.scene, i, read)] or [0])
         read = read if readable(self.scene, thing, read) else "shape"
         text = f"{readable(self.scene, thing, 'cell').capitalize()}: what {read}?"
-        return Question(text, readable(self.scene, thing, read), "at", (thing,), read == "tag", ())
+        return SceneQuestion(text, readable(self.scene, thing, read), "at", (thing,), read == "tag", ())
 
 
 def anywhere(hops: int) -> list[tuple[str, ...]]:
@@ -135,7 +135,7 @@ def anywhere(hops: int) -> list[tuple[str, ...]]:
     return list(product(MOVES, repeat=hops))
 
 
-def questions(scene: GridScene, kinds: list[str], rng: np.random.Generator) -> list[Question]:
+def questions(scene: GridScene, kinds: list[str], rng: np.random.Generator) -> list[SceneQuestion]:
     """One question of each kind in ``kinds``; where the scene offers none, a "hop1" or an "attribute" instead."""
-    asker = Teacher(scene, rng)
+    asker = ChainTeacher(scene, rng)
     return [getattr(asker, kind)() or asker.hop1() or asker.attribute() for kind in kinds]

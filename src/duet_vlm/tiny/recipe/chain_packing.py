@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import LlamaModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ..chain_network import CHAIN_TOKEN
-from ..questions import split_words
+from duet_vlm.tiny.chain_network import CHAIN_TOKEN
+from duet_vlm.tiny.questions import split_words
 
 PREFIX = 2  # <s> USER:
 
 
-class Asked(Protocol):
+class PackedQuestion(Protocol):
     """Any question."""
 
     text: str
@@ -32,7 +32,7 @@ class Asked(Protocol):
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedChains:
     """A batch of B prompts, K visual tokens each, Q questions each, T text rows; N = PREFIX + K + T rows.
 
     Attributes
@@ -50,7 +50,7 @@ class Packed:
     answers: Tensor
 
 
-def pack(asked: Sequence[Sequence[Asked]], patches: np.ndarray, total: int, tokens: Mapping[str, int] = CHAIN_TOKEN) -> Packed:
+def pack(asked: Sequence[Sequence[PackedQuestion]], patches: np.ndarray, total: int, tokens: Mapping[str, int] = CHAIN_TOKEN) -> PackedChains:
     """Pack a batch.
 
     Parameters
@@ -76,10 +76,10 @@ def pack(asked: Sequence[Sequence[Asked]], patches: np.ndarray, total: int, toke
     mask = np.concatenate([np.ones((b, length, PREFIX + k), bool), own], 2)[:, None]
     positions = np.concatenate([np.tile(np.arange(PREFIX), (b, 1)), patches + PREFIX, places + PREFIX + total], 1)
     answers = np.array([[q[-1] for q in row] for row in rows])
-    return Packed(*(torch.from_numpy(x) for x in (ids, positions, mask, ends - 2, answers)))
+    return PackedChains(*(torch.from_numpy(x) for x in (ids, positions, mask, ends - 2, answers)))
 
 
-def decode(decoder: LlamaModel, visual: Tensor, packed: Packed, turns: int = 1) -> Tensor:
+def decode(decoder: LlamaModel, visual: Tensor, packed: PackedChains, turns: int = 1) -> Tensor:
     """Normalised states of the text rows, (B, T, WIDTH), from visual tokens (B, K, WIDTH), through all layers so many ``turns``.
 
     The stock layers, with their attention in two parts: the prefix is causal and never sees text, so no mask of N x N rows is needed.
@@ -100,7 +100,7 @@ def decode(decoder: LlamaModel, visual: Tensor, packed: Packed, turns: int = 1) 
     return decoder.norm(hidden[:, front:])
 
 
-def answer_loss(decoder: LlamaModel, last: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+def answer_loss(decoder: LlamaModel, last: Tensor, packed: PackedChains) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the answers (and a little of ``</s>``), and the hits (B, Q) bool."""
 
     def logits(rows: Tensor) -> Tensor:

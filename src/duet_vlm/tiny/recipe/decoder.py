@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from ..assets import WORDS
-from ..labels import LABELS
-from ..network import DECODER_LAYERS, VISUAL_TOKENS, WIDTH, decoder_config
-from ..questions import KINDS, PLURALS, questions
-from ..scenes import COLOR_NAMES, GRID, SHAPES, generator, scene
-from ..text import TOKEN
-from .optim import optimizers, rate
-from .packing import Lesson, Packed, choose_patches, lesson, pack
-from .reading import Probes, Watch, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
-from .stages import Stage
-from .starts import position_waves, start_decoder
+from duet_vlm.tiny.assets import WORDS
+from duet_vlm.tiny.labels import LABELS
+from duet_vlm.tiny.network import DECODER_LAYERS, VISUAL_TOKENS, WIDTH, decoder_config
+from duet_vlm.tiny.questions import KINDS, PLURALS, questions
+from duet_vlm.tiny.recipe.optim import optimizers, rate
+from duet_vlm.tiny.recipe.packing import Lesson, PackedLesson, choose_patches, lesson, pack
+from duet_vlm.tiny.recipe.reading import AttentionWatch, FactProbes, accuracy_by_kind, answer_loss, attention_loss, decode, probe_loss
+from duet_vlm.tiny.recipe.stages import Stage
+from duet_vlm.tiny.recipe.starts import position_waves, start_decoder
+from duet_vlm.tiny.scenes import COLOR_NAMES, GRID, SHAPES, generator, scene
+from duet_vlm.tiny.text import TOKEN
 
 BATCH, QUESTIONS = 8, 12
 FEW = (28, 40, 57, 85, 128)  # visual tokens of the shortened pictures
@@ -66,19 +66,19 @@ def all_patches(n: int) -> np.ndarray:
     return np.tile(np.arange(VISUAL_TOKENS), (n, 1))
 
 
-def shorten(items: list[Lesson], keep: int, rng: np.random.Generator) -> Packed:
+def shorten(items: list[Lesson], keep: int, rng: np.random.Generator) -> PackedLesson:
     """Pack with ``keep`` visual tokens per picture; sometimes with consecutive position numbers."""
     return pack(items, np.stack([choose_patches(i, keep, rng) for i in items]), rng, spread=rng.random() < 0.7)
 
 
-def labels_of(items: list[Lesson], packed: Packed, lost: float, rng: np.random.Generator) -> Tensor:
+def labels_of(items: list[Lesson], packed: PackedLesson, lost: float, rng: np.random.Generator) -> Tensor:
     """Labels (B, K, 6) of the packed patches; a share ``lost`` of them is blanked."""
     labels = np.stack([i.labels[p] for i, p in zip(items, packed.patches.numpy(), strict=True)])
     labels[rng.random(labels.shape[:2]) < lost] = 0
     return torch.from_numpy(labels)
 
 
-def lecture(items: list[Lesson], t: float, rng: np.random.Generator) -> Packed:
+def lecture(items: list[Lesson], t: float, rng: np.random.Generator) -> PackedLesson:
     """The curriculum: few tokens, then a varying number, then half of the time all of them."""
     if t < 0.35:
         return shorten(items, FEW[0], rng)
@@ -105,9 +105,9 @@ class DecoderStage(Stage):
 
     def __init__(self, seed: int, steps: int, bf16: bool) -> None:
         super().__init__(seed, steps, bf16)
-        self.decoder, self.features, self.probes = build_decoder(seed), LabelFeatures(), Probes()
+        self.decoder, self.features, self.probes = build_decoder(seed), LabelFeatures(), FactProbes()
         self.features.start(self.decoder.embed_tokens.weight, torch.Generator().manual_seed(seed + 1))
-        self.watch = Watch(self.decoder)
+        self.watch = AttentionWatch(self.decoder)
 
     def batch(self, step: int) -> dict[str, Any]:
         t, rng = step / self.steps, np.random.default_rng([self.seed, step])
@@ -117,7 +117,7 @@ class DecoderStage(Stage):
         guide = min(1.0, max(0.2, (0.9 - t) / 0.4))
         return {"items": items, "packed": packed, "labels": labels_of(items, packed, 0.1, rng), "depth": depth, "cut": cut, "guide": guide}
 
-    def forward(self, items: list[Lesson], packed: Packed, labels: Tensor, depth: int, cut: int, guide: float) -> dict[str, Any]:
+    def forward(self, items: list[Lesson], packed: PackedLesson, labels: Tensor, depth: int, cut: int, guide: float) -> dict[str, Any]:
         with self.autocast():
             last, states = decode(self.decoder, self.features(labels, packed.patches), packed, depth, cut)
         answer, hits = answer_loss(self.decoder, last, packed)

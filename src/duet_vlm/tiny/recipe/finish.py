@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from transformers import LlamaModel, LlavaForConditionalGeneration
 
-from .. import load
-from ..network import DECODER_LAYERS, VISUAL_TOKENS
-from .decoder import FEW, all_patches, lessons, shorten
-from .join import BATCH, QUESTIONS, pixels_of, validate, visual_tokens
-from .optim import optimizers, rate
-from .packing import PREFIX, Lesson, Packed, pack
-from .reading import GUIDED_LAYERS, Watch, accuracy_by_kind, answer_loss, decode
-from .stages import Stage
-from .starts import start_decoder
+from duet_vlm.tiny import load
+from duet_vlm.tiny.network import DECODER_LAYERS, VISUAL_TOKENS
+from duet_vlm.tiny.recipe.decoder import FEW, all_patches, lessons, shorten
+from duet_vlm.tiny.recipe.join import BATCH, QUESTIONS, pixels_of, validate, visual_tokens
+from duet_vlm.tiny.recipe.optim import optimizers, rate
+from duet_vlm.tiny.recipe.packing import PREFIX, Lesson, PackedLesson, pack
+from duet_vlm.tiny.recipe.reading import GUIDED_LAYERS, AttentionWatch, accuracy_by_kind, answer_loss, decode
+from duet_vlm.tiny.recipe.stages import Stage
+from duet_vlm.tiny.recipe.starts import start_decoder
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ class FinishStage(Stage):
         short = self.cuts and rng.random() < 0.5
         return {"items": items, "packed": shorten(items, int(rng.choice(FEW)), rng) if short else pack(items, all_patches(BATCH), rng)}
 
-    def forward(self, items: list[Lesson], packed: Packed) -> dict[str, Any]:
+    def forward(self, items: list[Lesson], packed: PackedLesson) -> dict[str, Any]:
         with self.autocast():
             visual = visual_tokens(self.core, pixels_of(items))[0]
             kept = visual[torch.arange(len(items))[:, None], packed.patches]
@@ -90,7 +90,7 @@ def looks(model: LlavaForConditionalGeneration, n: int = 48) -> dict[str, list]:
     """
     model.set_attn_implementation("eager")  # the others do not tell
     decoder, rng = model.model.language_model, np.random.default_rng(0)
-    watch, items = Watch(decoder, range(DECODER_LAYERS)), lessons("validation", 0, 0, n, QUESTIONS)
+    watch, items = AttentionWatch(decoder, range(DECODER_LAYERS)), lessons("validation", 0, 0, n, QUESTIONS)
     mass, share, patches = [], [], []
     for i in range(0, n, BATCH):
         part = items[i : i + BATCH]

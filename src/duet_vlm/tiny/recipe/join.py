@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import LlavaModel
 
-from ..labels import presence
-from ..network import DECODER_LAYERS, FEATURE_LAYER, VISUAL_TOKENS, build_model
-from ..render import render
-from .decoder import FEW, DecoderStage, all_patches, lessons, shorten
-from .optim import optimizers, rate
-from .packing import Lesson, Packed, pack
-from .reading import Watch, accuracy_by_kind, answer_loss, attention_loss, count_loss, decode, probe_loss
-from .stages import Stage, weights
-from .tower import TowerStage, dense_loss, presence_loss, to_pixels
+from duet_vlm.tiny.labels import presence
+from duet_vlm.tiny.network import DECODER_LAYERS, FEATURE_LAYER, VISUAL_TOKENS, build_model
+from duet_vlm.tiny.recipe.decoder import FEW, DecoderStage, all_patches, lessons, shorten
+from duet_vlm.tiny.recipe.optim import optimizers, rate
+from duet_vlm.tiny.recipe.packing import Lesson, PackedLesson, pack
+from duet_vlm.tiny.recipe.reading import AttentionWatch, accuracy_by_kind, answer_loss, attention_loss, count_loss, decode, probe_loss
+from duet_vlm.tiny.recipe.stages import Stage, weights
+from duet_vlm.tiny.recipe.tower import TowerStage, dense_loss, presence_loss, to_pixels
+from duet_vlm.tiny.render import render
 
 BATCH, QUESTIONS = 8, 16
 FIT_BATCH = 16
@@ -100,7 +100,7 @@ class JoinStage(Stage):
     def __init__(self, seed: int, steps: int, bf16: bool, fitted: ProjectorStage) -> None:
         super().__init__(seed, steps, bf16)
         self.core, self.heads, self.probes = fitted.core, fitted.heads, fitted.probes
-        self.watch = Watch(self.core.language_model)
+        self.watch = AttentionWatch(self.core.language_model)
 
     def batch(self, step: int) -> dict[str, Any]:
         rng = np.random.default_rng([self.seed, 7, step])
@@ -109,7 +109,7 @@ class JoinStage(Stage):
         packed = shorten(items, int(rng.choice(FEW)), rng) if short else pack(items, all_patches(BATCH), rng, late=rng.random() < 0.5)
         return {"items": items, "packed": packed, "cut": int(rng.choice((6, 7, 9, 10))), "guide": max(0.25, 1 - step / self.steps / 0.7)}
 
-    def forward(self, items: list[Lesson], packed: Packed, cut: int, guide: float) -> dict[str, Any]:
+    def forward(self, items: list[Lesson], packed: PackedLesson, cut: int, guide: float) -> dict[str, Any]:
         decoder = self.core.language_model
         with self.autocast():
             visual, features, cls = visual_tokens(self.core, pixels_of(items))

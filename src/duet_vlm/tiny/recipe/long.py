@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from ..long_clips import ROWS, LongClip, long_clip, render
-from ..long_network import LONG_TOKEN, start_from_clips
-from ..long_questions import KINDS, LongQuestion, question
-from ..long_questions import name as name_of
-from ..network import FEATURE_LAYER, HEAD_SIZE, WIDTH
-from .chain_packing import PREFIX, Packed, answer_loss, decode, pack
-from .optim import optimizers, rate
-from .stages import Stage
-from .tower import to_pixels
+from duet_vlm.tiny.long_clips import ROWS, LongClip, long_clip, render
+from duet_vlm.tiny.long_network import LONG_TOKEN, start_from_clips
+from duet_vlm.tiny.long_questions import KINDS, LongQuestion, question
+from duet_vlm.tiny.long_questions import name as name_of
+from duet_vlm.tiny.network import FEATURE_LAYER, HEAD_SIZE, WIDTH
+from duet_vlm.tiny.recipe.chain_packing import PREFIX, PackedChains, answer_loss, decode, pack
+from duet_vlm.tiny.recipe.optim import optimizers, rate
+from duet_vlm.tiny.recipe.stages import Stage
+from duet_vlm.tiny.recipe.tower import to_pixels
 
 ASKED = ("beside",) * 7 + ("when",) * 3 + ("order",) + ("read",) + ("count",) * 4
 CLIPS, WHOLE_FRAMES = 8, 384  # clips of a step with few rows; frames of a step that shows them whole, about
@@ -116,7 +116,7 @@ class LongStage(Stage):
         numbered = np.stack([numbers(clip, mine) for clip, mine in zip(clips, rows, strict=True)])
         return {"clips": clips, "asked": asked, "rows": rows, "numbered": numbered, "packed": pack(asked, rows, clips[0].frames * ROWS, LONG_TOKEN)}
 
-    def answers(self, clips: list[LongClip], asked: list[list[LongQuestion]], rows: np.ndarray, packed: Packed) -> tuple[Tensor, Tensor]:
+    def answers(self, clips: list[LongClip], asked: list[list[LongQuestion]], rows: np.ndarray, packed: PackedChains) -> tuple[Tensor, Tensor]:
         """Loss and hits. Only frames of which a row is handed over go through the tower."""
         visual = torch.stack([self.seen(clip, mine) for clip, mine in zip(clips, rows, strict=True)])
         with self.autocast():
@@ -141,7 +141,7 @@ class LongStage(Stage):
         numbers = {"answer": answer.item(), "memory": memory.item(), "back": back.item(), "tokens": known.shape[1]}
         return {"loss": answer + 0.5 * memory + guide * back, **numbers, **by_kind(list(hits), batch["asked"])}
 
-    def back_loss(self, packed: Packed, numbered: Tensor) -> Tensor:
+    def back_loss(self, packed: PackedChains, numbered: Tensor) -> Tensor:
         """-log of the attention that rows of an event pay to those of the event before it; those of the first: to ``<s>``."""
         b, front = len(numbered), PREFIX + numbered.shape[1]
         event = torch.cat([torch.tensor([[0, -1]]).expand(b, -1), torch.where(numbered > 0, numbered, -1)], 1)  # <s> is number 0

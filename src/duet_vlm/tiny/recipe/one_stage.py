@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .command import parsed, parser, thinned, write
-from .stages import Stage, curve, fit, weights
+from duet_vlm.tiny.recipe.command import parsed, parser, thinned, write
+from duet_vlm.tiny.recipe.stages import Stage, curve, fit, weights
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..labels import body_patches, center_patch, patch_labels, tag_patches
-from ..network import VISUAL_TOKENS
-from ..questions import Question, question_tokens_of
-from ..scenes import SIZES, Scene
-from ..text import TOKEN
+from duet_vlm.tiny.labels import body_patches, center_patch, patch_labels, tag_patches
+from duet_vlm.tiny.network import VISUAL_TOKENS
+from duet_vlm.tiny.questions import SceneQuestion, question_tokens_of
+from duet_vlm.tiny.scenes import SIZES, Scene
+from duet_vlm.tiny.text import TOKEN
 
 PREFIX = 2  # <s> USER:
 NOTHING = -100  # a target that does not count
@@ -24,7 +24,7 @@ BLOCKED = float(torch.finfo(torch.float32).min) / 2
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedLesson:
     """A batch of B pictures, K visual tokens each, Q questions each; N = PREFIX + K + T rows.
 
     Attributes
@@ -63,12 +63,12 @@ class Lesson:
 
     scene: Scene
     labels: np.ndarray
-    questions: list[Question]
+    questions: list[SceneQuestion]
     bodies: np.ndarray
     tags: np.ndarray
 
 
-def lesson(scene: Scene, questions: list[Question]) -> Lesson:
+def lesson(scene: Scene, questions: list[SceneQuestion]) -> Lesson:
     """Collect what packing needs to know about a scene."""
     bodies = np.stack([body_patches(t) for t in scene.things])
     tags = np.stack([tag_patches(t) for t in scene.things])
@@ -88,7 +88,7 @@ def choose_patches(item: Lesson, keep: int, rng: np.random.Generator) -> np.ndar
     return np.sort(np.argsort(-score)[:keep])
 
 
-def _sees(item: Lesson, asked: Question) -> np.ndarray:
+def _sees(item: Lesson, asked: SceneQuestion) -> np.ndarray:
     """(2, 256) bool: where ``ASSISTANT:`` should look for the first and the second thing; both rows alike with one thing."""
     out = np.zeros((2, VISUAL_TOKENS), bool)
     two = asked.kind in ("spatial", "compare")
@@ -107,7 +107,7 @@ def _facts(item: Lesson, things: tuple[int, ...]) -> list[float]:
     return [t.shape, t.color, SIZES.index(t.size), digit, word, t.center[0] / 14, t.center[1] / 14]
 
 
-def _pair(item: Lesson, asked: Question) -> list[float]:
+def _pair(item: Lesson, asked: SceneQuestion) -> list[float]:
     if asked.kind not in ("spatial", "compare"):
         return [float("nan")] * 4
     a, b = (item.scene.things[i] for i in asked.needed)
@@ -140,7 +140,7 @@ def _additive(allowed: Tensor) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill_(~allowed, BLOCKED)[:, None]
 
 
-def pack(items: list[Lesson], patches: np.ndarray, rng: np.random.Generator, spread: bool = True, late: bool = False) -> Packed:
+def pack(items: list[Lesson], patches: np.ndarray, rng: np.random.Generator, spread: bool = True, late: bool = False) -> PackedLesson:
     """Pack a batch.
 
     Parameters
@@ -188,7 +188,7 @@ def pack(items: list[Lesson], patches: np.ndarray, rng: np.random.Generator, spr
         item = items[mentions[m][0]]
         centers[n] = np.isin(patches[mentions[m][0]], [center_patch(item.scene.things[t]) for t in named[m]])
     facts = [_facts(items[i], things) for (i, _, _, _), things in zip(mentions, named, strict=True)]
-    return Packed(
+    return PackedLesson(
         patches=torch.from_numpy(patches),
         ids=padded(0, TOKEN["<pad>"]),
         positions=positions,

@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..chain_network import DISTINCT, TURNS
-from ..network import FEATURE_LAYER, WIDTH
-from ..page_network import PAGE_TOKEN, build_page_processor, start_from_chain
-from ..page_questions import KINDS, PageAsker
-from ..page_scenes import NEWLINES, OVERVIEW, QUARTERS, ROWS, Page, packed_rows, page, render_page
-from ..questions import PLURALS, Question
-from ..scenes import SHAPES
-from .chain import draw_kinds
-from .chain_packing import Packed, answer_loss, decode, pack
-from .optim import optimizers
-from .packing import choose_patches, lesson
-from .stages import Stage
+from duet_vlm.tiny.chain_network import DISTINCT, TURNS
+from duet_vlm.tiny.network import FEATURE_LAYER, WIDTH
+from duet_vlm.tiny.page_network import PAGE_TOKEN, build_page_processor, start_from_chain
+from duet_vlm.tiny.page_questions import KINDS, PageAsker
+from duet_vlm.tiny.page_scenes import NEWLINES, OVERVIEW, QUARTERS, ROWS, ScenePage, packed_rows, page, render_page
+from duet_vlm.tiny.questions import PLURALS, SceneQuestion
+from duet_vlm.tiny.recipe.chain import draw_kinds
+from duet_vlm.tiny.recipe.chain_packing import PackedChains, answer_loss, decode, pack
+from duet_vlm.tiny.recipe.optim import optimizers
+from duet_vlm.tiny.recipe.packing import choose_patches, lesson
+from duet_vlm.tiny.recipe.stages import Stage
+from duet_vlm.tiny.scenes import SHAPES
 
 LESSONS = ("quarter", "cell", "at", "land1", "land2", "tally")
 QUESTIONS = 24  # of a page in a step
@@ -33,7 +33,7 @@ WARM, FALL = 50, 600  # steps of the learning rate's rise and of its fall at the
 
 
 @dataclass(frozen=True)
-class Part:
+class PagePart:
     """A part of the curriculum, up to step ``until``: so many pages a step, shortened or ``whole``; weighted kinds."""
 
     until: int
@@ -54,40 +54,40 @@ BEHIND = {  # what was behind the rest
     "attribute": 0.3, "existence": 0.3, "read_digit": 0.5, "read_word": 0.7, "count": 0.4, "hop1": 2.5, "hop2": 3.0, "quarter": 1.7, "cell": 0.1,
     "at": 0.5, "land1": 0.1, "land2": 0.2, "tally": 2.0,
 }  # fmt: skip
-PARTS = (Part(1200, 4, False, SEEK), Part(1600, 2, True, READ), Part(10**9, 2, True, BEHIND))
+PARTS = (PagePart(1200, 4, False, SEEK), PagePart(1600, 2, True, READ), PagePart(10**9, 2, True, BEHIND))
 
 
-class Teacher(PageAsker):
+class PageTeacher(PageAsker):
     """The questions of one page, and the lessons: in which quarter and cell a thing is, what is there, where moves lead, and how many there are of
     other shapes, since a page offers a single question that counts."""
 
-    def quarter_of(self) -> Question:
+    def quarter_of(self) -> SceneQuestion:
         i = self.pick(self.unique)
-        return Question(f"{self.name(i)[0].capitalize()}: what quarter?", str(self.quarter[i] + 1), "quarter", (i,), False, ())
+        return SceneQuestion(f"{self.name(i)[0].capitalize()}: what quarter?", str(self.quarter[i] + 1), "quarter", (i,), False, ())
 
-    def cell(self) -> Question:
+    def cell(self) -> SceneQuestion:
         i = self.pick(self.unique)
-        return Question(f"{SHAPES[self.things[i].shape].capitalize()}: what cell?", self.readable(i, "cell") or "", "cell", (i,), False, ())
+        return SceneQuestion(f"{SHAPES[self.things[i].shape].capitalize()}: what cell?", self.readable(i, "cell") or "", "cell", (i,), False, ())
 
-    def at(self) -> Question:
+    def at(self) -> SceneQuestion:
         i = self.pick([i for i, thing in enumerate(self.things) if thing.tag])
         text = f"Quarter {self.quarter[i] + 1}, {self.readable(i, 'cell')}: what tag?"
-        return Question(text, self.readable(i, "tag") or "", "at", (i,), True, ())
+        return SceneQuestion(text, self.readable(i, "tag") or "", "at", (i,), True, ())
 
-    def tally(self) -> Question:
+    def tally(self) -> SceneQuestion:
         shapes = [thing.shape for thing in self.things]
         count = [shapes.count(shape) for shape in range(len(SHAPES))]
         drawn = int(self.rng.integers(5))
         wanted = (drawn,) if drawn < 2 else (2, 3, 4)
         shape = self.pick([shape for shape, many in enumerate(count) if many in wanted])
         seen = tuple(i for i, other in enumerate(shapes) if other == shape)
-        return Question(f"How many {PLURALS[shape]} are there?", str(count[shape]), "tally", seen, False, ())
+        return SceneQuestion(f"How many {PLURALS[shape]} are there?", str(count[shape]), "tally", seen, False, ())
 
-    def land(self, hops: int) -> Question | None:
+    def land(self, hops: int) -> SceneQuestion | None:
         found = self.chain(hops, "cell")
-        return found and Question(found.text, found.answer, f"land{hops}", found.needed, False, ())
+        return found and SceneQuestion(found.text, found.answer, f"land{hops}", found.needed, False, ())
 
-    def asked(self, kind: str) -> Question:
+    def asked(self, kind: str) -> SceneQuestion:
         """A question of a kind; where the page offers none, an "attribute" instead."""
         found = {"quarter": self.quarter_of, "land1": lambda: self.land(1), "land2": lambda: self.land(2)}.get(kind)
         return (found or getattr(self, kind))() or self.attribute()
@@ -110,10 +110,10 @@ class PageStage(Stage):
         self.core = start_from_chain(DISTINCT).model
         self.core.vision_tower.requires_grad_(False)
         self.reader, self.sources = build_page_processor().image_processor, sources()
-        self.known: dict[tuple[str, int], tuple[Page, Tensor]] = {}
+        self.known: dict[tuple[str, int], tuple[ScenePage, Tensor]] = {}
 
     @torch.no_grad()
-    def page(self, split: str, index: int) -> tuple[Page, Tensor]:
+    def page(self, split: str, index: int) -> tuple[ScenePage, Tensor]:
         """A page and what the tower sees of it, (1280, WIDTH); kept in memory."""
         if (split, index) not in self.known:
             drawn = page(split, self.seed, index)
@@ -128,13 +128,13 @@ class PageStage(Stage):
         items = [self.page("train", (4 * step + i) % self.pages) for i in range(part.pages)]
         return self.packed(items, [draw_kinds(part.kinds, QUESTIONS, rng) for _ in items], None if part.whole else int(rng.choice(FEW)), rng)
 
-    def packed(self, items: list[tuple[Page, Tensor]], kinds: list[list[str]], keep: int | None, rng: np.random.Generator) -> dict[str, Any]:
-        asked = [[Teacher(drawn, rng).asked(kind) for kind in mine] for (drawn, _), mine in zip(items, kinds, strict=True)]
+    def packed(self, items: list[tuple[ScenePage, Tensor]], kinds: list[list[str]], keep: int | None, rng: np.random.Generator) -> dict[str, Any]:
+        asked = [[PageTeacher(drawn, rng).asked(kind) for kind in mine] for (drawn, _), mine in zip(items, kinds, strict=True)]
         rows = np.tile(np.arange(ROWS), (len(items), 1)) if keep is None else np.stack([chosen(drawn, keep, rng) for drawn, _ in items])
         seen = torch.stack([seen for _, seen in items])
         return {"asked": asked, "seen": seen, "rows": torch.from_numpy(rows), "packed": pack(asked, rows, ROWS, PAGE_TOKEN)}
 
-    def answers(self, asked: list[list[Question]], seen: Tensor, rows: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+    def answers(self, asked: list[list[SceneQuestion]], seen: Tensor, rows: Tensor, packed: PackedChains) -> tuple[Tensor, Tensor]:
         """Loss and hits."""
         with self.autocast():
             return answer_loss(self.core.language_model, decode(self.core.language_model, self.visual(seen, rows), packed, TURNS), packed)
@@ -168,13 +168,13 @@ class PageStage(Stage):
         return by_kind(hits, asked)
 
 
-def chosen(drawn: Page, keep: int, rng: np.random.Generator) -> np.ndarray:
+def chosen(drawn: ScenePage, keep: int, rng: np.random.Generator) -> np.ndarray:
     """Packed rows in order: ``keep`` of the crops, enough for every question, an eighth as many of the overview, and the newlines."""
     crops = [packed_rows(n)[choose_patches(lesson(quarter, []), keep // QUARTERS, rng)] for n, quarter in enumerate(drawn.quarters)]
     return np.sort(np.concatenate([rng.permutation(OVERVIEW)[: keep // 8], *crops, NEWLINES]))
 
 
-def by_kind(hits: list[Tensor], asked: list[list[Question]]) -> dict[str, float]:
+def by_kind(hits: list[Tensor], asked: list[list[SceneQuestion]]) -> dict[str, float]:
     """Share of right answers per kind; ``all``: the mean of the task's kinds."""
     found: dict[str, list[float]] = {kind: [] for kind in (*KINDS, *LESSONS)}
     for row, mine in zip(hits, asked, strict=True):

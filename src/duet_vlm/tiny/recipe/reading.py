@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaModel
 
-from ..network import WIDTH
-from ..questions import KINDS
-from ..text import TOKEN
-from .packing import PREFIX, Lesson, Packed
+from duet_vlm.tiny.network import WIDTH
+from duet_vlm.tiny.questions import KINDS
+from duet_vlm.tiny.recipe.packing import PREFIX, Lesson, PackedLesson
+from duet_vlm.tiny.text import TOKEN
 
 MENTION_LAYERS = (2, 3)  # one head each for these, first two heads
 ANSWER_LAYERS = (3, 4)
@@ -28,7 +28,7 @@ FACT_LAYER, PAIR_LAYER = 4, 6
 FACTS = (10, 8, 4, 11, 17)  # classes of shape, colour, size, digit, word
 
 
-class Probes(nn.Module):
+class FactProbes(nn.Module):
     """Linear read-outs of the decoder, used in training only."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Probes(nn.Module):
         self.pairs = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4))
 
 
-class Watch:
+class AttentionWatch:
     """Keeps the attention weights of chosen layers of the running pass (needs the eager attention)."""
 
     def __init__(self, decoder: LlamaModel, layers: Iterable[int] = GUIDED_LAYERS):
@@ -56,7 +56,7 @@ class Watch:
         return hook
 
 
-def decode(decoder: LlamaModel, visual: Tensor, packed: Packed, depth: int, cut: int) -> tuple[Tensor, list[Tensor]]:
+def decode(decoder: LlamaModel, visual: Tensor, packed: PackedLesson, depth: int, cut: int) -> tuple[Tensor, list[Tensor]]:
     """Run the packed sequence.
 
     Parameters
@@ -89,7 +89,7 @@ def answer_logits(decoder: LlamaModel, last: Tensor, rows: Tensor) -> Tensor:
     return last.gather(1, rows[..., None].expand(-1, -1, WIDTH)).float() @ decoder.embed_tokens.weight.T
 
 
-def answer_loss(decoder: LlamaModel, last: Tensor, packed: Packed) -> tuple[Tensor, Tensor]:
+def answer_loss(decoder: LlamaModel, last: Tensor, packed: PackedLesson) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the answers (and a little of ``</s>``), and the hits (B, Q) bool."""
     logits = answer_logits(decoder, last, packed.answer_rows)
     loss = F.cross_entropy(logits.flatten(0, 1), packed.answers.flatten())
@@ -106,7 +106,7 @@ def _miss(attention: Tensor, sees: Tensor) -> Tensor:
     return -(torch.log(share + 1e-3) * counts).sum() / counts.sum().clamp(min=1)
 
 
-def attention_loss(watch: Watch, packed: Packed, depth: int) -> tuple[Tensor, Tensor]:
+def attention_loss(watch: AttentionWatch, packed: PackedLesson, depth: int) -> tuple[Tensor, Tensor]:
     """Loss of the look-up layers (heads 0 and 1) and of the shared layers (mean over heads)."""
     k = packed.patches.shape[1]
     picture, row = packed.mention_rows.T
@@ -126,7 +126,7 @@ def attention_loss(watch: Watch, packed: Packed, depth: int) -> tuple[Tensor, Te
     return lookup / 4, rest / (2 * len(shared))
 
 
-def count_loss(watch: Watch, packed: Packed) -> Tensor:
+def count_loss(watch: AttentionWatch, packed: PackedLesson) -> Tensor:
     """Teach one head to count whatever the number of visual tokens is.
 
     The plural gives the same attention, 1 / (n + 1), to each of the n centres and to all text together: the share of the
@@ -143,7 +143,7 @@ def count_loss(watch: Watch, packed: Packed) -> Tensor:
     return loss / len(COUNT_LAYERS)
 
 
-def probe_loss(probes: Probes, states: list[Tensor], packed: Packed) -> Tensor:
+def probe_loss(probes: FactProbes, states: list[Tensor], packed: PackedLesson) -> Tensor:
     """Facts of the thing at its naming word; differences of two things at ``ASSISTANT:``."""
     picture, row = packed.mention_rows.T
     said = probes.facts(states[FACT_LAYER].float()[picture, row])

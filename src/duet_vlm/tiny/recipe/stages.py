@@ -53,7 +53,7 @@ class Stage(nn.Module, ABC):
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
 
 
-class _Together(torch.optim.Optimizer):
+class _JointOptimizer(torch.optim.Optimizer):
     """The optimisers of a stage as the single one that the Trainer steps, saves and restores."""
 
     def __init__(self, stage: Stage) -> None:
@@ -101,7 +101,7 @@ class _StageTrainer(Trainer):
         super().log({**logs, **(self.numbers if "loss" in logs else {}), "seconds": round(seconds, 1)}, start_time)
 
 
-class _Rhythm(TrainerCallback):
+class _PeriodicCheck(TrainerCallback):
     """Checks the stage now and then and where it ends, which may be before its schedule does."""
 
     def __init__(self, end: int) -> None:
@@ -136,14 +136,14 @@ def fit(stage: Stage, folder: Path, stop: int | None = None, report_to: str = "n
         report_to=report_to,
         disable_tqdm=parent_process() is not None,  # bars of two processes would collide
     )
-    optimizer = _Together(stage)
+    optimizer = _JointOptimizer(stage)
     trainer = _StageTrainer(
         model=stage,
         args=args,
         train_dataset=range(stage.steps),
         data_collator=lambda steps: stage.batch(steps[0]),
         optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, stage.rate)),
-        callbacks=[_Rhythm(end)],
+        callbacks=[_PeriodicCheck(end)],
     )
     trainer.since = time.time()
     trainer.train(resume_from_checkpoint=last and str(last))

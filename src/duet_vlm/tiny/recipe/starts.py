@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPVisionModel, LlamaModel
 
-from ..network import HEAD_SIZE, HEADS, WIDTH
-from ..scenes import GRID, PATCH
+from duet_vlm.tiny.network import HEAD_SIZE, HEADS, WIDTH
+from duet_vlm.tiny.scenes import GRID, PATCH
 
 POSITION_GAIN = 0.6  # as loud as the patch content; at the usual 0.02 the tower cannot tell rows apart for a long time
 NEIGHBOUR_GAIN = 1.8

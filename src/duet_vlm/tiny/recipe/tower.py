@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
-from ..labels import LABELS, PRESENCE, patch_labels, presence
-from ..network import FEATURE_LAYER, WIDTH, tower_config
-from ..render import render
-from ..scenes import GRID, scene
-from .optim import optimizers, rate
-from .stages import Stage
-from .starts import start_tower
+from duet_vlm.tiny.labels import LABELS, PRESENCE, patch_labels, presence
+from duet_vlm.tiny.network import FEATURE_LAYER, WIDTH, tower_config
+from duet_vlm.tiny.recipe.optim import optimizers, rate
+from duet_vlm.tiny.recipe.stages import Stage
+from duet_vlm.tiny.recipe.starts import start_tower
+from duet_vlm.tiny.render import render
+from duet_vlm.tiny.scenes import GRID, scene
 
 BATCH = 8
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)

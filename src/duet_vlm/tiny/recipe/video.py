@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import VideoLlavaModel
 
-from ..clips import FRAMES, ROWS, clip, render
-from ..clips_questions import KINDS
-from ..network import DECODER_LAYERS, FEATURE_LAYER, WIDTH
-from ..video_network import start_from_pictures
-from .optim import optimizers, rate
-from .packing import PREFIX, Packed
-from .reading import PAIR_LAYER, Watch, answer_loss, attention_loss, count_loss, decode
-from .stages import Stage
-from .tower import to_pixels
-from .video_packing import ClipLesson, all_rows, choose_rows, clip_lesson, pack_clips
+from duet_vlm.tiny.clips import FRAMES, ROWS, clip, render
+from duet_vlm.tiny.clips_questions import KINDS
+from duet_vlm.tiny.network import DECODER_LAYERS, FEATURE_LAYER, WIDTH
+from duet_vlm.tiny.recipe.optim import optimizers, rate
+from duet_vlm.tiny.recipe.packing import PREFIX, PackedLesson
+from duet_vlm.tiny.recipe.reading import PAIR_LAYER, AttentionWatch, answer_loss, attention_loss, count_loss, decode
+from duet_vlm.tiny.recipe.stages import Stage
+from duet_vlm.tiny.recipe.tower import to_pixels
+from duet_vlm.tiny.recipe.video_packing import ClipLesson, all_rows, choose_rows, clip_lesson, pack_clips
+from duet_vlm.tiny.video_network import start_from_pictures
 
 BATCH = 8
 ASKED = ("motion", "motion", "order", "order", "order", "change", "change", "read", "read", "count")
@@ -27,7 +27,7 @@ FEW = (64, 96, 144, 208, 312)  # visual rows of the shortened clips
 TIME_LAYER = 1  # after this layer visual rows should know their frame
 
 
-class Probes(nn.Module):
+class TimeProbes(nn.Module):
     """Linear read-outs, used in training only: the frame of a visual row, and what a comparison compares."""
 
     def __init__(self) -> None:
@@ -83,10 +83,10 @@ class VideoStage(Stage):
         super().__init__(seed, steps, bf16)
         model = start_from_pictures()
         model.set_attn_implementation("eager")  # the faster one at this size
-        self.core, self.probes = model.model, Probes()
+        self.core, self.probes = model.model, TimeProbes()
         self.core.video_tower.requires_grad_(False)
         self.core.image_tower.requires_grad_(False)
-        self.watch = Watch(self.core.language_model)
+        self.watch = AttentionWatch(self.core.language_model)
         self.core.language_model.layers[TIME_LAYER].register_forward_hook(self._keep)
 
     def _keep(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
@@ -101,7 +101,7 @@ class VideoStage(Stage):
         packed = pack_clips(items, rows, rng, spread=rng.random() < 0.8, late=rng.random() < 0.5)
         return {"items": items, "packed": packed, "cut": int(rng.choice((6, 7, 9))), "guide": max(0.0, 1 - t / 0.5)}
 
-    def forward(self, items: list[ClipLesson], packed: Packed, cut: int, guide: float) -> dict[str, Any]:
+    def forward(self, items: list[ClipLesson], packed: PackedLesson, cut: int, guide: float) -> dict[str, Any]:
         decoder = self.core.language_model
         with self.autocast():
             visual = visual_rows(self.core, items)[torch.arange(len(items))[:, None], packed.patches]
@@ -117,12 +117,12 @@ class VideoStage(Stage):
         plain = {name: value.item() for name, value in numbers.items()}
         return {"loss": loss, "tokens": packed.patches.shape[1], **plain, **accuracy(list(hits), items)}
 
-    def time_loss(self, packed: Packed) -> Tensor:
+    def time_loss(self, packed: PackedLesson) -> Tensor:
         """Which frame a visual row belongs to."""
         said = self.probes.time(self.early[:, PREFIX : PREFIX + packed.patches.shape[1]].float())
         return F.cross_entropy(said.flatten(0, 1), (packed.patches // ROWS).flatten())
 
-    def gap_loss(self, states: list[Tensor], packed: Packed) -> Tensor:
+    def gap_loss(self, states: list[Tensor], packed: PackedLesson) -> Tensor:
         """Which way and how far, at ``ASSISTANT:``."""
         rows = packed.answer_rows[..., None].expand(-1, -1, WIDTH)
         said, known = self.probes.gaps(states[PAIR_LAYER].float().gather(1, rows)), ~packed.pair_facts.isnan()

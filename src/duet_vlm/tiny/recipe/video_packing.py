@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..clips import CLIP_ROWS, FRAMES, ROWS, Clip, center, covered
-from ..clips_questions import ClipQuestion, questions
-from ..questions import split_words
-from ..video_network import VIDEO_TOKEN
-from .packing import PREFIX, Packed, _additive, _block
+from duet_vlm.tiny.clips import CLIP_ROWS, FRAMES, ROWS, Clip, center, covered
+from duet_vlm.tiny.clips_questions import ClipQuestion, questions
+from duet_vlm.tiny.questions import split_words
+from duet_vlm.tiny.recipe.packing import PREFIX, PackedLesson, _additive, _block
+from duet_vlm.tiny.video_network import VIDEO_TOKEN
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _text(item: ClipLesson) -> tuple[list[int], list[int], list[int], list[int]]
     return ids, owner, place, answer_rows
 
 
-def pack_clips(items: list[ClipLesson], rows: np.ndarray, rng: np.random.Generator, spread: bool = True, late: bool = False) -> Packed:
+def pack_clips(items: list[ClipLesson], rows: np.ndarray, rng: np.random.Generator, spread: bool = True, late: bool = False) -> PackedLesson:
     """Pack a batch; like :func:`.packing.pack`, but ``late`` takes visual rows away at random, needed or not.
 
     Parameters
@@ -103,7 +103,7 @@ def pack_clips(items: list[ClipLesson], rows: np.ndarray, rng: np.random.Generat
                 counts.append((i, start + asked.mentions[0][0]))
                 counted.append(asked.counted[rows[i]])
             start += len(split_words(asked.text)) + 2
-    return Packed(
+    return PackedLesson(
         patches=torch.from_numpy(rows),
         ids=padded(0, VIDEO_TOKEN["<pad>"]),
         positions=torch.cat([torch.arange(PREFIX).expand(b, -1), where + PREFIX, padded(2, 0) + after], 1),

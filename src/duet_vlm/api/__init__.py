@@ -1,0 +1,1 @@
+"""What users call: attach a method to a model, load, save, calibrate, stream."""

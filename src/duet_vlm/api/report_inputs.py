@@ -1,0 +1,113 @@
+"""What a run leaves for its report: which rows entered, what tower, projector and layers really processed, what the selection cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.planning.budget import TowerStages
+from duet_vlm.planning.tokens import SpanTrace
+from duet_vlm.profiling.report import SampleCounts
+from duet_vlm.profiling.selection_cost import deciding_flops, question_flops, selection_bytes, selection_flops, tower_choice_flops
+from duet_vlm.reducers.base import EncoderReducer, Reducer
+from duet_vlm.runtime.context import EncodedFeatures
+from duet_vlm.runtime.decode.cache import PromptState
+from duet_vlm.runtime.encode.build_view import layer_number
+from duet_vlm.runtime.trace import rows_per_layer, trace_of
+
+
+def sample_counts(run: PromptState, per_token: int) -> list[SampleCounts]:
+    """The rows of the batch; ``per_token``: patches of the tower that make one token."""
+    rest = iter(run.sources)
+    sources = [[next(rest) for _ in row] for row in run.spans]
+    nominal_rows = zip(*(run.visual(layer) for layer in range(-1, run.depth)), strict=True)
+    return [
+        SampleCounts(
+            text=length - sum(span.tokens for span in spans),
+            spans=tuple(span.tokens for span in spans),
+            tokens_per_crop=tuple(encoded.tokens_per_crop[number] for encoded, number in of),
+            plans=plans,
+            queries=asked,
+            measured=measured,
+            grids=tuple(span.grid for span in spans),
+            projected=tuple(encoded.projected_rows[number] for encoded, number in of),
+            skipped=any(encoded.skipped_layers for encoded, _ in of),
+            nominal=nominal,
+            projects_survivors_only=any(encoded.tower_state is not None and encoded.tower_state.pending_merges for encoded, _ in of),
+            planned_left=tuple(_of_span(encoded, number, "planned_stages", per_token) for encoded, number in of),
+            in_tower_counts=tuple(_of_span(encoded, number, "run_stages", per_token) for encoded, number in of),
+            still=tuple(encoded.modality != "video" for encoded, _ in of),
+            repeated=tuple(encoded.repeated_parts[number] if encoded.repeated_parts else () for encoded, number in of),
+            sizes=tuple(encoded.sizes[number] if encoded.sizes else encoded.tokens_per_crop[number] for encoded, number in of),
+            spare=tuple(encoded.spare[number] if encoded.spare else ((0, 0),) * len(encoded.tokens_per_crop[number]) for encoded, number in of),
+            kept=tuple(_mean_kept(span, run.depth) for span in history),
+        )
+        for length, spans, of, plans, asked, measured, nominal, history in zip(
+            run.prompt.valid.sum(1).tolist(), run.spans, sources, run.plans, run.num_queries, rows_per_layer(run), nominal_rows, trace_of(run), strict=True
+        )
+    ]
+
+
+def _of_span(encoded: EncodedFeatures, number: int, name: str, per_token: int) -> tuple[TowerStages, ...]:
+    """Where patches of each picture of a span leave the tower."""
+    if encoded.tower_state is None:
+        return ((),) * len(encoded.tokens_per_crop[number])
+    first = sum(map(len, encoded.tokens_per_crop[:number]))
+    patches = encoded.tower_state.patches_of_unit // per_token  # of a frame that is pooled later, several become one token
+    parts = getattr(encoded.tower_state, name)[first : first + len(encoded.tokens_per_crop[number])]
+    return tuple(tuple((after, left * patches) for after, left in stages) for stages in parts)
+
+
+def _mean_kept(span: SpanTrace, depth: int) -> float:
+    """Visual tokens of a span per layer, over its stages."""
+    ends = [*(stage.layer for stage in span.stages[1:]), depth]
+    return sum(len(stage.kept) * (end - stage.layer) for stage, end in zip(span.stages, ends, strict=True)) / depth
+
+
+def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
+    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``, ``behind``."""
+    shape = adapter.decoder_dims()
+
+    def of(sample: SampleCounts) -> int:
+        visual = [sample.visual(layer) for layer in range(-1, shape.layers)]
+        return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
+
+    products, cut = getattr(reducer, "uses_text", True), getattr(reducer, "trim_kv_cache", False)
+    behind = getattr(reducer, "score_layer_offset", 0) > 0
+    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "behind": behind}
+
+
+def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool) -> tuple[int, int]:
+    """FLOPs and bytes of signals, choice and merge before the decoder."""
+    if not isinstance(reducer, EncoderReducer):
+        return 0, 0
+    vision, shape = adapter.vision_dims(), adapter.decoder_dims()
+    head = adapter.vision_attention(layer_number(adapter, reducer.signal_layers[0])).head_dim
+    width = shape.hidden if projects_all else vision.projector[0][0]
+    linear = [layer for layer in adapter.projector().modules() if isinstance(layer, nn.Linear)]
+    maps = [(layer.in_features, layer.out_features) for layer in linear] or vision.projector  # not those of further mergers
+    flops = read = 0
+    for still in (True, False):  # images and clips are encoded, and chosen from, by themselves
+        flops += tower_choice_flops(reducer, [part for s in samples for part in s.in_tower(still=still)], vision, head)
+        asked = [(s.queries, rows) for s in samples if (rows := _encoded(s, still))]
+        if not asked:
+            continue
+        plans, sizes, passes, steps, ranked, spare, projected = zip(*(row for _, rows in asked for row in rows), strict=True)
+        projecting = 2 * sum(projected) * sum(math.prod(sides) for sides in maps)
+        flops += selection_flops(reducer, plans, sizes, vision, head, width, steps, ranked, projecting, spare)
+        flops += question_flops(reducer, [words for words, rows in asked if any(plan.merges for plan, *_ in rows)], shape)
+        read += selection_bytes(reducer, plans, passes, vision, head)
+    return flops, read
+
+
+def _encoded(sample: SampleCounts, still: bool) -> list[tuple[Any, ...]]:
+    """Of the pictures of a sample, or of its clips: plan, parts as V2V sees them and as the tower does, steps of time, parts that signals are made of
+    and their spare patches, rows that the projector works on."""
+    of, sizes = sample.still or (False,) * len(sample.plans), sample.sizes or sample.tokens_per_crop
+    spare = sample.went(sample.wasted())
+    every = zip(of, sample.plans, sizes, sample.tokens_per_crop, sample.steps, sample.encoded, spare, sample.reaching_projector(), strict=True)
+    return [tuple(row) for kind, *row in every if kind == still]

@@ -1,0 +1,163 @@
+"""Experiments from the command line: checked first, measured into a result file, resumed from their journal."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from duet_vlm.cli.errors import folder_for
+
+if TYPE_CHECKING:
+    from duet_vlm.evaluation.distributed import WorkerRank
+    from duet_vlm.evaluation.experiment import Experiment
+    from duet_vlm.evaluation.run import RunAnswers
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """How to measure. ``out``: folder for TASK/experiments and TASK/results; ``quiet``: print nothing; ``place``: which of a launcher's processes."""
+
+    out: Path
+    restart: bool
+    workers: int
+    timing_rounds: int
+    device: str
+    quiet: bool
+    place: WorkerRank
+
+    @staticmethod
+    def checked(out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None, quiet: bool) -> JobOptions:
+        """With a device that is there, a folder that can be written to, and the usual number of processes."""
+        from duet_vlm.api.loading import device_for
+        from duet_vlm.evaluation.distributed import WorkerRank, gpus
+
+        place = WorkerRank.here()
+        where = device_for(place.device(device, gpus()))
+        if restart:
+            place.check_restart(f"result and .parts folder of that name in {out}/TASK/results")
+        if place.world > 1 and (workers or 1) > 1:
+            raise ValueError(f"--workers {workers}: a launcher has started {place.world} processes; have it start more of them instead")
+        if place.world > 1:
+            usual = 1
+        else:
+            usual = os.cpu_count() or 1 if where.startswith("cpu") else max(1, gpus()) if where == "cuda" else 1
+        return JobOptions(folder_for("--out", out), restart, workers or usual, timing_rounds, where, quiet, place)
+
+
+def check_tasks(jobs: list[Experiment]) -> None:
+    """All tasks are looked at before the first one takes its time."""
+    from duet_vlm.evaluation.tasks import task
+
+    names = []
+    for job in jobs:
+        found = task(job.task)
+        found.count(job.limit)
+        names.append(found.name)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"--tasks: two are called {', '.join(twice)} and would have one result; run them one by one, with different --out")
+
+
+def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[str, Any] | None]:
+    """One experiment, from its journals to its result file; what is finished is read again. No result where other processes are not done yet."""
+    from duet_vlm.evaluation.console import show
+    from duet_vlm.evaluation.journal import alone
+    from duet_vlm.evaluation.results import load, save
+    from duet_vlm.evaluation.tasks import task
+
+    asked = task(job.task)
+    folder = wanted.out / asked.name
+    result, journals = folder / "results" / f"{name}.json", folder / "results" / f"{name}.parts"
+    made = False
+    try:
+        with alone(journals / f"{wanted.place.rank}.jsonl"):
+            if wanted.restart:
+                result.unlink(missing_ok=True)
+                for journal in journals.glob("*.jsonl"):
+                    journal.unlink()
+            if result.exists() and load(result)["experiment"] != job.to_json():
+                raise ValueError(f"{result} holds another experiment; choose another --name, or --restart to replace it")
+            if result.exists() and load(result)["questions"].get("contents") != asked.digest(asked.count(job.limit)):
+                other = f"answers to other questions or pictures than {job.task} has now"
+                raise ValueError(f"{result} holds {other}; choose another --name, or --restart to replace it")
+            if not result.exists():
+                save(folder / "experiments" / f"{name}.json", job.to_json())
+                made = _made(job, name, result, journals, wanted)
+    finally:
+        _tidy(result, journals)
+    found = load(result) if result.exists() else None
+    if not wanted.quiet:
+        if found is None:
+            typer.echo(f"{wanted.place} is done; {result} is written by the last of them", err=True)
+        elif made:
+            show(found)
+            typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
+        else:
+            typer.echo(f"{result} is finished already (--restart measures again)")
+    return result, found
+
+
+def tell_progress(file: Path, found: dict[str, Any]) -> dict[str, Any]:
+    """The result without its predictions."""
+    return {"file": str(file)} | {key: value for key, value in found.items() if key != "predictions"}
+
+
+def _made(job: Experiment, name: str, result: Path, journals: Path, wanted: JobOptions) -> bool:
+    """Ask, and write the result unless others are not done yet or one of them does: whether this process has written it."""
+    from duet_vlm.evaluation.journal import HeldError, alone
+    from duet_vlm.evaluation.results import save
+
+    answers = _asked(job, journals, wanted, result.exists)
+    if answers is None:
+        return False
+    try:
+        with alone(journals / "result"):
+            if result.exists():
+                return False
+            save(result, answers.result(name, wanted.timing_rounds))
+            return True
+    except HeldError:
+        if wanted.place.world == 1:
+            raise
+        return False
+
+
+def _tidy(result: Path, journals: Path) -> None:
+    """Remove journals that are no longer needed. The result is written before, so that who finds them gone finds that."""
+    if result.exists():
+        shutil.rmtree(journals, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            journals.rmdir()  # unless there is something in it
+
+
+def _asked(job: Experiment, journals: Path, wanted: JobOptions, over: Callable[[], bool]) -> RunAnswers | None:
+    """The answers, with a bar on stderr, or lines where several processes write to it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from duet_vlm.evaluation.run import gather
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    progress = Progress(*columns, console=Console(stderr=True))
+    bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
+
+    def advance(done: int, total: int) -> None:
+        if wanted.place.world > 1:
+            typer.echo(f"{wanted.place}: {done} of {total} batches of {job.task}", err=True)
+            return
+        progress.start()  # nothing is shown before everything has been found right
+        progress.update(bar, completed=done, total=total)
+
+    try:
+        return gather(job, journals, device=wanted.device, workers=wanted.workers, place=wanted.place, advance=advance, over=over)
+    finally:
+        if progress.live.is_started:
+            progress.stop()

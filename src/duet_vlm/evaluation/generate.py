@@ -1,0 +1,114 @@
+"""Answers to many prompts, written to a file: resumable, and shared among processes without a word between them.
+
+Prompts are put into batches in their order, the same however many processes there are (:mod:`duet_vlm.evaluation.distributed`). Who finds all of them
+recorded writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import duet_vlm
+from duet_vlm import BudgetError, Handle
+from duet_vlm.api.loading import LoadedModel
+from duet_vlm.evaluation.distributed import WorkerRank, recorded
+from duet_vlm.evaluation.journal import CONTENTS, Journal, Page, alone
+from duet_vlm.evaluation.prompts import Prompts
+from duet_vlm.evaluation.run import model_facts
+from duet_vlm.evaluation.run_sample import inputs_of
+from duet_vlm.evaluation.tasks import TaskQuestion
+
+RUN = "answers"  # the only run that a page holds
+
+Row = dict[str, Any]
+
+
+def generate(
+    loaded: LoadedModel,
+    asked: Prompts,
+    out: Path,
+    attach: Callable[[], Handle],
+    *,
+    batch: int,
+    max_new_tokens: int,
+    place: WorkerRank,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> bool:
+    """Answer what nobody has answered yet of this process's share; whether ``out`` is complete then.
+
+    Parameters
+    ----------
+    out : Path
+        JSON lines in the order of the prompts: id, question and answer, or error where a picture or the budget makes one impossible. Journals
+        are kept beside it in ``OUT.parts``.
+    attach : callable
+        Puts the reduction on the model.
+    advance : callable
+        Told (recorded batches, all batches) of this process's share.
+
+    Raises
+    ------
+    ValueError
+        Journals of other prompts, another model or other settings; two processes of the same rank at once; clips for a model that takes none.
+    """
+    if asked.clips and not loaded.takes_clips:
+        raise ValueError(f"--data shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
+    batches = {str(first // batch): range(first, min(first + batch, len(asked.names))) for first in range(0, len(asked.names), batch)}
+    journal = out.with_name(f"{out.name}.parts") / f"{place.rank}.jsonl"
+    with attach() as handle, torch.no_grad(), alone(journal):
+        method: Row = {"method": handle.reducer.name, "budget": handle.budget, "settings": json.loads(json.dumps(handle.reducer.settings()))}
+        versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+        pieces = {"chunk_frames": handle.chunks.chunk_frames, "still_frames": handle.chunks.still_frames}
+        given = {"batch": batch, "max_new_tokens": max_new_tokens} | {name: value for name, value in pieces.items() if value is not None}
+        diary = Journal(journal, {CONTENTS: asked.mark, "model": model_facts(loaded), "reduction": method, "options": given, "versions": versions})
+
+        def work(todo: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
+            for part in todo:
+                yield part, {"questions": [], "runs": {RUN: _answers(loaded, handle, asked, batches[part], max_new_tokens)}}
+
+        found = recorded(diary, place, list(batches), [RUN], work, advance=advance)
+    if found is None:
+        return False
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for part in batches for row in found[part]["runs"][RUN])
+    beside = out.with_name(f".{out.name}.{place.rank}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, out)  # whoever else finds everything writes the same
+    return True
+
+
+def _answers(loaded: LoadedModel, handle: Handle, asked: Prompts, numbers: Sequence[int], max_new_tokens: int) -> list[Row]:
+    """One row for each prompt of a batch. What makes one impossible is said in its row, and the others are answered."""
+    rows: list[Row] = [{"id": asked.names[number], "question": asked.texts[number]} for number in numbers]
+    questions: dict[int, TaskQuestion] = {}
+    for i, number in enumerate(numbers):
+        try:
+            questions[i] = asked.open(number)
+        except (ValueError, OSError) as error:
+            rows[i]["error"] = " ".join(str(error).split())
+    try:
+        said = dict(zip(questions, _said(loaded, handle, list(questions.values()), max_new_tokens), strict=True))
+    except BudgetError:  # of one of them; the others are answered alone
+        said = {}
+        for i, question in questions.items():
+            try:
+                (said[i],) = _said(loaded, handle, [question], max_new_tokens)
+            except BudgetError as error:
+                rows[i]["error"] = str(error)
+    for i, answer in said.items():
+        rows[i]["answer"] = answer
+    return rows
+
+
+def _said(loaded: LoadedModel, handle: Handle, questions: list[TaskQuestion], max_new_tokens: int) -> list[str]:
+    if not questions:
+        return []
+    inputs = inputs_of(loaded, questions, salient=getattr(handle.reducer, "text_query", None) == "salient")
+    made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return [text.strip() for text in loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]

@@ -1,0 +1,277 @@
+"""One benchmark: sides (the full model, methods, floors) in turns on the same prompts, with everything that is known of each."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import duet_vlm
+from duet_vlm.api.handle import Handle
+from duet_vlm.evaluation.results import environment
+from duet_vlm.evaluation.speed.predicted import workload
+from duet_vlm.evaluation.speed.prompts import BenchPrompt, encode, prompt_for
+from duet_vlm.evaluation.speed.timers import StageTimers
+from duet_vlm.models.adapter import Adapter
+from duet_vlm.models.lookup import adapter_for
+from duet_vlm.profiling.devices import SHEETS, TORCH, Device, this_machine
+from duet_vlm.profiling.flop_counter import cache_bytes, memory_of
+from duet_vlm.profiling.roofline import ModelCost, Workload, predict
+from duet_vlm.profiling.timing import Timing, ratio, time_paired
+
+CARDS = {"pcie", "nvl"}  # slower forms of modules that have the same name; the sheets are those of the modules
+
+
+@dataclass(frozen=True)
+class BenchSide:
+    """The untouched model, or a method at a budget; ``settings`` as pairs of name and value."""
+
+    method: str | None = None
+    budget: int | float | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        if self.method is None:
+            return "full"
+        name = self.method + (f"[{', '.join(f'{key}={value}' for key, value in self.settings)}]" if self.settings else "")
+        return name if self.budget is None else f"{name} at {self.budget:.0%}" if isinstance(self.budget, float) else f"{name} at {self.budget}"
+
+
+@dataclass(frozen=True)
+class BenchPlan:
+    """What is measured: every side on every (batch, text); ``tokens`` and ``frames`` as ``bench.inputs.prompt_for``.
+
+    ``steps`` of decoding are clocked one by one (None: all ``new`` but the first); generate() writes ``new`` tokens in ``generate_rounds``
+    rounds of its own (None: as many as ``rounds``; 0: not at all). ``chunk_frames`` and ``still_frames`` as ``attach`` takes them, for all but the
+    full model.
+    """
+
+    sides: tuple[BenchSide, ...]
+    batches: tuple[int, ...] = (1,)
+    texts: tuple[int, ...] = (32,)
+    tokens: int | None = None
+    frames: int = 0
+    new: int = 8
+    rounds: int = 7
+    warmup: int = 2
+    memory: bool = True
+    steps: int | None = None
+    generate_rounds: int | None = None
+    chunk_frames: int | None = None
+    still_frames: float | None = None
+
+
+def sides_of(methods: Sequence[str], budgets: Sequence[int | float]) -> tuple[BenchSide, ...]:
+    return (BenchSide(), *(BenchSide(method, budget) for method in methods for budget in budgets))
+
+
+def result(name: str, model: nn.Module, plan: BenchPlan, sheet: Device | None, say: Callable[[str], object], picture: Any = None) -> dict[str, Any]:
+    """A result file: what was measured, of which model, where, and with what."""
+    weight, sheet = next(model.parameters()), _known(sheet, model, say)
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return {
+        "benchmark": "bench", "model": name, "weights": sum(p.numel() for p in model.parameters()),
+        "environment": environment(str(weight.device), dtype, 1) | {"attention": model.config._attn_implementation},
+        "sheet": None if sheet is None else dataclasses.asdict(sheet),
+        "plan": dataclasses.asdict(plan) | {"sides": [str(side) for side in plan.sides]},
+        "rows": run(model, plan, sheet, picture, say),
+    }  # fmt: skip
+
+
+def run(model: nn.Module, plan: BenchPlan, sheet: Device | None = None, picture: Any = None, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
+    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the dtype."""
+    adapter, sheet = adapter_for(model), _known(sheet, model, say)
+    rows: list[dict[str, Any]] = []
+    prompts = [(batch, text) for batch in plan.batches for text in plan.texts]
+    for number, (batch, text) in enumerate(prompts, 1):
+        prompt = prompt_for(adapter, batch, text, plan.tokens, plan.frames, picture)
+        say(f"measuring prompt {number} of {len(prompts)}: {len(plan.sides)} sides in turns, {plan.rounds} rounds")
+        rows += _compare(adapter, plan, prompt, sheet)
+    return rows
+
+
+def _compare(adapter: Adapter, plan: BenchPlan, prompt: BenchPrompt, sheet: Device | None) -> list[dict[str, Any]]:
+    sides, infeasible = _feasible(adapter, plan.sides, prompt)
+    passes = {side: BenchPass(adapter, side, prompt, plan) for side in sides}
+    with torch.inference_mode():
+        facts = {side: each.facts(sheet) for side, each in passes.items()}
+        time_paired({str(side): each for side, each in passes.items()}, plan.rounds, plan.warmup, {str(s): p.around for s, p in passes.items()})
+        ends = _end_to_end(passes, plan)
+    full = passes[sides[0]].timings(plan.rounds) | ends.get("full", {})
+    rows = []
+    for side, each in passes.items():
+        times = each.timings(plan.rounds) | ends.get(str(side), {})
+        row: dict[str, Any] = {"side": str(side), "method": side.method, "budget": side.budget}
+        row |= {"settings": dict(side.settings), "batch": prompt.batch, "tokens": prompt.tokens}
+        row |= {"text": prompt.rows - prompt.tokens, "new": plan.new, "pairs": plan.rounds}
+        row["ms"] = {name: _spread(times[name]) for name in times if not name.startswith(("layer ", "hook "))}
+        row["speed_up"] = {name: dataclasses.asdict(ratio(full[name], times[name])) for name in row["ms"] if min(times[name].seconds) > 0}
+        rows.append(row | facts[side] | _by_layer(times, facts[side]["rows"]))
+    return rows + infeasible
+
+
+def _end_to_end(passes: dict[BenchSide, BenchPass], plan: BenchPlan) -> dict[str, dict[str, Timing]]:
+    """The stock generate() of every side."""
+    rounds = plan.rounds if plan.generate_rounds is None else plan.generate_rounds
+    if rounds == 0:
+        return {}
+    works = {str(side): each.generate for side, each in passes.items()}
+    times = time_paired(works, rounds, 0 if rounds == 1 else min(1, plan.warmup), {str(side): each.held for side, each in passes.items()})
+    return {side: {"end to end": timing} for side, timing in times.items()}
+
+
+def _feasible(adapter: Adapter, sides: Sequence[BenchSide], prompt: BenchPrompt) -> tuple[list[BenchSide], list[dict[str, Any]]]:
+    """The sides that can be attached; those below a method's floor become rows that say so."""
+    found, rows = [], []
+    for side in sides:
+        try:
+            if side.method is not None:
+                duet_vlm.get_method(side.method)(**dict(side.settings)).plan(prompt.tokens, len(adapter.layers), side.budget)
+            found.append(side)
+        except duet_vlm.BudgetError as error:
+            rows.append({"side": str(side), "batch": prompt.batch, "status": "infeasible", "floor": error.floor})
+    return found, rows
+
+
+class BenchPass:
+    """From pixels through some steps of decoding, of one side, with clocks."""
+
+    def __init__(self, adapter: Adapter, side: BenchSide, prompt: BenchPrompt, plan: BenchPlan) -> None:
+        self.adapter, self.side, self.prompt, self.plan = adapter, side, prompt, plan
+        self.clocks: StageTimers | None = None
+        self.seen: list[dict[str, float]] = []
+
+    def attached(self) -> Handle:
+        """The side's handle; for the full model one that changes nothing."""
+        if self.side.method is None:
+            return duet_vlm.attach(self.adapter.model, "none")
+        side, plan = self.side, self.plan
+        pieces = {"chunk_frames": plan.chunk_frames, "still_frames": plan.still_frames}
+        return duet_vlm.attach(self.adapter.model, side.method, budget=side.budget, **pieces | dict(side.settings))
+
+    def held(self) -> AbstractContextManager[Any]:
+        """The full model is timed as it is, without a handle."""
+        return contextlib.nullcontext() if self.side.method is None else self.attached()
+
+    @contextlib.contextmanager
+    def around(self) -> Iterator[None]:
+        self.clocks = clocks = StageTimers(self.adapter)
+        try:
+            with self.held():
+                clocks.inside()
+                yield
+            self.seen.append(clocks.read())
+        finally:
+            clocks.remove()
+            self.clocks = None
+
+    def __call__(self) -> None:
+        """One pass, inside ``around``."""
+        clocks, model, prompt = self.clocks, self.adapter.model, self.prompt
+        assert clocks is not None
+        clocks.note("encode starts")
+        encoded = encode(model, prompt.picture)
+        clocks.note("encode ends")
+        clocks.note("prefill starts")
+        output = model(**prompt.text, **prompt.sizes, mm_encoder_outputs=encoded, logits_to_keep=1, use_cache=True)
+        clocks.note("prefill ends")
+        mask, token = prompt.text["attention_mask"], prompt.text["input_ids"][:, -1:]
+        clocks.muted = True
+        for done in range(1, 1 + (self.plan.new - 1 if self.plan.steps is None else self.plan.steps)):
+            clocks.note("step starts")
+            step = {"input_ids": token, "attention_mask": torch.cat([mask, mask.new_ones(len(mask), done)], 1)}
+            step["position_ids"] = torch.full((3, *token.shape) if self.adapter.mrope else token.shape, prompt.rows + done - 1, device=token.device)
+            output = model(**step, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+            clocks.note("step ends")
+
+    def generate(self) -> None:
+        """End to end: pixels to ``new`` tokens by the stock generate()."""
+        new = self.plan.new
+        self.adapter.model.generate(**self.prompt.text, **self.prompt.picture, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+
+    def timings(self, rounds: int) -> dict[str, Timing]:
+        """Seconds of every stage in the last ``rounds`` passes."""
+        last = self.seen[-rounds:]
+        return {name: Timing(tuple(each[name] for each in last)) for name in last[0]}
+
+    def whole(self) -> Any:
+        """From pixels to the first logits in one call."""
+        return self.adapter.model(**self.prompt.text, **self.prompt.picture, logits_to_keep=1, use_cache=True)
+
+    def facts(self, sheet: Device | None) -> dict[str, Any]:
+        """What the report says; the peak of memory up to the first logits (of the full model without a handle); what the sheet predicts."""
+        device, prompt = str(next(self.adapter.model.parameters()).device), self.prompt
+        text = prompt.rows - prompt.tokens
+        with self.attached() as handle:
+            held = sum(cache_bytes(self.whole().past_key_values))
+            report = handle.report()
+            work = workload(handle, prompt.passes, text, self.plan.new, prompt.spans, prompt.projected)
+            peak = memory_of(self.whole, device)[0] if self.plan.memory and self.side.method is not None else None
+        if self.plan.memory and self.side.method is None:
+            peak = memory_of(self.whole, device)[0]
+        found = {
+            "mean_tokens": report.measured_mean, "rows": [round(n) + text for n in report.measured],
+            "flops": dataclasses.asdict(report.observed), "flops_share": report.observed.flops / report.full.flops,
+            "flops_bound": report.flops_bound, "kv_bytes": held, "peak_bytes": peak,
+        }  # fmt: skip
+        return found if sheet is None else found | {"predicted_ms": self._predicted(work, sheet)}
+
+    def _predicted(self, work: Workload, sheet: Device) -> dict[str, float]:
+        model = self.adapter.model
+        known = ModelCost(self.adapter.decoder_dims(), self.adapter.vision_dims(), sum(p.numel() for p in model.parameters()))
+        found = predict(known, work, sheet, _dtype(model), self.prompt.batch)
+        stages = {"vision": found.vision.seconds, "v2v": found.selection.seconds, "prefill": found.prefill.seconds, "decode step": found.step}
+        return {name: 1000 * seconds for name, seconds in (stages | {"to first token": found.first_token, "end to end": found.total}).items()}
+
+
+def _spread(timing: Timing) -> dict[str, float]:
+    low, high = timing.quartiles
+    return {"median": 1000 * timing.median, "low": 1000 * low, "high": 1000 * high}
+
+
+def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
+    """Layers that read equally many rows as one group; what the handle does in front of a layer where the number changes or it ranks."""
+    layers = [1000 * times[f"layer {i}"].median for i in range(len(rows))]
+    starts = [i for i, count in enumerate(rows) if i == 0 or count != rows[i - 1]]
+    groups = []
+    for first, end in zip(starts, [*starts[1:], len(rows)], strict=True):
+        groups.append({"layers": [first, end - 1], "rows": rows[first], "ms": sum(layers[first:end])})
+    before = [1000 * times[f"hook {i}"].median for i in range(len(rows))]
+    stages = [{"layer": i, "ms": ms, "of_a_layer": ms / layers[max(0, i - 1)]} for i, ms in enumerate(before) if i in starts[1:]]
+    return {"groups": groups, "t2v": stages, "before_layers_ms": before}
+
+
+def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None:
+    """The sheet of the device that runs, where there is one: measured on a CPU; on CUDA by its name and memory, which have to be those of the
+    sheet's own module (an H100 as a PCIe card is another device)."""
+    if not device.startswith("cuda"):
+        return this_machine()
+    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
+    words = set(re.split("[^a-z0-9]+", name.lower()))
+    for key, sheet in SHEETS.items():
+        if key in words and not words & CARDS and abs(memory / sheet.memory - 1) <= 0.1:
+            return sheet
+    say(f"nothing is predicted: there is no data sheet of {name} with {memory / 1e9:.0f} GB, only of {', '.join(SHEETS)}")
+    return None
+
+
+def _known(sheet: Device | None, model: nn.Module, say: Callable[[str], object]) -> Device | None:
+    """The sheet, if it speaks of the model's dtype."""
+    dtype = _dtype(model)
+    if sheet is None or dtype in sheet.flops:
+        return sheet
+    say(f"nothing is predicted: the sheet of {sheet.name} has {', '.join(sheet.flops)}, the model runs in {dtype}")
+    return None
+
+
+def _dtype(model: nn.Module) -> str:
+    """The dtype of the weights, as sheets call it."""
+    dtype = next(model.parameters()).dtype
+    return next((name for name, known in TORCH.items() if known == dtype), str(dtype))

@@ -1,1 +1,0 @@
-"""In front of the vision tower's blocks, and inside them: fewer patches go through. ``duet_vlm.tower`` decides, this acts."""

@@ -1,0 +1,1 @@
+"""Pictures, videos and text as they come in."""

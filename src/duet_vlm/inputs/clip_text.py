@@ -1,0 +1,62 @@
+"""A pair of towers that were trained to agree (CLIP): which tokens of a picture look like what a text says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from duet_vlm.ops.merge import unit_rows
+
+
+class ClipTextEncoder:
+    """The text tower and both projections of a CLIP model, for a vision-language model whose vision tower is the CLIP model's own.
+
+    Parameters
+    ----------
+    clip : CLIPModel
+        With ``text_model``, ``text_projection``, ``visual_projection`` and the ``post_layernorm`` of its vision tower. It is used as it
+        stands, on its own device and in its own dtype.
+    tokenizer : callable
+        The CLIP model's tokenizer. A text longer than the tower's window is cut into pieces, without start and end marks of their own.
+
+    Raises
+    ------
+    TypeError
+        A model without one of these parts.
+    """
+
+    def __init__(self, clip: nn.Module, tokenizer: Any) -> None:
+        for name in ("text_model", "text_projection", "vision_model", "visual_projection"):
+            if not hasattr(clip, name):
+                raise TypeError(f"text_tower: {type(clip).__name__} has no {name}; give a transformers CLIPModel")
+        self.clip: Any = clip
+        self.tokenizer = tokenizer
+        self.window = int(clip.text_model.config.max_position_embeddings)
+        self.width = int(clip.visual_projection.in_features)
+
+    @torch.no_grad()
+    def tokens(self, states: Tensor) -> Tensor:
+        """Unit rows of tokens in the shared space: tower rows [B, N, C] -> [B, N, E] float32."""
+        weight = self.clip.visual_projection.weight
+        rows = self.clip.visual_projection(self.clip.vision_model.post_layernorm(states.to(weight.device, weight.dtype)))
+        return unit_rows(rows).to(states.device)
+
+    @torch.no_grad()
+    def pieces(self, ids: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Unit rows of texts, piece by piece: token ids -> [Q, c, E] float32, of which [Q, c] are real."""
+        cut = [[row[i : i + self.window] for i in range(0, len(row), self.window)] for row in ids]
+        flat, counts = [torch.tensor(piece, device="cpu") for row in cut for piece in row], [len(row) for row in cut]
+        weight = self.clip.text_projection.weight
+        table = pad_sequence(flat, batch_first=True).to(weight.device)
+        mask = pad_sequence([torch.ones_like(piece) for piece in flat], batch_first=True).to(weight.device)
+        pooled = self.clip.text_model(input_ids=table, attention_mask=mask).pooler_output
+        rows = pad_sequence(list(unit_rows(self.clip.text_projection(pooled)).split(counts)), batch_first=True)
+        return rows, torch.arange(rows.shape[1], device=rows.device) < torch.tensor(counts, device=rows.device)[:, None]
+
+    def texts(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """``pieces`` of texts."""
+        rows: tuple[Tensor, Tensor] = self.pieces([list(self.tokenizer(text)["input_ids"]) for text in texts])
+        return rows

@@ -1,0 +1,24 @@
+"""Methods and compositions of methods by name."""
+
+from __future__ import annotations
+
+from duet_vlm.methods.compose import composition_class
+from duet_vlm.reducers import registry
+from duet_vlm.reducers.base import Reducer
+
+
+def get_method(name: str) -> type[Reducer]:
+    """The class of a method ("duet") or of a composition ("frames+duet").
+
+    Raises
+    ------
+    ValueError
+        If a name is unknown (those near it are named), or the methods do not follow each other.
+    """
+    classes = tuple(registry.registered_class(part) for part in name.split("+"))
+    return classes[0] if len(classes) == 1 else composition_class(classes)
+
+
+def list_methods() -> dict[str, type[Reducer]]:
+    """All registered methods by name, sorted."""
+    return registry.registered_methods()

@@ -1,0 +1,137 @@
+"""What the methods for clips share: a count per span, rows by step of time and place, spans that stay whole."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from duet_vlm.ops.video import VideoTokens, join_windows
+from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import (
+    DecoderReducer,
+    EncoderReducer,
+    EncoderView,
+    check_budget_or_fields,
+    plan_fixed_count,
+    plan_keep_all,
+    plan_with_schedule,
+)
+
+Self = TypeVar("Self", bound="ScheduledVideoReducer")
+
+
+class VideoRows(NamedTuple):
+    """What becomes of clips: which rows are ``kept`` [B, N]; to which of them (``owner``, -1: none) every row is added and with which ``weight``,
+    [B, M N]; numbers by which rows follow each other, ``order`` [B, N], None as they stand in the clip; what is noted of every row for the stage
+    inside the decoder, ``notes`` [B, N], None nothing."""
+
+    kept: Tensor
+    owner: Tensor
+    weight: Tensor
+    order: Tensor | None = None
+    notes: Tensor | None = None
+
+    @classmethod
+    def alone(cls, kept: Tensor) -> VideoRows:
+        """Kept rows [B, N] as they are, and nothing else."""
+        nothing = kept.new_zeros(len(kept), 0, dtype=torch.long)
+        return cls(kept, nothing, nothing.float())
+
+
+@dataclass(frozen=True)
+class VideoReducer(EncoderReducer):
+    """Base of the methods that look at all frames of a clip. An image is a clip of one step.
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Tokens per span or the fraction of them. A budget of n keeps n.
+    """
+
+    compares_frames = True
+    reads_projected = True
+
+    keep: Keep | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+        if self.crops == "per_crop":
+            raise ValueError(f"{self.name} compares the frames of a clip, and crops='per_crop' would separate them: use crops='joint'")
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        return plan_fixed_count(self, self.keep, tokens, depth, budget)
+
+    def select_tokens(self, view: EncoderView) -> Selection:
+        assert view.features is not None  # always there
+        steps = view.parts if view.modality == "video" and view.parts is not None else torch.where(view.valid, 0, -1)
+        clips = VideoTokens.of(steps, view.valid, view.max_parts if view.modality == "video" else (1, view.valid.shape[1]))
+        count = view.dominant + view.contextual
+        whole = (count >= view.valid.sum(1))[:, None]
+        found = self.reduced(view, clips, torch.where(whole[:, 0], clips.placed.sum(1), count))
+        kept = torch.where(whole, view.valid, found.kept)
+        selection = join_windows(kept, found.owner.masked_fill(whole, -1), found.weight, max(plan.entry for plan in view.plans), found.order)
+        if found.notes is None:
+            return selection
+        notes = found.notes.float().masked_fill(whole, 0)  # a clip that stays whole is not always shown
+        return replace(selection, tags=notes.gather(1, selection.index))
+
+    @abstractmethod
+    def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
+        """Exactly ``count`` [B] rows of every clip."""
+
+
+@dataclass(frozen=True)
+class ScheduledVideoReducer(VideoReducer, DecoderReducer):
+    """Base of the methods for clips that go on inside the decoder: at the layers where their paper does (``stages``).
+
+    Parameters
+    ----------
+    keep : int or float, optional
+        Rows per span that enter the decoder, or the fraction of its tokens. A budget lets in as many as it allows.
+    schedule : ((layer, keep), ...), optional
+        Drops inside the decoder, keeps relative to what enters. With a budget: fractions; left out, those of the paper. Without a budget and left
+        out: none.
+    """
+
+    paper_schedule: ClassVar[Schedule]  # of the paper: (layer, share of what enters), falling
+    layers: ClassVar[int] = 32  # of the paper's decoder
+    min_layer: ClassVar[int] = 1  # no drop before this layer, as an earlier one ranks
+    score_layer_offset = 1
+
+    schedule: Schedule | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule is None:
+            return
+        object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        early = [layer for layer, _ in self.schedule if layer < self.min_layer]
+        if early:
+            why = f"what it decides by is made by earlier layers, so drop before layer {self.min_layer} or later"
+            raise ValueError(f"{self.name}: schedule drops before layer {early[0]}, but {why}")
+
+    def schedule_at_depth(self, depth: int) -> Schedule:
+        """The paper's stages in a decoder of ``depth`` layers; where two meet, the later one."""
+        return tuple({max(self.min_layer, layer * depth // self.layers): keep for layer, keep in self.paper_schedule}.items())
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        given = self.keep is not None or (budget is None and self.schedule is not None)
+        check_budget_or_fields(self, budget, given, "keep=, schedule=")
+        if budget is None:
+            entry = tokens if self.keep is None else count_of(self.keep, tokens)
+            return SpanPlan(tokens, entry, 0, layer_counts(entry, depth, self.schedule or ()))
+        schedule = self.schedule_at_depth(depth) if self.schedule is None else self.schedule
+        if any(isinstance(kept, int) for _, kept in schedule):
+            raise ValueError(f"{self.name}: with a budget give fractions in schedule= (0.0 to 1.0), got {schedule}")
+        target = target_mean(budget, tokens)
+        return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, schedule, tokens, depth, target)
+
+    def with_paper_schedule(self: Self, depth: int, share: float | None = None) -> Self:
+        return self if self.schedule is not None else replace(self, schedule=self.schedule_at_depth(depth))

@@ -1,0 +1,1 @@
+"""Budgets to counts: exact integer arithmetic, no tensors."""

@@ -1,0 +1,1 @@
+"""The contracts that methods meet, and what they receive."""

@@ -1,0 +1,213 @@
+"""The contract of methods that reduce inside the vision tower, and what they may look at.
+
+A *tower reducer* says which units of each picture go through the tower's blocks, or through the rest of them. A unit is what later becomes one
+token: a patch, or a cell of patches that a merger joins. Rows that leave are gone for whatever follows; a method behind the tower chooses
+among those that are left.
+
+Where units leave is counted in blocks whose attention has run: 0 is in front of the first block, k behind the attention of the k-th block and
+in front of its MLP, so that scores of that attention cost no MLP of rows that leave.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.select import top
+from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_budget_or_fields, plan_keep_all
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TowerView:
+    """What a tower reducer may look at; P pictures (images, crops or frames: whatever the tower looks at by itself) of U units.
+
+    ``valid`` [P, U] bool: units that may be chosen; ``keep`` [P] how many of them stay, ``keeps`` the same on the host (empty where a threshold
+    says how many). ``grids``: (rows,
+    columns) of each picture's units; in front of the blocks they stand line by line. ``after``: how many blocks' attention has run.
+    ``unit`` [P, U]: the number of each unit in its picture; ``extra`` rows (CLS) stand in front of them in the tower.
+
+    The rest is None unless the method names it in ``tower_signals``. In front of the blocks: ``contrast`` [P, U] float32, how far a unit's
+    patch embeddings, without position, lie from the picture's mean (length of the difference, mean over the unit's patches); ``pixels``
+    [P, U, T, m], what the processor made of the unit's pixels, of each of the T frames that it shows. Behind the attention of a block, of that
+    block, means over a unit's patches in float32: ``keys`` [P, U, d] means over heads, ``key_norm`` [P, U] mean length of a head's keys,
+    ``attention`` [P, U] CLS attention, or attention received where there is no CLS row; ``size`` [P, U], how many units each stands for.
+
+    ``before``: per picture the number of the one that shows the step of time before it; -1 where there is none.
+    """
+
+    valid: Tensor
+    num_keep: Tensor
+    has_count: tuple[int, ...]
+    grids: tuple[Grid, ...]
+    contrast: Tensor | None = None
+    pixels: Tensor | None = None
+    previous_picture: tuple[int, ...] = ()
+    after: int = 0
+    unit_index: Tensor | None = None
+    num_cls: int = 0
+    keys: Tensor | None = None
+    key_norm: Tensor | None = None
+    attention: Tensor | None = None
+    size: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class MergePairs:
+    """Units that leave by joining others. ``into`` [P, U]: the place in the view of the unit that each one joins, its own if it stays.
+    ``order`` [P, U], optional: the places of the view in the order in which what stays is to be shown next time."""
+
+    target: Tensor
+    order: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TowerReducer(EncoderReducer):
+    """A method that reduces inside the vision tower.
+
+    Alone, all that is left of a picture enters the decoder, and a budget says how much that is. In front of other methods
+    (``"contrast+duet_plus"``) the budget is theirs, over the unreduced tokens, and ``keep`` belongs to the tower.
+
+    Attributes
+    ----------
+    keep : int or float or None
+        Tokens of a span that are left behind the tower: a count, or a fraction.
+    proportional_attention : bool
+        A unit that leaves is counted with the one that is most like it (cosine of patch embeddings, or of keys): in the tower's attention, and
+        where tokens are ranked by it, the survivor weighs as many rows as it stands for. Kernels that take no bias (flash attention) go without.
+    pooled_context_tokens : int
+        Rows that stand for what leaves a picture. In front of the first block the units that leave, line by line, are divided into so many
+        groups of the same size. Each goes through the tower as one unit more, the mean of its members at the place of the middle one, that weighs
+        as many rows as it has members and that nobody reads behind the tower. ``proportional_attention`` then plays no part. 0: none.
+    """
+
+    tower_signals: ClassVar[frozenset[str]] = frozenset()
+    reads_features: ClassVar[bool] = False
+    reduces_in_tower: ClassVar[bool] = True
+    by_threshold: ClassVar[bool] = False  # how many stay is what ``stay`` says
+
+    keep: Keep | None = None
+    proportional_attention: bool = True
+    pooled_context_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pooled_context_tokens < 0:
+            raise ValueError(f"pooled_context_tokens={self.pooled_context_tokens}: a number of rows for what leaves a picture, 0 or more")
+        if self.keep is not None:
+            check_keep("keep", self.keep)
+            if self.keep == 0:
+                raise ValueError("keep=0: at least one token of a picture goes through the tower")
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """As ``Reducer.plan``: what is left behind the tower enters the decoder and stays."""
+        check_budget_or_fields(self, budget, self.keep is not None, "keep=")
+        if budget is None:
+            assert self.keep is not None  # just checked
+            left = max(1, count_of(self.keep, tokens))
+        else:
+            left = math.floor(target_mean(budget, tokens) + EPSILON)
+            if left < 1:
+                raise infeasible_budget(self.name, target_mean(budget, tokens), 1, tokens, "at least one token enters the decoder")
+        return plan_survivors(tokens, left, depth)
+
+    def plan_after_tower(self, tokens: int, depth: int, budget: Budget | None, left: int) -> SpanPlan:
+        """The plan of a span of which the tower has left ``left`` tokens, as a threshold or rounding had it."""
+        return plan_survivors(tokens, left, depth)
+
+    def select_tokens(self, view: EncoderView) -> Selection:
+        """All that the tower left."""
+        return Selection.keep_only(*pack_right(view.valid, max(plan.entry for plan in view.plans)))
+
+    @property
+    def tower_reducer(self) -> TowerReducer:  # type: ignore[override]  # of a composition it is the first stage
+        """What reduces inside the tower: this method itself."""
+        return self
+
+    def boundaries(self, depth: int) -> Sequence[int]:
+        """After the attention of how many of ``depth`` blocks units leave: ascending; 0 is in front of all."""
+        return (0,)
+
+    @property
+    def least(self) -> int:
+        """Units of a picture that are left at least, where it has so many."""
+        return 1
+
+    @property
+    def prunes_inside(self) -> bool:
+        """Whether units leave behind some block."""
+        return any(self.boundaries(1 << 10))
+
+    def stage_counts(self, units: int, left: int, depth: int) -> Sequence[int]:
+        """How many units of a picture each boundary leaves: equal shares of what came to it, the last one ``left``."""
+        several = len(self.boundaries(depth))
+        return [max(left, math.ceil(units * (left / units) ** (k / several) - EPSILON)) for k in range(1, several)] + [left]
+
+    @abstractmethod
+    def keep_patches(self, view: TowerView) -> Tensor | MergePairs:
+        """Mask [P, U] of the units that stay, exactly ``view.keep`` of each picture's ``view.valid``; or who joins whom."""
+
+    def merge_pairs(self, units: int, left: int) -> int:
+        """How many likenesses of two units a boundary computes that leaves ``left`` of ``units``."""
+        return units * left if self.proportional_attention and not self.pooled_context_tokens else 0
+
+    def pooled_features(self, units: int, left: int) -> int:
+        """How many units a picture of ``units`` sends through the tower for those that leave it, where ``left`` stay: each stands for two or more."""
+        return min(self.pooled_context_tokens, (units - left) // 2)
+
+
+def check_after(name: str, after: Sequence[int]) -> None:
+    """Refuse what are no numbers of blocks behind whose attention units can leave, one after the other."""
+    if any(n < 1 for n in after) or list(after) != sorted(set(after)):
+        raise ValueError(f"{name}={after}: after the attention of how many blocks units leave, 1 or more, ascending")
+
+
+def check_threshold(threshold: float) -> None:
+    """Refuse what no difference can be compared with."""
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold={threshold}: give a finite difference of pixel values, 0 or more")
+
+
+def plan_survivors(tokens: int, left: int, depth: int) -> SpanPlan:
+    """The plan of a span of which the tower leaves ``left`` tokens, and all of them enter."""
+    return plan_keep_all(tokens, depth) if left >= tokens else SpanPlan(tokens, left, 0, (left,) * depth, tower=left)
+
+
+@dataclass(frozen=True)
+class ThresholdReducer(TowerReducer):
+    """A tower reducer that keeps what passes a threshold, however many that are; with ``keep``, or alone with a budget, the highest of them.
+
+    What is left is known when the tower has begun. A budget for the decoder is planned then: no more enters than is left. Of a picture of which
+    nothing passes, the unit with the highest score stays.
+    """
+
+    @property
+    def by_threshold(self) -> bool:  # type: ignore[override]
+        return self.keep is None
+
+    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
+        """Everything, until the tower has begun, where only the threshold decides; else as ``TowerReducer``."""
+        if self.keep is None and budget is None:
+            return plan_keep_all(tokens, depth)  # until the tower has begun
+        return super().plan(tokens, depth, budget)
+
+    def keep_patches(self, view: TowerView) -> Tensor:
+        """[P, U] bool: what passes; or the highest ``view.keep`` scores, where a number is wanted."""
+        scores = self.scores(view)
+        if view.has_count:
+            return top(scores, view.valid, view.num_keep)
+        return view.valid & (scores > 0) | top(scores, view.valid, torch.ones_like(view.num_keep))
+
+    @abstractmethod
+    def scores(self, view: TowerView) -> Tensor:
+        """[P, U] float32; above 0 is what passes."""

@@ -1,0 +1,1 @@
+"""The cache of a reduced prompt, and later steps on it."""

@@ -1,0 +1,1 @@
+"""From the vision tower to the rows that enter the decoder."""

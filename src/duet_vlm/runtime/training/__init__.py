@@ -1,0 +1,1 @@
+"""Labels, ranks that train together, modules with weights of their own."""

@@ -1,0 +1,363 @@
+"""What a method returned, checked before anything is done with it.
+
+A wrong number, a token twice or a row of padding would not fail by itself: later steps would read other rows than the report says. Plans are
+checked on the host. Of selections and masks, type, shape, dtype and device are known at once; what depends on values is reduced to one code,
+a 0-dim int64 tensor (0: nothing wrong, else the worst ``Wrong``), without reading the device. On the CPU a code that is not 0 is raised at
+once, elsewhere by whoever reads the device next. Until then a wrong selection is harmless: the selection that is handed back points at
+tokens that exist and has no more rows than planned, so no kernel reads out of bounds. A right one is handed back with the same meaning,
+and a row that is not valid, or a member that joins none (-1), may hold any number.
+
+How to call them::
+
+    plan = check_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)         # where plans are made, once per size
+    selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)        # wherever select_tokens is called, parts too
+    mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid, view.keep)             # wherever prune_tokens is called
+    raise_if_invalid(int(code), reducer)                                                       # where the code has been read
+
+Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In a prefill the codes of selections stand beside ``finite`` in
+the one read of the entry; look at ``finite`` first, numbers that are not finite explain any choice. Codes of masks wait, as the flags of
+scores do, until somebody asks for the run.
+
+Cost: a selection takes some thirty small kernels (fifty with members) over [B, N] or [B, K + P] numbers, and one sum over what the method was
+shown; a mask takes six over [B, V]. About a tenth of a millisecond. Nothing is sorted, nothing is N x N, nothing is moved.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from enum import IntEnum
+from numbers import Integral
+from typing import NoReturn, TypeAlias
+
+import torch
+from torch import Tensor
+
+from duet_vlm.planning.budget import SpanPlan
+from duet_vlm.planning.tokens import MERGES, Selection
+from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
+from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
+
+MEMBER = 1 << 32  # how a member counts in a table where a kept row counts 1
+
+Values: TypeAlias = "Tensor | tuple[Tensor, Tensor] | None"
+Faults: TypeAlias = "dict[InvalidSelection, tuple[Tensor, Values]]"  # where each kind is true, and what was found there (instead of what)
+
+
+class InvalidSelection(IntEnum):
+    """What is wrong with a selection or a mask; of several the largest is told."""
+
+    WEIGHTS = 1
+    MEMBERS = 2
+    INTO = 3
+    TWICE = 4
+    PADDING = 5
+    ROWS = 6
+    RANGE = 7
+    INPUT = 8
+    KEPT = 9
+    UNITS = 10
+    JOINS = 11
+
+
+MESSAGES = {
+    InvalidSelection.WEIGHTS: "select_tokens returned a selection with weights that are not finite{}: the weight of a member that joins a row is a finite number",
+    InvalidSelection.MEMBERS: "select_tokens returned a selection that merges a token twice, or one that it also keeps{}: every token is kept, merged once or dropped "
+    "(give weights to merge it into several rows)",
+    InvalidSelection.INTO: "select_tokens returned a selection that merges a token into a row that does not exist{}: into is the number of a valid row of index, or -1",
+    InvalidSelection.TWICE: "select_tokens returned a selection that keeps a token twice{}: the valid entries of index must differ",
+    InvalidSelection.PADDING: "select_tokens returned a selection with padding in it{}: choose and merge tokens only where view.valid is True",
+    InvalidSelection.ROWS: "select_tokens returned a selection with another number of rows than planned{}: per span, view.dominant + view.contextual rows are valid",
+    InvalidSelection.RANGE: "select_tokens returned a selection of tokens that do not exist{}: index and members are token numbers from 0 to view.valid.shape[1] - 1",
+    InvalidSelection.KEPT: "prune_tokens returned a mask that keeps another number of tokens than planned{}: per row, keep exactly view.keep of the tokens in view.valid",
+    InvalidSelection.UNITS: "keep_patches returned a mask that keeps another number of units than planned{}: per picture, keep exactly view.keep of those in view.valid",
+}
+
+MESSAGES[InvalidSelection.JOINS] = (
+    "keep_patches returned units that join what does not stay, or an order that is none{}: into names, for each unit in view.valid, the place of one that "
+    "stays (its own if it does), and order every place once"
+)
+PLACES = {InvalidSelection.KEPT: "row", InvalidSelection.UNITS: "picture", InvalidSelection.JOINS: "picture"}
+
+
+def raise_if_invalid(code: int, reducer: Reducer, where: str = "") -> None:
+    """Raise the ValueError that a code stands for; 0 is none. ``where`` says more, if more is known."""
+    if code == InvalidSelection.INPUT:
+        raise not_finite("the image features or attention scores that rank the visual tokens")
+    if code:
+        raise ValueError(f"{_name(reducer)}.{MESSAGES[InvalidSelection(code)].format(where)}")
+
+
+def not_finite(what: str) -> ValueError:
+    return ValueError(
+        f"{what} contain NaN or Inf: tokens cannot be ranked. Check the input image, the weights and the dtype (try bfloat16 or float32)."
+    )
+
+
+# ---- plans
+
+
+def check_plan(reducer: Reducer, plan: SpanPlan, tokens: int, depth: int) -> SpanPlan:
+    """The plan that ``reducer`` made for a span of ``tokens`` in a decoder of ``depth`` layers, its counts as plain ints.
+
+    Raises
+    ------
+    ValueError
+        If it is none that a span can have; the message names the method and what it returned.
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise ValueError(f"{_name(reducer)}.plan(tokens={tokens}, depth={depth}) returned {plan!r}: {why}")
+
+    if not isinstance(plan, SpanPlan):
+        refuse("return a duet_vlm.SpanPlan")
+    if not isinstance(plan.counts, Sequence):
+        refuse("counts must be a tuple of ints, one per decoder layer")
+    if not all(isinstance(n, Integral) and not isinstance(n, bool) for n in (plan.tokens, plan.dominant, plan.contextual, *plan.counts)):
+        refuse("tokens, dominant, contextual and counts must be ints")
+    counts = tuple(int(n) for n in plan.counts)
+    tower = None if plan.tower is None else int(plan.tower)
+    whole = SpanPlan(int(plan.tokens), int(plan.dominant), int(plan.contextual), counts, floored=bool(plan.floored), tower=tower)
+    if plan.structure or plan.parts:
+        refuse("structure and parts are filled in later; leave them out")
+    if whole.tokens != tokens:
+        refuse(f"tokens must be the {tokens} that were asked for")
+    if len(whole.counts) != depth:
+        refuse(f"counts must have one number for each of the {depth} decoder layers, it has {len(whole.counts)}")
+    if min(whole.dominant, whole.contextual, *whole.counts) < 0:
+        refuse("a token count cannot be negative")
+    if whole.entry > tokens:
+        refuse(f"dominant + contextual = {whole.entry} rows are more than the span's {tokens}")
+    if tower is not None and not whole.entry <= tower <= tokens:
+        refuse(f"tower={tower} must lie between the {whole.entry} rows that enter and the span's {tokens}")
+    before = whole.entry
+    for layer, count in enumerate(whole.counts):
+        if count > before:
+            refuse(f"layer {layer} cannot read {count} tokens where {before} are left: counts may not grow with depth, nor exceed what enters")
+        if 0 < count < before and not isinstance(reducer, DecoderReducer):
+            refuse(f"it drops tokens before layer {layer}, but this method is no DecoderReducer: nothing says which")
+        before = count
+    if whole.merges and not isinstance(reducer, EncoderReducer):
+        refuse("fewer rows enter than the span has, but this method is no EncoderReducer: nothing says which; drop at layer 0 instead")
+    return whole
+
+
+# ---- selections
+
+
+def check_selection(reducer: Reducer, selection: Selection, view: EncoderView, plans: Sequence[SpanPlan]) -> tuple[Selection, Tensor]:
+    """The selection that ``reducer`` made of ``view``, and the code of what is wrong with it.
+
+    Parameters
+    ----------
+    selection : Selection
+        B spans of up to N tokens, K rows and P members, on the device of ``view``.
+    view : EncoderView
+        What the method was shown.
+    plans : sequence of SpanPlan
+        Of each span, as ``view.plans``: ``dominant + contextual`` rows.
+
+    Returns
+    -------
+    selection, code : Selection, Tensor
+        0-dim int64; 0 on the CPU, where anything else is raised.
+
+    Raises
+    ------
+    ValueError
+        What is wrong, the method and what it returned.
+    """
+    most = max(plan.entry for plan in plans)
+    return _checked(reducer, "select_tokens", selection, view.valid, view.dominant + view.contextual, most, _shown_to(view))
+
+
+def check_rows(reducer: DecoderReducer, selection: Selection, view: DecoderView) -> tuple[Selection, Tensor]:
+    """As ``check_selection``, for rows [B, V] that `prune_tokens` keeps and merges inside the decoder; ``view.keep`` of them."""
+    if not reducer.merges:
+        raise ValueError(f"{_name(reducer)}.prune_tokens returned a Selection: a method that merges inside the decoder says so (merges = True)")
+    return _checked(reducer, "prune_tokens", selection, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), None)
+
+
+def _checked(
+    reducer: Reducer, verb: str, selection: Selection, there: Tensor, planned: Tensor, most: int, shown: Tensor | None
+) -> tuple[Selection, Tensor]:
+    """``selection`` of the tokens ``there`` [B, N], of which ``planned`` [B] rows are wanted, ``most`` at the most; ``shown`` [B, N] is finite
+    where what the method was shown is."""
+    _check_form(reducer, verb, selection, there, most)
+    index, valid, members, into = selection.index, selection.valid, selection.source_tokens, selection.target_row
+    tokens, rows = there.shape[1], index.shape[1]
+    wrong: Faults = {}
+    chosen, real, weight, weights = index, valid, valid.long(), selection.weights
+    if members.shape[1]:
+        row = into.clamp(0, max(rows - 1, 0))
+        joins = (row == into) & (valid if rows else valid.new_zeros(len(valid), 1)).gather(1, row)
+        chosen, real = torch.cat([index, members], 1), torch.cat([valid, joins], 1)
+        weight = torch.cat([weight, joins * MEMBER], 1)
+        wrong[InvalidSelection.INTO] = joins != (into != -1), into
+        if weights is not None:
+            wrong[InvalidSelection.WEIGHTS] = joins & ~weights.isfinite(), members
+        into = torch.where(joins, into, -1)
+    inside = chosen.clamp(0, tokens - 1)  # those outside are the worst that is wrong, so that they count as others hides nothing
+    times = weight.new_zeros(there.shape).scatter_add_(1, inside, weight)
+    if members.shape[1] and weights is None:
+        wrong[InvalidSelection.MEMBERS] = times > MEMBER, None
+    wrong[InvalidSelection.TWICE] = times % MEMBER > 1, None
+    wrong[InvalidSelection.PADDING] = times.masked_fill(there, 0), None
+    wrong[InvalidSelection.ROWS] = _differ(valid.sum(1), planned)
+    wrong[InvalidSelection.RANGE] = real & (inside != chosen), chosen
+    if shown is not None:
+        wrong[InvalidSelection.INPUT] = shown * 0 != 0, None
+    code = _code(reducer, wrong)
+    kept = valid & (valid.cumsum(1) <= planned[:, None])
+    return Selection(inside[:, :rows], kept, inside[:, rows:], into, selection.merge, weights, selection.tags, selection.custom_rows), code
+
+
+def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor, most: int) -> None:
+    """What is known of a selection without its values."""
+
+    def refuse(what: str) -> NoReturn:
+        raise ValueError(f"{_name(reducer)}.{verb} returned {what}")
+
+    if not isinstance(selection, Selection):
+        refuse(f"{_shown(selection)}: return a duet_vlm.Selection")
+    batch = len(there)
+    for name, dtype in (("index", torch.int64), ("valid", torch.bool), ("source_tokens", torch.int64), ("target_row", torch.int64)):
+        found = getattr(selection, name)
+        form = isinstance(found, Tensor) and found.ndim == 2 and len(found) == batch and found.dtype == dtype
+        if not form or found.device != there.device:
+            columns = "K" if name in ("index", "valid") else "P"
+            refuse(f"{name} = {_shown(found)}: give a tensor [{batch}, {columns}] of {dtype} on {there.device}")
+    for a, b in (("index", "valid"), ("source_tokens", "target_row")):
+        shapes = [tuple(getattr(selection, name).shape) for name in (a, b)]
+        if shapes[0] != shapes[1]:
+            refuse(f"{a} of shape {shapes[0]} and {b} of shape {shapes[1]}: they must be alike")
+    if (weights := selection.weights) is not None:
+        form = isinstance(weights, Tensor) and weights.shape == selection.source_tokens.shape and weights.is_floating_point()
+        if not form or weights.device != there.device:
+            expected = f"give a tensor {list(selection.source_tokens.shape)} of floating point, as members, on {there.device}, or None"
+            refuse(f"weights = {_shown(weights)}: {expected}")
+    if (notes := selection.tags) is not None:
+        form = isinstance(notes, Tensor) and notes.shape == selection.index.shape and notes.dtype == torch.float32
+        if not form or notes.device != there.device:
+            refuse(f"notes = {_shown(notes)}: give a tensor {list(selection.index.shape)} of {torch.float32}, as index, on {there.device}, or None")
+    if (made := selection.custom_rows) is not None:
+        form = isinstance(made, Tensor) and made.ndim == 3 and made.shape[:2] == selection.index.shape and made.is_floating_point()
+        if not form or made.device != there.device or weights is None:
+            refuse(f"rows = {_shown(made)}: give a tensor {[*selection.index.shape, 'C']} of floating point on {there.device}, with weights, or None")
+    if selection.merge not in MERGES:
+        refuse(f"merge={selection.merge!r}: choose one of {', '.join(map(repr, MERGES))}")
+    if selection.index.shape[1] < most:
+        refuse(f"{selection.index.shape[1]} rows per span: {most} are planned for the largest")
+
+
+def _shown_to(view: EncoderView) -> Tensor | None:
+    """[B, N] float32: a sum over all that the method was shown of a token, finite if that is; None if it was shown nothing."""
+    shown = [x if x.ndim == 2 else x.sum(-1, dtype=torch.float32) for x in view.finite_inputs()]
+    return functools.reduce(torch.add, shown) if shown else None
+
+
+# ---- masks
+
+
+def check_units(reducer: TowerReducer, mask: Tensor, view: TowerView) -> tuple[Tensor, Tensor]:
+    """As ``check_mask``, for the units [P, U] that go through the tower; any number of them where a threshold decides."""
+    keep = view.num_keep if view.has_count else None
+    return check_mask(reducer, mask, view.valid, keep, "keep_patches", InvalidSelection.UNITS)
+
+
+def check_merge_pairs(reducer: TowerReducer, merged: MergePairs, view: TowerView) -> tuple[Tensor, Tensor, Tensor]:
+    """Who joins whom [P, U] (units that are not ``view.valid`` stay as they are), the mask of the units that stay, and the code."""
+    place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+    for name, value in (("target", merged.target), ("order", place if merged.order is None else merged.order)):
+        form = isinstance(value, Tensor) and value.shape == place.shape and value.dtype == torch.int64 and value.device == place.device
+        if not form:
+            raise ValueError(f"{_name(reducer)}.keep_patches returned {name} = {_shown(value)}: give a tensor {list(place.shape)} of {torch.int64}")
+    inside = merged.target.clamp(0, place.shape[1] - 1)
+    into = torch.where(view.valid, inside, place)
+    mask = (into == place) & view.valid
+    wrong: Faults = {InvalidSelection.UNITS: _differ(mask.sum(1), view.num_keep)}
+    wrong[InvalidSelection.JOINS] = view.valid & ((into != merged.target) | ~mask.gather(1, into)), merged.target
+    if merged.order is not None:
+        wrong[InvalidSelection.JOINS] = wrong[InvalidSelection.JOINS][0] | (merged.order.sort(1).values != place), merged.target
+    return into, mask, _code(reducer, wrong)
+
+
+def check_counts(reducer: TowerReducer, units: int, left: int, depth: int) -> Sequence[int]:
+    """How many of a picture's ``units`` each boundary leaves.
+
+    Raises
+    ------
+    ValueError
+        If these are no counts that a picture can have.
+    """
+    boundaries, counts = reducer.boundaries(depth), reducer.stage_counts(units, left, depth)
+    if len(counts) != len(boundaries) or list(counts) != sorted(counts, reverse=True) or not 1 <= left == counts[-1] <= counts[0] <= units:
+        raise ValueError(
+            f"{_name(reducer)}.stage_counts(units={units}, left={left}, depth={depth}) returned {list(counts)}: for each of the {len(boundaries)} "
+            f"boundaries a number of units, none above the one before, at last {left}"
+        )
+    return counts
+
+
+def check_mask(
+    reducer: Reducer, mask: Tensor, valid: Tensor, keep: Tensor | None, verb: str = "prune_tokens", wrong: InvalidSelection = InvalidSelection.KEPT
+) -> tuple[Tensor, Tensor]:
+    """The mask [B, V] that ``reducer`` made of the tokens that stay, False for padding, and the code of what is wrong with it.
+
+    ``valid`` [B, V] bool and ``keep`` [B] are those of the ``DecoderView`` (None: any number, but one at least where there are any). The code is a
+    0-dim int64 tensor; on the CPU it is 0.
+
+    Raises
+    ------
+    ValueError
+        What is wrong, the method and what it returned.
+    """
+    form = isinstance(mask, Tensor) and mask.shape == valid.shape and mask.dtype == torch.bool
+    if not form or mask.device != valid.device:
+        expected = f"give a tensor {list(valid.shape)} of {torch.bool} on {valid.device}"
+        raise ValueError(f"{_name(reducer)}.{verb} returned {_shown(mask)}: {expected}")
+    mask = mask & valid
+    found = mask.sum(1)
+    wanted = found.maximum(valid.any(1).long()) if keep is None else keep  # of a picture of one unit there is nothing to choose
+    return mask, _code(reducer, {wrong: _differ(found, wanted)})
+
+
+# ---- both
+
+
+def _differ(found: Tensor, wanted: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    return found != wanted, (found, wanted)
+
+
+def _code(reducer: Reducer, wrong: Faults) -> Tensor:
+    """The largest kind that is anywhere true: 0-dim int64. On the CPU it is raised."""
+    device = next(iter(wrong.values()))[0].device
+    code = torch.zeros((), dtype=torch.int64, device=device)
+    for kind in sorted(wrong):
+        code = code.masked_fill(wrong[kind][0].any(), int(kind))
+    if device.type == "cpu":
+        _raise_at_once(reducer, code, wrong)
+    return code
+
+
+def _raise_at_once(reducer: Reducer, code: Tensor, wrong: Faults) -> None:
+    if kind := int(code):
+        raise_if_invalid(kind, reducer, _where(InvalidSelection(kind), *wrong[InvalidSelection(kind)]))
+
+
+def _where(kind: InvalidSelection, table: Tensor, values: Values) -> str:
+    """The first place where a table is true, and what stands there: the number of its column if nothing is given."""
+    place = tuple(table.nonzero()[0].tolist())
+    if isinstance(values, tuple):
+        found = f"{int(values[0][place])} instead of {int(values[1][place])}"
+    else:
+        found = str(place[-1] if values is None else int(values[place]))
+    return f" ({PLACES.get(kind, 'span')} {place[0]}: {found})"
+
+
+def _name(reducer: Reducer) -> str:
+    return getattr(reducer, "name", type(reducer).__name__)
+
+
+def _shown(value: object) -> str:
+    return f"a tensor {list(value.shape)} of {value.dtype} on {value.device}" if isinstance(value, Tensor) else repr(value)
