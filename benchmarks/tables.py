@@ -36,7 +36,8 @@ from duet_vlm.evaluation.results import load
 from duet_vlm.models.lookup import support
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.profiling.training_cost import TrainedParts, TrainingExample, step_flops
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.vision_tower import TowerReducer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,8 +205,8 @@ def methods() -> str:
     for name, cls in duet_vlm.list_methods().items():
         where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
         where = ["tower"] if issubclass(cls, TowerReducer) else where
-        asks = issubclass(cls, DecoderReducer) and cls.uses_text
-        asks = asks or "question" in getattr(cls(), "reads", ())
+        asks = cls.uses_text
+        asks = asks or "question" in cls().reads
         rows.append([f"`{name}`", cls.summary, " + ".join(where) or "-", "yes" if asks else "no", cls.paper])
     return table(["method", "what it does", "where", "uses the text", "paper"], rows)
 

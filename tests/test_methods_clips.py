@@ -461,7 +461,7 @@ def test_compositions_meet_one_budget(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("fastvid", {"pooled_context_tokens": 1.5}, r"context=1.5: a share, in \[0, 1\]"),
+        ("fastvid", {"context": 1.5}, r"context=1.5: a share, in \[0, 1\]"),
         ("fastvid", {"segments": 0}, "segments=0: a number of segments, at least 1"),
         ("fastvid", {"every": 0}, "every=0: a number of frames, at least 1"),
         ("fastvid", {"merge": "all"}, "merge='all': choose one of 'one', 'frames'"),

@@ -24,7 +24,7 @@ from duet_vlm.methods.vscan import VScan
 from duet_vlm.methods.zoo_prune import ZooPrune
 from duet_vlm.ops.groups import segment_numbers
 from duet_vlm.ops.saliency import direction
-from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.encoder_view import EncoderView, LayerView
 
 
@@ -361,7 +361,7 @@ def test_settings_out_of_range_are_refused() -> None:
     for method, settings, message in (
         ("hired", {"alpha": 1.5}, "alpha=1.5: the overview's share"),
         ("hired", {"early": 9, "keep": 4}, "signal_layer=9: this vision tower has no such layer"),
-        ("holov", {"crops": 0}, "crops=0"),
+        ("holov", {"num_crops": 0}, "num_crops=0"),
         ("vscan", {"window": 0}, "window=0"),
         ("zoo_prune", {"directions": 0}, "directions=0"),
         ("zoo_prune", {"step": 0.0}, "step=0.0"),

@@ -22,7 +22,8 @@ from duet_vlm.ops import merge, ragged, score, select
 from duet_vlm.ops.spans import SpanRows
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.profiling.flop_counter import allocations
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

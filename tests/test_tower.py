@@ -385,7 +385,7 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
         assert all(bool(g.isfinite().all()) for g in plain)
         if checkpointing and context and family in NO_MASK:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            with pytest.raises(ValueError, match="context=2: .* nor does this tower with gradient checkpointing"):
+            with pytest.raises(ValueError, match="pooled_context_tokens=2: .* nor does this tower with gradient checkpointing"):
                 gradients()
         elif checkpointing:
             handle.set(**{f"{method}_mass": True})  # left out by itself where nobody could repeat it
@@ -459,7 +459,7 @@ def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
     contrast = duet_vlm.get_method("contrast")
     assert bias_refusal(contrast(keep=0.5, context=2, proportional_attention=False), True) and not bias_refusal(contrast(keep=0.5, proportional_attention=False), True)
     assert bias_refusal(contrast(keep=0.5), True) and not bias_refusal(contrast(keep=0.5), False)
-    with pytest.raises(ValueError, match="context=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match="pooled_context_tokens=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
         bias_refusal(contrast(keep=0.5, context=2), False)
 
 
@@ -603,9 +603,9 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("tome_tower", {"budget": 0.5, "shares": (0, 0)}, r"shares=\(0, 0\): numbers of 0 or more, not all 0"),
         ("pixelprune", {"threshold": -1.0}, "threshold=-1.0: give a finite difference"),
         ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
-        ("contrast", {"budget": 0.2, "context": -1}, "context=-1: a number of rows for what leaves a picture, 0 or more"),
-        ("motion+duet", {"budget": 0.2, "motion_context": -2}, "context=-2: a number of rows"),
-        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "context=2: with evit units leave behind blocks"),
+        ("contrast", {"budget": 0.2, "pooled_context_tokens": -1}, "pooled_context_tokens=-1: a number of rows for what leaves a picture, 0 or more"),
+        ("motion+duet", {"budget": 0.2, "motion_pooled_context_tokens": -2}, "pooled_context_tokens=-2: a number of rows"),
+        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "pooled_context_tokens=2: with evit units leave behind blocks"),
         ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
     ],
 )

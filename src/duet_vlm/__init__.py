@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from duet_vlm.planning.budget import BudgetError, SpanPlan
     from duet_vlm.planning.tokens import Selection, Span, SpanTrace, StageTrace
     from duet_vlm.profiling.report import Report
-    from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
+    from duet_vlm.reducers.base import Reducer
     from duet_vlm.reducers.compressor import NewWeights
+    from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+    from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
     from duet_vlm.reducers.persistence import load_from_config
     from duet_vlm.reducers.registry import register
     from duet_vlm.reducers.scheduled import ScheduledReducer
@@ -30,8 +32,8 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 _HOMES = {  # where each public name is found; the block above says the same to type checkers, and a test that both agree
     "BudgetError": "planning.budget",
-    "DecoderReducer": "reducers.base",
-    "EncoderReducer": "reducers.base",
+    "DecoderReducer": "reducers.decoder",
+    "EncoderReducer": "reducers.encoder",
     "Handle": "api.handle",
     "MergePairs": "reducers.vision_tower",
     "NewWeights": "reducers.compressor",
@@ -43,11 +45,11 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "SpanTrace": "planning.tokens",
     "StageTrace": "planning.tokens",
     "ScheduledReducer": "reducers.scheduled",
-    "DecoderView": "reducers.base",
+    "DecoderView": "reducers.decoder_view",
     "ThresholdReducer": "reducers.vision_tower",
     "TowerReducer": "reducers.vision_tower",
     "TowerView": "reducers.vision_tower",
-    "EncoderView": "reducers.base",
+    "EncoderView": "reducers.encoder_view",
     "attach": "api.attach",
     "compose": "methods.compose",
     "detach": "api.attach",

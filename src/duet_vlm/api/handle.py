@@ -119,7 +119,7 @@ class Handle:
         self.module.load_state_dict(stored(place, compressor.name, found, compressor.shape))
 
     def _compressor(self) -> Any:
-        compressor = getattr(self.reducer, "trained_reducer", None)
+        compressor = self.reducer.trained_reducer
         if compressor is None:
             raise ValueError(f"{self.reducer.name} has no weights of its own, so there are none to save or to load")
         return compressor
@@ -257,7 +257,7 @@ class Handle:
         return tokens.prompt_index.masked_fill(~tokens.valid, -1)
 
     def _projects_all(self, reducer: Reducer) -> bool:
-        return self.adapter.pointwise_projector is None or getattr(reducer, "reads_projected", False)
+        return self.adapter.pointwise_projector is None or reducer.reads_projected
 
     def _check_attached(self) -> None:
         if self._tracker.closed:

@@ -92,13 +92,13 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
     """A method as plain values."""
     places = (("before the decoder", duet_vlm.EncoderReducer), ("inside the decoder", duet_vlm.DecoderReducer))
     in_tower, usual = issubclass(cls, duet_vlm.TowerReducer), cls()
-    reads = sorted({*getattr(usual, "signals", ()), *getattr(usual, "reads", ()), *getattr(usual, "needs", ())})
+    reads = sorted(usual.signals | usual.reads | usual.needs)
     stages = ["inside the tower"] if in_tower else [word for word, base in places if issubclass(cls, base)]
     return {
         "name": name,
         "summary": cls.summary,
         "stage": " + ".join(stages) or "-",
-        "needs_text": (issubclass(cls, duet_vlm.DecoderReducer) and cls.uses_text_queries()) or "question" in reads,
+        "needs_text": cls.uses_text_queries() or "question" in reads,
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
         "idea": _paragraphs(cls, lambda text: not text.startswith(("Cost", "Parameters", "Differences", "From the paper"))),
@@ -136,12 +136,12 @@ def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
 def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:
     if reducer.positions == "compact" and adapter.mrope:
         return "positions are grids (M-RoPE) and cannot be compact"
-    lacking = sorted((getattr(reducer, "signals", set()) | getattr(reducer, "reads", set())) & adapter.unsupported.keys())
+    lacking = sorted((reducer.signals | reducer.reads) & adapter.unsupported.keys())
     if lacking:
         return adapter.unsupported[lacking[0]]
     bare = object.__new__(adapter)  # what a family refuses whatever the model, it refuses without one
-    asks = [bare.blocks_to_reduce] if getattr(reducer, "reduces_in_tower", False) else []
-    asks += [bare.cls_module] if getattr(reducer, "cls_token", False) else []
+    asks = [bare.blocks_to_reduce] if reducer.reduces_in_tower else []
+    asks += [bare.cls_module] if reducer.cls_token else []
     for ask in asks:
         try:
             ask()

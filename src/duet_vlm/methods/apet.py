@@ -16,16 +16,10 @@ from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import (
-    DecoderReducer,
-    DecoderView,
-    EncoderReducer,
-    EncoderView,
-    check_budget_or_fields,
-    check_choice,
-    plan_keep_all,
-    plan_with_schedule,
-)
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 
 SLOTS = ("own", "released", "behind")

@@ -38,7 +38,8 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, spaced_picks, top
 from duet_vlm.planning.budget import EPSILON, Schedule, check_schedule
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderView
 
 CLOSEST = 5  # neighbours that make the density of a token
 STRETCHES = 16  # of a picture, HoloV's

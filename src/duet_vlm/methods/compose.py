@@ -17,9 +17,13 @@ from duet_vlm.methods.frames import Frames
 from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, count_of, infeasible_budget, largest_int, mean_within, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer, plan_keep_all
+from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.calibration import Calibration
+from duet_vlm.reducers.compressor import Compressor
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.vision_tower import TowerReducer
 
 ORDER = (
@@ -170,7 +174,7 @@ class Composition(EncoderReducer):
         return own | {each.name: getattr(self, each.name) for each in fields(cls) if each.name in SHARED and hasattr(self, each.name)}
 
     @property
-    def tower_reducer(self) -> TowerReducer | None:  # type: ignore[override]
+    def tower_reducer(self) -> TowerReducer | None:
         return self._stages[0]
 
     @property
@@ -198,7 +202,7 @@ class Composition(EncoderReducer):
         return self._stages[1] is not None or self._sees.reads_features
 
     @property
-    def trained_reducer(self) -> EncoderReducer | None:
+    def trained_reducer(self) -> Compressor | None:
         return self._sees.trained_reducer
 
     @property

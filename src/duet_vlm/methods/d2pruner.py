@@ -12,8 +12,8 @@ from duet_vlm.methods.position_prior import PositionBiasObserver, bias_of
 from duet_vlm.ops.graph import closeness, independent_set, rescaled
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView
 from duet_vlm.reducers.calibration import Calibration, read
+from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.observer import Observer
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer

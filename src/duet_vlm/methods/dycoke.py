@@ -12,7 +12,7 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import spaced_picks, top
 from duet_vlm.ops.video import VideoTokens, split_windows
-from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.registry import register
 
 GROUP = 4  # frames of which the first stays whole

@@ -7,7 +7,7 @@ from typing import Any
 
 from duet_vlm.methods.frames import Frames
 from duet_vlm.planning.budget import Budget, SpanPlan
-from duet_vlm.reducers.base import plan_fixed_count
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, infeasible_budget, largest_int, layer_counts, mean_within, target_mean
-from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, DecoderView, check_choice, plan_keep_all
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.registry import register
 
 

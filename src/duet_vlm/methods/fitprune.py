@@ -12,9 +12,11 @@ from duet_vlm.methods.fitprune_table import DELETED, TOKENS, Curve, released, st
 from duet_vlm.ops.fitting import fitted
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Schedule, SpanPlan, count_of, infeasible_budget, largest_fraction, mean_within, target_mean
-from duet_vlm.reducers.base import DecoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.calibration import Calibration, read
+from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.observer import Observer
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 from duet_vlm.utils.field_types import FILE

@@ -18,7 +18,9 @@ from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, gains, me
 from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
 from duet_vlm.planning.budget import Keep, Schedule
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderView, EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.registry import register
 
 

@@ -14,7 +14,9 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 TINY = torch.finfo(torch.float32).tiny
@@ -67,7 +69,7 @@ class HoloV(EncoderReducer):
         if self.keep is not None:
             check_keep("keep", self.keep)
         if self.num_crops < 1:
-            raise ValueError(f"crops={self.num_crops}: stretches that a picture is cut into, at least 1")
+            raise ValueError(f"num_crops={self.num_crops}: stretches that a picture is cut into, at least 1")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta={self.beta}: the weight of variety, at least 0")
         check_choice("within", self.within, ("score", "attention"))

@@ -13,7 +13,8 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking, ranks, spaced_picks, top
 from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView, EncoderView
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.registry import register
 
 SLACK = 1e-6  # of a cosine, lost by rounding

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine, greedy_nms
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 

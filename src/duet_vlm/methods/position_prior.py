@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.reducers.base import DecoderView
 from duet_vlm.reducers.calibration import Calibration
+from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.observer import Observer
 
 Grid = tuple[int, int] | None

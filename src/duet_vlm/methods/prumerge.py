@@ -13,7 +13,9 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, top
 from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 
 

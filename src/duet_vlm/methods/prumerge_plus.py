@@ -14,7 +14,8 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import outliers, ranking, spaced_picks, top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.registry import register
 
 

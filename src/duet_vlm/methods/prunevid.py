@@ -15,7 +15,9 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, members_of, most_similar
 from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
 from duet_vlm.planning.budget import Keep, Schedule
-from duet_vlm.reducers.base import DecoderView, EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.registry import register
 
 NEIGHBOURS = 7  # tokens that decide how dense it is around one

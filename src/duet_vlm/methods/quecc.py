@@ -12,8 +12,8 @@ from duet_vlm.methods.pool import places_of, windows_of
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.windows import GridWindows, within
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderView
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.registry import register
 

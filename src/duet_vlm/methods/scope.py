@@ -9,7 +9,9 @@ from duet_vlm.ops.greedy import cosine, greedy_coverage
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, check_picks, plan_fixed_count
+from duet_vlm.reducers.base import check_choice, check_picks
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 

@@ -13,7 +13,7 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Schedule
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 

@@ -13,7 +13,7 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking
 from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.planning.budget import Keep
-from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.registry import register
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the kernels whose sum says how alike two rows are

@@ -12,15 +12,9 @@ from torch import Tensor
 from duet_vlm.ops.video import VideoTokens, join_windows
 from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import (
-    DecoderReducer,
-    EncoderReducer,
-    EncoderView,
-    check_budget_or_fields,
-    plan_fixed_count,
-    plan_keep_all,
-    plan_with_schedule,
-)
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_fixed_count, plan_keep_all, plan_with_schedule
 
 Self = TypeVar("Self", bound="ScheduledVideoReducer")
 

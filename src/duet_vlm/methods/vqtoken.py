@@ -14,8 +14,9 @@ from duet_vlm.ops.merge import shares, unit_rows
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.planning.budget import Keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.registry import register
 
 FORMS = ("paper", "code", "codebook")

@@ -15,8 +15,10 @@ from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.profiling.flops import Grid, Spare, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, probed_layer
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
+from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Change, LayerView, QuestionView
 from duet_vlm.reducers.vision_tower import TowerReducer
 
@@ -75,7 +77,7 @@ def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[
 def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerStages, Spare]], vision: VisionDims, key_width: int) -> int:
     """Finding out who is like whom in the tower, and its attention where it ranks units, in one call: ``parts`` as ``Sample.in_tower`` lists them.
     Pictures are compared side by side, padded to the largest; attention is that of each by itself."""
-    tower, total = getattr(reducer, "tower_reducer", None), 0
+    tower, total = reducer.tower_reducer, 0
     if not isinstance(tower, TowerReducer):
         return 0
     here = [tokens for tokens, *_ in parts]
@@ -166,7 +168,7 @@ def _module(reducer: EncoderReducer, sizes: ModuleSizes) -> nn.Module | None:
 
 def question_flops(reducer: Reducer, words: Sequence[int], shape: DecoderDims) -> int:
     """The decoder reading the questions by themselves, of so many ``words`` each, for methods that want to know what it makes of them."""
-    if "decoded" not in getattr(reducer, "reads", ()):
+    if "decoded" not in reducer.reads:
         return 0
     return sum(decoder_layer_flops(shape, rows, layer=layer) for rows in words for layer in range(shape.layers))
 

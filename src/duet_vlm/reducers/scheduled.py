@@ -17,7 +17,9 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
-from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 
 RELATIVE = ("entry", "current")
 Self = TypeVar("Self", bound="ScheduledReducer")
@@ -63,7 +65,7 @@ class ScheduledReducer(DecoderReducer):
         check_choice("relative", self.relative, RELATIVE)
         check_choice("rounding", self.rounding, ROUNDINGS)
         if self.min_tokens < 0:
-            raise ValueError(f"least={self.min_tokens}: a number of tokens, at least 0")
+            raise ValueError(f"min_tokens={self.min_tokens}: a number of tokens, at least 0")
 
     def schedule_at_depth(self, depth: int) -> Schedule:
         """The paper's stages in a decoder of ``depth`` layers; where two meet, the later one."""

@@ -23,7 +23,8 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_budget_or_fields, plan_keep_all
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 
 Grid = tuple[int, int]
 
@@ -103,7 +104,7 @@ class TowerReducer(EncoderReducer):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.pooled_context_tokens < 0:
-            raise ValueError(f"context={self.pooled_context_tokens}: a number of rows for what leaves a picture, 0 or more")
+            raise ValueError(f"pooled_context_tokens={self.pooled_context_tokens}: a number of rows for what leaves a picture, 0 or more")
         if self.keep is not None:
             check_keep("keep", self.keep)
             if self.keep == 0:
@@ -130,7 +131,7 @@ class TowerReducer(EncoderReducer):
         return Selection.keep_only(*pack_right(view.valid, max(plan.entry for plan in view.plans)))
 
     @property
-    def tower_reducer(self) -> TowerReducer:  # type: ignore[override]  # of a composition it is the first stage
+    def tower_reducer(self) -> TowerReducer:
         """What reduces inside the tower: this method itself."""
         return self
 

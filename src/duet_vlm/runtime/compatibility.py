@@ -9,7 +9,9 @@ from typing import Any
 from duet_vlm.inputs.clip_text import ClipTextEncoder
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.planning.budget import Budget, SpanPlan
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.prefill.layers import scoring_layers
 from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
@@ -20,9 +22,9 @@ ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 def hooked(reducer: Reducer) -> tuple[Any, ...]:
     """What the hooks on the vision tower, and a module of the method's own, were chosen by."""
-    compressor = getattr(reducer, "trained_reducer", None)
+    compressor = reducer.trained_reducer
     module = None if compressor is None else (compressor.weights, compressor.seed, tuple(compressor.shape.items()))
-    return (*(getattr(reducer, name, None) for name in ("signal_layers", "signals", "reads", "cls_token")), module)
+    return reducer.signal_layers, reducer.signals, reducer.reads, reducer.cls_token, module
 
 
 def check(
@@ -52,7 +54,7 @@ def check(
         raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
     if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient" and processor is None:
         warnings.warn("text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.inputs.text_queries.salient_mask)", stacklevel=3)
-    stored = reducer.calibration() if isinstance(reducer, DecoderReducer) else None
+    stored = reducer.calibration()
     if stored is not None:
         stored.check(facts(adapter))
     if adapter.fixed_tokens is not None:
@@ -103,5 +105,5 @@ def _check_counts(tokens: int, reducer: Reducer) -> None:
     """Asking for more tokens than a fixed tower makes is a mistake in the settings."""
     for name in ("dominant", "contextual", "entry", "keep"):
         value = getattr(reducer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > tokens + getattr(reducer, "cls_token", False):
+        if isinstance(value, int) and not isinstance(value, bool) and value > tokens + reducer.cls_token:
             raise ValueError(f"{name}={value}: this model's images have {tokens} visual tokens")

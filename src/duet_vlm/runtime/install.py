@@ -8,7 +8,9 @@ from typing import Any
 from torch import nn
 
 from duet_vlm.models.adapter import ConcatenatedBlocks, TowerBlocks, VarlenTower
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.encode.attention_intercept import QKRecorder, SizeBias
@@ -53,14 +55,14 @@ def _on_tower(traffic: ModelHooks, reducer: Reducer, words: QuestionTextEncoder,
         hooks.add(attention.register_forward_hook, encoder.after_attention)
     for block in dict.fromkeys(module for modules in named.blocks for module in modules):
         hooks.add(block.register_forward_hook, encoder.after_block)
-    if "projector" in getattr(reducer, "reads", ()):
+    if "projector" in reducer.reads:
         hooks.add(adapter.projector().register_forward_pre_hook, encoder.asks_projector, with_kwargs=True)
     unread = adapter.unused_tower_layers()
     if not named.requested(unread):
         encoder.skips_unused_layers = bool(unread)
         for layer in map(_inside, unread):
             hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
-    if isinstance(reducer, EncoderReducer) and reducer.cls_token:
+    if reducer.cls_token:
         hooks.add(adapter.cls_module().register_forward_hook, traffic.record_cls)
     if adapter.pointwise_projector is not None:
         hooks.add(adapter.pointwise_projector.register_forward_pre_hook, encoder.before_projector)

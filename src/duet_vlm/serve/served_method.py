@@ -15,7 +15,9 @@ import duet_vlm
 from duet_vlm.methods.lookup import get_method
 from duet_vlm.planning.budget import Budget, SpanPlan, check_budget
 from duet_vlm.planning.spans import plan_span
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer, with_fields
+from duet_vlm.reducers.base import Reducer, with_fields
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime.encode.selection import reduces_per_crop
 from duet_vlm.runtime.validation import check_plan

@@ -38,7 +38,7 @@ def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, 
     budget = settings.budgets[-1] if settings.budgets else None
     with attach(model, settings.method, budget=budget, **settings.settings) as handle:
         method = handle.reducer
-        compressor = getattr(method, "trained_reducer", None)
+        compressor = method.trained_reducer
     if compressor is None:
         raise ValueError(f"imitate: {settings.imitate}: {method.name} has no module that could learn; leave it out")
     with attach(model, imitating(compressor, wrong), budget=budget) as handle:
@@ -84,7 +84,7 @@ def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
             found = kind.select_tokens(self, view)
             assert found.custom_rows is not None  # as there is a module
             there = found.valid[:, : found.custom_rows.shape[1]]
-            target = self.like(view, found)[:, : found.custom_rows.shape[1]].float()[there].detach()
+            target = self.imitation_target(view, found)[:, : found.custom_rows.shape[1]].float()[there].detach()
             wrong.append((found.custom_rows.float()[there] - target).square().mean() / target.var(0, unbiased=False).mean().clamp(min=1e-6))
         return found
 

@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 
 from duet_vlm.models.adapter import RecordedQK
-from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.runtime.encode.selection import record_qk
 from duet_vlm.serve.served_method import NOTHING_ASKED
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from duet_vlm.inputs.text_queries import query_rows
 from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK
 from duet_vlm.ops.ragged import gather_rows, pack_right, pad_rows
-from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.encoder_view import Change, Layer, LayerView, QuestionView
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext, ForwardContext, PromptText, ThreadState
@@ -61,7 +61,7 @@ def named_layers(adapter: Adapter, reducer: Any) -> SignalLayers:
     IndexError
         A layer that the tower does not have.
     """
-    wanted = reducer.signals if isinstance(reducer, EncoderReducer) else frozenset()
+    wanted = reducer.signals
     if not wanted:
         return SignalLayers((), ())
     attentions = tuple(tuple(adapter.vision_attentions(layer_number(adapter, layer))) for layer in reducer.signal_layers)

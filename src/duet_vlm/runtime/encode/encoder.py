@@ -22,7 +22,9 @@ from duet_vlm.models.adapter import Adapter, Encoding, Modality
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows, stacked
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.encoder_view import LayerView
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig

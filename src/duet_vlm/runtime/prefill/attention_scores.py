@@ -12,7 +12,7 @@ from duet_vlm.models.adapter import Adapter, Rotary
 from duet_vlm.ops.ragged import gather_rows, last_true, pack_right
 from duet_vlm.ops.score import QUERY_BLOCK, query_attention, state_read_out
 from duet_vlm.planning.tokens import TokenMap
-from duet_vlm.reducers.base import DecoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.runtime import compat
 
 LEAST = 0.01  # of the product of two rows of ones at one place: positions never divide attention by less

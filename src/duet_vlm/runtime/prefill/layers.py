@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
 from duet_vlm.ops.ragged import gather_last_dim, gather_rows
 from duet_vlm.planning.tokens import TokenMap
-from duet_vlm.reducers.base import DecoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
 from duet_vlm.runtime.encode.encoder import check_finite
@@ -40,15 +41,15 @@ class PrefillPass:
         self.prompt_state, self.adapter, self.reducer, self.cache, self.replay = run, adapter, run.config.reducer, cache, replay
         self.kinds = adapter.layer_types
         self.prepared_masks = _prepared(kwargs.get("attention_mask")) if FULL in self.kinds else None  # windows are lifted for ranking
-        self.forced_stages = self.reducer.extra_stages(run.depth) if isinstance(self.reducer, DecoderReducer) else frozenset()
+        self.forced_stages = self.reducer.extra_stages(run.depth)
         self.stages = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
         self._check_rows_left()
         self.scorer = TextAttentionScorer(self.reducer, adapter, queries, asking, self.prepared_masks) if isinstance(self.reducer, DecoderReducer) else None
         self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.stages if _any(run.ranked(layer))])
         run.num_queries = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
-        self.probes = isinstance(self.reducer, DecoderReducer) and "gradient" in self.reducer.needs
-        looks = isinstance(self.reducer, DecoderReducer) and "before" in self.reducer.needs
+        self.probes = "gradient" in self.reducer.needs
+        looks = "before" in self.reducer.needs
         self.needs_previous_hidden = {drop for drop in self.stages if looks and drop not in replay and _any(run.ranked(drop))}
         self.layers_to_score = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
         self.signals: dict[int, Signals] = {}  # by the layer that made them, of the rows that are there now
@@ -77,7 +78,7 @@ class PrefillPass:
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
-        if index == 0 and getattr(self.reducer, "text_query", "") == "raters" and self.scorer is not None and self.scorer.raters is None:
+        if index == 0 and self.reducer.text_query == "raters" and self.scorer is not None and self.scorer.raters is None:
             with torch.no_grad():
                 self.scorer.choose_raters(hidden.detach(), self.prompt_state.layer_groups[0].tokens.to(hidden.device))
         if self.scored_at.get(index) == index:  # by what all rows would do here
@@ -106,7 +107,7 @@ class PrefillPass:
 
     def reuses(self, index: int, layer: nn.Module) -> bool:
         """Whether ``layer`` ranks and can then take over what ranking makes: not where gradients must pass, not in a fixed graph."""
-        merges = index in self.stages and getattr(self.reducer, "merges", False)  # then the layer reads other rows than those it ranks
+        merges = index in self.stages and self.reducer.merges  # then the layer reads other rows than those it ranks
         return index in self.layers_to_score and not merges and not torch.is_grad_enabled() and compat.is_eager(layer)
 
     # ---- what the layer is given

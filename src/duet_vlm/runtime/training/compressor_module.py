@@ -102,7 +102,7 @@ def weight_facts(adapter: Adapter, compressor: Any) -> dict[str, Any]:
 
 def install_module(adapter: Adapter, reducer: Reducer, facts: dict[str, Any], hooks: Hooks) -> nn.Module | None:
     """The module of a method that has one, made, loaded and put on the model; ``hooks`` take it off again."""
-    compressor = getattr(reducer, "trained_reducer", None)
+    compressor = reducer.trained_reducer
     if compressor is None:
         return None
     module: nn.Module = compressor.build_module(module_sizes(adapter, compressor), facts | weight_facts(adapter, compressor))

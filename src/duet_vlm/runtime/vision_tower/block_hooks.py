@@ -15,7 +15,8 @@ from torch import Tensor
 from duet_vlm.models.adapter import Adapter, RecordedQK, TowerBlocks, VarlenTower
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.budget import TowerStages
-from duet_vlm.reducers.base import EncoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
@@ -47,7 +48,7 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
     tower = reducer.tower_reducer
     assert isinstance(tower, TowerReducer)
     if tower.pooled_context_tokens and tower.prunes_inside:
-        raise ValueError(f"context={tower.pooled_context_tokens}: with {tower.name} units leave behind blocks, and only what leaves in front of all is stood for")
+        raise ValueError(f"pooled_context_tokens={tower.pooled_context_tokens}: with {tower.name} units leave behind blocks, and only what leaves in front of all is stood for")
     for blocks in adapter.blocks_to_reduce():
         depth = depth_of(blocks, adapter, reducer)
         if depth == 0 and tower.prunes_inside:
@@ -68,7 +69,7 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
 
 def blocks_to_cut(adapter: Adapter, reducer: Reducer, tokens: int, left: int) -> TowerStages:
     """Where a picture of ``tokens`` loses some of them in the tower, if ``left`` are to be left behind it."""
-    tower = getattr(reducer, "tower_reducer", None)
+    tower = reducer.tower_reducer
     if left == tokens or not isinstance(reducer, EncoderReducer) or not isinstance(tower, TowerReducer):
         return ()
     depth = depth_of(adapter.blocks_to_reduce()[0], adapter, reducer)

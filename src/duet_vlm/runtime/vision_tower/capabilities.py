@@ -15,7 +15,7 @@ def bias_refusal(tower: TowerReducer, possible: bool) -> bool:
     """Whether rows stand for several in the attention; ``possible``: a bias can be handed to it."""
     if tower.pooled_context_tokens and not possible:
         raise ValueError(
-            f"context={tower.pooled_context_tokens}: rows that stand for what leaves need a bias of the tower's attention, which flash attention does not take, "
+            f"pooled_context_tokens={tower.pooled_context_tokens}: rows that stand for what leaves need a bias of the tower's attention, which flash attention does not take, "
             "nor does this tower with gradient checkpointing: leave context out, or load the tower with attn_implementation='sdpa'"
         )
     return possible and (tower.proportional_attention or tower.pooled_context_tokens > 0)

@@ -1,0 +1,101 @@
+"""The contract of a method that drops, or merges, visual tokens between decoder layers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from duet_vlm.planning.tokens import Selection
+from duet_vlm.reducers.base import Reducer, check_choice
+from duet_vlm.reducers.decoder_view import NEEDS
+from duet_vlm.reducers.decoder_view import DecoderView as DecoderView
+
+TEXT_QUERIES = ("all", "last", "salient", "raters")
+TRAINING_TURNS = ("first", "all")
+SCORE_MASKS = ("causal", "none")
+MULTI_IMAGE = ("joint", "per_image")
+SCORE_POSITIONS = ("as_is", "divided")
+PROBES = ("next", "last")
+
+
+@dataclass(frozen=True)
+class DecoderReducer(Reducer):
+    """A method that drops, or merges, visual tokens between decoder layers.
+
+    ``uses_text``: it ranks by attention from text, taken ``score_layer_offset`` layers before the drop, ``score_heads`` "mean" over heads, their "max", the
+    "most" of any head and query, or "each". ``score_states``: layers that have a state in place of attention rank by what text reads out of it
+    (``Adapter.linear_attention_scores``); else the last attention before them does. ``needs`` names what else it looks at (``DecoderView``); only that is made.
+    ``merges``: it merges rows.
+
+    Attributes
+    ----------
+    text_query : str
+        Which text rows rank the visual tokens: "all" after the last visual token, "last", "salient" words (needs the processor), or "raters": of
+        all, those that the visual tokens resemble more than the average one (SparseVLM, arXiv 2410.04417, section 3.2).
+    training_turns : str
+        With labels, take the queries of the "first" turn only (later questions do not choose for earlier answers) or of "all".
+    skip_unanswered : bool
+        Leave samples without any supervised label whole (released DUET-VLM and PyramidDrop training code).
+    score_mask : str
+        "causal": a query sees what precedes it; "none": every row (released Qwen2.5-VL code of DUET-VLM).
+    multi_image : str
+        With several images (or clips) in a prompt, "joint": all their tokens are ranked together, so that an image that matters more to the
+        text keeps more; their sum is what is planned (released code). "per_image": every image is ranked by itself and keeps its own share.
+    score_positions : str
+        "as_is", or "divided": attention divided by what positions alone would give (the product of rotated rows of ones, as SparseVLM's second
+        release does; positions so far apart that this is not positive count as the nearest that small).
+    trim_kv_cache : bool
+        False: every layer keeps the keys and values of all that it read. True: once the prompt is read, those of visual tokens
+        that did not reach the last layer are removed from the caches of earlier ones, too.
+    probe : str
+        What a gradient goes through: the "next" layer, the last norm and the head; or the "last" layer once more, with the input embeddings in place
+        of the head (released Qwen2.5-VL code of PIO-FVLM).
+    """
+
+    uses_text: ClassVar[bool] = True
+    score_heads: ClassVar[str] = "mean"
+    uses_tokens: ClassVar[bool] = False
+    score_states: ClassVar[bool] = False
+
+    text_query: str = "all"
+    training_turns: str = "first"
+    skip_unanswered: bool = False
+    score_mask: str = "causal"
+    multi_image: str = "joint"
+    score_positions: str = "as_is"
+    trim_kv_cache: bool = False
+    probe: str = "next"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := self.needs - set(NEEDS):
+            raise ValueError(f"{self.name}: needs names {', '.join(sorted(unknown))}; known are {', '.join(NEEDS)}")
+        check_choice("text_query", self.text_query, TEXT_QUERIES)
+        check_choice("training_turns", self.training_turns, TRAINING_TURNS)
+        check_choice("score_mask", self.score_mask, SCORE_MASKS)
+        check_choice("multi_image", self.multi_image, MULTI_IMAGE)
+        check_choice("score_positions", self.score_positions, SCORE_POSITIONS)
+        check_choice("probe", self.probe, PROBES)
+
+    @classmethod
+    def uses_text_queries(cls) -> bool:
+        """Whether text rows are looked at."""
+        return cls.uses_text or bool(cls.needs & {"text", "keys", "slots"})
+
+    @classmethod
+    def uses_attention(cls) -> bool:
+        """Whether queries or keys of a layer are made to decide."""
+        return cls.uses_text or bool(cls.needs & {"keys", "among"})
+
+    def with_paper_schedule(self, depth: int, share: float | None = None) -> DecoderReducer:
+        """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those
+        that its paper uses; ``share``: of a span's tokens, that the budget allows, where there is one."""
+        return self
+
+    @abstractmethod
+    def prune_tokens(self, view: DecoderView) -> Tensor | Selection:
+        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``. Or, where others are merged into these, a
+        ``Selection`` of as many rows: they stand where the tokens stood that ``index`` names; with renumbered positions, in that order."""
