@@ -93,8 +93,8 @@ def contrast(view: TowerView) -> Tensor:
 def motion(view: TowerView) -> Tensor:
     """As ``motion`` ranks the patches of clips: their distance from the median over time, and a little contrast."""
     assert view.pixels is not None
-    starts = [number for number, before in enumerate(view.blocks_run) if before < 0]
-    clips = zip(starts, [*starts[1:], len(view.blocks_run)], strict=True)
+    starts = [number for number, before in enumerate(view.previous_picture) if before < 0]
+    clips = zip(starts, [*starts[1:], len(view.previous_picture)], strict=True)
     change = [(clip - clip.median(0).values).abs().mean(-1) for clip in (view.pixels[first:end, :, 0].float() for first, end in clips)]
     still = contrast(view) / contrast(view).amax(1, keepdim=True)
     return 0.05 * still + torch.cat([one / one.amax() for one in change])
@@ -128,7 +128,7 @@ def change(view: TowerView) -> Tensor:
     """From the frame before."""
     assert view.pixels is not None
     score, pixels = torch.zeros_like(contrast(view)), view.pixels[:, :, 0].float()
-    for frame, before in enumerate(view.blocks_run):
+    for frame, before in enumerate(view.previous_picture):
         if before >= 0:
             score[frame] = (pixels[frame] - pixels[before]).abs().mean(-1)
     return score

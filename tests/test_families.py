@@ -81,9 +81,9 @@ def test_importance_equals_the_towers_attention(family: str) -> None:
         seen.clear()
         with duet_vlm.attach(shared(family), Probe(dominant=0.4, contextual=0.2, crops="joint")):
             forward(shared(family), inputs)
-        assert {view.stream for view in seen} == set(expected)
+        assert {view.modality for view in seen} == set(expected)
         for view in seen:
-            for row, (importance, keys) in enumerate(expected[view.stream]):
+            for row, (importance, keys) in enumerate(expected[view.modality]):
                 shown = ~importance.isnan()
                 assert view.importance is not None and shown.any()
                 torch.testing.assert_close(view.importance[row, : len(importance)][shown], importance[shown], rtol=1e-4, atol=1e-6)

@@ -47,7 +47,7 @@ class Fitted(inside.Inside):
         self.decode()
 
     def scores(self, view: Any) -> Tensor:
-        return (view.scores * view.among)[0] * self.asking
+        return (view.scores * view.visual_self_attention)[0] * self.asking
 
     @property
     def asking(self) -> int:

@@ -40,7 +40,7 @@ class Joined(inside.Inside):
         case.scores(run, "scores", view.scores[0])
         name = "output_of_layer_k_minus_1"
         case.close(run, name, self.watch.output[layer - 1].view_as(case.out(run, name)))
-        case.fact(run, "kept", int(view.keep))
+        case.fact(run, "kept", int(view.num_keep))
         kept = self.kept(layer)
         case.same(run, "kept_image_index", kept)
         left = [token for token in range(case.meta["image_tokens"]) if token not in kept]

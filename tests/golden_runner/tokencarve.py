@@ -25,7 +25,7 @@ class Carved(inside.Inside):
         case, run = self.case, self.run
         (view,) = self.views
         case.scores(run, "attention_score", view.scores[0])
-        carried = information(view.rows, view.valid)[0]
+        carried = information(view.hidden_states, view.valid)[0]
         near(f"{run}/svd_score", carried, case.out(run, "svd_score"), {"relative": 1e-4, "absolute": 0.0})
         case.compared.add(f"out/{run}/svd_score")
         self.compare_points(view.scores[0], carried)

@@ -23,7 +23,7 @@ class Stages(inside.Inside):
             before, after = self.kept(layer - 1), self.kept(layer)
             if len(before) > len(after):
                 view = next(views)
-                moved = (view.rows - view.before).norm(dim=-1)[0][view.valid[0]]
+                moved = (view.hidden_states - view.previous_hidden_states).norm(dim=-1)[0][view.valid[0]]
             else:  # nobody leaves, so nobody was asked
                 visual = self.state.layer_group(layer).tokens.visual[0]
                 moved = (self.watch.hidden[layer] - self.watch.hidden[layer - 1])[0][visual].norm(dim=-1)

@@ -60,7 +60,7 @@ class ApET(EncoderReducer, DecoderReducer):
     paper = "ApET, CVPR 2026, arXiv 2602.19870"
     summary = "keep what a few basis tokens approximate worst and merge the rest, before the decoder and once inside it"
     uses_text = False
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
     merges = True
 
     keep: Keep | None = None

@@ -73,7 +73,7 @@ class CDPruner(EncoderReducer):
 
     @property
     def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"similar" if self.relevance == "contrastive" else "question"})
+        return frozenset({"text_similarity" if self.relevance == "contrastive" else "question"})
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)

@@ -59,7 +59,7 @@ class D2Pruner(ScheduledReducer):
     min_layer: ClassVar[int] = LAYER
     score_layer_offset = 1
     uses_tokens = True
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
 
     text_query: str = "last"
     prior: str | None = field(default=None, metadata=FILE)

@@ -51,7 +51,7 @@ class Dart(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ((2, 2 / 9),)
     uses_text = False
     score_layer_offset = 1
-    needs = frozenset({"rows", "text", "keys", "slots"})
+    needs = frozenset({"hidden_states", "text_hidden_states", "keys", "positions"})
 
     visual_pivots: int = 4
     text_pivots: int = 4

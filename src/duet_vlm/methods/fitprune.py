@@ -51,7 +51,7 @@ class FitPrune(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ()
     score_layer_offset = 1
     score_heads = "max"
-    needs = frozenset({"among"})
+    needs = frozenset({"visual_self_attention"})
 
     table: str | None = field(default=None, metadata=FILE)
 
@@ -120,7 +120,7 @@ class AttentionObserver(Observer):
 
     score_layer_offset = 1
     score_heads = "max"
-    needs = frozenset({"among"})
+    needs = frozenset({"visual_self_attention"})
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         return frozenset(range(1, depth))

@@ -63,7 +63,7 @@ class HoliTom(ScheduledVideoReducer):
     summary = "merge over time what stands still in the best windows of a clip, keep the most attended of the rest; inside the decoder once more"
     paper_schedule: ClassVar[Schedule] = ((18, 0.5),)
     layers: ClassVar[int] = 28
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
     merges = True
     signals = frozenset({"importance"})
     compares_positions = True

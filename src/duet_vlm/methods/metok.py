@@ -55,7 +55,7 @@ class METok(ScheduledVideoReducer):
     summary = "cut a clip into events, keep more of those that the question is about, before the decoder and at three layers inside it"
     paper_schedule: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
     score_layer_offset = 0
-    needs = frozenset({"notes"})
+    needs = frozenset({"tags"})
     reads = frozenset({"question"})
 
     trim_kv_cache: bool = True

@@ -31,8 +31,8 @@ class Motion(TowerReducer):
     def keep_patches(self, view: TowerView) -> Tensor:
         assert view.contrast is not None and view.pixels is not None  # promised by ``tower_signals``
         scores = view.contrast / view.contrast.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        starts = [number for number, before in enumerate(view.blocks_run) if before < 0]
-        for first, end in zip(starts, [*starts[1:], len(view.blocks_run)], strict=True):
+        starts = [number for number, before in enumerate(view.previous_picture) if before < 0]
+        for first, end in zip(starts, [*starts[1:], len(view.previous_picture)], strict=True):
             if end - first < 2:
                 continue
             pixels = view.pixels[first:end, :, 0].float()

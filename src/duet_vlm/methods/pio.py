@@ -42,7 +42,7 @@ class Pio(ScheduledReducer):
     summary = "drop in stages inside the decoder: keep what the gradient of the model's own prediction is largest for, without doubles"
     paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
     uses_text = False
-    needs = frozenset({"rows", "gradient"})
+    needs = frozenset({"hidden_states", "gradient"})
 
     tau: float = 0.8
 

@@ -58,7 +58,7 @@ class PruneVid(ScheduledVideoReducer):
     paper_schedule: ClassVar[Schedule] = ((11, 0.4),)
     score_heads = "most"
     uses_tokens = True
-    needs = frozenset({"notes"})
+    needs = frozenset({"tags"})
     compares_positions = True
 
     trim_kv_cache: bool = True

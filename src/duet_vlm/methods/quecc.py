@@ -49,7 +49,7 @@ class QueCC(Compressor):
     paper = "QueCC, ICLR 2025, arXiv 2411.03312"
     summary = "trained: convolve the picture with the question into a few queries, each attends to its cell, before the decoder"
     signals = frozenset({"states"})
-    reads = frozenset({"grid", "question", "decoded"})
+    reads = frozenset({"grid", "question", "question_state"})
     module_inputs: ClassVar[tuple[str, ...]] = ("heads", "kernel")
 
     crops: str = "per_crop"

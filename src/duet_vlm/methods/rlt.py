@@ -47,20 +47,20 @@ class RLT(ThresholdReducer):
         check_choice("against", self.against, ("kept", "before"))
 
     def keep_patches(self, view: TowerView) -> Tensor:
-        alone = torch.tensor([n < 0 for n in view.blocks_run], device=view.valid.device)
-        alone = alone & ~torch.tensor([n in view.blocks_run for n in range(len(view.blocks_run))], device=alone.device)
+        alone = torch.tensor([n < 0 for n in view.previous_picture], device=view.valid.device)
+        alone = alone & ~torch.tensor([n in view.previous_picture for n in range(len(view.previous_picture))], device=alone.device)
         return torch.where(alone[:, None], spaced_picks(view.valid, view.num_keep), super().keep_patches(view)) if view.has_count else super().keep_patches(view)
 
     def scores(self, view: TowerView) -> Tensor:
         assert view.pixels is not None  # promised by ``tower_signals``
         scores = torch.full(view.valid.shape, torch.inf, device=view.valid.device)
         reference = view.pixels[:, :, 0].float().clone()
-        for picture, before in enumerate(view.blocks_run):
+        for picture, before in enumerate(view.previous_picture):
             if before < 0:
                 continue
             change = (view.pixels[picture, :, -1].float() - reference[before]).abs().mean(-1)
             scores[picture] = change - self.threshold
-            if view.has_count and view.blocks_run[before] < 0:
+            if view.has_count and view.previous_picture[before] < 0:
                 scores[before] = scores[picture]
             if not view.has_count and self.against == "kept":
                 reference[picture] = torch.where((change > self.threshold)[:, None], reference[picture], reference[before])

@@ -44,7 +44,7 @@ class Sieve(ScheduledReducer):
     paper = "SIEVE: When Vision Becomes Text, 2026"
     summary = "drop in stages inside the decoder: keep what is attended to and not expressed by text yet, unlike each other"
     paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
-    needs = frozenset({"rows", "text"})
+    needs = frozenset({"hidden_states", "text_hidden_states"})
     score_heads = "each"
 
     heads: int = 12

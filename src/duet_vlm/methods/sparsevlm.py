@@ -58,7 +58,7 @@ class SparseVLM(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ((3, 0.54), (7, 0.35), (16, 0.2))
     score_layer_offset = 1
     score_heads = "each"
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
     merges = True
 
     text_query: str = "raters"

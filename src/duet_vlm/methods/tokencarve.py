@@ -44,7 +44,7 @@ class TokenCarve(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ((2, 2 / 9),)
     min_layer: ClassVar[int] = 2
     score_layer_offset = 1
-    needs = frozenset({"rows"})
+    needs = frozenset({"hidden_states"})
     merges = True
 
     text_query: str = "last"

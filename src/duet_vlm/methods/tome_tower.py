@@ -77,18 +77,18 @@ class ToMeTower(TowerReducer):
         return (units - units // 2) * (units // 2)
 
     def keep_patches(self, view: TowerView) -> MergePairs:
-        assert view.keys is not None and view.patches_per_unit is not None  # promised by ``tower_signals``
+        assert view.keys is not None and view.unit_index is not None  # promised by ``tower_signals``
         place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         index, real = pack_right(view.valid, place.shape[1])
-        keys, there = nn.functional.pad(gather_rows(view.keys, index), (0, 0, view.cls_patch, 0)), nn.functional.pad(real, (view.cls_patch, 0), value=True)
-        source, target = matched(keys, there, view.cls_patch)
+        keys, there = nn.functional.pad(gather_rows(view.keys, index), (0, 0, view.num_cls, 0)), nn.functional.pad(real, (view.num_cls, 0), value=True)
+        source, target = matched(keys, there, view.num_cls)
         leaves = torch.arange(source.shape[1], device=place.device) < (view.valid.sum(1) - view.num_keep)[:, None]
         everyone = torch.arange(keys.shape[1], device=place.device).expand(there.shape)
-        joined = everyone.scatter(1, source, torch.where(leaves, target, source))[:, view.cls_patch :] - view.cls_patch
+        joined = everyone.scatter(1, source, torch.where(leaves, target, source))[:, view.num_cls :] - view.num_cls
         into = place.scatter(1, index, index.gather(1, joined))
         if self.order == "raster":
             return MergePairs(into)
-        looked = source if view.cls_patch == 0 else source.sort(1).values
+        looked = source if view.num_cls == 0 else source.sort(1).values
         order = torch.cat([looked, everyone[:, 1::2]], 1)
-        order = order[order >= view.cls_patch].view(len(order), -1) - view.cls_patch
+        order = order[order >= view.num_cls].view(len(order), -1) - view.num_cls
         return MergePairs(into, index.gather(1, order))

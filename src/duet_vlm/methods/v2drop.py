@@ -35,7 +35,7 @@ class V2Drop(ScheduledReducer):
     summary = "drop in stages inside the decoder what the last layer changed least"
     paper_schedule: ClassVar[Schedule] = ((3, 0.5), (17, 0.25), (22, 0.0))
     uses_text = False
-    needs = frozenset({"rows", "before"})
+    needs = frozenset({"hidden_states", "previous_hidden_states"})
 
     min_tokens: int = 1
 

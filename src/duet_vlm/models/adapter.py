@@ -162,7 +162,7 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]
     video: ClassVar[bool | str] = False  # "as images": the processor hands frames over as images
     notes: ClassVar[str] = ""
-    unsupported: ClassVar[dict[str, str]] = {"similar": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
+    unsupported: ClassVar[dict[str, str]] = {"text_similarity": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
     example: ClassVar[str] = ""
 
     decoder: ClassVar[str] = "language_model"

@@ -168,7 +168,7 @@ def _module(reducer: EncoderReducer, sizes: ModuleSizes) -> nn.Module | None:
 
 def question_flops(reducer: Reducer, words: Sequence[int], shape: DecoderDims) -> int:
     """The decoder reading the questions by themselves, of so many ``words`` each, for methods that want to know what it makes of them."""
-    if "decoded" not in reducer.reads:
+    if "question_state" not in reducer.reads:
         return 0
     return sum(decoder_layer_flops(shape, rows, layer=layer) for rows in words for layer in range(shape.layers))
 
@@ -192,7 +192,7 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
         if not 0 < stay < before:
             continue
         total += _shown_flops(reducer, before, stay, queries, shape)
-        if "among" in reducer.needs:
+        if "visual_self_attention" in reducer.needs:
             scored = probed_layer(shape.attends, layer - reducer.score_layer_offset + 1, last=True)
             among[scored] = scored + (scored < layer)
         if "gradient" in reducer.needs:

@@ -83,12 +83,12 @@ class DecoderReducer(Reducer):
     @classmethod
     def uses_text_queries(cls) -> bool:
         """Whether text rows are looked at."""
-        return cls.uses_text or bool(cls.needs & {"text", "keys", "slots"})
+        return cls.uses_text or bool(cls.needs & {"text_hidden_states", "keys", "positions"})
 
     @classmethod
     def uses_attention(cls) -> bool:
         """Whether queries or keys of a layer are made to decide."""
-        return cls.uses_text or bool(cls.needs & {"keys", "among"})
+        return cls.uses_text or bool(cls.needs & {"keys", "visual_self_attention"})
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> DecoderReducer:
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-NEEDS = ("rows", "before", "text", "keys", "slots", "among", "gradient", "notes")
+NEEDS = (
+    "hidden_states", "previous_hidden_states", "text_hidden_states", "keys", "positions", "visual_self_attention", "gradient", "tags",
+)  # fmt: skip
 
 
 def _unchanged(rows: Tensor) -> Tensor:
@@ -25,14 +27,14 @@ class DecoderView:
 
     The others are None unless the method names them in ``needs``; all are without gradient. D is the decoder's width, Q the most text queries.
 
-    - "rows": ``rows`` [B, V, D], the hidden states that the layer behind the drop would read.
-    - "before": ``before`` [B, V, D], the same tokens' one layer earlier.
-    - "text": ``text`` [B, Q, D], the hidden states of the text queries; ``text_valid`` [B, Q].
+    - "hidden_states": ``hidden_states`` [B, V, D], the hidden states that the layer behind the drop would read.
+    - "previous_hidden_states": ``previous_hidden_states`` [B, V, D], the same tokens' one layer earlier.
+    - "text_hidden_states": ``text_hidden_states`` [B, Q, D], the hidden states of the text queries; ``text_valid`` [B, Q].
     - "keys": ``keys`` [B, V, w] and ``text_keys`` [B, Q, w], rotated keys of the scoring layer, its heads side by side.
-    - "slots": ``slots`` [B, V] and ``text_slots`` [B, Q], their places in the prompt, counted from its first real token.
-    - "among": ``among`` [B, V], attention from the visual rows themselves, as ``scores``.
+    - "positions": ``positions`` [B, V] and ``text_positions`` [B, Q], their places in the prompt, counted from its first real token.
+    - "visual_self_attention": ``visual_self_attention`` [B, V], attention from the visual rows themselves, as ``scores``.
     - "gradient": ``gradient`` [B, V, D] float32, of the decoder's own prediction after one more layer (``flow.probe``) by the tokens' hidden states.
-    - "notes": ``notes`` [B, V] float32, what the method noted of the rows before the decoder (``Selection.notes``); 0 where it did not.
+    - "tags": ``tags`` [B, V] float32, what the method noted of the rows before the decoder (``Selection.tags``); 0 where it did not.
 
     ``normed`` is the decoder's last norm, a function of rows [..., D].
     """

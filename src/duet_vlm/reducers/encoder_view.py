@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from duet_vlm.planning.budget import SpanPlan
 
 SIGNALS = ("importance", "heads", "keys", "queries", "states")  # of each named vision layer
-READS = ("grid", "question", "similar", "projector", "decoded")  # beside layers, features and parts
+READS = ("grid", "question", "text_similarity", "projector", "question_state")  # beside layers, features and parts
 
 Layer = int | float | None  # its number, a share of the tower's depth, or the family's own choice
 Change = Callable[[Tensor], Tensor]

@@ -53,10 +53,10 @@ class TowerView:
     grids: tuple[Grid, ...]
     contrast: Tensor | None = None
     pixels: Tensor | None = None
-    blocks_run: tuple[int, ...] = ()
+    previous_picture: tuple[int, ...] = ()
     after: int = 0
-    patches_per_unit: Tensor | None = None
-    cls_patch: int = 0
+    unit_index: Tensor | None = None
+    num_cls: int = 0
     keys: Tensor | None = None
     key_norm: Tensor | None = None
     attention: Tensor | None = None

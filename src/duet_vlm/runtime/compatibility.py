@@ -16,7 +16,7 @@ from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.prefill.layers import scoring_layers
 from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 
-WITHOUT = {"similar": "take relevance='decoder', which compares with the question as the decoder reads it"}
+WITHOUT = {"text_similarity": "take relevance='decoder', which compares with the question as the decoder reads it"}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 
@@ -48,7 +48,7 @@ def check(
         _check_layers(adapter, reducer)
         for need in sorted((reducer.signals | reducer.reads) & adapter.unsupported.keys()):
             raise TypeError(f"{reducer.name} needs {need!r}, which {adapter.family} cannot give: {adapter.unsupported[need]}. {WITHOUT[need]}")
-        if "similar" in reducer.reads:
+        if "text_similarity" in reducer.reads:
             _check_text_tower(adapter, reducer, text_tower, processor)
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
@@ -90,7 +90,7 @@ def _check_text_tower(adapter: Adapter, reducer: EncoderReducer, text_tower: Any
         given = "" if text_tower is None else f", got {type(text_tower).__name__}"
         raise ValueError(
             f"{reducer.name} compares tokens with the question in the space of a text tower{given}: pass "
-            f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT['similar']}"
+            f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT['text_similarity']}"
         )
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"{reducer.name} reads the question's words for text_tower: pass processor= to attach()")

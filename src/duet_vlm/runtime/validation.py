@@ -223,13 +223,13 @@ def _check_form(reducer: Reducer, verb: str, selection: Selection, there: Tensor
     if not isinstance(selection, Selection):
         refuse(f"{_shown(selection)}: return a duet_vlm.Selection")
     batch = len(there)
-    for name, dtype in (("index", torch.int64), ("valid", torch.bool), ("members", torch.int64), ("into", torch.int64)):
+    for name, dtype in (("index", torch.int64), ("valid", torch.bool), ("source_tokens", torch.int64), ("target_row", torch.int64)):
         found = getattr(selection, name)
         form = isinstance(found, Tensor) and found.ndim == 2 and len(found) == batch and found.dtype == dtype
         if not form or found.device != there.device:
             columns = "K" if name in ("index", "valid") else "P"
             refuse(f"{name} = {_shown(found)}: give a tensor [{batch}, {columns}] of {dtype} on {there.device}")
-    for a, b in (("index", "valid"), ("members", "into")):
+    for a, b in (("index", "valid"), ("source_tokens", "target_row")):
         shapes = [tuple(getattr(selection, name).shape) for name in (a, b)]
         if shapes[0] != shapes[1]:
             refuse(f"{a} of shape {shapes[0]} and {b} of shape {shapes[1]}: they must be alike")
@@ -264,13 +264,13 @@ def _shown_to(view: EncoderView) -> Tensor | None:
 def check_units(reducer: TowerReducer, mask: Tensor, view: TowerView) -> tuple[Tensor, Tensor]:
     """As ``check_mask``, for the units [P, U] that go through the tower; any number of them where a threshold decides."""
     keep = view.num_keep if view.has_count else None
-    return check_mask(reducer, mask, view.valid, keep, "stay", InvalidSelection.UNITS)
+    return check_mask(reducer, mask, view.valid, keep, "keep_patches", InvalidSelection.UNITS)
 
 
 def check_merge_pairs(reducer: TowerReducer, merged: MergePairs, view: TowerView) -> tuple[Tensor, Tensor, Tensor]:
     """Who joins whom [P, U] (units that are not ``view.valid`` stay as they are), the mask of the units that stay, and the code."""
     place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
-    for name, value in (("into", merged.target), ("order", place if merged.order is None else merged.order)):
+    for name, value in (("target", merged.target), ("order", place if merged.order is None else merged.order)):
         form = isinstance(value, Tensor) and value.shape == place.shape and value.dtype == torch.int64 and value.device == place.device
         if not form:
             raise ValueError(f"{_name(reducer)}.stay returned {name} = {_shown(value)}: give a tensor {list(place.shape)} of {torch.int64}")

@@ -126,7 +126,7 @@ def grid_of(adapter: Adapter, encoding: Encoding, counts: list[int], width: int,
     places = [nn.functional.pad(rows, (0, 0, width - max(counts), 0), value=NOWHERE) for rows in adapter.token_coords(encoding, counts)]
     sizes = [adapter.grid_sizes(encoding, counts), adapter.crop_grids(encoding, counts)]
     sides, tiles = torch.tensor(sizes, device="cpu").to(device)
-    return {"place": pad_sequence(places, batch_first=True, padding_value=NOWHERE).to(device), "sides": sides, "tiles": tiles}
+    return {"coords": pad_sequence(places, batch_first=True, padding_value=NOWHERE).to(device), "grid_size": sides, "crop_grid": tiles}
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class QuestionTextEncoder:
         ids, asks = asked.input_ids.cpu(), asked.rows.cpu()
         texts = [self.tokenizer.decode(row[there].tolist(), skip_special_tokens=True) for row, there in zip(ids, asks, strict=True)]
         rows, pieces = (x.to(states.device)[asked.sample] for x in self.text_tower.texts(texts))
-        return {"similar": self.text_tower.tokens(states) @ rows.transpose(1, 2), "pieces": pieces}
+        return {"text_similarity": self.text_tower.tokens(states) @ rows.transpose(1, 2), "text_similarity_valid": pieces}
 
 
 def question_of(

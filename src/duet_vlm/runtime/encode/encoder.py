@@ -393,12 +393,12 @@ class EncoderHooks:
         made: dict[str, Any] = {}
         if "grid" in reducer.reads:
             made |= grid_of(self.adapter, call.encoding, counts, width, device)
-        if reducer.reads & {"question", "similar", "decoded"}:
+        if reducer.reads & {"question", "text_similarity", "question_state"}:
             asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name, call.learns)
             made["question"] = asked.question
-            if "decoded" in reducer.reads:
-                made["decoded"] = question_state(self.adapter, asked, self.state)
-            if "similar" in reducer.reads:
+            if "question_state" in reducer.reads:
+                made["question_state"] = question_state(self.adapter, asked, self.state)
+            if "text_similarity" in reducer.reads:
                 made |= self.text_encoder.similar(layers[0].states, asked, self.adapter.family)
         if "projector" in reducer.reads:
             made["project"] = projector_function(self.adapter, call)

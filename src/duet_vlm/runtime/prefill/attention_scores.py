@@ -61,7 +61,7 @@ class TextAttentionScorer:
             return {"scores": self._read_out(layer, hidden.to(device), tokens.to(device))}
         index, valid = (x.to(device) for x in self.text_rows(tokens))
         hidden, rotary, tokens = hidden.to(device), (rotary[0].to(device), rotary[1].to(device)), tokens.to(device)
-        visual, there = pack_right(tokens.visual, max(1, visual_rows)) if "among" in reducer.needs else (index[:, :0], valid[:, :0])
+        visual, there = pack_right(tokens.visual, max(1, visual_rows)) if "visual_self_attention" in reducer.needs else (index[:, :0], valid[:, :0])
         with compat.uncached_autocast(hidden):
             query, key = self.adapter.project(layer, hidden, rotary, torch.cat([index, visual], 1))
         with compat.without_autocast(hidden):
@@ -70,8 +70,8 @@ class TextAttentionScorer:
             made: Signals = {}
             if reducer.uses_text:
                 made["scores"] = received(text, index, valid)
-            if "among" in reducer.needs:
-                made["among"] = received(own, visual, there)
+            if "visual_self_attention" in reducer.needs:
+                made["visual_self_attention"] = received(own, visual, there)
             if "keys" in reducer.needs:
                 made["keys"] = key.transpose(1, 2).flatten(2)
         return made

@@ -97,16 +97,16 @@ def decide_stage(run: PromptState, ranking: TextAttentionScorer, index: int, tok
     reducer = ranking.reducer
     alive, kept = run.ranked(index - 1), run.ranked(index)
     rows, real = pack_right(tokens.prunable, max(map(sum, alive)))
-    columns = {name: gather_rows(x, rows) for name, x in made.items() if name != "rows" or name in reducer.needs}
-    if "slots" in reducer.needs:
-        made["slots"] = run.prompt.valid.to(rows.device).long().cumsum(1).sub(1).gather(1, tokens.prompt_index)
-        columns["slots"] = gather_rows(made["slots"], rows)
-    if "notes" in reducer.needs:
-        columns["notes"] = gather_rows(_notes(run, tokens), rows)
-    text = _text(ranking, tokens, made) if reducer.needs & {"text", "keys", "slots"} else {}
-    facts: dict[str, Any] = {"normed": functools.partial(_normed, ranking)}
+    columns = {name: gather_rows(x, rows) for name, x in made.items() if name != "hidden_states" or name in reducer.needs}
+    if "positions" in reducer.needs:
+        made["positions"] = run.prompt.valid.to(rows.device).long().cumsum(1).sub(1).gather(1, tokens.prompt_index)
+        columns["positions"] = gather_rows(made["positions"], rows)
+    if "tags" in reducer.needs:
+        columns["tags"] = gather_rows(_notes(run, tokens), rows)
+    text = _text(ranking, tokens, made) if reducer.needs & {"text_hidden_states", "keys", "positions"} else {}
+    facts: dict[str, Any] = {"final_norm": functools.partial(_normed, ranking)}
     if reducer.uses_tokens:
-        facts["spans"], columns["span"], columns["token"] = _provenance(run, tokens, rows)
+        facts["spans"], columns["span_index"], columns["token_index"] = _provenance(run, tokens, rows)
         facts["grids"] = tuple(span.grid for sample in run.spans for span in sample)
     if reducer.multi_image == "joint":
         counts = tuple(zip(map(sum, alive), map(sum, kept), strict=True))
@@ -142,9 +142,9 @@ def _text(ranking: TextAttentionScorer, tokens: TokenMap, made: Signals) -> Sign
     """The same signals of the text queries."""
     index, valid = ranking.text_rows(tokens)
     found = {"text_valid": valid}
-    if "text" in ranking.reducer.needs:
-        found["text"] = gather_rows(made["rows"], index)
-    for name in {"keys", "slots"} & made.keys():
+    if "text_hidden_states" in ranking.reducer.needs:
+        found["text_hidden_states"] = gather_rows(made["hidden_states"], index)
+    for name in {"keys", "positions"} & made.keys():
         found[f"text_{name}"] = gather_rows(made[name], index)
     return found
 

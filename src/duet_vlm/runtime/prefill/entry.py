@@ -81,7 +81,7 @@ def _prefill(adapter: Adapter, rules: ActiveConfig, call: ForwardContext, kwargs
     prompt = TokenMap.identity(valid, visual, stays)
     queries = torch.zeros_like(valid)
     asks = reducer.uses_text_queries()
-    if (asks or "decoded" in reducer.reads) and call.received:
+    if (asks or "question_state" in reducer.reads) and call.received:
         asking = valid if not call.num_draft_tokens else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.num_draft_tokens)
         kind, turns = reducer.text_query, reducer.training_turns
         queries = query_rows(kind, prompt.prunable, asking, call.labels, call.salient_mask, turns)

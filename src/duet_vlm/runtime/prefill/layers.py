@@ -22,7 +22,7 @@ from duet_vlm.runtime.prefill.positions import group_rotary
 from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from duet_vlm.runtime.prefill.projection_reuse import ProjectionCache
 
-NAMES = {"scores": "the attention scores", "among": "the attention scores", "keys": "the keys"}
+NAMES = {"scores": "the attention scores", "visual_self_attention": "the attention scores", "keys": "the keys"}
 
 
 class PrefillPass:
@@ -49,7 +49,7 @@ class PrefillPass:
         run.num_queries = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
         self.probes = "gradient" in self.reducer.needs
-        looks = "before" in self.reducer.needs
+        looks = "previous_hidden_states" in self.reducer.needs
         self.needs_previous_hidden = {drop for drop in self.stages if looks and drop not in replay and _any(run.ranked(drop))}
         self.layers_to_score = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
         self.signals: dict[int, Signals] = {}  # by the layer that made them, of the rows that are there now
@@ -227,10 +227,10 @@ class PrefillPass:
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer) and self.scorer is not None
         made = dict(self.signals.get(self.scored_at.get(index, -1), {}))
-        if reducer.needs & {"rows", "text"}:
-            made["rows"] = hidden.detach()
-        if "before" in reducer.needs:
-            made["before"] = self.previous_hidden[index].to(hidden.device)
+        if reducer.needs & {"hidden_states", "text_hidden_states"}:
+            made["hidden_states"] = hidden.detach()
+        if "previous_hidden_states" in reducer.needs:
+            made["previous_hidden_states"] = self.previous_hidden[index].to(hidden.device)
         if "gradient" in reducer.needs:
             made["gradient"] = self._gradient(index, layer, hidden, kwargs, tokens)
         with torch.no_grad():

@@ -56,12 +56,12 @@ class BatchedTowerState(TowerState):
     widths: dict[int, int] = dataclasses.field(default_factory=dict)  # units in the batch since each cut
 
     @property
-    def has_planned(self) -> list[TowerStages]:
+    def planned_stages(self) -> list[TowerStages]:
         """Padded to the picture that keeps most."""
         return [tuple((after, max(counts)) for after, counts in self.stages.items())] * len(self.units)
 
     @property
-    def blocks_run(self) -> list[TowerStages]:
+    def run_stages(self) -> list[TowerStages]:
         return [tuple(self.widths.items())] * len(self.units)
 
     @property

@@ -102,8 +102,8 @@ class BlockHooks:
             shown = attention_shares(tower, run, call.captured_attention)
             metric = run.of_units(keys_of(call.captured_attention)) if run.uses_size_bias else None
             chosen = apply_selection(
-                tower, exist, run.stages[number + 1], metric, run.sizes(), run.uses_size_bias, grids=run.grids, after=number + 1, unit=unit,
-                extra=run.num_cls, **shown,
+                tower, exist, run.stages[number + 1], metric, run.sizes(), run.uses_size_bias, grids=run.grids, after=number + 1, unit_index=unit,
+                num_cls=run.num_cls, **shown,
             )  # fmt: skip
         call.captured_attention.clear()
         left, kept = run.drop_patches(chosen, rows, number + 1)

@@ -58,8 +58,8 @@ def select_patches(
     some = real.any(2)
     signals = {"contrast": patch_contrast(patches, mean, real) if "contrast" in tower.tower_signals else None, "pixels": pixels}
     unit = torch.arange(some.shape[1], device=some.device).expand(some.shape)
-    return apply_selection(tower, some, counts, patches.mean(2, dtype=torch.float32) - mean[:, 0], some.float(), weighs, grids=tuple(grids), before=before,
-                  unit=unit, **signals)  # fmt: skip
+    return apply_selection(tower, some, counts, patches.mean(2, dtype=torch.float32) - mean[:, 0], some.float(), weighs, grids=tuple(grids), previous_picture=before,
+                  unit_index=unit, **signals)  # fmt: skip
 
 
 def apply_selection(
@@ -67,7 +67,7 @@ def apply_selection(
 ) -> PatchSelection:
     """What ``tower`` chooses of the units that are ``there`` [P, U], each standing for ``size`` [P, U] of them; ``metric`` [P, U, d] says which
     are alike, ``shown`` what else the method looks at."""
-    last = there & (shown["unit"] == shown["unit"].masked_fill(~there, -1).amax(1, keepdim=True)) & tower.protect_predicting_tokens  # may have to predict
+    last = there & (shown["unit_index"] == shown["unit_index"].masked_fill(~there, -1).amax(1, keepdim=True)) & tower.protect_predicting_tokens  # may have to predict
     free = there & ~last
     keep = (torch.tensor(counts, device=there.device) if counts else there.sum(1)) - last.sum(1)
     view = TowerView(free, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **shown)
@@ -75,7 +75,7 @@ def apply_selection(
     into, order = None, place
     if isinstance(picked, MergePairs):
         if not view.after:
-            raise ValueError(f"{tower.name}.stay returned who joins whom in front of the blocks: units join others behind a block's attention only")
+            raise ValueError(f"{tower.name}.keep_patches returned who joins whom in front of the blocks: units join others behind a block's attention only")
         into, mask, wrong = check_merge_pairs(tower, picked, view)
         order = place if picked.order is None else picked.order
     else:

@@ -55,13 +55,13 @@ class TowerState(ABC):
         return tuple(n - pooled for n, pooled in zip(self.stages[max(self.stages)], self.pooled_count, strict=True))
 
     @property
-    def has_planned(self) -> list[TowerStages]:
+    def planned_stages(self) -> list[TowerStages]:
         """Per picture where units leave, and how many are left."""
         return [tuple(zip(self.stages, left, strict=True)) for left in zip(*self.stages.values(), strict=True)]
 
     @property
     @abstractmethod
-    def blocks_run(self) -> list[TowerStages]:
+    def run_stages(self) -> list[TowerStages]:
         """The same as the blocks had it, padding included, counted on their rows."""
 
     @abstractmethod

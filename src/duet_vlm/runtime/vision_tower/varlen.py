@@ -78,7 +78,7 @@ class VarlenTowerState(TowerState):
     seen: int = 0  # rows whose attention ran in this block
 
     @property
-    def blocks_run(self) -> list[TowerStages]:
+    def run_stages(self) -> list[TowerStages]:
         ends = torch.tensor(self.lengths, device=self.units.device).cumsum(0)
         counts = [torch.bincount(torch.bucketize(units, ends, right=True), minlength=len(ends)).tolist() for units in self.passed.values()]
         return [tuple(zip(self.passed, left, strict=True)) for left in zip(*counts, strict=True)]
