@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import duet_vlm
 from duet_vlm import tiny
-from duet_vlm.cli import app
+from duet_vlm.cli.main import app
 from duet_vlm.evaluation.report.check import check
 from duet_vlm.utils.renamed_settings import NAMES
 

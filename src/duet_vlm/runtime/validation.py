@@ -358,7 +358,7 @@ def _where(kind: InvalidSelection, table: Tensor, values: Values) -> str:
 
 
 def _name(reducer: Reducer) -> str:
-    return reducer.name
+    return getattr(reducer, "name", type(reducer).__name__)  # not registered yet
 
 
 def _shown(value: object) -> str:
