@@ -24,6 +24,7 @@ from torch import nn
 
 import duet_vlm
 from duet_vlm.profiling.timing import Timing, time_paired
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.encode.attention_intercept import QKRecorder
 from duet_vlm.runtime.encode.encoder import EncoderHooks
 from duet_vlm.runtime.prefill import entry
@@ -82,7 +83,7 @@ def target(kind: type[duet_vlm.Reducer]) -> float:
     decides = issubclass(kind, duet_vlm.DecoderReducer)
     if issubclass(kind, duet_vlm.EncoderReducer):
         return CHOOSES + (RANKS if decides else 0)
-    return RANKS if kind.uses_text or not decides else MERGES if kind.merges else FREE
+    return RANKS if Input.SCORES in kind.requires or not decides else MERGES if kind.merges else FREE
 
 
 def reachable(model: nn.Module, method: str) -> float:

@@ -38,6 +38,7 @@ from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.profiling.training_cost import TrainedParts, TrainingExample, step_flops
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.vision_tower import TowerReducer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -205,8 +206,8 @@ def methods() -> str:
     for name, cls in duet_vlm.list_methods().items():
         where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
         where = ["tower"] if issubclass(cls, TowerReducer) else where
-        asks = cls.uses_text
-        asks = asks or "question" in cls().reads
+        asks = Input.SCORES in cls().requires
+        asks = asks or Input.QUESTION in cls().requires
         rows.append([f"`{name}`", cls.summary, " + ".join(where) or "-", "yes" if asks else "no", cls.paper])
     return table(["method", "what it does", "where", "uses the text", "paper"], rows)
 

@@ -33,6 +33,7 @@ from duet_vlm.evaluation.tasks import right, task
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.select import top
 from duet_vlm.profiling.flops import vision_flops
+from duet_vlm.reducers.inputs import Input
 
 BUDGET, WHOLE, METHOD, BATCH = 0.11, "whole tower", "duet_plus", 40
 TASKS = {"tiny": "tiny", "tiny-crowded": "tiny", "tiny-video": "tiny-video"}
@@ -55,7 +56,7 @@ class Try(TowerReducer):
 
     paper = "-"
     summary = "a rule that is tried"
-    tower_signals = frozenset({"contrast", "pixels", "key_norm"})
+    requires = frozenset({Input.PATCH_CONTRAST, Input.PIXELS, Input.KEY_NORM})
 
     base: str = "contrast"
     rule: str = ""

@@ -25,6 +25,7 @@ from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.merge_targets import merge_into_nearest
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import LayerView, QuestionView
+from duet_vlm.reducers.inputs import FEATURE_INPUTS, VISION_LAYER_INPUTS, Input
 from duet_vlm.runtime.validation import check_selection
 
 PICTURES = [(6, 6), (4, 5), (3, 3), (2, 3), (1, 1)]
@@ -362,7 +363,8 @@ def layer_by_layer(entry: int, drops: Any) -> tuple[int, ...]:
 )
 def test_only_what_is_looked_at_is_made(settings: dict[str, Any], needs: set[str], projected: bool, features: bool) -> None:
     method = Custom(**settings)
-    assert (method.signals | method.reads, method.reads_projected, method.reads_features) == (needs, projected, features)
+    found = {need.value for need in method.requires - FEATURE_INPUTS - {Input.SCORES}}
+    assert (found, Input.PROJECTED_FEATURES in method.requires, bool(method.requires & FEATURE_INPUTS)) == (needs, projected, features)
 
 
 @pytest.mark.parametrize("name", ["contrast+custom", "frames+custom", "custom+pyramiddrop", "divprune+custom", "contrast+frames+custom"])
@@ -371,7 +373,7 @@ def test_in_compositions(name: str) -> None:
     alike: dict[str, Any] = {"custom_selector": "max_min", "custom_compare": "projected"}
     settings = {"custom_schedule": "duet"} if name == "divprune+custom" else alike
     reducer = duet_vlm.get_method(name)(**settings)
-    assert isinstance(reducer, duet_vlm.EncoderReducer) and reducer.reads_projected and reducer.reads_features and not reducer.signals
+    assert isinstance(reducer, duet_vlm.EncoderReducer) and Input.PROJECTED_FEATURES in reducer.requires and not reducer.requires & VISION_LAYER_INPUTS
     model, inputs = shared("llava"), FAMILIES["llava"].inputs((ONE, TWO))
     plain = forward(model, inputs).logits
     with duet_vlm.attach(model, name, budget=0.4, **settings) as handle:

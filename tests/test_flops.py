@@ -33,6 +33,7 @@ from duet_vlm.profiling.flop_counter import cache_bytes, count_flops, count_rows
 from duet_vlm.profiling.flops import decode_flops, prefill_flops, scoring_flops, vision_flops
 from duet_vlm.profiling.kv import kv_bytes, kv_bytes_per_layer, state_bytes
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, decoder_dims
+from duet_vlm.reducers.inputs import Input
 
 WITHIN = 0.01
 ROW: Row = (1, 5, Picture(1, 5, 7), *range(20, 34))  # windows at two borders are not full
@@ -61,7 +62,7 @@ def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> N
     assert report.observed.flops == pytest.approx(counted, rel=WITHIN)
     if method is None:
         assert report.full.flops == pytest.approx(counted, rel=WITHIN)
-    elif not {"gradient", "decoded", "projector"} & {*getattr(handle.reducer, "needs", ()), *getattr(handle.reducer, "reads", ())}:
+    elif not {Input.GRADIENT, Input.QUESTION_STATE, Input.PROJECTOR} & handle.reducer.requires:
         # a gradient costs three layers a stage, and these decoders have eight; with the question read alone, or a projector that is asked again
         # and again, there is little left to save
         assert counted < 0.95 * report.full.flops

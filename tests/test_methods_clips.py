@@ -26,6 +26,7 @@ from duet_vlm.ops.select import top
 from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import QuestionView
+from duet_vlm.reducers.inputs import Input
 
 METHODS: dict[str, dict[str, Any]] = {
     "dycoke": {},
@@ -376,8 +377,7 @@ class Noting(VideoReducer, duet_vlm.DecoderReducer):
     """Keeps every other token and notes 100 times the step of time, plus the place; sees its notes again."""
 
     name, paper, summary = "noting", "-", "-"
-    needs = frozenset({"notes"})
-    uses_tokens = True
+    requires = frozenset({Input.PROJECTED_FEATURES, Input.SCORES, Input.TOKENS, Input.TAGS})
 
     def plan(self, tokens: int, depth: int, budget: Any) -> duet_vlm.SpanPlan:
         half = (tokens + 1) // 2

@@ -24,6 +24,7 @@ from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.profiling.flop_counter import allocations
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import Input
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -570,7 +571,7 @@ def test_ranked_by_span_every_span_chooses_as_if_it_were_alone(
         assert sum(stays) == kept
         if own:
             assert stays == chosen(torch.ones(1, len(own), dtype=torch.bool), [kept], torch.tensor([own]), (number,))[0].tolist()
-        if method.uses_text:
+        if Input.SCORES in method.requires:
             assert {i for i, stay in enumerate(stays) if stay} == set(twins.best(own, [True] * len(own), kept))
 
 

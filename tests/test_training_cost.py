@@ -21,6 +21,7 @@ from duet_vlm.models.adapter import Adapter
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.profiling.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
+from duet_vlm.reducers.inputs import DECODER_INPUTS, VISION_LAYER_INPUTS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -56,7 +57,7 @@ DEAR = {"fastvid", "hired", "prunevid", "quecc", "resampler", "vqtoken", "vscan"
 
 def _by_attention(name: str) -> bool:
     cls = duet_vlm.get_method(name)
-    return not getattr(cls, "needs", ()) and getattr(cls, "text_query", "") != "raters" and name not in DEAR
+    return cls().requires & DECODER_INPUTS <= {duet_vlm.Input.SCORES, duet_vlm.Input.TOKENS} and getattr(cls, "text_query", "") != "raters" and name not in DEAR
 
 
 CASES += [("frozen tower", name) for name in REDUCING if name != "duet" and _by_attention(name)]
@@ -106,11 +107,11 @@ def predicted(family: str, adapter: Adapter, handle: duet_vlm.Handle | None, tra
     plan, method = SpanPlan(tokens, tokens, 0, (tokens,) * 8), None
     if handle is not None:
         plan, method = handle.plan(tokens), handle.reducer
-    asks = isinstance(method, duet_vlm.DecoderReducer) and method.uses_text
+    asks = isinstance(method, duet_vlm.DecoderReducer) and duet_vlm.Input.SCORES in method.requires
     question = 14 - ANSWER + FAMILIES[family].mrope  # Qwen's end-of-image token comes after the image, too
     queries = {"all": question, "last": 1}[getattr(method, "text_query", "all")]
     example = TrainingExample(
-        text, (plan,), queries=queries if asks else 0, signals=plan.merges and bool(getattr(method, "signals", ())),
+        text, (plan,), queries=queries if asks else 0, signals=plan.merges and method is not None and bool(method.requires & VISION_LAYER_INPUTS),
         projects_all=handle is not None and handle.projects_all,
         stages=() if handle is None else handle.dropping(tokens, plan.tower or tokens),
     )  # fmt: skip

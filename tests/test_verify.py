@@ -30,6 +30,7 @@ from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import validation
 from duet_vlm.runtime.validation import MESSAGES, InvalidSelection, check_mask, check_plan, check_rows, check_selection, raise_if_invalid
 
@@ -147,6 +148,7 @@ class Mine(EncoderReducer, DecoderReducer):
 
     name = "mine"
     paper = "-"
+    requires = frozenset({Input.FEATURES, Input.SCORES})
     stage: str = ""
     spoil: Callable[..., Any] | None = None
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from duet_vlm.reducers.compressor import NewWeights
     from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
     from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+    from duet_vlm.reducers.inputs import Input
     from duet_vlm.reducers.persistence import load_from_config
     from duet_vlm.reducers.registry import register
     from duet_vlm.reducers.scheduled import ScheduledReducer
@@ -35,6 +36,7 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "DecoderReducer": "reducers.decoder",
     "EncoderReducer": "reducers.encoder",
     "Handle": "api.handle",
+    "Input": "reducers.inputs",
     "MergePairs": "reducers.vision_tower",
     "NewWeights": "reducers.compressor",
     "Reducer": "reducers.base",
@@ -66,6 +68,7 @@ __all__ = [
     "DecoderReducer",
     "EncoderReducer",
     "Handle",
+    "Input",
     "MergePairs",
     "NewWeights",
     "Reducer",

@@ -17,6 +17,7 @@ from duet_vlm.planning.tokens import SpanTrace
 from duet_vlm.profiling.report import Report, SampleCounts, make_report
 from duet_vlm.reducers.base import Reducer, with_fields
 from duet_vlm.reducers.compressor import store, stored
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
 from duet_vlm.runtime.compatibility import check, facts, hooked
@@ -257,7 +258,7 @@ class Handle:
         return tokens.prompt_index.masked_fill(~tokens.valid, -1)
 
     def _projects_all(self, reducer: Reducer) -> bool:
-        return self.adapter.pointwise_projector is None or reducer.reads_projected
+        return self.adapter.pointwise_projector is None or Input.PROJECTED_FEATURES in reducer.requires
 
     def _check_attached(self) -> None:
         if self._tracker.closed:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import duet_vlm
+from duet_vlm.reducers.inputs import FEATURE_INPUTS, TOWER_INPUTS, Input
 from duet_vlm.utils.suggest import did_you_mean
 
 FILE = Path(__file__).with_name("lists.json")
@@ -25,6 +26,7 @@ ENTRY_POINTS = "duet_vlm.methods"  # where other packages name their methods, se
 FOLDERS = {"methods": "duet_vlm.methods", "models": "duet_vlm.models"}  # a file in these makes a row of that list
 
 Rows = list[dict[str, Any]]
+UNLISTED = FEATURE_INPUTS | TOWER_INPUTS | {Input.SCORES, Input.TOKENS}  # every model has them
 
 
 def rows(name: str) -> Rows:
@@ -92,13 +94,13 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
     """A method as plain values."""
     places = (("before the decoder", duet_vlm.EncoderReducer), ("inside the decoder", duet_vlm.DecoderReducer))
     in_tower, usual = issubclass(cls, duet_vlm.TowerReducer), cls()
-    reads = sorted(usual.signals | usual.reads | usual.needs)
+    reads = sorted(need.value for need in usual.requires - UNLISTED)
     stages = ["inside the tower"] if in_tower else [word for word, base in places if issubclass(cls, base)]
     return {
         "name": name,
         "summary": cls.summary,
         "stage": " + ".join(stages) or "-",
-        "needs_text": cls.uses_text_queries() or "question" in reads,
+        "needs_text": usual.uses_text_queries() or "question" in reads,
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
         "idea": _paragraphs(cls, lambda text: not text.startswith(("Cost", "Parameters", "Differences", "From the paper"))),
@@ -136,7 +138,7 @@ def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
 def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:
     if reducer.positions == "compact" and adapter.mrope:
         return "positions are grids (M-RoPE) and cannot be compact"
-    lacking = sorted((reducer.signals | reducer.reads) & adapter.unsupported.keys())
+    lacking = sorted(reducer.requires & adapter.unsupported.keys(), key=lambda need: need.value)
     if lacking:
         return adapter.unsupported[lacking[0]]
     bare = object.__new__(adapter)  # what a family refuses whatever the model, it refuses without one

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import duet_vlm
 from duet_vlm import EncoderReducer, EncoderView, Selection, SpanPlan
+from duet_vlm.reducers.inputs import Input
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +26,7 @@ class Oracle(EncoderReducer):
     name: ClassVar[str] = "oracle"
     paper = "reference"
     summary = "the tokens that the answer needs (reference)"
-    signals = frozenset({"importance"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE})
 
     crops: str = "joint"
     needed: Sequence[np.ndarray] = ()
@@ -41,12 +41,12 @@ class Oracle(EncoderReducer):
         return SpanPlan(tokens, counts[0], 0, counts)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None  # promised by ``signals``
+        importance = view.require("importance")
         batch, width = view.valid.shape
         needed = torch.zeros(batch, width, device="cpu")
         for row, mask in enumerate(self.needed):
             needed[row, : len(mask)] = torch.from_numpy(np.asarray(mask, np.float32))
-        share = view.importance / view.importance.sum(1, keepdim=True)  # below 1, so a needed token beats any other
+        share = importance / importance.sum(1, keepdim=True)  # below 1, so a needed token beats any other
         score: Tensor = (needed.to(share.device) + share).masked_fill(~view.valid, -1)
         order = score.argsort(dim=1, descending=True, stable=True)[:, : max(plan.dominant for plan in view.plans)]
         rank = torch.arange(order.shape[1], device=order.device)

@@ -18,6 +18,7 @@ from duet_vlm.evaluation.oracle import Oracle
 from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.tasks import TaskQuestion
 from duet_vlm.evaluation.whole_frames import WholeFrames
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 
 REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeFrames)}
 
@@ -99,7 +100,7 @@ def reads_elsewhere(reducer: Reducer) -> bool:
     """Whether a method looks at other vision layers than most do by default, or runs them on fewer rows."""
     if not isinstance(reducer, EncoderReducer):
         return False
-    return reducer.reduces_in_tower or (bool(reducer.signals) and set(reducer.signal_layers) != {None})
+    return reducer.reduces_in_tower or (bool(reducer.requires & VISION_LAYER_INPUTS) and set(reducer.signal_layers) != {None})
 
 
 def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[TaskQuestion]) -> Outcome:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from duet_vlm import EncoderReducer, EncoderView, Selection, SpanPlan
+from duet_vlm.reducers.inputs import Input
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class WholeFrames(EncoderReducer):
     name: ClassVar[str] = "whole_frames"
     paper = "reference"
     summary = "whole frames, evenly spaced"
+    requires = frozenset({Input.FEATURES})
     compares_frames = True
 
     crops: str = "joint"

@@ -40,6 +40,7 @@ from duet_vlm.planning.budget import EPSILON, Schedule, check_schedule
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 
 CLOSEST = 5  # neighbours that make the density of a token
 STRETCHES = 16  # of a picture, HoloV's
@@ -77,7 +78,8 @@ class ChoiceState:
 
     @property
     def rows(self) -> Tensor:
-        return _there(self.shown)
+        assert self.shown is not None  # as somebody compares
+        return self.shown
 
     @cached_property
     def table(self) -> Tensor:
@@ -99,11 +101,6 @@ class ChoiceState:
         return torch.tensor(numbers, device=self.view.valid.device)
 
 
-def _there(x: Tensor | None) -> Tensor:
-    assert x is not None  # promised by what the block declares
-    return x
-
-
 # ---- scorers
 
 
@@ -113,35 +110,33 @@ class Scorer:
     a weight unless the settings say otherwise, with ``offset`` where it is a range."""
 
     score: Callable[[EncoderView], Tensor]
-    signals: frozenset[str] = frozenset()
-    reads: frozenset[str] = frozenset()
+    requires: frozenset[Input] = frozenset()
     rows: str = ""
     scale: str = "none"
     offset: float = 0.0
 
 
 def _asked(view: EncoderView) -> Tensor:
-    assert view.question is not None  # promised by ``reads``
-    return saliency.relevance(_there(view.features), view.question.embeddings, view.question.valid)
+    question = view.require("question")
+    return saliency.relevance(view.require("features"), question.embeddings, question.valid)
 
 
 def _dense(view: EncoderView) -> Tensor:
-    return peak_scores(distances(_there(view.features).masked_fill(~view.valid[..., None], 0)), view.valid, CLOSEST)
+    return peak_scores(distances(view.require("features").masked_fill(~view.valid[..., None], 0)), view.valid, CLOSEST)
 
 
 def _moved(view: EncoderView) -> Tensor:
-    assert view.project is not None  # promised by ``reads``
-    return saliency.sensitivity(view.project)
+    return saliency.sensitivity(view.require("project"))
 
 
 SCORERS: dict[str, Scorer] = {
-    "importance": Scorer(lambda view: _there(view.importance), signals=frozenset({"importance"})),
+    "importance": Scorer(lambda view: view.require("importance"), requires=frozenset({Input.IMPORTANCE})),
     "uniform": Scorer(lambda view: view.valid.float()),
-    "relevance": Scorer(_asked, reads=frozenset({"question"}), rows="projected", scale="range", offset=saliency.OFFSET),
-    "sensitivity": Scorer(_moved, reads=frozenset({"projector"}), rows="projected", scale="range"),
-    "key_norm": Scorer(lambda view: -saliency.length(_there(view.keys)), signals=frozenset({"keys"}), scale="range"),
-    "feature_norm": Scorer(lambda view: saliency.length(_there(view.features)), rows="features"),
-    "contrast": Scorer(lambda view: saliency.contrast(_there(view.features), view.valid), rows="features"),
+    "relevance": Scorer(_asked, requires=frozenset({Input.QUESTION}), rows="projected", scale="range", offset=saliency.OFFSET),
+    "sensitivity": Scorer(_moved, requires=frozenset({Input.PROJECTOR}), rows="projected", scale="range"),
+    "key_norm": Scorer(lambda view: -saliency.length(view.require("keys")), requires=frozenset({Input.KEYS}), scale="range"),
+    "feature_norm": Scorer(lambda view: saliency.length(view.require("features")), rows="features"),
+    "contrast": Scorer(lambda view: saliency.contrast(view.require("features"), view.valid), rows="features"),
     "density": Scorer(_dense, rows="features"),
 }
 
@@ -156,13 +151,13 @@ class Selector:
     choose: Callable[[ChoiceState], Tensor]
     scores: bool = True
     compares: bool = False
-    reads: frozenset[str] = frozenset()
+    requires: frozenset[Input] = frozenset()
 
 
 def _windows(c: ChoiceState) -> Tensor:
     """Windows of a grid in proportion to their tokens, the best of each."""
     view, most = c.view, c.view.valid.shape[1]
-    place, sides, parts = _there(view.coords), _there(view.grid_size), _there(view.parts)
+    place, sides, parts = view.require("coords"), view.require("grid_size"), view.require("parts")
     window, _ = groups.window_numbers(place, sides, torch.where(view.valid, parts, -1), c.settings.window, most)
     group = groups.numbered(window, view.valid)
     size = groups.sums_of_groups(view.valid, group, view.valid, most).long()
@@ -194,7 +189,7 @@ def _distinct(c: ChoiceState) -> Tensor:
 SELECTORS = {
     "top": Selector(lambda c: top(c.weight, c.view.valid, c.view.dominant)),
     "even": Selector(lambda c: spaced_picks(c.view.valid, c.view.dominant), scores=False),
-    "windows": Selector(_windows, reads=frozenset({"grid"})),
+    "windows": Selector(_windows, requires=frozenset({Input.GRID})),
     "stretches": Selector(_stretches),
     "nms": Selector(lambda c: greedy_nms(c.table, c.weight, c.view.valid, c.view.dominant, c.steps, c.settings.alike), compares=True),
     "graph": Selector(_graph, compares=True),
@@ -315,12 +310,11 @@ class Blocks:
         return cls(score, select, merge, compare if select.compares or merge.compares else "", score.scale if scale is None else scale)
 
     @property
-    def signals(self) -> frozenset[str]:
-        return self.scorer.signals | ({"keys"} if self.compare == "keys" else set())
-
-    @property
-    def reads(self) -> frozenset[str]:
-        return self.scorer.reads | self.selector.reads
+    def requires(self) -> frozenset[Input]:
+        """The inputs of the scorer, the selector and the rows that are compared."""
+        keys = {Input.KEYS} if self.compare == "keys" else set()
+        features = {Input.PROJECTED_FEATURES} if "projected" in self.rows else {Input.FEATURES} if self.rows else set()
+        return self.scorer.requires | self.selector.requires | keys | features
 
     @property
     def rows(self) -> frozenset[str]:

@@ -14,6 +14,7 @@ from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -48,7 +49,6 @@ class CDPruner(EncoderReducer):
 
     paper = "CDPruner, NeurIPS 2025, arXiv 2506.10967"
     summary = "keep projected vision tokens that are relevant to the question and unlike each other, before the decoder"
-    reads_projected = True
 
     keep: Keep | None = None
     relevance: str = "decoder"
@@ -68,20 +68,16 @@ class CDPruner(EncoderReducer):
         return cls(**{"keep": keep} | released | fields)
 
     @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"states"} if self.relevance == "contrastive" else ())
-
-    @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"text_similarity" if self.relevance == "contrastive" else "question"})
+    def requires(self) -> frozenset[Input]:  # type: ignore[override]
+        question = {Input.STATES, Input.TEXT_SIMILARITY} if self.relevance == "contrastive" else {Input.QUESTION}
+        return frozenset({Input.PROJECTED_FEATURES} | question)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None  # always there
         steps = max(plan.dominant for plan in view.plans)
-        kernel = conditional_kernel(cosine(view.features, view.valid), self.weight(view))
+        kernel = conditional_kernel(cosine(view.require("features"), view.valid), self.weight(view))
         return Selection.keep_only(*pack_right(greedy_dpp_map(kernel, view.valid, view.dominant, steps), steps))
 
     def weight(self, view: EncoderView) -> Tensor:
@@ -91,8 +87,7 @@ class CDPruner(EncoderReducer):
     def likeness(self, view: EncoderView) -> Tensor:
         """How much each token is about the question [B, N]."""
         if self.relevance == "contrastive":
-            assert view.text_similarity is not None and view.text_similarity_valid is not None  # promised by ``reads``
-            pieces = view.text_similarity_valid.float()[:, None]
-            return -(view.text_similarity * pieces).sum(2) / pieces.sum(2).clamp(min=1)
-        assert view.features is not None and view.question is not None  # promised by ``reads``
-        return relevance(view.features, view.question.embeddings, view.question.valid)
+            pieces = view.require("text_similarity_valid").float()[:, None]
+            return -(view.require("text_similarity") * pieces).sum(2) / pieces.sum(2).clamp(min=1)
+        question = view.require("question")
+        return relevance(view.require("features"), question.embeddings, question.valid)

@@ -23,6 +23,7 @@ from duet_vlm.reducers.compressor import Compressor
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.inputs import DECODER_INPUTS, ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.vision_tower import TowerReducer
 
@@ -32,7 +33,7 @@ ORDER = (
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
-DROPPING = ("uses_text", "uses_tokens", "score_layer_offset", "score_heads", "score_states", "needs", "merges")  # what a method inside the decoder declares
+DROPPING = ("score_layer_offset", "score_heads", "score_states", "merges")  # what a method inside the decoder declares
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
@@ -186,20 +187,12 @@ class Composition(EncoderReducer):
         return sees
 
     @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
-        return self._sees.signals
-
-    @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return self._sees.reads
-
-    @property
-    def reads_projected(self) -> bool:  # type: ignore[override]
-        return self._sees.reads_projected
-
-    @property
-    def reads_features(self) -> bool:  # type: ignore[override]
-        return self._stages[1] is not None or self._sees.reads_features
+    def requires(self) -> frozenset[Input]:  # type: ignore[override]
+        _, frames, _, second = self._stages
+        before = self._sees.requires & ENCODER_INPUTS
+        if frames is not None and not before & FEATURE_INPUTS:
+            before |= {Input.FEATURES}
+        return before if second is None else before | second.requires & DECODER_INPUTS
 
     @property
     def trained_reducer(self) -> Compressor | None:

@@ -15,6 +15,7 @@ from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 
@@ -104,20 +105,8 @@ class Custom(EncoderReducer, DecoderReducer):
         return Blocks.named(self.scorer, self.selector, self.merger, self.compare, self.scale)
 
     @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
-        return self.blocks.signals
-
-    @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return self.blocks.reads
-
-    @property
-    def reads_projected(self) -> bool:  # type: ignore[override]
-        return "projected" in self.blocks.rows
-
-    @property
-    def reads_features(self) -> bool:  # type: ignore[override]
-        return bool(self.blocks.rows)
+    def requires(self) -> frozenset[Input]:  # type: ignore[override]
+        return self.blocks.requires | {Input.SCORES}
 
     def drops(self, depth: int, share: float | None = None) -> Schedule:
         """The schedule in a decoder of ``depth`` layers; ``share``: of its tokens, that a budget leaves a picture."""
@@ -148,5 +137,4 @@ class Custom(EncoderReducer, DecoderReducer):
         return self.blocks.selection(view, self)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require("scores"), view.valid, view.num_keep)

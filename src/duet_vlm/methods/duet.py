@@ -17,6 +17,7 @@ from duet_vlm.planning.tokens import MERGES, Selection
 from duet_vlm.reducers.base import ROUNDINGS, check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 
@@ -60,8 +61,7 @@ class Duet(EncoderReducer, DecoderReducer):
 
     paper = "DUET-VLM, CVPR 2026, arXiv 2602.18846"
     summary = "keep dominant, merge contextual vision tokens (V2V); drop by text attention inside the decoder (T2V)"
-    signals = frozenset({"importance", "keys"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE, Input.KEYS, Input.SCORES})
 
     dominant: Keep | None = None
     contextual: Keep | None = None
@@ -141,8 +141,7 @@ class Duet(EncoderReducer, DecoderReducer):
     # ---- which
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.keys is not None  # promised by ``signals``
-        order = ranking(view.importance, view.valid)
+        order = ranking(view.require("importance"), view.valid)
         dominant, dominant_valid = pack_right(
             (ranks(order) < view.dominant[:, None]) & view.valid, max(plan.dominant for plan in view.plans)
         )
@@ -152,7 +151,7 @@ class Duet(EncoderReducer, DecoderReducer):
         rank = torch.arange(min(max(1, self.cluster_width * width), order.shape[1]), device=order.device)
         rest = order.gather(1, (view.dominant[:, None] + rank).clamp(max=order.shape[1] - 1))
         spread = self.anchor_step == "spread"
-        return merge_around_anchors(dominant, dominant_valid, rest, pool, view.contextual, width, view.keys, self.merge, spread)
+        return merge_around_anchors(dominant, dominant_valid, rest, pool, view.contextual, width, view.require("keys"), self.merge, spread)
 
     @property
     def _merges(self) -> bool:
@@ -160,5 +159,4 @@ class Duet(EncoderReducer, DecoderReducer):
         return self.dominant is None or isinstance(self.contextual, float) or bool(self.contextual)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require("scores"), view.valid, view.num_keep)

@@ -43,13 +43,12 @@ class DyCoke(VideoReducer):
     compares_positions = True
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        assert view.features is not None
         at = torch.arange(clips.real.shape[1], device=count.device)
         whole = clips.rows(clips.real & (at % GROUP == 0)[:, None]) & clips.placed
         first = torch.minimum(whole.sum(1), count)
         rest = clips.real & (at % GROUP != 0)[:, None]
         frames = split_windows(count - first, rest.sum(2).float(), rest.sum(2))
-        differs = top(self.change(clips.grid(view.features), clips).flatten(0, 1), rest.flatten(0, 1), frames.flatten()).view(rest.shape)
+        differs = top(self.change(clips.grid(view.require("features")), clips).flatten(0, 1), rest.flatten(0, 1), frames.flatten()).view(rest.shape)
         return VideoRows.alone(spaced_picks(whole, first) | (clips.rows(differs) & clips.placed))
 
     def change(self, rows: Tensor, clips: VideoTokens) -> Tensor:

@@ -10,6 +10,7 @@ from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -33,8 +34,7 @@ class FasterVLM(EncoderReducer):
 
     paper = "FasterVLM, arXiv 2412.01818"
     summary = "keep the vision tokens that the vision encoder attends to most, before the decoder"
-    signals = frozenset({"importance"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE})
 
     keep: Keep | None = None
 
@@ -52,5 +52,4 @@ class FasterVLM(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None  # promised by ``signals``
-        return Selection.keep_only(*pack_right(top(view.importance, view.valid, view.dominant), max(plan.dominant for plan in view.plans)))
+        return Selection.keep_only(*pack_right(top(view.require("importance"), view.valid, view.dominant), max(plan.dominant for plan in view.plans)))

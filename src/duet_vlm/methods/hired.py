@@ -16,6 +16,7 @@ from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import ROUNDINGS, check_choice
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -54,9 +55,7 @@ class HiRED(EncoderReducer):
 
     paper = "HiRED, AAAI 2025, arXiv 2408.10945"
     summary = "share the budget among a picture's crops by an early vision layer, keep each one's most attended tokens, before the decoder"
-    signals = frozenset({"importance"})
-    reads = frozenset({"grid"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE, Input.GRID})
 
     keep: Keep | None = None
     alpha: float = 0.5
@@ -89,16 +88,14 @@ class HiRED(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget, self.rounding)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None  # promised by ``signals``
         group, crops = self.crop_tokens(view)
-        chosen = top_of_groups(view.importance, group, view.valid, self.quota(view, group, crops), view.dominant)
+        chosen = top_of_groups(view.require("importance"), group, view.valid, self.quota(view, group, crops), view.dominant)
         return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
 
     def crop_tokens(self, view: EncoderView) -> tuple[Tensor, int]:
         """The overview (0) or the crop (from 1) that each token is of [B, N], and room for as many crops as any picture may have."""
-        assert view.parts is not None and view.crop_grid is not None  # promised by ``reads``
         most = max(1, min(MOST_CROPS, max(plan.tokens for plan in view.plans) - 1))
-        return torch.where(view.crop_grid.prod(1, keepdim=True) > 0, view.parts.clamp(0, most), 0), most
+        return torch.where(view.require("crop_grid").prod(1, keepdim=True) > 0, view.require("parts").clamp(0, most), 0), most
 
     def quota(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
         """How many tokens the overview and each crop keep [B, 1 + crops]: all of the budget where a picture was not cut."""
@@ -115,23 +112,22 @@ class HiRED(EncoderReducer):
 
     def important(self, view: EncoderView, overview: Tensor) -> Tensor:
         """[B, N] bool: the most attended tokens of the overview [B, N] in the early layer."""
-        early, most = view.layers[1].importance, max(plan.tokens for plan in view.plans)
-        assert early is not None  # promised by ``signals``
+        early, most = view.require("importance", layer=1), max(plan.tokens for plan in view.plans)
         wanted = torch.tensor([count_of(1 - self.alpha, n, self.rounding) for n in range(most + 1)], device=overview.device)
         return top(early, overview, wanted[overview.sum(1).clamp(max=most)])
 
     def region(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
         """The crop, counted from 0, that shows the place of each token of the overview [B, N]."""
-        assert view.coords is not None and view.grid_size is not None and view.crop_grid is not None  # promised by ``reads``
-        high, wide, rows, columns = (x[:, None] for x in (*view.grid_size.unbind(1), *view.crop_grid.clamp(min=1).unbind(1)))
+        coords, grid_size = view.require("coords"), view.require("grid_size")
+        high, wide, rows, columns = (x[:, None] for x in (*grid_size.unbind(1), *view.require("crop_grid").clamp(min=1).unbind(1)))
         if self.regions == "stripes":
-            raster = view.coords[..., 0] * wide + view.coords[..., 1]
+            raster = coords[..., 0] * wide + coords[..., 1]
             return (raster * (rows * columns) // (high * wide)).clamp(0, crops - 1)
         crop, shows = (group - 1).clamp(min=0), (view.valid & (group > 0))[..., None]
-        mosaic = view.coords + torch.stack([crop // columns * high, crop % columns * wide], 2)
+        mosaic = coords + torch.stack([crop // columns * high, crop % columns * wide], 2)
         begins = mosaic.masked_fill(~shows, FAR).amin(1, keepdim=True)  # what is no padding: the overview shows the picture alone
         ends = mosaic.masked_fill(~shows, -1).amax(1, keepdim=True) + 1
-        at = (begins + (view.coords + 0.5) / view.grid_size[:, None] * (ends - begins)).floor().long() // view.grid_size[:, None]
+        at = (begins + (coords + 0.5) / grid_size[:, None] * (ends - begins)).floor().long() // grid_size[:, None]
         return (at[..., 0] * columns + at[..., 1]).clamp(0, crops - 1)
 
 

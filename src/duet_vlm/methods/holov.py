@@ -16,6 +16,7 @@ from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -55,8 +56,7 @@ class HoloV(EncoderReducer):
 
     paper = "HoloV, NeurIPS 2025"
     summary = "share the budget among stretches of the picture by attention and variety, and keep the best of each, before the decoder"
-    signals = frozenset({"importance"})
-    reads_projected = True
+    requires = frozenset({Input.IMPORTANCE, Input.PROJECTED_FEATURES})
 
     keep: Keep | None = None
     num_crops: int = 16
@@ -85,27 +85,26 @@ class HoloV(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None  # promised by ``signals``
         stretch = segment_numbers(view.valid, self.num_crops)
         score = self.score(view, stretch)
         size = sums_of_groups(view.valid, stretch, view.valid, self.num_crops)
         mean = sums_of_groups(score, stretch, view.valid, self.num_crops) / size.clamp(min=1)
-        by = score if self.within == "score" else view.importance
+        by = score if self.within == "score" else view.require("importance")
         chosen = top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
         return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
 
     def score(self, view: EncoderView, stretch: Tensor) -> Tensor:
         """Attention and variety of each token [B, N]; a stretch of one token has no variety."""
-        assert view.importance is not None and view.features is not None  # promised by ``signals``
+        importance = view.require("importance")
         others = (stretch[:, :, None] == stretch[:, None]) & view.valid[:, None]
-        table = cosine(view.features, view.valid) * others
+        table = cosine(view.require("features"), view.valid) * others
         table.diagonal(dim1=1, dim2=2).zero_()
         count = others.sum(2)
         mean = table.sum(2) / (count - 1).clamp(min=1)
         variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)  # a token's likeness to itself counts as 0
         variety = torch.where(count > 1, variety, 0.0)
-        fed = view.importance >= BOUND  # a CLS row counts as the most attended token
-        attention = view.importance.masked_fill(fed, 0.0)
+        fed = importance >= BOUND  # a CLS row counts as the most attended token
+        attention = importance.masked_fill(fed, 0.0)
         attention = torch.where(fed, attention.amax(1, keepdim=True), attention)
         both = (sums_of_groups(x, stretch, view.valid, self.num_crops).gather(1, stretch) for x in (attention, variety))
         level, varies = both

@@ -11,6 +11,7 @@ from torch import Tensor
 from duet_vlm.ops.greedy import cosine, greedy_nms
 from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
@@ -41,8 +42,7 @@ class Pio(ScheduledReducer):
     paper = "PIO-FVLM (TRIO), arXiv 2602.04657"
     summary = "drop in stages inside the decoder: keep what the gradient of the model's own prediction is largest for, without doubles"
     paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
-    uses_text = False
-    needs = frozenset({"hidden_states", "gradient"})
+    requires = frozenset({Input.HIDDEN_STATES, Input.GRADIENT})
 
     tau: float = 0.8
 
@@ -71,7 +71,6 @@ class Pio(ScheduledReducer):
         return cls(**{"schedule": schedule} | released | fields)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.hidden_states is not None and view.gradient is not None  # promised by ``needs``
-        saliency = view.gradient.norm(dim=-1)
+        saliency = view.require("gradient").norm(dim=-1)
         most = max(stay for _, stay in view.host_counts)
-        return greedy_nms(cosine(view.hidden_states, view.valid), saliency, view.valid, view.num_keep, most, self.tau)
+        return greedy_nms(cosine(view.require("hidden_states"), view.valid), saliency, view.valid, view.num_keep, most, self.tau)

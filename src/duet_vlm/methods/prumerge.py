@@ -15,6 +15,7 @@ from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import ROUNDINGS, check_choice
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 
@@ -53,8 +54,7 @@ class PruMerge(EncoderReducer):
 
     paper = "LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388"
     summary = "keep the most attended vision tokens, each with what resembles it, and all others in one row, before the decoder"
-    signals = frozenset({"importance", "keys"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE, Input.KEYS})
 
     keep: Keep | None = None
     neighbours: int = 32
@@ -108,17 +108,16 @@ class PruMerge(EncoderReducer):
 
     def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
         """The kept tokens [B, K] in the order of their rows, and which of them are real [B, K]."""
-        assert view.importance is not None  # promised by ``signals``
+        importance = view.require("importance")
         width = max(plan.dominant for plan in view.plans)
         if self.order == "raster":
-            return pack_right(top(view.importance, view.valid, view.dominant), width)
+            return pack_right(top(importance, view.valid, view.dominant), width)
         place = torch.arange(width, device=view.valid.device)
-        return ranking(view.importance, view.valid)[:, :width], place < view.dominant[:, None]
+        return ranking(importance, view.valid)[:, :width], place < view.dominant[:, None]
 
     def around(self, view: EncoderView, tokens: Tensor, places: Tensor, real: Tensor) -> Selection:
         """Each of ``tokens`` [B, K] and what resembles it in a row at ``places`` [B, K], and behind them a row of all that is left.
 
         A token that is kept twice counts twice as a neighbour. A place whose token is not kept is lost: it joins no row.
         """
-        assert view.importance is not None and view.keys is not None  # promised by ``signals``
-        return merge_with_neighbours(tokens, places, real, view.valid, view.contextual, view.importance, view.keys, self.neighbours, self.merge == "mean")
+        return merge_with_neighbours(tokens, places, real, view.valid, view.contextual, view.require("importance"), view.require("keys"), self.neighbours, self.merge == "mean")

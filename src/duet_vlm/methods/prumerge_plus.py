@@ -81,21 +81,20 @@ class PruMergePlus(PruMerge):
         return super().select_tokens(view) if self.spacing == "even" else self.around(view, *self.released(view))
 
     def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
-        assert view.importance is not None  # promised by ``signals``
+        importance = view.require("importance")
         most = torch.tensor([math.ceil(plan.dominant * self.important) for plan in view.plans], device=view.valid.device)
-        important = torch.minimum(outliers(view.importance, view.valid).sum(1), most)
-        attended = top(view.importance, view.valid, important)
+        important = torch.minimum(outliers(importance, view.valid).sum(1), most)
+        attended = top(importance, view.valid, important)
         even = spaced_picks(view.valid & ~attended, view.dominant - important)
         return pack_right(attended | even, max(plan.dominant for plan in view.plans))
 
     def released(self, view: EncoderView) -> tuple[Tensor, Tensor, Tensor]:
         """The kept tokens [B, K], where their rows stand, and which are real. A second row of a token stands where one is lost."""
-        assert view.importance is not None  # promised by ``signals``
         device, sizes = view.valid.device, [PruMerge.kept_of(self, plan.tokens) if plan.merges else plan.dominant for plan in view.plans]
         grids = [list(self.grid(plan.tokens, n)) if plan.merges else [] for plan, n in zip(view.plans, sizes, strict=True)]
         most = max(map(len, grids))
         added = torch.tensor([[*grid, *[-1] * (most - len(grid))] for grid in grids], device=device, dtype=torch.long)
-        first = ranking(view.importance, view.valid)[:, : max(sizes)]
+        first = ranking(view.require("importance"), view.valid)[:, : max(sizes)]
         real = torch.cat([torch.arange(first.shape[1], device=device) < torch.tensor(sizes, device=device)[:, None], added >= 0], 1)
         tokens = torch.cat([first, added.clamp(min=0)], 1)
         attended, kept = (_mask(tokens[:, :n], real[:, :n], view.valid) for n in (first.shape[1], tokens.shape[1]))

@@ -16,6 +16,7 @@ from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -50,7 +51,7 @@ class PruneSID(EncoderReducer):
 
     paper = "PruneSID, ICLR 2026"
     summary = "group vision tokens by principal directions, and keep attended ones that are unlike each other in every group, before the decoder"
-    signals = frozenset({"importance"})
+    requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
     keep: Keep | None = None
 
@@ -70,26 +71,25 @@ class PruneSID(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.features is not None  # promised by ``signals``
+        importance = view.require("importance")
         most = max(plan.dominant for plan in view.plans)
         group, groups = self.groups(view)
-        likeness = cosine(view.features, view.valid)
+        likeness = cosine(view.require("features"), view.valid)
         limits = [ROUNDS * math.ceil(plan.dominant / 64) for plan in view.plans]
-        step = survivors(likeness, view.importance, group, view.valid, self.threshold(view, likeness), groups, max(limits))
+        step = survivors(likeness, importance, group, view.valid, self.threshold(view, likeness), groups, max(limits))
         taken = step < torch.tensor(limits, device=step.device)[:, None]
         apart, size = (sums_of_groups(mask, group, view.valid, groups) for mask in (taken, view.valid))
         one = (size > 0).long()
         more = proportional_shares(apart - one, (apart - one).clamp(min=0), view.dominant - one.sum(1))
-        worse = ranks(ranking(view.importance, view.valid))
+        worse = ranks(ranking(importance, view.valid))
         first = -(worse + ~taken * worse.shape[1]).float()  # by attention, who was taken in front of who left
         return Selection.keep_only(*pack_right(top_of_groups(first, group, view.valid, one + more, view.dominant), most))
 
     def groups(self, view: EncoderView) -> tuple[Tensor, int]:
         """The group of each token [B, N], and how many there are at most."""
-        assert view.features is not None
         counts = [min(max(1, plan.dominant // PER_GROUP), max(1, plan.tokens)) for plan in view.plans]
         wanted = torch.tensor(counts, device=view.valid.device)
-        parts = principal(view.features.float().sigmoid(), view.valid, wanted, max(counts))
+        parts = principal(view.require("features").float().sigmoid(), view.valid, wanted, max(counts))
         return parts.abs().argmax(-1), max(counts)
 
     def threshold(self, view: EncoderView, likeness: Tensor) -> Tensor:

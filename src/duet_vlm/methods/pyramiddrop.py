@@ -24,6 +24,7 @@ from duet_vlm.planning.budget import (
 )
 from duet_vlm.reducers.base import ROUNDINGS, check_choice
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 
@@ -69,6 +70,7 @@ class PyramidDrop(DecoderReducer):
 
     paper = "PyramidDrop, CVPR 2025, arXiv 2410.17247"
     summary = "drop in stages inside the decoder by the last instruction token's attention"
+    requires = frozenset({Input.SCORES})
 
     text_query: str = "last"
     schedule: Schedule | None = None
@@ -117,5 +119,4 @@ class PyramidDrop(DecoderReducer):
         return self if self.schedule is not None else replace(self, schedule=pyramid(depth))
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require("scores"), view.valid, view.num_keep)

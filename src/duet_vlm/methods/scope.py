@@ -11,6 +11,7 @@ from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice, check_picks
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -44,7 +45,7 @@ class Scope(EncoderReducer):
 
     paper = "SCOPE, NeurIPS 2025"
     summary = "keep vision tokens by saliency times gain in coverage, one after the other, before the decoder"
-    signals = frozenset({"importance"})
+    requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
     keep: Keep | None = None
     alpha: float = 1.0
@@ -64,8 +65,7 @@ class Scope(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.features is not None  # promised by ``signals``
         steps = max(plan.dominant for plan in view.plans)
-        similarity = cosine(view.features, view.valid)
-        chosen = greedy_coverage(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks, self.combined == "add")
+        similarity = cosine(view.require("features"), view.valid)
+        chosen = greedy_coverage(similarity, view.require("importance")**self.alpha, view.valid, view.dominant, steps, self.picks, self.combined == "add")
         return Selection.keep_only(*pack_right(chosen, steps))

@@ -15,6 +15,7 @@ from duet_vlm.planning.budget import Schedule, count_of, largest_int
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
@@ -58,7 +59,7 @@ class SparseVLM(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ((3, 0.54), (7, 0.35), (16, 0.2))
     score_layer_offset = 1
     score_heads = "each"
-    needs = frozenset({"hidden_states"})
+    requires = frozenset({Input.SCORES, Input.HIDDEN_STATES})
     merges = True
 
     text_query: str = "raters"
@@ -98,8 +99,7 @@ class SparseVLM(ScheduledReducer):
         return counts
 
     def prune_tokens(self, view: DecoderView) -> Tensor | Selection:
-        assert view.scores is not None and view.hidden_states is not None  # promised by ``uses_text`` and ``needs``
-        scores, valid = self._mean(view.scores, view.valid), view.valid
+        scores, valid = self._mean(view.require("scores"), view.valid), view.valid
         if not self.recycle:
             return top(scores, valid, view.num_keep)
         split = [self._split(there, stay) for there, stay in view.host_counts]
@@ -108,7 +108,7 @@ class SparseVLM(ScheduledReducer):
         width, most = (max(1, *(row[i] for row in split)) for i in (1, 2))
         turn = torch.arange(width, device=scores.device)
         members, real = order.gather(1, (kept[:, None] + turn).clamp(max=order.shape[1] - 1)), turn < pool[:, None]
-        chosen, nearest, peak = peaks(gather_rows(view.hidden_states, members), real, clusters, most, capped=True)
+        chosen, nearest, peak = peaks(gather_rows(view.require("hidden_states"), members), real, clusters, most, capped=True)
         index = pack_right(ranks(order) < kept[:, None], max(stay for _, stay in view.host_counts))[0]
         row = torch.arange(index.shape[1], device=index.device).expand_as(index)
         behind = peak.argsort(dim=1).gather(1, (row - kept[:, None]).clamp(0, width - 1))

@@ -63,8 +63,7 @@ class VidCom2(VideoReducer):
         return cls(**{"keep": keep, "newline_tokens": "keep", "protect_predicting_tokens": False} | fields)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        assert view.features is not None
-        to_clip, to_frame = self.likeness(clips.grid(view.features), clips)
+        to_clip, to_frame = self.likeness(clips.grid(view.require("features")), clips)
         scale = self.scale(to_clip, clips)
         frames = split_windows(count, scale * clips.sizes, clips.sizes, least_of(count, clips.sizes))
         return VideoRows.alone(self.chosen(clips, to_clip + to_frame, frames))

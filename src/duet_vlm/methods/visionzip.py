@@ -12,6 +12,7 @@ from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_o
 from duet_vlm.planning.tokens import MERGES, Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 
@@ -41,8 +42,7 @@ class VisionZip(EncoderReducer):
 
     paper = "VisionZip, CVPR 2025, arXiv 2412.04467"
     summary = "keep dominant vision tokens, merge all others into contextual ones before the decoder"
-    signals = frozenset({"importance", "keys"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE, Input.KEYS})
 
     dominant: Keep | None = None
     contextual: Keep | None = None
@@ -87,11 +87,10 @@ class VisionZip(EncoderReducer):
         return SpanPlan(tokens, dominant, contextual, (dominant + contextual,) * depth)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.keys is not None  # promised by ``signals``
-        is_dominant = top(view.importance, view.valid, view.dominant)
+        is_dominant = top(view.require("importance"), view.valid, view.dominant)
         dominant, dominant_valid = pack_right(is_dominant, max(plan.dominant for plan in view.plans))
         width = max(plan.contextual for plan in view.plans)
         others = view.valid.sum(1) - view.dominant
         rest, _ = pack_right(view.valid & ~is_dominant, view.valid.shape[1])
         spread = self.anchor_step == "spread"
-        return merge_around_anchors(dominant, dominant_valid, rest, others, view.contextual, width, view.keys, self.merge, spread)
+        return merge_around_anchors(dominant, dominant_valid, rest, others, view.contextual, width, view.require("keys"), self.merge, spread)

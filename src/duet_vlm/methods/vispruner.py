@@ -11,6 +11,7 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -41,7 +42,7 @@ class VisPruner(EncoderReducer):
 
     paper = "VisPruner, ICCV 2025, arXiv 2412.01818"
     summary = "keep the most attended vision tokens and, of the others, those that no other resembles, before the decoder"
-    signals = frozenset({"importance"})
+    requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
     keep: Keep | None = None
     important: float = 0.5
@@ -63,7 +64,6 @@ class VisPruner(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.features is not None  # promised by ``signals``
         sizes = [(plan.tokens, plan.dominant) for plan in view.plans]
-        chosen = remove_duplicates(cosine(view.features, view.valid), view.importance, view.valid, sizes, self.important)
+        chosen = remove_duplicates(cosine(view.require("features"), view.valid), view.require("importance"), view.valid, sizes, self.important)
         return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))

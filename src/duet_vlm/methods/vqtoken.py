@@ -17,6 +17,7 @@ from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
 from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 FORMS = ("paper", "code", "codebook")
@@ -58,8 +59,7 @@ class VQToken(Compressor):
 
     paper = "VQToken, NeurIPS 2025, arXiv 2503.16980"
     summary = "trained: cluster means of the projected rows, and where each cluster occurs, before the decoder"
-    reads = frozenset({"grid"})
-    reads_projected = True
+    requires = frozenset({Input.PROJECTED_FEATURES, Input.GRID})
     compares_frames = True
     module_inputs: ClassVar[tuple[str, ...]] = ("heads", "form", "frame")
 
@@ -96,19 +96,18 @@ class VQToken(Compressor):
         return FrameModule(tokens, sizes.decoder, self.heads)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None and view.module is not None
+        module = view.require("module")
         found = self._clusters(view)
         if self.form == "codebook":
             return found.selection(found.codebook)
-        if isinstance(view.module, PlaceModule):
-            made = view.module(found.codebook, self._occupied(view, found))
+        if isinstance(module, PlaceModule):
+            made = module(found.codebook, self._occupied(view, found))
             return found.selection(made * found.length if self.norms else made)
-        assert isinstance(view.module, FrameModule)
-        return of_all(found.place, found.there, view.valid, found.whole, self._frames(view, found, view.module))
+        assert isinstance(module, FrameModule)
+        return of_all(found.place, found.there, view.valid, found.whole, self._frames(view, found, module))
 
     def _clusters(self, view: EncoderView) -> TokenClusters:
-        assert view.features is not None
-        rows, valid, wanted = view.features.float(), view.valid, view.dominant + view.contextual
+        rows, valid, wanted = view.require("features").float(), view.valid, view.dominant + view.contextual
         most = max(plan.entry for plan in view.plans)
         there = torch.arange(most, device=rows.device) < wanted[:, None]
         unit = unit_rows(rows)
@@ -123,11 +122,10 @@ class VQToken(Compressor):
 
     def _occupied(self, view: EncoderView, found: TokenClusters) -> Tensor:
         """Which share of a cluster stands in each bin: [B, K, bins]."""
-        assert view.coords is not None and view.grid_size is not None and view.parts is not None
-        time = view.parts.clamp(min=0)
+        time = view.require("parts").clamp(min=0)
         steps = time.amax(1, keepdim=True) + 1
-        row, column = view.coords.clamp(min=0).unbind(-1)
-        rows, columns = view.grid_size[:, None].clamp(min=1).unbind(-1)
+        row, column = view.require("coords").clamp(min=0).unbind(-1)
+        rows, columns = view.require("grid_size")[:, None].clamp(min=1).unbind(-1)
         bins = [(at * count // size).clamp(max=count - 1) for at, count, size in zip((time, row, column), BINS, (steps, rows, columns), strict=True)]
         cell = (bins[0] * BINS[1] + bins[1]) * BINS[2] + bins[2]
         total, (batch, count) = BINS[0] * BINS[1] * BINS[2], found.place.shape

@@ -12,6 +12,7 @@ from duet_vlm.ops.saliency import DIRECTIONS, STEP, min_max_scaled, sensitivity
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
@@ -46,8 +47,7 @@ class ZooPrune(EncoderReducer):
 
     paper = "ZOO-Prune, CVPR 2026, arXiv 2509.24837"
     summary = "keep vision tokens that the projector is sensitive to and that are unlike each other, before the decoder"
-    reads = frozenset({"projector"})
-    reads_projected = True
+    requires = frozenset({Input.PROJECTED_FEATURES, Input.PROJECTOR})
 
     keep: Keep | None = None
     directions: int = DIRECTIONS
@@ -67,9 +67,8 @@ class ZooPrune(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None  # always there
         steps = max(plan.dominant for plan in view.plans)
-        chosen = pairwise_distance(cosine(view.features, view.valid), self.weight(view), view.valid, view.dominant, steps)
+        chosen = pairwise_distance(cosine(view.require("features"), view.valid), self.weight(view), view.valid, view.dominant, steps)
         return Selection.keep_only(*pack_right(chosen, steps))
 
     def weight(self, view: EncoderView) -> Tensor:
@@ -78,5 +77,4 @@ class ZooPrune(EncoderReducer):
 
     def sensitivity(self, view: EncoderView) -> Tensor:
         """Mean over directions of the distance of both moves, per length of the move: [B, N]."""
-        assert view.project is not None  # promised by ``reads``
-        return sensitivity(view.project, self.directions, self.step, self.seed)
+        return sensitivity(view.require("project"), self.directions, self.step, self.seed)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, decoder_dims, probed_layer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.utils.hooks import Hooks
 
 Rotary = tuple[Tensor, Tensor]
@@ -147,7 +148,7 @@ class Adapter(ABC):
     fixed_tokens : int or None
         Visual tokens per image where the tower fixes them.
     lacks : dict
-        What methods may ask for (``EncoderReducer.signals`` and ``reads``) and this family cannot give, with the reason.
+        What methods may ask for (``Reducer.requires``) and this family cannot give, with the reason.
     has_cls : bool
         The tower has a CLS row (importance = CLS attention); otherwise column sums.
     feeds_cls : bool
@@ -162,7 +163,7 @@ class Adapter(ABC):
     model_types: ClassVar[tuple[str, ...]]
     video: ClassVar[bool | str] = False  # "as images": the processor hands frames over as images
     notes: ClassVar[str] = ""
-    unsupported: ClassVar[dict[str, str]] = {"text_similarity": "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
+    unsupported: ClassVar[dict[Input, str]] = {Input.TEXT_SIMILARITY: "its vision tower is no CLIP tower, so no text tower shares a space with its tokens"}
     example: ClassVar[str] = ""
 
     decoder: ClassVar[str] = "language_model"

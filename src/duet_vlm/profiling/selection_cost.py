@@ -20,6 +20,7 @@ from duet_vlm.reducers.compressor import Compressor, ModuleSizes
 from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Change, LayerView, QuestionView
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
 from duet_vlm.reducers.vision_tower import TowerReducer
 
 HEADS, WORDS = 16, 64  # of a view without data, where only the count of products matters
@@ -59,7 +60,7 @@ def selection_flops(
     parts = [tokens for span in (passes if ranked is None else ranked) for tokens in span]
     beyond = [0] * len(parts) if spare is None else [patches for span in spare for patches, _ in span]
     signals = 0
-    if reducer.signals:
+    if reducer.requires & VISION_LAYER_INPUTS:
         looks = zip(parts, beyond, strict=True) if reducer.signal_segments else [(sum(parts), sum(beyond))]
         heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
         signals = sum(signal_flops(vision, n, reducer.signal_queries, heads, more) for n, more in looks) * _attentions(reducer)
@@ -84,7 +85,7 @@ def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerS
     for cuts in zip(*(stages for _, _, stages, _ in parts), strict=True):
         after, left = cuts[0][0], [count for _, count in cuts]
         total += 2 * len(here) * tower.merge_pairs(max(here), max(left)) * (key_width if after else vision.width)
-        if "attention" in tower.tower_signals:
+        if Input.BLOCK_ATTENTION in tower.requires:
             total += sum(signal_flops(vision, tokens, tower.signal_queries, vision.width // key_width) for tokens in here)
         here = left
     return total
@@ -92,7 +93,7 @@ def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerS
 
 def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionDims, key_width: int) -> int:
     """What the softmax of the signals reads and writes, in float32: every head's scores some four times."""
-    if not isinstance(reducer, EncoderReducer) or not reducer.signals or not any(plan.merges for plan in plans):
+    if not isinstance(reducer, EncoderReducer) or not reducer.requires & VISION_LAYER_INPUTS or not any(plan.merges for plan in plans):
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
     heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
@@ -101,7 +102,7 @@ def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequenc
 
 def _attentions(reducer: EncoderReducer) -> int:
     """How often attention is computed for a method: once for each layer that it names, and once more where it wants the heads apart."""
-    kinds = bool(reducer.signals & {"importance", "keys"}) + ("heads" in reducer.signals)
+    kinds = bool(reducer.requires & {Input.IMPORTANCE, Input.KEYS}) + (Input.HEAD_IMPORTANCE in reducer.requires)
     return kinds * len(set(reducer.signal_layers))
 
 
@@ -168,7 +169,7 @@ def _module(reducer: EncoderReducer, sizes: ModuleSizes) -> nn.Module | None:
 
 def question_flops(reducer: Reducer, words: Sequence[int], shape: DecoderDims) -> int:
     """The decoder reading the questions by themselves, of so many ``words`` each, for methods that want to know what it makes of them."""
-    if "question_state" not in reducer.reads:
+    if Input.QUESTION_STATE not in reducer.requires:
         return 0
     return sum(decoder_layer_flops(shape, rows, layer=layer) for rows in words for layer in range(shape.layers))
 
@@ -192,10 +193,10 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
         if not 0 < stay < before:
             continue
         total += _shown_flops(reducer, before, stay, queries, shape)
-        if "visual_self_attention" in reducer.needs:
+        if Input.VISUAL_SELF_ATTENTION in reducer.requires:
             scored = probed_layer(shape.attends, layer - reducer.score_layer_offset + 1, last=True)
             among[scored] = scored + (scored < layer)
-        if "gradient" in reducer.needs:
+        if Input.GRADIENT in reducer.requires:
             total += probe_flops(shape, rows[layer], probed_layer(shape.attends, layer, reducer.probe == "last"), PREDICTED)
     return total + sum(2 * visual[at] * (shape.hidden * shape.query_width + rows[at] * shape.wide) for at in among.values())
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.inputs import ATTENTION_INPUTS, TEXT_QUERY_INPUTS, Input
 from duet_vlm.utils.field_types import check_type
 from duet_vlm.utils.renamed_settings import check_renamed
 from duet_vlm.utils.suggest import did_you_mean
@@ -49,12 +50,10 @@ class Reducer(ABC):
     paper: ClassVar[str]
     summary: ClassVar[str]
 
+    requires: ClassVar[frozenset[Input]] = frozenset()  # made for the method, nothing else is
+    available: ClassVar[frozenset[Input]] = frozenset()  # of a contract: what it can make
+
     # Neutral values: a method that differs has its own, or a setting of the same name (no annotation here, or it would be one everywhere).
-    signals: ClassVar[frozenset[str]] = frozenset()
-    reads: ClassVar[frozenset[str]] = frozenset()
-    needs: ClassVar[frozenset[str]] = frozenset()
-    reads_projected: ClassVar[bool] = False
-    uses_text: ClassVar[bool] = False
     compares_frames: ClassVar[bool] = False  # compares frames, so "auto" never takes them apart
     compares_positions: ClassVar[bool] = False  # compares the same places of frames, so nothing may narrow a clip before it
     reduces_in_tower: ClassVar[bool] = False  # then ``tower_reducer`` says what does (``duet_vlm.reducers.vision_tower``)
@@ -77,6 +76,11 @@ class Reducer(ABC):
     def __post_init__(self) -> None:
         for each in fields(self):
             object.__setattr__(self, each.name, check_type(each.name, each.type, getattr(self, each.name)))
+        available = frozenset[Input]().union(*(vars(base).get("available", ()) for base in type(self).__mro__))
+        if unknown := [need for need in self.requires if need not in available]:
+            names = ", ".join(sorted(need.value if isinstance(need, Input) else repr(need) for need in unknown))
+            known = ", ".join(sorted(f"Input.{need.name}" for need in available)) or "nothing"
+            raise ValueError(f"{type(self).__name__}.requires names {names}: choose from {known}")
         check_choice("positions", self.positions, POSITIONS)
         if self.small_image_tokens < 0:
             raise ValueError(f"small_image_tokens={self.small_image_tokens}: a number of visual tokens, at least 0 (0 clamps nothing)")
@@ -122,15 +126,13 @@ class Reducer(ABC):
         """Layers before which ``prune_tokens`` is called even where the plan drops nothing: to reorder, or to observe."""
         return frozenset()
 
-    @classmethod
-    def uses_text_queries(cls) -> bool:
+    def uses_text_queries(self) -> bool:
         """Whether text queries are made for the method."""
-        return False
+        return bool(self.requires & TEXT_QUERY_INPUTS)
 
-    @classmethod
-    def uses_attention(cls) -> bool:
+    def uses_attention(self) -> bool:
         """Whether queries or keys of a decoder layer are made for the method."""
-        return False
+        return bool(self.requires & ATTENTION_INPUTS)
 
 
 def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Reducer:

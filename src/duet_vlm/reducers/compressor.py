@@ -107,8 +107,7 @@ class Compressor(EncoderReducer):
 
     def imitation_target(self, view: EncoderView, made: Selection) -> Tensor:
         """What rows that were ``made`` may learn to be like before they learn from answers, [B, K, C]: the means of the tokens each is made of."""
-        assert view.features is not None  # promised
-        return merged_rows(view.features.float(), replace(made, custom_rows=None))
+        return merged_rows(view.require("features").float(), replace(made, custom_rows=None))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)

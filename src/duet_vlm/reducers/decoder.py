@@ -10,8 +10,8 @@ from torch import Tensor
 
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer, check_choice
-from duet_vlm.reducers.decoder_view import NEEDS
 from duet_vlm.reducers.decoder_view import DecoderView as DecoderView
+from duet_vlm.reducers.inputs import DECODER_INPUTS
 
 TEXT_QUERIES = ("all", "last", "salient", "raters")
 TRAINING_TURNS = ("first", "all")
@@ -25,10 +25,9 @@ PROBES = ("next", "last")
 class DecoderReducer(Reducer):
     """A method that drops, or merges, visual tokens between decoder layers.
 
-    ``uses_text``: it ranks by attention from text, taken ``score_layer_offset`` layers before the drop, ``score_heads`` "mean" over heads, their "max", the
-    "most" of any head and query, or "each". ``score_states``: layers that have a state in place of attention rank by what text reads out of it
-    (``Adapter.linear_attention_scores``); else the last attention before them does. ``needs`` names what else it looks at (``DecoderView``); only that is made.
-    ``merges``: it merges rows.
+    ``Input.SCORES`` are taken ``score_layer_offset`` layers before the drop: ``score_heads`` "mean" over heads, their "max", the "most" of any head and
+    query, or "each". ``score_states``: layers that have a state in place of attention rank by what text would read out of it
+    (``Adapter.linear_attention_scores``); else the last attention before them does. ``merges``: it merges tokens.
 
     Attributes
     ----------
@@ -55,9 +54,8 @@ class DecoderReducer(Reducer):
         of the head (released Qwen2.5-VL code of PIO-FVLM).
     """
 
-    uses_text: ClassVar[bool] = True
+    available = DECODER_INPUTS
     score_heads: ClassVar[str] = "mean"
-    uses_tokens: ClassVar[bool] = False
     score_states: ClassVar[bool] = False
 
     text_query: str = "all"
@@ -71,24 +69,12 @@ class DecoderReducer(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := self.needs - set(NEEDS):
-            raise ValueError(f"{self.name}: needs names {', '.join(sorted(unknown))}; known are {', '.join(NEEDS)}")
         check_choice("text_query", self.text_query, TEXT_QUERIES)
         check_choice("training_turns", self.training_turns, TRAINING_TURNS)
         check_choice("score_mask", self.score_mask, SCORE_MASKS)
         check_choice("multi_image", self.multi_image, MULTI_IMAGE)
         check_choice("score_positions", self.score_positions, SCORE_POSITIONS)
         check_choice("probe", self.probe, PROBES)
-
-    @classmethod
-    def uses_text_queries(cls) -> bool:
-        """Whether text rows are looked at."""
-        return cls.uses_text or bool(cls.needs & {"text_hidden_states", "keys", "positions"})
-
-    @classmethod
-    def uses_attention(cls) -> bool:
-        """Whether queries or keys of a layer are made to decide."""
-        return cls.uses_text or bool(cls.needs & {"keys", "visual_self_attention"})
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> DecoderReducer:
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those

@@ -7,9 +7,24 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-NEEDS = (
-    "hidden_states", "previous_hidden_states", "text_hidden_states", "keys", "positions", "visual_self_attention", "gradient", "tags",
-)  # fmt: skip
+from duet_vlm.reducers.inputs import Input, required
+
+INPUTS = {  # field of the view -> the input that fills it
+    "scores": Input.SCORES,
+    "span_index": Input.TOKENS,
+    "token_index": Input.TOKENS,
+    "hidden_states": Input.HIDDEN_STATES,
+    "previous_hidden_states": Input.PREVIOUS_HIDDEN_STATES,
+    "text_hidden_states": Input.TEXT_HIDDEN_STATES,
+    "text_valid": Input.TEXT_HIDDEN_STATES,
+    "keys": Input.DECODER_KEYS,
+    "text_keys": Input.DECODER_KEYS,
+    "positions": Input.POSITIONS,
+    "text_positions": Input.POSITIONS,
+    "visual_self_attention": Input.VISUAL_SELF_ATTENTION,
+    "gradient": Input.GRADIENT,
+    "tags": Input.TAGS,
+}
 
 
 def _unchanged(rows: Tensor) -> Tensor:
@@ -21,11 +36,11 @@ class DecoderView:
     """What a decoder reducer may look at at one drop; B samples with up to V visual tokens alive. With ``multi_image="per_image"`` the rows are spans.
 
     ``valid`` [B, V], ``keep`` [B] how many stay; ``counts`` the same on the host: (there now, stay) of each row. ``scores`` [B, V] float32: attention
-    from the text queries (None unless the method scores by text), [B, V, H] with ``score_heads`` "each". With ``uses_tokens``: ``spans`` lists, for
+    from the text queries (None unless required), [B, V, H] with ``score_heads`` "each". With ``Input.TOKENS``: ``spans`` lists, for
     every span of the call, its number within its sample and its unreduced token count, ``grids`` its (rows, columns) or None; ``span`` [B, V] is
     each token's row of that list and ``token`` [B, V] its number within the span.
 
-    The others are None unless the method names them in ``needs``; all are without gradient. D is the decoder's width, Q the most text queries.
+    The others are None unless the method requires them; all are without gradient. D is the decoder's width, Q the most text queries.
 
     - "hidden_states": ``hidden_states`` [B, V, D], the hidden states that the layer behind the drop would read.
     - "previous_hidden_states": ``previous_hidden_states`` [B, V, D], the same tokens' one layer earlier.
@@ -59,3 +74,9 @@ class DecoderView:
     gradient: Tensor | None = None
     tags: Tensor | None = None
     final_norm: Callable[[Tensor], Tensor] = _unchanged
+    method: str = ""
+
+    def require(self, name: str) -> Tensor:
+        """A field that the method has declared; a ValueError that names the method and the input if it is not there."""
+        found: Tensor = required(self, name, INPUTS)
+        return found

@@ -6,13 +6,13 @@ import math
 import sys
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, largest_fraction, target_mean
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import Reducer, check_choice
-from duet_vlm.reducers.encoder_view import READS, SIGNALS, Layer
 from duet_vlm.reducers.encoder_view import EncoderView as EncoderView
+from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.inputs import ENCODER_INPUTS, Input
 from duet_vlm.reducers.plans import plan_keep_all
 
 CROPS = ("auto", "joint", "per_crop")
@@ -25,10 +25,8 @@ HEADS = ("each", "one")
 class EncoderReducer(Reducer):
     """A method that reduces before the decoder.
 
-    ``signals`` names what it needs of the vision layers in ``signal_layers`` (``duet_vlm.reducers.encoder_view.LayerView``), ``reads`` what it needs beside
-    them (``EncoderView``): "grid", "question", "similar", "projector". With ``reads_projected`` it sees the rows as the decoder would get
-    them, so that a point-wise projector runs on all of them. Without ``reads_features`` it chooses as soon as the signals are there, and
-    nothing but its choice lives through the rest of the tower.
+    Without ``Input.FEATURES`` or ``Input.PROJECTED_FEATURES`` among what it requires it chooses as soon as its signals are there, and nothing but its
+    choice lives through the rest of the vision tower.
 
     Attributes
     ----------
@@ -53,7 +51,7 @@ class EncoderReducer(Reducer):
         "drop": newline rows of packed crops leave first when their image is reduced; "keep": all of them enter, taken from the budget.
     """
 
-    reads_features: ClassVar[bool] = True
+    available = ENCODER_INPUTS
 
     cls_token: bool = False
     signal_layer: int | None = None
@@ -65,9 +63,6 @@ class EncoderReducer(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, named, known in (("signals", self.signals, SIGNALS), ("reads", self.reads, READS)):
-            if unknown := sorted(named - set(known)):
-                raise ValueError(f"{type(self).__name__}.{name} names {', '.join(unknown)}: choose from {', '.join(known)}")
         if self.signal_queries is not None and self.signal_queries < 1:
             raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
         check_choice("signal_heads", self.signal_heads, HEADS)
@@ -75,7 +70,7 @@ class EncoderReducer(Reducer):
         check_choice("newline_tokens", self.newline_tokens, NEWLINES)
         if self.cls_token and self.positions != "compact":
             raise ValueError(f"cls_token=True needs positions='compact' (the CLS row has no position of its own), got {self.positions!r}")
-        if self.cls_token and self.reads_projected:
+        if self.cls_token and Input.PROJECTED_FEATURES in self.requires:
             raise ValueError(f"cls_token=True cannot work with {self.name}: it reads projected rows, and the CLS row is not projected")
         if self.cls_token and getattr(self, "dominant", None) == 0:
             raise ValueError("cls_token=True with dominant=0: the CLS row counts as a dominant token, give dominant >= 1")

@@ -24,9 +24,19 @@ from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import TOWER_INPUTS, Input, required
 from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 
 Grid = tuple[int, int]
+
+
+INPUTS = {  # field of the view -> the input that fills it
+    "contrast": Input.PATCH_CONTRAST,
+    "pixels": Input.PIXELS,
+    "keys": Input.BLOCK_KEYS,
+    "key_norm": Input.KEY_NORM,
+    "attention": Input.BLOCK_ATTENTION,
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +48,7 @@ class TowerView:
     columns) of each picture's units; in front of the blocks they stand line by line. ``after``: how many blocks' attention has run.
     ``unit`` [P, U]: the number of each unit in its picture; ``extra`` rows (CLS) stand in front of them in the tower.
 
-    The rest is None unless the method names it in ``tower_signals``. In front of the blocks: ``contrast`` [P, U] float32, how far a unit's
+    The rest is None unless the method requires it. In front of the blocks: ``contrast`` [P, U] float32, how far a unit's
     patch embeddings, without position, lie from the picture's mean (length of the difference, mean over the unit's patches); ``pixels``
     [P, U, T, m], what the processor made of the unit's pixels, of each of the T frames that it shows. Behind the attention of a block, of that
     block, means over a unit's patches in float32: ``keys`` [P, U, d] means over heads, ``key_norm`` [P, U] mean length of a head's keys,
@@ -61,6 +71,12 @@ class TowerView:
     key_norm: Tensor | None = None
     attention: Tensor | None = None
     size: Tensor | None = None
+    method: str = ""
+
+    def require(self, name: str) -> Tensor:
+        """A field that the method has declared; a ValueError that names the method and the input if it is not there."""
+        found: Tensor = required(self, name, INPUTS)
+        return found
 
 
 @dataclass(frozen=True)
@@ -92,8 +108,7 @@ class TowerReducer(EncoderReducer):
         as many rows as it has members and that nobody reads behind the tower. ``mass`` then plays no part. 0: none.
     """
 
-    tower_signals: ClassVar[frozenset[str]] = frozenset()
-    reads_features: ClassVar[bool] = False
+    available = TOWER_INPUTS
     reduces_in_tower: ClassVar[bool] = True
     by_threshold: ClassVar[bool] = False  # how many stay is what ``stay`` says
 

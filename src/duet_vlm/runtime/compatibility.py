@@ -12,11 +12,12 @@ from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.prefill.layers import scoring_layers
 from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 
-WITHOUT = {"text_similarity": "take relevance='decoder', which compares with the question as the decoder reads it"}
+WITHOUT = {Input.TEXT_SIMILARITY: "take relevance='decoder', which compares with the question as the decoder reads it"}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 
@@ -24,7 +25,7 @@ def hooked(reducer: Reducer) -> tuple[Any, ...]:
     """What the hooks on the vision tower, and a module of the method's own, were chosen by."""
     compressor = reducer.trained_reducer
     module = None if compressor is None else (compressor.weights, compressor.seed, tuple(compressor.shape.items()))
-    return reducer.signal_layers, reducer.signals, reducer.reads, reducer.cls_token, module
+    return reducer.signal_layers, reducer.requires & (ENCODER_INPUTS - FEATURE_INPUTS), reducer.cls_token, module
 
 
 def check(
@@ -39,16 +40,16 @@ def check(
             for layer in (layer_number(adapter, layer) for layer in reducer.signal_layers):
                 if layer is not None and not adapter.attends_globally(layer):
                     raise ValueError(f"signal_layer={layer} attends within windows, of which a reduced tower leaves pieces: name another")
-            if "states" in reducer.signals:
+            if Input.STATES in reducer.requires:
                 raise TypeError(f"{reducer.name} reads rows inside the vision tower, of which a reduced tower has some only: leave the tower whole")
         if reducer.cls_token:
             adapter.cls_module()
             if adapter.feeds_cls:
                 raise ValueError("cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')")
         _check_layers(adapter, reducer)
-        for need in sorted((reducer.signals | reducer.reads) & adapter.unsupported.keys()):
-            raise TypeError(f"{reducer.name} needs {need!r}, which {adapter.family} cannot give: {adapter.unsupported[need]}. {WITHOUT[need]}")
-        if "text_similarity" in reducer.reads:
+        for need in sorted(reducer.requires & adapter.unsupported.keys(), key=lambda need: need.value):
+            raise TypeError(f"{reducer.name} needs {need.value!r}, which {adapter.family} cannot give: {adapter.unsupported[need]}. {WITHOUT[need]}")
+        if Input.TEXT_SIMILARITY in reducer.requires:
             _check_text_tower(adapter, reducer, text_tower, processor)
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
@@ -90,7 +91,7 @@ def _check_text_tower(adapter: Adapter, reducer: EncoderReducer, text_tower: Any
         given = "" if text_tower is None else f", got {type(text_tower).__name__}"
         raise ValueError(
             f"{reducer.name} compares tokens with the question in the space of a text tower{given}: pass "
-            f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT['text_similarity']}"
+            f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT[Input.TEXT_SIMILARITY]}"
         )
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"{reducer.name} reads the question's words for text_tower: pass processor= to attach()")

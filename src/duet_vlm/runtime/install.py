@@ -11,6 +11,7 @@ from duet_vlm.models.adapter import ConcatenatedBlocks, TowerBlocks, VarlenTower
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.encode.attention_intercept import QKRecorder, SizeBias
@@ -55,7 +56,7 @@ def _on_tower(traffic: ModelHooks, reducer: Reducer, words: QuestionTextEncoder,
         hooks.add(attention.register_forward_hook, encoder.after_attention)
     for block in dict.fromkeys(module for modules in named.blocks for module in modules):
         hooks.add(block.register_forward_hook, encoder.after_block)
-    if "projector" in reducer.reads:
+    if Input.PROJECTOR in reducer.requires:
         hooks.add(adapter.projector().register_forward_pre_hook, encoder.asks_projector, with_kwargs=True)
     unread = adapter.unused_tower_layers()
     if not named.requested(unread):

@@ -18,6 +18,7 @@ from duet_vlm.planning.spans import plan_span
 from duet_vlm.reducers.base import Reducer, with_fields
 from duet_vlm.reducers.decoder import DecoderReducer
 from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime.encode.selection import reduces_per_crop
 from duet_vlm.runtime.validation import check_plan
@@ -82,7 +83,7 @@ class ServedMethod:
         check_budget(budget)
         reducer = with_fields(get_method(method), {**settings, "positions": positions})
         assert isinstance(reducer, EncoderReducer)  # checked stage by stage
-        beyond = sorted((reducer.signals - {"importance", "keys"}) | reducer.reads)
+        beyond = sorted(need.value for need in reducer.requires & ENCODER_INPUTS - FEATURE_INPUTS - {Input.IMPORTANCE, Input.KEYS})
         if beyond or len(reducer.signal_layers) > 1:
             what = ", ".join(beyond) or "several vision layers"
             raise ValueError(f"{method}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: choose another")

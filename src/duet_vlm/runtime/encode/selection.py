@@ -109,7 +109,7 @@ def select_tokens(
         features = features.detach()
     view = EncoderView(
         content, planned[:, 0], planned[:, 1], asked, layers[0].importance if layers else None, layers[0].keys if layers else None,
-        features, numbers.clamp(min=STRUCTURE), stream, layers, max_parts=max_parts_of(parts), **read or {},
+        features, numbers.clamp(min=STRUCTURE), stream, layers, max_parts=max_parts_of(parts), method=reducer.name, **read or {},
     )  # fmt: skip
     if each and any(plan.parts for plan in plans):
         selection, wrong = select_each(reducer, view, list(parts))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from duet_vlm.models.adapter import Adapter, Encoding
 from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
 
@@ -104,7 +105,7 @@ def _whole(reducer: Reducer) -> str:
     """Why a method needs the frames of a clip in one call of the tower; empty where it does not."""
     if reducer.tower_reducer is not None:
         return "reduces in the tower"
-    return "asks the projector" if "projector" in reducer.reads else ""
+    return "asks the projector" if Input.PROJECTOR in reducer.requires else ""
 
 
 def per_chunk_backward(adapter: Adapter, call: Encoding, clip: int, count: int) -> Iterator[Tensor]:

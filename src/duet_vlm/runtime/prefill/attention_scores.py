@@ -13,6 +13,7 @@ from duet_vlm.ops.ragged import gather_rows, last_true, pack_right
 from duet_vlm.ops.score import QUERY_BLOCK, query_attention, state_read_out
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 
 LEAST = 0.01  # of the product of two rows of ones at one place: positions never divide attention by less
@@ -61,18 +62,18 @@ class TextAttentionScorer:
             return {"scores": self._read_out(layer, hidden.to(device), tokens.to(device))}
         index, valid = (x.to(device) for x in self.text_rows(tokens))
         hidden, rotary, tokens = hidden.to(device), (rotary[0].to(device), rotary[1].to(device)), tokens.to(device)
-        visual, there = pack_right(tokens.visual, max(1, visual_rows)) if "visual_self_attention" in reducer.needs else (index[:, :0], valid[:, :0])
+        visual, there = pack_right(tokens.visual, max(1, visual_rows)) if Input.VISUAL_SELF_ATTENTION in reducer.requires else (index[:, :0], valid[:, :0])
         with compat.uncached_autocast(hidden):
             query, key = self.adapter.project(layer, hidden, rotary, torch.cat([index, visual], 1))
         with compat.without_autocast(hidden):
             text, own = query.tensor_split((index.shape[1],), 2)
             received = functools.partial(self._received, layer, key, tokens, rotary)
             made: Signals = {}
-            if reducer.uses_text:
+            if Input.SCORES in reducer.requires:
                 made["scores"] = received(text, index, valid)
-            if "visual_self_attention" in reducer.needs:
+            if Input.VISUAL_SELF_ATTENTION in reducer.requires:
                 made["visual_self_attention"] = received(own, visual, there)
-            if "keys" in reducer.needs:
+            if Input.DECODER_KEYS in reducer.requires:
                 made["keys"] = key.transpose(1, 2).flatten(2)
         return made
 

@@ -15,6 +15,7 @@ from duet_vlm.models.adapter import FULL, SLIDING, Adapter
 from duet_vlm.ops.ragged import gather_rows, pack_left
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Span, TokenMap
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.context import ForwardContext
@@ -81,7 +82,7 @@ def _prefill(adapter: Adapter, rules: ActiveConfig, call: ForwardContext, kwargs
     prompt = TokenMap.identity(valid, visual, stays)
     queries = torch.zeros_like(valid)
     asks = reducer.uses_text_queries()
-    if (asks or "question_state" in reducer.reads) and call.received:
+    if (asks or Input.QUESTION_STATE in reducer.requires) and call.received:
         asking = valid if not call.num_draft_tokens else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.num_draft_tokens)
         kind, turns = reducer.text_query, reducer.training_turns
         queries = query_rows(kind, prompt.prunable, asking, call.labels, call.salient_mask, turns)

@@ -12,6 +12,7 @@ from duet_vlm.ops.ragged import gather_last_dim, gather_rows
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
 from duet_vlm.runtime.encode.encoder import check_finite
@@ -48,8 +49,8 @@ class PrefillPass:
         self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.stages if _any(run.ranked(layer))])
         run.num_queries = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
-        self.probes = "gradient" in self.reducer.needs
-        looks = "previous_hidden_states" in self.reducer.needs
+        self.probes = Input.GRADIENT in self.reducer.requires
+        looks = Input.PREVIOUS_HIDDEN_STATES in self.reducer.requires
         self.needs_previous_hidden = {drop for drop in self.stages if looks and drop not in replay and _any(run.ranked(drop))}
         self.layers_to_score = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
         self.signals: dict[int, Signals] = {}  # by the layer that made them, of the rows that are there now
@@ -227,11 +228,11 @@ class PrefillPass:
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer) and self.scorer is not None
         made = dict(self.signals.get(self.scored_at.get(index, -1), {}))
-        if reducer.needs & {"hidden_states", "text_hidden_states"}:
+        if reducer.requires & {Input.HIDDEN_STATES, Input.TEXT_HIDDEN_STATES}:
             made["hidden_states"] = hidden.detach()
-        if "previous_hidden_states" in reducer.needs:
+        if Input.PREVIOUS_HIDDEN_STATES in reducer.requires:
             made["previous_hidden_states"] = self.previous_hidden[index].to(hidden.device)
-        if "gradient" in reducer.needs:
+        if Input.GRADIENT in reducer.requires:
             made["gradient"] = self._gradient(index, layer, hidden, kwargs, tokens)
         with torch.no_grad():
             return decide_stage(self.prompt_state, self.scorer, index, tokens, made)
@@ -275,7 +276,7 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict
     """
     if not isinstance(reducer, DecoderReducer):
         return {}
-    if "gradient" in reducer.needs:
+    if Input.GRADIENT in reducer.requires:
         _check_probes(adapter, reducer, drops)
     if not reducer.uses_attention():
         return {}
