@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import ranking, top
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
@@ -42,7 +43,7 @@ class Contrast(TowerReducer):
     def keep_patches(self, view: TowerView) -> Tensor:
         contrast = view.require("contrast")
         spread = [int(self.ground * keep) for keep in view.has_count]
-        count = torch.tensor(spread, device=view.num_keep.device)[:, None]
+        count = upload(spread, view.num_keep.device)[:, None]
         first = top(contrast, view.valid, view.num_keep - count[:, 0])
         rest = view.valid & ~first
         number = torch.arange(max(spread), device=count.device)

@@ -12,7 +12,6 @@ from duet_vlm.models.adapter import Encoding, RecordedQK, TowerBlocks
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import blocks_like_clip, cls_signals
 from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.reducers.inputs import Input
 
 
 class Llava(LlamaLike):
@@ -22,7 +21,7 @@ class Llava(LlamaLike):
     model_types = ("llava",)
     notes = "CLIP towers; images; MHA and GQA decoders of the Llama layout"
     example = "llava-hf/llava-1.5-7b-hf"
-    unsupported: ClassVar[dict[Input, str]] = {}
+    unsupported: ClassVar[dict[str, str]] = {}
     has_cls = True
 
     def __init__(self, model: nn.Module) -> None:

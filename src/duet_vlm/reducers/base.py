@@ -14,9 +14,7 @@ from duet_vlm.planning.budget import Budget, SpanPlan
 from duet_vlm.reducers.calibration import Calibration
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import ATTENTION_INPUTS, TEXT_QUERY_INPUTS, Input
-from duet_vlm.utils.field_types import check_type
-from duet_vlm.utils.renamed_settings import check_renamed
-from duet_vlm.utils.suggest import did_you_mean
+from duet_vlm.utils.field_types import check_names, check_type
 
 if TYPE_CHECKING:
     from duet_vlm.reducers.compressor import Compressor
@@ -139,10 +137,7 @@ def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Re
     """The method with these settings; an unknown one is a ValueError that lists those there are."""
     cls = method if isinstance(method, type) else type(method)
     known = [field.name for field in fields(cls)]
-    check_renamed(cls.name, settings, tuple(known))
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
+    check_names(cls.name, settings, known)
     return method(**settings) if isinstance(method, type) else replace(method, **settings)
 
 

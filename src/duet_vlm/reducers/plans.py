@@ -11,6 +11,7 @@ from duet_vlm.planning.budget import (
     Budget,
     BudgetError,
     Keep,
+    NoBudget,
     Schedule,
     SpanPlan,
     check_budget,
@@ -30,7 +31,7 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
     if budget is not None and given:
         raise ValueError(f"{method.name}: give either budget= or the method's own settings ({example}), not both")
     if budget is None and not given:
-        raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
+        raise NoBudget(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})", example)
 
 
 def plan_or_clamp(reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None) -> SpanPlan:

@@ -17,7 +17,7 @@ from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.prefill.layers import scoring_layers
 from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 
-WITHOUT = {Input.TEXT_SIMILARITY: "take relevance='decoder', which compares with the question as the decoder reads it"}
+WITHOUT = {Input.TEXT_SIMILARITY.value: "take relevance='decoder', which compares with the question as the decoder reads it"}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 
@@ -47,8 +47,8 @@ def check(
             if adapter.feeds_cls:
                 raise ValueError("cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')")
         _check_layers(adapter, reducer)
-        for need in sorted(reducer.requires & adapter.unsupported.keys(), key=lambda need: need.value):
-            raise TypeError(f"{reducer.name} needs {need.value!r}, which {adapter.family} cannot give: {adapter.unsupported[need]}. {WITHOUT[need]}")
+        for need in sorted({need.value for need in reducer.requires & ENCODER_INPUTS} & adapter.unsupported.keys()):
+            raise TypeError(f"{reducer.name} needs {need!r}, which {adapter.family} cannot give: {adapter.unsupported[need]}. {WITHOUT[need]}")
         if Input.TEXT_SIMILARITY in reducer.requires:
             _check_text_tower(adapter, reducer, text_tower, processor)
     if processor is not None and not hasattr(processor, "tokenizer"):
@@ -91,7 +91,7 @@ def _check_text_tower(adapter: Adapter, reducer: EncoderReducer, text_tower: Any
         given = "" if text_tower is None else f", got {type(text_tower).__name__}"
         raise ValueError(
             f"{reducer.name} compares tokens with the question in the space of a text tower{given}: pass "
-            f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT[Input.TEXT_SIMILARITY]}"
+            f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT[Input.TEXT_SIMILARITY.value]}"
         )
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"{reducer.name} reads the question's words for text_tower: pass processor= to attach()")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 NAMES = {  # old -> new
@@ -36,7 +36,7 @@ def renamed(method: str, name: str, value: object) -> str | None:
     return f"{name}={value!r} is an old way to write a setting: give {prefix}{new}={today!r}"
 
 
-def check_renamed(method: str, settings: Mapping[str, Any], known: tuple[str, ...] = ()) -> None:
+def check_renamed(method: str, settings: Mapping[str, Any], known: Sequence[str] = ()) -> None:
     """Refuse settings of ``method`` with an old name that is none of the ``known`` ones, or with an old value.
 
     Raises
