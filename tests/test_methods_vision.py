@@ -160,7 +160,7 @@ def test_vscan_needs_local_tokens_for_the_windows_of_a_picture_not_of_a_batch() 
 def test_holov_shares_by_attention_and_variety(crops: int) -> None:
     view, method = view_of(IMAGES), HoloV(keep=1, num_crops=crops)
     stretch = segment_numbers(view.valid, method.num_crops)
-    score = method.score(view, stretch)
+    score = method.score(view)
     for row, (side, _) in enumerate(IMAGES):
         total, groups, start = side**2, [], 0
         for number in range(crops):
@@ -229,7 +229,7 @@ def test_zoo_prune_measures_how_far_the_projector_moves() -> None:
 
     class Spy(ZooPrune):
         def select_tokens(self, view: Any) -> Any:
-            seen.append((view, self.sensitivity(view), self.weight(view)))
+            seen.append((view, self.sensitivity(view), self.score(view)))
             return super().select_tokens(view)
 
     with duet_vlm.attach(model, Spy(keep=0.4, directions=3, step=0.05)):
@@ -256,7 +256,7 @@ def test_cdpruner_by_the_decoders_own_embeddings() -> None:
 
     class Spy(CDPruner):
         def select_tokens(self, view: Any) -> Any:
-            seen.append((view, self.weight(view)))
+            seen.append((view, self.score(view)))
             return super().select_tokens(view)
 
     inputs = FAMILIES["llava"].inputs([ONE, TWO])

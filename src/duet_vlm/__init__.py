@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from duet_vlm.reducers.persistence import load_from_config
     from duet_vlm.reducers.registry import register
     from duet_vlm.reducers.scheduled import ScheduledReducer
+    from duet_vlm.reducers.score import ScoreReducer
     from duet_vlm.reducers.vision_tower import MergePairs, ThresholdReducer, TowerReducer, TowerView
 
 try:
@@ -44,6 +45,7 @@ _HOMES = {  # where each public name is found; the block above says the same to 
     "Reducer": "reducers.base",
     "Report": "profiling.report",
     "ScheduledReducer": "reducers.scheduled",
+    "ScoreReducer": "reducers.score",
     "Selection": "planning.tokens",
     "Span": "planning.tokens",
     "SpanPlan": "planning.budget",
@@ -77,6 +79,7 @@ __all__ = [
     "Reducer",
     "Report",
     "ScheduledReducer",
+    "ScoreReducer",
     "Selection",
     "Span",
     "SpanPlan",

@@ -9,23 +9,22 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.groups import proportional_shares, sums_of_groups, top_of_groups
-from duet_vlm.ops.ragged import pack_right, upload
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import top
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of
-from duet_vlm.planning.tokens import Selection
+from duet_vlm.planning.budget import Keep, count_of
 from duet_vlm.reducers.base import ROUNDINGS, check_choice
-from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.encoder_view import Layer
 from duet_vlm.reducers.inputs import Input
-from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 MOST_CROPS = 64  # more than any model cuts a picture into
 FAR = 1 << 30
 
 @register("hired")
 @dataclass(frozen=True)
-class HiRED(EncoderReducer):
+class HiRED(ScoreReducer):
     """HiRED (AAAI 2025, arXiv 2408.10945): a budget for all crops of a picture, shared by attention, and tokens by attention within each.
 
     The share ``alpha`` of the budget goes to the overview. Its most attended tokens in an early vision layer (as many as 1 - ``alpha`` of it) are
@@ -57,7 +56,6 @@ class HiRED(EncoderReducer):
     summary = "share the budget among a picture's crops by an early vision layer, keep each one's most attended tokens, before the decoder"
     requires = frozenset({Input.IMPORTANCE, Input.GRID})
 
-    keep: Keep | None = None
     alpha: float = 0.5
     early: Layer = 0.0
     regions: str = "quadrants"
@@ -65,8 +63,6 @@ class HiRED(EncoderReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha}: the overview's share of the budget, in [0, 1]")
         check_choice("regions", self.regions, ("quadrants", "stripes"))
@@ -84,13 +80,12 @@ class HiRED(EncoderReducer):
     def signal_layers(self) -> tuple[Layer, ...]:
         return (self.signal_layer, self.early)
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget, self.rounding)
+    def score(self, view: EncoderView) -> Tensor:
+        return view.require("importance")
 
-    def select_tokens(self, view: EncoderView) -> Selection:
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         group, crops = self.crop_tokens(view)
-        chosen = top_of_groups(view.require("importance"), group, view.valid, self.quota(view, group, crops), view.dominant)
-        return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+        return top_of_groups(scores, group, view.valid, self.quota(view, group, crops), view.dominant)
 
     def crop_tokens(self, view: EncoderView) -> tuple[Tensor, int]:
         """The overview (0) or the crop (from 1) that each token is of [B, N], and room for as many crops as any picture may have."""

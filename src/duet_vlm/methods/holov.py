@@ -10,15 +10,13 @@ from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.groups import proportional_shares, segment_numbers, sums_of_groups, top_of_groups
-from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.planning.tokens import Selection
+from duet_vlm.planning.budget import Keep
 from duet_vlm.reducers.base import check_choice
-from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.inputs import Input
-from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 TINY = torch.finfo(torch.float32).tiny
 BOUND = 1e30  # what a CLS row that must come first is given for attention
@@ -26,7 +24,7 @@ BOUND = 1e30  # what a CLS row that must come first is given for attention
 
 @register("holov")
 @dataclass(frozen=True)
-class HoloV(EncoderReducer):
+class HoloV(ScoreReducer):
     """HoloV (NeurIPS 2025): a holistic choice, so that tokens do not all come from the few places that attract attention.
 
     The tokens of a picture, in raster order, are cut into ``crops`` stretches. A token scores by its attention and by how much its likeness to
@@ -58,7 +56,6 @@ class HoloV(EncoderReducer):
     summary = "share the budget among stretches of the picture by attention and variety, and keep the best of each, before the decoder"
     requires = frozenset({Input.IMPORTANCE, Input.PROJECTED_FEATURES})
 
-    keep: Keep | None = None
     num_crops: int = 16
     beta: float = 0.09
     within: str = "score"
@@ -66,8 +63,6 @@ class HoloV(EncoderReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         if self.num_crops < 1:
             raise ValueError(f"num_crops={self.num_crops}: stretches that a picture is cut into, at least 1")
         if not 0 <= self.beta < float("inf"):
@@ -81,21 +76,16 @@ class HoloV(EncoderReducer):
         released: dict[str, Any] = {"within": "attention", "split": "floor", "positions": "compact", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "crops": "joint", "signal_queries": None} | released | fields)
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget)
-
-    def select_tokens(self, view: EncoderView) -> Selection:
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         stretch = segment_numbers(view.valid, self.num_crops)
-        score = self.score(view, stretch)
         size = sums_of_groups(view.valid, stretch, view.valid, self.num_crops)
-        mean = sums_of_groups(score, stretch, view.valid, self.num_crops) / size.clamp(min=1)
-        by = score if self.within == "score" else view.require("importance")
-        chosen = top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
-        return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+        mean = sums_of_groups(scores, stretch, view.valid, self.num_crops) / size.clamp(min=1)
+        by = scores if self.within == "score" else view.require("importance")
+        return top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
 
-    def score(self, view: EncoderView, stretch: Tensor) -> Tensor:
+    def score(self, view: EncoderView) -> Tensor:
         """Attention and variety of each token [B, N]; a stretch of one token has no variety."""
-        importance = view.require("importance")
+        importance, stretch = view.require("importance"), segment_numbers(view.valid, self.num_crops)
         others = (stretch[:, :, None] == stretch[:, None]) & view.valid[:, None]
         table = cosine(view.require("features"), view.valid) * others
         table.diagonal(dim1=1, dim2=2).zero_()
