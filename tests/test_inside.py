@@ -317,8 +317,8 @@ def test_attention_divided_by_positions_is_that_over_rotated_ones(family: str) -
     inputs, model = FAMILIES[family].inputs([ONE]), shared(family)
     views = []
     for positions in ("as_is", "divided"):
-        cls = type("Each", (Seen,), {"score_heads": "each"})
-        with duet_vlm.attach(model, cls(score_positions=positions, text_query="last")):
+        cls = type("Each", (Seen,), {"score_heads": "each", "score_positions": positions})
+        with duet_vlm.attach(model, cls(text_query="last")):
             VIEWS.clear()
             forward(model, inputs)
             views.append(VIEWS[0])

@@ -195,6 +195,14 @@ class Composition(EncoderReducer):
         return before if second is None else before | second.requires & DECODER_INPUTS
 
     @property
+    def signal_segments(self) -> bool:  # type: ignore[override]
+        return self._sees.signal_segments
+
+    @property
+    def signal_heads(self) -> str:  # type: ignore[override]
+        return self._sees.signal_heads
+
+    @property
     def trained_reducer(self) -> Compressor | None:
         return self._sees.trained_reducer
 
@@ -331,6 +339,28 @@ class Composition(EncoderReducer):
 @dataclass(frozen=True)
 class DecoderComposition(Composition, DecoderReducer):
     """A composition whose last stage drops inside the decoder."""
+
+    @property
+    def _drops(self) -> DecoderReducer:
+        drops = self._stages[3]
+        assert drops is not None  # says _roles
+        return drops
+
+    @property
+    def skip_unanswered(self) -> bool:  # type: ignore[override]
+        return self._drops.skip_unanswered
+
+    @property
+    def score_mask(self) -> str:  # type: ignore[override]
+        return self._drops.score_mask
+
+    @property
+    def score_positions(self) -> str:  # type: ignore[override]
+        return self._drops.score_positions
+
+    @property
+    def probe(self) -> str:  # type: ignore[override]
+        return self._drops.probe
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         second = self._stages[3]

@@ -50,6 +50,13 @@ class Duet(EncoderReducer, DecoderReducer):
         "spread": anchors at pool ranks floor(i * P / K); "floor": every (P // K)-th, which bunches them (released code).
     rounding : str
         How fractions of the schedule become counts: "floor" (exact product) or "int" (truncated float product, released code).
+    signal_segments : bool
+        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in the call, as the
+        released Qwen2.5-VL code does under sdpa.
+    score_mask : str
+        "causal": a query sees what precedes it; "none": every token (released Qwen2.5-VL code).
+    skip_unanswered : bool
+        Leave samples without any supervised label whole (released training code).
 
     Cost: one row of attention (CLS) or blocked column sums of one vision layer; per T2V stage one key projection of all rows plus
     queries of the text rows. Needs: vision attention, vision keys, text after the image. Usable in training.
@@ -70,6 +77,9 @@ class Duet(EncoderReducer, DecoderReducer):
     merge: str = "mean"
     anchor_step: str = "spread"
     rounding: str = "floor"
+    signal_segments: bool = True
+    score_mask: str = "causal"
+    skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +96,7 @@ class Duet(EncoderReducer, DecoderReducer):
         check_choice("merge", self.merge, MERGES)
         check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
         check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("score_mask", self.score_mask, ("causal", "none"))
 
     @classmethod
     def official_llava(cls, dominant: int = 300, contextual: int = 7, cluster_width: int = 4, **fields: Any) -> Duet:

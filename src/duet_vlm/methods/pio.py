@@ -10,6 +10,7 @@ from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine, greedy_nms
 from duet_vlm.planning.budget import Schedule
+from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
@@ -29,6 +30,9 @@ class Pio(ScheduledReducer):
     ----------
     tau : float
         Cosine from which two tokens are doubles, in [-1, 1]; 1 takes out exact doubles only.
+    probe : str
+        What a gradient goes through: the "next" layer, the last norm and the head; or the "last" layer once more, with the input embeddings in
+        place of the head (released Qwen2.5-VL code).
 
     Cost: a forward and a backward through one layer per stage, the head on four rows, and cosines of all pairs of visual tokens. The layer's
     activations are held for the backward. No attention maps; parameters get no gradient. Inference only, and not under ``torch.inference_mode``;
@@ -45,11 +49,13 @@ class Pio(ScheduledReducer):
     requires = frozenset({Input.HIDDEN_STATES, Input.GRADIENT})
 
     tau: float = 0.8
+    probe: str = "next"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not -1 <= self.tau <= 1:
             raise ValueError(f"tau={self.tau}: a cosine, in [-1, 1]")
+        check_choice("probe", self.probe, ("next", "last"))
 
     @classmethod
     def official(cls, layers: Sequence[int] = (1, 10, 15), counts: Sequence[int] = (218, 128, 54), **fields: Any) -> Pio:

@@ -41,6 +41,9 @@ class PruMerge(EncoderReducer):
         Order of the rows, which matters for ``positions="compact"``: "raster", or by falling "attention" (released code).
     rounding : str
         How a fraction becomes a count: "floor" or "int" (released code).
+    signal_heads : str
+        "each": the attention of every head, added up, and keys as means over heads. "one": all heads side by side as a single wide one (released
+        code).
 
     Cost: one row of attention (CLS) or blocked column sums of one vision layer; per kept token a look at all others, which are sorted; the
     product of a table of rows x tokens with the features, 4 K N bytes. Needs: vision attention and keys. Usable in training (the choice and
@@ -61,6 +64,7 @@ class PruMerge(EncoderReducer):
     merge: str = "mean"
     order: str = "raster"
     rounding: str = "floor"
+    signal_heads: str = "each"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,6 +75,7 @@ class PruMerge(EncoderReducer):
         check_choice("merge", self.merge, ("mean", "sum"))
         check_choice("order", self.order, ("raster", "attention"))
         check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("signal_heads", self.signal_heads, ("each", "one"))
         if self.cls_token:
             raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row has no attention of its own to weigh it by")
 

@@ -54,6 +54,8 @@ class PyramidDrop(DecoderReducer):
         With a budget the schedule is solved, see below.
     rounding : str
         "floor" (exact product) or "int" (truncated float product, released code).
+    skip_unanswered : bool
+        Leave samples without any supervised label whole (released training code).
 
     A budget moves along one path of schedules, without a jump. From the floor up, the share kept per stage grows at the stages that the
     authors give for small budgets, [2, 8, 16]/32 of the depth, until it is 0.56. Then every layer keeps a mix of that schedule and the
@@ -75,6 +77,7 @@ class PyramidDrop(DecoderReducer):
     text_query: str = "last"
     schedule: Schedule | None = None
     rounding: str = "floor"
+    skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

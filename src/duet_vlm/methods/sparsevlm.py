@@ -45,6 +45,9 @@ class SparseVLM(ScheduledReducer):
         never more than there are.
     released : bool
         A stage's number counts those that are kept; recycled ones come on top and stand behind them, and one token at least is no longer kept.
+    score_positions : str
+        "as_is", or "divided": attention divided by what positions alone would give (the product of rotated ones, as the second release does;
+        positions so far apart that this is not positive count as the nearest that small).
 
     Cost: one key projection and the raters' query rows per stage, distances among 0.3 of the tokens that leave. Needs text after the image.
     Usable in training (the choice carries no gradient, recycled rows do).
@@ -66,11 +69,13 @@ class SparseVLM(ScheduledReducer):
     recycle: bool = True
     best_heads: int | None = None
     released: bool = False
+    score_positions: str = "as_is"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.best_heads is not None and self.best_heads < 1:
             raise ValueError(f"best_heads={self.best_heads}: a number of heads, at least 1, or None for all")
+        check_choice("score_positions", self.score_positions, ("as_is", "divided"))
 
     @classmethod
     def official(cls, tokens: int = 192, version: str = "1.5", **fields: Any) -> SparseVLM:

@@ -58,12 +58,16 @@ class Reducer(ABC):
     merges: ClassVar[bool] = False  # ``prune_tokens`` returns selections
     score_layer_offset: ClassVar[int] = 0  # how many layers before the drop the score is taken
     cls_token = False
-    signal_heads = "each"
+    signal_segments = True  # attention is summed within the tower's own segments (images, frames, windows); False: over all of a call
+    signal_heads = "each"  # attention of every head, added up; "one": all heads side by side as a single wide one
     crops = "joint"
     newline_tokens = "drop"
     text_query = "all"
     training_turns = "first"
-    skip_unanswered = False
+    skip_unanswered = False  # True: samples without any supervised label stay whole
+    score_mask = "causal"  # a text query sees what precedes it; "none": every token
+    score_positions = "as_is"  # "divided": attention divided by what positions alone would give
+    probe = "next"  # layer of ``Input.GRADIENT``; "last": the one before once more, with the input embeddings in place of the head
     multi_image = "joint"
     trim_kv_cache = False
 

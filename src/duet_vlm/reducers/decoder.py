@@ -15,10 +15,7 @@ from duet_vlm.reducers.inputs import DECODER_INPUTS
 
 TEXT_QUERIES = ("all", "last", "salient", "raters")
 TRAINING_TURNS = ("first", "all")
-SCORE_MASKS = ("causal", "none")
 MULTI_IMAGE = ("joint", "per_image")
-SCORE_POSITIONS = ("as_is", "divided")
-PROBES = ("next", "last")
 
 
 @dataclass(frozen=True)
@@ -36,22 +33,12 @@ class DecoderReducer(Reducer):
         all, those that the visual tokens resemble more than the average one (SparseVLM, arXiv 2410.04417, section 3.2).
     training_turns : str
         With labels, take the queries of the "first" turn only (later questions do not choose for earlier answers) or of "all".
-    skip_unanswered : bool
-        Leave samples without any supervised label whole (released DUET-VLM and PyramidDrop training code).
-    score_mask : str
-        "causal": a query sees what precedes it; "none": every row (released Qwen2.5-VL code of DUET-VLM).
     multi_image : str
         With several images (or clips) in a prompt, "joint": all their tokens are ranked together, so that an image that matters more to the
         text keeps more; their sum is what is planned (released code). "per_image": every image is ranked by itself and keeps its own share.
-    score_positions : str
-        "as_is", or "divided": attention divided by what positions alone would give (the product of rotated rows of ones, as SparseVLM's second
-        release does; positions so far apart that this is not positive count as the nearest that small).
     trim_kv_cache : bool
         False: every layer keeps the keys and values of all that it read. True: once the prompt is read, those of visual tokens
         that did not reach the last layer are removed from the caches of earlier ones, too.
-    probe : str
-        What a gradient goes through: the "next" layer, the last norm and the head; or the "last" layer once more, with the input embeddings in place
-        of the head (released Qwen2.5-VL code of PIO-FVLM).
     """
 
     available = DECODER_INPUTS
@@ -60,21 +47,14 @@ class DecoderReducer(Reducer):
 
     text_query: str = "all"
     training_turns: str = "first"
-    skip_unanswered: bool = False
-    score_mask: str = "causal"
     multi_image: str = "joint"
-    score_positions: str = "as_is"
     trim_kv_cache: bool = False
-    probe: str = "next"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("text_query", self.text_query, TEXT_QUERIES)
         check_choice("training_turns", self.training_turns, TRAINING_TURNS)
-        check_choice("score_mask", self.score_mask, SCORE_MASKS)
         check_choice("multi_image", self.multi_image, MULTI_IMAGE)
-        check_choice("score_positions", self.score_positions, SCORE_POSITIONS)
-        check_choice("probe", self.probe, PROBES)
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> DecoderReducer:
         """This method as a composition runs it in a decoder of ``depth`` layers: where its settings leave the drops to a budget, with those

@@ -18,7 +18,6 @@ from duet_vlm.reducers.plans import plan_keep_all
 CROPS = ("auto", "joint", "per_crop")
 NEWLINES = ("drop", "keep")
 QUERIES = 256  # rows of a picture that rank its tokens where the tower has no CLS row
-HEADS = ("each", "one")
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,9 @@ class EncoderReducer(Reducer):
         tokens; needs ``positions="compact"`` and a tower with a CLS row.
     signal_layer : int or None
         Vision layer whose attention is read; None leaves the choice to the model family.
-    signal_segments : bool
-        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in
-        the call, as the released Qwen2.5-VL code does under sdpa.
     signal_queries : int or None
         Where the tower has no CLS row, tokens are ranked by the attention that they receive: from that many of its rows, spread over the grid
         of each picture or frame, or from all of them (None, as the released codes do). The sum costs as many rows times all.
-    signal_heads : str
-        "each": the attention of every head, added up, and keys as means over heads. "one": all heads side by side are read as a single wide
-        one, as the released code of LLaVA-PruMerge does.
     crops : str
         "joint": all crops of an image or frames of a clip are reduced together; "per_crop": every one by itself, within one budget, and the
         method's own counts are per part; "auto": what the model family's documentation states.
@@ -55,9 +48,7 @@ class EncoderReducer(Reducer):
 
     cls_token: bool = False
     signal_layer: int | None = None
-    signal_segments: bool = True
     signal_queries: int | None = QUERIES
-    signal_heads: str = "each"
     crops: str = "auto"
     newline_tokens: str = "drop"
 
@@ -65,7 +56,6 @@ class EncoderReducer(Reducer):
         super().__post_init__()
         if self.signal_queries is not None and self.signal_queries < 1:
             raise ValueError(f"signal_queries={self.signal_queries}: a number of rows, at least 1, or None for all")
-        check_choice("signal_heads", self.signal_heads, HEADS)
         check_choice("crops", self.crops, CROPS)
         check_choice("newline_tokens", self.newline_tokens, NEWLINES)
         if self.cls_token and self.positions != "compact":

@@ -38,8 +38,14 @@ ARCHITECTURES = {  # whose first stage vLLM can run, and their positions there; 
 PREFIX = "Duet"
 
 DEPTH = 32  # of the decoder in which a method divides what enters into dominant and contextual rows
-SECOND = {each.name for each in dataclasses.fields(DecoderReducer)} - {each.name for each in dataclasses.fields(Reducer)} | {"schedule"}
+SECOND = {each.name for each in dataclasses.fields(DecoderReducer)} - {each.name for each in dataclasses.fields(Reducer)}
+OWN_SECOND = ("schedule", "skip_unanswered", "score_mask", "score_positions", "probe")  # of a method; in a composition behind its name
 NOTHING_ASKED = -1.0
+
+
+def _late(name: str) -> bool:
+    """Whether a setting is of what is dropped inside the decoder."""
+    return name in SECOND or any(name == own or name.endswith(f"_{own}") for own in OWN_SECOND)
 
 
 @dataclass(frozen=True)
@@ -71,12 +77,12 @@ class ServedMethod:
         method, budget = settings.pop("method", "duet"), settings.pop("budget", None)
         for part in str(method).split("+"):
             _check_stage(part, get_method(part))
-        late = sorted(name for name in settings if (name in SECOND or name.endswith("_schedule")) and settings[name] not in (None, ()))
+        late = sorted(name for name in settings if _late(name) and settings[name] not in (None, ()))
         if late:
             raise ValueError(f"{late[0]}: a setting of what is dropped inside the decoder, which vLLM has no place for: leave it out")
         if settings.get("cls_token"):
             raise ValueError("cls_token=True: no server feeds the tower's CLS row to the decoder, leave it out")
-        if settings.get("signal_segments") is False:
+        if any(settings.get(name) is False for name in settings if name.endswith("signal_segments")):
             raise ValueError("signal_segments=False: it ranks all images of a call together, and a server decides which those are, leave it out")
         if settings.get("positions", positions) != positions:
             raise ValueError(f"positions={settings['positions']!r}: vLLM gives this model {positions!r} positions, leave it out")
