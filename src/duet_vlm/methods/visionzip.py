@@ -33,6 +33,9 @@ class VisionZip(EncoderReducer):
         "mean" of anchor and members, or "anchor_plus_mean" (released code).
     anchor_step : str
         "spread": floor(i * M / K); "floor": every (M // K)-th of the M others (released code).
+    signal_segments : bool
+        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in the call, as the
+        released Qwen2.5-VL code does under sdpa.
 
     Cost: one row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention and keys. Usable in training.
 
@@ -48,6 +51,7 @@ class VisionZip(EncoderReducer):
     contextual: Keep | None = None
     merge: str = "mean"
     anchor_step: str = "spread"
+    signal_segments: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

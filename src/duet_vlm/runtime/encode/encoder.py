@@ -388,7 +388,7 @@ class EncoderHooks:
         return views
 
     def _read(self, call: EncodeContext, counts: list[int], width: int, device: torch.device, layers: tuple[LayerView, ...]) -> dict[str, Any]:
-        """What the method names in ``reads``."""
+        """The inputs beside layers and features that the method requires."""
         reducer = call.config.reducer
         assert isinstance(reducer, EncoderReducer)
         made: dict[str, Any] = {}
