@@ -83,6 +83,7 @@ def test_the_config_of_a_checkpoint_says_the_new_name() -> None:
 @pytest.mark.parametrize(("method", "settings", "advice"), OLD)
 def test_a_result_file_says_the_new_name(method: str, settings: dict[str, Any], advice: str) -> None:
     result = made_up(3, (0.5,))
+    result["runs"][1] |= {"method": "fastvid", "settings": {"context": 0.4}}  # its own setting of that name
     check(result, "results/old.json")
     result["runs"][1] |= {"method": method, "settings": settings}
     with pytest.raises(ValueError) as error:
