@@ -106,16 +106,16 @@ tables: $(DEV)  ## write the tables of README and docs, and the lists of the com
 	@$(BIN)/python benchmarks/tables.py
 
 train: $(DEV)  ## train the embedded model from scratch
-	@$(BIN)/python -m duet_vlm.tiny.train
+	@$(BIN)/python -m duet_vlm_lab.train_tiny
 
 train-chain: $(DEV)  ## train the tiny-chain model from answers alone (hours; the same command goes on after a kill)
-	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_chain
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm_lab.train_chain
 
 train-page: $(DEV)  ## train the tiny-page model from the tiny-chain model (under an hour of one core)
-	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_page
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm_lab.train_page
 
 train-long: $(DEV)  ## train the tiny-long model from the tiny-video model (about an hour of one core)
-	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_long
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm_lab.train_long
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VLLM) $(VIDEO) $(TORCHAO) $(DOCS) out build dist .pytest_cache .ruff_cache .mypy_cache

@@ -16,8 +16,8 @@ from typing import Any
 from duet_vlm.evaluation.drop_curve import FULL, LABEL, drops
 from duet_vlm.evaluation.experiment import Experiment
 from duet_vlm.evaluation.run import run_experiment
-from duet_vlm.tiny.chain_network import LAYERS
-from duet_vlm.tiny.chain_questions import KINDS
+from duet_vlm_lab.generators.chain_questions import KINDS
+from duet_vlm_lab.networks.chain_network import LAYERS
 
 HOME = Path(__file__).resolve().parents[1] / "comparison" / "tiny-chain"
 BUDGET = 0.11

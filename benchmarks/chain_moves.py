@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from common import environment
 
-from duet_vlm.tiny.chain_questions import Chain
-from duet_vlm.tiny.network import VISUAL_TOKENS
-from duet_vlm.tiny.recipe.chain import ChainStage, chosen
-from duet_vlm.tiny.recipe.chain_lessons import LESSONS, questions
-from duet_vlm.tiny.recipe.chain_packing import pack
-from duet_vlm.tiny.recipe.stages import last_checkpoint, weights
+from duet_vlm.evaluation.tiny.network import VISUAL_TOKENS
+from duet_vlm_lab.generators.chain_questions import Chain
+from duet_vlm_lab.recipe.chain import ChainStage, chosen
+from duet_vlm_lab.recipe.chain_lessons import LESSONS, questions
+from duet_vlm_lab.recipe.chain_packing import pack
+from duet_vlm_lab.recipe.stages import last_checkpoint, weights
 
 HOME = Path(__file__).resolve().parents[1] / "comparison" / "tiny-chain"
 ASKED = ["hop1"] * 4 + ["hop2"] * 8 + ["hop3"] * 8 + [kind for kind in LESSONS if kind != "order"]

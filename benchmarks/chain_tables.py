@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from duet_vlm.evaluation.report.markdown import table
-from duet_vlm.tiny import chain
+from duet_vlm_lab.tasks import chain
 
 HOME = Path(__file__).resolve().parent.parent / "comparison" / "tiny-chain"
 KINDS = (

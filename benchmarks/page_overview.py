@@ -19,8 +19,8 @@ from duet_vlm.evaluation.experiment import BASELINE, ORACLE, ExperimentCell
 from duet_vlm.evaluation.results import environment
 from duet_vlm.evaluation.run_sample import answer
 from duet_vlm.evaluation.tasks import TaskQuestion, right, task
-from duet_vlm.tiny.page_questions import KINDS
-from duet_vlm.tiny.page_scenes import OVERVIEW, ROWS
+from duet_vlm_lab.generators.page_questions import KINDS
+from duet_vlm_lab.generators.page_scenes import OVERVIEW, ROWS
 
 HOME = Path(__file__).resolve().parents[1] / "comparison" / "tiny-page"
 FULL, ALONE, CROPS = "full model", "overview alone", "crops alone"

@@ -10,8 +10,8 @@ import comparison_tables
 from duet_vlm.evaluation.report import markdown
 from duet_vlm.evaluation.report.markdown import table
 from duet_vlm.evaluation.results import load
-from duet_vlm.tiny import page
-from duet_vlm.tiny.page_questions import CHANCE, KINDS
+from duet_vlm_lab.generators.page_questions import CHANCE, KINDS
+from duet_vlm_lab.tasks import page
 
 HOME = comparison_tables.ROOT / "tiny-page"
 SHOWN_LESSONS = ("at", "quarter")

@@ -28,7 +28,7 @@ def write(path: Path, frames: int) -> None:
     import av
     import numpy as np
 
-    from duet_vlm.tiny import video
+    from duet_vlm_lab.tasks import video
 
     pictures = [np.asarray(frame) for item in video.samples("test", 8) for frame in item.frames]
     with av.open(str(path), "w") as container:

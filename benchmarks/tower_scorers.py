@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.tiny import clips, clips_questions
-from duet_vlm.tiny.labels import coverage
-from duet_vlm.tiny.questions import needed_patches, questions, split_words
-from duet_vlm.tiny.recipe.tower import MEAN, STD, to_pixels
-from duet_vlm.tiny.render import render, shape_mask
-from duet_vlm.tiny.scenes import GRID, Scene, scene
-from duet_vlm.tiny.video_network import VIDEO_TOKEN
+from duet_vlm.evaluation.tiny.labels import coverage
+from duet_vlm.evaluation.tiny.questions import needed_patches, questions, split_words
+from duet_vlm.evaluation.tiny.render import render, shape_mask
+from duet_vlm.evaluation.tiny.scenes import GRID, Scene, scene
+from duet_vlm_lab.generators import clips, clips_questions
+from duet_vlm_lab.networks.video_network import VIDEO_TOKEN
+from duet_vlm_lab.recipe.tower import MEAN, STD, to_pixels
 
 PICTURES, CLIPS, BATCH, EPOCHS, SEED = 4000, 1200, 8, 4, 900
 ASKED = 6  # questions to a picture

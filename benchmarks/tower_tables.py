@@ -13,10 +13,10 @@ from typing import Any
 
 from duet_vlm.api.loading import load
 from duet_vlm.evaluation.report.markdown import table
+from duet_vlm.evaluation.tiny.network import VISUAL_TOKENS
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.profiling.flops import vision_flops
 from duet_vlm.profiling.model_dims import VisionDims
-from duet_vlm.tiny.network import VISUAL_TOKENS
 
 FRAME = 64  # patches of a frame of the embedded clip model
 RESULTS = Path(__file__).resolve().parent / "results"

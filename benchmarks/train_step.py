@@ -19,7 +19,7 @@ from shapes import LLAVA, TINY, Shape, build, picture, prompt, twin
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.planning.budget import SpanPlan

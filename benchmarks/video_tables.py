@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import comparison_tables
+from duet_vlm.evaluation.tiny.long import TURN
 
 from duet_vlm.evaluation.report import columns
 from duet_vlm.evaluation.report.markdown import table
 from duet_vlm.evaluation.results import load, unpack
-from duet_vlm.tiny import long_questions
-from duet_vlm.tiny.clips_questions import CHANCE, KINDS, ORDERLESS
-from duet_vlm.tiny.long import TURN
-from duet_vlm.tiny.long_clips import LENGTHS
+from duet_vlm_lab.generators import long_questions
+from duet_vlm_lab.generators.clips_questions import CHANCE, KINDS, ORDERLESS
+from duet_vlm_lab.generators.long_clips import LENGTHS
 
 STREAM = comparison_tables.ROOT.parent / "benchmarks" / "results" / "stream.json"
 PIECES = STREAM.with_name("pieces.json")

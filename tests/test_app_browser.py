@@ -17,7 +17,7 @@ from app_pictures import DEMO, ROOT, ask, choose, opened, served, set_to, show, 
 from PIL import Image
 from report_pictures import CHROMIUM
 
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 
 pytest.importorskip("gradio", reason="needs Gradio: make test-browser installs it")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser installs it")

@@ -18,12 +18,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.api.loading import chat_text, device_for
 from duet_vlm.cli import demo as demo_verb
 from duet_vlm.cli import lists
 from duet_vlm.cli.main import app
 from duet_vlm.cli.options import budget_of, settings_of, several, several_paths
+from duet_vlm.evaluation import tiny
 from duet_vlm.inputs.images import MAX_PIXELS
 from duet_vlm.profiling.timing import Ratio
 from duet_vlm.reducers import registry

@@ -19,7 +19,7 @@ from duet_vlm.evaluation.results import cpu_name, load, unpack
 from duet_vlm.evaluation.run_sample import answer, attached
 from duet_vlm.evaluation.source import unclean
 from duet_vlm.evaluation.tasks import TaskQuestion, task
-from duet_vlm.tiny.long_clips import LENGTHS, ROWS
+from duet_vlm_lab.generators.long_clips import LENGTHS, ROWS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(ROOT.glob("comparison/*/results/*.json"))

@@ -27,8 +27,8 @@ from processors import STOCK, made, square
 from typer.main import get_command
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.cli.main import app
+from duet_vlm.evaluation import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]

@@ -18,15 +18,13 @@ import torch
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.api import loading
 from duet_vlm.api.loading import LoadedModel
 from duet_vlm.cli.main import app
-from duet_vlm.evaluation import statistics
+from duet_vlm.evaluation import statistics, tiny
 from duet_vlm.evaluation.console import show
 from duet_vlm.evaluation.experiment import Experiment, ExperimentCell, cells_of, from_json, read
 from duet_vlm.evaluation.journal import Journal, alone
-from duet_vlm.evaluation.oracle import Oracle
 from duet_vlm.evaluation.report.markdown import matrix
 from duet_vlm.evaluation.results import load, pack, save, unpack
 from duet_vlm.evaluation.run import batches, run_experiment
@@ -35,6 +33,7 @@ from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.source import Source, source
 from duet_vlm.evaluation.summary import restated
 from duet_vlm.evaluation.tasks import TaskQuestion, right, task
+from duet_vlm_lab.methods.oracle import Oracle
 
 CELLS = (
     {"method": "duet", "budgets": [0.22, 0.05]},

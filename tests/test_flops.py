@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.profiling.flop_counter import cache_bytes, count_flops, count_rows
 from duet_vlm.profiling.flops import decode_flops, prefill_flops, scoring_flops, vision_flops
 from duet_vlm.profiling.kv import kv_bytes, kv_bytes_per_layer, state_bytes

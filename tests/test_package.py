@@ -78,7 +78,7 @@ def test_wheel_holds_the_data_and_nothing_else(wheel: Path) -> None:
 
 
 def test_installed_package_works_from_anywhere(installed: Path, tmp_path: Path) -> None:
-    code = "import duet_vlm, duet_vlm.tiny as t; m, p = t.load(); print(duet_vlm.__file__, len(t.demo_images()), m.num_parameters() > 0)"
+    code = "import duet_vlm, duet_vlm.evaluation.tiny as t; m, p = t.load(); print(duet_vlm.__file__, len(t.demo_images()), m.num_parameters() > 0)"
     out = sh(installed / "python", "-c", code, cwd=tmp_path)
     assert str(installed.parent) in out and out.split()[1:] == ["4", "True"]
 

@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 
 import duet_vlm
-from duet_vlm import Span, SpanTrace, StageTrace, tiny
+from duet_vlm import Span, SpanTrace, StageTrace
 from duet_vlm.api.loading import LoadedModel
-from duet_vlm.evaluation import tasks
+from duet_vlm.evaluation import tasks, tiny
 from duet_vlm.evaluation.lmms.arguments import parse_arguments
 from duet_vlm.evaluation.lmms.engine import Engine
 from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
 from duet_vlm.inputs.images import open_image, rgb
-from duet_vlm.tiny import video
 from duet_vlm.train.data import conversations
 from duet_vlm.viz import draw, model_view
+from duet_vlm_lab.tasks import video
 
 ROOT = Path(duet_vlm.__file__).parent
 GREYS = np.array([[0, 51, 102, 153, 204, 255], [255, 153, 51, 204, 102, 0]], np.uint8)  # what every grey picture below should be

@@ -13,9 +13,9 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.api.presets import PRESETS
 from duet_vlm.cli.main import app
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
 from duet_vlm.methods.duet import Duet
 

@@ -30,9 +30,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.cli.main import app
 from duet_vlm.cli.serve_transformers import NEEDED, Guard, remote
+from duet_vlm.evaluation import tiny
 from duet_vlm.runtime.encode.selection import part_sizes
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm.serve.served_method import ARCHITECTURES, NOTHING_ASKED, ServedMethod

@@ -236,8 +236,8 @@ def test_the_shape_has_the_proportions_of_a_7b_model() -> None:
 
 def test_pictures_are_supervised_on_their_answers() -> None:
     batch = train_step.pictures(4)
-    model, processor = duet_vlm.tiny.load()
-    for item, ids, labels in zip(duet_vlm.tiny.samples("train", 4), batch.text["input_ids"], batch.text["labels"], strict=True):
+    model, processor = duet_vlm.evaluation.tiny.load()
+    for item, ids, labels in zip(duet_vlm.evaluation.tiny.samples("train", 4), batch.text["input_ids"], batch.text["labels"], strict=True):
         assert processor.tokenizer.decode(labels[labels != -100]).split() == [*item.answer.split(), "</s>"]
         asked = len(processor.tokenizer(item.question, add_special_tokens=False).input_ids)
         assert int((ids == model.config.image_token_id).sum()) == batch.tokens == 256

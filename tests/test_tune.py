@@ -16,10 +16,10 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.cli import tune as tune_verb
 from duet_vlm.cli.main import app
 from duet_vlm.cli.tune import size_of
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.experiment import ExperimentCell
 from duet_vlm.evaluation.tune.answers import divergence
 from duet_vlm.evaluation.tune.binomial import FEWEST, allowed, chance, lower_bound, needed, split

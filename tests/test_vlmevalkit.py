@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
 
 

@@ -14,9 +14,9 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 import duet_vlm
-from duet_vlm import tiny
-from duet_vlm.tiny.recipe.finish import looks
-from duet_vlm.tiny.recipe.reading import ANSWER_LAYERS, COUNT_HEAD, COUNT_LAYERS, GUIDED_LAYERS, SHARED_LAYERS
+from duet_vlm.evaluation import tiny
+from duet_vlm_lab.recipe.finish import looks
+from duet_vlm_lab.recipe.reading import ANSWER_LAYERS, COUNT_HEAD, COUNT_LAYERS, GUIDED_LAYERS, SHARED_LAYERS
 
 HERE = Path(__file__).parent
 FILE = HERE / "measured.json"

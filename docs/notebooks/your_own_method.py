@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import layer_counts, target_mean
 

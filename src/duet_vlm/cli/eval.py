@@ -41,7 +41,7 @@ def evaluate(
     tasks: Annotated[
         Texts,
         typer.Option(
-            "--tasks", "--task", help=f"tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or .jsonl files. {SEVERAL} Default: tiny."
+            "--tasks", "--task", help=f"tiny, a task of duet-vlm-lab (tiny-chain), or .jsonl files. {SEVERAL} Default: tiny."
         ),
     ] = None,
     model: Annotated[

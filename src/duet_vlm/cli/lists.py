@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import duet_vlm
+from duet_vlm.utils import lab
 from duet_vlm.utils.suggest import did_you_mean
 
 FILE = Path(__file__).with_name("lists.json")
@@ -61,6 +62,8 @@ def check_method(text: str, *others: str) -> None:
     """
     known = [row["name"] for row in rows("methods")]
     for part in text.split("+"):
+        if part not in (*known, *others) and part in lab.METHODS:
+            raise ValueError(lab.how_to_install("method", part))
         if part not in (*known, *others):
             raise unknown("methods", part, known)
 

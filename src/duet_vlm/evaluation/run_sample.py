@@ -14,12 +14,8 @@ import duet_vlm
 from duet_vlm import BudgetError, EncoderReducer, Reducer, SpanTrace
 from duet_vlm.api.loading import LoadedModel, chat_text
 from duet_vlm.evaluation.experiment import ORACLE, ExperimentCell
-from duet_vlm.evaluation.oracle import Oracle
 from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.tasks import TaskQuestion
-from duet_vlm.evaluation.whole_frames import WholeFrames
-
-REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeFrames)}
 
 
 @dataclass(frozen=True)
@@ -46,10 +42,10 @@ class Outcome:
 
 
 def method_of(run: ExperimentCell) -> Reducer:
-    """What a run's settings are set on: a preset, a reference of evaluations, or a method of the registry."""
+    """What a run's settings are set on: a preset or a method of the registry."""
     if run.preset:
         return duet_vlm.preset(run.preset)
-    return (REFERENCES.get(run.method) or duet_vlm.get_method(run.method))()
+    return duet_vlm.get_method(run.method)()
 
 
 @contextlib.contextmanager

@@ -77,6 +77,7 @@ class Reducer(ABC):
     name: ClassVar[str]
     paper: ClassVar[str]
     summary: ClassVar[str]
+    reference: ClassVar[bool] = False  # a reference of evaluations: run by its name, not listed among the methods
 
     positions: str = "keep"
     protect_predicting_tokens: bool = True

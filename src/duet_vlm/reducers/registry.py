@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from duet_vlm.reducers.base import Reducer
+from duet_vlm.utils import lab
 from duet_vlm.utils.suggest import did_you_mean
 
 ENTRY_POINT_GROUP = "duet_vlm.methods"
@@ -44,15 +45,17 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 def registered_class(name: str) -> type[Reducer]:
     """The class of a method; unknown names raise a ``ValueError`` that lists the known ones."""
     _load()
+    if name not in _methods and name in lab.METHODS:
+        raise ValueError(lab.how_to_install("method", name))
     if name not in _methods:
         raise ValueError(f"unknown method {name!r}{did_you_mean(name, _methods)}; known methods: {', '.join(sorted(_methods))}")
     return _methods[name]
 
 
 def registered_methods() -> dict[str, type[Reducer]]:
-    """All registered methods by name, sorted."""
+    """All registered methods by name, sorted, without references of evaluations."""
     _load()
-    return dict(sorted(_methods.items()))
+    return {name: cls for name, cls in sorted(_methods.items()) if not cls.reference}
 
 
 def _load() -> None:
