@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lab_path  # noqa: F401  # isort: skip
 import comparison_tables
 
 import duet_vlm
@@ -73,6 +74,11 @@ def _filled(text: str) -> str:
 # ---- README.md
 
 
+def own_methods() -> dict[str, type[duet_vlm.Reducer]]:
+    """Methods of the package itself, without those of other installed packages."""
+    return {name: cls for name, cls in duet_vlm.list_methods().items() if cls.__module__.startswith("duet_vlm.")}
+
+
 def _bench() -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The end-to-end benchmark, and its rows at the shorter text: the full model's and those of ``METHOD``."""
     found = json.loads((HERE / "results" / "bench.json").read_text())
@@ -106,7 +112,7 @@ def headline() -> str:
 
 def names() -> str:
     """Which families and methods there are."""
-    families, methods = [row["family"] for row in support()], [name for name in duet_vlm.list_methods() if name != "none"]
+    families, methods = [row["family"] for row in support()], [name for name in own_methods() if name != "none"]
 
     def listed(found: list[str]) -> str:
         return ", ".join(f"`{name}`" for name in found)

@@ -1,5 +1,5 @@
 """Regenerate every table in README.md, docs/ and benchmarks/, and the lists that the command line prints, from committed result files, the
-registry and the adapters: ``make tables``.
+registry and the adapters: ``make tables``. Tables of the comparison and of studies are made by ``lab/studies/lab_tables.py``.
 
 ``--check`` writes nothing and exits with 1 if a page differs from what the files say. A table without rows, or with a column that no row fills, is
 an error both ways: page and generator then agree about nothing.
@@ -16,23 +16,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import chain_tables
-import comparison_tables
-import compressor_tables
-import page_tables
+import lab_path  # noqa: F401
+import lab_tables
 import readme_tables
 import scale_tables
-import tower_tables
-import training_tables
-import tune_tables
-import video_tables
 from train_step import LLAVA_7B
 
 import duet_vlm
 from duet_vlm.cli import lists
 from duet_vlm.cli.models import cell
-from duet_vlm.evaluation.report import columns, markdown
-from duet_vlm.evaluation.results import load
+from duet_vlm.evaluation.report import columns
 from duet_vlm.models.lookup import support
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.profiling.training_cost import TrainedParts, TrainingExample, step_flops
@@ -51,11 +44,6 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def result(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def comparison(task: str, form: Callable[[dict[str, Any]], str]) -> str:
-    """A table of comparison/<task>: every method at every budget."""
-    return form(load(ROOT / "comparison" / task / "results" / "methods.json"))
 
 
 def speed() -> str:
@@ -111,19 +99,6 @@ def train_flops() -> str:
         )
         rows.append([name, f"{full / 1e12:.1f}", *(f"{flops / full:.1%}" for flops in reduced)])
     return table(["trained", "TFLOPs per sample, all tokens", "192 tokens", "128", "64"], rows)
-
-
-def importance() -> str:
-    """Who ranks the tokens: accuracy by the rows that ask, and points against all of them."""
-    found: dict[tuple[str, str, str], dict[str, str]] = {}
-    for row in result("importance")["results"]:
-        method, who = row["label"].split(", ")
-        more = row["against"]
-        told = "" if more is None else f", {columns.points(more['difference'])} ({columns.span(more['interval'], columns.points)})"
-        found.setdefault((row["task"], method, f"{row['budget']:.0%}"), {})[who] = columns.share(row["accuracy"]) + told
-    asks = list(next(iter(found.values())))
-    lines = [[f"`{task}`", method, budget, *cells.values()] for (task, method, budget), cells in found.items()]
-    return table(["task", "method", "budget", *asks], lines)
 
 
 def pressing() -> str:
@@ -201,7 +176,7 @@ def static() -> str:
 
 def methods() -> str:
     rows = []
-    for name, cls in duet_vlm.list_methods().items():
+    for name, cls in readme_tables.own_methods().items():
         where = [word for word, base in (("before", EncoderReducer), ("inside", DecoderReducer)) if issubclass(cls, base)]
         where = ["tower"] if issubclass(cls, TowerReducer) else where
         asks = issubclass(cls, DecoderReducer) and cls.uses_text
@@ -216,12 +191,6 @@ def supported() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "kept_tiny": lambda: comparison("tiny", markdown.matrix),
-    "kept_chain": lambda: comparison("tiny-chain", markdown.matrix),
-    "kept_crowded": lambda: comparison("tiny-crowded", markdown.matrix),
-    "kept_long": lambda: comparison("tiny-long", markdown.matrix),
-    "more_long": lambda: markdown.matrix(load(ROOT / "comparison" / "tiny-long" / "results" / "more.json")),
-    "importance": importance,
     "pressing": pressing,
     "static": static,
     "serving": serving,
@@ -231,22 +200,15 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "train_flops": train_flops,
     "methods": methods,
     "families": supported,
-    **chain_tables.BLOCKS,
-    **comparison_tables.BLOCKS,
-    **compressor_tables.BLOCKS,
-    **page_tables.BLOCKS,
+    **lab_tables.BLOCKS,
     **readme_tables.BLOCKS,
     **scale_tables.BLOCKS,
-    **tower_tables.BLOCKS,
-    **training_tables.BLOCKS,
-    **tune_tables.BLOCKS,
-    **video_tables.BLOCKS,
 }
 PAGES = (
     "README.md", "docs/clips-from-files.md", "docs/methods.md", "docs/families.md", "docs/comparison.md", "docs/comparison-look-ups.md",
     "docs/drop-curve.md", "docs/reduce-in-the-tower.md", "docs/tiny-chain.md", "docs/train-with-reduction.md", "docs/video.md", "docs/measure.md",
     "docs/scale.md", "docs/which-method.md", "docs/works-with.md", "docs/trained-compressors.md", "docs/serve.md", "docs/tune.md",
-    "benchmarks/README.md", "benchmarks/NOTES.md",
+    "benchmarks/README.md", "lab/NOTES.md",
 )  # fmt: skip
 
 

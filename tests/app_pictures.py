@@ -14,7 +14,7 @@ from typing import Any
 from report_pictures import CHROMIUM, small
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "src/duet_vlm/tiny/demo"
+DEMO = ROOT / "src/duet_vlm/evaluation/tiny/demo"
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from duet_vlm.evaluation.tasks import TaskQuestion, task
 from duet_vlm_lab.generators.long_clips import LENGTHS, ROWS
 
 ROOT = Path(__file__).parents[1]
-FILES = sorted(ROOT.glob("comparison/*/results/*.json"))
+FILES = sorted(ROOT.glob("lab/comparison/*/results/*.json"))
 COUNT = 40
 ASKED = (  # two of these per comparison, in this order: one of each kind where there is one, and cheap
     "scope+duet_plus@0.05",
@@ -89,7 +89,7 @@ def test_questions_asked_again_get_the_recorded_answers(file: Path) -> None:
 
 def test_another_method_would_be_noticed() -> None:
     """What the test above holds can fail: the answers of a neighbouring budget are others."""
-    result = load(ROOT / "comparison/tiny-crowded/results/methods.json")
+    result = load(ROOT / "lab/comparison/tiny-crowded/results/methods.json")
     recorded = unpack(result)["answers"]
     assert sum(a != b for a, b in zip(recorded["duet_plus@0.05"][:COUNT], recorded["duet@0.05"][:COUNT], strict=True)) > 3
 

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 GOING_ON = {f"docs/{page}.md" for page in ("measure", "trained-compressors", "tutorial", "works-with")}  # with the model that a reader has by then
 READ = [*PAGES, "PAPERS.md", "benchmarks/README.md", "benchmarks/gpu/README.md", "docs/configs/README.md"]
-DEMO = sorted((ROOT / "src/duet_vlm/tiny/demo").glob("*.png"))
+DEMO = sorted((ROOT / "src/duet_vlm/evaluation/tiny/demo").glob("*.png"))
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.
         assert "FLOPs-bound speed-up" in capsys.readouterr().out
 
 
-COMMANDS = [*PAGES, "benchmarks/README.md", "comparison/checkpoints/README.md", "comparison/training/README.md"]
+COMMANDS = [*PAGES, "benchmarks/README.md", "lab/comparison/checkpoints/README.md", "lab/comparison/training/README.md"]
 
 
 @pytest.mark.parametrize("page", COMMANDS)
@@ -260,7 +260,7 @@ def test_what_readme_offers_to_try_works_after_its_own_first_line(tmp_path: Path
     tried = [shlex.split(line, comments=True)[1:] for line in block.splitlines()[1:]]
     assert {words[0] for words in tried} >= {"demo", "run", "viz", "budget", "bench", "eval", "report"}
     (tmp_path / "src").symlink_to(ROOT / "src")
-    shutil.copytree(ROOT / "comparison/tiny/results", tmp_path / "comparison/tiny/results")
+    shutil.copytree(ROOT / "lab/comparison/tiny/results", tmp_path / "lab/comparison/tiny/results")
     lines = [f"app({words + SHORTER.get(words[0], [])!r}, standalone_mode=False)" for words in tried]
     done = alone("from duet_vlm.cli.main import app\n" + "\n".join(lines), hidden(f"duet-vlm[{extra[1]}]"), tmp_path)
     assert done.returncode == 0, done.stderr

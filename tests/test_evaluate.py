@@ -953,14 +953,14 @@ def test_a_digest_is_of_contents_alone(tmp_path: Path) -> None:
 
 
 def test_the_statistics_of_committed_results_are_those_of_their_answers() -> None:
-    """What ``benchmarks/restate.py`` would write is what is there, of the three smallest files."""
-    for path in sorted((Path(__file__).parent.parent / "comparison").glob("*/results/*.json"), key=lambda path: path.stat().st_size)[:3]:
+    """What ``lab/studies/restate.py`` would write is what is there, of the three smallest files."""
+    for path in sorted((Path(__file__).parent.parent / "lab/comparison").glob("*/results/*.json"), key=lambda path: path.stat().st_size)[:3]:
         assert json.loads(json.dumps(restated(load(path)))) == load(path), path
 
 
 def test_the_full_model_keeps_all_of_itself() -> None:
     """Whatever the questions: that is no estimate."""
-    path = Path(__file__).parent.parent / "comparison/tiny-page/results/methods.json"
+    path = Path(__file__).parent.parent / "lab/comparison/tiny-page/results/methods.json"
     full, *others = restated(load(path))["runs"]
     assert full["kept_interval"] == (1.0, 1.0) == full["kinds"][next(iter(full["kinds"]))]["kept_interval"]
     widths = [high - low for row in others if row["status"] == "ok" for low, high in [row["kept_interval"]]]

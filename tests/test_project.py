@@ -121,7 +121,7 @@ def test_tags_of_another_form_are_refused(tag: str) -> None:
 
 
 def test_a_tag_that_files_disagree_with_is_refused(tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "plugins/vllm/pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
+    for name in ("pyproject.toml", "lab/pyproject.toml", "plugins/vllm/pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     assert CHECK("v0.1.0", tmp_path) == []

@@ -60,7 +60,7 @@ def leaves(entry: Any) -> list[str]:
 @functools.cache
 def result_runs() -> list[tuple[Path, dict[str, Any]]]:
     """Every run of every result file, read without the site's code."""
-    files = [path for path in sorted((ROOT / "comparison").rglob("*.json")) if path.parent.name == "results"]
+    files = [path for path in sorted((ROOT / "lab/comparison").rglob("*.json")) if path.parent.name == "results"]
     return [(path, run) for path in files for run in json.loads(path.read_text())["runs"]]
 
 
@@ -150,7 +150,7 @@ LINKS = {  # on the page, link of the repository -> link of the site
     ("index.md", "docs/images/kept.png"): "images/kept.png",
     ("papers.md", "docs/glossary.md"): "glossary.md",
     ("catalogue/duet.md", "../../PAPERS.md"): "../papers.md",
-    ("comparison.md", "../benchmarks/results/knobs.json"): "files/benchmarks/results/knobs.json",
+    ("comparison.md", "../lab/studies/results/knobs.json"): "files/lab/studies/results/knobs.json",
     ("catalogue/duet.md", "../comparison.md"): "../comparison.md",
     ("faq.md", "https://arxiv.org/abs/1"): "https://arxiv.org/abs/1",
     ("faq.md", "#errors"): "#errors",

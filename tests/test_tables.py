@@ -21,7 +21,7 @@ import tables as generator  # noqa: E402
 
 MARKED = sorted(
     str(page.relative_to(ROOT))
-    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "comparison").rglob("*.md"))
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "lab").rglob("*.md"))
     if "<!-- table" in page.read_text()
 )
 
@@ -37,7 +37,7 @@ def cells(text: str) -> tuple[list[str], list[list[str]]]:
 
 
 def runs(task: str) -> Iterator[dict[str, Any]]:
-    yield from json.loads((ROOT / "comparison" / task / "results/methods.json").read_text())["runs"]
+    yield from json.loads((ROOT / "lab/comparison" / task / "results/methods.json").read_text())["runs"]
 
 
 @pytest.mark.parametrize("page", MARKED)

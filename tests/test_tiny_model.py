@@ -16,7 +16,7 @@ from duet_vlm.evaluation.tasks import right, task
 from duet_vlm.evaluation.tiny.questions import CHANCE
 from duet_vlm.evaluation.tiny.text import TOKEN, prompt
 
-COMPARISON = Path(__file__).parents[1] / "comparison"
+COMPARISON = Path(__file__).parents[1] / "lab/comparison"
 
 
 @pytest.fixture(scope="module")

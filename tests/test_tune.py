@@ -31,7 +31,7 @@ from duet_vlm.evaluation.tune.search import Goal
 from duet_vlm.evaluation.tune.summary import python_line, shell_line, verdict
 from duet_vlm.reducers.persistence import load_from_file
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks/results"
+RESULTS = Path(__file__).resolve().parents[1] / "lab/studies/results"
 
 
 def below(losses: int, asked: int, rate: float) -> float:

@@ -1,4 +1,4 @@
-"""What the committed result files under comparison/ measured, as rows, and the page that lists them all."""
+"""What the committed result files under lab/comparison/ measured, as rows, and the page that lists them all."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Cell:
 
 def files() -> list[Path]:
     """The result files of experiments, those of training included."""
-    return sorted((ROOT / "comparison").glob("**/results/*.json"))
+    return sorted((ROOT / "lab/comparison").glob("**/results/*.json"))
 
 
 def cells() -> list[Cell]:
@@ -103,7 +103,7 @@ def page() -> str:
     text = [
         "---\nhide: [toc]\n---",
         "# All results",
-        "Every run of every result file under `comparison/`. A click on a column's head sorts by it, the box filters by any words: "
+        "Every run of every result file under `lab/comparison/`. A click on a column's head sorts by it, the box filters by any words: "
         "`tiny-chain 11% duet`. Kept, FLOPs and KV cache are shares of the full model's, tokens the measured mean per decoder layer and image. "
         "All are embedded toy tasks and models: they tell methods apart and do not predict a large model. Read [the comparison](comparison.md) "
         "for what they mean, and [accuracy against budget](evaluate.md) for how they were made; infeasible: the method cannot do with so few.",

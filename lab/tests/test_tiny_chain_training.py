@@ -158,7 +158,7 @@ def item_of(item):
 
 
 def load_acceptance():
-    spec = importlib.util.spec_from_file_location("chain_acceptance", Path(__file__).parents[1] / "benchmarks/chain_acceptance.py")
+    spec = importlib.util.spec_from_file_location("chain_acceptance", Path(__file__).parents[1] / "studies/chain_acceptance.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

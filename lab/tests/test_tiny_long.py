@@ -20,8 +20,8 @@ from duet_vlm.evaluation.tiny.scenes import SHAPES
 from duet_vlm_lab import train_long
 from duet_vlm_lab.generators.long_clips import BRIEF, LENGTHS, ROWS, SCENES, SIDE, LongClip, center, long_clip, render
 from duet_vlm_lab.generators.long_questions import CHANCE, KINDS, name, question
-from duet_vlm_lab.networks.long_network import LONG_TOKEN, LONG_WORDS, POSITIONS, build_long_model, start_from_clips
 from duet_vlm_lab.models import read_video_processor
+from duet_vlm_lab.networks.long_network import LONG_TOKEN, LONG_WORDS, POSITIONS, build_long_model, start_from_clips
 from duet_vlm_lab.networks.video_network import VIDEO, VIDEO_TOKEN
 from duet_vlm_lab.networks.video_processor import TinyVideoProcessor, build_video_processor
 from duet_vlm_lab.recipe.chain_packing import decode

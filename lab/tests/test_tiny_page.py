@@ -315,7 +315,7 @@ def test_the_app_shows_a_page_first(loaded, tmp_path):
 
 
 def overview_script():
-    spec = importlib.util.spec_from_file_location("page_overview", Path(__file__).parents[1] / "benchmarks/page_overview.py")
+    spec = importlib.util.spec_from_file_location("page_overview", Path(__file__).parents[1] / "studies/page_overview.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

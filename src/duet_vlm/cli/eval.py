@@ -32,7 +32,7 @@ METHODS = "duet,visionzip,pyramiddrop,fastv,random,uniform"
 BUDGETS = "0.33,0.22,0.11"
 LIMIT = 200  # questions: minutes on a CPU, intervals of a few points
 EPILOG = "On several machines: accelerate launch -m duet_vlm.cli.main eval ..., with --out on a folder that all of them see."
-OUT = Path("out/eval")  # comparison/ holds the results that this repository publishes
+OUT = Path("out/eval")  # lab/comparison/ holds the results that this repository publishes
 
 Texts = list[str] | None
 
