@@ -28,9 +28,9 @@ from duet_vlm.cli.models import cell
 from duet_vlm.evaluation.report import columns
 from duet_vlm.models.lookup import support
 from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.profiling.training_cost import TrainedParts, TrainingExample, step_flops
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
 from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm_lab.training_cost import TrainedParts, TrainingExample, step_flops
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mosaic import mosaic_order
 from torch import Tensor
 
 from duet_vlm import BudgetError, EncoderView, SpanPlan
 from duet_vlm.methods.duet import Duet
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.ops.tiles import mosaic_order
 
 ROWS, WIDTH = 17, 6  # CLS and 16 patches
 

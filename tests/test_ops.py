@@ -19,10 +19,10 @@ from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops import merge, ragged, score, select
-from duet_vlm.ops.spans import SpanRows
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.profiling.flop_counter import allocations
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
+from duet_vlm.runtime.prefill.span_rows import SpanRows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

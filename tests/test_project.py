@@ -129,7 +129,7 @@ def test_a_tag_that_files_disagree_with_is_refused(tmp_path: Path) -> None:
     (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n## 0.2.0 (soon)\n\n## 0.1.0\n")
     found = CHECK("v0.1.0", tmp_path)
     assert [line.split(" ")[0] for line in found] == ["CITATION.cff", "CHANGELOG.md:"] and "0.2.0" in found[1]
-    assert len(CHECK("v0.3.0", tmp_path)) == 4
+    assert len(CHECK("v0.3.0", tmp_path)) == 5
 
 
 def test_changelog_lists_versions_from_new_to_old() -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import gather_rows, pack_left, pack_right
-from duet_vlm.ops.spans import SpanRows
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.reducers.base import DecoderReducer, DecoderView
 from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
 from duet_vlm.runtime.prefill.attention_scores import Signals, TextAttentionScorer, layer_device
+from duet_vlm.runtime.prefill.span_rows import SpanRows
 from duet_vlm.runtime.validation import check_mask, check_rows
 
 

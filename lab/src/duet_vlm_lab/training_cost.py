@@ -1,4 +1,4 @@
-"""Floating-point operations of one training step, from shapes alone (two per multiply-add of every matrix product, as in ``flops``)."""
+"""Floating-point operations of one training step, from shapes alone (two per multiply-add of every matrix product, as in ``duet_vlm.profiling.flops``)."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.planning.budget import SpanPlan
-from duet_vlm.profiling.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
+from duet_vlm_lab.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import train_step
 from shapes import TINY
