@@ -86,7 +86,7 @@ class ConcatenatedTowerState(VarlenTowerState):
         left, self.entering = self.entering, None
         if left is None or not any(left.pooled):
             return gather_rows(hidden, self.rows[None])
-        units = left.entering(hidden[0, self.cells].flatten(1)).view(-1, hidden.shape[2])
+        units = left.plan_entry(hidden[0, self.cells].flatten(1)).view(-1, hidden.shape[2])
         return self.arranged(units, hidden[0, self.spare])[None]
 
     def again(self) -> Tensor:

@@ -221,7 +221,7 @@ class SurvivingPatches:
         """Of the rows of all units [U, C] those that come to the first block [K, C]."""
         if self.chosen is None or self.chosen.into is None:
             return units[self.units]
-        return self.chosen.entering(pad_sequence(list(units.split(self.lengths)), batch_first=True)).flatten(0, 1)[real_places(self.chosen)]
+        return self.chosen.plan_entry(pad_sequence(list(units.split(self.lengths)), batch_first=True)).flatten(0, 1)[real_places(self.chosen)]
 
 
 def real_places(chosen: PatchSelection) -> Tensor:
@@ -256,7 +256,7 @@ class VarlenTowerHooks(TowerHooks):
                 call.embedded = rows if 0 in stages else None
                 del rows, entering
                 return plain(hidden_states, grid_thw, **kwargs)
-            call.embedded = entering.entering(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1]) if 0 in stages else None
+            call.embedded = entering.plan_entry(rows.view(-1, tower.unit * rows.shape[1])).view(-1, rows.shape[1]) if 0 in stages else None
             del rows, entering
             output = plain(hidden_states, grid_thw, **(kwargs | tables))  # the pixels are embedded already
             output.pooler_output = run.whole(output.pooler_output)
