@@ -464,7 +464,9 @@ def test_help_and_lists_load_no_torch() -> None:
     code = f"""
 import sys
 from typer.testing import CliRunner
+from duet_vlm.cli import lists
 from duet_vlm.cli.main import app
+lists.entry_points = lambda group: ()  # where another package has methods, it has to be asked for them
 for words in {QUICK}:
     result = CliRunner().invoke(app, words)
     print(result.exit_code, len(result.output) > 5, *(name for name in ("torch", "transformers", "gradio") if name in sys.modules))

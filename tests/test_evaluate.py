@@ -567,7 +567,7 @@ def test_answers_as_people_write_them(tmp_path: Path) -> None:
 
 
 def test_tasks_say_what_is_wrong(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="unknown task 'gqa': give tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or the path"):
+    with pytest.raises(ValueError, match="unknown task 'gqa': give tiny, .*or the path"):
         task("gqa")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="no questions"):
@@ -833,7 +833,7 @@ def test_the_oracle_reads_clips(tmp_path: Path) -> None:
     by_id = rows(result)
     assert by_id["oracle@0.22"]["recall"]["entry"] == 1 and by_id["oracle@0.22"]["tokens"]["measured"] == 114  # .22 of 520
     assert by_id["none"]["tokens"]["measured"] == 520 and result["model"]["name"] == "tiny-video"
-    with pytest.raises(ValueError, match="use crops='joint', not 'each'"):
+    with pytest.raises(ValueError, match="use crops='joint', not 'per_crop'"):
         Oracle(crops="per_crop")
 
 
