@@ -1,8 +1,8 @@
-"""Regenerate every table in README.md, docs/ and benchmarks/, and the lists that the command line prints, from committed result files, the
-registry and the adapters: ``make tables``. Tables of the comparison and of studies are made by ``lab/studies/lab_tables.py``.
+"""Regenerate every table and the numbers within sentences of README.md, docs/ and benchmarks/, and the lists that the command line prints, from
+committed result files, the registry and the adapters: ``make tables``. ``lab/studies/lab_tables.py`` makes those of the lab.
 
 ``--check`` writes nothing and exits with 1 if a page differs from what the files say. A table without rows, or with a column that no row fills, is
-an error both ways: page and generator then agree about nothing.
+an error both ways: page and generator then agree about nothing. So is a number that nothing makes (``inline_numbers``).
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import lab_path  # noqa: F401
+import lab_path  # noqa: F401  # isort: skip
+import inline_numbers
 import lab_tables
 import readme_tables
 import scale_tables
 from train_step import LLAVA_7B
 
 import duet_vlm
-from duet_vlm.cli import lists
+from duet_vlm.api import catalogue as lists
 from duet_vlm.cli.models import cell
 from duet_vlm.evaluation.report import columns
 from duet_vlm.models.lookup import support
@@ -219,12 +220,13 @@ def made(name: str) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with every block between its markers made anew."""
+    """The page with every block and every number between its markers made anew."""
 
     def block(match: re.Match[str]) -> str:
         return f"<!-- table:{match[1]} -->\n{made(match[1])}\n<!-- /table:{match[1]} -->"
 
-    return re.sub(r"<!-- table:(\w+) -->.*?<!-- /table:\1 -->", block, (ROOT / page).read_text(), flags=re.S)
+    text = re.sub(r"<!-- table:(\w+) -->.*?<!-- /table:\1 -->", block, (ROOT / page).read_text(), flags=re.S)
+    return inline_numbers.filled(text)
 
 
 def faults(text: str) -> list[str]:
@@ -246,6 +248,10 @@ def main() -> int:
     if empty:
         print("tables that say nothing:\n" + "\n".join(empty))
         return 1
+    wrong = [f"{page}, {fault}" for page in PAGES for fault in inline_numbers.faults((ROOT / page).read_text())]
+    if wrong:
+        print("numbers in sentences that cannot be made:\n" + "\n".join(wrong))
+        return 1
     for page in PAGES:
         text = filled(page)
         if text != (ROOT / page).read_text():
@@ -256,7 +262,8 @@ def main() -> int:
         stale.append(lists.FILE.name)
         if not check:
             lists.FILE.write_text(lists.content())
-    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else "all tables and lists agree with what they are made from")
+    agreed = "all tables, numbers and lists agree with what they are made from"
+    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else agreed)
     return int(check and bool(stale))
 
 

@@ -28,7 +28,7 @@ def core_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         return EntryPoints(entry for entry in entry_points(**wanted) if entry.value.startswith("duet_vlm."))
 
     monkeypatch.setattr(embedded, "entry_points", found)
-    monkeypatch.setattr("duet_vlm.cli.lists.entry_points", found)
+    monkeypatch.setattr("duet_vlm.api.catalogue.entry_points", found)
     own = {name: cls for name, cls in duet_vlm.list_methods().items() if cls.__module__.startswith("duet_vlm.")}
     monkeypatch.setattr(registry, "_methods", own)
 

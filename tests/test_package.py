@@ -25,7 +25,7 @@ NEEDED = [
     "duet_vlm/train/recipes/tiny.yaml",
     "duet_vlm/evaluation/tiny/demo/questions.json",
     "duet_vlm/evaluation/tiny/demo/scene_1.png",
-    "duet_vlm/cli/lists.json",
+    "duet_vlm/api/catalogue.json",
     "duet_vlm/cli/skeletons/entry.txt",
     "duet_vlm/cli/skeletons/decoder.txt",
     "duet_vlm/evaluation/report/page.html.j2",

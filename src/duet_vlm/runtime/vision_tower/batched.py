@@ -147,7 +147,7 @@ class BatchedTowerState(TowerState):
         chosen, self.entering = self.entering, None
         if chosen is None or chosen.into is None:
             return gather_rows(hidden, self.rows)
-        units = chosen.plan_entry(hidden[:, self.num_cls + self.cells].flatten(2)).unflatten(2, (self.cells.shape[1], -1)).flatten(1, 2)
+        units = chosen.entering(hidden[:, self.num_cls + self.cells].flatten(2)).unflatten(2, (self.cells.shape[1], -1)).flatten(1, 2)
         return torch.cat([hidden[:, : self.num_cls], units], 1)
 
     def drop_patches(self, chosen: PatchSelection, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
