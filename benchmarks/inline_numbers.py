@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lab_path  # noqa: F401  # isort: skip
+import readme_tables
 import training_tables
 
 import duet_vlm
@@ -221,7 +222,7 @@ def tower_first(share: str, input_: str) -> str:
 
 
 def methods() -> str:
-    return str(sum(name != "none" for name in duet_vlm.list_methods()))
+    return str(sum(name != "none" for name in readme_tables.own_methods()))
 
 
 def compared(task: str) -> str:
