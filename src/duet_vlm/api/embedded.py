@@ -117,7 +117,7 @@ class EmbeddedTask:
 
     @property
     def clips(self) -> bool:
-        """Whether its questions show clips."""
+        """True where its questions show clips."""
         return self.media == "<video>"
 
     def path(self) -> Path:

@@ -69,7 +69,7 @@ def walk(steps: dict[str, list[int | None]], start: int, moves: tuple[str, ...])
 
 
 def readable(scene: GridScene, i: int, read: str) -> str | None:
-    """What reading thing ``i`` gives, or None where it has no tag."""
+    """Tag of thing ``i`` as a question and its answer, or None where it has no tag."""
     thing, (row, column) = scene.things[i], scene.cells[i]
     if read == "cell":
         return CELLS[row * SIDE + column]
@@ -92,7 +92,7 @@ class ChainAsker(plain.Asker):
         self.steps = {move: neighbours(scene, move) for move in MOVES}
 
     def chain(self, hops: int, reads: tuple[str, ...] = READS, limit: float | None = None, ways: Sequence[tuple[str, ...]] = ()) -> Chain | None:
-        """What is read and the moves are drawn first, so that neither depends on where things stand."""
+        """Draw a chain: what is read and the moves come first, so that neither depends on where things stand."""
         read, limit = reads[int(self.rng.integers(len(reads)))], limit or LIMITS[self.scene.side]
         ways = ways or WAYS[hops]
         for n in self.rng.permutation(len(ways)):

@@ -173,7 +173,7 @@ def clip(split: str, seed: int, index: int) -> Clip:
 
 
 def pixels(actor: Actor, color: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """What an actor looks like in a colour: ink (height, width, 3) and how much of it covers, (height, width, 1)."""
+    """Appearance of an actor in a colour: ink (height, width, 3) and how much of it covers, (height, width, 1)."""
     if actor.role != "word":
         tone = _COLOR_TABLE[color] * np.float32(rng.uniform(0.85, 1.08)) + rng.normal(0, 8, 3).astype(np.float32)
         grain = rng.standard_normal((actor.height, actor.width, 1), np.float32) * np.float32(10)

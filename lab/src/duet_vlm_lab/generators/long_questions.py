@@ -35,7 +35,7 @@ class LongQuestion:
 
 
 def name(event: Event) -> str:
-    """What an event is called."""
+    """Words for an event."""
     return (WORDS if event.actor.role == "word" else SHAPES)[event.actor.value]
 
 

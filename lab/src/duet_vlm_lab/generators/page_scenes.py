@@ -94,7 +94,7 @@ def render_page(drawn: ScenePage) -> np.ndarray:
 
 
 def packed_rows(quarter: int) -> np.ndarray:
-    """Where the patches of a quarter stand among the ``ROWS`` rows that LLaVA-NeXT packs: (256,) int, row by row of the quarter."""
+    """Positions of the patches of a quarter among the ``ROWS`` rows that LLaVA-NeXT packs: (256,) int, row by row of the quarter."""
     down, along = (n * GRID for n in divmod(quarter, ACROSS))
     at = np.arange(GRID)
     return (OVERVIEW + (down + at)[:, None] * LINE + along + at).ravel()

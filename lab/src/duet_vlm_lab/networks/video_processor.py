@@ -43,12 +43,12 @@ class TinyVideoProcessor:
 
     @property
     def chat_template(self) -> str:
-        """How a conversation is written down for the model."""
+        """Template that writes a conversation down for the model."""
         return str(self.tokenizer.chat_template)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> TinyVideoProcessor:
-        """What :meth:`save_pretrained` wrote."""
+        """Read the files that :meth:`save_pretrained` wrote."""
         kept = json.loads((Path(folder) / FILE).read_text())
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return cls(_image_processor(**kept["image_processor"]), tokenizer, kept.get("num_frames", FRAMES))

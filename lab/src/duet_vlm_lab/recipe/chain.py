@@ -94,17 +94,17 @@ PARTS = (
 
 
 def part_at(step: int) -> CurriculumPart:
-    """Which part of the curriculum a step belongs to."""
+    """Part of the curriculum that a step belongs to."""
     return next(part for part in PARTS if step < part.until)
 
 
 def shows_pairs(step: int) -> bool:
-    """Whether a step asks about pairs of pictures."""
+    """True for a step with questions about pairs of pictures."""
     return part_at(step).side == SIDE and step % PAIR_EVERY == 0
 
 
 def answers_seen(step: int) -> int:
-    """How many answers were learned from before ``step``."""
+    """Number of answers that were learned from before ``step``."""
     return sum(PAIRS_SHOWN * PAIR_QUESTIONS if shows_pairs(s) else ANSWERS for s in range(step))
 
 

@@ -48,7 +48,7 @@ class ChainTeacher(ChainAsker):
         return found and replace(found, kind="any3")
 
     def paint(self) -> SceneQuestion:
-        """What the move by colour from a cell has to know first."""
+        """Knowledge that the move by colour from a cell needs first."""
         thing = int(self.rng.integers(len(self.things)))
         cell, color = readable(self.scene, thing, "cell"), COLOR_NAMES[self.things[thing].color]
         assert cell is not None
@@ -88,12 +88,12 @@ class ChainTeacher(ChainAsker):
         return found and replace(found, kind="near")
 
     def tint(self) -> SceneQuestion | None:
-        """What that chain has to know on its way."""
+        """Knowledge that this chain needs on its way."""
         found = self.chain(1, ("color",), 1.0, [(step,) for step in STEPS])
         return found and replace(found, kind="tint")
 
     def tally(self) -> Chain | None:
-        """How many things have the shape of the one that a move leads to: the answer is drawn first, of those that the picture offers."""
+        """Number of things with the shape of the one that a move leads to: the answer is drawn first, of those that the picture offers."""
         shapes = [t.shape for t in self.things]
         (move,) = self.pick([(step,) for step in STEPS])
         paths = [path for i in range(len(self.things)) if (path := walk(self.steps, i, (move,)))]

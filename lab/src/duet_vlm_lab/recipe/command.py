@@ -1,4 +1,4 @@
-"""What the training commands of the embedded models share: their options, and how a finished model is written."""
+"""Shared by the training commands of the embedded models: options, and the writing of a finished model."""
 
 from __future__ import annotations
 

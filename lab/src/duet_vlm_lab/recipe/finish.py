@@ -79,7 +79,7 @@ class FinishStage(Stage):
 
 @torch.no_grad()
 def looks(model: LlavaForConditionalGeneration, n: int = 48) -> dict[str, list]:
-    """Where ``ASSISTANT:`` looks, on ``n`` validation pictures with all tokens and ``QUESTIONS`` questions each.
+    """Attention of ``ASSISTANT:``, on ``n`` validation pictures with all tokens and ``QUESTIONS`` questions each.
 
     Returns
     -------

@@ -34,7 +34,7 @@ MEMORY_LAYER = 4  # what enters it should know what came before
 
 
 def questions(clip: LongClip) -> list[LongQuestion]:
-    """What a clip is asked in training."""
+    """Questions about a clip in training."""
     rng = clip.generator(2)
     return [question(clip, kind, rng) for kind in ASKED]
 
@@ -125,7 +125,7 @@ class LongStage(Stage):
 
     @torch.no_grad()
     def seen(self, clip: LongClip, rows: np.ndarray) -> Tensor:
-        """What the tower makes of some rows of a clip, (K, WIDTH)."""
+        """Features of some patches of a clip from the tower, (K, WIDTH)."""
         frames, place = np.unique(rows // ROWS, return_inverse=True)
         with self.autocast():
             pixels = to_pixels(list(render(clip)[frames]))

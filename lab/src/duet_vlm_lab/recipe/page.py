@@ -94,7 +94,7 @@ class PageTeacher(PageAsker):
 
 
 def sources() -> Tensor:
-    """Which of the patches of overview and crops each packed row shows, (1312,); one more than the last where it is a newline."""
+    """Number of the patch of overview and crops that each packed row shows, (1312,); one more than the last where it is a newline."""
     found = np.full(ROWS, OVERVIEW * (1 + QUARTERS))
     for first, rows in enumerate((np.arange(OVERVIEW), *map(packed_rows, range(QUARTERS)))):
         found[rows] = first * OVERVIEW + np.arange(OVERVIEW)
@@ -140,7 +140,7 @@ class PageStage(Stage):
             return answer_loss(self.core.language_model, decode(self.core.language_model, self.visual(seen, rows), packed, TURNS), packed)
 
     def visual(self, seen: Tensor, rows: Tensor) -> Tensor:
-        """What the decoder is handed, (B, K, WIDTH)."""
+        """Visual tokens of the decoder, (B, K, WIDTH)."""
         patches = self.core.multi_modal_projector(seen.float())
         newline = self.core.image_newline.to(patches.dtype).expand(len(seen), 1, WIDTH)
         return torch.cat([patches, newline], 1)[torch.arange(len(seen))[:, None], self.sources[rows]]

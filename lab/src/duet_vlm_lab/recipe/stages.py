@@ -34,7 +34,7 @@ class Stage(nn.Module, ABC):
 
     @abstractmethod
     def batch(self, step: int) -> dict[str, Any]:
-        """What ``forward`` is given at ``step``: a function of nothing else."""
+        """Input of ``forward`` at ``step``: a function of nothing else."""
 
     @abstractmethod
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -42,14 +42,14 @@ class Stage(nn.Module, ABC):
 
     @abstractmethod
     def rate(self, step: int) -> float:
-        """What the learning rates are multiplied by at ``step``; the Trainer asks once more after the last."""
+        """Factor of the learning rates at ``step``; the Trainer asks once more after the last."""
 
     def validate(self) -> dict[str, float]:
         """Numbers of held-out data."""
         return {}
 
     def autocast(self) -> torch.autocast:
-        """Where matrix products run in bf16, if they are asked to."""
+        """Context in which matrix products run in bf16, if the settings say so."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.bf16)
 
 
@@ -163,7 +163,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def curve(folder: Path) -> list[dict[str, float]]:
-    """What was logged, line by line, up to the last checkpoint in ``folder``; nothing before the first."""
+    """Log of the training, line by line, up to the last checkpoint in ``folder``; nothing before the first."""
     last = last_checkpoint(folder)
     return json.loads((last / "trainer_state.json").read_text())["log_history"] if last else []
 

@@ -88,7 +88,7 @@ def dense_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, float]
 
 
 def presence_loss(heads: Heads, features: Tensor, cls: Tensor, present: Tensor) -> Tensor:
-    """What is on the picture, told from CLS of the feature layer (features (B, 257, WIDTH)) and from the last one (B, WIDTH)."""
+    """Loss of naming what is on the picture, from CLS of the feature layer (features (B, 257, WIDTH)) and from the last one (B, WIDTH)."""
     weight = torch.tensor(3.0)  # most things are absent
     late = F.binary_cross_entropy_with_logits(heads.cls(cls), present, pos_weight=weight)
     return late + F.binary_cross_entropy_with_logits(heads.early_cls(features[:, 0]), present, pos_weight=weight)

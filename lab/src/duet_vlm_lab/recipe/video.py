@@ -42,7 +42,7 @@ def lessons(split: str, seed: int, first: int, n: int) -> list[ClipLesson]:
 
 
 def visual_rows(core: VideoLlavaModel, items: list[ClipLesson]) -> Tensor:
-    """What the decoder is handed, (B, 520, WIDTH); the tower stays as it is."""
+    """Visual tokens of the decoder, (B, 520, WIDTH); the tower stays as it is."""
     pixels = to_pixels([frame for item in items for frame in render(item.clip)])
     with torch.no_grad():
         seen = core.video_tower(pixels, output_hidden_states=True).hidden_states[FEATURE_LAYER]
@@ -118,12 +118,12 @@ class VideoStage(Stage):
         return {"loss": loss, "tokens": packed.patches.shape[1], **plain, **accuracy(list(hits), items)}
 
     def time_loss(self, packed: PackedLesson) -> Tensor:
-        """Which frame a visual row belongs to."""
+        """Loss of naming the frame of a visual token."""
         said = self.probes.time(self.early[:, PREFIX : PREFIX + packed.patches.shape[1]].float())
         return F.cross_entropy(said.flatten(0, 1), (packed.patches // ROWS).flatten())
 
     def gap_loss(self, states: list[Tensor], packed: PackedLesson) -> Tensor:
-        """Which way and how far, at ``ASSISTANT:``."""
+        """Loss of direction and distance, at ``ASSISTANT:``."""
         rows = packed.answer_rows[..., None].expand(-1, -1, WIDTH)
         said, known = self.probes.gaps(states[PAIR_LAYER].float().gather(1, rows)), ~packed.pair_facts.isnan()
         return F.smooth_l1_loss(said[known], packed.pair_facts[known])

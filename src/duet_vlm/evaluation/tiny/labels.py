@@ -82,7 +82,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
 
 
 def presence(scene: Scene) -> np.ndarray:
-    """What is on the picture at all, (PRESENCE,) float32 of 0 and 1."""
+    """Presence of every kind of thing on the picture, (PRESENCE,) float32 of 0 and 1."""
     out = np.zeros(PRESENCE, np.float32)
     base = len(SHAPES) * len(COLOR_NAMES)
     for t in scene.things:
