@@ -69,7 +69,7 @@ def walk(steps: dict[str, list[int | None]], start: int, moves: tuple[str, ...])
 
 
 def readable(scene: GridScene, i: int, read: str) -> str | None:
-    """Tag of thing ``i`` as a question and its answer, or None where it has no tag."""
+    """Property ``read`` of thing ``i`` in words, or None where it has no such tag."""
     thing, (row, column) = scene.things[i], scene.cells[i]
     if read == "cell":
         return CELLS[row * SIDE + column]

@@ -40,7 +40,7 @@ class PageAsker(plain.Asker):
         }
 
     def readable(self, i: int, read: str) -> str | None:
-        """Tag of thing ``i`` as a question and its answer, or None where it has no tag."""
+        """Property ``read`` of thing ``i`` in words, or None where it has no such tag."""
         quarter = self.quarter[i]
         return readable(self.page.quarters[quarter], i - self.quarter.index(quarter), read)
 
