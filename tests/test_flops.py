@@ -31,6 +31,7 @@ from transformers import (
 
 import duet_vlm
 from duet_vlm.evaluation import tiny
+from duet_vlm.models.lookup import adapter_for
 from duet_vlm.profiling.flop_counter import cache_bytes, count_flops
 from duet_vlm.profiling.flops import decoder_layer_flops, prefill_flops, scoring_flops, vision_flops
 from duet_vlm.profiling.kv import kv_bytes, kv_bytes_per_layer, state_bytes
@@ -150,7 +151,7 @@ def count_rows(layers: Iterable[nn.Module]) -> Iterator[list[list[int]]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_are_those_that_the_layers_were_given(family: str) -> None:
     model, inputs = build(family), FAMILIES[family].inputs([ROW])
-    layers = duet_vlm.models.lookup.adapter_for(model).layers  # type: ignore[attr-defined]
+    layers = adapter_for(model).layers
     with torch.no_grad(), duet_vlm.attach(model, "duet", **REDUCING["duet"]) as handle, count_rows(layers) as calls:
         cache = model(**inputs, use_cache=True).past_key_values
         report, shape = handle.report(), handle.adapter.decoder_dims()
