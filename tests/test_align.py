@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, MIXED, TWO, generate, shared
+from method_matrix import Case, matrix
 from test_training import labels_of, survivors_loss
 from torch.nn.functional import cross_entropy
 

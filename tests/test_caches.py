@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, ONE, TEXT, TWO, Picture, Row, build, forward, generate, shared
-from oracle import choices_of, walk_batch
+from method_matrix import Case, matrix
+from reference_forward import choices_of, walk_batch
 from torch import Tensor
 from transformers import DynamicCache
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
-from cases import REDUCING
 from families import CLIP, CLIPS, FAMILIES, build, forward, pictures_of, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_matrix import REDUCING
 from PIL import Image
 from test_methods_frames import Clip, kept_of_clip, view_of
 from typer.testing import CliRunner
@@ -295,9 +295,9 @@ def test_the_second_stage_works_within_the_pool(method: str, data: st.DataObject
         pool = kept_of_clip(view.features[row, :tokens].double().tolist(), steps, max(plan.entry, wanted))
         importance, keys = view.importance[row][pool].tolist(), view.keys[row][pool].double().tolist()
         if method == "visionzip":
-            dominant, merged = twins.visionzip_entry(importance, keys, plan.dominant, plan.contextual, "spread")
+            dominant, merged = reference_ops.visionzip_entry(importance, keys, plan.dominant, plan.contextual, "spread")
         else:
-            dominant, merged = twins.duet_entry(importance, keys, plan.dominant, plan.contextual, 4, "spread")
+            dominant, merged = reference_ops.duet_entry(importance, keys, plan.dominant, plan.contextual, 4, "spread")
         alone = [pool[i] for i in dominant] + [pool[anchor] for anchor, members in merged.items() if not members]
         joined = {pool[anchor]: sorted(pool[i] for i in members) for anchor, members in merged.items() if members}
         assert result == (sorted(alone), dict(sorted(joined.items())))

@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, FIRST, MIXED, ONE, TEXT, TWO, any_res_crops, build, forward, shared
+from method_matrix import REDUCING, Case, matrix
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, MIXED, clips_for, forward, generate, shared
+from method_matrix import REDUCING, Case, matrix
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 

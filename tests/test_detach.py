@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, MIXED, Family, build, forward, generate, shared
-from oracle import family_of
+from method_matrix import REDUCING, Case, matrix
+from reference_forward import family_of
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 

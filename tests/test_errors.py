@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OFFICIAL
 from families import FAMILIES, IMAGE, MIXED, ONE, PAD, TEXT, TWO, Picture, build, forward, generate, shared
+from method_matrix import OFFICIAL
 from test_detach import snapshot
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, LlamaForCausalLM, StaticCache

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, MIXED, ONE, TWO, clips_for, forward, generate, shared
+from method_matrix import REDUCING, Case, matrix
 from torch import Tensor, nn
 
 import duet_vlm

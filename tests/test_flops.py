@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING
 from families import FAMILIES, Picture, Row, build, clips_for, shared
+from method_matrix import REDUCING
 from torch import nn
 from torch.nn import functional as F
 from transformers import (

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, FIRST, MIXED, ONE, TEXT, TWO, Inputs, build, forward, generate, shared
-from oracle import Choice, choices_of, step_logits, walk_batch
+from method_matrix import Case, matrix
+from reference_forward import Choice, choices_of, step_logits, walk_batch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 

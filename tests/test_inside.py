@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, ONE, TEXT, THREE, TWO, Row, forward, generate, shared
-from oracle import choices_of, step_logits, walk_batch
+from reference_forward import choices_of, step_logits, walk_batch
 from torch import Tensor
 from transformers import DynamicCache
 

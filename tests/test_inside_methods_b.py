@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
-from cases import REDUCING
 from families import FAMILIES, IMAGE, ONE, THREE, TWO, Inputs, Picture, build, generate, shared
 from families.qwen import QWEN_IDS
 from families.qwen3_5 import VISION, hybrid_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_matrix import REDUCING
 from torch import Tensor, nn
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
@@ -63,7 +63,7 @@ def test_suppression(samples: list[tuple[int, int]], seed: int, exact: bool, thr
     threshold = threshold if exact or abs(threshold) < 1 else threshold * 0.99  # rounded cosines of a row with itself
     chosen = greedy_nms(cosine(rows, valid), score, valid, count, int(count.max()), threshold)
     for b, (tokens, wanted) in enumerate(samples):
-        expected = twins.suppressed(rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted, threshold)
+        expected = reference_ops.suppressed(rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted, threshold)
         assert chosen[b].nonzero().flatten().tolist() == expected
 
 
@@ -220,7 +220,7 @@ def test_approximation(samples: list[tuple[int, int]], seed: int, basis: int) ->
     rows, _, valid, count = drawn(samples, seed, exact=False)
     chosen = ApET(keep=0.5, basis=basis, ridge=1e-2).prune_tokens(shown(rows, valid, count))
     for b, (tokens, wanted) in enumerate(samples):
-        kept, joined = twins.approximated(rows[b, :tokens].double().tolist(), wanted, basis, 1e-2)
+        kept, joined = reference_ops.approximated(rows[b, :tokens].double().tolist(), wanted, basis, 1e-2)
         assert chosen.index[b][chosen.valid[b]].tolist() == kept
         ours: dict[int, list[int]] = {}
         for member, row in zip(chosen.source_tokens[b].tolist(), chosen.target_row[b].tolist(), strict=True):
@@ -288,7 +288,7 @@ def test_discounted(samples: list[tuple[int, int]], seed: int, exact: bool) -> N
     rows, score, valid, count = drawn(samples, seed, exact)
     chosen = greedy_discounted(cosine(rows, valid).square(), score, valid, count, int(count.max()))
     for b, (tokens, wanted) in enumerate(samples):
-        expected = twins.discounted(rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted)
+        expected = reference_ops.discounted(rows[b, :tokens].double().tolist(), score[b, :tokens].tolist(), wanted)
         assert chosen[b].nonzero().flatten().tolist() == expected
 
 
@@ -303,7 +303,7 @@ def test_sieve(samples: list[tuple[int, int]], seed: int, words: int, heads: int
     chosen = Sieve(schedule=((2, 0.5),), heads=best).prune_tokens(view)
     for b, (tokens, wanted) in enumerate(samples):
         seen = text[b][said[b]].double().tolist()
-        expected = twins.sieved(rows[b, :tokens].double().tolist(), seen, scores[b, :tokens].double().tolist(), wanted, best, 0.75)
+        expected = reference_ops.sieved(rows[b, :tokens].double().tolist(), seen, scores[b, :tokens].double().tolist(), wanted, best, 0.75)
         assert chosen[b].nonzero().flatten().tolist() == expected
 
 

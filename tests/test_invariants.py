@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BY_TEXT, KEEP_ALL, OFFICIAL, REDUCING, TOO_EARLY, Case, matrix
 from families import FAMILIES, MIXED, ONE, TEXT, THREE, TWO, Inputs, Row, forward, generate, shared, untouched
-from oracle import Choice, choices_of, step_logits, walk_batch, walks_of
+from method_matrix import BY_TEXT, KEEP_ALL, OFFICIAL, REDUCING, TOO_EARLY, Case, matrix
+from reference_forward import Choice, choices_of, step_logits, walk_batch, walks_of
 from torch import Tensor
 
 import duet_vlm

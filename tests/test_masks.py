@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, IMAGE, MIXED, ONE, TEXT, THREE, TWO, Picture, Row, forward, generate, shared
+from method_matrix import REDUCING, Case, matrix
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
 from families import CLIP_AND_IMAGE, CLIPS, FAMILIES, ONE, clips_for, forward, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -159,7 +159,7 @@ def test_vidcom2_against_loops() -> None:
     frames = [unit[t * 5 : t * 5 + 5] for t in range(4)]
     to_clip = [[alike(row, unit) for row in frame] for frame in frames]
     unlike = [-sum(line) / 5 for line in to_clip]
-    top = twins.softmax([u / 0.1 for u in unlike])
+    top = reference_ops.softmax([u / 0.1 for u in unlike])
     scale = [1 + p - 0.25 for p in top]
     exact = [9 * s / sum(scale) for s in scale]
     counts = [math.floor(x) for x in exact]
@@ -193,7 +193,7 @@ def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: i
     score = [sum(about[t] for t in range(steps) if event[t] == e) / event.count(e) for e in range(len(starts))]
     key = sorted(range(len(starts)), key=lambda e: -score[e])[: math.ceil(method.key * len(starts))]
     fresh = [
-        [p for p in range(places) if t == 0 or event[t] != event[t - 1] or twins.cosine(rows[t][p], rows[t - 1][p]) <= method.threshold]
+        [p for p in range(places) if t == 0 or event[t] != event[t - 1] or reference_ops.cosine(rows[t][p], rows[t - 1][p]) <= method.threshold]
         for t in range(steps)
     ]
     weight = torch.tensor([[len(f) * (1.0 if event[t] in key else method.pooled_features) for t, f in enumerate(fresh)]])
@@ -208,7 +208,7 @@ def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: i
         left = counts[t] - runs
         spare = [p for i, p in enumerate(others) if (i + 1) * left // len(others) > i * left // len(others)]
         out += [(t * places + p, [(t * places + p, 1.0)]) for p in spare]
-    total = twins.softmax([s / method.temperature for s in score])
+    total = reference_ops.softmax([s / method.temperature for s in score])
     return sorted(out), {t * places + p: len(starts) * total[event[t]] for t in range(steps) for p in range(places)}
 
 
@@ -239,7 +239,7 @@ def test_dycoke_against_loops() -> None:
     rows = view.features[0].double().tolist()
     kept = [*range(5), *range(20, 25)]
     for frame, other in ((1, 0), (2, 0), (3, 2), (5, 4)):
-        places = sorted(range(5), key=lambda p: twins.cosine(rows[frame * 5 + p], rows[other * 5 + p]))[:2]
+        places = sorted(range(5), key=lambda p: reference_ops.cosine(rows[frame * 5 + p], rows[other * 5 + p]))[:2]
         kept += [frame * 5 + p for p in places]
     assert [token for token, _ in told(reducer.select_tokens(view), 0)] == sorted(kept)
     few = view_of(reducer, [(6, 5)], [4])
@@ -342,7 +342,7 @@ def test_holitom_joins_what_leaves_to_what_stays(counts: list[tuple[int, int]], 
         kept = sorted(sorted(range(n), key=lambda t: -float(view.scores[b, t]))[:k])
         members: dict[int, list[int]] = {t: [t] for t in kept}
         for token in sorted(set(range(n)) - set(kept)):
-            members[max(kept, key=lambda t: twins.cosine(rows[token], rows[t]))].append(token)
+            members[max(kept, key=lambda t: reference_ops.cosine(rows[token], rows[t]))].append(token)
         for place, (first, *rest) in enumerate(members[t] for t in kept):
             row = rows[first]
             for token in rest:  # one after the other

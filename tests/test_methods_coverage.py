@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
 from families import FAMILIES, FIRST, MIXED, ONE, Inputs, Picture, any_res_crops, forward, pictures_of, shared
 from test_signals import content_rows, tower_signals
 from torch import Tensor, nn
@@ -46,12 +46,12 @@ def test_divprune_looks_at_projected_rows(family: str) -> None:
     expected = []
     for rows, picture in zip(encoded(model, inputs), PICTURES, strict=True):
         content = content_rows(family, picture)
-        expected.append(sorted(content[i] for i in twins.divprune_entry(rows[content].tolist(), 5)))
+        expected.append(sorted(content[i] for i in reference_ops.divprune_entry(rows[content].tolist(), 5)))
     with duet_vlm.attach(model, "divprune", keep=5) as handle:
         forward(model, inputs)
         assert chosen_tokens(handle) == expected
     if family == "llava":  # the choice by tower rows would be another one
-        assert expected != [sorted(twins.divprune_entry(rows.tolist(), 5)) for rows in tower_rows(model, inputs)]
+        assert expected != [sorted(reference_ops.divprune_entry(rows.tolist(), 5)) for rows in tower_rows(model, inputs)]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])
@@ -61,7 +61,7 @@ def test_scope_looks_at_tower_rows_and_attention(family: str, alpha: float) -> N
     signals, shown = tower_signals(family, inputs, None, PICTURES), [content_rows(family, picture) for picture in PICTURES]
     expected = []
     for (scores, _), rows, content in zip(signals, tower_rows(model, inputs), shown, strict=True):
-        expected.append(sorted(content[i] for i in twins.scope_entry(scores.tolist(), rows[content].tolist(), 5, alpha)))
+        expected.append(sorted(content[i] for i in reference_ops.scope_entry(scores.tolist(), rows[content].tolist(), 5, alpha)))
     with duet_vlm.attach(model, "scope", keep=5, alpha=alpha) as handle:
         forward(model, inputs)
         assert chosen_tokens(handle) == expected
@@ -117,7 +117,7 @@ def test_duet_plus_looks_at_tower_rows_and_attention(family: str, alpha: float) 
     inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
     signals, shown = tower_signals(family, inputs, None, PICTURES), [content_rows(family, picture) for picture in PICTURES]
     rows = [all_rows[content] for all_rows, content in zip(tower_rows(model, inputs), shown, strict=True)]
-    expected = [twins.duet_plus_entry(s.tolist(), some.tolist(), 5, alpha, 1.0, 0.1) for (s, _), some in zip(signals, rows, strict=True)]
+    expected = [reference_ops.duet_plus_entry(s.tolist(), some.tolist(), 5, alpha, 1.0, 0.1) for (s, _), some in zip(signals, rows, strict=True)]
     with duet_vlm.attach(model, "duet_plus", keep=5, schedule=(), alpha=alpha, pool=1.0, tau=0.1) as handle:
         forward(model, inputs)
         assert chosen_tokens(handle) == [[content[i] for i in chosen] for (chosen, _), content in zip(expected, shown, strict=True)]

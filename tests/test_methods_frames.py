@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
 from families import CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, clips_for, forward, pictures_of, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,9 +24,9 @@ def kept_of_clip(features: list[list[float]], steps: int, count: int) -> list[in
     """Evenly spaced rows of the first step; if all of them fit, the later rows whose cosine with the row one step before is smallest."""
     size = len(features) // steps
     first = min(count, size)
-    kept = twins.spaced([True] * size, first)
+    kept = reference_ops.spaced([True] * size, first)
     later = range(size, len(features))
-    return sorted(kept + sorted(later, key=lambda i: (twins.cosine(features[i], features[i - size]), i))[: count - first])
+    return sorted(kept + sorted(later, key=lambda i: (reference_ops.cosine(features[i], features[i - size]), i))[: count - first])
 
 
 def view_of(clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", shift: int = 0) -> EncoderView:

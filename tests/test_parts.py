@@ -10,7 +10,7 @@ import torch
 from families import CLIPS, FAMILIES, MIXED, ONE, Picture, any_res_layout, forward, generate, pictures_of, shared
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import choices_of, step_logits, walk_batch
+from reference_forward import choices_of, step_logits, walk_batch
 from test_families import Probe, seen
 
 import duet_vlm

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, ONE, TEXT, Picture, Row, forward, shared
-from oracle import choices_of, walk_batch
+from method_matrix import Case, matrix
+from reference_forward import choices_of, walk_batch
 from test_invariants import CLOSE, VISIBLE, beams_equal_oracle, surviving_logits
 
 import duet_vlm

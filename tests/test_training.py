@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OFFICIAL, Case, matrix
 from families import FAMILIES, IMAGE, MIXED, ONE, PAD, TWO, Inputs, build, shared
-from oracle import choices_of, walk_batch
+from method_matrix import OFFICIAL, Case, matrix
+from reference_forward import choices_of, walk_batch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING
 from families import FAMILIES, Picture, build
+from method_matrix import REDUCING
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import KEEP_ALL, OFFICIAL, REDUCING, TOO_EARLY
 from families import FAMILIES, MIXED, clips_for, forward, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_matrix import KEEP_ALL, OFFICIAL, REDUCING, TOO_EARLY
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from families import CLIP, CLIP_AND_IMAGE, FAMILIES, IMAGE_AND_CLIPS, build, clips_for, forward, generate, pictures_of, shared
-from oracle import choices_of, step_logits, walk_batch
+from reference_forward import choices_of, step_logits, walk_batch
 
 import duet_vlm
 

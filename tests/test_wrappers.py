@@ -13,8 +13,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
-from cases import OFFICIAL, REDUCING, Case, matrix
 from families import FAMILIES, FIRST, MIXED, build, forward, generate, shared
+from method_matrix import OFFICIAL, REDUCING, Case, matrix
 from torch import Tensor, nn
 
 import duet_vlm

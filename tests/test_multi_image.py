@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import REDUCING
 from families import FAMILIES, MIXED, ONE, THREE, TWO, clips_for, forward, generate, shared
-from oracle import choices_of, step_logits, walk_batch
+from method_matrix import REDUCING
+from reference_forward import choices_of, step_logits, walk_batch
 from test_invariants import CLOSE, alive
 
 import duet_vlm
