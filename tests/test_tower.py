@@ -735,7 +735,7 @@ def test_pictures_of_one_unit_have_nothing_to_choose(method: str, content: Any) 
 
 
 @pytest.mark.parametrize("method", [*FRONT, *INSIDE, "pixelprune+duet_plus"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_crops_of_which_packing_leaves_nothing(method: str, parts: str) -> None:
     """A very wide image shows nothing of its own crops in LLaVA-NeXT: its counts are those of the image behind it, by itself and together."""
     family, model = FAMILIES["llava_next"], shared("llava_next")
