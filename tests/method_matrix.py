@@ -1,9 +1,18 @@
-"""The matrix: which methods with which settings are tried on which families. One line here gives a new one every invariant."""
+"""The matrix: methods with their settings, families, attention, positions; and the cells of it that the default tier runs.
+
+One line in ``REDUCING`` gives a new method every invariant. ``make test-all`` runs the products. The default tier runs a covering
+design: any two values of two dimensions meet in some test. The tests themselves are one of the dimensions (``part``), so that each
+runs every family and every method once, and all of them together every family with every method.
+"""
 
 from __future__ import annotations
 
+import functools
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 from families import FAMILIES, build, shared
@@ -60,7 +69,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     },
     "hired": {"keep": 0.4},
     "holitom": {"keep": 0.6, "schedule": ((4, 0.5),)},
-    "holov": {"keep": 0.4, "crops": 3},
+    "holov": {"keep": 0.4, "num_crops": 3},
     "metok": {"keep": 0.6, "schedule": ((3, 0.6), (5, 0.25), (7, 0.1)), "trim_kv_cache": False},
     "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "pool": {"keep": 0.4},
@@ -209,17 +218,165 @@ class Case:
         return duet_vlm.attach(self.model() if model is None else model, self.method, **settings)
 
 
-def matrix(*methods: str, attention: tuple[str, ...] = ("sdpa", "eager")) -> pytest.MarkDecorator:
-    """The cells of the given methods (default: all): Duet and FastV on every family, the others on two; "compact" wherever it can be.
+# ---- cells of the default tier
 
-    conftest.py says which cells of the further families are in the default tier.
+USUAL = ("llava", "qwen2_5_vl")  # families of every test: 1-D positions behind a CLIP tower, 3-D positions behind a packed one
+ATTENTION = ("sdpa", "eager")
+POSITIONS = ("keep", "compact")
+PARTS = 25  # at most as many as there are families
+OTHERS = 4  # combinations of what else a test may vary
+Test = TypeVar("Test", bound=Callable[..., Any])
+
+
+class Cell(NamedTuple):
+    """A row of the covering design; ``other`` numbers the combinations of what else a test varies."""
+
+    part: int
+    family: str
+    method: str
+    attention: str
+    positions: str
+    other: int
+
+
+def allowed(family: str, method: str = "", positions: str = "keep") -> bool:
+    """Whether a combination exists: 3-D positions are never compact, and some usual drops come before the first attention."""
+    return not (positions == "compact" and FAMILIES[family].mrope) and family not in TOO_EARLY.get(method, ())
+
+
+def dimensions() -> dict[str, list[Any]]:
+    """The values of every dimension of the covering design."""
+    return {
+        "part": list(range(PARTS)),
+        "family": list(FAMILIES),
+        "method": list(reversed(REDUCING)),  # counted from the end: new methods come first, and move no cell of the others
+        "attention": list(ATTENTION),
+        "positions": list(POSITIONS),
+        "other": list(range(OTHERS)),
+    }
+
+
+@functools.cache
+def design() -> tuple[Cell, ...]:
+    """Every family with every method, dealt to parts as in a Latin square; the other dimensions change along both.
+
+    Where a family and a method cannot be together, each of them is with a neighbour of the other.
     """
-    cases = [
-        pytest.param(Case(family, implementation, method, positions), id=f"{family}-{implementation}-{method}-{positions}")
-        for family in FAMILIES
-        for implementation in attention
-        for method in methods or tuple(REDUCING)
-        if family in ("llava", "qwen2_5_vl") or method in ("duet", "fastv")
-        for positions in (("keep",) if FAMILIES[family].mrope else ("keep", "compact"))
-    ]
-    return pytest.mark.parametrize("case", cases)
+    families, methods = dimensions()["family"], dimensions()["method"]
+    cells = []
+    for (i, family), (j, method) in itertools.product(enumerate(families), enumerate(methods)):
+        part, attention, other = (i + j) % PARTS, ATTENTION[(i + j // 2) % 2], (i // 2 + j // 3) % OTHERS
+        together = [(family, method)]
+        if not allowed(family, method):
+            near = next(name for name in methods[j - 1 :: -1] if allowed(family, name))
+            together = [(family, near), (next(name for name in families[i + 1 :] + families if allowed(name, method)), method)]
+        for one, two in together:
+            positions = POSITIONS[(i // 2 + j) % 2]
+            cells.append(Cell(part, one, two, attention, positions if allowed(one, positions=positions) else "keep", other))
+    return tuple(sorted(cells, key=lambda cell: cell.part))
+
+
+def covering(factors: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Rows in which every two values of two factors are together; the same rows each time."""
+    import covertable  # here, since environments that run a few files do without
+
+    return [dict(row) for row in covertable.make(dict(factors))]
+
+
+def one_of(values: Sequence[str], test: str) -> str:
+    """A value that the name of a test chooses, so that tests choose different ones."""
+    return values[zlib.crc32(test.encode()) % len(values)]
+
+
+def tier_families(families: Iterable[str], test: str) -> list[str]:
+    """Of the families that a test lists, those of the default tier: the usual ones, and one further."""
+    listed = list(families)
+    further = [family for family in listed if family not in USUAL]
+    chosen = {*USUAL, *([one_of(further, test)] if further else [])}
+    return [family for family in listed if family in chosen]
+
+
+def _name(test: Callable[..., Any]) -> str:
+    return f"{test.__module__}.{test.__name__}"
+
+
+def _tier(test: str, methods: Sequence[str], attention: Sequence[str], others: int, part: Iterable[int]) -> set[tuple[Any, ...]]:
+    """(family, attention, method, positions, number of the other values) of the default tier."""
+    if part:
+        rows = [cell._asdict() for cell in design() if cell.part in part and cell.method in methods]
+    else:
+        rows = covering(
+            {
+                "family": tier_families(FAMILIES, test),
+                "method": list(methods),
+                "attention": list(attention),
+                "positions": list(POSITIONS),
+                "other": list(range(others)),
+            }
+        )
+    cells = set()
+    for row in rows:
+        implementation = row["attention"] if row["attention"] in attention else attention[0]
+        positions = row["positions"] if allowed(row["family"], positions=row["positions"]) else "keep"
+        cells.add((row["family"], implementation, row["method"], positions, row["other"] % others))
+    return cells
+
+
+def _parametrized(names: str, cells: Iterable[tuple[str, tuple[Any, ...], bool]]) -> pytest.MarkDecorator:
+    """The parametrization of (id, values, whether the default tier has it)."""
+    params = [pytest.param(*values, id=name, marks=() if default else pytest.mark.slow) for name, values, default in cells]
+    return pytest.mark.parametrize(names, params)
+
+
+def matrix(
+    *methods: str, attention: tuple[str, ...] = ATTENTION, part: int | tuple[int, ...] = (), **others: Mapping[str, Any] | Iterable[Any]
+) -> Callable[[Test], Test]:
+    """Parametrize a test with a ``case`` and, by name, with ``others`` (values, or what to call them -> values).
+
+    The product: Duet and FastV on every family, other methods on the two usual ones; "compact" positions wherever they can be. Of these
+    the default tier has the given part of the design (and adds its cells to the product), or, for tests of few ``methods``, every pair
+    on the usual families and a further one.
+    """
+    parts = (part,) if isinstance(part, int) else part
+    tried = methods or tuple(REDUCING)
+    named = [values if isinstance(values, Mapping) else {str(value): value for value in values} for values in others.values()]
+    combined = list(itertools.product(*(values.items() for values in named)))
+
+    def decorate(test: Test) -> Test:
+        tier = _tier(_name(test), tried, attention, len(combined), parts)
+        cells = []
+        for family, implementation, method, positions in itertools.product(FAMILIES, attention, tried, POSITIONS):
+            usual = (family in USUAL or method in ("duet", "fastv")) and not (positions == "compact" and FAMILIES[family].mrope)
+            for number, more in enumerate(combined):
+                default = (family, implementation, method, positions, number) in tier
+                if usual or default:
+                    name = "-".join([family, implementation, method, positions, *(name for name, _ in more)])
+                    cells.append((name, (Case(family, implementation, method, positions), *(value for _, value in more)), default))
+        return _parametrized(",".join(["case", *others]), cells)(test)
+
+    return decorate
+
+
+def pairs(
+    methods: Iterable[Any] = tuple(REDUCING), families: Iterable[str] = tuple(FAMILIES), *, part: int | tuple[int, ...] = ()
+) -> Callable[[Test], Test]:
+    """Parametrize a test with every ``family`` and ``method``. The default tier has the given part of the design; without one, a
+    diagonal of the product: every family and every method at least once."""
+    parts = (part,) if isinstance(part, int) else part
+    rows, columns = list(families), list(methods)
+    step = min(len(rows), len(columns))
+
+    def decorate(test: Test) -> Test:
+        chosen = {(cell.family, cell.method) for cell in design() if cell.part in parts} if parts else set()
+        first = zlib.crc32(_name(test).encode())
+        cells = []
+        for (j, method), (i, family) in itertools.product(enumerate(columns), enumerate(rows)):
+            if not parts:
+                default = (i + j + first) % step == 0
+            else:
+                default = (family, method) in chosen if method in REDUCING else family in USUAL
+            name = "-".join(map(str, method)) if isinstance(method, tuple) else str(method)
+            cells.append((f"{name}-{family}", (family, method), default))
+        return pytest.mark.every_family(_parametrized("family,method", cells)(test))
+
+    return decorate

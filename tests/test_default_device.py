@@ -67,7 +67,7 @@ def batches(family: str) -> list[dict[str, torch.Tensor]]:
     return [FAMILIES[family].inputs(rows) for rows in (MIXED, *([clips_for(family)] if clips else []))]
 
 
-@matrix(attention=("sdpa",))
+@matrix(attention=("sdpa",), part=18)
 def test_every_tensor_names_its_device(case: Case) -> None:
     model = case.model()
     with Named(), case.attach() as handle:
@@ -81,6 +81,7 @@ def test_every_tensor_names_its_device(case: Case) -> None:
 STOCK_CANNOT = ("gemma3", "mistral3_windows", "qwen2_5_vl")  # they make tensors without a device themselves, and read them
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_default_device_changes_nothing(family: str) -> None:
     """On the meta device there are no numbers: whatever lands there cannot be read back."""

@@ -88,7 +88,7 @@ PLACES: dict[str, Callable[[Family, nn.Module], nn.Module]] = {
 }
 
 
-@matrix()
+@matrix(part=17)
 def test_detach_leaves_no_trace(case: Case) -> None:
     inputs, (model, before, plain) = FAMILIES[case.family].inputs(MIXED), pristine(case.family, case.attention)
     handle = case.attach(model)
@@ -101,8 +101,7 @@ def test_detach_leaves_no_trace(case: Case) -> None:
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("place", PLACES)
-@matrix("duet", "fastv", attention=("sdpa",))
+@matrix("duet", "fastv", attention=("sdpa",), place=tuple(PLACES))
 def test_an_exception_inside_forward_leaves_no_trace(case: Case, place: str) -> None:
     """The next call of the still attached model is right too: no half-finished call is left behind."""
     inputs, (model, before, plain) = FAMILIES[case.family].inputs(MIXED), pristine(case.family, case.attention)

@@ -36,8 +36,7 @@ def conversation(case: Case, inputs: Inputs, full_ids: bool) -> tuple[list[Tenso
     return list(second.logits), said, choices
 
 
-@pytest.mark.parametrize("full_ids", [True, False], ids=["all ids", "new ids"])
-@matrix("fastv", "pyramiddrop", attention=("sdpa",))
+@matrix("fastv", "pyramiddrop", attention=("sdpa",), full_ids={"all ids": True, "new ids": False})
 def test_second_turn_without_v2v(case: Case, full_ids: bool) -> None:
     check_second_turn(case, full_ids)
 

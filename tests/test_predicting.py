@@ -30,8 +30,7 @@ EVERYTHING_GOES = {  # schedules that end at nothing
 }
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@matrix(*METHODS)
+@matrix(*METHODS, side=("left", "right"))
 def test_an_image_at_the_end_equals_the_oracle(case: Case, side: str) -> None:
     """Every surviving row of a padded batch, the last one (visual) among them."""
     inputs, model = FAMILIES[case.family].inputs(ROWS, side), case.model()

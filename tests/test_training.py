@@ -41,8 +41,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@matrix(*TRAINED)
+@matrix(*TRAINED, side=("left", "right"))
 def test_loss_is_the_loss_over_survivors(case: Case, side: str) -> None:
     model, inputs = case.model(), FAMILIES[case.family].inputs((*MIXED, TWO), side)
     labels = labels_of(inputs)
