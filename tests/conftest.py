@@ -42,12 +42,14 @@ def shared_models_come_back_plain() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of a ``family`` are slow but on the usual families and one further; marked ``every_family``, they are not. Tests of a
-    ``case``, or of families times methods, have their tier from ``method_matrix``."""
+    """Mark as slow the tests of a ``family`` that ``method_matrix.tier_families`` leaves out, unless they are marked ``every_family``.
+
+    Tests of a ``case``, and of families times methods, have their tier from ``matrix`` and ``pairs``.
+    """
     lists = {item: listed for item in items if (listed := _families_of(item))}
     if not lists:
         return
-    from method_matrix import tier_families  # which needs what the tests of families have imported already
+    from method_matrix import tier_families  # imports no more than tests of families have imported already
 
     for item, listed in lists.items():
         if item.callspec.params["family"] not in tier_families(listed, f"{item.module.__name__}.{item.originalname}"):
@@ -55,7 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _families_of(item: pytest.Item) -> list[str]:
-    """The families that a test lists in a parametrization of its own, as the default tier is to choose from them."""
+    """The families in a test's own parametrization."""
     if not hasattr(item, "callspec") or item.get_closest_marker("every_family"):
         return []
     for names, rows, *_ in (mark.args for mark in item.iter_markers("parametrize")):

@@ -81,7 +81,6 @@ def test_every_tensor_names_its_device(case: Case) -> None:
 STOCK_CANNOT = ("gemma3", "mistral3_windows", "qwen2_5_vl")  # they make tensors without a device themselves, and read them
 
 
-@pytest.mark.every_family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_default_device_changes_nothing(family: str) -> None:
     """On the meta device there are no numbers: whatever lands there cannot be read back."""

@@ -490,7 +490,7 @@ def test_what_is_no_processor_is_refused_whatever_asks_for_one(method: str, proc
         duet_vlm.attach(shared("llava"), method, budget=0.3, processor=processor)
 
 
-@pytest.mark.parametrize("how", ["model.compile", "torch.compile", "decoder", "paused"])
+@pytest.mark.parametrize("how", ["model.compile", *(pytest.param(how, marks=pytest.mark.slow) for how in ("torch.compile", "decoder", "paused"))])
 def test_models_that_are_compiled_while_attached(how: str) -> None:
     """The first prompt is refused, not the second of another length; and nothing is left behind."""
     model, made = build("llava"), FAMILIES["llava"]

@@ -58,8 +58,7 @@ def test_generation_equals_the_oracle(family: str, method: str, attention: str) 
     assert float((result.logits[0] - untouched).abs().max()) > 0.05
 
 
-@EACH
-@METHODS
+@pairs(SETTINGS, MOVING)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_equals_that_row_alone(family: str, method: str, side: str) -> None:
     model, made = shared(family), FAMILIES[family]
