@@ -20,6 +20,7 @@ from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops import merge, ragged, score, select
 from duet_vlm.ops.spans import SpanRows
+from duet_vlm.ops.tiles import mosaic_order
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.profiling.flop_counter import allocations
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
@@ -598,3 +599,19 @@ def test_query_rows(batch: list[Any], kind: str, labelled: bool, turns: str) -> 
     rows = query_rows(kind, visual, valid, labels if labelled else None, salient, turns)
     for (v, ok, y, s), found in zip(batch, rows, strict=True):
         assert found.nonzero().flatten().tolist() == reference_ops.query_rows(kind, v, ok, y if labelled else None, s, turns)
+
+
+# ---- tiles
+
+
+def test_tiles_are_read_line_by_line_over_the_mosaic() -> None:
+    """Three columns and two lines of tiles with 2 x 2 patches, every second patch kept."""
+    patches = torch.tensor([[0, 3], [1, 2], [0, 1], [2, 3], [0, 2], [1, 3]])
+    side, columns, contextual = 2, 3, 1
+    places = []
+    for tile, row in enumerate(patches.tolist()):
+        for number, patch in enumerate(row):
+            line, column = tile // columns * side + patch // side, tile % columns * side + patch % side
+            places.append((line, column, tile * 4 + 1 + number))
+    expected = [row for _, _, row in sorted(places)] + [tile * 4 for tile in range(6)] + [tile * 4 + 3 for tile in range(6)]
+    assert mosaic_order(patches, contextual, columns, side).tolist() == expected
