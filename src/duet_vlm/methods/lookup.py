@@ -13,7 +13,7 @@ def get_method(name: str) -> type[Reducer]:
     Raises
     ------
     ValueError
-        If a name is unknown (the known ones are listed), or the methods do not follow each other.
+        If a name is unknown (those near it are named), or the methods do not follow each other.
     """
     classes = tuple(registry.registered_class(part) for part in name.split("+"))
     return classes[0] if len(classes) == 1 else composition_class(classes)

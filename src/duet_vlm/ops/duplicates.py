@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.ops.select import ranking, top
 
 ROUND = 8  # tokens that leave together
@@ -37,8 +37,8 @@ def remove_duplicates(similarity: Tensor, scores: Tensor, valid: Tensor, sizes: 
         [B, N] bool, the chosen tokens.
     """
     best = [int(chosen * important) for _, chosen in sizes]
-    wanted = torch.tensor([chosen - n for (_, chosen), n in zip(sizes, best, strict=True)], device=valid.device)
-    first = top(scores, valid, torch.tensor(best, device=valid.device))
+    wanted = upload([chosen - n for (_, chosen), n in zip(sizes, best, strict=True)], valid.device)
+    first = top(scores, valid, upload(best, valid.device))
     rest = valid & ~first
     order, length = ranking(scores, rest), rest.sum(1)
     for _ in range(max(_rounds(tokens - n, chosen - n) for (tokens, chosen), n in zip(sizes, best, strict=True))):
