@@ -99,6 +99,8 @@ REDUCING: dict[str, dict[str, Any]] = {
 
 # methods whose usual drops come before the first attention of some families: a clear error
 TOO_EARLY = {name: ("qwen3_5", "qwen3_5_moe") for name in ("dart", "fitprune", "sparsevlm")}
+# methods that plan crop by crop, so that ``Handle.plan`` of all tokens of a picture is another plan
+PLANNED_BY_CROP = {"pool": ("llava_next", "llava_next_video", "llava_onevision")}
 
 
 def _by_text(name: str) -> bool:
@@ -240,8 +242,9 @@ class Cell(NamedTuple):
 
 
 def allowed(family: str, method: str = "", positions: str = "keep") -> bool:
-    """Whether a combination exists: 3-D positions are never compact, and some usual drops come before the first attention."""
-    return not (positions == "compact" and FAMILIES[family].mrope) and family not in TOO_EARLY.get(method, ())
+    """Whether a combination can be tried: 3-D positions are never compact, ``TOO_EARLY`` and ``PLANNED_BY_CROP`` have tests of their own."""
+    without = (*TOO_EARLY.get(method, ()), *PLANNED_BY_CROP.get(method, ()))
+    return not (positions == "compact" and FAMILIES[family].mrope) and family not in without
 
 
 def dimensions() -> dict[str, list[Any]]:
@@ -329,13 +332,13 @@ def _parametrized(names: str, cells: Iterable[tuple[str, tuple[Any, ...], bool]]
 
 
 def matrix(
-    *methods: str, attention: tuple[str, ...] = ATTENTION, part: int | tuple[int, ...] = (), **others: Mapping[str, Any] | Iterable[Any]
+    *methods: str, attention: tuple[str, ...] = ATTENTION, part: int | tuple[int, ...] = (), beyond: bool = True, **others: Mapping[str, Any] | Iterable[Any]
 ) -> Callable[[Test], Test]:
     """Parametrize a test with a ``case`` and, by name, with ``others`` (values, or what to call them -> values).
 
     The product: Duet and FastV on every family, other methods on the two usual ones; "compact" positions wherever they can be. Of these
-    the default tier has the given part of the design (and adds its cells to the product), or, for tests of few ``methods``, every pair
-    on the usual families and a further one.
+    the default tier has the given part of the design (and adds its cells ``beyond`` the product), or, for tests of few ``methods``, every
+    pair on the usual families and a further one.
     """
     parts = (part,) if isinstance(part, int) else part
     tried = methods or tuple(REDUCING)
@@ -349,7 +352,7 @@ def matrix(
             usual = (family in USUAL or method in ("duet", "fastv")) and not (positions == "compact" and FAMILIES[family].mrope)
             for number, more in enumerate(combined):
                 default = (family, implementation, method, positions, number) in tier
-                if usual or default:
+                if usual or (default and beyond):
                     name = "-".join([family, implementation, method, positions, *(name for name, _ in more)])
                     cells.append((name, (Case(family, implementation, method, positions), *(value for _, value in more)), default))
         return _parametrized(",".join(["case", *others]), cells)(test)

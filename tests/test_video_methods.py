@@ -166,7 +166,7 @@ class Noting(VideoReducer, duet_vlm.DecoderReducer):
     """Keeps every other token and notes 100 times the step of time, plus the place; sees its notes again."""
 
     name, paper, summary = "noting", "-", "-"
-    needs = frozenset({"notes"})
+    needs = frozenset({"tags"})
     uses_tokens = True
 
     def plan(self, tokens: int, depth: int, budget: Any) -> duet_vlm.SpanPlan:
@@ -251,7 +251,7 @@ def test_compositions_meet_one_budget(method: str) -> None:
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("fastvid", {"pooled_context_tokens": 1.5}, r"context=1.5: a share, in \[0, 1\]"),
+        ("fastvid", {"context": 1.5}, r"context=1.5: a share, in \[0, 1\]"),
         ("fastvid", {"segments": 0}, "segments=0: a number of segments, at least 1"),
         ("fastvid", {"every": 0}, "every=0: a number of frames, at least 1"),
         ("fastvid", {"merge": "all"}, "merge='all': choose one of 'one', 'frames'"),

@@ -36,4 +36,4 @@ def test_holov_shares_by_attention_and_variety(crops: int) -> None:
             for i in group:
                 assert float(score[row, i]) == pytest.approx(float(view.importance[row, i]) + 0.09 * variety[i] * level, rel=1e-4)
     assert [len(row) for row in kept_tokens(method, view)] == [n for _, n in IMAGES]
-    assert [len(row) for row in kept_tokens(HoloV.official(1, crops=crops), view)] == [n for _, n in IMAGES]
+    assert [len(row) for row in kept_tokens(HoloV.official(1, num_crops=crops), view)] == [n for _, n in IMAGES]
