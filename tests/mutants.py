@@ -38,7 +38,8 @@ MUTANTS = (
     ),
     Mutant(
         "largest determinant: rounding decides between tokens that are alike",
-        "ops/greedy.py", "best = _first(score, TIE)", "best = score.argmax(1, keepdim=True)", "tests/test_greedy.py tests/test_groups.py",
+        "ops/greedy.py", "best = _first(score, TIE)", "best = score.argmax(1, keepdim=True)",
+        "tests/test_greedy.py tests/test_groups.py tests/methods tests/test_golden.py", "determinant or duet_plus or cdpruner or dpp or map",
     ),
     Mutant(
         "Pio.official keeps stages that drop nothing",
@@ -93,8 +94,8 @@ MUTANTS = (
     ),
     Mutant(
         "prompts without images stop methods that rank by attention among visual tokens",
-        "runtime/prefill/attention_scores.py", "pack_right(tokens.visual, max(1, visual_rows))", "pack_right(tokens.visual, visual_rows)",
-        "tests/test_invariants.py", "text_only and (fitprune or dart or tokencarve or d2pruner)",
+        "ops/score.py", "asked = weight.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)", "asked = weight.sum(1, keepdim=True)",
+        "tests/test_invariants.py tests/test_ops.py", "(padded and fitprune) or (order and fitprune) or query_attention",
     ),
     Mutant(
         "a default device reaches tensors of the library",
@@ -110,7 +111,7 @@ MUTANTS = (
     ),
     Mutant(
         "VScan.official: windows are counted in a batch, not in a picture",
-        "methods/vscan.py", "limit = half // count if", "limit = half // (count * len(count)) if", "tests/methods/test_vscan.py", "batch",
+        "methods/vscan.py", "limit = half // count if", "limit = half // (count * len(count)) if", "tests/methods/test_vscan.py tests/test_golden.py", "vscan",
     ),
     Mutant(
         "what is chosen of a picture depends on what pads it",

@@ -88,7 +88,7 @@ def test_a_cache_that_holds_something_else_is_not_cut() -> None:
     with duet_vlm.attach(model, "fastv", layers=3, keep=0.4, trim_kv_cache=True):
         with pytest.raises(ValueError, match="trim_kv_cache=True needs a cache that holds keys and values as they are"):
             forward(model, inputs, past_key_values=Short(config=model.model.language_model.config), use_cache=True)
-    with pytest.raises(ValueError, match="cache='half': choose one of 'full', 'cut'"):
+    with pytest.raises(TypeError, match="trim_kv_cache='half': give True or False"):
         V2Drop(trim_kv_cache="half")
 
 
@@ -205,8 +205,8 @@ def test_what_cannot_be_is_refused_and_changes_nothing(method: DecoderReducer, s
 
 
 def test_an_unknown_need_is_named() -> None:
-    cls = type("Curious", (Halves,), {"needs": frozenset({"rows", "weather"}), "name": "curious"})
-    with pytest.raises(ValueError, match="curious: needs names weather; known are rows, before, text"):
+    cls = type("Curious", (Halves,), {"needs": frozenset({"hidden_states", "weather"}), "name": "curious"})
+    with pytest.raises(ValueError, match="curious: needs names weather; known are hidden_states, previous_hidden_states, text_hidden_states"):
         cls()
 
 
@@ -218,7 +218,7 @@ class Seen(DecoderReducer):
     """Keeps what it is shown."""
 
     name, paper, summary = "seen", "-", "-"
-    needs = frozenset({"rows", "before", "text", "keys", "slots", "among"})
+    needs = frozenset({"hidden_states", "previous_hidden_states", "text_hidden_states", "keys", "positions", "visual_self_attention"})
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
         return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((4, tokens // 2),)))

@@ -224,3 +224,9 @@ def test_similarity_is_float32_whatever_the_model_is(dtype: torch.dtype) -> None
             for j in range(7):
                 expected = reference_ops.cosine(rows[b, i].tolist(), rows[b, j].tolist()) if valid[b, i] and valid[b, j] else 0.0
                 assert float(found[b, i, j]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_tokens_that_differ_by_rounding_only_tie_for_the_largest_determinant() -> None:
+    kernel = torch.diag(torch.tensor([0.5, 1.0, 1.0 + 5e-7]))[None]
+    chosen = greedy.greedy_dpp_map(kernel, torch.ones(1, 3, dtype=torch.bool), torch.tensor([1]), 1)
+    assert chosen.tolist() == [[False, True, False]]

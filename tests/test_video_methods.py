@@ -57,7 +57,7 @@ def test_counts_are_exact_and_clips_of_a_batch_are_independent(method: str, data
         if method in MERGING:
             members = [token for _, made_of in rows for token, _ in made_of]
             assert len(members) == len(set(members))  # in one row at most
-            assert all(sum(w for _, w in made_of) == pytest.approx(1, abs=1e-4) for _, made_of in rows if made_of)
+            assert all(sum(w for _, w in made_of) == pytest.approx(1, abs=1e-5 * len(made_of)) for _, made_of in rows if made_of)  # each is rounded
         if count == steps * size:
             assert torch.equal(merged_rows(view.features, together)[row, :count], view.features[row, :count])
 

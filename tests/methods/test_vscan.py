@@ -13,21 +13,22 @@ import duet_vlm
 from duet_vlm.methods.vscan import VScan
 
 
+@pytest.mark.parametrize("local", ["limit", "equal"])
 @pytest.mark.parametrize("window", [2, 3, 6])
-def test_vscan_scans_twice_and_merges_the_rest(window: int) -> None:
+def test_vscan_scans_twice_and_merges_the_rest(window: int, local: str) -> None:
     images = [(6, 14), (4, 15), (5, 3), (3, 1)]
-    view, method = square_images(images), VScan(keep=1, window=window)
+    view, method = square_images(images), VScan(keep=1, window=window, local=local)
     selection = method.select_tokens(view)
     for row, (side, n) in enumerate(images):
         deep, shallow = (layer.importance[row] for layer in view.layers)
         number = max(1, side // window)
-        limit, local, given = math.ceil(n // 2 / number**2), [], {}
+        limit, found, given = n // 2 // number**2 if local == "equal" else math.ceil(n // 2 / number**2), [], {}
         for token in best_tokens(shallow, range(side**2), side**2):
             at = min(token // side // window, number - 1), min(token % side // window, number - 1)
-            if len(local) < n // 2 and given.get(at, 0) < limit:
+            if len(found) < n // 2 and given.get(at, 0) < limit:
                 given[at] = given.get(at, 0) + 1
-                local.append(token)
-        kept = sorted(local + best_tokens(deep, set(range(side**2)) - set(local), n - len(local)))
+                found.append(token)
+        kept = sorted(found + best_tokens(deep, set(range(side**2)) - set(found), n - len(found)))
         index = selection.index[row][selection.valid[row]].tolist()
         assert index == kept
         unit = torch.nn.functional.normalize(view.features[row].double(), dim=-1)
