@@ -21,7 +21,7 @@ from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
 from duet_vlm.runtime.compatibility import check, facts, hooked
 from duet_vlm.runtime.decode.cache import PromptState, static_copy
-from duet_vlm.runtime.encode.build_view import named_layers
+from duet_vlm.runtime.encode.build_view import find_signal_layers
 from duet_vlm.runtime.encode.encoder import check_finite
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.runtime.install import install
@@ -238,7 +238,7 @@ class Handle:
 
     def reads_layers(self, layers: Iterable[nn.Module]) -> bool:
         """Whether the method takes signals from any of these layers of the vision tower."""
-        return named_layers(self.adapter, self.reducer).requested(layers)
+        return find_signal_layers(self.adapter, self.reducer).requested(layers)
 
     @property
     def projects_all(self) -> bool:

@@ -12,7 +12,7 @@ from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.encode.attention_intercept import QKRecorder, SizeBias
-from duet_vlm.runtime.encode.build_view import QuestionTextEncoder, named_layers
+from duet_vlm.runtime.encode.build_view import QuestionTextEncoder, find_signal_layers
 from duet_vlm.runtime.encode.encoder import EncoderHooks
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
 from duet_vlm.runtime.model_hooks import ModelHooks
@@ -46,7 +46,7 @@ def install(
 def _on_tower(traffic: ModelHooks, reducer: Reducer, words: QuestionTextEncoder, pieces: ChunkConfig) -> None:
     adapter, hooks = traffic.adapter, traffic.hooks
     encoder = EncoderHooks(adapter, traffic.state, traffic.begin, words, pieces)
-    named = encoder.signal_layers = named_layers(adapter, reducer)
+    named = encoder.signal_layers = find_signal_layers(adapter, reducer)
     encoder.module = traffic.module
     for attention in dict.fromkeys(module for modules in named.attentions for module in modules):
         hooks.on_undo(QKRecorder(attention, traffic.state).remove)
@@ -54,12 +54,12 @@ def _on_tower(traffic: ModelHooks, reducer: Reducer, words: QuestionTextEncoder,
     for block in dict.fromkeys(module for modules in named.blocks for module in modules):
         hooks.add(block.register_forward_hook, encoder.after_block)
     if "projector" in getattr(reducer, "reads", ()):
-        hooks.add(adapter.projector().register_forward_pre_hook, encoder.asks_projector, with_kwargs=True)
+        hooks.add(adapter.projector().register_forward_pre_hook, encoder.record_projector_args, with_kwargs=True)
     unread = adapter.unused_tower_layers()
     if not named.requested(unread):
         encoder.skips_unused_layers = bool(unread)
         for layer in map(_inside, unread):
-            hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
+            hooks.shadow(layer, "forward", encoder.skippable(layer.forward))
     if isinstance(reducer, EncoderReducer) and reducer.cls_token:
         hooks.add(adapter.cls_module().register_forward_hook, traffic.record_cls)
     if adapter.pointwise_projector is not None:

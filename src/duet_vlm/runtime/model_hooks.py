@@ -185,7 +185,7 @@ class ModelHooks:
         call = self.state.forward_contexts[-1] if self.state.forward_contexts else None
         if call is not None and args and isinstance(args[0], Tensor) and args[0].dtype in (torch.float16, torch.bfloat16):
             kind = args[0][..., :1].clone()  # of the rows only the kind of numbers counts, and nothing else of them is to live on
-            call.tables = [*(call.tables or ()), (module, (kind, *args[1:]), kwargs, output)]
+            call.rotary_calls = [*(call.rotary_calls or ()), (module, (kind, *args[1:]), kwargs, output)]
 
     def _set_prompt_state(self, run: PromptState | None) -> None:
         self.state.has_prompt_state, self.state.last_prompt_state, self.latest_prompt_state = True, run, run
@@ -210,7 +210,7 @@ class ModelHooks:
             self.state.forward_contexts[-1].layer = index
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(step, PrefillPass) and self.state.forward_contexts:
-            step.tables = self.state.forward_contexts[-1].tables or []
+            step.tables = self.state.forward_contexts[-1].rotary_calls or []
         if isinstance(step, PrefillPass) and step.reuses(index, layer):
             self._wrap_projections_once(layer)
             step.projection_cache.recording = True

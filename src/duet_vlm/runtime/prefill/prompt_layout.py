@@ -153,7 +153,7 @@ def _dealt(name: str, arrived: ReceivedFeatures, visual: tuple[int, ...]) -> lis
                 "make input_ids and pixel_values with one processor call, and do not truncate or split the prompt (no prefill_chunk_size)"
             )
         first = (done - sample % times * count) // times
-        numbers = [arrived.decisions.number_of(arrived.features[done + i], first + i, len(sizes) // times) for i in range(count)]
+        numbers = [arrived.decisions.span_number(arrived.features[done + i], first + i, len(sizes) // times) for i in range(count)]
         out.append([((arrived.decisions, number), sizes[done + i]) for i, number in enumerate(numbers)])
         done += count
     if done != len(sizes):

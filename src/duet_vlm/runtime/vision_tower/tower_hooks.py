@@ -45,7 +45,7 @@ class TowerHooks:
         if call.config.by_threshold:
             return {0: ()}
         fed, beside = self.adapter.num_cls_rows(call.encoding), self.adapter.num_separator_rows(call.encoding, len(spans))
-        plans = [call.config.plan_span([n + fed for n in sizes], rows, call.per_crop, fed=fed) for sizes, rows in zip(spans, beside, strict=True)]
+        plans = [call.config.plan_span([n + fed for n in sizes], rows, call.per_crop, num_cls=fed) for sizes, rows in zip(spans, beside, strict=True)]
         left = [
             tower_counts(plan, sizes, fed, tower.least) if plan.tower is not None else [whole or n for n in sizes]
             for plan, sizes in zip(plans, spans, strict=True)
