@@ -139,7 +139,7 @@ def test_free_memory_is_what_the_device_and_torch_have_left(monkeypatch: pytest.
     call = Encoding("video", [[9, 4, 4]], {})
     there = torch.zeros(9 * 16, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2).to("meta")  # on the CPU nobody asks
     monkeypatch.setattr(compat, "free_bytes", lambda device: 8_000_000)
-    assert ChunkConfig()._steps(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)
+    assert ChunkConfig()._steps_per_chunk(adapter, reducer, call, there) == 8_000_000 // 4 // (16 * values * 4)
     assert ChunkConfig(4)._steps(adapter, reducer, call, there) == 2  # what is asked for goes first
 
 
@@ -163,7 +163,7 @@ def test_a_caller_of_the_encoder_gets_the_stock_output() -> None:
         ("qwen2_5_vl", "duet", 2.0, TypeError, r"chunk_frames=2.0: a number of frames \(int\)"),
         ("qwen2_5_vl", "contrast", 2, TypeError, "chunk_frames: contrast reduces in the tower, so a clip goes through it as it is"),
         ("qwen2_5_vl", "motion+duet", 2, TypeError, r"chunk_frames: motion\+duet reduces in the tower"),
-        ("video_llava", "zoo_prune", 2, TypeError, "chunk_frames: zoo_prune asks the projector"),
+        ("video_llava", "zoo_prune", 2, TypeError, "chunk_frames: zoo_prune calls the projector"),
     ],
 )
 def test_what_cannot_be_cut_is_named(family: str, method: str, chunk: Any, error: type[Exception], message: str) -> None:

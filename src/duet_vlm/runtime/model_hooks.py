@@ -17,7 +17,7 @@ from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
 from duet_vlm.runtime.context import ForwardContext, OriginalArgs, PromptText, ThreadState
-from duet_vlm.runtime.decode.cache import PromptState, note_evicted, trim_cache
+from duet_vlm.runtime.decode.cache import PromptState, record_evicted, trim_cache
 from duet_vlm.runtime.encode.multimodal_inputs import OUTPUTS, collect_features, collect_inputs, restore_decisions, swap_in_reduced, without_marks
 from duet_vlm.runtime.prefill.align_output import align
 from duet_vlm.runtime.prefill.entry import begin_decoder
@@ -68,7 +68,7 @@ class ModelHooks:
         @functools.wraps(plain)
         def generate(*args: Any, **kwargs: Any) -> Any:
             with self.begin(full=compat.is_assistant_call(kwargs)) as rules:  # an assistant is given no pictures, only their placeholders
-                swap_in_reduced(rules, kwargs, whole=True)
+                swap_in_reduced(rules, kwargs, copy_all=True)
                 self.state.generate_prompts.append(_prompt(args, kwargs))
                 try:
                     return plain(*args, **kwargs)
@@ -194,7 +194,7 @@ class ModelHooks:
         """Post-hook of the decoder stack."""
         step, cache = kwargs.get(PASS), kwargs.get("past_key_values")
         if isinstance(step, PrefillPass) and cache is not None and step.prompt_state.reduces:
-            note_evicted(cache, step.prompt_state, step.kinds)
+            record_evicted(cache, step.prompt_state, step.kinds)
             if getattr(step.reducer, "trim_kv_cache", False):
                 trim_cache(cache, step.prompt_state, step.kinds)
         if step is not None and step.prompt_state.cache_bytes is None:
@@ -210,7 +210,7 @@ class ModelHooks:
             self.state.forward_contexts[-1].layer = index
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if isinstance(step, PrefillPass) and self.state.forward_contexts:
-            step.tables = self.state.forward_contexts[-1].rotary_calls or []
+            step.rotary_calls = self.state.forward_contexts[-1].rotary_calls or []
         if isinstance(step, PrefillPass) and step.reuses(index, layer):
             self._wrap_projections_once(layer)
             step.projection_cache.recording = True

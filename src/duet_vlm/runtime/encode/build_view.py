@@ -19,7 +19,7 @@ from duet_vlm.reducers.base import EncoderReducer
 from duet_vlm.reducers.encoder_view import Change, Layer, LayerView, QuestionView
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext, ForwardContext, PromptText, ThreadState
-from duet_vlm.runtime.prefill.masks import real_rows
+from duet_vlm.runtime.prefill.masks import valid_tokens
 
 CLS_SIGNALS = {"importance": torch.finfo(torch.float32).max}  # signals of a CLS row before the tokens: it is kept before any other
 NO_POSITION = -1
@@ -216,7 +216,7 @@ def find_question(
     rows = prompt.input_embeds
     if rows is None:
         rows = adapter.base.get_input_embeddings()(prompt.input_ids)
-    valid = real_rows(prompt.attention_mask, rows)
+    valid = valid_tokens(prompt.attention_mask, rows)
     placeholders = {name: positions.to(valid.device) for name, positions in adapter.placeholders(prompt.input_ids, prompt.input_embeds).items()}
     visual = torch.stack(list(placeholders.values())).any(0)
     is_query = query_rows("all", visual, valid, prompt.labels)

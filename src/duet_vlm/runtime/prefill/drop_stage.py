@@ -1,4 +1,4 @@
-"""One drop inside the decoder: what the method is shown, what it decides, and the rows that go on."""
+"""One decoder stage: the view of the method, its decision, and the tokens that continue."""
 
 from __future__ import annotations
 
@@ -21,14 +21,24 @@ from duet_vlm.runtime.validation import check_mask, check_rows
 
 @dataclass(frozen=True)
 class StageDecision:
-    """``stays`` [B, T] bool, visual rows that go on; where some are merged, ``selection`` among the visual rows ``rows`` [B, V]."""
+    """The decision of one stage.
+
+    Attributes
+    ----------
+    kept : Tensor
+        [B, T] bool, visual tokens that are kept.
+    selection : Selection or None
+        Where tokens are merged, the selection among ``rows``.
+    rows : Tensor or None
+        [B, V] row numbers of the visual tokens that the method ranked.
+    """
 
     kept: Tensor
     selection: Selection | None = None
     rows: Tensor | None = None
 
     def by_prompt_position(self, tokens: TokenMap) -> Selection | None:
-        """The selection with prompt slots in place of numbers of visual rows."""
+        """The selection with prompt positions instead of numbers of visual tokens."""
         if self.selection is None or self.rows is None:
             return None
         slot = tokens.prompt_index.gather(1, self.rows)
@@ -37,7 +47,17 @@ class StageDecision:
 
 @dataclass(frozen=True)
 class StageGather:
-    """The rows that go on: ``chosen`` [B, T'] of those before, ``valid`` [B, T']; merged ones stand at ``places`` [B, K] (T' for none)."""
+    """The tokens that continue after a stage.
+
+    Attributes
+    ----------
+    index, valid : Tensor
+        [B, T'] rows before the stage.
+    decision : StageDecision
+        The method's decision.
+    positions : Tensor or None
+        [B, K] rows that merged tokens are written to (T' for none).
+    """
 
     index: Tensor
     valid: Tensor
@@ -46,7 +66,7 @@ class StageGather:
 
     @classmethod
     def of(cls, decided: StageDecision, keep: Tensor, width: int, in_order: bool) -> StageGather:
-        """``keep`` [B, T] bool are all rows that go on, ``width`` the most of a sample; ``in_order``: none passes another."""
+        """Gather of the tokens ``keep`` [B, T] bool, at most ``width`` per sample; ``in_order``: their order is unchanged."""
         chosen, valid = pack_left(keep, width)
         selection, rows = decided.selection, decided.rows
         if selection is None or rows is None:
@@ -93,9 +113,10 @@ def replay(then: LayerGroup, tokens: TokenMap, slots: int, most: int) -> StageDe
 
 
 def decide_stage(run: PromptState, ranking: TextAttentionScorer, index: int, tokens: TokenMap, made: Signals) -> StageDecision:
-    """What the method keeps of the visual rows in front of layer ``index``, and merges; ``made`` are its signals, a row for every row."""
+    """The method's decision for the visual tokens before layer ``index``; ``signals`` have one row for each token."""
     reducer = ranking.reducer
-    alive, kept = run.ranked(index - 1), run.ranked(index)
+    alive = run.ranked(index - 1)
+    kept = run.ranked(index)
     rows, real = pack_right(tokens.prunable, max(map(sum, alive)))
     columns = {name: gather_rows(x, rows) for name, x in made.items() if name != "hidden_states" or name in reducer.needs}
     if "positions" in reducer.needs:
@@ -123,7 +144,7 @@ def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], facts: dict[str, A
 
 
 def _decided(run: PromptState, reducer: DecoderReducer, view: DecoderView, rows: Tensor, layout: SpanRows | None) -> StageDecision:
-    """What the method makes of ``view``, checked; ``rows`` [B, V] are the rows that its columns stand for, by ``layout`` if that is given."""
+    """The method's decision on ``view``, checked; ``rows`` [B, V] are the row numbers of its columns, by ``layout`` if given."""
     chosen = reducer.prune_tokens(view)
     if isinstance(chosen, Selection):
         selection, wrong = check_rows(reducer, chosen, view)
@@ -139,7 +160,7 @@ def _decided(run: PromptState, reducer: DecoderReducer, view: DecoderView, rows:
 
 
 def _text(ranking: TextAttentionScorer, tokens: TokenMap, made: Signals) -> Signals:
-    """The same signals of the text queries."""
+    """The declared signals of the text queries."""
     index, valid = ranking.text_rows(tokens)
     found = {"text_valid": valid}
     if "text_hidden_states" in ranking.reducer.needs:
@@ -150,18 +171,21 @@ def _text(ranking: TextAttentionScorer, tokens: TokenMap, made: Signals) -> Sign
 
 
 def _normed(ranking: TextAttentionScorer, rows: Tensor) -> Tensor:
+    """Hidden states after the decoder's final norm."""
     norm = ranking.adapter.text_model.norm
     return norm(rows.to(layer_device(norm, rows))).to(rows.device)
 
 
 def _notes(run: PromptState, tokens: TokenMap) -> Tensor:
-    """What the method noted of the current rows before the decoder: [B, T] float32."""
-    device, sources = tokens.prompt_index.device, iter(run.sources)
+    """The tags that the encoder stage gave the current tokens: [B, T] float32."""
+    device = tokens.prompt_index.device
+    sources = iter(run.sources)
     table = torch.zeros(len(run.spans), max(1, *(sum(span.tokens for span in row) for row in run.spans)), device=device)
     for here, spans in zip(table, run.spans, strict=True):
         for span, (encoded, number) in zip(spans, sources, strict=False):
             selection = encoded.selection
             if selection is not None and selection.tags is not None:
+                assert encoded.slots is not None
                 slots = torch.where(selection.valid[number], encoded.slots[number], span.tokens).to(device)
                 noted = torch.zeros(span.tokens + 1, device=device).scatter(0, slots, selection.tags[number].to(device))
                 here[span.offset : span.offset + span.tokens] = noted[:-1]
@@ -170,10 +194,10 @@ def _notes(run: PromptState, tokens: TokenMap) -> Tensor:
 
 
 def _provenance(run: PromptState, tokens: TokenMap, rows: Tensor) -> tuple[tuple[tuple[int, int], ...], Tensor, Tensor]:
-    """For the visual rows [B, V]: the spans as (number in the sample, size), and each row's span and token number."""
+    """For the visual tokens ``rows`` [B, V]: the spans as (number in the sample, size), and each token's span and number in it."""
     device = rows.device
     spans = tuple((number, span.tokens) for row in run.spans for number, span in enumerate(row))
-    rank = (run.prompt.visual.to(device).cumsum(1) - 1).clamp(min=0)  # visual rank of every prompt slot
+    rank = (run.prompt.visual.to(device).cumsum(1) - 1).clamp(min=0)  # visual rank of every prompt position
     rank = gather_rows(rank, gather_rows(tokens.prompt_index, rows))
     per_sample = max(len(row) for row in run.spans)
     offsets = [[s.offset for s in row] + [run.prompt_len] * (per_sample - len(row)) for row in run.spans]
