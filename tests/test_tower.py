@@ -20,7 +20,7 @@ from duet_vlm.ops.merge import in_stretches
 from duet_vlm.profiling.flop_counter import count_flops
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
-from duet_vlm.runtime.vision_tower.capabilities import bias_refusal
+from duet_vlm.runtime.vision_tower.capabilities import use_size_bias
 from duet_vlm.runtime.vision_tower.concatenated import ConcatenatedTowerState
 from duet_vlm.runtime.vision_tower.selection import select_patches
 from duet_vlm.runtime.vision_tower.varlen import VarlenTowerState
@@ -457,10 +457,10 @@ def test_context_stands_for_what_leaves_in_stretches() -> None:
 
 def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
     contrast = duet_vlm.get_method("contrast")
-    assert bias_refusal(contrast(keep=0.5, context=2, proportional_attention=False), True) and not bias_refusal(contrast(keep=0.5, proportional_attention=False), True)
-    assert bias_refusal(contrast(keep=0.5), True) and not bias_refusal(contrast(keep=0.5), False)
-    with pytest.raises(ValueError, match="context=2: rows that stand for what leaves need a bias .* attn_implementation='sdpa'"):
-        bias_refusal(contrast(keep=0.5, context=2), False)
+    assert use_size_bias(contrast(keep=0.5, context=2, proportional_attention=False), True) and not use_size_bias(contrast(keep=0.5, proportional_attention=False), True)
+    assert use_size_bias(contrast(keep=0.5), True) and not use_size_bias(contrast(keep=0.5), False)
+    with pytest.raises(ValueError, match="context=2: rows that represent dropped units need a bias .* attn_implementation='sdpa'"):
+        use_size_bias(contrast(keep=0.5, context=2), False)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 7, 12])

@@ -153,8 +153,8 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
     every = torch.ones(len(given), count, dtype=torch.bool)
     tower = BatchedTowerState(
         stages={after: counts * len(given) for after, counts in stages.items()}, grids=((side, side),) * len(given), num_cls=extra,
-        uses_size_bias=reducer.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), there=every,
-        read=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
+        uses_size_bias=reducer.proportional_attention, invalid_code=torch.tensor(0), pooled_count=(0,) * len(given), units=torch.arange(count).expand(len(given), -1), valid=every,
+        is_output=every, content=every, size=every.float(), cells=torch.arange(count)[:, None], total=given.shape[1],
     )  # fmt: skip
     stacks.encode_contexts.append(EncodeContext(Encoding("image"), ActiveConfig(reducer, None, 1), tower_state=tower))
     inside = BlockHooks(flow)

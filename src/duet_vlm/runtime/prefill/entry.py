@@ -198,27 +198,28 @@ def _without_drops(plans: tuple[SpanPlan, ...]) -> tuple[SpanPlan, ...]:
     return tuple(SpanPlan(plan.tokens, plan.dominant, plan.contextual, (plan.entry,) * len(plan.counts)) for plan in plans)
 
 
-def _remove_marked(prompt_state: PromptState, adapter: Adapter, lengths: tuple[int, ...], hidden: bool, kwargs: dict[str, Any]) -> None:
+def _remove_marked(prompt_state: PromptState, adapter: Adapter, lengths: tuple[int, ...], any_masked: bool, kwargs: dict[str, Any]) -> None:
     """Remove marked tokens, and those that the mask hides (``any_masked``); an unreduced prompt stays bit-equal."""
     embeds = kwargs["inputs_embeds"]
     positions = prompt_positions(kwargs.get("position_ids"), embeds.shape[1], embeds.device)
     prompt_state.next_position = next_positions(positions, prompt_state.prompt.valid)
-    planned = [[sum(p.tokens for p in row) for row in prompt_state.plans], prompt_state.visual(-1)]
-    left = tuple(n - tokens + entering for n, tokens, entering in zip(lengths, *planned, strict=True))
-    if left == lengths and not hidden:
-        prompt_state.layer_groups.append(LayerGroup(0, prompt_state.prompt, left))
+    visual_tokens = [sum(plan.tokens for plan in plans) for plans in prompt_state.plans]
+    entering = prompt_state.visual(-1)
+    new_lengths = tuple(length - tokens + entered for length, tokens, entered in zip(lengths, visual_tokens, entering, strict=True))
+    if new_lengths == lengths and not any_masked:
+        prompt_state.layer_groups.append(LayerGroup(0, prompt_state.prompt, new_lengths))
         return
     keep = prompt_state.prompt.valid & ~(is_marked(embeds) & prompt_state.prompt.visual)
-    index, valid = pack_left(keep, max(left))
+    index, valid = pack_left(keep, max(new_lengths))
     tokens = prompt_state.prompt.gather(index, valid)
-    prompt_state.layer_groups.append(LayerGroup(0, tokens.renumbered(), left))
+    prompt_state.layer_groups.append(LayerGroup(0, tokens.renumbered(), new_lengths))
     kwargs["inputs_embeds"] = gather_rows(embeds, index).masked_fill(~valid[..., None], 0)
     kwargs["position_ids"] = positions = entry_positions(positions, tokens, prompt_state.positions)
     if prompt_state.positions == "compact":
         prompt_state.next_position = next_positions(positions, valid)
     mask = kwargs.get("attention_mask")
-    unmade = isinstance(mask, dict) and prompt_state.layer_groups[0].padded and any(prepared is None for prepared in mask.values())
-    if unmade or _needs_own_windows(adapter, prompt_state.prompt_len, mask):
+    not_prepared = isinstance(mask, dict) and prompt_state.layer_groups[0].padded and any(prepared is None for prepared in mask.values())
+    if not_prepared or _needs_own_windows(adapter, prompt_state.prompt_len, mask):
         kwargs["attention_mask"] = _prepared_masks(adapter, kwargs["inputs_embeds"], tokens, prompt_state.prompt_len)
     else:
         kwargs["attention_mask"] = entry_mask(mask, prompt_state.layer_groups[0], index, kwargs.get("past_key_values") is None)
