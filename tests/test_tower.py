@@ -605,7 +605,7 @@ def test_no_more_enters_than_the_tower_leaves() -> None:
         ("rlt+duet", {"budget": 0.2, "rlt_threshold": float("nan")}, "threshold=nan: give a finite difference"),
         ("contrast", {"budget": 0.2, "context": -1}, "context=-1: a number of rows for what leaves a picture, 0 or more"),
         ("motion+duet", {"budget": 0.2, "motion_context": -2}, "context=-2: a number of rows"),
-        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "context=2: with evit units leave behind blocks"),
+        ("evit", {"budget": 0.2, "pooled_context_tokens": 2}, "context=2: with evit units are dropped after blocks"),
         ("rlt", {"budget": 0.2, "against": "next"}, "against='next': choose one of 'kept', 'before'"),
     ],
 )

@@ -162,8 +162,8 @@ def check_flow(case: Case, run: str, leaving: list[int], size: Tensor) -> None:
     for number, block in enumerate(blocks.block_modules):
         SizeBias(block.attention, stacks, number)
         block.norm.register_forward_pre_hook(functools.partial(inside.before_mlp, number))
-        block.mlp.register_forward_hook(functools.partial(inside.after_block, number))
-        block.block.register_forward_hook(functools.partial(inside.end, number))
+        block.mlp.register_forward_hook(functools.partial(inside.after_mlp, number))
+        block.block.register_forward_hook(functools.partial(inside.after_block, number))
         hidden = block.block(hidden, None)
     weights = case.weights()
     case.close(run, "features", F.layer_norm(hidden, hidden.shape[-1:], weights["norm.weight"], weights["norm.bias"], 1e-6), STATE)

@@ -1,4 +1,4 @@
-"""attach(): find the adapter of a model, check the settings, install the hooks; and who is attached to what."""
+"""attach(): find the adapter of a model, check the settings, install the hooks; registry of attached models."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ def attach(
     core = core_of(model)
     fields |= {} if positions is None else {"positions": positions}
     if method is None or isinstance(method, str | Path) and is_method_file(method):
-        known = load_from_file(method) if isinstance(method, str | Path) else load_from_config(core) or {"method": "duet", "budget": None, "settings": {}}
-        method, fields = known["method"], known["settings"] | fields
-        budget = known["budget"] if budget is None else budget
+        saved = load_from_file(method) if isinstance(method, str | Path) else load_from_config(core) or {"method": "duet", "budget": None, "settings": {}}
+        method, fields = saved["method"], saved["settings"] | fields
+        budget = saved["budget"] if budget is None else budget
     if isinstance(method, str):
         reducer = with_fields(lookup.get_method(method), fields)
     elif isinstance(method, Reducer):
@@ -103,7 +103,15 @@ def attach(
             "a reducer is attached to this model already: detach() its handle first (duet_vlm.detach(model) if nobody kept it), or change it "
             "with handle.set(...)"
         )
-    handle = Handle(adapter, reducer, budget, processor, align, text_tower, ChunkConfig(chunk_frames, still_frames))
+    handle = Handle(
+        adapter,
+        reducer,
+        budget,
+        processor=processor,
+        align=align,
+        text_tower=text_tower,
+        chunks=ChunkConfig(chunk_frames, still_frames),
+    )
     _attached[core] = weakref.ref(handle)
     return handle
 
@@ -111,8 +119,8 @@ def attach(
 def handle_of(model: nn.Module) -> Handle | None:
     """The handle of the reducer that is attached to ``model``, None if there is none."""
     core = core_of(model)
-    known = _attached.get(core) if isinstance(core, nn.Module) else None
-    handle = None if known is None else known()
+    reference = _attached.get(core) if isinstance(core, nn.Module) else None
+    handle = None if reference is None else reference()
     return handle if handle is not None and handle.installed else None
 
 

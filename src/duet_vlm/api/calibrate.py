@@ -1,4 +1,4 @@
-"""``calibrate``: learn about a model, from prompts with images, what some methods want to know before they run on it."""
+"""``calibrate``: measure, on prompts with images, the statistics of a model that some methods need."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from duet_vlm.runtime.compatibility import facts
 
 
 def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]], path: str | Path | None = None) -> Calibration:
-    """What ``method`` ("fitprune": its table; "d2pruner": the attention that positions get) wants to know about ``model``.
+    """Measure the statistics of ``model`` that ``method`` needs ("fitprune": its table; "d2pruner": the attention by position).
 
     Parameters
     ----------
@@ -38,22 +38,22 @@ def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]
     with attach(model, observer) as handle, torch.no_grad():
         for inputs in prompts:
             model(**inputs, use_cache=False)
-        found = facts(handle.adapter)
+        model_facts = facts(handle.adapter)
     if not observer.observations.entries:
         raise ValueError("nothing to calibrate by: give prompts with an image and a question behind it")
-    made = Calibration(method, found, observer.result(found["layers"]))
+    calibration = Calibration(method, model_facts, observer.result(model_facts["layers"]))
     if path is not None:
-        made.save(path)
-    return made
+        calibration.save(path)
+    return calibration
 
 
 def observer_of(method: str) -> Observer:
-    """What looks at a model for a method.
+    """The observer that measures a model for a method.
 
     Raises
     ------
     ValueError
-        Unknown methods, and those that need to know nothing.
+        Unknown methods, and those without calibration.
     """
     make = getattr(lookup.get_method(method), "observer", None)
     if make is None:

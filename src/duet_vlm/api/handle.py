@@ -1,4 +1,4 @@
-"""What attach() returns: the user's verbs."""
+"""The handle that attach() returns."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from duet_vlm.reducers.base import Reducer, with_fields
 from duet_vlm.reducers.compressor import store, stored
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
-from duet_vlm.runtime.compatibility import check, facts, hooked
+from duet_vlm.runtime.compatibility import check, facts, hook_settings
 from duet_vlm.runtime.decode.cache import PromptState, static_copy
 from duet_vlm.runtime.encode.build_view import find_signal_layers
 from duet_vlm.runtime.encode.encoder import check_finite
@@ -34,7 +34,7 @@ from duet_vlm.utils.hooks import Hooks
 
 
 class Handle:
-    """What ``attach`` returns; a context manager that detaches at its end.
+    """Controls an attached reducer; a context manager that detaches at its end.
 
     A call (``generate()``, ``forward``) runs to its end by the settings that it began with, in every thread. ``paused()`` belongs to the
     thread (the context) that asked for it, ``report()``, ``trace`` and ``slots`` to the last call of the thread that reads them; a thread that
@@ -46,8 +46,8 @@ class Handle:
         The method with its settings.
     budget : int, float or None
         As given.
-    pieces : Pieces
-        How clips go through the vision tower: ``chunk_frames`` and ``still_frames`` as given.
+    chunks : ChunkConfig
+        Settings of chunked videos: ``chunk_frames`` and ``still_frames`` as given.
     """
 
     def __init__(
@@ -58,15 +58,17 @@ class Handle:
         processor: Any,
         align: bool,
         text_tower: Any = None,
-        pieces: ChunkConfig | None = None,
+        chunks: ChunkConfig | None = None,
     ) -> None:
-        self.adapter, self.chunks = adapter, pieces or ChunkConfig()
-        self._processor, self._text_tower = processor, text_tower
-        rules = ActiveConfig(reducer, budget, len(adapter.layers))
-        check(adapter, reducer, rules.plan, processor, budget, text_tower)
+        self.adapter = adapter
+        self.chunks = chunks or ChunkConfig()
+        self._processor = processor
+        self._text_tower = text_tower
+        config = ActiveConfig(reducer, budget, len(adapter.layers))
+        check(adapter, reducer, config.plan, processor, budget, text_tower)
         self.chunks.check(adapter, reducer)
         self._hooks = Hooks()
-        self._tracker = CallTracker(rules, self._hooks.undo)
+        self._tracker = CallTracker(config, self._hooks.undo)
         self._model_hooks = ModelHooks(adapter, self._tracker, self._hooks, align)
         self._model_hooks.handle = self
         try:
@@ -114,9 +116,9 @@ class Handle:
             A method without weights, no such file, or one that was trained for another model or with other settings.
         """
         compressor = self._compressor()
-        found = facts(self.adapter) | weight_facts(self.adapter, compressor)
+        model_facts = facts(self.adapter) | weight_facts(self.adapter, compressor)
         assert self.module is not None  # as there is a compressor
-        self.module.load_state_dict(stored(place, compressor.name, found, compressor.shape))
+        self.module.load_state_dict(stored(place, compressor.name, model_facts, compressor.shape))
 
     def _compressor(self) -> Any:
         compressor = getattr(self.reducer, "trained_reducer", None)
@@ -126,11 +128,11 @@ class Handle:
 
     @property
     def installed(self) -> bool:
-        """Whether the hooks are on the model: until ``detach()``, and until the calls that ran then have ended."""
+        """True while the hooks are on the model: until ``detach()``, and until the calls that ran then have ended."""
         return not self._tracker.detached
 
     def dropping(self, tokens: int, left: int) -> TowerStages:
-        """Where a picture of ``tokens`` loses some of them in the tower, if ``left`` are to be left behind it, and how many are left then."""
+        """Stages inside the tower for a picture of ``tokens``, of which ``left`` are kept: (block, kept tokens)."""
         return blocks_to_cut(self.adapter, self.reducer, tokens, left)
 
     def __enter__(self) -> Handle:
@@ -171,19 +173,19 @@ class Handle:
         reducer = with_fields(self.reducer, fields) if fields else self.reducer
         budget = self.budget if isinstance(budget, EllipsisType) else budget
         check_budget(budget)
-        rules = ActiveConfig(reducer, budget, len(self.adapter.layers))
-        check(self.adapter, reducer, rules.plan, self._processor, budget, self._text_tower)
+        config = ActiveConfig(reducer, budget, len(self.adapter.layers))
+        check(self.adapter, reducer, config.plan, self._processor, budget, self._text_tower)
         self.chunks.check(self.adapter, reducer)
-        if hooked(reducer) != hooked(self.reducer):
+        if hook_settings(reducer) != hook_settings(self.reducer):
             raise ValueError(
                 "signal_layer cannot change while attached, nor what else decides where the vision tower is read or what a module is made of: "
                 "detach and attach again"
             )
-        self._tracker.config = rules
+        self._tracker.config = config
         return self
 
     def plan(self, tokens: int) -> SpanPlan:
-        """What the current settings make of a span of ``tokens`` visual tokens."""
+        """The plan of a span of ``tokens`` visual tokens with the current settings."""
         return self._tracker.config.plan(tokens)
 
     def static_cache(self, cache: Any, max_new_tokens: int) -> Any:
@@ -211,22 +213,22 @@ class Handle:
 
     def report(self) -> Report:
         """Tokens, FLOPs and KV bytes of the last prompt and its decoding, predicted beside measured."""
-        run = self._last_run()
-        reducer = run.config.reducer
-        samples = sample_counts(run, self.adapter.vision_dims().patches_per_token)
+        prompt_state = self._last_prompt()
+        reducer = prompt_state.config.reducer
+        samples = sample_counts(prompt_state, self.adapter.vision_dims().patches_per_token)
         projects_all = self._projects_all(reducer)
         return make_report(
             method=reducer.name,
             settings=reducer.settings(),
-            budget=run.config.budget,
+            budget=prompt_state.config.budget,
             samples=samples,
-            scored_layers=run.scored_layers,
-            reused_layers=run.reused_layers,
+            scored_layers=prompt_state.scored_layers,
+            reused_layers=prompt_state.reused_layers,
             decoder=self.adapter.decoder_dims(),
             vision=self.adapter.vision_dims(),
-            element_bytes=run.element_bytes,
-            cache_bytes=run.cache_bytes,
-            decoded=run.num_decoded,
+            element_bytes=prompt_state.element_bytes,
+            cache_bytes=prompt_state.cache_bytes,
+            decoded=prompt_state.num_decoded,
             projects_all=projects_all,
             selection=selection_cost(self.adapter, reducer, samples, projects_all)[0],
             **decoder_terms(self.adapter, reducer, samples),
@@ -237,23 +239,23 @@ class Handle:
         return selection_cost(self.adapter, self.reducer, samples, self.projects_all)
 
     def reads_layers(self, layers: Iterable[nn.Module]) -> bool:
-        """Whether the method takes signals from any of these layers of the vision tower."""
+        """True if the method takes signals from any of these layers of the vision tower."""
         return find_signal_layers(self.adapter, self.reducer).requested(layers)
 
     @property
     def projects_all(self) -> bool:
-        """Whether the projector runs on every visual token, and not only on those that enter the decoder."""
+        """True if the projector runs on every visual token, and not only on those that enter the decoder."""
         return self._projects_all(self.reducer)
 
     @property
     def trace(self) -> list[list[SpanTrace]]:
-        """For each sample and span of the last prompt: which tokens were kept, merged into whom, and dropped, stage by stage."""
-        return trace_of(self._last_run())
+        """For each sample and span of the last prompt: the tokens kept, merged (with their anchors) and dropped, stage by stage."""
+        return trace_of(self._last_prompt())
 
     @property
     def slots(self) -> Tensor:
         """[B, T] prompt slots of the rows that reached the last layer in the last prompt, -1 for padding: aligns logits with labels."""
-        tokens = self._last_run().layer_groups[-1].tokens
+        tokens = self._last_prompt().layer_groups[-1].tokens
         return tokens.prompt_index.masked_fill(~tokens.valid, -1)
 
     def _projects_all(self, reducer: Reducer) -> bool:
@@ -264,15 +266,15 @@ class Handle:
             raise RuntimeError("this handle is detached: call attach() again")
 
     @property
-    def _run(self) -> PromptState | None:
+    def _prompt_state(self) -> PromptState | None:
         return self._model_hooks.prompt_state
 
-    def _last_run(self) -> PromptState:
-        run = self._run
-        if run is None:
+    def _last_prompt(self) -> PromptState:
+        prompt_state = self._prompt_state
+        if prompt_state is None:
             raise RuntimeError("nothing to report yet: run the attached model on a prompt with an image first")
-        for flag, what in run.finite:
+        for flag, what in prompt_state.finite:
             check_finite(flag.cpu(), what)
-        for code in run.invalid_code:
-            raise_if_invalid(int(code), run.config.reducer)
-        return run
+        for code in prompt_state.invalid_code:
+            raise_if_invalid(int(code), prompt_state.config.reducer)
+        return prompt_state

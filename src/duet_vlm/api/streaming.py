@@ -129,12 +129,12 @@ class StreamingVideo:
         self._last, self.steps = unit[-1].clone(), self.steps + len(unit)
 
     def inputs(self, input_ids: Tensor) -> dict[str, Tensor]:
-        """What ``generate`` and ``forward`` of the model take for a question about all that came so far.
+        """Inputs of ``generate`` and ``forward`` for a question about everything added so far.
 
         Parameters
         ----------
         input_ids : Tensor
-            [1, S] a prompt with the placeholders of one clip, of any length: they stand for what is held.
+            [1, S] a prompt with the placeholders of one clip, of any length: they are replaced by the held tokens.
 
         Returns
         -------

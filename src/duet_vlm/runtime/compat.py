@@ -1,4 +1,4 @@
-"""Every fact about a transformers version that the flow leans on, in one place (tests/test_compat.py fails loudly when one changes).
+"""Every fact about a transformers version that the runtime depends on, in one place (tests/test_compat.py fails loudly when one changes).
 
 Oldest supported: 5.21; the rest of the package takes 5.16, as vLLM holds transformers back. From 5.18 on generate() encodes images before
 prefill and hands the output on, and M-RoPE tables reach the layers mixed; from 5.19 on beams repeat the images of a sample as a group
@@ -56,7 +56,7 @@ def decoder_mask(config: Any, hidden: Tensor, mask: Tensor | None, cache: Any, l
 
 
 def makes_masks(config: Any) -> bool:
-    """Whether the attention implementation takes 4-D masks."""
+    """True if the attention implementation takes 4-D masks."""
     return config._attn_implementation in ("sdpa", "eager")
 
 
@@ -155,19 +155,19 @@ def use_attention(config: Any, name: str) -> None:
 
 
 def is_assistant_call(options: dict[str, Any]) -> bool:
-    """Whether a call of generate() is that of another model's assistant (assisted decoding)."""
+    """True if a call of generate() runs the assistant of another model (assisted decoding)."""
     return bool(getattr(options.get("generation_config"), "is_assistant", None))
 
 
 def uses_cache(text_model: nn.Module, use_cache: bool | None) -> bool:
-    """Whether the text model will create a cache when none is given (its own rule)."""
+    """True if the text model will create a cache when none is given (its own rule)."""
     if text_model.training and getattr(text_model, "gradient_checkpointing", False):
         return False
     return bool(text_model.config.use_cache if use_cache is None else use_cache)
 
 
 def is_eager(layer: nn.Module) -> bool:
-    """Whether a layer runs as plain Python, so that what its modules do can be changed from call to call."""
+    """True if a layer runs as plain Python, so that its modules can be changed from call to call."""
     return layer._compiled_call_impl is None and not hasattr(layer.forward, "_torchdynamo_orig_callable")
 
 
@@ -189,7 +189,7 @@ _in_a_graph._torchdynamo_disable_msg = "a reducer is attached, and its hooks can
 
 
 def is_dispatched(layer: nn.Module) -> bool:
-    """Whether accelerate's device map moves what the layer is given; else it runs where its input is."""
+    """True if accelerate's device map moves the layer's input; else it runs on the device of its input."""
     return hasattr(layer, "_hf_hook")
 
 
@@ -199,7 +199,7 @@ def finite(x: Tensor) -> Tensor:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that an accelerator has left, what torch holds and does not use included; None where nobody knows, and on the CPU."""
+    """Memory that an accelerator has left, what torch holds and does not use included; None on the CPU and where it is unknown."""
     if device.type != "cuda":
         return None
     return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -21,10 +21,10 @@ _changes = threading.Lock()
 
 
 class SalientProcessor:
-    """One handle's wish that a processor's calls add ``salient_mask`` [B, S]; ``remove`` takes it back.
+    """Makes a processor's calls add ``salient_mask`` [B, S] for one handle, until ``remove``.
 
-    Python looks ``processor(...)`` up on the class, so the instance gets a private subclass of its own class, same name, as long as anybody
-    wants the mask. Copies and pickles of the instance are of its own class.
+    Python looks ``processor(...)`` up on the class, so the instance gets a private subclass of its own class, same name, as long as a handle
+    uses the mask. Copies and pickles of the instance are of its own class.
     """
 
     def __init__(self, processor: Any, image_token_id: int) -> None:

@@ -1,4 +1,4 @@
-"""What questions and pictures hold, as one short text: work that goes on after a kill has to go on with the same."""
+"""Digests of questions and image files, so that resumed work is known to have the same inputs."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ def ends(file: Path) -> str:
         return hashlib.sha256(b"%d " % size + first + content.read(END)).hexdigest()
 
 
-def digest_of(asked: Any, files: Iterable[Path], read: Callable[[Path], str] = whole) -> str:
-    """Of what is ``asked`` (plain values) and of what its ``files`` hold, wherever they lie. One that cannot be read counts as that: who opens it
-    says so."""
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
+def digest_of(values: Any, files: Iterable[Path], read: Callable[[Path], str] = whole) -> str:
+    """The digest of ``values`` (plain values) and of the contents of ``files``, wherever they are; an unreadable file counts by its error."""
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
 
     def of(file: Path) -> str:
         try:
@@ -44,8 +43,8 @@ def digest_of(asked: Any, files: Iterable[Path], read: Callable[[Path], str] = w
         except OSError as error:
             return str(error.strerror)
 
-    each = list(dict.fromkeys(files))
+    unique = list(dict.fromkeys(files))
     with ThreadPoolExecutor(READERS) as pool:
-        for found in pool.map(of, each):
-            digest.update(found.encode())
+        for file_digest in pool.map(of, unique):
+            digest.update(file_digest.encode())
     return digest.hexdigest()[:16]

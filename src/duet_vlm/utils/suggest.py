@@ -1,4 +1,4 @@
-"""The one word that somebody may have meant, for errors about unknown names."""
+"""Suggest the nearest known name, for errors about unknown names."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class UnsavedModule(nn.Module):
 
     @property
     def untrained(self) -> bool:
-        """Whether its weights are those that a new module begins with."""
+        """True if its weights are the initial ones."""
         return self.start is not None and self.start == _sums(self.module)
 
 
@@ -87,7 +87,7 @@ def _not_missing(module: nn.Module, incompatible: Any) -> None:
 
 
 def module_sizes(adapter: Adapter, reducer: Any) -> ModuleSizes:
-    """What a module for this model is made for."""
+    """The sizes of a module for this model."""
     vision, hidden = adapter.vision_dims(), adapter.decoder_dims().hidden
     in_front = adapter.pointwise_projector is not None and not reducer.reads_projected
     levels = len(reducer.signal_layers) * vision.width if "states" in reducer.signals else 0
@@ -95,7 +95,7 @@ def module_sizes(adapter: Adapter, reducer: Any) -> ModuleSizes:
 
 
 def weight_facts(adapter: Adapter, compressor: Any) -> dict[str, Any]:
-    """What weights must have in common with the model that they are used on, beyond its facts."""
+    """Further facts that saved weights must share with the model that they are used on."""
     sizes = module_sizes(adapter, compressor)
     return {"rows of width": sizes.rows, "levels of width": sizes.levels}
 

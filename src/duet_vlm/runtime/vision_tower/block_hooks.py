@@ -59,11 +59,11 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
     tower = reducer.tower_reducer
     assert isinstance(tower, TowerReducer)
     if tower.pooled_context_tokens and tower.prunes_inside:
-        raise ValueError(f"context={tower.pooled_context_tokens}: with {tower.name} units leave behind blocks, and only what leaves in front of all is stood for")
+        raise ValueError(f"context={tower.pooled_context_tokens}: with {tower.name} units are dropped after blocks, and context is pooled from units dropped before all blocks only")
     for blocks in adapter.blocks_to_reduce():
         depth = depth_of(blocks, adapter, reducer)
         if depth == 0 and tower.prunes_inside:
-            raise ValueError(f"{tower.name}: units leave behind blocks, but the rows of the first block of this tower are read already")
+            raise ValueError(f"{tower.name}: units are dropped after blocks, but the output of the first block of this tower is used already")
         boundaries = list(tower.boundaries(depth))
         if not boundaries or boundaries != sorted(set(boundaries)) or boundaries[0] < 0:
             raise ValueError(f"{tower.name}.boundaries({depth}) returned {boundaries}: give numbers of blocks, ascending, 0 or more")
