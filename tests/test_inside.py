@@ -245,7 +245,7 @@ def test_rows_and_texts_are_those_that_the_layers_read(family: str) -> None:
         for hook in hooks:
             hook.remove()
     (view,) = VIEWS
-    visual = handle._run.prompt.visual[0]
+    visual = handle._prompt_state.prompt.visual[0]
     assert view.host_counts == ((int(visual.sum()), int(visual.sum()) // 2),)
     assert torch.equal(view.hidden_states[0], read[3][0][visual]) and torch.equal(view.previous_hidden_states[0], read[2][0][visual])
     after = torch.arange(len(visual)) > visual.nonzero().max()
@@ -282,7 +282,7 @@ def test_raters_are_the_text_that_pictures_resemble_more_than_the_mean() -> None
         VIEWS.clear()
         forward(model, inputs)
     hook.remove()
-    (view,), prompt = VIEWS, handle._run.prompt
+    (view,), prompt = VIEWS, handle._prompt_state.prompt
     for sample in range(len(RAGGED)):
         visual, real = prompt.visual[sample], prompt.valid[sample]
         if not visual.any():

@@ -130,7 +130,7 @@ def test_sparsevlm_official_asks_where_only_the_order_changes() -> None:
     model = shared("llava")
     with duet_vlm.attach(model, method) as handle:
         forward(model, FAMILIES["llava"].inputs([ONE]))
-        before, after = (handle._run.layer_group(layer).tokens for layer in (3, 4))
+        before, after = (handle._prompt_state.layer_group(layer).tokens for layer in (3, 4))
     slots = [tokens.prompt_index[0][tokens.visual[0]].tolist() for tokens in (before, after)]
     assert sorted(slots[0]) == sorted(slots[1]) and slots[0] != slots[1] and slots[1][:-1] == [s for s in slots[0] if s != slots[1][-1]]
 
@@ -167,7 +167,7 @@ def test_layers_in_a_row_rank_by_the_rows_that_are_left(rows: Any) -> None:
 
     with duet_vlm.attach(model, Spy(schedule=((2, 0.7), (3, 0.5), (4, 0.4)), recycle=False, text_query="last")) as handle:
         out = forward(model, inputs, output_attentions=True)
-        groups = [handle._run.layer_group(layer).tokens for layer in (1, 2, 3)]
+        groups = [handle._prompt_state.layer_group(layer).tokens for layer in (1, 2, 3)]
     for shown, tokens, attention in zip(seen, groups, out.attentions[1:4], strict=True):
         for b in range(len(rows)):
             expected = attention[b, :, -1][:, tokens.visual[b]].T

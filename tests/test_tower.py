@@ -70,9 +70,9 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
     from duet_vlm.runtime.encode.encoder import EncoderHooks
 
-    real, cuts = EncoderHooks._finish, {}
+    real, cuts = EncoderHooks._store_result, {}
     for kind in (BatchedTowerState, VarlenTowerState):
-        monkeypatch.setattr(kind, "cut", remembering(kind.drop_patches, cuts))
+        monkeypatch.setattr(kind, "drop_patches", remembering(kind.drop_patches, cuts))
 
     def finish(self: Any, output: Any, call: Any) -> Any:
         if call.tower_state is not None:
@@ -85,7 +85,7 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             seen.append((call.encoding.stream, call.tower_state))
         return real(self, output, call)
 
-    monkeypatch.setattr(EncoderHooks, "_finish", finish)
+    monkeypatch.setattr(EncoderHooks, "_store_result", finish)
     return seen
 
 
@@ -115,7 +115,7 @@ def whole_sizes(run: Any) -> Tensor:
         return run.whole(run.row_sizes()[None])
     if isinstance(run, BatchedTowerState):
         return run.whole(run.row_sizes())
-    sizes = run.size.new_zeros(run.total).index_copy(0, run.slots[run.place], run.size if run.uses_size_bias else torch.ones_like(run.size))
+    sizes = run.size.new_zeros(run.total).index_copy(0, run.slots[run.entry_index], run.size if run.uses_size_bias else torch.ones_like(run.size))
     return sizes.repeat_interleave(run.unit)[None]
 
 
@@ -221,7 +221,7 @@ def rows_of_twin(family: str, inputs: Inputs, runs: list[Any]) -> dict[str, list
 def by_stream(handle: duet_vlm.Handle) -> dict[str, list[Tensor]]:
     """Per stream the rows of each span as the decoder got them, marked where they are gone."""
     found: dict[str, list[Tensor]] = {}
-    for encoded, number in handle._run.sources:
+    for encoded, number in handle._prompt_state.sources:
         found.setdefault(encoded.modality, []).append(encoded.rows[number])
     return found
 
@@ -295,7 +295,7 @@ def test_counts_and_costs_are_as_planned_and_detach_leaves_no_trace(family: str,
         assert report.observed.vision_flops < (0.95 if method in INSIDE or settings else 0.8) * report.full.vision_flops
         assert report.predicted.vision_flops == report.observed.vision_flops
         ((_, run),) = towers
-        spans = [span for sample in handle._run.plans for span in sample]
+        spans = [span for sample in handle._prompt_state.plans for span in sample]
         assert sum(run.counts) == sum(plan.tower for plan in spans)
         assert report.measured == report.nominal
     assert torch.equal(forward(model, inputs).logits, plain)
@@ -378,7 +378,7 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
-    settings = {f"{method}_mass": not checkpointing or family not in NO_MASK} | {f"{method}_context": rows for rows in context.values()}
+    settings = {f"{method}_proportional_attention": not checkpointing or family not in NO_MASK} | {f"{method}_context": rows for rows in context.values()}
     with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **settings) as handle:
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
@@ -388,7 +388,7 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
             with pytest.raises(ValueError, match="context=2: .* nor does this tower with gradient checkpointing"):
                 gradients()
         elif checkpointing:
-            handle.set(**{f"{method}_mass": True})  # left out by itself where nobody could repeat it
+            handle.set(**{f"{method}_proportional_attention": True})  # left out by itself where nobody could repeat it
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for a, b in zip(plain, gradients(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -565,7 +565,7 @@ def test_thresholds_account_for_what_they_leave(family: str, method: str, towers
             assert not towers and report.observed.vision_flops == report.predicted.vision_flops
             return
         ((_, run),) = towers
-        (span,) = handle._run.plans[0]
+        (span,) = handle._prompt_state.plans[0]
         assert run.counts == (span.tower,) and span.entry <= span.tower < span.tokens / 2
         assert report.observed.vision_flops == report.predicted.vision_flops < report.full.vision_flops
         assert report.measured == report.nominal

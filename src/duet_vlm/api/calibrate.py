@@ -25,7 +25,8 @@ def calibrate(model: nn.Module, method: str, prompts: Iterable[Mapping[str, Any]
     model : nn.Module
         A loaded model that nothing is attached to; it is left as it was.
     prompts : iterable of mappings
-        What a processor makes: the arguments of ``model.forward``, each with images and a question behind them. Some hundred are plenty.
+        What a processor makes: the arguments of ``model.forward``, each with images and a question behind them. Some
+        hundred are plenty.
     path : path, optional
         Where to save it: .json for "fitprune", .safetensors for "d2pruner".
 

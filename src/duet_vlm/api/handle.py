@@ -36,9 +36,10 @@ from duet_vlm.utils.hooks import Hooks
 class Handle:
     """Controls an attached reducer; a context manager that detaches at its end.
 
-    A call (``generate()``, ``forward``) runs to its end by the settings that it began with, in every thread. ``paused()`` belongs to the
-    thread (the context) that asked for it, ``report()``, ``trace`` and ``slots`` to the last call of the thread that reads them; a thread that
-    made no call itself (a streamer generates in another one) reads those of the last call of all.
+    A call (``generate()``, ``forward``) runs to its end by the settings that it began with, in every thread.
+    ``paused()`` belongs to the thread (the context) that asked for it, ``report()``, ``trace`` and ``slots`` to the
+    last call of the thread that reads them; a thread that made no call itself (a streamer generates in another one)
+    reads those of the last call of all.
 
     Attributes
     ----------
@@ -145,8 +146,8 @@ class Handle:
     def detach(self) -> None:
         """Take every hook off again; the model is then exactly what it was. Calling it twice is harmless.
 
-        Calls of other threads that run are waited for, since they go on by what they began with. Inside a running call of this thread (a
-        streamer, a logits processor) the hooks go when that call ends.
+        Calls of other threads that run are waited for, since they go on by what they began with. Inside a running call
+        of this thread (a streamer, a logits processor) the hooks go when that call ends.
         """
         self._tracker.close()
 
@@ -154,8 +155,8 @@ class Handle:
     def paused(self) -> Iterator[Handle]:
         """Run the full model inside the ``with`` block (new prompts only; a reduced cache goes on as it is).
 
-        The pause belongs to this thread, or asyncio task: others go on, and so does a thread started inside the block (run it in
-        ``contextvars.copy_context()`` to take the pause along).
+        The pause belongs to this thread, or asyncio task: others go on, and so does a thread started inside the block
+        (run it in ``contextvars.copy_context()`` to take the pause along).
         """
         self._check_attached()
         with self._tracker.paused():
@@ -206,7 +207,8 @@ class Handle:
         Raises
         ------
         ValueError
-            A decoder with sliding or linear layers, flash attention, a cache that holds no plain keys, or no new tokens.
+            A decoder with sliding or linear layers, flash attention, a cache that holds no plain keys, or no new
+            tokens.
         """
         self._check_attached()
         return static_copy(self.adapter, cache, max_new_tokens)
@@ -254,7 +256,10 @@ class Handle:
 
     @property
     def slots(self) -> Tensor:
-        """[B, T] prompt slots of the rows that reached the last layer in the last prompt, -1 for padding: aligns logits with labels."""
+        """[B, T] prompt slots of the rows that reached the last layer in the last prompt, -1 for padding.
+
+        Aligns logits with labels.
+        """
         tokens = self._last_prompt().layer_groups[-1].tokens
         return tokens.prompt_index.masked_fill(~tokens.valid, -1)
 

@@ -166,8 +166,8 @@ def config_of(name: str) -> Any:
 def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> LoadedModel:
     """A model in evaluation mode with its processor; weights from safetensors files only.
 
-    In ``dtype``, or the checkpoint's own precision, except that float16 becomes float32 on a CPU. A folder of PEFT adapters is loaded with the
-    model under it, into which the adapters are merged; that model must be on this machine.
+    In ``dtype``, or the checkpoint's own precision, except that float16 becomes float32 on a CPU. A folder of PEFT
+    adapters is loaded with the model under it, into which the adapters are merged; that model must be on this machine.
     """
     import torch
     from transformers import AutoModelForImageTextToText

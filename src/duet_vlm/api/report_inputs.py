@@ -1,4 +1,7 @@
-"""Inputs of the report: tokens that entered, tokens that tower, projector and layers processed, and the cost of the selection."""
+"""Inputs of the report.
+
+Tokens that entered, tokens that tower, projector and layers processed, and the cost of the selection.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,10 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
-    """Arguments of ``make_report`` and ``Workload`` about the decoder stages: ``deciding``, ``products``, ``cut``, ``behind``."""
+    """Arguments of ``make_report`` and ``Workload`` about the decoder stages.
+
+    ``deciding``, ``products``, ``cut``, ``behind``.
+    """
     shape = adapter.decoder_dims()
 
     def of(sample: SampleCounts) -> int:

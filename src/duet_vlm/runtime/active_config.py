@@ -1,4 +1,7 @@
-"""The configuration of a call: a method, its budget, and the plans that follow. Immutable: other settings make another one."""
+"""The configuration of a call: a method, its budget, and the plans that follow.
+
+Immutable: other settings make another one.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,18 @@ class ActiveConfig:
 
     @property
     def by_threshold(self) -> bool:
-        """True if a threshold in the tower decides how many tokens are kept; the count is known once the tower has begun."""
+        """True if a threshold in the tower decides how many tokens are kept.
+
+        The count is known once the tower has begun.
+        """
         tower = self.tower_reducer
         return tower is not None and tower.by_threshold and (self.budget is None or tower is not self.reducer)
 
     def plan(self, tokens: int, num_survivors: int | None = None) -> SpanPlan:
-        """The plan of a span of ``tokens`` visual tokens, solved once; ``num_survivors``: how many of them a threshold in the tower kept."""
+        """The plan of a span of ``tokens`` visual tokens, solved once.
+
+        ``num_survivors``: how many of them a threshold in the tower kept.
+        """
         if (tokens, num_survivors) not in self._plans:
             plan = plan_or_clamp(self.reducer, tokens, self.depth, self.budget, num_survivors)
             self._plans[tokens, num_survivors] = check_plan(self.reducer, plan, tokens, self.depth)
@@ -62,8 +71,8 @@ class ActiveConfig:
         Raises
         ------
         BudgetError
-            As ``plan``, and where a method that works in the tower only has less than one token for a part. With a fraction, parts of fewer
-            tokens than ``small_image_tokens`` get the smallest possible count instead.
+            As ``plan``, and where a method that works in the tower only has less than one token for a part. With a
+            fraction, parts of fewer tokens than ``small_image_tokens`` get the smallest possible count instead.
         """
         tower, keep_structure = self.tower_reducer, getattr(self.reducer, "newline_tokens", "drop") == "keep"
         solve = functools.partial(plan_span, self.plan, self.budget, sizes, structure, per_crop, keep_structure, num_survivors)

@@ -127,7 +127,10 @@ class ModelHooks:
             self.state.original_args = None
 
     def forward(self, module: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward of the model, or of the multimodal model inside it: collects inputs that the decoder stack does not get."""
+        """The forward of the model, or of the multimodal model inside it.
+
+        Collects inputs that the decoder stack does not get.
+        """
         signature = inspect.signature(original)
 
         @functools.wraps(original)
@@ -164,7 +167,10 @@ class ModelHooks:
             self.state.original_args = None
 
     def _record_call_args(self, context: ForwardContext, arguments: dict[str, Any]) -> None:
-        """Store the arguments of an outermost forward: those of the pre-hook, or, if passed by position or without it, those seen here."""
+        """Store the arguments of an outermost forward.
+
+        Those of the pre-hook, or, if passed by position or without it, those seen here.
+        """
         original = self.state.original_args or OriginalArgs()
         context.labels = arguments.get("labels") if original.labels is None else original.labels
         context.salient_mask = original.salient_mask
@@ -247,7 +253,10 @@ class ModelHooks:
         return (running_pass.at_layer(index, layer, hidden, kwargs), *args[1:]), kwargs
 
     def _wrap_projections_once(self, layer: nn.Module) -> None:
-        """Wrap the projections of a layer when it is first scored, not at attach: compiled layers share a graph only while they are alike."""
+        """Wrap the projections of a layer when it is first scored, not at attach.
+
+        Compiled layers share a graph only while they are alike.
+        """
         if layer not in self._wrapped_layers:
             self._wrapped_layers.add(layer)
             for module in self.adapter.modules_run_for_scores(layer):

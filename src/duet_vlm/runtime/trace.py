@@ -1,4 +1,7 @@
-"""Trace of a finished prompt: tokens kept, merged and dropped, and the token counts of each layer. Copies from the device on demand."""
+"""Trace of a finished prompt: tokens kept, merged and dropped, and the token counts of each layer.
+
+Copies from the device on demand.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +71,10 @@ def _selected_positions(positions: Tensor, mask: Tensor) -> list[list[int]]:
 
 
 def _merged_before(group: LayerGroup, sample: int, ranks: list[int]) -> dict[int, tuple[int, ...]]:
-    """Merged tokens before a group's first layer: anchor -> members, by visual rank in the prompt; a token may have several anchors."""
+    """Merged tokens before a group's first layer: anchor -> members, by visual rank in the prompt.
+
+    A token may have several anchors.
+    """
     merged: dict[int, tuple[int, ...]] = {}
     selection = group.merged_into
     if selection is not None:

@@ -1,11 +1,12 @@
 """Check the result of a method before it is used.
 
-A wrong count, a token twice or a padding token would not fail on its own: later steps would use other tokens than the report says. Plans are
-checked on the host. Of selections and masks, type, shape, dtype and device are known at once; what depends on values is reduced to one code,
-a 0-dim int64 tensor (0: nothing wrong, else the worst ``InvalidSelection``), without reading the device. On the CPU a code that is not 0 is raised at
-once, elsewhere with the next device read. Until then a wrong selection is harmless: the selection that is handed back points at
-tokens that exist and has no more rows than planned, so no kernel reads out of bounds. A right one is handed back with the same meaning,
-and a row that is not valid, or a member that joins none (-1), may hold any number.
+A wrong count, a token twice or a padding token would not fail on its own: later steps would use other tokens than the
+report says. Plans are checked on the host. Of selections and masks, type, shape, dtype and device are known at once;
+what depends on values is reduced to one code, a 0-dim int64 tensor (0: nothing wrong, else the worst
+``InvalidSelection``), without reading the device. On the CPU a code that is not 0 is raised at once, elsewhere with the
+next device read. Until then a wrong selection is harmless: the selection that is handed back points at tokens that
+exist and has no more rows than planned, so no kernel reads out of bounds. A right one is handed back with the same
+meaning, and a row that is not valid, or a member that joins none (-1), may hold any number.
 
 How to call them::
 
@@ -14,12 +15,13 @@ How to call them::
     mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid, view.keep)             # wherever prune_tokens is called
     raise_if_invalid(int(code), reducer)                                                       # where the code has been read
 
-Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In a prefill the codes of selections stand beside ``finite`` in
-the one read of the entry; look at ``finite`` first, numbers that are not finite explain any choice. Codes of masks wait, as the flags of
-scores do, until somebody asks for the run.
+Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In a prefill the codes of selections stand
+beside ``finite`` in the one read of the entry; look at ``finite`` first, numbers that are not finite explain any
+choice. Codes of masks wait, as the flags of scores do, until somebody asks for the run.
 
-Cost: a selection takes some thirty small kernels (fifty with members) over [B, N] or [B, K + P] numbers, and one sum over what the method was
-shown; a mask takes six over [B, V]. About a tenth of a millisecond. Nothing is sorted, nothing is N x N, nothing is moved.
+Cost: a selection takes some thirty small kernels (fifty with members) over [B, N] or [B, K + P] numbers, and one sum
+over what the method was shown; a mask takes six over [B, V]. About a tenth of a millisecond. Nothing is sorted, nothing
+is N x N, nothing is moved.
 """
 
 from __future__ import annotations
@@ -172,7 +174,10 @@ def check_selection(reducer: Reducer, selection: Selection, view: EncoderView, p
 
 
 def check_rows(reducer: DecoderReducer, selection: Selection, view: DecoderView) -> tuple[Selection, Tensor]:
-    """As ``check_selection``, for rows [B, V] that `prune_tokens` keeps and merges inside the decoder; ``view.keep`` of them."""
+    """As ``check_selection``, for rows [B, V] that `prune_tokens` keeps and merges inside the decoder.
+
+    ``view.keep`` of them.
+    """
     if not reducer.merges:
         raise ValueError(f"{_name(reducer)}.prune_tokens returned a Selection: a method that merges inside the decoder says so (merges = True)")
     return _checked(reducer, "prune_tokens", selection, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), None)
@@ -260,7 +265,10 @@ def _shown_to(view: EncoderView) -> Tensor | None:
 
 
 def check_units(reducer: TowerReducer, mask: Tensor, view: TowerView) -> tuple[Tensor, Tensor]:
-    """As ``check_mask``, for the units [P, U] that go through the tower; any number of them where a threshold decides."""
+    """As ``check_mask``, for the units [P, U] that go through the tower.
+
+    Any number of them where a threshold decides.
+    """
     keep = view.num_keep if view.has_count else None
     return check_mask(reducer, mask, view.valid, keep, "keep_patches", InvalidSelection.UNITS)
 
@@ -304,8 +312,8 @@ def check_mask(
 ) -> tuple[Tensor, Tensor]:
     """The mask [B, V] that ``reducer`` made of the tokens that stay, False for padding, and the code of what is wrong with it.
 
-    ``valid`` [B, V] bool and ``keep`` [B] are those of the ``DecoderView`` (None: any number, but one at least where there are any). The code is a
-    0-dim int64 tensor; on the CPU it is 0.
+    ``valid`` [B, V] bool and ``keep`` [B] are those of the ``DecoderView`` (None: any number, but one at least where
+    there are any). The code is a 0-dim int64 tensor; on the CPU it is 0.
 
     Raises
     ------

@@ -24,7 +24,10 @@ def whole(file: Path) -> str:
 
 
 def ends(file: Path) -> str:
-    """A digest of a file's size, beginning and end: for half a million pictures, of which compressed ones that differ anywhere differ at the end."""
+    """A digest of a file's size, beginning and end.
+
+    For half a million pictures, of which compressed ones that differ anywhere differ at the end.
+    """
     with file.open("rb") as content:
         size = content.seek(0, 2)
         content.seek(0)

@@ -40,7 +40,8 @@ class Hook:
 class MethodWrapper(Hook):
     """A wrapped bound method of a module; keeps the signature that callers read. After ``end`` it passes straight to the method.
 
-    ``plain`` is what was called before, None where the module had nothing of that name; ``below`` the instance attribute that it hides.
+    ``plain`` is what was called before, None where the module had nothing of that name; ``below`` the instance
+    attribute that it hides.
     """
 
     def __init__(self, function: Callable[..., Any], original: Callable[..., Any] | None, hidden: Any) -> None:
@@ -80,7 +81,10 @@ class Hooks:
         self._undo.append(partial(_take_off, module, name, ours))
 
     def on_undo(self, undo: Callable[[], str | None]) -> None:
-        """Remember how to undo something that was done elsewhere; ``undo`` names what it left, because others have put it there since."""
+        """Remember how to undo something that was done elsewhere.
+
+        ``undo`` names what it left, because others have put it there since.
+        """
         self._undo.append(undo)
 
     def undo(self) -> None:
@@ -100,7 +104,10 @@ class Hooks:
 
 
 def _take_off(module: nn.Module, name: str, ours: MethodWrapper) -> str | None:
-    """Put back what ``ours`` hides; or the name of somebody else's attribute that stands there by now, and may call ours."""
+    """Put back what ``ours`` hides.
+
+    Or the name of somebody else's attribute that stands there by now, and may call ours.
+    """
     ours.end()
     top = vars(module).get(name, ABSENT)
     if top is ours:

@@ -1,4 +1,7 @@
-"""State of a reduced prompt for decoding. It is stored on the KV cache, follows its reordering, and ends with its contents."""
+"""State of a reduced prompt for decoding.
+
+It is stored on the KV cache, follows its reordering, and ends with its contents.
+"""
 
 from __future__ import annotations
 
@@ -424,7 +427,10 @@ class DecodePass:
         self.new_token_mask = None
 
     def _relative_positions(self, mask: Tensor | None) -> Tensor:
-        """Distance of each new token from the first position after the prompt: [new] or [B, new]. Masked tokens do not count."""
+        """Distance of each new token from the first position after the prompt: [new] or [B, new].
+
+        Masked tokens do not count.
+        """
         if mask is None:
             return torch.arange(self.num_new, device=self.device) + self.num_generated
         assert self.prompt_state.num_real_tokens is not None
@@ -452,8 +458,8 @@ class DecodePass:
     def _decoder_argument_mask(self, mask: Any, given: Any, embeds: Tensor) -> Any:
         """The mask argument of the stock decoder.
 
-        A 2-D mask, from which it prepares its own; or, where the family has prepared ``given`` from the caller's ``mask``
-        before, the same prepared for the cached tokens.
+        A 2-D mask, from which it prepares its own; or, where the family has prepared ``given`` from the caller's
+        ``mask`` before, the same prepared for the cached tokens.
         """
         mask_2d = self._mask_2d(self.reference_group)
         grows = self.static_capacity < 0  # else unwritten rows have to be hidden, which a 2-D mask cannot do
@@ -490,7 +496,10 @@ class DecodePass:
         return None if one_query else compat.decoder_mask(self.adapter.text_model.config, hidden, mask, self.cache, index)
 
     def _window_mask(self, group: LayerGroup, index: int, hidden: Tensor) -> Any:
-        """The mask of a sliding layer: windows count positions of the original prompt; the cache holds the last keys only."""
+        """The mask of a sliding layer: windows count positions of the original prompt.
+
+        The cache holds the last keys only.
+        """
         config, keys = self.adapter.text_model.config, compat.cached_rows(self.cache, index) + self.num_new
         if not compat.makes_masks(config):  # such kernels apply the window themselves
             return self._mask(group, index, hidden)

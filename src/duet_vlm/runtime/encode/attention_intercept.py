@@ -1,7 +1,8 @@
 """Intercept the attention function of single vision modules without changing their attention kernel.
 
-The module gets a private copy of its config that names our function as attention implementation; ours does its part and then calls the
-function of the module's own config. ``QKRecorder`` stores queries and keys of the running encoder call, ``SizeBias`` serves reduced towers.
+The module gets a private copy of its config that names our function as attention implementation; ours does its part and
+then calls the function of the module's own config. ``QKRecorder`` stores queries and keys of the running encoder call,
+``SizeBias`` serves reduced towers.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ class QKRecorder(AttentionInterceptor):
 class SizeBias(AttentionInterceptor):
     """Mask and size bias of block ``number`` of a reduced tower.
 
-    Hides dropped patches and adds the log size of merged ones, where the tower itself passes no such mask; stores queries
-    and keys where patches are dropped after this attention.
+    Hides dropped patches and adds the log size of merged ones, where the tower itself passes no such mask; stores
+    queries and keys where patches are dropped after this attention.
     """
 
     name = "duet_vlm_weigher"

@@ -232,8 +232,8 @@ def find_question(
 def question_state(adapter: Adapter, question: QuestionRows, state: ThreadState) -> Tensor:
     """The decoder's last hidden state of each span's question alone [B, D]. Copies the longest question's length to the host.
 
-    The question is padded on the right, which a causal decoder does not attend to. A gradient flows through it where the
-    call has one.
+    The question is padded on the right, which a causal decoder does not attend to. A gradient flows through it where
+    the call has one.
     """
     rows, valid = question.span_to_sample.embeddings, question.span_to_sample.valid
     length = valid.sum(1)

@@ -1,9 +1,10 @@
 """The encoder stage (V2V): reduce the tokens of each span between vision tower and decoder, at unchanged feature counts.
 
-Reduced spans keep their length: dropped tokens are marked with NaN, so the model's own checks, packing, position code and beam expansion
-keep working; the marked rows are removed where the decoder begins. Users who call the encoder themselves get the features of the stock
-model; the reduced ones are stored with the output, in case it comes back with a prompt. With a point-wise projector tokens are dropped
-before it (only kept and merged tokens are projected); with a grid merger, or a method that uses projected features, after the encoder call.
+Reduced spans keep their length: dropped tokens are marked with NaN, so the model's own checks, packing, position code
+and beam expansion keep working; the marked rows are removed where the decoder begins. Users who call the encoder
+themselves get the features of the stock model; the reduced ones are stored with the output, in case it comes back with
+a prompt. With a point-wise projector tokens are dropped before it (only kept and merged tokens are projected); with a
+grid merger, or a method that uses projected features, after the encoder call.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ class EncoderHooks:
         self.module: nn.Module | None = None
 
     def wrap(self, encode: Callable[..., Any], modality: Modality) -> Callable[..., Any]:
-        """The encoder method of a modality with the reduction around it; keeps its signature, which generate() inspects."""
+        """The encoder method of a modality with the reduction around it.
+
+        Keeps its signature, which generate() inspects.
+        """
         signature = inspect.signature(encode)
 
         @functools.wraps(encode)
@@ -202,7 +206,10 @@ class EncoderHooks:
         return stock_output
 
     def _can_skip_layers(self, reducer: Reducer, encoding: Encoding) -> bool:
-        """True if unused tower layers can be skipped. Training runs the whole tower: sharding and gradients need every layer."""
+        """True if unused tower layers can be skipped.
+
+        Training runs the whole tower: sharding and gradients need every layer.
+        """
         reduces = isinstance(reducer, EncoderReducer | DecoderReducer)
         return self.skips_unused_layers and reduces and not torch.is_grad_enabled() and self.adapter.uses_default_layers(encoding)
 
@@ -351,7 +358,10 @@ class EncoderHooks:
     # ---- grid merger, or a method that uses projected features: after the call
 
     def _store_result(self, output: Any, context: EncodeContext, rows: list[Tensor] | None = None) -> Any:
-        """Store the reduced features and their decisions on ``output``; ``rows`` of the spans, where they are not in it."""
+        """Store the reduced features and their decisions on ``output``.
+
+        ``rows`` of the spans, where they are not in it.
+        """
         if not hasattr(output, "pooler_output"):
             raise TypeError(f"{self.adapter.family}: the encoder returned {type(output).__name__}; call it with return_dict=True or detach")
         rows = self.adapter.spans(output, context.encoding) if rows is None else rows
@@ -374,7 +384,10 @@ class EncoderHooks:
         return output
 
     def _reduce_after_encoder(self, rows: list[Tensor], levels: Any, context: EncodeContext) -> EncodedFeatures:
-        """Reduce spans after the encoder call; ``levels`` are deepstack features that decoder layers add to the same tokens."""
+        """Reduce spans after the encoder call.
+
+        ``levels`` are deepstack features that decoder layers add to the same tokens.
+        """
         span_selection = self._selection(context, [len(span_rows) for span_rows in rows], lambda: pad_rows(rows)[0])
         encoded = EncodedFeatures(context.encoding.stream, rows, (), span_selection.plans, context.config, span_selection.selection, sizes=span_selection.sizes)
         if span_selection.selection is not None:
@@ -404,7 +417,10 @@ class EncoderHooks:
         return context.selection
 
     def _select(self, context: EncodeContext, counts: list[int], features: Features) -> SpanSelection:
-        """Plans and selection for spans of ``counts`` rows; ``features`` computes [B, N, C], with a CLS row first if there is one, or None."""
+        """Plans and selection for spans of ``counts`` rows.
+
+        ``features`` computes [B, N, C], with a CLS row first if there is one, or None.
+        """
         reducer = context.config.reducer
         parts = self.adapter.parts(context.encoding, counts)
         plans = plan_spans(context.config.plan_span, parts, context.per_crop, self._tower_counts(context, parts), self.adapter.num_cls_rows(context.encoding))
@@ -514,7 +530,10 @@ def _merge(features: Tensor, selection: Selection) -> Tensor:
 
 
 def _write_at_positions(rows: Tensor, encoded: EncodedFeatures, target: Tensor) -> Tensor:
-    """Write ``rows`` [B, K, D] at their positions of ``onto`` [B, N + 1, D], padding at its last one: returns the first N [B, N, D]."""
+    """Write ``rows`` [B, K, D] at their positions of ``onto`` [B, N + 1, D], padding at its last one.
+
+    Returns the first N [B, N, D].
+    """
     selection, slots = encoded.selection, encoded.slots
     assert selection is not None and slots is not None
     width = target.shape[1] - 1
@@ -535,6 +554,9 @@ def _recorded_cls(context: EncodeContext, adapter: Adapter) -> Tensor:
 
 
 def check_finite(flag: Tensor, what: str) -> None:
-    """Raise if a flag says that something is not finite. Checked at once on the CPU only; elsewhere the one read of the prefill covers it."""
+    """Raise if a flag says that something is not finite.
+
+    Checked at once on the CPU only; elsewhere the one read of the prefill covers it.
+    """
     if flag.device.type == "cpu" and not bool(flag):
         raise not_finite(what)

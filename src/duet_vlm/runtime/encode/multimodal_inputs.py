@@ -1,4 +1,7 @@
-"""Inputs of the multimodal model: placeholders, image features and their decisions, which the decoder stack does not see."""
+"""Inputs of the multimodal model.
+
+Placeholders, image features and their decisions, which the decoder stack does not see.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +96,10 @@ def _is_prompt(cache: Any) -> bool:
 
 
 def _encoded_elsewhere(modality: str, features: list[Tensor], config: ActiveConfig) -> ReceivedFeatures:
-    """Decisions for features that were encoded without the reducer: all tokens enter, the decoder stages follow the plan."""
+    """Decisions for features that were encoded without the reducer.
+
+    All tokens enter, the decoder stages follow the plan.
+    """
     plans = tuple(config.plan(len(rows)) for rows in features)
     if any(plan.merges for plan in plans):
         raise ValueError(

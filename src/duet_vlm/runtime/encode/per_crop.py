@@ -19,7 +19,8 @@ from duet_vlm.runtime.validation import check_selection
 def select_per_crop(reducer: EncoderReducer, view: EncoderView, parts: list[Tensor]) -> tuple[Selection, Tensor]:
     """The selection of ``reducer`` in every part independently, and the code of what is wrong with it.
 
-    ``parts`` are the part numbers of each span's rows on the host, as ``view.parts``; the plans of reduced spans hold the counts of each part.
+    ``parts`` are the part numbers of each span's rows on the host, as ``view.parts``; the plans of reduced spans hold
+    the counts of each part.
     """
     rows_of_parts, plans = _rows_and_plans(view.plans, parts)
     device = view.valid.device

@@ -1,7 +1,7 @@
 """Encode videos in chunks: some frames at a time, and unchanged frames not at all.
 
-The memory of the tower then depends on the chunk and not on the video. Tokens are selected as without chunks: from the features and signals
-of all time steps, concatenated; a step that was not encoded has those of the step that it repeats.
+The memory of the tower then depends on the chunk and not on the video. Tokens are selected as without chunks: from the
+features and signals of all time steps, concatenated; a step that was not encoded has those of the step that it repeats.
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ class ChunkConfig:
             raise TypeError(f"{name}: {reducer.name} {reason}, so a clip goes through it as it is; leave {name} out")
 
     def plan_chunks(self, adapter: Adapter, reducer: Reducer, encoding: Encoding, pixels: Tensor) -> ChunkPlan | None:
-        """The chunks of one encoder call for videos; None where it stays one call. Copies the still frames' flags from the device."""
+        """The chunks of one encoder call for videos; None where it stays one call.
+
+        Copies the still frames' flags from the device.
+        """
         if encoding.stream != "video" or torch.is_grad_enabled():  # activations are kept for gradients in any case
             return None
         steps_per_chunk = self._steps_per_chunk(adapter, reducer, encoding, pixels)
@@ -129,8 +132,8 @@ def step_pixels(adapter: Adapter, encoding: Encoding, video: int, count: int) ->
 def changed_steps(steps: Iterable[Tensor], threshold: float) -> Tensor:
     """Time steps that changed: [t] bool, the first always.
 
-    A step [n, m] changed if any of its n patches differs from the last changed step by more than ``threshold`` (mean absolute
-    difference of its m values).
+    A step [n, m] changed if any of its n patches differs from the last changed step by more than ``threshold`` (mean
+    absolute difference of its m values).
     """
     last, changed = None, []
     for step in steps:

@@ -70,7 +70,8 @@ class TextAttentionScorer:
     ) -> Signals:
         """The signals that the method declares, from ``layer`` with input ``hidden`` [B, T, D].
 
-        ``num_visual`` is the largest number of visual tokens of a sample; ``linear``: the layer has no softmax attention.
+        ``num_visual`` is the largest number of visual tokens of a sample; ``linear``: the layer has no softmax
+        attention.
         """
         reducer = self.reducer
         device = layer_device(layer, hidden)
@@ -119,7 +120,10 @@ class TextAttentionScorer:
         )
 
     def _visible_keys(self, tokens: TokenMap, index: Tensor) -> Tensor:
-        """Visible keys of each query [B, Q, T] bool: the preceding ones, or those of the family's own mask; windows are ignored."""
+        """Visible keys of each query [B, Q, T] bool: the preceding ones, or those of the family's own mask.
+
+        Windows are ignored.
+        """
         allowed = tokens.valid[:, None].expand(-1, index.shape[1], -1)
         if self.reducer.score_mask == "none":
             return allowed
@@ -141,7 +145,10 @@ class TextAttentionScorer:
 
 
 def _position_divisor(adapter: Adapter, key: Tensor, rotary: Rotary, index: Tensor, scaling: float) -> Callable[[slice], Tensor]:
-    """The attention that positions alone would give the queries of a slice: scaled products [B, q, T] of rotated rows of ones."""
+    """The attention that positions alone would give the queries of a slice.
+
+    Scaled products [B, q, T] of rotated rows of ones.
+    """
     ones = adapter.rotate(key.new_ones(len(index), 1, *key.shape[2:], dtype=torch.float32), tuple(t.float() for t in rotary))[:, 0]
     min_divisor = MIN_DIVISOR * key.shape[3] * scaling
     return lambda block: (gather_rows(ones, index[:, block]) @ ones.transpose(1, 2) * scaling).clamp(min=min_divisor)

@@ -66,7 +66,10 @@ class StageGather:
 
     @classmethod
     def of(cls, decision: StageDecision, keep: Tensor, width: int, in_order: bool) -> StageGather:
-        """Gather of the tokens ``keep`` [B, T] bool, at most ``width`` per sample; ``in_order``: their order is unchanged."""
+        """Gather of the tokens ``keep`` [B, T] bool, at most ``width`` per sample.
+
+        ``in_order``: their order is unchanged.
+        """
         index, valid = pack_left(keep, width)
         selection, rows = decision.selection, decision.rows
         if selection is None or rows is None:
@@ -97,7 +100,10 @@ class StageGather:
 
 
 def replay(earlier: LayerGroup, tokens: TokenMap, prompt_len: int, num_ranked: int) -> StageDecision:
-    """The decision of an earlier pass over the same prompt (or a shorter one: new positions are text), for the current tokens."""
+    """The decision of an earlier pass over the same prompt (or a shorter one.
+
+    New positions are text), for the current tokens.
+    """
     kept = tokens.visual.new_zeros(len(tokens.prompt_index), prompt_len, dtype=torch.long)
     before = earlier.tokens.to(kept.device)
     kept = kept.scatter_add(1, before.prompt_index, before.visual.long())
@@ -146,7 +152,10 @@ def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], fields: dict[str, 
 
 
 def _checked_decision(prompt_state: PromptState, reducer: DecoderReducer, view: DecoderView, rows: Tensor, layout: SpanRows | None) -> StageDecision:
-    """The method's decision on ``view``, checked; ``rows`` [B, V] are the row numbers of its columns, by ``layout`` if given."""
+    """The method's decision on ``view``, checked.
+
+    ``rows`` [B, V] are the row numbers of its columns, by ``layout`` if given.
+    """
     result = reducer.prune_tokens(view)
     if isinstance(result, Selection):
         selection, invalid_code = check_rows(reducer, result, view)

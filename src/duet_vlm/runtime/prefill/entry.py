@@ -158,7 +158,10 @@ def _ranking_groups(
 
 
 def _bring_back(adapter: Adapter, context: ForwardContext, spans_by_sample: SpansBySample, placeholders: dict[str, Tensor], dropped_protected: Tensor, embeds: Tensor) -> Tensor:
-    """Embeddings [B, S, D] with the predicting tokens that the encoder stage had dropped: the last token of each span, as encoded."""
+    """Embeddings [B, S, D] with the predicting tokens that the encoder stage had dropped.
+
+    The last token of each span, as encoded.
+    """
     for name, received in context.received.items():
         encoded = received.decisions
         if encoded is None or encoded.last_rows is None:
@@ -233,7 +236,10 @@ def _needs_own_windows(adapter: Adapter, prompt_len: int, mask: Any) -> bool:
 
 
 def _prepared_masks(adapter: Adapter, embeds: Tensor, tokens: TokenMap, prompt_len: int) -> Any:
-    """Prepared masks for the kept tokens of a prompt of length ``prompt``: windows count its positions. By layer type where there are several."""
+    """Prepared masks for the kept tokens of a prompt of length ``prompt``: windows count its positions.
+
+    By layer type where there are several.
+    """
     config, num_rows = adapter.text_model.config, embeds.shape[1]
     sizes = {FULL: prompt_len, SLIDING: config.sliding_window}
     masks = {kind: compat.prepared_mask(config, embeds, window(tokens.valid, tokens.prompt_index, num_rows, size)) for kind, size in sizes.items()}
@@ -243,7 +249,8 @@ def _prepared_masks(adapter: Adapter, embeds: Tensor, tokens: TokenMap, prompt_l
 def entry_mask(mask: Any, group: LayerGroup, index: Tensor, no_cache: bool) -> Any:
     """The caller's mask for the shortened sequence.
 
-    Without a cache even an all-ones mask is passed: gaps in kept positions would otherwise be taken for packed sequences.
+    Without a cache even an all-ones mask is passed: gaps in kept positions would otherwise be taken for packed
+    sequences.
     """
     if isinstance(mask, dict):
         return {kind: entry_mask(prepared, group, index, False) for kind, prepared in mask.items()}  # used by layers unchanged
@@ -253,7 +260,10 @@ def entry_mask(mask: Any, group: LayerGroup, index: Tensor, no_cache: bool) -> A
 
 
 def refuse_chunked_prefill(prefill: Callable[..., Any], begin: Callable[[], AbstractContextManager[ActiveConfig | None]]) -> Callable[..., Any]:
-    """generate()'s prefill step, which refuses chunked prompts: the first chunk would be reduced without the question."""
+    """generate()'s prefill step, which refuses chunked prompts.
+
+    The first chunk would be reduced without the question.
+    """
 
     @functools.wraps(prefill)
     def prefill_whole(input_ids: Tensor, generation_config: Any, *args: Any, **kwargs: Any) -> Any:

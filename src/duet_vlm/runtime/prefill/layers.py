@@ -1,4 +1,7 @@
-"""The decoder stages (T2V): rank and drop visual tokens between layers, and pass every later layer the arguments of its own tokens."""
+"""The decoder stages (T2V).
+
+Rank and drop visual tokens between layers, and pass every later layer the arguments of its own tokens.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +160,10 @@ class PrefillPass:
         return changed
 
     def reuses(self, index: int, layer: nn.Module) -> bool:
-        """True if ``layer`` is scored and can reuse the keys of the scoring: not with gradients, not in a compiled graph."""
+        """True if ``layer`` is scored and can reuse the keys of the scoring.
+
+        Not with gradients, not in a compiled graph.
+        """
         merges = index in self.stages and getattr(self.reducer, "merges", False)  # merged tokens need new keys
         return index in self.layers_to_score and not merges and not torch.is_grad_enabled() and compat.is_eager(layer)
 
@@ -174,7 +180,10 @@ class PrefillPass:
         return self.rotaries[key]
 
     def _exact_rotary(self, group: LayerGroup, index: int, hidden: Tensor, rotary: Rotary) -> Rotary:
-        """The same for scoring: in float32, where the model's are half precision. With rounded tables scores depend on the padding."""
+        """The same for scoring: in float32, where the model's are half precision.
+
+        With rounded tables scores depend on the padding.
+        """
         for module, args, kwargs, output in self.rotary_calls:
             if output[0] is rotary[0]:
                 exact = module.forward(args[0].float(), *args[1:], **kwargs)

@@ -35,7 +35,10 @@ def next_positions(position_ids: Tensor, valid: Tensor) -> Tensor:
 
 
 def group_rotary(adapter: Adapter, hidden: Tensor, rotary: Rotary, tokens: TokenMap, positions: str, kind: str) -> Rotary:
-    """(cos, sin) of the current tokens in layers of type ``kind``: gathered from the entering sequence, or computed for renumbered positions."""
+    """(cos, sin) of the current tokens in layers of type ``kind``.
+
+    Gathered from the entering sequence, or computed for renumbered positions.
+    """
     if positions == "compact":
         return adapter.rotary(hidden, compact_positions(tokens.valid), kind)
     return gather_rows(rotary[0], tokens.entry_index), gather_rows(rotary[1], tokens.entry_index)

@@ -20,15 +20,17 @@ def prediction_gradient(
 ) -> Tensor:
     """The gradient d loss / d ``hidden`` [B, T, D] in float32 (PIO-FVLM, arXiv 2602.04657).
 
-    The loss is the cross entropy of each sample's prediction after ``layer``, the last norm and the head, against its own
-    likeliest tokens: the mean over the ``ROWS`` valid tokens before the last one. Parameters get no gradient.
+    The loss is the cross entropy of each sample's prediction after ``layer``, the last norm and the head, against its
+    own likeliest tokens: the mean over the ``ROWS`` valid tokens before the last one. Parameters get no gradient.
 
-    ``valid`` [B, T] bool; ``kwargs`` of ``layer``, cache excluded; ``by_embeddings``: the input embeddings are the head.
+    ``valid`` [B, T] bool; ``kwargs`` of ``layer``, cache excluded; ``by_embeddings``: the input embeddings are the
+    head.
 
     Raises
     ------
     ValueError
-        In training, under ``torch.inference_mode``, without a head, and where the layer's kernels have no gradient; naming the method ``name``.
+        In training, under ``torch.inference_mode``, without a head, and where the layer's kernels have no gradient;
+        naming the method ``name``.
     """
     if hidden.requires_grad:
         raise ValueError(f"{name} takes a gradient of its own and cannot be trained through: run the model under torch.no_grad()")
@@ -66,7 +68,10 @@ def _logits(adapter: Adapter, rows: Tensor, by_embeddings: bool) -> Tensor:
 
 
 def _before_last(valid: Tensor) -> Tensor:
-    """The tokens before the last valid one of each sample, nearest first; short samples repeat their first: [B, T] -> [B, ROWS]."""
+    """The tokens before the last valid one of each sample, nearest first.
+
+    Short samples repeat their first: [B, T] -> [B, ROWS].
+    """
     order = valid.view(torch.uint8).sort(dim=1, descending=True, stable=True).indices
     distance = torch.arange(2, 2 + ROWS, device=valid.device)
     return order.gather(1, (valid.sum(1, keepdim=True) - distance).clamp(min=0))

@@ -1,4 +1,7 @@
-"""Reuse of projections: a layer whose keys were computed for scoring gets those of the kept tokens instead of computing them again."""
+"""Reuse of projections.
+
+A layer whose keys were computed for scoring gets those of the kept tokens instead of computing them again.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ class ProjectionCache:
 
 
 def reuse_projection(module: nn.Module, running: Callable[[], ProjectionCache | None]) -> Callable[..., Any]:
-    """A forward of ``module`` that runs once per scoring; ``running`` returns the cache of the running prefill, if there is one."""
+    """A forward of ``module`` that runs once per scoring.
+
+    ``running`` returns the cache of the running prefill, if there is one.
+    """
     forward = module.forward
 
     def forward_once(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:

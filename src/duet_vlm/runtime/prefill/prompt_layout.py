@@ -1,4 +1,7 @@
-"""The layout of a prompt: valid, visual, predicting and query tokens, and the spans of each sample. Copied from the device once."""
+"""The layout of a prompt: valid, visual, predicting and query tokens, and the spans of each sample.
+
+Copied from the device once.
+"""
 
 from __future__ import annotations
 
@@ -163,7 +166,10 @@ def spans_of(
 
 
 def _assign(name: str, received: ReceivedFeatures, num_visual: tuple[int, ...]) -> list[list[tuple[Source, int]]]:
-    """One modality's spans (with sizes) by sample: they fill placeholders in order, so cumulated counts must meet at sample borders."""
+    """One modality's spans (with sizes) by sample.
+
+    They fill placeholders in order, so cumulated counts must meet at sample borders.
+    """
     assert received.decisions is not None
     sizes = [len(rows) for rows in received.features]
     num_encoded = max(1, len(received.decisions.rows))

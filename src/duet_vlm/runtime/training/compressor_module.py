@@ -1,4 +1,7 @@
-"""A module with weights of its own, on a model while it is attached: trained, moved and counted with the model, and never saved as a part of it."""
+"""A module with weights of its own, on a model while it is attached.
+
+Trained, moved and counted with the model, and never saved as a part of it.
+"""
 
 from __future__ import annotations
 
@@ -126,7 +129,10 @@ def check_learns(adapter: Adapter, method: str) -> None:
 
 
 def check_saved(adapter: Adapter, method: str) -> None:
-    """Before weights are written: refuse those that were frozen before they learned, and a module with replaced layers."""
+    """Before weights are written.
+
+    Refuse those that were frozen before they learned, and a module with replaced layers.
+    """
     apart = adapter.base._modules.get(NAME)
     if not isinstance(apart, UnsavedModule):
         return
@@ -142,6 +148,9 @@ def check_saved(adapter: Adapter, method: str) -> None:
 
 
 def touch_all_params(embeds: Tensor, module: nn.Module) -> Tensor:
-    """Embeddings plus zero times every weight: ranks that train together wait for the gradient of each, whether this one's batch used it or not."""
+    """Embeddings plus zero times every weight.
+
+    Ranks that train together wait for the gradient of each, whether this one's batch used it or not.
+    """
     sums = [weight.float().sum() for weight in module.parameters()]
     return embeds + (0 * torch.stack(sums).sum()).to(embeds.device, embeds.dtype) if sums else embeds

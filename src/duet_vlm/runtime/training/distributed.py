@@ -1,7 +1,8 @@
 """Distributed training: a rank whose batch has no image must not fall out of step with those that encode theirs.
 
-Sharded towers (FSDP, ZeRO-3) gather their parameters when they run, and DDP waits for the gradient of every parameter: a rank that
-skips the tower leaves the others waiting for ever, in stock models too. Such a rank encodes one blank image, times nothing.
+Sharded towers (FSDP, ZeRO-3) gather their parameters when they run, and DDP waits for the gradient of every parameter:
+a rank that skips the tower leaves the others waiting for ever, in stock models too. Such a rank encodes one blank
+image, times nothing.
 """
 
 from __future__ import annotations

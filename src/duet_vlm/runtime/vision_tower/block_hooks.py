@@ -1,7 +1,8 @@
 """Drop or merge units inside a block of the tower, between its attention and its MLP.
 
-The stock block runs unchanged. The norm after its attention gets only the kept rows of the residual stream, so the MLP works on these; the output
-of the MLP is expanded to all rows, where the block adds it to the residual stream; after the block only the kept rows continue.
+The stock block runs unchanged. The norm after its attention gets only the kept rows of the residual stream, so the MLP
+works on these; the output of the MLP is expanded to all rows, where the block adds it to the residual stream; after the
+block only the kept rows continue.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Towers that concatenate pictures of any size in a batch of one (Pixtral): patches are dropped as in ``tower_hooks.py``.
 
-Patches are reordered unit by unit before the blocks, so that whole units are dropped. Spare patches, which fill no unit and become no token,
-are dropped with the first units of their picture; in an unreduced picture they stay, after its units, as its other patches attend to them.
+Patches are reordered unit by unit before the blocks, so that whole units are dropped. Spare patches, which fill no unit
+and become no token, are dropped with the first units of their picture; in an unreduced picture they stay, after its
+units, as its other patches attend to them.
 """
 
 from __future__ import annotations
@@ -189,7 +190,10 @@ class ConcatenatedTowerHooks(TowerHooks):
         return args, kwargs | {"position_embeddings": positions} | tower_state.lengths_of(kwargs)
 
     def _begin_concatenated(self, context: EncodeContext, tower: TowerReducer, blocks: ConcatenatedBlocks, depth: int, recomputed: bool) -> ConcatenatedTowerState | None:
-        """The state of the reduced tower; None: nothing is dropped. ``recomputed``: its blocks run again in the backward pass."""
+        """The state of the reduced tower; None: nothing is dropped.
+
+        ``recomputed``: its blocks run again in the backward pass.
+        """
         assert context.patches is not None
         sides = blocks.grids(context.encoding)
         cell = blocks.patch_grid

@@ -1,4 +1,7 @@
-"""Units of a picture (groups of patches that become one token): their patches, the previous frame, and the kept counts by block."""
+"""Units of a picture (groups of patches that become one token).
+
+Their patches, the previous frame, and the kept counts by block.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ def previous_pictures(context: EncodeContext, spans: Sequence[Sequence[int]]) ->
 
 
 def selectable_units(valid: Tensor, content: Tensor, counts: Sequence[int]) -> Tensor:
-    """[P, U] bool, the units that can be selected: those with ``content``; all ``valid`` ones, where these are fewer than ``counts``."""
+    """[P, U] bool, the units that can be selected.
+
+    Those with ``content``; all ``valid`` ones, where these are fewer than ``counts``.
+    """
     enough = content.sum(1) >= torch.tensor(counts, device=content.device)
     return torch.where(enough[:, None], content, valid)
 

@@ -83,8 +83,8 @@ def apply_selection(
 ) -> PatchSelection:
     """The selection of ``tower`` among the ``valid`` [P, U] units.
 
-    ``size`` [P, U] is how many units each represents, ``metric`` [P, U, d] measures similarity, ``view_fields`` are further
-    fields of the method's view.
+    ``size`` [P, U] is how many units each represents, ``metric`` [P, U, d] measures similarity, ``view_fields`` are
+    further fields of the method's view.
     """
     unit_index = view_fields["unit_index"]
     protected = valid & (unit_index == unit_index.masked_fill(~valid, -1).amax(1, keepdim=True))
@@ -135,6 +135,9 @@ def mean_of(patches: Tensor, valid: Tensor) -> Tensor:
 
 
 def patch_contrast(patches: Tensor, mean: Tensor, valid: Tensor) -> Tensor:
-    """Distance of patches from their picture's mean [P, 1, 1, D], averaged over a unit, 0 for padding: [P, U, c, D] -> [P, U] float32."""
+    """Distance of patches from their picture's mean [P, 1, 1, D], averaged over a unit, 0 for padding.
+
+    [P, U, c, D] -> [P, U] float32.
+    """
     blocks = zip(patches.split(BLOCK, 1), valid.split(BLOCK, 1), strict=True)  # block by block, to bound memory
     return torch.cat([((block.float() - mean).norm(dim=-1) * block_valid).mean(2) for block, block_valid in blocks], 1)

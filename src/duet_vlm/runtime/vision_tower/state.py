@@ -34,7 +34,8 @@ class TowerState(ABC):
     invalid_code : Tensor
         0-dim code of what the method returned (runtime/validation.py).
     pooled_count : tuple of int
-        Units of each picture that are pooled context: they represent units dropped before the blocks, and are unused after them.
+        Units of each picture that are pooled context: they represent units dropped before the blocks, and are unused
+        after them.
     """
 
     pending_merges: ClassVar[bool]
@@ -80,7 +81,10 @@ class TowerState(ABC):
 
     @abstractmethod
     def of_units(self, rows: Tensor) -> Tensor:
-        """Values of the blocks' rows [B, R, C] by unit, in the order of the view: [P, U, C] float32, means over a unit's patches."""
+        """Values of the blocks' rows [B, R, C] by unit, in the order of the view.
+
+        [P, U, C] float32, means over a unit's patches.
+        """
 
     @abstractmethod
     def attention(self, calls: list[RecordedQK]) -> Tensor:

@@ -1,8 +1,9 @@
 """Select the units that go through the tower's blocks, and expand the tower's output to its full length.
 
-Dropped patches come back as zeros after the tower, so that everything that the model does with its output (select a layer, cut CLS off,
-shuffle cells of patches into tokens, pool, split by pictures) runs unchanged. Units are whole cells, so no kept token mixes with such
-a row. Towers with a batch of pictures are served here; those that pack them into one sequence in ``varlen.py`` and ``concatenated.py``.
+Dropped patches come back as zeros after the tower, so that everything that the model does with its output (select a
+layer, cut CLS off, shuffle cells of patches into tokens, pool, split by pictures) runs unchanged. Units are whole
+cells, so no kept token mixes with such a row. Towers with a batch of pictures are served here; those that pack them
+into one sequence in ``varlen.py`` and ``concatenated.py``.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ class TowerHooks:
     ) -> dict[int, tuple[int, ...]]:
         """The stages of this call: number of blocks whose attention has run -> kept units of each picture, by the plan of its span.
 
-        ``spans`` are the units of each picture, span by span; ``whole`` is their number in the tower, where that is larger.
-        Where a threshold decides, the counts are empty.
+        ``spans`` are the units of each picture, span by span; ``whole`` is their number in the tower, where that is
+        larger. Where a threshold decides, the counts are empty.
         """
         if context.config.by_threshold:
             return {0: ()}
@@ -101,7 +102,10 @@ class TowerHooks:
             output.hidden_states = tuple(map(full, output.hidden_states))
 
     def _begin(self, context: EncodeContext, tower: TowerReducer, blocks: TowerBlocks, depth: int, recomputed: bool) -> BatchedTowerState | None:
-        """The state of the reduced tower; None: nothing is dropped. ``recomputed``: its blocks run again in the backward pass."""
+        """The state of the reduced tower; None: nothing is dropped.
+
+        ``recomputed``: its blocks run again in the backward pass.
+        """
         assert context.patches is not None
         pictures, _, height, width = context.patches.shape
         cell = self.adapter.cell_of(context.encoding, blocks)

@@ -1,8 +1,8 @@
 """Towers that pack all pictures of a call into one sequence of patches (Qwen2-VL and its relatives): only the kept patches are packed.
 
-A "unit" is the group of patches that becomes one token. The stock forward takes tables of positions, segments and windows as arguments, so it is
-called with those of the kept patches. Its merger then runs on them only, and their tokens are written back to their positions. All patches are
-embedded once, for the selection.
+A "unit" is the group of patches that becomes one token. The stock forward takes tables of positions, segments and
+windows as arguments, so it is called with those of the kept patches. Its merger then runs on them only, and their
+tokens are written back to their positions. All patches are embedded once, for the selection.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class VarlenTowerState(TowerState):
     entry_index : Tensor
         Of each kept unit, in block order, its position when the first block began.
     block_index, valid : Tensor
-        [P, U] positions of the kept units of each picture in block order, in the order of the method's view, and their validity.
+        [P, U] positions of the kept units of each picture in block order, in the order of the method's view, and their
+        validity.
     is_output : Tensor
         Of each kept unit, in block order: it is used after the tower (False for pooled context).
     lengths : list of int
@@ -173,18 +174,18 @@ class VarlenTowerState(TowerState):
         return self.size[self.block_index] * self.valid
 
     def drop_patches(self, selection: PatchSelection, hidden: Tensor, after: int) -> tuple[Tensor, Tensor]:
-        valid_positions = valid_positions(selection)
-        block_positions = self.block_index.gather(1, selection.index).flatten()[valid_positions]  # picture by picture, in the order of the view
+        used = valid_positions(selection)
+        block_positions = self.block_index.gather(1, selection.index).flatten()[used]  # picture by picture, in the order of the view
         kept_positions, order = block_positions.sort()
         kept = self.rows_of(kept_positions)[None]
         rows = gather_rows(hidden, kept)
         merged = None
         if selection.into is not None:
             units = self.by_unit(hidden[0]).flatten(1)[self.block_index]
-            merged = weighed_means(units, self.sizes(), selection.into, selection.index).flatten(0, 1)[valid_positions][order].unflatten(1, (self.unit, -1))
+            merged = weighed_means(units, self.sizes(), selection.into, selection.index).flatten(0, 1)[used][order].unflatten(1, (self.unit, -1))
         self.entry_index = self.entry_index[kept_positions]
-        self.size = selection.size.flatten()[valid_positions][order]
-        self.is_output = ~selection.unread.flatten()[valid_positions][order]
+        self.size = selection.size.flatten()[used][order]
+        self.is_output = ~selection.unread.flatten()[used][order]
         new_position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         self.block_index = pad_sequence(list(new_position.split(list(selection.counts))), batch_first=True)
         self.valid = first_units(selection.counts).to(hidden.device)
@@ -352,7 +353,10 @@ class VarlenTowerHooks(TowerHooks):
         self, context: EncodeContext, reducer: TowerReducer, tower: VarlenTower, stages: dict[int, tuple[int, ...]], spans: list[tuple[int, ...]],
         rows: Tensor, pixels: Tensor, grid_thw: Tensor, recomputed: bool,
     ) -> tuple[VarlenTowerState | None, dict[str, Any], SurvivingPatches]:  # fmt: skip
-        """The state of the reduced tower (None: nothing is dropped), the tables of its units, and the units that enter the first block."""
+        """The state of the reduced tower (None.
+
+        Nothing is dropped), the tables of its units, and the units that enter the first block.
+        """
         unit = tower.unit
         side = round(unit**0.5)
         grids = tuple((h // side, w // side) for t, h, w in context.encoding.sizes for _ in range(t))
