@@ -378,7 +378,7 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
-    settings = {f"{method}_proportional_attention": not checkpointing or family not in NO_MASK} | {f"{method}_context": rows for rows in context.values()}
+    settings = {f"{method}_proportional_attention": not checkpointing or family not in NO_MASK} | {f"{method}_pooled_context_tokens": rows for rows in context.values()}
     with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **settings) as handle:
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
