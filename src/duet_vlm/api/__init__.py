@@ -1,1 +1,1 @@
-"""What users call: attach a method to a model, load, save, calibrate, stream."""
+"""The user interface: attach a method to a model, load, save, calibrate, stream."""

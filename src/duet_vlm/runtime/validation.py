@@ -218,7 +218,7 @@ def _checked(
 
 
 def _check_form(reducer: Reducer, verb: str, selection: Selection, view_valid: Tensor, max_planned: int) -> None:
-    """What is known of a selection without its values."""
+    """Check type, shape, dtype and device of a selection, without its values."""
 
     def refuse(what: str) -> NoReturn:
         raise ValueError(f"{_name(reducer)}.{verb} returned {what}")
@@ -291,7 +291,7 @@ def check_merge_pairs(reducer: TowerReducer, merged: MergePairs, view: TowerView
 
 
 def check_counts(reducer: TowerReducer, units: int, left: int, depth: int) -> Sequence[int]:
-    """How many of a picture's ``units`` are kept at each boundary.
+    """Kept units of a picture of ``units`` at each boundary.
 
     Raises
     ------

@@ -31,11 +31,11 @@ from duet_vlm.runtime.context import ENCODED, EncodeContext, EncodedFeatures, Pr
 from duet_vlm.runtime.encode.build_view import (
     QuestionTextEncoder,
     SignalLayers,
+    find_question,
     grid_of,
     layer_view,
     layer_views,
     projector_function,
-    find_question,
     question_state,
 )
 from duet_vlm.runtime.encode.selection import part_sizes, plan_spans, reduces_per_crop, select_tokens, slots_of

@@ -19,8 +19,8 @@ from duet_vlm.ops.ragged import gather_rows, gather_square
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
-from duet_vlm.runtime.vision_tower.capabilities import use_size_bias, is_flash, recomputes, recomputation_error
-from duet_vlm.runtime.vision_tower.patch_groups import previous_pictures, in_cells, in_patches
+from duet_vlm.runtime.vision_tower.capabilities import is_flash, recomputation_error, recomputes, use_size_bias
+from duet_vlm.runtime.vision_tower.patch_groups import in_cells, in_patches, previous_pictures
 from duet_vlm.runtime.vision_tower.selection import select_patches
 from duet_vlm.runtime.vision_tower.tower_hooks import TowerHooks
 from duet_vlm.runtime.vision_tower.varlen import SurvivingPatches, VarlenTowerState, first_units

@@ -21,8 +21,8 @@ from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext, ThreadState
 from duet_vlm.runtime.vision_tower.batched import BatchedTowerState
-from duet_vlm.runtime.vision_tower.capabilities import use_size_bias, recomputes, recomputation_error, takes_bias
-from duet_vlm.runtime.vision_tower.patch_groups import selectable_units, previous_pictures, in_cells, in_patches, stages_of
+from duet_vlm.runtime.vision_tower.capabilities import recomputation_error, recomputes, takes_bias, use_size_bias
+from duet_vlm.runtime.vision_tower.patch_groups import in_cells, in_patches, previous_pictures, selectable_units, stages_of
 from duet_vlm.runtime.vision_tower.selection import select_patches
 
 

@@ -24,7 +24,7 @@ from duet_vlm.planning.budget import TowerStages
 from duet_vlm.reducers.vision_tower import Grid, TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
-from duet_vlm.runtime.vision_tower.capabilities import use_size_bias, is_flash, recomputes, recomputation_error
+from duet_vlm.runtime.vision_tower.capabilities import is_flash, recomputation_error, recomputes, use_size_bias
 from duet_vlm.runtime.vision_tower.patch_groups import previous_pictures
 from duet_vlm.runtime.vision_tower.selection import PatchSelection, select_patches
 from duet_vlm.runtime.vision_tower.state import TowerState
