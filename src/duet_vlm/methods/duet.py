@@ -1,4 +1,4 @@
-"""DUET-VLM: merge inside vision (V2V), then drop inside the decoder by text attention (T2V)."""
+"""DUET-VLM: keep and merge vision tokens before the decoder (V2V), then drop by text attention inside it (T2V)."""
 
 from __future__ import annotations
 
@@ -35,34 +35,40 @@ RELEASED: dict[str, Any] = {  # both released codes
 @register("duet")
 @dataclass(frozen=True)
 class Duet(EncoderReducer, DecoderReducer):
-    """DUET-VLM (CVPR 2026, arXiv 2602.18846).
+    """DUET-VLM (CVPR 2026, arXiv 2602.18846): two-stage reduction, before the decoder (V2V) and inside it (T2V).
 
-    V2V keeps the ``dominant`` tokens that the vision encoder attends to most and merges a small pool, the next
-    ``cluster_width * contextual`` tokens by importance, into ``contextual`` rows around anchors evenly spaced in importance rank;
-    the rest is dropped. T2V then drops visual tokens between decoder layers, ranked by the attention that text pays to them.
+    V2V keeps the ``dominant`` tokens that the vision tower attends to most and merges a small pool, the next
+    ``cluster_width * contextual`` tokens by importance, into ``contextual`` tokens around anchors evenly spaced in
+    importance rank; all other tokens are dropped. T2V then drops visual tokens between decoder layers, ranked by the
+    attention from text tokens.
 
     Parameters
     ----------
     dominant, contextual : int or float, optional
-        Rows per span (int) or fractions of its tokens (float). Left out with ``schedule`` given: no V2V.
+        Tokens per span: counts, or fractions of the span's tokens. Left out with ``schedule`` given: no V2V.
     cluster_width : int
-        Size of the merged pool per contextual row, at least 1 (0 with ``anchor_step="floor"``: one contextual row, nothing merged).
+        Size of the merged pool per contextual token, at least 1 (0 with ``anchor_step="floor"``: one contextual token,
+        nothing merged).
     schedule : ((layer, keep), ...), optional
-        T2V drops: before ``layer`` keep that many (int) or that fraction (float) of the entering tokens. Default: half of the
-        tokens from half of the depth on, none from three quarters on. ``()`` turns T2V off.
+        T2V drops: before ``layer`` keep that many tokens (int) or that fraction of the entering ones (float). Default:
+        half of the tokens from half of the depth on, none from three quarters on. ``()`` turns T2V off.
     merge : str
         "mean" (size-weighted mean of anchor and members) or "anchor_plus_mean" (released code).
     anchor_step : str
-        "spread": anchors at pool ranks floor(i * P / K); "floor": every (P // K)-th, which bunches them (released code).
+        "spread": anchors at pool ranks floor(i * P / K); "floor": every (P // K)-th, which bunches them (released
+        code).
     rounding : str
-        How fractions of the schedule become counts: "floor" (exact product) or "int" (truncated float product, released code).
+        Rounding of the schedule's fractions to counts: "floor" (exact product) or "int" (truncated float product,
+        released code).
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer; per T2V stage one key projection of all rows plus
-    queries of the text rows. Needs: vision attention, vision keys, text after the image. Usable in training.
+    Cost: one query row of attention (CLS) or blocked column sums of one vision layer; per T2V stage one key projection
+    of all tokens plus the queries of the text tokens. Needs: vision attention, vision keys, text after the image.
+    Usable in training.
 
-    Differences from the authors' code (AMD-AGI/DUET-VLM): no CLS row as token, a mean instead of anchor + mean, evenly spaced anchors,
-    K = 0 gives no row, exact floors, kept positions, all images and all batch rows. ``official_llava`` and ``official_qwen25`` restore
-    the released behaviour. Where the released Qwen code overwrites its token count after the first stage, this class does what is meant.
+    Differences from the authors' code (AMD-AGI/DUET-VLM): no CLS token among the visual tokens, a mean instead of
+    anchor + mean, evenly spaced anchors, no contextual token for K = 0, exact floors, kept positions, all images and
+    all samples of a batch. ``official_llava`` and ``official_qwen25`` restore the released behaviour, except that the
+    released Qwen code overwrites its token count after the first stage and this class does not.
     """
 
     paper = "DUET-VLM, CVPR 2026, arXiv 2602.18846"
@@ -96,18 +102,22 @@ class Duet(EncoderReducer, DecoderReducer):
 
     @classmethod
     def official_llava(cls, dominant: int = 300, contextual: int = 7, cluster_width: int = 4, **fields: Any) -> Duet:
-        """The released LLaVA code: CLS counts as a dominant token, compact positions, anchor + mean, all turns in training."""
+        """Return the settings of the released LLaVA code: CLS counts as a dominant token, compact positions, anchor +
+        mean, all turns in training.
+        """
         preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "training_turns": "all", "skip_unanswered": True}
         counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
         return cls(**RELEASED | counts | preset | fields)
 
     @classmethod
     def official_qwen25(cls, dominant: Keep = 170, contextual: Keep = 35, cluster_width: int = 4, **fields: Any) -> Duet:
-        """The released Qwen2.5-VL code: last vision block, kept positions, ranking softmax without a causal mask."""
+        """Return the settings of the released Qwen2.5-VL code: last vision block, kept positions, ranking softmax
+        without a causal mask.
+        """
         counts = {"dominant": dominant, "contextual": contextual, "cluster_width": cluster_width}
         return cls(**RELEASED | counts | {"signal_layer": -1, "score_mask": "none"} | fields)
 
-    # ---- how many
+    # ---- counts
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         given = self.dominant is not None or self.schedule is not None
@@ -132,7 +142,9 @@ class Duet(EncoderReducer, DecoderReducer):
         return SpanPlan(tokens, dominant, contextual, layer_counts(dominant + contextual, depth, schedule, self.rounding))
 
     def _solved(self, tokens: int, depth: int, target: float) -> SpanPlan:
-        """The largest entry under the paper's schedule; when even all tokens leave budget over, later stages keep more."""
+        """Plan the largest entry under the paper's schedule; if even all tokens do not use up the budget, later stages
+        keep more.
+        """
         if target >= tokens:
             return plan_keep_all(tokens, depth)
         plan = plan_with_schedule(self, paper_schedule(depth), tokens, depth, target)
@@ -145,7 +157,7 @@ class Duet(EncoderReducer, DecoderReducer):
     def with_paper_schedule(self, depth: int, share: float | None = None) -> Duet:
         return self if self.schedule is not None else replace(self, schedule=paper_schedule(depth))
 
-    # ---- which
+    # ---- choice
 
     def select_tokens(self, view: EncoderView) -> Selection:
         assert view.importance is not None and view.keys is not None  # promised by ``signals``
@@ -163,7 +175,8 @@ class Duet(EncoderReducer, DecoderReducer):
 
     @property
     def _merges(self) -> bool:
-        """False where the settings ask for no contextual row (K = 0): the one that the released code still emits merges nothing."""
+        """False where the settings have no contextual token (K = 0): the one of the released code then merges nothing.
+        """
         return self.dominant is None or isinstance(self.contextual, float) or bool(self.contextual)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
