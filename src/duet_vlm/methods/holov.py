@@ -1,4 +1,4 @@
-"""HoloV: share a budget among stretches of a picture by attention and variety, and keep the best of each, before the decoder."""
+"""HoloV: divide a budget among segments of an image by attention and variety, before the decoder."""
 
 from __future__ import annotations
 
@@ -18,37 +18,39 @@ from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, pl
 from duet_vlm.reducers.registry import register
 
 TINY = torch.finfo(torch.float32).tiny
-BOUND = 1e30  # what a CLS row that must come first is given for attention
+BOUND = 1e30  # attention above this marks a CLS token, which must rank first
 
 
 @register("holov")
 @dataclass(frozen=True)
 class HoloV(EncoderReducer):
-    """HoloV (NeurIPS 2025): a holistic choice, so that tokens do not all come from the few places that attract attention.
+    """HoloV (NeurIPS 2025): holistic choice, spread over the image instead of a few places that attract attention.
 
-    The tokens of a picture, in raster order, are cut into ``crops`` stretches. A token scores by its attention and by how much its likeness to
-    the other tokens of its stretch varies (variance of cosines, brought to the mean attention of the stretch, times ``beta``). A stretch gets
-    tokens in proportion to its mean score, and keeps its best. Nothing is merged.
+    The tokens of an image, in raster order, are cut into ``num_crops`` segments. A token's score is its attention plus
+    ``beta`` times its variety: the variance of its cosines with the other tokens of its segment, scaled to the mean
+    attention of the segment. A segment gets tokens in proportion to its mean score and keeps its best ones. Nothing is
+    merged.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span or the fraction of them. A budget of n keeps n.
-    crops : int
-        Stretches of a picture.
+        Tokens kept per span: a count, or a fraction. A budget of n keeps n.
+    num_crops : int
+        Segments per image, at least 1.
     beta : float
-        Weight of variety.
+        Weight of variety, at least 0.
     within : str
-        What chooses within a stretch: the "score", or "attention" alone (released code).
+        Ranking within a segment: by "score", or by "attention" alone (released code).
     split : str
-        "even": largest remainders, and what a full stretch leaves goes to the others; "floor": whole numbers, then one more for the best
-        stretches (released code, which loses what does not fit).
+        "even": largest remainders, and the excess of a full segment goes to the others; "floor": whole numbers, then
+        one more for the best segments (released code, which loses the excess).
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer, the projector on every token, an N x N table of cosines; 4 N^2
-    bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
+    Cost: one query row of attention (CLS) or blocked column sums of one vision layer, the projector on every token, an
+    N x N table of cosines; 4 N^2 bytes. Needs: vision attention. Usable in training (the choice carries no gradient).
 
-    From the paper and a reading of the released code (obananas/HoloV); no recordings. Differences: exact counts, any batch, kept positions, raster
-    order. ``official`` restores choice and split; its rows stand in raster order, the released ones stretch by stretch by falling attention.
+    From the paper and a reading of the released code (obananas/HoloV); no recordings. Differences: exact counts, any
+    batch, kept positions, raster order. ``official`` restores choice and split; its tokens are in raster order, the
+    released ones segment by segment by falling attention.
     """
 
     paper = "HoloV, NeurIPS 2025"
@@ -75,7 +77,9 @@ class HoloV(EncoderReducer):
 
     @classmethod
     def official(cls, keep: Keep = 64, **fields: Any) -> HoloV:
-        """The released LLaVA code: attention chooses within a stretch, whole shares, compact positions."""
+        """Return the settings of the released LLaVA code: ranking by attention within a segment, whole shares, compact
+        positions.
+        """
         released: dict[str, Any] = {"within": "attention", "split": "floor", "positions": "compact", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "crops": "joint", "signal_queries": None} | released | fields)
 
@@ -93,16 +97,16 @@ class HoloV(EncoderReducer):
         return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
 
     def score(self, view: EncoderView, stretch: Tensor) -> Tensor:
-        """Attention and variety of each token [B, N]; a stretch of one token has no variety."""
+        """Score of each token, attention plus weighted variety: [B, N]; in a segment of one token the variety is 0."""
         assert view.importance is not None and view.features is not None  # promised by ``signals``
         others = (stretch[:, :, None] == stretch[:, None]) & view.valid[:, None]
         table = cosine(view.features, view.valid) * others
         table.diagonal(dim1=1, dim2=2).zero_()
         count = others.sum(2)
         mean = table.sum(2) / (count - 1).clamp(min=1)
-        variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)  # a token's likeness to itself counts as 0
+        variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)  # a token's cosine with itself counts as 0
         variety = torch.where(count > 1, variety, 0.0)
-        fed = view.importance >= BOUND  # a CLS row counts as the most attended token
+        fed = view.importance >= BOUND  # the CLS token counts as the most attended token
         attention = view.importance.masked_fill(fed, 0.0)
         attention = torch.where(fed, attention.amax(1, keepdim=True), attention)
         both = (sums_of_groups(x, stretch, view.valid, self.num_crops).gather(1, stretch) for x in (attention, variety))
@@ -110,7 +114,7 @@ class HoloV(EncoderReducer):
         return attention + self.beta * variety * level / varies.clamp(min=TINY)
 
     def quota(self, mean: Tensor, size: Tensor, total: Tensor) -> Tensor:
-        """How many tokens each stretch keeps [B, crops], from its mean score and its size."""
+        """Tokens kept of each segment [B, num_crops], from its mean score and its size."""
         if self.split == "even":
             return proportional_shares(mean, size, total)
         part = (mean / mean.sum(1, keepdim=True).clamp(min=TINY) * total[:, None]).floor().long()

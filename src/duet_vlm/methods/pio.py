@@ -1,4 +1,4 @@
-"""PIO-FVLM: inside the decoder, keep the visual tokens that the model's own prediction depends on most, without their doubles."""
+"""PIO-FVLM: keep the visual tokens with the largest gradient of the model's own prediction, without duplicates."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from duet_vlm.reducers.scheduled import ScheduledReducer
 @register("pio")
 @dataclass(frozen=True)
 class Pio(ScheduledReducer):
-    """PIO-FVLM, later called TRIO (arXiv 2602.04657): how much would the model's prediction change, were a visual token another one?
+    """PIO-FVLM, later called TRIO (arXiv 2602.04657): saliency by the gradient of the model's own prediction.
 
-    At each stage the next layer, the last norm and the head predict from the four rows before the prompt's last one. The gradient of the cross
-    entropy against the likeliest tokens is taken by the hidden states that the layer reads; a token's saliency is the length of its gradient. By
-    falling saliency each token stays that resembles none before it (cosine below ``tau``); if these are too few, the best of the others fill up.
+    At each stage the next layer, the last norm and the head predict from the four positions before the prompt's last
+    one. The gradient of the cross entropy against the most likely tokens is taken with respect to the layer's input; a
+    token's saliency is the norm of its gradient. By falling saliency a token is kept unless it resembles a kept one
+    (cosine of ``tau`` or more); if these are too few, the best of the others are added.
 
     Parameters beyond ``ScheduledReducer`` (its stages are before layers 1, 10 and 15 of 32, and keep 38 %, 22 % and 9 %)
     ----------
     tau : float
-        Cosine from which two tokens are doubles, in [-1, 1]; 1 takes out exact doubles only.
+        Cosine from which two tokens are duplicates, in [-1, 1]; 1 removes exact duplicates only.
 
-    Cost: a forward and a backward through one layer per stage, the head on four rows, and cosines of all pairs of visual tokens. The layer's
-    activations are held for the backward. No attention maps; parameters get no gradient. Inference only, and not under ``torch.inference_mode``;
-    quantised kernels must have a backward.
+    Cost: a forward and a backward through one layer per stage, the head on four rows, and cosines of all pairs of
+    visual tokens. The layer's activations are held for the backward. No attention maps; parameters get no gradient.
+    Inference only, and not under ``torch.inference_mode``; quantised kernels must have a backward.
 
-    Differences from the authors' code (ocy1/TRIO): kept positions, padded batches, any image place; a stage of 0 drops all (released: nothing);
-    the probe is causal under every attention implementation. ``Pio.official`` and ``Pio.official_qwen`` restore counts and positions, the
-    latter also the released probe of its file.
+    Differences from the authors' code (ocy1/TRIO): kept positions, padded batches, any image position; a stage of 0
+    drops all (released: nothing); the probe is causal under every attention implementation. ``Pio.official`` and
+    ``Pio.official_qwen`` restore counts and positions, the latter also the released probe of its file.
     """
 
     paper = "PIO-FVLM (TRIO), arXiv 2602.04657"
@@ -53,8 +54,11 @@ class Pio(ScheduledReducer):
 
     @classmethod
     def official(cls, layers: Sequence[int] = (1, 10, 15), counts: Sequence[int] = (218, 128, 54), **fields: Any) -> Pio:
-        """The released LLaVA code: after ``layers`` layers ``counts`` tokens stay; a count of 0, or one that is not below those before it, leaves its
-        stage out. Renumbered positions."""
+        """Return the settings of the released LLaVA code: after ``layers`` layers ``counts`` tokens are kept; compact
+        positions.
+
+        A count of 0, or one that is not below the counts before it, removes its stage.
+        """
         schedule: list[tuple[int, int]] = []
         for layer, count in zip(layers, counts, strict=True):
             if count and (not schedule or count < schedule[-1][1]):
@@ -64,8 +68,11 @@ class Pio(ScheduledReducer):
 
     @classmethod
     def official_qwen(cls, layers: Sequence[int] = (1, 8, 14), ratios: Sequence[float] = (0.38, 0.59, 0.42), **fields: Any) -> Pio:
-        """The released Qwen2.5-VL code: ``ratios`` of what is there, truncated; the probe is the layer that has just run, once more, and the input
-        embeddings are the head. The ratios are not published: those of the LLaVA stages."""
+        """Return the settings of the released Qwen2.5-VL code: ``ratios`` of the current tokens, truncated.
+
+        The probe is the layer that has just run, once more, with the input embeddings as the head. The ratios are not
+        published: these are those of the LLaVA stages.
+        """
         schedule = tuple(zip(layers, ratios, strict=True))
         released: dict[str, Any] = {"relative": "current", "rounding": "int", "probe": "last", "protect_predicting_tokens": False}
         return cls(**{"schedule": schedule} | released | fields)

@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge: keep the vision tokens that stand out in attention, add to each those that resemble it, before the decoder."""
+"""LLaVA-PruMerge: keep the most attended vision tokens and merge similar ones into them, before the decoder."""
 
 from __future__ import annotations
 
@@ -20,33 +20,36 @@ from duet_vlm.reducers.registry import register
 @register("prumerge")
 @dataclass(frozen=True)
 class PruMerge(EncoderReducer):
-    """LLaVA-PruMerge (ICCV 2025, arXiv 2403.15388).
+    """LLaVA-PruMerge (ICCV 2025, arXiv 2403.15388): keep attended tokens, merge their neighbours into them.
 
-    Keeps the tokens that the vision encoder attends to most. Each takes in the ``neighbours`` tokens that resemble it most (cosine of mean
-    keys, kept ones and others), each weighted by its share of the attention; one more row takes in all tokens that were not kept. Text plays
-    no part, and nothing happens in the decoder.
+    The tokens that the vision tower attends to most are kept. Into each, the ``neighbours`` tokens that resemble it
+    most (cosine of mean keys, kept ones and others) are merged, weighted by their shares of the attention; one more row
+    averages all tokens that were not kept. Text plays no part, and nothing happens inside the decoder.
 
     Parameters
     ----------
     keep : int or float, optional
-        Tokens per span that are kept, or the fraction of them; one more row enters. A budget of n keeps n - 1.
+        Tokens kept per span: a count, or a fraction; one more row enters the decoder. A budget of n keeps n - 1.
     neighbours : int
-        Tokens that each kept one takes in.
+        Tokens merged into each kept one, at least 0.
     merge : str
-        "mean": of the token, with weight 1, and what it takes in, with their shares of the attention; "sum": token + sum (released code).
+        "mean": of the token, with weight 1, and its neighbours, with their shares of the attention; "sum": token + sum
+        (released code).
     order : str
-        Order of the rows, which matters for ``positions="compact"``: "raster", or by falling "attention" (released code).
+        Order of the kept tokens, which matters for ``positions="compact"``: "raster", or by falling "attention"
+        (released code).
     rounding : str
-        How a fraction becomes a count: "floor" or "int" (released code).
+        Rounding of a fraction to a count: "floor" or "int" (released code).
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer; per kept token a look at all others, which are sorted; the
-    product of a table of rows x tokens with the features, 4 K N bytes. Needs: vision attention and keys. Usable in training (the choice and
-    its weights carry no gradient, the rows do).
+    Cost: one query row of attention (CLS) or blocked column sums of one vision layer; per kept token one sort of all
+    others; the product of a table of kept x all tokens with the features, 4 K N bytes. Needs: vision attention and
+    keys. Usable in training (the choice and its weights carry no gradient, merged tokens do).
 
-    Differences from the authors' code (42Shawn/LLaVA-PruMerge): the number of rows is what the budget says, not the number of outliers of
-    the attention (quartiles; ``ops.select.outliers`` finds them), so images of a batch do not depend on each other; means instead of sums,
-    attention of all heads instead of all heads as one, of the layer of the features instead of the last one; kept positions. The last row
-    stands where its most attended token was. ``PruMerge.official`` restores the released rule at a count that is given.
+    Differences from the authors' code (42Shawn/LLaVA-PruMerge): the number of tokens follows from the budget, not from
+    the number of outliers of the attention (quartiles; see ``ops.select.outliers``), so images of a batch do not depend
+    on each other; means instead of sums, attention per head instead of all heads as one, of the layer of the features
+    instead of the last one; kept positions. The last row has the position of its most attended token.
+    ``PruMerge.official`` restores the released rule at a given count.
     """
 
     paper = "LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388"
@@ -74,8 +77,11 @@ class PruMerge(EncoderReducer):
 
     @classmethod
     def official(cls, keep: Keep = 0.125, **fields: Any) -> PruMerge:
-        """The released rule with ``keep`` of each crop (released in training: 1/8; else the share of outliers): sums, the last vision layer,
-        compact positions."""
+        """Return the settings of the released rule with ``keep`` of each crop (released: 1/8 in training, else the
+        share of outliers).
+
+        Sums, the last vision layer, compact positions.
+        """
         released: dict[str, Any] = {"merge": "sum", "order": "attention", "rounding": "int", "signal_heads": "one", "signal_layer": -1}
         released |= {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep} | released | fields)
@@ -96,7 +102,7 @@ class PruMerge(EncoderReducer):
         return SpanPlan(tokens, kept, others, (kept + others,) * depth)
 
     def kept_of(self, tokens: int) -> int:
-        """How many of ``tokens`` are kept by ``keep``."""
+        """Number of ``tokens`` that are kept by ``keep``."""
         assert self.keep is not None
         return count_of(self.keep, tokens, self.rounding)
 
@@ -105,7 +111,7 @@ class PruMerge(EncoderReducer):
         return self.around(view, tokens, tokens, real)
 
     def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
-        """The kept tokens [B, K] in the order of their rows, and which of them are real [B, K]."""
+        """Kept tokens [B, K] in output order, and a mask of the valid ones [B, K]."""
         assert view.importance is not None  # promised by ``signals``
         width = max(plan.dominant for plan in view.plans)
         if self.order == "raster":
@@ -114,9 +120,21 @@ class PruMerge(EncoderReducer):
         return ranking(view.importance, view.valid)[:, :width], place < view.dominant[:, None]
 
     def around(self, view: EncoderView, tokens: Tensor, places: Tensor, real: Tensor) -> Selection:
-        """Each of ``tokens`` [B, K] and what resembles it in a row at ``places`` [B, K], and behind them a row of all that is left.
+        """Merge the neighbours of kept tokens into them, and all other tokens into one last row.
 
-        A token that is kept twice counts twice as a neighbour. A place whose token is not kept is lost: it joins no row.
+        A token that is kept twice counts twice as a neighbour. A token whose position in ``places`` is taken but that
+        is not kept is lost: it joins no row.
+
+        Parameters
+        ----------
+        view : EncoderView
+            Inputs of the vision tower.
+        tokens : Tensor
+            [B, K] long, kept tokens.
+        places : Tensor
+            [B, K] long, tokens whose positions they take.
+        real : Tensor
+            [B, K] bool, False for padding.
         """
         assert view.importance is not None and view.keys is not None  # promised by ``signals``
         return merge_with_neighbours(tokens, places, real, view.valid, view.contextual, view.importance, view.keys, self.neighbours, self.merge == "mean")
