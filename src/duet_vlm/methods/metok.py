@@ -49,10 +49,10 @@ class METok(ScheduledVideoReducer):
     Cost: a cosine per token, attention of text at three layers. Needs: the question, so the whole model must be called;
     frames, text after the video. Usable in training (the choice carries no gradient, pooled tokens do).
 
-    From the paper's abstract: no code is public. Chosen here: an event's similarity is the cosine of its frames' mean
-    projected tokens and the mean of the question's embeddings, averaged over the frames (the paper: a contrastive text
-    tower); frames are pooled by runs of neighbours in raster order; a count is divided among frames so that it adds up,
-    and where it allows more, repetitions are kept; layers 8, 16 and 24 of 32 keep 1/2, 1/4 and 1/8.
+    From the paper's abstract: no code is public. Chosen here: an event's similarity is the mean cosine of its frames
+    (the mean of their projected tokens) and the question's embeddings (the paper: a contrastive text tower); frames are
+    pooled by runs of neighbours in raster order; a count is divided among frames so that it adds up, and where it
+    allows more, repetitions are kept; layers 8, 16 and 24 of 32 keep 1/2, 1/4 and 1/8.
     """
 
     paper = "METok, EMNLP 2025, arXiv 2506.02850"

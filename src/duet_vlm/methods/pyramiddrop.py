@@ -1,4 +1,4 @@
-"""PyramidDrop: drop visual tokens in stages inside the decoder, ranked by the attention of the last instruction token."""
+"""PyramidDrop: drop visual tokens in stages inside the decoder, by the attention of the last instruction token."""
 
 from __future__ import annotations
 
@@ -27,7 +27,15 @@ from duet_vlm.reducers.registry import register
 
 
 def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
-    """Two schedules of fractions mixed layer by layer: what ``early`` keeps there, moved by ``weight`` towards what ``late`` keeps."""
+    """Mix two schedules of fractions layer by layer.
+
+    Parameters
+    ----------
+    early, late : schedule
+        Schedules of (layer, fraction kept).
+    weight : float
+        0 gives ``early``, 1 gives ``late``.
+    """
 
     def kept(schedule: Schedule, layer: int) -> float:
         return ([1.0] + [keep for at, keep in schedule if at <= layer])[-1]
@@ -39,30 +47,32 @@ def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
 @register("pyramiddrop")
 @dataclass(frozen=True)
 class PyramidDrop(DecoderReducer):
-    """PyramidDrop (CVPR 2025, arXiv 2410.17247).
+    """PyramidDrop (CVPR 2025, arXiv 2410.17247): staged drops inside the decoder.
 
-    After each of a few decoder layers keep a falling share of the visual tokens, ranked by the attention that the last instruction
-    token pays to them (with the queries and keys of the next layer).
+    After each of a few decoder layers a falling share of the visual tokens is kept, ranked by the attention from the
+    last instruction token (with the queries and keys of the next layer).
 
     Parameters
     ----------
     schedule : ((layer, keep), ...), optional
-        Drops before ``layer``; keeps are relative to the entering tokens. The paper: [8, 16, 24] of 32 layers, halving each time.
-        With a budget the schedule is solved, see below.
+        Drops before ``layer``: counts, or fractions of the entering tokens. The paper: [8, 16, 24] of 32 layers,
+        halving each time. With a budget the schedule is solved, see below.
     rounding : str
-        "floor" (exact product) or "int" (truncated float product, released code).
+        Rounding of a fraction to a count: "floor" (exact product) or "int" (truncated float product, released code).
 
-    A budget moves along one path of schedules, without a jump. From the floor up, the share kept per stage grows at the stages that the
-    authors give for small budgets, [2, 8, 16]/32 of the depth, until it is 0.56. Then every layer keeps a mix of that schedule and the
-    paper's (half per stage at [8, 16, 24]/32), ever more of the paper's. From the paper's on the share grows at the paper's stages, until
-    nothing is dropped. For LLaVA-1.5-7B this passes through every setting in ``presets``: shares of 0.19, 0.42 and 0.56 at the early
-    stages (means of 63, 127 and 192 tokens) and the paper's (270).
+    A budget moves along one continuous path of schedules. From the floor up, the share kept per stage grows at the
+    stages that the authors give for small budgets, [2, 8, 16]/32 of the depth, until it is 0.56. Then every layer keeps
+    a mix of that schedule and the paper's (half per stage at [8, 16, 24]/32), with a growing weight of the paper's.
+    From the paper's schedule on, the share grows at the paper's stages, until nothing is dropped. For LLaVA-1.5-7B this
+    passes through every setting in ``presets``: shares of 0.19, 0.42 and 0.56 at the early stages (means of 63, 127 and
+    192 tokens) and the paper's (270).
 
-    Cost: one key projection and one query row per stage; the first stage's layers run at full width, which is the floor.
-    Needs: text after the image. Usable in training.
+    Cost: one key projection and one query row per stage; the layers before the first stage run at full width, which is
+    the floor. Needs: text after the image. Usable in training.
 
-    Differences from the authors' code (Cooperx521/PyramidDrop): kept instead of renumbered positions, every image and batch row, in
-    training the token before the first answer only. ``PyramidDrop.official`` restores the released behaviour.
+    Differences from the authors' code (Cooperx521/PyramidDrop): kept instead of renumbered positions, every image and
+    every sample of a batch, in training the token before the first answer only. ``PyramidDrop.official`` restores the
+    released behaviour.
     """
 
     paper = "PyramidDrop, CVPR 2025, arXiv 2410.17247"
@@ -80,7 +90,9 @@ class PyramidDrop(DecoderReducer):
 
     @classmethod
     def official(cls, schedule: Schedule = ((8, 0.5), (16, 0.25), (24, 0.125)), **fields: Any) -> PyramidDrop:
-        """The released code: compact positions, truncated float products, the tokens before all answers in training."""
+        """Return the settings of the released code: compact positions, truncated float products, the tokens before all
+        answers in training.
+        """
         preset: dict[str, Any] = {"positions": "compact", "rounding": "int", "training_turns": "all", "skip_unanswered": True}
         preset["protect_predicting_tokens"] = False
         return cls(**{"schedule": schedule} | preset | fields)

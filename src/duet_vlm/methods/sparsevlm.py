@@ -1,4 +1,5 @@
-"""SparseVLM: drop in three stages what the visual words of the question do not attend to, and recycle a part as cluster means."""
+"""SparseVLM: drop in stages inside the decoder by the attention of visual words, and recycle a part as cluster means.
+"""
 
 from __future__ import annotations
 
@@ -28,28 +29,30 @@ HEADS = 14
 @register("sparsevlm")
 @dataclass(frozen=True)
 class SparseVLM(ScheduledReducer):
-    """SparseVLM (ICML 2025, arXiv 2410.04417): words that the picture shows rate its tokens; of those that leave, the better ones are recycled.
+    """SparseVLM (ICML 2025, arXiv 2410.04417): text raters rank visual tokens; a part of the dropped ones is recycled.
 
-    Raters are the text tokens that the visual ones resemble more than the average one, found once from the embeddings. At each stage the tokens
-    stay that get most attention from raters in the layer before. Of d others the best int(0.3 d) + 1 are clustered around the density peaks
-    of their hidden states, about ten in a cluster, and each cluster goes on as its mean at the place of its centre.
+    Raters are the text tokens that resemble the visual ones more than the average text token does, found once from the
+    embeddings. At each stage the tokens with the most attention from the raters in the layer before are kept. Of d
+    dropped tokens the best int(0.3 d) + 1 are clustered around the density peaks of their hidden states, about ten in a
+    cluster, and each cluster is replaced by its mean at the position of its centre.
 
     Parameters beyond ``ScheduledReducer`` (stages before layers 3, 7 and 16 of 32, which keep 0.54, 0.35 and 0.2)
     ----------
     recycle : bool
-        False: the others only leave (second release).
+        False: dropped tokens are not recycled (second release).
     best_heads : int or None
-        Attention is the mean over so many heads, those that attend most to visual tokens at that stage (second release: 14), or over all (None);
-        never more than there are.
+        Mean of the attention over this many heads, those with the most attention to visual tokens at that stage (second
+        release: 14), or over all (None); never more than there are.
     released : bool
-        A stage's number counts those that are kept; recycled ones come on top and stand behind them, and one token at least is no longer kept.
+        True: a stage's number counts the kept tokens only; recycled ones are added after them, and at least one token
+        is no longer kept.
 
-    Cost: one key projection and the raters' query rows per stage, distances among 0.3 of the tokens that leave. Needs text after the image.
-    Usable in training (the choice carries no gradient, recycled rows do).
+    Cost: one key projection and the raters' query rows per stage, distances among 0.3 of the dropped tokens. Needs:
+    text after the image. Usable in training (the choice carries no gradient, recycled tokens do).
 
-    Differences from the authors' code (Gumpest/SparseVLMs): numbers of tokens that go on are exact, recycled rows stand at their centre's
-    position, no random noise decides among equal densities (the earlier row is denser), any image place, number, batch and depth.
-    ``SparseVLM.official`` has their counts, order and positions, of version "1.5" or "2.0".
+    Differences from the authors' code (Gumpest/SparseVLMs): counts after a stage are exact, recycled tokens have their
+    centre's position, no random noise decides among equal densities (the earlier token is denser), any image position,
+    number, batch and depth. ``SparseVLM.official`` has their counts, order and positions, of version "1.5" or "2.0".
     """
 
     paper = "SparseVLM, ICML 2025, arXiv 2410.04417"
@@ -72,7 +75,10 @@ class SparseVLM(ScheduledReducer):
 
     @classmethod
     def official(cls, tokens: int = 192, version: str = "1.5", **fields: Any) -> SparseVLM:
-        """The released counts for nominally ``tokens`` of 576; version "2.0" recycles nothing, keeps positions and takes the best 14 heads."""
+        """Return the released counts for nominally ``tokens`` of 576.
+
+        Version "2.0" recycles nothing, keeps positions and averages the best 14 heads.
+        """
         check_choice("version", version, tuple(RELEASED))
         check_choice("tokens", str(tokens), tuple(map(str, RELEASED[version])))
         schedule = tuple(zip(LAYERS, RELEASED[version][tokens], strict=True))
@@ -81,7 +87,9 @@ class SparseVLM(ScheduledReducer):
         return cls(**every | ({"positions": "compact"} if version == "1.5" else second) | fields)
 
     def extra_stages(self, depth: int) -> frozenset[int]:
-        """``released``: where a single token is recycled nobody leaves, but it moves behind the others."""
+        """With ``released``, stages that only reorder: a single recycled token moves after the kept ones, and none is
+        dropped.
+        """
         return frozenset(layer for layer, _ in self.schedule or () if self.released and self.recycle)
 
     def _counts(self, tokens: int, depth: int, schedule: Schedule) -> tuple[int, ...]:
@@ -115,13 +123,13 @@ class SparseVLM(ScheduledReducer):
         into = kept[:, None] + peak.gather(1, nearest)
         joins = real & ~chosen & (clusters > 0)[:, None]
         valid = row < (kept + clusters)[:, None]
-        if not self.released:  # in order, each at its own place
+        if not self.released:  # in order, each at its own position
             places = index.masked_fill(~valid, scores.shape[1]).argsort(dim=1)
             index, into = index.gather(1, places), ranks(places).gather(1, into.clamp(max=index.shape[1] - 1))
         return Selection(index, valid, members, torch.where(joins, into, -1))
 
     def _mean(self, scores: Tensor, valid: Tensor) -> Tensor:
-        """[B, V, H] -> [B, V]."""
+        """Average the attention over all or the best heads: [B, V, H] -> [B, V]."""
         if self.best_heads is None or self.best_heads >= scores.shape[2]:
             return scores.mean(2)
         seen = (scores * valid[..., None]).sum(1)
@@ -129,13 +137,15 @@ class SparseVLM(ScheduledReducer):
         return scores.gather(2, best[:, None].expand(-1, scores.shape[1], -1)).mean(2)
 
     def _split(self, there: int, stay: int) -> tuple[int, int, int]:
-        """How many of ``there`` tokens are kept, clustered, and how many clusters they make, so that ``stay`` go on."""
+        """Split ``there`` tokens so that ``stay`` remain: how many are kept, how many clustered, and into how many
+        clusters.
+        """
         if there == stay and not self.released:
             return stay, 0, 0
         kept = largest_int(stay, lambda k: k + _clusters(there - k) <= stay)
         named = [min(keep, there - 1) for _, keep in self.schedule or () if self.released]
         if kept not in named and kept - 1 in named and kept - 1 + _clusters(there - kept + 1) == stay:
-            kept -= 1  # two numbers may give the same count: the one that was asked for
+            kept -= 1  # two numbers may give the same count: prefer the one in the schedule
         kept = max(kept, min(stay, 1))
         return kept, min(_recycled(there - kept), there - kept), min(stay - kept, _clusters(there - kept))
 
@@ -145,5 +155,5 @@ def _recycled(dropped: int) -> int:
 
 
 def _clusters(dropped: int) -> int:
-    """How many clusters the recycled ones of ``dropped`` tokens make."""
+    """Number of clusters of the recycled part of ``dropped`` tokens."""
     return _recycled(dropped) // 10 + 1
