@@ -17,24 +17,28 @@ from duet_vlm.reducers.registry import register
 @register("visionzip")
 @dataclass(frozen=True)
 class VisionZip(EncoderReducer):
-    """VisionZip (CVPR 2025, arXiv 2412.04467).
+    """VisionZip (CVPR 2025, arXiv 2412.04467): dominant and contextual tokens before the decoder.
 
-    Keeps the ``dominant`` tokens that the vision encoder attends to most; every other token joins the most similar (cosine of mean
-    keys) of ``contextual`` anchors, evenly spaced over the others in raster order. Text plays no part, and nothing happens in the decoder.
+    The ``dominant`` tokens that the vision tower attends to most are kept; every other token is merged into the most
+    similar (cosine of mean keys) of ``contextual`` anchors, evenly spaced over the others in raster order. Text plays
+    no part, and nothing happens inside the decoder.
 
     Parameters
     ----------
     dominant, contextual : int or float, optional
-        Rows per span or fractions of its tokens. A budget of n solves to round(10 n / 64) contextual rows (the paper's 54 + 10 at 64).
+        Tokens per span: counts, or fractions of the span's tokens. A budget of n solves to round(10 n / 64) contextual
+        tokens (the paper's 54 + 10 at 64).
     merge : str
         "mean" of anchor and members, or "anchor_plus_mean" (released code).
     anchor_step : str
         "spread": floor(i * M / K); "floor": every (M // K)-th of the M others (released code).
 
-    Cost: one row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention and keys. Usable in training.
+    Cost: one query row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention and keys.
+    Usable in training.
 
-    Differences from the authors' code (dvlab-research/VisionZip): no CLS row as token, a mean instead of a sum of two, evenly spaced
-    anchors, kept positions in raster order. ``VisionZip.official`` restores the released behaviour.
+    Differences from the authors' code (dvlab-research/VisionZip): no CLS token among the visual tokens, a mean instead
+    of a sum of two, evenly spaced anchors, kept positions in raster order. ``VisionZip.official`` restores the released
+    behaviour.
     """
 
     paper = "VisionZip, CVPR 2025, arXiv 2412.04467"
@@ -59,7 +63,9 @@ class VisionZip(EncoderReducer):
 
     @classmethod
     def official(cls, dominant: int = 54, contextual: int = 10, **fields: Any) -> VisionZip:
-        """The released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS, dominant, contextual] at compact positions."""
+        """Return the settings of the released LLaVA code: CLS counts as a dominant token, anchor + mean, [CLS,
+        dominant, contextual] at compact positions.
+        """
         preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
         preset |= {"protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
