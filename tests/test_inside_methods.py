@@ -22,7 +22,7 @@ from duet_vlm.cli.main import app
 from duet_vlm.methods.d2pruner import D2Pruner
 from duet_vlm.methods.fitprune import FitPrune
 from duet_vlm.methods.sparsevlm import SparseVLM
-from duet_vlm.ops.fitting import fitted, left_after
+from duet_vlm.ops.fitting import fitted, counts_after_layers
 from duet_vlm.ops.graph import greedy_independent, rescaled
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.calibration import Calibration
@@ -229,7 +229,7 @@ def slow_left(cross: list[list[float]], own: list[list[float]], part: float) -> 
 def test_fitting_equals_loops(part: float) -> None:
     draw = torch.Generator().manual_seed(3)
     cross, own = (torch.rand(4, 17, generator=draw, dtype=torch.float64) ** 3 for _ in range(2))
-    found = left_after(cross, own, part)
+    found = counts_after_layers(cross, own, part)
     assert found == slow_left(cross.tolist(), own.tolist(), part) and found[-1] < 17
 
 

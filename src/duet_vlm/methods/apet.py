@@ -166,7 +166,8 @@ class ApET(EncoderReducer, DecoderReducer):
         order = ranking(error, valid & ~chosen if self.slots == "own" else valid)
         place, first = ranks(order), (count - real.sum(1))[:, None]  # kept for their error
         main = valid & (place < first)
-        others = valid & (place < count[:, None]) & ~main if self.slots == "released" else chosen  # positions of the basis tokens
+        # positions of the basis tokens
+        others = valid & (place < count[:, None]) & ~main if self.slots == "released" else chosen
         index, stands = pack_right(main | others, most)
         if self.slots == "behind":
             turn = torch.arange(most, device=order.device).expand_as(index)

@@ -28,7 +28,8 @@ ORDER = (
 LEFT, SPARE = 0.56, 1.5  # default tower survivors: share of an image, and at least this multiple of the entry
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
-DROPPING = ("uses_text", "uses_tokens", "score_layer_offset", "score_heads", "score_states", "needs", "merges")  # declarations of a DecoderReducer
+# declarations of a DecoderReducer
+DROPPING = ("uses_text", "uses_tokens", "score_layer_offset", "score_heads", "score_states", "needs", "merges")
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
@@ -323,7 +324,8 @@ class Composition(EncoderReducer):
             return tuple(accumulate((min(kept, tokens) or end for kept in drops.plan(entry, depth, None).counts), min))
 
         if not mean_within(counts(1, 0), target):
-            drops = second.with_paper_schedule(depth, 0.0)  # the earliest drops: at a small budget one token may still enter
+            # the earliest drops: at a small budget one token may still enter
+            drops = second.with_paper_schedule(depth, 0.0)
         entry = largest_int(tokens << 30, lambda n: mean_within(counts(n, 0), target))
         if entry < 1:
             raise infeasible_budget(self.name, target, sum(counts(1, 0)) / depth, tokens, "at least one token enters the decoder")

@@ -86,7 +86,8 @@ class Dart(ScheduledReducer):
         text = ranking(view.text_keys.float().norm(self.key_norm, dim=-1), view.text_valid)[:, : self.text_pivots]
         asked = torch.cat([view.valid.gather(1, visual), view.text_valid.gather(1, text)], 1)  # pivots that exist
         rows, words = unit_rows(view.final_norm(view.hidden_states)), unit_rows(view.final_norm(view.text_hidden_states))
-        likeness = torch.cat([gather_rows(rows, visual), gather_rows(words, text)], 1) @ rows.transpose(1, 2)  # [B, pivots, V]
+        # [B, pivots, V]
+        likeness = torch.cat([gather_rows(rows, visual), gather_rows(words, text)], 1) @ rows.transpose(1, 2)
         if self.pivot_order == "set" and not likeness.is_meta:
             assert view.positions is not None and view.text_positions is not None
             order = _as_in_a_set(torch.cat([view.positions.gather(1, visual), view.text_positions.gather(1, text)], 1))

@@ -130,7 +130,8 @@ class Duet(EncoderReducer, DecoderReducer):
         if self.dominant is not None:
             dominant = min(count_of(self.dominant, available, self.rounding), available)
             contextual = min(count_of(self.contextual or 0, available, self.rounding), available - dominant)
-            if self.anchor_step == "floor":  # the released code emits one contextual row even for K = 0, and only one for w = 0
+            # the released code emits one contextual row even for K = 0, and only one for w = 0
+            if self.anchor_step == "floor":
                 contextual = max(contextual if self.cluster_width else 0, min(1, available - dominant))
             if dominant + contextual > tokens:
                 if self.cls_token:

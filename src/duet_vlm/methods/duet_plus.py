@@ -106,7 +106,8 @@ class DuetPlus(EncoderReducer, DecoderReducer):
             return plan_with_schedule(self, self.schedule, tokens, depth, target)
         with contextlib.suppress(BudgetError):
             return plan_with_schedule(self, tapered_schedule(depth, target / tokens), tokens, depth, target)
-        return plan_with_schedule(self, tapered_schedule(depth, 0.0), tokens, depth, target)  # at a small budget one token can still enter
+        # at a small budget one token can still enter
+        return plan_with_schedule(self, tapered_schedule(depth, 0.0), tokens, depth, target)
 
     def with_paper_schedule(self, depth: int, share: float | None = None) -> DuetPlus:
         return self if self.schedule is not None else replace(self, schedule=tapered_schedule(depth, share))

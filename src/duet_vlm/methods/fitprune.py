@@ -20,7 +20,8 @@ from duet_vlm.reducers.scheduled import ScheduledReducer
 from duet_vlm.utils.field_types import FILE
 
 USUAL = 60
-SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # mean share of the tokens per layer, for each line of a fitted table
+# mean share of the tokens per layer, for each line of a fitted table
+SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @register("fitprune")

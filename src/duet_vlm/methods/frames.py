@@ -95,7 +95,8 @@ def novelty(features: Tensor, valid: Tensor, parts: Tensor, size: Tensor) -> Ten
     Tensor
         [B, N] float32.
     """
-    order = parts.masked_fill(~valid, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)  # by step, then by place
+    # by step, then by place
+    order = parts.masked_fill(~valid, torch.iinfo(parts.dtype).max).argsort(dim=1, stable=True)
     before = order.gather(1, (ranks(order) - size[:, None]).clamp(min=0))
     unit = unit_rows(features)
     return gather_rows(unit, before).sub_(unit).square_().sum(-1) / 2  # in place: videos are long

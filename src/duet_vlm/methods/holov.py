@@ -104,7 +104,8 @@ class HoloV(EncoderReducer):
         table.diagonal(dim1=1, dim2=2).zero_()
         count = others.sum(2)
         mean = table.sum(2) / (count - 1).clamp(min=1)
-        variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)  # a token's cosine with itself counts as 0
+        # a token's cosine with itself counts as 0
+        variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)
         variety = torch.where(count > 1, variety, 0.0)
         fed = view.importance >= BOUND  # the CLS token counts as the most attended token
         attention = view.importance.masked_fill(fed, 0.0)

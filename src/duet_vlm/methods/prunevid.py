@@ -149,7 +149,8 @@ def contiguous(label: Tensor, length: Tensor) -> FrameWindows:
     longest = torch.zeros_like(size).scatter_reduce_(1, name, size, "amax").gather(1, name)
     moves = ((size < longest) | (longest == 1)) & (size > 0)
     before, grown, behind = torch.zeros_like(size[:, 0]), torch.zeros_like(size[:, 0]), nn.functional.pad(size, (0, 1))
-    beside, found, goes_on = torch.full_like(before, -1), [], []  # label on the left; labels of runs; runs that take the next one's label
+    # label on the left; labels of runs; runs that take the next one's label
+    beside, found, goes_on = torch.full_like(before, -1), [], []
     for run in range(label.shape[1]):
         own, right = size[:, run] + grown, behind[:, run + 1]
         to_left = moves[:, run] & (before >= right) & (before > 0)

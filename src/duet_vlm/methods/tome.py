@@ -82,7 +82,8 @@ class ToMe(EncoderReducer):
         sums, home = view.keys.float(), torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         joined = home  # the token that each one is merged into
         left, wanted = view.valid.sum(1), view.dominant.clamp(min=1)
-        most = [(min(plan.tokens, home.shape[1]), max(1, plan.dominant)) for plan in view.plans]  # tokens of each span on the host, and its target
+        # tokens of each span on the host, and its target
+        most = [(min(plan.tokens, home.shape[1]), max(1, plan.dominant)) for plan in view.plans]
         rows, real = pack_right(view.valid, max(n for n, _ in most))
         while any(n > k for n, k in most):
             most = [(max(k, n - max(1, n // self.pace)), k) for n, k in most]

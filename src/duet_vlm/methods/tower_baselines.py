@@ -51,6 +51,7 @@ class Checkerboard(TowerReducer):
     def keep_patches(self, view: TowerView) -> Tensor:
         number = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         columns = torch.tensor([columns for _, columns in view.grids], device=number.device)[:, None]
-        shifted = number // columns * columns + (number % columns + number // columns % 2) % columns  # every second line is shifted by one
+        # every second line is shifted by one
+        shifted = number // columns * columns + (number % columns + number // columns % 2) % columns
         order = shifted.argsort(dim=1, stable=True)
         return spaced_picks(view.valid.gather(1, order), view.num_keep).gather(1, order.argsort(dim=1, stable=True))

@@ -1,4 +1,4 @@
-"""Visual rows of samples laid out by span (image or clip), so that each span can be ranked by itself, and back."""
+"""Visual tokens of samples regrouped by span (image or video), so that each span is ranked separately, and back."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from duet_vlm.planning.tokens import Selection
 
 @dataclass(frozen=True)
 class SpanRows:
-    """Where the rows of each of S spans are in tensors [B, V], whose spans follow each other within a sample, padded on the right.
+    """Layout of S spans in tensors [B, V], where the spans of a sample follow each other, padded on the right.
 
     Attributes
     ----------
     index : Tensor
-        [S, W] long, numbers of the flattened [B * V] rows, W the most rows of a span; those that are not valid point at row 0.
+        [S, W] long, indices into the flattened [B * V] rows, W the most rows of a span; padding is 0.
     valid : Tensor
-        [S, W] bool.
+        [S, W] bool, False for padding.
     batch, width : int
         B and V.
     owners : tuple of int
-        The sample of each span.
+        Sample of each span.
     """
 
     index: Tensor
@@ -35,9 +35,10 @@ class SpanRows:
 
     @classmethod
     def of(cls, alive: Sequence[Sequence[int]], width: int, device: torch.device) -> SpanRows:
-        """From the rows that each span of each sample has, known on the host; spans are numbered in the order of the batch.
+        """Make the layout from the number of rows of each span of each sample, known on the host.
 
-        Two numbers per span are moved to ``device``, once; nothing is read back.
+        Spans are numbered in the order of the batch. Two numbers per span are copied to ``device``, once; nothing waits
+        for the device.
         """
         sizes = [rows for sample in alive for rows in sample]
         starts = [number * width + sum(sample[:before]) for number, sample in enumerate(alive) for before in range(len(sample))]
@@ -48,17 +49,19 @@ class SpanRows:
         return cls(torch.where(valid, start + place, 0), valid, len(alive), width, owners)
 
     def take(self, x: Tensor) -> Tensor:
-        """[B, V, ...] -> [S, W, ...]; what is not valid holds any row."""
+        """Regroup by span: [B, V, ...] -> [S, W, ...]; padding holds any row."""
         return x.flatten(0, 1)[self.index]
 
     def put(self, mask: Tensor) -> Tensor:
-        """A mask of rows by span [S, W] bool as one by sample: [B, V] bool, False where no span has a row."""
-        flat = mask.new_zeros(self.batch * self.width + 1)  # the last one collects what is not valid
+        """Regroup a mask by sample: [S, W] bool -> [B, V] bool, False where no span has a row."""
+        flat = mask.new_zeros(self.batch * self.width + 1)  # the last one collects padding
         index = self.index.masked_fill(~self.valid, self.batch * self.width)
         return flat.scatter_(0, index.flatten(), (mask & self.valid).flatten())[:-1].view(self.batch, self.width)
 
     def join(self, selection: Selection, counts: Sequence[int]) -> Selection:
-        """A selection by span, of ``counts`` rows each, as one by sample, spans after each other: columns [S, W] become those of [B, V]."""
+        """Regroup a selection by sample: spans of ``counts`` rows each, in sequence; columns [S, W] become those of [B,
+        V].
+        """
         before, nth, total = [], [], [0] * self.batch
         for number, sample in enumerate(self.owners):
             before.append(total[sample])

@@ -1,4 +1,4 @@
-"""The order of the tokens of an image that was cut into tiles."""
+"""Token order of an image that is cut into tiles."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from torch import Tensor
 
 
 def mosaic_order(patches: Tensor, contextual: int, columns: int, side: int) -> Tensor:
-    """Order of the rows of several tiles, as released for LLaVA-NeXT: dominant patches of all tiles line by line over the whole
-    mosaic, then the CLS rows of all tiles, then the contextual rows of all tiles. No newline rows.
+    """Order of the rows of several tiles, as released for LLaVA-NeXT.
+
+    Dominant patches of all tiles line by line over the whole mosaic, then the CLS tokens of all tiles, then the
+    contextual tokens of all tiles. No newline tokens.
 
     Parameters
     ----------
     patches : Tensor
         [tiles, D] long, raster number within its tile of each dominant patch; tiles in raster order.
     contextual : int
-        Contextual rows per tile.
+        Contextual tokens per tile.
     columns : int
         Tiles per line of the mosaic.
     side : int
@@ -24,7 +26,8 @@ def mosaic_order(patches: Tensor, contextual: int, columns: int, side: int) -> T
     Returns
     -------
     Tensor
-        [tiles * (1 + D + contextual)] long, indices into the flattened rows of the tiles, each [CLS, dominant, contextual].
+        [tiles * (1 + D + contextual)] long, indices into the flattened rows of the tiles, each [CLS, dominant,
+        contextual].
     """
     tiles, dominant = patches.shape
     tile = torch.arange(tiles, device=patches.device)[:, None]
