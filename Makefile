@@ -20,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -p no:logging
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-page train-long clean
+.PHONY: help demo test test-all rehearse test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-page train-long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ test: $(DEV)  ## the default test tier
 
 test-all: $(DEV)  ## every test, slow ones too
 	@$(PYTEST) -m ""
+
+rehearse: $(DEV)  ## families and methods on tensors that claim to be on a GPU: what mixes devices, what the host waits for
+	@$(PYTEST) -m "" tests/test_rehearse.py
 
 test-oldest: $(OLDEST)/.installed  ## the default tier (less packaging) on the oldest supported transformers
 	@$(ONE_THREAD) $(OLDEST)/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/test_package.py
@@ -56,10 +59,10 @@ test-video: $(VIDEO)/.installed  ## stock video processors on real clips, README
 test-torchao: $(TORCHAO)/.installed  ## models quantised by torchao; own environment, because transformers loads torchao wherever it finds it, with warnings
 	@$(ONE_THREAD) $(TORCHAO)/bin/python -m pytest -q tests/test_works_with.py -k torchao
 
-test-browser: $(BROWSER)  ## the page of a report and that of duet-vlm app, in a real Chromium without a window
+test-browser: $(BROWSER)  ## the page of a report, that of duet-vlm app and scripts of the site, in a real Chromium without a window
 	@command -v "$${CHROMIUM:-chromium}" >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || \
 		{ echo "needs Chromium: apt-get install chromium, or set CHROMIUM to the path of one"; exit 1; }
-	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_report_browser.py tests/test_app_browser.py
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_report_browser.py tests/test_app_browser.py tests/test_site.py -k browser
 
 pictures: $(BROWSER)  ## report of the committed results in out/report, pictures of it and of duet-vlm app in docs/images
 	@$(ONE_THREAD) $(BIN)/duet-vlm report $(wildcard comparison/*/results/methods.json) --out out/report

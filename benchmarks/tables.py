@@ -1,8 +1,8 @@
-"""Regenerate every table in README.md, docs/ and benchmarks/, and the lists that the command line prints, from committed result files, the
-registry and the adapters: ``make tables``.
+"""Regenerate every table and the numbers within sentences of README.md, docs/ and benchmarks/, and the lists that the command line prints, from
+committed result files, the registry and the adapters: ``make tables``.
 
 ``--check`` writes nothing and exits with 1 if a page differs from what the files say. A table without rows, or with a column that no row fills, is
-an error both ways: page and generator then agree about nothing.
+an error both ways: page and generator then agree about nothing. So is a number that nothing makes (``inline_numbers``).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import chain_tables
 import comparison_tables
 import compressor_tables
+import inline_numbers
 import page_tables
 import readme_tables
 import scale_tables
@@ -257,12 +258,13 @@ def made(name: str) -> str:
 
 
 def filled(page: str) -> str:
-    """The page with every block between its markers made anew."""
+    """The page with every block and every number between its markers made anew."""
 
     def block(match: re.Match[str]) -> str:
         return f"<!-- table:{match[1]} -->\n{made(match[1])}\n<!-- /table:{match[1]} -->"
 
-    return re.sub(r"<!-- table:(\w+) -->.*?<!-- /table:\1 -->", block, (ROOT / page).read_text(), flags=re.S)
+    text = re.sub(r"<!-- table:(\w+) -->.*?<!-- /table:\1 -->", block, (ROOT / page).read_text(), flags=re.S)
+    return inline_numbers.filled(text)
 
 
 def faults(text: str) -> list[str]:
@@ -284,6 +286,10 @@ def main() -> int:
     if empty:
         print("tables that say nothing:\n" + "\n".join(empty))
         return 1
+    wrong = [f"{page}, {fault}" for page in PAGES for fault in inline_numbers.faults((ROOT / page).read_text())]
+    if wrong:
+        print("numbers in sentences that cannot be made:\n" + "\n".join(wrong))
+        return 1
     for page in PAGES:
         text = filled(page)
         if text != (ROOT / page).read_text():
@@ -294,7 +300,8 @@ def main() -> int:
         stale.append(lists.FILE.name)
         if not check:
             lists.FILE.write_text(lists.content())
-    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else "all tables and lists agree with what they are made from")
+    agreed = "all tables, numbers and lists agree with what they are made from"
+    print(f"{'differ' if check else 'rewritten'}: {', '.join(stale)}" if stale else agreed)
     return int(check and bool(stale))
 
 

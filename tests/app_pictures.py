@@ -38,13 +38,15 @@ def served(*command: str, port: int | None = None, **environment: str) -> Iterat
         process.wait(20)
 
 
-def opened(browser: Any, address: str, watch: Callable[[Any], None] = lambda page: None, width: int = 1400) -> Any:
+def opened(
+    browser: Any, address: str, watch: Callable[[Any], None] = lambda page: None, width: int = 1400, height: int = 1000
+) -> Any:
     """The page in a window of its own, with all that makes it; ``watch`` sees it before it is loaded."""
-    page = browser.new_page(viewport={"width": width, "height": 1000}, color_scheme="light")
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light")
     page.set_default_timeout(30_000)
     watch(page)
     page.goto(address)
-    page.locator("#examples tbody tr").first.wait_for()
+    page.locator("#examples button").first.wait_for()
     return page
 
 
@@ -62,6 +64,12 @@ def set_to(page: Any, control: str, value: str) -> None:
     box.press("Tab")
 
 
+def more(page: Any, number: int = 0) -> None:
+    """Open the settings of a method that are not shown at once."""
+    page.get_by_role("button", name="More settings").nth(number).click()
+    page.locator(f"#budget-{number}").wait_for()
+
+
 def choose(page: Any, control: str, value: str) -> None:
     """Choose in a list, by its id."""
     page.locator(f"#{control} input").click()
@@ -72,7 +80,7 @@ def ask(page: Any) -> None:
     """Click, and wait until the slider's pictures are there."""
     page.click("#ask")
     page.locator("#view-0").wait_for(state="hidden")
-    page.locator("#report-0 pre").wait_for()
+    page.locator("#report-0 table").wait_for()
     page.locator("#report-0").scroll_into_view_if_needed()  # pictures are loaded where they are looked at
     page.locator("#patches-0 img").wait_for()
 

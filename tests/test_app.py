@@ -155,6 +155,18 @@ def test_at_the_entry_it_is_the_picture_of_viz() -> None:
     assert any((window == entry).all() for row in found for window in row)
 
 
+def test_the_first_depth_at_which_something_is_gone() -> None:
+    grey = Image.new("RGB", (80, 40), GREY)
+    span, entry = Span(0, 0, 8, (2, 4)), StageTrace(0, tuple(range(8)), ())
+    late = SpanTrace(span, {}, (entry, StageTrace(3, (0, 1), (2, 3, 4, 5, 6, 7))))
+    merged = SpanTrace(span, {}, (entry, StageTrace(5, tuple(range(7)), (), {0: (7,)})))
+    never = SpanTrace(span, {}, (entry,))
+    of = {"story": [story()], "late": [late], "merged": [merged], "never": [never], "two": [late, merged]}
+    strips = {name: tuple(DepthStrip(grey, trace, []) for trace in traces) for name, traces in of.items()}
+    found = {name: DepthView(each, 12).first_loss for name, each in strips.items()}
+    assert found == {"story": 0, "late": 3, "merged": 5, "never": 0, "two": 3}
+
+
 def clip_walk(apart: bool) -> DepthView:
     """Six steps of 2 x 2 tokens, of which the first in each stays: as one span, or a span for each step."""
     frames = [Image.new("RGB", (16, 16), (40 * step, 0, 0)) for step in range(6)]
@@ -351,11 +363,11 @@ def test_every_family_answers_and_shows_its_depth(name: str) -> None:
 
 def test_tokens_without_a_grid_are_an_error_in_words(shown: Uploads) -> None:
     bare = SpanTrace(Span(0, 0, 7), {}, (StageTrace(0, (0,), (1, 2, 3, 4, 5, 6)),))
-    way = depth_view(shown, {"pixel_values": torch.zeros(4, 8)}, None, RunRecord([bare], [[]], "", 1.0, 7, 4))
+    way = depth_view(shown, {"pixel_values": torch.zeros(4, 8)}, None, RunRecord([bare], [[]], "", 1.0, 7, 4, 1.0))
     with pytest.raises(ValueError, match="the 7 tokens of this image form no grid"):
         way.at(0)
     with pytest.raises(ValueError, match="what was shown makes 2 spans"):
-        depth_view(shown, {"pixel_values": torch.zeros(4, 8)}, None, RunRecord([bare, bare], [[], []], "", 1.0, 7, 4))
+        depth_view(shown, {"pixel_values": torch.zeros(4, 8)}, None, RunRecord([bare, bare], [[], []], "", 1.0, 7, 4, 1.0))
 
 
 # ---- controls
@@ -389,13 +401,13 @@ def test_controls_say_what_is_asked_and_the_other_way_round(asked: ChosenMethod,
     ("controls", "words"),
     [
         (Controls(""), "no method is chosen"),
-        (Controls("fastw", "0.2"), "unknown method 'fastw' (did you mean 'fastv'?)"),
+        (Controls("fastw", "0.2"), "unknown method 'fastw' (did you mean 'fastv'"),
         (Controls("fastv+duet", "0.2"), "at most one of each, in this order"),
         (Controls("duet", "lots"), "budget lots: give a token count (64), a fraction (0.22) or a percentage (22%)"),
-        (Controls("duet", "1.5"), "budget=1.5: a float is a fraction in (0, 1]"),
-        (Controls("duet", "-3"), "budget=-3 tokens: give at least 1"),
-        (Controls("duet", "220%"), "budget=2.2: a float is a fraction in (0, 1]"),
-        (Controls("duet", "nan"), "budget=nan: a float is a fraction in (0, 1]"),
+        (Controls("duet", "1.5"), "budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0"),
+        (Controls("duet", "-3"), "budget -3: keep at least 1 token"),
+        (Controls("duet", "220%"), "budget 220%: a fraction of the visual tokens is above 0 % and up to 100 %"),
+        (Controls("duet", "nan"), "budget nan: a fraction of the visual tokens"),
         (Controls("scope", schedule="((6, .5),)"), "schedule ((6, .5),): scope has no schedule, leave it empty"),
         (Controls("duet", "0.2", tower_keep="0.5"), "choose a method in the tower as well"),
         (Controls("duet", "0.2", settings="dominant"), "setting dominant: write it as key=value, one to a line"),
@@ -536,12 +548,12 @@ def test_what_the_command_line_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
         port = taken.getsockname()[1]
         assert f"--host 127.0.0.1 --port {port}: cannot listen there (Address already in use); choose another with --port" in call("--port", port)
     assert "did you mean 'tiny-video'" in call("--model", "tiny-vidoe", "--port", port)
-    assert "unknown method 'fastw' (did you mean 'fastv'?)" in call("--method", "fastw", "--port", port)
-    assert "budget=1.5: a float is a fraction in (0, 1]" in call("--budget", "1.5", "--port", port)
+    assert "unknown method 'fastw' (did you mean 'fastv'" in call("--method", "fastw", "--port", port)
+    assert "budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0" in call("--budget", "1.5", "--port", port)
     assert "--budget 0.2,0.3: give one" in call("--budget", "0.2,0.3", "--port", port)
-    monkeypatch.setattr(space, "find_spec", lambda name: None)
+    monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda name: None)
     assert 'the page needs Gradio: pip install ".[app]"' in call("--port", port)
-    monkeypatch.setattr(space, "find_spec", lambda name: name)
+    monkeypatch.setattr("duet_vlm.cli.app.find_spec", lambda name: name)
     assert "fastv cannot reach" in call("--method", "fastv", "--budget", "0.01", "--port", port)  # before the page opens
 
 

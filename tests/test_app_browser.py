@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from app_pictures import DEMO, ROOT, ask, choose, opened, served, set_to, show, take
+from app_pictures import DEMO, ROOT, ask, choose, more, opened, served, set_to, show, take
 from PIL import Image
 from report_pictures import CHROMIUM
 
@@ -133,6 +135,7 @@ def test_two_methods_are_compared(page: Any) -> None:
     page.check("#compare input")
     page.locator("#method-1").wait_for()
     choose(page, "method-1", "visionzip")
+    more(page, 1)
     set_to(page, "budget-1", "64")
     ask(page)
     page.locator("#view-1 #patches-1 img").wait_for()
@@ -143,8 +146,9 @@ def test_two_methods_are_compared(page: Any) -> None:
 
 def test_schedule_tower_and_other_settings(page: Any) -> None:
     show(page, DEMO / ITEMS[0].name, QUESTION)
-    page.get_by_role("button", name="Schedule, vision tower, other settings").first.click()
-    for control, value in (("budget-0", ""), ("schedule-0", "((3, 0.5), (8, 0.25))"), ("settings-0", "duet_dominant=60\nduet_contextual=4")):
+    more(page)
+    own = {"schedule-0": "((3, 0.5), (8, 0.25))", "settings-0": "duet_dominant=60\nduet_contextual=4"}
+    for control, value in {"budget-0": "none", **own}.items():
         set_to(page, control, value)
     choose(page, "tower-0", "contrast")
     set_to(page, "keep-0", "0.5")
@@ -162,7 +166,7 @@ def test_answers_are_written_side_by_side(browser: Any, endless: str) -> None:
     page.click("#ask")
     moments = []
     deadline = time.time() + 60
-    while time.time() < deadline and not page.locator("#report-0 pre").count():
+    while time.time() < deadline and not page.locator("#report-0 table").count():
         moments.append(tuple(map(len, texts(page, 2))))
         page.wait_for_timeout(20)
     final = tuple(map(len, texts(page, 2)))
@@ -182,7 +186,7 @@ def test_stop_ends_the_answers(browser: Any, endless: str) -> None:
     page.wait_for_timeout(500)
     before = texts(page, 2)
     page.wait_for_timeout(500)
-    assert texts(page, 2) == before and not page.locator("#report-0 pre").count()
+    assert texts(page, 2) == before and not page.locator("#report-0 table").count()
     page.locator("#longest input[type=number]").fill("4")
     ask(page)  # and the next question is answered
     assert "4 tokens" in page.inner_text("#facts-1")
@@ -193,7 +197,7 @@ def test_a_clip_and_a_question(browser: Any) -> None:
     pytest.importorskip("av", reason="needs PyAV")
     with served(sys.executable, "-m", "duet_vlm.cli.main", "app", "--model", "tiny-video", "--method", "frames+duet", "--budget", "0.3") as found:
         page = opened(browser, found)
-        page.locator("#examples tbody tr").first.click()
+        page.locator("#examples button").first.click()
         page.locator("#preview img").wait_for()
         ask(page)
         assert all(texts(page, 2)) and "frames+duet at 30 %, at the entry to the decoder:" in page.inner_text("#step-0")
@@ -219,11 +223,11 @@ def test_two_users_at_once(browser: Any, address: str) -> None:
     for page, item, method in zip(pages, ITEMS[:2], methods, strict=True):
         show(page, DEMO / item.name, item.questions[0][0])
         set_to(page, "method-0", method)
-        set_to(page, "budget-0", "0.33")
+        set_to(page, "share-0", "33")
     for page in pages:
         page.click("#ask")
     for number, (page, method) in enumerate(zip(pages, methods, strict=True)):
-        page.locator("#report-0 pre").wait_for()
+        page.locator("#report-0 table").wait_for()
         assert texts(page, 1) == [stock(number)]
         assert f"{method} (budget 0.33)" in page.inner_text("#report-0")
     for page, method in zip(pages, methods, strict=True):
@@ -233,8 +237,152 @@ def test_two_users_at_once(browser: Any, address: str) -> None:
         page.close()
 
 
+def in_sight(page: Any, *places: str) -> None:
+    """Each of these lies in the window as it stands, whole, and nothing was scrolled for it."""
+    width, height = page.viewport_size["width"], page.viewport_size["height"]
+    for place in places:
+        box = page.locator(place).first.bounding_box()
+        assert box is not None, place
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width, (place, box)
+        assert box["y"] >= 0 and box["y"] + box["height"] <= height, (place, box)
+    assert page.evaluate("scrollY") == 0
+
+
+def colours(page: Any, place: str) -> set[tuple[int, ...]]:
+    """Colours of a place in a picture of the window as it stands."""
+    box = page.locator(place).first.bounding_box()
+    shot = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    corners = (box["x"], box["y"], box["x"] + box["width"], box["y"] + box["height"])
+    return {colour for _, colour in shot.crop(tuple(map(round, corners))).getcolors(1 << 24) or ()}
+
+
+LAPTOP = {"width": 1360, "height": 768}
+
+
+def test_all_that_one_question_needs_is_above_the_fold(browser: Any, address: str) -> None:
+    """A laptop's window: what is asked with, the examples, then answers and the first pictures, without scrolling."""
+    page = opened(browser, address, **LAPTOP)
+    in_sight(page, "#file", "#question", "#ask", "#stop", "#method-0", "#share-0", "#examples", "#status")
+    thumbs = page.locator("#examples img")
+    assert thumbs.count() == len(ITEMS)
+    for number in range(thumbs.count()):
+        page.wait_for_function("n => document.querySelectorAll('#examples img')[n].naturalWidth > 50", arg=number)
+        in_sight(page, f"#examples img >> nth={number}")
+    empty = len(colours(page, "#answer-0"))
+    page.locator("#examples button").nth(1).click()
+    page.locator("#preview img").wait_for()
+    page.click("#ask")
+    page.locator("#report-0 table").wait_for()
+    page.locator("#patches-0 img").wait_for()
+    in_sight(page, "#status", "#answer-0", "#answer-1", "#facts-0", "#facts-1", "#depth", "#step-0")
+    assert page.locator("#patches-0 img").bounding_box()["y"] < LAPTOP["height"] - 100
+    assert len(colours(page, "#answer-0")) > empty  # there are letters
+    page.close()
+
+
+def test_that_it_works_is_seen_at_once(browser: Any, endless: str) -> None:
+    page = opened(browser, endless, **LAPTOP)
+    page.locator("#examples button").first.click()
+    page.locator("#preview img").wait_for()
+    page.locator("#longest input[type=number]").fill("512")
+    page.evaluate("scrollTo(0, 0)")
+    page.evaluate("document.querySelector('#ask').click()")  # no wait for what the server says
+    page.wait_for_timeout(20)
+    assert page.inner_text("#status").startswith("Working: ")
+    in_sight(page, "#status", "#answer-0", "#answer-1")
+    page.locator("#status").get_by_text("Working: answers are written").wait_for()
+    page.click("#stop")
+    page.locator("#status").get_by_text("Stopped").wait_for()
+    page.close()
+
+
+def test_an_error_is_above_the_fold(browser: Any, address: str) -> None:
+    page = opened(browser, address, **LAPTOP)
+    page.click("#ask")
+    problem(page, "nothing to look at")
+    in_sight(page, "#problem", "#problem [role=alert]")
+    assert (253, 238, 233) in colours(page, "#problem")  # its ground, in the picture of the window
+    page.wait_for_function("!document.querySelector('#status').innerText.includes('Working')")
+    page.close()
+
+
+def test_the_budget_is_a_slider(page: Any) -> None:
+    show(page, DEMO / ITEMS[0].name, QUESTION)
+    handle = page.locator("#share-0 input[type=range]")
+    for _ in range(11):
+        handle.press("ArrowLeft")
+    ask(page)
+    assert "duet at 11 %" in page.inner_text("#step-0") and " 28.0 of 256 visual tokens" in page.inner_text("#facts-1")
+    more(page)
+    set_to(page, "budget-0", "64")
+    ask(page)
+    assert "duet at 64 tokens" in page.inner_text("#step-0")
+    handle.press("ArrowRight")  # who moves it means it
+    page.wait_for_function("document.querySelector('#budget-0 textarea, #budget-0 input').value === ''")
+    ask(page)
+    assert "duet at 12 %" in page.inner_text("#step-0")
+
+
+def test_what_the_command_line_says_of_the_budget_stands_on_the_slider_or_beside_it() -> None:
+    from duet_vlm.app.page import _budgeted, _on_slider
+
+    starts = {"0.22": (22, ""), "1.0": (100, ""), "0.225": (22, "0.225"), "64": (22, "64"), "": (22, "none")}
+    assert {text: _on_slider(text) for text in starts} == starts
+    rest = ["", "none", "", ""]
+    meant = {(22, ""): "22%", (22, "0.225"): "0.225", (22, " 64 "): "64", (22, "none"): "", (7, None): "7%"}
+    for (share, exact), text in meant.items():
+        assert _budgeted(["duet", exact, *rest, share]) == ["duet", text, *rest]
+
+
+def test_the_slider_of_the_depth_opens_where_something_was_lost(page: Any) -> None:
+    """FastV reads two layers first; DUET drops at the entry: the later of the two is where both have something to show."""
+    show(page, DEMO / ITEMS[0].name, QUESTION)
+    page.check("#compare input")
+    ask(page)
+    assert page.input_value("#depth input[type=number]") == "2"
+    page.locator("#step-1").get_by_text("fastv at 22 %, at layer 2: 16 of 256 alive").wait_for()
+    assert "duet at 22 %, at layer 2: 90 of 256 alive" in page.inner_text("#step-0")
+
+
+def test_both_figures_of_speed_are_named_and_explained(page: Any) -> None:
+    show(page, DEMO / ITEMS[0].name, QUESTION)
+    assert not page.locator("#speeds").is_visible()
+    ask(page)
+    facts, report = page.inner_text("#facts-1"), page.inner_text("#report-0")
+    (bound,) = re.findall(r"FLOPs-bound speed-up of the decoder's prefill: ([\d.]+x)", report)
+    assert re.search(r"first token [\d.]+x as fast, measured", facts) and f"{bound} by FLOPs of the decoder" in facts
+    words = page.inner_text("#speeds")
+    assert "Measured: " in words and "By FLOPs: " in words and "vision tower" in words
+
+
+def test_reports_are_readable_on_a_phone(browser: Any, address: str) -> None:
+    page = opened(browser, address, width=430, height=900)
+    show(page, DEMO / ITEMS[0].name, QUESTION)
+    page.check("#compare input")
+    page.click("#ask")
+    page.locator("#report-1 table").wait_for()
+    one, other = (page.locator(f"#report-{number}").bounding_box() for number in range(2))
+    assert other["y"] >= one["y"] + one["height"] and one["width"] > 300 and other["width"] > 300
+    for number in range(2):
+        report, cell = page.locator(f"#report-{number} .report"), page.locator(f"#report-{number} td").first
+        assert report.evaluate("e => e.scrollWidth <= e.clientWidth")
+        assert cell.evaluate("e => parseFloat(getComputedStyle(e).fontSize)") >= 11
+    assert page.evaluate("document.documentElement.scrollWidth") <= 430
+    page.close()
+
+
+def test_a_phone_is_shown_that_it_works(browser: Any, address: str) -> None:
+    page = opened(browser, address, width=430, height=900)
+    show(page, DEMO / ITEMS[0].name, QUESTION)
+    page.click("#ask")
+    page.locator("#report-0 table").wait_for()
+    box, answer = page.locator("#status").bounding_box(), page.locator("#answer-1").bounding_box()
+    assert 0 <= box["y"] and answer["y"] + answer["height"] <= 900
+    page.close()
+
+
 def test_an_example_is_one_click(page: Any) -> None:
-    page.locator("#examples tbody tr").nth(1).click()
+    page.locator("#examples button").nth(1).click()
     page.locator("#preview img").wait_for()
     assert page.input_value("#question textarea") == ITEMS[1].questions[0][0]
     ask(page)
@@ -254,10 +402,11 @@ def test_errors_are_said_in_words(page: Any, tmp_path: Path) -> None:
     page.click("#ask")
     assert problem(page, "no question") == "no question: write what you want to know about the picture"
     page.fill("#question textarea", QUESTION)
+    more(page)
     for control, value, words in (
         ("budget-0", "1.5", "budget=1.5: a float is a fraction in (0, 1] of the visual tokens"),
         ("budget-0", "some", "budget some: give a token count (64), a fraction (0.22) or a percentage (22%)"),
-        ("method-0", "fastw", "unknown method 'fastw' (did you mean 'fastv'?)"),
+        ("method-0", "fastw", "unknown method 'fastw' (did you mean 'fastv'"),
         ("method-0", "adsc", "adsc cannot reach 56.32 mean visual tokens per layer on a span of 256 tokens"),
     ):
         set_to(page, control, value)

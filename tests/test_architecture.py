@@ -1,4 +1,4 @@
-"""Which room may import which, read from the source; and that importing the package does nothing to anyone."""
+"""The architecture as the files draw it: packages from the ground up, names that a stranger can read, and imports without side effects."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import ast
 import contextlib
 import io
 import multiprocessing
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,70 +17,47 @@ import pytest
 import duet_vlm
 
 ROOT = Path(duet_vlm.__file__).parent
+REPOSITORY = ROOT.parent.parent
 
-# room -> rooms (or modules) of the package that it imports from, besides itself; "duet_vlm" is the public face
-ARROWS = {
-    "ops": {"tokens"},
-    "tokens": set(),
-    "settings": set(),
-    "budget": {"settings"},
-    "text": {"ops"},
-    "pictures": set(),
-    "video": {"pictures"},
-    "hooks": set(),
-    "spelling": set(),
-    "checks": {"budget", "contrastive", "flow", "models", "reducer"},
-    "parts": {"budget"},
-    "calibration": set(),
-    "contents": set(),
-    "compressor": {"budget", "memory", "ops", "reducer", "settings", "tokens"},
-    "dropping": set(),
-    "reducer": {"budget", "calibration", "dropping", "settings", "spelling", "tokens", "vision"},
-    "vision": {"budget"},
-    "contrastive": {"ops"},
-    "tower": {"budget", "ops", "reducer", "tokens"},
-    "stages": {"budget", "reducer"},
-    "registry": {"reducer", "spelling"},
-    "measure": {"budget", "compressor", "ops", "reducer", "settings", "spelling", "tokens", "tower", "vision"},
-    "palette": set(),
-    "memory": {"budget", "reducer", "settings"},
-    "stream": {"models", "ops"},
-    "models": {"hooks", "measure", "ops", "tokens"},
-    "observer": {"budget", "reducer"},
-    "methods": {"budget", "calibration", "compressor", "observer", "ops", "reducer", "registry", "settings", "stages", "tokens", "tower", "vision"},
-    "presets": {"budget", "methods", "reducer", "spelling"},
-    "flow": {"budget", "compressor", "hooks", "models", "ops", "parts", "reducer", "text", "tokens", "tower", "vision"},
-    "serve": {"budget", "duet_vlm", "flow", "methods", "ops", "parts", "reducer", "settings", "tower", "vision"},
-    "accounts": {"budget", "flow", "measure", "models", "reducer", "tokens"},
-    "handle": {"accounts", "budget", "checks", "compressor", "flow", "hooks", "measure", "models", "reducer", "tokens"},
-    "attach": {"budget", "flow", "handle", "memory", "methods", "models", "reducer"},
-    "calibrating": {"attach", "calibration", "checks", "methods", "observer", "registry"},
-    "duet_vlm": {
-        "attach", "budget", "compressor", "handle", "measure", "memory", "methods", "presets", "reducer", "registry", "stages", "tokens", "tower",
-    },
+# From the ground up: a package imports from those before it, and from no other. This is the picture of the library.
+ORDER = (
+    "utils",  # removable hooks, types of fields, near names
+    "planning",  # budget -> counts: exact integers; spans, selections
+    "ops",  # scores, selectors, mergers: functions of tensors
+    "inputs",  # pictures, videos, words of the question
+    "reducers",  # the contracts of methods, and what they receive
+    "profiling",  # FLOPs, bytes, seconds: predicted and counted
+    "models",  # one adapter for each family
+    "runtime",  # what an attached model does: encode, prefill, decode
+    "methods",  # one file for each method
+    "api",  # attach, handle, load, save, calibrate
+    "viz",
+    "serve",
+    "train",
+    "evaluation",
+    "app",
+    "cli",
+)
+# And of those before it, not these: methods decide and the runtime acts; neither knows the other, nor a family.
+FORBIDDEN = {
+    "methods": {"runtime", "models", "profiling"},
+    "models": {"reducers"},
+    "profiling": {"inputs"},
+    "runtime": {"profiling"},
 }
-# the users of the library see it as anyone outside does
-USERS = {
-    "__main__": {"cli"},
-    "tiny": {"pictures"},  # the embedded models: what makes them needs nothing of the library but how a picture is read
-    "viz": {"duet_vlm", "palette", "pictures", "tokens"},
-    "app": {"budget", "duet_vlm", "loading", "memory", "pictures", "settings", "tiny", "video", "viz"},
-    "loading": {"memory", "models", "pictures", "spelling", "tiny", "video"},
-    "evaluate": {"budget", "contents", "duet_vlm", "loading", "measure", "models", "palette", "pictures", "spelling", "tiny", "video"},
-    "bench": {"accounts", "budget", "duet_vlm", "evaluate", "handle", "loading", "measure", "models", "palette", "parts", "reducer"},
-    "tune": {"bench", "contents", "duet_vlm", "evaluate", "loading", "measure", "models", "palette", "pictures", "video"},
-    "train": {"budget", "contents", "duet_vlm", "loading", "models", "pictures", "spelling", "text", "tiny"},
-    "cli": {
-        "app", "bench", "budget", "calibrating", "duet_vlm", "evaluate", "loading", "measure", "memory", "models", "pictures", "presets", "serve",
-        "settings", "spelling", "stream", "tiny", "train", "tune", "video", "viz",
-    },
-}  # fmt: skip
-PRIVATE = {"flow", "hooks", "ops", "methods"}  # what outsiders have no business with
+APPLICATIONS = ORDER[ORDER.index("viz") :]  # these see the library as anyone outside does
+PRIVATE = {"runtime", "ops", "methods"}  # what applications have no business with; a server chooses rows by them
 
-FILES = {".".join(("duet_vlm", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path for path in ROOT.rglob("*.py")}
+FILES = {
+    ".".join(("duet_vlm", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+SOURCES = sorted(
+    [*FILES.values(), *(REPOSITORY / "lab/src").rglob("*.py"), *(REPOSITORY / "plugins/vllm/src").rglob("*.py")]
+)
 
 
-def room_of(name: str) -> str:
+def package_of(name: str) -> str:
     return name.split(".")[1] if "." in name else name
 
 
@@ -90,21 +69,14 @@ def file_of(name: str) -> str:
 
 
 def imports(name: str) -> list[tuple[str, int]]:
-    """(file, line) of every import of the package in a file, wherever it stands: at the top, in a function, for types only, by a string."""
-    home = name if FILES[name].name == "__init__.py" else name.rpartition(".")[0]
+    """(file, line) of every import of the package in a file: at the top, in a function, for types only."""
     found = []
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.ImportFrom):
-            base = ".".join(home.split(".")[: len(home.split(".")) - node.level + 1]) if node.level else ""
-            module = ".".join(filter(None, (base, node.module)))
-            public = module == "duet_vlm"  # attach is the function there, not the file
-            found += [(module if public and alias.name in duet_vlm.__all__ else f"{module}.{alias.name}", node.lineno) for alias in node.names]
+            assert not node.level, f"{name}:{node.lineno}: write the whole name of the module"
+            found += [(f"{node.module}.{alias.name}", node.lineno) for alias in node.names]
         elif isinstance(node, ast.Import):
             found += [(alias.name, node.lineno) for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and name != "duet_vlm":  # says it for types, too
-            text = ast.unparse(node.args[0]).lstrip("f").strip("\"'").replace("{__name__}", name)
-            folder = text.partition("{")[0].rstrip(".")  # all files of a folder, where the string is put together
-            found += [(each, node.lineno) for each in FILES if each == text or ("{" in text and each.rpartition(".")[0] == folder)]
     return [(file_of(target), line) for target, line in found if target.split(".")[0] == "duet_vlm"]
 
 
@@ -125,33 +97,29 @@ def circle(arrows: dict[str, set[str]]) -> list[str]:
     return next((found for start in sorted(arrows) if (found := walk(start, []))), [])
 
 
-def rooms() -> dict[str, set[str]]:
-    """The arrows between rooms as the files draw them."""
-    found: dict[str, set[str]] = {room_of(name): set() for name in FILES}
-    for name in FILES:
-        found[room_of(name)] |= {room_of(target) for target, _ in imports(name)} - {room_of(name)}
-    return found
+# ---- packages
 
 
-def test_every_file_belongs_to_a_room() -> None:
-    assert len(FILES) > 100
-    assert {room_of(name) for name in FILES} == set(ARROWS) | set(USERS)
+def test_the_top_level_is_the_picture() -> None:
+    """A new module at the top level needs a place in the order; at most sixteen packages stand there."""
+    found = {path.stem if path.is_file() else path.name for path in ROOT.iterdir() if path.suffix in ("", ".py")}
+    assert found - {"__init__", "__main__", "__pycache__"} == set(ORDER) and len(ORDER) <= 16
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_arrows(name: str) -> None:
-    room = room_of(name)
-    allowed = (ARROWS | USERS)[room] | {room}
-    assert not [f"{name}:{line} imports {target}" for target, line in imports(name) if room_of(target) not in allowed]
+def test_imports_go_down(name: str) -> None:
+    package = package_of(name)
+    if name in ("duet_vlm", "duet_vlm.__main__"):
+        return
+    below = set(ORDER[: ORDER.index(package) + 1]) - FORBIDDEN.get(package, set())
+    if package in APPLICATIONS:
+        below = (below | {"duet_vlm"}) - (set() if package == "serve" else PRIVATE)
+    below |= {"duet_vlm"} if package == "api" else set()
+    assert not [f"{name}:{line} imports {target}" for target, line in imports(name) if package_of(target) not in below]
 
 
-def test_every_arrow_is_used() -> None:
-    assert rooms() == ARROWS | USERS
-
-
-def test_no_circle_between_rooms_or_files() -> None:
-    assert not circle(rooms())
-    assert not circle({name: {target for target, _ in imports(name)} - {name} for name in FILES})
+def test_no_circle_between_files() -> None:
+    assert not circle({name: {target for target, _ in imports(name)} - {name} for name in FILES if name != "duet_vlm"})
 
 
 def test_the_circle_finder_finds_circles() -> None:
@@ -159,20 +127,54 @@ def test_the_circle_finder_finds_circles() -> None:
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"d"}, "d": {"b"}}) == ["b", "c", "d", "b"]
 
 
-def test_methods_decide_and_the_flow_acts() -> None:
-    assert not ARROWS["methods"] & {"flow", "models", "attach"}
-    assert "methods" not in ARROWS["flow"] and "methods" not in ARROWS["models"]
-    assert not any(rooms & set(USERS) for rooms in ARROWS.values())  # nobody depends on the users of the library
-    assert not any(rooms & (PRIVATE | {"cli"}) for room, rooms in USERS.items() if room != "__main__")
+RULED = [name for name in FILES if package_of(name) in ("runtime", "profiling") or name == "duet_vlm.api.handle"]
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if room_of(name) in ("flow", "attach", "handle", "measure")])
+@pytest.mark.parametrize("name", RULED)
 def test_no_branches_on_concrete_methods_or_models(name: str) -> None:
     words = {"llava", "qwen", "duet", "fastv", "visionzip", "pyramiddrop"}
     for node in ast.walk(ast.parse(FILES[name].read_text())):
         if isinstance(node, ast.Compare):
             literals = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
             assert not any(word in text.lower() for text in literals for word in words), f"{name}:{node.lineno}"
+
+
+# ---- names and words
+
+NOUNS = {"Handle", "Span", "Selection", "Report", "Loader", "Reducer"}  # end like participles or pronouns, and are nouns
+BARE = re.compile(r"_?(?:[A-Z][a-z]*(?:ed|ing)|Made|Left|Seen|Shown|Said|Chosen|Kept|Known|Apart|Inside|Words|Walk|Wrong|Note|Notes)")
+RIDDLE = re.compile(r"(What|Which|Who|Whose|Whether|How|Where|Why)\b")
+
+
+def classes() -> list[tuple[str, str]]:
+    return [
+        (node.name, f"{path.relative_to(REPOSITORY)}:{node.lineno}")
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+
+
+def test_classes_have_nouns_for_names() -> None:
+    """No class is a bare participle, adjective or pronoun: ``Encoded``, ``Left``, ``Choosing``."""
+    assert not [f"{where}: {name}" for name, where in classes() if BARE.fullmatch(name) and name not in NOUNS]
+    assert all(BARE.fullmatch(name) for name in ("Encoded", "_Choosing", "Left", "Made")) and not BARE.fullmatch("SpanPlan")
+
+
+def test_no_two_classes_have_one_name() -> None:
+    counts = Counter(name for name, _ in classes())
+    assert not [(name, where) for name, where in classes() if counts[name] > 1]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_docstrings_say_what_a_thing_is_or_does(path: Path) -> None:
+    """None begins with a question word."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+    riddles = [node for node in nodes if RIDDLE.match(ast.get_docstring(node) or "")]
+    assert not [f"{path.name}:{getattr(node, 'lineno', 1)}: {ast.get_docstring(node)}" for node in riddles]
+
+
+# ---- imports without side effects
 
 
 def run(code: str) -> str:
@@ -186,9 +188,9 @@ def forked(code: str) -> str:
 
 
 def _executed(code: str) -> str:
-    with contextlib.redirect_stdout(io.StringIO()) as said:
+    with contextlib.redirect_stdout(io.StringIO()) as output:
         exec(code, {})
-    return said.getvalue().strip()
+    return output.getvalue().strip()
 
 
 def test_importing_changes_nothing() -> None:
@@ -224,21 +226,6 @@ def test_importing_loads_nothing_large() -> None:
         from duet_vlm import atach  # type: ignore[attr-defined]  # noqa: F401
 
 
-def test_files_do_not_replace_the_functions_that_they_are_called_as() -> None:
-    """Whatever is imported first, in a package that has loaded nothing yet."""
-    code = """
-import importlib, inspect, sys
-for first in ("duet_vlm.attach", "duet_vlm.methods.fastv", "duet_vlm.cli.main", "duet_vlm"):
-    for known in [known for known in sys.modules if known.split(".")[0] == "duet_vlm"]:
-        del sys.modules[known]
-    importlib.import_module(first)
-    import duet_vlm
-    from duet_vlm import attach, methods
-    print(all(map(inspect.isfunction, (attach, methods, duet_vlm.attach, duet_vlm.methods))), attach is duet_vlm.attach, len(methods()) > 9)
-"""
-    assert forked(code).splitlines() == 4 * ["True True True"]
-
-
 def test_files_can_be_imported_in_any_order() -> None:
     """Nothing can stand in the way where there is no circle (above); here from the first to the last and back, for what only loading shows."""
     names = sorted(FILES)
@@ -261,9 +248,12 @@ for order in ({names}, {names[::-1]}):
 
 def test_what_decides_needs_no_transformers() -> None:
     """Methods, arithmetic and what a server needs of them load beside any transformers, or none: vLLM holds on to older ones."""
-    pure = {"budget", "memory", "methods", "ops", "parts", "presets", "reducer", "registry", "serve", "settings", "spelling", "stages", "tokens"}
-    files = {"text", "tower", "models.adapter", "models.llava", "models.towers", "flow.choose", "flow.rules", "flow.split", "flow.verify", "cli.main"}
-    names = sorted(name for name in FILES if room_of(name) in pure or name.removeprefix("duet_vlm.") in files)
+    pure = {"utils", "planning", "ops", "reducers", "methods", "serve"}
+    files = {
+        "inputs.text_queries", "models.adapter", "models.llava", "models.tower_signals", "runtime.encode.selection", "runtime.active_config",
+        "runtime.encode.per_crop", "runtime.validation", "api.presets", "cli.main",
+    }  # fmt: skip
+    names = sorted(name for name in FILES if package_of(name) in pure or name.removeprefix("duet_vlm.") in files)
     code = f"import importlib, sys; sys.modules['transformers'] = None; [importlib.import_module(name) for name in {names}]; import duet_vlm; "
     assert len(names) > 40 and run(code + "print(duet_vlm.get_method('duet')(dominant=2).plan(9, 4, None).entry)") == "2"
 

@@ -357,16 +357,16 @@ def test_what_enters_is_the_budget_where_nothing_drops_later(name: str) -> None:
     reducer = duet_vlm.get_method(name)()
     for tokens in (1, 2, 7, 64, 65):
         for budget in range(1, tokens + 3):
-            plan = reducer.entering(tokens, budget, depth=12)
+            plan = reducer.plan_entry(tokens, budget, depth=12)
             assert (plan.tokens, plan.entry, plan.counts) == (tokens, min(budget, tokens), (min(budget, tokens),) * 12)
         for share in (0.01, 0.13, 0.5, 0.999, 1.0):
-            assert reducer.entering(tokens, share).entry == max(1, int(share * tokens + 1e-9))
+            assert reducer.plan_entry(tokens, share).entry == max(1, int(share * tokens + 1e-9))
     alike = next(plan for share in range(1, 577) if (plan := reducer.plan(576, 32, share / 576)).entry >= 64)
-    assert reducer.entering(576, alike.entry).contextual == alike.contextual
+    assert reducer.plan_entry(576, alike.entry).contextual == alike.contextual
     with pytest.raises(duet_vlm.BudgetError, match="budget=0"):
-        reducer.entering(64, 0)
+        reducer.plan_entry(64, 0)
 
 
 def test_counts_of_a_methods_own_and_a_budget_that_enters_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="either budget= or the method's own"):
-        duet_vlm.get_method("visionzip")(dominant=5).entering(64, 9)
+        duet_vlm.get_method("visionzip")(dominant=5).plan_entry(64, 9)

@@ -119,7 +119,7 @@ def test_mistakes_name_value_and_remedy(tmp_path: Path) -> None:
         (["--data", "tiny", "--budget", "many"], "--budget many: give a token count"),
         (["--data", "tiny", "--budget", "1.5"], "1.5"),
         (["--data", "tiny", "--anneal-from", "0.5", "--budget", "64"], "anneal_from needs one budget as a fraction"),
-        (["--data", "tiny", "--anneal-from", "1.0", "--anneal-until", "2", "--budget", "0.1"], "anneal_until: 2.0: a share of the steps"),
+        (["--data", "tiny", "--anneal-from", "1.0", "--anneal-until", "2", "--budget", "0.1"], "--anneal-until: 2.0: a share of the steps"),
         (["--data", "tiny", "--trainer", "seed"], "--trainer seed: write it as key=value"),
         (["--data", "tiny", "--set", "seed"], "--set seed: write it as key=value"),
         (["--data", "tiny"], "data: tiny draws conversations without end: give limit"),
@@ -132,7 +132,7 @@ def test_mistakes_name_value_and_remedy(tmp_path: Path) -> None:
         (["--data", "tiny", "--trainer", "bf16=perhaps"], "trainer: bf16: 'perhaps': give a truth value"),
         (["--recipe", "tinny"], "--recipe tinny: unknown (did you mean 'tiny'?)"),
         (["--config", tmp_path], f"--config {tmp_path}: is a folder"),
-        (["--data", "tiny", "--limit", 4, "--method", "deut"], "unknown method 'deut' (did you mean 'duet'?)"),
+        (["--data", "tiny", "--limit", 4, "--method", "deut"], "unknown method 'deut' (did you mean 'duet'"),
         (["--data", "tiny", "--method", "duet,fastv"], "--method duet,fastv: give one"),
     ]  # fmt: skip
     written = {

@@ -393,3 +393,18 @@ def test_set_changes_settings_in_place_and_keeps_the_old_ones_on_error() -> None
         handle.set(budget=20)
         forward(model, inputs)
         assert handle.report().measured_mean > small
+
+
+def test_a_handle_says_model_method_and_budget() -> None:
+    model = shared("llava")
+    name = type(model).__name__
+    with duet_vlm.attach(model, "duet", budget=5) as handle:
+        budget = "budget 5 visual tokens per layer and image"
+        assert repr(handle) == f"<duet_vlm.Handle: duet on {name} (llava), {budget}; attached>"
+        handle.set(budget=0.225, text_query="last")
+        assert "budget 22.5 % of the visual tokens, text_query='last'; attached>" in str(handle)
+    assert repr(handle).endswith("; detached>")
+    with duet_vlm.attach(model, "scope", keep=3) as handle:
+        assert f"scope on {name} (llava), own settings, keep=3;" in repr(handle)
+    with duet_vlm.attach(model, "divprune+duet", budget=0.5) as handle:
+        assert "divprune+duet on " in repr(handle)

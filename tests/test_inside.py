@@ -115,14 +115,14 @@ class Halves(DecoderReducer):
         return Selection(index, valid, tokens, row.masked_fill(alone, -1), weights=weights)
 
 
-@pytest.mark.parametrize("share", ["joint", "each"])
+@pytest.mark.parametrize("share", ["joint", "per_image"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "qwen3_5", "video_llava"])
 def test_weighed_merges_inside_the_decoder_equal_the_oracle(family: str, share: str) -> None:
     choices, _ = equals_oracle(family, RAGGED, Halves(multi_image=share))
     assert any(choice.merged.get(3) for choice in choices)
 
 
-@pytest.mark.parametrize("share", ["joint", "each"])
+@pytest.mark.parametrize("share", ["joint", "per_image"])
 def test_merges_inside_the_decoder_without_a_cache_are_replayed(share: str) -> None:
     inputs, model = FAMILIES["llava"].inputs(RAGGED), shared("llava")
     with duet_vlm.attach(model, Halves(multi_image=share)):

@@ -272,7 +272,7 @@ def test_gradient_reaches_the_tower_and_autocast_leaves_the_merge_alone(family: 
     assert gradient.isfinite().all() and bool(gradient.any())
 
 
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_weights_pass_through_parts_and_compositions(parts: str) -> None:
     """A clip frame by frame, and within a pool: everything that is merged is in the pool."""
     for name, fields in (("prumerge", {"parts": parts}), ("frames+prumerge", {"frames_keep": 0.8} if parts == "joint" else {})):

@@ -397,7 +397,7 @@ class Noting(VideoReducer, duet_vlm.DecoderReducer):
 SEEN: list[DecoderView] = []
 
 
-@pytest.mark.parametrize("share", ["joint", "each"])
+@pytest.mark.parametrize("share", ["joint", "per_image"])
 @pytest.mark.parametrize("family", MOVING)
 def test_notes_come_back_inside_the_decoder(family: str, share: str) -> None:
     """Whatever is in a batch: clips of several lengths, images (clips of one step), padding, spans ranked together or by themselves."""

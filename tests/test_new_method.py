@@ -51,6 +51,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = copy(tmp_path_factory.mktemp("new") / "clone")
     said = call("by_entry", "--clone", folder, "--paper", "Some Paper, arXiv 2600.00000").stdout
     assert f"wrote {folder / 'src/duet_vlm/methods/by_entry.py'}" in said and "make tables" in said
+    assert f"which does not have by_entry: run 'pip install -e .' in {folder}" in said  # the tests run another copy
+    assert f"--method {folder / 'src/duet_vlm/methods/by_entry.py'} in place of --method by_entry" in said
     call("by_drop", "--where", "decoder", "--clone", folder)
     return folder
 
@@ -66,6 +68,8 @@ def test_a_new_method_has_its_rows_and_answers(clone: Path) -> None:
     lint = subprocess.run([sys.executable, "-m", "ruff", "check", *made, clone / "tests/cases.py"], cwd=clone, capture_output=True, text=True)
     assert lint.returncode == 0, lint.stdout + lint.stderr
     ask = ("run", "-i", PICTURE, "-p", "What shape is the yellow object?", "-b", "0.3", "--method", "by_entry")
+    told = inside(clone, "-m", "duet_vlm.cli.main", "new-method", "by_own").stdout  # the copy's own command
+    assert "wrote" in told and "another copy" not in told
     answered = inside(clone, "-m", "duet_vlm.cli.main", *ask)
     assert answered.returncode == 0 and "by_entry (budget 0.3)" in answered.stdout, answered.stderr
 

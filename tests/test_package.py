@@ -25,7 +25,7 @@ NEEDED = [
     "duet_vlm/train/recipes/tiny.yaml",
     "duet_vlm/tiny/demo/questions.json",
     "duet_vlm/tiny/demo/scene_1.png",
-    "duet_vlm/cli/lists.json",
+    "duet_vlm/api/catalogue.json",
     "duet_vlm/cli/skeletons/entry.txt",
     "duet_vlm/cli/skeletons/decoder.txt",
     "duet_vlm/evaluate/report/page.html.j2",

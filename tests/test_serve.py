@@ -188,16 +188,16 @@ def plug_in() -> Any:
     return module
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.33.1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.0+cpu", "0.32.1"])
 def test_a_vllm_that_was_tested_says_nothing(plug_in: Any, version: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plug_in.check_version(version)
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.34.0rc1", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.34.0rc1", "1.0.0", "dev"])
 def test_another_vllm_warns(plug_in: Any, version: str) -> None:
-    with pytest.warns(UserWarning, match=rf"tested with vLLM 0.32, 0.33, and this is {version}: check answers"):
+    with pytest.warns(UserWarning, match=rf"tested with vLLM 0.32, and this is {version}: check answers"):
         plug_in.check_version(version)
 
 
@@ -575,3 +575,19 @@ def test_a_real_server_fetches_nothing_and_logs_little(served: tuple[int, Path])
     assert ask(b"A" * 100_000_001)[0] == 413
     assert ask(named(doors(encoded(tiny.sample("test", 1, 0).image))["chat"]))[0] == 200
     assert log.stat().st_size < 200_000
+
+
+def test_the_page_on_serving_shows_a_request_that_is_whole() -> None:
+    """The shell writes it out as it stands on the page: JSON of OpenAI's API, with the picture in it."""
+    import base64
+    import json
+    import subprocess
+
+    root = PLUGIN_TESTS.parent.parent.parent
+    (command,) = [block for block in (root / "docs/serve.md").read_text().split("```bash\n") if block.startswith("curl")]
+    done = subprocess.run(["bash", "-c", "curl() { cat; }\n" + command.split("```")[0]], cwd=root, capture_output=True, text=True, check=True)
+    body = json.loads(done.stdout)
+    picture, question = body["messages"][0]["content"]
+    kind, _, content = picture["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64" and base64.b64decode(content) == (root / "src/duet_vlm/tiny/demo/scene_1.png").read_bytes()
+    assert question["text"] == "What shape is the yellow object?" and {"model", "max_tokens", "messages"} == set(body)

@@ -23,7 +23,7 @@ def kept_and_planned(handle: duet_vlm.Handle) -> tuple[list[list[list[int]]], li
     return kept, [[list(plan.counts) for plan in row] for row in handle._run.plans]
 
 
-@pytest.mark.parametrize("share", ["joint", "each"])
+@pytest.mark.parametrize("share", ["joint", "per_image"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", DROPPING)
 def test_what_an_image_keeps(family: str, method: str, share: str) -> None:
@@ -38,7 +38,7 @@ def test_what_an_image_keeps(family: str, method: str, share: str) -> None:
             means = [tuple(sum(layers) / len(layers) for layers in row) for row in kept]
             assert [pytest.approx(row) for row in report.images] == means
             assert ("mean visual tokens by image" in str(report)) == any(len(row) > 1 for row in means)
-        if share == "each":
+        if share == "per_image":
             assert kept == planned
         else:
             assert [[sum(layer) for layer in zip(*row, strict=True)] for row in kept] == [

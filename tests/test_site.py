@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import pkgutil
 import re
 import runpy
 import subprocess
@@ -19,7 +20,7 @@ from report_pictures import CHROMIUM
 from typer.main import get_command
 
 import duet_vlm
-from duet_vlm.cli.lists import rows
+from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,7 @@ sys.path.insert(0, str(ROOT / "docs/site"))
 
 import catalogue  # noqa: E402
 import docstrings  # noqa: E402
+import home  # noqa: E402
 import lessons  # noqa: E402
 import links  # noqa: E402
 import measured  # noqa: E402
@@ -67,14 +69,38 @@ def result_runs() -> list[tuple[Path, dict[str, Any]]]:
 def test_every_page_is_in_the_navigation_once() -> None:
     listed = leaves(CONFIG["nav"])
     own = {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")}
-    made = {measured.PAGE, reference.CLI, reference.API, catalogue.FOLDER, *lessons.pages(), *links.BROUGHT.values()}
+    made = {home.PAGE, measured.PAGE, reference.CLI, reference.API, catalogue.FOLDER}
+    made |= {*lessons.pages(), *links.BROUGHT.values()}
     assert set(listed) == own | made and len(listed) == len(set(listed))
     assert all((ROOT / path).is_file() for path in links.BROUGHT)
 
 
 def test_the_site_loads_nothing_from_elsewhere() -> None:
     assert CONFIG["theme"]["font"] is False
-    assert not re.search(r"https?://", (ROOT / "docs/assets/tables.js").read_text() + (ROOT / "docs/assets/site.css").read_text())
+    assert not any(re.search(r"https?://", path.read_text()) for path in (ROOT / "docs/assets").iterdir())
+    shims = [path for path in CONFIG["extra"]["polyfills"] if "iframe-worker" in path]  # the plug-in then fetches none
+    assert shims and all((ROOT / "docs" / path).is_file() for path in shims)
+
+
+def test_the_home_page_is_its_own_and_leads_to_what_people_want() -> None:
+    """Headline and cards; README is a page beside it; each card leads to pages of the navigation."""
+    page, listed = home.page(), leaves(CONFIG["nav"])
+    assert page.count("\n# ") == 1 and "## I want to ..." in page and len(home.CARDS) >= 6
+    readme = (ROOT / "README.md").read_text()
+    headline = readme.split("<!-- table:headline -->\n")[1].split("\n<!-- /table:headline -->")[0]
+    assert headline in page and links.BROUGHT["README.md"] != "index.md"
+    for wish, (words, pages) in home.CARDS.items():
+        card = page.split(f"**... {wish}**")[1].split("\n-   ")[0].split("</div>")[0]
+        assert words in card and pages
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", links.rewrite(card, "index.md")[0]):
+            assert target in listed or target == f"{catalogue.FOLDER}/index.md", target
+
+
+def test_the_home_page_without_a_headline_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# nothing")
+    monkeypatch.setattr(home, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="README.md has no block <!-- table:headline -->"):
+        home.page()
 
 
 @pytest.mark.parametrize("row", SHIPPED, ids=lambda row: row["name"])
@@ -88,13 +114,71 @@ def test_a_method_has_a_page_with_all_that_is_known_of_it(row: dict[str, Any], p
     assert all(f"`{need}`" in page for need in row["needs"])
     assert all(f"`{family}`" in page and case["why"] in page for case in row["families_without"] for family in case["families"])
     mine = [run for _, run in result_runs() if row["name"] in run["method"].split("+")]
-    assert len(re.findall(r"^\| `tiny[\w-]*` \|", page.split("## Numbers")[1], flags=re.M)) == len(mine)
-    assert ("duet-vlm eval" in page.split("## Numbers")[1].split("## Try it")[0]) == (not mine)
+    numbers = page.split("## Numbers")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\| `tiny[\w-]*` \|", numbers, flags=re.M)) == len(mine)
+    assert ("duet-vlm eval" in numbers) == (not mine)
+    heads = re.findall(r"^## (.+)$", page, flags=re.M)
+    assert heads[:2] == ["Try it", "Settings"]
     assert f"[`{row['name']}`]({row['name']}.md)" in pages["catalogue/index.md"]
 
 
+def test_the_catalogue_is_grouped() -> None:
+    """By what the base classes say, which is the other way round than the site works it out."""
+    found = {head: {row["name"] for row in group} for head, group in catalogue.grouped().items()}
+    assert list(found) == [
+        "Before the decoder", "Inside the decoder", "In the vision tower", "For clips", "Trained", "Baselines"
+    ] and sum(map(len, found.values())) == len(rows("methods"))  # fmt: skip
+    assert found["Trained"] == {"quecc", "resampler", "vqtoken"}
+    assert found["Baselines"] == {"none", "random", "uniform", "pool", "random_patches", "checkerboard"}
+    assert {"holitom", "frames", "metok"} <= found["For clips"]
+    staged = {row["name"]: row["stage"] for row in rows("methods")}
+    for head, words in (("Inside the decoder", "inside the decoder"), ("In the vision tower", "inside the tower")):
+        assert {staged[name] for name in found[head]} == {words}
+    assert all(staged[name].startswith("before the decoder") for name in found["Before the decoder"])
+    listed = leaves(catalogue.navigation())
+    assert len(listed) == len(set(listed)) == len(rows("methods")) + 1
+
+
+def test_the_catalogue_has_the_accuracy_that_was_measured(pages: dict[str, str]) -> None:
+    """Read from the result files without the site's code; no column without a number."""
+    page = pages["catalogue/index.md"]
+    found = [(path, run) for path, run in result_runs() if path.stem == "methods" and "training" not in path.parts]
+    runs = {(path.parts[-3], run["id"]): run for path, run in found}
+    chain, inside, clips = ("tiny-chain", (0.33, 0.11)), ("tiny-chain", (0.33, 0.22)), ("tiny-video", (0.47, 0.07))
+    for name, task, budgets in (("duet_plus", *chain), ("fastv", *inside), ("frames", *clips)):
+        (line,) = [line for line in page.splitlines() if line.startswith(f"| [`{name}`]")]
+        for budget in budgets:
+            run = runs[task, f"{name}@{budget}"]
+            assert f"| {100 * run['kept']:.1f} |" in line if run["status"] == "ok" else f"| {run['status']} |" in line
+    for part in page.split("\n## ")[1:]:
+        rows_ = [line.strip("| ").split(" | ") for line in part.splitlines() if line.startswith("| ")]
+        heads = [column for column, head in enumerate(rows_[0]) if head.startswith("kept at")]
+        assert heads or part.startswith(("Trained", "In the vision tower"))  # other files hold those
+        assert all(any(re.fullmatch(r"[\d.]+", row[column]) for row in rows_[2:]) for column in heads), part[:30]
+
+
+def test_the_results_open_on_the_leading_bench() -> None:
+    page = measured.page()
+    assert 'data-choose-0="task=tiny-chain" data-choose-1="budget=11%"' in page
+    assert measured.LEADING in (ROOT / "docs/comparison.md").read_text().split("leads**")[0]
+    shown = [line for line in page.splitlines() if line.startswith("| tiny-chain |") and "| 11% |" in line]
+    assert 20 < len(shown) < 100
+    kept = [float(line.split(" | ")[4].split()[0]) for line in shown if "/methods.json" in line and " | - | " not in line]
+    assert len(kept) > 20 and kept == sorted(kept, reverse=True) and "/methods.json" in shown[0]
+
+
+def test_the_comparison_opens_with_who_keeps_what() -> None:
+    text = (ROOT / "docs/comparison.md").read_text()
+    head, table = re.search(r"^## (.+)$", text, flags=re.M), text.index("<!-- table:kept_chain -->")
+    assert head is not None and head[1] == "Who keeps what"
+    assert len(text[:table].split()) < 120  # little stands in front of it
+    assert text.index("![") > table
+
+
 def test_pictures_stand_on_the_pages_that_have_one(pages: dict[str, str]) -> None:
-    assert "(duet.webp)" in pages["catalogue/duet.md"] and ".webp" not in pages["catalogue/scope.md"]
+    page = pages["catalogue/duet.md"]
+    assert page.index("(duet.webp)") < page.index("## Try it")  # the picture comes first
+    assert "(duet.webp)" in page and ".webp" not in pages["catalogue/scope.md"]
 
 
 def test_deviations_are_those_of_papers_md(pages: dict[str, str]) -> None:
@@ -136,7 +220,13 @@ def test_every_verb_and_option_is_on_the_page_of_the_command_line() -> None:
 
 def test_public_names_are_documented_and_on_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reference.undocumented() == []
-    assert all(f"::: duet_vlm.{name}\n" in reference.python() for names in reference.GROUPS.values() for name in names)
+    page = reference.python()
+    assert all(f"::: duet_vlm.{name}\n" in page for names in reference.GROUPS.values() for name in names)
+    heads = dict(re.findall(r"^::: (\S+)\n    options:\n      heading: (\S+)$", page, flags=re.M))
+    assert {head.removeprefix("duet_vlm.") for head in heads.values() if head.count(".") == 1} == set(duet_vlm.__all__)
+    for defined, head in heads.items():  # the name in the heading is that very object
+        one, other = (pkgutil.resolve_name(":".join(name.rsplit(".", 1))) for name in (head, defined))
+        assert one is other, head
     monkeypatch.setattr(duet_vlm.Handle.report, "__doc__", None)
     monkeypatch.setattr(duet_vlm, "__all__", [*duet_vlm.__all__, "forgotten"])
     assert reference.undocumented() == ["forgotten (not on the page)", "handle.Handle.report"]
@@ -146,8 +236,10 @@ LINKS = {  # on the page, link of the repository -> link of the site
     ("how-it-works.md", "glossary.md"): "glossary.md",
     ("how-it-works.md", "../PAPERS.md"): "papers.md",
     ("how-it-works.md", "../PAPERS.md#duet"): "papers.md#duet",
-    ("index.md", "docs/serve.md#limits"): "serve.md#limits",
-    ("index.md", "docs/images/kept.png"): "images/kept.png",
+    ("overview.md", "docs/serve.md#limits"): "serve.md#limits",
+    ("overview.md", "docs/images/kept.png"): "images/kept.png",
+    ("index.md", "../CONTRIBUTING.md#release"): "contributing.md#release",
+    ("index.md", "catalogue/index.md"): "catalogue/index.md",
     ("papers.md", "docs/glossary.md"): "glossary.md",
     ("catalogue/duet.md", "../../PAPERS.md"): "../papers.md",
     ("comparison.md", "../benchmarks/results/knobs.json"): "files/benchmarks/results/knobs.json",
@@ -228,7 +320,7 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path: Path) -> None:
     cells = "".join("<tr>" + "".join(f"<td>{text}</td>" for text in row) + "</tr>" for row in ROWS)
     table = f"<table><thead><tr><th>name</th><th>value</th><th>words</th></tr></thead><tbody>{cells}</tbody></table>"
     script = (ROOT / "docs/assets/tables.js").read_text()
-    (tmp_path / "page.html").write_text(f"<div class='sortable filtered'>{table}</div><script>{script}</script>")
+    (tmp_path / "page.html").write_text(f"<div class='filtered'><div class='sortable'>{table}</div></div><script>{script}</script>")
     with api.sync_playwright() as play:
         page = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
         page.goto((tmp_path / "page.html").as_uri())
@@ -247,11 +339,119 @@ def test_tables_sort_and_filter_in_a_browser(tmp_path: Path) -> None:
         assert shown() == "c" and page.locator(".table-filter span").inner_text() == "1 rows"
 
 
-@pytest.mark.slow
-def test_the_site_builds_strictly(tmp_path: Path) -> None:
+GROUPED = """<div class="filtered" data-choose-0="budget=11%">
+<h2>One</h2><p>words of one</p>
+<div class="sortable"><table><thead><tr><th>name</th><th>budget</th><th>kept</th></tr></thead><tbody>
+<tr><td>a</td><td>11%</td><td>33%</td></tr><tr><td>b</td><td>33%</td><td>11%</td></tr></tbody></table></div>
+<h2>Two</h2><p>words of two</p>
+<div class="sortable"><table><thead><tr><th>name</th><th>budget</th></tr></thead><tbody>
+<tr><td>c</td><td>7%</td></tr><tr><td>d</td><td>11%</td></tr></tbody></table></div>
+</div>"""
+
+
+@pytest.fixture
+def window() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("needs Chromium: apt-get install chromium (or set CHROMIUM to its path)")
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser installs it")
+    with api.sync_playwright() as play:
+        page = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
+        page.set_default_timeout(20_000)
+        yield page
+
+
+def test_in_a_browser_a_page_opens_on_a_value_and_groups_without_rows_go(window: Any, tmp_path: Path) -> None:
+    """The list of a column's values stands at the one that the page names, and asks this column alone."""
+    (tmp_path / "page.html").write_text(f"{GROUPED}<script>{(ROOT / 'docs/assets/tables.js').read_text()}</script>")
+    window.goto((tmp_path / "page.html").as_uri())
+
+    def shown() -> str:
+        return "".join(window.locator("tbody tr:visible td:first-child").all_inner_texts())
+
+    box, budgets = window.get_by_role("searchbox"), window.get_by_label("budget")
+    assert shown() == "ad" and budgets.input_value() == "11%"
+    assert window.locator(".table-filter span").inner_text() == "2 rows"
+    assert budgets.locator("option").all_inner_texts() == ["every budget", "7%", "11%", "33%"]
+    budgets.select_option("")
+    assert shown() == "abcd"
+    box.fill("7%")
+    assert shown() == "c"
+    for words, there in {"One": False, "words of one": False, "Two": True, "words of two": True}.items():
+        assert window.get_by_text(words, exact=True).is_visible() == there
+    box.fill("")
+    assert shown() == "abcd" and window.get_by_text("words of one").is_visible()
+    window.get_by_text("kept", exact=True).click()  # each table sorts by itself
+    assert shown() == "bacd"
+
+
+def test_in_a_browser_a_worker_runs_on_a_page_from_a_folder(window: Any, tmp_path: Path) -> None:
+    """As the search's does: it listens for messages and posts answers; some are sent before it is loaded."""
+    (tmp_path / "worker.js").write_text("addEventListener('message', async (e) => { postMessage(e.data.n * 2); });")
+    shim = (ROOT / "docs/assets/iframe-worker.js").read_text()
+    start = """const w = new Worker("worker.js"); window.found = []; w.addEventListener("message", (e) => found.push(e.data));
+    w.postMessage({ n: 1 }); w.postMessage({ n: 5 });"""
+    (tmp_path / "page.html").write_text(f"<head><script>{shim}</script></head><body><script>{start}</script>")
+    window.goto((tmp_path / "page.html").as_uri())
+    window.wait_for_function("found.length === 2")
+    assert window.evaluate("found") == [2, 10]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole site, built as `make docs` does."""
     pytest.importorskip("mkdocs", reason="needs the 'docs' extra: make docs")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path / "site")]
+    folder = tmp_path_factory.mktemp("built") / "site"
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_strictly(site: Path) -> None:
     pages = [page for page in leaves(CONFIG["nav"]) if page.endswith(".md") and "README" not in page]
-    assert all((tmp_path / "site" / page).with_suffix(".html").is_file() for page in pages)
+    assert all((site / page).with_suffix(".html").is_file() for page in pages)
+    heads = re.findall(r'<h3 id="([^"]+)"[^>]*>(.*?)</h3>', (site / "reference/python.html").read_text(), flags=re.S)
+    found = {anchor: re.sub(r"<[^>]+>|\s|&para;|¶", "", words) for anchor, words in heads}
+    assert found["duet_vlm.api.attach.attach"] == "duet_vlm.attach" and found["duet_vlm.api.handle.Handle"] == "duet_vlm.Handle"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["index.html", "catalogue/duet.html"])
+def test_in_a_browser_the_search_works_from_the_folder(site: Path, window: Any, start: str) -> None:
+    """Words are typed, the right page is found, a click leads there; nothing is asked of another machine."""
+    asked: list[str] = []
+    window.on("request", lambda request: asked.append(request.url))
+    window.set_viewport_size({"width": 1360, "height": 768})
+    window.goto((site / start).as_uri())
+    window.locator("input.md-search__input").click()
+    window.keyboard.type("drop curve", delay=20)
+    first = window.locator(".md-search-result__link").first
+    first.wait_for()
+    assert "drop" in first.inner_text().lower()
+    first.click()
+    window.wait_for_url("**/*.html?h=*")
+    assert window.url.startswith(site.as_uri())
+    assert not [url for url in asked if not url.startswith(("file:", "data:", "about:"))]
+
+
+@pytest.mark.slow
+def test_in_a_browser_pages_open_on_what_people_want(site: Path, window: Any) -> None:
+    """In a laptop's window: the cards of the home page, the leading bench at 11 %, a method's picture and command."""
+    window.set_viewport_size({"width": 1360, "height": 768})
+    window.goto((site / "index.html").as_uri())
+    cards = window.locator(".grid.cards > ul > li")
+    assert cards.count() == len(home.CARDS)
+    sides = {round(cards.nth(number).bounding_box()["x"]) for number in range(cards.count())}
+    assert len(sides) == 3  # beside each other
+    assert cards.nth(5).bounding_box()["y"] < 768 - 100  # two rows begin above the fold
+    window.goto((site / "results.html").as_uri())
+    lines = window.locator("tbody tr:visible")
+    assert 20 < lines.count() < 100
+    assert set(lines.locator("td:first-child").all_inner_texts()) == {"tiny-chain"}
+    window.goto((site / "catalogue/index.html").as_uri())
+    window.get_by_role("searchbox", name="Filter the table").fill("cdpruner, neurips")
+    assert window.locator("tbody tr:visible").count() == 1 and window.locator("article h2:visible").count() == 1
+    window.goto((site / "catalogue/duet.html").as_uri())
+    picture, command = (window.locator(f"article {part}").first.bounding_box() for part in ("img", "pre"))
+    assert picture["y"] < command["y"] < 1200

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -13,17 +14,18 @@ from typing import Any
 import pytest
 
 import duet_vlm
+from duet_vlm.evaluation.results import load, unpack
+from duet_vlm.evaluation.tasks import accepted
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import tables as generator  # noqa: E402
 
-MARKED = sorted(
-    str(page.relative_to(ROOT))
-    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "comparison").rglob("*.md"))
-    if "<!-- table" in page.read_text()
-)
+WRITTEN = (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "comparison").rglob("*.md"))
+MARKED = sorted(str(page.relative_to(ROOT)) for page in WRITTEN if "<!-- table" in page.read_text())
+NUMBERED = sorted(str(page.relative_to(ROOT)) for page in WRITTEN if re.search(r"<!--\s*/?n\b", page.read_text()))
+NUMBER = re.compile(r"<!-- n ([^\n]*?) -->([^\n]*?)<!-- /n -->")
 
 
 def blocks(page: str) -> dict[str, str]:
@@ -50,7 +52,7 @@ def test_every_table_on_a_page_has_rows(page: str) -> None:
 
 def test_every_block_is_made_and_shown() -> None:
     """A page that the generator does not look at would keep old numbers, a block on no page would be checked for nothing."""
-    assert set(MARKED) == set(generator.PAGES)
+    assert {*MARKED, *NUMBERED} == set(generator.PAGES)
     shown = [name for page in MARKED for name in blocks(page)]
     opened = [name for page in MARKED for name in re.findall(r"<!-- table\b:?(\w*)", (ROOT / page).read_text())]
     assert sorted(shown) == sorted(opened) and set(shown) == set(generator.BLOCKS)
@@ -82,6 +84,94 @@ def test_a_table_that_says_nothing_is_an_error(
     assert (tmp_path / "page.md").read_text() == page
     assert generator.faults("text\n\n| a | b \\| c |\n| --- | ---: |\n| 1 | - |\n| - | 2 |\n\nmore") == []
     generator.made.cache_clear()
+
+
+# ---- numbers within sentences
+
+
+@pytest.fixture
+def one_page(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The generator looks at one page, which has no table."""
+    monkeypatch.setattr(generator, "ROOT", tmp_path)
+    monkeypatch.setattr(generator, "PAGES", ("page.md",))
+    monkeypatch.setattr(generator, "BLOCKS", {})
+    return tmp_path / "page.md"
+
+
+def checked(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["tables.py", *words])
+    return generator.main()
+
+
+def test_a_stale_number_in_a_sentence_fails_the_check(one_page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    line = "One layer is <!-- n wide 1 6 33 -->{}<!-- /n --> % of the budget.\n"
+    one_page.write_text(line.format(33))
+    assert checked(monkeypatch, "--check") == 1 and "differ: page.md" in capsys.readouterr().out
+    assert one_page.read_text() == line.format(33)
+    assert checked(monkeypatch) == 0 and one_page.read_text() == line.format(51)  # 1 / 6 / .33 = .505
+    assert checked(monkeypatch, "--check") == 0
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("It is <!-- n wyde 1 6 33 -->51<!-- /n --> %.", "line 1: no number 'wyde' (did you mean 'wide'?)"),
+        ("It is <!-- n wide 1 6 -->51<!-- /n --> %.", "missing 1 required positional argument"),
+        ("It\nkeeps <!-- n kept tiny-chain duett@0.11 -->51<!-- /n --> %.", "line 2: 'kept tiny-chain duett@0.11': no run 'duett@0.11'"),
+        ("It keeps <!-- n kept tiny-chian duet@0.11 -->51<!-- /n --> %.", "line 1: 'kept tiny-chian duet@0.11'"),
+        ("It is <!-- n wide 1 6 33 -->51 %.", "not of the form"),
+        ("It is <!-- n wide 1 6 33 -->\n51<!-- /n --> %.", "not of the form"),
+        ("It is <!--n wide 1 6 33-->51<!-- /n --> %.", "not of the form"),
+        ("It is\n<!-- n wide 1 6 33 -->51<!-- /n --> %.", "line 2: begins with a marker"),
+    ],
+)
+def test_a_number_that_nothing_makes_is_an_error(
+    text: str, fault: str, one_page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where pages are to be written: nothing is."""
+    one_page.write_text(text)
+    for words in (["--check"], []):
+        assert checked(monkeypatch, *words) == 1 and fault in capsys.readouterr().out
+    assert one_page.read_text() == text
+
+
+def test_numbers_in_sentences_are_those_of_the_result_files() -> None:
+    """What pages say a run keeps, against the files; ranges by their ends."""
+    kept = {(task, row["id"].replace(" ", "")): row for task in ("tiny", "tiny-chain", "tiny-crowded") for row in runs(task)}
+    compared = 0
+    for page in NUMBERED:
+        for words, said in NUMBER.findall((ROOT / page).read_text()):
+            what, *rest = words.split()
+            if what in ("kept", "whole"):
+                found = [100 * kept[rest[0], run]["kept"] for run in rest[1:]]
+                ends = [min(found), max(found)] if " to " in said else [found[0]] * (len(found) == 1 or max(found) - min(found) < 1)
+                numbers = [float(number) for number in said.split(" to ")]
+                assert numbers == pytest.approx(ends, abs=0.0501 if "." in said else 0.501), (page, words)
+                compared += 1
+            if what == "gap":
+                pairs = [100 * (kept[rest[0], a]["kept"] - kept[rest[0], b]["kept"]) for a, b in zip(rest[1::2], rest[2::2], strict=True)]
+                assert [float(number) for number in said.split(" to ")] == pytest.approx([min(pairs), max(pairs)], abs=0.501), (page, words)
+                compared += 1
+    assert compared > 30
+
+
+def test_what_leads_on_questions_that_chose_nothing() -> None:
+    """Counted from the answers in the file, and the test worked out by hand."""
+    result = load(ROOT / "comparison/tiny-chain/results/fresh.json")
+    found = unpack(result)
+    page, seen = (ROOT / "docs/comparison.md").read_text(), 0
+    hits = {run: [accepted(answer, gold) for answer, gold in zip(said, found["gold"], strict=True)] for run, said in found["answers"].items()}
+    for words, said in NUMBER.findall(page):
+        if words.startswith("lead "):
+            run = words.split()[1]
+            ours, best = hits[run], hits["duet_plus@" + run.split("@")[1]]
+            wins = sum(a and not b for a, b in zip(ours, best, strict=True))
+            losses = sum(b and not a for a, b in zip(ours, best, strict=True))
+            chance = min(1.0, 2 * sum(math.comb(wins + losses, i) for i in range(min(wins, losses) + 1)) / 2 ** (wins + losses))
+            assert f"; {wins} : {losses} questions" in said and float(said.split()[0]) == pytest.approx(100 * (wins - losses) / len(ours), abs=0.0501)
+            assert float(said.rstrip(")").split()[-1]) == pytest.approx(chance, abs=0.00051)
+            seen += 1
+    assert seen == 4 and not {seed for seed in (0, 1, 2)} & set(result["experiment"]["seeds"])
 
 
 def usual(row: dict[str, Any]) -> bool:
@@ -158,8 +248,8 @@ def registered(folder: str, sign: str) -> int:
 
 
 def test_lists_of_the_command_line_hold_what_the_source_holds() -> None:
-    """``lists.json`` is compared with what makes it; both are empty where that finds nothing."""
-    lists = json.loads((ROOT / "src/duet_vlm/cli/lists.json").read_text())
+    """``catalogue.json`` is compared with what makes it; both are empty where that finds nothing."""
+    lists = json.loads((ROOT / "src/duet_vlm/api/catalogue.json").read_text())
     assert len(lists["methods"]) == registered("methods", "register") > 50
     assert all(row[key] for row in lists["methods"] for key in ("name", "summary", "stage", "paper", "settings", "idea"))
     texts = [file.read_text() for file in (ROOT / "src/duet_vlm/models").glob("*.py")]

@@ -452,7 +452,7 @@ def test_context_stands_for_what_leaves_in_stretches() -> None:
     assert chosen.counts == (5,) and chosen.pooled == (2,)  # 0 1 2 | 3 5 6 leave, 4 7 8 stay
     assert chosen.index.tolist() == [[1, 4, 5, 7, 8]] and chosen.unread.tolist() == [[True, False, True, False, False]]
     assert chosen.size.tolist() == [[3.0, 1.0, 3.0, 1.0, 1.0]]
-    assert chosen.entering(patches[:, :, 0])[0, :, 0].tolist() == pytest.approx([1.0, 50.0, 14 / 3, -50.0, 8.0])
+    assert chosen.plan_entry(patches[:, :, 0])[0, :, 0].tolist() == pytest.approx([1.0, 50.0, 14 / 3, -50.0, 8.0])
 
 
 def test_rows_that_stand_for_what_leaves_need_a_bias() -> None:
@@ -735,7 +735,7 @@ def test_pictures_of_one_unit_have_nothing_to_choose(method: str, content: Any) 
 
 
 @pytest.mark.parametrize("method", [*FRONT, *INSIDE, "pixelprune+duet_plus"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_crops_of_which_packing_leaves_nothing(method: str, parts: str) -> None:
     """A very wide image shows nothing of its own crops in LLaVA-NeXT: its counts are those of the image behind it, by itself and together."""
     family, model = FAMILIES["llava_next"], shared("llava_next")

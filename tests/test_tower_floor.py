@@ -61,7 +61,7 @@ def test_every_frame_keeps_one_beside_a_clip_of_another_size(family: str, method
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_crops_of_two_images(method: str, parts: str) -> None:
     model, maker = shared("llava_next"), FAMILIES["llava_next"]
     with duet_vlm.attach(model, method, budget=0.02, crops=parts) as handle:
@@ -77,7 +77,7 @@ def test_crops_of_two_images(method: str, parts: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("parts", ["auto", "joint", "each"])
+@pytest.mark.parametrize("parts", ["auto", "joint", "per_crop"])
 @pytest.mark.parametrize("settings", [{"budget": 0.05}, {"keep": 0.05}, {"keep": 1}], ids=str)
 def test_a_clip_that_brings_cls_rows(method: str, parts: str, settings: dict[str, Any]) -> None:
     """Video-LLaVA feeds the CLS row of each frame, beside which a patch stays."""

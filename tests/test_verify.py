@@ -50,12 +50,12 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
         assert torch.equal(found.valid, made.valid) and torch.equal(found.target_row, made.target_row)
         assert torch.equal(found.index[found.valid], made.index[made.valid])
         assert torch.equal(found.source_tokens[found.target_row >= 0], made.source_tokens[made.target_row >= 0])
-        seen.append("v2v")
+        seen.append("select_tokens")
         return found
 
     def prune_tokens(self: Any, view: DecoderView) -> Any:
         made = type(reducer).prune_tokens(self, view)
-        seen.append("t2v")
+        seen.append("prune_tokens")
         if isinstance(made, Selection):
             found, code = check_rows(self, made, view)
             assert torch.equal(found.valid, made.valid) and torch.equal(found.target_row, made.target_row) and found.weights is made.weights
@@ -127,13 +127,13 @@ def test_official_presets_pass_with_the_cls_row(name: str) -> None:
     assert seen
 
 
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 @pytest.mark.parametrize("name", OFFICIAL_QWEN)
 def test_official_presets_pass_on_clips(name: str, parts: str) -> None:
     seen: list[str] = []
     with duet_vlm.attach(shared("qwen2_5_vl"), checked(dataclasses.replace(OFFICIAL_QWEN[name], crops=parts), seen)):
         forward(shared("qwen2_5_vl"), FAMILIES["qwen2_5_vl"].inputs(clips_for("qwen2_5_vl")))
-    assert {"select_tokens", "t2v"} <= set(seen)
+    assert {"select_tokens", "prune_tokens"} <= set(seen)
 
 
 # ---- methods that are wrong
@@ -214,21 +214,21 @@ SELECTIONS: dict[str, tuple[Callable[..., Any], str]] = {
     "lists": (selection_with(index=lambda s: s.index.tolist()), r"index = \[\[.*give a tensor \[4, K\] of torch.int64 on cpu"),
     "int32": (selection_with(index=lambda s: s.index.int()), "index = a tensor .* of torch.int32 on cpu: give a tensor .* of torch.int64"),
     "valid as numbers": (selection_with(valid=lambda s: s.valid.long()), "valid = a tensor .* of torch.int64 on cpu: give .* torch.bool"),
-    "one span less": (selection_with(into=lambda s: s.target_row[1:]), r"into = a tensor \[3, 2\] .* give a tensor \[4, P\]"),
-    "no spans": (selection_with(members=lambda s: s.source_tokens[0]), r"members = a tensor \[2\] .* give a tensor \[4, P\]"),
+    "one span less": (selection_with(target_row=lambda s: s.target_row[1:]), r"into = a tensor \[3, 2\] .* give a tensor \[4, P\]"),
+    "no spans": (selection_with(source_tokens=lambda s: s.source_tokens[0]), r"members = a tensor \[2\] .* give a tensor \[4, P\]"),
     "another device": (selection_with(index=lambda s: s.index.to("meta")), "on meta: give a tensor .* on cpu"),
     "valid of other width": (selection_with(valid=lambda s: s.valid[:, 1:]), r"index of shape \(4, \d+\) and valid of shape \(4, \d+\)"),
-    "into of other width": (selection_with(into=lambda s: s.target_row[:, 1:]), r"members of shape \(4, 2\) and into of shape \(4, 1\)"),
+    "into of other width": (selection_with(target_row=lambda s: s.target_row[:, 1:]), r"members of shape \(4, 2\) and into of shape \(4, 1\)"),
     "merge": (selection_with(merge=lambda s: "sum"), "merge='sum': choose one of 'mean', 'anchor_plus_mean'"),
     "too few columns": (selection_with(index=lambda s: s.index[:, 1:], valid=lambda s: s.valid[:, 1:]), r"\d+ rows per span: \d+ are planned"),
     "a row less": (selection_with(valid=lambda s: put(s.valid, 0, False)), r"another number of rows than planned \(span 3: \d+ instead of \d+\)"),
     "past the end": (selection_with(index=lambda s: put(s.index, 0, 1000)), r"tokens that do not exist \(span 3: 1000\)"),
     "from the end": (selection_with(index=lambda s: put(s.index, 0, -1)), r"tokens that do not exist \(span 3: -1\)"),
-    "members past the end": (selection_with(members=lambda s: put(s.source_tokens, 0, 1000)), r"tokens that do not exist \(span 3: 1000\)"),
+    "members past the end": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, 1000)), r"tokens that do not exist \(span 3: 1000\)"),
     "twice": (selection_with(index=lambda s: put(s.index, 0, s.index[-1, 1])), r"keeps a token twice \(span 3: 1\)"),
-    "no such row": (selection_with(into=lambda s: put(s.target_row, 0, s.index.shape[1])), r"a row that does not exist \(span 3: \d+\)"),
-    "a row before the first": (selection_with(into=lambda s: put(s.target_row, 0, -2)), r"a row that does not exist \(span 3: -2\)"),
-    "merged twice": (selection_with(members=lambda s: put(s.source_tokens, 0, s.source_tokens[-1, 1])), r"merges a token twice.*\(span 3: \d+\)"),
+    "no such row": (selection_with(target_row=lambda s: put(s.target_row, 0, s.index.shape[1])), r"a row that does not exist \(span 3: \d+\)"),
+    "a row before the first": (selection_with(target_row=lambda s: put(s.target_row, 0, -2)), r"a row that does not exist \(span 3: -2\)"),
+    "merged twice": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, s.source_tokens[-1, 1])), r"merges a token twice.*\(span 3: \d+\)"),
     "weights as numbers": (selection_with(weights=lambda s: s.target_row), r"weights = .*int64.*give a tensor \[4, 2\] of floating point, as members"),
     "weights of other width": (selection_with(weights=lambda s: torch.ones(4, 3)), r"weights = a tensor \[4, 3\] .* give a tensor \[4, 2\]"),
     "a weight that is none": (
@@ -239,7 +239,7 @@ SELECTIONS: dict[str, tuple[Callable[..., Any], str]] = {
         selection_with(weights=lambda s: torch.ones(s.target_row.shape), index=lambda s: put(s.index, 0, s.index[-1, 1])),
         r"keeps a token twice \(span 3: 1\)",
     ),
-    "kept and merged": (selection_with(members=lambda s: put(s.source_tokens, 0, s.index[-1, 0])), r"one that it also keeps \(span 3: 0\)"),
+    "kept and merged": (selection_with(source_tokens=lambda s: put(s.source_tokens, 0, s.index[-1, 0])), r"one that it also keeps \(span 3: 0\)"),
 }
 MASKS: dict[str, tuple[Callable[..., Any], str]] = {
     "none": (lambda mask, view: None, r"returned None: give a tensor \[2, \d+\] of torch.bool on cpu"),
@@ -308,13 +308,13 @@ def test_a_stage_of_a_composition_chooses_among_its_candidates(past: int) -> Non
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_5_vl"])
-@pytest.mark.parametrize("parts", ["joint", "each"])
+@pytest.mark.parametrize("parts", ["joint", "per_crop"])
 def test_the_method_that_is_spoiled_is_right_in_itself(family: str, parts: str) -> None:
     seen: list[str] = []
     with duet_vlm.attach(shared(family), checked(Mine(crops=parts), seen)) as handle:
         forward(shared(family), FAMILIES[family].inputs(BATCH))
         assert any(span.merged for row in handle.trace for span in row)
-    assert {"select_tokens", "t2v"} <= set(seen)
+    assert {"select_tokens", "prune_tokens"} <= set(seen)
 
 
 def test_a_plan_needs_a_stage_that_carries_it_out() -> None:
@@ -441,7 +441,7 @@ def test_with_weights_a_token_may_join_several_rows_and_be_kept() -> None:
 def spoiled(draw: Any) -> tuple[Selection, EncoderView]:
     """A right one with a few numbers changed to others."""
     selection, view = draw(right_ones())
-    tables = {name: getattr(selection, name).clone() for name in ("index", "valid", "members", "into")}
+    tables = {name: getattr(selection, name).clone() for name in ("index", "valid", "source_tokens", "target_row")}
     for _ in range(draw(st.integers(1, 3))):
         name = draw(st.sampled_from([name for name, table in tables.items() if table.numel()] or ["none"]))
         if name != "none":
@@ -521,7 +521,7 @@ def test_a_row_that_must_come_first_is_finite() -> None:
 @pytest.mark.parametrize("code", InvalidSelection)
 def test_codes_that_were_read_later_tell_as_much(code: InvalidSelection) -> None:
     raise_if_invalid(0, Mine())
-    verb = {InvalidSelection.KEPT: "prune_tokens", InvalidSelection.UNITS: "stay", InvalidSelection.JOINS: "stay"}.get(code, "v2v")
+    verb = {InvalidSelection.KEPT: "prune_tokens", InvalidSelection.UNITS: "keep_patches", InvalidSelection.JOINS: "keep_patches"}.get(code, "select_tokens")
     expected = "contain NaN or Inf" if code == InvalidSelection.INPUT else rf"^mine\.{verb} returned (a|units) .*: [^{{}}]+$"
     with pytest.raises(ValueError, match=expected):
         raise_if_invalid(int(code), Mine())

@@ -1,4 +1,6 @@
-/* Tables inside .sortable sort by the column whose head is clicked; inside .filtered a box above hides rows that lack its words. */
+/* Tables inside .sortable sort by the column whose head is clicked. Tables inside .filtered stand below a box that hides
+   rows without its words, and below a list of the values of every column that data-choose-N="column=value" names, which
+   opens at that value. */
 (function () {
   "use strict";
 
@@ -24,16 +26,6 @@
     head.setAttribute("aria-sort", down ? "descending" : "ascending");
   }
 
-  function filter(table, words, count) {
-    let shown = 0;
-    Array.from(table.tBodies[0].rows).forEach((row) => {
-      const text = row.textContent.toLowerCase();
-      row.hidden = !words.every((word) => text.includes(word));
-      shown += row.hidden ? 0 : 1;
-    });
-    count.textContent = shown + " rows";
-  }
-
   function prepare(frame) {
     const table = frame.querySelector("table");
     if (!table || table.dataset.ready) return;
@@ -45,21 +37,78 @@
         if (event.key === "Enter") sort(table, column, head);
       });
     });
-    if (!frame.classList.contains("filtered")) return;
+  }
+
+  function list(tables, wanted) {
+    const [name, value] = wanted.split("=");
+    const heads = (table) => Array.from(table.tHead.rows[0].cells, (head) => head.textContent.trim());
+    const number = (table) => heads(table).indexOf(name);
+    const text = (row) => row.cells[number(row.closest("table"))].textContent.trim();
+    const values = new Set(tables.flatMap((table) => Array.from(table.tBodies[0].rows).map(text)));
+    const select = document.createElement("select");
+    const numbers = new Intl.Collator(undefined, { numeric: true });
+    select.setAttribute("aria-label", name);
+    select.append(new Option("every " + name, ""));
+    Array.from(values).sort(numbers.compare).forEach((each) => select.append(new Option(each, each)));
+    select.value = values.has(value) ? value : "";
+    return { select, keeps: (row) => !select.value || text(row) === select.value };
+  }
+
+  /* The heading and the words in front of a table go with its rows. */
+  function above(part, frame) {
+    const found = [];
+    let each = part;
+    while (each.parentElement !== frame) each = each.parentElement;
+    while ((each = each.previousElementSibling) && !each.querySelector("table, input")) {
+      found.push(each);
+      if (/^H\d$/.test(each.tagName)) return found;
+    }
+    return [];
+  }
+
+  function overlook(frame) {
+    if (frame.dataset.ready) return;
+    frame.dataset.ready = "yes";
+    const tables = Array.from(frame.querySelectorAll("table"));
+    const chosen = Object.keys(frame.dataset).filter((key) => key.startsWith("choose")).sort();
+    const lists = chosen.map((key) => list(tables, frame.dataset[key]));
     const line = document.createElement("p");
     const box = document.createElement("input");
     const count = document.createElement("span");
+    const heads = new Map(tables.map((table) => [table, above(table, frame)]));
+
+    function look() {
+      const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
+      let shown = 0;
+      tables.forEach((table) => {
+        let here = 0;
+        Array.from(table.tBodies[0].rows).forEach((row) => {
+          const text = row.textContent.toLowerCase();
+          row.hidden = !(words.every((word) => text.includes(word)) && lists.every((each) => each.keeps(row)));
+          here += row.hidden ? 0 : 1;
+        });
+        [table, ...heads.get(table)].forEach((part) => { part.hidden = tables.length > 1 && !here; });
+        shown += here;
+      });
+      count.textContent = shown + " rows";
+    }
+
     box.type = "search";
-    box.placeholder = "words to look for, such as: tiny-chain 11% duet";
+    box.placeholder = "words to look for, such as: duet";
     box.setAttribute("aria-label", "Filter the table");
-    box.addEventListener("input", () => filter(table, box.value.toLowerCase().split(/\s+/).filter(Boolean), count));
+    box.addEventListener("input", look);
+    lists.forEach((each) => each.select.addEventListener("change", look));
     line.className = "table-filter";
-    line.append(box, count);
+    line.append(...lists.map((each) => each.select), box, count);
     frame.prepend(line);
-    filter(table, [], count);
+    look();
   }
 
-  const all = () => document.querySelectorAll(".sortable").forEach(prepare);
+  function all() {
+    document.querySelectorAll(".sortable").forEach(prepare);
+    document.querySelectorAll(".filtered").forEach(overlook);
+  }
+
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", all);
   else all();
 })();

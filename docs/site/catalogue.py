@@ -9,17 +9,32 @@ from typing import Any
 
 from docstrings import idea, paragraphs, settings
 from links import LINK, ROOT
-from measured import Cell, cells, sortable, table
+from measured import LEADING, Cell, cells, filtered, sortable, table
 from PIL import Image
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm.cli.lists import rows
+from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.main import app
 
 FOLDER = "catalogue"
 PICTURE, QUESTION = "src/duet_vlm/tiny/demo/scene_1.png", "What shape is the yellow object?"
 BUDGETS = ("0.22", "0.33", "0.5")  # the first that a method can meet on the embedded model is drawn
+GROUPS = {  # heading of the catalogue -> what its methods share
+    "Before the decoder": "They choose or merge visual tokens before the decoder; some drop more of them inside it.",
+    "Inside the decoder": "All tokens enter, later layers read fewer; a budget has a floor.",
+    "In the vision tower": "Fewer patches go through it; put one in front of another method: `contrast+duet_plus`. "
+    "[What they keep](../reduce-in-the-tower.md).",
+    "For clips": "They compare the frames of a clip. An image is a clip of one frame.",
+    "Trained": "A module with weights of its own makes the rows that enter. [What they keep](../trained-compressors.md).",
+    "Baselines": "What every method has to beat.",
+}
+BASELINES = ("baseline", "-")  # in place of a paper
+USUAL = (LEADING, (0.33, 0.11))  # task and budgets of the accuracy columns
+BENCHES = {  # the same of groups that are measured elsewhere, or whose floor lies above 11 %
+    "Inside the decoder": (LEADING, (0.33, 0.22)),
+    "For clips": ("tiny-video", (0.47, 0.07)),
+}
 PLACES = {"-": "nowhere: everything stays"}
 
 
@@ -68,31 +83,34 @@ def numbers(name: str, measured: list[Cell]) -> str:
 
 
 def page(row: dict[str, Any], measured: list[Cell], picture: str | None) -> str:
-    """The page of one method; ``row`` as ``duet-vlm methods --json`` has it, ``picture`` a file beside the page."""
+    """The page of one method; ``row`` as ``duet-vlm methods --json`` has it, ``picture`` a file beside the page.
+
+    First what a reader came for: a look at it, how to try it, the settings. Then the idea, the cost, numbers, families that refuse it, and
+    what differs.
+    """
     name, cls = row["name"], duet_vlm.get_method(row["name"])
     told = [f"# `{name}`", row["summary"][:1].upper() + row["summary"][1:] + "."]
+    if picture:
+        told.append(f"![What {name} keeps of a demo picture]({picture})")
+    command = f'duet-vlm run --method {name} --budget 0.33 --image {PICTURE} --prompt "{QUESTION}" --compare'
+    told += ["## Try it", f"```bash\n{command}\nduet-vlm methods {name}\n```"]
+    told += ["## Settings", table(["setting", "type", "default", "meaning"], [
+        [f"`{one.name}`", cell(one.type), f"`{cell(one.default)}`", cell(one.text)] for one in settings(cls)
+    ])]  # fmt: skip
     facts = {
         "Paper": arxiv(row["paper"]) if row["paper"] != "-" else "none",
         "Reduces": PLACES.get(row["stage"], row["stage"]),
         "The question decides what stays": "yes" if row["needs_text"] else "no",
         "Needs of the model": ", ".join(f"`{need}`" for need in row["needs"]) or "nothing",
     }
-    told.append("\n".join(f"- **{name}:** {fact}" for name, fact in facts.items()))
-    if picture:
-        told.append(f"![What {name} keeps of a demo picture]({picture})")
-    told += ["## Idea", *idea(cls)]
+    told += ["## Idea", *idea(cls), "\n".join(f"- **{name}:** {fact}" for name, fact in facts.items())]
     if cost := paragraphs(cls, ("Cost",)):
         told += ["## Cost", *(text.removeprefix("Cost: ")[:1].upper() + text.removeprefix("Cost: ")[1:] for text in cost)]
+    told += ["## Numbers", numbers(name, measured)]
     told += ["## Families that cannot run it", refusals(row)]
-    told += ["## Settings", table(["setting", "type", "default", "meaning"], [
-        [f"`{one.name}`", cell(one.type), f"`{cell(one.default)}`", cell(one.text)] for one in settings(cls)
-    ])]  # fmt: skip
     if differing := [*paragraphs(cls, ("Differences", "From the paper", "What the paper leaves", "Chosen here")), deviations(name)]:
         if any(differing):
             told += ["## Beside the authors' code", *filter(None, differing)]
-    told += ["## Numbers", numbers(name, measured)]
-    command = f'duet-vlm run --method {name} --budget 0.33 --image {PICTURE} --prompt "{QUESTION}" --compare'
-    told += ["## Try it", f"```bash\n{command}\nduet-vlm methods {name}\n```"]
     return "\n\n".join(told) + "\n"
 
 
@@ -120,12 +138,67 @@ def pictures(folder: Path) -> dict[str, Path]:
     return found
 
 
+def group(name: str) -> str:
+    """The heading of the catalogue that a method stands under."""
+    cls: Any = duet_vlm.get_method(name)
+    usual = cls()
+    if getattr(usual, "compressor", None) is not None:
+        return "Trained"
+    if cls.paper in BASELINES or name == "none":
+        return "Baselines"
+    if issubclass(cls, duet_vlm.TowerReducer):
+        return "In the vision tower"
+    if getattr(cls, "compares_frames", False):
+        return "For clips"
+    return "Before the decoder" if issubclass(cls, duet_vlm.EncoderReducer) else "Inside the decoder"
+
+
+def grouped() -> dict[str, list[dict[str, Any]]]:
+    """Heading -> the rows of its methods, by name."""
+    return {head: [row for row in rows("methods") if group(row["name"]) == head] for head in GROUPS}
+
+
+def navigation() -> list[Any]:
+    """The catalogue in the navigation: its index, then the methods below their headings."""
+    named = {head: [row["name"] for row in found] for head, found in grouped().items()}
+    return [f"{FOLDER}/index.md", *({head: [{name: f"{FOLDER}/{name}.md"} for name in names]} for head, names in named.items())]
+
+
+def kept(name: str, task: str, budget: float, measured: list[Cell]) -> str:
+    """Percent of the full model's accuracy that a method by itself keeps; the reason where it has no such number."""
+    alone = {(one.method, one.task, one.budget): one for one in measured if one.alone}
+    found = alone.get((name, task, budget))
+    if found is None or found.kept is None:
+        return "-" if found is None else found.status
+    return f"{100 * found.kept:.1f}"
+
+
+def index(measured: list[Cell]) -> str:
+    """The catalogue: a table for each group, and a box that filters all of them. A column without a number is left out."""
+    parts = []
+    for head, found in grouped().items():
+        task, budgets = BENCHES.get(head, USUAL)
+        shares = {budget: [kept(row["name"], task, budget, measured) for row in found] for budget in budgets}
+        shares = {budget: cells for budget, cells in shares.items() if any(text[0].isdigit() for text in cells)}
+        links = [f"[`{row['name']}`]({row['name']}.md)" for row in found]
+        words, papers = [cell(row["summary"]) for row in found], [arxiv(cell(row["paper"])) for row in found]
+        columns = ["method", "what it does", *(f"kept at {budget:.0%}" for budget in shares), "paper"]
+        lines = [list(line) for line in zip(links, words, *shares.values(), papers, strict=True)]
+        told = GROUPS[head] + (f" Kept: % of the full model's accuracy on `{task}`." if shares else "")
+        parts.append(f"## {head}\n\n{told}\n\n{sortable(table(columns, lines))}")
+    return "\n\n".join([
+        "---\nhide: [toc]\n---",
+        "# Catalogue of methods",
+        "One page each: a picture, how to try it, settings, idea, cost, numbers, and what differs from the authors' code. "
+        "A click on a column's head sorts. Accuracies are those of [embedded toy tasks](../comparison.md); a dash: not "
+        "measured there; infeasible: the budget is below the method's floor. [Which method when](../which-method.md), "
+        "[how they spend a budget](../methods.md), [all numbers](../results.md).",
+        filtered("\n\n".join(parts)),
+    ]) + "\n"  # fmt: skip
+
+
 def pages(drawn: set[str]) -> dict[str, str]:
     """Address on the site -> text, for every method; ``drawn`` are those with a picture beside their page."""
     measured = cells()
     found = {f"{FOLDER}/{row['name']}.md": page(row, measured, f"{row['name']}.webp" if row["name"] in drawn else None) for row in rows("methods")}
-    lines = [[f"[`{row['name']}`]({row['name']}.md)", cell(row["summary"]), row["stage"], arxiv(cell(row["paper"]))] for row in rows("methods")]
-    head = "# Catalogue of methods\n\nOne page each: idea, cost, needs, settings, what differs from the authors' code, and what was measured. "
-    head += "A click on a column's head sorts. [How to choose](../methods.md), [all numbers](../results.md).\n\n"
-    found[f"{FOLDER}/index.md"] = head + sortable(table(["method", "what it does", "where", "paper"], lines)) + "\n"
-    return found
+    return found | {f"{FOLDER}/index.md": index(measured)}

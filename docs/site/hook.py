@@ -9,6 +9,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import catalogue
+import home
 import lessons
 import links
 import measured
@@ -16,15 +17,12 @@ import reference
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
-from duet_vlm.cli.lists import rows
-
 carried: set[str] = set()
 
 
 def on_config(config: Any) -> Any:
-    """The catalogue's pages take the place of its name in the navigation."""
-    listed = [{row["name"]: f"{catalogue.FOLDER}/{row['name']}.md"} for row in rows("methods")]
-    config.nav = [_filled(entry, [f"{catalogue.FOLDER}/index.md", *listed]) for entry in config.nav]
+    """The catalogue's pages take the place of its name in the navigation, group by group."""
+    config.nav = [_filled(entry, catalogue.navigation()) for entry in config.nav]
     return config
 
 
@@ -41,7 +39,8 @@ def on_files(files: Any, config: Any) -> Any:
     drawn = catalogue.pictures(Path(config.site_dir).parent / "site-pictures")
     made = {page: (links.ROOT / path).read_text() for path, page in links.BROUGHT.items()}
     made |= catalogue.pages(set(drawn)) | lessons.pages()
-    made |= {measured.PAGE: measured.page(), reference.CLI: reference.command_line(), reference.API: reference.python()}
+    made |= {home.PAGE: home.page(), measured.PAGE: measured.page()}
+    made |= {reference.CLI: reference.command_line(), reference.API: reference.python()}
     for uri, text in made.items():
         files.append(File.generated(config, uri, content=text))
     for name, path in drawn.items():

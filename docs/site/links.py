@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BROUGHT = {  # pages that lie outside of docs/ -> where the site has them
-    "README.md": "index.md",
+    "README.md": "overview.md",
     "PAPERS.md": "papers.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",

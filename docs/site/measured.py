@@ -11,6 +11,7 @@ from links import ROOT
 from duet_vlm.evaluation.results import load
 
 PAGE = "results.md"
+LEADING, OPENING = "tiny-chain", "11%"  # the task and the share of the tokens that pages open on
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _cell(path: Path, result: dict[str, Any], run: dict[str, Any]) -> Cell:
     said = f"{run['label']} (model trained as {path.stem})" if trained else run["label"]
     return Cell(
         str(path.relative_to(ROOT)), result["task"], run["method"], said, run["budget"], run["status"],
-        not trained and run["label"] == run["method"] and "+" not in run["method"] and path.stem == "methods",
+        not trained and not {"+", "["} & {*run["id"]} and path.stem == "methods",  # the id has settings in brackets
         run.get("accuracy"), _pair(run.get("interval")), run.get("kept"), _pair(run.get("kept_interval")),
         tokens.get("measured"), run.get("flops_share"), run.get("kv_share"),
     )  # fmt: skip
@@ -86,16 +87,29 @@ def table(head: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines))
 
 
-def sortable(text: str, *more: str) -> str:
-    """A table that assets/tables.js sorts by the column that is clicked; "filtered": with a box that filters its rows."""
-    return f'<div class="{" ".join(["sortable", *more])}" markdown>\n\n{text}\n\n</div>'
+def sortable(text: str) -> str:
+    """A table that assets/tables.js sorts by the column that is clicked."""
+    return f'<div class="sortable" markdown>\n\n{text}\n\n</div>'
+
+
+def filtered(text: str, **opening: str) -> str:
+    """Tables below a box that hides rows without its words, and below a list of values for each of these columns, which
+    stands at the given one as the page opens."""
+    pairs = (f"{column}={value}" for column, value in opening.items())
+    data = "".join(f' data-choose-{number}="{pair}"' for number, pair in enumerate(pairs))
+    return f'<div class="filtered"{data} markdown>\n\n{text}\n\n</div>'
+
+
+def _order(one: Cell) -> tuple[bool, bool, float]:
+    """The leading task first, of a task the comparison of all methods, of that the largest share kept."""
+    return one.task != LEADING, Path(one.file).stem != "methods", -(one.kept or 0)
 
 
 def page() -> str:
     """All of them in one table that sorts and filters in the browser."""
     head = ["task", "method and setting", "budget", "accuracy (95 %)", "kept, % (95 %)", "mean tokens", "FLOPs", "KV cache", "file"]
     lines = []
-    for one in cells():
+    for one in sorted(cells(), key=_order):
         shares = ["-" if value is None else f"{value:.0%}" for value in (one.flops, one.kv)]
         said = one.label if one.label == one.method or one.method in ("none", "oracle") else f"{one.label} [{one.method}]"
         name = f"[{Path(one.file).stem}](../{one.file})"
@@ -103,10 +117,12 @@ def page() -> str:
     text = [
         "---\nhide: [toc]\n---",
         "# All results",
-        "Every run of every result file under `comparison/`. A click on a column's head sorts by it, the box filters by any words: "
-        "`tiny-chain 11% duet`. Kept, FLOPs and KV cache are shares of the full model's, tokens the measured mean per decoder layer and image. "
-        "All are embedded toy tasks and models: they tell methods apart and do not predict a large model. Read [the comparison](comparison.md) "
-        "for what they mean, and [accuracy against budget](evaluate.md) for how they were made; infeasible: the method cannot do with so few.",
-        sortable(table(head, lines), "filtered"),
+        "Every run of every result file under `comparison/`; the page opens on the leading task at 11 % of the tokens. "
+        "The lists choose task and budget, the box filters by any words (`duet_plus`), a click on a column's head sorts. "
+        "Kept, FLOPs and KV cache are shares of the full model's, tokens the measured mean per decoder layer and image. "
+        "All are embedded toy tasks and models: they tell methods apart and do not predict a large model. Read "
+        "[the comparison](comparison.md) for what they mean, and [accuracy against budget](evaluate.md) for how they "
+        "were made; infeasible: the method cannot do with so few.",
+        filtered(sortable(table(head, lines)), task=LEADING, budget=OPENING),
     ]
     return "\n\n".join(text) + "\n"

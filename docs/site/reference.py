@@ -47,10 +47,22 @@ def said(words: list[str]) -> str:
 
 def python() -> str:
     """The public names for mkdocstrings, in groups."""
-    told = ["# Python", "Names of `duet_vlm.__all__` are found in the package itself (`duet_vlm.attach`), the others where their heading says."]
+    words = "Headings are the names that you import or write: `import duet_vlm`, then `duet_vlm.attach(model)`."
+    told = ["# Python", words]
     for head, names in GROUPS.items():
-        told += [f"## {head}", *(f"::: duet_vlm.{name}" for name in names)]
+        told += [f"## {head}", *(block(name) for name in names)]
     return "\n\n".join(told) + "\n"
+
+
+def imported(name: str) -> str:
+    """The name that people write for a public object, given where it is defined (``attach.attach``)."""
+    short = name.rpartition(".")[2]
+    return f"duet_vlm.{short if short in duet_vlm.__all__ else name}"
+
+
+def block(name: str) -> str:
+    """One object for mkdocstrings, under the name that people write."""
+    return f"::: duet_vlm.{name}\n    options:\n      heading: {imported(name)}\n      toc_label: {imported(name)}"
 
 
 def public() -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from duet_vlm.planning.tokens import SpanTrace
 from duet_vlm.profiling.report import Report, SampleCounts, make_report
 from duet_vlm.reducers.base import Reducer, with_fields
 from duet_vlm.reducers.compressor import store, stored
+from duet_vlm.reducers.persistence import to_record
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
 from duet_vlm.runtime.compatibility import check, facts, hooked
@@ -74,6 +75,18 @@ class Handle:
         except BaseException:
             self._tracker.close()
             raise
+
+    def __repr__(self) -> str:
+        """The model, the method, the budget, settings that are not defaults, and whether it is attached."""
+        model, known = self.adapter.model, to_record(self.reducer, self.budget)
+        budget = "own settings"
+        if isinstance(self.budget, int):
+            budget = f"budget {self.budget} visual tokens per layer and image"
+        elif self.budget is not None:
+            budget = f"budget {100 * self.budget:.4g} % of the visual tokens"
+        settings = [f"{name}={value!r}" for name, value in known["settings"].items()]
+        told = ", ".join([f"{known['method']} on {type(model).__name__} ({self.adapter.family})", budget, *settings])
+        return f"<duet_vlm.Handle: {told}; {'detached' if self._tracker.closed else 'attached'}>"
 
     @property
     def reducer(self) -> Reducer:

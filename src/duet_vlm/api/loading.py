@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from PIL import Image
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 EMBEDDED = ("tiny", "tiny-chain", "tiny-page", "tiny-video", "tiny-long")
+HUB_SECONDS = 5.0  # in which a hub has to answer
 ADAPTER = "adapter_config.json"  # what makes a folder one of PEFT adapters
 
 
@@ -138,6 +142,63 @@ def source(name: str) -> tuple[str, bool]:
         what = "a file, no folder" if folder.exists() else f"no such folder{did_you_mean(name, EMBEDDED)}"
         raise ValueError(f"--model {name}: {what}; give {', '.join(map(repr, EMBEDDED))}, a folder of save_pretrained, or a hub id (owner/name)")
     return name, False
+
+
+def check_model(name: str) -> dict[str, Any] | None:
+    """The config of a local model as it is written, read without transformers; None of a hub id, and of adapters without one.
+
+    Raises
+    ------
+    ValueError
+        As ``source``; a config that is no JSON object or of a family without adapter, and a hub id that cannot be fetched.
+    """
+    place, local = source(name)
+    file = Path(place) / "config.json"
+    if not local:
+        _check_hub(name)
+    if not local or not file.is_file():
+        return None
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("it is no object")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--model {name}: cannot be loaded from this folder: {file.name}: {' '.join(str(error).split())}") from error
+    from duet_vlm.api.catalogue import rows
+    from duet_vlm.models.unsupported import refusal
+
+    known = {row["family"]: row["model_types"] for row in rows("models")}
+    if not any(config.get("model_type") in types for types in known.values()):
+        raise ValueError(f"--model {refusal(name, config.get('model_type'), list(known))}")
+    return config
+
+
+def depth_of(config: dict[str, Any] | None) -> int | None:
+    """Decoder layers that a config names; None where it leaves them to transformers."""
+    text = (config or {}).get("text_config", config) or {}
+    found = text.get("num_hidden_layers") if isinstance(text, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _check_hub(name: str) -> None:
+    """Refuse a hub id that is neither on this machine nor to be had: the hub's own client asks five times, half a minute, and tells of each.
+
+    Behind a proxy, and where somebody has said that there is no network, that is left to the client.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    address = urlsplit(constants.ENDPOINT)
+    kept = any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", ADAPTER))
+    if kept or constants.HF_HUB_OFFLINE or address.hostname is None or getproxies():
+        return
+    try:
+        socket.create_connection((address.hostname, address.port or (80 if address.scheme == "http" else 443)), timeout=HUB_SECONDS).close()
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise ValueError(
+            f"--model {name}: is not on this machine, and {address.hostname} cannot be reached ({why}); a hub id needs a network connection or a "
+            "cached copy"
+        ) from error
 
 
 def base_of(name: str) -> str | None:

@@ -11,7 +11,7 @@ from PIL import Image
 from duet_vlm import SpanTrace
 from duet_vlm.app.files import Uploads
 from duet_vlm.app.generate import RunRecord
-from duet_vlm.viz import at_depth, cropped_picture, film, film_place, frame_pictures, history, on_film, part_pictures, told
+from duet_vlm.viz import at_depth, cropped_picture, film, film_place, frame_pictures, history, on_film, part_pictures, token_fates, told
 
 FIRST = -1  # the vision tower
 SIZE, STEP = 448, 176  # pixels of a picture's longer side, and of a step of time of a clip
@@ -60,6 +60,15 @@ class DepthView:
         scored = [(strip, panel.scores) for strip, panel in zip(self.strips, panels, strict=True) if panel.scores is not None]
         scores = tiled([tile for strip, picture in scored for tile in _cut(picture, strip.steps)]) if len(scored) == len(panels) else None
         return DepthStep(*told([strip.trace for strip in self.strips], layer), patches, scores)
+
+    @property
+    def first_loss(self) -> int:
+        """The first depth from the entry on at which tokens are gone, dropped or merged; 0 where all stay."""
+        traces = [strip.trace for strip in self.strips]
+        some_gone = (
+            n for n in range(self.depth) if any(len(token_fates(trace, n).alive) < trace.span.tokens for trace in traces)
+        )
+        return next(some_gone, 0)
 
     def story(self, x: float, y: float, layer: int) -> str:
         """What has become of the patch at a place of that picture, given as shares of its width and height."""

@@ -41,7 +41,8 @@ class StreamedText:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a reduced side did with the spans of the prompt: its trace, the scores that decided by stage, the report, and layers of the decoder."""
+    """What a reduced side did with the spans of the prompt: its trace, the scores that decided by stage, the report,
+    layers of the decoder, and by how much its prefill is faster if time follows FLOPs (``bound``)."""
 
     traces: list[SpanTrace]
     scores: list[list[dict[int, float] | None]]
@@ -49,6 +50,7 @@ class RunRecord:
     mean: float
     tokens: int
     depth: int
+    bound: float
 
 
 def same_weights(model: nn.Module) -> Any:
@@ -86,7 +88,7 @@ class AppSide:
         with _attached(again, self.loaded, watched.reducer, ChosenMethod(self.name, self.handle.budget, {})):
             again.generate(**self.inputs, max_new_tokens=1, do_sample=False)
             scores = [watched.of(trace, number) for number, trace in enumerate(traces)]
-        return RunRecord(traces, scores, str(report), report.measured_mean, report.tokens, depth)
+        return RunRecord(traces, scores, str(report), report.measured_mean, report.tokens, depth, report.flops_bound)
 
     def close(self) -> None:
         if self.handle is not None:

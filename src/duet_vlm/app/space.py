@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import tempfile
-from importlib.util import find_spec
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,6 @@ from duet_vlm.app.controls import Controls, starting
 from duet_vlm.app.examples import CLIPS, examples
 from duet_vlm.app.files import MOST_MB, Uploads
 from duet_vlm.app.generate import AppSide, answers
-
-
-def check_installed() -> None:
-    """Raise a ValueError where Gradio is missing."""
-    if find_spec("gradio") is None:
-        raise ValueError('the page needs Gradio: pip install ".[app]" in your clone of duet-vlm')
 
 
 def warmed(loaded: LoadedModel, first: Controls) -> None:
@@ -70,7 +64,10 @@ def _open(loaded: LoadedModel, first: Controls, folder: Path, host: str | None, 
         theme=theme(), css=CSS,
     )  # fmt: skip
     print(f"{loaded.name}: {address} (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    try:
+        threading.Event().wait()  # until a signal; Gradio's own waiting takes Ctrl-C for a good end, in words of its own
+    finally:
+        page.close(verbose=False)
 
 
 def main() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
-from duet_vlm.api.loading import load, source
+from duet_vlm.api.loading import check_model, load
 from duet_vlm.cli.errors import friendly
 from duet_vlm.cli.options import BudgetText, Debug, Device, Method, Model, Positions, Preset, Settings, one, reductions_of
 from duet_vlm.cli.serve import check_port
@@ -25,15 +26,17 @@ def app(
     debug: Debug = False,
 ) -> None:
     """Open a page: drop a picture or clip, ask, and see full and reduced answers side by side, and which patches are left at each depth."""
-    with friendly(debug):
-        from duet_vlm.app import space
-        from duet_vlm.app.controls import starting
-
+    with friendly(debug, interrupted="the same command opens the page again"):
         one("--budget", budget)
         (reduction,) = reductions_of(method, preset, budget, positions, settings)
         check_port(host, port)
-        source(model)
-        space.check_installed()
+        check_model(model)
+        reduction.check(model)
+        if find_spec("gradio") is None:
+            raise ValueError('the page needs Gradio: pip install ".[app]" in your clone of duet-vlm')
+        from duet_vlm.app import space
+        from duet_vlm.app.controls import starting
+
         loaded = load(model, device)
         first = starting(reduction.method, reduction.budget, reduction.fields, loaded.model)
         if host not in ("127.0.0.1", "localhost", "::1"):

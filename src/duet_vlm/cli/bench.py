@@ -12,11 +12,14 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from duet_vlm.api.catalogue import check_settings
+from duet_vlm.api.loading import check_model
 from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.options import SEVERAL, AsJson, ChunkFrames, Debug, Device, Model, StillFrames, budgets_of, counts, method_of, pieces_of, several
 
 METHODS = ("duet", "visionzip", "fastv", "uniform", "random")
 BUDGETS = ("0.33", "0.11")
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def bench(
@@ -54,6 +57,12 @@ def bench(
         named, budgets = _methods(method), budgets_of(budget)
         batches, texts = counts("--batch", batch, 1), counts("--prompt-tokens", prompt_tokens, 32)
         pieces = pieces_of(chunk_frames, still_frames, frames > 0, "give --frames")
+        for method_name, _, settings in named:
+            check_settings(method_name, dict(settings))
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+        if config_only is None:
+            check_model(model)
         _writable(out, plots)
         from duet_vlm.evaluation.speed.paired import BenchPlan, BenchSide, result, sheet_of
         from duet_vlm.evaluation.speed.plots import draw
@@ -106,8 +115,6 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
     from duet_vlm.profiling.devices import TORCH
 
     where = device_for(device)
-    if dtype is not None and dtype not in TORCH:
-        raise ValueError(f"--dtype {dtype}: choose one of {', '.join(TORCH)}")
     if config_only is None:
         return load(name, device, None if dtype is None else TORCH[dtype]).model, where, name
     usual = torch.bfloat16 if where.startswith("cuda") else torch.float32
@@ -130,8 +137,7 @@ def _show(found: dict[str, Any]) -> None:
         console.print(table)
     for row in found["rows"]:
         if "ms" not in row:
-            floor = "" if row["floor"] is None else f", floor {row['floor']:.1f} tokens"
-            console.print(f"{row['side']}: {row['status']}{floor}")
+            console.print(f"{row['side']}: {row['status']}" + ("" if row["floor"] is None else f" (floor {row['floor']:.1f})"))
 
 
 def _cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from duet_vlm.cli.options import Model, Reduction, reducing
+from duet_vlm.cli.options import Model, Reduction, reducing, warn_of_more
 
 if TYPE_CHECKING:
     from duet_vlm import Report, SpanPlan
@@ -50,6 +50,9 @@ def budget(
 
     With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown one after the other.
     """
+    if device is None and config_only is None:
+        for reduction in reductions:
+            reduction.check_budget(model)
     from duet_vlm.cli.fleet import Fleet
     from duet_vlm.evaluation.speed.random_model import skeleton
 
@@ -60,6 +63,8 @@ def budget(
         fleet.show(name, skeletal, reductions, tokens, parts, json_)
         return
     plans = [(name, *_planned(reduction, skeletal, element_bytes, tokens, parts, prompt_tokens), prompt_tokens) for reduction in reductions]
+    for reduction, (_, whole, _, _) in zip(reductions, plans, strict=True):
+        warn_of_more(reduction.budget, [whole.tokens])
     if json_:
         plain = [_plain(*plan) for plan in plans]
         print(json.dumps(plain if len(plain) > 1 else plain[0]))

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.lists import check_method
-from duet_vlm.cli.options import AsJson, Debug, Device, Images, Model, VisualInputs
+from duet_vlm.api.catalogue import rows
+from duet_vlm.api.loading import check_model
+from duet_vlm.cli.errors import folder_for, friendly
+from duet_vlm.cli.options import AsJson, Debug, Device, Images, Model, VisualInputs, method_of
+from duet_vlm.reducers import method_files
 
 QUESTION = "Describe the image."
 
@@ -30,8 +32,13 @@ def calibrate(
     A hundred images like those to come are plenty. Name the file when you attach: --set table=FILE (fitprune) or --set prior=FILE (d2pruner).
     """
     with friendly(debug, json_):
-        check_method(method)
-        pictures = VisualInputs.of(image, None, None, None).images
+        method, *_ = method_of(method)
+        able = [row["name"] for row in rows("methods") if row["calibrated"]]
+        if not method_files.names() and method not in able:
+            raise ValueError(f"{method} is not calibrated to a model; methods that are: {', '.join(able)}")
+        pictures = VisualInputs.of(image, None, None, None, prompt).images
+        check_model(model)
+        folder_for("--out", out.parent)
 
         from duet_vlm.api.calibrate import calibrate as learn
         from duet_vlm.api.calibrate import observer_of

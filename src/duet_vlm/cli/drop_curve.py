@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duet_vlm.cli.errors import friendly, plain_name
+from duet_vlm.api.loading import check_model, config_of, depth_of
+from duet_vlm.cli.errors import GOES_ON, friendly, plain_name
 from duet_vlm.cli.eval import limit_of, seeds_of
-from duet_vlm.cli.lists import check_method
-from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, several
+from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, several
 
 if TYPE_CHECKING:
     from duet_vlm.evaluation.drop_curve import DropCurve
@@ -49,25 +49,29 @@ def drop_curve(
     Questions without answers are judged by the full model's own. With --budget the proposals are measured beside the fixed schedules, on the
     same questions. Start the same command again after a kill and it goes on where it stopped.
     """
-    with friendly(debug, json_):
+    with friendly(debug, json_, GOES_ON):
         plain_name("--name", name)
-        check_method(method)
+        method, *_ = method_of(method)
         wanted_layers, numbers, questions = _layers(layers), seeds_of(seeds), limit_of(limit)
         budgets_wanted = budgets_of(budgets) if budgets else []
 
-        from duet_vlm.api.loading import config_of
         from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
         from duet_vlm.evaluation.distributed import WorkerRank
         from duet_vlm.evaluation.drop_curve import DEEP, FULL, check_takes_schedules, contest, curve_of, drops, layers_of, proposals, winners
         from duet_vlm.evaluation.experiment import Experiment
-        from duet_vlm.evaluation.report.plots import all_plots
+        from duet_vlm.evaluation.tasks import task as task_of
         from duet_vlm.evaluation.tasks import usual_model
 
         WorkerRank.here().check_alone("drop-curve")
         source = model or usual_model(task)
-        depth = config_of(source).get_text_config().num_hidden_layers
+        task_of(task).count(questions)
+        if (stated := depth_of(check_model(source))) is not None:
+            layers_of(stated, wanted_layers)
         if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
             raise ImportError('the picture of the curve needs matplotlib: pip install ".[eval]" in your clone of duet-vlm')
+        from duet_vlm.evaluation.report.plots import all_plots
+
+        depth = config_of(source).get_text_config().num_hidden_layers
         if budgets_wanted:
             check_takes_schedules(method, depth)
         job = Experiment(task, drops(layers_of(depth, wanted_layers)), source, numbers, questions, batch, FULL)
@@ -112,7 +116,8 @@ def _facts(curve: DropCurve, tolerance: float) -> dict[str, Any]:
 
 def _show(curve: DropCurve, schedules: dict[str, Any], tolerance: float) -> None:
     last = curve.needed_until(tolerance)
-    lost = f"within {100 * tolerance:g} points of the full model's {curve.full:.3f}"
+    points = f"{100 * tolerance:g} point{'s'[: tolerance != 0.01]}"
+    lost = f"within {points} of the full model's {curve.full:.3f}"
     if last == curve.depth:
         print(f"Visual tokens matter in all {curve.depth} layers: without them from the last measured one on, accuracy is not {lost}.")
     else:

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import typer
 
+GOES_ON = "the same command goes on where it stopped"  # of what is journalled
 EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryError)
 
 
 @contextlib.contextmanager
-def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
+def friendly(debug: bool, as_json: bool = False, interrupted: str = "") -> Iterator[None]:
     """Turn what a user can cause into a message.
 
     Parameters
@@ -26,6 +27,8 @@ def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
         Let errors through with their traceback.
     as_json : bool
         Also print ``{"error": ..., "floor": ...}`` on stdout, so that stdout is JSON in every case.
+    interrupted : str
+        What the same command does after Ctrl-C, said then (``GOES_ON``).
     """
     as_usual = warnings.formatwarning
     try:
@@ -46,7 +49,7 @@ def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
         typer.echo(f"error: {message}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        sys.stderr.write("\n")
+        typer.echo(f"\ninterrupted{': ' if interrupted else ''}{interrupted}", err=True)
         raise typer.Exit(130) from None
     finally:
         warnings.formatwarning = as_usual
@@ -67,6 +70,8 @@ def folder_for(option: str, folder: Path) -> Path:
     ValueError
         If nothing can be written there; names the option, the folder and the reason.
     """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{option} {folder}: is a file; give a folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".duet-vlm-{os.getpid()}"

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duet_vlm.cli.errors import folder_for, friendly, plain_name
-from duet_vlm.cli.lists import chosen
+from duet_vlm.api.catalogue import check_settings, chosen
+from duet_vlm.api.loading import check_model
+from duet_vlm.cli.errors import GOES_ON, folder_for, friendly, plain_name
 from duet_vlm.cli.options import (
     SEVERAL,
     AsJson,
@@ -49,7 +50,10 @@ def evaluate(
         typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task."),
     ] = None,
     methods: Annotated[
-        Texts, typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or duet.json. {SEVERAL} Default: {METHODS}.")
+        Texts,
+        typer.Option(
+            "--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or duet.json, ./mine.py. {SEVERAL} Default: {METHODS}."
+        ),
     ] = None,
     budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {BUDGETS}.")] = None,
     presets: Annotated[Texts, typer.Option("--presets", "--preset", help=f"Named presets to run as well. {SEVERAL}")] = None,
@@ -81,7 +85,7 @@ def evaluate(
 
     All GPUs of the machine are used. Start the same command again after a kill and it goes on where it stopped.
     """
-    with friendly(debug, json_):
+    with friendly(debug, json_, GOES_ON):
         from duet_vlm.evaluation.experiment import read
 
         plain_name("--name", name)
@@ -110,6 +114,8 @@ def evaluate(
         else:
             from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
 
+            for job in jobs:
+                check_model(job.model)
             check_tasks(jobs)
             wanted = JobOptions.checked(out, restart, workers, timing_rounds, device, json_)
             title = name or ("eval" if experiment is None else experiment.stem)
@@ -159,6 +165,7 @@ def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tupl
     cells: list[dict[str, Any]] = []
     for name, pairs in named:
         method, own, kept = method_of(name, *REFERENCES)
+        check_settings(method, kept | settings_of(pairs))
         cells.append({"method": method, "budgets": wanted if own is None or budgets else [own], "settings": kept | settings_of(pairs)})
     cells += [{"preset": preset} for preset in published]
     return (*cells, {"method": ORACLE, "budgets": wanted}) if oracle else tuple(cells)

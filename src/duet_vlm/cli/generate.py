@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from duet_vlm.cli.errors import folder_for
-from duet_vlm.cli.options import ChunkFrames, Device, Model, Reduction, StillFrames, pieces_of, reducing
+from duet_vlm.cli.options import ChunkFrames, Device, Model, Reduction, StillFrames, pieces_of, resumable
 
 if TYPE_CHECKING:
     from duet_vlm import Handle
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 EPILOG = "On several GPUs or machines: accelerate launch -m duet_vlm.cli.main generate ...; after a kill, the same command goes on."
 
 
-@reducing
+@resumable
 def generate(
     data: Annotated[
         str, typer.Option("--data", help="A .jsonl file with image (or video) and question in each line (id too, if you like), or a folder.")
@@ -35,14 +35,18 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer many prompts into a file. A picture that cannot be read costs its own line only."""
-    from duet_vlm.api.loading import load
     from duet_vlm.evaluation.distributed import WorkerRank, gpus
-    from duet_vlm.evaluation.generate import generate as answers
-    from duet_vlm.evaluation.generate import prompts
+    from duet_vlm.evaluation.prompts import prompts
 
+    if prompt is not None and not prompt.strip():
+        raise ValueError("--prompt is empty: write a question")
     asked, place = prompts(data, prompt), WorkerRank.here()
+    reduction.check_budget(model)
     pieces = pieces_of(chunk_frames, still_frames, asked.clips, 'give --data with "video" in its lines')
     folder_for("--out", out.parent)
+    from duet_vlm.api.loading import load
+    from duet_vlm.evaluation.generate import generate as answers
+
     if restart:
         place.check_restart(f"{out}.parts")
         shutil.rmtree(f"{out}.parts", ignore_errors=True)

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from duet_vlm.api.catalogue import chosen
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.lists import chosen
 from duet_vlm.cli.options import AsJson, Debug
 
 

@@ -10,8 +10,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from duet_vlm.api.catalogue import chosen, rows
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.lists import chosen, rows
 from duet_vlm.cli.options import AsJson, Debug
 
 

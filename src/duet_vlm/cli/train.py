@@ -8,17 +8,22 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from duet_vlm.cli.errors import folder_for, friendly
+from duet_vlm.api.catalogue import check_settings
+from duet_vlm.api.loading import check_model
+from duet_vlm.cli.errors import GOES_ON, folder_for, friendly
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, budget_of, budgets_of, method_of, one, settings_of, several_paths
 from duet_vlm.train.settings import TUNED, TrainSettings, recipes, settings_from
 
 NEEDED = ("accelerate", "yaml")  # of the extra 'train', in every run
 EPILOG = "\n\n".join(["Recipes:", *(f"{name}: {said}." for name, said in recipes().items())])
+
+OPTIONS = {"settings": "--set"} | {name: f"--{name.replace('_', '-')}" for name in "data images limit tune imitate anneal_until trainer".split()}
 
 Text = str | None
 
@@ -64,7 +69,7 @@ def train(
     Start the same command again after a kill and it goes on from the last checkpoint. On several GPUs:
     'accelerate launch -m duet_vlm.cli.main train ...'.
     """
-    with friendly(debug, json_):
+    with friendly(debug, json_, GOES_ON):
         missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f'training needs {", ".join(missing)}: pip install ".[train]" in your clone of duet-vlm')
@@ -80,13 +85,29 @@ def train(
             "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "imitate": imitate, "trainer": _arguments(trainer),
             "settings": kept | settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
         }  # fmt: skip
-        settings = settings_from(recipe, config, {name: value for name, value in given.items() if value is not None})
+        given = {name: value for name, value in given.items() if value is not None}
+        with _options_named(OPTIONS if config is None else {name: OPTIONS[name] for name in OPTIONS if given.get(name)}):
+            settings = settings_from(recipe, config, given)
+        check_settings(settings.method, settings.settings)
         if print_config:
             from duet_vlm.train.yaml_text import written
 
             typer.echo(json.dumps(settings.to_dict()) if json_ else written(settings.to_dict()), nl=json_)
             return
+        check_model(settings.model)
         _train(settings, restart, json_)
+
+
+@contextlib.contextmanager
+def _options_named(options: Mapping[str, str]) -> Iterator[None]:
+    """Errors of settings begin with the setting's name, as a YAML file has it; those of ``options`` are named as they are typed."""
+    try:
+        yield
+    except ValueError as error:
+        name, colon, said = str(error).partition(": ")
+        if not colon or name not in options:
+            raise
+        raise ValueError(f"{options[name]}: {said}") from error
 
 
 def _train(settings: TrainSettings, restart: bool, as_json: bool) -> None:

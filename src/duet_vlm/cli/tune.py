@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from duet_vlm.cli.errors import folder_for, friendly, plain_name
+from duet_vlm.api.catalogue import check_settings
+from duet_vlm.cli.errors import GOES_ON, folder_for, friendly, plain_name
 from duet_vlm.cli.options import SEVERAL, AsJson, Debug, Device, budgets_of, method_of, settings_of, several
 from duet_vlm.evaluation.tune import BUDGETS, METHODS
 
@@ -45,7 +46,9 @@ def tune(
     ] = None,
     methods: Annotated[
         Texts,
-        typer.Option("--methods", "--method", help=f"Settings in brackets: duet[text_query=last]. {SEVERAL} Default: {','.join(METHODS)}."),
+        typer.Option(
+            "--methods", "--method", help=f"Settings in brackets: duet[text_query=last]; or ./mine.py. {SEVERAL} Default: {','.join(METHODS)}."
+        ),
     ] = None,
     budgets: Annotated[Texts, typer.Option("--budgets", "--budget", "-b", help=f"{SEVERAL} Default: {','.join(map(str, BUDGETS))}.")] = None,
     schedules: Annotated[
@@ -67,29 +70,34 @@ def tune(
 
     Without labels the full model's own answers are held to be right. Start the same command again after a kill and it goes on where it stopped.
     """
-    with friendly(debug, json_):
+    with friendly(debug, json_, GOES_ON):
         plain_name("--name", name)
         _check_extras()
-        from duet_vlm.api.loading import load, quiet
+        from duet_vlm.api.loading import check_model, load, quiet
         from duet_vlm.evaluation.distributed import WorkerRank
         from duet_vlm.evaluation.experiment import cells_of
         from duet_vlm.evaluation.tasks import usual_model
         from duet_vlm.evaluation.tune.binomial import split
-        from duet_vlm.evaluation.tune.candidates import candidates
-        from duet_vlm.evaluation.tune.search import Goal
+        from duet_vlm.evaluation.tune.goal import Goal
 
         WorkerRank.here().check_alone("tune")
         size = None if memory is None else size_of(memory)
         goal = Goal(KEEP if keep is None and speedup is None and size is None else keep, speedup, size)
         named = [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))] if methods else []
         wanted = [(method, kept | own) for method, _, kept, own in named] or [(method, {}) for method in METHODS]
+        for method, settings in wanted:
+            check_settings(method, settings)
+        amounts = budgets_of(budgets) or BUDGETS
         asked = task_of(data, prompt)
+        check_model(model or usual_model(asked.name))
         count = asked.count(limit if limit is not None or asked.size is not None else LIMIT)
         split(count, goal.keep)  # too few questions: said before a model is loaded
         folder = folder_for("--out", out / (name or asked.name))
+        from duet_vlm.evaluation.tune.candidates import candidates
+
         with quiet():
             loaded = load(model or usual_model(asked.name), device)
-        runs = candidates(wanted, budgets_of(budgets) or BUDGETS, several(schedules) or ["own"], loaded.model)
+        runs = candidates(wanted, amounts, several(schedules) or ["own"], loaded.model)
         result = _searched(loaded, asked, seed, count, runs, goal, batch, rounds, folder, restart, dry_run)
         if result is None:
             if json_:

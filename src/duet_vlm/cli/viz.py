@@ -29,6 +29,7 @@ from duet_vlm.cli.options import (
     method_of,
     reducing,
     several,
+    warn_of_more,
 )
 from duet_vlm.cli.timed_answer import timed_answer
 from duet_vlm.inputs.video import VideoFrames
@@ -88,11 +89,14 @@ def viz(
 
     Below a stage: the scores that decided. Above: what the full model answers, and what the reduced one does.
     """
+    shown = VisualInputs.of(image, video, frames, fps, prompt)
+    reduction.check_budget(model)
+    reductions = [reduction, *(beside(reduction, text) for text in several(compare))]
+    for each in reductions[1:]:
+        each.check(model)
+    folder_for("--out", out)
     from duet_vlm.viz import stack
 
-    shown = VisualInputs.of(image, video, frames, fps)
-    reductions = [reduction, *(beside(reduction, text) for text in several(compare))]
-    folder_for("--out", out)
     loaded = load(model, device)
     clips = shown.clips(loaded)
     inputs = loaded.inputs(shown.images, prompt, clips)
@@ -127,7 +131,7 @@ def beside(reduction: Reduction, text: str) -> Reduction:
     if reduction.preset is not None:
         raise ValueError(f"--compare {text}: --preset {reduction.preset} brings its own budget; give --method and --budget to compare with others")
     name, _, amount = text.rpartition("@")
-    if not name and (amount[:1].isdigit() or amount[:1] == "."):
+    if not name and re.match(r"\.?\d", amount):
         return dataclasses.replace(reduction, budget=budget_of(amount))
     method, own, kept = method_of(name or amount)
     budget = budget_of(amount) if name else reduction.budget if own is None else own
@@ -150,6 +154,7 @@ def _view(
         inputs = loaded.inputs(shown.images, prompt, clips)
         said = timed_answer(loaded, inputs, longest, False).text
         (spans,), report = handle.trace, handle.report()
+    warn_of_more(reduction.budget, [trace.span.tokens for trace in spans])
     if len(spans) != len(shown.paths):
         files = len(shown.paths)
         raise ValueError(f"{files} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet")

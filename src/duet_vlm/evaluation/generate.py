@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,68 +20,19 @@ from duet_vlm import BudgetError, Handle
 from duet_vlm.api.loading import LoadedModel
 from duet_vlm.evaluation.distributed import WorkerRank, recorded
 from duet_vlm.evaluation.journal import CONTENTS, Journal, Page, alone
+from duet_vlm.evaluation.prompts import Prompts
 from duet_vlm.evaluation.run import model_facts
 from duet_vlm.evaluation.run_sample import inputs_of
-from duet_vlm.evaluation.tasks import TaskQuestion, task
-from duet_vlm.inputs.images import open_image
-from duet_vlm.utils.contents import digest_of
-
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+from duet_vlm.evaluation.tasks import TaskQuestion
 
 RUN = "answers"  # the only run that a page holds
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class PromptFile:
-    """``names`` and the texts of all prompts; ``open`` makes the question of one, and raises a ValueError where its picture cannot be read.
-    ``mark`` changes with what they and their files hold; ``clips``: some show one."""
-
-    names: tuple[str, ...]
-    texts: tuple[str, ...]
-    open: Callable[[int], TaskQuestion]
-    mark: str
-    clips: bool = False
-
-
-def prompts(data: str, prompt: str | None) -> PromptFile:
-    """The prompts of a JSON-lines file (image or video, question), or ``prompt`` about every picture of a folder.
-
-    Raises
-    ------
-    ValueError
-        No such file or folder, nothing in it, a broken line, or a prompt too many or too few.
-    """
-    path = Path(data).expanduser()
-    if path.is_dir():
-        if not prompt:
-            raise ValueError(f"--data {data}: a folder of pictures needs --prompt, the question about each of them")
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in PICTURES)
-        if not files:
-            raise ValueError(f"--data {data}: no pictures in this folder ({', '.join(sorted(PICTURES))})")
-        names = tuple(file.name for file in files)
-
-        def about(number: int) -> TaskQuestion:
-            return TaskQuestion(names[number], (open_image(files[number]),), prompt, (), "all")
-
-        return PromptFile(names, (prompt,) * len(files), about, digest_of([names, prompt], files))
-    if path.suffix != ".jsonl" or not path.is_file():
-        raise ValueError(f"--data {data}: give a folder of pictures or a .jsonl file with image (or video) and question in each line")
-    if prompt:
-        raise ValueError(f"--prompt: the questions stand in {data}, leave it out")
-    asked = task(str(path))
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]  # read without complaint just now
-    names = tuple(str(line.get("id", number)) for number, line in enumerate(lines))
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--data {data}: the id {twice[0]!r} stands in two lines")
-    mark = digest_of([names, asked.digest(len(names))], [])
-    return PromptFile(names, tuple(line["question"] for line in lines), lambda i: asked.ask(0, i), mark, asked.clips)
-
-
 def generate(
     loaded: LoadedModel,
-    asked: PromptFile,
+    asked: Prompts,
     out: Path,
     attach: Callable[[], Handle],
     *,
@@ -133,7 +83,7 @@ def generate(
     return True
 
 
-def _answers(loaded: LoadedModel, handle: Handle, asked: PromptFile, numbers: Sequence[int], max_new_tokens: int) -> list[Row]:
+def _answers(loaded: LoadedModel, handle: Handle, asked: Prompts, numbers: Sequence[int], max_new_tokens: int) -> list[Row]:
     """One row for each prompt of a batch. What makes one impossible is said in its row, and the others are answered."""
     rows: list[Row] = [{"id": asked.names[number], "question": asked.texts[number]} for number in numbers]
     questions: dict[int, TaskQuestion] = {}

@@ -7,6 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from duet_vlm.reducers import method_files
+
 CHANGED = "+changes"
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -32,12 +34,14 @@ class Source:
 
 
 def source(package: Path = PACKAGE) -> Source:
-    """The code of the package as it lies on the disk now."""
-    digest = hashlib.sha256()
+    """The code of the package as it lies on the disk now, and of methods in files of their own."""
+    digest = hashlib.sha256(method_files.digest())
     for path in sorted(package.rglob("*.py")):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
-    return Source(_commit(package), digest.hexdigest()[:16])
+    commit = _commit(package)
+    own = commit is not None and not commit.endswith(CHANGED) and method_files.files()  # the commit does not have them
+    return Source(f"{commit}{CHANGED}" if own else commit, digest.hexdigest()[:16])
 
 
 def unclean(commit: str | None) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.methods.lookup import get_method
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced_picks, top
 from duet_vlm.planning.budget import (
     EPSILON,
@@ -109,7 +110,7 @@ class RandomTokens(Baseline):
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         assert view.span_index is not None and view.token_index is not None  # promised by ``uses_tokens``
-        table = priorities(self.seed, view.spans).to(view.valid.device)
+        table = upload(priorities(self.seed, view.spans), view.valid.device)
         return top(table[view.span_index, view.token_index], view.valid, view.num_keep)
 
 

@@ -34,7 +34,7 @@ from duet_vlm.ops.merge_targets import (
     visionzip_contextual_count,
 )
 from duet_vlm.ops.neighbor_merge import merge_with_neighbours
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import ranking, spaced_picks, top
 from duet_vlm.planning.budget import EPSILON, Schedule, check_schedule
 from duet_vlm.planning.tokens import Selection
@@ -95,7 +95,7 @@ class ChoiceState:
 
     def counts(self, numbers: list[int]) -> Tensor:
         """A number for each picture, on the device [B]."""
-        return torch.tensor(numbers, device=self.view.valid.device)
+        return upload(numbers, self.view.valid.device)
 
 
 def _there(x: Tensor | None) -> Tensor:

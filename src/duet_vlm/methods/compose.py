@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.methods.frames import Frames
-from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, count_of, infeasible_budget, largest_int, mean_within, target_mean
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer, plan_keep_all
@@ -352,7 +352,7 @@ class Composition(EncoderReducer):
         if frames is None or view.modality != "video":
             return first.select_tokens(view)
         sizes = [self.pool(plan) for plan in view.plans]
-        pool = frames.changed(view, torch.tensor(sizes, device=view.valid.device))
+        pool = frames.changed(view, upload(sizes, view.valid.device))
         rows, valid = pack_right(pool, max(sizes))
 
         selection = first.select_tokens(dataclasses.replace(view.select_rows(lambda x: gather_rows(x, rows)), valid=valid))

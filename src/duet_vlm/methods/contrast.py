@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import ranking, top
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
@@ -46,7 +47,7 @@ class Contrast(TowerReducer):
     def keep_patches(self, view: TowerView) -> Tensor:
         assert view.contrast is not None  # promised by ``tower_signals``
         spread = [int(self.ground * keep) for keep in view.has_count]
-        count = torch.tensor(spread, device=view.num_keep.device)[:, None]
+        count = upload(spread, view.num_keep.device)[:, None]
         first = top(view.contrast, view.valid, view.num_keep - count[:, 0])
         rest = view.valid & ~first
         number = torch.arange(max(spread), device=count.device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from duet_vlm.methods.position_prior import PositionBiasObserver, bias_of
 from duet_vlm.ops.graph import closeness, independent_set, rescaled
 from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import upload
 from duet_vlm.planning.budget import Schedule
 from duet_vlm.reducers.base import DecoderView
 from duet_vlm.reducers.calibration import Calibration, read
@@ -99,6 +99,6 @@ class D2Pruner(ScheduledReducer):
         if self.semantic == 1:
             return likeness
         sides = [size if grid is None else grid[1] for (_, size), grid in zip(view.spans, view.grids, strict=True)]
-        width = torch.tensor(sides, device=view.span_index.device)[view.span_index].clamp(min=1)
+        width = upload(sides, view.span_index.device)[view.span_index].clamp(min=1)
         near = closeness(view.token_index // width, view.token_index % width) * (view.span_index[:, None] == view.span_index[..., None])
         return self.semantic * likeness + (1 - self.semantic) * near

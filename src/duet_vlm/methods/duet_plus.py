@@ -13,7 +13,7 @@ from torch import Tensor
 
 from duet_vlm.ops.greedy import conditional_kernel, cosine, greedy_dpp_map
 from duet_vlm.ops.merge_targets import merge_if_similar
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.saliency import of_largest
 from duet_vlm.ops.schedules import tapered_schedule
 from duet_vlm.ops.select import ranking, top
@@ -121,7 +121,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]
         members = ranking(view.importance, rest)[:, : max(pools)]
-        offered = torch.minimum(torch.tensor(pools, device=rest.device), rest.sum(1))
+        offered = torch.minimum(upload(pools, rest.device), rest.sum(1))
         return merge_if_similar(index, valid, members, offered, similarity, self.tau)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:

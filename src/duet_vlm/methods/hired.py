@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.groups import proportional_shares, sums_of_groups, top_of_groups
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of
 from duet_vlm.planning.tokens import Selection
@@ -105,7 +105,7 @@ class HiRED(EncoderReducer):
         """Tokens kept of the overview and of each crop [B, 1 + crops]: an image without crops gets the whole budget."""
         overview = view.valid & (group == 0)
         size = sums_of_groups(view.valid, group, view.valid, 1 + crops).long()
-        first = torch.tensor([int(plan.dominant * self.alpha) for plan in view.plans], device=view.valid.device)
+        first = upload([int(plan.dominant * self.alpha) for plan in view.plans], view.valid.device)
         rest = torch.minimum(view.dominant - torch.minimum(first, size[:, 0]), size[:, 1:].sum(1))
         weight = sums_of_groups(self.important(view, overview), self.region(view, group, crops), overview, crops)
         if self.regions == "quadrants":
@@ -118,7 +118,7 @@ class HiRED(EncoderReducer):
         """Mask [B, N] of the most attended tokens of the overview [B, N] in the early layer."""
         early, most = view.layers[1].importance, max(plan.tokens for plan in view.plans)
         assert early is not None  # promised by ``signals``
-        wanted = torch.tensor([count_of(1 - self.alpha, n, self.rounding) for n in range(most + 1)], device=overview.device)
+        wanted = upload([count_of(1 - self.alpha, n, self.rounding) for n in range(most + 1)], overview.device)
         return top(early, overview, wanted[overview.sum(1).clamp(max=most)])
 
     def region(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
@@ -144,7 +144,7 @@ def kept_of_one(importance: Tensor, keep: float, spatial: float = 0.0) -> Tensor
     """
     tokens = len(importance)
     everyone = torch.ones_like(importance[None], dtype=torch.bool)
-    kept = top(importance[None], everyone, torch.tensor([int(tokens * keep)], device=importance.device))[0]
+    kept = top(importance[None], everyone, upload([int(tokens * keep)], importance.device))[0]
     if count := int(tokens * spatial):
         kept[torch.arange(0, tokens - 1, tokens // count, device=importance.device)] = True
     return kept.nonzero()[:, 0]

@@ -13,7 +13,7 @@ def get_method(name: str) -> type[Reducer]:
     Raises
     ------
     ValueError
-        If a name is unknown (the known ones are listed), or the methods are in the wrong order.
+        If a name is unknown (similar names are listed), or the methods are in the wrong order.
     """
     classes = tuple(registry.registered_class(part) for part in name.split("+"))
     return classes[0] if len(classes) == 1 else composition_class(classes)

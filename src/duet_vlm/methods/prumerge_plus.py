@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.methods.prumerge import PruMerge
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import outliers, ranking, spaced_picks, top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan
 from duet_vlm.planning.tokens import Selection
@@ -83,7 +83,7 @@ class PruMergePlus(PruMerge):
 
     def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
         assert view.importance is not None  # promised by ``signals``
-        most = torch.tensor([math.ceil(plan.dominant * self.important) for plan in view.plans], device=view.valid.device)
+        most = upload([math.ceil(plan.dominant * self.important) for plan in view.plans], view.valid.device)
         important = torch.minimum(outliers(view.importance, view.valid).sum(1), most)
         attended = top(view.importance, view.valid, important)
         even = spaced_picks(view.valid & ~attended, view.dominant - important)
@@ -98,9 +98,9 @@ class PruMergePlus(PruMerge):
         device, sizes = view.valid.device, [PruMerge.kept_of(self, plan.tokens) if plan.merges else plan.dominant for plan in view.plans]
         grids = [list(self.grid(plan.tokens, n)) if plan.merges else [] for plan, n in zip(view.plans, sizes, strict=True)]
         most = max(map(len, grids))
-        added = torch.tensor([[*grid, *[-1] * (most - len(grid))] for grid in grids], device=device, dtype=torch.long)
+        added = upload([[*grid, *[-1] * (most - len(grid))] for grid in grids], device, torch.long)
         first = ranking(view.importance, view.valid)[:, : max(sizes)]
-        real = torch.cat([torch.arange(first.shape[1], device=device) < torch.tensor(sizes, device=device)[:, None], added >= 0], 1)
+        real = torch.cat([torch.arange(first.shape[1], device=device) < upload(sizes, device)[:, None], added >= 0], 1)
         tokens = torch.cat([first, added.clamp(min=0)], 1)
         attended, kept = (_mask(tokens[:, :n], real[:, :n], view.valid) for n in (first.shape[1], tokens.shape[1]))
         again = attended.gather(1, added.clamp(min=0)) & (added >= 0)

@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.groups import principal, proportional_shares, sums_of_groups, survivors, top_of_groups
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
@@ -80,7 +79,7 @@ class PruneSID(EncoderReducer):
         likeness = cosine(view.features, view.valid)
         limits = [ROUNDS * math.ceil(plan.dominant / 64) for plan in view.plans]
         step = survivors(likeness, view.importance, group, view.valid, self.threshold(view, likeness), groups, max(limits))
-        taken = step < torch.tensor(limits, device=step.device)[:, None]
+        taken = step < upload(limits, step.device)[:, None]
         apart, size = (sums_of_groups(mask, group, view.valid, groups) for mask in (taken, view.valid))
         one = (size > 0).long()
         more = proportional_shares(apart - one, (apart - one).clamp(min=0), view.dominant - one.sum(1))
@@ -92,7 +91,7 @@ class PruneSID(EncoderReducer):
         """Group of each token [B, N], and the largest number of groups."""
         assert view.features is not None
         counts = [min(max(1, plan.dominant // PER_GROUP), max(1, plan.tokens)) for plan in view.plans]
-        wanted = torch.tensor(counts, device=view.valid.device)
+        wanted = upload(counts, view.valid.device)
         parts = principal(view.features.float().sigmoid(), view.valid, wanted, max(counts))
         return parts.abs().argmax(-1), max(counts)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced_picks
 from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.registry import register
@@ -51,8 +52,8 @@ class RLT(ThresholdReducer):
         check_choice("against", self.against, ("kept", "before"))
 
     def keep_patches(self, view: TowerView) -> Tensor:
-        alone = torch.tensor([n < 0 for n in view.previous_picture], device=view.valid.device)
-        alone = alone & ~torch.tensor([n in view.previous_picture for n in range(len(view.previous_picture))], device=alone.device)
+        alone = upload([n < 0 for n in view.previous_picture], view.valid.device)
+        alone = alone & ~upload([n in view.previous_picture for n in range(len(view.previous_picture))], alone.device)
         return torch.where(alone[:, None], spaced_picks(view.valid, view.num_keep), super().keep_patches(view)) if view.has_count else super().keep_patches(view)
 
     def scores(self, view: TowerView) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.dpc_knn import peaks
-from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.planning.budget import Schedule, count_of, largest_int
 from duet_vlm.planning.tokens import Selection
@@ -110,7 +110,7 @@ class SparseVLM(ScheduledReducer):
         if not self.recycle:
             return top(scores, valid, view.num_keep)
         split = [self._split(there, stay) for there, stay in view.host_counts]
-        kept, pool, clusters = torch.tensor(split, device=scores.device).T
+        kept, pool, clusters = upload(split, scores.device).T
         order = ranking(scores, valid)
         width, most = (max(1, *(row[i] for row in split)) for i in (1, 2))
         turn = torch.arange(width, device=scores.device)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced_picks, top
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
@@ -34,7 +35,7 @@ class RandomPatches(TowerReducer):
 
     def keep_patches(self, view: TowerView) -> Tensor:
         chance = torch.rand(view.valid.shape[1], generator=torch.Generator().manual_seed(self.seed), device="cpu")
-        return top(chance.to(view.valid.device).expand(view.valid.shape), view.valid, view.num_keep)
+        return top(upload(chance, view.valid.device).expand(view.valid.shape), view.valid, view.num_keep)
 
 
 @register("checkerboard")
@@ -50,7 +51,7 @@ class Checkerboard(TowerReducer):
 
     def keep_patches(self, view: TowerView) -> Tensor:
         number = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
-        columns = torch.tensor([columns for _, columns in view.grids], device=number.device)[:, None]
+        columns = upload([columns for _, columns in view.grids], number.device)[:, None]
         # every second line is shifted by one
         shifted = number // columns * columns + (number % columns + number // columns % 2) % columns
         order = shifted.argsort(dim=1, stable=True)

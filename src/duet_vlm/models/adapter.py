@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from duet_vlm.ops.ragged import upload
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, decoder_dims, probed_layer
 from duet_vlm.utils.hooks import Hooks
@@ -80,9 +81,9 @@ class VarlenTower:
     """A tower that packs the patches of all pictures into one row, the ``unit`` patches of a token beside each other, each of ``steps`` frames of
     ``patch`` x ``patch`` pixels.
 
-    ``tables(grid_thw, units, counts)`` makes of the units that are left [K] (ascending; ``counts`` of each picture) what the tower's forward
-    takes ready-made, where these units stand in the order that the blocks work in [K], and where the blocks, in their order, would have had
-    them in the whole row [K]. ``mergers`` make one row of each unit, in the order of the blocks.
+    ``tables(grid, units, counts)`` makes of the units that are left [K] (ascending; ``counts`` of each picture) what the tower's forward takes
+    ready-made, where these units stand in the order that the blocks work in [K], and where the blocks, in their order, would have had them in the
+    whole row [K]; ``grid`` is the tower's own argument, on the host. ``mergers`` make one row of each unit, in the order of the blocks.
     """
 
     module: Any
@@ -106,6 +107,15 @@ class Encoding:
     stream: str
     sizes: list[list[int]] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
+    _read: dict[str, list[int]] = field(default_factory=dict, compare=False)
+
+    def numbers(self, name: str) -> list[int] | None:
+        """An argument that is a few numbers; read from the device once."""
+        if self.arguments.get(name) is None:
+            return None
+        if name not in self._read:
+            self._read[name] = torch.as_tensor(self.arguments[name], device="cpu").tolist()
+        return self._read[name]
 
 
 @dataclass(frozen=True)
@@ -209,7 +219,7 @@ class Adapter(ABC):
             return {stream.name: input_ids == stream.token_id for stream in self.modalities}
         assert inputs_embeds is not None
         embed, device = self.base.get_input_embeddings(), inputs_embeds.device
-        tokens = {stream.name: embed(torch.tensor(stream.token_id, device=device)) for stream in self.modalities}
+        tokens = {stream.name: embed(upload(stream.token_id, device)) for stream in self.modalities}
         return {name: (inputs_embeds == token).all(-1) for name, token in tokens.items()}
 
     def placeholder_ids(self, stream: Modality, tokens: int, parts: tuple[int, ...]) -> list[int]:

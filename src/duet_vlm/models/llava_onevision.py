@@ -46,8 +46,8 @@ class LlavaOnevision(LlavaNextVideo):
         return column_signals(recorded)
 
     def crops(self, call: Encoding) -> list[int]:
-        together = call.arguments.get("batch_num_images")
-        alone = [True] * len(call.sizes) if together is None else [n == 1 for n in torch.as_tensor(together, device="cpu").tolist() for _ in range(n)]
+        together = call.numbers("batch_num_images")
+        alone = [True] * len(call.sizes) if together is None else [n == 1 for n in together for _ in range(n)]
         pinpoints, side = self.config.image_grid_pinpoints, self.config.vision_config.image_size
         return [image_size_to_num_patches(size, pinpoints, side) if one else 1 for size, one in zip(call.sizes, alone, strict=True)]
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from duet_vlm.models.qwen2_vl import Qwen2VL
+from duet_vlm.ops.ragged import upload
 from duet_vlm.profiling.model_dims import VisionDims
 
 
@@ -36,11 +37,11 @@ class Qwen25VL(Qwen2VL):
         """Merged tokens window by window [U], and where windows begin and end [windows + 1], in patches."""
         return _windows(tuple(map(tuple, sizes)), self.visual.spatial_merge_size, self.visual.window_size, self.visual.patch_size)
 
-    def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def tables(self, grid: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``PackedTower``. The blocks work window by window; windows of which nothing is left vanish."""
-        made, *_ = super().tables(grid_thw, units, counts)
+        made, *_ = super().tables(grid, units, counts)
         unit = self.visual.spatial_merge_unit
-        order, ends = (table.to(units.device) for table in self.windows(grid_thw.tolist()))
+        order, ends = (upload(table, units.device) for table in self.windows(grid.tolist()))
         alive = torch.zeros(len(order), dtype=torch.long, device=units.device).index_fill(0, units, 1)
         slots = alive[order].sort(descending=True, stable=True).indices[: len(units)]
         there = (alive.cumsum(0) - 1)[order[slots]]

@@ -13,6 +13,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 from duet_vlm.models.adapter import SLIDING, BlockModules, Encoding, Modality, RecordedQK, VarlenTower
 from duet_vlm.models.llama_like import LlamaLike
 from duet_vlm.models.tower_signals import packed_signals
+from duet_vlm.ops.ragged import upload
 from duet_vlm.profiling.model_dims import VisionDims
 
 
@@ -51,7 +52,7 @@ class Qwen2VL(LlamaLike):
     def importance_and_keys(self, calls: list[RecordedQK], call: Encoding, segmented: bool) -> tuple[list[Tensor], list[Tensor]]:
         unit = self.visual.config.spatial_merge_size**2
         importance, keys = packed_signals(calls, unit, segmented)
-        raster = self.raster(call.sizes).to(importance.device)
+        raster = upload(self.raster(call.sizes), importance.device)
         counts = [t * h * w // unit for t, h, w in call.sizes]
         return list(importance[raster].split(counts)), list(keys[raster].split(counts))
 
@@ -61,7 +62,7 @@ class Qwen2VL(LlamaLike):
 
     def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
-        return list(projected[self.raster(call.sizes).to(projected.device)].split([t * h * w // unit for t, h, w in call.sizes]))
+        return list(projected[upload(self.raster(call.sizes), projected.device)].split([t * h * w // unit for t, h, w in call.sizes]))
 
     def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         unit = self.visual.config.spatial_merge_size**2
@@ -73,17 +74,17 @@ class Qwen2VL(LlamaLike):
         mergers = visual.merger, *getattr(visual, "deepstack_merger_list", ())
         return (VarlenTower(visual, config.spatial_merge_size**2, config.temporal_patch_size, config.patch_size, self.tables, inside, mergers),)
 
-    def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
+    def tables(self, grid: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``PackedTower``. The blocks work in raster order."""
         visual, merge = self.visual, self.visual.config.spatial_merge_size
         patches = (units[:, None] * merge**2 + torch.arange(merge**2, device=units.device)).flatten()
-        ends = torch.tensor([0, *counts], device=units.device).cumsum(0) * merge**2
-        made = {"position_ids": get_vision_position_ids(grid_thw, merge).to(units.device)[patches], "cu_seqlens": ends.int()}
+        ends = upload([0, *counts], units.device).cumsum(0) * merge**2
+        made = {"position_ids": upload(get_vision_position_ids(grid, merge), units.device)[patches], "cu_seqlens": ends.int()}
         if hasattr(visual, "interpolation_mode"):
             taps = get_vision_interpolation_indices_and_weights(
-                grid_thw, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge
+                grid, visual.num_grid_per_side, visual.interpolation_mode, visual.interpolation_align_corners, merge
             )
-            made |= {name: tap[patches] for name, tap in zip(("interp_indices", "interp_weights"), taps, strict=True)}
+            made |= {name: upload(tap, units.device)[patches] for name, tap in zip(("interp_indices", "interp_weights"), taps, strict=True)}
         return made, torch.arange(len(units), device=units.device), units
 
     def raster(self, sizes: list[list[int]]) -> Tensor:

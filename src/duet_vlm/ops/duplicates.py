@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.ops.select import ranking, top
 
 ROUND = 8  # tokens dropped per round
@@ -39,8 +39,8 @@ def remove_duplicates(similarity: Tensor, scores: Tensor, valid: Tensor, sizes: 
         [B, N] bool, the chosen tokens.
     """
     num_best = [int(num_choose * important) for _, num_choose in sizes]
-    target = torch.tensor([num_choose - n for (_, num_choose), n in zip(sizes, num_best, strict=True)], device=valid.device)
-    first = top(scores, valid, torch.tensor(num_best, device=valid.device))
+    target = upload([num_choose - n for (_, num_choose), n in zip(sizes, num_best, strict=True)], valid.device)
+    first = top(scores, valid, upload(num_best, valid.device))
     rest = valid & ~first
     order, length = ranking(scores, rest), rest.sum(1)
     lengths = [(tokens - n, num_choose - n) for (tokens, num_choose), n in zip(sizes, num_best, strict=True)]

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+
+
+def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers that the host knows, or a tensor of it, on a device. ``torch.tensor(numbers, device=device)`` waits until an accelerator has done
+    all that it was asked before; this does not."""
+    held = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=dtype, device="cpu")
+    return held.to(device, non_blocking=True)
 
 
 def after_last_true(rows: Tensor) -> Tensor:
@@ -77,6 +86,6 @@ def stacked(rows: list[Tensor]) -> Tensor:
 
 def pad_rows(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Stack [n_i, ...] tensors to [B, max n, ...] with a validity mask [B, max n]; a single one is not copied."""
-    lengths = torch.tensor([len(r) for r in rows], device=rows[0].device)
+    lengths = upload([len(r) for r in rows], rows[0].device)
     padded = stacked(rows) if len({len(r) for r in rows}) == 1 else pad_sequence(rows, batch_first=True)
     return padded, torch.arange(padded.shape[1], device=padded.device) < lengths[:, None]

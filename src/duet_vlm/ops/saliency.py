@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.merge import unit_rows
+from duet_vlm.ops.ragged import upload
 
 TINY = torch.finfo(torch.float32).tiny
 DIRECTIONS, STEP = 64, 0.01  # ZOO-Prune's (arXiv 2509.24837)
@@ -75,7 +76,7 @@ def sensitivity(project: Callable[[Callable[[Tensor], Tensor]], Tensor], directi
     for number in range(directions):
 
         def shifted(rows: Tensor, sign: float = 1.0, number: int = number) -> Tensor:
-            return rows + sign * step * direction(seed, number, rows.shape[-1]).to(rows)
+            return rows + sign * step * upload(direction(seed, number, rows.shape[-1]), rows.device).to(rows.dtype)
 
         total = total + (project(shifted) - project(lambda rows: shifted(rows, -1.0))).norm(dim=-1)  # noqa: B023
     assert isinstance(total, Tensor)  # at least one direction

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import upload
 from duet_vlm.planning.tokens import Selection
 
 
@@ -42,7 +43,7 @@ class SpanRows:
         """
         sizes = [rows for sample in alive for rows in sample]
         starts = [number * width + sum(sample[:before]) for number, sample in enumerate(alive) for before in range(len(sample))]
-        start, size = torch.tensor([starts, sizes], dtype=torch.long, device=device)[..., None]
+        start, size = upload([starts, sizes], device, torch.long)[..., None]
         place = torch.arange(max(sizes, default=0), device=device)
         valid = place < size
         owners = tuple(sample for sample, spans in enumerate(alive) for _ in spans)
@@ -69,7 +70,7 @@ class SpanRows:
             total[sample] += counts[number]
         most, members = max(total), selection.source_tokens.shape[1]
         device = self.index.device
-        row, start, turn = (torch.tensor(x, device=device)[:, None] for x in (self.owners, before, nth))
+        row, start, turn = (upload(x, device)[:, None] for x in (self.owners, before, nth))
         column = self.index % self.width
         place = start + torch.arange(selection.index.shape[1], device=device)
         spare = torch.where(selection.valid, place, most)

@@ -8,6 +8,7 @@ how many each layer reads. Methods turn budgets into plans; this module holds th
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -27,6 +28,14 @@ class BudgetError(ValueError):
     def __init__(self, message: str, floor: float | None = None) -> None:
         super().__init__(message)
         self.floor = floor
+
+
+class NoBudget(BudgetError):
+    """Neither a budget nor what a method takes in place of one: ``instead`` are those settings."""
+
+    def __init__(self, message: str, example: str = "") -> None:
+        super().__init__(message)
+        self.instead = tuple(re.findall(r"(\w+)=", example))
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ def read_budget(text: str, name: str = "budget") -> Budget:
     Raises
     ------
     ValueError
-        If the text is neither, or out of range; ``name`` stands in front of what does not read as one.
+        If the text is neither, or out of range: ``name`` and the text as it was written, and what to write instead.
     """
     cleaned = text.strip()
     try:
@@ -93,7 +102,12 @@ def read_budget(text: str, name: str = "budget") -> Budget:
             value = int(cleaned) if cleaned.lstrip("+-").isdigit() else float(cleaned)
     except ValueError:
         raise ValueError(f"{name} {text}: give a token count (64), a fraction (0.22) or a percentage (22%)") from None
-    check_budget(value)
+    if isinstance(value, int) and value < 1:
+        raise BudgetError(f"{name} {text}: keep at least 1 token, or a share of them (0.22, 22%)")
+    if isinstance(value, float) and not 0 < value <= 1:
+        all_of_them = "above 0 % and up to 100 %" if cleaned.endswith("%") else "above 0 and up to 1.0"
+        count = f"; for a token count write a whole number ({value:.0f})" if value > 1 and math.isfinite(value) and cleaned[-1] != "%" else ""
+        raise BudgetError(f"{name} {text}: a fraction of the visual tokens is {all_of_them}, which is all of them{count}")
     return value
 
 

@@ -20,6 +20,7 @@ from duet_vlm.planning.budget import (
     Budget,
     BudgetError,
     Keep,
+    NoBudget,
     Schedule,
     SpanPlan,
     check_budget,
@@ -37,8 +38,7 @@ from duet_vlm.reducers.decoder_view import NEEDS
 from duet_vlm.reducers.decoder_view import DecoderView as DecoderView
 from duet_vlm.reducers.encoder_view import READS, SIGNALS, Layer
 from duet_vlm.reducers.encoder_view import EncoderView as EncoderView
-from duet_vlm.utils.field_types import check_type
-from duet_vlm.utils.suggest import did_you_mean
+from duet_vlm.utils.field_types import check_names, check_type
 
 POSITIONS = ("keep", "compact")
 TEXT_QUERIES = ("all", "last", "salient", "raters")
@@ -311,9 +311,7 @@ def with_fields(method: type[Reducer] | Reducer, settings: dict[str, Any]) -> Re
     """The method with these settings; an unknown one is a ValueError that lists those there are."""
     cls = method if isinstance(method, type) else type(method)
     known = [field.name for field in fields(cls)]
-    for name in settings:
-        if name not in known:
-            raise ValueError(f"{cls.name} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
+    check_names(cls.name, settings, known)
     return method(**settings) if isinstance(method, type) else replace(method, **settings)
 
 
@@ -333,7 +331,7 @@ def check_budget_or_fields(method: Reducer, budget: Budget | None, given: bool, 
     if budget is not None and given:
         raise ValueError(f"{method.name}: give either budget= or the method's own settings ({example}), not both")
     if budget is None and not given:
-        raise BudgetError(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})")
+        raise NoBudget(f"{method.name} needs a budget (budget=64 tokens, budget=0.22 of the tokens) or its own settings ({example})", example)
 
 
 def plan_or_clamp(reducer: Reducer, tokens: int, depth: int, budget: Budget | None, left: int | None = None) -> SpanPlan:

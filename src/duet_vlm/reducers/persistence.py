@@ -93,9 +93,14 @@ def load_from_file(file: str | Path) -> dict[str, Any]:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise ValueError(f"{file}: is not JSON ({error})") from error
-    whole = isinstance(found, dict) and set(found) >= PARTS
-    if not whole or not isinstance(found["method"], str) or is_method_file(found["method"]) or not isinstance(found["settings"], dict):
-        raise ValueError(f"{file}: holds no reduction: an object with method, budget and settings, as 'duet-vlm tune' writes it")
+    written = "an object with method, budget and settings, as 'duet-vlm tune' writes it"
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: holds no reduction: {written}")
+    if missing := sorted(PARTS - set(found)):
+        raise ValueError(f"{file}: holds no reduction: {' and '.join(map(repr, missing))} missing; it is {written}")
+    wrong = {"method": not isinstance(found["method"], str) or is_method_file(found["method"]), "settings": not isinstance(found["settings"], dict)}
+    for part in (name for name, bad in wrong.items() if bad):
+        raise ValueError(f"{file}: holds no reduction: {part!r} is {found[part]!r}; it is {written}")
     return {"method": found["method"], "budget": found["budget"], "settings": {name: _tuples(value) for name, value in found["settings"].items()}}
 
 

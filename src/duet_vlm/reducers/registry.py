@@ -1,4 +1,5 @@
-"""Single methods by name: those that registered themselves, and those of installed packages (entry points)."""
+"""Single methods by name: those that registered themselves, those of installed packages (entry points), and those of files that the command line
+names."""
 
 from __future__ import annotations
 
@@ -6,8 +7,9 @@ import re
 from collections.abc import Callable
 from importlib.metadata import entry_points
 
+from duet_vlm.reducers import method_files
 from duet_vlm.reducers.base import Reducer
-from duet_vlm.utils.suggest import did_you_mean
+from duet_vlm.utils.suggest import unknown
 
 ENTRY_POINT_GROUP = "duet_vlm.methods"
 
@@ -42,10 +44,10 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 
 
 def registered_class(name: str) -> type[Reducer]:
-    """The class of a method; unknown names raise a ``ValueError`` that lists the known ones."""
+    """The class of a method; unknown names raise a ``ValueError`` that names those near it."""
     _load()
     if name not in _methods:
-        raise ValueError(f"unknown method {name!r}{did_you_mean(name, _methods)}; known methods: {', '.join(sorted(_methods))}")
+        raise unknown("method", name, sorted(_methods), "'duet-vlm methods'")
     return _methods[name]
 
 
@@ -56,10 +58,10 @@ def registered_methods() -> dict[str, type[Reducer]]:
 
 
 def _load() -> None:
-    """Import the methods that other packages offer, once."""
+    """Import the methods that other packages offer, once, and files that have been announced since."""
     global _loaded
-    if _loaded:
-        return
-    _loaded = True
-    for entry in entry_points(group=ENTRY_POINT_GROUP):
-        register(entry.name)(entry.load())
+    if not _loaded:
+        _loaded = True
+        for entry in entry_points(group=ENTRY_POINT_GROUP):
+            register(entry.name)(entry.load())
+    method_files.load()

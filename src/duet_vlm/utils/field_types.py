@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
+
+from duet_vlm.utils.suggest import did_you_mean
 
 DECLARED: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a field says of itself -> which values are meant, and in words
     "int": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number (int)"),
@@ -44,6 +46,13 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, np.floating):
         return float(str(value))  # the decimal that was written: float32's 0.7 is meant as 0.7, not as 0.699999988
     return value.item() if isinstance(value, np.generic) else value
+
+
+def check_names(method: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Refuse a setting that a method does not have; the ``known`` ones are listed."""
+    for name in given:
+        if name not in known:
+            raise ValueError(f"{method} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")
 
 
 def check_type(name: str, annotation: Any, value: Any) -> Any:

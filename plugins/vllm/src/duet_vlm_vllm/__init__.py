@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 
-TESTED = ((0, 32), (0, 33))  # vLLM's minor versions
+TESTED = ((0, 32),)  # vLLM's minor versions
 MODULES = {
     "LlavaForConditionalGeneration": "llava:DuetLlava",
     "LlavaNextForConditionalGeneration": "llava_next:DuetLlavaNext",

@@ -19,7 +19,8 @@ from duet_vlm.evaluation.speed.predicted import equal_parts, workload
 from duet_vlm.evaluation.tasks import TaskQuestion, accepted
 from duet_vlm.evaluation.timing import prefill_times
 from duet_vlm.evaluation.tune.answers import FULL, AnswerSource
-from duet_vlm.evaluation.tune.binomial import QuestionSplit, percent, split
+from duet_vlm.evaluation.tune.binomial import QuestionSplit, split
+from duet_vlm.evaluation.tune.goal import Goal
 from duet_vlm.evaluation.tune.halving import RUNGS, Candidate, choose, confirm
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.profiling.roofline import ModelCost, memory_bytes
@@ -27,30 +28,6 @@ from duet_vlm.profiling.roofline import ModelCost, memory_bytes
 FORMAT = 1
 TIMED = 8  # questions of the prompt that is timed
 EXAMPLES = 5  # of lost answers, in the result
-
-
-@dataclass(frozen=True)
-class Goal:
-    """``keep``: share of the full model's right answers that has to stay, with 95 %; None: as much as can be had. ``speedup``: of the time to the
-    first token, at least. ``memory``: bytes of weights, activations and cache for one prompt, at most."""
-
-    keep: float | None = None
-    speedup: float | None = None
-    memory: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.keep is not None and not 0.5 <= self.keep < 1:
-            raise ValueError(f"--keep {self.keep:g}: give a share from 0.5 to below 1 (no number of questions proves that nothing is ever lost)")
-        if self.speedup is not None and not 1 < self.speedup < 100:
-            raise ValueError(f"--speedup {self.speedup:g}: give a number above 1, such as 1.5")
-        if self.memory is not None and self.memory <= 0:
-            raise ValueError(f"--memory {self.memory:g}: give a size such as 24GB")
-
-    def words(self) -> str:
-        parts = [f"at least {percent(self.keep)} of the right answers kept"] if self.keep is not None else ["as many right answers kept as possible"]
-        parts += [f"{self.speedup:g} times faster to the first token"] if self.speedup is not None else []
-        parts += [f"within {self.memory / 1e9:.4g} GB"] if self.memory is not None else []
-        return ", ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.models.adapter import FULL, LINEAR, SLIDING, Adapter, Rotary
+from duet_vlm.ops.ragged import upload
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection, Span, TokenMap
 from duet_vlm.runtime import compat
@@ -326,7 +327,7 @@ class DecodePass:
 
     def _positions(self, group: LayerGroup) -> Tensor:
         if self.prompt_state.positions == "compact" and group is not self.prompt_state.layer_groups[0]:
-            start = torch.tensor(group.lengths, device=self.device)
+            start = upload(group.lengths, self.device)
         else:
             assert self.prompt_state.next_position is not None
             start = self.prompt_state.next_position.to(self.device)

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.inputs.text_queries import query_rows
 from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK
-from duet_vlm.ops.ragged import gather_rows, pack_right, pad_rows
+from duet_vlm.ops.ragged import gather_rows, pack_right, pad_rows, upload
 from duet_vlm.reducers.base import EncoderReducer
 from duet_vlm.reducers.encoder_view import Change, Layer, LayerView, QuestionView
 from duet_vlm.runtime import compat
@@ -125,8 +125,8 @@ def grid_of(adapter: Adapter, encoding: Encoding, counts: list[int], width: int,
     """``place``, ``sides`` and ``tiles`` of a view of ``width`` rows."""
     places = [nn.functional.pad(rows, (0, 0, width - max(counts), 0), value=NOWHERE) for rows in adapter.token_coords(encoding, counts)]
     sizes = [adapter.grid_sizes(encoding, counts), adapter.crop_grids(encoding, counts)]
-    sides, tiles = torch.tensor(sizes, device="cpu").to(device)
-    return {"coords": pad_sequence(places, batch_first=True, padding_value=NOWHERE).to(device), "grid_size": sides, "crop_grid": tiles}
+    sides, tiles = upload(sizes, device)
+    return {"place": upload(pad_sequence(places, batch_first=True, padding_value=NOWHERE), device), "grid_size": sides, "crop_grid": tiles}
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def question_of(
     asks = query_rows("all", visual, valid, prompt.labels)
     plain = valid & ~visual if prompt.labels is None else valid & ~visual & (prompt.labels.to(valid.device) == -100)
     asks = torch.where(asks.any(1, keepdim=True), asks, plain)
-    ends, shown = torch.tensor(counts, device=valid.device).cumsum(0), places[stream].sum(1).cumsum(0)
+    ends, shown = upload(counts, valid.device).cumsum(0), places[stream].sum(1).cumsum(0)
     sample = torch.searchsorted(shown, ends).clamp(max=len(shown) - 1)
     most = asks.shape[1] - (sum(counts) if len(asks) == 1 else 0)  # a question is not padded to the length of a clip
     index, real = pack_right(asks, max(1, most))
@@ -219,12 +219,20 @@ def question_state(adapter: Adapter, asked: QuestionRows, state: ThreadState) ->
     return last.masked_fill((length == 0)[:, None], 0)[asked.sample]
 
 
+def _on_the_host(given: Any) -> Any:
+    """Sizes, which a projector looks at one by one each time it runs."""
+    if isinstance(given, Tensor) and not given.is_floating_point():
+        return given.cpu()
+    return [_on_the_host(x) for x in given] if isinstance(given, list | tuple) else given
+
+
 def projector_function(adapter: Adapter, call: EncodeContext) -> Callable[[Change], Tensor]:
     """The projector as a function of a change to what it was given in this call."""
     if call.projector_args is None:
         raise RuntimeError(f"{adapter.family}: the projector did not run in this encoder call; detach and attach again")
     (given, *more), kwargs = call.projector_args
     runs = in_float32(adapter.projector())
+    more, kwargs = [_on_the_host(x) for x in more], {name: _on_the_host(x) for name, x in kwargs.items()}
 
     def project(change: Change) -> Tensor:
         made = runs(change(given.detach().float()), *more, **kwargs)

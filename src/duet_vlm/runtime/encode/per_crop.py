@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from duet_vlm.ops.ragged import pack_right
+from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.base import EncoderReducer, EncoderView
@@ -23,7 +23,7 @@ def select_each(reducer: EncoderReducer, view: EncoderView, parts: list[Tensor])
     """
     table, plans = _table(view.plans, parts)
     device = view.valid.device
-    rows = pad_sequence(table, batch_first=True, padding_value=-1).to(device)  # [B * P, M] rows of each part within its span
+    rows = upload(pad_sequence(table, batch_first=True, padding_value=-1), device)  # [B * P, M] rows of each part within its span
     real, index = rows >= 0, rows.clamp(min=0)
     count = len(table) // len(parts)
     span = torch.arange(len(index), device=device)[:, None] // count
@@ -35,8 +35,8 @@ def select_each(reducer: EncoderReducer, view: EncoderView, parts: list[Tensor])
     pieces = dataclasses.replace(
         found,
         valid=real & found.valid,  # what a reduced tower left
-        dominant=torch.tensor([plan.dominant for plan in plans], device=device),
-        contextual=torch.tensor([plan.contextual for plan in plans], device=device),
+        dominant=upload([plan.dominant for plan in plans], device),
+        contextual=upload([plan.contextual for plan in plans], device),
         plans=plans,
         parts=torch.where(real, 0, -1),
         crop_grid=None if found.crop_grid is None else torch.zeros_like(found.crop_grid),  # a part is no mosaic
@@ -76,7 +76,7 @@ def _joined(selection: Selection, rows: Tensor, count: int) -> Selection:
 
 def with_structure(selection: Selection, structure: Tensor, plans: tuple[SpanPlan, ...]) -> Selection:
     """The selection and behind it the structure rows [B, N] of the spans whose plans keep them."""
-    kept = structure & torch.tensor([plan.structure > 0 for plan in plans], device=structure.device)[:, None]
+    kept = structure & upload([plan.structure > 0 for plan in plans], structure.device)[:, None]
     index, valid = pack_right(kept, max(plan.structure for plan in plans))
     notes = None if selection.tags is None else torch.nn.functional.pad(selection.tags, (0, index.shape[1]))
     return dataclasses.replace(selection, index=torch.cat([selection.index, index], 1), valid=torch.cat([selection.valid, valid], 1), tags=notes)

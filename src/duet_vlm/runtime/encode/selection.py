@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.models.adapter import RecordedQK
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.score import one_head
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
@@ -96,14 +97,14 @@ def select_tokens(
         The code of what is wrong with it (``flow.verify``); [B, N] bool, the rows that could be chosen.
     """
     device = next(x.device for x in (*(x for layer in layers for x in layer.tensors()), features) if x is not None)
-    numbers = pad_sequence(list(parts), batch_first=True, padding_value=PADDING).to(device)
-    whole = torch.tensor([not plan.merges for plan in plans], device=device)
+    numbers = upload(pad_sequence(list(parts), batch_first=True, padding_value=PADDING), device)
+    whole = upload([not plan.merges for plan in plans], device)
     structure = numbers == STRUCTURE  # of reduced spans such rows leave, or are kept, without being ranked
     content = (numbers >= 0) | (structure & whole[:, None])
     if left is not None:
         content = content & (structure | left)
     asked = tuple(dataclasses.replace(p, dominant=p.dominant - p.structure, structure=0) for p in plans)
-    planned = torch.tensor([[p.dominant, p.contextual] for p in asked], device=device)
+    planned = upload([[p.dominant, p.contextual] for p in asked], device)
     if features is not None and reducer.trained_reducer is None:
         features = features.detach()
     view = EncoderView(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.models.adapter import Adapter, Encoding
+from duet_vlm.ops.ragged import upload
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
@@ -152,12 +153,12 @@ class ChunkPlan:
         numbers = self.chunk_of_step[clip]
         if numbers[-1] + 1 == len(numbers):
             return rows
-        return rows.unflatten(0, (numbers[-1] + 1, -1))[torch.tensor(numbers, device=rows.device)].flatten(0, 1)
+        return rows.unflatten(0, (numbers[-1] + 1, -1))[upload(numbers, rows.device)].flatten(0, 1)
 
     def encoded_steps(self, clip: int, rows: Tensor) -> Tensor:
         """Of rows of all steps those of the encoded ones."""
         steps = rows.unflatten(0, (len(self.chunk_of_step[clip]), -1))
-        return steps[torch.tensor([not repeats for repeats in self.repeated_steps[clip]], device=rows.device)].flatten(0, 1)
+        return steps[upload([not repeats for repeats in self.repeated_steps[clip]], rows.device)].flatten(0, 1)
 
     @property
     def repeated_steps(self) -> tuple[tuple[bool, ...], ...]:

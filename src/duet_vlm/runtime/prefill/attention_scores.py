@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.models.adapter import Adapter, Rotary
-from duet_vlm.ops.ragged import gather_rows, last_true, pack_right
+from duet_vlm.ops.ragged import gather_rows, last_true, pack_right, upload
 from duet_vlm.ops.score import QUERY_BLOCK, query_attention, state_read_out
 from duet_vlm.planning.tokens import TokenMap
 from duet_vlm.reducers.base import DecoderReducer
@@ -109,7 +109,7 @@ class TextAttentionScorer:
         asks = self.queries.to(tokens.prompt_index.device).gather(1, tokens.prompt_index) & tokens.valid
         if all(self.num_queries):
             return asks
-        empty = torch.tensor([n == 0 for n in self.num_queries], device=asks.device)
+        empty = upload([n == 0 for n in self.num_queries], asks.device)
         last_visual = last_true(tokens.visual)
         nothing = ~tokens.visual.any(1, keepdim=True)  # no image either: any row will do, nothing is dropped
         last_visual = last_visual | (nothing & (torch.arange(asks.shape[1], device=asks.device) == asks.shape[1] - 1))

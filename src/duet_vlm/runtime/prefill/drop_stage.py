@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.ops.merge import merged_rows
-from duet_vlm.ops.ragged import gather_rows, pack_left, pack_right
+from duet_vlm.ops.ragged import gather_rows, pack_left, pack_right, upload
 from duet_vlm.ops.spans import SpanRows
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.reducers.base import DecoderReducer, DecoderView
@@ -113,13 +113,13 @@ def decide_stage(run: PromptState, ranking: TextAttentionScorer, index: int, tok
         return _decided(run, reducer, _view(real, counts, facts | columns | text), rows, None)
     layout = SpanRows.of(alive, rows.shape[1], rows.device)
     counts = tuple(pair for before, after in zip(alive, kept, strict=True) for pair in zip(before, after, strict=True))
-    owner = torch.tensor(layout.owners, device=rows.device)
+    owner = upload(layout.owners, rows.device)
     columns = {name: layout.take(x) for name, x in columns.items()} | {name: x[owner] for name, x in text.items()}
     return _decided(run, reducer, _view(layout.valid, counts, facts | columns), rows, layout)
 
 
 def _view(valid: Tensor, counts: tuple[tuple[int, int], ...], facts: dict[str, Any]) -> DecoderView:
-    return DecoderView(valid, torch.tensor([stay for _, stay in counts], device=valid.device), host_counts=counts, **facts)
+    return DecoderView(valid, upload([stay for _, stay in counts], valid.device), host_counts=counts, **facts)
 
 
 def _decided(run: PromptState, reducer: DecoderReducer, view: DecoderView, rows: Tensor, layout: SpanRows | None) -> StageDecision:
@@ -177,8 +177,8 @@ def _provenance(run: PromptState, tokens: TokenMap, rows: Tensor) -> tuple[tuple
     rank = gather_rows(rank, gather_rows(tokens.prompt_index, rows))
     per_sample = max(len(row) for row in run.spans)
     offsets = [[s.offset for s in row] + [run.prompt_len] * (per_sample - len(row)) for row in run.spans]
-    starts = torch.tensor(offsets, device=device)
-    first = torch.tensor([sum(len(r) for r in run.spans[:b]) for b in range(len(run.spans))], device=device)
+    starts = upload(offsets, device)
+    first = upload([sum(len(r) for r in run.spans[:b]) for b in range(len(run.spans))], device)
     number = ((rank[..., None] >= starts[:, None]).sum(-1) - 1).clamp(min=0)
     token = rank - starts.gather(1, number).clamp(max=run.prompt_len)
     return spans, (first[:, None] + number).clamp(max=len(spans) - 1), token.clamp(min=0)

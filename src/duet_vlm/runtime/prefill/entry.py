@@ -12,7 +12,7 @@ from torch import Tensor
 
 from duet_vlm.inputs.text_queries import query_rows
 from duet_vlm.models.adapter import FULL, SLIDING, Adapter
-from duet_vlm.ops.ragged import gather_rows, pack_left
+from duet_vlm.ops.ragged import gather_rows, pack_left, upload
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Span, TokenMap
 from duet_vlm.reducers.base import DecoderReducer
@@ -147,7 +147,7 @@ def _bring_back(adapter: Adapter, call: ForwardContext, dealt: SpansBySample, pl
             continue
         place = span_ends(arrived, places[name])
         numbers = [number for sample in dealt[name] for (_, number), _ in sample]
-        rows = encoded.last_rows[torch.tensor(numbers, device=encoded.last_rows.device)]
+        rows = encoded.last_rows[upload(numbers, encoded.last_rows.device)]
         rows = adapter.pointwise_projector.forward(rows[:, None])[:, 0] if encoded.last_rows_unprojected and adapter.pointwise_projector is not None else rows
         rows = rows.to(embeds.device, embeds.dtype)[place.clamp(min=0).to(embeds.device)]
         embeds = torch.where((left_out & (place >= 0)).to(embeds.device)[..., None], rows, embeds)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duet_vlm.ops.ragged import after_last_true, last_true
+from duet_vlm.ops.ragged import after_last_true, last_true, upload
 from duet_vlm.planning.tokens import Span
 from duet_vlm.reducers.base import Reducer
 from duet_vlm.runtime.context import EncodedFeatures, ForwardContext, ReceivedFeatures
@@ -47,7 +47,7 @@ def predicting_rows(valid: Tensor, visual: Tensor, labels: Tensor | None, drafts
 def span_ends(arrived: ReceivedFeatures, places: Tensor) -> Tensor:
     """[B, S] long: the number (in the order of the features) of the span whose last row stands there, -1 elsewhere."""
     rank = (places.flatten().cumsum(0) - 1).view_as(places)
-    ends = torch.tensor([len(rows) for rows in arrived.features], device=places.device).cumsum(0) - 1
+    ends = upload([len(rows) for rows in arrived.features], places.device).cumsum(0) - 1
     number = torch.searchsorted(ends, rank).clamp(max=len(ends) - 1)
     return torch.where(places & (ends[number] == rank), number, -1)
 

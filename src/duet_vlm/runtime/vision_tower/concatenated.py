@@ -7,6 +7,7 @@ ones of their picture; of a picture that stays whole they stay, behind its units
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.models.adapter import ConcatenatedBlocks, RecordedQK, TowerBlocks
-from duet_vlm.ops.ragged import gather_rows, gather_square
+from duet_vlm.ops.ragged import gather_rows, gather_square, upload
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
@@ -28,7 +29,7 @@ from duet_vlm.runtime.vision_tower.varlen import SurvivingPatches, VarlenTowerSt
 @dataclasses.dataclass(kw_only=True)
 class ConcatenatedTowerState(VarlenTowerState):
     """``cells`` [units of the call, c]: numbers of the patches of each among the ``patches_before`` of all pictures, which end at ``ends`` [P];
-    ``spare`` [s]: of those that fill no unit the numbers of the ones that stay, ``spares`` [P] how many of each picture."""
+    ``spare`` [s]: of those that fill no unit the numbers of the ones that stay, ``spares`` how many of each picture, on the host."""
 
     pending_merges: ClassVar[bool] = False
 
@@ -36,7 +37,7 @@ class ConcatenatedTowerState(VarlenTowerState):
     patches_before: int
     ends: Tensor
     spare: Tensor
-    spares: Tensor
+    spares: tuple[int, ...]
     entering: SurvivingPatches | None = None  # until its rows are handed over
     came: Tensor = dataclasses.field(init=False)  # numbers of the patches that came to the first block
 
@@ -78,8 +79,8 @@ class ConcatenatedTowerState(VarlenTowerState):
     def row_sizes(self) -> Tensor:
         return self.arranged(super().row_sizes(), self.size.new_ones(len(self.spare)))
 
-    def row_counts(self) -> Tensor:
-        return super().row_counts() + self.spares
+    def row_counts(self) -> list[int]:
+        return [rows + spare for rows, spare in zip(super().row_counts(), self.spares, strict=True)]
 
     def enter(self, hidden: Tensor) -> Tensor:
         """Of the rows of all patches [1, N, D] those that come to the first block, unit by unit [1, R, D]."""
@@ -119,7 +120,7 @@ class ConcatenatedTowerState(VarlenTowerState):
         """What flash attention is told of the pictures: how long what is left of each is."""
         if "cu_seq_lens_q" not in given:
             return {}
-        ends = nn.functional.pad(self.row_counts().cumsum(0), (1, 0)).int()
+        ends = upload([0, *itertools.accumulate(self.row_counts())], self.units.device).int()
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends}  # no picture is longer than it was
 
 
@@ -204,9 +205,9 @@ class ConcatenatedTowerHooks(TowerHooks):
         spare = [some if whole else some[:0] for some, whole in zip(spare, stays, strict=True)]
         run = ConcatenatedTowerState(
             stages, grids, weighs, left.wrong, left.pooled, left.units, place, left.units, left.size, left.read, place,
-            pad_sequence(list(place.split(list(left.counts))), batch_first=True), host_grids(left.counts).to(device), lengths, cell**2,
-            cells=cells, patches_before=starts[-1], ends=torch.tensor(starts[1:], device=device), spare=torch.cat(spare).to(device),
-            spares=torch.tensor([len(some) for some in spare], device=device), entering=left if 0 in stages else None,
+            pad_sequence(list(place.split(list(left.counts))), batch_first=True), upload(host_grids(left.counts), device), lengths, cell**2,
+            remaining=left.counts, cells=cells, patches_before=starts[-1], ends=upload(starts[1:], device),
+            spare=torch.cat(spare).to(device), spares=tuple(map(len, spare)), entering=left if 0 in stages else None,
         )  # fmt: skip
         if 0 in stages:
             run.stages[0], run.passed[0] = left.counts, left.units

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from duet_vlm.ops.ragged import upload
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime.context import EncodeContext
 from duet_vlm.runtime.validation import check_counts
@@ -34,7 +35,7 @@ def frames_before(call: EncodeContext, spans: Sequence[Sequence[int]]) -> tuple[
 
 def content_first(there: Tensor, content: Tensor, counts: Sequence[int]) -> Tensor:
     """[P, U] bool: what can be chosen of the units that are ``there``: those with ``content``; all, where these are fewer than ``counts``."""
-    enough = content.sum(1) >= torch.tensor(counts, device=content.device)
+    enough = content.sum(1) >= upload(counts, content.device)
     return torch.where(enough[:, None], content, there)
 
 

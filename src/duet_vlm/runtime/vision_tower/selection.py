@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.merge import BLOCK, in_stretches, sizes_of, weighed_means
-from duet_vlm.ops.ragged import gather_rows, pack_right
+from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.reducers.vision_tower import Grid, MergePairs, TowerReducer, TowerView
 from duet_vlm.runtime.validation import check_merge_pairs, check_units
 
@@ -69,7 +69,7 @@ def apply_selection(
     are alike, ``shown`` what else the method looks at."""
     last = there & (shown["unit_index"] == shown["unit_index"].masked_fill(~there, -1).amax(1, keepdim=True)) & tower.protect_predicting_tokens  # may have to predict
     free = there & ~last
-    keep = (torch.tensor(counts, device=there.device) if counts else there.sum(1)) - last.sum(1)
+    keep = (upload(counts, there.device) if counts else there.sum(1)) - last.sum(1)
     view = TowerView(free, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **shown)
     picked, place = tower.keep_patches(view), torch.arange(there.shape[1], device=there.device).expand(there.shape)
     into, order = None, place
@@ -85,7 +85,7 @@ def apply_selection(
     unread, pooled = torch.zeros_like(mask), (0,) * len(counts)
     if tower.pooled_context_tokens:
         pooled = tuple(tower.pooled_features(high * wide, n) for (high, wide), n in zip(view.grids, counts, strict=True))
-        groups, gone = torch.tensor(pooled, device=there.device), there & ~mask
+        groups, gone = upload(pooled, there.device), there & ~mask
         into = in_stretches(gone, groups)
         unread = unread.scatter(1, into, gone & (groups > 0)[:, None])
         counts = tuple(map(sum, zip(counts, pooled, strict=True)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from duet_vlm.models.adapter import Adapter, TowerBlocks
+from duet_vlm.ops.ragged import upload
 from duet_vlm.planning.spans import tower_counts
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
@@ -108,7 +109,7 @@ class TowerHooks:
         cells = in_cells(torch.arange(high * wide, device=device).view(high, wide), cell)
         rows = call.patches.flatten(2).transpose(1, 2)
         real = self.adapter.real_patches(call.encoding, pictures)
-        real = torch.ones(rows.shape[:2], dtype=torch.bool, device=device) if real is None else real.to(device)
+        real = torch.ones(rows.shape[:2], dtype=torch.bool, device=device) if real is None else upload(real, device)
         real = real[:, cells]
         if self.adapter.feeds_padding:  # then the last token of a picture is one, padding or not
             real[:, -1] = True

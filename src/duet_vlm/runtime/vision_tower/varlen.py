@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from duet_vlm.models.adapter import RecordedQK, VarlenTower
 from duet_vlm.ops.merge import weighed_means
-from duet_vlm.ops.ragged import gather_rows
+from duet_vlm.ops.ragged import gather_rows, upload
 from duet_vlm.ops.score import column_attention
 from duet_vlm.planning.budget import TowerStages
 from duet_vlm.reducers.vision_tower import Grid, TowerReducer
@@ -75,11 +75,13 @@ class VarlenTowerState(TowerState):
     lengths: list[int]
     unit: int
     passed: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # since each cut, the units that were left, in raster order
+    remaining: tuple[int, ...] = ()  # units of each picture, on the host
+    segments: list[tuple[Tensor, Tensor]] = dataclasses.field(default_factory=list)  # of the blocks, and what the last cut has left of them
     seen: int = 0  # rows whose attention ran in this block
 
     @property
     def run_stages(self) -> list[TowerStages]:
-        ends = torch.tensor(self.lengths, device=self.units.device).cumsum(0)
+        ends = upload(self.lengths, self.units.device).cumsum(0)
         counts = [torch.bincount(torch.bucketize(units, ends, right=True), minlength=len(ends)).tolist() for units in self.passed.values()]
         return [tuple(zip(self.passed, left, strict=True)) for left in zip(*counts, strict=True)]
 
@@ -152,16 +154,31 @@ class VarlenTowerState(TowerState):
 
     def attention(self, calls: list[RecordedQK]) -> Tensor:
         query, key = (torch.cat([getattr(one, name) for one in calls], 2) for name in ("query", "key"))
-        counts = self.row_counts().tolist()
+        counts = self.row_counts()
         pictures = zip(query.split(counts, 2), key.split(counts, 2), self.row_sizes()[None].split(counts, 1), strict=True)
         return torch.cat([column_attention(q, k, calls[0].scaling, calls[0].sample, size) for q, k, size in pictures], 1)
 
-    def row_counts(self) -> Tensor:
+    def row_counts(self) -> list[int]:
         """Of each picture, how many rows the blocks have."""
-        return self.there.sum(1) * self.unit
+        return [n * self.unit for n in self.remaining]
+
+    def ends_left(self, ends: Tensor) -> Tensor:
+        """Ends of the segments of the rows that came to the first block, as those of the rows that are left. Of whole pictures they are known;
+        which windows are empty is read from the device, once for all blocks behind a cut."""
+        for whole, left in self.segments:
+            if whole is ends:
+                return left
+        if len(ends) == len(self.remaining) + 1 and all(self.remaining):  # a segment for each picture
+            left = upload([0, *self.remaining], ends.device).cumsum(0) * self.unit
+        else:
+            patches = self.patches(self.place)
+            alive = torch.zeros(len(self.units) * self.unit, dtype=torch.long, device=patches.device).index_fill(0, patches, 1)
+            left = nn.functional.pad(alive.cumsum(0), (1, 0))[ends.long()].unique_consecutive()
+        self.segments.append((ends, left.int()))
+        return self.segments[-1][1]
 
     def view(self, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        starts = torch.tensor([0, *self.lengths[:-1]], device=self.units.device).cumsum(0)
+        starts = upload([0, *self.lengths[:-1]], self.units.device).cumsum(0)
         return self.there, (self.left[self.shown] - starts[:, None]) * self.there
 
     def sizes(self) -> Tensor:
@@ -179,9 +196,11 @@ class VarlenTowerState(TowerState):
         self.place, self.size, self.read = self.place[stays], chosen.size.flatten()[real][seat], ~chosen.unread.flatten()[real][seat]
         now = torch.empty_like(seat).scatter_(0, seat, torch.arange(len(seat), device=seat.device))
         self.shown = pad_sequence(list(now.split(list(chosen.counts))), batch_first=True)
-        self.there = host_grids(chosen.counts).to(hidden.device)
+        self.there = upload(host_grids(chosen.counts), hidden.device)
         self.invalid_code, self.stages[after] = torch.maximum(self.invalid_code, chosen.wrong), chosen.counts
         self.passed[after] = self.left.sort().values
+        self.remaining = chosen.counts
+        self.segments.clear()
         return rows if merged is None else self.with_units(rows[0], merged)[None], kept
 
 
@@ -213,7 +232,7 @@ class SurvivingPatches:
     @classmethod
     def of(cls, chosen: PatchSelection, lengths: list[int]) -> SurvivingPatches:
         place = real_places(chosen)
-        start = torch.tensor([0, *lengths[:-1]], device=place.device).cumsum(0)
+        start = upload([0, *lengths[:-1]], place.device).cumsum(0)
         units, size, read = (x.flatten()[place] for x in (chosen.index + start[:, None], chosen.size, ~chosen.unread))
         return cls(units, size, read, chosen.counts, chosen.pooled, chosen.wrong, chosen, tuple(lengths))
 
@@ -226,7 +245,7 @@ class SurvivingPatches:
 
 def real_places(chosen: PatchSelection) -> Tensor:
     """Which of all places [P * K] hold a unit."""
-    return host_grids(chosen.counts).flatten().nonzero()[:, 0].to(chosen.index.device)
+    return upload(host_grids(chosen.counts).flatten().nonzero()[:, 0], chosen.index.device)
 
 
 class VarlenTowerHooks(TowerHooks):
@@ -250,7 +269,7 @@ class VarlenTowerHooks(TowerHooks):
                 raise runs_again()
             rows = embed(hidden_states) if 0 in stages else hidden_states
             with torch.no_grad(), compat.without_autocast(rows):
-                run, tables, entering = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, grid_thw, again)
+                run, tables, entering = self._pack(call, reducer, tower, stages, spans, rows, hidden_states, again)
             call.tower_state = run
             if call.standalone or run is None:
                 call.embedded = rows if 0 in stages else None
@@ -290,12 +309,8 @@ class VarlenTowerHooks(TowerHooks):
         run = self.cut_so_far()
         if run is None:
             return None
-        patches = run.patches(run.place)
-        alive = torch.zeros(len(run.units) * run.unit, dtype=torch.long, device=patches.device).index_fill(0, patches, 1)
-        left = nn.functional.pad(alive.cumsum(0), (1, 0))
-        ends = left[kwargs["cu_seqlens"].long()].unique_consecutive().int()
-        positions = tuple(table[patches] for table in kwargs["position_embeddings"])
-        return args, kwargs | {"cu_seqlens": ends, "position_embeddings": positions}
+        positions = tuple(table[run.patches(run.place)] for table in kwargs["position_embeddings"])
+        return args, kwargs | {"cu_seqlens": run.ends_left(kwargs["cu_seqlens"]), "position_embeddings": positions}
 
     def merged(self, merger: Any, args: Any, output: Tensor) -> Tensor | None:
         """Post-hook of a merger: a row for each unit that came to the first block."""
@@ -306,7 +321,7 @@ class VarlenTowerHooks(TowerHooks):
 
     def _pack(
         self, call: EncodeContext, reducer: TowerReducer, tower: VarlenTower, stages: dict[int, tuple[int, ...]], spans: list[tuple[int, ...]],
-        rows: Tensor, pixels: Tensor, grid_thw: Tensor, again: bool,
+        rows: Tensor, pixels: Tensor, again: bool,
     ) -> tuple[VarlenTowerState | None, dict[str, Any], SurvivingPatches]:  # fmt: skip
         """What goes through the tower (None: all of it), the tables that belong to it, and the units that come to the first block."""
         unit, side = tower.unit, round(tower.unit**0.5)
@@ -323,12 +338,13 @@ class VarlenTowerHooks(TowerHooks):
             left = SurvivingPatches.of(chosen, lengths)
             if sum(left.counts) == sum(lengths):
                 return None, {}, left
-        tables, order, slots = tower.tables(grid_thw, left.units, left.counts)
+        grid = torch.tensor(call.encoding.sizes, device="cpu")  # the host has read it: asking the device again would wait for it
+        tables, order, slots = tower.tables(grid, left.units, left.counts)
         there = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=device))
         run = VarlenTowerState(
             stages, grids, weighs, left.wrong, left.pooled, left.units, order, slots, left.size[order], left.read[order],
             torch.arange(len(order), device=device), pad_sequence(list(there.split(list(left.counts))), batch_first=True),
-            host_grids(left.counts).to(device), lengths, unit,
+            upload(host_grids(left.counts), device), lengths, unit, remaining=left.counts,
         )  # fmt: skip
         if 0 in stages:
             run.stages[0], run.passed[0] = left.counts, left.units

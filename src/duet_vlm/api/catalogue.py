@@ -11,17 +11,22 @@ import inspect
 import json
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import duet_vlm
+from duet_vlm.planning.budget import NoBudget, check_keep
+from duet_vlm.reducers import method_files
+from duet_vlm.utils.field_types import DECLARED, check_names, check_type
 from duet_vlm.utils.suggest import did_you_mean
+from duet_vlm.utils.suggest import unknown as not_known
 
-FILE = Path(__file__).with_name("lists.json")
+FILE = Path(__file__).with_name("catalogue.json")
 ENTRY_POINTS = "duet_vlm.methods"  # where other packages name their methods, see duet_vlm.reducers.registry
+CHECKED = {*DECLARED, "Keep"}  # types of settings whose values are told apart without the method
 FOLDERS = {"methods": "duet_vlm.methods", "models": "duet_vlm.models"}  # a file in these makes a row of that list
 
 Rows = list[dict[str, Any]]
@@ -42,7 +47,7 @@ def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
     Raises
     ------
     ValueError
-        An unknown name; the nearest one, and all that there are, are named.
+        An unknown name; the nearest ones are named.
     """
     found = {row[key]: row for row in rows(name)}
     for each in wanted or ():
@@ -59,14 +64,46 @@ def check_method(text: str, *others: str) -> None:
     ValueError
         As ``chosen``.
     """
-    known = [row["name"] for row in rows("methods")]
+    own = method_files.names()
     for part in text.split("+"):
-        if part not in (*known, *others):
-            raise unknown("methods", part, known)
+        if part not in (*own, *others):
+            known = [row["name"] for row in rows("methods")]
+            if part not in known:
+                raise unknown("methods", part, [*known, *own])
+
+
+def check_settings(text: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that a method of this package does not have, and values that are not of a setting's type; of others and of compositions it is
+    not known before they are loaded.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As the method itself, made with them.
+    """
+    row = None if "+" in text or text in method_files.names() else next((row for row in rows("methods") if row["name"] == text), None)
+    if row is None:
+        return
+    check_names(text, settings, row["settings"])
+    for name, value in settings.items():
+        kind = row["types"].get(name, "")
+        value = check_type(name, kind, value)
+        if value is not None and kind.removesuffix(" | None") == "Keep":
+            check_keep(name, value)
+
+
+def needs_budget(text: str, settings: Iterable[str]) -> bool:
+    """Whether a method has nothing in place of a budget among these settings; False where only the method itself can tell."""
+    parts = text.split("+")
+    given = {name for setting in settings for name in (setting, *(setting.removeprefix(f"{part}_") for part in parts))}
+    found = {row["name"]: row["instead"] for row in rows("methods")}
+    return all((instead := found.get(part)) and not given & set(instead) for part in parts)
 
 
 def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a list."""
+    if name == "methods":  # too many for a line
+        return not_known("method", given, known, "'duet-vlm methods'")
     one, all_ = ("family", "families") if name == "models" else (name.removesuffix("s"), name)
     return ValueError(f"unknown {one} {given!r}{did_you_mean(given, known)}; known {all_}: {', '.join(known)}")
 
@@ -101,11 +138,29 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
         "needs_text": (issubclass(cls, duet_vlm.DecoderReducer) and cls.uses_text_queries()) or "question" in reads,
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
+        "types": {field.name: kind for field in dataclasses.fields(cls) if (kind := _kind(field)).removesuffix(" | None") in CHECKED},
+        "instead": _instead(usual),
+        "calibrated": hasattr(cls, "observer"),
         "idea": _paragraphs(cls, lambda text: not text.startswith(("Cost", "Parameters", "Differences", "From the paper"))),
         "cost": _paragraphs(cls, lambda text: text.startswith("Cost")),
         "needs": reads,
         "families_without": _refusing(cls),
     }
+
+
+def _kind(field: dataclasses.Field[Any]) -> str:
+    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+
+
+def _instead(usual: duet_vlm.Reducer) -> list[str]:
+    """The settings that a method takes in place of a budget; none where it runs without either."""
+    try:
+        usual.plan(576, 32, None)
+    except NoBudget as error:
+        return list(error.instead)
+    except ValueError:  # it wants something else first
+        return []
+    return []
 
 
 def _paragraphs(cls: type[duet_vlm.Reducer], wanted: Callable[[str], bool]) -> str:
