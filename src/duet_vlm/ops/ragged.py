@@ -10,8 +10,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 
 def upload(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers that the host knows, or a tensor of it, on a device. ``torch.tensor(numbers, device=device)`` waits until an accelerator has done
-    all that it was asked before; this does not."""
+    """Copy numbers or a tensor of the host to a device without waiting for it.
+
+    ``torch.tensor(numbers, device=device)`` waits until an accelerator has finished all earlier work; this does not.
+    """
     held = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, dtype=dtype, device="cpu")
     return held.to(device, non_blocking=True)
 
