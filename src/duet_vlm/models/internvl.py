@@ -14,11 +14,13 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class InternVL(Llava):
-    """``InternVLForConditionalGeneration``: V2V behind the projector, importance = CLS attention of the feature layer, mean over a token's
-    patches.
+    """``InternVLForConditionalGeneration``: tokens are chosen after the projector, importance = CLS attention of the
+    feature layer, mean over
+    the patches of a token.
 
-    The model is given tiles and does not know which belong to one image: every tile (and every frame of a clip, which the processor hands
-    over as an image) is a span with a budget of its own.
+    The model receives tiles without the image they belong to: every tile (and every frame of a video, which the
+    processor passes as an
+    image) is a span with a budget of its own.
     """
 
     family = "internvl"
@@ -65,9 +67,14 @@ class InternVL(Llava):
         return list(cells(patches, math.isqrt(patches.shape[1]), self.cell))  # tiles may have another size
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
-        tower, inside = self.clip_tower, tuple(BlockModules(block, block.attention, block.layernorm_after, block.mlp) for block in self.blocks())
-        read = min(self.layers_read())
-        return (TowerBlocks(tower, tower.embeddings.patch_embeddings.projection, tower.encoder, inside, read, 1, self.cell, takes_mask=False),)
+        tower, blocks = self.clip_tower, tuple(BlockModules(block, block.attention, block.layernorm_after, block.mlp) for block in self.blocks())
+        output_block = min(self.layers_read())
+        patches = tower.embeddings.patch_embeddings.projection
+        return (
+            TowerBlocks(
+                tower, patches, tower.encoder, blocks, output_block, num_cls=1, patch_grid=self.cell, takes_mask=False,
+            ),
+        )  # fmt: skip
 
     def cls_module(self) -> nn.Module:
         raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add the CLS row")

@@ -1,4 +1,4 @@
-"""LLaVA-OneVision: any-resolution images and clips around a SigLIP tower, resized between tower and decoder."""
+"""LLaVA-OneVision: any-resolution images and videos around a SigLIP tower, resized between tower and decoder."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from duet_vlm.models.tower_signals import blocks_like_clip, column_signals
 
 
 class LlavaOnevision(LlavaNextVideo):
-    """``LlavaOnevisionForConditionalGeneration``: importance = attention that a patch receives in the feature layer.
+    """``LlavaOnevisionForConditionalGeneration``: importance = attention received by a patch in the feature layer.
 
-    Large images and all frames are resized behind the tower, and signals travel through the model's own code for it. The newline rows of
-    images and the row that ends a clip are structure. Only images that are alone in their prompt are cut into crops.
+    Large images and all frames are resized after the tower; signals travel through the model's own code for it. The
+    newline tokens of
+    images and the token that ends a video are separators. Only an image that is the single one of its prompt is cut
+    into crops.
     """
 
     family = "llava_onevision"
@@ -61,8 +63,9 @@ class LlavaOnevision(LlavaNextVideo):
         return rows
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
-        inside = blocks_like_clip(self.clip_tower.encoder.layers)
-        return (TowerBlocks(self.clip_tower, self.clip_tower.embeddings.patch_embedding, self.clip_tower.encoder, inside, min(self.layers_read())),)
+        blocks = blocks_like_clip(self.clip_tower.encoder.layers)
+        tower = self.clip_tower
+        return (TowerBlocks(tower, tower.embeddings.patch_embedding, tower.encoder, blocks, min(self.layers_read())),)
 
     def cell_of(self, call: Encoding, blocks: TowerBlocks) -> int:
         if call.stream == "image":
@@ -118,7 +121,7 @@ class LlavaOnevision(LlavaNextVideo):
         return parts if call.stream == "image" else [nn.functional.pad(rows, (0, 1), value=-1) for rows in parts]
 
     def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
-        return Adapter.projected_rows(self, call, counts)  # clips are pooled behind the projector here
+        return Adapter.projected_rows(self, call, counts)  # videos are pooled after the projector here
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:
         return (None,) * len(counts)

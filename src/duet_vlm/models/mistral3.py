@@ -1,4 +1,5 @@
-"""Families with a Pixtral tower: Mistral 3 and Pixtral itself. Images of any size, all of a call packed into one row of the tower."""
+"""Families with a Pixtral tower: Mistral 3 and Pixtral itself. Images of any size, all of a call packed into one row
+of the tower."""
 
 from __future__ import annotations
 
@@ -14,8 +15,12 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Mistral3(Llava):
-    """``Mistral3ForConditionalGeneration``: V2V on the merged rows of each image; a token's importance is the mean attention that its patches
-    receive from their own image in the feature layer. Line-break tokens between the rows of an image are text and stay."""
+    """``Mistral3ForConditionalGeneration``: the encoder stage works on the merged tokens of each image.
+
+    A token's importance is the mean attention that its patches receive from their own image in the feature layer.
+    Line-break tokens between
+    the lines of an image are text and are kept.
+    """
 
     family = "mistral3"
     model_types = ("mistral3",)
@@ -53,11 +58,12 @@ class Mistral3(Llava):
         return [(height // size, width // size) for height, width in call.sizes]
 
     def blocks_to_reduce(self) -> tuple[TowerBlocks, ...]:
-        tower, read = self.clip_tower, min(self.layers_read())
-        inside = tuple(BlockModules(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
+        tower, output_block = self.clip_tower, min(self.layers_read())
+        blocks = tuple(BlockModules(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
         return (
             ConcatenatedBlocks(
-                tower, tower.patch_conv, tower.transformer, inside, read, patch_grid=self.merge, grids=self.patches, patch=int(tower.patch_size),
+                tower, tower.patch_conv, tower.transformer, blocks, output_block, patch_grid=self.merge, grids=self.patches,
+                patch=int(tower.patch_size),
             ),
         )  # fmt: skip
 
@@ -89,7 +95,8 @@ class Mistral3(Llava):
         return list(projected.flatten(0, -2).split([(h // self.merge) * (w // self.merge) for h, w in self.patches(call)]))
 
     def merged(self, signals: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Means over the patches of each token: [h * w, c] -> [n, c]; what does not fill a token is left out, as the merger does."""
+        """Means over the patches of each token: [h * w, c] -> [n, c]; patches that fill no token are cut off, as the
+        merger does."""
         return nn.functional.avg_pool2d(signals.t().unflatten(1, grid), self.merge).flatten(1).t()
 
     def grids(self, call: Encoding, counts: list[int]) -> tuple[tuple[int, int] | None, ...]:

@@ -14,9 +14,11 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 
 class Qwen25VL(Qwen2VL):
-    """``Qwen2_5_VLForConditionalGeneration``: V2V after the merger, importance = attention received in a full-attention vision block.
+    """``Qwen2_5_VLForConditionalGeneration``: tokens are chosen after the merger, importance = attention received in a
+    full-attention block.
 
-    The unit of choice is a merged token (2x2 patches): scores and keys are means over its patches (released DUET-VLM code for Qwen).
+    The unit of choice is a merged token (2x2 patches): scores and keys are means over its patches (released DUET-VLM
+    code for Qwen).
     """
 
     family = "qwen2_5_vl"
@@ -33,19 +35,19 @@ class Qwen25VL(Qwen2VL):
         return torch.argsort(self.windows(sizes)[0])
 
     def windows(self, sizes: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Merged tokens window by window [U], and where windows begin and end [windows + 1], in patches."""
+        """Merged tokens window by window [U], and the borders of the windows [windows + 1], in patches."""
         return _windows(tuple(map(tuple, sizes)), self.visual.spatial_merge_size, self.visual.window_size, self.visual.patch_size)
 
     def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
-        """See ``PackedTower``. The blocks work window by window; windows of which nothing is left vanish."""
-        made, *_ = super().tables(grid_thw, units, counts)
+        """See ``VarlenTower``. The blocks work window by window; windows without kept tokens vanish."""
+        arguments, *_ = super().tables(grid_thw, units, counts)
         unit = self.visual.spatial_merge_unit
         order, ends = (table.to(units.device) for table in self.windows(grid_thw.tolist()))
-        alive = torch.zeros(len(order), dtype=torch.long, device=units.device).index_fill(0, units, 1)
-        slots = alive[order].sort(descending=True, stable=True).indices[: len(units)]
-        there = (alive.cumsum(0) - 1)[order[slots]]
-        left = torch.nn.functional.pad(alive[order].cumsum(0), (1, 0))[ends // unit] * unit
-        return made | {"window_index": there, "cu_window_seqlens": left.unique_consecutive().int()}, there, slots
+        kept = torch.zeros(len(order), dtype=torch.long, device=units.device).index_fill(0, units, 1)
+        slots = kept[order].sort(descending=True, stable=True).indices[: len(units)]
+        kept_order = (kept.cumsum(0) - 1)[order[slots]]
+        ends_kept = torch.nn.functional.pad(kept[order].cumsum(0), (1, 0))[ends // unit] * unit
+        return arguments | {"window_index": kept_order, "cu_window_seqlens": ends_kept.unique_consecutive().int()}, kept_order, slots
 
     def vision_dims(self) -> VisionDims:
         vision = self.config.vision_config
@@ -55,6 +57,7 @@ class Qwen25VL(Qwen2VL):
 
 @lru_cache(maxsize=256)
 def _windows(sizes: tuple[tuple[int, ...], ...], merge: int, window: int, patch: int) -> tuple[Tensor, Tensor]:
-    """Made once for pictures of the same sizes, on the host whatever the default device: the window index reads its grid many times."""
+    """Window order and borders, made once for images of the same sizes, on the host whatever the default device
+    (many small reads of the grid)."""
     with torch.inference_mode(False), torch.device("cpu"):
         return get_vision_window_index(torch.tensor(sizes, device="cpu"), spatial_merge_size=merge, window_size=window, patch_size=patch)

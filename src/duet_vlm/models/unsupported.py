@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-CROSS = "its decoder reads pictures through cross attention, so visual tokens are no rows of the prompt that could be dropped"
-SHARED = "later decoder layers reuse keys and values of earlier ones, so rows cannot be dropped between them"
-QUERIES = "a few learned queries already stand for the picture; there are no patch tokens to reduce"
-DISCRETE = "pictures are discrete tokens of the vocabulary, with no vision features to rank or merge"
+CROSS = "its decoder attends to images through cross attention, so no visual tokens of the prompt could be dropped"
+SHARED = "later decoder layers reuse keys and values of earlier ones, so tokens cannot be dropped between them"
+QUERIES = "a few learned queries already represent the image; there are no patch tokens to reduce"
+DISCRETE = "images are discrete tokens of the vocabulary, with no vision features to rank or merge"
 
 REASONS = {
     "mllama": CROSS,
