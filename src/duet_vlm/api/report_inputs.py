@@ -69,7 +69,7 @@ def _mean_kept(span: SpanTrace, depth: int) -> float:
 
 
 def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts]) -> dict[str, Any]:
-    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``, ``behind``."""
+    """What ``make_report`` and ``Workload`` want to know of a method inside the decoder: ``deciding``, ``products``, ``cut``, ``scores_after_drop``."""
     shape = adapter.decoder_dims()
 
     def of(sample: SampleCounts) -> int:
@@ -77,8 +77,8 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
         return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
 
     products, cut = getattr(reducer, "uses_text", True), getattr(reducer, "trim_kv_cache", False)
-    behind = getattr(reducer, "score_layer_offset", 0) > 0
-    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "behind": behind}
+    scores_after_drop = getattr(reducer, "score_layer_offset", 0) > 0
+    return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "scores_after_drop": scores_after_drop}
 
 
 def selection_cost(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCounts], projects_all: bool) -> tuple[int, int]:
@@ -108,6 +108,6 @@ def _encoded(sample: SampleCounts, still: bool) -> list[tuple[Any, ...]]:
     """Of the pictures of a sample, or of its clips: plan, parts as V2V sees them and as the tower does, steps of time, parts that signals are made of
     and their spare patches, rows that the projector works on."""
     of, sizes = sample.still or (False,) * len(sample.plans), sample.sizes or sample.tokens_per_crop
-    spare = sample.went(sample.wasted())
+    spare = sample.encoded_parts(sample.spare_patches())
     every = zip(of, sample.plans, sizes, sample.tokens_per_crop, sample.steps, sample.encoded, spare, sample.reaching_projector(), strict=True)
     return [tuple(row) for kind, *row in every if kind == still]

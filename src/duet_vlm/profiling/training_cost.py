@@ -22,7 +22,7 @@ from duet_vlm.profiling.model_dims import DecoderDims, VisionDims
 
 @dataclass(frozen=True)
 class TrainedParts:
-    """What an optimiser step changes. As it stands: LLaVA's second stage; with ``decoder=False`` its first.
+    """The weights that an optimiser step changes. By default LLaVA's second stage; with ``decoder=False`` its first.
 
     Attributes
     ----------
@@ -31,9 +31,11 @@ class TrainedParts:
     lora : int
         Rank of adapters on all seven linear maps of every decoder layer; 0 for none.
     checkpointing : bool
-        Layers keep their inputs only and run forward once more in the backward pass (not reentrant: up to the last thing it needs).
+        Layers keep their inputs only and run forward once more in the backward pass (not reentrant: up to the last
+        thing it needs).
     input_gradients : bool
-        What the embeddings put out needs a gradient even if nothing before it is trained, so one runs through a frozen tower as well:
+        The embeddings' output needs a gradient even if nothing before it is trained, so one runs through a frozen tower
+        as well:
         ``enable_input_require_grads()``, which transformers 5 calls whenever it switches checkpointing on.
     """
 
@@ -52,12 +54,12 @@ class TrainedParts:
 
     @property
     def through_tower(self) -> bool:
-        """Whether a gradient runs through the tower's layers."""
+        """True if a gradient runs through the tower's layers."""
         return self.tower or self.input_gradients
 
     @property
     def below_decoder(self) -> bool:
-        """Whether what enters the decoder's first layer needs a gradient; embeddings are trained with the decoder."""
+        """True if the input of the decoder's first layer needs a gradient; embeddings are trained with the decoder."""
         return self.through_tower or self.projector or self.decoder
 
 
@@ -68,17 +70,17 @@ class TrainingExample:
     Attributes
     ----------
     text : int
-        Rows that are not visual.
+        Text tokens.
     plans : tuple of SpanPlan
-        What becomes of each image.
+        The plan of each image.
     queries : int
-        Rows that rank the visual tokens before a drop; 0 where the method does not use the text.
+        Positions that rank the visual tokens before a drop; 0 where the method does not use the text.
     signals : bool
-        The method reads the tower's attention; counted as if all rows ranked, where the tower has no CLS row.
+        The method uses the tower's attention; counted with all positions as queries, where the tower has no CLS.
     projects_all : bool
         The projector runs on every token, not only on those that enter the decoder (``Handle.projects_all``).
     stages : tuple of (blocks, tokens)
-        Where patches leave the tower, and how many tokens' are left of each image then (``Handle.leaving``).
+        Blocks of the tower after which patches are dropped, and the tokens of each image kept then.
     """
 
     text: int
@@ -89,15 +91,15 @@ class TrainingExample:
     stages: TowerStages = ()
 
     def left(self, plan: SpanPlan) -> int:
-        """Tokens of an image that its tower ends with."""
+        """Tokens of an image at the tower's output."""
         return self.stages[-1][1] if self.stages else plan.tokens
 
     def rows(self, depth: int) -> list[int]:
-        """Rows that each decoder layer reads."""
+        """Tokens at the input of each decoder layer."""
         return [self.text + sum(plan.counts[layer] for plan in self.plans) for layer in range(depth)]
 
     def ranked(self, depth: int) -> list[int]:
-        """Rows that are there at each ranking: before every drop that leaves visual tokens to choose."""
+        """Tokens at each ranking: before every drop that keeps some visual tokens."""
         after = self.rows(depth)
         before = [self.text + sum(plan.entry for plan in self.plans), *after]
         return [b for b, a in zip(before, after, strict=False) if self.text < a < b] if self.queries else []
@@ -105,10 +107,11 @@ class TrainingExample:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """One step by stage; what the optimiser does to each weight is no matrix product and is not counted.
+    """FLOPs of one step by stage; the optimiser's updates are no matrix products and are not counted.
 
-    ``vision``: tower, signals and projector forward. ``decoder``: layers, ranking and head forward. ``backward``: gradients of activations
-    and of trained weights. ``recomputed``: what checkpointing runs again in the backward pass.
+    ``vision``: tower, signals and projector forward. ``decoder``: layers, ranking and head forward. ``backward``:
+    gradients of activations
+    and of trained weights. ``recomputed``: layers that checkpointing runs again in the backward pass.
     """
 
     vision: int
@@ -126,15 +129,19 @@ def step_flops(
 ) -> StepFlops:
     """Forward and backward of one batch.
 
-    A linear map costs its forward again for the gradient of its input (wherever something trained lies before it) and once more for the
-    gradient of its weights (if they are trained); attention costs its two products twice (flash kernels, which compute the
-    scores again, half of them more). Every row that reaches the last layer goes through the head, supervised or not. Ranking and
-    signals carry no gradient. Choosing and merging are left out: well under 1 % of the products counted.
+    A linear map costs its forward again for the gradient of its input (wherever something trained comes before it) and
+    once more for the
+    gradient of its weights (if they are trained); attention costs its two products twice (flash kernels, which compute
+    the
+    scores again, half of them more). Every position that reaches the last layer goes through the head, supervised or
+    not. Ranking and
+    signals carry no gradient. Choosing and merging are not counted: well under 1 % of the products counted.
 
     Parameters
     ----------
     unread_layers : int
-        Last layers of the tower whose output is not used (1 for LLaVA, which takes the last but one): run forward, no gradient.
+        Last layers of the tower whose output is not used (1 for LLaVA, which takes the last but one): run forward,
+        no gradient.
     """
     depth = decoder.layers
     images = [(e, plan) for e in examples for plan in e.plans]
@@ -143,21 +150,21 @@ def step_flops(
     rows = [(r, layer) for e in examples for layer, r in enumerate(e.rows(depth))]
     head = head_flops(decoder, sum(e.rows(depth)[-1] for e in examples))
     ranking = sum(scoring_flops(decoder, r, e.queries) for e in examples for r in e.ranked(depth))
-    seen = sum(vision_flops(vision, plan.tokens, stages=e.stages) + projector_flops(vision, _projected(e, plan)) for e, plan in images)
-    seen += sum(signal_flops(vision, e.left(plan)) for e, plan in images if e.signals)
+    vision_forward = sum(vision_flops(vision, plan.tokens, stages=e.stages) + projector_flops(vision, _projected(e, plan)) for e, plan in images)
+    vision_forward += sum(signal_flops(vision, e.left(plan)) for e, plan in images if e.signals)
     forward = sum(_layer(decoder, *r, trained.lora) for r in rows) + ranking + head
 
-    read = replace(vision, layers=vision.layers - unread_layers)
+    used = replace(vision, layers=vision.layers - unread_layers)
     backward = head * (1 + trained.decoder) + sum(_layer_backward(decoder, *r, trained) for r in rows)
     backward += sum(_projector_backward(vision, _projected(e, plan), trained) for e, plan in images)
-    backward += sum(_tower_backward(read, plan.tokens, e.stages, trained) for e, plan in images)
+    backward += sum(_tower_backward(used, plan.tokens, e.stages, trained) for e, plan in images)
     if not trained.below_decoder:
         backward -= sum(_first_inputs(decoder, e.rows(depth)[0], trained.lora) for e in examples)
-    again = 0
+    recomputed = 0
     if trained.checkpointing:
-        again = sum(_layer_again(decoder, *r, trained.lora) for r in rows)
-        again += sum(_tower_again(read, plan.tokens, e.stages) for e, plan in images) * trained.through_tower
-    return StepFlops(seen, forward, backward, again)
+        recomputed = sum(_layer_again(decoder, *r, trained.lora) for r in rows)
+        recomputed += sum(_tower_again(used, plan.tokens, e.stages) for e, plan in images) * trained.through_tower
+    return StepFlops(vision_forward, forward, backward, recomputed)
 
 
 # ---- vision
@@ -169,21 +176,21 @@ def _projected(example: TrainingExample, plan: SpanPlan) -> int:
 
 
 def _layers(shape: VisionDims, tokens: int, stages: TowerStages) -> tuple[int, int, int]:
-    """The tower's layers over one image: their linear maps, their attention, and the product that ends a layer."""
-    attended, widened = _rows(shape, tokens, stages)
-    last = 2 * widened * shape.width * shape.mlp
-    linear = 8 * attended * shape.width**2 + shape.mlp_matrices * last
+    """The tower's layers over one image: their linear maps, their attention, and the last product of a layer."""
+    attention_rows, mlp_rows = _rows(shape, tokens, stages)
+    last = 2 * mlp_rows * shape.width * shape.mlp
+    linear = 8 * attention_rows * shape.width**2 + shape.mlp_matrices * last
     return linear, vision_flops(shape, tokens, stages=stages) - patch_flops(shape, tokens) - linear, last
 
 
 def _rows(shape: VisionDims, tokens: int, stages: TowerStages) -> tuple[int, int]:
     """Rows of all layers together, in their attention and in their MLP."""
-    attended = widened = 0
-    for begin, end, here, going_on in stretches(shape, tokens, stages):
-        rows = tower_rows(shape, here)
-        attended += (end - begin) * rows
-        widened += (end - begin - 1) * rows + tower_rows(shape, going_on)
-    return attended, widened
+    attention_rows = mlp_rows = 0
+    for begin, end, tokens_in, tokens_kept in stretches(shape, tokens, stages):
+        rows = tower_rows(shape, tokens_in)
+        attention_rows += (end - begin) * rows
+        mlp_rows += (end - begin - 1) * rows + tower_rows(shape, tokens_kept)
+    return attention_rows, mlp_rows
 
 
 def _tower_backward(shape: VisionDims, tokens: int, stages: TowerStages, trained: TrainedParts) -> int:
@@ -193,7 +200,7 @@ def _tower_backward(shape: VisionDims, tokens: int, stages: TowerStages, trained
 
 
 def _tower_again(shape: VisionDims, tokens: int, stages: TowerStages) -> int:
-    """Recomputation of a layer stops before the product that ends it: nothing needs its result."""
+    """Recomputation of the layers, each up to its last product, whose result is not needed."""
     linear, attention, last = _layers(shape, tokens, stages)
     return linear + attention - last
 
@@ -201,8 +208,8 @@ def _tower_again(shape: VisionDims, tokens: int, stages: TowerStages) -> int:
 def _projector_backward(shape: VisionDims, rows: int, trained: TrainedParts) -> int:
     normed = shape.patches_per_token > 1  # grid mergers begin with a norm, whose weights are trained with them
     total = 0
-    for place, (a, b) in enumerate(shape.projector):
-        inputs = trained.through_tower or (trained.projector and (normed or place > 0))
+    for number, (a, b) in enumerate(shape.projector):
+        inputs = trained.through_tower or (trained.projector and (normed or number > 0))
         total += 2 * rows * a * b * (trained.projector + inputs)
     return total
 
@@ -229,11 +236,12 @@ def _layer_backward(shape: DecoderDims, rows: int, layer: int, trained: TrainedP
 
 
 def _first_inputs(shape: DecoderDims, rows: int, rank: int) -> int:
-    """Input gradients of query, key and value maps, which the first layer does without where nothing before it needs one."""
+    """Input gradients of query, key and value maps, which the first layer can omit where nothing before it needs
+    one."""
     return 2 * rows * shape.hidden * (shape.query_width + 2 * shape.narrow + 3 * rank)
 
 
 def _layer_again(shape: DecoderDims, rows: int, layer: int, rank: int) -> int:
-    """As ``_tower_again``; the product that ends a layer is the down map, or with adapters their second factor."""
+    """As ``_tower_again``; the last product of a layer is the down map, or with adapters their second factor."""
     down = 0 if shape.has_experts(layer) else shape.mlp
     return _layer(shape, rows, layer, rank) - 2 * rows * shape.hidden * (rank if rank else down)
