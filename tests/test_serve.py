@@ -35,7 +35,7 @@ from duet_vlm.cli.main import app
 from duet_vlm.cli.serve_transformers import NEEDED, Guard, remote
 from duet_vlm.runtime.encode.selection import part_sizes
 from duet_vlm.serve.first_stage import reduce_rows
-from duet_vlm.serve.served_method import ARCHITECTURES, NOTHING_ASKED, ServedMethod
+from duet_vlm.serve.served_method import ARCHITECTURES, NO_REQUEST_BUDGET, ServedMethod
 
 # these read more of tower or prompt than the plug-in makes
 BEYOND = {"cdpruner", "hired", "metok", "pool", "quecc", "resampler", "vqtoken", "vscan", "zoo_prune"}
@@ -89,24 +89,24 @@ def test_every_method_with_a_first_stage_is_served_at_its_budget(name: str) -> N
     served = ServedMethod.of({"method": name, "budget": 64}, "compact")
     for tokens in (1, 63, 64, 65, 576, 2880):
         assert served.span((tokens,)).entry == min(tokens, 64)
-        assert served.span((tokens,), asked=served.asked({"duet_budget": 5})).entry == min(tokens, 5)
-        assert served.span((tokens,), asked=served.asked({"duet_budget": 0.01})).entry == max(1, tokens // 100)
+        assert served.span((tokens,), request_budget=served.request_budget({"duet_budget": 5})).entry == min(tokens, 5)
+        assert served.span((tokens,), request_budget=served.request_budget({"duet_budget": 0.01})).entry == max(1, tokens // 100)
     assert served.span((576,) * 3, 48).entry == 64
     assert served.span((10,) * 3, 48).entry == 30  # newlines leave first
 
 
 def test_a_request_may_ask_for_less_and_is_told_when_it_asks_for_more() -> None:
     served = ServedMethod.of({"method": "divprune", "budget": 64}, "compact")
-    assert served.asked({}) == served.asked({"duet_budget": None}) == NOTHING_ASKED
-    one, whole = served.asked({"duet_budget": 1}), served.asked({"duet_budget": 1.0})  # a token, and all tokens
-    assert served.span((576,), asked=one).entry == 1 and served.span((60,), asked=whole).entry == 60
+    assert served.request_budget({}) == served.request_budget({"duet_budget": None}) == NO_REQUEST_BUDGET
+    one, whole = served.request_budget({"duet_budget": 1}), served.request_budget({"duet_budget": 1.0})  # a token, and all tokens
+    assert served.span((576,), request_budget=one).entry == 1 and served.span((60,), request_budget=whole).entry == 60
     with pytest.raises(ValueError, match="duet_budget=1.0: 576 of 576 visual tokens, but this server allows 64 at most"):
-        served.span((576,), asked=whole)
+        served.span((576,), request_budget=whole)
     for bad in (0, -3, 1.5, "64", True, [64]):
         with pytest.raises(ValueError, match="duet_budget="):
-            served.asked({"duet_budget": bad})
+            served.request_budget({"duet_budget": bad})
     with pytest.raises(ValueError, match="has counts of its own"):
-        ServedMethod.of({"method": "duet", "dominant": 54, "contextual": 10}, "compact").asked({"duet_budget": 4})
+        ServedMethod.of({"method": "duet", "dominant": 54, "contextual": 10}, "compact").request_budget({"duet_budget": 4})
 
 
 def test_other_settings_are_another_salt() -> None:
@@ -211,7 +211,7 @@ def test_a_span_in_a_batch_becomes_what_it_becomes_alone(name: str) -> None:
     rows = [torch.randn(n, 8) for n in (16, 25, 9, 4)]
     parts = [torch.zeros(16).long(), torch.tensor([0] * 12 + [-1] + [1] * 12), torch.zeros(9).long(), torch.zeros(4).long()]
     signals = [torch.rand(len(row)) for row in rows], [torch.randn(len(row), 6) for row in rows]
-    asked = [NOTHING_ASKED, NOTHING_ASKED, 6.0, NOTHING_ASKED]  # the third asks for five
+    asked = [NO_REQUEST_BUDGET, NO_REQUEST_BUDGET, 6.0, NO_REQUEST_BUDGET]  # the third asks for five
     together = reduce_rows(served, rows, parts, asked, signals)
     for i, (kept, source) in enumerate(together):
         ((alone, place),) = reduce_rows(served, rows[i : i + 1], parts[i : i + 1], asked[i : i + 1], ([signals[0][i]], [signals[1][i]]))
@@ -230,16 +230,16 @@ def test_a_clip_is_known_by_its_steps() -> None:
     third[3] = torch.tensor([1.0, 0.0, 0.0, 0.0])
     rows, parts = [torch.cat([step, second, third])], [torch.arange(3).repeat_interleave(4)]
     served = ServedMethod.of({"method": "frames", "budget": 6}, "keep")
-    ((kept, source),) = reduce_rows(served, rows, parts, [NOTHING_ASKED], None, stream="video")
+    ((kept, source),) = reduce_rows(served, rows, parts, [NO_REQUEST_BUDGET], None, stream="video")
     assert source.tolist() == [0, 1, 2, 3, 5, 11] and torch.equal(kept, rows[0][source])
-    ((_, still),) = reduce_rows(served, rows, parts, [NOTHING_ASKED], None)
+    ((_, still),) = reduce_rows(served, rows, parts, [NO_REQUEST_BUDGET], None)
     assert still.tolist() != source.tolist()
 
 
 def test_a_method_without_its_signals_is_an_error() -> None:
     served = ServedMethod.of({"budget": 4}, "compact")
     with pytest.raises(RuntimeError, match="duet ranks by the attention of the vision tower"):
-        reduce_rows(served, [torch.randn(9, 4)], [torch.zeros(9).long()], [NOTHING_ASKED], None)
+        reduce_rows(served, [torch.randn(9, 4)], [torch.zeros(9).long()], [NO_REQUEST_BUDGET], None)
 
 
 # ---- the command line

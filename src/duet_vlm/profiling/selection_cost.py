@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duet_vlm.ops.merge import by_table
 from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.profiling.flops import Grid, Spare, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
+from duet_vlm.profiling.flops import Grid, Spare, query_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, probed_layer
 from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes
@@ -97,7 +97,7 @@ def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequenc
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
     heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
-    return sum(16 * heads * asking_rows(vision, n, reducer.signal_queries) * n for n in rows) * _attentions(reducer)
+    return sum(16 * heads * query_rows(vision, n, reducer.signal_queries) * n for n in rows) * _attentions(reducer)
 
 
 def _attentions(reducer: EncoderReducer) -> int:

@@ -1,1 +1,2 @@
-"""What an engine that owns model and scheduler (vLLM) needs to run the first stage of a method: settings, counts, rows. No engine is imported."""
+"""The first stage of a method for an engine that owns model and scheduler (vLLM): settings, counts, tokens. No
+engine is imported."""

@@ -1,4 +1,4 @@
-"""Rows of images or clips, as a tower or projector made them, cut to those that enter the decoder."""
+"""Features of images or videos, from a tower or projector, reduced to those that enter the decoder."""
 
 from __future__ import annotations
 
@@ -21,35 +21,37 @@ def reduce_rows(
     served: ServedMethod,
     rows: Sequence[Tensor],
     parts: Sequence[Tensor],
-    asked: Sequence[float],
+    request_budgets: Sequence[float],
     signals: TowerSignals | None,
-    seen: Sequence[Tensor] | None = None,
+    method_features: Sequence[Tensor] | None = None,
     stream: str = "image",
 ) -> list[tuple[Tensor, Tensor]]:
-    """What enters of each image, or of each clip.
+    """Reduce each image, or each video, to the tokens that enter the decoder.
 
     Parameters
     ----------
     rows : sequence of Tensor
-        Per image [n, C]: what the projector reads, or, for methods that read projected rows and for grid mergers, what it made.
+        Per image [n, C]: the projector's input, or, for methods that use projected tokens and for grid mergers, its
+        output.
     parts : sequence of Tensor
-        Per image, on the host: the part (crop, frame) that each row shows [n], -1 for newlines.
-    asked : sequence of float
-        Per image the budget of its request, as ``Served.asked`` wrote it.
+        Per image, on the host: the part (crop, frame) of each token [n], -1 for newlines.
+    request_budgets : sequence of float
+        Per image the budget of its request, as ``ServedMethod.request_budget`` encodes it.
     signals : (sequence, sequence) of Tensor, or None
-        Importance [n] and mean keys [n, d] per image, for methods that read them.
-    seen : sequence of Tensor, optional
-        Per image what the method is shown of its rows [n, c], where that is not all of them.
+        Importance [n] and mean keys [n, d] per image, for methods that use them.
+    method_features : sequence of Tensor, optional
+        Per image the features [n, c] that the method sees, if other than ``rows``.
     stream : str
-        "video": they are clips, and their parts are steps of time.
+        "video": these are videos, and their parts are time steps.
 
     Returns
     -------
     list of (Tensor, Tensor)
-        Per image the rows [K, C], as many as planned, and the token that each stands for [K]: in the method's order where positions are
+        Per image the kept features [K, C], as many as planned, and their token numbers [K]: in the method's order where
+        positions are
         compact, ascending where they are kept.
     """
-    plans = [served.span(*part_sizes(shown), wanted) for shown, wanted in zip(parts, asked, strict=True)]
+    plans = [served.span(*part_sizes(part), budget) for part, budget in zip(parts, request_budgets, strict=True)]
     if not any(plan.merges for plan in plans):
         return [(row, torch.arange(len(row), device=row.device)) for row in rows]
     reducer = served.reducer
@@ -60,11 +62,11 @@ def reduce_rows(
             raise RuntimeError(f"{reducer.name} ranks by the attention of the vision tower, and none was recorded")
         layers = (LayerView(pad_rows(list(signals[0]))[0], keys=pad_rows(list(signals[1]))[0]),)
     with torch.no_grad():
-        shown = features if seen is None else pad_rows(list(seen))[0]
-        selection, code, _ = select_tokens(reducer, plans, parts, layers, shown, stream=stream, each=served.each)
+        part = features if method_features is None else pad_rows(list(method_features))[0]
+        selection, code, _ = select_tokens(reducer, plans, parts, layers, part, stream=stream, each=served.each)
         raise_if_invalid(int(code), reducer)
         merged = merged_rows(features, selection)
         number = torch.arange(selection.index.shape[1], device=features.device)
-        place = selection.index if reducer.positions == "keep" else number.expand_as(selection.index)
-        order = torch.where(selection.valid, place, features.shape[1] + len(number)).argsort(dim=1, stable=True)
+        sort_key = selection.index if reducer.positions == "keep" else number.expand_as(selection.index)
+        order = torch.where(selection.valid, sort_key, features.shape[1] + len(number)).argsort(dim=1, stable=True)
     return [(merged[i, order[i, : plan.entry]], selection.index[i, order[i, : plan.entry]]) for i, plan in enumerate(plans)]

@@ -1,5 +1,9 @@
-"""What a server reduces by, and how many rows of an image that leaves. Counts depend on sizes and settings only, never on pixels or text:
-the engine lays out a prompt before anything is encoded, and whoever encodes later must make exactly as many rows."""
+"""The method of a server, and the token counts that it leaves of an image.
+
+Counts depend on sizes and settings only, never on pixels or text: the engine lays out a prompt before anything is
+encoded, and a later
+encoder call must make exactly as many rows.
+"""
 
 from __future__ import annotations
 
@@ -35,40 +39,41 @@ ARCHITECTURES = {  # whose first stage vLLM can run, and their positions there; 
 PREFIX = "Duet"
 
 DEPTH = 32  # of the decoder in which a method divides what enters into dominant and contextual rows
-SECOND = {each.name for each in dataclasses.fields(DecoderReducer)} - {each.name for each in dataclasses.fields(Reducer)} | {"schedule"}
-NOTHING_ASKED = -1.0
+DECODER_STAGE_FIELDS = {each.name for each in dataclasses.fields(DecoderReducer)} - {each.name for each in dataclasses.fields(Reducer)} | {"schedule"}
+NO_REQUEST_BUDGET = -1.0
 
 
 @dataclass(frozen=True)
 class ServedMethod:
-    """The method of one server. ``budget`` counts the tokens of an image or clip that enter the decoder: nothing is dropped inside it."""
+    """The method of one server. ``budget`` counts the tokens of an image or video that enter the decoder: nothing is
+    dropped inside it."""
 
     reducer: EncoderReducer
     budget: Budget | None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], positions: str) -> ServedMethod:
-        """The settings of a server, as its config holds them under ``KEY``.
+    def of(cls, config: Mapping[str, Any], positions: str) -> ServedMethod:
+        """The method of a server from the settings in its config (under ``KEY``).
 
         Parameters
         ----------
-        given : mapping
+        config : mapping
             ``method`` (default "duet"), ``budget``, and settings of the method.
         positions : str
-            What the family has: "compact" (rows are numbered anew, in the method's own order) or "keep" (grids, M-RoPE).
+            Positions of the family: "compact" (numbered anew, in the method's own order) or "keep" (grids, M-RoPE).
 
         Raises
         ------
         ValueError, TypeError
             Settings that no server can run, by name.
         """
-        if not isinstance(given, Mapping):
-            raise TypeError(f"{KEY}={given!r}: give a dictionary such as {{'method': 'duet_plus', 'budget': 64}}")
-        settings = {name: to_plain(value) for name, value in given.items()}
+        if not isinstance(config, Mapping):
+            raise TypeError(f"{KEY}={config!r}: give a dictionary such as {{'method': 'duet_plus', 'budget': 64}}")
+        settings = {name: to_plain(value) for name, value in config.items()}
         method, budget = settings.pop("method", "duet"), settings.pop("budget", None)
         for part in str(method).split("+"):
             _check_stage(part, get_method(part))
-        late = sorted(name for name in settings if (name in SECOND or name.endswith("_schedule")) and settings[name] not in (None, ()))
+        late = sorted(name for name in settings if (name in DECODER_STAGE_FIELDS or name.endswith("_schedule")) and settings[name] not in (None, ()))
         if late:
             raise ValueError(f"{late[0]}: a setting of what is dropped inside the decoder, which vLLM has no place for: leave it out")
         if settings.get("cls_token"):
@@ -84,18 +89,18 @@ class ServedMethod:
         if beyond or len(reducer.signal_layers) > 1:
             what = ", ".join(beyond) or "several vision layers"
             raise ValueError(f"{method}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: choose another")
-        made = cls(reducer, budget)
-        made.span((1024,))
-        return made
+        served = cls(reducer, budget)
+        served.span((1024,))
+        return served
 
     @property
     def salt(self) -> str:
-        """What tells rows of this server from those of one with other settings, where caches are shared."""
+        """Cache key of this server's settings: rows of servers with other settings must not be shared."""
         text = repr((duet_vlm.__version__, self.reducer.name, self.budget, sorted(self.reducer.settings().items())))
         return hashlib.sha256(text.encode()).hexdigest()
 
-    def asked(self, request: Mapping[str, Any]) -> float:
-        """The budget of one request as a number that a tensor can carry; ``NOTHING_ASKED`` where it has none.
+    def request_budget(self, request: Mapping[str, Any]) -> float:
+        """The budget of one request as a number that a tensor can carry; ``NO_REQUEST_BUDGET`` where it has none.
 
         Raises
         ------
@@ -103,7 +108,7 @@ class ServedMethod:
             No budget, or one beside a server's own counts.
         """
         if request.get(REQUEST) is None:
-            return NOTHING_ASKED
+            return NO_REQUEST_BUDGET
         budget = request[REQUEST]
         try:
             check_budget(budget)
@@ -113,28 +118,29 @@ class ServedMethod:
             raise ValueError(f"{REQUEST}={budget!r}: this server has counts of its own instead of a budget, so requests cannot choose one")
         return budget + 1.0 if isinstance(budget, int) else float(budget)
 
-    def span(self, sizes: Sequence[int], structure: int = 0, asked: float = NOTHING_ASKED) -> SpanPlan:
-        """What becomes of an image or clip whose parts (crops, frames) have ``sizes`` tokens, with ``structure`` rows (newlines) beside them.
+    def span(self, sizes: Sequence[int], structure: int = 0, request_budget: float = NO_REQUEST_BUDGET) -> SpanPlan:
+        """The plan of an image or video whose parts (crops, frames) have ``sizes`` tokens, with ``structure``
+        separators (newlines) beside them.
 
         Raises
         ------
         ValueError
-            If nothing would be left, or a request asks for more than the server allows.
+            If no token would be kept, or a request's budget is above the server's.
         """
-        own = _span(self.reducer, self.budget, tuple(sizes), structure)
-        if own.entry < 1:
-            raise ValueError(f"these settings leave none of an image's {own.tokens} visual tokens, and vLLM needs one at least: give budget=")
-        if asked == NOTHING_ASKED:
-            return own
-        wanted = int(asked - 1) if asked > 1 else asked
-        plan = _span(self.reducer, wanted, tuple(sizes), structure)
-        if plan.entry > own.entry:
-            raise ValueError(f"{REQUEST}={wanted}: {plan.entry} of {plan.tokens} visual tokens, but this server allows {own.entry} at most")
+        server_plan = _span(self.reducer, self.budget, tuple(sizes), structure)
+        if server_plan.entry < 1:
+            raise ValueError(f"these settings leave none of an image's {server_plan.tokens} visual tokens, and vLLM needs one at least: give budget=")
+        if request_budget == NO_REQUEST_BUDGET:
+            return server_plan
+        budget = int(request_budget - 1) if request_budget > 1 else request_budget
+        plan = _span(self.reducer, budget, tuple(sizes), structure)
+        if plan.entry > server_plan.entry:
+            raise ValueError(f"{REQUEST}={budget}: {plan.entry} of {plan.tokens} visual tokens, but this server allows {server_plan.entry} at most")
         return plan
 
     @property
     def each(self) -> bool:
-        """Whether the parts of an image are reduced one by one."""
+        """True if the parts of an image are reduced one by one."""
         return reduces_per_crop(self.reducer, usual=False)
 
 
@@ -148,7 +154,7 @@ def _span(reducer: EncoderReducer, budget: Budget | None, sizes: tuple[int, ...]
 
 
 def _check_stage(name: str, cls: type[Reducer]) -> None:
-    """Refuse a method that has no first stage behind the tower."""
+    """Refuse a method that has no first stage after the tower."""
     if issubclass(cls, TowerReducer):
         raise ValueError(f"method {name}: it works inside the vision tower, which vLLM runs as it is; take one behind it (duet_plus, visionzip, ...)")
     if not issubclass(cls, EncoderReducer):
@@ -157,25 +163,15 @@ def _check_stage(name: str, cls: type[Reducer]) -> None:
         raise ValueError(f"method {name}: it {what}, and vLLM runs first stages only; {remedy}")
 
 
-def flags(config: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """What vLLM is started with, so that it reduces by ``given`` (as ``Served.of``); no flag holds blanks, quotes or brackets that a shell reads.
-
-    Parameters
-    ----------
-    config : mapping
-        The model's config.json.
-
-    Raises
-    ------
-    ValueError, TypeError
-        A model without plug-in, or settings that no server can run.
-    """
+def flags(config: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """vLLM's start-up flags that make it reduce by ``settings`` (as ``ServedMethod.of``), without blanks, quotes or
+    brackets of a shell."""
     (architecture,) = config.get("architectures") or ["no architecture in config.json"]
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{architecture}: vLLM cannot run a first stage for this model, only for {known}; --backend transformers runs others")
-    ServedMethod.of(given, ARCHITECTURES[architecture])
-    values = {name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":")) for name, value in given.items()}
+    ServedMethod.of(settings, ARCHITECTURES[architecture])
+    values = {name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":")) for name, value in settings.items()}
     return [
         "--hf-overrides.architectures+", PREFIX + architecture,
         *(part for name, value in values.items() for part in (f"--hf-overrides.{KEY}.{name}", value)),

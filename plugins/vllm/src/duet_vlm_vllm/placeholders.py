@@ -76,7 +76,7 @@ class FewerPlaceholders:
         out = super()._apply_hf_processor_main(mm_items, _for_transformers(hf_kwargs))
         for kind, field in self.counted.items():
             if PIXELS[kind] in out:  # what comes as embeddings has been chosen from already
-                asked = self.duet.asked(self.info.ctx.get_merged_mm_kwargs(hf_kwargs))
+                asked = self.duet.request_budget(self.info.ctx.get_merged_mm_kwargs(hf_kwargs))
                 out[BUDGETS[kind]] = torch.full((len(out[field]),), asked, dtype=torch.float64)
         return out
 

@@ -13,7 +13,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from duet_vlm.models.adapter import RecordedQK
 from duet_vlm.reducers.base import EncoderReducer
 from duet_vlm.runtime.encode.selection import record_qk
-from duet_vlm.serve.served_method import NOTHING_ASKED
+from duet_vlm.serve.served_method import NO_REQUEST_BUDGET
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
@@ -79,7 +79,7 @@ def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int
 
 def budgets(asked: Any, images: int) -> list[float]:
     """What each image's request asked for, as it arrives in the model's arguments."""
-    return [NOTHING_ASKED] * images if asked is None else torch.as_tensor(asked).flatten().tolist()
+    return [NO_REQUEST_BUDGET] * images if asked is None else torch.as_tensor(asked).flatten().tolist()
 
 
 def batches(counts: Sequence[int], most: int) -> list[range]:
