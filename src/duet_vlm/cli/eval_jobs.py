@@ -30,7 +30,7 @@ class JobOptions:
     timing_rounds: int
     device: str
     quiet: bool
-    place: WorkerRank
+    worker: WorkerRank
 
     @staticmethod
     def checked(out: Path, restart: bool, workers: int | None, timing_rounds: int, device: str | None, quiet: bool) -> JobOptions:
@@ -77,7 +77,7 @@ def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[
     result, journals = folder / "results" / f"{name}.json", folder / "results" / f"{name}.parts"
     made = False
     try:
-        with alone(journals / f"{wanted.place.rank}.jsonl"):
+        with alone(journals / f"{wanted.worker.rank}.jsonl"):
             if wanted.restart:
                 result.unlink(missing_ok=True)
                 for journal in journals.glob("*.jsonl"):
@@ -95,7 +95,7 @@ def run_job(job: Experiment, name: str, wanted: JobOptions) -> tuple[Path, dict[
     found = load(result) if result.exists() else None
     if not wanted.quiet:
         if found is None:
-            typer.echo(f"{wanted.place} is done; {result} is written by the last of them", err=True)
+            typer.echo(f"{wanted.worker} is done; {result} is written by the last of them", err=True)
         elif made:
             show(found)
             typer.echo(f"written: {result}\nnext: duet-vlm report {result}")
@@ -124,7 +124,7 @@ def _made(job: Experiment, name: str, result: Path, journals: Path, wanted: JobO
             save(result, answers.result(name, wanted.timing_rounds))
             return True
     except HeldError:
-        if wanted.place.world == 1:
+        if wanted.worker.world == 1:
             raise
         return False
 
@@ -150,14 +150,14 @@ def _asked(job: Experiment, journals: Path, wanted: JobOptions, over: Callable[[
     bar = progress.add_task(f"{job.task}: batches of {job.batch}", total=None)
 
     def advance(done: int, total: int) -> None:
-        if wanted.place.world > 1:
-            typer.echo(f"{wanted.place}: {done} of {total} batches of {job.task}", err=True)
+        if wanted.worker.world > 1:
+            typer.echo(f"{wanted.worker}: {done} of {total} batches of {job.task}", err=True)
             return
         progress.start()  # nothing is shown before everything has been found right
         progress.update(bar, completed=done, total=total)
 
     try:
-        return gather(job, journals, device=wanted.device, workers=wanted.workers, place=wanted.place, advance=advance, over=over)
+        return gather(job, journals, device=wanted.device, workers=wanted.workers, worker=wanted.worker, advance=advance, over=over)
     finally:
         if progress.live.is_started:
             progress.stop()

@@ -56,7 +56,7 @@ def generate(
     def attach() -> Handle:
         return reduction.attach(loaded.model, loaded.processor, **pieces)
 
-    complete = answers(loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, place=place, advance=advance)
+    complete = answers(loaded, asked, out, attach, batch=batch, max_new_tokens=max_new_tokens, worker=place, advance=advance)
     if json_:
         print(f'{{"complete": {str(complete).lower()}, "rank": {place.rank}, "world": {place.world}}}')
     elif complete:

@@ -18,19 +18,19 @@ from duet_vlm.profiling.report import run_lengths
 WIDTH = 150  # where the output goes to a file
 
 
-def console(usual: int = WIDTH) -> Console:
-    """As wide as the terminal; where the output goes elsewhere as wide as COLUMNS says, else ``usual``."""
-    found = Console(highlight=False)
-    return found if found.is_terminal or os.environ.get("COLUMNS", "").isdecimal() else Console(highlight=False, width=usual)
+def console(default_width: int = WIDTH) -> Console:
+    """As wide as the terminal; where the output goes elsewhere as wide as COLUMNS says, else ``default_width``."""
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal or os.environ.get("COLUMNS", "").isdecimal() else Console(highlight=False, width=default_width)
 
 
 def show(result: dict[str, Any]) -> None:
     """The main table, the kinds of question, and the settings that every run used."""
-    screen, asked, done = console(), result["questions"], [run for run in result["runs"] if run["status"] == "ok"]
-    judged = f", {n} of them judged by the full model's answer" if (n := asked.get("unlabelled")) else ""
-    columns = {name: cell for name, cell in CELLS.items() if any(cell(run) != "-" for run in done)}
+    screen, questions, feasible = console(), result["questions"], [run for run in result["runs"] if run["status"] == "ok"]
+    judged = f", {n} of them judged by the full model's answer" if (n := questions.get("unlabelled")) else ""
+    columns = {name: cell for name, cell in CELLS.items() if any(cell(run) != "-" for run in feasible)}
     main, kinds = Table(), Table()
-    for table, names in ((main, columns), (kinds, asked["kinds"])):
+    for table, names in ((main, columns), (kinds, questions["kinds"])):
         for column in ("run", *names):
             table.add_column(column, justify="left" if column == "run" else "right")
     for run in result["runs"]:
@@ -40,12 +40,12 @@ def show(result: dict[str, Any]) -> None:
             continue
         main.add_row(name, *(cell(run) for cell in columns.values()))
         kinds.add_row(name, *(f"{kind['accuracy']:.3f}" for kind in run["kinds"].values()))
-    above = f"{result['task']}: {asked['count']} questions{judged}, 95 % intervals"
+    above = f"{result['task']}: {questions['count']} questions{judged}, 95 % intervals"
     for words, table in ((above, main), ("accuracy by kind of question", kinds)):
         screen.print(f"[italic]{escape(words)}[/italic]", soft_wrap=True)  # a table's own title is no wider than the table
         screen.print(table)
     screen.print("visual tokens per layer, and settings other than the defaults:")
-    for run in done:
+    for run in feasible:
         screen.print(f"  {title(run):<36} {settings(run)}", markup=False, soft_wrap=True)
     if warning := unclean(result["environment"].get("commit")):
         screen.print(warning, markup=False, soft_wrap=True)
@@ -58,19 +58,19 @@ def title(run: dict[str, Any]) -> str:
 
 
 def settings(run: dict[str, Any]) -> str:
-    """What the budget was solved to (layer counts, merged rows), and what is set differently from the method's defaults."""
-    words = []
+    """The solved budget (layer counts, merged tokens), and settings other than the method's defaults."""
+    parts = []
     if run["solved"]:
-        words.append(run_lengths(run["solved"]["counts"]) + f" of {run['solved']['tokens']}")
+        parts.append(run_lengths(run["solved"]["counts"]) + f" of {run['solved']['tokens']}")
         if run["solved"]["contextual"]:
-            words.append(f"{run['solved']['dominant']} dominant + {run['solved']['contextual']} contextual")
+            parts.append(f"{run['solved']['dominant']} dominant + {run['solved']['contextual']} contextual")
     defaults = _defaults(run["method"])
-    words += [f"{key}={value}" for key, value in run["settings"].items() if key not in defaults or defaults[key] != value]
-    return "; ".join(words)
+    parts += [f"{key}={value}" for key, value in run["settings"].items() if key not in defaults or defaults[key] != value]
+    return "; ".join(parts)
 
 
 def _defaults(method: str) -> dict[str, Any]:
-    """Of a method or composition; nothing for one that is not installed here."""
+    """Default settings of a method or composition; nothing for one that is not installed here."""
     try:
         return {f.name: f.default for f in fields(duet_vlm.get_method(method)) if f.default is not MISSING}
     except ValueError:

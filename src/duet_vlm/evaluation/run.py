@@ -45,28 +45,45 @@ class QuestionBatch:
     def name(self) -> str:
         return f"{self.seed}/{self.first}-{self.last}"
 
-    def questions(self, asked: Task) -> list[TaskQuestion]:
-        return [asked.ask(self.seed, index) for index in range(self.first, self.last)]
+    def questions(self, question_task: Task) -> list[TaskQuestion]:
+        return [question_task.ask(self.seed, index) for index in range(self.first, self.last)]
 
 
 @dataclass(frozen=True)
 class BatchJob:
-    """Runs that a batch still lacks."""
+    """A batch and the runs that it still lacks."""
 
     batch: QuestionBatch
     runs: list[ExperimentCell]
 
 
-def batches(experiment: Experiment, asked: Task) -> list[QuestionBatch]:
-    """The same batches however many processes there are and wherever a run was interrupted."""
-    count, size = asked.count(experiment.limit), experiment.batch
+def batches(experiment: Experiment, question_task: Task) -> list[QuestionBatch]:
+    """The batches of an experiment: the same however many processes there are and wherever a run was interrupted."""
+    count, size = question_task.count(experiment.limit), experiment.batch
     return [QuestionBatch(seed, first, min(first + size, count)) for seed in experiment.seeds for first in range(0, count, size)]
 
 
 @dataclass(frozen=True)
 class RunAnswers:
-    """All answers of an experiment, with the model that is to be timed. ``pages`` are those of all batches in their order, ``infeasible`` the runs
-    that gave none, ``contents`` the digest of the questions."""
+    """All answers of an experiment, with the model that is to be timed.
+
+    Attributes
+    ----------
+    experiment : Experiment
+        The experiment.
+    loaded : LoadedModel
+        Its model.
+    pages : list of Page
+        Pages of all batches in their order.
+    infeasible : dict of str to Outcome
+        The runs whose budget was infeasible.
+    code : Source
+        The code that answered.
+    processes : int
+        Number of processes that answered.
+    contents : str or None
+        Digest of the questions.
+    """
 
     experiment: Experiment
     loaded: LoadedModel
@@ -77,32 +94,33 @@ class RunAnswers:
     contents: str | None = None
 
     def result(self, name: str, timing_rounds: int) -> dict[str, Any]:
-        """What a result file holds (see :mod:`duet_vlm.evaluation.results`); ``timing_rounds`` as of :func:`run_experiment`."""
+        """The content of a result file (see :mod:`duet_vlm.evaluation.results`); ``timing_rounds`` as of
+        :func:`run_experiment`."""
         experiment, loaded = self.experiment, self.loaded
-        asked, runs = task(experiment.task), experiment.runs()
+        question_task, runs = task(experiment.task), experiment.runs()
         possible = [run for run in runs if run.id not in self.infeasible]
         outcomes = {run.id: [Outcome(**page["runs"][run.id]) for page in self.pages] for run in possible}
         outcomes |= {key: [value] for key, value in self.infeasible.items()}
         times = {}
         if timing_rounds:
             measured = [run for run in possible if all(part.message is None for part in outcomes[run.id])]
-            times = prefill_times(loaded, measured, batches(experiment, asked)[0].questions(asked)[:TIMED_QUESTIONS], timing_rounds)
-        asked_for = [TaskQuestion(q["id"], (), q["text"], tuple(q["answers"]), q["kind"]) for page in self.pages for q in page["questions"]]
-        rows, predictions = summarize(experiment, runs, asked_for, outcomes, times, _solver(loaded))
-        kinds = [q.kind for q in asked_for]
+            times = prefill_times(loaded, measured, batches(experiment, question_task)[0].questions(question_task)[:TIMED_QUESTIONS], timing_rounds)
+        questions = [TaskQuestion(q["id"], (), q["text"], tuple(q["answers"]), q["kind"]) for page in self.pages for q in page["questions"]]
+        rows, predictions = summarize(experiment, runs, questions, outcomes, times, _solver(loaded))
+        kinds = [q.kind for q in questions]
         parameter = next(loaded.model.parameters())
         dtype = str(parameter.dtype).removeprefix("torch.")
         return {
             "format": FORMAT,
             "name": name,
-            "task": asked.name,
+            "task": question_task.name,
             "experiment": experiment.to_json(),
             "environment": environment(str(parameter.device), dtype, self.processes, self.code.until(source())),
             "model": model_facts(loaded) | {"layers": len(adapter_for(loaded.model).layers)},
             "questions": {
-                "count": len(asked_for),
-                "unlabelled": sum(not q.answers for q in asked_for),
-                "per_seed": asked.count(experiment.limit),
+                "count": len(questions),
+                "unlabelled": sum(not q.answers for q in questions),
+                "per_seed": question_task.count(experiment.limit),
                 "kinds": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
                 **({} if self.contents is None else {"contents": self.contents}),
             },
@@ -126,14 +144,14 @@ def run_experiment(
     Parameters
     ----------
     name : str
-        What the result is called.
+        Name of the result.
     timing_rounds : int
-        Rounds of the prefill timing; 0 leaves it out.
+        Rounds of the prefill timing; 0 omits it.
 
     The other parameters and the errors are those of :func:`gather`.
     """
     answers = gather(experiment, journals, device=device, workers=workers, advance=advance)
-    assert answers is not None  # the share of a process that is alone is everything
+    assert answers is not None  # a single process has the whole share
     return answers.result(name, timing_rounds)
 
 
@@ -143,28 +161,31 @@ def gather(
     *,
     device: str | None = None,
     workers: int = 1,
-    place: WorkerRank = ALONE,
+    worker: WorkerRank = ALONE,
     advance: Callable[[int, int], None] = lambda done, total: None,
     over: Callable[[], bool] = lambda: False,
 ) -> RunAnswers | None:
-    """Answer this process's share of the questions; all answers, or None as long as other processes have not answered theirs.
+    """Answer this process's share of the questions; return all answers, or None as long as other processes have not
+    answered theirs.
 
     Parameters
     ----------
     journals : Path
-        Folder with the record of finished batches, a file for each ``place``; a second call goes on from it, also with other runs on the same
-        questions. One process writes to a file at a time: hold ``journal.alone`` where another may start.
+        Folder with the record of finished batches, a file for each ``worker``; a second call continues from it, also
+        with other runs on the
+        same questions. One process writes to a file at a time: hold ``journal.alone`` where another may start.
     device : str, optional
         cuda where there is one, unless given.
     workers : int
-        Processes that answer questions, each with one thread and its own copy of the model, on the GPUs of the machine in turn; 1 works in
+        Processes that answer questions, each with one thread and its own copy of the model, on the GPUs of the machine
+        in turn; 1 works in
         this process.
-    place : Place
-        Which of the processes that share the questions this is.
+    worker : WorkerRank
+        The rank of this process among those that share the questions.
     advance : callable
-        Told (finished batches, all batches) of this process's share now and then.
+        Called with (finished batches, all batches) of this process's share now and then.
     over : callable
-        Whether the result is there already, made by another process.
+        Returns True if the result exists already, made by another process.
 
     Raises
     ------
@@ -173,38 +194,42 @@ def gather(
     RuntimeError
         A worker process died.
     """
-    if importlib.util.find_spec("scipy") is None:  # said now, not after hours
+    if importlib.util.find_spec("scipy") is None:  # refused now, not after hours
         raise ImportError('the statistics of an evaluation need scipy: pip install ".[eval]" in your clone of duet-vlm')
     code = source()
-    asked, runs = task(experiment.task), experiment.runs()
-    todo = {batch.name: batch for batch in batches(experiment, asked)}
-    first = next(iter(todo.values())).questions(asked)[:1]
+    question_task, runs = task(experiment.task), experiment.runs()
+    todo = {batch.name: batch for batch in batches(experiment, question_task)}
+    first = next(iter(todo.values())).questions(question_task)[:1]
     loaded = load(experiment.model, device)
-    if experiment.pieces and not asked.clips:
-        raise ValueError(f"{' and '.join(experiment.pieces)}: task {asked.name!r} shows no clips; leave it out")
-    if asked.clips and not loaded.takes_clips:
-        raise ValueError(f"task {asked.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
+    if experiment.pieces and not question_task.clips:
+        raise ValueError(f"{' and '.join(experiment.pieces)}: task {question_task.name!r} shows no clips; leave it out")
+    if question_task.clips and not loaded.takes_clips:
+        raise ValueError(f"task {question_task.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
     infeasible = preflight(loaded, runs, first)
     possible = {run.id: run for run in runs if run.id not in infeasible}
     versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "format": FORMAT}
     questions = {key: value for key, value in experiment.to_json().items() if key not in ("cells", "against")}
     subject = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": code.files}
-    if (contents := asked.digest(asked.count(experiment.limit))) is not None:
+    if (contents := question_task.digest(question_task.count(experiment.limit))) is not None:
         subject[CONTENTS] = contents
-    diary = Journal(journals / f"{place.rank}.jsonl", subject)
+    journal = Journal(journals / f"{worker.rank}.jsonl", subject)
 
     def work(lacking: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
         jobs = [BatchJob(todo[name], [possible[run] for run in missing]) for name, missing in lacking.items()]
-        return _answered(experiment, jobs, asked, loaded, device, workers, journals)
+        return _answered(experiment, jobs, question_task, loaded, device, workers, journals)
 
-    found = recorded(diary, place, list(todo), list(possible), work, advance=advance, over=over)
-    if found is None:
+    pages = recorded(journal, worker, list(todo), list(possible), work, advance=advance, over=over)
+    if pages is None:
         return None
-    return RunAnswers(experiment, loaded, [found[name] for name in todo], infeasible, code, max(workers, place.world), contents)
+    return RunAnswers(
+        experiment, loaded, pages=[pages[name] for name in todo], infeasible=infeasible, code=code,
+        processes=max(workers, worker.world), contents=contents,
+    )  # fmt: skip
 
 
 def preflight(loaded: LoadedModel, runs: list[ExperimentCell], first: list[TaskQuestion]) -> dict[str, Outcome]:
-    """Attach every run once before anything long begins: what is infeasible is noted, any other error ends the experiment here.
+    """Attach every run once before anything long begins: infeasible runs are noted, any other error ends the experiment
+    here.
 
     Raises
     ------
@@ -247,44 +272,44 @@ def _solver(loaded: LoadedModel) -> Callable[[ExperimentCell, int], duet_vlm.Spa
 
 
 def _answered(
-    experiment: Experiment, jobs: list[BatchJob], asked: Task, loaded: LoadedModel, device: str | None, workers: int, journals: Path
+    experiment: Experiment, jobs: list[BatchJob], question_task: Task, loaded: LoadedModel, device: str | None, workers: int, journals: Path
 ) -> Generator[tuple[str, Page], None, None]:
     if workers < 2 or len(jobs) < 2:
         for job in jobs:
-            yield job.batch.name, _page(loaded, job, asked)
+            yield job.batch.name, _page(loaded, job, question_task)
         return
-    places = devices_of(device, min(workers, len(jobs)), gpus())
-    kept = f"finished answers are kept in {journals}: give the same command again to go on, with fewer --workers if memory was short"
+    devices = devices_of(device, min(workers, len(jobs)), gpus())
+    hint = f"finished answers are kept in {journals}: give the same command again to go on, with fewer --workers if memory was short"
     make = partial(_worker, experiment.task, experiment.model)
-    with _aside(loaded), contextlib.closing(shared_out(jobs, places, make, kept)) as made:
-        for job, page in made:
+    with _aside(loaded), contextlib.closing(shared_out(jobs, devices, make, hint)) as pages:
+        for job, page in pages:
             yield job.batch.name, page
 
 
 def devices_of(device: str | None, workers: int, gpus: int) -> list[str | None]:
-    """Where each worker runs: on the ``gpus`` of the machine in turn, if GPUs are meant without a number."""
+    """Device of each worker: the ``gpus`` of the machine in turn, if GPUs are meant without a number."""
     return [f"cuda:{number % gpus}" if device in (None, "cuda") and gpus else device for number in range(workers)]
 
 
 @contextlib.contextmanager
 def _aside(loaded: LoadedModel) -> Iterator[None]:
-    """While workers answer, this process's model leaves its GPU to theirs; it is timed afterwards."""
-    where = next(loaded.model.parameters()).device
+    """Move this process's model off its GPU while workers answer; it is timed afterwards."""
+    device = next(loaded.model.parameters()).device
     loaded.model.to("cpu")
-    if where.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
     yield
-    loaded.model.to(where)
+    loaded.model.to(device)
 
 
 def _worker(name: str, model: str, device: str | None) -> Callable[[BatchJob], Page]:
     torch.set_num_threads(1)
-    asked, loaded = task(name), load(model, device)
-    return lambda job: _page(loaded, job, asked)
+    question_task, loaded = task(name), load(model, device)
+    return lambda job: _page(loaded, job, question_task)
 
 
-def _page(loaded: LoadedModel, job: BatchJob, asked: Task) -> Page:
-    questions = job.batch.questions(asked)
-    outcomes = answer(loaded, job.runs, questions, asked.max_new_tokens)
-    plain = [{"id": q.id, "text": q.text, "answers": list(q.answers), "kind": q.kind} for q in questions]
-    return {"questions": plain, "runs": {key: dataclasses.asdict(value) for key, value in outcomes.items()}}
+def _page(loaded: LoadedModel, job: BatchJob, question_task: Task) -> Page:
+    questions = job.batch.questions(question_task)
+    outcomes = answer(loaded, job.runs, questions, question_task.max_new_tokens)
+    described = [{"id": q.id, "text": q.text, "answers": list(q.answers), "kind": q.kind} for q in questions]
+    return {"questions": described, "runs": {key: dataclasses.asdict(value) for key, value in outcomes.items()}}

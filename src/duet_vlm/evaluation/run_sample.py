@@ -1,4 +1,4 @@
-"""One batch of questions through every run of an experiment: answers, and what they cost."""
+"""One batch of questions through every run of an experiment: answers, and their cost."""
 
 from __future__ import annotations
 
@@ -24,11 +24,26 @@ REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeF
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one run made of one batch. Sums over its questions, except ``answers``; ``floor`` is set where the budget was infeasible.
-    ``spans`` counts pictures and clips.
+    """Result of one run on one batch: sums over its questions, except ``answers``.
 
-    ``recalls`` counts questions with known needed tokens, and sums the shares of these that are alive at the decoder's entry, alive or
-    merged there, and alive in the middle of the decoder.
+    Attributes
+    ----------
+    answers : tuple of str
+        One answer per question.
+    spans : int
+        Number of images and videos.
+    unreduced, nominal, measured : float
+        Visual tokens: before any reduction, as planned, and as measured.
+    flops, full_flops, kv_bytes, full_kv_bytes : float
+        Cost of the run, and of the full model.
+    recalls : (float, float, float, float) or None
+        Number of questions with known needed tokens, and sums of the shares of these tokens that are kept at the
+        decoder's entry, kept or
+        merged there, and kept in the middle of the decoder.
+    floor : float or None
+        The method's smallest mean token count, where the budget was infeasible.
+    message : str or None
+        The error of an infeasible run.
     """
 
     answers: tuple[str, ...] = ()
@@ -46,7 +61,8 @@ class Outcome:
 
 
 def method_of(run: ExperimentCell) -> Reducer:
-    """What a run's settings are set on: a preset, a reference of evaluations, or a method of the registry."""
+    """The reducer that a run's settings are applied to: a preset, a reference of evaluations, or a method of the
+    registry."""
     if run.preset:
         return duet_vlm.preset(run.preset)
     return (REFERENCES.get(run.method) or duet_vlm.get_method(run.method))()
@@ -54,27 +70,31 @@ def method_of(run: ExperimentCell) -> Reducer:
 
 @contextlib.contextmanager
 def attached(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQuestion]) -> Iterator[duet_vlm.Handle]:
-    """The model with a run's method on it; the oracle is given what these questions need."""
-    told: dict[str, Any] = {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
+    """The model with a run's method attached; the oracle receives the needed tokens of these questions."""
+    oracle_fields: dict[str, Any] = {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
     processor = loaded.processor if run.settings.get("text_query") == "salient" else None
-    with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **told) as handle:
+    with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **oracle_fields) as handle:
         yield handle
 
 
 def inputs_of(loaded: LoadedModel, questions: Sequence[TaskQuestion], salient: bool = False) -> Any:
     """Model inputs of a batch, padded on the left."""
     text = [chat_text(loaded.processor, q.text, len(q.images), len(q.videos)) for q in questions]
-    given = {"images": [image for q in questions for image in q.images], "videos": [clip for q in questions for clip in q.videos]}
-    pictures = {name: items for name, items in given.items() if items}
-    made = loaded.processor(text=text, **pictures, return_tensors="pt", padding=True, padding_side="left")
+    visuals = {"images": [image for q in questions for image in q.images], "videos": [clip for q in questions for clip in q.videos]}
+    pictures = {name: items for name, items in visuals.items() if items}
+    inputs = loaded.processor(text=text, **pictures, return_tensors="pt", padding=True, padding_side="left")
     if not salient:
-        made.pop("salient_mask", None)
-    return made.to(loaded.model.device, loaded.model.dtype)
+        inputs.pop("salient_mask", None)
+    return inputs.to(loaded.model.device, loaded.model.dtype)
 
 
 def answer(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], max_new_tokens: int) -> dict[str, Outcome]:
-    """Every run on one batch. Inputs are made once, except for runs whose processor marks salient words; so are lower vision layers, but of clips,
-    which may go through the tower in pieces."""
+    """Answers of every run to one batch.
+
+    Inputs are made once, except for runs whose processor marks salient words; so are the lower vision layers, except
+    for videos, which may
+    pass through the tower in chunks.
+    """
     plain, shared = inputs_of(loaded, questions), None if any(q.videos for q in questions) else SharedVision(loaded.model)
     out = {}
     for run in runs:
@@ -82,30 +102,32 @@ def answer(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Seque
             with attached(loaded, run, questions) as handle, sharing(shared, handle.reducer), torch.no_grad():
                 salient = run.settings.get("text_query") == "salient"
                 inputs = inputs_of(loaded, questions, salient=True) if salient else plain
-                made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-                said = loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-                out[run.id] = _outcome(handle, said, questions)
+                sequences = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+                texts = loaded.processor.batch_decode(sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+                out[run.id] = _outcome(handle, texts, questions)
         except BudgetError as error:
             out[run.id] = Outcome(floor=error.floor, message=str(error))
     return out
 
 
 def sharing(shared: SharedVision | None, reducer: Reducer) -> contextlib.AbstractContextManager[None]:
-    """Lend the lower vision layers, if they are shared, to a method that neither looks at them nor runs them on fewer rows."""
+    """Share the lower vision layers with a method that neither takes signals from them nor runs them on fewer
+    patches."""
     return contextlib.nullcontext() if shared is None or reads_elsewhere(reducer) else shared.reused()
 
 
 def reads_elsewhere(reducer: Reducer) -> bool:
-    """Whether a method looks at other vision layers than most do by default, or runs them on fewer rows."""
+    """True if a method takes signals from other vision layers than the default ones, or runs layers on fewer
+    patches."""
     if not isinstance(reducer, EncoderReducer):
         return False
     return reducer.reduces_in_tower or (bool(reducer.signals) and set(reducer.signal_layers) != {None})
 
 
-def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[TaskQuestion]) -> Outcome:
+def _outcome(handle: duet_vlm.Handle, texts: list[str], questions: Sequence[TaskQuestion]) -> Outcome:
     report = handle.report()
     return Outcome(
-        answers=tuple(text.strip() for text in said),
+        answers=tuple(text.strip() for text in texts),
         spans=sum(len(q.images) + len(q.videos) for q in questions),
         unreduced=report.tokens,
         nominal=report.nominal_mean * report.batch,
@@ -119,7 +141,7 @@ def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[TaskQ
 
 
 def needed_parts(question: TaskQuestion) -> list[Any]:
-    """What a question needs of each of its pictures or clips, which are of one size; None where it does not know."""
+    """Needed tokens of each image or video of a question, which are of one size; None where they are unknown."""
     if question.needed is None:
         return [None]
     return np.split(np.asarray(question.needed), len(question.images) + len(question.videos))
@@ -131,18 +153,18 @@ def _recalls(handle: duet_vlm.Handle, questions: Sequence[TaskQuestion]) -> tupl
     middle = len(handle.report().measured) // 2
     sums = np.zeros(4)
     for q, spans in zip(questions, handle.trace, strict=True):
-        found, total = np.zeros(3), 0
+        counts, total = np.zeros(3), 0
         for part, span in zip(needed_parts(q), spans, strict=True):
             needed = set(np.flatnonzero(part).tolist())
             entry = needed & alive(span, 0)
             merged = needed & {token for members in span.merged.values() for token in members}
-            found += (len(entry), len(entry | merged), len(needed & alive(span, middle)))
+            counts += (len(entry), len(entry | merged), len(needed & alive(span, middle)))
             total += len(needed)
         if total:
-            sums += (1, *found / total)
+            sums += (1, *counts / total)
     return tuple(sums.tolist())
 
 
 def alive(span: SpanTrace, layer: int) -> set[int]:
-    """Tokens of a span that decoder layer ``layer`` reads."""
+    """Tokens of a span at the input of decoder layer ``layer``."""
     return set([stage for stage in span.stages if stage.layer <= layer][-1].kept)

@@ -56,8 +56,8 @@ def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, flo
         likely = (root - linear) / (4 * count)  # lost, of all
         return (won - lost - count * difference) ** 2 - QUANTILE**2 * count * (2 * likely + difference * (1 - difference))
 
-    found = (won - lost) / count
-    return _edge(beyond, found, -1.0), _edge(beyond, found, 1.0)
+    observed = (won - lost) / count
+    return _edge(beyond, observed, -1.0), _edge(beyond, observed, 1.0)
 
 
 def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int = 0) -> tuple[float, float]:
@@ -68,7 +68,7 @@ def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarr
     if len(samples[0]) < 2:
         value = float(statistic(*(s.astype(float) for s in samples), axis=-1))
         return value, value
-    found = bootstrap(
+    interval = bootstrap(
         tuple(s.astype(np.float32) for s in samples),
         statistic,
         n_resamples=RESAMPLES,
@@ -78,7 +78,7 @@ def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarr
         method="percentile",
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)
 
 
 def _counts(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:
@@ -89,7 +89,7 @@ def _counts(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:
 
 
 def _edge(beyond: Callable[[float], float], start: float, end: float) -> float:
-    """Where ``beyond`` becomes positive on the way from ``start``; ``end`` where it does not."""
+    """The point where ``beyond`` becomes positive on the way from ``start``; ``end`` where it does not."""
     from scipy.optimize import brentq
 
     near = start + (end - start) * 1e-9  # at the start itself there may be no variance

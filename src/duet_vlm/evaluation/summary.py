@@ -1,4 +1,4 @@
-"""From the outcomes of all batches to the rows of a result."""
+"""Rows of a result from the outcomes of all batches."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def summarize(
     """
     infeasible = {run.id: next((part for part in outcomes[run.id] if part.message is not None), None) for run in runs}
     done = [run for run in runs if infeasible[run.id] is None]
-    answers = {run.id: [said for part in outcomes[run.id] for said in part.answers] for run in done}
-    judged = [q if q.answers else replace(q, answers=(said,)) for q, said in zip(questions, answers[BASELINE], strict=True)]
-    hits = {key: np.array([right(q, said) for q, said in zip(judged, values, strict=True)]) for key, values in answers.items()}
+    answers = {run.id: [text for part in outcomes[run.id] for text in part.answers] for run in done}
+    judged = [q if q.answers else replace(q, answers=(text,)) for q, text in zip(questions, answers[BASELINE], strict=True)]
+    hits = {key: np.array([right(q, text) for q, text in zip(judged, values, strict=True)]) for key, values in answers.items()}
     rows: Rows = []
     for run in runs:
         row: dict[str, Any] = {"id": run.id, "label": run.label, "method": run.method, "budget": run.budget}
         row |= {"preset": run.preset, "beside": run.beside}
         row["settings"] = dict(run.settings) if run.method == ORACLE else replace(method_of(run), **run.settings).settings()
-        refused = infeasible[run.id]
-        if refused is not None:
-            rows.append(row | {"status": "infeasible", "floor": refused.floor, "message": refused.message})
+        infeasible_outcome = infeasible[run.id]
+        if infeasible_outcome is not None:
+            rows.append(row | {"status": "infeasible", "floor": infeasible_outcome.floor, "message": infeasible_outcome.message})
             continue
         row |= {"status": "ok"} | _accuracy(experiment.seeds, [q.kind for q in questions], hits[run.id], hits[BASELINE], run.id == BASELINE)
         row |= _costs(run, outcomes[run.id], len(questions), solve)
@@ -55,30 +55,30 @@ def summarize(
 
 
 def restated(result: dict[str, Any]) -> dict[str, Any]:
-    """A result whose statistics are made anew from its predictions: of a file that an earlier version wrote."""
-    found, asked = unpack(result), result["experiment"]
-    hits = {key: np.array([accepted(a, gold) for a, gold in zip(said, found["gold"], strict=True)]) for key, said in found["answers"].items()}
+    """A result whose statistics are computed again from its predictions, for a file of an earlier version."""
+    predictions, experiment = unpack(result), result["experiment"]
+    hits = {key: np.array([accepted(a, gold) for a, gold in zip(texts, predictions["gold"], strict=True)]) for key, texts in predictions["answers"].items()}
     rows: Rows = copy.deepcopy(result["runs"])
     for row in rows:
         if row["status"] == "ok":
-            row |= _accuracy(asked["seeds"], found["kinds"], hits[row["id"]], hits[BASELINE], row["id"] == BASELINE)
-    _compare(rows, hits, asked["against"])
+            row |= _accuracy(experiment["seeds"], predictions["kinds"], hits[row["id"]], hits[BASELINE], row["id"] == BASELINE)
+    _compare(rows, hits, experiment["against"])
     return result | {"runs": rows}
 
 
 def _accuracy(seeds: Sequence[int], kinds_of: Sequence[str], hits: np.ndarray, full: np.ndarray, itself: bool) -> dict[str, Any]:
-    """``itself``: this is the full model, of which it keeps everything whatever the questions."""
+    """Accuracy and share kept; ``itself``: this is the full model, which keeps everything whatever the questions."""
     kinds = np.array(kinds_of)
     per_seed = len(hits) // len(seeds)
 
-    def kept(own: np.ndarray, whole: np.ndarray) -> tuple[float, float] | None:
-        return (1.0, 1.0) if itself and whole.any() else statistics.kept_interval(own, whole)
+    def kept(own: np.ndarray, full_hits: np.ndarray) -> tuple[float, float] | None:
+        return (1.0, 1.0) if itself and full_hits.any() else statistics.kept_interval(own, full_hits)
 
     by_kind: dict[str, dict[str, Any]] = {}
     for kind in dict.fromkeys(kinds.tolist()):
-        own, whole = hits[kinds == kind], full[kinds == kind]
-        by_kind[kind] = {"n": len(own), "accuracy": float(own.mean()), "kept": _share(own.mean(), whole.mean())}
-        by_kind[kind]["kept_interval"] = kept(own, whole)
+        own, full_hits = hits[kinds == kind], full[kinds == kind]
+        by_kind[kind] = {"n": len(own), "accuracy": float(own.mean()), "kept": _share(own.mean(), full_hits.mean())}
+        by_kind[kind]["kept_interval"] = kept(own, full_hits)
     return {
         "accuracy": float(hits.mean()),
         "interval": statistics.mean_interval(hits),
@@ -110,15 +110,15 @@ def _costs(run: ExperimentCell, parts: Sequence[Outcome], count: int, solve: Cal
 
 
 def _recall(parts: Sequence[Outcome]) -> dict[str, float] | None:
-    known = [part.recalls for part in parts if part.recalls is not None]
-    if len(known) < len(parts):
+    recalls = [part.recalls for part in parts if part.recalls is not None]
+    if len(recalls) < len(parts):
         return None
-    count, entry, merged, middle = np.sum(known, axis=0).tolist()
+    count, entry, merged, middle = np.sum(recalls, axis=0).tolist()
     return {"questions": int(count), "entry": entry / count, "entry_or_merged": merged / count, "middle": middle / count} if count else None
 
 
 def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
-    """The difference of every run to the reference (``label``) and to the oracle at the budget that it stands beside."""
+    """Difference of every run to the reference (``label``) and to the oracle at the budget ``beside``."""
     done = [row for row in rows if row["status"] == "ok"]
     reference = {row["budget"]: row for row in done if row["label"] == label}
     oracle = {row["budget"]: row for row in done if row["method"] == ORACLE}
@@ -140,5 +140,5 @@ def _compare(rows: Rows, hits: dict[str, np.ndarray], label: str) -> None:
         difference["p_adjusted"] = p
 
 
-def _share(part: float, whole: float) -> float | None:
-    return float(part / whole) if whole else None
+def _share(part: float, total: float) -> float | None:
+    return float(part / total) if total else None

@@ -25,10 +25,24 @@ from duet_vlm.utils.suggest import did_you_mean
 
 @dataclass(frozen=True)
 class TaskQuestion:
-    """One question.
+    """One question. A video is its frames.
 
-    ``id`` is unique within a task; ``answers`` is empty where nobody has given one (then the full model's is held to be right); ``needed`` marks
-    the visual tokens that the answer needs (None where the task does not say). A clip is its frames.
+    Attributes
+    ----------
+    id : str
+        Unique within a task.
+    images : tuple of PIL.Image.Image
+        Its images.
+    text : str
+        The question.
+    answers : tuple of str
+        Accepted answers; empty where there are none (then the full model's answer counts as right).
+    kind : str
+        Its kind, for tables.
+    needed : array or None
+        Mask of the visual tokens that the answer needs (None where the task does not know).
+    videos : tuple of tuple of PIL.Image.Image
+        Its videos.
     """
 
     id: str
@@ -42,8 +56,23 @@ class TaskQuestion:
 
 @dataclass(frozen=True)
 class Task:
-    """``ask(seed, index)`` gives a question; ``size`` is how many there are per seed (None: no end); ``clips``: some questions show one.
-    ``digest(count)`` changes with what the first so many questions and their files hold; None where questions are drawn."""
+    """A stream of questions.
+
+    Attributes
+    ----------
+    name : str
+        Its name.
+    ask : callable
+        ``ask(seed, index)`` makes a question.
+    size : int or None
+        Questions per seed (None: without end).
+    max_new_tokens : int
+        Length of an answer.
+    clips : bool
+        Some questions show a video.
+    digest : callable
+        ``digest(count)``: digest of the first ``count`` questions and their files; None where questions are drawn.
+    """
 
     name: str
     ask: Callable[[int, int], TaskQuestion]
@@ -106,14 +135,14 @@ def task(name: str) -> Task:
     return Task(path.stem, lambda _, index: _question(path, rows[index], index), len(rows), 32, any(row["videos"] for row in rows), digest)
 
 
-def right(question: TaskQuestion, said: str) -> bool:
-    """Whether an answer is among the accepted ones."""
-    return accepted(said, question.answers)
+def right(question: TaskQuestion, text: str) -> bool:
+    """True if an answer is among the accepted ones."""
+    return accepted(text, question.answers)
 
 
-def accepted(said: str, answers: Sequence[str]) -> bool:
+def accepted(text: str, answers: Sequence[str]) -> bool:
     """Exact match without regard to case, outer blanks and a final full stop."""
-    return _plain(said) in {_plain(answer) for answer in answers}
+    return _plain(text) in {_plain(answer) for answer in answers}
 
 
 def _plain(text: str) -> str:
@@ -175,24 +204,24 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         images, videos = (_several(row.get(what, [])) for what in ("image", "video"))
         answers = _several(row.get("answers", row.get("answer", [])))
-        found = {"images": images, "videos": videos, "frames": row.get("frames"), "question": row["question"]}
-        found |= {"answers": list(map(_word, answers)), "kind": _word(row.get("kind", "all"))}
+        entry = {"images": images, "videos": videos, "frames": row.get("frames"), "question": row["question"]}
+        entry |= {"answers": list(map(_word, answers)), "kind": _word(row.get("kind", "all"))}
         if not {"image", "video"} & set(row):
             raise KeyError("image")
     except KeyError as error:
         raise ValueError(f"{path}, line {number}: needs image and question, or video in place of the image; {error} is missing") from error
-    texts = [found["question"], found["kind"], *images, *videos, *found["answers"]]
+    texts = [entry["question"], entry["kind"], *images, *videos, *entry["answers"]]
     labelled = answers or not {"answer", "answers"} & set(row)
     empty = any(what in row and not _several(row[what]) for what in ("image", "video"))
     if empty or not labelled or not all(isinstance(text, str) for text in texts):
         raise ValueError(
             f"{path}, line {number}: image, question, answer and kind are texts, video too; all but question and kind may be lists, not empty ones"
         )
-    if found["frames"] is not None and (type(found["frames"]) is not int or found["frames"] < 1 or not videos):
-        raise ValueError(f"{path}, line {number}: frames {found['frames']!r}: how many are taken of each video, a whole number from 1")
+    if entry["frames"] is not None and (type(entry["frames"]) is not int or entry["frames"] < 1 or not videos):
+        raise ValueError(f"{path}, line {number}: frames {entry['frames']!r}: how many are taken of each video, a whole number from 1")
     for name in (*images, *videos):
         local(name, f"{path}, line {number}: ")
-    return found
+    return entry
 
 
 def _several(value: Any) -> list[Any]:

@@ -38,11 +38,11 @@ def prefill_times(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions
     times = time_paired(
         {name: function for name, (function, _) in pairs.items()}, repeats=rounds, around={name: a for name, (_, a) in pairs.items()}
     )
-    each = 1000 / len(questions)
+    scale = 1000 / len(questions)
     out: dict[str, dict[str, Any]] = {}
     for name, timing in times.items():
         low, high = timing.quartiles
-        found = ratio(timing, times[BASELINE])
-        out[name] = {"ms": each * timing.median, "low": each * low, "high": each * high, "ratio": found.median}
-        out[name] |= {"ratio_interval": [found.low, found.high], "rounds": rounds, "batch": len(questions)}
+        paired_ratio = ratio(timing, times[BASELINE])
+        out[name] = {"ms": scale * timing.median, "low": scale * low, "high": scale * high, "ratio": paired_ratio.median}
+        out[name] |= {"ratio_interval": [paired_ratio.low, paired_ratio.high], "rounds": rounds, "batch": len(questions)}
     return out

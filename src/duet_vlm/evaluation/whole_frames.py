@@ -1,4 +1,4 @@
-"""Whole frames, evenly spaced: what a user of video does first to save tokens. A reference for tables, no method."""
+"""Whole frames, evenly spaced: the usual first way to save tokens of video. A reference for tables, no method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duet_vlm import EncoderReducer, EncoderView, Selection, SpanPlan
 
 @dataclass(frozen=True)
 class WholeFrames(EncoderReducer):
-    """``frames`` of every ``of`` frames stay as they are, at the position numbers that they had; the rest leave at the decoder's entry.
+    """Keep ``frames`` of every ``of`` frames unchanged, at their own positions; drop the rest at the decoder's entry.
 
     Has no budget of its own: a count of frames can be no finer than a frame.
     """

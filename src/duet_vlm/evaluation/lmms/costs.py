@@ -1,4 +1,4 @@
-"""What a whole run cost, summed over its batches: measured from the rows that the layers read, beside the plan."""
+"""Cost of a whole run, summed over its batches: measured at the layers' inputs, beside the plan."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class Engine:
         return [cut(answer, stops) for answer in said]
 
     def write(self, file: Path) -> None:
-        """What the run cost so far, as JSON."""
+        """Write the cost of the run so far, as JSON."""
         reducer = self.handle.reducer
         found = {
             "model": self.pretrained,

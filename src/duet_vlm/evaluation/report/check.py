@@ -1,4 +1,5 @@
-"""Is a result complete enough to be shown? A result file may come from anyone, so its types are looked at too."""
+"""Check that a result is complete enough for a report. A result file may come from anyone, so its types are checked
+too."""
 
 from __future__ import annotations
 
@@ -50,8 +51,8 @@ def _rows(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(map(_object, value))
 
 
-# what each test wants, in words; below, the tests of every entry that is shown, by its place
-WANTED: dict[Test, str] = {
+# the expectation of each test, in words; below, the tests of every entry of tables and plots
+EXPECTED: dict[Test, str] = {
     _text: "text",
     _number: "a finite number",
     _positive: "a number above 0",
@@ -69,7 +70,7 @@ RUN = {"id": _text, "label": _text, "method": _text, "status": _text, "settings"
 TOKENS = {"unreduced": _positive, "nominal": _number, "measured": _positive}
 OK = {"accuracy": _share, "interval": _interval, "tokens": _object, "kinds": _object, "flops": _number, "flops_share": _number, "kv_bytes": _number}
 KIND = {"n": _count, "accuracy": _share}
-# may be absent or null; where it is there, it has this shape
+# may be absent or null; otherwise it has this shape
 OPTIONAL = {"budget": _number, "kept": _number, "kept_interval": _interval, "kv_share": _number, "of_oracle": _number, "floor": _number}
 OPTIONAL |= {"message": _text, "seeds": _object, "solved": _object, "prefill": _object, "recall": _object, "against": _object, "preset": _text}
 SOLVED = {"tokens": _count, "entry": _count, "dominant": _count, "contextual": _count, "counts": _counts}
@@ -80,12 +81,12 @@ NESTED: dict[str, Mapping[str, Test]] = {"solved": SOLVED, "prefill": PREFILL, "
 
 
 def check(result: dict[str, Any], source: str) -> None:
-    """Every entry that tables and plots read is there and of the right kind.
+    """Check that every entry of tables and plots exists and is of the right kind.
 
     Raises
     ------
     ValueError
-        Naming the file (``source``), the run, the entry, what was found and what is wanted.
+        Naming the file (``source``), the run, the entry, its value and the expected kind.
     """
     problem = next(_problems(result), None)
     if problem:
@@ -115,7 +116,7 @@ def _measured(run: dict[str, Any], where: str) -> Iterator[str]:
     yield from _wrong(run["tokens"], TOKENS, f"{where}, tokens")
     for kind, entry in run["kinds"].items():
         if not _object(entry):
-            yield f"{where}, kinds: {kind!r} is {_shown(entry)}, wanted an object"
+            yield f"{where}, kinds: {kind!r} is {_shortened(entry)}, wanted an object"
         yield from _wrong(entry, KIND, f"{where}, kinds, {kind!r}")
         yield from _wrong(entry, {"kept": _number, "kept_interval": _interval}, f"{where}, kinds, {kind!r}", optional=True)
     for name, shape in NESTED.items():
@@ -128,11 +129,11 @@ def _wrong(entry: dict[str, Any], shape: Mapping[str, Test], where: str, optiona
         if optional and entry.get(key) is None:
             continue
         if key not in entry:
-            yield f"{where} lacks {key!r}, wanted {WANTED[test]}"
+            yield f"{where} lacks {key!r}, wanted {EXPECTED[test]}"
         elif not test(entry[key]):
-            yield f"{where}: {key!r} is {_shown(entry[key])}, wanted {WANTED[test]}"
+            yield f"{where}: {key!r} is {_shortened(entry[key])}, wanted {EXPECTED[test]}"
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."

@@ -22,27 +22,27 @@ NOTE = (
 
 
 def escape(text: str) -> str:
-    """Text that markdown shows as it is, on one line: for labels, which come from a file."""
+    """Escape text so that markdown shows it unchanged, on one line: for labels, which come from a file."""
     line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|~]|(?<!\w)_|_(?!\w))", r"\\\1", line)
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Cells as they are; escape what comes from a file."""
+    """Markdown table of cells as they are; text from a file is to be escaped before."""
     head = list(head)
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def runs_table(result: dict[str, Any], shown: Sequence[Column]) -> str:
-    """One row per run; an infeasible one says so, with its floor, in the first column that has nothing to show."""
+def runs_table(result: dict[str, Any], table_columns: Sequence[Column]) -> str:
+    """One row per run; an infeasible one has its floor in the first column."""
     rows = []
     for run in columns.ordered(result):
-        cells = [str(cell) if (cell := column.cell(run)) else columns.NOTHING for column in shown]
+        cells = [str(cell) if (cell := column.cell(run)) else columns.NOTHING for column in table_columns]
         if run["status"] != "ok":
             cells[0] = escape(columns.refusal(run))
         rows.append([escape(columns.name(run)), *cells])
-    return table(["run", *(escape(column.title) for column in shown)], rows)
+    return table(["run", *(escape(column.title) for column in table_columns)], rows)
 
 
 def compact(result: dict[str, Any]) -> str:
@@ -53,15 +53,15 @@ def compact(result: dict[str, Any]) -> str:
 
 
 def matrix(result: dict[str, Any]) -> str:
-    """The table of one screen: rows are labels, columns budgets, cells the accuracy kept with its interval, or the floor."""
+    """The short overview: rows are labels, columns budgets, cells the accuracy kept with its interval, or the floor."""
     runs = columns.ordered(result)[1:]
     budgets = list(dict.fromkeys(columns.budget(run["budget"]) or "own settings" for run in runs))
     cells: dict[str, dict[str, str]] = {}
     for run in runs:
-        said = f"{columns.KEPT.cell(run) or columns.NOTHING} {columns.verdict(run)}".strip() if run["status"] == "ok" else columns.refusal(run)
-        cells.setdefault(run["label"], {})[columns.budget(run["budget"]) or "own settings"] = escape(said)
-    places = columns.places(result)
-    labels = sorted(cells, key=lambda label: places.get(label, len(places)))
+        cell_text = f"{columns.KEPT.cell(run) or columns.NOTHING} {columns.verdict(run)}".strip() if run["status"] == "ok" else columns.refusal(run)
+        cells.setdefault(run["label"], {})[columns.budget(run["budget"]) or "own settings"] = escape(cell_text)
+    order = columns.label_order(result)
+    labels = sorted(cells, key=lambda label: order.get(label, len(order)))
     rows = [[escape(label), *(cells[label].get(budget, columns.NOTHING) for budget in budgets)] for label in labels]
     text = table(["kept, % of the full model's accuracy, at", *budgets], rows)
     full = columns.ACCURACY.cell(result["runs"][0])
@@ -75,15 +75,15 @@ def facts(result: dict[str, Any]) -> str:
 def page(result: dict[str, Any], plots: Sequence[tuple[str, str]], again: str) -> str:
     """Everything about one result: tables, plots (caption, file) and the command that writes this page anew."""
     compared = [columns.difference(result), columns.P_VALUE]
-    shown = {
+    tables = {
         "Accuracy": [columns.NOMINAL, columns.MEASURED, columns.ACCURACY, columns.KEPT, columns.OF_ORACLE, *compared],
         "Cost, and needed patches that are still there": [columns.MEASURED, *columns.COST, *columns.RECALL],
         "Kinds of questions: accuracy (and share of the full model's)": [columns.MEASURED, *map(columns.kind, columns.kinds(result))],
     }
     parts = [f"# {escape(result['name'])}", matrix(result), "## Every number", NOTE]
-    for title, some in shown.items():
+    for title, some in tables.items():
         parts += [f"### {title}", runs_table(result, some)]
     parts += ["## Plots", *(f"![{escape(caption)}]({file})" for caption, file in plots)]
-    made = [f"{escape(str(key))} {escape(str(value))}" for key, value in result["environment"].items()]
-    parts += ["## How it was made", "; ".join(made) + ".", f"```bash\n{again}\n```"]
+    environment = [f"{escape(str(key))} {escape(str(value))}" for key, value in result["environment"].items()]
+    parts += ["## How it was made", "; ".join(environment) + ".", f"```bash\n{again}\n```"]
     return "\n\n".join(parts) + "\n"

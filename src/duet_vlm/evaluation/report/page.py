@@ -1,4 +1,5 @@
-"""One page that needs nothing else: no network, no file beside it. What a result file holds is shown as text, never as markup."""
+"""One page that needs nothing else: no network, no file beside it. Content of a result file is shown as text, never
+as markup."""
 
 from __future__ import annotations
 
@@ -33,24 +34,24 @@ def page(results: Sequence[tuple[str, str, dict[str, Any], Plots]], again: str) 
     again : str
         The command that makes this page anew.
     """
-    here = files("duet_vlm.evaluation.report")
-    script = here.joinpath("page.js").read_text("utf-8")
+    package = files("duet_vlm.evaluation.report")
+    script = package.joinpath("page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        here.joinpath("page.html.j2").read_text("utf-8")
+        package.joinpath("page.html.j2").read_text("utf-8")
     )
     sections = [_section(*entry) for entry in results]
     return template.render(
         sections=sections,
         again=again,
-        style=Markup(here.joinpath("page.css").read_text("utf-8")),
+        style=Markup(package.joinpath("page.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=f"sha256-{digest}",
     )
 
 
 def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> dict[str, Any]:
-    shown = _columns(result)
+    table_columns = _columns(result)
     runs = columns.ordered(result)
     return {
         "slug": slug,
@@ -62,9 +63,9 @@ def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> di
         "budgets": list(dict.fromkeys(text for run in runs if (text := columns.budget(run["budget"])))),
         "statuses": sorted({run["status"] for run in runs}, key=lambda status: (status != "ok", status)),
         "kinds": columns.kinds(result),
-        "groups": list(dict.fromkeys(group for group, _, _ in shown)),
-        "columns": [_head(*entry) for entry in shown],
-        "runs": [_row(run, shown) for run in runs],
+        "groups": list(dict.fromkeys(group for group, _, _ in table_columns)),
+        "columns": [_head(*entry) for entry in table_columns],
+        "runs": [_row(run, table_columns) for run in runs],
         "plots": [{"name": name, "caption": caption, "svg": _inline(svg, f"{slug}-{name}", caption)} for name, (caption, _, svg) in plots.items()],
         "timed": at(result["runs"][0], "prefill", "ms") is not None,
         "cards": [_card(title, result[key]) for title, key in (("Environment", "environment"), ("Model", "model"), ("Questions", "questions"))],
@@ -73,15 +74,15 @@ def _section(slug: str, source: str, result: dict[str, Any], plots: Plots) -> di
 
 
 def _best(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """What opens a section: budgets, the runs that keep the most at each, and what one that is alone costs."""
-    shown = (columns.KEPT, columns.MEASURED, *columns.COST)
-    named = [(c, *c.title.partition(", ")[::2]) for c in shown]  # "kept, %" in a head is "kept 99.8 %" in a line
+    """Opening of a section: budgets, the runs that keep the most at each, and the cost of a single best run."""
+    shown_columns = (columns.KEPT, columns.MEASURED, *columns.COST)
+    titled = [(c, *c.title.partition(", ")[::2]) for c in shown_columns]  # "kept, %" in a head is "kept 99.8 %" in a line
     return [
         {
             "budget": budget, "labels": [run["label"] for run in runs],
             "cells": [
                 (name, f"{cell.text} {unit}".strip(), cell.extra)
-                for c, name, unit in named[: 1 if len(runs) > 1 else None]  # of several that are level what all have in common
+                for c, name, unit in titled[: 1 if len(runs) > 1 else None]  # of several that are level what all have in common
                 if (cell := c.cell(runs[0]))
             ],
         }
@@ -104,14 +105,14 @@ def _head(group: str, kind: str | None, column: Column) -> dict[str, Any]:
     return {"group": group, "kind": kind, "title": column.title, "help": column.help}
 
 
-def _row(run: Run, shown: Sequence[tuple[str, str | None, Column]]) -> dict[str, Any]:
+def _row(run: Run, table_columns: Sequence[tuple[str, str | None, Column]]) -> dict[str, Any]:
     cells = []
-    for group, kind, column in shown:
+    for group, kind, column in table_columns:
         cell = column.cell(run) if run["status"] == "ok" else None
         kept = at(run, "kinds", kind, "kept") if kind is not None else None
         loss = 0.0 if kept is None else round(darkness(kept), 3)
-        written = cell and {"value": repr(cell.value), "text": cell.text, "extra": cell.extra, "loss": loss}
-        cells.append(({"group": group, "kind": kind}, written))
+        content = cell and {"value": repr(cell.value), "text": cell.text, "extra": cell.extra, "loss": loss}
+        cells.append(({"group": group, "kind": kind}, content))
     counts = at(run, "solved", "counts")
     return {
         "label": run["label"],
@@ -129,7 +130,7 @@ def _row(run: Run, shown: Sequence[tuple[str, str | None, Column]]) -> dict[str,
 
 
 def _cards(run: Run) -> list[dict[str, Any]]:
-    """What a click on a run shows: settings, what the solver made of the budget, seeds, cost, comparison, kinds."""
+    """Details of a run: settings, solved counts, seeds, cost, comparison, kinds."""
     cards = [_card("Run", {"id": run["id"], "method": run["method"], "preset": run.get("preset")}), _card("Settings", run["settings"])]
     if run["status"] != "ok":
         return cards
@@ -167,7 +168,8 @@ def _value(value: Any) -> str:
 
 
 def _inline(svg: bytes, prefix: str, caption: str) -> Markup:
-    """An SVG of ours as part of the page: ids made unique, colours left to the page, described for those who cannot see it.
+    """An SVG of ours as part of the page: ids made unique, colours left to the page, with a description for screen
+    readers.
 
     The drawing comes from matplotlib, which escapes the labels in it; its comments hold labels and are dropped.
     """

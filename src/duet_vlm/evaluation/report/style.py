@@ -1,4 +1,4 @@
-"""How series look: colour, marker, dash; where labels go, and labels that cannot disturb a plot."""
+"""Style of series: colour, marker, dash; positions of labels, and labels that cannot disturb a plot."""
 
 from __future__ import annotations
 

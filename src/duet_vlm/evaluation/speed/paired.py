@@ -1,4 +1,4 @@
-"""One benchmark: sides (the full model, methods, floors) in turns on the same prompts, with everything that is known of each."""
+"""One benchmark: sides (the full model, methods, baselines) in turns on the same prompts, with all their facts."""
 
 from __future__ import annotations
 
@@ -46,11 +46,28 @@ class BenchSide:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What is measured: every side on every (batch, text); ``tokens`` and ``frames`` as ``bench.inputs.prompt_for``.
+    """The measurements of a benchmark: every side on every (batch, text).
 
-    ``steps`` of decoding are clocked one by one (None: all ``new`` but the first); generate() writes ``new`` tokens in ``generate_rounds``
-    rounds of its own (None: as many as ``rounds``; 0: not at all). ``chunk_frames`` and ``still_frames`` as ``attach`` takes them, for all but the
-    full model.
+    Attributes
+    ----------
+    sides : tuple of BenchSide
+        The full model and the methods.
+    batches, texts : tuple of int
+        Batch sizes, and text tokens of a prompt.
+    tokens, frames : int or None, int
+        As ``prompt_for`` takes them.
+    new : int
+        Tokens that generate() writes.
+    rounds, warmup : int
+        Measured rounds, and rounds before them.
+    memory : bool
+        Measure the peak of memory, too.
+    steps : int or None
+        Steps of decoding that are timed one by one (None: all ``new`` but the first).
+    generate_rounds : int or None
+        Rounds of generate() (None: as many as ``rounds``; 0: none).
+    chunk_frames, still_frames
+        As ``attach`` takes them, for all but the full model.
     """
 
     sides: tuple[BenchSide, ...]
@@ -73,8 +90,8 @@ def sides_of(methods: Sequence[str], budgets: Sequence[int | float]) -> tuple[Be
 
 
 def result(name: str, model: nn.Module, plan: BenchPlan, sheet: Device | None, say: Callable[[str], object], picture: Any = None) -> dict[str, Any]:
-    """A result file: what was measured, of which model, where, and with what."""
-    weight, sheet = next(model.parameters()), _known(sheet, model, say)
+    """A result file: the measurements, the model, the machine and the versions."""
+    weight, sheet = next(model.parameters()), _matching_sheet(sheet, model, say)
     dtype = str(weight.dtype).removeprefix("torch.")
     return {
         "benchmark": "bench", "model": name, "weights": sum(p.numel() for p in model.parameters()),
@@ -87,7 +104,7 @@ def result(name: str, model: nn.Module, plan: BenchPlan, sheet: Device | None, s
 
 def run(model: nn.Module, plan: BenchPlan, sheet: Device | None = None, picture: Any = None, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
     """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the dtype."""
-    adapter, sheet = adapter_for(model), _known(sheet, model, say)
+    adapter, sheet = adapter_for(model), _matching_sheet(sheet, model, say)
     rows: list[dict[str, Any]] = []
     prompts = [(batch, text) for batch in plan.batches for text in plan.texts]
     for number, (batch, text) in enumerate(prompts, 1):
@@ -101,13 +118,13 @@ def _compare(adapter: Adapter, plan: BenchPlan, prompt: BenchPrompt, sheet: Devi
     sides, infeasible = _feasible(adapter, plan.sides, prompt)
     passes = {side: BenchPass(adapter, side, prompt, plan) for side in sides}
     with torch.inference_mode():
-        facts = {side: each.facts(sheet) for side, each in passes.items()}
-        time_paired({str(side): each for side, each in passes.items()}, plan.rounds, plan.warmup, {str(s): p.around for s, p in passes.items()})
+        facts = {side: bench_pass.facts(sheet) for side, bench_pass in passes.items()}
+        time_paired({str(side): bench_pass for side, bench_pass in passes.items()}, plan.rounds, plan.warmup, {str(s): p.around for s, p in passes.items()})
         ends = _end_to_end(passes, plan)
     full = passes[sides[0]].timings(plan.rounds) | ends.get("full", {})
     rows = []
-    for side, each in passes.items():
-        times = each.timings(plan.rounds) | ends.get(str(side), {})
+    for side, bench_pass in passes.items():
+        times = bench_pass.timings(plan.rounds) | ends.get(str(side), {})
         row: dict[str, Any] = {"side": str(side), "method": side.method, "budget": side.budget}
         row |= {"settings": dict(side.settings), "batch": prompt.batch, "tokens": prompt.tokens}
         row |= {"text": prompt.rows - prompt.tokens, "new": plan.new, "pairs": plan.rounds}
@@ -122,26 +139,26 @@ def _end_to_end(passes: dict[BenchSide, BenchPass], plan: BenchPlan) -> dict[str
     rounds = plan.rounds if plan.generate_rounds is None else plan.generate_rounds
     if rounds == 0:
         return {}
-    works = {str(side): each.generate for side, each in passes.items()}
-    times = time_paired(works, rounds, 0 if rounds == 1 else min(1, plan.warmup), {str(side): each.held for side, each in passes.items()})
+    works = {str(side): bench_pass.generate for side, bench_pass in passes.items()}
+    times = time_paired(works, rounds, 0 if rounds == 1 else min(1, plan.warmup), {str(side): bench_pass.held for side, bench_pass in passes.items()})
     return {side: {"end to end": timing} for side, timing in times.items()}
 
 
 def _feasible(adapter: Adapter, sides: Sequence[BenchSide], prompt: BenchPrompt) -> tuple[list[BenchSide], list[dict[str, Any]]]:
-    """The sides that can be attached; those below a method's floor become rows that say so."""
-    found, rows = [], []
+    """The sides that can be attached; a side below a method's floor becomes a row with the floor."""
+    feasible, rows = [], []
     for side in sides:
         try:
             if side.method is not None:
                 duet_vlm.get_method(side.method)(**dict(side.settings)).plan(prompt.tokens, len(adapter.layers), side.budget)
-            found.append(side)
+            feasible.append(side)
         except duet_vlm.BudgetError as error:
             rows.append({"side": str(side), "batch": prompt.batch, "status": "infeasible", "floor": error.floor})
-    return found, rows
+    return feasible, rows
 
 
 class BenchPass:
-    """From pixels through some steps of decoding, of one side, with clocks."""
+    """One side from pixels through some steps of decoding, with timers."""
 
     def __init__(self, adapter: Adapter, side: BenchSide, prompt: BenchPrompt, plan: BenchPlan) -> None:
         self.adapter, self.side, self.prompt, self.plan = adapter, side, prompt, plan
@@ -199,36 +216,37 @@ class BenchPass:
     def timings(self, rounds: int) -> dict[str, Timing]:
         """Seconds of every stage in the last ``rounds`` passes."""
         last = self.seen[-rounds:]
-        return {name: Timing(tuple(each[name] for each in last)) for name in last[0]}
+        return {name: Timing(tuple(times[name] for times in last)) for name in last[0]}
 
     def whole(self) -> Any:
         """From pixels to the first logits in one call."""
         return self.adapter.model(**self.prompt.text, **self.prompt.picture, logits_to_keep=1, use_cache=True)
 
     def facts(self, sheet: Device | None) -> dict[str, Any]:
-        """What the report says; the peak of memory up to the first logits (of the full model without a handle); what the sheet predicts."""
+        """Facts of the report; the peak of memory up to the first logits (of the full model without a handle); the
+        sheet's predictions."""
         device, prompt = str(next(self.adapter.model.parameters()).device), self.prompt
         text = prompt.rows - prompt.tokens
         with self.attached() as handle:
-            held = sum(cache_bytes(self.whole().past_key_values))
+            cache_size = sum(cache_bytes(self.whole().past_key_values))
             report = handle.report()
             work = workload(handle, prompt.passes, text, self.plan.new, prompt.spans, prompt.projected)
             peak = memory_of(self.whole, device)[0] if self.plan.memory and self.side.method is not None else None
         if self.plan.memory and self.side.method is None:
             peak = memory_of(self.whole, device)[0]
-        found = {
+        measured = {
             "mean_tokens": report.measured_mean, "rows": [round(n) + text for n in report.measured],
             "flops": dataclasses.asdict(report.observed), "flops_share": report.observed.flops / report.full.flops,
-            "flops_bound": report.flops_bound, "kv_bytes": held, "peak_bytes": peak,
+            "flops_bound": report.flops_bound, "kv_bytes": cache_size, "peak_bytes": peak,
         }  # fmt: skip
-        return found if sheet is None else found | {"predicted_ms": self._predicted(work, sheet)}
+        return measured if sheet is None else measured | {"predicted_ms": self._predicted(work, sheet)}
 
     def _predicted(self, work: Workload, sheet: Device) -> dict[str, float]:
         model = self.adapter.model
-        known = ModelCost(self.adapter.decoder_dims(), self.adapter.vision_dims(), sum(p.numel() for p in model.parameters()))
-        found = predict(known, work, sheet, _dtype(model), self.prompt.batch)
-        stages = {"vision": found.vision.seconds, "v2v": found.selection.seconds, "prefill": found.prefill.seconds, "decode step": found.step}
-        return {name: 1000 * seconds for name, seconds in (stages | {"to first token": found.first_token, "end to end": found.total}).items()}
+        cost = ModelCost(self.adapter.decoder_dims(), self.adapter.vision_dims(), sum(p.numel() for p in model.parameters()))
+        prediction = predict(cost, work, sheet, _dtype(model), self.prompt.batch)
+        stages = {"vision": prediction.vision.seconds, "v2v": prediction.selection.seconds, "prefill": prediction.prefill.seconds, "decode step": prediction.step}
+        return {name: 1000 * seconds for name, seconds in (stages | {"to first token": prediction.first_token, "end to end": prediction.total}).items()}
 
 
 def _spread(timing: Timing) -> dict[str, float]:
@@ -237,7 +255,8 @@ def _spread(timing: Timing) -> dict[str, float]:
 
 
 def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
-    """Layers that read equally many rows as one group; what the handle does in front of a layer where the number changes or it ranks."""
+    """Layers with equally many tokens as one group; time of the hooks before a layer where the number changes or
+    that ranks."""
     layers = [1000 * times[f"layer {i}"].median for i in range(len(rows))]
     starts = [i for i, count in enumerate(rows) if i == 0 or count != rows[i - 1]]
     groups = []
@@ -249,7 +268,8 @@ def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
 
 
 def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None:
-    """The sheet of the device that runs, where there is one: measured on a CPU; on CUDA by its name and memory, which have to be those of the
+    """The sheet of the running device, where there is one: measured on a CPU; on CUDA by its name and memory, which
+    have to be those of the
     sheet's own module (an H100 as a PCIe card is another device)."""
     if not device.startswith("cuda"):
         return this_machine()
@@ -262,8 +282,8 @@ def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None
     return None
 
 
-def _known(sheet: Device | None, model: nn.Module, say: Callable[[str], object]) -> Device | None:
-    """The sheet, if it speaks of the model's dtype."""
+def _matching_sheet(sheet: Device | None, model: nn.Module, say: Callable[[str], object]) -> Device | None:
+    """The sheet, if it has the model's dtype."""
     dtype = _dtype(model)
     if sheet is None or dtype in sheet.flops:
         return sheet
@@ -274,4 +294,4 @@ def _known(sheet: Device | None, model: nn.Module, say: Callable[[str], object])
 def _dtype(model: nn.Module) -> str:
     """The dtype of the weights, as sheets call it."""
     dtype = next(model.parameters()).dtype
-    return next((name for name, known in TORCH.items() if known == dtype), str(dtype))
+    return next((name for name, torch_dtype in TORCH.items() if torch_dtype == dtype), str(dtype))

@@ -1,4 +1,4 @@
-"""Pictures of a benchmark: time against tokens, speed-up against what FLOPs allow, cache against context."""
+"""Plots of a benchmark: time against tokens, speed-up against FLOPs, cache against context."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from duet_vlm.viz.colors import GRID, INK, MUTED, RC
 Rows = list[dict[str, Any]]
 
 
-def draw(found: dict[str, Any], folder: Path) -> list[Path]:
+def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     """Write ``time.png``, ``speed_up.png`` and ``cache.png``. Each names the model and the device."""
     try:
         from matplotlib import style
     except ImportError as error:
         raise ImportError('--plots needs matplotlib: pip install ".[viz]" in your clone of duet-vlm') from error
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [row for row in found["rows"] if "ms" in row]
+    rows = [row for row in result["rows"] if "ms" in row]
     pictures: dict[str, Callable[[Any, Rows], None]] = {"time": _time, "speed_up": _speed_up, "cache": _cache}
     with style.context(RC, after_reset=True):
-        return [_picture(folder / f"{name}.png", title(found), rows, paint) for name, paint in pictures.items()]
+        return [_picture(folder / f"{name}.png", title(result), rows, paint) for name, paint in pictures.items()]
 
 
-def title(found: dict[str, Any]) -> str:
-    """What was measured, and on what."""
-    made = found["environment"]
-    cpu = f" ({made['cpu']}, {made['threads']} threads)" if made["device"].startswith("cpu") and "cpu" in made else ""
-    return f"{plain(found['model'])}, {made['dtype']}, on {made['device']}{cpu}"
+def title(result: dict[str, Any]) -> str:
+    """Model, dtype and device of the measurement."""
+    environment = result["environment"]
+    cpu = f" ({environment['cpu']}, {environment['threads']} threads)" if environment["device"].startswith("cpu") and "cpu" in environment else ""
+    return f"{plain(result['model'])}, {environment['dtype']}, on {environment['device']}{cpu}"
 
 
 def _picture(file: Path, head: str, rows: Rows, paint: Callable[[Any, Rows], None]) -> Path:
@@ -51,10 +51,10 @@ def _picture(file: Path, head: str, rows: Rows, paint: Callable[[Any, Rows], Non
 
 def _groups(rows: Rows, *keys: str) -> dict[tuple[Any, ...], Rows]:
     """Rows that agree in ``keys``, in the order in which they first appear."""
-    found: dict[tuple[Any, ...], Rows] = {}
+    groups: dict[tuple[Any, ...], Rows] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return found
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
 
 
 def _looks(rows: Rows) -> dict[str | None, Look]:
@@ -68,20 +68,20 @@ def _points(axes: Any, rows: Rows, x: Callable[[dict[str, Any]], float], y: Call
     styles = _looks(rows)
     prompts = list(_groups(rows, "batch", "text"))
     for (method, batch, text), some in _groups(rows, "method", "batch", "text").items():
-        found, look = [y(row) for row in some], styles[method]
-        errors = [[f["median"] - f["low"] for f in found], [f["high"] - f["median"] for f in found]]
+        measured, look = [y(row) for row in some], styles[method]
+        errors = [[f["median"] - f["low"] for f in measured], [f["high"] - f["median"] for f in measured]]
         solid = 1 - 0.7 * prompts.index((batch, text)) / max(1, len(prompts) - 1)
         face = look.colour if look.filled else "none"
         axes.errorbar(
-            [x(row) for row in some], [f["median"] for f in found], errors, fmt=look.marker, color=look.colour, mfc=face, ms=look.size, alpha=solid,
+            [x(row) for row in some], [f["median"] for f in measured], errors, fmt=look.marker, color=look.colour, mfc=face, ms=look.size, alpha=solid,
             capsize=2,
         )  # fmt: skip
     for method in (method for (method,) in _groups(rows, "method")):
         look = styles[method]
         axes.plot([], [], look.marker, color=look.colour, mfc=look.colour if look.filled else "none", ms=look.size, label=method or "full model")
     if len(prompts) > 1:
-        for place, (batch, text) in enumerate(prompts):
-            axes.plot([], [], "o", color=MUTED, alpha=1 - 0.7 * place / (len(prompts) - 1), label=f"batch {batch}, {text} other tokens")
+        for number, (batch, text) in enumerate(prompts):
+            axes.plot([], [], "o", color=MUTED, alpha=1 - 0.7 * number / (len(prompts) - 1), label=f"batch {batch}, {text} other tokens")
 
 
 def _time(axes: Any, rows: Rows) -> None:
@@ -91,8 +91,8 @@ def _time(axes: Any, rows: Rows) -> None:
 
 def _speed_up(axes: Any, rows: Rows) -> None:
     _points(axes, rows, lambda row: 1 / row["flops_share"], lambda row: row["speed_up"]["to first token"])
-    most = max(1 / row["flops_share"] for row in rows)
-    axes.plot([1, most], [1, most], color=MUTED, linewidth=1, label="as FLOPs")
+    largest = max(1 / row["flops_share"] for row in rows)
+    axes.plot([1, largest], [1, largest], color=MUTED, linewidth=1, label="as FLOPs")
     axes.set(xlabel="speed-up by FLOPs, pixels to first token", ylabel="measured (median, 95 % interval)")
 
 

@@ -1,4 +1,4 @@
-"""What a handle will make of a prompt before it is run, as reports and the roofline describe it."""
+"""The plan of a prompt under a handle, as reports and the roofline describe it, without running it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
 
 @dataclass(frozen=True)
 class PlannedPrompt:
-    """A prompt as the current settings plan it; the decoder layers that rank, and those of them that take over the keys they rank by."""
+    """A prompt as the current settings plan it; the decoder layers that rank, and those of them that reuse the keys
+    of their ranking."""
 
     sample: SampleCounts
     scored: tuple[int, ...] = ()
@@ -25,7 +26,8 @@ class PlannedPrompt:
 
 
 def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, ...], ...]:
-    """Tokens of each part, span by span, of a picture in ``parts`` crops or frames that the tower sees one by one: parts of one span where the
+    """Tokens of each part, span by span, of an image in ``parts`` crops or frames that the tower encodes one by one:
+    parts of one span where the
     family joins them, each a span of its own where it does not (InternVL's tiles, several images)."""
     sizes = tuple(tokens * (i + 1) // parts - tokens * i // parts for i in range(parts))
     joins = type(adapter).tokens_per_crop is not Adapter.tokens_per_crop
@@ -35,8 +37,11 @@ def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, .
 def plan_prompt(
     handle: Handle, passes: Sequence[tuple[int, ...]], text: int, spans: Sequence[int] | None = None, projected: Sequence[int] = ()
 ) -> PlannedPrompt:
-    """A prompt of ``text`` tokens and spans whose parts have ``passes`` tokens; ``spans``: tokens of each where packing adds or cuts rows;
-    ``projected``: rows of each that the projector works on where it does not see them all.
+    """Plan a prompt of ``text`` tokens and spans whose parts have ``passes`` tokens.
+
+    ``spans``: tokens of each where packing adds or cuts tokens; ``projected``: tokens of each at the projector's input
+    where it does not get
+    them all.
 
     Raises
     ------
@@ -51,15 +56,15 @@ def plan_prompt(
     drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
     queries = 1 if getattr(reducer, "text_query", "") == "last" else text
     measured = counts, tuple(text + count for count in counts)
-    fed, least = int(handle.adapter.feeds_cls), getattr(getattr(reducer, "tower_reducer", None), "least", 1)
-    left = tuple(
-        tuple(handle.dropping(n, k) for n, k in zip(sizes, tower_counts(plan, sizes, fed, least), strict=True))
+    num_cls, min_tokens = int(handle.adapter.feeds_cls), getattr(getattr(reducer, "tower_reducer", None), "least", 1)
+    tower_stages = tuple(
+        tuple(handle.dropping(n, k) for n, k in zip(sizes, tower_counts(plan, sizes, num_cls, min_tokens), strict=True))
         for plan, sizes in zip(plans, passes, strict=True)
     )
     if _pads(handle):
-        left = padded(left, passes)
+        tower_stages = padded(tower_stages, passes)
     sample = SampleCounts(
-        text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=left, in_tower_counts=left,
+        text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=tower_stages, in_tower_counts=tower_stages,
         projects_survivors_only=_merges_left(handle),
     )  # fmt: skip
     if not isinstance(reducer, DecoderReducer) or not reducer.uses_attention():
@@ -70,70 +75,71 @@ def plan_prompt(
         if layer < 0:
             raise ValueError(f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to rank tokens by")
     layers = tuple(sorted(set(scored.values())))
-    return PlannedPrompt(sample, layers, tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None))
+    reused = tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None)
+    return PlannedPrompt(sample, layers, reused)
 
 
-def padded(left: tuple[tuple[TowerStages, ...], ...], passes: Sequence[tuple[int, ...]]) -> tuple[tuple[TowerStages, ...], ...]:
-    """Where tokens leave the tower, of parts that stand in one batch: all as those of which most are left."""
-    parts = [(n, dict(stages)) for sizes, span in zip(passes, left, strict=True) for n, stages in zip(sizes, span, strict=True)]
-    most: dict[int, int] = {}
+def padded(stages_by_part: tuple[tuple[TowerStages, ...], ...], passes: Sequence[tuple[int, ...]]) -> tuple[tuple[TowerStages, ...], ...]:
+    """Tower stages of parts in one batch: all with the counts of the part that keeps the most."""
+    parts = [(n, dict(stages)) for sizes, span in zip(passes, stages_by_part, strict=True) for n, stages in zip(sizes, span, strict=True)]
+    largest: dict[int, int] = {}
     for after in sorted({after for _, stages in parts for after in stages}):
-        most[after] = max(min([n, *(count for cut, count in stages.items() if cut <= after)]) for n, stages in parts)
-    return tuple(tuple(tuple(most.items()) for _ in span) for span in left)
+        largest[after] = max(min([n, *(count for cut, count in stages.items() if cut <= after)]) for n, stages in parts)
+    return tuple(tuple(tuple(largest.items()) for _ in span) for span in stages_by_part)
 
 
 def _pads(handle: Handle) -> bool:
-    """Whether a reduced tower takes the parts of a picture as a batch."""
+    """True if a reduced tower takes the parts of an image as a batch."""
     blocks = handle.adapter.blocks_to_reduce()[0] if getattr(handle.reducer, "reduces_in_tower", False) else None
     return isinstance(blocks, TowerBlocks) and not isinstance(blocks, ConcatenatedBlocks)
 
 
 def _merges_left(handle: Handle) -> bool:
-    """Whether the merger runs on what a reduced tower leaves."""
+    """True if the merger runs on the kept tokens of a reduced tower."""
     return getattr(handle.reducer, "reduces_in_tower", False) and isinstance(handle.adapter.blocks_to_reduce()[0], VarlenTower)
 
 
 def _skips(handle: Handle) -> bool:
-    """Whether unused tower layers are skipped: there are some, the method reduces, and takes no signal from them."""
+    """True if unused tower layers are skipped: there are some, the method reduces, and takes no signal from them."""
     adapter, reducer = handle.adapter, handle.reducer
     if not isinstance(reducer, EncoderReducer | DecoderReducer):
         return False
-    return bool(unread := adapter.unused_tower_layers()) and not handle.reads_layers(unread)
+    return bool(unused := adapter.unused_tower_layers()) and not handle.reads_layers(unused)
 
 
 def workload(
     handle: Handle, passes: Sequence[tuple[int, ...]], text: int, new: int, spans: Sequence[int] | None = None, projected: Sequence[int] = ()
 ) -> Workload:
-    """The same as a request to predict."""
-    found = plan_prompt(handle, passes, text, spans, projected)
-    cost = handle.selection_cost([found.sample])
-    terms = decoder_terms(handle.adapter, handle.reducer, [found.sample])
-    return Workload(found.sample, new, found.scored, handle.projects_all, *cost, reused_layers=found.reused, **terms)
+    """The plan of a prompt as a request to predict."""
+    prompt = plan_prompt(handle, passes, text, spans, projected)
+    cost = handle.selection_cost([prompt.sample])
+    terms = decoder_terms(handle.adapter, handle.reducer, [prompt.sample])
+    return Workload(prompt.sample, new, prompt.scored, handle.projects_all, *cost, reused_layers=prompt.reused, **terms)
 
 
-def planned_report(handle: Handle, found: PlannedPrompt, element_bytes: int) -> Report:
+def planned_report(handle: Handle, prompt: PlannedPrompt, element_bytes: int) -> Report:
     """The report that the prompt would give."""
     reducer = handle.reducer
     return make_report(
         method=reducer.name,
         settings=reducer.settings(),
         budget=handle.budget,
-        samples=[found.sample],
-        scored_layers=found.scored,
-        reused_layers=found.reused,
+        samples=[prompt.sample],
+        scored_layers=prompt.scored,
+        reused_layers=prompt.reused,
         decoder=handle.adapter.decoder_dims(),
         vision=handle.adapter.vision_dims(),
         element_bytes=element_bytes,
         cache_bytes=None,
         decoded=0,
         projects_all=handle.projects_all,
-        selection=handle.selection_cost([found.sample])[0],
-        **decoder_terms(handle.adapter, reducer, [found.sample]),
+        selection=handle.selection_cost([prompt.sample])[0],
+        **decoder_terms(handle.adapter, reducer, [prompt.sample]),
     )
 
 
 def whole_of(sample: SampleCounts) -> SpanPlan:
-    """The plans of all spans of a picture as one."""
+    """The plans of all spans of an image as one."""
     plans = sample.plans
-    kept, merged = sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans)
-    return SpanPlan(sum(sample.spans), kept, merged, sample.measured[0])
+    dominant, contextual = sum(plan.dominant for plan in plans), sum(plan.contextual for plan in plans)
+    return SpanPlan(sum(sample.spans), dominant, contextual, sample.measured[0])

@@ -1,5 +1,5 @@
-"""Prompts for any supported model without a processor: pictures of noise, placeholders, random words. What is read does not change how long it
-takes."""
+"""Prompts for any supported model without a processor: images of noise, placeholders, random words. Content does not
+change the time."""
 
 from __future__ import annotations
 
@@ -19,8 +19,23 @@ USUAL = 256  # tokens of an image (of a step of time), where its size is free an
 
 @dataclass(frozen=True)
 class BenchPrompt:
-    """``text``: what the model is called with besides the picture; ``picture``: the encoder's arguments; per span of a row its visual tokens,
-    those of each part that the tower looks at by itself, and the rows that the projector works on."""
+    """A prompt of a benchmark.
+
+    Attributes
+    ----------
+    stream : str
+        Its modality.
+    text : dict
+        Arguments of the model besides the image.
+    picture : dict
+        Arguments of the encoder.
+    spans : tuple of int
+        Visual tokens of each span of a row.
+    passes : tuple of tuple of int
+        Per span: tokens of each part that the tower encodes independently.
+    projected : tuple of int
+        Per span: rows at the projector's input.
+    """
 
     stream: str
     text: dict[str, Tensor]
@@ -44,22 +59,23 @@ class BenchPrompt:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Arguments of the picture that the model reads beside its features (grids)."""
+        """Arguments of the image that the model takes beside its features (grids)."""
         return {name: value for name, value in self.picture.items() if not name.startswith("pixel_")}
 
 
 def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = None, frames: int = 0, picture: Any = None) -> BenchPrompt:
-    """One picture and ``text`` words per row.
+    """One image and ``text`` words per row.
 
     Parameters
     ----------
     tokens : int, optional
-        Visual tokens per picture, where the family leaves its size free: the nearest square is taken (per step of time, with ``frames``), or
+        Visual tokens per image, where the family leaves its size free: the nearest square is taken (per time step, with
+        ``frames``), or
         the nearest size among whole crops.
     frames : int
-        Steps of time of a clip; 0 for an image.
+        Time steps of a video; 0 for an image.
     picture : dict, optional
-        The encoder's arguments for one picture, instead of a square of noise.
+        The encoder's arguments for one image, instead of a square of noise.
 
     Raises
     ------
@@ -67,24 +83,25 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
         If the family has no such input, or none of that size.
     """
     name = "video" if frames else "image"
-    stream = next((s for s in adapter.modalities if s.name == name), None)
-    if stream is None:
+    modality = next((s for s in adapter.modalities if s.name == name), None)
+    if modality is None:
         raise ValueError(f"{adapter.family} models take no {name}s")
     weight = next(adapter.model.parameters())
-    noise = _noise(adapter, stream, tokens, frames) if picture is None else picture
-    one = {key: _placed(value, weight) for key, value in noise.items()}
-    call = stream.encoding(one)
+    noise = _noise(adapter, modality, tokens, frames) if picture is None else picture
+    single = {key: _placed(value, weight) for key, value in noise.items()}
+    call = modality.encoding(single)
     with torch.inference_mode():
-        spans = tuple(len(rows) for rows in adapter.spans(getattr(adapter.base, stream.encode)(**one), call))
-    if picture is None and stream.sizes is None and tokens not in (None, sum(spans)):
+        spans = tuple(len(rows) for rows in adapter.spans(getattr(adapter.base, modality.encode)(**single), call))
+    if picture is None and modality.sizes is None and tokens not in (None, sum(spans)):
         what = f"a clip of {frames} frames" if frames else "an image"
         raise ValueError(f"tokens={tokens}: {what} has {sum(spans)} visual tokens in this {adapter.family} model; leave the number out")
-    many = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in one.items()}
+    batched = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in single.items()}
     counts = list(spans)
     passes = tuple(adapter.tokens_per_crop(call, counts))
-    written = [token for span, parts in zip(spans, passes, strict=True) for token in adapter.placeholder_ids(stream, span, parts)]
-    words = _words(adapter, stream, written, text, batch)
-    return BenchPrompt(name, words, many, spans, passes, tuple(adapter.projected_rows(call, counts)))
+    placeholders = [token for span, parts in zip(spans, passes, strict=True) for token in adapter.placeholder_ids(modality, span, parts)]
+    words = _words(adapter, modality, placeholders, text, batch)
+    projected = tuple(adapter.projected_rows(call, counts))
+    return BenchPrompt(stream=name, text=words, picture=batched, spans=spans, passes=passes, projected=projected)
 
 
 def encode(model: nn.Module, pictures: dict[str, Any]) -> dict[str, Any]:
@@ -93,23 +110,27 @@ def encode(model: nn.Module, pictures: dict[str, Any]) -> dict[str, Any]:
     return model._prepare_multimodal_encoder_kwargs_for_generation(dict(pictures))["mm_encoder_outputs"]  # type: ignore[no-any-return]
 
 
-def _noise(adapter: Adapter, stream: Modality, tokens: int | None, frames: int) -> dict[str, Any]:
-    """Where a family says sizes, it says them as patches (time, height, width), or as pixels of images that it takes whole or cuts into crops;
-    all others take their own blank image, or frames of its size, filled with noise."""
-    if stream.sizes is not None and stream.sizes.endswith("grid_thw"):
-        return _patches(adapter, stream, stream.sizes, tokens, frames)
+def _noise(adapter: Adapter, modality: Modality, tokens: int | None, frames: int) -> dict[str, Any]:
+    """Encoder arguments of noise.
+
+    Families with sizes take them as patches (time, height, width), or as pixels of images that are kept whole or cut
+    into crops; all others
+    take their own blank image, or frames of its size, filled with noise.
+    """
+    if modality.sizes is not None and modality.sizes.endswith("grid_thw"):
+        return _patches(adapter, modality, modality.sizes, tokens, frames)
     blank = adapter.blank_image()
     size = blank["pixel_values"].shape
     if frames:
-        return {stream.pixels: torch.randn(1, frames, *size[-3:], device="cpu")}
-    if stream.sizes is None or (tokens is None and len(size) == 5):
+        return {modality.pixels: torch.randn(1, frames, *size[-3:], device="cpu")}
+    if modality.sizes is None or (tokens is None and len(size) == 5):
         return {key: torch.randn(value.shape, device="cpu") if key.startswith("pixel_") else value for key, value in blank.items()}
-    height, width = _cut(adapter, stream, tokens) if tokens is not None and len(size) == 5 else _whole(adapter, tokens)
+    height, width = _cut(adapter, modality, tokens) if tokens is not None and len(size) == 5 else _whole(adapter, tokens)
     sizes = torch.tensor([[height, width]], device="cpu")
     if len(size) == 4:
-        return {stream.pixels: torch.randn(1, size[1], height, width, device="cpu"), stream.sizes: sizes}
-    crops = len(adapter.tokens_per_crop(Encoding(stream.name, [[height, width]]), [0])[0])
-    return {stream.pixels: torch.randn(1, crops, *size[2:], device="cpu"), stream.sizes: sizes}
+        return {modality.pixels: torch.randn(1, size[1], height, width, device="cpu"), modality.sizes: sizes}
+    crops = len(adapter.tokens_per_crop(Encoding(modality.name, [[height, width]]), [0])[0])
+    return {modality.pixels: torch.randn(1, crops, *size[2:], device="cpu"), modality.sizes: sizes}
 
 
 def _patches(adapter: Adapter, stream: Modality, sizes: str, tokens: int | None, frames: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Questions through the model: what the full model says, and what reduced runs make of it. Every reply is on the disk before it counts."""
+"""Answers of the full model and of reduced runs to questions. Every answer is on the disk before it counts."""
 
 from __future__ import annotations
 
@@ -25,18 +25,34 @@ FULL = ExperimentCell(BASELINE, label="full model")
 
 @dataclass
 class AnswerSource:
-    """Asks ``loaded`` the questions of a task's stream, ``batch`` at a time; ``diary`` keeps every page, so that nothing is asked twice."""
+    """Answers of a model to the questions of a task, each computed once.
+
+    Attributes
+    ----------
+    loaded : LoadedModel
+        The model.
+    task : Task
+        The task.
+    seed : int
+        Its stream of questions.
+    batch : int
+        Questions per batch.
+    journal : Journal
+        Record of every page, so that no question is answered twice.
+    advance : callable
+        Called with the number of new answers.
+    """
 
     loaded: LoadedModel
     task: Task
     seed: int
     batch: int
-    diary: Journal
+    journal: Journal
     advance: Callable[[int], None] = lambda answers: None
     _accepted: dict[int, tuple[str, ...]] = field(default_factory=dict)  # by number, so that no picture is opened only to judge
 
     def full(self, count: int) -> dict[int, str]:
-        """What the full model answers to the first ``count`` questions."""
+        """The full model's answers to the first ``count`` questions."""
         out: dict[int, str] = {}
         for numbers in self._batches(range(count)):
             page = self._page("full", numbers, [FULL])
@@ -44,45 +60,46 @@ class AnswerSource:
         return out
 
     def pace(self) -> float:
-        """Seconds that an answer of the full model took when it was asked, now or in an earlier call."""
-        pages = [page for name, page in self.diary.batches.items() if name.startswith("full/")]
-        whole = sum(page["runs"][FULL.id]["seconds"] * len(page["questions"]) for page in pages)
-        return whole / sum(len(page["questions"]) for page in pages)
+        """Seconds per answer of the full model, measured now or in an earlier call."""
+        pages = [page for name, page in self.journal.batches.items() if name.startswith("full/")]
+        seconds = sum(page["runs"][FULL.id]["seconds"] * len(page["questions"]) for page in pages)
+        return seconds / sum(len(page["questions"]) for page in pages)
 
-    def replies(self, runs: Sequence[ExperimentCell], numbers: Sequence[int], said: dict[int, str]) -> dict[str, list[AnswerScore] | str]:
-        """Replies of reduced runs to questions that the full model got right (``said``: by number); for a run that could not answer, why."""
+    def replies(self, runs: Sequence[ExperimentCell], numbers: Sequence[int], full_answers: dict[int, str]) -> dict[str, list[AnswerScore] | str]:
+        """Scores of reduced runs on questions that the full model got right (``full_answers``: by number); the
+        reason for a run that cannot answer."""
         out: dict[str, list[AnswerScore] | str] = {run.id: [] for run in runs}
-        for some in self._batches(numbers):
-            page = self._page("reduced", some, [run for run in runs if isinstance(out[run.id], list)])
+        for batch in self._batches(numbers):
+            page = self._page("reduced", batch, [run for run in runs if isinstance(out[run.id], list)])
             for run in runs:
-                known, found = out[run.id], page.get(run.id)
-                if isinstance(known, str) or found is None:
+                scores, outcome = out[run.id], page.get(run.id)
+                if isinstance(scores, str) or outcome is None:
                     continue
-                if found["message"] is not None:
-                    out[run.id] = found["message"]
+                if outcome["message"] is not None:
+                    out[run.id] = outcome["message"]
                     continue
-                for number, answer, moved in zip(some, found["answers"], found["moved"], strict=True):
-                    known.append(AnswerScore(not accepted(answer, self.accepted(number) or (said[number],)), moved))
+                for number, answer, moved in zip(batch, outcome["answers"], outcome["moved"], strict=True):
+                    scores.append(AnswerScore(not accepted(answer, self.accepted(number) or (full_answers[number],)), moved))
         return out
 
-    def said(self, run: ExperimentCell, number: int) -> str:
-        """What a run answered to a question that it was asked."""
+    def answer_of(self, run: ExperimentCell, number: int) -> str:
+        """The recorded answer of a run to a question."""
         return next(
             page["runs"][run.id]["answers"][page["questions"].index(number)]
-            for page in self.diary.batches.values()
+            for page in self.journal.batches.values()
             if number in page["questions"] and "answers" in page["runs"].get(run.id, ())  # times are of some of the same questions
         )
 
     def accepted(self, number: int) -> tuple[str, ...]:
-        """The answers that a question's author accepts; none where the full model's own is held to be right."""
+        """The accepted answers of a question; none where the full model's own answer counts as right."""
         if number not in self._accepted:
             self.question(number)
         return self._accepted[number]
 
     def question(self, number: int) -> TaskQuestion:
-        found = self.task.ask(self.seed, number)
-        self._accepted[number] = found.answers
-        return found
+        question = self.task.ask(self.seed, number)
+        self._accepted[number] = question.answers
+        return question
 
     def _batches(self, numbers: Sequence[int]) -> Iterator[Sequence[int]]:
         for start in range(0, len(numbers), self.batch):
@@ -90,19 +107,20 @@ class AnswerSource:
 
     def _page(self, stage: str, numbers: Sequence[int], runs: Sequence[ExperimentCell]) -> dict[str, Any]:
         name = f"{stage}/{hashlib.sha256(repr(list(numbers)).encode()).hexdigest()[:16]}"
-        known = self.diary.batches.get(name, {"runs": {}})["runs"]
-        missing = [run for run in runs if run.id not in known]
+        recorded = self.journal.batches.get(name, {"runs": {}})["runs"]
+        missing = [run for run in runs if run.id not in recorded]
         if missing:
-            begun = time.perf_counter()
-            made = answers(self.loaded, missing, [self.question(number) for number in numbers], self.task.max_new_tokens)
-            seconds = (time.perf_counter() - begun) / (len(missing) * len(numbers))
-            self.diary.add(name, {"questions": list(numbers), "runs": {key: found | {"seconds": seconds} for key, found in made.items()}})
+            start = time.perf_counter()
+            outcomes = answers(self.loaded, missing, [self.question(number) for number in numbers], self.task.max_new_tokens)
+            seconds = (time.perf_counter() - start) / (len(missing) * len(numbers))
+            self.journal.add(name, {"questions": list(numbers), "runs": {key: outcome | {"seconds": seconds} for key, outcome in outcomes.items()}})
         self.advance(len(runs) * len(numbers))
-        return self.diary.batches[name]["runs"]
+        return self.journal.batches[name]["runs"]
 
 
 def answers(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], max_new_tokens: int) -> dict[str, dict[str, Any]]:
-    """By run: ``answers``, and ``moved``, the divergence of each first answer token from the full model's; or ``message``, why it cannot answer."""
+    """By run: ``answers``, and ``moved``, the divergence of each first answer token from the full model's; or
+    ``message``, the reason for none."""
     plain, shared = inputs_of(loaded, questions), SharedVision(loaded.model)
     first = None
     if any(run.method != BASELINE for run in runs):
@@ -114,20 +132,21 @@ def answers(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequ
             with attached(loaded, run, questions) as handle, sharing(shared, handle.reducer), torch.no_grad():
                 salient = run.settings.get("text_query") == "salient"
                 inputs = inputs_of(loaded, questions, salient=True) if salient else plain
-                made = loaded.model.generate(
+                generated = loaded.model.generate(
                     **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
                 )
         except BudgetError as error:
             out[run.id] = {"answers": [], "moved": [], "message": str(error)}
             continue
-        text = loaded.processor.batch_decode(made.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        moved = [0.0] * len(questions) if first is None else divergence(first, _logits(made.logits[0])).tolist()
-        out[run.id] = {"answers": [said.strip() for said in text], "moved": moved, "message": None}
+        text = loaded.processor.batch_decode(generated.sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        moved = [0.0] * len(questions) if first is None else divergence(first, _logits(generated.logits[0])).tolist()
+        out[run.id] = {"answers": [answer.strip() for answer in text], "moved": moved, "message": None}
     return out
 
 
 def divergence(full: Tensor, reduced: Tensor) -> Tensor:
-    """[B] Kullback-Leibler divergence in nats, of [B, V] log-probabilities: what the reduced model's cost beyond the full model's."""
+    """[B] Kullback-Leibler divergence in nats, of [B, V] log-probabilities: cross-entropy with the reduced model
+    minus the full model's."""
     return (full.exp() * (full - reduced)).sum(-1).clamp(min=0)
 
 

@@ -15,23 +15,25 @@ FEWEST = 24  # questions to choose by, at least
 
 
 def percent(share: float, digits: int = 4) -> str:
-    """A share as people read it: ``98 %``; so many digits that count."""
+    """A share as a percentage: ``98 %``; with ``digits`` significant digits."""
     return f"{100 * share:.{digits}g} %"
 
 
-def lower_bound(kept: int, asked: int, level: float = LEVEL) -> float:
-    """The one-sided exact lower bound (Clopper and Pearson) of the share that is kept; 0 where nothing was asked or kept."""
+def lower_bound(kept: int, trials: int, level: float = LEVEL) -> float:
+    """The one-sided exact lower bound (Clopper and Pearson) of the share that is kept; 0 without questions or
+    without kept answers."""
     from scipy.stats import beta
 
-    return float(beta.ppf(level, kept, asked - kept + 1)) if kept else 0.0
+    return float(beta.ppf(level, kept, trials - kept + 1)) if kept else 0.0
 
 
-def allowed(asked: int, keep: float, level: float = LEVEL) -> int:
-    """The most losses among ``asked`` at which the lower bound is ``keep`` or better; -1 where even none are too few questions."""
+def allowed(trials: int, keep: float, level: float = LEVEL) -> int:
+    """The largest number of losses among ``trials`` at which the lower bound is ``keep`` or better; -1 if even
+    without a loss it is below."""
     from scipy.stats import binom
 
     losses = -1
-    while losses + 1 < asked and binom.cdf(losses + 1, asked, 1 - keep) <= level:
+    while losses + 1 < trials and binom.cdf(losses + 1, trials, 1 - keep) <= level:
         losses += 1
     return losses
 
@@ -47,11 +49,12 @@ def needed(keep: float, losses: int = 0, level: float = LEVEL) -> int:
     return high
 
 
-def chance(lost: int, asked: int, keep: float) -> float:
-    """How likely at least ``lost`` of ``asked`` are where exactly ``keep`` is kept: small where a candidate cannot qualify."""
+def chance(lost: int, trials: int, keep: float) -> float:
+    """Probability of at least ``lost`` losses in ``trials`` if exactly ``keep`` is kept: small where a candidate
+    cannot qualify."""
     from scipy.stats import binom
 
-    return float(binom.sf(lost - 1, asked, 1 - keep))
+    return float(binom.sf(lost - 1, trials, 1 - keep))
 
 
 @dataclass(frozen=True)
@@ -64,21 +67,22 @@ class QuestionSplit:
 
 
 def split(count: int, keep: float | None) -> QuestionSplit:
-    """How ``count`` usable questions are spent: no more of them on the test than the largest number of losses that it may allow needs.
+    """Split ``count`` usable questions: the test gets as many as the largest number of losses that it may allow needs.
 
     Raises
     ------
     ValueError
-        If they are too few to know ``keep`` with 95 %; says how many more are needed, and what they would do for. Without ``keep``, if there are
-        not two: one chooses, another one tests.
+        If they are too few to know ``keep`` with 95 %; says how many more are needed, and for which share they would
+        suffice. Without
+        ``keep``, if there are not two: one chooses, another one tests.
     """
     if count < 2 and keep is None:
         raise ValueError(f"{_questions(count)} that the full model answers: give at least two, as one chooses and another one tests")
     if keep is None:
         choosing = max(1, min(count - 1, max(FEWEST, round(CHOOSING * count))))
         return QuestionSplit(choosing, count - choosing, None)
-    losses, room = 0, min(math.floor((1 - CHOOSING) * count), count - FEWEST)
-    while needed(keep, losses + 1) <= room:
+    losses, available = 0, min(math.floor((1 - CHOOSING) * count), count - FEWEST)
+    while needed(keep, losses + 1) <= available:
         losses += 1
     testing = needed(keep, losses)
     if testing + FEWEST > count:

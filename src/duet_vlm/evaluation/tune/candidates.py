@@ -1,4 +1,4 @@
-"""What is searched: methods x budgets x schedules."""
+"""The candidates of the search: methods x budgets x schedules."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def candidates(
     ValueError
         An unknown schedule, or one that none of the methods takes.
     """
-    wrong = [name for name in schedules if name not in SCHEDULES]
-    if wrong:
-        raise ValueError(f"--schedules {wrong[0]}: choose among {', '.join(SCHEDULES)}")
+    unknown = [name for name in schedules if name not in SCHEDULES]
+    if unknown:
+        raise ValueError(f"--schedules {unknown[0]}: choose among {', '.join(SCHEDULES)}")
     depth = len(adapter_for(model).layers)
     cells: list[dict[str, Any]] = []
     for method, settings in methods:

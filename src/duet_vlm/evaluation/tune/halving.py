@@ -1,8 +1,11 @@
-"""The race: candidates answer ever more questions, those that cannot win leave with a reason, and a ladder of the rest is tested.
+"""Successive halving: candidates answer ever more questions, hopeless ones are dropped with a reason, and a ladder of
+the rest is tested.
 
-Who is within the goal goes on before anybody who is not, so that the cheapest setting that holds is found. Choosing and testing never share a
-question. The ladder is tested from its safest rung to its cheapest, each at the full level, and ends at the
-first that fails (a fixed sequence of hypotheses, so the chance of a wrong rung at the end is at most the level, however many there are).
+Candidates within the goal rank before all others, so that the cheapest setting that holds is found. Choosing and
+testing never share a
+question. The ladder is tested from its safest rung to its cheapest, each at the full level, and ends at the first that
+fails (a fixed
+sequence of hypotheses, so the chance of a wrong rung at the end is at most the level, however many there are).
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ RUNGS = 6  # of the ladder, at most
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """To one question: whether the full model's right answer was lost, and how far the first answer token's distribution moved (KL divergence,
-    nats)."""
+    """Score of one answer: True in ``lost`` if the full model's right answer was lost, and the KL divergence (nats)
+    of the first answer token."""
 
     lost: bool
     divergence: float
@@ -27,7 +30,23 @@ class AnswerScore:
 
 @dataclass
 class Candidate:
-    """A setting and what is known of it. ``ms``: measured time to the first token; ``reason``: why it left, empty while it has not."""
+    """A setting and its results so far.
+
+    Attributes
+    ----------
+    run : ExperimentCell
+        The setting.
+    ms : float
+        Measured time to the first token.
+    asked, lost, moved : int, int, float
+        Questions answered while choosing, answers lost, and the sum of divergences.
+    tested, tested_lost : int
+        Questions of the test answered, and answers lost.
+    reason : str
+        Reason for dropping it, empty while it is in the search.
+    losses : list of int
+        Numbers of the questions whose answers were lost.
+    """
 
     run: ExperimentCell
     ms: float = 0.0
@@ -51,26 +70,29 @@ class Candidate:
     @property
     def kept(self) -> float | None:
         """Share of answers kept, of all questions so far."""
-        asked = self.asked + self.tested
-        return 1 - (self.lost + self.tested_lost) / asked if asked else None
+        answered = self.asked + self.tested
+        return 1 - (self.lost + self.tested_lost) / answered if answered else None
 
     @property
     def bound(self) -> float | None:
-        """Of the test alone: nothing that chose it counts."""
+        """Lower bound from the test alone: questions that chose the candidate do not count."""
         return lower_bound(self.tested - self.tested_lost, self.tested) if self.tested else None
 
     def no_worse(self, other: Candidate) -> bool:
-        """As cheap, as few losses, as near to the full model."""
+        """At most the other's time, losses and divergence."""
         return self.ms <= other.ms and self.lost <= other.lost and self.moved <= other.moved
 
 
-Ask = Callable[[Sequence[ExperimentCell], Sequence[int]], dict[str, list[AnswerScore] | str]]  # replies by run, or why the run cannot answer
+# replies by run, or the reason for none
+Ask = Callable[[Sequence[ExperimentCell], Sequence[int]], dict[str, list[AnswerScore] | str]]
 
 
 def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: float | None, ask: Ask) -> list[Candidate]:
-    """Successive halving over three rounds of questions; the ladder, the safest (costliest) first. Candidates that leave have a ``reason``.
+    """Successive halving over three rounds of questions; returns the ladder, the safest (costliest) first. Dropped
+    candidates have a ``reason``.
 
-    In each round those that have lost no more than ``keep`` allows go on first. None of the ladder is beyond that, unless all are.
+    In each round candidates with no more losses than ``keep`` allows are kept first. None of the ladder is beyond
+    that, unless all are.
     """
     standing = [c for c in candidates if not c.reason]
     for part in _rounds(questions):
@@ -79,26 +101,28 @@ def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: floa
             if not c.reason and keep is not None and (p := chance(c.lost, c.asked, keep)) <= LEVEL:
                 c.reason = f"lost {c.lost} of {c.asked}: where {percent(keep)} are kept, so many have a chance of {percent(p, 1)}"
         standing = [c for c in standing if not c.reason]
-        standing = _leaving(standing, _best(standing, max(RUNGS, -(-len(standing) // 2)), keep), keep)
+        standing = _drop_others(standing, _best(standing, max(RUNGS, -(-len(standing) // 2)), keep), keep)
     if keep is None:
         ladder = sorted(standing, key=lambda c: (c.lost, c.moved, c.ms))[:1]
     else:
         ladder = _spread(_front(next(filter(None, _by_goal(standing, keep)), [])), RUNGS)
-    return sorted(_leaving(standing, ladder, keep), key=lambda c: -c.ms)
+    return sorted(_drop_others(standing, ladder, keep), key=lambda c: -c.ms)
 
 
 def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int | None, ask: Ask, batch: int) -> Candidate | None:
-    """The cheapest rung that passes with all rungs before it; None where the first one fails. ``losses``: what the test allows (None: any)."""
+    """The cheapest rung that passes with all rungs before it; None where the first one fails. ``losses``: largest
+    number that the test allows
+    (None: any)."""
     standing = list(ladder)
     for start in range(0, len(questions), batch):
         _count(standing, questions[start : start + batch], ask, testing=True)
-        for place, c in enumerate(standing):
+        for rung, c in enumerate(standing):
             if not c.reason and losses is not None and c.tested_lost > losses:
                 c.reason = f"lost {c.tested_lost} of {c.tested} in the test, which allows {losses} of {len(questions)}"
             if c.reason:
-                for behind in standing[place + 1 :]:
-                    behind.reason = behind.reason or f"not tested to the end: {c.name}, which should be safer, failed before it"
-                standing = standing[:place]
+                for later in standing[rung + 1 :]:
+                    later.reason = later.reason or f"not tested to the end: {c.name}, which should be safer, failed before it"
+                standing = standing[:rung]
                 break
         if not standing:
             return None
@@ -110,9 +134,9 @@ def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int |
 def _count(standing: Sequence[Candidate], questions: Sequence[int], ask: Ask, testing: bool) -> None:
     if not standing:
         return
-    found = ask([c.run for c in standing], questions)
+    replies_by_run = ask([c.run for c in standing], questions)
     for c in standing:
-        replies = found[c.name]
+        replies = replies_by_run[c.name]
         if isinstance(replies, str):
             c.reason = replies
             continue
@@ -126,66 +150,67 @@ def _count(standing: Sequence[Candidate], questions: Sequence[int], ask: Ask, te
 
 
 def _rounds(questions: Sequence[int]) -> list[Sequence[int]]:
-    """A quarter, a quarter, a half: every round doubles what the survivors have answered."""
+    """A quarter, a quarter, a half: every round doubles the answers of the survivors."""
     quarter = -(-len(questions) // 4)
     parts = [questions[:quarter], questions[quarter : 2 * quarter], questions[2 * quarter :]]
     return [part for part in parts if part]
 
 
 def _front(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other is at least as good as in cost, losses and divergence; the first of equals."""
+    """The Pareto front of time, losses and divergence; the first of equals."""
     return [
         c
-        for place, c in enumerate(candidates)
-        if not any(other.no_worse(c) and (not c.no_worse(other) or at < place) for at, other in enumerate(candidates) if other is not c)
+        for index, c in enumerate(candidates)
+        if not any(other.no_worse(c) and (not c.no_worse(other) or at < index) for at, other in enumerate(candidates) if other is not c)
     ]
 
 
 def _by_goal(candidates: Sequence[Candidate], keep: float | None) -> tuple[list[Candidate], list[Candidate]]:
-    """Those that have lost no more than ``keep`` allows, and the others."""
+    """Candidates with no more losses than ``keep`` allows, and the others."""
     within = [c for c in candidates if keep is None or c.lost <= (1 - keep) * c.asked + 1e-9]
     return within, [c for c in candidates if c not in within]
 
 
 def _spread(front: Sequence[Candidate], count: int) -> list[Candidate]:
-    """``count`` of a front, evenly over its costs' order; the cheapest of those that lost least is always among them."""
+    """``count`` of a front, evenly over the order of their times; the cheapest with the fewest losses is always
+    among them."""
     by_cost = sorted(front, key=lambda c: c.ms)
     if len(by_cost) <= count:
         return by_cost
     if count < 1:
         return []
-    sure = min(range(len(by_cost)), key=lambda place: by_cost[place].lost)  # the first of equals is the cheapest
-    places = [round(i * (len(by_cost) - 1) / max(1, count - 1)) for i in range(count)]
-    if sure not in places:
-        places[min(range(count), key=lambda i: abs(places[i] - sure))] = sure
-    return [by_cost[place] for place in places]
+    safest = min(range(len(by_cost)), key=lambda index: by_cost[index].lost)  # the first of equals is the cheapest
+    indices = [round(i * (len(by_cost) - 1) / max(1, count - 1)) for i in range(count)]
+    if safest not in indices:
+        indices[min(range(count), key=lambda i: abs(indices[i] - safest))] = safest
+    return [by_cost[index] for index in indices]
 
 
 def _best(candidates: Sequence[Candidate], count: int, keep: float | None) -> list[Candidate]:
     """Front after front until there are ``count``, first of those within the goal."""
     out: list[Candidate] = []
-    for left in _by_goal(candidates, keep):
-        while left and len(out) < count:
-            front = _front(left)
+    for remaining in _by_goal(candidates, keep):
+        while remaining and len(out) < count:
+            front = _front(remaining)
             out += _spread(front, count - len(out))
-            left = [c for c in left if c not in front]
+            remaining = [c for c in remaining if c not in front]
     return out
 
 
-def _leaving(standing: Sequence[Candidate], stay: Sequence[Candidate], keep: float | None) -> list[Candidate]:
-    """Those that stay; the others get their reason."""
+def _drop_others(standing: Sequence[Candidate], kept: Sequence[Candidate], keep: float | None) -> list[Candidate]:
+    """Give a reason to the candidates that are not in ``kept``, and return ``kept``."""
     within, _ = _by_goal(standing, keep)
     for c in standing:
-        if c not in stay:
-            better = [other for other in stay if other.no_worse(c)]
+        if c not in kept:
+            better = [other for other in kept if other.no_worse(c)]
             c.reason = f"{c.ms:.3g} ms, {c.lost} of {c.asked} lost: "
             if better:
-                other = min(better, key=lambda each: (each.lost, each.moved))
+                other = min(better, key=lambda candidate: (candidate.lost, candidate.moved))
                 c.reason += f"{other.name} is as good or better in both ({other.ms:.3g} ms, {other.lost} lost) and nearer to the full model"
             elif keep is not None and c not in within:
                 c.reason += f"more than {percent(keep)} kept allows; others are within it"
             elif keep is None:
                 c.reason += "others kept more or stayed nearer to the full model"
             else:
-                c.reason += f"left out for room, as good as the {len(stay)} that went on"
-    return list(stay)
+                c.reason += f"left out for room, as good as the {len(kept)} that went on"
+    return list(kept)

@@ -12,8 +12,11 @@ MARKERS = "os^DvpP<>h"
 
 
 def pareto(result: dict[str, Any]) -> bytes:
-    """A PNG. One marker and colour per method, faint where a setting left before it had answered what the others did. The line joins the full
-    model and those that were asked the whole test and that no other of these beats in both; the bar is the chosen one's test.
+    """A PNG of the search.
+
+    One marker and colour per method, faint where a setting was dropped early. The line joins the full model and the
+    settings with the whole
+    test that no other of these beats in both; the bar is the chosen one's test.
 
     Raises
     ------
@@ -36,12 +39,12 @@ def pareto(result: dict[str, Any]) -> bytes:
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         methods = list(dict.fromkeys(row["label"] for row in rows))
-        for place, method in enumerate(methods):
-            own = [row for row in rows if row["label"] == method]
-            look: dict[str, Any] = {"marker": MARKERS[place % len(MARKERS)], "color": COLOURS[place % len(COLOURS)]}
-            sizes = [16 + 40 * (row["testing"]["asked"] > 0) for row in own]
-            clear = [0.9 if row["choosing"]["asked"] >= result["questions"]["choosing"] else 0.3 for row in own]
-            axes.scatter([row["ms"] for row in own], [100 * row["kept"] for row in own], s=sizes, **look | {"alpha": clear})
+        for number, method in enumerate(methods):
+            method_rows = [row for row in rows if row["label"] == method]
+            look: dict[str, Any] = {"marker": MARKERS[number % len(MARKERS)], "color": COLOURS[number % len(COLOURS)]}
+            sizes = [16 + 40 * (row["testing"]["asked"] > 0) for row in method_rows]
+            alphas = [0.9 if row["choosing"]["asked"] >= result["questions"]["choosing"] else 0.3 for row in method_rows]
+            axes.scatter([row["ms"] for row in method_rows], [100 * row["kept"] for row in method_rows], s=sizes, **look | {"alpha": alphas})
             axes.plot([], [], ls="", ms=6, label=method, **look)  # the legend's marker is neither faint nor large
         line = front(result)
         axes.plot([at for at, _ in line], [kept for _, kept in line], color=MUTED, lw=0.9, zorder=1)
@@ -49,8 +52,8 @@ def pareto(result: dict[str, Any]) -> bytes:
         keep = result["goal"]["keep"]
         if keep is not None:
             axes.axhline(100 * keep, color=INK, lw=0.9, ls=(0, (5, 2)), label=f"goal: {percent(keep)} kept")
-        model, place_ = result["model"]["name"], result["environment"]
-        axes.set_title(f"{result['task']} on {model}, {place_['device']} ({place_['cpu']})", fontsize=9, loc="left")
+        model, environment = result["model"]["name"], result["environment"]
+        axes.set_title(f"{result['task']} on {model}, {environment['device']} ({environment['cpu']})", fontsize=9, loc="left")
         axes.set(xlabel="measured time to the first token, ms per question (faster to the right)", ylabel="right answers kept, %")
         axes.invert_xaxis()
         notes = "large: tested\nfaint: left early\nline: asked the whole test\nbar: down to the 95 % bound"
@@ -65,34 +68,35 @@ def pareto(result: dict[str, Any]) -> bytes:
 
 
 def front(result: dict[str, Any]) -> list[tuple[float, float]]:
-    """Milliseconds and percent kept of the settings that were asked the whole test, from cheap to dear, each keeping more than all cheaper ones;
-    last the full model. A handful of answers while choosing shows too little to join in."""
-    asked = [row for row in result["candidates"] if row["ms"] and row["testing"]["asked"] >= max(1, result["questions"]["testing"])]
+    """Milliseconds and percent kept of the settings with the whole test, from cheap to dear, each keeping more than all
+    cheaper ones; last the
+    full model. The few answers of the choosing rounds show too little to be included."""
+    tested = [row for row in result["candidates"] if row["ms"] and row["testing"]["asked"] >= max(1, result["questions"]["testing"])]
     out: list[tuple[float, float]] = []
-    for row in sorted(asked, key=lambda row: (row["ms"], -row["kept"])):
+    for row in sorted(tested, key=lambda row: (row["ms"], -row["kept"])):
         if not out or 100 * row["kept"] > out[-1][1]:
             out.append((row["ms"], 100 * row["kept"]))
     return [*out, (result["full_ms"], 100.0)] if out else []
 
 
-def name_beside(axes: Any, text: str, place: tuple[float, float]) -> Any:
+def name_beside(axes: Any, text: str, point: tuple[float, float]) -> Any:
     """A label in bold beside a point, on the side where it covers the least of markers and lines and stays within the axes."""
     figure = axes.figure
     figure.draw_without_rendering()
-    spots = [axes.transData.transform(spot) for drawn in axes.collections for spot in drawn.get_offsets()]
-    for drawn in axes.lines:
-        if drawn.get_transform() is axes.transData:
-            ends = [axes.transData.transform(spot) for spot in drawn.get_xydata()]
-            spots += [start + (end - start) * step / 40 for start, end in zip(ends, ends[1:], strict=False) for step in range(41)]
+    dots = [axes.transData.transform(dot) for artist in axes.collections for dot in artist.get_offsets()]
+    for artist in axes.lines:
+        if artist.get_transform() is axes.transData:
+            ends = [axes.transData.transform(dot) for dot in artist.get_xydata()]
+            dots += [start + (end - start) * step / 40 for start, end in zip(ends, ends[1:], strict=False) for step in range(41)]
     inside = axes.get_window_extent()
-    label = axes.annotate(text, place, xytext=(0, 0), textcoords="offset points", weight="bold")
+    label = axes.annotate(text, point, xytext=(0, 0), textcoords="offset points", weight="bold")
 
     def cost(aside: tuple[float, float, str]) -> float:
         label.set_position(aside[:2])
         label.set_ha(aside[2])
         box = label.get_window_extent().padded(4)
         out = box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1
-        return sum(box.contains(*spot) for spot in spots) + 100 * out
+        return sum(box.contains(*dot) for dot in dots) + 100 * out
 
     sides = [(side * far, up, "left" if side > 0 else "right") for far in (9, 30, 60) for up in (7, -14, 20, -28, 34, -44) for side in (1, -1)]
     best = min(sides, key=cost)  # the first of equals is the nearest

@@ -1,4 +1,5 @@
-"""From questions and candidates to the cheapest setting that holds: the full model, times, the race, the result."""
+"""The search from questions and candidates to the cheapest setting that holds: the full model, times, halving, the
+result."""
 
 from __future__ import annotations
 
@@ -31,8 +32,12 @@ EXAMPLES = 5  # of lost answers, in the result
 
 @dataclass(frozen=True)
 class Goal:
-    """``keep``: share of the full model's right answers that has to stay, with 95 %; None: as much as can be had. ``speedup``: of the time to the
-    first token, at least. ``memory``: bytes of weights, activations and cache for one prompt, at most."""
+    """Goal of a search.
+
+    ``keep``: share of the full model's right answers to keep, with 95 %; None: as large as possible. ``speedup``:
+    smallest one of the time to
+    the first token. ``memory``: largest number of bytes of weights, activations and cache for one prompt.
+    """
 
     keep: float | None = None
     speedup: float | None = None
@@ -55,7 +60,8 @@ class Goal:
 
 @dataclass(frozen=True)
 class Preview:
-    """What the search will cost, said before it begins: at most so many ``answers``, and ``seconds`` at the full model's pace."""
+    """Estimated cost of the search, known before it begins: at most so many ``answers``, and ``seconds`` at the full
+    model's pace."""
 
     answers: int
     seconds: float
@@ -148,14 +154,14 @@ def _times(
 ) -> dict[str, dict[str, Any]]:
     """Time to the first token of all candidates that can run, and of the full model; the others get their reason. All are timed in turns, so one
     that is new means all anew."""
-    known = asker.diary.batches.get("times")
+    known = asker.journal.batches.get("times")
     if known is None or not {c.name for c in candidates} <= set(known["runs"]):
         refused = {c.name: why for c in candidates if (why := _refusal(asker.loaded, c.run, questions))}
         runs = [FULL, *(c.run for c in candidates if c.name not in refused)]
         found = prefill_times(asker.loaded, runs, questions, rounds) if len(runs) > 1 else {}
         page = {name: {"message": why} for name, why in refused.items()} | found
-        asker.diary.add("times", {"questions": list(numbers), "runs": page})
-        known = asker.diary.batches["times"]
+        asker.journal.add("times", {"questions": list(numbers), "runs": page})
+        known = asker.journal.batches["times"]
     times = known["runs"]
     for c in candidates:
         c.reason = times[c.name].get("message", "")
@@ -166,7 +172,7 @@ def _times(
 
 
 def _refusal(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQuestion]) -> str:
-    """Why a run cannot read these questions; empty where it can."""
+    """Reason for which a run cannot take these questions; empty if it can."""
     try:
         with attached(loaded, run, questions), torch.no_grad():
             loaded.model(**inputs_of(loaded, questions, salient=run.settings.get("text_query") == "salient"), logits_to_keep=1)
@@ -205,7 +211,7 @@ def _memory(loaded: LoadedModel, run: ExperimentCell, question: TaskQuestion, ne
 
 
 def setting(run: ExperimentCell) -> dict[str, Any]:
-    """What ``duet.json`` holds: method, budget, and the settings that are not the method's own."""
+    """Content of ``duet.json``: method, budget, and the settings other than the method's defaults."""
     return {"method": run.method, "budget": run.budget, "settings": dict(run.settings)}
 
 
@@ -246,4 +252,4 @@ def _result(
 
 def _example(asker: AnswerSource, chosen: Candidate, number: int, said: dict[int, str]) -> dict[str, str]:
     question = asker.question(number)
-    return {"id": question.id, "question": question.text, "full": said[number], "reduced": asker.said(chosen.run, number)}
+    return {"id": question.id, "question": question.text, "full": said[number], "reduced": asker.answer_of(chosen.run, number)}

@@ -9,7 +9,7 @@ from duet_vlm.evaluation.tune.binomial import LEVEL, needed
 
 
 def setting_file(result: dict[str, Any]) -> dict[str, Any]:
-    """What ``duet.json`` holds: the chosen method, budget and settings, and where they come from."""
+    """Content of ``duet.json``: the chosen method, budget and settings, and their origin."""
     row = chosen_row(result)
     assert row is not None  # a file is written only where something was chosen
     told = {key: row[key] for key in ("kept", "bound", "ms", "speedup")} | {"tested": row["testing"]}
@@ -22,7 +22,7 @@ def chosen_row(result: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def python_line(row: dict[str, Any]) -> str:
-    """What attaches the setting without its file."""
+    """The Python line that attaches the setting without its file."""
     settings = "".join(f", {key}={_tuples(value)!r}" for key, value in row["settings"].items())
     budget = "" if row["budget"] is None else f", budget={row['budget']!r}"
     return f"handle = duet_vlm.attach(model, {row['method']!r}{budget}{settings})"
