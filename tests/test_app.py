@@ -109,7 +109,7 @@ def test_alive_is_what_the_layers_read(name: str, loaded: LoadedModel, shown: Up
     """Counted by the report on the rows that the layers really had; and every token is in one of the three."""
     side = AppSide(loaded, ChosenMethod(name, 0.3, {}), shown, QUESTION)
     assert [one.error for one in list(answers([side], 1))[-1]] == [""]
-    seen, read = side.seen(), side.handle.report().measured  # type: ignore[union-attr]
+    seen, read = side.record(), side.handle.report().measured  # type: ignore[union-attr]
     for layer in range(seen.depth):
         found = token_fates(seen.traces[0], layer)
         assert len(found.alive) == read[layer]
@@ -186,7 +186,7 @@ def test_a_clip_is_laid_out_in_rows_of_four(apart: bool) -> None:
 def test_one_click_one_patch(loaded: LoadedModel, shown: Uploads) -> None:
     side = AppSide(loaded, ChosenMethod("duet", 0.22, {}), shown, QUESTION)
     list(answers([side], 1))
-    way = depth_view(shown, side.inputs, loaded.processor, side.seen())
+    way = depth_view(shown, side.inputs, loaded.processor, side.record())
     kept = way.strips[0].trace.stages[0].kept
     for token in (0, 17, 255):
         said = way.story((token % 16 + 0.5) / 16, (token // 16 + 0.5) / 16, 0)
@@ -262,7 +262,7 @@ def test_nothing_is_left_on_the_model_and_no_weight_is_copied(loaded: LoadedMode
     assert not mine & {id(module) for module in twin.modules()}
     side = AppSide(loaded, SIDES[1], shown, QUESTION)
     list(answers([side], 2))
-    side.seen()
+    side.record()
     assert duet_vlm.handle_of(loaded.model) is None and duet_vlm.handle_of(side.model) is not None
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in loaded.model.modules())
 
@@ -277,7 +277,7 @@ def test_two_at_once_get_the_answers_that_they_get_alone(loaded: LoadedModel) ->
         for _ in range(2):
             sides = [AppSide(loaded, None, one[0], one[1]), AppSide(loaded, one[2], one[0], one[1])]
             texts = [said.text for said in list(answers(sides, 4))[-1]]
-            out.append((texts, sides[1].seen().traces[0].stages[-1].kept))
+            out.append((texts, sides[1].record().traces[0].stages[-1].kept))
             for side in sides:
                 side.close()
 
@@ -297,7 +297,7 @@ def test_salient_words_are_marked_for_those_who_ask_for_them(loaded: LoadedModel
     sides = [AppSide(loaded, asked, shown, QUESTION) for asked in (None, ChosenMethod("duet", 0.22, {"text_query": "salient"}), SIDES[1])]
     assert ["salient_mask" in side.inputs for side in sides] == [False, True, False]
     assert [said.error for said in list(answers(sides, 2))[-1]] == ["", "", ""]
-    assert sides[1].seen().scores[0][1]
+    assert sides[1].record().scores[0][1]
     for side in sides:
         side.close()
 
@@ -311,7 +311,7 @@ def test_a_clip_from_its_file_to_the_slider(name: str, tmp_path: Path) -> None:
     assert len(clip.preview) == takes_clips.frames
     side = AppSide(takes_clips, ChosenMethod("frames+duet", 0.3, {}), clip, question)
     assert not list(answers([side], 2))[-1][0].error
-    seen = side.seen()
+    seen = side.record()
     way, (trace,) = depth_view(clip, side.inputs, takes_clips.processor, seen), seen.traces
     frames = takes_clips.frames
     each = trace.span.tokens // frames  # a CLS row in front of the square of every frame
@@ -340,7 +340,7 @@ def test_every_family_answers_and_shows_its_depth(name: str) -> None:
     sides = [AppSide(LoadedModel(name, model, processors), each, asked, "what is this") for each in (None, ChosenMethod("duet", 0.5, {}))]
     said = list(answers(sides, 3))[-1]
     assert [one.error for one in said] == ["", ""] and [one.tokens for one in said] == [3, 3]
-    seen, read = sides[1].seen(), sides[1].handle.report().measured  # type: ignore[union-attr]
+    seen, read = sides[1].record(), sides[1].handle.report().measured  # type: ignore[union-attr]
     assert [sum(len(token_fates(trace, layer).alive) for trace in seen.traces) for layer in range(seen.depth)] == list(read)
     if all(trace.span.grid for trace in seen.traces):
         step = depth_view(asked, sides[1].inputs, processors, seen).at(seen.depth - 1)

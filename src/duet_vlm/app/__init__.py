@@ -1,1 +1,2 @@
-"""A page to play with: drop a picture or a clip, ask, and see what is spent, what is kept and why. Only ``page`` needs Gradio."""
+"""A page to play with: drop an image or a video, ask, and see costs, kept tokens and scores. Only ``page`` needs
+Gradio."""

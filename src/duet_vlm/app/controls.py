@@ -1,4 +1,4 @@
-"""What the controls of a method say, as text, and the method with its settings that they mean."""
+"""The controls of a method as text, and the method with settings that they mean."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ChosenMethod:
 
     @property
     def label(self) -> str:
-        """What a column is called."""
+        """Title of the method's column."""
         budget = self.budget
         words = "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
         return self.method + words
@@ -34,7 +34,21 @@ class ChosenMethod:
 
 @dataclass(frozen=True)
 class Controls:
-    """The controls of one method as they stand on the page; an empty text means: as the method does it by itself."""
+    """The controls of one method on the page; an empty text means the method's own default.
+
+    Attributes
+    ----------
+    method : str
+        The method, without the one in the tower.
+    budget : str
+        Its budget.
+    schedule : str
+        Drops inside the decoder.
+    tower, tower_keep : str
+        A method inside the vision tower, and the share that it keeps.
+    settings : str
+        Other settings, one a line.
+    """
 
     method: str
     budget: str = ""
@@ -50,7 +64,7 @@ class Controls:
 
     @property
     def _whole(self) -> str:
-        """The method's name, with the one in the tower in front."""
+        """The method's name, after the one in the tower."""
         return "+".join([*([] if self.tower in ("", NO_TOWER) else [self.tower]), self.method.strip()])
 
     @property
@@ -59,7 +73,7 @@ class Controls:
 
     @classmethod
     def of(cls, method: str, budget: Budget | None, settings: Mapping[str, Any]) -> Controls:
-        """The controls that mean this method: the other way round than ``read``."""
+        """The controls that mean this method: the inverse of ``read``."""
         first, _, behind = method.partition("+")
         tower = first if behind and first in tower_methods() else NO_TOWER
         rest = {name: value if isinstance(value, str) else repr(value) for name, value in settings.items()}
@@ -70,12 +84,14 @@ class Controls:
         return cls(method if tower == NO_TOWER else behind, amount, schedule, tower, keep, lines)
 
     def read(self, files: Mapping[str, Any] | None = None) -> ChosenMethod:
-        """The method that they mean. ``files``: settings that name files, of whoever started the page; others would let visitors open any file.
+        """The method that the controls mean. ``files``: settings that name files, of the page's owner; others would let
+        visitors open any file.
 
         Raises
         ------
         ValueError
-            An unknown method, a budget or a setting that does not read as one or is out of range, a schedule for a method that has none, a file
+            An unknown method, a budget or a setting that cannot be parsed or is out of range, a schedule for a method
+            that has none, a file
             that is not among ``files``; each named.
         """
         if not self.method.strip():
@@ -99,7 +115,7 @@ class Controls:
 
 
 def tower_methods() -> list[str]:
-    """Methods that stand in the vision tower in front of another one."""
+    """Methods inside the vision tower that combine with a later one."""
     return [name for name, cls in duet_vlm.list_methods().items() if issubclass(cls, TowerReducer)]
 
 
@@ -109,18 +125,19 @@ def other_methods() -> list[str]:
 
 
 def starting(method: str | Reducer | None, budget: Budget | None, settings: Mapping[str, Any], model: Any) -> Controls:
-    """The controls as the page opens: what the command line asked for, else what the model was trained with, else DUET at 22 %."""
+    """The controls of a fresh page: the method of the command line, else the one that the model was trained with,
+    else DUET at 22 %."""
     if isinstance(method, Reducer):
         changed = to_record(method, budget)
         return Controls.of(changed["method"], budget, changed["settings"] | dict(settings))
-    if method is None and (known := duet_vlm.load_from_config(model)) is not None:
-        return Controls.of(known["method"], known["budget"] if budget is None else budget, known["settings"] | dict(settings))
+    if method is None and (saved := duet_vlm.load_from_config(model)) is not None:
+        return Controls.of(saved["method"], saved["budget"] if budget is None else budget, saved["settings"] | dict(settings))
     own = budget is None and not settings
     return Controls.of(method or "duet", 0.22 if own and method is None else budget, settings)
 
 
 def _setting(method: str, name: str) -> str | None:
-    """What a setting is called in a method: by its own name, or behind the part's that has it."""
+    """Name of a setting in a method: its own, or with the prefix of the part that has it."""
     fields = getattr(duet_vlm.get_method(method), "__dataclass_fields__", {})
     return next((field for field in fields if field == name or field.endswith(f"_{name}")), None)
 

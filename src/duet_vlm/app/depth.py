@@ -1,4 +1,4 @@
-"""The slider: one answer's picture, or clip, at each depth of the model."""
+"""The slider: one answer's image, or video, at each depth of the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from duet_vlm import SpanTrace
 from duet_vlm.app.files import Uploads
 from duet_vlm.app.generate import RunRecord
-from duet_vlm.viz import at_depth, cropped_picture, film, film_place, frame_pictures, history, on_film, part_pictures, told
+from duet_vlm.viz import at_depth, cropped_picture, depth_note, film, film_place, frame_pictures, history, on_film, part_pictures
 
 FIRST = -1  # the vision tower
 SIZE, STEP = 448, 176  # pixels of a picture's longer side, and of a step of time of a clip
@@ -22,7 +22,7 @@ Scores = list[dict[int, float] | None]
 
 @dataclass(frozen=True)
 class DepthStep:
-    """What the slider shows: a line, a smaller one, the patches, and the scores that decided (None where none did)."""
+    """The slider's view: a line, a smaller one, the patches, and the scores that decided (None where none did)."""
 
     title: str
     note: str
@@ -32,7 +32,7 @@ class DepthStep:
 
 @dataclass(frozen=True)
 class DepthStrip:
-    """A span on the picture that its tokens cover: ``steps`` pictures of one size below each other."""
+    """A span on the image that its tokens cover: ``steps`` pictures of one size below each other."""
 
     picture: Image.Image
     trace: SpanTrace
@@ -42,13 +42,14 @@ class DepthStrip:
 
 @dataclass(frozen=True)
 class DepthView:
-    """What one answer did with what was shown, through the depth of a decoder of ``depth`` layers: one span, or a span for each tile or frame."""
+    """The spans of one answer through the depth of a decoder of ``depth`` layers: one span, or a span for each tile
+    or frame."""
 
     strips: tuple[DepthStrip, ...]
     depth: int
 
     def at(self, layer: int) -> DepthStep:
-        """The picture where decoder layer ``layer`` reads it; -1 is the vision tower, 0 the entry to the decoder.
+        """The picture at the input of decoder layer ``layer``; -1 is the vision tower, 0 the entry to the decoder.
 
         Raises
         ------
@@ -59,46 +60,46 @@ class DepthView:
         patches = tiled([tile for strip, panel in zip(self.strips, panels, strict=True) for tile in _cut(panel.picture, strip.steps)])
         scored = [(strip, panel.scores) for strip, panel in zip(self.strips, panels, strict=True) if panel.scores is not None]
         scores = tiled([tile for strip, picture in scored for tile in _cut(picture, strip.steps)]) if len(scored) == len(panels) else None
-        return DepthStep(*told([strip.trace for strip in self.strips], layer), patches, scores)
+        return DepthStep(*depth_note([strip.trace for strip in self.strips], layer), patches, scores)
 
     def story(self, x: float, y: float, layer: int) -> str:
-        """What has become of the patch at a place of that picture, given as shares of its width and height."""
+        """The fate of the patch at a point of that picture, given as shares of its width and height."""
         across = min(ACROSS, self._pictures)
         down = -(-self._pictures // across)
         column, row = min(int(x * across), across - 1), min(int(y * down), down - 1)
         number = row * across + column
         if not (0 <= x <= 1 and 0 <= y <= 1) or number >= self._pictures:
             return ""
-        place = x * across - column, y * down - row
+        point = x * across - column, y * down - row
         if len(self.strips) == 1:
-            return _story(self.strips[0], place[0], (number + place[1]) / self.strips[0].steps, layer)
-        return f"Part {number + 1}: {_story(self.strips[number], *place, layer)}"
+            return _story(self.strips[0], point[0], (number + point[1]) / self.strips[0].steps, layer)
+        return f"Part {number + 1}: {_story(self.strips[number], *point, layer)}"
 
     @property
     def _pictures(self) -> int:
         return sum(strip.steps for strip in self.strips)
 
 
-def depth_view(shown: Uploads, inputs: Any, processor: Any, done: RunRecord) -> DepthView:
-    """The walk through an answer.
+def depth_view(uploads: Uploads, inputs: Any, processor: Any, record: RunRecord) -> DepthView:
+    """The depth view of an answer.
 
     Raises
     ------
     ValueError
-        If the spans of the prompt are not those of what was shown.
+        If the spans of the prompt are not those of the uploads.
     """
-    count = len(done.traces)
-    if shown.clips:
-        parts, steps = frame_pictures(shown.clips[0].frames, inputs, 0, processor)
+    count = len(record.traces)
+    if uploads.clips:
+        parts, steps = frame_pictures(uploads.clips[0].frames, inputs, 0, processor)
         if count == 1:
-            trace, place = done.traces[0], film_place(done.traces[0], steps)
-            scores = [stage and {place(token): score for token, score in stage.items()} for stage in done.scores[0]] if place else []
-            return DepthView((DepthStrip(film(parts, steps), on_film(trace, steps), scores, steps),), done.depth)
+            trace, film_index = record.traces[0], film_place(record.traces[0], steps)
+            scores = [stage and {film_index(token): score for token, score in stage.items()} for stage in record.scores[0]] if film_index else []
+            return DepthView((DepthStrip(film(parts, steps), on_film(trace, steps), scores, steps),), record.depth)
     else:
-        parts = [cropped_picture(shown.pictures[0], inputs, 0, processor)] if count == 1 else part_pictures(inputs, processor, count)
+        parts = [cropped_picture(uploads.pictures[0], inputs, 0, processor)] if count == 1 else part_pictures(inputs, processor, count)
     if len(parts) != count:
         raise ValueError(f"what was shown makes {count} spans in this model, which cannot be drawn on it")
-    return DepthView(tuple(DepthStrip(*part) for part in zip(parts, done.traces, done.scores, strict=True)), done.depth)
+    return DepthView(tuple(DepthStrip(*part) for part in zip(parts, record.traces, record.scores, strict=True)), record.depth)
 
 
 def _cut(strip: Image.Image, steps: int) -> list[Image.Image]:
@@ -119,5 +120,5 @@ def _story(strip: DepthStrip, x: float, y: float, layer: int) -> str:
     if strip.trace.span.grid is None:
         return ""
     rows, columns = strip.trace.span.grid
-    place = min(int(y * rows), rows - 1) * columns + min(int(x * columns), columns - 1)
-    return history(strip.trace, strip.trace.span.tokens - rows * columns + place, layer, strip.steps)
+    cell = min(int(y * rows), rows - 1) * columns + min(int(x * columns), columns - 1)
+    return history(strip.trace, strip.trace.span.tokens - rows * columns + cell, layer, strip.steps)

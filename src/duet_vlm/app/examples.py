@@ -1,4 +1,4 @@
-"""Something to look at first: the shipped pictures, and a drawn clip or page where the model reads those."""
+"""First examples: the shipped images, and a drawn video or page where the model takes those."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def examples(loaded: LoadedModel, folder: Path) -> list[tuple[Path, str]]:
     if loaded.name in CLIPS:
         return _clip(folder, CLIPS[loaded.name])
     if loaded.name == "tiny-page":
-        shown = page.sample("test", 0)
-        shown.image.save(folder / "page.png")
-        return [(folder / "page.png", shown.question)]
-    found = []
+        sample = page.sample("test", 0)
+        sample.image.save(folder / "page.png")
+        return [(folder / "page.png", sample.question)]
+    files = []
     for number, item in enumerate(tiny.demo_images()):
         path = folder / f"picture-{number + 1}.png"
         item.image.save(path)
-        found.append((path, item.questions[0][0]))
-    return found + (_clip(folder, CLIPS["tiny-video"]) if loaded.takes_clips else [])
+        files.append((path, item.questions[0][0]))
+    return files + (_clip(folder, CLIPS["tiny-video"]) if loaded.takes_clips else [])
 
 
 def _clip(folder: Path, drawn: Callable[[str, int], video.ClipSample]) -> list[tuple[Path, str]]:

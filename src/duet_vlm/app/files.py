@@ -1,4 +1,4 @@
-"""What was dropped on the page: a picture or a clip, opened with the limits of the command line."""
+"""Files dropped on the page: an image or a video, opened with the limits of the command line."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ LONGEST_QUESTION = 4000  # letters
 
 @dataclass(frozen=True)
 class Uploads:
-    """What is asked about: one picture, or one clip."""
+    """The subject of a question: one image, or one video."""
 
     pictures: tuple[Image.Image, ...]
     clips: tuple[VideoFrames, ...]
 
     @property
     def preview(self) -> list[Image.Image]:
-        """The picture, or the frames that are taken of the clip."""
+        """The image, or the frames that are taken of the video."""
         return [*self.pictures, *(frame for clip in self.clips for frame in clip.frames)]
 
 
 def open_uploads(path: Path | None, loaded: LoadedModel) -> Uploads:
-    """The file as the model is shown it.
+    """The file as the model's input.
 
     Raises
     ------
     ValueError
-        No file, one that cannot be read or is too large, or a clip for a model that takes none.
+        No file, one that cannot be read or is too large, or a video for a model that takes none.
     """
     if path is None:
         raise ValueError("nothing to look at: drop a picture or a clip first")
@@ -49,7 +49,7 @@ def open_uploads(path: Path | None, loaded: LoadedModel) -> Uploads:
 
 
 def is_clip(path: Path) -> bool:
-    """Whether a file's name says that it is a clip; all else is read as a picture."""
+    """True if a file's name says that it is a video; all else is read as an image."""
     return (mimetypes.guess_type(path.name)[0] or "").startswith("video/") or path.suffix.lower() in (".mkv", ".webm", ".m4v")
 
 
@@ -61,9 +61,9 @@ def check_question(question: str | None) -> str:
     ValueError
         There is none, or it is too long.
     """
-    asked = (question or "").strip()
-    if not asked:
+    text = (question or "").strip()
+    if not text:
         raise ValueError("no question: write what you want to know about the picture")
-    if len(asked) > LONGEST_QUESTION:
-        raise ValueError(f"the question has {len(asked)} letters; at most {LONGEST_QUESTION} are taken")
-    return asked
+    if len(text) > LONGEST_QUESTION:
+        raise ValueError(f"the question has {len(text)} letters; at most {LONGEST_QUESTION} are taken")
+    return text

@@ -1,7 +1,8 @@
 """One question to the full model and to reduced ones, whose answers are written side by side.
 
-Each side answers on a copy of the model's modules that shares its weights, so that nothing of one question, or of one user, is in the way of
-another. Prompts are read one after the other, which keeps each time to the first token its own; what follows is written by all sides together.
+Each side answers on a copy of the model's modules that shares its weights, so that no state of a question, or of a
+user, affects another.
+Prompts are run one after the other, so that each time to the first token is its own; all sides decode together.
 """
 
 from __future__ import annotations
@@ -29,7 +30,21 @@ FULL = "full model"
 
 @dataclass(frozen=True)
 class StreamedText:
-    """What a side has said so far: ``tokens`` of answer, seconds to the ``first`` of them; ``error`` where it could not go on."""
+    """The answer of a side so far.
+
+    Attributes
+    ----------
+    name, text : str
+        Name of the side, and its text.
+    tokens : int
+        Tokens of the answer.
+    first : float or None
+        Seconds to the first token.
+    done : bool
+        The answer is complete.
+    error : str
+        The error that ended it.
+    """
 
     name: str
     text: str = ""
@@ -41,7 +56,21 @@ class StreamedText:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a reduced side did with the spans of the prompt: its trace, the scores that decided by stage, the report, and layers of the decoder."""
+    """The spans of the prompt under a reduced side.
+
+    Attributes
+    ----------
+    traces : list of SpanTrace
+        Their traces.
+    scores : list
+        The scores that decided, by stage.
+    report : str
+        The report.
+    mean, tokens : float, int
+        Visual tokens per layer, and unreduced.
+    depth : int
+        Layers of the decoder.
+    """
 
     traces: list[SpanTrace]
     scores: list[list[dict[int, float] | None]]
@@ -52,31 +81,32 @@ class RunRecord:
 
 
 def same_weights(model: nn.Module) -> Any:
-    """Modules of their own over the weights of ``model``, which are not copied: hooks on the one are not on the other."""
+    """A copy of the modules of ``model`` that shares its weights: hooks on the one are not on the other."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, shared)
 
 
 class AppSide:
-    """One answer in the making: the full model's (``asked`` None), or a reduced one's.
+    """One side of the page: the full model (``chosen`` None), or a reduced one.
 
     Raises
     ------
     ValueError, TypeError
-        What cannot be attached to this model; the method is named in front.
+        A method that cannot be attached to this model; the message begins with its name.
     """
 
-    def __init__(self, loaded: LoadedModel, asked: ChosenMethod | None, shown: Uploads, question: str) -> None:
-        self.name = FULL if asked is None else asked.label
-        self.loaded, self.shown, self.question = loaded, shown, question
+    def __init__(self, loaded: LoadedModel, chosen: ChosenMethod | None, uploads: Uploads, question: str) -> None:
+        self.name = FULL if chosen is None else chosen.label
+        self.loaded, self.shown, self.question = loaded, uploads, question
         self.model = same_weights(loaded.model)
-        self.handle = None if asked is None else _attached(self.model, loaded, asked.method, asked)
-        self.inputs = loaded.inputs(shown.pictures, question, shown.clips)
+        self.handle = None if chosen is None else _attached(self.model, loaded, chosen.method, chosen)
+        self.inputs = loaded.inputs(uploads.pictures, question, uploads.clips)
         if self.handle is None or getattr(self.handle.reducer, "text_query", None) != "salient":
             self.inputs.pop("salient_mask", None)
 
-    def seen(self) -> RunRecord:
-        """What the last answer kept, and, from a second look at the prompt, the scores that decided. A full model has nothing to show."""
+    def record(self) -> RunRecord:
+        """The kept tokens of the last answer, and, from a second pass over the prompt, the scores that decided.
+        Nothing for a full model."""
         from duet_vlm.viz import ScoreRecorder
 
         assert self.handle is not None
@@ -93,28 +123,30 @@ class AppSide:
             self.handle.detach()
 
 
-def _attached(model: nn.Module, loaded: LoadedModel, method: Any, asked: ChosenMethod) -> Handle:
+def _attached(model: nn.Module, loaded: LoadedModel, method: Any, chosen: ChosenMethod) -> Handle:
     from duet_vlm import attach
 
-    query = asked.settings.get("text_query", getattr(method, "text_query", None))
+    query = chosen.settings.get("text_query", getattr(method, "text_query", None))
     processor = loaded.processor if query == "salient" else None
     try:
-        return attach(model, method, budget=asked.budget, processor=processor, **asked.settings)
+        return attach(model, method, budget=chosen.budget, processor=processor, **chosen.settings)
     except (ValueError, TypeError) as error:
         text = str(error)
-        raise ValueError(text if text.startswith(asked.method) else f"{asked.method}: {text}") from error
+        raise ValueError(text if text.startswith(chosen.method) else f"{chosen.method}: {text}") from error
 
 
 def answers(sides: Sequence[AppSide], longest: int) -> Iterator[list[StreamedText]]:
-    """What every side has said, again and again until all have ended; at most ``longest`` tokens each. Ending the iteration ends the answers."""
+    """The answers of all sides so far, again and again until all are complete; at most ``longest`` tokens each. Ending
+    the iteration ends the
+    answers."""
     stop = threading.Event()
-    begun = [threading.Event() for _ in sides]  # the first token is there, or never comes
+    begun = [threading.Event() for _ in sides]  # the first token has come, or never will
     writers = [_Writer(side, longest, begun, number, stop) for number, side in enumerate(sides)]
     for writer in writers:
         writer.start()
     try:
         before: list[StreamedText] = []
-        while not all(said.done for said in before) or not before:
+        while not all(text.done for text in before) or not before:
             now = [writer.said() for writer in writers]
             if now != before:
                 yield now
@@ -127,7 +159,8 @@ def answers(sides: Sequence[AppSide], longest: int) -> Iterator[list[StreamedTex
 
 
 class _Writer(threading.Thread):
-    """Answers for one side: waits until the sides before it have begun, and behind its first token until all have."""
+    """Writes one side's answer in a thread: waits for the first tokens of the sides before it, and after its own for
+    those of all."""
 
     def __init__(self, side: AppSide, longest: int, begun: Sequence[threading.Event], number: int, stop: threading.Event) -> None:
         from transformers import TextIteratorStreamer
@@ -160,7 +193,7 @@ class _Writer(threading.Thread):
             new = out[0, self._side.inputs["input_ids"].shape[1] :].tolist()
             text = str(self._side.loaded.processor.tokenizer.decode(new, skip_special_tokens=True)).strip()
             self._last = StreamedText(self._side.name, text, len(new), self._first, True)
-        except Exception as error:  # whatever it is, it belongs on the page, and the other sides go on
+        except Exception as error:  # any error belongs on the page, and the other sides continue
             self._last = StreamedText(self._side.name, self._text, self._tokens, self._first, True, sentence(error))
         finally:
             self._begun[self._number].set()

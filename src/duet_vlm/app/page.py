@@ -1,4 +1,4 @@
-"""The page, made with Gradio: what stands where, and what happens when. What is said and shown comes from the other files."""
+"""The page, made with Gradio: layout and events. Texts and pictures come from the other files."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class AppPage:
             patches.select(self._tell_of(number), [self._walks, self._depth], self._story, **light)
 
     def _look(self, path: str | None) -> list[Any]:
-        """The file that was dropped, as the model is shown it, or what is wrong with it."""
+        """The dropped file as the model's input, or its error."""
         if path is None:
             return [None, _nothing_wrong()]
         try:
@@ -154,31 +154,31 @@ class AppPage:
             return [None, _wrong(error, Path(path))]
 
     def _answer(self, path: str | None, question: str | None, longest: float, comparing: bool, *values: str | None) -> Iterator[dict[Any, Any]]:
-        """One question: answers as they are written, then what the slider shows, and the reports."""
+        """One question: answers while they are written, then the depth views and the reports."""
         yield self._cleared()
         file = None if path is None else Path(path)
         groups = [values[:EACH], values[EACH:]][: 1 + bool(comparing)]
         try:
-            asked = [Controls(*(value or "" for value in group)).read(self._files) for group in groups]
-            shown, text = open_uploads(file, self._loaded), check_question(question)
+            methods = [Controls(*(value or "" for value in group)).read(self._files) for group in groups]
+            uploads, text = open_uploads(file, self._loaded), check_question(question)
             with ExitStack() as ending:
                 sides = []
-                for each in [None, *asked]:
-                    sides.append(AppSide(self._loaded, each, shown, text))
+                for method in [None, *methods]:
+                    sides.append(AppSide(self._loaded, method, uploads, text))
                     ending.callback(sides[-1].close)
-                said: list[StreamedText] = []
-                for said in answers(sides, int(longest)):
-                    yield self._written(said)
-                if failed := [f"{one.name}: {one.error}" for one in said if one.error]:
+                texts: list[StreamedText] = []
+                for texts in answers(sides, int(longest)):
+                    yield self._written(texts)
+                if failed := [f"{one.name}: {one.error}" for one in texts if one.error]:
                     yield {self._problem: gr.update(value=_alert("; ".join(failed)), visible=True)}
-                done = {number: side.seen() for number, side in enumerate(sides) if number and not said[number].error}
+                done = {number: side.record() for number, side in enumerate(sides) if number and not texts[number].error}
             update: dict[Any, Any] = {}
             walks: list[tuple[str, DepthView] | None] = [None, None]
-            for number, seen in done.items():
-                update |= {self._columns[number][2]: _facts(said[number], said[0], f"{seen.mean:.1f} of {seen.tokens} visual tokens per layer")}
-                update |= {self._reports[number - 1]: f"<h3>{escape(sides[number].name)}</h3><pre class='report'>{escape(seen.report)}</pre>"}
+            for number, record in done.items():
+                update |= {self._columns[number][2]: _facts(texts[number], texts[0], f"{record.mean:.1f} of {record.tokens} visual tokens per layer")}
+                update |= {self._reports[number - 1]: f"<h3>{escape(sides[number].name)}</h3><pre class='report'>{escape(record.report)}</pre>"}
                 try:
-                    way = depth_view(shown, sides[number].inputs, self._loaded.processor, seen)
+                    way = depth_view(uploads, sides[number].inputs, self._loaded.processor, record)
                     way.at(0)
                     walks[number - 1] = sides[number].name, way
                 except ValueError as error:  # tokens that form no grid: there are answers and reports all the same
@@ -186,7 +186,7 @@ class AppPage:
             deep = max((way.depth for _, way in filter(None, walks)), default=0)
             if deep:
                 update |= {self._depth: gr.update(maximum=deep - 1, value=0, visible=True), self._legend: gr.update(visible=True)}
-                update |= dict(zip([part for view in self._views for part in view], self._shown(walks, 0), strict=True))
+                update |= dict(zip([part for view in self._views for part in view], self._depth_updates(walks, 0), strict=True))
             yield update | {self._walks: walks}
         except Exception as error:  # whatever it is, the page says it
             yield {self._problem: _wrong(error, file)}
@@ -196,29 +196,29 @@ class AppPage:
         texts = {part: "" for _, text, facts in self._columns for part in (text, facts)}
         return hidden | texts | {self._story: ""} | dict.fromkeys(self._reports, "") | {view[0]: gr.update(visible=False) for view in self._views}
 
-    def _written(self, said: Sequence[StreamedText]) -> dict[Any, Any]:
-        found: dict[Any, Any] = {}
-        for (_, text, facts), one in zip(self._columns, said, strict=False):
-            found |= {text: gr.update(value=one.text, label=one.name), facts: _facts(one, said[0])}
-        return found
+    def _written(self, texts: Sequence[StreamedText]) -> dict[Any, Any]:
+        updates: dict[Any, Any] = {}
+        for (_, text, facts), one in zip(self._columns, texts, strict=False):
+            updates |= {text: gr.update(value=one.text, label=one.name), facts: _facts(one, texts[0])}
+        return updates
 
-    def _shown(self, walks: Sequence[tuple[str, DepthView] | None], layer: int) -> list[Any]:
-        """What stands in the views of both methods, each a name and a walk."""
-        found: list[Any] = []
+    def _depth_updates(self, walks: Sequence[tuple[str, DepthView] | None], layer: int) -> list[Any]:
+        """Updates of the views of both methods, each a name and a depth view."""
+        updates: list[Any] = []
         for one in walks:
             if one is None:
-                found += [gr.update(visible=False), "", None, None]
+                updates += [gr.update(visible=False), "", None, None]
             else:
                 step = one[1].at(min(layer, one[1].depth - 1))
                 words = f"<b>{escape(one[0])}, {escape(step.title)}</b><br>{escape(step.note)}"
-                found += [gr.update(visible=True), words, step.patches, gr.update(value=step.scores, visible=step.scores is not None)]
-        return found
+                updates += [gr.update(visible=True), words, step.patches, gr.update(value=step.scores, visible=step.scores is not None)]
+        return updates
 
     def _move(self, kept: Any, layer: float) -> list[Any]:
-        """The slider was moved."""
+        """Handler of the slider."""
         if kept is None:
             return [gr.skip()] * (4 * len(self._views) + 1)
-        return [*self._shown(kept, int(layer)), ""]
+        return [*self._depth_updates(kept, int(layer)), ""]
 
     def _tell_of(self, number: int) -> Any:
         def tell(kept: Any, layer: float, event: gr.SelectData) -> str:
@@ -239,16 +239,16 @@ def _settings(method: str) -> str:
     return f"key=value, one to a line: {', '.join(own)}"
 
 
-def _facts(said: StreamedText, full: StreamedText, more: str = "") -> str:
+def _facts(answer: StreamedText, full: StreamedText, more: str = "") -> str:
     """Time and tokens of one answer."""
-    if said.error:
+    if answer.error:
         return "stopped"
-    if said.first is None:
+    if answer.first is None:
         return "waits"
-    parts = [f"{said.first:.3g} s to the first token", f"{said.tokens} tokens"]
-    if said.done and full.done and said is not full:
-        parts.append("the same answer" if said.text == full.text else "another answer")
-        parts.append(f"first token {full.first / said.first:.2f}x as fast" if full.first else "")
+    parts = [f"{answer.first:.3g} s to the first token", f"{answer.tokens} tokens"]
+    if answer.done and full.done and answer is not full:
+        parts.append("the same answer" if answer.text == full.text else "another answer")
+        parts.append(f"first token {full.first / answer.first:.2f}x as fast" if full.first else "")
     return escape(" · ".join(filter(None, [*parts, more])))
 
 

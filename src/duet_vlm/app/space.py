@@ -24,19 +24,20 @@ def check_installed() -> None:
 
 
 def warmed(loaded: LoadedModel, first: Controls) -> None:
-    """Ask once before anybody does: the first call of a process pays for what later ones find made. What cannot be attached is refused here."""
+    """Answer once before the first user: the first call of a process is slower. Methods that cannot be attached are
+    refused here."""
     from duet_vlm import tiny
     from duet_vlm.inputs.video import VideoFrames
 
     if loaded.name in CLIPS:
         frames = CLIPS[loaded.name]("test", 0).frames
-        shown = Uploads((), (VideoFrames(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
+        uploads = Uploads((), (VideoFrames(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
     else:
-        shown = Uploads((tiny.demo_images()[0].image,), ())
-    sides = [AppSide(loaded, asked, shown, "what is this ?") for asked in (None, first.read(first.files))]
+        uploads = Uploads((tiny.demo_images()[0].image,), ())
+    sides = [AppSide(loaded, chosen, uploads, "what is this ?") for chosen in (None, first.read(first.files))]
     try:
-        for said in answers(sides, 1):
-            if wrong := next((one for one in said if one.error), None):
+        for texts in answers(sides, 1):
+            if wrong := next((one for one in texts if one.error), None):
                 raise ValueError(f"{wrong.name}: {wrong.error}")
     finally:
         for side in sides:
@@ -46,8 +47,9 @@ def warmed(loaded: LoadedModel, first: Controls) -> None:
 def serve(loaded: LoadedModel, first: Controls, host: str | None = None, port: int | None = None) -> None:
     """Serve until the process is told to stop, from its main thread.
 
-    Nothing is shared, counted or kept: no tunnel, no analytics, and uploads in a folder of their own that goes with the process. Host and port
-    None: as the environment says (a Space does), else 127.0.0.1 and 7860.
+    Nothing is shared, counted or kept: no tunnel, no analytics, and uploads in a folder of their own that goes with the
+    process. Host and
+    port None: from the environment (of a Space), else 127.0.0.1 and 7860.
     """
     warmed(loaded, first)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too

@@ -1,4 +1,5 @@
-"""``duet-vlm bench``: measure a model against itself: the full model, methods and floors in turns, stage by stage."""
+"""``duet-vlm bench``: measure a model against itself: the full model, methods and baselines in turns, stage by
+stage."""
 
 from __future__ import annotations
 
@@ -64,18 +65,18 @@ def bench(
         loaded, where, name = _model(model, config_only, device, dtype)
         plan = BenchPlan(sides, batches, texts, tokens, frames, new, rounds, **pieces)
         say = functools.partial(typer.echo, err=True)
-        found = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
+        measured = result(name, loaded, plan, sheet_of(where, say) if predict else None, say)
         if out is not None:
-            out.write_text(json.dumps(found, indent=1) + "\n")
-        files = draw(found, plots) if plots is not None else []
+            out.write_text(json.dumps(measured, indent=1) + "\n")
+        files = draw(measured, plots) if plots is not None else []
         if json_:
-            print(json.dumps(found | {"files": [str(f) for f in files]}))
+            print(json.dumps(measured | {"files": [str(f) for f in files]}))
         else:
-            _show(found)
+            _show(measured)
 
 
 def _writable(out: Path | None, plots: Path | None) -> None:
-    """What would fail at the end of the measurement fails here."""
+    """Check now that the outputs can be written at the end."""
     if out is not None and out.is_dir():
         raise ValueError(f"--out {out}: is a folder; give a file to write JSON to")
     if out is not None:
@@ -86,19 +87,19 @@ def _writable(out: Path | None, plots: Path | None) -> None:
         folder_for("--plots", plots)
 
 
-def _methods(given: list[str] | None) -> list[tuple[str, int | float | None, tuple[tuple[str, Any], ...]]]:
+def _methods(texts: list[str] | None) -> list[tuple[str, int | float | None, tuple[tuple[str, Any], ...]]]:
     """Methods, and where a file names one its own budget and settings."""
-    found = several(given) or list(METHODS)
-    if found == ["all"]:
+    names = several(texts) or list(METHODS)
+    if names == ["all"]:
         import duet_vlm
 
-        found = [name for name in duet_vlm.list_methods() if name != "none"]
-    named = [method_of(name) for name in found]
+        names = [name for name in duet_vlm.list_methods() if name != "none"]
+    named = [method_of(name) for name in names]
     return [(name, budget, tuple(settings.items())) for name, budget, settings in named]
 
 
 def _model(name: str, config_only: Path | None, device: str | None, dtype: str | None) -> tuple[Any, str, str]:
-    """The model to run, where, and what it is called."""
+    """The model to run, its device, and its name."""
     import torch
 
     from duet_vlm.api.loading import device_for, load
@@ -114,13 +115,13 @@ def _model(name: str, config_only: Path | None, device: str | None, dtype: str |
     return random_model(config_only, where, usual if dtype is None else TORCH[dtype]), where, str(config_only)
 
 
-def _show(found: dict[str, Any]) -> None:
+def _show(measured: dict[str, Any]) -> None:
     from duet_vlm.evaluation.console import console as screen
 
     console = screen(120)
-    console.print(f"{found['model']}, {found['environment']['device']}, {found['environment']['dtype']}, {found['environment']['threads']} threads")
-    for key in sorted({(row["batch"], row["text"]) for row in found["rows"] if "ms" in row}):
-        rows = [row for row in found["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
+    console.print(f"{measured['model']}, {measured['environment']['device']}, {measured['environment']['dtype']}, {measured['environment']['threads']} threads")
+    for key in sorted({(row["batch"], row["text"]) for row in measured["rows"] if "ms" in row}):
+        rows = [row for row in measured["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
         prompt = f"batch {key[0]}, {rows[0]['tokens']} visual and {key[1]} other tokens"
         console.print(f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; (predicted); speed-up of the first token by these medians")
         head = ("", "tokens", "vision", "V2V", "prefill", "T2V", "step", "first token", "speed-up", "by FLOPs", "peak MiB")
@@ -128,7 +129,7 @@ def _show(found: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(*_cells(row, rows[0]))
         console.print(table)
-    for row in found["rows"]:
+    for row in measured["rows"]:
         if "ms" not in row:
             floor = "" if row["floor"] is None else f", floor {row['floor']:.1f} tokens"
             console.print(f"{row['side']}: {row['status']}{floor}")
@@ -143,9 +144,9 @@ def _cells(row: dict[str, Any], full: dict[str, Any]) -> list[str]:
 
     peak = row["peak_bytes"]
     by_flops = full["flops_share"] / row["flops_share"]
-    first, whole = row["ms"]["to first token"]["median"], full["ms"]["to first token"]["median"]
+    first, full_first = row["ms"]["to first token"]["median"], full["ms"]["to first token"]["median"]
     return [
         row["side"], f"{row['mean_tokens']:.1f}", time("vision"), f"{row['ms']['v2v']['median']:.3g}", time("prefill"),
         f"{sum(stage['ms'] for stage in row['t2v']):.3g}", time("decode step"), time("to first token"),
-        f"{whole / first:.2f}", f"{by_flops:.2f}", "-" if peak is None else f"{peak / 2**20:.1f}",
+        f"{full_first / first:.2f}", f"{by_flops:.2f}", "-" if peak is None else f"{peak / 2**20:.1f}",
     ]  # fmt: skip

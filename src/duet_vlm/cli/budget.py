@@ -1,6 +1,8 @@
-"""``duet-vlm budget``: what a budget means for a model, before anything runs. Reads the config only, never the weights.
+"""``duet-vlm budget``: the plan of a budget for a model, before anything runs. Reads the config only, never the
+weights.
 
-With ``--device`` also what that device would make of it: seconds, tokens per second, memory, devices for a load, by budget.
+With ``--device`` also predictions for that device: seconds, tokens per second, memory, devices for a load, by
+budget.
 """
 
 from __future__ import annotations
@@ -76,8 +78,8 @@ def _planned(reduction: Reduction, model: Any, element_bytes: int, tokens: int |
         fixed = handle.adapter.fixed_tokens
         if tokens is None and fixed is None:
             raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
-        found = plan_prompt(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
-        return whole_of(found.sample), planned_report(handle, found, element_bytes)
+        prompt = plan_prompt(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
+        return whole_of(prompt.sample), planned_report(handle, prompt, element_bytes)
 
 
 def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, Any]:
@@ -97,8 +99,8 @@ def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, A
 
 def _show(model: str, plan: SpanPlan, report: Report, text: int) -> None:
     console = Console(highlight=False)
-    asked = "its own settings" if report.budget is None else f"budget {report.budget}"
-    console.print(f"[bold]{report.method}[/bold] on {model}, {asked}: an image of {plan.tokens} visual tokens, {text} text tokens")
+    setting = "its own settings" if report.budget is None else f"budget {report.budget}"
+    console.print(f"[bold]{report.method}[/bold] on {model}, {setting}: an image of {plan.tokens} visual tokens, {text} text tokens")
     entering = f"{plan.dominant} kept + {plan.contextual} merged" if plan.contextual else f"{plan.dominant} kept"
     console.print(f"entering the decoder: {plan.entry} tokens ({entering})\n")
     layers = Table("decoder layers", "visual tokens", box=None, pad_edge=False)

@@ -1,4 +1,4 @@
-"""``duet-vlm calibrate``: learn about a model what a method wants to know before it runs on it."""
+"""``duet-vlm calibrate``: measure on a model the statistics that a method needs before it runs on it."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def calibrate(
 
         observer_of(method)  # refused before anything large is loaded
         loaded = load(model, device)
-        made = learn(loaded.model, method, (loaded.inputs([picture], prompt) for picture in pictures), out)
+        calibration = learn(loaded.model, method, (loaded.inputs([picture], prompt) for picture in pictures), out)
         if json_:
-            print(json.dumps({"file": str(out), "method": method, "images": len(pictures), "model": made.model}))
+            print(json.dumps({"file": str(out), "method": method, "images": len(pictures), "model": calibration.model}))
         else:
             print(f"{method} knows {model} from {len(pictures)} image{'s'[: len(pictures) != 1]}: {out}")

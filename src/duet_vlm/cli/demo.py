@@ -1,4 +1,5 @@
-"""``duet-vlm demo``: the embedded model on its shipped pictures, in full and at three budgets, with time, reports and pictures."""
+"""``duet-vlm demo``: the embedded model on its shipped images, in full and at three budgets, with time, reports and
+pictures."""
 
 from __future__ import annotations
 
@@ -31,7 +32,21 @@ FIRST = "demo.png"  # the picture to look at first
 
 @dataclass
 class DemoColumn:
-    """What one setting answered (question by question) and what it cost."""
+    """Answers of one setting (question by question), and their cost.
+
+    Attributes
+    ----------
+    name : str
+        Title of the column.
+    budget : int or float or None
+        The budget; None for the full model.
+    answers : list of str
+        One answer per question.
+    report : Report or None
+        Its costs.
+    speed_up : float
+        Speed-up of the prefill.
+    """
 
     name: str
     budget: float | None
@@ -42,7 +57,8 @@ class DemoColumn:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """A model this small gains little from threads, and one of them makes times steadier on a busy machine."""
+    """Run on one thread: a model this small gains little from threads, and a single one makes times steadier on a
+    busy machine."""
     import torch
 
     before = torch.get_num_threads()
@@ -70,26 +86,26 @@ def batches(processor: Any) -> list[tuple[Any, Any]]:
     return out
 
 
-def answer_all(model: Any, processor: Any, asked: list[tuple[Any, Any]], out: Path) -> tuple[list[DemoColumn], list[Path]]:
+def answer_all(model: Any, processor: Any, batches_: list[tuple[Any, Any]], out: Path) -> tuple[list[DemoColumn], list[Path]]:
     """Every question in full and at every budget; on the way one picture of the first question at all of them, and one per image."""
     from duet_vlm import attach, get_method
     from duet_vlm.viz import ScoreRecorder, draw, model_view, stack
 
     columns, files, first = [DemoColumn("full", None)], [], []
-    for _, inputs in asked:
+    for _, inputs in batches_:
         columns[0].answers += ask(model, processor, inputs)
     for budget in BUDGETS:
         column, watched = DemoColumn(f"{budget:.0%}", budget), ScoreRecorder(get_method("duet")())
         with attach(model, watched.reducer, budget=budget) as handle:
-            for item, inputs in asked:
-                said, place = ask(model, processor, inputs), len(column.answers)
-                column.answers += said
+            for item, inputs in batches_:
+                texts, number = ask(model, processor, inputs), len(column.answers)
+                column.answers += texts
                 trace, tokens = handle.trace[0][0], handle.report().measured_mean
-                question, full = item.questions[0][0], columns[0].answers[place]
-                told = "the same answer" if said[0] == full else "another answer"
-                lines = [question, f"full model: {full}", f"reduced: {said[0]}  ({told})"]
+                question, full = item.questions[0][0], columns[0].answers[number]
+                comparison = "the same answer" if texts[0] == full else "another answer"
+                lines = [question, f"full model: {full}", f"reduced: {texts[0]}  ({comparison})"]
                 title, picture = f"duet at {budget:.0%}: {tokens:.1f} of {trace.span.tokens} tokens per layer", inputs["pixel_values"][0]
-                if place == 0:  # of a batch, of which the scores would be those of the first question
+                if number == 0:  # of a batch, of which the scores would be those of the first question
                     scores = watched.of(trace, 0)
                     first.append(draw(model_view(item.image, picture, processor), trace, title=title, lines=lines, scores=scores))
                 if budget == DRAWN:
@@ -139,12 +155,12 @@ def demo(
 
         with quiet(), one_thread():
             model, processor = tiny.load()
-            asked = batches(processor)
-            columns, files = answer_all(model, processor, asked, out)
-            item = asked[0][0]
+            inputs_by_image = batches(processor)
+            columns, files = answer_all(model, processor, inputs_by_image, out)
+            item = inputs_by_image[0][0]
             one = processor(images=item.image, text=tiny.prompt(item.questions[0][0]), return_tensors="pt")
             seconds = time_all(model, columns, one)
-        pairs = [(item.name, question, true) for item, _ in asked for question, true in item.questions]
+        pairs = [(item.name, question, true) for item, _ in inputs_by_image for question, true in item.questions]
         if json_:
             print(json.dumps(plain(columns, pairs, seconds, files)))
         else:
@@ -204,8 +220,8 @@ def _facts(pairs: list[tuple[str, str, str]], full: DemoColumn, seconds: dict[st
     def right(column: DemoColumn) -> str:
         return str(sum(a == true for a, (_, _, true) in zip(column.answers, pairs, strict=True)))
 
-    def reported(read: Callable[[Any], str], whole: str) -> Callable[[DemoColumn], str]:
-        return lambda column: whole if column.report is None else read(column.report)
+    def reported(read: Callable[[Any], str], full_value: str) -> Callable[[DemoColumn], str]:
+        return lambda column: full_value if column.report is None else read(column.report)
 
     return [
         (f"right, of {len(pairs)}", right),
@@ -218,7 +234,7 @@ def _facts(pairs: list[tuple[str, str, str]], full: DemoColumn, seconds: dict[st
     ]
 
 
-def _cell(said: str, full: str, true: str) -> str:
-    marks = ("[yellow]*[/yellow]" if said != full else "") + ("[red]x[/red]" if said != true else "")
-    return f"{said} {marks}" if marks else said
+def _cell(answer: str, full: str, true: str) -> str:
+    marks = ("[yellow]*[/yellow]" if answer != full else "") + ("[red]x[/red]" if answer != true else "")
+    return f"{answer} {marks}" if marks else answer
 

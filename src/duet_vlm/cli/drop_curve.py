@@ -66,43 +66,43 @@ def drop_curve(
         WorkerRank.here().check_alone("drop-curve")
         source = model or usual_model(task)
         depth = config_of(source).get_text_config().num_hidden_layers
-        if importlib.util.find_spec("matplotlib") is None:  # said now, not after hours
+        if importlib.util.find_spec("matplotlib") is None:  # refused now, not after hours
             raise ImportError('the picture of the curve needs matplotlib: pip install ".[eval]" in your clone of duet-vlm')
         if budgets_wanted:
             check_takes_schedules(method, depth)
         job = Experiment(task, drops(layers_of(depth, wanted_layers)), source, numbers, questions, batch, FULL)
         check_tasks([job])
-        wanted = JobOptions.checked(out, restart, workers, 0, device, json_)
-        file, result = run_job(job, name, wanted)
+        options = JobOptions.checked(out, restart, workers, 0, device, json_)
+        file, result = run_job(job, name, options)
         assert result is not None  # this process is alone
         curve = curve_of(result)
         assert curve is not None  # it was just measured
         picture = file.with_suffix(".png")
         picture.write_bytes(all_plots(result)["drops"][1])
-        found: dict[str, Any] = {"file": str(file), "picture": str(picture), "curve": _facts(curve, tolerance)}
-        found["schedules"] = proposals(curve, tolerance)
+        facts: dict[str, Any] = {"file": str(file), "picture": str(picture), "curve": _facts(curve, tolerance)}
+        facts["schedules"] = proposals(curve, tolerance)
         if not json_:
-            _show(curve, found["schedules"], tolerance)
+            _show(curve, facts["schedules"], tolerance)
             print(f"picture: {picture}")
         if budgets_wanted:
             second = Experiment(task, contest(curve, method, budgets_wanted, tolerance), source, numbers, questions, batch, DEEP)
-            file, result = run_job(second, f"{name}-schedules", wanted)
+            file, result = run_job(second, f"{name}-schedules", options)
             assert result is not None  # this process is alone
             best = winners(result)
-            found |= {"best": {str(budget): _line(row) for budget, row in best.items()}, "contest": tell_progress(file, result)}
+            facts |= {"best": {str(budget): _line(row) for budget, row in best.items()}, "contest": tell_progress(file, result)}
             if not json_:
                 for row in best.values():
                     print(_sentence(row))
         if json_:
-            print(json.dumps(found))
+            print(json.dumps(facts))
 
 
 def _layers(values: list[str] | None) -> tuple[int, ...]:
-    found = several(values)
-    for text in found:
+    texts = several(values)
+    for text in texts:
         if not text.isdecimal():
             raise ValueError(f"--layers {text}: give whole numbers with commas between")
-    return tuple(map(int, found))
+    return tuple(map(int, texts))
 
 
 def _facts(curve: DropCurve, tolerance: float) -> dict[str, Any]:

@@ -18,7 +18,7 @@ EXPECTED = (ValueError, TypeError, RuntimeError, OSError, ImportError, MemoryErr
 
 @contextlib.contextmanager
 def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
-    """Turn what a user can cause into a message.
+    """Turn errors that a user can cause into a message.
 
     Parameters
     ----------
@@ -60,12 +60,12 @@ def one_line(error: BaseException) -> str:
 
 
 def folder_for(option: str, folder: Path) -> Path:
-    """A folder to write to, made if missing. Asked for before the work, so that hours are not lost at their end.
+    """A folder to write to, made if missing. Checked before the work, so that hours are not lost at their end.
 
     Raises
     ------
     ValueError
-        If nothing can be written there; names the option, the folder and the reason.
+        If nothing can be written to it; names the option, the folder and the reason.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,12 +78,12 @@ def folder_for(option: str, folder: Path) -> Path:
 
 
 def plain_name(option: str, name: str | None) -> None:
-    """Refuse what cannot be the name of a file."""
+    """Refuse a text that cannot be the name of a file."""
     if name is not None and not re.fullmatch(r"[\w.+=@-]+", name):
         raise ValueError(f"{option} {name}: give a plain word, it becomes the name of files")
 
 
 def _silence_stdout() -> None:
-    """Nothing is left to be written at exit, where Python would complain again."""
+    """Redirect stdout, so that nothing is written at exit, where Python would complain again."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -89,13 +89,13 @@ def evaluate(
             raise ValueError(f"--harness {harness}: give 'own' or 'lmms-eval'")
         if harness == "lmms-eval" and (oracle or experiment is not None):
             raise ValueError("--oracle and --experiment need the own harness: lmms-eval's tasks do not say which tokens an answer needs")
-        asked: dict[str, Any] = {"--tasks": tasks, "--model": model, "--methods": methods, "--budgets": budgets, "--presets": presets}
-        asked |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
-        asked |= {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
+        options_given: dict[str, Any] = {"--tasks": tasks, "--model": model, "--methods": methods, "--budgets": budgets, "--presets": presets}
+        options_given |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
+        options_given |= {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
         if experiment is not None:
-            given = [option for option, value in asked.items() if value not in (None, []) and value is not False]
-            if given:
-                raise ValueError(f"--experiment {experiment} says what is asked: leave out {', '.join(given)}, or change a copy of the file")
+            conflicting = [option for option, value in options_given.items() if value not in (None, []) and value is not False]
+            if conflicting:
+                raise ValueError(f"--experiment {experiment} says what is asked: leave out {', '.join(conflicting)}, or change a copy of the file")
             jobs = [read(experiment)]
         else:
             cells, numbers, questions = _cells(methods, budgets, presets, oracle), seeds_of(seeds), limit_of(limit)
@@ -106,17 +106,17 @@ def evaluate(
             from duet_vlm.cli.harness import through_lmms_eval
 
             folder = folder_for("--out", out / "lmms-eval")
-            said = through_lmms_eval(jobs[0], [job.task for job in jobs], device, folder, restart, json_)
+            messages = through_lmms_eval(jobs[0], [job.task for job in jobs], device, folder, restart, json_)
         else:
             from duet_vlm.cli.eval_jobs import JobOptions, check_tasks, run_job, tell_progress
 
             check_tasks(jobs)
-            wanted = JobOptions.checked(out, restart, workers, timing_rounds, device, json_)
+            job_options = JobOptions.checked(out, restart, workers, timing_rounds, device, json_)
             title = name or ("eval" if experiment is None else experiment.stem)
-            results = [run_job(job, title, wanted) for job in jobs]
-            said = [tell_progress(file, found) for file, found in results if found is not None]
+            results = [run_job(job, title, job_options) for job in jobs]
+            messages = [tell_progress(file, found) for file, found in results if found is not None]
         if json_:
-            print(json.dumps({"results": said}))
+            print(json.dumps({"results": messages}))
 
 
 def _job(
@@ -153,22 +153,22 @@ def _cells(methods: Texts, budgets: Texts, presets: Texts, oracle: bool) -> tupl
     from duet_vlm.evaluation.experiment import ORACLE, REFERENCES, cells_of
 
     text = METHODS if methods is None and presets is None else ",".join(several(methods))
-    wanted, published, named = budgets_of(budgets or [BUDGETS]), several(presets), cells_of(text) if text else []
+    budget_values, published, named = budgets_of(budgets or [BUDGETS]), several(presets), cells_of(text) if text else []
     if published:
         chosen("presets", "name", published)
     cells: list[dict[str, Any]] = []
     for name, pairs in named:
         method, own, kept = method_of(name, *REFERENCES)
-        cells.append({"method": method, "budgets": wanted if own is None or budgets else [own], "settings": kept | settings_of(pairs)})
+        cells.append({"method": method, "budgets": budget_values if own is None or budgets else [own], "settings": kept | settings_of(pairs)})
     cells += [{"preset": preset} for preset in published]
-    return (*cells, {"method": ORACLE, "budgets": wanted}) if oracle else tuple(cells)
+    return (*cells, {"method": ORACLE, "budgets": budget_values}) if oracle else tuple(cells)
 
 
 def seeds_of(values: Texts) -> tuple[int, ...]:
-    for text in (found := several(values) or ["0"]):
+    for text in (texts := several(values) or ["0"]):
         if not text.isdecimal():
             raise ValueError(f"--seeds {text}: give integers, 0 or more")
-    return tuple(map(int, found))
+    return tuple(map(int, texts))
 
 
 def limit_of(text: str | None) -> int | None:

@@ -1,4 +1,5 @@
-"""What a device makes of a budget: the second half of ``duet-vlm budget``. Predictions from shapes; everything assumed is printed."""
+"""Predictions for a device: the second half of ``duet-vlm budget``. Computed from shapes; every assumption is
+printed."""
 
 from __future__ import annotations
 
@@ -23,7 +24,23 @@ TOKENS = 1296  # of an image of 1,008 x 1,008 pixels in Qwen2.5-VL, where the fa
 
 @dataclass(frozen=True)
 class Fleet:
-    """A device, a batch of equal requests of ``text`` tokens and one image, ``new`` tokens to write, and a load in requests per second."""
+    """A load on devices.
+
+    Attributes
+    ----------
+    device : Device
+        The device.
+    dtype : str
+        Precision.
+    batch : int
+        Equal requests at a time.
+    text, new : int
+        Text tokens of a request with one image, and tokens to write.
+    requests : float
+        Requests per second to serve.
+    assumed : Assumptions
+        Efficiencies.
+    """
 
     device: Device
     dtype: str
@@ -52,15 +69,15 @@ class Fleet:
     def show(self, name: str, skeletal: Any, reductions: Sequence[Reduction], tokens: int | None, parts: int, as_json: bool) -> None:
         """Predict the untouched model and the budgets (of one method), and print them."""
         weights = sum(p.numel() for p in skeletal.parameters())
-        first, asked = reductions[0], [reduction.budget for reduction in reductions if reduction.budget is not None]
-        own = not asked and (bool(first.fields) or not isinstance(first.method, str | None))
-        with (first if own else dataclasses.replace(first, budget=asked[0] if asked else 1.0)).attach(skeletal) as handle:
+        first, budgets = reductions[0], [reduction.budget for reduction in reductions if reduction.budget is not None]
+        own = not budgets and (bool(first.fields) or not isinstance(first.method, str | None))
+        with (first if own else dataclasses.replace(first, budget=budgets[0] if budgets else 1.0)).attach(skeletal) as handle:
             adapter = handle.adapter
             model = ModelCost(adapter.decoder_dims(), adapter.vision_dims(), weights)
             count = tokens or (adapter.fixed_tokens or 0) * parts or TOKENS
             passes = equal_parts(adapter, count, parts)
             rows: list[dict[str, Any]] = []
-            for budget in [handle.budget] if own else asked or BUDGETS:
+            for budget in [handle.budget] if own else budgets or BUDGETS:
                 try:
                     work = workload(handle.set(budget=budget), passes, self.text, self.new)
                 except BudgetError as error:
@@ -76,12 +93,12 @@ class Fleet:
             self._print(name, method, count, parts, weights, rows)
 
     def _row(self, budget: int | float | None, work: Workload, model: ModelCost) -> dict[str, Any]:
-        found = predict(model, work, self.device, self.dtype, self.batch, self.assumed)
+        prediction = predict(model, work, self.device, self.dtype, self.batch, self.assumed)
         mean = sum(plan.mean for plan in work.sample.plans)
         return {
-            "budget": budget, "full": False, "mean_tokens": mean, "prediction": dataclasses.asdict(found), "first_token": found.first_token,
-            "step": found.step, "total": found.total, "tokens_per_second": found.tokens_per_second,
-            "requests_per_second": found.requests_per_second, "devices_for_load": found.devices_for(self.requests), "found": found,
+            "budget": budget, "full": False, "mean_tokens": mean, "prediction": dataclasses.asdict(prediction), "first_token": prediction.first_token,
+            "step": prediction.step, "total": prediction.total, "tokens_per_second": prediction.tokens_per_second,
+            "requests_per_second": prediction.requests_per_second, "devices_for_load": prediction.devices_for(self.requests), "found": prediction,
         }  # fmt: skip
 
     def _plain(self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -118,7 +135,7 @@ class Fleet:
         )
 
     def _lines(self, full: Prediction | None) -> list[tuple[str, Callable[[dict[str, Any], Prediction], str]]]:
-        """What the table says of each budget."""
+        """Lines of the table for each budget."""
         return [
             ("mean visual tokens", lambda row, _: f"{row['mean_tokens']:.1f}"),
             ("vision", lambda _, p: _ms(p.vision.seconds)),
@@ -145,8 +162,8 @@ def _count(weights: int) -> str:
     return f"{weights / 1e9:.2f} G" if weights >= 1e8 else f"{weights / 1e6:.2g} M"
 
 
-def _gigabytes(found: Prediction) -> str:
-    size = found.memory / 1e9
+def _gigabytes(prediction: Prediction) -> str:
+    size = prediction.memory / 1e9
     return f"{size:.1f}" if size >= 1 else f"{size:.2g}"
 
 

@@ -20,43 +20,44 @@ if TYPE_CHECKING:
 
 
 def through_lmms_eval(job: Experiment, tasks: Sequence[str], device: str | None, out: Path, restart: bool, as_json: bool) -> list[dict[str, Any]]:
-    """A folder per run under ``out``, and a table at the end, unless it is told ``as_json``: then lmms-eval speaks on stderr. Finished runs are
-    not repeated; a failed one is a row, not an abort."""
+    """A folder per run under ``out``, and a table at the end, unless ``as_json``: then lmms-eval writes to stderr.
+    Finished runs are not
+    repeated; a failed one is a row, not an abort."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        found = _each(job, tasks, device, out, restart)
+        outcomes = _run_all(job, tasks, device, out, restart)
     if not as_json:
-        Console().print(_table(found))
-    return [{"run": name} | result for name, result in found.items()]
+        Console().print(_table(outcomes))
+    return [{"run": name} | result for name, result in outcomes.items()]
 
 
-def _each(job: Experiment, tasks: Sequence[str], device: str | None, out: Path, restart: bool) -> dict[str, dict[str, Any]]:
+def _run_all(job: Experiment, tasks: Sequence[str], device: str | None, out: Path, restart: bool) -> dict[str, dict[str, Any]]:
     from duet_vlm.evaluation import lmms
 
-    console, found = Console(), {}
+    console, outcomes = Console(), {}
     for run in job.runs():
-        asked = {"model": job.model, "tasks": list(tasks), "run": run.id, "limit": job.limit}
-        mark = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:8]
+        job_facts = {"model": job.model, "tasks": list(tasks), "run": run.id, "limit": job.limit}
+        mark = hashlib.sha256(json.dumps(job_facts).encode()).hexdigest()[:8]
         folder = out / f"{run.method}-{mark}"
         file = folder / "result.json"
         if file.exists() and not restart:
-            found[run.id] = json.loads(file.read_text())["result"]
+            outcomes[run.id] = json.loads(file.read_text())["result"]
             continue
         console.rule(run.id)
         method = {"preset": run.preset} if run.preset else {"method": run.method, "budget": run.budget, "settings": run.settings}
         try:
-            found[run.id] = lmms.run(job.model, tasks, **method, limit=job.limit, batch=job.batch, device=device, out=folder)
+            outcomes[run.id] = lmms.run(job.model, tasks, **method, limit=job.limit, batch=job.batch, device=device, out=folder)
         except RuntimeError as error:
-            found[run.id] = {"failed": str(error)}
+            outcomes[run.id] = {"failed": str(error)}
             continue
-        save(file, {"asked": asked, "result": found[run.id]})
-    return found
+        save(file, {"asked": job_facts, "result": outcomes[run.id]})
+    return outcomes
 
 
-def _table(found: dict[str, dict[str, Any]]) -> Table:
+def _table(outcomes: dict[str, dict[str, Any]]) -> Table:
     table = Table(title="lmms-eval", title_justify="left")
     for column in ("run", "nominal tokens", "measured", "task", "metrics"):
         table.add_column(column)
-    for name, result in found.items():
+    for name, result in outcomes.items():
         if "failed" in result:
             table.add_row(name, "", "", "failed", result["failed"])
             continue

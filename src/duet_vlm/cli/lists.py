@@ -1,7 +1,9 @@
-"""What ``methods``, ``presets`` and ``models`` print, kept as data beside this file: making it anew takes torch, which takes seconds to load.
+"""Lists of ``methods``, ``presets`` and ``models``, kept as data beside this file: making them takes torch, which takes
+seconds to load.
 
-``make tables`` writes the file, a test holds it equal to what the package says of itself. Where more is installed than the package ships
-(methods of other packages, a file that somebody adds to the source), the package is asked.
+``make tables`` writes the file, a test holds it equal to the package. Where more is installed than the package ships
+(methods of other
+packages, a file added to the source), the package is used.
 """
 
 from __future__ import annotations
@@ -36,19 +38,19 @@ def rows(name: str) -> Rows:
     return kept[name]
 
 
-def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
-    """The rows whose ``key`` is ``wanted``; all of them where nothing is.
+def chosen(name: str, key: str, names: list[str] | None) -> Rows:
+    """The rows whose ``key`` is in ``names``; all of them without ``names``.
 
     Raises
     ------
     ValueError
         An unknown name; the nearest one, and all that there are, are named.
     """
-    found = {row[key]: row for row in rows(name)}
-    for each in wanted or ():
-        if each not in found:
-            raise unknown(name, each, found)
-    return [found[each] for each in wanted or found]
+    by_name = {row[key]: row for row in rows(name)}
+    for one in names or ():
+        if one not in by_name:
+            raise unknown(name, one, by_name)
+    return [by_name[one] for one in names or by_name]
 
 
 def check_method(text: str, *others: str) -> None:
@@ -59,23 +61,23 @@ def check_method(text: str, *others: str) -> None:
     ValueError
         As ``chosen``.
     """
-    known = [row["name"] for row in rows("methods")]
+    names = [row["name"] for row in rows("methods")]
     for part in text.split("+"):
-        if part not in (*known, *others):
-            raise unknown("methods", part, known)
+        if part not in (*names, *others):
+            raise unknown("methods", part, names)
 
 
-def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
+def unknown(name: str, text: str, names: Iterable[str]) -> ValueError:
     """The error for a name that is not in a list."""
     one, all_ = ("family", "families") if name == "models" else (name.removesuffix("s"), name)
-    return ValueError(f"unknown {one} {given!r}{did_you_mean(given, known)}; known {all_}: {', '.join(known)}")
+    return ValueError(f"unknown {one} {text!r}{did_you_mean(text, names)}; known {all_}: {', '.join(names)}")
 
 
 def content() -> str:
-    """What the file has to hold, from the package itself."""
+    """Content of the file, from the package itself."""
     own = [row for row in _methods() if duet_vlm.get_method(row["name"]).__module__.startswith("duet_vlm.")]  # other packages differ by machine
-    found = {"files": {name: _files(name) for name in FOLDERS}, "methods": own, "presets": _presets(), "models": _models()}
-    return json.dumps(found, indent=1) + "\n"
+    lists = {"files": {name: _files(name) for name in FOLDERS}, "methods": own, "presets": _presets(), "models": _models()}
+    return json.dumps(lists, indent=1) + "\n"
 
 
 def _files(name: str) -> list[str]:
@@ -90,10 +92,10 @@ def _methods() -> Rows:
 
 def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
     """A method as plain values."""
-    places = (("before the decoder", duet_vlm.EncoderReducer), ("inside the decoder", duet_vlm.DecoderReducer))
+    kinds = (("before the decoder", duet_vlm.EncoderReducer), ("inside the decoder", duet_vlm.DecoderReducer))
     in_tower, usual = issubclass(cls, duet_vlm.TowerReducer), cls()
     reads = sorted({*getattr(usual, "signals", ()), *getattr(usual, "reads", ()), *getattr(usual, "needs", ())})
-    stages = ["inside the tower"] if in_tower else [word for word, base in places if issubclass(cls, base)]
+    stages = ["inside the tower"] if in_tower else [word for word, base in kinds if issubclass(cls, base)]
     return {
         "name": name,
         "summary": cls.summary,
@@ -108,20 +110,21 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
     }
 
 
-def _paragraphs(cls: type[duet_vlm.Reducer], wanted: Callable[[str], bool]) -> str:
-    """What a method's docstring says in front of its parameters, or (of the rest) in the paragraphs that are wanted."""
-    whole = [" ".join(text.split()) for text in (inspect.getdoc(cls) or "").split("\n\n")]
-    first = next((i for i, text in enumerate(whole) if text.startswith(("Parameters", "Cost", "Differences", "From the paper"))), len(whole))
-    told = [text for text in whole[:first] if wanted(text)] or [text for text in whole[first:] if wanted(text)][:1]
-    return " ".join(told)
+def _paragraphs(cls: type[duet_vlm.Reducer], select: Callable[[str], bool]) -> str:
+    """Paragraphs of a method's docstring before its parameters, or (of the rest) those that ``select`` accepts."""
+    paragraphs = [" ".join(text.split()) for text in (inspect.getdoc(cls) or "").split("\n\n")]
+    first = next((i for i, text in enumerate(paragraphs) if text.startswith(("Parameters", "Cost", "Differences", "From the paper"))), len(paragraphs))
+    accepted = [text for text in paragraphs[:first] if select(text)] or [text for text in paragraphs[first:] if select(text)][:1]
+    return " ".join(accepted)
 
 
 def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
-    """Why families cannot run a method with its usual settings, or a preset of its authors' code, as far as that is known without a model."""
+    """Reasons for which families cannot run a method with its usual settings, or a preset of its authors' code, as
+    far as known without a model."""
     from duet_vlm.models.lookup import families
 
     presets = [name for name in dir(cls) if name.startswith("official")]
-    found: dict[tuple[str, str], list[str]] = {}
+    families_by_reason: dict[tuple[str, str], list[str]] = {}
     for name in ("", *presets):
         try:
             reducer = getattr(cls, name)() if name else cls()
@@ -129,8 +132,8 @@ def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
             continue
         for family, adapter in families().items():
             if why := _why_not(adapter, reducer):
-                found.setdefault((name, why), []).append(family)
-    return [{"preset": name, "why": why, "families": listed} for (name, why), listed in found.items()]
+                families_by_reason.setdefault((name, why), []).append(family)
+    return [{"preset": name, "why": why, "families": listed} for (name, why), listed in families_by_reason.items()]
 
 
 def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:

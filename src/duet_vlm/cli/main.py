@@ -57,8 +57,8 @@ app.command("demo")(demo.demo)
 app.command("new-method")(new_method.new_method)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(requested: bool) -> None:
+    if requested:
         typer.echo(version("duet-vlm"))
         raise typer.Exit()
 

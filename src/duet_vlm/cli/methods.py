@@ -32,17 +32,17 @@ def methods(
         table.columns[0].no_wrap = True
         for row in rows:
             stage, asks = row["stage"].replace(" the decoder", ""), "yes" if row["needs_text"] else "no"
-            told = f"{row['summary']}\n[dim]{row['paper']}[/dim]" + ("\n" + "\n".join(_more(row)) if names else "")
-            table.add_row(row["name"], stage, asks, told)
+            cell = f"{row['summary']}\n[dim]{row['paper']}[/dim]" + ("\n" + "\n".join(_more(row)) if names else "")
+            table.add_row(row["name"], stage, asks, cell)
         Console().print(table)
         print("reduces: inside the tower, before or inside the decoder; text: whether the question decides what stays")
 
 
 def _more(row: dict[str, Any]) -> list[str]:
-    """What is told of a method that was asked for by name."""
-    told = [escape(row["idea"]), escape(row["cost"]), f"needs: {', '.join(row['needs']) or 'nothing of the model'}"]
-    told += [f"settings: {', '.join(row['settings'])}"]
+    """Details of a method that was named."""
+    lines = [escape(row["idea"]), escape(row["cost"]), f"needs: {', '.join(row['needs']) or 'nothing of the model'}"]
+    lines += [f"settings: {', '.join(row['settings'])}"]
     for case in row["families_without"]:
         way = f"{case['preset']} " if case["preset"] else ""
-        told.append(escape(f"{way}not on {', '.join(case['families'])}: {case['why']}"))
-    return list(filter(None, told))
+        lines.append(escape(f"{way}not on {', '.join(case['families'])}: {case['why']}"))
+    return list(filter(None, lines))

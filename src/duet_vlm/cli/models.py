@@ -29,18 +29,18 @@ def models(
 ) -> None:
     """List the supported model families: what they take, and what to know about each."""
     with friendly(debug, json_):
-        found, everyone = chosen("models", "family", names), rows("models")
+        selected, all_rows = chosen("models", "family", names), rows("models")
         if json_:
-            print(json.dumps(found))
+            print(json.dumps(selected))
             return
-        same = [key for key in everyone[0] if all(row[key] is True for row in everyone)]  # said once, below
-        columns = [key for key in everyone[0] if key not in {*same, "notes", "example"}]
+        same = [key for key in all_rows[0] if all(row[key] is True for row in all_rows)]  # said once, below
+        columns = [key for key in all_rows[0] if key not in {*same, "notes", "example"}]
         table = Table(*(key.replace("_", " ") for key in columns), box=SIMPLE, pad_edge=False)
-        for row in found:
+        for row in selected:
             table.add_row(*(cell(row[key]) for key in columns))
         console = Console(highlight=False)
         console.print(table)
-        for row in found:
+        for row in selected:
             console.print(f"[bold]{row['family']}[/bold] (such as {row['example']}): {row['notes']}", soft_wrap=True)
         print(f"\nevery family: {', '.join(same)}")
         print("'tiny', the default of --model, is a small llava that ships with the package, 'tiny-page' a small llava_next;")

@@ -17,8 +17,8 @@ from duet_vlm.cli.options import Debug
 SKELETONS = Path(__file__).with_name("skeletons")
 TESTED = {"entry": '{"keep": 0.4}', "decoder": '{"layer": 2, "keep": 0.4}'}  # settings that bite in the tests' small decoders
 CASES, PAPERS = "tests/cases.py", "PAPERS.md"
-MATRIX = "REDUCING: dict[str, dict[str, Any]] = {\n"  # the new row of the tests goes behind this line
-TABLE = re.compile(r"^\| `contrast` \|", re.M)  # and that of the papers in front of our own methods
+MATRIX = "REDUCING: dict[str, dict[str, Any]] = {\n"  # the new row of the tests goes after this line
+TABLE = re.compile(r"^\| `contrast` \|", re.M)  # and that of the papers before our own methods
 
 
 def new_method(
@@ -37,12 +37,13 @@ def new_method(
 
 
 def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
-    """The files of a clone as they will be, by their paths; nothing is written yet.
+    """The new contents of the files of a clone, by their paths; nothing is written yet.
 
     Raises
     ------
     ValueError
-        A name that is none or is taken, a place that is none, a paper that does not fit into a line of a table, a folder that is no clone.
+        An invalid or taken name, an unknown stage, a paper that does not fit into a line of a table, a folder that
+        is no clone.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{name}: use lower-case letters, digits and underscores, e.g. my_method")

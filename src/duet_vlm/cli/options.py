@@ -1,4 +1,4 @@
-"""Options that several verbs share, and how their text becomes values. Nothing here loads torch before a verb runs."""
+"""Options that several verbs share, and the parsing of their text. Nothing here loads torch before a verb runs."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _separated(text: str) -> list[str]:
 
 
 def several_paths(values: Sequence[Path] | None) -> list[Path]:
-    """As ``several``, of files: a comma in the name of a file that is there separates nothing."""
+    """As ``several``, for files: a comma in the name of an existing file separates nothing."""
     return [path for value in values or () for path in ([value] if value.exists() else map(Path, _separated(str(value))))]
 
 
@@ -107,10 +107,10 @@ def one(option: str, values: Sequence[str] | None) -> str | None:
     ValueError
         If there are more; they would be dropped in silence otherwise.
     """
-    found = several(values)
-    if len(found) > 1:
-        raise ValueError(f"{option} {','.join(found)}: give one; 'duet-vlm eval' and 'duet-vlm bench' compare several")
-    return found[0] if found else None
+    texts = several(values)
+    if len(texts) > 1:
+        raise ValueError(f"{option} {','.join(texts)}: give one; 'duet-vlm eval' and 'duet-vlm bench' compare several")
+    return texts[0] if texts else None
 
 
 def counts(option: str, values: Sequence[str] | None, default: int) -> tuple[int, ...]:
@@ -119,18 +119,31 @@ def counts(option: str, values: Sequence[str] | None, default: int) -> tuple[int
     Raises
     ------
     ValueError
-        If one is none.
+        If a text is no such count.
     """
-    found = several(values) or [str(default)]
-    for text in found:
+    texts = several(values) or [str(default)]
+    for text in texts:
         if not text.isdecimal() or int(text) < 1:
             raise ValueError(f"{option} {text}: give whole numbers, at least 1")
-    return tuple(map(int, found))
+    return tuple(map(int, texts))
 
 
 @dataclass(frozen=True)
 class VisualInputs:
-    """What a prompt shows: pictures, then clips, as the options name them. Files that cannot be right are refused before a model is loaded."""
+    """Images and videos of a prompt, as the options name them. Files that cannot be right are refused before a model is
+    loaded.
+
+    Attributes
+    ----------
+    images, videos : tuple of Path
+        Files of images, then of videos.
+    frames : int or None
+        Frames of each video.
+    fps : float or None
+        Frames per second of each video.
+    paths : tuple of Path
+        All files.
+    """
 
     images: list[Image.Image]
     videos: list[Path]
@@ -152,28 +165,28 @@ class VisualInputs:
         return cls([open_image(path) for path in pictures], clips, frames, fps, [*pictures, *clips])
 
     def clips(self, loaded: LoadedModel) -> list[VideoFrames]:
-        """The clips, with as many frames as the user or the model wants."""
+        """The videos, with the number of frames of the user or the model."""
         frames = loaded.frames if self.frames is None and self.fps is None else self.frames
         return [decode(path, frames, self.fps) for path in self.videos]
 
 
 def pieces_of(chunk_frames: int | None, still_frames: float | None, clips: bool, remedy: str) -> dict[str, Any]:
-    """What ``attach`` is told about how clips go through the vision tower.
+    """Arguments of ``attach`` for the chunks of videos.
 
     Raises
     ------
     ValueError
-        If anything is said where no ``clips`` are shown; ``remedy`` says what to give.
+        If an option is given without ``clips``; ``remedy`` says what to give.
     """
-    given = {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
-    found = {option: value for option, value in given.items() if value is not None}
-    if found and not clips:
-        raise ValueError(f"{' and '.join(f'{option} {value}' for option, value in found.items())}: no clip is shown; {remedy}, or leave it out")
-    return {option.removeprefix("--").replace("-", "_"): value for option, value in found.items()}
+    options = {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
+    options_given = {option: value for option, value in options.items() if value is not None}
+    if options_given and not clips:
+        raise ValueError(f"{' and '.join(f'{option} {value}' for option, value in options_given.items())}: no clip is shown; {remedy}, or leave it out")
+    return {option.removeprefix("--").replace("-", "_"): value for option, value in options_given.items()}
 
 
 def budget_of(text: str | None) -> int | float | None:
-    """``64`` is a token count, ``0.22`` and ``22%`` are fractions; ``1`` is said to be one token.
+    """Parse a budget: ``64`` is a token count, ``0.22`` and ``22%`` are fractions; ``1`` is one token, with a message.
 
     Raises
     ------
@@ -206,7 +219,8 @@ def settings_of(pairs: list[str] | None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reduction:
-    """What the options of one command line ask for, ready to be attached; ``method`` None is what the model remembers, else duet."""
+    """The reduction of one command line, ready to be attached; ``method`` None is the one saved with the model, else
+    duet."""
 
     preset: str | None
     method: str | Reducer | None
@@ -214,30 +228,32 @@ class Reduction:
     fields: dict[str, Any]
 
     def label_on(self, handle: Handle) -> str:
-        """What it is called."""
+        """Title of the reduction under a handle."""
         return self.preset or handle.reducer.name
 
     def attach(self, model: nn.Module, processor: Any = None, **pieces: Any) -> Handle:
         """Attach it; ``processor`` is used where the settings need one, ``pieces`` are those of ``pieces_of``."""
         from duet_vlm import attach, load_from_config
 
-        known = load_from_config(model) if self.method is None else None
-        fields = (known or {}).get("settings", {}) | self.fields
+        saved = load_from_config(model) if self.method is None else None
+        fields = (saved or {}).get("settings", {}) | self.fields
         marked = processor if fields.get("text_query") == "salient" else None
         return attach(model, self.method, budget=self.budget, processor=marked, **self.fields | pieces)
 
 
 def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[str, Any]]:
-    """Method, budget and settings that ``--method`` names, be it a method (then without the other two) or a file; ``others`` as ``check_method``.
+    """Method, budget and settings that ``--method`` names, either a method (then without the other two) or a file;
+    ``others`` as in
+    ``check_method``.
 
     Raises
     ------
     ValueError
         An unknown method, or a file without one.
     """
-    found = load_from_file(name) if is_method_file(name) else {"method": name, "budget": None, "settings": {}}
-    check_method(found["method"], *others)
-    return found["method"], found["budget"], found["settings"]
+    setting = load_from_file(name) if is_method_file(name) else {"method": name, "budget": None, "settings": {}}
+    check_method(setting["method"], *others)
+    return setting["method"], setting["budget"], setting["settings"]
 
 
 def reductions_of(
@@ -248,7 +264,7 @@ def reductions_of(
     Raises
     ------
     ValueError
-        A preset beside other choices, an unknown method or preset, a budget or a setting that does not read as one.
+        A preset beside other choices, an unknown method or preset, a budget or a setting that cannot be parsed.
     """
     name, published = one("--method", method), one("--preset", preset)
     if published is None:
@@ -259,9 +275,9 @@ def reductions_of(
             budgets, fields = budgets or [own], kept | fields
         return [Reduction(None, name, value, fields) for value in budgets or [None]]
     others = {"--method": method, "--budget": budget, "--positions": positions, "--set": settings}
-    given = [option for option, value in others.items() if value]
-    if given:
-        raise ValueError(f"--preset {published} brings its method and all settings: leave out {', '.join(given)}")
+    conflicting = [option for option, value in others.items() if value]
+    if conflicting:
+        raise ValueError(f"--preset {published} brings its method and all settings: leave out {', '.join(conflicting)}")
     chosen("presets", "name", [published])  # refused before anything large is loaded
     from duet_vlm import preset as preset_of
 
@@ -281,7 +297,8 @@ def _shared(
 
 
 def reducing(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the shared options; it receives them as ``reduction`` (or ``reductions``, where it takes several budgets) and ``json_``, and
+    """Give a verb the shared options; it receives them as ``reduction`` (or ``reductions``, where it takes several
+    budgets) and ``json_``, and
     its errors as one line."""
     parameters = inspect.signature(verb, eval_str=True).parameters
     own = [p for p in parameters.values() if p.name not in ("reduction", "reductions", "json_")]

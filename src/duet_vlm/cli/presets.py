@@ -30,7 +30,7 @@ def presets(
         table.columns[0].no_wrap = True
         for row in rows:
             changed = ", ".join(f"{key}={value}" for key, value in row["settings"].items())
-            told = row["source"] + (f"\nsettings: {changed}" if names else "")
-            table.add_row(row["name"], row["method"], row["model"], f"{row['mean']:g} of {row['tokens']}", told)
+            cell = row["source"] + (f"\nsettings: {changed}" if names else "")
+            table.add_row(row["name"], row["method"], row["model"], f"{row['mean']:g} of {row['tokens']}", cell)
         Console(highlight=False).print(table)
         print("tokens: mean visual tokens per decoder layer, of an image (a frame) there; 'duet-vlm run --preset NAME' uses one")

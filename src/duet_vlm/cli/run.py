@@ -40,20 +40,20 @@ def run(
     device: Device = None,
 ) -> None:
     """Answer a question about images and clips, then report tokens, FLOPs and KV bytes."""
-    shown = VisualInputs.of(image, video, frames, fps)
-    pieces = pieces_of(chunk_frames, still_frames, bool(shown.videos), "give --video")
+    visuals = VisualInputs.of(image, video, frames, fps)
+    pieces = pieces_of(chunk_frames, still_frames, bool(visuals.videos), "give --video")
     if chunk_frames is not None and reduction.method is None:
-        check_streamed(shown, reduction, compare, still_frames)
-        streamed(load(model, device), shown, prompt, chunk_frames, cast(int, reduction.budget), max_new_tokens, json_)
+        check_streamed(visuals, reduction, compare, still_frames)
+        streamed(load(model, device), visuals, prompt, chunk_frames, cast(int, reduction.budget), max_new_tokens, json_)
         return
     loaded = load(model, device)
-    clips = shown.clips(loaded)
+    clips = visuals.clips(loaded)
     with reduction.attach(loaded.model, loaded.processor, **pieces) as handle:
-        inputs = loaded.inputs(shown.images, prompt, clips)
+        inputs = loaded.inputs(visuals.images, prompt, clips)
         label = reduction.label_on(handle)
         width = max(len(label), 4)
         if compare:
-            timed_answer(loaded, inputs, 1, False)  # the first call of a process pays for what all later ones find made
+            timed_answer(loaded, inputs, 1, False)  # the first call of a process is slower than all later ones
         if compare and not json_:
             sys.stdout.write(f"{label:<{width}} | ")
         short = timed_answer(loaded, inputs, max_new_tokens, not json_)
@@ -68,7 +68,7 @@ def run(
     if json_:
         values: dict[str, Any] = {"model": model, "prompt": prompt, "answer": short.text, "full_answer": full and full.text}
         values["timing"] = {"reduced": _plain(short), "full": full and _plain(full)}
-        values["clips"] = [{"file": str(path), "frames": clip.indices, "of": clip.total} for path, clip in zip(shown.videos, clips, strict=True)]
+        values["clips"] = [{"file": str(path), "frames": clip.indices, "of": clip.total} for path, clip in zip(visuals.videos, clips, strict=True)]
         print(json.dumps(values | {"report": json.loads(report.to_json())}))
         return
     if full is not None:
@@ -78,5 +78,5 @@ def run(
     print(f"\n{report}")
 
 
-def _plain(found: TimedAnswer) -> dict[str, Any]:
-    return {key: value for key, value in asdict(found).items() if key != "text"}
+def _plain(answer: TimedAnswer) -> dict[str, Any]:
+    return {key: value for key, value in asdict(answer).items() if key != "text"}

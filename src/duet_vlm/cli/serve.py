@@ -39,7 +39,7 @@ def vllm_args(
 ) -> None:
     """Print the flags that make vLLM reduce, for those who start it themselves: vllm serve M $(duet-vlm vllm-args -m M -b 64)."""
     with friendly(debug):
-        print(" ".join(_flags(model, _given(method, budget, settings))))
+        print(" ".join(_flags(model, _server_settings(method, budget, settings))))
 
 
 def serve(
@@ -65,12 +65,12 @@ def serve(
             raise ValueError(f"--backend {backend}: give 'vllm' or 'transformers'")
         if backend == "transformers":
             theirs = {"--tensor-parallel-size": tensor_parallel_size > 1, "--request-budgets": request_budgets, "options behind --": options}
-            if wrong := [name for name, given in theirs.items() if given]:
-                raise ValueError(f"--backend transformers: {', '.join(wrong)} are vLLM's, leave them out")
+            if misplaced := [name for name, server_settings in theirs.items() if server_settings]:
+                raise ValueError(f"--backend transformers: {', '.join(misplaced)} are vLLM's, leave them out")
             _both_stages(model, reductions_of(method, None, budget, None, settings)[0], host, port, api_key, fetch_urls)
             return
-        given = _given(method, budget, settings)
-        flags = _flags(model, given)
+        server_settings = _server_settings(method, budget, settings)
+        flags = _flags(model, server_settings)
         _check_installed()
         check_port(host, port)
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", source(model)[0], "--served-model-name", model]
@@ -81,8 +81,8 @@ def serve(
         command += [*flags, *(options or ())]
         environment = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)} | dict(os.environ)
         environment |= {} if api_key is None else {"VLLM_API_KEY": api_key}  # not in the list of processes
-        shown = ", ".join(f"{name}={value}" for name, value in given.items())
-        print(f"{model}: {shown}; first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter")
+        summary = ", ".join(f"{name}={value}" for name, value in server_settings.items())
+        print(f"{model}: {summary}; first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter")
         print(f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered")
         _warn_of_strangers(host, port, api_key)
         print(shlex.join(command), flush=True)
@@ -95,8 +95,8 @@ def _both_stages(model: str, reduction: Reduction, host: str, port: int, api_key
     serve_transformers.check_installed()
     _config(model)
     check_port(host, port)
-    shown = f"method={reduction.method or 'what the model was trained with, else duet'}, budget={reduction.budget}"
-    print(f"{model}: {shown}; both stages, so a budget is a mean over the decoder's layers")
+    summary = f"method={reduction.method or 'what the model was trained with, else duet'}, budget={reduction.budget}"
+    print(f"{model}: {summary}; both stages, so a budget is a mean over the decoder's layers")
     print(f"endpoint http://{host}:{port}/v1 (health: /health); one request after the other", flush=True)
     _warn_of_strangers(host, port, api_key)
     serve_transformers.run(model, reduction, host, port, api_key, fetch_urls)
@@ -107,7 +107,7 @@ def _warn_of_strangers(host: str, port: int, api_key: str | None) -> None:
         typer.echo(f"warning: anyone who reaches {host}:{port} can use this server: give --api-key", err=True)
 
 
-def _given(method: list[str] | None, budget: list[str] | None, settings: list[str] | None) -> dict[str, Any]:
+def _server_settings(method: list[str] | None, budget: list[str] | None, settings: list[str] | None) -> dict[str, Any]:
     """The options as the settings of a server."""
     one("--budget", budget)
     amount, name = budget_of(budget[0]) if budget else None, one("--method", method) or "duet_plus"
@@ -119,29 +119,29 @@ def _given(method: list[str] | None, budget: list[str] | None, settings: list[st
     return {"method": name} | ({} if amount is None else {"budget": amount}) | settings_of(settings)
 
 
-def _flags(model: str, given: dict[str, Any]) -> list[str]:
+def _flags(model: str, settings: dict[str, Any]) -> list[str]:
     from duet_vlm.serve.served_method import flags
 
     config = _config(model)
     try:
-        return flags(config, given)
+        return flags(config, settings)
     except ValueError as error:
         raise ValueError(f"--model {model}: {error}") from None
 
 
 def _config(model: str) -> dict[str, Any]:
-    """The model's config.json; of a hub id it is fetched, where it is not on this machine yet."""
-    place, local = source(model)
+    """The model's config.json; of a hub id it is fetched, if it is not on this machine yet."""
+    name, local = source(model)
     if not local:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
         try:
-            return dict(json.loads(Path(hf_hub_download(place, "config.json")).read_text()))
+            return dict(json.loads(Path(hf_hub_download(name, "config.json")).read_text()))
         except (HfHubHTTPError, LocalEntryNotFoundError) as error:
             why = " ".join(str(error).split())
             raise ValueError(f"--model {model}: cannot be read; a hub id needs a network connection or a cached copy ({why})") from None
-    file = Path(place) / "config.json"
+    file = Path(name) / "config.json"
     if not file.is_file():
         raise ValueError(f"--model {model}: adapters cannot be served by themselves: merge them into their model first")
     return dict(json.loads(file.read_text()))
@@ -157,7 +157,7 @@ def _check_installed() -> None:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise a ValueError where nothing can listen there."""
+    """Raise a ValueError if the port cannot be listened on."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

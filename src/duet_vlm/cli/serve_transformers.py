@@ -1,7 +1,9 @@
-"""``duet-vlm serve --backend transformers``: transformers' own server, with both stages of a method on the one model that it serves.
+"""``duet-vlm serve --backend transformers``: transformers' own server, with both stages of a method on the one model
+that it serves.
 
-The server, its API and its queue are transformers'; here its model is attached to, and what it would let anybody do is closed: other models,
-pictures by URL, requests without the key.
+The server, its API and its queue are transformers'; here its model is attached to, and unwanted access is closed: other
+models,
+images by URL, requests without the key.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ LONGEST = 300  # letters of an error in the log and in an answer
 
 # what transformers opens where a request has it: parts of messages, arguments of the processor, assets
 MEDIA = frozenset({"url", "image_url", "video_url", "audio_url", "input_audio", "image", "images", "video", "videos", "audio", "audios", "path"})
-CODED = frozenset({"base64", "data_base64"})  # pictures without data: in front, told from paths by how files of these kinds begin
+CODED = frozenset({"base64", "data_base64"})  # images without a leading data:, told from paths by the first letters of such files
 PICTURES = ("data:", "iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR")  # PNG, JPEG, GIF, WebP
 
 Message = MutableMapping[str, Any]
@@ -46,7 +48,7 @@ def run(model: str, reduction: Reduction, host: str, port: int, api_key: str | N
     from transformers.cli.serve import Serve
     from transformers.cli.serving import model_manager, server
 
-    place = source(model)[0]
+    served_model = source(model)[0]
     build = server.build_server
 
     def guarded_server(*args: Any, **kwargs: Any) -> Any:
@@ -55,11 +57,11 @@ def run(model: str, reduction: Reduction, host: str, port: int, api_key: str | N
         return app
 
     server.build_server = guarded_server  # the server of this process, which serves nothing else
-    model_manager.ModelManager = _attaching(model_manager.ModelManager, place, reduction)
-    Serve(force_model=place, host=host, port=port)
+    model_manager.ModelManager = _reducing_manager(model_manager.ModelManager, served_model, reduction)
+    Serve(force_model=served_model, host=host, port=port)
 
 
-def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any]:
+def _reducing_manager(manager: type[Any], served_model: str, reduction: Reduction) -> type[Any]:
     """transformers' model manager, with the reduction on the model that it loads, and no other model."""
     from fastapi import HTTPException
 
@@ -67,8 +69,8 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
 
     class Attaching(manager):
         def load_model_and_processor(self, model_id_and_revision: str, *args: Any, **kwargs: Any) -> Any:
-            if model_id_and_revision.rsplit("@", 1)[0] != place:
-                raise HTTPException(400, f"this server serves {place} and loads no other model")
+            if model_id_and_revision.rsplit("@", 1)[0] != served_model:
+                raise HTTPException(400, f"this server serves {served_model} and loads no other model")
             model, processor = super().load_model_and_processor(model_id_and_revision, *args, **kwargs)
             if handle_of(model) is None:
                 reduction.attach(model, processor)
@@ -78,10 +80,13 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
 
 
 class Guard:
-    """What stands in front of every request but /health, as ASGI has it: the path is the scope's, which no header can change.
+    """ASGI application before the server, for every request but /health: the path is the scope's, which no header can
+    change.
 
-    Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, and, unless ``fetch_urls``, with pictures,
-    clips or sounds that are not part of them. What fails behind it is logged and answered in ``LONGEST`` letters: errors may quote the request.
+    Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, and, unless
+    ``fetch_urls``, with images,
+    videos or sounds that are not part of them. Errors of the server are logged and answered in ``LONGEST`` letters:
+    they may quote the request.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], api_key: str | None, fetch_urls: bool) -> None:
@@ -108,8 +113,8 @@ class Guard:
     def _knows_key(self, scope: Message) -> bool:
         if self.api_key is None:
             return True
-        given = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"").removeprefix(b"Bearer ")
-        return secrets.compare_digest(given, self.api_key.encode())
+        token = next((value for name, value in scope["headers"] if name.lower() == b"authorization"), b"").removeprefix(b"Bearer ")
+        return secrets.compare_digest(token, self.api_key.encode())
 
     async def _pass_on(self, scope: Message, body: bytes, receive: Receive, send: Send) -> None:
         waiting, answered = [body], False
@@ -156,7 +161,7 @@ def _short(text: str) -> str:
 
 
 def read(body: bytes) -> Any:
-    """The JSON of a request; None where it has none, of which the server says what is wrong with it.
+    """The JSON of a request; None where it has none, for which the server has its own error.
 
     Raises
     ------
@@ -165,33 +170,34 @@ def read(body: bytes) -> Any:
     """
     deep = f"nested deeper than {DEEPEST} lists and objects"
     try:
-        found = json.loads(body or b"null")
+        parsed = json.loads(body or b"null")
     except RecursionError:
         raise ValueError(deep) from None
     except ValueError:
         return None
-    level = [found]
+    level = [parsed]
     for _ in range(DEEPEST + 1):
         if not level:
-            return found
+            return parsed
         level = [item for value in level for item in _inside(value) if isinstance(item, list | dict)]
     raise ValueError(deep)
 
 
 def remote(body: bytes) -> str | None:
-    """The first picture, clip or sound of a request that is not part of it, or may not be; None where all are.
+    """The first image, video or sound of a request that is not part of it, or may not be; None where all are.
 
-    Part of it is a text that begins with ``data:``, or an object with such a ``url``. All else under the keys that transformers opens is refused,
-    wherever they stand, but in descriptions of ``tools``, which are text to it.
+    Part of it is a text that begins with ``data:``, or an object with such a ``url``. All else under the keys that
+    transformers opens is refused,
+    at any depth, except in descriptions of ``tools``, which are text.
     """
-    found = read(body)
-    if isinstance(found, dict):
-        found = {key: value for key, value in found.items() if key != "tools"}
-    return next((f"{key}: {value[:80] if isinstance(value, str) else _short(json.dumps(value))}" for key, value in _opened(found)), None)
+    request = read(body)
+    if isinstance(request, dict):
+        request = {key: value for key, value in request.items() if key != "tools"}
+    return next((f"{key}: {value[:80] if isinstance(value, str) else _short(json.dumps(value))}" for key, value in _opened(request)), None)
 
 
 def _opened(value: Any) -> Iterator[tuple[str, Any]]:
-    """What would be opened from elsewhere, with its key."""
+    """Values that would be opened from elsewhere, each with its key."""
     if isinstance(value, dict):
         if "processor_kwargs" in value:  # more doors to the same: images, videos, load_audio_from_video
             yield "processor_kwargs", value["processor_kwargs"]

@@ -74,13 +74,13 @@ def train(
         if name is not None:
             name, own, kept = method_of(name)
             budgets = budgets or ([] if own is None else [own])
-        given: dict[str, Any] = {
+        options: dict[str, Any] = {
             "model": model, "data": [str(path) for path in several_paths(list(map(Path, data or [])))] or None, "images": images, "limit": limit,
             "tune": tune, "method": name, "out": out, "budget": (budgets[0] if len(budgets) == 1 else budgets) if budgets else None,
             "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "imitate": imitate, "trainer": _arguments(trainer),
             "settings": kept | settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
         }  # fmt: skip
-        settings = settings_from(recipe, config, {name: value for name, value in given.items() if value is not None})
+        settings = settings_from(recipe, config, {name: value for name, value in options.items() if value is not None})
         if print_config:
             from duet_vlm.train.yaml_text import written
 
@@ -115,10 +115,10 @@ def _arguments(pairs: list[str] | None) -> dict[str, Any]:
     """``key=value`` pairs; a value is read as YAML reads it."""
     from duet_vlm.train.yaml_text import scalar
 
-    found = {}
+    values = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
         if not equals or not key.strip().isidentifier():
             raise ValueError(f"--trainer {pair}: write it as key=value")
-        found[key.strip()] = scalar(value)
-    return found
+        values[key.strip()] = scalar(value)
+    return values

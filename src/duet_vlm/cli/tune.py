@@ -81,21 +81,21 @@ def tune(
         WorkerRank.here().check_alone("tune")
         size = None if memory is None else size_of(memory)
         goal = Goal(KEEP if keep is None and speedup is None and size is None else keep, speedup, size)
-        named = [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))] if methods else []
-        wanted = [(method, kept | own) for method, _, kept, own in named] or [(method, {}) for method in METHODS]
-        asked = task_of(data, prompt)
-        count = asked.count(limit if limit is not None or asked.size is not None else LIMIT)
-        split(count, goal.keep)  # too few questions: said before a model is loaded
-        folder = folder_for("--out", out / (name or asked.name))
+        parsed = [method_of(each) + (settings_of(pairs),) for each, pairs in cells_of(",".join(several(methods)))] if methods else []
+        methods_settings = [(method, kept | own) for method, _, kept, own in parsed] or [(method, {}) for method in METHODS]
+        question_task = task_of(data, prompt)
+        count = question_task.count(limit if limit is not None or question_task.size is not None else LIMIT)
+        split(count, goal.keep)  # too few questions: refused before a model is loaded
+        folder = folder_for("--out", out / (name or question_task.name))
         with quiet():
-            loaded = load(model or usual_model(asked.name), device)
-        runs = candidates(wanted, budgets_of(budgets) or BUDGETS, several(schedules) or ["own"], loaded.model)
-        result = _searched(loaded, asked, seed, count, runs, goal, batch, rounds, folder, restart, dry_run)
+            loaded = load(model or usual_model(question_task.name), device)
+        runs = candidates(methods_settings, budgets_of(budgets) or BUDGETS, several(schedules) or ["own"], loaded.model)
+        result = _searched(loaded, question_task, seed, count, runs, goal, batch, rounds, folder, restart, dry_run)
         if result is None:
             if json_:
                 print(json.dumps({"chosen": None, "dry_run": True}))
             return
-        _write(result, folder, json_, model or usual_model(asked.name), bool(asked.ask(seed, 0).videos))
+        _write(result, folder, json_, model or usual_model(question_task.name), bool(question_task.ask(seed, 0).videos))
 
 
 def task_of(data: str, prompts: Texts) -> Task:
@@ -103,9 +103,9 @@ def task_of(data: str, prompts: Texts) -> Task:
     from duet_vlm.evaluation.tasks import task
     from duet_vlm.evaluation.tune.folder import folder_task
 
-    place = Path(data).expanduser()
-    if place.is_dir():
-        return folder_task(place, prompts or [])
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return folder_task(path, prompts or [])
     if prompts:
         raise ValueError(f"--prompt: {data} brings its questions; prompts are for a folder of pictures")
     return task(data)
@@ -126,7 +126,7 @@ def _check_extras() -> None:
 
 
 def _searched(
-    loaded: LoadedModel, asked: Task, seed: int, count: int, runs: Any, goal: Any, batch: int, rounds: int, folder: Path, restart: bool, dry_run: bool
+    loaded: LoadedModel, question_task: Task, seed: int, count: int, runs: Any, goal: Any, batch: int, rounds: int, folder: Path, restart: bool, dry_run: bool
 ) -> dict[str, Any] | None:
     """The search, with its journal and a bar on stderr."""
     import torch
@@ -148,21 +148,21 @@ def _searched(
         if restart:
             journal.unlink(missing_ok=True)
         versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-        first = asked.ask(seed, 0)
-        questions = {"task": asked.name, "seed": seed, "count": count, "batch": batch, "first": [first.id, first.text]}
+        first = question_task.ask(seed, 0)
+        questions = {"task": question_task.name, "seed": seed, "count": count, "batch": batch, "first": [first.id, first.text]}
         subject: dict[str, Any] = {"questions": questions, "model": model_facts(loaded), "versions": versions, "source code": source().files}
-        if (contents := asked.digest(count)) is not None:
+        if (contents := question_task.digest(count)) is not None:
             subject[CONTENTS] = contents
         bar = progress.add_task("the full model", total=None)
 
         def preview(cost: Preview) -> bool:
             progress.update(bar, total=cost.answers)
             field = "1 candidate" if len(runs) == 1 else f"{len(runs)} candidates"
-            said = f"{field}, {count} questions: at most {cost.answers:,} answers, {_span(cost.seconds)} at the full model's pace, and the timing"
-            console.print(f"goal: {goal.words()}\n{said}; what is answered already costs nothing", highlight=False)
+            message = f"{field}, {count} questions: at most {cost.answers:,} answers, {_span(cost.seconds)} at the full model's pace, and the timing"
+            console.print(f"goal: {goal.words()}\n{message}; what is answered already costs nothing", highlight=False)
             return not dry_run
 
-        asker = AnswerSource(loaded, asked, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers))
+        asker = AnswerSource(loaded, question_task, seed, batch, Journal(journal, subject), lambda answers: progress.advance(bar, answers))
         return search(asker, count, runs, goal, rounds, preview, lambda text: progress.update(bar, description=text[:40]))
 
 
@@ -171,7 +171,7 @@ def _span(seconds: float) -> str:
 
 
 def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clips: bool) -> None:
-    """Files and the screen."""
+    """Write the files and show the result."""
     from rich.box import SIMPLE
     from rich.markup import escape
     from rich.table import Table
@@ -194,19 +194,19 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
         return
     screen = console(100)
     table = Table("candidate", "ms", "kept", "asked", "what became of it", box=SIMPLE, pad_edge=False)
-    asked = {each["id"]: each["choosing"]["asked"] + each["testing"]["asked"] for each in result["candidates"]}
-    rows = sorted(result["candidates"], key=lambda each: (each["id"] != result["chosen"], -asked[each["id"]], each["ms"] or 1e9))
-    for each in rows[:SHOWN]:
-        kept = "-" if each["kept"] is None else f"{each['kept']:.1%}"
-        told = escape(each["reason"]) or "[bold]chosen[/bold]"
-        table.add_row(escape(each["id"]), f"{each['ms']:.4g}" if each["ms"] else "-", kept, str(asked[each["id"]]), told)
+    num_asked = {candidate["id"]: candidate["choosing"]["asked"] + candidate["testing"]["asked"] for candidate in result["candidates"]}
+    rows = sorted(result["candidates"], key=lambda candidate: (candidate["id"] != result["chosen"], -num_asked[candidate["id"]], candidate["ms"] or 1e9))
+    for candidate in rows[:SHOWN]:
+        kept = "-" if candidate["kept"] is None else f"{candidate['kept']:.1%}"
+        reason = escape(candidate["reason"]) or "[bold]chosen[/bold]"
+        table.add_row(escape(candidate["id"]), f"{candidate['ms']:.4g}" if candidate["ms"] else "-", kept, str(num_asked[candidate["id"]]), reason)
     screen.print(table)
     if len(rows) > SHOWN:
         screen.print(f"{len(rows) - SHOWN} more left earlier; {folder / 'result.json'} has all of them\n", soft_wrap=True, markup=False)
     screen.print(result["verdict"], soft_wrap=True)
     for lost in result["lost"]:
-        said = f"  lost: {lost['question']!r}: the full model says {lost['full']!r}, this one {lost['reduced']!r}"
-        screen.print(said, soft_wrap=True, markup=False)
+        example = f"  lost: {lost['question']!r}: the full model says {lost['full']!r}, this one {lost['reduced']!r}"
+        screen.print(example, soft_wrap=True, markup=False)
     if row is not None:
         use = f"\nPython: {lines['python']}\n    or: handle = duet_vlm.attach(model, \"{setting}\")\nshell:  {lines['shell']}"
         screen.print(use, soft_wrap=True, markup=False)

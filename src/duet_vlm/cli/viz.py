@@ -51,7 +51,7 @@ def overlay(
 
 
 def clip_overlay(loaded: LoadedModel, inputs: Any, clip: VideoFrames, number: int, trace: SpanTrace, title: str, lines: Sequence[str]) -> Image.Image:
-    """The drawing of clip ``number`` of a one-sample call."""
+    """The drawing of video ``number`` of a one-sample call."""
     from duet_vlm.viz import draw, film, frame_pictures, on_film
 
     frames, steps = frame_pictures(clip.frames, inputs, number, loaded.processor)
@@ -59,7 +59,7 @@ def clip_overlay(loaded: LoadedModel, inputs: Any, clip: VideoFrames, number: in
 
 
 def file_name(reduction: Reduction, handle: Handle) -> str:
-    """What tells the pictures of one reduction from those of another, as a piece of a file's name: method, budget, and settings by hand."""
+    """Part of a file's name that is unique to a reduction: method, budget, and settings by hand."""
     budget = None if handle.budget is None else f"{handle.budget:g}"
     settings = [f"{key}={value}" for key, value in reduction.fields.items()]
     words = [f"preset-{reduction.preset}"] if reduction.preset else [handle.reducer.name, *([budget] if budget else []), *settings]
@@ -90,17 +90,17 @@ def viz(
     """
     from duet_vlm.viz import stack
 
-    shown = VisualInputs.of(image, video, frames, fps)
-    reductions = [reduction, *(beside(reduction, text) for text in several(compare))]
+    visuals = VisualInputs.of(image, video, frames, fps)
+    reductions = [reduction, *(varied(reduction, text) for text in several(compare))]
     folder_for("--out", out)
     loaded = load(model, device)
-    clips = shown.clips(loaded)
-    inputs = loaded.inputs(shown.images, prompt, clips)
+    clips = visuals.clips(loaded)
+    inputs = loaded.inputs(visuals.images, prompt, clips)
     full = timed_answer(loaded, inputs, max_new_tokens, False).text
-    drawn = [_view(loaded, shown, clips, each, prompt, full, max_new_tokens) for each in reductions]
-    views = list({view[0]: view for view in drawn}.values())  # who compares duet with fastv may well name both
+    views = [_view(loaded, visuals, clips, one, prompt, full, max_new_tokens) for one in reductions]
+    views = list({view[0]: view for view in views}.values())  # who compares duet with fastv may well name both
     files, names = [], [name for name, *_ in views]
-    for number, path in enumerate(shown.paths):
+    for number, path in enumerate(visuals.paths):
         stem = f"{number + 1}-{path.stem}-{'-vs-'.join(names)}"
         files.append(out / f"{stem if len(stem) < 200 else stem[:190]}.png")
         stack([sheets[number] for _, sheets, *_ in views]).save(files[-1])
@@ -116,8 +116,9 @@ def viz(
         print(f"wrote {file}")
 
 
-def beside(reduction: Reduction, text: str) -> Reduction:
-    """What ``--compare`` names: another method, another budget, or both (``fastv@0.11``); the rest as in ``reduction``.
+def varied(reduction: Reduction, text: str) -> Reduction:
+    """The reduction that ``--compare`` names: another method, another budget, or both (``fastv@0.11``); the rest as in
+    ``reduction``.
 
     Raises
     ------
@@ -136,9 +137,9 @@ def beside(reduction: Reduction, text: str) -> Reduction:
 
 
 def _view(
-    loaded: LoadedModel, shown: VisualInputs, clips: list[VideoFrames], reduction: Reduction, prompt: str, full: str, longest: int
+    loaded: LoadedModel, visuals: VisualInputs, clips: list[VideoFrames], reduction: Reduction, prompt: str, full: str, longest: int
 ) -> tuple[str, list[Image.Image], dict[str, Any]]:
-    """One reduction: its name, a sheet for each image and clip, and what it said."""
+    """One reduction: its name, a sheet for each image and video, and its answer."""
     from duet_vlm import attach
     from duet_vlm.viz import ScoreRecorder
 
@@ -147,20 +148,20 @@ def _view(
         watched = ScoreRecorder(handle.reducer)
     marked = loaded.processor if getattr(watched.reducer, "text_query", None) == "salient" else None
     with attach(loaded.model, watched.reducer, budget=budget, processor=marked) as handle:
-        inputs = loaded.inputs(shown.images, prompt, clips)
-        said = timed_answer(loaded, inputs, longest, False).text
+        inputs = loaded.inputs(visuals.images, prompt, clips)
+        answer = timed_answer(loaded, inputs, longest, False).text
         (spans,), report = handle.trace, handle.report()
-    if len(spans) != len(shown.paths):
-        files = len(shown.paths)
+    if len(spans) != len(visuals.paths):
+        files = len(visuals.paths)
         raise ValueError(f"{files} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet")
     words = "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
-    told = "the same answer" if said == full else "another answer"
-    lines = [prompt, f"full model: {full}", f"reduced: {said}  ({told})"]
+    comparison = "the same answer" if answer == full else "another answer"
+    lines = [prompt, f"full model: {full}", f"reduced: {answer}  ({comparison})"]
     sheets = []
     for number, trace in enumerate(spans):
         title = f"{label}{words}: {report.images[0][number]:.1f} of {trace.span.tokens} tokens per layer"
-        if number < len(shown.images):
-            sheets.append(overlay(loaded, inputs, shown.images, number, trace, title, lines, watched.of(trace, number)))
+        if number < len(visuals.images):
+            sheets.append(overlay(loaded, inputs, visuals.images, number, trace, title, lines, watched.of(trace, number)))
         else:
-            sheets.append(clip_overlay(loaded, inputs, clips[number - len(shown.images)], number - len(shown.images), trace, title, lines))
-    return name, sheets, {"answer": said, "budget": budget, "mean_tokens": report.measured_mean}
+            sheets.append(clip_overlay(loaded, inputs, clips[number - len(visuals.images)], number - len(visuals.images), trace, title, lines))
+    return name, sheets, {"answer": answer, "budget": budget, "mean_tokens": report.measured_mean}

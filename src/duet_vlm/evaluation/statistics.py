@@ -15,15 +15,17 @@ def mean_interval(hits: np.ndarray) -> tuple[float, float]:
     """95 % score interval (Wilson) of an accuracy; ``hits`` [questions] bool."""
     from scipy.stats import binomtest
 
-    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    interval = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | None:
-    """95 % score interval (Nam and Blackwelder 2002) of the share of the full model's accuracy that is kept; both [questions] bool.
+    """95 % score interval (Nam and Blackwelder 2002) of the share of the full model's accuracy that is kept; both
+    [questions] bool.
 
-    It holds where few answers differ, or none: what leaves no trace in 200 questions may be there all the same. None where the full model gets
-    nothing right.
+    It holds where few answers differ, or none: an effect without trace in 200 questions may exist all the same. None
+    where the full model has
+    no right answer.
     """
     both, won, lost = _counts(hits, full)
     if both + lost == 0:
@@ -82,7 +84,7 @@ def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarr
 
 
 def _counts(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:
-    """Questions that both answer, only the first, only the other; a share of a question is no answer."""
+    """Questions that both answer, only the first, only the other; fractions of answers are refused."""
     if hits.dtype != bool or other.dtype != bool:
         raise TypeError(f"give answers as bool, right or wrong, got {hits.dtype} and {other.dtype}; means of several are for resampled()")
     return int((hits & other).sum()), int((hits & ~other).sum()), int((other & ~hits).sum())
@@ -114,7 +116,7 @@ def adjusted(p_values: list[float]) -> list[float]:
 
 
 def falling(values: np.ndarray) -> np.ndarray:
-    """The sequence without a rise that is nearest to ``values`` (isotonic regression, least squares)."""
+    """The non-increasing sequence that is nearest to ``values`` (isotonic regression, least squares)."""
     from scipy.optimize import isotonic_regression
 
     return isotonic_regression(values, increasing=False).x

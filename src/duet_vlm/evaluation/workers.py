@@ -38,7 +38,7 @@ class Worker:
         return cls(name, process, ours)
 
     def reply(self, kept: str) -> Any:
-        """What it made of its task; None once it has started."""
+        """The worker's reply to its task; None once it has started."""
         try:
             found = self.pipe.recv()
         except (EOFError, OSError) as error:  # also in the middle of a message

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duet_vlm.ops.merge import by_table
 from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.profiling.flops import Grid, Spare, query_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
+from duet_vlm.profiling.flops import Grid, Spare, decoder_layer_flops, probe_flops, query_rows, signal_flops, tower_rows
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, probed_layer
 from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes

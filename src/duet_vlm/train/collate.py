@@ -1,4 +1,4 @@
-"""Conversations -> model inputs with labels: what the assistant says is learned, everything else is -100."""
+"""Conversations to model inputs with labels: the assistant's text is learned, everything else is -100."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ IGNORED = -100
 class Collator:
     """Makes batches with the model's own processor, padded on the right.
 
-    Learned is what the assistant says and the special token that ends it: the template's own, or the end-of-sequence token where the
-    template ends a turn without one (LLaVA's). ``prompts`` 'chat' renders the chat template; 'plain' is the images followed by what the
-    assistant says (LLaVA's first stage).
+    Learned are the assistant's text and the special token that ends it: the template's own, or the end-of-sequence
+    token where the
+    template ends a turn without one (LLaVA's). ``prompts`` 'chat' renders the chat template; 'plain' is the images
+    followed by the
+    assistant's text (LLaVA's first stage).
     """
 
     def __init__(self, processor: Any, prompts: str = "chat", max_length: int | None = None) -> None:
@@ -45,8 +47,8 @@ class Collator:
         ids = inputs["input_ids"]
         labels = torch.full_like(ids, IGNORED)
         for row, (text, spans) in enumerate(rendered):
-            real = ids[row, : int(inputs["attention_mask"][row].sum())].tolist()
-            columns, offsets = columns_of(self.processor.tokenizer, text, real, {self.image}, special)
+            tokens = ids[row, : int(inputs["attention_mask"][row].sum())].tolist()
+            columns, offsets = columns_of(self.processor.tokenizer, text, tokens, {self.image}, special)
             learned = [c for c, (a, b) in zip(columns, offsets, strict=True) if any(a < end and start < b for start, end in spans)]
             labels[row, learned] = ids[row, learned]
         return self._cut(inputs | {"labels": labels}, batch)
@@ -62,42 +64,43 @@ class Collator:
         text, spans = "", []
         for piece, learned in self._plain(conversation) if self.prompts == "plain" else self._chat(conversation):
             if learned:
-                said = piece.rstrip()
-                rest = piece[len(said) :]
-                if not said.endswith(self.ends):
-                    said, rest = said + self.eos, ""
-                spans.append((len(text), len(text) + len(said)))
-                piece = said + rest
+                answer = piece.rstrip()
+                rest = piece[len(answer) :]
+                if not answer.endswith(self.ends):
+                    answer, rest = answer + self.eos, ""
+                spans.append((len(text), len(text) + len(answer)))
+                piece = answer + rest
             text += piece
-        places = text.count(self.processor.image_token)
-        if places != len(conversation.images):
-            raise ValueError(f"{conversation.where}: {places} x {self.processor.image_token} in its text for {len(conversation.images)} images")
+        markers = text.count(self.processor.image_token)
+        if markers != len(conversation.images):
+            raise ValueError(f"{conversation.where}: {markers} x {self.processor.image_token} in its text for {len(conversation.images)} images")
         return text, spans
 
     def _chat(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """The rendered template in pieces, and whether each is learned: an answer is what its turn adds to the prompt that asks for it."""
+        """The rendered template in pieces, each with True if it is learned: an answer is the text that its turn adds
+        to the prompt before it."""
         messages = conversation.messages
-        whole = self.processor.apply_chat_template(messages)
+        rendered = self.processor.apply_chat_template(messages)
         pieces, done = [], 0
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked = self.processor.apply_chat_template(messages[:number], add_generation_prompt=True)
-            answered = self.processor.apply_chat_template(messages[: number + 1])
-            if not (whole.startswith(asked) and whole.startswith(answered) and done <= len(asked) <= len(answered)):
+            before = self.processor.apply_chat_template(messages[:number], add_generation_prompt=True)
+            after = self.processor.apply_chat_template(messages[: number + 1])
+            if not (rendered.startswith(before) and rendered.startswith(after) and done <= len(before) <= len(after)):
                 raise ValueError(
                     f"{conversation.where}: the chat template changes earlier turns when one is added, so the tokens of turn {number} cannot be found"
                 )
-            pieces += [(whole[done : len(asked)], False), (whole[len(asked) : len(answered)], True)]
-            done = len(answered)
-        return [*pieces, (whole[done:], False)]
+            pieces += [(rendered[done : len(before)], False), (rendered[len(before) : len(after)], True)]
+            done = len(after)
+        return [*pieces, (rendered[done:], False)]
 
     def _plain(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        said = [part["text"] for m in conversation.messages if m["role"] == "assistant" for part in m["content"] if part["type"] == "text"]
-        return [(self.processor.image_token * len(conversation.images), False), *((text, True) for text in said)]
+        answers = [part["text"] for m in conversation.messages if m["role"] == "assistant" for part in m["content"] if part["type"] == "text"]
+        return [(self.processor.image_token * len(conversation.images), False), *((text, True) for text in answers)]
 
     def _cut(self, inputs: dict[str, Tensor], batch: Sequence[Conversation]) -> dict[str, Tensor]:
-        """Drop what is longer than ``max_length``; the placeholders of an image cannot be cut."""
+        """Drop tokens after ``max_length``; the placeholders of an image cannot be cut."""
         ids = inputs["input_ids"]
         if self.max_length is None or ids.shape[1] <= self.max_length:
             return inputs

@@ -25,7 +25,8 @@ MARKER = "<image>"  # where an image goes in LLaVA's texts
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the chat format (``content`` is a list of parts), the images of their image parts in order, and where it comes from."""
+    """Messages in the chat format (``content`` is a list of parts), the images of their image parts in order, and
+    the origin."""
 
     messages: list[dict[str, Any]]
     images: tuple[Image.Image, ...]
@@ -49,7 +50,8 @@ class DataRow:
 
 
 class Conversations(Dataset[Conversation]):
-    """Rows that are made into conversations when they are asked for, so that images are opened in the data workers (which may pickle this)."""
+    """Rows that become conversations on access, so that images are opened in the data workers (which may pickle
+    this)."""
 
     def __init__(self, count: int, make: Callable[[int], Conversation]) -> None:
         self.count, self.make = count, make
@@ -64,21 +66,24 @@ class Conversations(Dataset[Conversation]):
 def conversations(
     sources: Sequence[str], images: str | None = None, limit: int | None = None, seed: int = 0, split: str = "train"
 ) -> Dataset[Conversation]:
-    """All sources, one after the other; ``split`` is for those that are drawn. Image files must exist; they are opened later.
+    """All sources, one after the other; ``split`` is for those that are drawn. Image files must exist; they are opened
+    later.
 
     Raises
     ------
     ValueError
-        An unknown source, a file that is no JSON, a row that is no conversation, an image that is missing: file and row are named.
+        An unknown source, a file that is no JSON, a row that is no conversation, an image that is missing: file and
+        row are named.
     """
     return ConcatDataset([_source(name, images, limit, seed, split) for name in sources])
 
 
 def digest(sources: Sequence[str], images: str | None = None, limit: int | None = None) -> str | None:
-    """Of what the conversations of all sources and their images hold; None where all are drawn. Errors are those of ``conversations``."""
+    """Digest of the conversations of all sources and their images; None where all are drawn. Errors are those of
+    ``conversations``."""
     rows = [_rows(name, images, limit) for name in sources if name not in DRAWN]
-    said = [[(row.messages, len(row.files)) for row in some] for some in rows]
-    return digest_of(said, [file for some in rows for row in some for file in row.files], ends) if rows else None
+    contents = [[(row.messages, len(row.files)) for row in some] for some in rows]
+    return digest_of(contents, [file for some in rows for row in some for file in row.files], ends) if rows else None
 
 
 def _source(name: str, images: str | None, limit: int | None, seed: int, split: str) -> Conversations:
@@ -106,24 +111,24 @@ def _opened(rows: Sequence[DataRow], index: int) -> Conversation:
 
 def _drawn(name: str, split: str, seed: int, index: int) -> Conversation:
     item = tiny.sample(split, index, seed, DRAWN[name])
-    ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
-    said = {"role": "assistant", "content": [{"type": "text", "text": item.answer}]}
-    return Conversation([ask, said], (item.image,), f"{name}, {split} sample {index}")
+    question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": item.answer}]}
+    return Conversation([question, answer], (item.image,), f"{name}, {split} sample {index}")
 
 
 def _values(path: Path) -> list[tuple[Any, str]]:
-    """The values of a file, each with its place in words."""
+    """The values of a file, each with its location in words."""
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
         raise ValueError(f"data: {path}: give a .json or .jsonl file that exists, or {', '.join(DRAWN)}")
     if path.suffix == ".jsonl":
         with path.open("rb") as lines:
-            places = ((line, f"{path}, line {number}") for number, line in enumerate(lines, 1))
-            values = [(_parsed(line, where), where) for line, where in places if line.strip()]
+            located = ((line, f"{path}, line {number}") for number, line in enumerate(lines, 1))
+            values = [(_parsed(line, where), where) for line, where in located if line.strip()]
     else:
-        whole = _parsed(path.read_bytes(), str(path))
-        if not isinstance(whole, list):
-            raise ValueError(f"{path}: expected a list of conversations, got {type(whole).__name__}")
-        values = [(value, f"{path}, row {number} (counted from 0)") for number, value in enumerate(whole)]
+        listed = _parsed(path.read_bytes(), str(path))
+        if not isinstance(listed, list):
+            raise ValueError(f"{path}: expected a list of conversations, got {type(listed).__name__}")
+        values = [(value, f"{path}, row {number} (counted from 0)") for number, value in enumerate(listed)]
     if not values:
         raise ValueError(f"{path}: holds no conversation")
     return values
@@ -191,14 +196,14 @@ def _parts(content: Any, where: str) -> list[dict[str, Any]]:
 
 def _check_files(rows: Iterable[DataRow]) -> None:
     """Every image exists: one listing per folder, which is cheap for half a million files on a shared disk."""
-    wanted: dict[str, dict[str, str]] = defaultdict(dict)
+    files_by_folder: dict[str, dict[str, str]] = defaultdict(dict)
     for row in rows:
         for file in row.files:
             folder, name = os.path.split(file)
-            wanted[folder].setdefault(name, row.where)
-    for folder, names in wanted.items():
-        there = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        missing = [name for name in names if name not in there]
+            files_by_folder[folder].setdefault(name, row.where)
+    for folder, names in files_by_folder.items():
+        existing = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        missing = [name for name in names if name not in existing]
         if missing:
             more = f" ({len(missing)} such images in this folder)" if len(missing) > 1 else ""
             raise ValueError(f"{names[missing[0]]}: {os.path.join(folder, missing[0])}: no such image file{more}")

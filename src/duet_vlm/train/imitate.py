@@ -1,7 +1,11 @@
-"""A first stage for a method's own module: before anything learns from answers, the new module alone learns to make means of tokens.
+"""A first stage for a method's own module: before any learning from answers, the new module alone learns to make means
+of tokens.
 
-A decoder that can read a model's visual tokens can read means of them, and nothing of what random weights make. Papers bridge that with hundreds of
-thousands of captions; a few hundred steps of regression, in which the decoder learns nothing, do it where there are only questions.
+A decoder that understands a model's visual tokens understands means of them, and not the output of random weights.
+Papers bridge that with
+hundreds of thousands of captions; a few hundred steps of regression, in which the decoder learns nothing, do it where
+there are only
+questions.
 """
 
 from __future__ import annotations
@@ -25,9 +29,11 @@ SHOWN = 10  # lines of progress
 
 
 def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, data: Dataset[Any], collator: Collator) -> dict[str, Tensor]:
-    """The weights that the method's module has after ``settings.imitate`` steps on the images and questions of ``data``; the model stays as it is.
+    """Weights of the method's module after ``settings.imitate`` steps on the images and questions of ``data``; the
+    model is not changed.
 
-    The error is the squared difference to what ``Compressor.like`` says, over the variance of that. Every process of a launch takes the same steps.
+    The error is the squared difference to ``Compressor.like``, over the variance of that. Every process of a launch
+    takes the same steps.
 
     Raises
     ------
@@ -49,9 +55,9 @@ def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, 
             raise ValueError(f"imitate: {settings.imitate}: the module of {method.name} has no weights in this form; leave it out")
         optimizer = torch.optim.AdamW(weights, RATE)
         rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=settings.imitate)
-        seen = batches(data, collator, args)
+        stream = batches(data, collator, args)
         for step in range(1, settings.imitate + 1):
-            inputs = {name: value.to(args.device) for name, value in next(seen).items()}  # labels too: answers are no part of the question
+            inputs = {name: value.to(args.device) for name, value in next(stream).items()}  # labels too: answers are no part of the question
             with torch.no_grad(), torch.autocast(args.device.type, torch.bfloat16, args.bf16, cache_enabled=False):
                 model(**inputs)
             if not wrong:
@@ -76,16 +82,17 @@ def batches(data: Dataset, collator: Collator, args: TrainingArguments) -> Itera
 
 
 def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
-    """The same method, which writes down how far its rows are from what they should be like; a gradient reaches its module and nothing else."""
+    """The same method, which records the difference of its rows from their targets; a gradient reaches its module
+    and nothing else."""
     kind = type(reducer)
 
     def select_tokens(self: Any, view: EncoderView) -> Selection:
         with torch.enable_grad():
-            found = kind.select_tokens(self, view)
-            assert found.custom_rows is not None  # as there is a module
-            there = found.valid[:, : found.custom_rows.shape[1]]
-            target = self.like(view, found)[:, : found.custom_rows.shape[1]].float()[there].detach()
-            wrong.append((found.custom_rows.float()[there] - target).square().mean() / target.var(0, unbiased=False).mean().clamp(min=1e-6))
-        return found
+            selection = kind.select_tokens(self, view)
+            assert selection.custom_rows is not None  # as there is a module
+            valid = selection.valid[:, : selection.custom_rows.shape[1]]
+            target = self.like(view, selection)[:, : selection.custom_rows.shape[1]].float()[valid].detach()
+            wrong.append((selection.custom_rows.float()[valid] - target).square().mean() / target.var(0, unbiased=False).mean().clamp(min=1e-6))
+        return selection
 
     return type(kind.__name__, (kind,), {"select_tokens": select_tokens})(**{each.name: getattr(reducer, each.name) for each in fields(reducer)})

@@ -31,9 +31,12 @@ DEFAULTS = {
 
 
 class ConversationTrainer(Trainer):
-    """The Trainer, to which a batch without any answer is worth nothing (a mean over no label is no number), with a
-    held-out loss that is the mean over all answer tokens, with a projector's rate, and with the weights of a method's
-    own beside the model's."""
+    """The Trainer for conversations.
+
+    A batch without any answer has no loss (a mean over no label is no number). The held-out loss is the mean over all
+    answer tokens. The
+    projector may have its own rate, and a method's own weights are saved beside the model's.
+    """
 
     projector_lr: float | None = None
     handle: Handle
@@ -45,8 +48,12 @@ class ConversationTrainer(Trainer):
             self.handle.save_weights(Path(output_dir or self.args.output_dir))
 
     def _load_best_model(self) -> None:
-        """The weights of the best checkpoint. The Trainer's own way leaves a whole model as it is (its names are others
-        than the file's, transformers issue 43701), and knows nothing of a module of the method's own."""
+        """Load the weights of the best checkpoint.
+
+        The Trainer's own way does not load a whole model (its names are others than the file's, transformers issue
+        43701), and does not know a
+        module of the method's own.
+        """
         best = Path(self.state.best_model_checkpoint)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config"):
             super()._load_best_model()
@@ -56,7 +63,7 @@ class ConversationTrainer(Trainer):
             self.handle.load_weights(best)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
-        """The loss that is logged is the mean over the answer tokens of all rows, whatever batches they come in.
+        """Log as loss the mean over the answer tokens of all rows, whatever batches they come in.
 
         Raises
         ------
@@ -64,12 +71,12 @@ class ConversationTrainer(Trainer):
             No row has an answer.
         """
         self.held_out = []
-        found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         losses, tokens = (torch.cat(some).double() for some in zip(*self.held_out, strict=True))
         if not bool(tokens.any()):
             raise ValueError("eval_data: no row has an answer, so there is no held-out loss: give some, or leave it out")
-        found.metrics[f"{metric_key_prefix}_loss"] = float((losses * tokens)[tokens > 0].sum() / tokens.sum())
-        return found
+        output.metrics[f"{metric_key_prefix}_loss"] = float((losses * tokens)[tokens > 0].sum() / tokens.sum())
+        return output
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         loss, *more = super().prediction_step(model, inputs, *args, **kwargs)
@@ -85,19 +92,19 @@ class ConversationTrainer(Trainer):
                 kwargs.pop("num_items_in_batch", None)  # of all processes: the mean over this one's tokens is wanted
             return super().compute_loss(model, inputs, return_outputs, **kwargs)
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
-        nothing = outputs.logits.float().sum() * 0  # runs backward as on every other rank
-        return (nothing, {"loss": nothing}) if return_outputs else nothing
+        zero = outputs.logits.float().sum() * 0  # runs backward as on every other rank
+        return (zero, {"loss": zero}) if return_outputs else zero
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh and self.projector_lr is not None:
-            apart = {id(weight) for weight in adapter_for(self.model).projector().parameters()}
+            projector_ids = {id(weight) for weight in adapter_for(self.model).projector().parameters()}
             for group in list(optimizer.param_groups):
-                mine = [weight for weight in group["params"] if id(weight) in apart]
-                group["params"] = [weight for weight in group["params"] if id(weight) not in apart]
-                if mine:
-                    optimizer.add_param_group({**group, "params": mine, "lr": self.projector_lr})
+                projector_weights = [weight for weight in group["params"] if id(weight) in projector_ids]
+                group["params"] = [weight for weight in group["params"] if id(weight) not in projector_ids]
+                if projector_weights:
+                    optimizer.add_param_group({**group, "params": projector_weights, "lr": self.projector_lr})
         return optimizer
 
 
@@ -109,20 +116,20 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
     ValueError
         A name that TrainingArguments does not know, or a value it refuses.
     """
-    here = {"dataloader_pin_memory": torch.accelerator.is_available(), "eval_strategy": "epoch" if settings.eval_data else "no"}
-    usual = {each.name: each.default for each in dataclasses.fields(TrainingArguments)}
+    derived = {"dataloader_pin_memory": torch.accelerator.is_available(), "eval_strategy": "epoch" if settings.eval_data else "no"}
+    defaults = {each.name: each.default for each in dataclasses.fields(TrainingArguments)}
     for name, value in settings.trainer.items():
-        if name not in usual:
-            near = did_you_mean(name, usual)
+        if name not in defaults:
+            near = did_you_mean(name, defaults)
             raise ValueError(f"trainer: {name}: unknown{near}; these are the arguments of transformers.TrainingArguments")
-        if isinstance(value, str) and isinstance(usual[name], int | float):
-            raise ValueError(f"trainer: {name}: {value!r}: give a {'truth value' if isinstance(usual[name], bool) else 'number'}")
+        if isinstance(value, str) and isinstance(defaults[name], int | float):
+            raise ValueError(f"trainer: {name}: {value!r}: give a {'truth value' if isinstance(defaults[name], bool) else 'number'}")
     compiling = [name for name in ("torch_compile", "torch_compile_backend", "torch_compile_mode") if settings.trainer.get(name)]
     if compiling:  # before the arguments are made: they tell the whole process
         why = "it compiles the model as a whole, and a reducer's hooks cannot be part of a graph"
         raise ValueError(f"trainer: {compiling[0]}={settings.trainer[compiling[0]]}: {why}: leave it out")
     try:
-        args = TrainingArguments(**{**DEFAULTS, **here, **settings.trainer, "output_dir": settings.out})
+        args = TrainingArguments(**{**DEFAULTS, **derived, **settings.trainer, "output_dir": settings.out})
     except TypeError as error:
         raise ValueError(f"trainer: {error} (arguments of transformers.TrainingArguments)") from error
     if args.label_smoothing_factor:
@@ -131,7 +138,8 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
 
 
 def tuned(model: nn.Module, settings: TrainSettings) -> nn.Module:
-    """Freeze what does not learn, in ``frozen_dtype``; with tune='lora' the adapters are added, and the projector is saved beside them."""
+    """Freeze all weights that do not learn, in ``frozen_dtype``; with tune='lora' the adapters are added, and the
+    projector is saved beside them."""
     adapter = adapter_for(model)
     projector = adapter.projector()
     model.requires_grad_(False)
@@ -154,8 +162,10 @@ def tuned(model: nn.Module, settings: TrainSettings) -> nn.Module:
 def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trainer, Handle]:
     """The Trainer with the reduced model; detach the handle when done.
 
-    To go on from a ``checkpoint`` of a whole model it is loaded like any model: the Trainer's own loading passes over the key names that
-    ``save_pretrained`` writes for these families (transformers issue 43701) and would go on from the start. Adapters it does load.
+    To continue from a ``checkpoint`` of a whole model it is loaded like any model: the Trainer's own loading ignores
+    the key names that
+    ``save_pretrained`` writes for these families (transformers issue 43701) and would begin anew. Adapters it does
+    load.
     """
     args = arguments(settings)
     if settings.tune == "lora" and base_of(settings.model) is not None:
@@ -196,9 +206,10 @@ def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trai
 
 
 def train(settings: TrainSettings, restart: bool = False) -> Path:
-    """Train, going on from the last whole checkpoint in ``out`` if there is one; returns the folder of the finished model.
+    """Train, continuing from the last whole checkpoint in ``out`` if there is one; returns the folder of the finished
+    model.
 
-    A finished run is left as it is. ``restart`` deletes what an earlier run left in ``out``.
+    A finished run is not changed. ``restart`` deletes the files of an earlier run in ``out``.
 
     Raises
     ------

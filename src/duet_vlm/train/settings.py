@@ -144,8 +144,8 @@ class TrainSettings:
 def recipes() -> dict[str, str]:
     """Names of the recipes that ship with the package, with their first line."""
     files = (resources.files("duet_vlm.train") / "recipes").iterdir()
-    found = {file.name.removesuffix(".yaml"): file.read_text().splitlines()[0].lstrip("# ") for file in files if file.name.endswith(".yaml")}
-    return dict(sorted(found.items()))
+    descriptions = {file.name.removesuffix(".yaml"): file.read_text().splitlines()[0].lstrip("# ") for file in files if file.name.endswith(".yaml")}
+    return dict(sorted(descriptions.items()))
 
 
 def settings_from(recipe: str | None = None, config: Path | None = None, options: Mapping[str, Any] | None = None) -> TrainSettings:
@@ -170,11 +170,11 @@ def settings_from(recipe: str | None = None, config: Path | None = None, options
             raise ValueError(f"--config {config}: not a text file in UTF-8") from error
         layers.append(mapping(text, str(config)))
     merged: dict[str, Any] = {}
-    known = {f.name for f in dataclasses.fields(TrainSettings)}
+    fields = {f.name for f in dataclasses.fields(TrainSettings)}
     for layer in (*layers, options or {}):
         for key, value in layer.items():
-            if key not in known:
-                raise ValueError(f"unknown setting {key!r}{did_you_mean(key, known)}; known: {', '.join(sorted(known))}")
+            if key not in fields:
+                raise ValueError(f"unknown setting {key!r}{did_you_mean(key, fields)}; known: {', '.join(sorted(fields))}")
             merged[key] = {**merged.get(key, {}), **_pairs(key, value)} if key in MERGED else value
     return TrainSettings(**merged)
 

@@ -22,12 +22,12 @@ def mapping(text: str, name: str) -> Mapping[str, Any]:
     import yaml
 
     try:
-        found = yaml.load(text, Loader=_loader())
+        values = yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
         raise ValueError(f"{name}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{name}: expected a mapping of settings, got {type(found).__name__}")
-    return found
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: expected a mapping of settings, got {type(values).__name__}")
+    return values
 
 
 def scalar(text: str) -> Any:
@@ -48,7 +48,8 @@ def written(values: Mapping[str, Any]) -> str:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader with numbers and truth values as in YAML 1.2; a class of our own, so that nobody else's loader changes."""
+    """PyYAML's safe loader with numbers and truth values as in YAML 1.2; a class of our own, so that other loaders
+    do not change."""
     import yaml
 
     class Loader(yaml.SafeLoader):

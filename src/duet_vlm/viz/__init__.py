@@ -1,6 +1,6 @@
-"""Pictures of what was kept, merged and dropped; users of the public API only."""
+"""Drawings of the kept, merged and dropped tokens; uses the public API only."""
 
-from duet_vlm.viz.depth import TokenFates, at_depth, history, token_fates, told
+from duet_vlm.viz.depth import TokenFates, at_depth, depth_note, history, token_fates
 from duet_vlm.viz.overlay import Panel, draw, stack
 from duet_vlm.viz.scores import ScoreRecorder
 from duet_vlm.viz.video import film, film_place, on_film
@@ -22,5 +22,5 @@ __all__ = [
     "part_pictures",
     "cropped_picture",
     "stack",
-    "told",
+    "depth_note",
 ]

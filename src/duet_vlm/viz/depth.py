@@ -1,4 +1,4 @@
-"""One image at one depth of the model: which patches are alive there, which were merged into whom, and which were dropped."""
+"""One image at one depth of the model: the kept, the merged and the dropped patches there."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from duet_vlm.viz.overlay import ANCHOR, DROPPED, MEMBER, NUMBERED, SHADE, Panel
 
 @dataclass(frozen=True)
 class TokenFates:
-    """The tokens of a span at one depth, each in one of three: ``alive``; ``into``, merged into which tokens that are alive; ``dropped``, and in
-    front of which layer (-1: in the vision tower). What was merged into a token that is dropped leaves with it."""
+    """The tokens of a span at one depth, each in one of three groups.
+
+    ``alive``: kept tokens. ``into``: merged tokens, with the kept tokens that they are merged into. ``dropped``:
+    dropped tokens, with the layer
+    before which they are dropped (-1: in the vision tower). Tokens merged into a dropped token are dropped with it.
+    """
 
     alive: frozenset[int]
     into: dict[int, tuple[int, ...]]
@@ -26,7 +30,8 @@ class TokenFates:
 
 
 def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
-    """What has become of every token of a span where decoder layer ``layer`` reads it; -1 is the vision tower, 0 the entry to the decoder.
+    """The fate of every token of a span at the input of decoder layer ``layer``; -1 is the vision tower, 0 the entry to
+    the decoder.
 
     Raises
     ------
@@ -58,28 +63,29 @@ def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
 
 
 def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
-    """What has become of one token up to a layer, in a sentence; of a clip whose grid holds ``steps`` of time below each other, with its step."""
-    found, name = token_fates(trace, layer), _place(trace, token, steps)
-    if token in found.alive:
-        members = sum(token in anchors for anchors in found.into.values())
+    """The fate of one token up to a layer, in a sentence; for a video whose grid holds ``steps`` time steps below
+    each other, with its step."""
+    fates, name = token_fates(trace, layer), _place(trace, token, steps)
+    if token in fates.alive:
+        members = sum(token in anchors for anchors in fates.into.values())
         joined = f" and stands for {members} others that were merged into it" if members else ""
         return f"{name} is alive{joined}"
-    if token in found.into:
-        groups, anchors = numbered(trace), found.into[token]
+    if token in fates.into:
+        groups, anchors = numbered(trace), fates.into[token]
         whom = " and ".join(f"{_place(trace, anchor, steps).lower()} (group {groups[anchor] + 1})" for anchor in anchors)
         return f"{name} is merged into {whom}"
-    return f"{name} was dropped {stage_name(found.dropped[token])}"
+    return f"{name} was dropped {stage_name(fates.dropped[token])}"
 
 
-def told(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
-    """How many tokens are alive at a layer, and in a second line how many were merged and dropped; of several spans together."""
-    found = [token_fates(trace, layer) for trace in traces]
-    left = [where for each in found for where in each.dropped.values()]
-    into, groups = sum(len(each.into) for each in found), sum(len({end for ends in each.into.values() for end in ends}) for each in found)
-    alive, tokens = sum(len(each.alive) for each in found), sum(trace.span.tokens for trace in traces)
+def depth_note(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
+    """Number of kept tokens at a layer, and in a second line the merged and dropped ones; of several spans together."""
+    fates = [token_fates(trace, layer) for trace in traces]
+    dropped_at = [where for span_fates in fates for where in span_fates.dropped.values()]
+    into, groups = sum(len(span_fates.into) for span_fates in fates), sum(len({end for ends in span_fates.into.values() for end in ends}) for span_fates in fates)
+    alive, tokens = sum(len(span_fates.alive) for span_fates in fates), sum(trace.span.tokens for trace in traces)
     merged = f"{into} merged into {groups} of them, " if into else ""
-    here = left.count(layer)
-    gone = f"{len(left)} dropped" + (f", {here} of them here" if 0 < here < len(left) else "")
+    dropped_here = dropped_at.count(layer)
+    gone = f"{len(dropped_at)} dropped" + (f", {dropped_here} of them here" if 0 < dropped_here < len(dropped_at) else "")
     where = stage_name(layer).replace("in front of", "at")
     return f"{where}: {alive} of {tokens} alive", merged + gone
 
@@ -90,21 +96,22 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
     Parameters
     ----------
     image : PIL.Image.Image
-        As the model sees it (``seen``); it is stretched to the token grid.
+        As the model sees it (``model_view``); it is stretched to the token grid.
     trace : SpanTrace
         From ``handle.trace``.
     layer : int
-        As ``fates``.
+        As in ``token_fates``.
     scores : sequence of (mapping or None)
-        As for ``draw``. The heat map is that of the last decision in front of ``layer``.
+        As for ``draw``. The heat map is that of the last decision before ``layer``.
     size : int
         Longer side in pixels, rounded to whole patches.
 
     Returns
     -------
     Panel
-        Alive patches are clear; merged ones are tinted and numbered by the group of the patch that stands for them, which is outlined; dropped
-        ones are dark. ``scores`` is None where no score decided.
+        Kept patches are clear; merged ones are tinted and numbered by the group of the patch that they are merged into,
+        which is outlined;
+        dropped ones are dark. ``scores`` is None where no score decided.
 
     Raises
     ------
@@ -113,14 +120,14 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
     """
     if trace.span.grid is None:
         raise ValueError(f"the {trace.span.tokens} tokens of this image form no grid, so they cannot be drawn on it")
-    found, groups = token_fates(trace, layer), numbered(trace)
+    fates, groups = token_fates(trace, layer), numbered(trace)
     rows, columns = trace.span.grid
     cell = max(4, round(size / max(rows, columns)))
     pixels = np.asarray(rgb(image).resize((columns * cell, rows * cell), Image.Resampling.LANCZOS), np.float32)
     out = mix(pixels, SHADE, DROPPED)
-    anchors = {anchor for ends in found.into.values() for anchor in ends}
-    shares = [(token, group(groups[token]), ANCHOR) for token in anchors] + [(m, group(groups[ends[0]]), MEMBER) for m, ends in found.into.items()]
-    for token in found.alive - anchors:
+    anchors = {anchor for ends in fates.into.values() for anchor in ends}
+    shares = [(token, group(groups[token]), ANCHOR) for token in anchors] + [(m, group(groups[ends[0]]), MEMBER) for m, ends in fates.into.items()]
+    for token in fates.alive - anchors:
         _paint(out, pixels, cell_box(trace, token, cell))
     for token, color, share in shares:
         _paint(out, mix(pixels, color, share), cell_box(trace, token, cell))
@@ -130,15 +137,15 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
         if (box := cell_box(trace, token, cell)) is not None:
             outline(pen, box, group(groups[token]), max(2, cell // 8))
     if cell >= NUMBERED:
-        for token in (*anchors, *found.into):
-            number_patch(pen, cell_box(trace, token, cell), groups[token if token in anchors else found.into[token][0]] + 1, cell)
+        for token in (*anchors, *fates.into):
+            number_patch(pen, cell_box(trace, token, cell), groups[token if token in anchors else fates.into[token][0]] + 1, cell)
     decided = [number for number, stage in enumerate(trace.stages) if stage.layer <= layer]
-    shown = scores[decided[-1]] if decided and decided[-1] < len(scores) else None
-    return Panel(*told([trace], layer), picture, heat_map(pixels, trace, shown, cell) if shown else None)
+    heat_scores = scores[decided[-1]] if decided and decided[-1] < len(scores) else None
+    return Panel(*depth_note([trace], layer), picture, heat_map(pixels, trace, heat_scores, cell) if heat_scores else None)
 
 
 def _ends(member: int, joined: Mapping[int, list[int]]) -> set[int]:
-    """The tokens at the end of the chain of merges that a token went through."""
+    """The tokens at the end of the chain of merges of a token."""
     return {end for anchor in joined[member] for end in (_ends(anchor, joined) if anchor in joined else {anchor})}
 
 
@@ -150,9 +157,9 @@ def _paint(out: np.ndarray, source: np.ndarray, box: tuple[int, int, int, int] |
 
 def _place(trace: SpanTrace, token: int, steps: int) -> str:
     rows, columns = trace.span.grid or (1, trace.span.tokens)
-    place = token - (trace.span.tokens - rows * columns)
-    if place < 0:
+    cell = token - (trace.span.tokens - rows * columns)
+    if cell < 0:
         return "A token outside the grid"
-    step, row = divmod(place // columns, rows // steps)
-    where = f"row {row + 1}, column {place % columns + 1}"
+    step, row = divmod(cell // columns, rows // steps)
+    where = f"row {row + 1}, column {cell % columns + 1}"
     return f"Step {step + 1}, {where}" if steps > 1 else where.capitalize()

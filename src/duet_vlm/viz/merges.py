@@ -1,4 +1,4 @@
-"""Who was merged into whom, stage by stage; groups have the same numbers in all pictures of a span."""
+"""Merges stage by stage; groups have the same numbers in all pictures of a span."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MergeSources = Mapping[int, tuple[int, ...]]
 
 
 def stages(trace: SpanTrace) -> Iterator[tuple[StageTrace, MergeSources]]:
-    """The stages along the depth, a reduced tower first, with who is merged into whom at each."""
+    """The stages along the depth, a reduced tower first, with the merges of each."""
     if trace.tower is not None:
         yield trace.tower, {}
     for number, stage in enumerate(trace.stages):
@@ -19,24 +19,24 @@ def stages(trace: SpanTrace) -> Iterator[tuple[StageTrace, MergeSources]]:
 
 def numbered(trace: SpanTrace) -> dict[int, int]:
     """A number for each token that others are merged into, in the order of the stages at which that begins."""
-    found: dict[int, int] = {}
+    numbers: dict[int, int] = {}
     for _, merged in stages(trace):
         for anchor in sorted(merged):
-            found.setdefault(anchor, len(found))
-    return found
+            numbers.setdefault(anchor, len(numbers))
+    return numbers
 
 
 def stage_name(layer: int) -> str:
-    """A stage in words, by the layer in front of which it is: -1 in the tower, 0 in front of the decoder."""
+    """A stage in words, by the layer after it: -1 in the tower, 0 before the decoder."""
     return {-1: "in the vision tower", 0: "at the entry to the decoder"}.get(layer, f"in front of layer {layer}")
 
 
 def origins(trace: SpanTrace) -> str:
-    """Which groups began at which stage, in a line; empty where nothing was merged."""
-    known: set[int] = set()
-    said = []
+    """The groups that began at each stage, in a line; empty without merges."""
+    merged_before: set[int] = set()
+    sentences = []
     for stage, merged in stages(trace):
-        first, known = len(known) + 1, known.union(merged)
-        if len(known) >= first:
-            said.append(f"{first}-{len(known)} {stage_name(stage.layer)}" if len(known) > first else f"{first} {stage_name(stage.layer)}")
-    return f"groups by where their merging begins: {', '.join(said)}" if said else ""
+        first, merged_before = len(merged_before) + 1, merged_before.union(merged)
+        if len(merged_before) >= first:
+            sentences.append(f"{first}-{len(merged_before)} {stage_name(stage.layer)}" if len(merged_before) > first else f"{first} {stage_name(stage.layer)}")
+    return f"groups by where their merging begins: {', '.join(sentences)}" if sentences else ""

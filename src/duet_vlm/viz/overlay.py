@@ -1,4 +1,4 @@
-"""Panels side by side: the image, what V2V made of it, and what each stage inside the decoder left and merged."""
+"""Panels side by side: the image, the result of the encoder stage, and of each stage inside the decoder."""
 
 from __future__ import annotations
 
@@ -53,26 +53,30 @@ def draw(
     Parameters
     ----------
     image : PIL.Image.Image
-        The image as the model sees it (``duet_vlm.viz.seen``); it is stretched to the token grid.
+        The image as the model sees it (``duet_vlm.viz.model_view``); it is stretched to the token grid.
     trace : SpanTrace
         From ``handle.trace``: one entry per sample and image.
     title : str
         A line above the panels.
     lines : sequence of str
-        Smaller lines below it: the prompt, what the full and the reduced model answer. Any script that a font on this machine has.
+        Smaller lines below it: the prompt, the answers of the full and the reduced model. Any script that a font on
+        this machine has.
     scores : sequence of (mapping or None)
-        Of each stage of ``trace.stages``, the score of each token that was ranked there (``duet_vlm.viz.Watched``): a heat map below the stage,
-        coloured by rank.
+        Of each stage of ``trace.stages``, the score of each token that was ranked there
+        (``duet_vlm.viz.ScoreRecorder``): a heat map below the
+        stage, coloured by rank.
     size : int
         Longer side of a panel in pixels, rounded to whole patches.
     shows : str
-        What stands above the first panel.
+        Title of the first panel.
 
     Returns
     -------
     PIL.Image.Image
-        RGB. First panel: the image. Then one per stage, that of a reduced tower in front: kept patches are clear, dropped ones dark, those
-        merged there tinted in the colour of their group and numbered. The patch that they are merged into is outlined and keeps its number
+        RGB. First panel: the image. Then one per stage, beginning with a reduced tower: kept patches are clear, dropped
+        ones dark, those
+        merged there tinted in the colour of their group and numbered. The patch that they are merged into is outlined
+        and keeps its number
         in later panels. A line below the legend says at which stage each group began.
 
     Raises
@@ -89,8 +93,8 @@ def draw(
     if trace.tower is not None:
         through = SpanTrace(trace.span, {}, (trace.tower,))
         panels.append(_panel(base, through, 0, cell))
-    shown = [*scores, *[None] * len(trace.stages)]
-    panels += [_panel(base, trace, number, cell, shown[number]) for number in range(len(trace.stages))]
+    stage_scores = [*scores, *[None] * len(trace.stages)]
+    panels += [_panel(base, trace, number, cell, stage_scores[number]) for number in range(len(trace.stages))]
     return _sheet(panels, title, lines, origins(trace))
 
 
@@ -105,13 +109,13 @@ def stack(sheets: Sequence[Image.Image]) -> Image.Image:
 
 
 def cell_box(trace: SpanTrace, token: int, cell: int) -> tuple[int, int, int, int] | None:
-    """Pixels (left, top, right, bottom) of a token within a panel; None for rows outside the grid (a CLS row in front)."""
+    """Pixels (left, top, right, bottom) of a token within a panel; None for tokens outside the grid (CLS first)."""
     assert trace.span.grid is not None
     rows, columns = trace.span.grid
-    place = token - (trace.span.tokens - rows * columns)
-    if place < 0:
+    cell_index = token - (trace.span.tokens - rows * columns)
+    if cell_index < 0:
         return None
-    top, left = divmod(place, columns)
+    top, left = divmod(cell_index, columns)
     return left * cell, top * cell, (left + 1) * cell, (top + 1) * cell
 
 
@@ -120,7 +124,7 @@ def _panel(base: Image.Image, trace: SpanTrace, number: int, cell: int, scores: 
     reached = [merged for _, merged in stages(trace)][: number + 1 + (trace.tower is not None)]
     merged, kept, begun, numbers = reached[-1], set(stage.kept), set().union(*reached), numbered(trace)
     anchors = [anchor for anchor in numbers if anchor in begun and (anchor in kept or anchor in merged)]
-    everywhere = set.intersection(*map(set, merged.values())) if len(merged) > 1 else set()  # of no one group
+    everywhere = set.intersection(*map(set, merged.values())) if len(merged) > 1 else set()  # of several groups
     members = [(member, anchor) for anchor, joined in merged.items() for member in joined if member not in kept]
     pixels = np.asarray(base, np.float32)
     out = mix(pixels, SHADE, DROPPED)
@@ -204,28 +208,28 @@ def _sheet(panels: list[Panel], title: str, lines: Sequence[str], merging: str) 
     across = min(len(panels), PER_ROW)
     down = -(-len(panels) // across)
     scored = any(panel.scores is not None for panel in panels)
-    each = HEAD + tall + GAP + (tall + GAP if scored else 0)
+    row_height = HEAD + tall + GAP + (tall + GAP if scored else 0)
     across_all = max(across * column + (across - 1) * GAP, 2 * wide)
     heads = [(line, TITLE, 8) for line in fitted(title, TITLE, across_all)]
     heads += [(line, BOLD, 6) for text in lines for line in fitted(text, BOLD, across_all)]
     above = MARGIN + (sum(size + room for _, size, room in heads) + 7 if heads else 0)
     below = fitted(merging, SMALL, across_all) if merging else []
-    sheet = Image.new("RGB", (2 * MARGIN + across_all, above + down * each + 30 + 20 * len(below)), PAPER)
+    sheet = Image.new("RGB", (2 * MARGIN + across_all, above + down * row_height + 30 + 20 * len(below)), PAPER)
     pen, y = ImageDraw.Draw(sheet), MARGIN
     for line, size, room in heads:
         write(pen, (MARGIN, y), line, size, INK)
         y += size + room
     for number, panel in enumerate(panels):
-        row, place = divmod(number, across)
-        x, y = MARGIN + place * (column + GAP), above + row * each
+        row, in_row = divmod(number, across)
+        x, y = MARGIN + in_row * (column + GAP), above + row * row_height
         write(pen, (x, y), panel.title, BOLD, INK)
         write(pen, (x, y + 23), panel.note, SMALL, FAINT)
         sheet.paste(panel.picture, (x, y + HEAD))
         if panel.scores is not None:
             sheet.paste(panel.scores, (x, y + HEAD + tall + GAP))
-    _legend(pen, bool(below), scored, above + down * each + 2)
+    _legend(pen, bool(below), scored, above + down * row_height + 2)
     for number, line in enumerate(below):
-        write(pen, (MARGIN, above + down * each + 21 + 20 * number), line, SMALL, INK)
+        write(pen, (MARGIN, above + down * row_height + 21 + 20 * number), line, SMALL, INK)
     return sheet
 
 

@@ -1,4 +1,4 @@
-"""What decided, as it was seen: the scores that a method looked at are written down beside its choice."""
+"""The scores behind each decision, recorded beside the method's choice."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from duet_vlm import DecoderReducer, DecoderView, EncoderReducer, EncoderView, R
 
 
 class ScoreRecorder:
-    """A method that acts as before and keeps the scores that it was shown.
+    """A method that acts as before and records the scores in its views.
 
     Attributes
     ----------
@@ -37,17 +37,19 @@ class ScoreRecorder:
                 return cls.prune_tokens(self, view)  # type: ignore[attr-defined]
 
             facts |= {"prune_tokens": prune_tokens, "uses_tokens": True}
-        made: Any = type(cls.__name__, (cls,), facts)
-        self.reducer: Reducer = made(**method.settings())
+        recording: Any = type(cls.__name__, (cls,), facts)
+        self.reducer: Reducer = recording(**method.settings())
 
     def of(self, trace: SpanTrace, number: int) -> list[dict[int, float] | None]:
-        """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token that was ranked there, by
-        its number within the span; None where nothing was ranked, or not token by token (crops or frames each by itself)."""
-        found: list[dict[int, float] | None] = [self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None]
+        """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token
+        that was ranked there, by
+        its number within the span; None where nothing was ranked, or not token by token (crops or frames reduced
+        independently)."""
+        stage_scores: list[dict[int, float] | None] = [self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None]
         drops = iter(self._drops)
         for _ in trace.stages[1:]:
-            found.append(_of_span(*drop, number) if (drop := next(drops, None)) is not None else None)
-        return found
+            stage_scores.append(_of_span(*drop, number) if (drop := next(drops, None)) is not None else None)
+        return stage_scores
 
     def _at_entry(self, trace: SpanTrace, number: int) -> dict[int, float] | None:
         if number >= len(self._entry):
@@ -71,4 +73,4 @@ def _of_span(view: DecoderView, scores: np.ndarray, number: int) -> dict[int, fl
     """Scores of one span of the first sample."""
     assert view.span_index is not None and view.token_index is not None  # asked for by ``uses_tokens``
     valid, span, token = (x.cpu().numpy() for x in (view.valid, view.span_index, view.token_index))
-    return {int(token[place]): float(scores[place]) for place in zip(*np.nonzero(valid), strict=True) if span[place] == number}
+    return {int(token[index]): float(scores[index]) for index in zip(*np.nonzero(valid), strict=True) if span[index] == number}

@@ -1,4 +1,4 @@
-"""A checkpoint with a method on it that answers batches of conversations and counts what they cost. Needs no harness."""
+"""A checkpoint with a method attached that answers batches of conversations and counts their cost. Needs no harness."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Engine:
     ----------
     pretrained : str
         Hub id, folder, or "tiny" for the embedded model.
-    chosen : Chosen
+    chosen : ModelArguments
         The method.
     device, device_map, dtype, attn_implementation : str, optional
         As transformers takes them. Default: cuda if there is one, the checkpoint's own dtype (float32 for "tiny").
@@ -38,7 +38,7 @@ class Engine:
     Raises
     ------
     ValueError
-        A checkpoint without chat template, or what ``duet_vlm.attach`` refuses.
+        A checkpoint without chat template, or a method that ``duet_vlm.attach`` refuses.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class Engine:
         max_pixels: int | None = None,
     ) -> None:
         embedded = pretrained == "tiny"
-        place = str(tiny.path()) if embedded else pretrained
+        source = str(tiny.path()) if embedded else pretrained
         precision = dtype or ("float32" if embedded else "auto")
-        loading = _given(attn_implementation=attn_implementation, device_map=device_map)
+        loading = _without_none(attn_implementation=attn_implementation, device_map=device_map)
         self.pretrained, self.chosen = pretrained, chosen
-        self.processor = AutoProcessor.from_pretrained(place, **_given(min_pixels=min_pixels, max_pixels=max_pixels))
+        self.processor = AutoProcessor.from_pretrained(source, **_without_none(min_pixels=min_pixels, max_pixels=max_pixels))
         if not getattr(self.processor, "chat_template", None):
             raise ValueError(f"pretrained={pretrained}: its processor has no chat template, so a conversation cannot become a prompt")
-        self.model = AutoModelForImageTextToText.from_pretrained(place, dtype=precision, use_safetensors=True, **loading).eval()
+        self.model = AutoModelForImageTextToText.from_pretrained(source, dtype=precision, use_safetensors=True, **loading).eval()
         if device_map is None:
             self.model.to(device or own_device())
         salient = getattr(chosen.method, "text_query", chosen.fields.get("text_query")) == "salient"
@@ -95,18 +95,18 @@ class Engine:
         text = [self.processor.apply_chat_template(c, tokenize=False, add_generation_prompt=True) for c in conversations]
         inputs = self.processor(images=images or None, text=text, return_tensors="pt", padding=True, padding_side="left")
         inputs = inputs.to(self.model.device, self.model.dtype)
-        wanted, stops, _ = generation_of(generation)
-        out = self.model.generate(**inputs, **wanted)
+        options, stops, _ = generation_of(generation)
+        out = self.model.generate(**inputs, **options)
         costs = self.costs.setdefault(task, PromptCosts())
         if images:
             costs.add(self.handle.report(), len(images))
-        said = self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return [cut(answer, stops) for answer in said]
+        texts = self.processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [cut(answer, stops) for answer in texts]
 
     def write(self, file: Path) -> None:
         """Write the cost of the run so far, as JSON."""
         reducer = self.handle.reducer
-        found = {
+        content = {
             "model": self.pretrained,
             "label": self.chosen.label,
             "method": reducer.name,
@@ -116,7 +116,7 @@ class Engine:
             "versions": {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
         }
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found, indent=1) + "\n")
+        file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def own_device() -> str:
@@ -124,5 +124,5 @@ def own_device() -> str:
     return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def _given(**values: Any) -> dict[str, Any]:
+def _without_none(**values: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Start lmms-eval as its own process, with our model and our task folder, and read what it wrote."""
+"""Start lmms-eval as its own process, with our model and our task folder, and read its results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run(
     RuntimeError
         lmms-eval ended without results; its last error is in the message, all of its output in the log.
     """
-    asked = parse_arguments(method, budget, preset, settings or {})  # a mistake is cheap here
+    model_arguments = parse_arguments(method, budget, preset, settings or {})  # a mistake is cheap here
     if importlib.util.find_spec("lmms_eval") is None:
         raise ImportError(INSTALL)
     folder = Path(out)
@@ -75,23 +75,23 @@ def run(
     before = set(folder.rglob("*_results.json"))
     measured, log = folder / "duet_vlm_measured.json", folder / "lmms-eval.log"
     measured.unlink(missing_ok=True)
-    given = {"pretrained": model, "method": method, "budget": budget, "preset": preset, **(arguments or {}), "measured": measured}
+    arguments_given = {"pretrained": model, "method": method, "budget": budget, "preset": preset, **(arguments or {}), "measured": measured}
     if settings:
-        given["settings"] = json.dumps(dict(settings))
+        arguments_given["settings"] = json.dumps(dict(settings))
     names = tasks if isinstance(tasks, str) else ",".join(tasks)
-    command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--model_args", argument_text(given), "--tasks", names]
+    command = [sys.executable, "-m", "lmms_eval", "--model", MODEL, "--model_args", argument_text(arguments_given), "--tasks", names]
     command += ["--batch_size", str(batch), "--include_path", str(TASKS), "--output_path", str(folder), "--log_samples"]
     command += ["--limit", str(limit)] if limit is not None else []
     command += ["--device", device] if device is not None else []
-    code = _shown(command, log)
+    code = _run_shown(command, log)
     files = set(folder.rglob("*_results.json")) - before
     if len(files) != 1 or not measured.exists():  # lmms-eval reports its own errors and then ends with code 0
         raise RuntimeError(f"lmms-eval ended without results (exit code {code}): {_last_error(log)} (all of its output: {log})")
     (file,) = files
-    found = json.loads(file.read_text())
+    results = json.loads(file.read_text())
     return {
-        "label": asked.label,
-        "tasks": {task: _metrics(values) for task, values in found["results"].items()},
+        "label": model_arguments.label,
+        "tasks": {task: _metrics(values) for task, values in results["results"].items()},
         "measured": json.loads(measured.read_text()),
         "samples": {path.stem.split("_samples_", 1)[1]: str(path) for path in sorted(file.parent.glob(f"{_stamp(file)}_samples_*.jsonl"))},
         "results": str(file),
@@ -119,7 +119,7 @@ def argument_text(given: Mapping[str, Any]) -> str:
     return ",".join(parts)
 
 
-def _shown(command: Sequence[str], log: Path) -> int:
+def _run_shown(command: Sequence[str], log: Path) -> int:
     """Run a command, its output on screen and in ``log``."""
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a chunk may end within a letter
     with log.open("wb") as file, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

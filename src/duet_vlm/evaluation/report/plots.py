@@ -30,7 +30,8 @@ STEPS, DIGITS, ENOUGH = (10, 5, 1, 0.5, 0.1), ((1, 2, 5), (3, 4, 6, 8, 1.5), (7,
 
 
 def all_plots(result: dict[str, Any], say: Callable[[str], None] = lambda caption: None) -> dict[str, tuple[str, bytes, bytes]]:
-    """name -> (caption, PNG, SVG). Plots that have nothing to show (no timing) are absent. ``say`` is told what is drawn next.
+    """name -> (caption, PNG, SVG). Plots without data (no timing) are absent. ``say`` is called with the next plot's
+    name.
 
     Raises
     ------
@@ -128,28 +129,28 @@ def _lines(
     series: dict[str, list[list[float]]] = {}
     methods = {run["label"]: run["method"] for run in result["runs"][1:]}
     for run in columns.ordered(result)[1:]:  # a line goes from large to small budgets
-        if run["status"] == "ok" and (found := point(run)):
-            series.setdefault(run["label"], []).append(found)
+        if run["status"] == "ok" and (values := point(run)):
+            series.setdefault(run["label"], []).append(values)
     if not series:
         return None
-    told = {*columns.leaders(result, REFERENCES, MOST), *(label for label in series if methods[label] in REFERENCES)} & series.keys()
-    longest = max(len(plain(label)) for label in told)
-    figure, axes = _figure(max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(told)))
+    named = {*columns.leaders(result, REFERENCES, MOST), *(label for label in series if methods[label] in REFERENCES)} & series.keys()
+    longest = max(len(plain(label)) for label in named)
+    figure, axes = _figure(max(WIDTH, LEFT + AREA + BETWEEN + LETTER * longest), max(4.6, 1.0 + LINE * len(named)))
     _scales(axes, [anchor[0], *(p[i] for s in series.values() for p in s for i in range(3))], [anchor[1], *_heights(series)], anchor[1])
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     axes.axhline(anchor[1], color=INK, lw=0.8, zorder=1)
     axes.plot(*anchor, marker="D", ms=6, color=INK, mec=GROUND, mew=0.8, zorder=5, clip_on=False)
     axes.annotate("full model", anchor, xytext=(2, 6), textcoords="offset points", fontsize=8.5, color=INK)
-    styles = looks({label: methods[label] for label in series if label in told})
+    styles = looks({label: methods[label] for label in series if label in named})
     ends = []
     for label, points in series.items():
-        if label in told:
+        if label in named:
             _line(axes, points, styles[label])
             ends.append((label, points[-1][0], points[-1][3]))
         else:
             axes.plot([p[0] for p in points], [p[3] for p in points], color=MUTED, lw=0.8, alpha=0.3, zorder=1.5)
-    if others := len(series) - len(told):
+    if others := len(series) - len(named):
         axes.text(0.01, 0.01, f"thin and grey: {others} other methods, named in the table", transform=axes.transAxes, fontsize=8.5, color=MUTED)
     _names(figure, axes, ends, styles)
     return figure
@@ -170,7 +171,7 @@ def _line(axes: Axes, points: list[list[float]], look: Look) -> None:
 
 
 def _around(middle: list[float], low: list[float], high: list[float]) -> list[list[float]]:
-    """Distances below and above, as error bars want them."""
+    """Distances below and above, in the form of error bars."""
     below = [max(0.0, m - edge) for m, edge in zip(middle, low, strict=True)]
     above = [max(0.0, edge - m) for m, edge in zip(middle, high, strict=True)]
     return [below, above]
@@ -202,8 +203,8 @@ def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None
     left, right = max(xs) * 1.12, min(xs) / 1.08
     axes.set_xlim(left, right)
     decades = range(math.floor(math.log10(right)), math.ceil(math.log10(left)))
-    wanted = [[digit * 10.0**decade for digit in digits for decade in decades] for digits in DIGITS]
-    axes.xaxis.set_major_locator(FixedLocator(_spaced(wanted, math.log, right, left, 0.06)))
+    candidates = [[digit * 10.0**decade for digit in digits for decade in decades] for digits in DIGITS]
+    axes.xaxis.set_major_locator(FixedLocator(_spaced(candidates, math.log, right, left, 0.06)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yscale("function", functions=(stretched, lambda y: NEAR * np.sinh(y) + anchor))
@@ -217,11 +218,11 @@ def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None
     axes.yaxis.set_minor_locator(NullLocator())
 
 
-def _spaced(wanted: list[list[float]], scale: Callable[[float], float], low: float, high: float, gap: float) -> list[float]:
-    """Of the ``wanted`` ticks, rank by rank until there are enough, those within [low, high] that keep ``gap`` axis lengths from the ones before."""
+def _spaced(candidates: list[list[float]], scale: Callable[[float], float], low: float, high: float, gap: float) -> list[float]:
+    """Of the ``candidates`` ticks, rank by rank until there are enough, those within [low, high] that keep ``gap`` axis lengths from the ones before."""
     least = gap * (scale(high) - scale(low))
     out: list[float] = []
-    for rank in wanted:
+    for rank in candidates:
         if len(out) < ENOUGH:
             for tick in rank:
                 if low <= tick <= high and all(abs(scale(tick) - scale(other)) >= least for other in out):
@@ -237,20 +238,21 @@ def _names(figure: Figure, axes: Axes, ends: list[tuple[str, float, float]], sty
     figure.canvas.draw()
     starts = [to_axes.transform((x, y)) for _, x, y in ends]
     gap = LINE / (axes.get_position().height * figure.get_figheight())
-    places = apart([float(y) for _, y in starts], gap, 0.0, 1.0)
-    for (label, _, _), (x, y), place in zip(ends, starts, places, strict=True):
+    heights = apart([float(y) for _, y in starts], gap, 0.0, 1.0)
+    for (label, _, _), (x, y), height in zip(ends, starts, heights, strict=True):
         look = styles[label]
-        leader = Line2D([x, 1.035, 1.05], [y, place, place], transform=axes.transAxes, color=look.colour, lw=0.6, alpha=0.5, clip_on=False, zorder=1)
-        sample = Line2D([1.05, 1.10], [place, place], transform=axes.transAxes, color=look.colour, ls=look.dash, lw=look.width, clip_on=False)
-        mark = Line2D([1.075], [place], transform=axes.transAxes, ls="", marker=look.marker, ms=look.size, clip_on=False)
+        leader = Line2D([x, 1.035, 1.05], [y, height, height], transform=axes.transAxes, color=look.colour, lw=0.6, alpha=0.5, clip_on=False, zorder=1)
+        sample = Line2D([1.05, 1.10], [height, height], transform=axes.transAxes, color=look.colour, ls=look.dash, lw=look.width, clip_on=False)
+        mark = Line2D([1.075], [height], transform=axes.transAxes, ls="", marker=look.marker, ms=look.size, clip_on=False)
         mark.set(color=look.colour if look.filled else GROUND, markeredgecolor=GROUND if look.filled else look.colour, markeredgewidth=0.7)
         for artist in (leader, sample, mark):
             axes.add_artist(artist)
-        axes.text(1.115, place, plain(label), transform=axes.transAxes, va="center_baseline", fontsize=8.5, color=INK)
+        axes.text(1.115, height, plain(label), transform=axes.transAxes, va="center_baseline", fontsize=8.5, color=INK)
 
 
 def by_kind(result: dict[str, Any]) -> Figure | None:
-    """Rows are runs, columns kinds; a cell says what share of the full model's accuracy is kept, and is the darker the more is lost."""
+    """Rows are runs, columns kinds; a cell shows the share kept of the full model's accuracy, and is the darker the
+    more is lost."""
     kinds, (full, *runs) = columns.kinds(result), columns.ordered(result)
     if not kinds or not runs:
         return None
@@ -258,14 +260,14 @@ def by_kind(result: dict[str, Any]) -> Figure | None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    left = 0.25 + LETTER * max(len(plain(run["label"])) for run in runs)
+    label_width = 0.25 + LETTER * max(len(plain(run["label"])) for run in runs)
     row, head = 0.235, 0.62
-    wide = min(1.0, max(0.74, (WIDTH - left - 0.1) / len(kinds)))
+    wide = min(1.0, max(0.74, (WIDTH - label_width - 0.1) / len(kinds)))
     height = head + row * (rows[-1][0] + 1) + 0.12
-    figure = Figure(figsize=(left + wide * len(kinds) + 0.1, height))
+    figure = Figure(figsize=(label_width + wide * len(kinds) + 0.1, height))
     FigureCanvasAgg(figure)
     size = figure.get_figwidth()
-    axes = figure.add_axes((left / size, 0.12 / height, wide * len(kinds) / size, 1 - (head + 0.12) / height))
+    axes = figure.add_axes((label_width / size, 0.12 / height, wide * len(kinds) / size, 1 - (head + 0.12) / height))
     axes.set(xlim=(0, len(kinds)), ylim=(rows[-1][0] + 1, 0))
     axes.set_axis_off()
     for x, kind in enumerate(kinds):
@@ -318,7 +320,8 @@ def darkness(kept: float) -> float:
 
 
 def shade(kept: float) -> tuple[str, str]:
-    """Colours of a cell and of its text: one hue, lightness falling with the loss; the text black or white, whichever has more contrast."""
+    """Colours of a cell and of its text: one hue, lightness falling with the loss; the text black or white,
+    whichever has more contrast."""
     stops = ((0.0, (244, 241, 234)), (0.35, (250, 208, 146)), (0.7, (214, 105, 40)), (1.0, (94, 24, 20)))
     dark = darkness(kept)
     (start, near), (end, far) = next((a, b) for a, b in zip(stops, stops[1:], strict=False) if dark <= b[0])

@@ -10,14 +10,28 @@ from duet_vlm.viz.colors import COLOURS, INK, MUTED
 
 MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "d")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (5, 1.5, 1, 1.5)))
-FLOORS = frozenset({"random", "uniform"})  # chance and habit: what a method must beat
-ORACLE = "oracle"  # told what is needed; keeps one count throughout, so a method with a schedule may pass it
+FLOORS = frozenset({"random", "uniform"})  # baselines that a method must beat
+ORACLE = "oracle"  # knows the needed tokens; keeps one count throughout, so a method with a schedule may exceed it
 LONGEST = 48
 
 
 @dataclass(frozen=True)
 class Look:
-    """Of one series."""
+    """Style of one series.
+
+    Attributes
+    ----------
+    colour, marker : str
+        Colour and marker.
+    dash : Any
+        Line style of matplotlib.
+    width, size : float
+        Width of the line, and size of the marker.
+    filled : bool
+        The marker is filled.
+    order : int
+        Drawing order.
+    """
 
     colour: str
     marker: str
@@ -29,7 +43,8 @@ class Look:
 
 
 def looks(methods: dict[str, str]) -> dict[str, Look]:
-    """The look of every label, from its method. References (oracle, floors) are grey, thin and hollow; methods have colour."""
+    """Style of every label, from its method. References (oracle, baselines) are grey, thin and hollow; methods have
+    colour."""
     out, coloured, floors = {}, 0, 0
     for label, method in methods.items():
         if method == ORACLE:
@@ -55,14 +70,15 @@ def plain(text: str) -> str:
     return line if len(line) <= LONGEST else line[: LONGEST - 1] + "…"
 
 
-def apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Positions as near as can be to the ``wanted`` ones, in their order, at least ``gap`` apart, within [low, high] if there is room.
+def apart(desired: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions as near as can be to the ``desired`` ones, in their order, at least ``gap`` apart, within [low, high]
+    if there is room.
 
-    Neighbours that collide form a block that is centred on the mean of what its members want.
+    Neighbours that collide form a block that is centred on the mean of the desired positions of its members.
     """
     blocks: list[tuple[float, list[int]]] = []  # (centre, members)
-    for index in sorted(range(len(wanted)), key=lambda i: wanted[i]):
-        members, centre = [index], wanted[index]
+    for index in sorted(range(len(desired)), key=lambda i: desired[i]):
+        members, centre = [index], desired[index]
         while True:
             half = (len(members) - 1) * gap / 2
             centre = max(low + half, min(centre, high - half))
@@ -70,10 +86,10 @@ def apart(wanted: list[float], gap: float, low: float, high: float) -> list[floa
                 break
             members = blocks.pop()[1] + members
             half = (len(members) - 1) * gap / 2
-            centre = sum(wanted[i] for i in members) / len(members)
+            centre = sum(desired[i] for i in members) / len(members)
         blocks.append((centre, members))
-    out = [0.0] * len(wanted)
+    out = [0.0] * len(desired)
     for centre, members in blocks:
-        for place, index in enumerate(members):
-            out[index] = centre + (place - (len(members) - 1) / 2) * gap
+        for number, index in enumerate(members):
+            out[index] = centre + (number - (len(members) - 1) / 2) * gap
     return out

@@ -1,4 +1,4 @@
-"""From result files to files of a report."""
+"""Files of a report from result files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = "report.html"
 
 
 def render(paths: Sequence[Path], say: Callable[[str], None] = lambda text: None) -> dict[str, bytes]:
-    """file name -> content of everything that a report of these result files consists of. ``say`` is told what is drawn next.
+    """file name -> content of a report of these result files. ``say`` is called with the next plot's name.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def render(paths: Sequence[Path], say: Callable[[str], None] = lambda text: None
         result = load(path)
         check(result, str(path))
         results.append(result)
-    again = shlex.join(["duet-vlm", "report", *map(_shown, paths)])
+    again = shlex.join(["duet-vlm", "report", *map(_public_path, paths)])
     out: dict[str, bytes] = {}
     sections = []
     for slug, path, result in zip(_slugs([f"{r['task']}-{r['name']}" for r in results]), paths, results, strict=True):
@@ -43,7 +43,7 @@ def render(paths: Sequence[Path], say: Callable[[str], None] = lambda text: None
             out |= {f"{slug}-{name}.png": png, f"{slug}-{name}.svg": svg}
         pictures = [(caption, f"{slug}-{name}.png") for name, (caption, _, _) in plots.items()]
         out[f"{slug}.md"] = markdown.page(result, pictures, again).encode()
-        sections.append((slug, _shown(path), result, plots))
+        sections.append((slug, _public_path(path), result, plots))
     return out | {PAGE: page(sections, again).encode()}
 
 
@@ -53,14 +53,14 @@ def _told(say: Callable[[str], None], slug: str, caption: str) -> None:
 
 def write(paths: Sequence[Path], folder: Path, say: Callable[[str], None] = lambda text: None) -> list[Path]:
     """Render everything, and only then write it into ``folder``; the files written, the page last."""
-    made = render(paths, say)
+    contents = render(paths, say)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in made.items():
+    for name, content in contents.items():
         (folder / name).write_bytes(content)
-    return [folder / name for name in made]
+    return [folder / name for name in contents]
 
 
-def _shown(path: Path) -> str:
+def _public_path(path: Path) -> str:
     """A path as it may be published: relative ones as given, of others the name only."""
     return path.name if path.is_absolute() else path.as_posix()
 

@@ -1,4 +1,4 @@
-"""Clocks around the parts of a model: hooks that note the time, read nothing and change nothing."""
+"""Timers around the parts of a model: hooks that note the time and change nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from duet_vlm.models.adapter import Adapter
 class StageTimers:
     """Times of one pass. On CUDA the device's own clock is noted, so nothing waits for it before ``read``.
 
-    Made before a handle is attached; ``inside`` is called after, so that its hooks run within the handle's: what lies between the two is
-    the handle's own work.
+    Made before a handle is attached; ``inside`` is called after, so that its hooks run within the handle's: the time
+    between the two is the
+    handle's own work.
     """
 
     def __init__(self, adapter: Adapter) -> None:
@@ -45,7 +46,7 @@ class StageTimers:
             hook.remove()
 
     def note(self, name: str) -> None:
-        """One more time of ``name``."""
+        """Record the time of ``name`` once more."""
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()
@@ -55,7 +56,8 @@ class StageTimers:
         self.notes.setdefault(name, []).append(now)
 
     def read(self) -> dict[str, float]:
-        """Seconds of each stage of the pass, and of its layers: ``layer i``, and ``hook i`` for what the handle does in front of it."""
+        """Seconds of each stage of the pass, and of its layers: ``layer i``, and ``hook i`` for the handle's work
+        before it."""
         if self.cuda:
             torch.cuda.synchronize()
         depth = len(self.adapter.layers)
@@ -63,12 +65,12 @@ class StageTimers:
         tower, projector = self._total("tower starts", "tower ends"), self._total("projector starts", "projector ends")
         encode = self._total("encode starts", "encode ends")
         tower -= projector * inside
-        found = {"vision": tower, "projector": projector, "v2v": max(0.0, encode - tower - projector)}
-        found |= {"prefill": self._total("prefill starts", "prefill ends"), "decode step": self._mean("step starts", "step ends")}
+        seconds = {"vision": tower, "projector": projector, "v2v": max(0.0, encode - tower - projector)}
+        seconds |= {"prefill": self._total("prefill starts", "prefill ends"), "decode step": self._mean("step starts", "step ends")}
         for index in range(depth):
-            found[f"layer {index}"] = self._first(f"layer {index} starts", f"layer {index} ends")
-            found[f"hook {index}"] = self._first(f"hook {index}", f"layer {index} starts")
-        return found | {"to first token": encode + found["prefill"]}
+            seconds[f"layer {index}"] = self._first(f"layer {index} starts", f"layer {index} ends")
+            seconds[f"hook {index}"] = self._first(f"hook {index}", f"layer {index} starts")
+        return seconds | {"to first token": encode + seconds["prefill"]}
 
     def _pairs(self, start: str, end: str) -> list[float]:
         pairs = zip(self.notes.get(start, []), self.notes.get(end, []), strict=False)
@@ -82,7 +84,7 @@ class StageTimers:
         return sum(pairs) / len(pairs) if pairs else 0.0
 
     def _first(self, start: str, end: str) -> float:
-        """Of the prompt's own pass; later ones are steps of decoding."""
+        """Seconds of the prompt's own pass; later ones are steps of decoding."""
         return self._pairs(start, end)[0]
 
     def _before(self, module: nn.Module, name: str) -> None:

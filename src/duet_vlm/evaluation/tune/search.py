@@ -83,14 +83,16 @@ def search(
     rounds : int
         Of the timing, every candidate once in each.
     preview : callable
-        Told what it will cost, after the first batch; False ends the search (the result is None).
+        Called with the estimated cost, after the first batch; False ends the search (the result is None).
     say : callable
-        Told, in words, what begins.
+        Called with a sentence when a stage begins.
 
     Returns
     -------
     dict
-        The result, plain values: goal, chosen candidate or None, all candidates with what was measured and why they left, examples of losses.
+        The result, plain values: goal, chosen candidate or None, all candidates with their measurements and the reasons
+        for dropping them,
+        examples of losses.
 
     Raises
     ------
@@ -98,52 +100,53 @@ def search(
         Too few questions, labels that the full model never meets, a model that answers nothing.
     """
     code, loaded = source(), asker.loaded
-    split(count, goal.keep)  # too few however the full model does
-    said = asker.full(min(asker.batch, count))
+    split(count, goal.keep)  # raises early if there are too few
+    full_answers = asker.full(min(asker.batch, count))
     if not preview(_cost(count, len(runs), goal, asker.pace())):
         return None
     say(f"the full model answers {count} questions")
-    said |= asker.full(count)
-    usable = _usable(asker, said)
-    spent = split(len(usable), goal.keep)
+    full_answers |= asker.full(count)
+    usable = _usable(asker, full_answers)
+    question_split = split(len(usable), goal.keep)
     candidates = [Candidate(run) for run in runs]
     timed = usable[: min(TIMED, asker.batch)]
     questions = [asker.question(number) for number in timed]
     say(f"{len(candidates)} candidates: time to the first token")
     times = _times(asker, candidates, timed, questions, rounds)
     _check_costs(loaded, candidates, times, questions[0], goal, asker.task.max_new_tokens)
-    say(f"choosing among {sum(not c.reason for c in candidates)} on {spent.choosing} questions")
+    say(f"choosing among {sum(not c.reason for c in candidates)} on {question_split.choosing} questions")
 
-    def ask(asked: Sequence[ExperimentCell], numbers: Sequence[int]) -> Any:
-        return asker.replies(asked, numbers, said)
+    def ask(cells: Sequence[ExperimentCell], numbers: Sequence[int]) -> Any:
+        """Scores of the runs, given the full model's answers."""
+        return asker.replies(cells, numbers, full_answers)
 
-    testing = usable[spent.choosing : spent.choosing + spent.testing]
-    ladder = choose(candidates, usable[: spent.choosing], goal.keep, ask)
+    testing = usable[question_split.choosing : question_split.choosing + question_split.testing]
+    ladder = choose(candidates, usable[: question_split.choosing], goal.keep, ask)
     say(f"testing {', '.join(c.name for c in ladder) or 'nothing: no candidate is left'}")
-    chosen = confirm(ladder, testing, spent.losses, ask, asker.batch) if ladder else None
-    place, kind = next((str(p.device), str(p.dtype).removeprefix("torch.")) for p in loaded.model.parameters())
-    return _result(asker, goal, candidates, chosen, times, said, usable, spent) | {
-        "environment": environment(place, kind, 1, code.until(source()))
+    chosen = confirm(ladder, testing, question_split.losses, ask, asker.batch) if ladder else None
+    device, kind = next((str(p.device), str(p.dtype).removeprefix("torch.")) for p in loaded.model.parameters())
+    return _result(asker, goal, candidates, chosen, times, full_answers, usable, question_split) | {
+        "environment": environment(device, kind, 1, code.until(source()))
     }
 
 
 def _cost(count: int, candidates: int, goal: Goal, pace: float) -> Preview:
-    spent = split(count, goal.keep)
-    halved = spent.choosing * (candidates / 4 + max(RUNGS, candidates / 2) / 4 + max(RUNGS, candidates / 4) / 2)
-    answers = count + round(halved) + spent.testing * (RUNGS if goal.keep is not None else 1)
+    question_split = split(count, goal.keep)
+    halved = question_split.choosing * (candidates / 4 + max(RUNGS, candidates / 2) / 4 + max(RUNGS, candidates / 4) / 2)
+    answers = count + round(halved) + question_split.testing * (RUNGS if goal.keep is not None else 1)
     return Preview(answers, answers * pace)
 
 
-def _usable(asker: AnswerSource, said: dict[int, str]) -> list[int]:
-    """Numbers of the questions that the full model answers, and answers right where that can be told."""
-    if not any(said.values()):
-        raise ValueError(f"the full model answers nothing to any of {len(said)} questions: there is nothing to keep; ask something that it answers")
-    judged = {number: asker.accepted(number) for number in said}
-    usable = [number for number, text in said.items() if text and (not judged[number] or accepted(text, judged[number]))]
+def _usable(asker: AnswerSource, full_answers: dict[int, str]) -> list[int]:
+    """Numbers of the questions that the full model answers, and answers right where that is known."""
+    if not any(full_answers.values()):
+        raise ValueError(f"the full model answers nothing to any of {len(full_answers)} questions: there is nothing to keep; ask something that it answers")
+    judged = {number: asker.accepted(number) for number in full_answers}
+    usable = [number for number, text in full_answers.items() if text and (not judged[number] or accepted(text, judged[number]))]
     if not usable:
         number = next(number for number, labels in judged.items() if labels)
         raise ValueError(
-            f"the full model's answer is never one of the labels: to {asker.question(number).text!r} it says {said[number]!r}, the label is "
+            f"the full model's answer is never one of the labels: to {asker.question(number).text!r} it says {full_answers[number]!r}, the label is "
             f"{judged[number][0]!r}; change the prompt so that it answers in the labels' form, or leave the labels out"
         )
     return usable
@@ -152,17 +155,19 @@ def _usable(asker: AnswerSource, said: dict[int, str]) -> list[int]:
 def _times(
     asker: AnswerSource, candidates: Sequence[Candidate], numbers: Sequence[int], questions: Sequence[TaskQuestion], rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Time to the first token of all candidates that can run, and of the full model; the others get their reason. All are timed in turns, so one
-    that is new means all anew."""
-    known = asker.journal.batches.get("times")
-    if known is None or not {c.name for c in candidates} <= set(known["runs"]):
-        refused = {c.name: why for c in candidates if (why := _refusal(asker.loaded, c.run, questions))}
-        runs = [FULL, *(c.run for c in candidates if c.name not in refused)]
-        found = prefill_times(asker.loaded, runs, questions, rounds) if len(runs) > 1 else {}
-        page = {name: {"message": why} for name, why in refused.items()} | found
+    """Time to the first token of all candidates that can run, and of the full model; the others get a reason.
+
+    All are timed in turns, so a single new candidate means timing all again.
+    """
+    recorded = asker.journal.batches.get("times")
+    if recorded is None or not {c.name for c in candidates} <= set(recorded["runs"]):
+        refusals = {c.name: why for c in candidates if (why := _refusal(asker.loaded, c.run, questions))}
+        runs = [FULL, *(c.run for c in candidates if c.name not in refusals)]
+        measured = prefill_times(asker.loaded, runs, questions, rounds) if len(runs) > 1 else {}
+        page = {name: {"message": why} for name, why in refusals.items()} | measured
         asker.journal.add("times", {"questions": list(numbers), "runs": page})
-        known = asker.journal.batches["times"]
-    times = known["runs"]
+        recorded = asker.journal.batches["times"]
+    times = recorded["runs"]
     for c in candidates:
         c.reason = times[c.name].get("message", "")
         c.ms = times[c.name].get("ms", 0.0)
@@ -184,7 +189,7 @@ def _refusal(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQ
 def _check_costs(
     loaded: LoadedModel, candidates: Sequence[Candidate], times: dict[str, dict[str, Any]], question: TaskQuestion, goal: Goal, new: int
 ) -> None:
-    """Candidates that the costs alone rule out get their reason."""
+    """Give a reason to the candidates that are ruled out by cost alone."""
     for c in candidates:
         if c.reason:
             continue
@@ -221,9 +226,9 @@ def _result(
     candidates: Sequence[Candidate],
     chosen: Candidate | None,
     times: dict[str, dict[str, Any]],
-    said: dict[int, str],
+    full_answers: dict[int, str],
     usable: Sequence[int],
-    spent: QuestionSplit,
+    question_split: QuestionSplit,
 ) -> dict[str, Any]:
     rows = [
         setting(c.run)
@@ -235,14 +240,14 @@ def _result(
         }
         for c in candidates
     ]  # fmt: skip
-    example = [] if chosen is None else [_example(asker, chosen, number, said) for number in chosen.losses[:EXAMPLES]]
-    labelled = sum(bool(asker.accepted(number)) for number in said)
+    example = [] if chosen is None else [_example(asker, chosen, number, full_answers) for number in chosen.losses[:EXAMPLES]]
+    labelled = sum(bool(asker.accepted(number)) for number in full_answers)
     return {
         "format": FORMAT,
         "task": asker.task.name,
         "model": model_facts(asker.loaded) | {"layers": len(adapter_for(asker.loaded.model).layers)},
         "goal": dataclasses.asdict(goal) | {"words": goal.words()},
-        "questions": {"seed": asker.seed, "asked": len(said), "labelled": labelled, "usable": len(usable), **dataclasses.asdict(spent)},
+        "questions": {"seed": asker.seed, "asked": len(full_answers), "labelled": labelled, "usable": len(usable), **dataclasses.asdict(question_split)},
         "full_ms": times[BASELINE]["ms"],
         "chosen": None if chosen is None else chosen.name,
         "candidates": rows,
@@ -250,6 +255,6 @@ def _result(
     }
 
 
-def _example(asker: AnswerSource, chosen: Candidate, number: int, said: dict[int, str]) -> dict[str, str]:
+def _example(asker: AnswerSource, chosen: Candidate, number: int, full_answers: dict[int, str]) -> dict[str, str]:
     question = asker.question(number)
-    return {"id": question.id, "question": question.text, "full": said[number], "reduced": asker.answer_of(chosen.run, number)}
+    return {"id": question.id, "question": question.text, "full": full_answers[number], "reduced": asker.answer_of(chosen.run, number)}

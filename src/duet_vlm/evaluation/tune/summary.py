@@ -1,4 +1,4 @@
-"""A finished search in words: what to use, or why there is nothing."""
+"""A finished search in words: the setting to use, or the reason for none."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def setting_file(result: dict[str, Any]) -> dict[str, Any]:
     """Content of ``duet.json``: the chosen method, budget and settings, and their origin."""
     row = chosen_row(result)
     assert row is not None  # a file is written only where something was chosen
-    told = {key: row[key] for key in ("kept", "bound", "ms", "speedup")} | {"tested": row["testing"]}
-    found = {"goal": result["goal"]["words"], "model": result["model"], "task": result["task"], "commit": result["environment"]["commit"]}
-    return {"method": row["method"], "budget": row["budget"], "settings": row["settings"], "found": found | told}
+    measurements = {key: row[key] for key in ("kept", "bound", "ms", "speedup")} | {"tested": row["testing"]}
+    origin = {"goal": result["goal"]["words"], "model": result["model"], "task": result["task"], "commit": result["environment"]["commit"]}
+    return {"method": row["method"], "budget": row["budget"], "settings": row["settings"], "found": origin | measurements}
 
 
 def chosen_row(result: dict[str, Any]) -> dict[str, Any] | None:
@@ -29,7 +29,7 @@ def python_line(row: dict[str, Any]) -> str:
 
 
 def shell_line(row: dict[str, Any], model: str, clips: bool = False) -> str:
-    """The same for the command line; ``clips``: the questions were about some."""
+    """The command line that uses the setting; ``clips``: the questions were about videos."""
     words = ["duet-vlm", "run", "--model", model, "--method", row["method"]]
     words += [] if row["budget"] is None else ["--budget", f"{row['budget']:g}" if isinstance(row["budget"], float) else str(row["budget"])]
     for key, value in row["settings"].items():
@@ -38,8 +38,9 @@ def shell_line(row: dict[str, Any], model: str, clips: bool = False) -> str:
 
 
 def verdict(result: dict[str, Any]) -> str:
-    """One paragraph: the choice with its bound, or the nearest candidate and what would tell more."""
-    row, asked = chosen_row(result), result["questions"]
+    """One paragraph: the choice with its bound, or the nearest candidate and the number of questions that would tell
+    more."""
+    row, spent = chosen_row(result), result["questions"]
     if row is not None:
         tested = row["testing"]
         questions = "one question" if tested["asked"] == 1 else f"{tested['asked']} questions"
@@ -54,9 +55,9 @@ def verdict(result: dict[str, Any]) -> str:
     near = max(tried, key=lambda row: (row["kept"], -row["ms"]))
     keep, more = result["goal"]["keep"], ""
     if keep is not None and near["kept"] > keep:  # it may well be good enough: say how many questions would show it
-        most = asked["losses"] + 2
-        more = f" More questions may show that it does: a test of {needed(keep, most)} allows {most} losses, this one of {asked['testing']} allowed "
-        more += f"{asked['losses']}."
+        most = spent["losses"] + 2
+        more = f" More questions may show that it does: a test of {needed(keep, most)} allows {most} losses, this one of {spent['testing']} allowed "
+        more += f"{spent['losses']}."
     return f"Nothing qualifies for {result['goal']['words']}. Nearest is {near['id']}: it kept {near['kept']:.1%} of the answers so far.{more}"
 
 
