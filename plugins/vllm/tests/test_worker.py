@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from duet_vlm_vllm.grids import from_columns, in_columns
-from duet_vlm_vllm.llava import Tower
+from duet_vlm_vllm.llava import ClipLikeTower
 from duet_vlm_vllm.llava_onevision import DuetLlavaOnevision, frames_of
 from duet_vlm_vllm.qwen2_5_vl import DuetQwen25VL
 from duet_vlm_vllm.qwen2_vl import DuetQwen2VL
@@ -55,8 +55,8 @@ class CLIPVisionModel:
 @pytest.mark.parametrize(
     ("kind", "tower", "strategy", "says"),
     [
-        (Tower, SiglipVisionModel(), "default", "SiglipVisionModel with 'default' features: .*CLIP towers and 'default' features only"),
-        (Tower, CLIPVisionModel(), "full", "CLIPVisionModel with 'full' features: .*CLIP towers"),
+        (ClipLikeTower, SiglipVisionModel(), "default", "SiglipVisionModel with 'default' features: .*CLIP towers and 'default' features only"),
+        (ClipLikeTower, CLIPVisionModel(), "full", "CLIPVisionModel with 'full' features: .*CLIP towers"),
         (DuetLlavaOnevision, CLIPVisionModel(), "full", "CLIPVisionModel with 'full' features: .*Siglip towers and 'full' features only"),
         (DuetLlavaOnevision, SiglipVisionModel(), "default", "SiglipVisionModel with 'default' features: .*Siglip towers"),
     ],
@@ -65,7 +65,7 @@ def test_other_towers_are_refused_by_name(kind: Any, tower: Any, strategy: str, 
     theirs = SimpleNamespace(vision_feature_select_strategy=strategy)
     model = SimpleNamespace(vision_tower=tower, config=theirs, kind=kind.kind, strategy=kind.strategy)
     with pytest.raises(ValueError, match=says):
-        Tower.begin(model, config())
+        ClipLikeTower.begin(model, config())
 
 
 def test_a_model_without_settings_says_how_to_give_them() -> None:

@@ -27,14 +27,14 @@ def register() -> None:
     from duet_vlm.serve.served_method import PREFIX
 
     check_version(vllm.__version__)
-    known = set(ModelRegistry.get_supported_archs())
-    for architecture, place in MODULES.items():
-        if PREFIX + architecture not in known:
-            ModelRegistry.register_model(PREFIX + architecture, f"{__name__}.{place}")
+    supported = set(ModelRegistry.get_supported_archs())
+    for architecture, location in MODULES.items():
+        if PREFIX + architecture not in supported:
+            ModelRegistry.register_model(PREFIX + architecture, f"{__name__}.{location}")
 
 
 def check_version(version: str) -> None:
-    """Warn of a vLLM that nobody has tried: its inner seams may have moved."""
+    """Warn of an untested vLLM: its internal interfaces may have changed."""
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers not in TESTED:
         tested = ", ".join(".".join(map(str, one)) for one in TESTED)

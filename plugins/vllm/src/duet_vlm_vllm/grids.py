@@ -1,7 +1,10 @@
-"""Models with M-RoPE: rows carry their place on the image's grid, and positions are made again from the rows that are left.
+"""Models with M-RoPE: rows carry their position on the image's grid, and prompt positions are computed again from the
+kept rows.
 
-vLLM has a path for media of which rows were dropped (Efficient Video Sampling): embeddings come with their positions in further columns, and the
-model takes those off and corrects the positions of the prompt before each step. It is switched on here, for images and clips.
+vLLM has a path for media whose rows were dropped (Efficient Video Sampling): embeddings come with their positions in
+further columns, and
+the model removes those and corrects the positions of the prompt before each step. It is switched on here, for images
+and videos.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from duet_vlm.models.tower_signals import packed_signals
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm_vllm.placeholders import BUDGETS, FewerPlaceholders
 from duet_vlm_vllm.settings import served
-from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
+from duet_vlm_vllm.tower import AttentionRecorder, batches, budgets, check_engine, layer_of
 
 BASE = 256  # bfloat16 holds whole numbers exactly up to here, so a position takes two columns
 COLUMNS = 8  # of three positions, and of the row's own number
@@ -46,17 +49,17 @@ class GridProcessor(FewerPlaceholders):
 
 
 def steps_of(grid: Sequence[int], tokens: int) -> Tensor:
-    """The step of time that each of an image's or clip's rows shows [n]."""
+    """The time step of each row of an image or video [n]."""
     return torch.arange(grid[0]).repeat_interleave(tokens // grid[0])
 
 
 class KeptPositions:
-    """In front of a Qwen-VL model."""
+    """Mixin before a Qwen-VL model."""
 
     supports_multimodal_pruning = True
 
     def prepare(self, vllm_config: VllmConfig) -> None:
-        """Before the model's own ``__init__``."""
+        """First half of the construction, before the model's own ``__init__``."""
         check_engine(vllm_config)
         mm = vllm_config.model_config.multimodal_config
         if mm.is_multimodal_pruning_enabled():
@@ -66,13 +69,13 @@ class KeptPositions:
             _let_cpu_runner_prune()
 
     def begin(self, vllm_config: VllmConfig) -> None:
-        """After it."""
+        """Second half of the construction, after the model's own ``__init__``."""
         self.duet = served(self.config, "keep")
         blocks = self.visual.blocks
         number = layer_of(self.duet.reducer, self.usual_block(), len(blocks), len(blocks))
-        self.recorder = Recorder(blocks[number].attn.attn, self.duet.reducer)
+        self.recorder = AttentionRecorder(blocks[number].attn.attn, self.duet.reducer)
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        self.asked: Any = None
+        self.requested: Any = None
 
     clock = "second_per_grid_ts"  # the field that says when the steps of a clip are
     width: int | None = None  # of the rows that methods look at, where those of several depths stand behind them
@@ -82,49 +85,51 @@ class KeptPositions:
         return len(self.visual.blocks) - 1
 
     def raster(self, grids: Sequence[Sequence[int]]) -> Tensor:
-        """Where the merged tokens of the call, in raster order, stand in the order that the blocks work in."""
+        """Positions, in the blocks' order, of the merged tokens of the call in raster order."""
         return torch.arange(_patches(grids) // self.visual.spatial_merge_size**2)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        self.asked = {kind: kwargs.pop(name, None) for kind, name in BUDGETS.items()}
+        self.requested = {kind: kwargs.pop(name, None) for kind, name in BUDGETS.items()}
         return super().embed_multimodal(**kwargs)
 
     def _process_image_input(self, image_input: Any) -> tuple[Tensor, ...]:
-        given = image_input["type"] == "image_embeds"
-        return self._reduced("image", image_input, super()._process_image_input(image_input) if given else None)
+        is_embeds = image_input["type"] == "image_embeds"
+        return self._reduced("image", image_input, super()._process_image_input(image_input) if is_embeds else None)
 
     def _process_video_input(self, video_input: Any) -> tuple[Tensor, ...]:
-        given = video_input["type"] == "video_embeds"
-        return self._reduced("video", video_input, super()._process_video_input(video_input) if given else None)
+        is_embeds = video_input["type"] == "video_embeds"
+        return self._reduced("video", video_input, super()._process_video_input(video_input) if is_embeds else None)
 
-    def _reduced(self, kind: str, media: Any, given: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        """Per image or clip [K, D + 8]: its rows, and where each stands on the grid. ``given``: rows that were chosen from already."""
+    def _reduced(self, kind: str, media: Any, embeds: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        """Per image or video [K, D + 8]: its rows, with their positions on the grid. ``embeds``: rows that are
+        reduced already."""
         grids, merge, clocks = media[f"{kind}_grid_thw"].tolist(), self.visual.spatial_merge_size, media.get(self.clock)
         written = [self.written(kind, *one) for one in zip(grids, [None] * len(grids) if clocks is None else clocks, strict=True)]
-        if given is not None:
-            return tuple(self.in_prompt(row, torch.arange(len(row)), whole) for row, whole in zip(given, written, strict=True))
+        if embeds is not None:
+            return tuple(self.in_prompt(row, torch.arange(len(row)), layout) for row, layout in zip(embeds, written, strict=True))
         pixels = media["pixel_values" if kind == "image" else "pixel_values_videos"]
-        asked, patches = budgets(self.asked[kind], len(grids)), [t * h * w for t, h, w in grids]
+        request_budgets, patches = budgets(self.requested[kind], len(grids)), [t * h * w for t, h, w in grids]
         out: list[Tensor] = []
         for run in batches([count // merge**2 for count in patches], self.most):
             some = slice(run.start, run.stop)
             first, last = sum(patches[: run.start]), sum(patches[: run.stop])
             rows, signals = self._encoded(pixels[first:last], grids[some])
             parts = [steps_of(grid, len(row)) for grid, row in zip(grids[some], rows, strict=True)]
-            seen = [row[:, : self.width] for row in rows]
-            kept = reduce_rows(self.duet, rows, parts, asked[some], signals, seen, stream=kind)
-            out += [self.in_prompt(row, index.cpu(), whole) for (row, index), whole in zip(kept, written[some], strict=True)]
+            method_features = [row[:, : self.width] for row in rows]
+            kept = reduce_rows(self.duet, rows, parts, request_budgets[some], signals, method_features, stream=kind)
+            out += [self.in_prompt(row, index.cpu(), layout) for (row, index), layout in zip(kept, written[some], strict=True)]
         return tuple(out)
 
     def _encoded(self, pixels: Tensor, grids: list[list[int]]) -> tuple[list[Tensor], Any]:
-        """Rows and signals of images or clips. One that is too large for a call of the tower goes through it in pieces: steps of time do not see
+        """Rows and signals of images or videos. A video that is too large for a call of the tower is encoded in pieces:
+        time steps do not attend to
         each other there."""
         pieces = [grids]
         if len(grids) == 1:
             t, h, w = grids[0]
             pieces = [[[len(steps), h, w]] for steps in batches([h * w // self.visual.spatial_merge_size**2] * t, self.most)]
         calls = [self._call(part, piece) for part, piece in zip(pixels.split([_patches(piece) for piece in pieces]), pieces, strict=True)]
-        rows, *signals = ([torch.cat(each) for each in zip(*some, strict=True)] for some in zip(*calls, strict=True))
+        rows, *signals = ([torch.cat(tensors) for tensors in zip(*some, strict=True)] for some in zip(*calls, strict=True))
         return rows, signals or None
 
     def _call(self, pixels: Tensor, grids: list[list[int]]) -> tuple[Sequence[Tensor], ...]:
@@ -139,14 +144,16 @@ class KeptPositions:
         return rows, importance[order].split(counts), keys[order].split(counts)
 
     def written(self, kind: str, grid: Sequence[int], clock: Any) -> tuple[Tensor, Tensor]:
-        """A whole image or clip as the prompt shows it, as if it came first: positions of its rows [n, 3], and the ids of text between them [n],
+        """Layout of a whole image or video in a prompt, as if it came first: positions of its rows [n, 3], and the ids
+        of text between them [n],
         ``VISUAL`` for its own."""
         vision, seconds = self.config.vision_config, 1.0 if clock is None else float(clock)
-        places = compute_mrope_for_media(grid, vision.spatial_merge_size, getattr(vision, "tokens_per_second", 1.0), seconds)[:, :3]
-        return places, torch.full((len(places),), VISUAL)
+        positions = compute_mrope_for_media(grid, vision.spatial_merge_size, getattr(vision, "tokens_per_second", 1.0), seconds)[:, :3]
+        return positions, torch.full((len(positions),), VISUAL)
 
     def in_prompt(self, rows: Tensor, index: Tensor, written: tuple[Tensor, Tensor]) -> Tensor:
-        """What stands in the prompt for rows [K, D] that are ``index`` [K], ascending, of a span's: with their columns, and text between them."""
+        """Rows of the prompt for kept rows [K, D] with numbers ``index`` [K], ascending, of a span: with their
+        columns, and text between them."""
         return with_columns(rows, written[0][index])
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
@@ -156,19 +163,23 @@ class KeptPositions:
         return video_embeds_split
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[Tensor, int]:
-        """Positions [3, n] of a prompt that is reduced already, and what to add to a row's number behind it. Those of the text are right, also
-        where the cache knows the prefix and nobody corrects them; rows of an image or clip all stand at its first place until they come."""
+        """Positions [3, n] of a prompt that is reduced already, and the offset of the tokens after it.
+
+        Those of the text are right, also where the cache knows the prefix and no step corrects them; rows of an image
+        or video all have its first
+        position until they come.
+        """
         count, start, following = len(input_tokens), 0, 0
         positions = torch.zeros(3, count, dtype=torch.long)
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         for feature in features:
             offset, length = feature.mm_position.offset, feature.mm_position.length
             grid, clock = feature.data[f"{feature.modality}_grid_thw"].data.tolist(), feature.data.get(self.clock)
-            places, _ = self.written(feature.modality, grid, None if clock is None else clock.data)
+            media_positions, _ = self.written(feature.modality, grid, None if clock is None else clock.data)
             positions[:, start:offset] = torch.arange(following, following + offset - start)
             following += offset - start
             positions[:, offset : offset + length] = following
-            following += 1 + int(places.max())
+            following += 1 + int(media_positions.max())
             positions[:, offset + length - 1] = following - 1  # what comes next counts from here
             start = offset + length
         positions[:, start:] = torch.arange(following, following + count - start)
@@ -177,19 +188,20 @@ class KeptPositions:
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
     ) -> tuple[list[Tensor], Tensor, int]:
-        """The embeddings without their columns, and the positions with those of the rows that a step brings: any number of images and clips, or
-        pieces of them; doing it twice changes nothing."""
+        """The embeddings without their columns, and the positions with those of the rows of a step: any number of
+        images and videos, or pieces of
+        them; doing it twice changes nothing."""
         device, config = mrope_positions.device, self.config
         ids = torch.as_tensor(input_ids, device=device)
         positions = mrope_positions.clone()
         delta = int(positions.max()) + 1 - ids.numel()
         if multimodal_embeddings:
-            *places, number = torch.cat([from_columns(rows).to(device) for rows in multimodal_embeddings], 1)
+            *media_positions, number = torch.cat([from_columns(rows).to(device) for rows in multimodal_embeddings], 1)
             media = (ids == config.image_token_id) | (ids == config.video_token_id)
             media[:num_computed_tokens] = False
             at = media.nonzero().squeeze(1)[: len(number)]
             before = at - number - 1  # the text in front of each one's image or clip
-            positions[:, at] = torch.where(before < 0, 0, positions[0, before] + 1) + torch.stack(places)
+            positions[:, at] = torch.where(before < 0, 0, positions[0, before] + 1) + torch.stack(media_positions)
         return [rows[:, :-COLUMNS] for rows in multimodal_embeddings], positions, delta
 
 
@@ -197,14 +209,18 @@ def _patches(grids: Sequence[Sequence[int]]) -> int:
     return sum(t * h * w for t, h, w in grids)
 
 
-def with_columns(rows: Tensor, places: Tensor) -> Tensor:
-    numbers = torch.cat([places, torch.arange(len(places))[:, None]], 1)
+def with_columns(rows: Tensor, positions: Tensor) -> Tensor:
+    numbers = torch.cat([positions, torch.arange(len(positions))[:, None]], 1)
     return torch.cat([rows, in_columns(numbers).to(rows.device, rows.dtype)], 1)
 
 
 def _let_cpu_runner_prune() -> None:
-    """vLLM's CPU runner loads models by a method of its own, which never notes that media may be pruned. By now it has begun to, so the note
-    becomes a question to the model."""
+    """Let vLLM's CPU runner prune media.
+
+    It loads models by a method of its own, which never notes that media may be pruned. By now it has begun to, so the
+    note becomes a query of
+    the model.
+    """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
     def prunes(runner: Any) -> bool:

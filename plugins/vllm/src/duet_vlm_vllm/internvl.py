@@ -1,4 +1,5 @@
-"""InternVL (the checkpoints of transformers' own class), images: reduced behind the projector, each tile by itself."""
+"""InternVL (the checkpoints of transformers' own class), images: reduced after the projector, each tile
+independently."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm.serve.served_method import REQUEST
 from duet_vlm_vllm.placeholders import FewerPlaceholders, ImagesOnly
 from duet_vlm_vllm.settings import served
-from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
+from duet_vlm_vllm.tower import AttentionRecorder, batches, budgets, check_engine, layer_of
 
 
-class Info(ImagesOnly, InternS1ProcessingInfo):
+class DuetInternVLInfo(ImagesOnly, InternS1ProcessingInfo):
     why = "its prompts show the frames of a clip between texts"
 
 
-class Processor(FewerPlaceholders, InternS1MultiModalProcessor):
+class DuetInternVLProcessor(FewerPlaceholders, InternS1MultiModalProcessor):
     counted: ClassVar[dict[str, str]] = {"image": "image_num_patches"}  # pixels are those of tiles
 
     def spans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[Tensor]:
@@ -36,7 +37,7 @@ class Processor(FewerPlaceholders, InternS1MultiModalProcessor):
         return [torch.zeros(of_a_tile, dtype=torch.long)] * (tokens // of_a_tile)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Info, dummy_inputs=InternS1DummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(DuetInternVLProcessor, info=DuetInternVLInfo, dummy_inputs=InternS1DummyInputsBuilder)
 class DuetInternVL(InternS1ForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
@@ -47,28 +48,28 @@ class DuetInternVL(InternS1ForConditionalGeneration):
         self.duet = served(self.config, "compact")
         layers = self.vision_tower.encoder.layer
         number = layer_of(self.duet.reducer, len(layers) - 1, len(layers), len(layers))
-        self.recorder = Recorder(layers[number].attention.attn, self.duet.reducer, whole=True)
+        self.recorder = AttentionRecorder(layers[number].attention.attn, self.duet.reducer, all_heads=True)
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(REQUEST, None)
+        requested = kwargs.pop(REQUEST, None)
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []
         if images["type"] == "image_embeds":
             return self._process_vision_input(images)
         tiles = torch.as_tensor(images["num_patches"]).flatten().tolist()
-        wanted = budgets(asked, len(tiles))
+        request_budgets = budgets(requested, len(tiles))
         out: list[Tensor] = []
         for run in batches([count * self.num_image_token for count in tiles], self.most):
             first, last = sum(tiles[: run.start]), sum(tiles[: run.stop])
             counts = tiles[run.start : run.stop]
-            each = [budget for budget, count in zip(wanted[run.start : run.stop], counts, strict=True) for _ in range(count)]
-            rows = iter(self._reduced(images["pixel_values"][first:last], each))
+            tile_budgets = [budget for budget, count in zip(request_budgets[run.start : run.stop], counts, strict=True) for _ in range(count)]
+            rows = iter(self._reduced(images["pixel_values"][first:last], tile_budgets))
             out += [torch.cat([next(rows) for _ in range(count)]) for count in counts]
         return out
 
-    def _reduced(self, tiles: Tensor, asked: list[float]) -> list[Tensor]:
+    def _reduced(self, tiles: Tensor, request_budgets: list[float]) -> list[Tensor]:
         self.recorder.take()
         rows = list(self.extract_feature(tiles))
         signals = None
@@ -78,4 +79,4 @@ class DuetInternVL(InternS1ForConditionalGeneration):
             means = cells(both, math.isqrt(both.shape[1]), round(1 / self.downsample_ratio))
             signals = list(means[..., 0]), list(means[..., 1:])
         parts = [torch.zeros(len(row), dtype=torch.long) for row in rows]
-        return [row for row, _ in reduce_rows(self.duet, rows, parts, asked, signals)]
+        return [row for row, _ in reduce_rows(self.duet, rows, parts, request_budgets, signals)]

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 with a CLIP tower: reduced in front of the projector."""
+"""LLaVA-1.5 with a CLIP tower: reduced before the projector."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm.serve.served_method import REQUEST
 from duet_vlm_vllm.placeholders import FewerPlaceholders
 from duet_vlm_vllm.settings import served
-from duet_vlm_vllm.tower import Recorder, batches, budgets, check_engine, layer_of
+from duet_vlm_vllm.tower import AttentionRecorder, batches, budgets, check_engine, layer_of
 
 
-class Processor(FewerPlaceholders, LlavaMultiModalProcessor):
+class DuetLlavaProcessor(FewerPlaceholders, LlavaMultiModalProcessor):
     pass
 
 
-class Tower:
-    """What the models around a CLIP tower share, or one of its relatives.
+class ClipLikeTower:
+    """Common parts of the models around a CLIP tower, or one of its relatives.
 
     Attributes
     ----------
     kind, strategy : str
-        The tower and the choice of its rows that a family is read with.
+        The tower, and the feature selection strategy that a family is supported with.
     score : callable
         Importance and keys from a recorded attention.
     """
@@ -50,17 +50,17 @@ class Tower:
         self.duet = served(config, "compact")
         layers = self.vision_tower.vision_model.encoder.layers  # vLLM builds them up to the one that is read
         number = layer_of(self.duet.reducer, len(layers) - 1, config.vision_config.num_hidden_layers, len(layers))
-        self.recorder = Recorder(layers[number].self_attn.attn, self.duet.reducer)
+        self.recorder = AttentionRecorder(layers[number].self_attn.attn, self.duet.reducer)
         self.most = vllm_config.scheduler_config.max_num_encoder_input_tokens
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Checkpoints that newer transformers saved lack a level of names that vLLM's tower has."""
+        """Load the weights; checkpoints of newer transformers lack a level of names that vLLM's tower has."""
         old, new = "vision_tower.", "vision_tower.vision_model."
         return super().load_weights((name if new in name else name.replace(old, new), weight) for name, weight in weights)
 
     @property
     def patches(self) -> int:
-        """Of one picture."""
+        """Number of patches of one image."""
         return (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
 
     def signals(self) -> tuple[Tensor, Tensor] | None:
@@ -68,30 +68,30 @@ class Tower:
         return self.score(*self.recorder.take()) if self.duet.reducer.signals else None
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
-class DuetLlava(Tower, LlavaForConditionalGeneration):
+@MULTIMODAL_REGISTRY.register_processor(DuetLlavaProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
+class DuetLlava(ClipLikeTower, LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self.begin(vllm_config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(REQUEST, None)
+        requested = kwargs.pop(REQUEST, None)
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []
         if images["type"] == "image_embeds":
             return self._process_image_input(images)
         pixels = images["pixel_values"]
-        wanted = budgets(asked, len(pixels))
+        request_budgets = budgets(requested, len(pixels))
         out: list[Tensor] = []
         for run in batches([self.patches] * len(pixels), self.most):
-            out += self._reduced(pixels[run.start : run.stop], wanted[run.start : run.stop])
+            out += self._reduced(pixels[run.start : run.stop], request_budgets[run.start : run.stop])
         return out
 
-    def _reduced(self, pixels: Any, asked: list[float]) -> list[Tensor]:
+    def _reduced(self, pixels: Any, request_budgets: list[float]) -> list[Tensor]:
         features = self._image_pixels_to_features(self.vision_tower, pixels if isinstance(pixels, Tensor) else torch.stack(pixels))
         late = self.duet.reducer.reads_projected
         rows = list(self.multi_modal_projector(features) if late else features)
         parts = [torch.zeros(len(row), dtype=torch.long) for row in rows]
-        kept = [row for row, _ in reduce_rows(self.duet, rows, parts, asked, self.signals())]
+        kept = [row for row, _ in reduce_rows(self.duet, rows, parts, request_budgets, self.signals())]
         return kept if late else list(self.multi_modal_projector(torch.cat(kept)).split([len(row) for row in kept]))

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT with a CLIP tower: all crops of an image reduced together, behind projector and packing."""
+"""LLaVA-NeXT with a CLIP tower: all crops of an image reduced together, after projector and packing."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm.serve.served_method import REQUEST
-from duet_vlm_vllm.llava import Tower
+from duet_vlm_vllm.llava import ClipLikeTower
 from duet_vlm_vllm.placeholders import FewerPlaceholders
 from duet_vlm_vllm.tower import batches, budgets
 
 
 class NextPacking:
-    """How the crops of an image become its rows: as the model itself does it, to whatever the crops hold."""
+    """Packing of an image's crops into its rows: by the model's own code, for values of any kind."""
 
     @staticmethod
     def pack(config: Any, newline: Tensor, size: list[int], crops: Tensor) -> Tensor:
@@ -34,11 +34,12 @@ class NextPacking:
         return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(model, torch.tensor(size), crops, strategy="spatial_unpad")
 
     def parts_of(self, config: Any, size: list[int]) -> Tensor:
-        """The crop that each row of an image shows (of several the one that it shows most of), -1 for newlines."""
+        """The crop of each row of an image (where several crops mix, the one with the largest share), -1 for
+        newlines."""
         vision = config.vision_config
         crops = 1 + int(torch.tensor(get_anyres_image_grid_shape(tuple(size), config.image_grid_pinpoints, vision.image_size)).prod())
-        shown = torch.eye(crops)[:, None].expand(-1, (vision.image_size // vision.patch_size) ** 2, -1)
-        rows = self.pack(config, torch.zeros(crops), size, shown)
+        crop_one_hot = torch.eye(crops)[:, None].expand(-1, (vision.image_size // vision.patch_size) ** 2, -1)
+        rows = self.pack(config, torch.zeros(crops), size, crop_one_hot)
         return torch.where(rows.any(1), rows.argmax(1), -1)
 
 
@@ -48,25 +49,25 @@ class AnyResProcessor(FewerPlaceholders):
         return [self.parts_of(self.info.get_hf_config(), [size.height, size.width])]
 
 
-class AnyRes(Tower):
-    """In front of a model that cuts images into crops."""
+class AnyRes(ClipLikeTower):
+    """Mixin before a model that cuts images into crops."""
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(REQUEST, None)
+        requested = kwargs.pop(REQUEST, None)
         images = self._parse_and_validate_image_input(**kwargs)
         if images is None:
             return []
         if images["type"] == "image_embeds":
             return self._process_image_input(images)
         crops, sizes = images["pixel_values"], images["image_sizes"].tolist()
-        wanted = budgets(asked, len(crops))
+        request_budgets = budgets(requested, len(crops))
         out: list[Tensor] = []
         for run in batches([len(some) * self.patches for some in crops], self.most):
             some = slice(run.start, run.stop)
-            out += self._reduced([*crops[some]], sizes[some], wanted[some])
+            out += self._reduced([*crops[some]], sizes[some], request_budgets[some])
         return out
 
-    def _reduced(self, crops: list[Tensor], sizes: list[list[int]], asked: list[float]) -> list[Tensor]:
+    def _reduced(self, crops: list[Tensor], sizes: list[list[int]], request_budgets: list[float]) -> list[Tensor]:
         counts = [len(some) for some in crops]
         projected = self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, torch.cat(crops)))
         rows, signals = self._packed(projected, self.image_newline, sizes, counts), self.signals()
@@ -75,18 +76,18 @@ class AnyRes(Tower):
             ranked = self._packed(both, both.new_zeros(both.shape[-1]), sizes, counts)
             signals = [some[:, 0] for some in ranked], [some[:, 1:] for some in ranked]
         parts = [self.parts_of(self.config, size) for size in sizes]
-        return [row for row, _ in reduce_rows(self.duet, rows, parts, asked, signals)]
+        return [row for row, _ in reduce_rows(self.duet, rows, parts, request_budgets, signals)]
 
     def _packed(self, rows: Tensor, newline: Tensor, sizes: list[list[int]], counts: list[int]) -> list[Tensor]:
         """Rows [crops of all images, N, c] -> per image [n, c]."""
         return [self.pack(self.config, newline, size, some) for size, some in zip(sizes, rows.split(counts), strict=True)]
 
 
-class Processor(NextPacking, AnyResProcessor, LlavaNextMultiModalProcessor):
+class DuetLlavaNextProcessor(NextPacking, AnyResProcessor, LlavaNextMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(DuetLlavaNextProcessor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
 class DuetLlavaNext(NextPacking, AnyRes, LlavaNextForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)

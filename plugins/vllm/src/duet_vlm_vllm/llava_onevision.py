@@ -1,4 +1,6 @@
-"""LLaVA-OneVision with a SigLIP tower. Images: crops packed as LLaVA-NeXT's, and resized where they are many. Clips: frames pooled, one newline."""
+"""LLaVA-OneVision with a SigLIP tower. Images: crops packed as LLaVA-NeXT's, and resized where they are many. Videos:
+frames pooled, one
+newline."""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ from duet_vlm_vllm.placeholders import BUDGETS
 from duet_vlm_vllm.tower import batches, budgets
 
 
-class Packing(NextPacking):
+class OnevisionPacking(NextPacking):
     @staticmethod
     def pack(config: Any, newline: Tensor, size: list[int], crops: Tensor) -> Tensor:
         model = types.SimpleNamespace(config=config, image_newline=newline)
@@ -32,7 +34,7 @@ class Packing(NextPacking):
         return pack(model, torch.tensor(size), crops, image_newline=newline, strategy="spatial_unpad")
 
 
-class Processor(Packing, AnyResProcessor, LlavaOnevisionMultiModalProcessor):
+class DuetLlavaOnevisionProcessor(OnevisionPacking, AnyResProcessor, LlavaOnevisionMultiModalProcessor):
     counted: ClassVar[dict[str, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def spans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[Tensor]:
@@ -42,12 +44,12 @@ class Processor(Packing, AnyResProcessor, LlavaOnevisionMultiModalProcessor):
 
 
 def frames_of(frames: int, tokens: int) -> Tensor:
-    """The frame that each of a clip's rows shows, -1 for the newline at its end [n]."""
+    """The frame of each row of a video, -1 for the newline at its end [n]."""
     return nn.functional.pad(torch.arange(frames).repeat_interleave((tokens - 1) // frames), (0, 1), value=-1)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaOnevisionProcessingInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder)
-class DuetLlavaOnevision(Packing, AnyRes, LlavaOnevisionForConditionalGeneration):
+@MULTIMODAL_REGISTRY.register_processor(DuetLlavaOnevisionProcessor, info=LlavaOnevisionProcessingInfo, dummy_inputs=LlavaOnevisionDummyInputsBuilder)
+class DuetLlavaOnevision(OnevisionPacking, AnyRes, LlavaOnevisionForConditionalGeneration):
     kind, strategy, score = "Siglip", "full", staticmethod(column_signals)
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -55,15 +57,16 @@ class DuetLlavaOnevision(Packing, AnyRes, LlavaOnevisionForConditionalGeneration
         self.begin(vllm_config)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
-        asked = kwargs.pop(BUDGETS["video"], None)
+        requested = kwargs.pop(BUDGETS["video"], None)
         clips = self._parse_and_validate_video_input(**kwargs)  # vLLM brings images and clips in calls of their own
         if clips is None:
             return super().embed_multimodal(**kwargs)
-        given = [*clips["pixel_values_videos"]]
-        return [self._clip(frames, budget) for frames, budget in zip(given, budgets(asked, len(given)), strict=True)]
+        videos = [*clips["pixel_values_videos"]]
+        return [self._clip(frames, budget) for frames, budget in zip(videos, budgets(requested, len(videos)), strict=True)]
 
-    def _clip(self, frames: Tensor, asked: float) -> Tensor:
-        """What enters of one clip [F, 3, h, w]: its frames go through the tower in runs, as they do not see each other there."""
+    def _clip(self, frames: Tensor, request_budget: float) -> Tensor:
+        """The reduced rows of one video [F, 3, h, w]: its frames are encoded in runs, as they do not attend to each
+        other in the tower."""
         calls = [self._frames(frames[run.start : run.stop]) for run in batches([self.patches] * len(frames), self.most)]
         rows, *signals = (torch.cat(some).flatten(0, 1) for some in zip(*calls, strict=True))
         rows = torch.cat([rows, self.image_newline[None].to(rows)])
@@ -71,11 +74,12 @@ class DuetLlavaOnevision(Packing, AnyRes, LlavaOnevisionForConditionalGeneration
         if signals:
             importance, keys = (nn.functional.pad(some, (0, 0, 0, 1)) for some in signals)
             ranked = [importance[:, 0]], [keys]
-        ((kept, _),) = reduce_rows(self.duet, [rows], [frames_of(len(frames), len(rows))], [asked], ranked, stream="video")
+        ((kept, _),) = reduce_rows(self.duet, [rows], [frames_of(len(frames), len(rows))], [request_budget], ranked, stream="video")
         return kept
 
     def _frames(self, frames: Tensor) -> Sequence[Tensor]:
-        """Pooled rows [F, n, D] of frames, and their importance [F, n, 1] and keys [F, n, d] where the method reads them."""
+        """Pooled rows [F, n, D] of frames, and their importance [F, n, 1] and keys [F, n, d] where the method uses
+        them."""
         rows, signals = self._video_pixels_to_features(self.vision_tower, frames), self.signals()
         if signals is None:
             return (rows,)

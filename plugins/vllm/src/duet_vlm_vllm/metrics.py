@@ -1,4 +1,5 @@
-"""Counters on vLLM's own /metrics page. They count what the front end lays out, the dummy images and clips of the start included."""
+"""Counters on vLLM's own /metrics page. They count the front end's layouts, the dummy images and videos of the start
+included."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ def _counters() -> tuple[Any, Any, Any]:
 
 
 def count(model: str, before: int, after: int) -> None:
-    """Of one request: visual tokens before and after."""
+    """Count the visual tokens of one request, before and after."""
     tokens_before, tokens_after, requests = _counters()
     tokens_before.labels(model).inc(before)
     tokens_after.labels(model).inc(after)

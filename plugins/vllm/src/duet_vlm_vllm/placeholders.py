@@ -20,15 +20,15 @@ BUDGETS = {"image": REQUEST, "video": f"{REQUEST}_video"}  # of each image or cl
 
 
 @dataclasses.dataclass
-class Shortened(PromptUpdateDetails):
-    """Content that shows ``after`` of an image's or clip's ``before`` rows."""
+class ReducedContent(PromptUpdateDetails):
+    """Content with ``after`` of an image's or video's ``before`` rows."""
 
     before: int = 0
     after: int = 0
 
 
 class ImagesOnly:
-    """In front of a family's processing info: no clips, which stay with stock vLLM. ``why`` they do."""
+    """Mixin before a family's processing info: no videos, which are left to stock vLLM, for the reason ``why``."""
 
     why: str
 
@@ -42,30 +42,34 @@ class ImagesOnly:
 
 
 class FewerPlaceholders:
-    """In front of a family's multi-modal processor.
+    """Mixin before a family's multi-modal processor.
 
     Attributes
     ----------
     positions : str
         "compact", or "keep" for grids (M-RoPE).
     counted : dict
-        By kind ("image", "video" where the family takes clips) the field that each image or clip with pixels has once.
+        By kind ("image", "video" where the family takes videos) the field that each image or video with pixels has
+        once.
     """
 
     positions = "compact"
     counted: ClassVar[dict[str, str]] = {"image": "pixel_values"}
 
     def spans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[torch.Tensor]:
-        """Of image or clip ``number``, processed to ``item`` and laid out in ``tokens`` rows: for each span that has a budget of its own the part
-        (crop, frame) that its rows show [n], -1 for newlines. The worker must say the same."""
+        """Parts of the spans of image or video ``number``, processed to ``item`` and laid out in ``tokens`` rows.
+
+        For each span that has a budget of its own: the part (crop, frame) of its rows [n], -1 for newlines. The
+        worker must agree.
+        """
         return [torch.zeros(tokens, dtype=torch.long)]
 
     def visual(self, kind: str, ids: list[int], details: PromptUpdateDetails) -> torch.Tensor:
-        """Which of the tokens that the family shows an image or clip with are its rows [n] bool."""
+        """Mask [n] bool of the rows of an image or video among the family's tokens for it."""
         return torch.ones(len(ids), dtype=torch.bool) if details.is_embed is None else details.is_embed(ids)
 
-    def shown(self, kind: str, content: Shortened) -> Shortened:
-        """The content as it stands in the prompt."""
+    def in_prompt(self, kind: str, content: ReducedContent) -> ReducedContent:
+        """The content in the form of the prompt."""
         return content
 
     @property
@@ -75,9 +79,9 @@ class FewerPlaceholders:
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Any) -> Any:
         out = super()._apply_hf_processor_main(mm_items, _for_transformers(hf_kwargs))
         for kind, field in self.counted.items():
-            if PIXELS[kind] in out:  # what comes as embeddings has been chosen from already
-                asked = self.duet.request_budget(self.info.ctx.get_merged_mm_kwargs(hf_kwargs))
-                out[BUDGETS[kind]] = torch.full((len(out[field]),), asked, dtype=torch.float64)
+            if PIXELS[kind] in out:  # embeddings are reduced already
+                request_budget = self.duet.request_budget(self.info.ctx.get_merged_mm_kwargs(hf_kwargs))
+                out[BUDGETS[kind]] = torch.full((len(out[field]),), request_budget, dtype=torch.float64)
         return out
 
     def _get_mm_fields_config(self, hf_inputs: Any, hf_processor_mm_kwargs: Any) -> Any:
@@ -99,30 +103,34 @@ class FewerPlaceholders:
             details = stock if isinstance(stock, PromptUpdateDetails) else PromptUpdateDetails.from_seq(list(stock))
             item = out_mm_kwargs[kind][number]
             if item is None or BUDGETS[kind] not in item:
-                return self.shown(kind, Shortened(list(details.full), details.is_embed))
+                return self.in_prompt(kind, ReducedContent(list(details.full), details.is_embed))
             ids = list(details.full)
-            places = self.visual(kind, ids, details).nonzero().squeeze(1).tolist()
-            asked = float(item[BUDGETS[kind]].data)
-            stay = sum(self.duet.span(*part_sizes(parts), asked).entry for parts in self.spans(kind, mm_items, number, item, len(places)))
-            gone = set(places[stay:])
-            return self.shown(kind, Shortened([token for place, token in enumerate(ids) if place not in gone], details.is_embed, len(places), stay))
+            visual_indices = self.visual(kind, ids, details).nonzero().squeeze(1).tolist()
+            request_budget = float(item[BUDGETS[kind]].data)
+            before = len(visual_indices)
+            spans = self.spans(kind, mm_items, number, item, before)
+            after = sum(self.duet.span(*part_sizes(parts), request_budget).entry for parts in spans)
+            dropped = set(visual_indices[after:])
+            kept_ids = [token for index, token in enumerate(ids) if index not in dropped]
+            return self.in_prompt(kind, ReducedContent(kept_ids, details.is_embed, before, after))
 
         return dataclasses.replace(update, replacement=content)
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Hashes know what a request asks for; what the server is set to is added here, as caches may be shared between servers."""
+        """Hashes with the server's settings, as caches may be shared between servers; a request's settings are in
+        the stock hashes."""
         salt = self.duet.salt
         hashes = super()._get_mm_hashes(inputs)
         return {name: [hashlib.sha256((salt + one).encode()).hexdigest() for one in some] for name, some in hashes.items()}
 
     def _apply_prompt_updates(self, token_ids: Any, mm_prompt_updates: Any) -> Any:
-        shown = [item[0].content for kind in self.counted for item in mm_prompt_updates.get(kind, ())]
-        reduced = [one for one in shown if isinstance(one, Shortened)]
+        contents = [item[0].content for kind in self.counted for item in mm_prompt_updates.get(kind, ())]
+        reduced = [one for one in contents if isinstance(one, ReducedContent)]
         if reduced:
             count(self.info.model_id, sum(one.before for one in reduced), sum(one.after for one in reduced))
         return super()._apply_prompt_updates(token_ids, mm_prompt_updates)
 
 
 def _for_transformers(kwargs: Any) -> dict[str, Any]:
-    """Arguments without our key, which its processors do not know."""
+    """Arguments without our key, which transformers' processors do not know."""
     return {name: value for name, value in kwargs.items() if name != REQUEST}

@@ -1,4 +1,5 @@
-"""Qwen2.5-VL, images and clips: reduced behind the merger, ranked by the attention that tokens receive in the last block without windows."""
+"""Qwen2.5-VL, images and videos: reduced after the merger, ranked by attention received in the last block without
+windows."""
 
 from __future__ import annotations
 
@@ -18,11 +19,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from duet_vlm_vllm.grids import GridProcessor, KeptPositions
 
 
-class Processor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
+class DuetQwen25VLProcessor(GridProcessor, Qwen2_5_VLMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(DuetQwen25VLProcessor, info=Qwen2_5_VLProcessingInfo, dummy_inputs=Qwen2_5_VLDummyInputsBuilder)
 class DuetQwen25VL(KeptPositions, Qwen2_5_VLForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.prepare(vllm_config)

@@ -1,4 +1,4 @@
-"""Qwen2-VL, images and clips: reduced behind the merger, ranked by the attention that tokens receive in the last block."""
+"""Qwen2-VL, images and videos: reduced after the merger, ranked by attention received in the last block."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from duet_vlm_vllm.grids import GridProcessor, KeptPositions
 
 
-class Processor(GridProcessor, Qwen2VLMultiModalProcessor):
+class DuetQwen2VLProcessor(GridProcessor, Qwen2VLMultiModalProcessor):
     pass
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen2VLProcessingInfo, dummy_inputs=Qwen2VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(DuetQwen2VLProcessor, info=Qwen2VLProcessingInfo, dummy_inputs=Qwen2VLDummyInputsBuilder)
 class DuetQwen2VL(KeptPositions, Qwen2VLForConditionalGeneration):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.prepare(vllm_config)

@@ -1,7 +1,10 @@
-"""Qwen3-VL, images and clips: reduced behind the mergers; rows of all depths (deepstack) stand side by side and go together.
+"""Qwen3-VL, images and videos: reduced after the mergers; features of all depths (deepstack) are concatenated and kept
+or dropped together.
 
-Its prompts show the steps of a clip apart, a timestamp in front of each. Which rows of which step stay depends on the pixels, so the front end
-cannot know where the timestamps will stand: it lays out as many places as there will be rows and text, and the worker brings the text, too.
+Its prompts show the time steps of a video apart, a timestamp before each. The kept rows of each step depend on the
+pixels, so the front end
+cannot know the positions of the timestamps: it lays out as many positions as there will be rows and text, and the
+worker adds the text.
 """
 
 from __future__ import annotations
@@ -22,22 +25,22 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptUpdateDetails
 
 from duet_vlm_vllm.grids import VISUAL, GridProcessor, KeptPositions, with_columns
-from duet_vlm_vllm.placeholders import Shortened
+from duet_vlm_vllm.placeholders import ReducedContent
 
 
-class Processor(GridProcessor, Qwen3VLMultiModalProcessor):
+class DuetQwen3VLProcessor(GridProcessor, Qwen3VLMultiModalProcessor):
     def visual(self, kind: str, ids: list[int], details: PromptUpdateDetails) -> Tensor:
         if kind == "image":
             return super().visual(kind, ids, details)
         return torch.tensor(ids) == self.info.get_hf_config().video_token_id
 
-    def shown(self, kind: str, content: Shortened) -> Shortened:
+    def in_prompt(self, kind: str, content: ReducedContent) -> ReducedContent:
         if kind == "image":
             return content
-        return Shortened([self.info.get_hf_config().video_token_id] * len(content.full), None, content.before, content.after)
+        return ReducedContent([self.info.get_hf_config().video_token_id] * len(content.full), None, content.before, content.after)
 
 
-@MULTIMODAL_REGISTRY.register_processor(Processor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
+@MULTIMODAL_REGISTRY.register_processor(DuetQwen3VLProcessor, info=Qwen3VLProcessingInfo, dummy_inputs=Qwen3VLDummyInputsBuilder)
 class DuetQwen3VL(KeptPositions, Qwen3VLForConditionalGeneration):
     clock = "timestamps"
 
@@ -55,18 +58,18 @@ class DuetQwen3VL(KeptPositions, Qwen3VLForConditionalGeneration):
             return super().written(kind, grid, clock)
         own, _ = super().written(kind, [1, *grid[1:]], None)
         start, end = self.config.vision_start_token_id, self.config.vision_end_token_id
-        places, text, following = [], [], 0
+        positions, text, following = [], [], 0
         for seconds in clock:
             stamp = [*self._tokenizer.encode(f"<{seconds:.1f} seconds>", add_special_tokens=False), start]
             line = torch.arange(following, following + len(stamp))
             behind = following + len(stamp) + 1 + int(own.max())
-            places += [line[:, None].expand(-1, 3), own + following + len(stamp), torch.full((1, 3), behind)]
+            positions += [line[:, None].expand(-1, 3), own + following + len(stamp), torch.full((1, 3), behind)]
             text += [torch.tensor(stamp), torch.full((len(own),), VISUAL), torch.tensor([end])]
             following = behind + 1
-        return torch.cat(places), torch.cat(text)
+        return torch.cat(positions), torch.cat(text)
 
     def in_prompt(self, rows: Tensor, index: Tensor, written: tuple[Tensor, Tensor]) -> Tensor:
-        places, text = written
+        positions, text = written
         visual = text == VISUAL
         of_text, of_rows = (~visual).nonzero().squeeze(1), visual.nonzero().squeeze(1)[index]
         if not len(of_text):
@@ -74,4 +77,4 @@ class DuetQwen3VL(KeptPositions, Qwen3VLForConditionalGeneration):
         words = self.get_language_model().embed_input_ids(text[of_text].to(rows.device)).to(rows.dtype)
         together = torch.cat([rows, torch.nn.functional.pad(words, (0, rows.shape[1] - words.shape[1]))])
         at, order = torch.cat([of_rows, of_text]).sort()
-        return with_columns(together[order.to(rows.device)], places[at])
+        return with_columns(together[order.to(rows.device)], positions[at])

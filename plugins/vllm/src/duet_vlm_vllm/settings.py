@@ -17,12 +17,12 @@ def served(config: Any, positions: str) -> ServedMethod:
     ValueError
         If there are none, or none that a server can run.
     """
-    given = getattr(config, KEY, None)
-    if given is None:
+    settings = getattr(config, KEY, None)
+    if settings is None:
         raise ValueError(f'this architecture reduces visual tokens and needs settings: --hf-overrides \'{{"{KEY}": {{"budget": 64}}, ...}}\'')
-    return _served(json.dumps(given, sort_keys=True), positions)
+    return _served(json.dumps(settings, sort_keys=True), positions)
 
 
 @lru_cache(maxsize=64)
-def _served(given: str, positions: str) -> ServedMethod:
-    return ServedMethod.of(json.loads(given), positions)
+def _served(settings: str, positions: str) -> ServedMethod:
+    return ServedMethod.of(json.loads(settings), positions)

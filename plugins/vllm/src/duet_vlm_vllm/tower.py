@@ -1,4 +1,4 @@
-"""The worker: what the tower's attention saw, budgets of requests, and how many images the tower takes at once."""
+"""The worker: the tower's recorded attention, budgets of requests, and the number of images per call of the tower."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from duet_vlm.serve.served_method import NO_REQUEST_BUDGET
 
 
 def check_engine(vllm_config: VllmConfig) -> None:
-    """Refuse what runs a tower past Python: the attention that ranks could not be seen.
+    """Refuse options that run a tower outside of Python: the attention that ranks could not be recorded.
 
     Raises
     ------
@@ -32,11 +32,12 @@ def check_engine(vllm_config: VllmConfig) -> None:
         raise ValueError("--mm-encoder-tp-mode data: each rank would see the attention of some images only, leave it out")
 
 
-class Recorder:
-    """Keeps what one attention layer of the tower was called with, all heads of it, until ``take``. ``whole``: each rank has all of them."""
+class AttentionRecorder:
+    """Records the queries and keys of one attention layer of the tower, of all heads, until ``take``. ``all_heads``:
+    each rank has all of them."""
 
-    def __init__(self, attention: nn.Module, reducer: EncoderReducer, whole: bool = False) -> None:
-        self.reducer, self.whole, self.calls = reducer, whole, []
+    def __init__(self, attention: nn.Module, reducer: EncoderReducer, all_heads: bool = False) -> None:
+        self.reducer, self.all_heads, self.calls = reducer, all_heads, []
         if reducer.signals:
             attention.register_forward_pre_hook(self._record, with_kwargs=True)
 
@@ -44,7 +45,7 @@ class Recorder:
         query, key = (kwargs.get(name, args[i] if len(args) > i else None) for i, name in enumerate(("query", "key")))
         ends = kwargs.get("cu_seqlens", args[3] if len(args) > 3 else None)
         query, key = (x.reshape(*x.shape[:2], -1, module.head_size).transpose(1, 2) for x in (query, key))
-        if not self.whole:
+        if not self.all_heads:
             query, key = _all_heads(query), _all_heads(key)
         segments = None if ends is None else ends[1:] - ends[:-1]
         self.calls.append(record_qk(self.reducer, query, key, float(module.scale), segments))
@@ -62,12 +63,13 @@ def _all_heads(rows: Tensor) -> Tensor:
 
 
 def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int:
-    """The tower layer whose attention is read: ``usual``, or the one that the settings name among ``depth``, of which ``built`` are there.
+    """The tower layer whose attention is recorded: ``usual``, or the one that the settings name among ``depth``, of
+    which ``built`` exist.
 
     Raises
     ------
     ValueError
-        A layer that is not there.
+        A layer that does not exist.
     """
     layer = reducer.signal_layers[0]
     if layer is None:
@@ -77,14 +79,17 @@ def layer_of(reducer: EncoderReducer, usual: int, depth: int, built: int) -> int
     return layer % depth
 
 
-def budgets(asked: Any, images: int) -> list[float]:
-    """What each image's request asked for, as it arrives in the model's arguments."""
-    return [NO_REQUEST_BUDGET] * images if asked is None else torch.as_tensor(asked).flatten().tolist()
+def budgets(requested: Any, images: int) -> list[float]:
+    """The budget of each image's request, from the model's arguments."""
+    return [NO_REQUEST_BUDGET] * images if requested is None else torch.as_tensor(requested).flatten().tolist()
 
 
 def batches(counts: Sequence[int], most: int) -> list[range]:
-    """Images of ``counts`` unreduced tokens in runs of at most ``most`` (a larger image is alone): the scheduler counts reduced tokens, and
-    would put many times more images into one call of the tower than memory was measured for."""
+    """Runs of images of ``counts`` unreduced tokens, each of at most ``most`` (a larger image is alone).
+
+    The scheduler counts reduced tokens, and would put many times more images into one call of the tower than memory
+    was measured for.
+    """
     runs, start, total = [], 0, 0
     for number, count in enumerate(counts):
         if number > start and total + count > most:
