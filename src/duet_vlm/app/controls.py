@@ -91,8 +91,7 @@ class Controls:
         ------
         ValueError
             An unknown method, a budget or a setting that cannot be parsed or is out of range, a schedule for a method
-            that has none, a file
-            that is not among ``files``; each named.
+            that has none, a file that is not among ``files``; each named.
         """
         if not self.method.strip():
             raise ValueError("no method is chosen: choose one, or write several with a + between (frames+duet)")
@@ -125,8 +124,8 @@ def other_methods() -> list[str]:
 
 
 def starting(method: str | Reducer | None, budget: Budget | None, settings: Mapping[str, Any], model: Any) -> Controls:
-    """The controls of a fresh page: the method of the command line, else the one that the model was trained with,
-    else DUET at 22 %."""
+    """The controls of a fresh page: the method of the command line, else the one that the model was trained with, else
+    DUET at 22 %."""
     if isinstance(method, Reducer):
         changed = to_record(method, budget)
         return Controls.of(changed["method"], budget, changed["settings"] | dict(settings))

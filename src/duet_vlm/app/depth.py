@@ -42,8 +42,8 @@ class DepthStrip:
 
 @dataclass(frozen=True)
 class DepthView:
-    """The spans of one answer through the depth of a decoder of ``depth`` layers: one span, or a span for each tile
-    or frame."""
+    """The spans of one answer through the depth of a decoder of ``depth`` layers: one span, or a span for each tile or
+    frame."""
 
     strips: tuple[DepthStrip, ...]
     depth: int

@@ -1,8 +1,8 @@
 """One question to the full model and to reduced ones, whose answers are written side by side.
 
 Each side answers on a copy of the model's modules that shares its weights, so that no state of a question, or of a
-user, affects another.
-Prompts are run one after the other, so that each time to the first token is its own; all sides decode together.
+user, affects another. Prompts are run one after the other, so that each time to the first token is its own; all sides
+decode together.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class AppSide:
             self.inputs.pop("salient_mask", None)
 
     def record(self) -> RunRecord:
-        """The kept tokens of the last answer, and, from a second pass over the prompt, the scores that decided.
-        Nothing for a full model."""
+        """The kept tokens of the last answer, and, from a second pass over the prompt, the scores that decided. Nothing
+        for a full model."""
         from duet_vlm.viz import ScoreRecorder
 
         assert self.handle is not None
@@ -137,8 +137,7 @@ def _attached(model: nn.Module, loaded: LoadedModel, method: Any, chosen: Chosen
 
 def answers(sides: Sequence[AppSide], longest: int) -> Iterator[list[StreamedText]]:
     """The answers of all sides so far, again and again until all are complete; at most ``longest`` tokens each. Ending
-    the iteration ends the
-    answers."""
+    the iteration ends the answers."""
     stop = threading.Event()
     begun = [threading.Event() for _ in sides]  # the first token has come, or never will
     writers = [_Writer(side, longest, begun, number, stop) for number, side in enumerate(sides)]

@@ -48,8 +48,7 @@ def serve(loaded: LoadedModel, first: Controls, host: str | None = None, port: i
     """Serve until the process is told to stop, from its main thread.
 
     Nothing is shared, counted or kept: no tunnel, no analytics, and uploads in a folder of their own that goes with the
-    process. Host and
-    port None: from the environment (of a Space), else 127.0.0.1 and 7860.
+    process. Host and port None: from the environment (of a Space), else 127.0.0.1 and 7860.
     """
     warmed(loaded, first)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the folder goes then, too

@@ -24,7 +24,8 @@ def app(
     device: Device = None,
     debug: Debug = False,
 ) -> None:
-    """Open a page: drop a picture or clip, ask, and see full and reduced answers side by side, and which patches are left at each depth."""
+    """Open a page: drop a picture or clip, ask, and see full and reduced answers side by side, and which patches are
+    left at each depth."""
     with friendly(debug):
         from duet_vlm.app import space
         from duet_vlm.app.controls import starting

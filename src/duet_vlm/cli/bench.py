@@ -48,7 +48,8 @@ def bench(
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and predictions beside it."""
+    """Time a model stage by stage, reduced and not, in turns on the same prompts; FLOPs, cache, peak memory and
+    predictions beside it."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # torch's profiler, which counts memory, tells of its own doings otherwise
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with friendly(debug, json_):

@@ -1,8 +1,7 @@
 """``duet-vlm budget``: the plan of a budget for a model, before anything runs. Reads the config only, never the
 weights.
 
-With ``--device`` also predictions for that device: seconds, tokens per second, memory, devices for a load, by
-budget.
+With ``--device`` also predictions for that device: seconds, tokens per second, memory, devices for a load, by budget.
 """
 
 from __future__ import annotations
@@ -50,7 +49,8 @@ def budget(
 ) -> None:
     """Solve a budget: settings, tokens per layer, FLOPs, KV bytes and the FLOPs-bound speed-up. Needs no weights.
 
-    With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown one after the other.
+    With --device: predicted seconds, tokens/s, memory, and devices for --requests per second. Several budgets are shown
+    one after the other.
     """
     from duet_vlm.cli.fleet import Fleet
     from duet_vlm.evaluation.speed.random_model import skeleton

@@ -27,7 +27,8 @@ def calibrate(
 ) -> None:
     """Ask a question about each image, watch the model's attention, and store what a method needs of it.
 
-    A hundred images like those to come are plenty. Name the file when you attach: --set table=FILE (fitprune) or --set prior=FILE (d2pruner).
+    A hundred images like those to come are plenty. Name the file when you attach: --set table=FILE (fitprune) or --set
+    prior=FILE (d2pruner).
     """
     with friendly(debug, json_):
         check_method(method)

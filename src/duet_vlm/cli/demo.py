@@ -57,8 +57,8 @@ class DemoColumn:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Run on one thread: a model this small gains little from threads, and a single one makes times steadier on a
-    busy machine."""
+    """Run on one thread: a model this small gains little from threads, and a single one makes times steadier on a busy
+    machine."""
     import torch
 
     before = torch.get_num_threads()
@@ -87,7 +87,8 @@ def batches(processor: Any) -> list[tuple[Any, Any]]:
 
 
 def answer_all(model: Any, processor: Any, batches_: list[tuple[Any, Any]], out: Path) -> tuple[list[DemoColumn], list[Path]]:
-    """Every question in full and at every budget; on the way one picture of the first question at all of them, and one per image."""
+    """Every question in full and at every budget; on the way one picture of the first question at all of them, and one
+    per image."""
     from duet_vlm import attach, get_method
     from duet_vlm.viz import ScoreRecorder, draw, model_view, stack
 
@@ -117,7 +118,8 @@ def answer_all(model: Any, processor: Any, batches_: list[tuple[Any, Any]], out:
 
 
 def time_all(model: Any, columns: list[DemoColumn], inputs: Any) -> dict[str, float]:
-    """Median seconds of a prefill, full and reduced in turns, each on its own copy of the model; fills in speed-ups and reports."""
+    """Median seconds of a prefill, full and reduced in turns, each on its own copy of the model; fills in speed-ups and
+    reports."""
     import torch
 
     from duet_vlm import attach
@@ -147,7 +149,8 @@ def demo(
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Answer 20 questions with the embedded model, in full and at 33 / 22 / 11 % of the visual tokens; compare answers, cost and time."""
+    """Answer 20 questions with the embedded model, in full and at 33 / 22 / 11 % of the visual tokens; compare answers,
+    cost and time."""
     with friendly(debug, json_):
         start = time.perf_counter()
         folder_for("--out", out)

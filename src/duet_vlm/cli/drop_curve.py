@@ -46,8 +46,8 @@ def drop_curve(
 ) -> None:
     """Measure what is lost when all visual tokens leave in front of each layer, and propose schedules.
 
-    Questions without answers are judged by the full model's own. With --budget the proposals are measured beside the fixed schedules, on the
-    same questions. Start the same command again after a kill and it goes on where it stopped.
+    Questions without answers are judged by the full model's own. With --budget the proposals are measured beside the
+    fixed schedules, on the same questions. Start the same command again after a kill and it goes on where it stopped.
     """
     with friendly(debug, json_):
         plain_name("--name", name)

@@ -53,7 +53,8 @@ def friendly(debug: bool, as_json: bool = False) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error without line breaks; the type where there is no message, the file where it is the system's."""
+    """The message of an error without line breaks; the type where there is no message, the file where it is the
+    system's."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

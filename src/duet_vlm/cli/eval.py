@@ -77,7 +77,8 @@ def evaluate(
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure accuracy, tokens, FLOPs, KV bytes and prefill time of methods and budgets, beside the full model, on the same questions.
+    """Measure accuracy, tokens, FLOPs, KV bytes and prefill time of methods and budgets, beside the full model, on the
+    same questions.
 
     All GPUs of the machine are used. Start the same command again after a kill and it goes on where it stopped.
     """

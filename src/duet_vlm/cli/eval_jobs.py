@@ -84,8 +84,8 @@ def check_tasks(jobs: list[Experiment]) -> None:
 
 
 def run_job(job: Experiment, name: str, options: JobOptions) -> tuple[Path, dict[str, Any] | None]:
-    """One experiment, from its journals to its result file; a finished one is loaded. No result where other
-    processes are not done yet."""
+    """One experiment, from its journals to its result file; a finished one is loaded. No result where other processes
+    are not done yet."""
     from duet_vlm.evaluation.console import show
     from duet_vlm.evaluation.journal import alone
     from duet_vlm.evaluation.results import load, save
@@ -150,8 +150,8 @@ def _measure(job: Experiment, name: str, result: Path, journals: Path, options: 
 
 
 def _tidy(result: Path, journals: Path) -> None:
-    """Remove journals that are no longer needed. The result is written before, so that a process that misses them
-    finds the result."""
+    """Remove journals that are no longer needed. The result is written before, so that a process that misses them finds
+    the result."""
     if result.exists():
         shutil.rmtree(journals, ignore_errors=True)
     else:

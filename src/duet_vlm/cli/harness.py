@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 def through_lmms_eval(job: Experiment, tasks: Sequence[str], device: str | None, out: Path, restart: bool, as_json: bool) -> list[dict[str, Any]]:
     """A folder per run under ``out``, and a table at the end, unless ``as_json``: then lmms-eval writes to stderr.
-    Finished runs are not
-    repeated; a failed one is a row, not an abort."""
+    Finished runs are not repeated; a failed one is a row, not an abort."""
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         outcomes = _run_all(job, tasks, device, out, restart)
     if not as_json:

@@ -2,8 +2,7 @@
 seconds to load.
 
 ``make tables`` writes the file, a test holds it equal to the package. Where more is installed than the package ships
-(methods of other
-packages, a file added to the source), the package is used.
+(methods of other packages, a file added to the source), the package is used.
 """
 
 from __future__ import annotations
@@ -54,7 +53,8 @@ def chosen(name: str, key: str, names: list[str] | None) -> Rows:
 
 
 def check_method(text: str, *others: str) -> None:
-    """Refuse a method, or a composition ("frames+duet"), that does not exist; ``others`` are names that are taken as well.
+    """Refuse a method, or a composition ("frames+duet"), that does not exist; ``others`` are names that are taken as
+    well.
 
     Raises
     ------
@@ -119,8 +119,8 @@ def _paragraphs(cls: type[duet_vlm.Reducer], select: Callable[[str], bool]) -> s
 
 
 def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
-    """Reasons for which families cannot run a method with its usual settings, or a preset of its authors' code, as
-    far as known without a model."""
+    """Reasons for which families cannot run a method with its usual settings, or a preset of its authors' code, as far
+    as known without a model."""
     from duet_vlm.models.lookup import families
 
     presets = [name for name in dir(cls) if name.startswith("official")]

@@ -21,8 +21,8 @@ def methods(
     json_: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """List the methods: paper, what they do, where they reduce, whether they look at the text. Of methods by name also idea, cost, needs,
-    settings, and the families that cannot run them."""
+    """List the methods: paper, what they do, where they reduce, whether they look at the text. Of methods by name also
+    idea, cost, needs, settings, and the families that cannot run them."""
     with friendly(debug, json_):
         rows = chosen("methods", "name", names)
         if json_:

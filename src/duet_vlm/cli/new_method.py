@@ -42,8 +42,8 @@ def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
     Raises
     ------
     ValueError
-        An invalid or taken name, an unknown stage, a paper that does not fit into a line of a table, a folder that
-        is no clone.
+        An invalid or taken name, an unknown stage, a paper that does not fit into a line of a table, a folder that is
+        no clone.
     """
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise ValueError(f"{name}: use lower-case letters, digits and underscores, e.g. my_method")

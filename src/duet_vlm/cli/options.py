@@ -79,7 +79,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 
 def several(values: Sequence[str] | None) -> list[str]:
-    """The values of an option that takes several: ``-b .33 -b .11`` and ``-b .33,.11`` are the same. Commas inside brackets separate nothing."""
+    """The values of an option that takes several: ``-b .33 -b .11`` and ``-b .33,.11`` are the same. Commas inside
+    brackets separate nothing."""
     return [part for value in values or () for part in _separated(value)]
 
 
@@ -243,8 +244,7 @@ class Reduction:
 
 def method_of(name: str, *others: str) -> tuple[str, int | float | None, dict[str, Any]]:
     """Method, budget and settings that ``--method`` names, either a method (then without the other two) or a file;
-    ``others`` as in
-    ``check_method``.
+    ``others`` as in ``check_method``.
 
     Raises
     ------
@@ -298,8 +298,7 @@ def _shared(
 
 def reducing(verb: Callable[..., None]) -> Callable[..., None]:
     """Give a verb the shared options; it receives them as ``reduction`` (or ``reductions``, where it takes several
-    budgets) and ``json_``, and
-    its errors as one line."""
+    budgets) and ``json_``, and its errors as one line."""
     parameters = inspect.signature(verb, eval_str=True).parameters
     own = [p for p in parameters.values() if p.name not in ("reduction", "reductions", "json_")]
     shared = list(inspect.signature(_shared, eval_str=True).parameters.values())

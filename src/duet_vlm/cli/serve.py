@@ -37,7 +37,8 @@ def vllm_args(
     settings: Settings = None,
     debug: Debug = False,
 ) -> None:
-    """Print the flags that make vLLM reduce, for those who start it themselves: vllm serve M $(duet-vlm vllm-args -m M -b 64)."""
+    """Print the flags that make vLLM reduce, for those who start it themselves: vllm serve M $(duet-vlm vllm-args -m M
+    -b 64)."""
     with friendly(debug):
         print(" ".join(_flags(model, _server_settings(method, budget, settings))))
 
@@ -59,7 +60,8 @@ def serve(
     options: Annotated[list[str] | None, typer.Argument(metavar="[-- VLLM OPTIONS]...", help="Options of vLLM's own.", show_default=False)] = None,
     debug: Debug = False,
 ) -> None:
-    """Serve a model on vLLM with the first stage of a method, or on transformers with both; OpenAI's API, ready when /health answers."""
+    """Serve a model on vLLM with the first stage of a method, or on transformers with both; OpenAI's API, ready when
+    /health answers."""
     with friendly(debug):
         if backend not in ("vllm", "transformers"):
             raise ValueError(f"--backend {backend}: give 'vllm' or 'transformers'")

@@ -2,8 +2,7 @@
 that it serves.
 
 The server, its API and its queue are transformers'; here its model is attached to, and unwanted access is closed: other
-models,
-images by URL, requests without the key.
+models, images by URL, requests without the key.
 """
 
 from __future__ import annotations
@@ -84,9 +83,8 @@ class Guard:
     change.
 
     Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, and, unless
-    ``fetch_urls``, with images,
-    videos or sounds that are not part of them. Errors of the server are logged and answered in ``LONGEST`` letters:
-    they may quote the request.
+    ``fetch_urls``, with images, videos or sounds that are not part of them. Errors of the server are logged and
+    answered in ``LONGEST`` letters: they may quote the request.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], api_key: str | None, fetch_urls: bool) -> None:
@@ -187,8 +185,7 @@ def remote(body: bytes) -> str | None:
     """The first image, video or sound of a request that is not part of it, or may not be; None where all are.
 
     Part of it is a text that begins with ``data:``, or an object with such a ``url``. All else under the keys that
-    transformers opens is refused,
-    at any depth, except in descriptions of ``tools``, which are text.
+    transformers opens is refused, at any depth, except in descriptions of ``tools``, which are text.
     """
     request = read(body)
     if isinstance(request, dict):

@@ -20,8 +20,8 @@ def check_streamed(visuals: VisualInputs, reduction: Reduction, compare: bool, s
     Raises
     ------
     ValueError
-        Images, several videos, settings of a method, a budget that is no number of tokens, a comparison with the
-        full model, still frames.
+        Images, several videos, settings of a method, a budget that is no number of tokens, a comparison with the full
+        model, still frames.
     """
     remedy = "or name a --method, which chooses among all tokens of the clip"
     if visuals.images or len(visuals.videos) != 1:

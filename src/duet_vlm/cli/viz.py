@@ -84,7 +84,8 @@ def viz(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the PNG files, named by file, method, budget and settings.")] = Path("out/viz"),
     device: Device = None,
 ) -> None:
-    """Draw, for each image, clip and stage, the patches that were kept, merged (a colour and a number per group) and dropped.
+    """Draw, for each image, clip and stage, the patches that were kept, merged (a colour and a number per group) and
+    dropped.
 
     Below a stage: the scores that decided. Above: what the full model answers, and what the reduced one does.
     """

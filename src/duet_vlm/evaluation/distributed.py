@@ -1,10 +1,8 @@
 """Work shared among the processes of a launcher (``accelerate launch``, torchrun), which share nothing but a folder.
 
 Work is cut into parts that do not depend on the number of processes. Process r of n does every n-th part and records it
-in a journal of
-its own, so no process waits for another, and parts that a killed process had not recorded are found by the next start,
-with any number of
-processes.
+in a journal of its own, so no process waits for another, and parts that a killed process had not recorded are found by
+the next start, with any number of processes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The drop curve: accuracy when all visual tokens are dropped before one layer, and the schedules that follow from it.
 
 No choice among tokens is made here, so the curve is a property of the model and the questions alone: where it is flat,
-tokens are no longer
-used, and a method that drops them there loses nothing.
+tokens are no longer used, and a method that drops them there loses nothing.
 """
 
 from __future__ import annotations
@@ -68,7 +67,8 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class DropCurve:
-    """Points by layer, of a decoder of ``depth`` layers; ``full`` is the full model's accuracy, ``kinds`` that by kind."""
+    """Points by layer, of a decoder of ``depth`` layers; ``full`` is the full model's accuracy, ``kinds`` that by
+    kind."""
 
     depth: int
     full: float
@@ -89,8 +89,7 @@ class DropCurve:
         """Share of the visual information still needed at the input of each layer, in [0, 1] and never rising.
 
         Of the accuracy that is lost without any image (at the first layer measured), the part that is lost without one
-        from that layer on;
-        between measured layers a straight line.
+        from that layer on; between measured layers a straight line.
         """
         lost = falling(np.array([max(0.0, -point.difference) for point in self.points]))
         layers = np.array([0, *(point.layer for point in self.points), self.depth])
@@ -147,9 +146,8 @@ def proposals(curve: DropCurve, tolerance: float = TOLERANCE) -> dict[str, Sched
     """Schedules that the curve suggests, by name.
 
     ``cut`` keeps everything until nothing is needed any more. ``as needed`` keeps 60, 30, 10 % of the entering tokens
-    as soon as no more than
-    that share is still needed, ``slower`` as soon as its root is no more than that; both drop the rest where ``cut``
-    does.
+    as soon as no more than that share is still needed, ``slower`` as soon as its root is no more than that; both drop
+    the rest where ``cut`` does.
     """
     end, needs = curve.needed_until(tolerance), curve.needs()
     cut: dict[int, float] = {} if end == curve.depth else {end: 0.0}

@@ -1,8 +1,7 @@
 """Answers to many prompts, written to a file: resumable, and shared among processes without communication.
 
 Prompts are put into batches in their order, the same however many processes there are
-(:mod:`duet_vlm.evaluation.distributed`). The
-process that finds all of them recorded writes the file.
+(:mod:`duet_vlm.evaluation.distributed`). The process that finds all of them recorded writes the file.
 """
 
 from __future__ import annotations
@@ -109,8 +108,7 @@ def generate(
     ----------
     out : Path
         JSON lines in the order of the prompts: id, question and answer, or error where an image or the budget makes one
-        impossible. Journals
-        are kept beside it in ``OUT.parts``.
+        impossible. Journals are kept beside it in ``OUT.parts``.
     attach : callable
         Attaches the reduction to the model.
     worker : WorkerRank
@@ -121,8 +119,8 @@ def generate(
     Raises
     ------
     ValueError
-        Journals of other prompts, another model or other settings; two processes of the same rank at once; videos
-        for a model that takes none.
+        Journals of other prompts, another model or other settings; two processes of the same rank at once; videos for a
+        model that takes none.
     """
     if prompt_file.clips and not loaded.takes_clips:
         raise ValueError(f"--data shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")

@@ -1,8 +1,7 @@
 """The record of running work: one line per finished batch, so that a killed run continues where it stopped.
 
 A batch may have several lines: runs that were added to the experiment later are answered alone. Processes that share
-work have a
-journal each, in one folder: each writes to its own and reads all.
+work have a journal each, in one folder: each writes to its own and reads all.
 """
 
 from __future__ import annotations
@@ -34,8 +33,7 @@ def alone(journal: Path) -> Iterator[None]:
     """Exclusive access to ``journal``: a second process is refused at once.
 
     The lock is one of the operating system, on a file beside the journal. It ends with the process however that ends,
-    so a file from
-    a killed process blocks nothing.
+    so a file from a killed process blocks nothing.
 
     Raises
     ------
@@ -110,8 +108,8 @@ class Journal:
         self._write({"batch": batch, "page": page})
 
     def together(self) -> dict[str, Page]:
-        """Pages of this journal and all others of its folder (``*.jsonl``) by now; another process may be in the
-        middle of a line."""
+        """Pages of this journal and all others of its folder (``*.jsonl``) by now; another process may be in the middle
+        of a line."""
         pages: dict[str, Page] = {}
         for path in sorted(self.path.parent.glob("*.jsonl")):
             if lines := _read(path)[0]:

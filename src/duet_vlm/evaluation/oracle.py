@@ -21,8 +21,7 @@ class Oracle(EncoderReducer):
     vision encoder.
 
     ``needed`` holds one bool array per image or video of the batch, in order, so that a video is never taken apart; as
-    arrays do not hash,
-    two of these are never equal. No method: a reference for tables.
+    arrays do not hash, two of these are never equal. No method: a reference for tables.
     """
 
     name: ClassVar[str] = "oracle"

@@ -1,4 +1,5 @@
-"""Run an experiment: questions in batches, every run on each batch, batches shared among processes; then the statistics."""
+"""Run an experiment: questions in batches, every run on each batch, batches shared among processes; then the
+statistics."""
 
 from __future__ import annotations
 
@@ -172,14 +173,13 @@ def gather(
     ----------
     journals : Path
         Folder with the record of finished batches, a file for each ``worker``; a second call continues from it, also
-        with other runs on the
-        same questions. One process writes to a file at a time: hold ``journal.alone`` where another may start.
+        with other runs on the same questions. One process writes to a file at a time: hold ``journal.alone`` where
+        another may start.
     device : str, optional
         cuda where there is one, unless given.
     workers : int
         Processes that answer questions, each with one thread and its own copy of the model, on the GPUs of the machine
-        in turn; 1 works in
-        this process.
+        in turn; 1 works in this process.
     worker : WorkerRank
         The rank of this process among those that share the questions.
     advance : callable

@@ -38,8 +38,7 @@ class Outcome:
         Cost of the run, and of the full model.
     recalls : (float, float, float, float) or None
         Number of questions with known needed tokens, and sums of the shares of these tokens that are kept at the
-        decoder's entry, kept or
-        merged there, and kept in the middle of the decoder.
+        decoder's entry, kept or merged there, and kept in the middle of the decoder.
     floor : float or None
         The method's smallest mean token count, where the budget was infeasible.
     message : str or None
@@ -92,8 +91,7 @@ def answer(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Seque
     """Answers of every run to one batch.
 
     Inputs are made once, except for runs whose processor marks salient words; so are the lower vision layers, except
-    for videos, which may
-    pass through the tower in chunks.
+    for videos, which may pass through the tower in chunks.
     """
     plain, shared = inputs_of(loaded, questions), None if any(q.videos for q in questions) else SharedVision(loaded.model)
     out = {}

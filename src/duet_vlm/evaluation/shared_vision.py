@@ -1,8 +1,7 @@
 """The computation that is the same for all runs of a batch, done once: the lower layers of the vision tower.
 
 They depend on the pixels alone, and no method takes signals from them, so a dozen methods on one batch need not repeat
-them. Answers are
-bit-equal to those without sharing (a test compares). Timing never happens inside.
+them. Answers are bit-equal to those without sharing (a test compares). Timing never happens inside.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ class SharedVision:
 
     @contextlib.contextmanager
     def reused(self) -> Iterator[None]:
-        """The first call inside computes the layers, later ones (inside a later ``with``, too) get its output; undone at the end."""
+        """The first call inside computes the layers, later ones (inside a later ``with``, too) get its output; undone
+        at the end."""
         try:
             for layer in self.layers:
                 layer.forward = self._instead_of(layer.forward, layer is self.layers[-1])

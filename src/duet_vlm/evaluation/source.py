@@ -16,9 +16,8 @@ class Source:
     """Identity of the package's code.
 
     ``commit`` is short, ends with ``+changes`` where the package differs from it, and is None outside of a git
-    checkout. ``files`` is a
-    digest of every Python file of the package: two states of the code that differ in one character differ in it,
-    committed or not.
+    checkout. ``files`` is a digest of every Python file of the package: two states of the code that differ in one
+    character differ in it, committed or not.
     """
 
     commit: str | None
@@ -30,7 +29,8 @@ class Source:
         return self.commit is not None and not self.commit.endswith(CHANGED)
 
     def until(self, end: Source) -> Source:
-        """This source, marked as changed if its files are others at the ``end`` of a measurement: modules are loaded on first use."""
+        """This source, marked as changed if its files are others at the ``end`` of a measurement: modules are loaded on
+        first use."""
         if end.files == self.files or not self.clean:
             return self
         return Source(f"{self.commit}{CHANGED}", self.files)

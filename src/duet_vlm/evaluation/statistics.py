@@ -24,8 +24,7 @@ def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | N
     [questions] bool.
 
     It holds where few answers differ, or none: an effect without trace in 200 questions may exist all the same. None
-    where the full model has
-    no right answer.
+    where the full model has no right answer.
     """
     both, won, lost = _counts(hits, full)
     if both + lost == 0:
@@ -33,7 +32,8 @@ def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | N
     some, share = both + won + lost, (both + won) / (both + lost)
 
     def beyond(ratio: float) -> float:
-        """Squared distance from ``ratio``, less what chance gives: its variance under the likeliest shares of which it is the ratio."""
+        """Squared distance from ``ratio``, less what chance gives: its variance under the likeliest shares of which it
+        is the ratio."""
         linear = (won + lost) - (both + lost) * (ratio**2 - 1)
         square = (ratio + 1) * some
         likely = (linear + math.sqrt(max(0.0, linear**2 + 4 * square * lost * (ratio - 1)))) / (2 * square)  # lost, of those that any answers
@@ -46,8 +46,8 @@ def kept_interval(hits: np.ndarray, full: np.ndarray) -> tuple[float, float] | N
 
 
 def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, float]:
-    """95 % score interval (Tango 1998) of a difference of accuracies on the same questions; both [questions] bool. It holds where few answers
-    differ, or none."""
+    """95 % score interval (Tango 1998) of a difference of accuracies on the same questions; both [questions] bool. It
+    holds where few answers differ, or none."""
     _, won, lost = _counts(hits, other)
     count = len(hits)
 
@@ -63,8 +63,9 @@ def difference_interval(hits: np.ndarray, other: np.ndarray) -> tuple[float, flo
 
 
 def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarray], seed: int = 0) -> tuple[float, float]:
-    """95 % percentile bootstrap over questions of a ``statistic`` of paired ``samples`` ([questions], such as means over several models), to which
-    no score interval applies. Too narrow where few of them differ; a single question has no spread that could be known."""
+    """95 % percentile bootstrap over questions of a ``statistic`` of paired ``samples`` ([questions], such as means
+    over several models), to which no score interval applies. Too narrow where few of them differ; a single question has
+    no spread that could be known."""
     from scipy.stats import bootstrap
 
     if len(samples[0]) < 2:

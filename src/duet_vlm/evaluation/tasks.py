@@ -1,7 +1,7 @@
 """Tasks: streams of questions about pictures or clips, with short answers that can be checked.
 
-``tiny``, ``tiny-crowded``, ``tiny-chain``, ``tiny-page``, ``tiny-video`` and ``tiny-long`` draw their questions (no file, no end); any other name
-is the path of a JSON-lines file.
+``tiny``, ``tiny-crowded``, ``tiny-chain``, ``tiny-page``, ``tiny-video`` and ``tiny-long`` draw their questions (no
+file, no end); any other name is the path of a JSON-lines file.
 """
 
 from __future__ import annotations
@@ -100,8 +100,9 @@ def usual_model(name: str) -> str:
 
 
 def task(name: str) -> Task:
-    """A task by name, or of a JSON-lines file: one ``{"image": path or [paths], "question", "answer" or "answers", "kind"}`` per line.
-    Answers and kind may be left out; ``"video"`` may stand beside or in place of the image, and then ``"frames"``, how many are taken of each.
+    """A task by name, or of a JSON-lines file: one ``{"image": path or [paths], "question", "answer" or "answers",
+    "kind"}`` per line. Answers and kind may be left out; ``"video"`` may stand beside or in place of the image, and
+    then ``"frames"``, how many are taken of each.
 
     Raises
     ------

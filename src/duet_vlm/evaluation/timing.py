@@ -18,7 +18,8 @@ from duet_vlm.profiling.timing import ratio, time_paired
 def prefill_times(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequence[TaskQuestion], rounds: int) -> dict[str, dict[str, Any]]:
     """Milliseconds per question from pixels and token ids to the first answer token (vision tower included), by run.
 
-    ``ratio`` is the time over the untouched model's, round by round, with the 95 % interval of its median. Attaching is not timed.
+    ``ratio`` is the time over the untouched model's, round by round, with the 95 % interval of its median. Attaching is
+    not timed.
     """
     plain = inputs_of(loaded, questions)
 

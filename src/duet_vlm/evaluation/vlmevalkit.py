@@ -1,4 +1,5 @@
-"""VLMEvalKit: a model for its table ``supported_VLM``. It needs nothing of the kit, and the kit needs only ``generate`` of it."""
+"""VLMEvalKit: a model for its table ``supported_VLM``. It needs nothing of the kit, and the kit needs only ``generate``
+of it."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from duet_vlm.inputs.images import open_image
 class VLMEvalKitModel:
     """Any supported checkpoint with a method attached, one question at a time (the kit asks one by one).
 
-    ``supported_VLM["llava-duet-64"] = functools.partial(Model, "llava-hf/llava-1.5-7b-hf", preset="duet-64")`` in a script that then
-    runs the kit's ``run.py``; see docs/evaluate-with-lmms.md.
+    ``supported_VLM["llava-duet-64"] = functools.partial(Model, "llava-hf/llava-1.5-7b-hf", preset="duet-64")`` in a
+    script that then runs the kit's ``run.py``; see docs/evaluate-with-lmms.md.
 
     Parameters
     ----------

@@ -19,8 +19,7 @@ class ClipTextEncoder:
     ----------
     clip : CLIPModel
         With ``text_model``, ``text_projection``, ``visual_projection`` and the ``post_layernorm`` of its vision tower.
-        It is used
-        unchanged, on its own device and in its own dtype.
+        It is used unchanged, on its own device and in its own dtype.
     tokenizer : callable
         The CLIP model's tokenizer. A text longer than the tower's window is cut into pieces, without start and end
         marks of their own.

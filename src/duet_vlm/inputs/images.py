@@ -23,17 +23,14 @@ def rgb(picture: Image.Image | np.ndarray) -> Image.Image:
     """Convert an image of any mode, or an array, to RGB with eight bits per channel; not turned (``open_image`` turns).
 
     Transparent parts are put on white. Numbers are scaled by the range of their type: bool, 8 and 16 bits have one; of
-    wider integers and
-    of floats the smallest of 0..1 (floats only), 0..255, 0..65535 and (integers only) 0..the type's largest that holds
-    them all is taken.
-    32-bit integers from a file have 16 bits at least.
+    wider integers and of floats the smallest of 0..1 (floats only), 0..255, 0..65535 and (integers only) 0..the type's
+    largest that holds them all is taken. 32-bit integers from a file have 16 bits at least.
 
     Parameters
     ----------
     picture : PIL.Image.Image or array
         An array is [height, width], [height, width, channels] or [channels, height, width] with 1 (grey), 2 (grey,
-        alpha), 3 (RGB) or
-        4 (RGBA) channels; channels last where both could be meant.
+        alpha), 3 (RGB) or 4 (RGBA) channels; channels last where both could be meant.
 
     Raises
     ------

@@ -73,8 +73,7 @@ def salient_mask(tokenizer: Any, text: str | Sequence[str], input_ids: Tensor, i
     token.
 
     Words are found in the text and mapped to tokens by the tokenizer's offsets. Placeholder tokens that a processor
-    repeats are
-    matched by skipping them on both sides.
+    repeats are matched by skipping them on both sides.
 
     Parameters
     ----------
@@ -146,12 +145,9 @@ def content_words(question: str) -> list[tuple[int, int]]:
     """Character spans of the content words of a question.
 
     With spaCy and its small English model installed (extra ``salient``): nouns, names, pronouns, verbs, adjectives,
-    adverbs and numbers
-    that are not stop words. Otherwise a rule that knows no language: words of at least three letters, words with a
-    digit, and words in
-    scripts without short function words (any non-ASCII letter); template words ending in a colon never count. If no
-    word remains, every
-    word.
+    adverbs and numbers that are not stop words. Otherwise a rule that knows no language: words of at least three
+    letters, words with a digit, and words in scripts without short function words (any non-ASCII letter); template
+    words ending in a colon never count. If no word remains, every word.
     """
     parse = _spacy()
     if parse is not None:

@@ -44,8 +44,8 @@ class VideoFrames:
 
 
 def sampled(total: int, count: int) -> tuple[int, ...]:
-    """Indices of ``count`` frames evenly spaced over ``total``: floor(i * total / count), as transformers samples by default; all of them
-    where there are fewer."""
+    """Indices of ``count`` frames evenly spaced over ``total``: floor(i * total / count), as transformers samples by
+    default; all of them where there are fewer."""
     count = min(count, total)
     return tuple(i * total // count for i in range(count))
 
@@ -66,15 +66,13 @@ def decode(path: Path, frames: int | None = None, fps: float | None = None) -> V
     -------
     VideoFrames
         The file is read twice: once for its packets (``length``), once to decode up to the last chosen frame. A
-        recording without a
-        length in its header that was cut off (WebM, MPEG-TS) is a shorter video, not an error.
+        recording without a length in its header that was cut off (WebM, MPEG-TS) is a shorter video, not an error.
 
     Raises
     ------
     ValueError
         Naming the path and the fault: missing, a folder, no video, damaged (and how many frames can be read), too
-        large, both
-        ``frames`` and ``fps``, PyAV not installed.
+        large, both ``frames`` and ``fps``, PyAV not installed.
     """
     indices, total, rate = _frame_indices(path, frames, fps)
     return VideoFrames(tuple(_pictures(path, indices, total, len(indices))), indices, total, rate)
@@ -87,8 +85,7 @@ def frame_numbers(path: Path, frames: int | None = None, fps: float | None = Non
 
 def pieces(path: Path, size: int, frames: int | None = None, fps: float | None = None) -> Iterator[VideoFrames]:
     """As ``decode``, but ``size`` frames at a time: memory depends on them and not on the length of the video. Errors
-    as ``decode``, and a
-    ValueError for a size below 1."""
+    as ``decode``, and a ValueError for a size below 1."""
     if size < 1:
         raise ValueError(f"size={size}: frames of a piece, at least 1")
     indices, total, rate = _frame_indices(path, frames, fps)
@@ -172,8 +169,7 @@ def _readable(path: Path, items: Iterator[Any], total: int) -> Iterator[Any]:
 
 def _pictures(path: Path, indices: tuple[int, ...], total: int, buffered: int) -> Iterator[Image.Image]:
     """The frames with these indices, decoded in one go up to the last of them; all in the size of the first.
-    ``buffered``: frames that the
-    caller keeps together."""
+    ``buffered``: frames that the caller keeps together."""
     with _opened(path) as (container, stream):
         index_set, size, done = set(indices), None, 0
         for done, frame in enumerate(_readable(path, container.decode(stream), total), start=1):

@@ -125,10 +125,8 @@ class VarlenTower:
         A patch is ``patch`` x ``patch`` pixels of each frame.
     tables : callable
         ``tables(grid_thw, units, counts)`` of the kept units [K] (ascending; ``counts`` of them per image) returns the
-        tower's precomputed
-        arguments, the position of these units in the blocks' order [K], and the positions, in the blocks' order, that
-        they would have in the
-        unreduced sequence [K].
+        tower's precomputed arguments, the position of these units in the blocks' order [K], and the positions, in the
+        blocks' order, that they would have in the unreduced sequence [K].
     block_modules : tuple of BlockModules
         The blocks in order.
     mergers : tuple of nn.Module
@@ -264,8 +262,8 @@ class Adapter(ABC):
         """Raise a clear error for configurations of this family that cannot be right."""
 
     def install(self, hooks: Hooks, running: Callable[[], TokenMap | None]) -> None:
-        """Install further hooks, for families that compute with hidden states elsewhere; ``running`` returns the map
-        of the layer that just ran."""
+        """Install further hooks, for families that compute with hidden states elsewhere; ``running`` returns the map of
+        the layer that just ran."""
         return None
 
     # ---- the prompt
@@ -335,8 +333,8 @@ class Adapter(ABC):
         return True
 
     def images_of(self, call: Encoding, count: int, tokens: int) -> list[tuple[int, ...]]:
-        """Per span: tokens of each of its images in the tower's batch (``count`` images of ``tokens`` each); one
-        image per span by default."""
+        """Per span: tokens of each of its images in the tower's batch (``count`` images of ``tokens`` each); one image
+        per span by default."""
         together = self.projected_together(call)
         return [(tokens,) * together] * (count // together)
 
@@ -350,8 +348,7 @@ class Adapter(ABC):
 
     def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         """Convert values of patches [P, N, c] to values of tokens: per span [n, c], means where several patches make
-        one, ones for tokens that
-        come from no patch."""
+        one, ones for tokens that come from no patch."""
         return list(nn.functional.pad(patches, (0, 0, self.num_cls_rows(call), 0), value=1.0))
 
     def real_patches(self, call: Encoding, pictures: int) -> Tensor | None:
@@ -379,8 +376,7 @@ class Adapter(ABC):
 
     def token_rows(self, rows: Tensor, call: Encoding) -> list[Tensor]:
         """Convert hidden states of the tower's blocks [P, R, c] (CLS first) to those of tokens: per span [n, c], means
-        where several patches make
-        one, any value for separators."""
+        where several patches make one, any value for separators."""
         return self.patches_to_tokens(rows[:, int(self.has_cls) :], call)
 
     def unpack_to_spans(self, projected: Tensor, call: Encoding) -> list[Tensor]:
@@ -396,8 +392,8 @@ class Adapter(ABC):
         return [(count,) for count in counts]
 
     def spare(self, call: Encoding) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Per span and part: patches that become no token, and patches of padding around it that are embedded with
-        it. Empty: there are none."""
+        """Per span and part: patches that become no token, and patches of padding around it that are embedded with it.
+        Empty: there are none."""
         return ()
 
     def projected_rows(self, call: Encoding, counts: list[int]) -> list[int]:
@@ -430,8 +426,7 @@ class Adapter(ABC):
 
     def temporal_patch_size(self) -> int:
         """Frames of a video that the tower encodes as one independent time step, so that a video can be encoded in
-        chunks. A TypeError gives the
-        reason where it cannot."""
+        chunks. A TypeError gives the reason where it cannot."""
         why = "takes frames as images" if self.video else "takes no clips"
         raise TypeError(f"{self.family} {why}, so frames cannot go through its tower some at a time: leave chunk_frames and still_frames out")
 
@@ -452,8 +447,8 @@ class Adapter(ABC):
         return [torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes)) for sizes in self.tokens_per_crop(call, counts)]
 
     def spans(self, output: Any, call: Encoding) -> list[Tensor]:
-        """The projected rows of each span, from ``output.pooler_output`` (families that return frames one by one
-        join them here)."""
+        """The projected rows of each span, from ``output.pooler_output`` (families that return frames one by one join
+        them here)."""
         return list(output.pooler_output)
 
     def projected_together(self, call: Encoding) -> int:
@@ -493,17 +488,15 @@ class Adapter(ABC):
     @abstractmethod
     def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, query_positions: Tensor) -> tuple[Tensor, Tensor]:
         """Rotated queries [B, H, q, d] at ``query_positions`` [B, q] and rotated keys [B, Hkv, n, d] of all positions,
-        of the hidden states
-        [B, n, D] that enter ``layer``."""
+        of the hidden states [B, n, D] that enter ``layer``."""
 
     def linear_attention_scores(self, layer: nn.Module, hidden: Tensor, valid: Tensor, query_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and write strengths of a layer with a state, for hidden states [B, n, D] that enter it.
 
         ``valid`` [B, n] marks tokens that are not padding. Returned in float32: queries [B, H, q, d] at
-        ``query_positions`` [B, q], keys
-        [B, H, n, d] under which positions write to the state, and their strengths [B, H, n]. The product of the three,
-        without the decay
-        between the positions, is the share of a position's value that a query retrieves.
+        ``query_positions`` [B, q], keys [B, H, n, d] under which positions write to the state, and their strengths [B,
+        H, n]. The product of the three, without the decay between the positions, is the share of a position's value
+        that a query retrieves.
         """
         raise TypeError(f"{self.family}: what its layers with a state read is not known here; use a method that ranks by attention")
 

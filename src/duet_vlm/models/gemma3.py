@@ -1,5 +1,5 @@
-"""Gemma 3: SigLIP tower, average-pooled tokens, bidirectional attention within an image, sliding windows between
-full layers."""
+"""Gemma 3: SigLIP tower, average-pooled tokens, bidirectional attention within an image, sliding windows between full
+layers."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Gemma3(LlamaLike):
     received in the last tower layer.
 
     Every image (and every crop of pan-and-scan, which the processor passes as an image of its own) is a span. Windows
-    of sliding layers
-    count prompt positions; for ranking they are lifted. With flash attention windows count the kept tokens.
+    of sliding layers count prompt positions; for ranking they are lifted. With flash attention windows count the kept
+    tokens.
     """
 
     family = "gemma3"

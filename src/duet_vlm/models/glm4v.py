@@ -25,9 +25,8 @@ class Glm4V(Qwen2VL):
     received in the last block.
 
     Images and videos share one placeholder id; the prompt's video marks tell them apart. A call takes images or videos,
-    not both (the stock
-    model counts every placeholder for either). Beams get the images of their sample, which the stock model hands out
-    one by one.
+    not both (the stock model counts every placeholder for either). Beams get the images of their sample, which the
+    stock model hands out one by one.
     """
 
     family = "glm4v"
@@ -55,8 +54,8 @@ class Glm4V(Qwen2VL):
         model: Any = self.model
 
         def expand(input_ids: Tensor | None, mm_encoder_output: Any, expand_size: int = 1, inputs_embeds: Tensor | None = None) -> Any:
-            """Repeat the images of each sample as a group, with the placeholders of videos told apart for the
-            general method."""
+            """Repeat the images of each sample as a group, with the placeholders of videos told apart for the general
+            method."""
             if input_ids is not None and input_ids.numel():
                 input_ids = input_ids.masked_fill(self.placeholders(input_ids, None)["video"], self.config.video_token_id)
             return GenerationMixin._expand_multimodal_outputs(model, input_ids, mm_encoder_output, expand_size, inputs_embeds)
@@ -75,7 +74,8 @@ class Glm4V(Qwen2VL):
 
 
 def rotate_pairs(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding of neighbouring channels: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as they are."""
+    """Rotary embedding of neighbouring channels: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as
+    they are."""
     cos, sin = (t.unsqueeze(1) for t in rotary)
     rotated, plain = x.tensor_split((cos.shape[-1],), dim=-1)
     out = rotated * cos

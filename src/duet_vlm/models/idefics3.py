@@ -1,4 +1,5 @@
-"""Idefics3 and SmolVLM: crops of one size through a SigLIP-like tower, cells of patches shuffled into one token, Llama decoder."""
+"""Idefics3 and SmolVLM: crops of one size through a SigLIP-like tower, cells of patches shuffled into one token, Llama
+decoder."""
 
 from __future__ import annotations
 
@@ -20,10 +21,9 @@ class Idefics3(LlamaLike):
     connector.
 
     A span is one crop (or a frame of a video, which these models take as images): crops stand apart in the prompt, each
-    after words that
-    name its place, and no input of the model says which crops make an image. An int budget therefore counts per crop.
-    Importance = attention received in the last tower layer, mean over the patches of a token; padded patches neither
-    send nor receive it.
+    after words that name its place, and no input of the model says which crops make an image. An int budget therefore
+    counts per crop. Importance = attention received in the last tower layer, mean over the patches of a token; padded
+    patches neither send nor receive it.
     """
 
     family = "idefics3"

@@ -15,12 +15,10 @@ from duet_vlm.profiling.model_dims import VisionDims
 
 class InternVL(Llava):
     """``InternVLForConditionalGeneration``: tokens are chosen after the projector, importance = CLS attention of the
-    feature layer, mean over
-    the patches of a token.
+    feature layer, mean over the patches of a token.
 
     The model receives tiles without the image they belong to: every tile (and every frame of a video, which the
-    processor passes as an
-    image) is a span with a budget of its own.
+    processor passes as an image) is a span with a budget of its own.
     """
 
     family = "internvl"

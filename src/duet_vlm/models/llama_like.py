@@ -16,7 +16,8 @@ LLAMA_LAYOUT = (
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotary embedding in the half-split layout: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as they are."""
+    """Rotary embedding in the half-split layout: x [B, H, n, d], cos and sin [B or 1, n, r]; channels from r on stay as
+    they are."""
     cos, sin = (t.unsqueeze(1) for t in rotary)
     rotated, plain = x.tensor_split((cos.shape[-1],), dim=-1)
     out = rotated * cos
@@ -31,8 +32,7 @@ class LlamaLike(Adapter):
     rotary.
 
     Norms of single heads (``q_norm``, ``k_norm``, as in Qwen3) are applied where the layer has them; families with
-    another layout override
-    ``rotate``.
+    another layout override ``rotate``.
     """
 
     rotate: Callable[[Tensor, Rotary], Tensor] = staticmethod(rotate)

@@ -1,5 +1,5 @@
-"""LLaVA-NeXT: crops of any resolution around a CLIP tower, packed into one span per image with a newline token at
-the end of each line."""
+"""LLaVA-NeXT: crops of any resolution around a CLIP tower, packed into one span per image with a newline token at the
+end of each line."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ class LlavaNext(Llava):
     its crops together.
 
     Importance = CLS attention within each crop. The signals travel through the model's own packing, so they line up
-    with the features
-    after cutting and padding. Newline tokens are separators: they are dropped first when the encoder stage reduces
-    the image.
+    with the features after cutting and padding. Newline tokens are separators: they are dropped first when the encoder
+    stage reduces the image.
     """
 
     family = "llava_next"

@@ -15,8 +15,7 @@ from duet_vlm.models.tower_signals import cells, patches_of
 
 class LlavaNextVideo(LlavaNext):
     """``LlavaNextVideoForConditionalGeneration``: a video is one span; a token's importance and key are the means over
-    its cell of patches,
-    however the model itself pools features (average, maximum or convolution)."""
+    its cell of patches, however the model itself pools features (average, maximum or convolution)."""
 
     family = "llava_next_video"
     model_types = ("llava_next_video",)

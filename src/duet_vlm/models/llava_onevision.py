@@ -17,9 +17,8 @@ class LlavaOnevision(LlavaNextVideo):
     """``LlavaOnevisionForConditionalGeneration``: importance = attention received by a patch in the feature layer.
 
     Large images and all frames are resized after the tower; signals travel through the model's own code for it. The
-    newline tokens of
-    images and the token that ends a video are separators. Only an image that is the single one of its prompt is cut
-    into crops.
+    newline tokens of images and the token that ends a video are separators. Only an image that is the single one of its
+    prompt is cut into crops.
     """
 
     family = "llava_onevision"

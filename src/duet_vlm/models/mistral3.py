@@ -1,5 +1,5 @@
-"""Families with a Pixtral tower: Mistral 3 and Pixtral itself. Images of any size, all of a call packed into one row
-of the tower."""
+"""Families with a Pixtral tower: Mistral 3 and Pixtral itself. Images of any size, all of a call packed into one row of
+the tower."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ class Mistral3(Llava):
     """``Mistral3ForConditionalGeneration``: the encoder stage works on the merged tokens of each image.
 
     A token's importance is the mean attention that its patches receive from their own image in the feature layer.
-    Line-break tokens between
-    the lines of an image are text and are kept.
+    Line-break tokens between the lines of an image are text and are kept.
     """
 
     family = "mistral3"

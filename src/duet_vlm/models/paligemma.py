@@ -10,9 +10,8 @@ from duet_vlm.models.gemma3 import Gemma3
 
 class PaliGemma(Gemma3):
     """``PaliGemmaForConditionalGeneration`` with a Gemma decoder; tokens are chosen before the projector, importance =
-    attention received in
-    the last tower layer. Text of the prefix ranks under the family's own mask, which hides no part of the prefix
-    from it."""
+    attention received in the last tower layer. Text of the prefix ranks under the family's own mask, which hides no
+    part of the prefix from it."""
 
     family = "paligemma"
     model_types = ("paligemma",)

@@ -57,7 +57,7 @@ class Qwen25VL(Qwen2VL):
 
 @lru_cache(maxsize=256)
 def _windows(sizes: tuple[tuple[int, ...], ...], merge: int, window: int, patch: int) -> tuple[Tensor, Tensor]:
-    """Window order and borders, made once for images of the same sizes, on the host whatever the default device
-    (many small reads of the grid)."""
+    """Window order and borders, made once for images of the same sizes, on the host whatever the default device (many
+    small reads of the grid)."""
     with torch.inference_mode(False), torch.device("cpu"):
         return get_vision_window_index(torch.tensor(sizes, device="cpu"), spatial_merge_size=merge, window_size=window, patch_size=patch)

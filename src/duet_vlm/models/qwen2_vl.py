@@ -1,4 +1,5 @@
-"""Qwen2-VL: vision attention within each frame, no CLS, 2x2 grid merger, M-RoPE, grouped query heads; images and video."""
+"""Qwen2-VL: vision attention within each frame, no CLS, 2x2 grid merger, M-RoPE, grouped query heads; images and
+video."""
 
 from __future__ import annotations
 
@@ -21,9 +22,8 @@ class Qwen2VL(LlamaLike):
     last vision block.
 
     The unit of choice is a merged token (2x2 patches, two frames of a video): scores and keys are means over its
-    patches. A video is one
-    span; attention does not cross its frames, so importance is comparable between frames of equal size, as all
-    frames of a video are.
+    patches. A video is one span; attention does not cross its frames, so importance is comparable between frames of
+    equal size, as all frames of a video are.
     """
 
     family = "qwen2_vl"

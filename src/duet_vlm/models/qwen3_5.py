@@ -17,10 +17,8 @@ class Qwen35(Qwen2VL):
     attention before their drop.
 
     Layers with linear attention keep order only, so dropped tokens open no gap there. The first layers are of that
-    kind: a method that
-    must rank before the first attention (layer 3 as released) is refused, with the first layer that it can drop before,
-    unless it ranks by
-    states (``stateful``).
+    kind: a method that must rank before the first attention (layer 3 as released) is refused, with the first layer that
+    it can drop before, unless it ranks by states (``stateful``).
     """
 
     family = "qwen3_5"
@@ -36,8 +34,8 @@ class Qwen35(Qwen2VL):
         return heads[:, :, ::2] if which == "q" else heads  # after each query head comes the gate of its output
 
     def linear_attention_scores(self, layer: nn.Module, hidden: Tensor, valid: Tensor, query_positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and write gates of a gated delta rule (Yang et al., ICLR 2025); gates of value heads that
-        share a key are added."""
+        """Queries, keys and write gates of a gated delta rule (Yang et al., ICLR 2025); gates of value heads that share
+        a key are added."""
         mixer = layer.linear_attn
         normed = layer.input_layernorm(hidden) * valid[..., None]
         heads, width = mixer.num_k_heads, mixer.head_k_dim

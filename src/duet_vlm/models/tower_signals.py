@@ -19,8 +19,8 @@ def cls_signals(recorded: RecordedQK) -> tuple[Tensor, Tensor]:
 
 
 def column_signals(recorded: RecordedQK) -> tuple[Tensor, Tensor]:
-    """Importance [B, N] (attention received) and mean keys [B, N, d] of towers that attend to all N patches of an
-    image at once."""
+    """Importance [B, N] (attention received) and mean keys [B, N, d] of towers that attend to all N patches of an image
+    at once."""
     return column_attention(recorded.query, recorded.key, recorded.scaling, recorded.sample, recorded.size), recorded.key.float().mean(1)
 
 
@@ -40,8 +40,7 @@ def packed_signals(calls: Sequence[RecordedQK], unit: int, segmented: bool) -> t
     """Importance [U] and mean keys [U, d] of towers that pack the patches of all images into one sequence.
 
     Importance is attention received within the tower's own segments or (not ``segmented``) within all of them together.
-    Both are means over
-    the ``unit`` patches of a token, in the tower's order.
+    Both are means over the ``unit`` patches of a token, in the tower's order.
     """
     calls = [part for recorded in calls for part in segments_of(recorded)]
     if not segmented:
@@ -64,8 +63,8 @@ def segments_of(recorded: RecordedQK) -> list[RecordedQK]:
 
 
 def patches_of(frames: Tensor, side: int) -> Tensor:
-    """Frames [t, c, H, W] patch by patch, ``side`` pixels high and wide: [t, n, m]. Pixels that fill no patch are
-    cut off."""
+    """Frames [t, c, H, W] patch by patch, ``side`` pixels high and wide: [t, n, m]. Pixels that fill no patch are cut
+    off."""
     high, wide = (size // side for size in frames.shape[2:])
     patches = frames[..., : high * side, : wide * side].unflatten(3, (wide, side)).unflatten(2, (high, side))
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)

@@ -20,8 +20,8 @@ class VideoLlava(Llava):
     """``VideoLlavaForConditionalGeneration``: images as LLaVA; a video is one span, and the encoder stage reduces its
     frames one by one.
 
-    The stock model feeds the CLS feature of every frame as its first token. It counts as a dominant token and is
-    kept before any other.
+    The stock model feeds the CLS feature of every frame as its first token. It counts as a dominant token and is kept
+    before any other.
     """
 
     family = "video_llava"

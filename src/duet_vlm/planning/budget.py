@@ -1,11 +1,9 @@
 """Budgets, schedules and plans: exact arithmetic on Python integers, no tensors.
 
 A *budget* is the mean number of visual tokens of one span per decoder layer, counted at each layer's input (int), or
-that mean as
-a fraction of the span's unreduced tokens (float in (0, 1]). A *plan* gives for one span how many tokens enter the
-decoder and how many
-are at the input of each layer. Methods turn budgets into plans; this module holds the terms and the arithmetic they
-share.
+that mean as a fraction of the span's unreduced tokens (float in (0, 1]). A *plan* gives for one span how many tokens
+enter the decoder and how many are at the input of each layer. Methods turn budgets into plans; this module holds the
+terms and the arithmetic they share.
 """
 
 from __future__ import annotations
@@ -135,8 +133,7 @@ def count_of(keep: Keep, tokens: int, rounding: str = "floor") -> int:
     """Number of tokens that ``keep`` means, at most ``tokens``.
 
     ``rounding`` of fractions: "floor" (of the exact product), "int" (truncated float product: 50 * 0.58 is 28, as
-    released code
-    of several methods has it) or "round".
+    released code of several methods has it) or "round".
     """
     if isinstance(keep, Integral):
         return min(int(keep), tokens)

@@ -1,8 +1,7 @@
 """Plans of spans that consist of parts (crops of an image, frames of a video) and separators (newlines).
 
 Exact integer arithmetic, as in ``budget``. A span is planned as a whole; with ``each`` every part then gets its share
-of the tokens that
-enter, so that the encoder stage runs part by part under one budget.
+of the tokens that enter, so that the encoder stage runs part by part under one budget.
 """
 
 from __future__ import annotations
@@ -25,10 +24,8 @@ def plan_span(
     """The plan of a span with parts of ``sizes`` tokens and ``structure`` separators beside them.
 
     With a budget the span is solved as a whole, and kept separators are taken from the budget first. Settings of a
-    method
-    (``dominant=160``) count per part if ``each``, and kept separators come on top of them. ``left``: tokens of each
-    part that a threshold in
-    the tower kept; ``solve`` then takes them, too.
+    method (``dominant=160``) count per part if ``each``, and kept separators come on top of them. ``left``: tokens of
+    each part that a threshold in the tower kept; ``solve`` then takes them, too.
 
     Raises
     ------
@@ -60,8 +57,8 @@ def plan_span(
 
 
 def apportion(total: int, sizes: Sequence[int]) -> list[int]:
-    """Split ``total`` <= sum(sizes) in proportion to ``sizes``, none above its size: largest remainders first, ties
-    to the earlier part."""
+    """Split ``total`` <= sum(sizes) in proportion to ``sizes``, none above its size: largest remainders first, ties to
+    the earlier part."""
     size_sum = sum(sizes)
     if size_sum == 0:
         return [0] * len(sizes)
@@ -73,8 +70,8 @@ def apportion(total: int, sizes: Sequence[int]) -> list[int]:
 
 
 def shared_out(total: int, sizes: Sequence[int], least: Sequence[int]) -> list[int]:
-    """Split ``total`` as ``apportion``; if a part would get less than its ``least``, every part gets that, and the
-    rest is apportioned."""
+    """Split ``total`` as ``apportion``; if a part would get less than its ``least``, every part gets that, and the rest
+    is apportioned."""
     shares = apportion(total, sizes)
     if all(share >= minimum for share, minimum in zip(shares, least, strict=True)):
         return shares

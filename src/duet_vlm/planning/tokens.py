@@ -19,8 +19,7 @@ class Span:
     """One image (or video) in one sample.
 
     ``offset`` is the rank of its first token among the sample's visual tokens, ``tokens`` its unreduced count and
-    ``grid`` its
-    (rows, columns) where the family has one.
+    ``grid`` its (rows, columns) where the family has one.
     """
 
     sample: int
@@ -45,22 +44,19 @@ class Selection:
         [B, P] output row that each source token is merged into, -1 for none.
     merge : str
         "mean": the plain mean of anchor and source tokens; "anchor_plus_mean": anchor + mean of source tokens (a sum of
-        two, as in the
-        released code of VisionZip and DUET-VLM).
+        two, as in the released code of VisionZip and DUET-VLM).
     weights : Tensor or None
         [B, P] floating point. A merged row is then the weighted sum of its source tokens, and of nothing else:
-        ``index`` gives the row's
-        position, and the token there is a source token like any other if it is to count. A token may be a source of
-        several rows, and of
-        some while it is kept. ``merge`` is not used. None: every token is merged into one row, by ``merge``.
+        ``index`` gives the row's position, and the token there is a source token like any other if it is to count. A
+        token may be a source of several rows, and of some while it is kept. ``merge`` is not used. None: every token is
+        merged into one row, by ``merge``.
     tags : Tensor or None
         [B, K] float32: a number that the method gives each row (its set or its event) and that decoder stages receive
-        if the method names
-        "tags" among its inputs. None: 0 for all.
+        if the method names "tags" among its inputs. None: 0 for all.
     custom_rows : Tensor or None
         [B, K, C] floating point, with ``weights``: the merged rows, made by a module of the method's own
-        (``duet_vlm.reducers.compressor``); may carry a gradient. Where later layers add to the same rows,
-        ``weights`` merge what they add.
+        (``duet_vlm.reducers.compressor``); may carry a gradient. Where later layers add to the same rows, ``weights``
+        merge what they add.
     """
 
     index: Tensor
@@ -94,8 +90,8 @@ class TokenMap:
     visual : Tensor
         [B, T] bool, True for visual tokens.
     protected : Tensor
-        [B, T] bool, True for visual tokens at positions that predict (the last of a prompt, one before a label):
-        they are never dropped.
+        [B, T] bool, True for visual tokens at positions that predict (the last of a prompt, one before a label): they
+        are never dropped.
     """
 
     prompt_index: Tensor
@@ -153,8 +149,7 @@ class SpanTrace:
     the depth.
 
     A method that weighs what it merges may name a token for several anchors, and tokens that are kept. ``tower``: the
-    tokens that passed
-    through the vision tower (a stage of layer -1); None where all did.
+    tokens that passed through the vision tower (a stage of layer -1); None where all did.
     """
 
     span: Span

@@ -90,8 +90,8 @@ def device(name: str) -> Device:
 
 
 def this_machine(fresh: bool = False) -> Device:
-    """This CPU with torch's current number of threads: products and memory reads, measured in a few seconds and kept
-    in a cache file."""
+    """This CPU with torch's current number of threads: products and memory reads, measured in a few seconds and kept in
+    a cache file."""
     file = _cache() / f"cpu-{_processor()}-{torch.get_num_threads()}-threads-torch-{torch.__version__}.json"
     cached = None if fresh else _read(file)
     if cached is not None:
@@ -127,10 +127,8 @@ def measured(size: int = 512, rounds: int = 500, matrices: int = 32, width: int 
     decoding computes them.
 
     Each of the matrices is read from memory; the share of the memory's speed that the kernel does not reach is no use
-    to a model. Both are
-    many short measurements of which the fast ones are taken: other work on the machine slows only some of them. The
-    best of ``rounds``
-    products; the matrix that a quarter of the matrices beat.
+    to a model. Both are many short measurements of which the fast ones are taken: other work on the machine slows only
+    some of them. The best of ``rounds`` products; the matrix that a quarter of the matrices beat.
     """
     a, b, c = (torch.randn(size, size, device="cpu") for _ in range(3))
     product = min(_seconds(lambda: torch.mm(a, b, out=c)) for _ in range(rounds))

@@ -40,7 +40,8 @@ def _unknown_to_torch() -> dict[Any, Any]:
 
 
 def count_flops(work: Callable[[], Any]) -> int:
-    """Two per multiply-add of every matrix product that ``work`` dispatched, fused attention as the whole rectangle of queries by keys."""
+    """Two per multiply-add of every matrix product that ``work`` dispatched, fused attention as the whole rectangle of
+    queries by keys."""
     with FlopCounterMode(display=False, custom_mapping=_unknown_to_torch()) as counter:
         work()
     return counter.get_total_flops()
@@ -80,7 +81,8 @@ def _bytes(tensors: Any) -> int:
 
 
 def allocations(work: Callable[[], object]) -> list[int]:
-    """Bytes of every allocation (positive) and release (negative) on the CPU while ``work`` ran and its result was kept, in order."""
+    """Bytes of every allocation (positive) and release (negative) on the CPU while ``work`` ran and its result was
+    kept, in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = work()  # noqa: F841 (alive until the last allocation is counted)
     with tempfile.TemporaryDirectory() as folder:
@@ -94,8 +96,8 @@ def memory_of(work: Callable[[], object], device: str = "cpu") -> tuple[int, int
     """Bytes that tensors took beyond those before: at most while ``work`` ran, and at its end with its result still
     alive.
 
-    Counted in the allocator: on CUDA by torch's own statistics, on a CPU by adding up the allocations in the
-    profiler's trace.
+    Counted in the allocator: on CUDA by torch's own statistics, on a CPU by adding up the allocations in the profiler's
+    trace.
     """
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()

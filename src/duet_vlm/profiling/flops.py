@@ -2,9 +2,8 @@
 not counted).
 
 Attention is counted as the whole rectangle of queries by keys, as ``torch.utils.flop_counter`` counts it: the part that
-a causal or
-windowed kernel skips is not taken off. ``profiling.flop_counter`` measures the count that these predictions are
-tested against.
+a causal or windowed kernel skips is not taken off. ``profiling.flop_counter`` measures the count that these predictions
+are tested against.
 """
 
 from __future__ import annotations
@@ -31,7 +30,8 @@ def _attention_flops(shape: DecoderDims, rows: int, keys: int) -> int:
 
 
 def linear_attention_flops(shape: DecoderDims, rows: int) -> int:
-    """A gated delta rule: projections, convolution, and the products with and within chunks (the triangular solves are not counted).
+    """A gated delta rule: projections, convolution, and the products with and within chunks (the triangular solves are
+    not counted).
 
     A single row updates the state number by number, without a product.
     """
@@ -73,8 +73,7 @@ def scoring_flops(shape: DecoderDims, rows: int, queries: int, reused: int = 0, 
 
 def probe_flops(shape: DecoderDims, rows: int, layer: int, predicted: int) -> int:
     """A gradient of ``rows`` rows through one layer with attention, and of ``predicted`` of them through the head:
-    forward, and backward to the
-    rows alone (a linear map costs once more, attention two and a half times)."""
+    forward, and backward to the rows alone (a linear map costs once more, attention two and a half times)."""
     attention = 4 * rows * rows * shape.wide
     return 2 * (decoder_layer_flops(shape, rows, layer=layer) - attention) + attention * 7 // 2 + 2 * head_flops(shape, predicted)
 
@@ -84,7 +83,8 @@ def head_flops(shape: DecoderDims, rows: int) -> int:
 
 
 def prefill_flops(shape: DecoderDims, rows_per_layer: Sequence[int], logits: int = 1) -> int:
-    """A prompt through the decoder, ``rows_per_layer[l]`` rows entering layer l, and ``logits`` rows through the head."""
+    """A prompt through the decoder, ``rows_per_layer[l]`` rows entering layer l, and ``logits`` rows through the
+    head."""
     return sum(decoder_layer_flops(shape, rows, layer=i) for i, rows in enumerate(rows_per_layer)) + head_flops(shape, logits)
 
 
@@ -101,8 +101,8 @@ def tower_flops(shape: VisionDims, parts: Sequence[tuple[int, Grid, TowerStages,
     """The vision tower over the ``parts`` of a call: tokens, grid, stages and spare patches of each, as
     ``vision_flops`` takes them.
 
-    Further mergers count with the tokens they get beyond those of the last one; concatenated images with the
-    attention between them.
+    Further mergers count with the tokens they get beyond those of the last one; concatenated images with the attention
+    between them.
     """
     total = sum(vision_flops(shape, *part) for part in parts)
     mergers = 1 + len(shape.deeper)
@@ -126,10 +126,8 @@ def vision_flops(shape: VisionDims, tokens: int, grid: Grid = None, stages: Towe
     run all of them).
 
     ``grid`` (rows, columns) of its tokens tells which windows at the border are not full; without it every window is
-    taken as full.
-    ``stages``: number of blocks whose attention has run at a drop, and tokens kept by it, evenly over the windows; all
-    are embedded.
-    ``spare`` patches pass through a tower without drops.
+    taken as full. ``stages``: number of blocks whose attention has run at a drop, and tokens kept by it, evenly over
+    the windows; all are embedded. ``spare`` patches pass through a tower without drops.
     """
     spare_rows, total = 0 if stages else spare[0], 0
     all_rows = tower_rows(shape, tokens) + spare_rows
@@ -145,8 +143,8 @@ def vision_flops(shape: VisionDims, tokens: int, grid: Grid = None, stages: Towe
 
 
 def stretches(shape: VisionDims, tokens: int, stages: TowerStages) -> list[tuple[int, int, int, int]]:
-    """Runs of blocks over equally many tokens: first and end block, the tokens, and those that reach the last
-    block's MLP."""
+    """Runs of blocks over equally many tokens: first and end block, the tokens, and those that reach the last block's
+    MLP."""
     current, begin, runs = tokens, 0, []
     for after, kept in (*stages, (shape.layers, None)):
         if min(after, shape.layers) > begin:
@@ -161,8 +159,8 @@ def mean_rows(shape: VisionDims, tokens: int, grid: Grid, stages: TowerStages) -
 
 
 def share_of(full: int, begin: int, end: int, layers: int) -> int:
-    """Number of blocks from ``begin`` to ``end`` that attend to whole images, where ``full`` of all do, evenly
-    spread and the last one."""
+    """Number of blocks from ``begin`` to ``end`` that attend to whole images, where ``full`` of all do, evenly spread
+    and the last one."""
     return full * end // layers - full * begin // layers
 
 
@@ -195,8 +193,7 @@ def projector_flops(shape: VisionDims, tokens: int) -> int:
 
 def signal_flops(shape: VisionDims, tokens: int, queries: int | None = None, heads: int = 0, more: int = 0) -> int:
     """Attention scores of one tower layer over one image: of its CLS row, or without one of ``queries`` rows (None: of
-    every one), whose
-    ``heads`` are then added up as a product. ``more``: patches of the image that become no token."""
+    every one), whose ``heads`` are then added up as a product. ``more``: patches of the image that become no token."""
     rows = tower_rows(shape, tokens) + more
     return 2 * query_rows(shape, rows, queries) * rows * (shape.width + heads * (shape.extra_rows == 0))
 

@@ -1,5 +1,5 @@
-"""Bytes of the weights, and at the peak of a prompt's pass. Estimates from shapes; ``profiling.flop_counter``
-measures the real ones."""
+"""Bytes of the weights, and at the peak of a prompt's pass. Estimates from shapes; ``profiling.flop_counter`` measures
+the real ones."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def layer_weights(shape: DecoderDims, layer: int, rows: int | None = None) -> fl
     """Number of weights of one decoder layer; with ``rows``, of the experts only those that this many rows are expected
     to visit.
 
-    Rows are taken to choose experts evenly and independently: an expert is not visited with probability (1 - active
-    / count) ** rows.
+    Rows are taken to choose experts evenly and independently: an expert is not visited with probability (1 - active /
+    count) ** rows.
     """
     linear, experts = shape.linear, shape.experts
     if shape.kind(layer) == LINEAR and linear is not None:
@@ -47,8 +47,7 @@ def vision_weights(shape: VisionDims, towers: int = 1) -> int:
 
 def vision_peak_bytes(shape: VisionDims, rows: int, element_bytes: int) -> int:
     """Activations at the widest point of the tower, the MLP of a layer over ``rows`` patches: its inputs, its inner
-    activations, and the hidden
-    states around it."""
+    activations, and the hidden states around it."""
     return rows * (4 * shape.width + max(2, shape.mlp_matrices) * shape.mlp) * element_bytes
 
 
@@ -56,10 +55,8 @@ def prefill_peak_bytes(shape: DecoderDims, entry: int, rows_per_layer: Sequence[
     """Activations and cache at the peak of one prompt's pass through the decoder.
 
     In layer l: the cache of the layers so far, ``rows_per_layer[l]`` rows in the MLP (gate, up and their product, the
-    residual stream and
-    its norm) or in attention (queries, keys, values, and their rotated copies), and, held by the callers, the
-    embeddings of the
-    ``entry`` rows and the features of ``tokens`` visual tokens, twice each.
+    residual stream and its norm) or in attention (queries, keys, values, and their rotated copies), and, held by the
+    callers, the embeddings of the ``entry`` rows and the features of ``tokens`` visual tokens, twice each.
     """
     embeddings = 2 * (entry + tokens) * shape.hidden
     cache, peak = state_bytes(shape, element_bytes), 0

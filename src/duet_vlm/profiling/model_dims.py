@@ -12,7 +12,8 @@ KINDS = {"full_attention": FULL, "sliding_attention": SLIDING, "chunked_attentio
 
 @dataclass(frozen=True)
 class ExpertDims:
-    """A mixture in place of the MLP: every row visits ``active`` of ``count`` experts of width ``mlp``, and a shared one of width ``shared``."""
+    """A mixture in place of the MLP: every row visits ``active`` of ``count`` experts of width ``mlp``, and a shared
+    one of width ``shared``."""
 
     count: int
     active: int
@@ -125,8 +126,7 @@ class DecoderDims:
 
 def probed_layer(attends: Sequence[bool], drop: int, last: bool) -> int:
     """The layer through which the prediction's gradient runs, for a drop before layer ``drop``: the next one that
-    ``attends``, or (``last``) the
-    one before; -1 if there is none.
+    ``attends``, or (``last``) the one before; -1 if there is none.
 
     A value written to a state fades on its way to the predicting positions, until rounding is all that comes back.
     """

@@ -49,8 +49,7 @@ class SampleCounts:
         Per span: tokens per layer as measured.
     planned_left, in_tower_counts : tuple of tuple of TowerStages
         Per span and part: the blocks of the tower after which patches are dropped, and the tokens kept then, as planned
-        and as measured
-        (empty: none are dropped).
+        and as measured (empty: none are dropped).
     projects_survivors_only : bool
         The projector, whose input is every token otherwise, gets those only.
     still : tuple of bool
@@ -113,8 +112,8 @@ class SampleCounts:
         return self.projected or tuple(map(sum, self.tokens_per_crop))
 
     def parts(self) -> list[tuple[int, Grid, TowerStages, Spare]]:
-        """Tokens, grid and spare patches of everything that the tower encodes independently, as if nothing were
-        dropped inside it."""
+        """Tokens, grid and spare patches of everything that the tower encodes independently, as if nothing were dropped
+        inside it."""
         grids, spare = self.grids or (None,) * len(self.tokens_per_crop), [pair for span in self.spare_patches() for pair in span]
         all_parts = [(n, _part_of(grid, span)) for span, grid in zip(self.tokens_per_crop, grids, strict=True) for n in span]
         return [(*part, (), pair) for part, pair in zip(all_parts, spare, strict=True)]
@@ -139,8 +138,8 @@ class SampleCounts:
         return [p.entry * len(encoded) // len(parts) if len(encoded) < len(parts) and not p.merges else p.entry for p, encoded, parts in spans]
 
     def in_tower(self, measured: bool = False, still: bool | None = None) -> list[tuple[int, Grid, TowerStages, Spare]]:
-        """As ``parts``, with the drops inside the tower and without repeated parts; of images (``still``), of
-        videos, or of both."""
+        """As ``parts``, with the drops inside the tower and without repeated parts; of images (``still``), of videos,
+        or of both."""
         kinds = self.still or (True,) * len(self.tokens_per_crop)
         which = (still in (None, kind) for kind, span in zip(kinds, self.tokens_per_crop, strict=True) for _ in span)
         left, repeated = (s for span in self._left(measured) for s in span), (repeats for span in self._repeated() for repeats in span)
@@ -202,8 +201,7 @@ class Report:
         Visual tokens per decoder layer, mean over the batch.
     images : tuple of tuple of float
         For each sample the visual tokens per decoder layer of each of its images (or videos), measured. Images of one
-        prompt that are ranked
-        together (``multi_image="joint"``) may differ from their own budget, their sum does not.
+        prompt that are ranked together (``multi_image="joint"``) may differ from their own budget, their sum does not.
     full, predicted, observed : CostTotals
         The untouched model, the plan, and the run.
     clamped : tuple of int

@@ -1,6 +1,8 @@
-"""Time from shapes: every stage takes what its products need at the device's speed or what its bytes need at the memory's, the larger.
+"""Time from shapes: every stage takes what its products need at the device's speed or what its bytes need at the
+memory's, the larger.
 
-A prediction, to plan with: it knows nothing of a kernel. What it assumes is in ``Assumptions``, all of it printed by ``duet-vlm budget``.
+A prediction, to plan with: it knows nothing of a kernel. What it assumes is in ``Assumptions``, all of it printed by
+``duet-vlm budget``.
 """
 
 from __future__ import annotations
@@ -30,8 +32,7 @@ class Assumptions:
         Share of the rectangle of queries by keys that the prompt's attention kernel works on.
     launch : float
         Seconds that the host needs per layer and pass where nothing else hides it (0: a compiled engine or CUDA graphs;
-        transformers in
-        eager mode needs 0.3 ms and more per layer, which bounds its decoding at small batches).
+        transformers in eager mode needs 0.3 ms and more per layer, which bounds its decoding at small batches).
     hidden_touches, mlp_touches : float
         Number of times that norms, residuals, rotation and activations read or write a row of the hidden and of the
         MLP's width, per layer.

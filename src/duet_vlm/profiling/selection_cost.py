@@ -101,8 +101,8 @@ def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequenc
 
 
 def _attentions(reducer: EncoderReducer) -> int:
-    """Number of times that attention is computed for a method: once per named layer, and once more where it needs
-    the heads apart."""
+    """Number of times that attention is computed for a method: once per named layer, and once more where it needs the
+    heads apart."""
     kinds = bool(reducer.signals & {"importance", "keys"}) + ("heads" in reducer.signals)
     return kinds * len(set(reducer.signal_layers))
 
@@ -133,8 +133,8 @@ def choice_flops(
 ) -> int:
     """Matrix products of choosing and merging on spans with these plans, counted on the meta device.
 
-    ``steps``: largest number of time steps, and of tokens of each; ``projecting``: cost of the projector each time
-    that the method runs it.
+    ``steps``: largest number of time steps, and of tokens of each; ``projecting``: cost of the projector each time that
+    the method runs it.
     """
     batch, tokens, projector_runs = len(plans), max(plan.tokens for plan in plans), 0
     decoder = vision.projector[-1][1]

@@ -50,8 +50,7 @@ def time_paired(
     """Time functions in turns: A B C, C B A, A B C, ...
 
     Slow drifts of the machine (clock, neighbours) then hit all of them alike, and reversing every other round cancels
-    the effect of the
-    order in the round.
+    the effect of the order in the round.
 
     Parameters
     ----------

@@ -1,4 +1,5 @@
-"""Floating-point operations of one training step, from shapes alone (two per multiply-add of every matrix product, as in ``flops``)."""
+"""Floating-point operations of one training step, from shapes alone (two per multiply-add of every matrix product, as
+in ``flops``)."""
 
 from __future__ import annotations
 
@@ -35,8 +36,7 @@ class TrainedParts:
         thing it needs).
     input_gradients : bool
         The embeddings' output needs a gradient even if nothing before it is trained, so one runs through a frozen tower
-        as well:
-        ``enable_input_require_grads()``, which transformers 5 calls whenever it switches checkpointing on.
+        as well: ``enable_input_require_grads()``, which transformers 5 calls whenever it switches checkpointing on.
     """
 
     tower: bool = False
@@ -110,8 +110,8 @@ class StepFlops:
     """FLOPs of one step by stage; the optimiser's updates are no matrix products and are not counted.
 
     ``vision``: tower, signals and projector forward. ``decoder``: layers, ranking and head forward. ``backward``:
-    gradients of activations
-    and of trained weights. ``recomputed``: layers that checkpointing runs again in the backward pass.
+    gradients of activations and of trained weights. ``recomputed``: layers that checkpointing runs again in the
+    backward pass.
     """
 
     vision: int
@@ -130,18 +130,16 @@ def step_flops(
     """Forward and backward of one batch.
 
     A linear map costs its forward again for the gradient of its input (wherever something trained comes before it) and
-    once more for the
-    gradient of its weights (if they are trained); attention costs its two products twice (flash kernels, which compute
-    the
-    scores again, half of them more). Every position that reaches the last layer goes through the head, supervised or
-    not. Ranking and
-    signals carry no gradient. Choosing and merging are not counted: well under 1 % of the products counted.
+    once more for the gradient of its weights (if they are trained); attention costs its two products twice (flash
+    kernels, which compute the scores again, half of them more). Every position that reaches the last layer goes through
+    the head, supervised or not. Ranking and signals carry no gradient. Choosing and merging are not counted: well under
+    1 % of the products counted.
 
     Parameters
     ----------
     unread_layers : int
-        Last layers of the tower whose output is not used (1 for LLaVA, which takes the last but one): run forward,
-        no gradient.
+        Last layers of the tower whose output is not used (1 for LLaVA, which takes the last but one): run forward, no
+        gradient.
     """
     depth = decoder.layers
     images = [(e, plan) for e in examples for plan in e.plans]

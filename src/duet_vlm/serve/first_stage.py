@@ -48,8 +48,7 @@ def reduce_rows(
     -------
     list of (Tensor, Tensor)
         Per image the kept features [K, C], as many as planned, and their token numbers [K]: in the method's order where
-        positions are
-        compact, ascending where they are kept.
+        positions are compact, ascending where they are kept.
     """
     plans = [served.span(*part_sizes(part), budget) for part, budget in zip(parts, request_budgets, strict=True)]
     if not any(plan.merges for plan in plans):

@@ -1,8 +1,7 @@
 """The method of a server, and the token counts that it leaves of an image.
 
 Counts depend on sizes and settings only, never on pixels or text: the engine lays out a prompt before anything is
-encoded, and a later
-encoder call must make exactly as many rows.
+encoded, and a later encoder call must make exactly as many rows.
 """
 
 from __future__ import annotations

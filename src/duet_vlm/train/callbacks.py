@@ -47,8 +47,7 @@ class FrozenTowerCallback(TrainerCallback):
     """Leaves a frozen tower out of the backward pass.
 
     transformers lets the inputs of every checkpointed module require a gradient, which only re-entrant checkpointing
-    needs; the tower would be
-    differentiated without use.
+    needs; the tower would be differentiated without use.
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -58,7 +57,8 @@ class FrozenTowerCallback(TrainerCallback):
 
 
 class RememberCallback(TrainerCallback):
-    """Keeps the reduction with every checkpoint: in the model's config, and beside adapters, which have no config of their own."""
+    """Keeps the reduction with every checkpoint: in the model's config, and beside adapters, which have no config of
+    their own."""
 
     def __init__(self, handle: Handle) -> None:
         self.handle = handle

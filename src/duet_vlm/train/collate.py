@@ -18,10 +18,8 @@ class Collator:
     """Makes batches with the model's own processor, padded on the right.
 
     Learned are the assistant's text and the special token that ends it: the template's own, or the end-of-sequence
-    token where the
-    template ends a turn without one (LLaVA's). ``prompts`` 'chat' renders the chat template; 'plain' is the images
-    followed by the
-    assistant's text (LLaVA's first stage).
+    token where the template ends a turn without one (LLaVA's). ``prompts`` 'chat' renders the chat template; 'plain' is
+    the images followed by the assistant's text (LLaVA's first stage).
     """
 
     def __init__(self, processor: Any, prompts: str = "chat", max_length: int | None = None) -> None:
@@ -77,8 +75,8 @@ class Collator:
         return text, spans
 
     def _chat(self, conversation: Conversation) -> list[tuple[str, bool]]:
-        """The rendered template in pieces, each with True if it is learned: an answer is the text that its turn adds
-        to the prompt before it."""
+        """The rendered template in pieces, each with True if it is learned: an answer is the text that its turn adds to
+        the prompt before it."""
         messages = conversation.messages
         rendered = self.processor.apply_chat_template(messages)
         pieces, done = [], 0

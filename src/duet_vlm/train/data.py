@@ -25,8 +25,8 @@ MARKER = "<image>"  # where an image goes in LLaVA's texts
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the chat format (``content`` is a list of parts), the images of their image parts in order, and
-    the origin."""
+    """Messages in the chat format (``content`` is a list of parts), the images of their image parts in order, and the
+    origin."""
 
     messages: list[dict[str, Any]]
     images: tuple[Image.Image, ...]
@@ -72,8 +72,8 @@ def conversations(
     Raises
     ------
     ValueError
-        An unknown source, a file that is no JSON, a row that is no conversation, an image that is missing: file and
-        row are named.
+        An unknown source, a file that is no JSON, a row that is no conversation, an image that is missing: file and row
+        are named.
     """
     return ConcatDataset([_source(name, images, limit, seed, split) for name in sources])
 

@@ -2,10 +2,8 @@
 of tokens.
 
 A decoder that understands a model's visual tokens understands means of them, and not the output of random weights.
-Papers bridge that with
-hundreds of thousands of captions; a few hundred steps of regression, in which the decoder learns nothing, do it where
-there are only
-questions.
+Papers bridge that with hundreds of thousands of captions; a few hundred steps of regression, in which the decoder
+learns nothing, do it where there are only questions.
 """
 
 from __future__ import annotations
@@ -82,8 +80,8 @@ def batches(data: Dataset, collator: Collator, args: TrainingArguments) -> Itera
 
 
 def imitating(reducer: EncoderReducer, wrong: list[Tensor]) -> EncoderReducer:
-    """The same method, which records the difference of its rows from their targets; a gradient reaches its module
-    and nothing else."""
+    """The same method, which records the difference of its rows from their targets; a gradient reaches its module and
+    nothing else."""
     kind = type(reducer)
 
     def select_tokens(self: Any, view: EncoderView) -> Selection:

@@ -76,8 +76,8 @@ def finished(out: Path) -> bool:
 
 
 def state(out: Path) -> dict[str, Any]:
-    """Summary of a finished run: ``steps``, ``epoch``, and the last ``loss`` and ``eval_loss`` that were logged
-    (None: never)."""
+    """Summary of a finished run: ``steps``, ``epoch``, and the last ``loss`` and ``eval_loss`` that were logged (None:
+    never)."""
     trainer_state = json.loads((out / STATE).read_text())
     logged = {key: line[key] for line in trainer_state["log_history"] for key in ("loss", "eval_loss") if key in line}
     return {"steps": trainer_state["global_step"], "epoch": trainer_state["epoch"], "loss": logged.get("loss"), "eval_loss": logged.get("eval_loss")}
@@ -90,7 +90,8 @@ def checkpoints(out: Path) -> list[Path]:
 
 
 def last_whole(out: Path) -> Path | None:
-    """The newest checkpoint that can be read; a newer one that a kill or a full disk left damaged is passed over with a warning.
+    """The newest checkpoint that can be read; a newer one that a kill or a full disk left damaged is passed over with a
+    warning.
 
     Raises
     ------

@@ -34,8 +34,7 @@ class ConversationTrainer(Trainer):
     """The Trainer for conversations.
 
     A batch without any answer has no loss (a mean over no label is no number). The held-out loss is the mean over all
-    answer tokens. The
-    projector may have its own rate, and a method's own weights are saved beside the model's.
+    answer tokens. The projector may have its own rate, and a method's own weights are saved beside the model's.
     """
 
     projector_lr: float | None = None
@@ -51,8 +50,7 @@ class ConversationTrainer(Trainer):
         """Load the weights of the best checkpoint.
 
         The Trainer's own way does not load a whole model (its names are others than the file's, transformers issue
-        43701), and does not know a
-        module of the method's own.
+        43701), and does not know a module of the method's own.
         """
         best = Path(self.state.best_model_checkpoint)
         if self.is_deepspeed_enabled or self.is_fsdp_enabled or hasattr(self.model, "peft_config"):
@@ -163,9 +161,8 @@ def build(settings: TrainSettings, checkpoint: Path | None = None) -> tuple[Trai
     """The Trainer with the reduced model; detach the handle when done.
 
     To continue from a ``checkpoint`` of a whole model it is loaded like any model: the Trainer's own loading ignores
-    the key names that
-    ``save_pretrained`` writes for these families (transformers issue 43701) and would begin anew. Adapters it does
-    load.
+    the key names that ``save_pretrained`` writes for these families (transformers issue 43701) and would begin anew.
+    Adapters it does load.
     """
     args = arguments(settings)
     if settings.tune == "lora" and base_of(settings.model) is not None:

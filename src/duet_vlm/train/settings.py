@@ -28,13 +28,15 @@ class TrainSettings:
     model : str
         'tiny', a folder, or a hub id.
     data : sequence of str
-        JSON or JSON-lines files (LLaVA conversations or chat messages), or 'tiny' / 'tiny-crowded', whose pictures are drawn.
+        JSON or JSON-lines files (LLaVA conversations or chat messages), or 'tiny' / 'tiny-crowded', whose pictures are
+        drawn.
     images : str or None
         Folder that image paths are relative to; default: the folder of the data file.
     limit : int or None
         Only the first so many conversations of each source (drawn sources have no end and need it).
     eval_data, eval_limit : as ``data`` and ``limit``
-        Held-out conversations; their loss is logged at every epoch (or as trainer.eval_strategy says), at the last of the budgets.
+        Held-out conversations; their loss is logged at every epoch (or as trainer.eval_strategy says), at the last of
+        the budgets.
     prompts : str
         'chat': the model's chat template; 'plain': image, caption, nothing else (LLaVA's first stage).
     max_length : int or None
@@ -48,7 +50,8 @@ class TrainSettings:
     projector_lr : float or None
         The projector's own learning rate; default: trainer.learning_rate for everything.
     frozen_dtype : str
-        Precision of weights that do not learn; those that do are float32. 'bfloat16' halves their memory and needs trainer.bf16.
+        Precision of weights that do not learn; those that do are float32. 'bfloat16' halves their memory and needs
+        trainer.bf16.
     method : str
         The reducer; 'none' trains the full model.
     budget : int, float, sequence of them, or None
@@ -60,8 +63,8 @@ class TrainSettings:
     settings : dict
         Settings of the method.
     imitate : int
-        Of a method with weights of its own: steps before the run in which the new module alone learns to make means of tokens, which the
-        decoder can read already.
+        Of a method with weights of its own: steps before the run in which the new module alone learns to make means of
+        tokens, which the decoder can read already.
     out : str
         Folder for checkpoints, logs and the trained model.
     trainer : dict
@@ -149,12 +152,14 @@ def recipes() -> dict[str, str]:
 
 
 def settings_from(recipe: str | None = None, config: Path | None = None, options: Mapping[str, Any] | None = None) -> TrainSettings:
-    """A recipe, then a YAML file, then single options: later layers win; ``trainer``, ``lora`` and ``settings`` are merged key by key.
+    """A recipe, then a YAML file, then single options: later layers win; ``trainer``, ``lora`` and ``settings`` are
+    merged key by key.
 
     Raises
     ------
     ValueError
-        An unknown recipe, a file that is no YAML mapping, an unknown key (the known ones are listed), or a value out of range.
+        An unknown recipe, a file that is no YAML mapping, an unknown key (the known ones are listed), or a value out of
+        range.
     """
     layers: list[Mapping[str, Any]] = []
     if recipe is not None:

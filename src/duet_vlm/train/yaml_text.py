@@ -1,4 +1,5 @@
-"""YAML as people write it for training runs: 1e-3 is a number, ``no`` is a word, and a file is a mapping of settings."""
+"""YAML as people write it for training runs: 1e-3 is a number, ``no`` is a word, and a file is a mapping of
+settings."""
 
 from __future__ import annotations
 
@@ -48,8 +49,8 @@ def written(values: Mapping[str, Any]) -> str:
 
 
 def _loader() -> Any:
-    """PyYAML's safe loader with numbers and truth values as in YAML 1.2; a class of our own, so that other loaders
-    do not change."""
+    """PyYAML's safe loader with numbers and truth values as in YAML 1.2; a class of our own, so that other loaders do
+    not change."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -1,8 +1,7 @@
 """The colours of every picture of the project: plots, reports, patches on photographs.
 
 Series and groups stay apart for eyes without one kind of cone (a test measures it), and each is also told by something
-else: a marker,
-a dash, a number. The heat scale grows lighter all the way, so that it can be read without any colour.
+else: a marker, a dash, a number. The heat scale grows lighter all the way, so that it can be read without any colour.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ class TokenFates:
     """The tokens of a span at one depth, each in one of three groups.
 
     ``alive``: kept tokens. ``into``: merged tokens, with the kept tokens that they are merged into. ``dropped``:
-    dropped tokens, with the layer
-    before which they are dropped (-1: in the vision tower). Tokens merged into a dropped token are dropped with it.
+    dropped tokens, with the layer before which they are dropped (-1: in the vision tower). Tokens merged into a dropped
+    token are dropped with it.
     """
 
     alive: frozenset[int]
@@ -63,8 +63,8 @@ def token_fates(trace: SpanTrace, layer: int) -> TokenFates:
 
 
 def history(trace: SpanTrace, token: int, layer: int, steps: int = 1) -> str:
-    """The fate of one token up to a layer, in a sentence; for a video whose grid holds ``steps`` time steps below
-    each other, with its step."""
+    """The fate of one token up to a layer, in a sentence; for a video whose grid holds ``steps`` time steps below each
+    other, with its step."""
     fates, name = token_fates(trace, layer), _place(trace, token, steps)
     if token in fates.alive:
         members = sum(token in anchors for anchors in fates.into.values())
@@ -110,8 +110,7 @@ def at_depth(image: Image.Image, trace: SpanTrace, layer: int, scores: Sequence[
     -------
     Panel
         Kept patches are clear; merged ones are tinted and numbered by the group of the patch that they are merged into,
-        which is outlined;
-        dropped ones are dark. ``scores`` is None where no score decided.
+        which is outlined; dropped ones are dark. ``scores`` is None where no score decided.
 
     Raises
     ------

@@ -30,7 +30,8 @@ TITLE, BOLD, SMALL = 19, 17, 13  # sizes of text
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture with a large line and a faint line above it, and the scores that decided, where there were any, below it."""
+    """One picture with a large line and a faint line above it, and the scores that decided, where there were any, below
+    it."""
 
     title: str
     note: str
@@ -63,8 +64,7 @@ def draw(
         this machine has.
     scores : sequence of (mapping or None)
         Of each stage of ``trace.stages``, the score of each token that was ranked there
-        (``duet_vlm.viz.ScoreRecorder``): a heat map below the
-        stage, coloured by rank.
+        (``duet_vlm.viz.ScoreRecorder``): a heat map below the stage, coloured by rank.
     size : int
         Longer side of a panel in pixels, rounded to whole patches.
     shows : str
@@ -74,10 +74,9 @@ def draw(
     -------
     PIL.Image.Image
         RGB. First panel: the image. Then one per stage, beginning with a reduced tower: kept patches are clear, dropped
-        ones dark, those
-        merged there tinted in the colour of their group and numbered. The patch that they are merged into is outlined
-        and keeps its number
-        in later panels. A line below the legend says at which stage each group began.
+        ones dark, those merged there tinted in the colour of their group and numbered. The patch that they are merged
+        into is outlined and keeps its number in later panels. A line below the legend says at which stage each group
+        began.
 
     Raises
     ------

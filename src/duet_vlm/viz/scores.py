@@ -42,9 +42,8 @@ class ScoreRecorder:
 
     def of(self, trace: SpanTrace, number: int) -> list[dict[int, float] | None]:
         """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token
-        that was ranked there, by
-        its number within the span; None where nothing was ranked, or not token by token (crops or frames reduced
-        independently)."""
+        that was ranked there, by its number within the span; None where nothing was ranked, or not token by token
+        (crops or frames reduced independently)."""
         stage_scores: list[dict[int, float] | None] = [self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None]
         drops = iter(self._drops)
         for _ in trace.stages[1:]:

@@ -25,8 +25,7 @@ def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
     """The trace of a video on the grid of its ``film``.
 
     Families that return a square per frame after its CLS token have no grid: there the CLS tokens are counted first, as
-    ``draw`` wants tokens
-    that show no patch, and the patches of all frames after them.
+    ``draw`` wants tokens that show no patch, and the patches of all frames after them.
     """
     place, side = film_place(trace, steps), math.isqrt(trace.span.tokens // steps)
     if trace.span.grid is not None or place is None:

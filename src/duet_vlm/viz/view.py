@@ -20,7 +20,8 @@ def model_view(image: Image.Image, pixels: Any, processor: Any) -> Image.Image:
     image : PIL.Image.Image
         As the user gave it.
     pixels : Tensor
-        [3, H, W] of this image in ``pixel_values``; other shapes (packed patches) mean that the processor only resized it.
+        [3, H, W] of this image in ``pixel_values``; other shapes (packed patches) mean that the processor only resized
+        it.
     processor : object
         The model's processor (or image processor): its mean and standard deviation are undone.
     """

@@ -2,9 +2,8 @@
 kept rows.
 
 vLLM has a path for media whose rows were dropped (Efficient Video Sampling): embeddings come with their positions in
-further columns, and
-the model removes those and corrects the positions of the prompt before each step. It is switched on here, for images
-and videos.
+further columns, and the model removes those and corrects the positions of the prompt before each step. It is switched
+on here, for images and videos.
 """
 
 from __future__ import annotations
@@ -101,8 +100,8 @@ class KeptPositions:
         return self._reduced("video", video_input, super()._process_video_input(video_input) if is_embeds else None)
 
     def _reduced(self, kind: str, media: Any, embeds: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        """Per image or video [K, D + 8]: its rows, with their positions on the grid. ``embeds``: rows that are
-        reduced already."""
+        """Per image or video [K, D + 8]: its rows, with their positions on the grid. ``embeds``: rows that are reduced
+        already."""
         grids, merge, clocks = media[f"{kind}_grid_thw"].tolist(), self.visual.spatial_merge_size, media.get(self.clock)
         written = [self.written(kind, *one) for one in zip(grids, [None] * len(grids) if clocks is None else clocks, strict=True)]
         if embeds is not None:
@@ -122,8 +121,7 @@ class KeptPositions:
 
     def _encoded(self, pixels: Tensor, grids: list[list[int]]) -> tuple[list[Tensor], Any]:
         """Rows and signals of images or videos. A video that is too large for a call of the tower is encoded in pieces:
-        time steps do not attend to
-        each other there."""
+        time steps do not attend to each other there."""
         pieces = [grids]
         if len(grids) == 1:
             t, h, w = grids[0]
@@ -145,15 +143,14 @@ class KeptPositions:
 
     def written(self, kind: str, grid: Sequence[int], clock: Any) -> tuple[Tensor, Tensor]:
         """Layout of a whole image or video in a prompt, as if it came first: positions of its rows [n, 3], and the ids
-        of text between them [n],
-        ``VISUAL`` for its own."""
+        of text between them [n], ``VISUAL`` for its own."""
         vision, seconds = self.config.vision_config, 1.0 if clock is None else float(clock)
         positions = compute_mrope_for_media(grid, vision.spatial_merge_size, getattr(vision, "tokens_per_second", 1.0), seconds)[:, :3]
         return positions, torch.full((len(positions),), VISUAL)
 
     def in_prompt(self, rows: Tensor, index: Tensor, written: tuple[Tensor, Tensor]) -> Tensor:
-        """Rows of the prompt for kept rows [K, D] with numbers ``index`` [K], ascending, of a span: with their
-        columns, and text between them."""
+        """Rows of the prompt for kept rows [K, D] with numbers ``index`` [K], ascending, of a span: with their columns,
+        and text between them."""
         return with_columns(rows, written[0][index])
 
     def _postprocess_image_embeds_evs(self, image_embeds_split: Any, image_input: Any) -> Any:
@@ -166,8 +163,7 @@ class KeptPositions:
         """Positions [3, n] of a prompt that is reduced already, and the offset of the tokens after it.
 
         Those of the text are right, also where the cache knows the prefix and no step corrects them; rows of an image
-        or video all have its first
-        position until they come.
+        or video all have its first position until they come.
         """
         count, start, following = len(input_tokens), 0, 0
         positions = torch.zeros(3, count, dtype=torch.long)
@@ -189,8 +185,7 @@ class KeptPositions:
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
     ) -> tuple[list[Tensor], Tensor, int]:
         """The embeddings without their columns, and the positions with those of the rows of a step: any number of
-        images and videos, or pieces of
-        them; doing it twice changes nothing."""
+        images and videos, or pieces of them; doing it twice changes nothing."""
         device, config = mrope_positions.device, self.config
         ids = torch.as_tensor(input_ids, device=device)
         positions = mrope_positions.clone()
@@ -218,8 +213,7 @@ def _let_cpu_runner_prune() -> None:
     """Let vLLM's CPU runner prune media.
 
     It loads models by a method of its own, which never notes that media may be pruned. By now it has begun to, so the
-    note becomes a query of
-    the model.
+    note becomes a query of the model.
     """
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 

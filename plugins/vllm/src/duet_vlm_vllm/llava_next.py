@@ -29,7 +29,8 @@ class NextPacking:
 
     @staticmethod
     def pack(config: Any, newline: Tensor, size: list[int], crops: Tensor) -> Tensor:
-        """Crops [n, N, c] of an image of ``size`` (height, width) -> rows [K, c], ``newline`` [c] at the end of lines."""
+        """Crops [n, N, c] of an image of ``size`` (height, width) -> rows [K, c], ``newline`` [c] at the end of
+        lines."""
         model = types.SimpleNamespace(config=config, image_newline=newline)
         return LlavaNextForConditionalGeneration._merge_image_patch_embeddings(model, torch.tensor(size), crops, strategy="spatial_unpad")
 

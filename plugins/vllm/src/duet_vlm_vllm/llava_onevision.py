@@ -1,6 +1,5 @@
 """LLaVA-OneVision with a SigLIP tower. Images: crops packed as LLaVA-NeXT's, and resized where they are many. Videos:
-frames pooled, one
-newline."""
+frames pooled, one newline."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ class FewerPlaceholders:
     def spans(self, kind: str, mm_items: Any, number: int, item: Any, tokens: int) -> list[torch.Tensor]:
         """Parts of the spans of image or video ``number``, processed to ``item`` and laid out in ``tokens`` rows.
 
-        For each span that has a budget of its own: the part (crop, frame) of its rows [n], -1 for newlines. The
-        worker must agree.
+        For each span that has a budget of its own: the part (crop, frame) of its rows [n], -1 for newlines. The worker
+        must agree.
         """
         return [torch.zeros(tokens, dtype=torch.long)]
 
@@ -117,8 +117,8 @@ class FewerPlaceholders:
         return dataclasses.replace(update, replacement=content)
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Hashes with the server's settings, as caches may be shared between servers; a request's settings are in
-        the stock hashes."""
+        """Hashes with the server's settings, as caches may be shared between servers; a request's settings are in the
+        stock hashes."""
         salt = self.duet.salt
         hashes = super()._get_mm_hashes(inputs)
         return {name: [hashlib.sha256((salt + one).encode()).hexdigest() for one in some] for name, some in hashes.items()}

@@ -2,9 +2,8 @@
 or dropped together.
 
 Its prompts show the time steps of a video apart, a timestamp before each. The kept rows of each step depend on the
-pixels, so the front end
-cannot know the positions of the timestamps: it lays out as many positions as there will be rows and text, and the
-worker adds the text.
+pixels, so the front end cannot know the positions of the timestamps: it lays out as many positions as there will be
+rows and text, and the worker adds the text.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def budgets(requested: Any, images: int) -> list[float]:
 def batches(counts: Sequence[int], most: int) -> list[range]:
     """Runs of images of ``counts`` unreduced tokens, each of at most ``most`` (a larger image is alone).
 
-    The scheduler counts reduced tokens, and would put many times more images into one call of the tower than memory
-    was measured for.
+    The scheduler counts reduced tokens, and would put many times more images into one call of the tower than memory was
+    measured for.
     """
     runs, start, total = [], 0, 0
     for number, count in enumerate(counts):

@@ -70,7 +70,8 @@ def fields_of(settings: str | Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def generation_of(task: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], list[str]]:
-    """A task's ``generation_kwargs`` as (arguments of ``generate``, texts to stop at, names that mean nothing to ``generate``).
+    """A task's ``generation_kwargs`` as (arguments of ``generate``, texts to stop at, names that mean nothing to
+    ``generate``).
 
     Greedy unless the temperature is above 0 or the task says ``do_sample``.
     """

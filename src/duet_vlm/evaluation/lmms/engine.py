@@ -78,7 +78,8 @@ class Engine:
         task : str
             What the costs are counted under.
         conversations : sequence
-            Messages with ``role`` and ``content``, the latter ``{"type": "text", "text": ...}`` and ``{"type": "image", "image": ...}``.
+            Messages with ``role`` and ``content``, the latter ``{"type": "text", "text": ...}`` and ``{"type": "image",
+            "image": ...}``.
         generation : mapping
             A task's generation settings, see ``generation_of``.
 

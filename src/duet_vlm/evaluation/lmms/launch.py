@@ -55,8 +55,9 @@ def run(
     Returns
     -------
     dict
-        ``label``, ``tasks`` (task -> metric -> value), ``measured`` (tokens, FLOPs and cache bytes, see ``costs.py``), ``samples``
-        (task -> JSON-lines file), ``results`` (lmms-eval's file), ``lmms_eval`` (its version) and ``command``.
+        ``label``, ``tasks`` (task -> metric -> value), ``measured`` (tokens, FLOPs and cache bytes, see ``costs.py``),
+        ``samples`` (task -> JSON-lines file), ``results`` (lmms-eval's file), ``lmms_eval`` (its version) and
+        ``command``.
 
     Raises
     ------

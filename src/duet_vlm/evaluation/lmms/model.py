@@ -17,7 +17,8 @@ from duet_vlm.evaluation.lmms.engine import Engine
 
 
 class DuetVLM(lmms):
-    """Any supported checkpoint with a method attached; prompts through the processor's chat template, in batches, greedy by default.
+    """Any supported checkpoint with a method attached; prompts through the processor's chat template, in batches,
+    greedy by default.
 
     Parameters
     ----------

@@ -1,5 +1,5 @@
-"""Columns of tables: each defined once, for markdown and for the page. Values come from the file; only the
-formatting is done here."""
+"""Columns of tables: each defined once, for markdown and for the page. Values come from the file; only the formatting
+is done here."""
 
 from __future__ import annotations
 
@@ -225,7 +225,8 @@ def kind(key: str) -> Column:
 
 
 def ordered(result: dict[str, Any]) -> list[Run]:
-    """The full model, runs with settings of their own, then budget by budget from large to small; else in the order of the file."""
+    """The full model, runs with settings of their own, then budget by budget from large to small; else in the order of
+    the file."""
     first, *others = result["runs"]
     unreduced = first["tokens"]["unreduced"]
 
@@ -245,8 +246,7 @@ def label_order(result: dict[str, Any]) -> dict[str, int]:
 
 def best(result: dict[str, Any], references: frozenset[str]) -> list[tuple[str, list[Run]]]:
     """(budget, runs) of the methods that keep the most at each budget, from large to small: one, or all that are right
-    equally often, those on
-    fewer tokens first. Methods named in ``references`` are left out."""
+    equally often, those on fewer tokens first. Methods named in ``references`` are left out."""
     groups: dict[str, list[Run]] = {}
     for run in ordered(result)[1:]:
         if run["status"] == "ok" and run["method"] not in references and budget(run["budget"]):
@@ -257,8 +257,8 @@ def best(result: dict[str, Any], references: frozenset[str]) -> list[tuple[str, 
 
 
 def leaders(result: dict[str, Any], references: frozenset[str], most: int) -> list[str]:
-    """Labels of up to ``most`` methods: the reference, those that keep the most at one of the budgets, then the
-    second of each, and so on."""
+    """Labels of up to ``most`` methods: the reference, those that keep the most at one of the budgets, then the second
+    of each, and so on."""
     groups: dict[str, list[Run]] = {}
     for run in ordered(result)[1:]:
         if run["status"] == "ok" and run["method"] not in references:

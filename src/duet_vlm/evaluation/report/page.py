@@ -1,5 +1,5 @@
-"""One page that needs nothing else: no network, no file beside it. Content of a result file is shown as text, never
-as markup."""
+"""One page that needs nothing else: no network, no file beside it. Content of a result file is shown as text, never as
+markup."""
 
 from __future__ import annotations
 

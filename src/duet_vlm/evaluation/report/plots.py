@@ -59,7 +59,8 @@ def all_plots(result: dict[str, Any], say: Callable[[str], None] = lambda captio
 
 
 def without_tokens(result: dict[str, Any]) -> Figure | None:
-    """The drop curve: accuracy over the layer from which on there is no visual token, all questions and kind by kind."""
+    """The drop curve: accuracy over the layer from which on there is no visual token, all questions and kind by
+    kind."""
     curve = curve_of(result)
     if curve is None:
         return None
@@ -192,7 +193,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None:
-    """x: logarithmic, large values left. y: linear near ``anchor``, ever denser away from it, so that small losses can be told apart."""
+    """x: logarithmic, large values left. y: linear near ``anchor``, ever denser away from it, so that small losses can
+    be told apart."""
     import numpy as np
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -219,7 +221,8 @@ def _scales(axes: Axes, xs: list[float], ys: list[float], anchor: float) -> None
 
 
 def _spaced(candidates: list[list[float]], scale: Callable[[float], float], low: float, high: float, gap: float) -> list[float]:
-    """Of the ``candidates`` ticks, rank by rank until there are enough, those within [low, high] that keep ``gap`` axis lengths from the ones before."""
+    """Of the ``candidates`` ticks, rank by rank until there are enough, those within [low, high] that keep ``gap`` axis
+    lengths from the ones before."""
     least = gap * (scale(high) - scale(low))
     out: list[float] = []
     for rank in candidates:
@@ -315,13 +318,14 @@ def _row(axes: Axes, y: float, run: Run, kinds: list[str]) -> None:
 
 
 def darkness(kept: float) -> float:
-    """0 where nothing is lost, 1 where half of the accuracy or more is; steep at the beginning, as the lines' scale is."""
+    """0 where nothing is lost, 1 where half of the accuracy or more is; steep at the beginning, as the lines' scale
+    is."""
     return min(1.0, math.asinh(max(0.0, 100 * (1 - kept))) / math.asinh(50))
 
 
 def shade(kept: float) -> tuple[str, str]:
-    """Colours of a cell and of its text: one hue, lightness falling with the loss; the text black or white,
-    whichever has more contrast."""
+    """Colours of a cell and of its text: one hue, lightness falling with the loss; the text black or white, whichever
+    has more contrast."""
     stops = ((0.0, (244, 241, 234)), (0.35, (250, 208, 146)), (0.7, (214, 105, 40)), (1.0, (94, 24, 20)))
     dark = darkness(kept)
     (start, near), (end, far) = next((a, b) for a, b in zip(stops, stops[1:], strict=False) if dark <= b[0])

@@ -103,7 +103,8 @@ def result(name: str, model: nn.Module, plan: BenchPlan, sheet: Device | None, s
 
 
 def run(model: nn.Module, plan: BenchPlan, sheet: Device | None = None, picture: Any = None, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
-    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the dtype."""
+    """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the
+    dtype."""
     adapter, sheet = adapter_for(model), _matching_sheet(sheet, model, say)
     rows: list[dict[str, Any]] = []
     prompts = [(batch, text) for batch in plan.batches for text in plan.texts]
@@ -255,8 +256,8 @@ def _spread(timing: Timing) -> dict[str, float]:
 
 
 def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
-    """Layers with equally many tokens as one group; time of the hooks before a layer where the number changes or
-    that ranks."""
+    """Layers with equally many tokens as one group; time of the hooks before a layer where the number changes or that
+    ranks."""
     layers = [1000 * times[f"layer {i}"].median for i in range(len(rows))]
     starts = [i for i, count in enumerate(rows) if i == 0 or count != rows[i - 1]]
     groups = []
@@ -269,8 +270,7 @@ def _by_layer(times: dict[str, Timing], rows: Sequence[int]) -> dict[str, Any]:
 
 def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None:
     """The sheet of the running device, where there is one: measured on a CPU; on CUDA by its name and memory, which
-    have to be those of the
-    sheet's own module (an H100 as a PCIe card is another device)."""
+    have to be those of the sheet's own module (an H100 as a PCIe card is another device)."""
     if not device.startswith("cuda"):
         return this_machine()
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory

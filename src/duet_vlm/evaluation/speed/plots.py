@@ -64,7 +64,8 @@ def _looks(rows: Rows) -> dict[str | None, Look]:
 
 
 def _points(axes: Any, rows: Rows, x: Callable[[dict[str, Any]], float], y: Callable[[dict[str, Any]], dict[str, float]]) -> None:
-    """One colour and marker per method, one shade of filling per prompt (batch and length of the text); whiskers from low to high."""
+    """One colour and marker per method, one shade of filling per prompt (batch and length of the text); whiskers from
+    low to high."""
     styles = _looks(rows)
     prompts = list(_groups(rows, "batch", "text"))
     for (method, batch, text), some in _groups(rows, "method", "batch", "text").items():

@@ -17,8 +17,8 @@ from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
 
 @dataclass(frozen=True)
 class PlannedPrompt:
-    """A prompt as the current settings plan it; the decoder layers that rank, and those of them that reuse the keys
-    of their ranking."""
+    """A prompt as the current settings plan it; the decoder layers that rank, and those of them that reuse the keys of
+    their ranking."""
 
     sample: SampleCounts
     scored: tuple[int, ...] = ()
@@ -27,8 +27,8 @@ class PlannedPrompt:
 
 def equal_parts(adapter: Adapter, tokens: int, parts: int) -> tuple[tuple[int, ...], ...]:
     """Tokens of each part, span by span, of an image in ``parts`` crops or frames that the tower encodes one by one:
-    parts of one span where the
-    family joins them, each a span of its own where it does not (InternVL's tiles, several images)."""
+    parts of one span where the family joins them, each a span of its own where it does not (InternVL's tiles, several
+    images)."""
     sizes = tuple(tokens * (i + 1) // parts - tokens * i // parts for i in range(parts))
     joins = type(adapter).tokens_per_crop is not Adapter.tokens_per_crop
     return (sizes,) if joins else tuple((size,) for size in sizes)
@@ -40,8 +40,7 @@ def plan_prompt(
     """Plan a prompt of ``text`` tokens and spans whose parts have ``passes`` tokens.
 
     ``spans``: tokens of each where packing adds or cuts tokens; ``projected``: tokens of each at the projector's input
-    where it does not get
-    them all.
+    where it does not get them all.
 
     Raises
     ------

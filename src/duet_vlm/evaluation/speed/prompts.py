@@ -70,8 +70,7 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
     ----------
     tokens : int, optional
         Visual tokens per image, where the family leaves its size free: the nearest square is taken (per time step, with
-        ``frames``), or
-        the nearest size among whole crops.
+        ``frames``), or the nearest size among whole crops.
     frames : int
         Time steps of a video; 0 for an image.
     picture : dict, optional
@@ -105,8 +104,8 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
 
 
 def encode(model: nn.Module, pictures: dict[str, Any]) -> dict[str, Any]:
-    """``mm_encoder_outputs`` for the prompts of ``pictures``, as generate() makes them before its prefill: reduced where a reducer is attached
-    (a call of ``get_image_features`` by hand gives the stock rows)."""
+    """``mm_encoder_outputs`` for the prompts of ``pictures``, as generate() makes them before its prefill: reduced
+    where a reducer is attached (a call of ``get_image_features`` by hand gives the stock rows)."""
     return model._prepare_multimodal_encoder_kwargs_for_generation(dict(pictures))["mm_encoder_outputs"]  # type: ignore[no-any-return]
 
 
@@ -114,8 +113,7 @@ def _noise(adapter: Adapter, modality: Modality, tokens: int | None, frames: int
     """Encoder arguments of noise.
 
     Families with sizes take them as patches (time, height, width), or as pixels of images that are kept whole or cut
-    into crops; all others
-    take their own blank image, or frames of its size, filled with noise.
+    into crops; all others take their own blank image, or frames of its size, filled with noise.
     """
     if modality.sizes is not None and modality.sizes.endswith("grid_thw"):
         return _patches(adapter, modality, modality.sizes, tokens, frames)

@@ -1,4 +1,5 @@
-"""Models from a config alone: without weights, to plan with; with random ones, to time: weights do not change how long a layer takes."""
+"""Models from a config alone: without weights, to plan with; with random ones, to time: weights do not change how long
+a layer takes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from duet_vlm.api.loading import EMBEDDED, config_of, quiet
 
 
 def skeleton(name: str, config_file: Path | None = None) -> tuple[Any, int]:
-    """The model without weights (meta device), and the bytes of one number of its cache; from ``config_file`` alone if there is one."""
+    """The model without weights (meta device), and the bytes of one number of its cache; from ``config_file`` alone if
+    there is one."""
     from transformers import AutoModelForImageTextToText
 
     config = config_of(name) if config_file is None else config_in(config_file)

@@ -16,8 +16,7 @@ class StageTimers:
     """Times of one pass. On CUDA the device's own clock is noted, so nothing waits for it before ``read``.
 
     Made before a handle is attached; ``inside`` is called after, so that its hooks run within the handle's: the time
-    between the two is the
-    handle's own work.
+    between the two is the handle's own work.
     """
 
     def __init__(self, adapter: Adapter) -> None:

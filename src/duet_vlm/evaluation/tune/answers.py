@@ -66,8 +66,8 @@ class AnswerSource:
         return seconds / sum(len(page["questions"]) for page in pages)
 
     def replies(self, runs: Sequence[ExperimentCell], numbers: Sequence[int], full_answers: dict[int, str]) -> dict[str, list[AnswerScore] | str]:
-        """Scores of reduced runs on questions that the full model got right (``full_answers``: by number); the
-        reason for a run that cannot answer."""
+        """Scores of reduced runs on questions that the full model got right (``full_answers``: by number); the reason
+        for a run that cannot answer."""
         out: dict[str, list[AnswerScore] | str] = {run.id: [] for run in runs}
         for batch in self._batches(numbers):
             page = self._page("reduced", batch, [run for run in runs if isinstance(out[run.id], list)])
@@ -145,8 +145,8 @@ def answers(loaded: LoadedModel, runs: Sequence[ExperimentCell], questions: Sequ
 
 
 def divergence(full: Tensor, reduced: Tensor) -> Tensor:
-    """[B] Kullback-Leibler divergence in nats, of [B, V] log-probabilities: cross-entropy with the reduced model
-    minus the full model's."""
+    """[B] Kullback-Leibler divergence in nats, of [B, V] log-probabilities: cross-entropy with the reduced model minus
+    the full model's."""
     return (full.exp() * (full - reduced)).sum(-1).clamp(min=0)
 
 

@@ -1,7 +1,8 @@
 """Exact statements about a share of kept answers: binomial tails, no approximation. The work is scipy's.
 
-Each question that the full model answers right is one trial: the reduced model's answer is right as well (kept) or not (lost). Answers that only
-the reduced model gets right are not set off against losses, so every bound here also holds for the ratio of the two accuracies.
+Each question that the full model answers right is one trial: the reduced model's answer is right as well (kept) or not
+(lost). Answers that only the reduced model gets right are not set off against losses, so every bound here also holds
+for the ratio of the two accuracies.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ def percent(share: float, digits: int = 4) -> str:
 
 
 def lower_bound(kept: int, trials: int, level: float = LEVEL) -> float:
-    """The one-sided exact lower bound (Clopper and Pearson) of the share that is kept; 0 without questions or
-    without kept answers."""
+    """The one-sided exact lower bound (Clopper and Pearson) of the share that is kept; 0 without questions or without
+    kept answers."""
     from scipy.stats import beta
 
     return float(beta.ppf(level, kept, trials - kept + 1)) if kept else 0.0
 
 
 def allowed(trials: int, keep: float, level: float = LEVEL) -> int:
-    """The largest number of losses among ``trials`` at which the lower bound is ``keep`` or better; -1 if even
-    without a loss it is below."""
+    """The largest number of losses among ``trials`` at which the lower bound is ``keep`` or better; -1 if even without
+    a loss it is below."""
     from scipy.stats import binom
 
     losses = -1
@@ -50,8 +51,8 @@ def needed(keep: float, losses: int = 0, level: float = LEVEL) -> int:
 
 
 def chance(lost: int, trials: int, keep: float) -> float:
-    """Probability of at least ``lost`` losses in ``trials`` if exactly ``keep`` is kept: small where a candidate
-    cannot qualify."""
+    """Probability of at least ``lost`` losses in ``trials`` if exactly ``keep`` is kept: small where a candidate cannot
+    qualify."""
     from scipy.stats import binom
 
     return float(binom.sf(lost - 1, trials, 1 - keep))
@@ -73,8 +74,7 @@ def split(count: int, keep: float | None) -> QuestionSplit:
     ------
     ValueError
         If they are too few to know ``keep`` with 95 %; says how many more are needed, and for which share they would
-        suffice. Without
-        ``keep``, if there are not two: one chooses, another one tests.
+        suffice. Without ``keep``, if there are not two: one chooses, another one tests.
     """
     if count < 2 and keep is None:
         raise ValueError(f"{_questions(count)} that the full model answers: give at least two, as one chooses and another one tests")

@@ -18,7 +18,8 @@ SCHEDULES = (OWN, *FIXED)
 def candidates(
     methods: Sequence[tuple[str, dict[str, Any]]], budgets: Sequence[int | float], schedules: Sequence[str], model: nn.Module
 ) -> list[ExperimentCell]:
-    """Every method (its name and settings) at every budget, with its own drops ("own") and with the named schedules where it takes one.
+    """Every method (its name and settings) at every budget, with its own drops ("own") and with the named schedules
+    where it takes one.
 
     Raises
     ------

@@ -2,10 +2,9 @@
 the rest is tested.
 
 Candidates within the goal rank before all others, so that the cheapest setting that holds is found. Choosing and
-testing never share a
-question. The ladder is tested from its safest rung to its cheapest, each at the full level, and ends at the first that
-fails (a fixed
-sequence of hypotheses, so the chance of a wrong rung at the end is at most the level, however many there are).
+testing never share a question. The ladder is tested from its safest rung to its cheapest, each at the full level, and
+ends at the first that fails (a fixed sequence of hypotheses, so the chance of a wrong rung at the end is at most the
+level, however many there are).
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ RUNGS = 6  # of the ladder, at most
 
 @dataclass(frozen=True)
 class AnswerScore:
-    """Score of one answer: True in ``lost`` if the full model's right answer was lost, and the KL divergence (nats)
-    of the first answer token."""
+    """Score of one answer: True in ``lost`` if the full model's right answer was lost, and the KL divergence (nats) of
+    the first answer token."""
 
     lost: bool
     divergence: float
@@ -91,8 +90,8 @@ def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: floa
     """Successive halving over three rounds of questions; returns the ladder, the safest (costliest) first. Dropped
     candidates have a ``reason``.
 
-    In each round candidates with no more losses than ``keep`` allows are kept first. None of the ladder is beyond
-    that, unless all are.
+    In each round candidates with no more losses than ``keep`` allows are kept first. None of the ladder is beyond that,
+    unless all are.
     """
     standing = [c for c in candidates if not c.reason]
     for part in _rounds(questions):
@@ -111,8 +110,7 @@ def choose(candidates: Sequence[Candidate], questions: Sequence[int], keep: floa
 
 def confirm(ladder: Sequence[Candidate], questions: Sequence[int], losses: int | None, ask: Ask, batch: int) -> Candidate | None:
     """The cheapest rung that passes with all rungs before it; None where the first one fails. ``losses``: largest
-    number that the test allows
-    (None: any)."""
+    number that the test allows (None: any)."""
     standing = list(ladder)
     for start in range(0, len(questions), batch):
         _count(standing, questions[start : start + batch], ask, testing=True)
@@ -172,8 +170,8 @@ def _by_goal(candidates: Sequence[Candidate], keep: float | None) -> tuple[list[
 
 
 def _spread(front: Sequence[Candidate], count: int) -> list[Candidate]:
-    """``count`` of a front, evenly over the order of their times; the cheapest with the fewest losses is always
-    among them."""
+    """``count`` of a front, evenly over the order of their times; the cheapest with the fewest losses is always among
+    them."""
     by_cost = sorted(front, key=lambda c: c.ms)
     if len(by_cost) <= count:
         return by_cost

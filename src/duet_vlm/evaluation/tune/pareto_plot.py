@@ -15,8 +15,7 @@ def pareto(result: dict[str, Any]) -> bytes:
     """A PNG of the search.
 
     One marker and colour per method, faint where a setting was dropped early. The line joins the full model and the
-    settings with the whole
-    test that no other of these beats in both; the bar is the chosen one's test.
+    settings with the whole test that no other of these beats in both; the bar is the chosen one's test.
 
     Raises
     ------
@@ -69,8 +68,7 @@ def pareto(result: dict[str, Any]) -> bytes:
 
 def front(result: dict[str, Any]) -> list[tuple[float, float]]:
     """Milliseconds and percent kept of the settings with the whole test, from cheap to dear, each keeping more than all
-    cheaper ones; last the
-    full model. The few answers of the choosing rounds show too little to be included."""
+    cheaper ones; last the full model. The few answers of the choosing rounds show too little to be included."""
     tested = [row for row in result["candidates"] if row["ms"] and row["testing"]["asked"] >= max(1, result["questions"]["testing"])]
     out: list[tuple[float, float]] = []
     for row in sorted(tested, key=lambda row: (row["ms"], -row["kept"])):
@@ -80,7 +78,8 @@ def front(result: dict[str, Any]) -> list[tuple[float, float]]:
 
 
 def name_beside(axes: Any, text: str, point: tuple[float, float]) -> Any:
-    """A label in bold beside a point, on the side where it covers the least of markers and lines and stays within the axes."""
+    """A label in bold beside a point, on the side where it covers the least of markers and lines and stays within the
+    axes."""
     figure = axes.figure
     figure.draw_without_rendering()
     dots = [axes.transData.transform(dot) for artist in axes.collections for dot in artist.get_offsets()]

@@ -35,8 +35,8 @@ class Goal:
     """Goal of a search.
 
     ``keep``: share of the full model's right answers to keep, with 95 %; None: as large as possible. ``speedup``:
-    smallest one of the time to
-    the first token. ``memory``: largest number of bytes of weights, activations and cache for one prompt.
+    smallest one of the time to the first token. ``memory``: largest number of bytes of weights, activations and cache
+    for one prompt.
     """
 
     keep: float | None = None
@@ -91,8 +91,7 @@ def search(
     -------
     dict
         The result, plain values: goal, chosen candidate or None, all candidates with their measurements and the reasons
-        for dropping them,
-        examples of losses.
+        for dropping them, examples of losses.
 
     Raises
     ------
