@@ -87,20 +87,21 @@ class AppPage:
         values, name = astuple(start), f"method-{number}"
         with gr.Group():
             method = gr.Dropdown(
-                sorted({*other_methods(), *tower_methods(), values[0]}), value=values[0], label=title, allow_custom_value=True,
-                info="several with a + between: frames+duet", elem_id=name,
+                sorted({*other_methods(), *tower_methods(), values[0]}), value=values[0], label=title,
+                allow_custom_value=True, info="several with a + between: frames+duet", elem_id=name,
             )  # fmt: skip
             means = "visual tokens per layer (64), or a share of all (0.22, 22%)"
             budget = gr.Textbox(values[1], label="Budget", info=means, elem_id=f"budget-{number}")
             with gr.Accordion("Schedule, vision tower, other settings", open=any((values[2], values[5], values[3] != NO_TOWER))):
                 schedule = gr.Textbox(
-                    values[2], label="Schedule", info="((layer, keep), ...): what is left in front of layers, of what entered; in place of a budget",
+                    values[2], label="Schedule",
+                    info="((layer, keep), ...): what is left in front of layers, of what entered; in place of a budget",
                     placeholder="((6, 0.5), (9, 0))", elem_id=f"schedule-{number}",
                 )  # fmt: skip
                 tower = gr.Dropdown([NO_TOWER, *tower_methods()], value=values[3], label="In the vision tower", elem_id=f"tower-{number}")
                 keep = gr.Textbox(
-                    values[4], label="Share of the patches that go through it", info="left out: by the budget", placeholder="0.56",
-                    elem_id=f"keep-{number}",
+                    values[4], label="Share of the patches that go through it", info="left out: by the budget",
+                    placeholder="0.56", elem_id=f"keep-{number}",
                 )  # fmt: skip
                 rest = gr.Textbox(values[5], label="Other settings", info=_settings(values[0]), lines=2, elem_id=f"settings-{number}")
         method.change(lambda name: gr.update(info=_settings(name)), method, rest, queue=False, show_progress="hidden", api_visibility="private")

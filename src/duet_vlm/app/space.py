@@ -66,9 +66,9 @@ def _open(loaded: LoadedModel, first: Controls, folder: Path, host: str | None, 
     page: Any = AppPage(loaded, first, other, examples(loaded, folder / "examples")).blocks
     page.queue(max_size=WAITING)
     _, address, _ = page.launch(
-        server_name=host, server_port=port, share=False, max_file_size=f"{MOST_MB}mb", footer_links=[], enable_monitoring=False, ssr_mode=False,
-        pwa=False, mcp_server=False, run_history=False, state_session_capacity=1000, quiet=True, show_error=True, prevent_thread_lock=True,
-        theme=theme(), css=CSS,
+        server_name=host, server_port=port, share=False, max_file_size=f"{MOST_MB}mb", footer_links=[],
+        enable_monitoring=False, ssr_mode=False, pwa=False, mcp_server=False, run_history=False,
+        state_session_capacity=1000, quiet=True, show_error=True, prevent_thread_lock=True, theme=theme(), css=CSS,
     )  # fmt: skip
     print(f"{loaded.name}: {address} (Ctrl-C ends it)", flush=True)
     page.block_thread()

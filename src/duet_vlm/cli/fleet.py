@@ -52,8 +52,8 @@ class Fleet:
 
     @classmethod
     def of(
-        cls, name: str, dtype: str | None, batch: int, text: int, new: int, requests: float, compute: float | None, bandwidth: float | None,
-        launch: float,
+        cls, name: str, dtype: str | None, batch: int, text: int, new: int, requests: float, compute: float | None,
+        bandwidth: float | None, launch: float,
     ) -> Fleet:  # fmt: skip
         sheet = device(name)
         dtype = dtype or ("fp32" if name == THIS else "bf16")
@@ -96,16 +96,18 @@ class Fleet:
         prediction = predict(model, work, self.device, self.dtype, self.batch, self.assumed)
         mean = sum(plan.mean for plan in work.sample.plans)
         return {
-            "budget": budget, "full": False, "mean_tokens": mean, "prediction": dataclasses.asdict(prediction), "first_token": prediction.first_token,
-            "step": prediction.step, "total": prediction.total, "tokens_per_second": prediction.tokens_per_second,
-            "requests_per_second": prediction.requests_per_second, "devices_for_load": prediction.devices_for(self.requests), "found": prediction,
+            "budget": budget, "full": False, "mean_tokens": mean, "prediction": dataclasses.asdict(prediction),
+            "first_token": prediction.first_token, "step": prediction.step, "total": prediction.total,
+            "tokens_per_second": prediction.tokens_per_second, "requests_per_second": prediction.requests_per_second,
+            "devices_for_load": prediction.devices_for(self.requests), "found": prediction,
         }  # fmt: skip
 
     def _plain(self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]) -> dict[str, Any]:
         request = {"tokens": tokens, "parts": parts, "text": self.text, "new": self.new, "batch": self.batch}
         return {
-            "model": name, "method": method, "weights": weights, "device": dataclasses.asdict(self.device), "dtype": self.dtype,
-            "request": request, "requests_per_second": self.requests, "assumed": dataclasses.asdict(self.assumed), "predicted": True,
+            "model": name, "method": method, "weights": weights, "device": dataclasses.asdict(self.device),
+            "dtype": self.dtype, "request": request, "requests_per_second": self.requests,
+            "assumed": dataclasses.asdict(self.assumed), "predicted": True,
             "rows": [{key: value for key, value in row.items() if key != "found"} for row in rows],
         }  # fmt: skip
 

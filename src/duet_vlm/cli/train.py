@@ -75,9 +75,11 @@ def train(
             name, own, kept = method_of(name)
             budgets = budgets or ([] if own is None else [own])
         options: dict[str, Any] = {
-            "model": model, "data": [str(path) for path in several_paths(list(map(Path, data or [])))] or None, "images": images, "limit": limit,
-            "tune": tune, "method": name, "out": out, "budget": (budgets[0] if len(budgets) == 1 else budgets) if budgets else None,
-            "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "imitate": imitate, "trainer": _arguments(trainer),
+            "model": model, "data": [str(path) for path in several_paths(list(map(Path, data or [])))] or None,
+            "images": images, "limit": limit, "tune": tune, "method": name, "out": out,
+            "budget": (budgets[0] if len(budgets) == 1 else budgets) if budgets else None,
+            "anneal_from": budget_of(anneal_from), "anneal_until": anneal_until, "imitate": imitate,
+            "trainer": _arguments(trainer),
             "settings": kept | settings_of(set_) | settings_of([f"schedule={schedule}"] if schedule else None),
         }  # fmt: skip
         settings = settings_from(recipe, config, {name: value for name, value in options.items() if value is not None})

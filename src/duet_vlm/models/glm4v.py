@@ -67,8 +67,9 @@ class Glm4V(Qwen2VL):
         unit, out = vision.spatial_merge_size**2, vision.out_hidden_size
         linear = (merger.proj, merger.gate_proj, merger.up_proj, merger.down_proj)
         return VisionDims(
-            layers=vision.depth, width=vision.hidden_size, mlp=self.visual.blocks[0].mlp.gate_proj.out_features, mlp_matrices=3,
-            patches_per_token=unit, extra_rows=0, patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            layers=vision.depth, width=vision.hidden_size, mlp=self.visual.blocks[0].mlp.gate_proj.out_features,
+            mlp_matrices=3, patches_per_token=unit, extra_rows=0,
+            patch_inputs=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
             projector=((vision.hidden_size * unit, out), *((layer.in_features, layer.out_features) for layer in linear)),
         )  # fmt: skip
 

@@ -103,7 +103,7 @@ class Idefics3(LlamaLike):
     def vision_dims(self) -> VisionDims:
         vision, unit = self.config.vision_config, self.side**2
         return VisionDims(
-            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2, patches_per_token=unit,
-            extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
+            patches_per_token=unit, extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
             projector=((vision.hidden_size * unit, self.config.text_config.hidden_size),),
         )  # fmt: skip

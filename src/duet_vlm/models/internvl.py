@@ -85,7 +85,8 @@ class InternVL(Llava):
     def vision_dims(self) -> VisionDims:
         vision, text, unit = self.config.vision_config, self.config.text_config, self.cell**2
         return VisionDims(
-            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2, patches_per_token=unit,
-            unread=len(self.unused_tower_layers()), extra_rows=1, patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=2,
+            patches_per_token=unit, unread=len(self.unused_tower_layers()), extra_rows=1,
+            patch_inputs=vision.num_channels * vision.patch_size[0] * vision.patch_size[1],
             projector=((vision.hidden_size * unit, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

@@ -11,7 +11,8 @@ from duet_vlm.models.adapter import Adapter, Rotary
 from duet_vlm.ops.ragged import gather_rows
 
 LLAMA_LAYOUT = (
-    "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "phi", "stablelm", "gemma",
+    "llama", "mistral", "ministral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "granite", "phi",
+    "stablelm", "gemma",
 )  # fmt: skip
 
 

@@ -117,8 +117,9 @@ class Mistral3(Llava):
         vision, text, unit = self.config.vision_config, self.config.text_config, self.merge**2
         merger = ((vision.hidden_size * unit, vision.hidden_size),) if unit > 1 else ()
         return VisionDims(
-            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3, patches_per_token=unit,
-            unread=len(self.unused_tower_layers()), extra_rows=0, patch_inputs=vision.num_channels * vision.patch_size**2,
+            layers=vision.num_hidden_layers, width=vision.hidden_size, mlp=vision.intermediate_size, mlp_matrices=3,
+            patches_per_token=unit, unread=len(self.unused_tower_layers()), extra_rows=0,
+            patch_inputs=vision.num_channels * vision.patch_size**2,
             joined="flash" not in (self.clip_tower.config._attn_implementation or ""),
             projector=(*merger, (vision.hidden_size, text.hidden_size), (text.hidden_size, text.hidden_size)),
         )  # fmt: skip

@@ -210,8 +210,9 @@ def predict(
     max_batch = largest_int(2**20, lambda n: memory_bytes(model, work, size, n) <= devices * device.memory * assumed.usable)
     return Prediction(
         batch=batch, new=work.new, devices=devices, vision=_vision(model, work, speed, batch),
-        selection=speed.exact(batch * work.selection, batch * work.selection_bytes), prefill=_prefill(model, work, speed, batch),
-        decode=_decode(model, work, speed, batch), memory=memory, max_batch=max_batch,
+        selection=speed.exact(batch * work.selection, batch * work.selection_bytes),
+        prefill=_prefill(model, work, speed, batch), decode=_decode(model, work, speed, batch), memory=memory,
+        max_batch=max_batch,
     )  # fmt: skip
 
 

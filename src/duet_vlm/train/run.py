@@ -25,8 +25,8 @@ from duet_vlm.utils.suggest import did_you_mean
 
 LORA_TARGETS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 DEFAULTS = {
-    "report_to": "none", "logging_steps": 10, "save_total_limit": 2, "remove_unused_columns": False, "disable_tqdm": True,
-    "prediction_loss_only": True, "log_level_replica": "error",
+    "report_to": "none", "logging_steps": 10, "save_total_limit": 2, "remove_unused_columns": False,
+    "disable_tqdm": True, "prediction_loss_only": True, "log_level_replica": "error",
 }  # fmt: skip
 
 

@@ -12,9 +12,10 @@ from PIL import Image, ImageDraw, ImageFont
 Font = ImageFont.FreeTypeFont
 # found by name in the system's folders; the first is in every installation of matplotlib as well
 NAMES = (
-    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc", "NotoSansArabic-Regular.ttf",
-    "NotoSansHebrew-Regular.ttf", "NotoSansDevanagari-Regular.ttf", "NotoSansThai-Regular.ttf", "arial.ttf", "msyh.ttc", "malgun.ttf", "msgothic.ttc",
-    "Nirmala.ttf", "LeelawUI.ttf", "Arial Unicode.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc",
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansSC-Regular.otf", "wqy-microhei.ttc",
+    "NotoSansArabic-Regular.ttf", "NotoSansHebrew-Regular.ttf", "NotoSansDevanagari-Regular.ttf",
+    "NotoSansThai-Regular.ttf", "arial.ttf", "msyh.ttc", "malgun.ttf", "msgothic.ttc", "Nirmala.ttf", "LeelawUI.ttf",
+    "Arial Unicode.ttf", "PingFang.ttc", "AppleSDGothicNeo.ttc",
 )  # fmt: skip
 MISSING = "\U0010fffd"  # a code without a letter: shows the glyph for missing letters
 

@@ -41,8 +41,8 @@ def on_film(trace: SpanTrace, steps: int) -> SpanTrace:
         return StageTrace(stage.layer, places(stage.kept), places(stage.dropped), groups(stage.merged))
 
     return SpanTrace(
-        dataclasses.replace(trace.span, grid=(steps * side, side)), groups(trace.merged), tuple(map(placed, trace.stages)),
-        trace.tower and placed(trace.tower),
+        dataclasses.replace(trace.span, grid=(steps * side, side)), groups(trace.merged),
+        tuple(map(placed, trace.stages)), trace.tower and placed(trace.tower),
     )  # fmt: skip
 
 

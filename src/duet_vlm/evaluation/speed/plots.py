@@ -74,8 +74,8 @@ def _points(axes: Any, rows: Rows, x: Callable[[dict[str, Any]], float], y: Call
         solid = 1 - 0.7 * prompts.index((batch, text)) / max(1, len(prompts) - 1)
         face = look.colour if look.filled else "none"
         axes.errorbar(
-            [x(row) for row in some], [f["median"] for f in measured], errors, fmt=look.marker, color=look.colour, mfc=face, ms=look.size, alpha=solid,
-            capsize=2,
+            [x(row) for row in some], [f["median"] for f in measured], errors, fmt=look.marker, color=look.colour,
+            mfc=face, ms=look.size, alpha=solid, capsize=2,
         )  # fmt: skip
     for method in (method for (method,) in _groups(rows, "method")):
         look = styles[method]

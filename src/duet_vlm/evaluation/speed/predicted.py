@@ -63,8 +63,8 @@ def plan_prompt(
     if _pads(handle):
         tower_stages = padded(tower_stages, passes)
     sample = SampleCounts(
-        text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle), planned_left=tower_stages, in_tower_counts=tower_stages,
-        projects_survivors_only=_merges_left(handle),
+        text, spans, tuple(passes), plans, queries, measured, projected=tuple(projected), skipped=_skips(handle),
+        planned_left=tower_stages, in_tower_counts=tower_stages, projects_survivors_only=_merges_left(handle),
     )  # fmt: skip
     if not isinstance(reducer, DecoderReducer) or not reducer.uses_attention():
         return PlannedPrompt(sample)
