@@ -105,11 +105,13 @@ class Controls:
             settings[name] = read_value(self.schedule)
         if self.tower_keep.strip():
             if self.tower in ("", NO_TOWER):
-                raise ValueError(f"share of the patches {self.tower_keep.strip()}: choose a method in the tower as well, or leave it empty")
+                raise ValueError(f"share of the patches {self.tower_keep.strip()}: choose a method in the tower as well, or leave "
+                    "it empty")
             settings[f"{self.tower}_{KEEP}"] = read_value(self.tower_keep)
         for name, value in files_among(duet_vlm.get_method(method), settings).items():
             if value != (files or {}).get(name):
-                raise ValueError(f"setting {name}: the page opens no files; whoever starts it may name one (duet-vlm app --set {name}=FILE)")
+                raise ValueError(f"setting {name}: the page opens no files; whoever starts it may name one (duet-vlm app --set "
+                    f"{name}=FILE)")
         return ChosenMethod(method, read_budget(self.budget) if self.budget.strip() else None, settings)
 
 

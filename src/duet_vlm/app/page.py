@@ -23,7 +23,8 @@ EACH = len(fields(Controls))  # controls of a method
 WAITING = 20  # questions in the queue; more are refused
 KEPT = 3600  # seconds that an upload, and what a page remembers, are kept
 LEGEND = (
-    "Left: what is alive (clear), merged (tinted, with the number of the outlined patch that stands for it) and dropped (dark); click a patch to "
+    "Left: what is alive (clear), merged (tinted, with the number of the outlined patch that stands for it) and "
+    "dropped (dark); click a patch to "
     "read what became of it. Right: the scores that decided, light is high; it is missing where none did."
 )
 CSS = """
@@ -46,7 +47,8 @@ class AppPage:
         self._files = first.files | second.files
         with gr.Blocks(title="duet-vlm", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as self.blocks:
             clips = "or clip " if loaded.takes_clips else ""
-            gr.Markdown(f"# duet-vlm\nFewer visual tokens, same model: `{loaded.name}` on {loaded.model.device}. Drop a picture {clips}and ask.")
+            gr.Markdown(f"# duet-vlm\nFewer visual tokens, same model: `{loaded.name}` on {loaded.model.device}. Drop a "
+                f"picture {clips}and ask.")
             with gr.Row():
                 with gr.Column(scale=1):
                     self._file = gr.File(label=f"Picture {clips}(drop it here)", height=110, elem_id="file")

@@ -120,11 +120,13 @@ def _show(measured: dict[str, Any]) -> None:
     from duet_vlm.evaluation.console import console as screen
 
     console = screen(120)
-    console.print(f"{measured['model']}, {measured['environment']['device']}, {measured['environment']['dtype']}, {measured['environment']['threads']} threads")
+    console.print(f"{measured['model']}, {measured['environment']['device']}, {measured['environment']['dtype']}, "
+        f"{measured['environment']['threads']} threads")
     for key in sorted({(row["batch"], row["text"]) for row in measured["rows"] if "ms" in row}):
         rows = [row for row in measured["rows"] if "ms" in row and (row["batch"], row["text"]) == key]
         prompt = f"batch {key[0]}, {rows[0]['tokens']} visual and {key[1]} other tokens"
-        console.print(f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; (predicted); speed-up of the first token by these medians")
+        console.print(f"\n{prompt}; ms, medians of {rows[0]['pairs']} rounds; (predicted); speed-up of the first token by "
+            "these medians")
         head = ("", "tokens", "vision", "V2V", "prefill", "T2V", "step", "first token", "speed-up", "by FLOPs", "peak MiB")
         table = Table(*head, box=None, pad_edge=False)
         for row in rows:

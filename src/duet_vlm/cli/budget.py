@@ -77,7 +77,8 @@ def _planned(reduction: Reduction, model: Any, element_bytes: int, tokens: int |
     with reduction.attach(model) as handle:
         fixed = handle.adapter.fixed_tokens
         if tokens is None and fixed is None:
-            raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens yours has")
+            raise ValueError(f"--tokens: images of {handle.adapter.family} models differ in size; say how many visual tokens "
+                "yours has")
         prompt = plan_prompt(handle, equal_parts(handle.adapter, tokens or (fixed or 0) * parts, parts), text)
         return whole_of(prompt.sample), planned_report(handle, prompt, element_bytes)
 
@@ -100,7 +101,8 @@ def _plain(model: str, plan: SpanPlan, report: Report, text: int) -> dict[str, A
 def _show(model: str, plan: SpanPlan, report: Report, text: int) -> None:
     console = Console(highlight=False)
     setting = "its own settings" if report.budget is None else f"budget {report.budget}"
-    console.print(f"[bold]{report.method}[/bold] on {model}, {setting}: an image of {plan.tokens} visual tokens, {text} text tokens")
+    console.print(f"[bold]{report.method}[/bold] on {model}, {setting}: an image of {plan.tokens} visual tokens, {text} text "
+        "tokens")
     entering = f"{plan.dominant} kept + {plan.contextual} merged" if plan.contextual else f"{plan.dominant} kept"
     console.print(f"entering the decoder: {plan.entry} tokens ({entering})\n")
     layers = Table("decoder layers", "visual tokens", box=None, pad_edge=False)

@@ -195,7 +195,8 @@ def plain(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds:
 def show(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: dict[str, float], files: list[Path]) -> None:
     """One table, and where the pictures are."""
     console, full = Console(highlight=False), columns[0]
-    console.print(f"The embedded tiny VLM answers {len(pairs)} questions: in full, then with DUET at three shares of the visual tokens\n")
+    console.print(f"The embedded tiny VLM answers {len(pairs)} questions: in full, then with DUET at three shares of the "
+        "visual tokens\n")
     table = Table("question", "truth", *(c.name for c in columns), box=None, pad_edge=False)
     last = ""
     for number, (name, question, true) in enumerate(pairs):
@@ -211,10 +212,12 @@ def show(columns: list[DemoColumn], pairs: list[tuple[str, str, str]], seconds: 
     console.print(table)
     console.print("\n[yellow]*[/yellow] differs from the full model   [red]x[/red] is not the true answer")
     console.print(
-        f"time: prefill of the first question, pixels to first token, median of {ROUNDS} rounds in turns, one CPU thread, and the ratio of these "
+        f"time: prefill of the first question, pixels to first token, median of {ROUNDS} rounds in turns, one CPU "
+        "thread, and the ratio of these "
         "medians; the vision tower costs nearly the same at every budget, and it is a large part of a model this small"
     )
-    console.print(f"\nlook at first: {files[0]} (what was kept, merged and dropped, and why)\nmore: {', '.join(map(str, files[1:]))}", soft_wrap=True)
+    console.print(f"\nlook at first: {files[0]} (what was kept, merged and dropped, and why)\nmore: "
+        f"{', '.join(map(str, files[1:]))}", soft_wrap=True)
 
 
 def _facts(pairs: list[tuple[str, str, str]], full: DemoColumn, seconds: dict[str, float]) -> list[tuple[str, Callable[[DemoColumn], str]]]:

@@ -114,9 +114,11 @@ def _show(curve: DropCurve, schedules: dict[str, Any], tolerance: float) -> None
     last = curve.needed_until(tolerance)
     lost = f"within {100 * tolerance:g} points of the full model's {curve.full:.3f}"
     if last == curve.depth:
-        print(f"Visual tokens matter in all {curve.depth} layers: without them from the last measured one on, accuracy is not {lost}.")
+        print(f"Visual tokens matter in all {curve.depth} layers: without them from the last measured one on, accuracy "
+            f"is not {lost}.")
     else:
-        print(f"Visual tokens stop mattering at layer {last} of {curve.depth}: without any from there on, accuracy stays {lost}.")
+        print(f"Visual tokens stop mattering at layer {last} of {curve.depth}: without any from there on, accuracy "
+            f"stays {lost}.")
     print("schedules that follow (layer, share of the entering tokens kept from there on):")
     for name, schedule in schedules.items():
         print(f"  {name:<10} {schedule}")

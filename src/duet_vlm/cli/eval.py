@@ -41,7 +41,8 @@ def evaluate(
     tasks: Annotated[
         Texts,
         typer.Option(
-            "--tasks", "--task", help=f"tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or .jsonl files. {SEVERAL} Default: tiny."
+            "--tasks", "--task", help=f"tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or .jsonl files. {SEVERAL} "
+                "Default: tiny."
         ),
     ] = None,
     model: Annotated[
@@ -89,14 +90,16 @@ def evaluate(
         if harness not in ("own", "lmms-eval"):
             raise ValueError(f"--harness {harness}: give 'own' or 'lmms-eval'")
         if harness == "lmms-eval" and (oracle or experiment is not None):
-            raise ValueError("--oracle and --experiment need the own harness: lmms-eval's tasks do not say which tokens an answer needs")
+            raise ValueError("--oracle and --experiment need the own harness: lmms-eval's tasks do not say which tokens an answer "
+                "needs")
         options_given: dict[str, Any] = {"--tasks": tasks, "--model": model, "--methods": methods, "--budgets": budgets, "--presets": presets}
         options_given |= {"--oracle": oracle, "--seeds": seeds, "--limit": limit, "--against": against, "--batch": batch}
         options_given |= {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
         if experiment is not None:
             conflicting = [option for option, value in options_given.items() if value not in (None, []) and value is not False]
             if conflicting:
-                raise ValueError(f"--experiment {experiment} says what is asked: leave out {', '.join(conflicting)}, or change a copy of the file")
+                raise ValueError(f"--experiment {experiment} says what is asked: leave out {', '.join(conflicting)}, or change a "
+                    "copy of the file")
             jobs = [read(experiment)]
         else:
             cells, numbers, questions = _cells(methods, budgets, presets, oracle), seeds_of(seeds), limit_of(limit)

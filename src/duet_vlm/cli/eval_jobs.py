@@ -61,7 +61,8 @@ class JobOptions:
         if restart:
             worker.check_restart(f"result and .parts folder of that name in {out}/TASK/results")
         if worker.world > 1 and (workers or 1) > 1:
-            raise ValueError(f"--workers {workers}: a launcher has started {worker.world} processes; have it start more of them instead")
+            raise ValueError(f"--workers {workers}: a launcher has started {worker.world} processes; have it start more of them "
+                "instead")
         if worker.world > 1:
             default_workers = 1
         else:
@@ -80,7 +81,8 @@ def check_tasks(jobs: list[Experiment]) -> None:
         names.append(question_task.name)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"--tasks: two are called {', '.join(twice)} and would have one result; run them one by one, with different --out")
+        raise ValueError(f"--tasks: two are called {', '.join(twice)} and would have one result; run them one by one, with "
+            "different --out")
 
 
 def run_job(job: Experiment, name: str, options: JobOptions) -> tuple[Path, dict[str, Any] | None]:

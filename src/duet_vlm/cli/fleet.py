@@ -114,7 +114,8 @@ class Fleet:
     def _print(self, name: str, method: str, tokens: int, parts: int, weights: int, rows: list[dict[str, Any]]) -> None:
         console = Console(highlight=False)
         request = f"an image of {tokens} visual tokens" + (f" in {parts} parts" if parts > 1 else "")
-        console.print(f"[bold]predicted[/bold] from shapes, nothing was run: {method} on {name}, {_count(weights)} weights in {self.dtype}")
+        console.print(f"[bold]predicted[/bold] from shapes, nothing was run: {method} on {name}, {_count(weights)} weights in "
+            f"{self.dtype}")
         console.print(f"batch of {self.batch}: {request}, {self.text} text tokens, {self.new} new tokens; {self.device.name}\n")
         full: Prediction | None = rows[0]["found"] if rows and "found" in rows[0] else None
         table = Table("budget", *(_label(row) for row in rows), box=None, pad_edge=False)
@@ -131,8 +132,10 @@ class Fleet:
         speed = f"{sheet.peak(self.dtype) / 1e12:.4g} TFLOP/s, {sheet.bandwidth / 1e12:.4g} TB/s"
         console.print(f"sheet: {speed}, {sheet.memory / 1e9:.4g} GB ({sheet.source})")
         console.print(
-            f"assumed: {a.compute:.0%} of its FLOP/s and {a.bandwidth:.0%} of its bytes/s reached, {a.causal:.0%} of causal attention computed, "
-            f"{1e6 * a.launch:.0f} us of host work per layer, {a.usable:.0%} of memory usable, {a.parallel:.0%} kept when devices share a model; "
+            f"assumed: {a.compute:.0%} of its FLOP/s and {a.bandwidth:.0%} of its bytes/s reached, {a.causal:.0%} of "
+            "causal attention computed, "
+            f"{1e6 * a.launch:.0f} us of host work per layer, {a.usable:.0%} of memory usable, {a.parallel:.0%} kept "
+            "when devices share a model; "
             "requests of a batch start and end together"
         )
 

@@ -43,5 +43,6 @@ def models(
         for row in selected:
             console.print(f"[bold]{row['family']}[/bold] (such as {row['example']}): {row['notes']}", soft_wrap=True)
         print(f"\nevery family: {', '.join(same)}")
-        print("'tiny', the default of --model, is a small llava that ships with the package, 'tiny-page' a small llava_next;")
+        print("'tiny', the default of --model, is a small llava that ships with the package, 'tiny-page' a small "
+            "llava_next;")
         print("'tiny-video' and 'tiny-long' are small video_llavas")

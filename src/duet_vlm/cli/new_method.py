@@ -33,7 +33,8 @@ def new_method(
         for path, text in written(name, where, paper, clone).items():
             path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
-        print(f"next: write your method, then 'make tables', 'make lint' and 'python -m pytest tests/test_invariants.py -k {name}' (CONTRIBUTING.md)")
+        print("next: write your method, then 'make tables', 'make lint' and 'python -m pytest "
+            f"tests/test_invariants.py -k {name}' (CONTRIBUTING.md)")
 
 
 def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
@@ -52,7 +53,8 @@ def written(name: str, where: str, paper: str, clone: Path) -> dict[Path, str]:
     if where not in TESTED:
         raise ValueError(f"--where {where}: give 'entry' (before the decoder) or 'decoder' (drops inside it)")
     if not re.fullmatch(r'[^\n|"\\]{1,60}', paper):
-        raise ValueError(f"--paper {paper}: at most 60 letters in one line, without quotes and bars, e.g. 'FastV, ECCV 2024, arXiv 2403.06764'")
+        raise ValueError(f"--paper {paper}: at most 60 letters in one line, without quotes and bars, e.g. 'FastV, ECCV 2024, "
+            "arXiv 2403.06764'")
     method, cases, papers = (clone / path for path in (f"src/duet_vlm/methods/{name}.py", CASES, PAPERS))
     missing = [str(path) for path in (method.parent, cases, papers) if not path.exists()]
     if missing:

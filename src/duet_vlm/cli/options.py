@@ -42,7 +42,8 @@ StillFrames = Annotated[
     typer.Option(
         "--still-frames",
         min=0,
-        help="Do not encode frames that differ from the last encoded one in no patch by more than this (mean difference of its pixels, as the model "
+        help="Do not encode frames that differ from the last encoded one in no patch by more than this (mean "
+            "difference of its pixels, as the model "
         "gets them; 0: not at all).",
     ),
 ]
@@ -52,7 +53,8 @@ Method = Annotated[
     typer.Option(
         "--method",
         metavar="TEXT",
-        help="A method ('duet-vlm methods'), several as one (frames+duet), or a file of 'duet-vlm tune' (duet.json). Default: what the model was "
+        help="A method ('duet-vlm methods'), several as one (frames+duet), or a file of 'duet-vlm tune' (duet.json). "
+            "Default: what the model was "
         "trained with, else duet.",
     ),
 ]
@@ -61,7 +63,8 @@ Preset = Annotated[
     typer.Option(
         "--preset",
         metavar="TEXT",
-        help="A method with all its settings as published ('duet-vlm presets'); in place of --method, --budget and --set.",
+        help="A method with all its settings as published ('duet-vlm presets'); in place of --method, --budget and "
+            "--set.",
     ),
 ]
 BudgetText = Annotated[
@@ -182,7 +185,8 @@ def pieces_of(chunk_frames: int | None, still_frames: float | None, clips: bool,
     options = {"--chunk-frames": chunk_frames, "--still-frames": still_frames}
     options_given = {option: value for option, value in options.items() if value is not None}
     if options_given and not clips:
-        raise ValueError(f"{' and '.join(f'{option} {value}' for option, value in options_given.items())}: no clip is shown; {remedy}, or leave it out")
+        raise ValueError(f"{' and '.join(f'{option} {value}' for option, value in options_given.items())}: no clip is shown; "
+            f"{remedy}, or leave it out")
     return {option.removeprefix("--").replace("-", "_"): value for option, value in options_given.items()}
 
 

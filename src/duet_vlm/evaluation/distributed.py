@@ -40,7 +40,8 @@ class WorkerRank:
         variables = {name: environment.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))}
         setting = " ".join(f"{name}={value}" for name, value in variables.items())
         if not all(value.isdecimal() for value in variables.values()) or int(variables["RANK"]) >= int(variables["WORLD_SIZE"]):
-            raise ValueError(f"{setting}: a launcher sets them to whole numbers with RANK from 0 to WORLD_SIZE - 1; unset them to run alone")
+            raise ValueError(f"{setting}: a launcher sets them to whole numbers with RANK from 0 to WORLD_SIZE - 1; unset them to "
+                "run alone")
         return cls(*map(int, variables.values()))
 
     def device(self, requested: str | None, gpus: int) -> str | None:
@@ -50,13 +51,15 @@ class WorkerRank:
     def check_restart(self, files: str) -> None:
         """Refuse to begin anew where others may be at work already; ``files`` is to be removed instead."""
         if self.world > 1:
-            raise ValueError(f"--restart: {self.world} processes would delete each other's answers; remove {files} before you launch them")
+            raise ValueError(f"--restart: {self.world} processes would delete each other's answers; remove {files} before you "
+                "launch them")
 
     def check_alone(self, verb: str) -> None:
         """Refuse to run a verb in ``world`` processes that has nothing to share."""
         if self.world > 1:
             raise ValueError(
-                f"WORLD_SIZE={self.world}: the steps of duet-vlm {verb} depend on each other and are not shared among processes of a launcher; "
+                f"WORLD_SIZE={self.world}: the steps of duet-vlm {verb} depend on each other and are not shared "
+                "among processes of a launcher; "
                 "start it without one"
             )
 

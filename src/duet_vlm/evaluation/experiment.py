@@ -102,7 +102,8 @@ class Experiment:
         for cell in self.cells:
             unknown = set(cell) - {"method", "preset", "budgets", "settings", "label", "beside"}
             if unknown or ("method" in cell) == ("preset" in cell):
-                raise ValueError(f"cell {cell}: needs 'method' or 'preset', and knows budgets, settings, label, beside; unknown: {sorted(unknown)}")
+                raise ValueError(f"cell {cell}: needs 'method' or 'preset', and knows budgets, settings, label, beside; unknown: "
+                    f"{sorted(unknown)}")
         ids = [run.id for run in self.runs()]
         twice = sorted({name for name in ids if ids.count(name) > 1})
         if twice:
@@ -114,7 +115,8 @@ class Experiment:
         """Refuse a reference that is not among the runs."""
         labels = dict.fromkeys(run.label for run in self.runs())
         if self.against not in labels:
-            raise ValueError(f"against {self.against!r}: no run is called so{did_you_mean(self.against, labels)}; there are {', '.join(labels)}")
+            raise ValueError(f"against {self.against!r}: no run is called so{did_you_mean(self.against, labels)}; there are "
+                f"{', '.join(labels)}")
 
     def runs(self) -> list[ExperimentCell]:
         """The baseline, then every cell at each of its budgets, budget by budget."""
@@ -202,7 +204,8 @@ def cells_of(text: str) -> list[tuple[str, list[str]]]:
     for part in re.split(r",(?![^\[]*\])", text):
         match = CELL.fullmatch(part.strip())
         if not match:
-            raise ValueError(f"--methods {part.strip()!r}: write names with commas between, settings in brackets: duet,random[follow=duet]")
+            raise ValueError(f"--methods {part.strip()!r}: write names with commas between, settings in brackets: "
+                "duet,random[follow=duet]")
         pairs = [pair.strip() for pair in (match["settings"] or "").split(";") if pair.strip()]
         out.append((match["method"], pairs))
     return out

@@ -67,7 +67,8 @@ def _locked(path: Path) -> IO[str]:
             owner = file.read().strip() or "unknown"
             file.close()
             raise HeldError(
-                f"{path}: process {owner} is measuring this already; wait for it or end it, or choose another --name or --out"
+                f"{path}: process {owner} is measuring this already; wait for it or end it, or choose another --name "
+                "or --out"
             ) from None
         except OSError:  # shared file systems that lock nothing
             return file
@@ -123,7 +124,8 @@ class Journal:
             differ = sorted(key for key in {*old, *self.subject} if old.get(key) != self.subject.get(key))
             raise ValueError(
                 f"{path}: holds the beginning of another measurement (different {', '.join(differ) or 'contents'}); "
-                "finish it with its own settings and code, choose another --name or --out, or use --restart to drop it and ask anew"
+                "finish it with its own settings and code, choose another --name or --out, or use --restart to drop "
+                "it and ask anew"
             )
         for line in others:
             _join(into, line["batch"], line["page"])

@@ -37,7 +37,8 @@ def load(path: Path | str) -> dict[str, Any]:
     if not isinstance(data, dict) or "format" not in data:
         raise ValueError(f"{path}: is no result file of duet-vlm eval")
     if data["format"] != FORMAT:
-        raise ValueError(f"{path}: format {data['format']!r}, but this version reads format {FORMAT}; run the experiment again with this version")
+        raise ValueError(f"{path}: format {data['format']!r}, but this version reads format {FORMAT}; run the experiment again "
+            "with this version")
     missing = [key for key in NEEDED if key not in data]
     if missing:
         raise ValueError(f"{path}: incomplete result file, {', '.join(missing)} missing; run the experiment again to make it anew")

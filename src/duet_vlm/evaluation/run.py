@@ -204,7 +204,8 @@ def gather(
     if experiment.pieces and not question_task.clips:
         raise ValueError(f"{' and '.join(experiment.pieces)}: task {question_task.name!r} shows no clips; leave it out")
     if question_task.clips and not loaded.takes_clips:
-        raise ValueError(f"task {question_task.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm models' says who takes clips")
+        raise ValueError(f"task {question_task.name!r} shows clips, and --model {loaded.name} takes pictures only; 'duet-vlm "
+            "models' says who takes clips")
     infeasible = preflight(loaded, runs, first)
     possible = {run.id: run for run in runs if run.id not in infeasible}
     versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "format": FORMAT}

@@ -87,7 +87,8 @@ def resampled(samples: tuple[np.ndarray, ...], statistic: Callable[..., np.ndarr
 def _counts(hits: np.ndarray, other: np.ndarray) -> tuple[int, int, int]:
     """Questions that both answer, only the first, only the other; fractions of answers are refused."""
     if hits.dtype != bool or other.dtype != bool:
-        raise TypeError(f"give answers as bool, right or wrong, got {hits.dtype} and {other.dtype}; means of several are for resampled()")
+        raise TypeError(f"give answers as bool, right or wrong, got {hits.dtype} and {other.dtype}; means of several are for "
+            "resampled()")
     return int((hits & other).sum()), int((hits & ~other).sum()), int((other & ~hits).sum())
 
 

@@ -216,10 +216,12 @@ def _row(path: Path, number: int, line: str) -> dict[str, Any]:
     empty = any(what in row and not _several(row[what]) for what in ("image", "video"))
     if empty or not labelled or not all(isinstance(text, str) for text in texts):
         raise ValueError(
-            f"{path}, line {number}: image, question, answer and kind are texts, video too; all but question and kind may be lists, not empty ones"
+            f"{path}, line {number}: image, question, answer and kind are texts, video too; all but question and "
+            "kind may be lists, not empty ones"
         )
     if entry["frames"] is not None and (type(entry["frames"]) is not int or entry["frames"] < 1 or not videos):
-        raise ValueError(f"{path}, line {number}: frames {entry['frames']!r}: how many are taken of each video, a whole number from 1")
+        raise ValueError(f"{path}, line {number}: frames {entry['frames']!r}: how many are taken of each video, a whole number "
+            "from 1")
     for name in (*images, *videos):
         local(name, f"{path}, line {number}: ")
     return entry

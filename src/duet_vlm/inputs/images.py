@@ -65,7 +65,8 @@ def local(path: Path | str, lead: str = "--image ") -> Path:
     if ADDRESS.match(str(path)):
         address = re.sub(r":/+", "://", str(path), count=1)[:100]  # a Path keeps one slash of two
         raise ValueError(
-            f"{lead}{address}: a URL is not opened, as nothing is downloaded unless a hub id is named: download the file and give its path"
+            f"{lead}{address}: a URL is not opened, as nothing is downloaded unless a hub id is named: download the "
+            "file and give its path"
         )
     return Path(path)
 
@@ -124,7 +125,8 @@ def _of_array(values: np.ndarray) -> Image.Image:
         channels_last = np.moveaxis(channels_last, 0, -1)
     if channels_last.ndim != 3 or channels_last.shape[-1] not in MODES or not channels_last.size:
         raise ValueError(
-            f"an array of shape {values.shape} is no picture: give [height, width], [height, width, channels] or [channels, height, width], "
+            f"an array of shape {values.shape} is no picture: give [height, width], [height, width, channels] or "
+            "[channels, height, width], "
             "with 1 to 4 channels"
         )
     eight = np.ascontiguousarray(eight_bits(channels_last))

@@ -58,12 +58,15 @@ def query_rows(
     if kind == "salient":
         if salient is None:
             raise ValueError(
-                "text_query='salient' needs to know the question's words: pass processor= to attach() and make the inputs with that "
-                "processor, or pass salient_mask=duet_vlm.inputs.text_queries.salient_mask(tokenizer, texts, input_ids) to the model"
+                "text_query='salient' needs to know the question's words: pass processor= to attach() and make the "
+                "inputs with that "
+                "processor, or pass salient_mask=duet_vlm.inputs.text_queries.salient_mask(tokenizer, texts, "
+                "input_ids) to the model"
             )
         salient = torch.nn.functional.pad(salient, (0, max(0, after.shape[1] - salient.shape[1])))
         if salient.shape != after.shape:
-            raise ValueError(f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same inputs")
+            raise ValueError(f"salient_mask is {tuple(salient.shape)}, the prompt {tuple(after.shape)}: make both from the same "
+                "inputs")
         return after & salient.to(after.device).bool()
     return after
 
@@ -137,7 +140,8 @@ def columns_of(
     columns = [c for c, token in enumerate(tokens) if token not in skip]
     pieces = [p for p, token in enumerate(encoded["input_ids"]) if token not in skip]
     if [tokens[c] for c in columns] != [encoded["input_ids"][p] for p in pieces]:
-        raise ValueError("input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in them")
+        raise ValueError("input_ids are not this text's tokens (truncated, or another processor's): its words cannot be found in "
+            "them")
     return columns, [tuple(encoded["offset_mapping"][p]) for p in pieces]
 
 

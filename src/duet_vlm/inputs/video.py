@@ -178,7 +178,8 @@ def _pictures(path: Path, indices: tuple[int, ...], total: int, buffered: int) -
             if frame.width * frame.height * buffered > MAX_PIXELS:
                 max_frames = MAX_PIXELS // (frame.width * frame.height)
                 raise ValueError(
-                    f"--video {path}: {buffered} frames of {frame.width} x {frame.height} pixels are too many to hold; take at most {max_frames} at a time"
+                    f"--video {path}: {buffered} frames of {frame.width} x {frame.height} pixels are too many to "
+                    f"hold; take at most {max_frames} at a time"
                 )
             alpha = any(component.is_alpha for component in frame.format.components)
             picture = upright(rgb(frame.to_ndarray(format="rgba")) if alpha else frame.to_image(), frame.rotation)

@@ -322,7 +322,8 @@ class Adapter(ABC):
     def blocks_to_reduce(self) -> tuple[TowerBlocks | VarlenTower, ...]:
         """Blocks inside which patches can be dropped, one entry per tower; a TypeError gives the reason if there are
         none."""
-        raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it (duet, visionzip)")
+        raise TypeError(f"{self.family}: reducing inside this vision tower is not supported; use a method that reduces behind it "
+            "(duet, visionzip)")
 
     def cell_of(self, call: Encoding, blocks: TowerBlocks) -> int:
         """Side, in patches, of the square that becomes one token."""
@@ -409,7 +410,8 @@ class Adapter(ABC):
         """Per span: rows and columns of each of its parts, in tokens where nothing is cut off."""
         grids, parts = self.grids(call, counts), self.tokens_per_crop(call, counts)
         if None in grids:
-            raise TypeError(f"{self.family}: what this model makes of a picture has no grid; use a method that needs none (duet, vispruner)")
+            raise TypeError(f"{self.family}: what this model makes of a picture has no grid; use a method that needs none (duet, "
+                "vispruner)")
         return [(grid[0] // len(sizes), grid[1]) for grid, sizes in zip(grids, parts, strict=True) if grid is not None]
 
     def token_coords(self, call: Encoding, counts: list[int]) -> list[Tensor]:
@@ -428,7 +430,8 @@ class Adapter(ABC):
         """Frames of a video that the tower encodes as one independent time step, so that a video can be encoded in
         chunks. A TypeError gives the reason where it cannot."""
         why = "takes frames as images" if self.video else "takes no clips"
-        raise TypeError(f"{self.family} {why}, so frames cannot go through its tower some at a time: leave chunk_frames and still_frames out")
+        raise TypeError(f"{self.family} {why}, so frames cannot go through its tower some at a time: leave chunk_frames and "
+            "still_frames out")
 
     def steps(self, call: Encoding) -> list[Tensor]:
         """Per video of a call: the pixels of its time steps, patch by patch [t, n, m]."""

@@ -40,7 +40,8 @@ class Gemma3(LlamaLike):
         if getattr(self.config.text_config, "attn_logit_softcapping", None):
             raise TypeError(f"{self.family}: attention logits that are soft-capped (Gemma 2 decoders) cannot be ranked yet")
         if not hasattr(self.base.vision_tower, "encoder"):
-            raise TypeError(f"{self.family}: the vision tower {type(self.base.vision_tower).__name__} is not supported, only SigLIP is")
+            raise TypeError(f"{self.family}: the vision tower {type(self.base.vision_tower).__name__} is not supported, only "
+                "SigLIP is")
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.base.vision_tower.encoder.layers[-1 if layer is None else layer].self_attn

@@ -42,7 +42,8 @@ class InternVL(Llava):
         tower = type(self.clip_tower).__name__
         if "InternVL" not in tower or self.feeds_cls:
             raise TypeError(
-                f"internvl: only InternVL towers with vision_feature_select_strategy='default' are supported, got {tower} with "
+                "internvl: only InternVL towers with vision_feature_select_strategy='default' are supported, got "
+                f"{tower} with "
                 f"{self.config.vision_feature_select_strategy!r}"
             )
         height, width = self.config.vision_config.image_size
@@ -75,7 +76,8 @@ class InternVL(Llava):
         )  # fmt: skip
 
     def cls_module(self) -> nn.Module:
-        raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add the CLS row")
+        raise TypeError("internvl: the projector takes cells of patches, so cls_token=True (official LLaVA presets) cannot add "
+            "the CLS row")
 
     def blank_image(self) -> dict[str, Tensor]:
         vision, weight = self.config.vision_config, next(self.clip_tower.parameters())

@@ -75,5 +75,6 @@ class LlamaLike(Adapter):
         kind = self.text_model.config.model_type
         if kind not in LLAMA_LAYOUT:
             raise TypeError(
-                f"{self.family}: ranking tokens with a {kind} decoder is not tested here, so it is refused; tested are: {', '.join(LLAMA_LAYOUT)}"
+                f"{self.family}: ranking tokens with a {kind} decoder is not tested here, so it is refused; tested "
+                f"are: {', '.join(LLAMA_LAYOUT)}"
             )

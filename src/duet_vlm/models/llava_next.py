@@ -38,7 +38,8 @@ class LlavaNext(Llava):
     def check(self) -> None:
         super().check()
         if self.feeds_cls:
-            raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' is supported")
+            raise TypeError(f"{self.family}: vision_feature_select_strategy='full' cannot be packed into a grid; only 'default' "
+                "is supported")
 
     def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         return self.packed(patches, call)

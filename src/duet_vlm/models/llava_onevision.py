@@ -36,7 +36,8 @@ class LlavaOnevision(LlavaNextVideo):
         tower = type(self.clip_tower).__name__
         if "Siglip" not in tower or self.config.vision_feature_select_strategy != "full":
             raise TypeError(
-                f"llava_onevision: only SigLIP towers with vision_feature_select_strategy='full' are supported, got {tower} with "
+                "llava_onevision: only SigLIP towers with vision_feature_select_strategy='full' are supported, got "
+                f"{tower} with "
                 f"{self.config.vision_feature_select_strategy!r}"
             )
 
@@ -71,7 +72,8 @@ class LlavaOnevision(LlavaNextVideo):
             return blocks.patch_grid
         if self.side % 2:
             raise ValueError(
-                f"llava_onevision: frames of {self.side} x {self.side} patches are resized behind the vision tower, where what is left would be "
+                f"llava_onevision: frames of {self.side} x {self.side} patches are resized behind the vision tower, "
+                "where what is left would be "
                 "mixed with what is gone: use a method that reduces behind it for clips (duet, visionzip, frames)"
             )
         return 2  # half the size, without remainder: means of cells
@@ -89,7 +91,8 @@ class LlavaOnevision(LlavaNextVideo):
         for size, rows in zip(call.sizes, self.packed(numbers, call), strict=True):
             if bool((rows % 1).any()):
                 raise ValueError(
-                    f"llava_onevision: an image of {size[0]} x {size[1]} pixels is resized behind the vision tower, where what is left would be "
+                    f"llava_onevision: an image of {size[0]} x {size[1]} pixels is resized behind the vision tower, "
+                    "where what is left would be "
                     "mixed with what is gone: use a method that reduces behind it (duet, visionzip), or a smaller image"
                 )
         return super()._numbers(call)

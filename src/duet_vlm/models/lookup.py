@@ -63,7 +63,8 @@ def adapter_for(model: nn.Module) -> Adapter:
     core = core_of(model)
     if hasattr(core, "_orig_mod") or getattr(core, "_compiled_call_impl", None) is not None:
         raise TypeError(
-            f"this {type(getattr(core, '_orig_mod', core)).__name__} is compiled as a whole (torch.compile), and what is attached cannot be part of "
+            f"this {type(getattr(core, '_orig_mod', core)).__name__} is compiled as a whole (torch.compile), and "
+            "what is attached cannot be part of "
             "its graph: attach to the model as it was before, and compile the decoder layers instead (layer.forward = "
             "torch.compile(layer.forward) for each of them)"
         )

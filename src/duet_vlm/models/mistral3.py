@@ -61,10 +61,16 @@ class Mistral3(Llava):
         blocks = tuple(BlockModules(block, block.attention, block.ffn_norm, block.feed_forward) for block in self.blocks())
         return (
             ConcatenatedBlocks(
-                tower, tower.patch_conv, tower.transformer, blocks, output_block, patch_grid=self.merge, grids=self.patches,
+                tower,
+                tower.patch_conv,
+                tower.transformer,
+                blocks,
+                output_block,
+                patch_grid=self.merge,
+                grids=self.patches,
                 patch=int(tower.patch_size),
             ),
-        )  # fmt: skip
+        )
 
     def patches_to_tokens(self, patches: Tensor, call: Encoding) -> list[Tensor]:
         grids = self.patches(call)
@@ -77,8 +83,9 @@ class Mistral3(Llava):
         size = recorded.key.new_ones(1, recorded.key.shape[2]) if recorded.size is None else recorded.size
         parts = (recorded.query, recorded.key, size[:, None, :, None])
         images = zip(*(x.split(counts, 2) for x in parts), strict=True) if segmented else [parts]
+        reduced = recorded.size is not None
         received = torch.cat([
-            column_attention(query, key, recorded.scaling, recorded.sample, None if recorded.size is None else some[:, 0, :, 0])[0]
+            column_attention(query, key, recorded.scaling, recorded.sample, some[:, 0, :, 0] if reduced else None)[0]
             for query, key, some in images
         ])  # fmt: skip
         signals = torch.cat([received[:, None], recorded.key[0].float().mean(0)], 1)

@@ -46,7 +46,8 @@ class Qwen2VL(LlamaLike):
 
     def check(self) -> None:
         if SLIDING in self.layer_types:
-            raise TypeError(f"{self.family}: sliding-window decoder layers are not supported, set use_sliding_window=False in the text config")
+            raise TypeError(f"{self.family}: sliding-window decoder layers are not supported, set use_sliding_window=False in "
+                "the text config")
 
     def vision_attention(self, layer: int | None) -> nn.Module:
         return self.visual.blocks[-1 if layer is None else layer].attn
@@ -76,10 +77,15 @@ class Qwen2VL(LlamaLike):
         mergers = visual.merger, *getattr(visual, "deepstack_merger_list", ())
         return (
             VarlenTower(
-                module=visual, unit=config.spatial_merge_size**2, steps=config.temporal_patch_size, patch=config.patch_size,
-                tables=self.tables, block_modules=blocks, mergers=mergers,
+                module=visual,
+                unit=config.spatial_merge_size**2,
+                steps=config.temporal_patch_size,
+                patch=config.patch_size,
+                tables=self.tables,
+                block_modules=blocks,
+                mergers=mergers,
             ),
-        )  # fmt: skip
+        )
 
     def tables(self, grid_thw: Tensor, units: Tensor, counts: tuple[int, ...]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """See ``VarlenTower``. The blocks work in raster order."""

@@ -20,8 +20,10 @@ REASONS = {
     "chameleon": DISCRETE,
     "emu3": DISCRETE,
     "janus": "its decoder also writes pictures, whose tokens must not be mistaken for those it reads",
-    "florence2": "it is an encoder-decoder model: the text encoder reads picture and prompt at once, and the decoder's cache holds neither",
-    "fuyu": "patches enter the decoder through one linear map, and there is no vision tower whose attention could rank them",
+    "florence2": "it is an encoder-decoder model: the text encoder reads picture and prompt at once, and the "
+        "decoder's cache holds neither",
+    "fuyu": "patches enter the decoder through one linear map, and there is no vision tower whose attention could "
+        "rank them",
 }
 
 

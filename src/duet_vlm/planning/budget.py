@@ -208,7 +208,9 @@ def mean_within(counts: Sequence[int], target: float) -> bool:
 def infeasible_budget(method: str, target: float, floor: float, tokens: int, why: str) -> BudgetError:
     """The one error for a budget below a method's floor."""
     return BudgetError(
-        f"{method} cannot reach {target:.4g} mean visual tokens per layer on a span of {tokens} tokens: {why}, so its floor is "
-        f"{floor:.4g} tokens ({floor / tokens:.1%}). Raise the budget or take a method that reduces before the decoder (duet, visionzip).",
+        f"{method} cannot reach {target:.4g} mean visual tokens per layer on a span of {tokens} tokens: {why}, so "
+        "its floor is "
+        f"{floor:.4g} tokens ({floor / tokens:.1%}). Raise the budget or take a method that reduces before the "
+        "decoder (duet, visionzip).",
         floor,
     )

@@ -126,7 +126,8 @@ def _with_structure(plan: SpanPlan, structure: int, budget: Budget | None) -> Sp
         return replace(_more(plan, structure), structure=structure)
     if plan.entry <= structure:
         raise BudgetError(
-            f"newline_tokens='keep': the budget lets {plan.entry} of {plan.tokens} rows enter the decoder, but {structure} of them are newlines; "
+            f"newline_tokens='keep': the budget lets {plan.entry} of {plan.tokens} rows enter the decoder, but "
+            f"{structure} of them are newlines; "
             "raise the budget or use newline_tokens='drop'"
         )
     contextual = min(plan.contextual, plan.entry - structure - 1)

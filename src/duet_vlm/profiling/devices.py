@@ -85,7 +85,8 @@ def device(name: str) -> Device:
         return this_machine()
     if name.lower() not in SHEETS:
         near = did_you_mean(name, SHEETS)
-        raise ValueError(f"--device {name}: no sheet of that name{near}; choose {', '.join(SHEETS)} or {THIS} (this machine, measured)")
+        raise ValueError(f"--device {name}: no sheet of that name{near}; choose {', '.join(SHEETS)} or {THIS} (this machine, "
+            "measured)")
     return SHEETS[name.lower()]
 
 

@@ -153,14 +153,31 @@ def choice_flops(
 
         selection = reducer.select_tokens(
             EncoderView(
-                valid=empty(dtype=torch.bool), dominant=count, contextual=count, plans=plans, importance=layer.importance, keys=layer.keys,
-                features=empty(feature_width), parts=longs(), layers=(layer,) * len(reducer.signal_layers), coords=longs(2), grid_size=pairs, crop_grid=pairs,
-                question=QuestionView(torch.empty(batch, WORDS, feature_width, device=meta), torch.empty(batch, WORDS, dtype=torch.bool, device=meta)),
-                question_state=torch.empty(batch, decoder, device=meta), module=_module(reducer, sizes),
-                text_similarity=empty(1), text_similarity_valid=torch.empty(batch, 1, dtype=torch.bool, device=meta), project=project,
-                modality="video" if steps else "image", max_parts=steps,
+                valid=empty(dtype=torch.bool),
+                dominant=count,
+                contextual=count,
+                plans=plans,
+                importance=layer.importance,
+                keys=layer.keys,
+                features=empty(feature_width),
+                parts=longs(),
+                layers=(layer,) * len(reducer.signal_layers),
+                coords=longs(2),
+                grid_size=pairs,
+                crop_grid=pairs,
+                question=QuestionView(
+                    torch.empty(batch, WORDS, feature_width, device=meta),
+                    torch.empty(batch, WORDS, dtype=torch.bool, device=meta),
+                ),
+                question_state=torch.empty(batch, decoder, device=meta),
+                module=_module(reducer, sizes),
+                text_similarity=empty(1),
+                text_similarity_valid=torch.empty(batch, 1, dtype=torch.bool, device=meta),
+                project=project,
+                modality="video" if steps else "image",
+                max_parts=steps,
             )
-        )  # fmt: skip
+        )
     merging = 2 * selection.index.numel() * tokens * feature_width if by_table(selection, tokens) else 0
     return counter.get_total_flops() + merging + projector_runs * projecting
 
@@ -219,13 +236,26 @@ def _decision_flops(reducer: DecoderReducer, before: int, stay: int, queries: in
         positions = torch.zeros(1, before, dtype=torch.long, device=meta)
         decision = reducer.prune_tokens(
             DecoderView(
-                valid=torch.empty(1, before, dtype=torch.bool, device=meta), num_keep=torch.empty(1, dtype=torch.long, device=meta),
-                spans=((0, before),), span_index=positions, token_index=positions, scores=torch.empty(score_shape, device=meta), host_counts=((before, stay),), grids=(None,),
-                hidden_states=rows(before, shape.hidden), previous_hidden_states=rows(before, shape.hidden), text_hidden_states=rows(queries, shape.hidden),
-                text_valid=torch.empty(1, queries, dtype=torch.bool, device=meta), keys=rows(before, shape.narrow),
-                text_keys=rows(queries, shape.narrow), positions=positions, text_positions=torch.zeros(1, queries, dtype=torch.long, device=meta),
-                visual_self_attention=torch.empty(score_shape, device=meta), gradient=rows(before, shape.hidden), tags=torch.empty(1, before, device=meta),
+                valid=torch.empty(1, before, dtype=torch.bool, device=meta),
+                num_keep=torch.empty(1, dtype=torch.long, device=meta),
+                spans=((0, before),),
+                span_index=positions,
+                token_index=positions,
+                scores=torch.empty(score_shape, device=meta),
+                host_counts=((before, stay),),
+                grids=(None,),
+                hidden_states=rows(before, shape.hidden),
+                previous_hidden_states=rows(before, shape.hidden),
+                text_hidden_states=rows(queries, shape.hidden),
+                text_valid=torch.empty(1, queries, dtype=torch.bool, device=meta),
+                keys=rows(before, shape.narrow),
+                text_keys=rows(queries, shape.narrow),
+                positions=positions,
+                text_positions=torch.zeros(1, queries, dtype=torch.long, device=meta),
+                visual_self_attention=torch.empty(score_shape, device=meta),
+                gradient=rows(before, shape.hidden),
+                tags=torch.empty(1, before, device=meta),
             )
-        )  # fmt: skip
+        )
     weighted = isinstance(decision, Selection) and decision.weights is not None
     return counter.get_total_flops() + (2 * stay * before * shape.hidden if weighted else 0)

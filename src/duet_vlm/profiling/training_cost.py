@@ -144,7 +144,8 @@ def step_flops(
     depth = decoder.layers
     images = [(e, plan) for e in examples for plan in e.plans]
     if trained.lora and (decoder.experts or decoder.linear):
-        raise ValueError("adapters are costed on decoders of seven linear maps per layer: lora=0 for mixtures of experts and linear attention")
+        raise ValueError("adapters are costed on decoders of seven linear maps per layer: lora=0 for mixtures of experts and "
+            "linear attention")
     rows = [(r, layer) for e in examples for layer, r in enumerate(e.rows(depth))]
     head = head_flops(decoder, sum(e.rows(depth)[-1] for e in examples))
     ranking = sum(scoring_flops(decoder, r, e.queries) for e in examples for r in e.ranked(depth))

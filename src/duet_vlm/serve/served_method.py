@@ -78,7 +78,8 @@ class ServedMethod:
         if settings.get("cls_token"):
             raise ValueError("cls_token=True: no server feeds the tower's CLS row to the decoder, leave it out")
         if settings.get("signal_segments") is False:
-            raise ValueError("signal_segments=False: it ranks all images of a call together, and a server decides which those are, leave it out")
+            raise ValueError("signal_segments=False: it ranks all images of a call together, and a server decides which those "
+                "are, leave it out")
         if settings.get("positions", positions) != positions:
             raise ValueError(f"positions={settings['positions']!r}: vLLM gives this model {positions!r} positions, leave it out")
         check_budget(budget)
@@ -87,7 +88,8 @@ class ServedMethod:
         beyond = sorted((reducer.signals - {"importance", "keys"}) | reducer.reads)
         if beyond or len(reducer.signal_layers) > 1:
             what = ", ".join(beyond) or "several vision layers"
-            raise ValueError(f"{method}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: choose another")
+            raise ValueError(f"{method}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: "
+                "choose another")
         served = cls(reducer, budget)
         served.span((1024,))
         return served
@@ -114,7 +116,8 @@ class ServedMethod:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{REQUEST}={budget!r}: {error}") from None  # servers answer a TypeError as a fault of their own
         if self.budget is None:
-            raise ValueError(f"{REQUEST}={budget!r}: this server has counts of its own instead of a budget, so requests cannot choose one")
+            raise ValueError(f"{REQUEST}={budget!r}: this server has counts of its own instead of a budget, so requests cannot "
+                "choose one")
         return budget + 1.0 if isinstance(budget, int) else float(budget)
 
     def span(self, sizes: Sequence[int], structure: int = 0, request_budget: float = NO_REQUEST_BUDGET) -> SpanPlan:
@@ -128,13 +131,15 @@ class ServedMethod:
         """
         server_plan = _span(self.reducer, self.budget, tuple(sizes), structure)
         if server_plan.entry < 1:
-            raise ValueError(f"these settings leave none of an image's {server_plan.tokens} visual tokens, and vLLM needs one at least: give budget=")
+            raise ValueError(f"these settings leave none of an image's {server_plan.tokens} visual tokens, and vLLM needs one at "
+                "least: give budget=")
         if request_budget == NO_REQUEST_BUDGET:
             return server_plan
         budget = int(request_budget - 1) if request_budget > 1 else request_budget
         plan = _span(self.reducer, budget, tuple(sizes), structure)
         if plan.entry > server_plan.entry:
-            raise ValueError(f"{REQUEST}={budget}: {plan.entry} of {plan.tokens} visual tokens, but this server allows {server_plan.entry} at most")
+            raise ValueError(f"{REQUEST}={budget}: {plan.entry} of {plan.tokens} visual tokens, but this server allows "
+                f"{server_plan.entry} at most")
         return plan
 
     @property
@@ -155,7 +160,8 @@ def _span(reducer: EncoderReducer, budget: Budget | None, sizes: tuple[int, ...]
 def _check_stage(name: str, cls: type[Reducer]) -> None:
     """Refuse a method that has no first stage after the tower."""
     if issubclass(cls, TowerReducer):
-        raise ValueError(f"method {name}: it works inside the vision tower, which vLLM runs as it is; take one behind it (duet_plus, visionzip, ...)")
+        raise ValueError(f"method {name}: it works inside the vision tower, which vLLM runs as it is; take one behind it "
+            "(duet_plus, visionzip, ...)")
     if not issubclass(cls, EncoderReducer):
         what = "drops inside the decoder" if issubclass(cls, DecoderReducer) else "reduces nothing"
         remedy = "take one that reduces before the decoder (duet_plus, visionzip, ...)"
@@ -168,7 +174,8 @@ def flags(config: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     (architecture,) = config.get("architectures") or ["no architecture in config.json"]
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{architecture}: vLLM cannot run a first stage for this model, only for {known}; --backend transformers runs others")
+        raise ValueError(f"{architecture}: vLLM cannot run a first stage for this model, only for {known}; --backend transformers "
+            "runs others")
     ServedMethod.of(settings, ARCHITECTURES[architecture])
     values = {name: value if isinstance(value, str) else json.dumps(value, separators=(",", ":")) for name, value in settings.items()}
     return [

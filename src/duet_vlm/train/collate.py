@@ -71,7 +71,8 @@ class Collator:
             text += piece
         markers = text.count(self.processor.image_token)
         if markers != len(conversation.images):
-            raise ValueError(f"{conversation.where}: {markers} x {self.processor.image_token} in its text for {len(conversation.images)} images")
+            raise ValueError(f"{conversation.where}: {markers} x {self.processor.image_token} in its text for "
+                f"{len(conversation.images)} images")
         return text, spans
 
     def _chat(self, conversation: Conversation) -> list[tuple[str, bool]]:
@@ -87,7 +88,8 @@ class Collator:
             after = self.processor.apply_chat_template(messages[: number + 1])
             if not (rendered.startswith(before) and rendered.startswith(after) and done <= len(before) <= len(after)):
                 raise ValueError(
-                    f"{conversation.where}: the chat template changes earlier turns when one is added, so the tokens of turn {number} cannot be found"
+                    f"{conversation.where}: the chat template changes earlier turns when one is added, so the tokens "
+                    f"of turn {number} cannot be found"
                 )
             pieces += [(rendered[done : len(before)], False), (rendered[len(before) : len(after)], True)]
             done = len(after)
@@ -104,5 +106,6 @@ class Collator:
             return inputs
         for conversation, lost in zip(batch, (ids[:, self.max_length :] == self.image).any(1).tolist(), strict=True):
             if lost:
-                raise ValueError(f"{conversation.where}: max_length={self.max_length} would cut an image: raise it or leave this sample out")
+                raise ValueError(f"{conversation.where}: max_length={self.max_length} would cut an image: raise it or leave this "
+                    "sample out")
         return {k: v[:, : self.max_length] if v.shape == ids.shape and not v.is_floating_point() else v for k, v in inputs.items()}

@@ -145,7 +145,8 @@ def _row(value: Any, where: str, folder: Path) -> DataRow:
     if not isinstance(value, dict) or not isinstance(turns := value.get("conversations", value.get("messages")), list):
         raise ValueError(f"{where}: needs a list under 'conversations' (LLaVA) or 'messages' (chat)")
     if not turns or any(not isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"{where}: a conversation is a list of turns, at least one, each with a speaker and what is said; got {turns!r}")
+        raise ValueError(f"{where}: a conversation is a list of turns, at least one, each with a speaker and what is said; got "
+            f"{turns!r}")
     who, what = ("from", "value") if "conversations" in value else ("role", "content")
     listed = value.get("image") or value.get("images") or []
     waiting = [listed] if isinstance(listed, str) else list(listed)

@@ -32,7 +32,8 @@ def begin(settings: TrainSettings, restart: bool) -> None:
     leftovers = [*checkpoints(out), *([out / STATE] if finished(out) else [])]
     if leftovers and not _ours(file):
         raise ValueError(
-            f"{out} holds {leftovers[0].name}, and no {SETTINGS} of duet-vlm train: it is another program's training, which is "
+            f"{out} holds {leftovers[0].name}, and no {SETTINGS} of duet-vlm train: it is another program's "
+            "training, which is "
             "neither deleted nor gone on from. Choose another --out, or move it away"
         )
     if restart:
@@ -45,10 +46,12 @@ def begin(settings: TrainSettings, restart: bool) -> None:
         before, now = _flat(settings_from(config=file).to_dict()), _flat(settings.to_dict())
         differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differ:
-            raise ValueError(f"{out} holds a run with other settings ({', '.join(differ)}): choose another --out, or --restart to replace it")
+            raise ValueError(f"{out} holds a run with other settings ({', '.join(differ)}): choose another --out, or --restart to "
+                "replace it")
         if (out / DATA).exists() and (out / DATA).read_text() != contents:
             raise ValueError(
-                f"{out} holds a run on other data: conversations or images have changed since; choose another --out, or --restart to replace it"
+                f"{out} holds a run on other data: conversations or images have changed since; choose another --out, "
+                "or --restart to replace it"
             )
     out.mkdir(parents=True, exist_ok=True)
     (out / DATA).write_text(contents)

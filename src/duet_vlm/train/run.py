@@ -131,7 +131,8 @@ def arguments(settings: TrainSettings) -> TrainingArguments:
     except TypeError as error:
         raise ValueError(f"trainer: {error} (arguments of transformers.TrainingArguments)") from error
     if args.label_smoothing_factor:
-        raise ValueError("trainer: label_smoothing_factor: the Trainer's smoothing does not shift labels for these models: leave it out")
+        raise ValueError("trainer: label_smoothing_factor: the Trainer's smoothing does not shift labels for these models: leave "
+            "it out")
     return args
 
 

@@ -19,7 +19,8 @@ def served(config: Any, positions: str) -> ServedMethod:
     """
     settings = getattr(config, KEY, None)
     if settings is None:
-        raise ValueError(f'this architecture reduces visual tokens and needs settings: --hf-overrides \'{{"{KEY}": {{"budget": 64}}, ...}}\'')
+        raise ValueError(f'this architecture reduces visual tokens and needs settings: --hf-overrides \'{{"{KEY}": {{"budget": '
+            f'64}}, ...}}\'')
     return _served(json.dumps(settings, sort_keys=True), positions)
 
 

@@ -27,7 +27,8 @@ def check_engine(vllm_config: VllmConfig) -> None:
     compilation, mm = vllm_config.compilation_config, vllm_config.model_config.multimodal_config
     for name in ("cudagraph_mm_encoder", "compile_mm_encoder"):
         if getattr(compilation, name, False):
-            raise ValueError(f"{name}: a captured or compiled vision tower shows nobody the attention that ranks its tokens, leave it out")
+            raise ValueError(f"{name}: a captured or compiled vision tower shows nobody the attention that ranks its tokens, "
+                "leave it out")
     if getattr(mm, "mm_encoder_tp_mode", "weights") == "data":
         raise ValueError("--mm-encoder-tp-mode data: each rank would see the attention of some images only, leave it out")
 

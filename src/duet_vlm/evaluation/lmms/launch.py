@@ -115,7 +115,8 @@ def argument_text(given: Mapping[str, Any]) -> str:
         if value is None:
             continue
         if not isinstance(value_of(text), dict) and any(sign in text for sign in ",'\"{}[]"):
-            raise ValueError(f"{name}={text}: lmms-eval's --model_args cannot carry commas, quotes or brackets; use another path or name")
+            raise ValueError(f"{name}={text}: lmms-eval's --model_args cannot carry commas, quotes or brackets; use another path "
+                "or name")
         parts.append(f"{name}={text}")
     return ",".join(parts)
 

@@ -12,11 +12,13 @@ from duet_vlm.evaluation.report.style import one_line
 
 ORACLE = "`oracle` is no method but a reference: it is told which patches the answer needs."
 NOTE_KEPT = (
-    "Brackets hold 95 % intervals (score intervals, paired); ▲ and ▼ differ from the reference method at that budget (adjusted p < .05); "
+    "Brackets hold 95 % intervals (score intervals, paired); ▲ and ▼ differ from the reference method at that budget "
+    "(adjusted p < .05); "
     f"infeasible budgets give the method's floor in tokens. {ORACLE}"
 )
 NOTE = (
-    "Tokens are means per decoder layer and question. Brackets hold 95 % score intervals; those of kept and difference compare the same "
+    "Tokens are means per decoder layer and question. Brackets hold 95 % score intervals; those of kept and "
+    "difference compare the same "
     f"questions; those of prefill ms are quartiles. {ORACLE}"
 )
 

@@ -278,7 +278,8 @@ def sheet_of(device: str, say: Callable[[str], object] = print) -> Device | None
     for key, sheet in SHEETS.items():
         if key in words and not words & CARDS and abs(memory / sheet.memory - 1) <= 0.1:
             return sheet
-    say(f"nothing is predicted: there is no data sheet of {name} with {memory / 1e9:.0f} GB, only of {', '.join(SHEETS)}")
+    say(f"nothing is predicted: there is no data sheet of {name} with {memory / 1e9:.0f} GB, only of "
+        f"{', '.join(SHEETS)}")
     return None
 
 

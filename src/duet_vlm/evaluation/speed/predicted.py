@@ -72,7 +72,8 @@ def plan_prompt(
     scored = {drop: adapter.ranking_layer(drop - reducer.score_layer_offset, reducer.score_states) for drop in drops}
     for drop, layer in scored.items():
         if layer < 0:
-            raise ValueError(f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to rank tokens by")
+            raise ValueError(f"{reducer.name} drops before decoder layer {drop}, where {adapter.family} has had no attention to "
+                "rank tokens by")
     layers = tuple(sorted(set(scored.values())))
     reused = tuple(i for i in layers if adapter.key_projection(adapter.layers[i]) is not None)
     return PlannedPrompt(sample, layers, reused)

@@ -93,7 +93,8 @@ def prompt_for(adapter: Adapter, batch: int, text: int, tokens: int | None = Non
         spans = tuple(len(rows) for rows in adapter.spans(getattr(adapter.base, modality.encode)(**single), call))
     if picture is None and modality.sizes is None and tokens not in (None, sum(spans)):
         what = f"a clip of {frames} frames" if frames else "an image"
-        raise ValueError(f"tokens={tokens}: {what} has {sum(spans)} visual tokens in this {adapter.family} model; leave the number out")
+        raise ValueError(f"tokens={tokens}: {what} has {sum(spans)} visual tokens in this {adapter.family} model; leave the "
+            "number out")
     batched = {key: torch.cat([value] * batch) if isinstance(value, Tensor) else value for key, value in single.items()}
     counts = list(spans)
     passes = tuple(adapter.tokens_per_crop(call, counts))
@@ -159,7 +160,8 @@ def _cut(adapter: Adapter, stream: Modality, tokens: int) -> tuple[int, int]:
     counts = {(h, w): len(adapter.parts(Encoding(stream.name, [[h, w]]), [0])[0]) for h in sizes[0] for w in sizes[1]}
     least, most = min(counts.values()), max(counts.values())
     if not least <= tokens <= most:
-        raise ValueError(f"tokens={tokens}: images have {least} to {most} visual tokens in this {adapter.family} model, overview and crops together")
+        raise ValueError(f"tokens={tokens}: images have {least} to {most} visual tokens in this {adapter.family} model, overview "
+            "and crops together")
     return min(counts, key=lambda size: abs(counts[size] - tokens))
 
 

@@ -89,8 +89,10 @@ def split(count: int, keep: float | None) -> QuestionSplit:
         reach = math.exp(math.log(LEVEL) / (count - FEWEST)) if count > FEWEST else 0.0
         instead = f", or --keep {math.floor(1000 * reach) / 1000:g}" if reach > 0.5 else ""
         raise ValueError(
-            f"{_questions(count)} that the full model answers: too few to know with 95 % that {percent(keep)} of the answers are kept: {testing} "
-            f"without a loss show it, and {FEWEST} are needed to choose by; give {testing + FEWEST - count} more{instead}"
+            f"{_questions(count)} that the full model answers: too few to know with 95 % that {percent(keep)} of the "
+            f"answers are kept: {testing} "
+            f"without a loss show it, and {FEWEST} are needed to choose by; give {testing + FEWEST - count} "
+            f"more{instead}"
         )
     return QuestionSplit(min(count - testing, max(FEWEST, round(CHOOSING * count))), testing, losses)
 

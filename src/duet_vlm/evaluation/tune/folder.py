@@ -31,7 +31,8 @@ def folder_task(folder: Path, prompts: Sequence[str], frames: int | None = None)
         except UnicodeDecodeError as error:
             raise ValueError(f"{beside}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
         if not file_prompts:
-            raise ValueError(f"{file}: nothing to ask about it; give --prompt, or write prompts into {beside.name} beside it, one a line")
+            raise ValueError(f"{file}: nothing to ask about it; give --prompt, or write prompts into {beside.name} beside it, one "
+                "a line")
         questions += [(file, prompt) for prompt in file_prompts]
     if not questions:
         raise ValueError(f"{folder}: no pictures or clips in it ({', '.join(sorted(PICTURES | CLIPS))})")

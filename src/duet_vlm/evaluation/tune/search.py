@@ -45,7 +45,8 @@ class Goal:
 
     def __post_init__(self) -> None:
         if self.keep is not None and not 0.5 <= self.keep < 1:
-            raise ValueError(f"--keep {self.keep:g}: give a share from 0.5 to below 1 (no number of questions proves that nothing is ever lost)")
+            raise ValueError(f"--keep {self.keep:g}: give a share from 0.5 to below 1 (no number of questions proves that nothing "
+                "is ever lost)")
         if self.speedup is not None and not 1 < self.speedup < 100:
             raise ValueError(f"--speedup {self.speedup:g}: give a number above 1, such as 1.5")
         if self.memory is not None and self.memory <= 0:
@@ -139,13 +140,15 @@ def _cost(count: int, candidates: int, goal: Goal, pace: float) -> Preview:
 def _usable(asker: AnswerSource, full_answers: dict[int, str]) -> list[int]:
     """Numbers of the questions that the full model answers, and answers right where that is known."""
     if not any(full_answers.values()):
-        raise ValueError(f"the full model answers nothing to any of {len(full_answers)} questions: there is nothing to keep; ask something that it answers")
+        raise ValueError(f"the full model answers nothing to any of {len(full_answers)} questions: there is nothing to keep; ask "
+            "something that it answers")
     judged = {number: asker.accepted(number) for number in full_answers}
     usable = [number for number, text in full_answers.items() if text and (not judged[number] or accepted(text, judged[number]))]
     if not usable:
         number = next(number for number, labels in judged.items() if labels)
         raise ValueError(
-            f"the full model's answer is never one of the labels: to {asker.question(number).text!r} it says {full_answers[number]!r}, the label is "
+            f"the full model's answer is never one of the labels: to {asker.question(number).text!r} it says "
+            f"{full_answers[number]!r}, the label is "
             f"{judged[number][0]!r}; change the prompt so that it answers in the labels' form, or leave the labels out"
         )
     return usable

@@ -45,8 +45,10 @@ def verdict(result: dict[str, Any]) -> str:
         tested = row["testing"]
         questions = "one question" if tested["asked"] == 1 else f"{tested['asked']} questions"
         return (
-            f"{row['id']}: {result['full_ms'] / row['ms']:.2f} times faster to the first token ({row['ms']:.4g} ms, the full model "
-            f"{result['full_ms']:.4g} ms). In the test, {questions} that the full model answers right, it keeps {tested['asked'] - tested['lost']}. "
+            f"{row['id']}: {result['full_ms'] / row['ms']:.2f} times faster to the first token ({row['ms']:.4g} ms, "
+            "the full model "
+            f"{result['full_ms']:.4g} ms). In the test, {questions} that the full model answers right, it keeps "
+            f"{tested['asked'] - tested['lost']}. "
             f"So it keeps at least {row['bound']:.2%} (with {1 - LEVEL:.0%} confidence)."
         )
     tried = [row for row in result["candidates"] if row["testing"]["asked"]] or [row for row in result["candidates"] if row["kept"] is not None]
