@@ -113,7 +113,14 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
 def _paragraphs(cls: type[duet_vlm.Reducer], select: Callable[[str], bool]) -> str:
     """Paragraphs of a method's docstring before its parameters, or (of the rest) those that ``select`` accepts."""
     paragraphs = [" ".join(text.split()) for text in (inspect.getdoc(cls) or "").split("\n\n")]
-    first = next((i for i, text in enumerate(paragraphs) if text.startswith(("Parameters", "Cost", "Differences", "From the paper"))), len(paragraphs))
+    first = next(
+        (
+            i
+            for i, text in enumerate(paragraphs)
+            if text.startswith(("Parameters", "Cost", "Differences", "From the paper"))
+        ),
+        len(paragraphs),
+    )
     accepted = [text for text in paragraphs[:first] if select(text)] or [text for text in paragraphs[first:] if select(text)][:1]
     return " ".join(accepted)
 

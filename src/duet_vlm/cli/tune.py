@@ -128,7 +128,17 @@ def _check_extras() -> None:
 
 
 def _searched(
-    loaded: LoadedModel, question_task: Task, seed: int, count: int, runs: Any, goal: Any, batch: int, rounds: int, folder: Path, restart: bool, dry_run: bool
+    loaded: LoadedModel,
+    question_task: Task,
+    seed: int,
+    count: int,
+    runs: Any,
+    goal: Any,
+    batch: int,
+    rounds: int,
+    folder: Path,
+    restart: bool,
+    dry_run: bool,
 ) -> dict[str, Any] | None:
     """The search, with its journal and a bar on stderr."""
     import torch
@@ -197,7 +207,14 @@ def _write(result: dict[str, Any], folder: Path, as_json: bool, model: str, clip
     screen = console(100)
     table = Table("candidate", "ms", "kept", "asked", "what became of it", box=SIMPLE, pad_edge=False)
     num_asked = {candidate["id"]: candidate["choosing"]["asked"] + candidate["testing"]["asked"] for candidate in result["candidates"]}
-    rows = sorted(result["candidates"], key=lambda candidate: (candidate["id"] != result["chosen"], -num_asked[candidate["id"]], candidate["ms"] or 1e9))
+    rows = sorted(
+        result["candidates"],
+        key=lambda candidate: (
+            candidate["id"] != result["chosen"],
+            -num_asked[candidate["id"]],
+            candidate["ms"] or 1e9,
+        ),
+    )
     for candidate in rows[:SHOWN]:
         kept = "-" if candidate["kept"] is None else f"{candidate['kept']:.1%}"
         reason = escape(candidate["reason"]) or "[bold]chosen[/bold]"

@@ -131,7 +131,16 @@ def generate(
         versions = {"duet_vlm": duet_vlm.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
         pieces = {"chunk_frames": handle.chunks.chunk_frames, "still_frames": handle.chunks.still_frames}
         options = {"batch": batch, "max_new_tokens": max_new_tokens} | {name: value for name, value in pieces.items() if value is not None}
-        journal = Journal(path, {CONTENTS: prompt_file.mark, "model": model_facts(loaded), "reduction": method, "options": options, "versions": versions})
+        journal = Journal(
+            path,
+            {
+                CONTENTS: prompt_file.mark,
+                "model": model_facts(loaded),
+                "reduction": method,
+                "options": options,
+                "versions": versions,
+            },
+        )
 
         def work(todo: dict[str, list[str]]) -> Generator[tuple[str, Page], None, None]:
             for part in todo:

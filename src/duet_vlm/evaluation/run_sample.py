@@ -72,7 +72,14 @@ def attached(loaded: LoadedModel, run: ExperimentCell, questions: Sequence[TaskQ
     """The model with a run's method attached; the oracle receives the needed tokens of these questions."""
     oracle_fields: dict[str, Any] = {"needed": tuple(part for q in questions for part in needed_parts(q))} if run.method == ORACLE else {}
     processor = loaded.processor if run.settings.get("text_query") == "salient" else None
-    with duet_vlm.attach(loaded.model, method_of(run), budget=run.budget, processor=processor, **run.settings | run.pieces, **oracle_fields) as handle:
+    with duet_vlm.attach(
+        loaded.model,
+        method_of(run),
+        budget=run.budget,
+        processor=processor,
+        **run.settings | run.pieces,
+        **oracle_fields,
+    ) as handle:
         yield handle
 
 

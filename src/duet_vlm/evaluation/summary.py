@@ -57,7 +57,10 @@ def summarize(
 def restated(result: dict[str, Any]) -> dict[str, Any]:
     """A result whose statistics are computed again from its predictions, for a file of an earlier version."""
     predictions, experiment = unpack(result), result["experiment"]
-    hits = {key: np.array([accepted(a, gold) for a, gold in zip(texts, predictions["gold"], strict=True)]) for key, texts in predictions["answers"].items()}
+    hits = {
+        key: np.array([accepted(a, gold) for a, gold in zip(texts, predictions["gold"], strict=True)])
+        for key, texts in predictions["answers"].items()
+    }
     rows: Rows = copy.deepcopy(result["runs"])
     for row in rows:
         if row["status"] == "ok":

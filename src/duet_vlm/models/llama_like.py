@@ -41,7 +41,12 @@ class LlamaLike(Adapter):
     def project(self, layer: nn.Module, hidden: Tensor, rotary: Rotary, query_positions: Tensor) -> tuple[Tensor, Tensor]:
         normed = layer.input_layernorm(hidden)
         key = self._rotated(layer, "k", normed, rotary)
-        return self._rotated(layer, "q", gather_rows(normed, query_positions), (gather_rows(rotary[0], query_positions), gather_rows(rotary[1], query_positions))), key
+        return self._rotated(
+            layer,
+            "q",
+            gather_rows(normed, query_positions),
+            (gather_rows(rotary[0], query_positions), gather_rows(rotary[1], query_positions)),
+        ), key
 
     def key_projection(self, layer: nn.Module) -> nn.Module | None:
         return getattr(getattr(layer, "self_attn", None), "k_proj", None)

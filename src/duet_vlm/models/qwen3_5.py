@@ -41,7 +41,9 @@ class Qwen35(Qwen2VL):
         heads, width = mixer.num_k_heads, mixer.head_k_dim
         queries_keys = mixer.in_proj_qkv(normed)[..., : 2 * heads * width].transpose(1, 2)
         weight = mixer.conv1d.weight[: queries_keys.shape[1]]
-        queries_keys = nn.functional.conv1d(queries_keys.to(weight.dtype), weight, padding=weight.shape[-1] - 1, groups=len(weight))[..., : hidden.shape[1]]
+        queries_keys = nn.functional.conv1d(
+            queries_keys.to(weight.dtype), weight, padding=weight.shape[-1] - 1, groups=len(weight)
+        )[..., : hidden.shape[1]]
         query, key = unit_rows(nn.functional.silu(queries_keys).transpose(1, 2).unflatten(2, (2, heads, width))).transpose(1, 3).unbind(2)
         gate = mixer.in_proj_b(normed).float().sigmoid().unflatten(2, (heads, -1)).mean(3) / heads
         return gather_rows(query.transpose(1, 2), query_positions).transpose(1, 2), key, gate.transpose(1, 2)

@@ -113,7 +113,9 @@ class TokenMap:
 
     def gather(self, index: Tensor, valid: Tensor) -> TokenMap:
         """The map after gathering positions ``index`` [B, T'], of which ``valid`` [B, T'] are no padding."""
-        prompt_index, entry_index, visual, protected = (x.gather(1, index) for x in (self.prompt_index, self.entry_index, self.visual, self.protected))
+        prompt_index, entry_index, visual, protected = (
+            x.gather(1, index) for x in (self.prompt_index, self.entry_index, self.visual, self.protected)
+        )
         return TokenMap(prompt_index, entry_index, valid, visual & valid, protected & valid)
 
     def renumbered(self) -> TokenMap:

@@ -81,7 +81,10 @@ def depth_note(traces: Sequence[SpanTrace], layer: int) -> tuple[str, str]:
     """Number of kept tokens at a layer, and in a second line the merged and dropped ones; of several spans together."""
     fates = [token_fates(trace, layer) for trace in traces]
     dropped_at = [where for span_fates in fates for where in span_fates.dropped.values()]
-    into, groups = sum(len(span_fates.into) for span_fates in fates), sum(len({end for ends in span_fates.into.values() for end in ends}) for span_fates in fates)
+    into, groups = (
+        sum(len(span_fates.into) for span_fates in fates),
+        sum(len({end for ends in span_fates.into.values() for end in ends}) for span_fates in fates),
+    )
     alive, tokens = sum(len(span_fates.alive) for span_fates in fates), sum(trace.span.tokens for trace in traces)
     merged = f"{into} merged into {groups} of them, " if into else ""
     dropped_here = dropped_at.count(layer)

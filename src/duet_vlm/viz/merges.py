@@ -38,5 +38,9 @@ def origins(trace: SpanTrace) -> str:
     for stage, merged in stages(trace):
         first, merged_before = len(merged_before) + 1, merged_before.union(merged)
         if len(merged_before) >= first:
-            sentences.append(f"{first}-{len(merged_before)} {stage_name(stage.layer)}" if len(merged_before) > first else f"{first} {stage_name(stage.layer)}")
+            sentences.append(
+                f"{first}-{len(merged_before)} {stage_name(stage.layer)}"
+                if len(merged_before) > first
+                else f"{first} {stage_name(stage.layer)}"
+            )
     return f"groups by where their merging begins: {', '.join(sentences)}" if sentences else ""

@@ -44,7 +44,9 @@ class ScoreRecorder:
         """For each stage of ``trace``, span ``number`` of the only sample of the last prompt: the score of every token
         that was ranked there, by its number within the span; None where nothing was ranked, or not token by token
         (crops or frames reduced independently)."""
-        stage_scores: list[dict[int, float] | None] = [self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None]
+        stage_scores: list[dict[int, float] | None] = [
+            self._at_entry(trace, number) if trace.stages and trace.stages[0].dropped or trace.merged else None
+        ]
         drops = iter(self._drops)
         for _ in trace.stages[1:]:
             stage_scores.append(_of_span(*drop, number) if (drop := next(drops, None)) is not None else None)

@@ -244,7 +244,16 @@ def _names(figure: Figure, axes: Axes, ends: list[tuple[str, float, float]], sty
     heights = apart([float(y) for _, y in starts], gap, 0.0, 1.0)
     for (label, _, _), (x, y), height in zip(ends, starts, heights, strict=True):
         look = styles[label]
-        leader = Line2D([x, 1.035, 1.05], [y, height, height], transform=axes.transAxes, color=look.colour, lw=0.6, alpha=0.5, clip_on=False, zorder=1)
+        leader = Line2D(
+            [x, 1.035, 1.05],
+            [y, height, height],
+            transform=axes.transAxes,
+            color=look.colour,
+            lw=0.6,
+            alpha=0.5,
+            clip_on=False,
+            zorder=1,
+        )
         sample = Line2D([1.05, 1.10], [height, height], transform=axes.transAxes, color=look.colour, ls=look.dash, lw=look.width, clip_on=False)
         mark = Line2D([1.075], [height], transform=axes.transAxes, ls="", marker=look.marker, ms=look.size, clip_on=False)
         mark.set(color=look.colour if look.filled else GROUND, markeredgecolor=GROUND if look.filled else look.colour, markeredgewidth=0.7)

@@ -102,7 +102,13 @@ def result(name: str, model: nn.Module, plan: BenchPlan, sheet: Device | None, s
     }  # fmt: skip
 
 
-def run(model: nn.Module, plan: BenchPlan, sheet: Device | None = None, picture: Any = None, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
+def run(
+    model: nn.Module,
+    plan: BenchPlan,
+    sheet: Device | None = None,
+    picture: Any = None,
+    say: Callable[[str], object] = print,
+) -> list[dict[str, Any]]:
     """Measure; one row per side, batch and text length. ``sheet``: also predict, from that device, if it knows the
     dtype."""
     adapter, sheet = adapter_for(model), _matching_sheet(sheet, model, say)
@@ -120,7 +126,12 @@ def _compare(adapter: Adapter, plan: BenchPlan, prompt: BenchPrompt, sheet: Devi
     passes = {side: BenchPass(adapter, side, prompt, plan) for side in sides}
     with torch.inference_mode():
         facts = {side: bench_pass.facts(sheet) for side, bench_pass in passes.items()}
-        time_paired({str(side): bench_pass for side, bench_pass in passes.items()}, plan.rounds, plan.warmup, {str(s): p.around for s, p in passes.items()})
+        time_paired(
+            {str(side): bench_pass for side, bench_pass in passes.items()},
+            plan.rounds,
+            plan.warmup,
+            {str(s): p.around for s, p in passes.items()},
+        )
         ends = _end_to_end(passes, plan)
     full = passes[sides[0]].timings(plan.rounds) | ends.get("full", {})
     rows = []
@@ -246,8 +257,18 @@ class BenchPass:
         model = self.adapter.model
         cost = ModelCost(self.adapter.decoder_dims(), self.adapter.vision_dims(), sum(p.numel() for p in model.parameters()))
         prediction = predict(cost, work, sheet, _dtype(model), self.prompt.batch)
-        stages = {"vision": prediction.vision.seconds, "v2v": prediction.selection.seconds, "prefill": prediction.prefill.seconds, "decode step": prediction.step}
-        return {name: 1000 * seconds for name, seconds in (stages | {"to first token": prediction.first_token, "end to end": prediction.total}).items()}
+        stages = {
+            "vision": prediction.vision.seconds,
+            "v2v": prediction.selection.seconds,
+            "prefill": prediction.prefill.seconds,
+            "decode step": prediction.step,
+        }
+        return {
+            name: 1000 * seconds
+            for name, seconds in (
+                stages | {"to first token": prediction.first_token, "end to end": prediction.total}
+            ).items()
+        }
 
 
 def _spread(timing: Timing) -> dict[str, float]:

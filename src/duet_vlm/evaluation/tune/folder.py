@@ -27,7 +27,11 @@ def folder_task(folder: Path, prompts: Sequence[str], frames: int | None = None)
     for file in sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES | CLIPS):
         beside = file.with_suffix(".txt")
         try:
-            file_prompts = [line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()] if beside.is_file() else list(prompts)
+            file_prompts = (
+                [line.strip() for line in beside.read_text(encoding="utf-8").splitlines() if line.strip()]
+                if beside.is_file()
+                else list(prompts)
+            )
         except UnicodeDecodeError as error:
             raise ValueError(f"{beside}: not a text file in UTF-8 ({error.reason} at byte {error.start})") from error
         if not file_prompts:
