@@ -81,7 +81,7 @@ def evaluate(
     """Measure accuracy, tokens, FLOPs, KV bytes and prefill time of methods and budgets, beside the full model, on the
     same questions.
 
-    All GPUs of the machine are used. Start the same command again after a kill and it goes on where it stopped.
+    All GPUs of the machine are used. Start the same command again after a kill and it continues where it stopped.
     """
     with friendly(debug, json_):
         from duet_vlm.evaluation.experiment import read

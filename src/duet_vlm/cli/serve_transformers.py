@@ -206,7 +206,7 @@ def _opened(value: Any) -> Iterator[tuple[str, Any]]:
 def _enclosed(key: str, value: Any) -> bool:
     if isinstance(value, dict):
         spoken = key == "input_audio" and isinstance(value.get("data"), str) and bool(value.get("format"))  # becomes a data: URL
-        return spoken or isinstance(value.get("url"), str)  # which is judged by itself
+        return spoken or isinstance(value.get("url"), str)  # which is judged separately
     return value is None or isinstance(value, str) and value.startswith(PICTURES if key in CODED else "data:")
 
 

@@ -67,7 +67,7 @@ def tune(
     """Find the cheapest method and budget that keep a model's answers, on your questions. Labels are optional.
 
     Without labels the full model's own answers are held to be right. Start the same command again after a kill and it
-    goes on where it stopped.
+    continues where it stopped.
     """
     with friendly(debug, json_):
         plain_name("--name", name)

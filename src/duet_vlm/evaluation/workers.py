@@ -99,7 +99,7 @@ def shared_out(
                     pipe.send(worker.task)  # type: ignore[union-attr]
     finally:
         for worker in team:
-            worker.process.kill()  # idle, or with a task that nobody waits for any more
+            worker.process.kill()  # idle, or its task is no longer needed
         for worker in team:
             worker.process.join(PATIENCE)
 
@@ -122,7 +122,7 @@ def _serve(pipe: Any, make: Callable[[Any], Callable[[Any], Any]], place: Any) -
         while True:
             pipe.send(work(pipe.recv()))
     except Exception as error:
-        with contextlib.suppress(OSError):  # nobody listens where the parent was killed
+        with contextlib.suppress(OSError):  # no reader if the parent was killed
             pipe.send(_Failure(_portable(error), traceback.format_exc()))
 
 
@@ -136,7 +136,7 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed has nobody to work for."""
+    """End the worker if its parent was killed."""
     parent = multiprocessing.parent_process()
     assert parent is not None  # this is a worker
     parent.join()

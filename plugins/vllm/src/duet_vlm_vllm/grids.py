@@ -77,7 +77,7 @@ class KeptPositions:
         self.requested: Any = None
 
     clock = "second_per_grid_ts"  # the field that says when the steps of a clip are
-    width: int | None = None  # of the rows that methods look at, where those of several depths stand behind them
+    width: int | None = None  # of the rows that methods use, before those of further depths
 
     def usual_block(self) -> int:
         """The block whose attention ranks."""
@@ -195,7 +195,7 @@ class KeptPositions:
             media = (ids == config.image_token_id) | (ids == config.video_token_id)
             media[:num_computed_tokens] = False
             at = media.nonzero().squeeze(1)[: len(number)]
-            before = at - number - 1  # the text in front of each one's image or clip
+            before = at - number - 1  # the text before the image or video of each row
             positions[:, at] = torch.where(before < 0, 0, positions[0, before] + 1) + torch.stack(media_positions)
         return [rows[:, :-COLUMNS] for rows in multimodal_embeddings], positions, delta
 

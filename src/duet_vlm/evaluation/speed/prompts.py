@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from duet_vlm.models.adapter import Adapter, Encoding, Modality
 
 BOS = 1
-USUAL = 256  # tokens of an image (of a step of time), where its size is free and nobody says how many
+USUAL = 256  # tokens of an image (of a step of time), where its size is free and not given
 
 
 @dataclass(frozen=True)
