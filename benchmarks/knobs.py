@@ -31,7 +31,7 @@ Settings = dict[str, Any]
 KNOBS: dict[str, tuple[Settings, ...]] = {
     "scope": ({"alpha": 0.5}, {"alpha": 2.0}, {"combined": "add"}),
     "vispruner": ({"important": 0.25}, {"important": 0.75}),
-    "holov": ({"beta": 0.03}, {"beta": 0.3}, {"crops": 4}, {"crops": 64}),
+    "holov": ({"beta": 0.03}, {"beta": 0.3}, {"num_crops": 4}, {"num_crops": 64}),
     "prumerge": ({"neighbours": 4}, {"neighbours": 12}),
     "prumerge_plus": ({"important": 0.25}, {"important": 0.75}, {"neighbours": 4}),
     "vscan": ({"window": 4}, {"window": 8}, {"shallow": 0.5}, {"merge_others": False}, {"text_query": "all"}),

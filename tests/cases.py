@@ -60,7 +60,7 @@ REDUCING: dict[str, dict[str, Any]] = {
     },
     "hired": {"keep": 0.4},
     "holitom": {"keep": 0.6, "schedule": ((4, 0.5),)},
-    "holov": {"keep": 0.4, "crops": 3},
+    "holov": {"keep": 0.4, "num_crops": 3},
     "metok": {"keep": 0.6, "schedule": ((3, 0.6), (5, 0.25), (7, 0.1)), "trim_kv_cache": False},
     "pio": {"schedule": ((2, 0.6), (4, 0.3), (6, 0.1))},
     "pool": {"keep": 0.4},

@@ -80,7 +80,7 @@ AT_ATTACH = [
     Wrong({"budget": 10, "keeep": 3}, ValueError, r"duet has no setting 'keeep'; its settings: .*dominant"),
     Wrong({"budget": 10, "positions": "packed"}, ValueError, r"positions='packed': choose one of 'keep', 'compact'"),
     Wrong({"budget": 10, "text_query": "first"}, ValueError, r"text_query='first': choose one of 'all', 'last', 'salient'"),
-    Wrong({"budget": 10, "multi_image": "all"}, ValueError, r"multi_image='all': choose one of 'joint', 'each'"),
+    Wrong({"budget": 10, "multi_image": "all"}, ValueError, r"multi_image='all': choose one of 'joint', 'per_image'"),
     Wrong({"budget": 10, "merge": "sum"}, ValueError, r"merge='sum': choose one of 'mean'"),
     Wrong({"budget": 10, "signal_layer": 7}, ValueError, r"signal_layer=7: this vision tower has no such layer"),
     Wrong({"budget": 0.5, "positions": "compact"}, TypeError, r"positions='compact' cannot work on qwen2_5_vl.*use positions='keep'", "qwen2_5_vl"),

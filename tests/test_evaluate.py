@@ -834,7 +834,7 @@ def test_the_oracle_reads_clips(tmp_path: Path) -> None:
     by_id = rows(result)
     assert by_id["oracle@0.22"]["recall"]["entry"] == 1 and by_id["oracle@0.22"]["tokens"]["measured"] == 114  # .22 of 520
     assert by_id["none"]["tokens"]["measured"] == 520 and result["model"]["name"] == "tiny-video"
-    with pytest.raises(ValueError, match="use crops='joint', not 'each'"):
+    with pytest.raises(ValueError, match="use crops='joint', not 'per_crop'"):
         Oracle(crops="per_crop")
 
 

@@ -196,7 +196,7 @@ def slow_metok(rows: list[list[list[float]]], words: list[list[float]], count: i
         [p for p in range(places) if t == 0 or event[t] != event[t - 1] or twins.cosine(rows[t][p], rows[t - 1][p]) <= method.threshold]
         for t in range(steps)
     ]
-    weight = torch.tensor([[len(f) * (1.0 if event[t] in key else method.pooled_features) for t, f in enumerate(fresh)]])
+    weight = torch.tensor([[len(f) * (1.0 if event[t] in key else method.pooled) for t, f in enumerate(fresh)]])
     counts = split_windows(torch.tensor([count]), weight, torch.full((1, steps), places))[0].tolist()
     out: list[Any] = []
     for t in range(steps):

@@ -361,7 +361,7 @@ def test_settings_out_of_range_are_refused() -> None:
     for method, settings, message in (
         ("hired", {"alpha": 1.5}, "alpha=1.5: the overview's share"),
         ("hired", {"early": 9, "keep": 4}, "signal_layer=9: this vision tower has no such layer"),
-        ("holov", {"crops": 0}, "crops=0"),
+        ("holov", {"num_crops": 0}, "crops=0"),
         ("vscan", {"window": 0}, "window=0"),
         ("zoo_prune", {"directions": 0}, "directions=0"),
         ("zoo_prune", {"step": 0.0}, "step=0.0"),

@@ -119,7 +119,7 @@ def test_every_part_keeps_its_own_best_rows(family: str, rows: Any) -> None:
     seen.clear()
     with duet_vlm.attach(model, Probe(dominant=0.4, contextual=0.0, crops="joint")):
         forward(model, inputs)
-    importance = {view.stream: view.importance for view in seen}
+    importance = {view.modality: view.importance for view in seen}
     with duet_vlm.attach(model, VisionZip(dominant=0.4, contextual=0.0, crops="per_crop")) as handle:
         forward(model, inputs)
         kept = [set(span.stages[0].kept) for row in handle.trace for span in row]
@@ -178,7 +178,7 @@ def test_generation_equals_the_oracle(family: str, rows: Any, options: dict[str,
 def test_parts_of_one_image_are_the_image() -> None:
     model, inputs = shared("llava"), FAMILIES["llava"].inputs([ONE])
     kept = []
-    for parts in ("joint", "each"):
+    for parts in ("joint", "per_crop"):
         with duet_vlm.attach(model, "duet", budget=0.4, crops=parts) as handle:
             forward(model, inputs)
             kept.append(handle.trace)

@@ -84,7 +84,7 @@ def test_by_itself_an_image_keeps_its_best_tokens(family: str, method: str) -> N
 @pytest.mark.parametrize("method", DROPPING)
 def test_one_image_is_ranked_the_same_way(family: str, method: str) -> None:
     inputs, logits = FAMILIES[family].inputs([ONE, (1, 31, 32)]), []
-    for share in ("joint", "each"):
+    for share in ("joint", "per_image"):
         with duet_vlm.attach(shared(family), method, **REDUCING[method], multi_image=share):
             logits.append(forward(shared(family), inputs).logits)
     assert torch.equal(*logits)

@@ -50,7 +50,7 @@ def spelled(cell: str) -> tuple[str, dict[str, int]]:
     """``contrast+duet/3``: with three rows for what leaves."""
     method, _, rows = cell.partition("/")
     tower, *behind = method.split("+")
-    return method, {f"{tower}_context" if behind else "context": int(rows)} if rows else {}
+    return method, {f"{tower}_pooled_context_tokens" if behind else "pooled_context_tokens": int(rows)} if rows else {}
 
 
 def rows_of(family: str, content: str) -> list[Any]:
@@ -72,7 +72,7 @@ def towers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     real, cuts = EncoderHooks._finish, {}
     for kind in (BatchedTowerState, VarlenTowerState):
-        monkeypatch.setattr(kind, "cut", remembering(kind.drop_patches, cuts))
+        monkeypatch.setattr(kind, "drop_patches", remembering(kind.drop_patches, cuts))
 
     def finish(self: Any, output: Any, call: Any) -> Any:
         if call.tower_state is not None:
@@ -248,7 +248,7 @@ def test_what_leaves_is_stood_for_by_the_means_of_its_stretches(family: str, kin
     """Two rows stand for it: survivors are those of a tower that sees these, weighed, and not the rest; only survivors are read."""
     model, inputs = shared(family), FAMILIES[family].inputs(rows_of(family, kind))
     tower, *behind = method.split("+")
-    settings = {f"{tower}_keep": KEEP, f"{tower}_context": 2, "budget": 0.2} if behind else {"keep": KEEP, "pooled_context_tokens": 2}
+    settings = {f"{tower}_keep": KEEP, f"{tower}_pooled_context_tokens": 2, "budget": 0.2} if behind else {"keep": KEEP, "pooled_context_tokens": 2}
     with duet_vlm.attach(model, method, **settings) as handle:
         forward(model, inputs)
         ours, history = by_stream(handle), [span for row in handle.trace for span in row]
@@ -378,7 +378,7 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         return [found[name] for name in sorted(found) if "patch_" in name or "blocks" in name or "encoder" in name]
 
-    settings = {f"{method}_mass": not checkpointing or family not in NO_MASK} | {f"{method}_context": rows for rows in context.values()}
+    settings = {f"{method}_proportional_attention": not checkpointing or family not in NO_MASK} | {f"{method}_pooled_context_tokens": rows for rows in context.values()}
     with duet_vlm.attach(model, f"{method}+duet_plus", budget=0.3, **settings) as handle:
         plain = gradients()
         assert plain and any(float(g.abs().max()) > 0 for g in plain)
@@ -388,7 +388,7 @@ def test_gradients_pass_through_survivors(family: str, cell: str, checkpointing:
             with pytest.raises(ValueError, match="context=2: .* nor does this tower with gradient checkpointing"):
                 gradients()
         elif checkpointing:
-            handle.set(**{f"{method}_mass": True})  # left out by itself where nobody could repeat it
+            handle.set(**{f"{method}_proportional_attention": True})  # left out by itself where nobody could repeat it
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             for a, b in zip(plain, gradients(), strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
@@ -428,11 +428,11 @@ def test_the_trace_tells_what_went_through_the_tower(family: str, method: str, t
 def test_floors_choose_as_they_say() -> None:
     grid = (4, 6)
     view = TowerView(torch.ones(2, 24, dtype=torch.bool), torch.tensor([12, 12]), (12, 12), (grid, grid))
-    board = duet_vlm.get_method("checkerboard")(keep=0.5).stay(view)
+    board = duet_vlm.get_method("checkerboard")(keep=0.5).keep_patches(view)
     assert board.sum(1).tolist() == [12, 12]
     lines = board[0].view(grid)
     assert not (lines[:, 1:] & lines[:, :-1]).any() and not (lines[1:] & lines[:-1]).any()
-    chance = [duet_vlm.get_method("random_patches")(keep=0.5, seed=seed).stay(view) for seed in (0, 0, 1)]
+    chance = [duet_vlm.get_method("random_patches")(keep=0.5, seed=seed).keep_patches(view) for seed in (0, 0, 1)]
     assert torch.equal(chance[0], chance[1]) and not torch.equal(chance[0], chance[2]) and chance[0].sum(1).tolist() == [12, 12]
 
 
@@ -479,8 +479,8 @@ def test_stretches_are_groups_of_one_size(count: int) -> None:
 
 def test_ground_is_taken_evenly_from_the_ranks_of_the_rest() -> None:
     view = TowerView(torch.ones(1, 20, dtype=torch.bool), torch.tensor([8]), (8,), ((4, 5),), torch.arange(20.0)[None])
-    assert duet_vlm.get_method("contrast")(keep=8).stay(view)[0].nonzero()[:, 0].tolist() == list(range(12, 20))
-    assert duet_vlm.get_method("contrast")(keep=8, ground=0.25).stay(view)[0].nonzero()[:, 0].tolist() == [3, 10, *range(14, 20)]  # ranks 3 and 10 of 14
+    assert duet_vlm.get_method("contrast")(keep=8).keep_patches(view)[0].nonzero()[:, 0].tolist() == list(range(12, 20))
+    assert duet_vlm.get_method("contrast")(keep=8, ground=0.25).keep_patches(view)[0].nonzero()[:, 0].tolist() == [3, 10, *range(14, 20)]  # ranks 3 and 10 of 14
 
 
 def shows(pixels: Tensor, grid: tuple[int, int], keeps: tuple[int, ...] = (), before: tuple[int, ...] = (-1,)) -> TowerView:
@@ -518,10 +518,10 @@ def pruned_slowly(pixels: list[list[float]], threshold: float) -> list[list[bool
 @pytest.mark.parametrize("grid", [(5, 6), (1, 7), (6, 1)])
 def test_pixelprune_is_its_slow_twin(grid: tuple[int, int], threshold: float) -> None:
     pixels = torch.randint(0, 4, (30, grid[0] * grid[1]), generator=torch.Generator().manual_seed(1)) / 2
-    stays = duet_vlm.get_method("pixelprune")(threshold=threshold).stay(shows(pixels, grid))
+    stays = duet_vlm.get_method("pixelprune")(threshold=threshold).keep_patches(shows(pixels, grid))
     for mine, picture in zip(stays, pixels, strict=True):
         assert mine.view(grid).tolist() == pruned_slowly(picture.view(grid).tolist(), threshold)
-    counted = duet_vlm.get_method("pixelprune")(keep=3).stay(shows(pixels, grid, (3,) * 30))
+    counted = duet_vlm.get_method("pixelprune")(keep=3).keep_patches(shows(pixels, grid, (3,) * 30))
     assert counted.sum(1).tolist() == [3] * 30 and counted[:, 0].all()
 
 
@@ -530,14 +530,14 @@ def test_rlt_keeps_what_changed() -> None:
     view, rlt = shows(drift, (1, 3), before=(-1, 0, 1, 2)), duet_vlm.get_method("rlt")
     first = [True, True, True]
     # a slow drift is seen against what stayed, not against the frame before; a frame in which nothing changed keeps one unit
-    assert rlt(threshold=0.1).stay(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
-    assert rlt(threshold=0.1, against="before").stay(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
+    assert rlt(threshold=0.1).keep_patches(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
+    assert rlt(threshold=0.1, against="before").keep_patches(view).tolist() == [first, [False, False, True], [True, False, False], [False, True, False]]
     assert rlt(threshold=0.09, against="before").scores(view)[2, 0] < 0 < rlt(threshold=0.09).scores(view)[2, 0]
     tubelets = torch.tensor([[[0.0, 7.0]], [[3.0, 0.05]]])  # the last frame of a step against the first of the one before
     assert rlt().scores(shows(tubelets, (1, 1), before=(-1, 0)))[1, 0] < 0
-    counted = rlt(keep=1).stay(shows(drift, (1, 3), (1, 1, 1, 1), (-1, 0, 1, 2)))
+    counted = rlt(keep=1).keep_patches(shows(drift, (1, 3), (1, 1, 1, 1), (-1, 0, 1, 2)))
     assert counted.tolist() == [[False, False, True], [False, False, True], [True, False, False], [False, True, False]]
-    assert rlt().stay(shows(torch.rand(2, 6), (2, 3), before=(-1, -1))).all()  # images stay whole
+    assert rlt().keep_patches(shows(torch.rand(2, 6), (2, 3), before=(-1, -1))).all()  # images stay whole
 
 
 def test_motion_takes_what_a_clip_usually_does_not_show() -> None:
@@ -545,7 +545,7 @@ def test_motion_takes_what_a_clip_usually_does_not_show() -> None:
     clip[:, 3] = 9.0  # stands still, however bright
     for frame, place in enumerate((0, 1, 2, 0, 1)):
         clip[frame, place] = 1.0
-    stays = duet_vlm.get_method("motion")(keep=1).stay(shows(clip, (2, 2), (1,) * 5, (-1, 0, 1, 2, 3)))
+    stays = duet_vlm.get_method("motion")(keep=1).keep_patches(shows(clip, (2, 2), (1,) * 5, (-1, 0, 1, 2, 3)))
     assert stays.long().argmax(1).tolist() == [0, 1, 2, 0, 1]
 
 

@@ -147,7 +147,7 @@ def test_patches_that_left_the_tower_cost_nothing_behind_it(family: str, what: s
     adapter = adapter_for(build(family, "eager"))
     run = freeze(adapter, trained)
     whole = predicted(family, adapter, None, trained)
-    with duet_vlm.attach(run, f"{name}+duet", budget=6, **tower, **{f"{name}_mass": False}) as handle:
+    with duet_vlm.attach(run, f"{name}+duet", budget=6, **tower, **{f"{name}_proportional_attention": False}) as handle:
         forward, backward = counted(run, FAMILIES[family].inputs(ROWS))
         found = predicted(family, adapter, handle, trained)
     assert found.vision < 0.75 * whole.vision

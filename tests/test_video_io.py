@@ -372,7 +372,7 @@ def cuts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
             found.append([len(piece.steps) for piece in made.chunks])
         return made
 
-    monkeypatch.setattr(ChunkConfig, "cut", cut)
+    monkeypatch.setattr(ChunkConfig, "plan_chunks", cut)
     return found
 
 

@@ -101,7 +101,7 @@ def compare_stages(case: Case, run: str, layers: list[int], handle: Any, watch: 
     entered = {slot: i for i, slot in enumerate(entry.prompt_index[0][entry.visual[0]].tolist())}
     for s, layer in enumerate(layers):
         before, after = (state.layer_group(at).tokens for at in (layer - 1, layer))
-        old, new = ([entered[t] for t in g.slot[0][g.visual[0]].tolist()] for g in (before, after))
+        old, new = ([entered[t] for t in g.prompt_index[0][g.visual[0]].tolist()] for g in (before, after))
         case.same(run, f"stage{s}/kept_in_v2v_token_order", new)
         case.same(run, f"stage{s}/kept_in_current_image_block", [old.index(t) for t in new])
         if not exact:

@@ -126,7 +126,7 @@ def grid_of(adapter: Adapter, encoding: Encoding, counts: list[int], width: int,
     places = [nn.functional.pad(rows, (0, 0, width - max(counts), 0), value=NOWHERE) for rows in adapter.token_coords(encoding, counts)]
     sizes = [adapter.grid_sizes(encoding, counts), adapter.crop_grids(encoding, counts)]
     sides, tiles = upload(sizes, device)
-    return {"place": upload(pad_sequence(places, batch_first=True, padding_value=NOWHERE), device), "grid_size": sides, "crop_grid": tiles}
+    return {"coords": upload(pad_sequence(places, batch_first=True, padding_value=NOWHERE), device), "grid_size": sides, "crop_grid": tiles}
 
 
 @dataclass(frozen=True)
