@@ -35,7 +35,6 @@ import measured  # noqa: E402
 import reference  # noqa: E402
 
 
-
 class ConfigLoader(yaml.SafeLoader):
     """Reads mkdocs.yml, in which a function is given by its name."""
 
