@@ -606,7 +606,7 @@ def test_a_folder_that_cannot_be_written_to_is_named_by_its_option(tmp_path: Pat
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):
         found = CliRunner().invoke(app, ["report", str(tmp_path / "a.json"), "--out", str(out)])
-        assert found.exit_code == 2 and found.stderr.startswith(f"error: --out {out}: cannot be written to ("), found.stderr
+        assert found.exit_code == 2 and found.stderr.startswith(f"error: --out {out}: {'is a file' if out.is_file() else 'cannot be written to ('}"), found.stderr
 
 
 def test_methods_that_are_level_are_all_named(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from duet_vlm.cli.errors import friendly
+from duet_vlm.cli.errors import folder_for, friendly
 from duet_vlm.cli.options import AsJson, Debug, several_paths
 
 
@@ -26,6 +26,12 @@ def report(
         from duet_vlm.evaluation.report import write
 
         found = several_paths(files)
+        if all(file.is_file() for file in found):  # what is not is named below
+            try:
+                import matplotlib  # noqa: F401  # before a folder is made
+            except ImportError as error:
+                raise ImportError('plots need matplotlib: pip install ".[viz]"') from error
+            folder_for("--out", out)
         with Console(stderr=True).status("reading the results") as status:  # moves on a terminal, is silent elsewhere
             try:
                 written = write(found, out, lambda text: status.update(f"drawing {escape(text)}"))
