@@ -151,6 +151,7 @@ RIDDLE = re.compile(r"(What|Which|Who|Whose|Whether|How|Where|Why)\b")
 RIDDLES = 414
 BARE_STILL: set[str] = {"Attaching", "Encoding", "Packing", "Shortened", "Thing", "Timing"}
 TWICE_STILL: set[str] = {"Processor"}
+UNKNOWN_NAMES = 25
 
 
 def classes() -> list[tuple[str, str]]:
@@ -178,6 +179,56 @@ def test_docstrings_say_what_a_thing_is_or_does() -> None:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     nodes = [node for path in SOURCES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)]
     assert sum(RIDDLE.match(ast.get_docstring(node) or "") is not None for node in nodes) <= RIDDLES
+
+
+LISTED = re.compile(r"^(?:Parameters|Attributes)\n-+\n(.*?)(?=^\w[\w ]*\n-+\n|\Z)", re.S | re.M)
+ENTRY = re.compile(r"^(\*{0,2}[a-z_]\w*(?:, \*{0,2}[a-z_]\w*)*)(?: : |$| \[)", re.M)
+
+
+def listed_names(docstring: str) -> list[str]:
+    """Names that a NumPy docstring lists as parameters or attributes."""
+    entries = [entry for section in LISTED.findall(docstring) for entry in ENTRY.findall(section)]
+    return [name.strip("* ") for entry in entries for name in entry.split(",")]
+
+
+def arguments(function: ast.FunctionDef) -> set[str]:
+    given = function.args
+    several = [given.vararg, given.kwarg]
+    return {a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs, *filter(None, several))}
+
+
+def members(node: ast.ClassDef, known: dict[str, ast.ClassDef]) -> set[str]:
+    """Fields, methods, attributes set on ``self`` and arguments of ``__init__``, with those of base classes of the package."""
+    found: set[str] = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.FunctionDef):
+            found |= {part.name} | (arguments(part) if part.name == "__init__" else set())
+        elif isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store):
+            found.add(part.id)
+        elif isinstance(part, ast.Attribute) and isinstance(part.value, ast.Name) and part.value.id in ("self", "cls"):
+            found.add(part.attr)
+    bases = [base.id if isinstance(base, ast.Name) else getattr(base, "attr", "") for base in node.bases]
+    return found.union(*(members(known[base], known) for base in bases if base in known and base != node.name))
+
+
+def unknown_names(sources: list[str]) -> list[str]:
+    nodes = [node for text in sources for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
+    known = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
+    has = {node: members(node, known) if isinstance(node, ast.ClassDef) else arguments(node) for node in nodes if ast.get_docstring(node)}
+    return [f"{node.name}: {name}" for node in has for name in listed_names(ast.get_docstring(node) or "") if name not in has[node]]
+
+
+def test_docstrings_list_names_that_exist() -> None:
+    """Parameters, attributes and fields: the number of those that are none may fall and never rise."""
+    found = unknown_names([path.read_text() for path in SOURCES])
+    assert len(found) <= UNKNOWN_NAMES, "\n".join(found)
+
+
+def test_the_finder_of_unknown_names_finds_them() -> None:
+    section = "Parameters\n    ----------\n    a, b : int\n        Two numbers.\n    **rest\n        Others.\n"
+    function = f'def f(a, **rest):\n    """Add.\n\n    {section}    """'
+    sub = '    """Have them.\n\n    Attributes\n    ----------\n    x : int\n    y : int\n    """'
+    assert unknown_names([function, "class A:\n    x: int", f"class B(A):\n{sub}"]) == ["f: b", "B: y"]
 
 
 # ---- imports without side effects

@@ -46,7 +46,7 @@ WINDOWS = {"qwen2_5_vl": "which windows of the tower are empty: for each encoder
 ALIKE = ("glm4v_moe", "glm_ocr", "llava_gqa", "mistral3_windows", "qwen3_5_moe", "qwen3_vl_moe")  # their sisters run every method
 SHAPES = ("none", "duet", "duet_plus", "fastv", "frames+visionzip+pyramiddrop", "key_norm", "prumerge", "quecc", "tokencarve")  # and they these
 DEFAULT_TIER = [
-    ("llava", "images", ("none", "duet", "fastv", "divprune", "tokencarve", "contrast", "resampler")),
+    ("llava", "images", ("none", "duet", "fastv", "divprune", "tokencarve", "contrast", "quecc", "resampler")),
     ("qwen2_5_vl", "clips", ("duet", "key_norm", "rlt")),
     ("llava_next", "images", ("duet",)),
 ]
@@ -144,7 +144,7 @@ def reads_of(family: str, content: str, method: str) -> Counter[str]:
     if method == "zoo_prune" and family.startswith("mistral3"):  # whose projector is given the sizes of the pictures
         reads["_on_the_host"] += len(calls)
     if method == "quecc":
-        reads["decoded"] += len(calls) * reads_of_a_stack(family)
+        reads["question_state"] += len(calls) * reads_of_a_stack(family)
     if family in WINDOWS and method in TOWER and method not in MORE:
         reads["tables"] += len(calls)
         reads["ends_left"] += len(calls) * (method in INSIDE)

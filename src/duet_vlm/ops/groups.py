@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duet_vlm.ops.select import ranking, ranks, top
 
-SLACK = 1e-4  # of a token: what a share may lie below a whole number by rounding
+SLACK = 1e-4  # of a token: shares and remainders closer than this differ by rounding alone
 SMALLEST = 1e-6  # of the largest weight: what groups of no weight get once all others are full
 
 
@@ -61,7 +61,7 @@ def proportional_shares(weight: Tensor, size: Tensor, total: Tensor) -> Tensor:
     share = torch.zeros_like(share).scatter(1, order, share)
     whole = (share + SLACK).floor()
     left = (total - whole.sum(1, keepdim=True)).clamp(min=0)
-    remainder = (share - whole).masked_fill(whole >= size, float("-inf"))
+    remainder = ((share - whole) / SLACK).round().masked_fill(whole >= size, float("-inf"))  # rounding decides no tie
     more = ranks(remainder.argsort(dim=1, descending=True, stable=True)) < left
     return (whole + (more & (whole < size))).long()
 

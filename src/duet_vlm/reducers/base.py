@@ -303,7 +303,7 @@ class DecoderReducer(Reducer):
 
     @abstractmethod
     def prune_tokens(self, view: DecoderView) -> Tensor | Selection:
-        """Mask [B, V] of the tokens that stay; exactly ``view.keep`` of each row's ``view.valid``. Or, where others are merged into these, a
+        """Mask [B, V] of the tokens that stay; exactly ``view.num_keep`` of each row's ``view.valid``. Or, where others are merged into these, a
         ``Selection`` of as many rows: they stand where the tokens stood that ``index`` names; with renumbered positions, in that order."""
 
 

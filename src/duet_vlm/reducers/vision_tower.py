@@ -155,7 +155,7 @@ class TowerReducer(EncoderReducer):
 
     @abstractmethod
     def keep_patches(self, view: TowerView) -> Tensor | MergePairs:
-        """Mask [P, U] of the units that stay, exactly ``view.keep`` of each picture's ``view.valid``; or who joins whom."""
+        """Mask [P, U] of the units that stay, exactly ``view.num_keep`` of each picture's ``view.valid``; or who joins whom."""
 
     def merge_pairs(self, units: int, left: int) -> int:
         """How many likenesses of two units a boundary computes that leaves ``left`` of ``units``."""
@@ -202,7 +202,7 @@ class ThresholdReducer(TowerReducer):
         return super().plan(tokens, depth, budget)
 
     def keep_patches(self, view: TowerView) -> Tensor:
-        """[P, U] bool: what passes; or the highest ``view.keep`` scores, where a number is wanted."""
+        """[P, U] bool: what passes; or the highest ``view.num_keep`` scores, where a number is wanted."""
         scores = self.scores(view)
         if view.has_count:
             return top(scores, view.valid, view.num_keep)

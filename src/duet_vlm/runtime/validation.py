@@ -11,7 +11,7 @@ How to call them::
 
     plan = check_plan(reducer, reducer.plan(tokens, depth, budget), tokens, depth)         # where plans are made, once per size
     selection, code = check_selection(reducer, reducer.select_tokens(view), view, view.plans)        # wherever select_tokens is called, parts too
-    mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid, view.keep)             # wherever prune_tokens is called
+    mask, code = check_mask(reducer, reducer.prune_tokens(view), view.valid, view.num_keep)             # wherever prune_tokens is called
     raise_if_invalid(int(code), reducer)                                                       # where the code has been read
 
 Codes of several calls of one method are one: ``torch.stack(codes).amax()``. In a prefill the codes of selections stand beside ``finite`` in
@@ -69,8 +69,8 @@ MESSAGES = {
     InvalidSelection.PADDING: "select_tokens returned a selection with padding in it{}: choose and merge tokens only where view.valid is True",
     InvalidSelection.ROWS: "select_tokens returned a selection with another number of rows than planned{}: per span, view.dominant + view.contextual rows are valid",
     InvalidSelection.RANGE: "select_tokens returned a selection of tokens that do not exist{}: index and members are token numbers from 0 to view.valid.shape[1] - 1",
-    InvalidSelection.KEPT: "prune_tokens returned a mask that keeps another number of tokens than planned{}: per row, keep exactly view.keep of the tokens in view.valid",
-    InvalidSelection.UNITS: "keep_patches returned a mask that keeps another number of units than planned{}: per picture, keep exactly view.keep of those in view.valid",
+    InvalidSelection.KEPT: "prune_tokens returned a mask that keeps another number of tokens than planned{}: per row, keep exactly view.num_keep of the tokens in view.valid",
+    InvalidSelection.UNITS: "keep_patches returned a mask that keeps another number of units than planned{}: per picture, keep exactly view.num_keep of those in view.valid",
 }
 
 MESSAGES[InvalidSelection.JOINS] = (
@@ -172,7 +172,7 @@ def check_selection(reducer: Reducer, selection: Selection, view: EncoderView, p
 
 
 def check_rows(reducer: DecoderReducer, selection: Selection, view: DecoderView) -> tuple[Selection, Tensor]:
-    """As ``check_selection``, for rows [B, V] that `prune_tokens` keeps and merges inside the decoder; ``view.keep`` of them."""
+    """As ``check_selection``, for rows [B, V] that `prune_tokens` keeps and merges inside the decoder; ``view.num_keep`` of them."""
     if not reducer.merges:
         raise ValueError(f"{_name(reducer)}.prune_tokens returned a Selection: a method that merges inside the decoder says so (merges = True)")
     return _checked(reducer, "prune_tokens", selection, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), None)
