@@ -20,7 +20,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 PYTEST := PYTHONDONTWRITEBYTECODE= $(ONE_THREAD) $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -p no:logging
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all rehearse test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-page train-long clean
+.PHONY: help demo test test-all rehearse test-browser pictures test-oldest test-newest test-lmms test-vllm test-video test-torchao golden mutants lint format mypy docs notebooks wheels release-check bench compare tables train train-chain train-page train-long clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -71,6 +71,10 @@ pictures: $(BROWSER)  ## report of the committed results in out/report, pictures
 
 golden: $(DEV)  ## only the comparisons with vectors recorded from the papers' released code
 	@$(PYTEST) -k golden
+
+mutants: $(DEV)  ## twenty defects of the changelog put back: does the default tier find them (tests/mutants.json; half an hour)
+	@rm -f tests/mutants.json
+	@$(ONE_THREAD) $(BIN)/python tests/mutants.py
 
 lint: $(DEV)  ## ruff and mypy
 	@$(BIN)/ruff check .

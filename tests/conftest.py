@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gc
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ import torch
 import duet_vlm
 
 sys.path.insert(0, str(Path(__file__).parent))
+
 torch.set_num_threads(1)
 gc.disable()  # until all tests are collected
 
@@ -41,65 +42,31 @@ def shared_models_come_back_plain() -> Iterator[None]:
     assert not left, f"still attached: {left}"
 
 
-USUAL = ("llava", "llava_gqa", "qwen2_5_vl")  # families whose every test is in the default tier
-EVERY = (  # tests that the default tier runs on the other families, too: one cell per method
-    "test_keeping_every_token_is_bit_equal",
-    "test_padded_row_equals_row_alone",
-    "test_greedy_equals_oracle",
-    "test_forward_equals_oracle",
-    "test_beam_search_equals_oracle",
-    "test_survivors_are_those_with_the_largest_scores",
-    "test_token_map_accounts_for_every_visual_token",
-    "test_cache_and_report_match_the_schedule",
-    "test_measured_mean_is_the_solved_budget",
-    "test_detach_leaves_no_trace",
-    "test_projections_equal_the_layers_own",
-    "test_importance_equals_the_towers_attention",
-    "test_every_part_keeps_its_own_best_rows",
-    "test_generation_equals_the_oracle",
-    "test_every_method_passes_wherever_it_runs",
-    "test_every_tensor_names_its_device",
-    "test_a_default_device_changes_nothing",
-)
-# methods that the default tier runs under eager attention and with renumbered positions, too: one of each shape
-SHAPES = ("none", "duet", "duet_plus", "fastv", "frames+visionzip+pyramiddrop", "prumerge", "tokencarve", "visionzip")
-CELLS = ("none", "duet", "fastv")  # and the methods that it runs on them
-BEHIND = (  # tests of what comes behind the prompt: of methods that stay out of the decoder, too, one of each shape tells it all
-    "test_beam_search_equals_oracle",
-    "test_sampling_equals_oracle",
-    "test_paused_is_bit_equal_and_resumes",
-    "test_order_of_the_batch_does_not_matter",
-)
-
-
-@functools.cache
-def only_in_front(method: str) -> bool:
-    """Whether a method has nothing to do inside the decoder."""
-    cls = duet_vlm.list_methods().get(method.rpartition("+")[2])
-    return cls is not None and not issubclass(cls, duet_vlm.DecoderReducer)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow are tests of further families but for the cells named above (sdpa, kept positions, left padding); of the usual ones those of
-    methods whose shape another one has, but for that cell, and where the decoder alone is asked (on llava_gqa, which is llava but for that, and
-    ``BEHIND`` the prompt) those that stay out of it."""
-    for item in items:
-        values = getattr(getattr(item, "callspec", None), "params", {})
-        case = values.get("case")
-        family = getattr(case, "family", values.get("family"))
-        if family is None:
-            continue
-        attention, positions, method, side = cell = [getattr(case, name, values.get(name)) for name in ("attention", "positions", "method", "side")]
-        if family in USUAL:
-            other = attention not in ("sdpa", None) or positions not in ("keep", None)
-            here = family == "llava_gqa" or getattr(item, "originalname", "") in BEHIND
-            if method is not None and method not in SHAPES and (other or (here and only_in_front(str(method)))):
-                item.add_marker(pytest.mark.slow)
-            continue
-        usual = (("sdpa", None), ("keep", None), (*CELLS, None), ("left", None))
-        ordinary = all(value in allowed for value, allowed in zip(cell, usual, strict=True))
-        if getattr(item, "originalname", "") not in EVERY or not ordinary:
+    """Mark as slow the tests of a ``family`` that ``method_matrix.tier_families`` leaves out, unless they are marked ``every_family``.
+
+    Tests of a ``case``, and of families times methods, have their tier from ``matrix`` and ``pairs``.
+    """
+    lists = {item: listed for item in items if (listed := _families_of(item))}
+    if not lists:
+        return
+    from method_matrix import tier_families  # imports no more than tests of families have imported already
+
+    for item, listed in lists.items():
+        if item.callspec.params["family"] not in tier_families(listed, f"{item.module.__name__}.{item.originalname}"):
             item.add_marker(pytest.mark.slow)
+
+
+def _families_of(item: pytest.Item) -> list[str]:
+    """The families in a test's own parametrization."""
+    if not hasattr(item, "callspec") or item.get_closest_marker("every_family"):
+        return []
+    for names, rows, *_ in (mark.args for mark in item.iter_markers("parametrize")):
+        if names == "family":
+            return [str(getattr(row, "values", [row])[0]) for row in rows]
+        if not isinstance(names, str) and "family" in names:
+            return [str(getattr(row, "values", row)[names.index("family")]) for row in rows]
+    return []
 
 
 def pytest_collection_finish() -> None:
@@ -107,6 +74,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
     gc.enable()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Of a run of all tests: how far the default tier goes, and how many known defects it was seen to find."""
+    if config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+        from method_matrix import coverage
+
+        mutants = json.loads(Path(__file__).with_name("mutants.json").read_text())
+        terminalreporter.write_line(f"covered: {coverage()}")
+        terminalreporter.write_line(f"mutants: {mutants['mutants_found']} of {mutants['mutants_run']} found (make mutants)")
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, MIXED, TWO, generate, shared
+from method_matrix import Case, matrix
 from test_training import labels_of, survivors_loss
 from torch.nn.functional import cross_entropy
 
@@ -17,8 +17,7 @@ def stock_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@matrix("duet", "fastv", "pyramiddrop")
+@matrix("duet", "fastv", "pyramiddrop", side=("left", "right"))
 def test_rows_are_those_of_the_survivors(case: Case, side: str) -> None:
     model, inputs = case.model(), FAMILIES[case.family].inputs((*MIXED, TWO), side)
     labels = labels_of(inputs)

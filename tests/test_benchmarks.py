@@ -21,6 +21,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["v2v", "greedy", "t2v", "decode", "prefill", "train_step"])
 def test_quick_results_are_complete(results: Path, name: str) -> None:
     data = json.loads((results / f"{name}.json").read_text())

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, ONE, TEXT, TWO, Picture, Row, build, forward, generate, shared
-from oracle import choices_of, walk_batch
+from method_matrix import Case, matrix
+from reference_forward import choices_of, walk_batch
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -35,9 +35,7 @@ def ragged(lists: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
     return ids, (ids != 0).long()
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("padding", ["left", "right"])
-@matrix("duet", "fastv", "visionzip")
+@matrix("duet", "fastv", "visionzip", side=("left", "right"), padding=("left", "right"))
 def test_a_later_turn_of_ragged_length(case: Case, side: str, padding: str) -> None:
     """First answers and second questions of different lengths, hidden slots between them: every row is that of its conversation alone."""
     made, model = FAMILIES[case.family], case.model()
@@ -132,8 +130,7 @@ def steps(model: Any, cache: Any, mask: Tensor, tokens: list[list[int]]) -> Tens
     return torch.stack(found, 1)
 
 
-@pytest.mark.parametrize("order", [[1, 0, 2], [2, 2], [0, 0, 1, 1, 2, 2], [1]], ids=str)
-@matrix("duet", "fastv", "visionzip", attention=("sdpa",))
+@matrix("duet", "fastv", "visionzip", attention=("sdpa",), order=([1, 0, 2], [2, 2], [0, 0, 1, 1, 2, 2], [1]))
 def test_the_run_follows_its_rows(case: Case, order: list[int]) -> None:
     """reorder_cache across samples, batch_select_indices, batch_repeat_interleave: what a row continues is its own prompt."""
     made, model = FAMILIES[case.family], case.model()

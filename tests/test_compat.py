@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING
 from families import FAMILIES, MIXED, ONE, build, forward, generate, shared
+from method_matrix import REDUCING
 from torch import nn
 from transformers import DynamicCache, GenerationMixin, QuantizedCache, StaticCache
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedLayer

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
-from cases import REDUCING
 from families import CLIP, CLIPS, FAMILIES, build, forward, pictures_of, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_matrix import REDUCING
+from method_views import Clip, frames_view, kept_of_clip
 from PIL import Image
-from test_methods_frames import Clip, kept_of_clip, view_of
 from typer.testing import CliRunner
 
 import duet_vlm
@@ -285,7 +285,7 @@ def test_the_second_stage_works_within_the_pool(method: str, data: st.DataObject
         entry = data.draw(st.integers(1, steps * size))
         contextual = data.draw(st.integers(0, min(entry - 1, 3))) if entry < steps * size else 0
         plans.append(SpanPlan(steps * size, entry - contextual, contextual, (entry,) * 4))
-    view = with_signals(view_of(clips, [1] * len(clips), seed), plans, seed)
+    view = with_signals(frames_view(clips, [1] * len(clips), seed), plans, seed)
     made = compose(Frames(keep=share), {"visionzip": VisionZip(), "duet": Duet()}[method])
     assert view.features is not None and view.keys is not None and view.importance is not None
     for row, ((steps, size), plan, result) in enumerate(zip(clips, plans, chosen(made, view), strict=True)):
@@ -295,9 +295,9 @@ def test_the_second_stage_works_within_the_pool(method: str, data: st.DataObject
         pool = kept_of_clip(view.features[row, :tokens].double().tolist(), steps, max(plan.entry, wanted))
         importance, keys = view.importance[row][pool].tolist(), view.keys[row][pool].double().tolist()
         if method == "visionzip":
-            dominant, merged = twins.visionzip_entry(importance, keys, plan.dominant, plan.contextual, "spread")
+            dominant, merged = reference_ops.visionzip_entry(importance, keys, plan.dominant, plan.contextual, "spread")
         else:
-            dominant, merged = twins.duet_entry(importance, keys, plan.dominant, plan.contextual, 4, "spread")
+            dominant, merged = reference_ops.duet_entry(importance, keys, plan.dominant, plan.contextual, 4, "spread")
         alone = [pool[i] for i in dominant] + [pool[anchor] for anchor, members in merged.items() if not members]
         joined = {pool[anchor]: sorted(pool[i] for i in members) for anchor, members in merged.items() if members}
         assert result == (sorted(alone), dict(sorted(joined.items())))
@@ -305,12 +305,12 @@ def test_the_second_stage_works_within_the_pool(method: str, data: st.DataObject
 
 def test_the_pool_of_an_image_is_the_image() -> None:
     plans = [SpanPlan(12, 4, 2, (6,) * 4)] * 2
-    view = with_signals(view_of([(3, 4), (1, 12)], [1, 1], stream="image"), plans, 5)
+    view = with_signals(frames_view([(3, 4), (1, 12)], [1, 1], stream="image"), plans, 5)
     assert chosen(compose(Frames(keep=0.5), VisionZip()), view) == chosen(VisionZip(), view)
 
 
 def test_without_a_second_stage_the_pool_enters() -> None:
-    view = view_of([(3, 4), (2, 5)], [7, 3])
+    view = frames_view([(3, 4), (2, 5)], [7, 3])
     assert chosen(compose(Frames(), PyramidDrop()), view) == chosen(Frames(), view)
 
 
@@ -415,7 +415,7 @@ def test_in_an_evaluation() -> None:
 
 def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     plans = [SpanPlan(12, 4, 2, (6,) * 4), SpanPlan(10, 3, 1, (4,) * 4)]
-    view = with_signals(view_of([(3, 4), (2, 5)], [1, 1]), plans, 3)
+    view = with_signals(frames_view([(3, 4), (2, 5)], [1, 1]), plans, 3)
 
     def refuse(*args: Any) -> Any:
         raise AssertionError("reads the device")

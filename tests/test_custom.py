@@ -9,8 +9,8 @@ from functools import cache
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
 from families import FAMILIES, FIRST, ONE, TEXT, THREE, TWO, build, forward, shared
 from test_invariants import alive, surviving_logits
 from test_ops_clips import dpc
@@ -230,7 +230,7 @@ def test_scores_by_hand(scorer: str) -> None:
             "contrast": [math.dist(each, mean) for each in features],
             "uniform": [1.0 for _ in features],
         }[scorer]
-        kept = twins.best(score, [True] * plan.tokens, plan.entry)
+        kept = reference_ops.best(score, [True] * plan.tokens, plan.entry)
         assert sorted(made_of(reducer.select_tokens(view), row)) == sorted(kept)
 
 
@@ -263,7 +263,7 @@ def test_greedy_selectors_by_hand(selector: str, alike: float) -> None:
         score, chosen = dict(enumerate(importance)), list[int]()
         while len(chosen) < plan.entry:
             left = [i for i in score if i not in chosen]
-            likes = {i: [twins.cosine(features[i], features[j]) for j in chosen] for i in left}
+            likes = {i: [reference_ops.cosine(features[i], features[j]) for j in chosen] for i in left}
             if selector == "nms":
                 best = max(left, key=lambda i: (not any(like >= alike for like in likes[i]), score[i]))
             elif selector == "apart":
@@ -282,14 +282,14 @@ def test_the_rest_joins_the_nearest(weighted: bool) -> None:
     rows = merged_rows(view.features, reducer.select_tokens(view))  # type: ignore[arg-type]
     for row, plan in enumerate(view.plans):
         importance, features, _ = numbers(view, row)
-        kept = sorted(twins.best(importance, [True] * plan.tokens, plan.entry))
+        kept = sorted(reference_ops.best(importance, [True] * plan.tokens, plan.entry))
         groups: dict[int, list[int]] = {token: [token] for token in kept}
         for token in set(range(plan.tokens)) - set(kept):
-            likes = [twins.cosine(features[token], features[k]) for k in kept]
+            likes = [reference_ops.cosine(features[token], features[k]) for k in kept]
             groups[kept[likes.index(max(likes))]].append(token)
         for place, (anchor, members) in enumerate(groups.items()):
             share = [importance[m] if weighted else 1.0 for m in members]
-            expected = twins.weighed(features, members, [x / sum(share) for x in share])
+            expected = reference_ops.weighed(features, members, [x / sum(share) for x in share])
             assert kept[place] == anchor and rows[row, place].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
@@ -310,7 +310,7 @@ def test_density_peaks_by_hand() -> None:
         view = view_of(merged, 14 if row == 0 else 7)
         importance, features, _ = numbers(view, row)
         plan, found = view.plans[row], made_of(merged.select_tokens(view), row)
-        kept = twins.best(importance, [True] * plan.tokens, plan.dominant)
+        kept = reference_ops.best(importance, [True] * plan.tokens, plan.dominant)
         rest = [token for token in range(plan.tokens) if token not in kept]
         centres, joins = dpc([features[token] for token in rest], plan.contextual, CLOSEST)
         groups = {rest[centre]: {rest[i] for i, join in enumerate(joins) if join == centre} - {rest[centre]} for centre in centres}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import CLIPS, FAMILIES, MIXED, build, forward, generate, shared
-from oracle import choices_of, step_logits, walk_batch
+from reference_forward import choices_of, step_logits, walk_batch
 
 import duet_vlm
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, MIXED, clips_for, forward, generate, shared
+from method_matrix import REDUCING, Case, matrix
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
@@ -67,7 +67,7 @@ def batches(family: str) -> list[dict[str, torch.Tensor]]:
     return [FAMILIES[family].inputs(rows) for rows in (MIXED, *([clips_for(family)] if clips else []))]
 
 
-@matrix(attention=("sdpa",))
+@matrix(attention=("sdpa",), parts=1)
 def test_every_tensor_names_its_device(case: Case) -> None:
     model = case.model()
     with Named(), case.attach() as handle:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, MIXED, Family, build, forward, generate, shared
-from oracle import family_of
+from method_matrix import REDUCING, Case, matrix
+from reference_forward import family_of
 from torch import nn
 from transformers import LogitsProcessor, LogitsProcessorList
 
@@ -88,7 +88,7 @@ PLACES: dict[str, Callable[[Family, nn.Module], nn.Module]] = {
 }
 
 
-@matrix()
+@matrix(parts=1)
 def test_detach_leaves_no_trace(case: Case) -> None:
     inputs, (model, before, plain) = FAMILIES[case.family].inputs(MIXED), pristine(case.family, case.attention)
     handle = case.attach(model)
@@ -101,8 +101,7 @@ def test_detach_leaves_no_trace(case: Case) -> None:
     assert snapshot(model) == before
 
 
-@pytest.mark.parametrize("place", PLACES)
-@matrix("duet", "fastv", attention=("sdpa",))
+@matrix("duet", "fastv", attention=("sdpa",), place=tuple(PLACES))
 def test_an_exception_inside_forward_leaves_no_trace(case: Case, place: str) -> None:
     """The next call of the still attached model is right too: no half-finished call is left behind."""
     inputs, (model, before, plain) = FAMILIES[case.family].inputs(MIXED), pristine(case.family, case.attention)

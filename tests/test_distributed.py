@@ -126,6 +126,7 @@ def check_trainer(folder: Path) -> None:
         assert farthest(weights(saved), after, before) < 1e-3
 
 
+@pytest.mark.slow
 def test_fsdp2(tmp_path: Path) -> None:
     ways = (("before", "trained", "none"), ("after", "frozen", "model"), ("after", "trained", "plugin"))
     run("fsdp2_llava.yaml", [Scenario("llava", *way) for way in ways], tmp_path, "FSDP")

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OFFICIAL
 from families import FAMILIES, IMAGE, MIXED, ONE, PAD, TEXT, TWO, Picture, build, forward, generate, shared
+from method_matrix import OFFICIAL
 from test_detach import snapshot
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, LlamaForCausalLM, StaticCache
@@ -490,7 +490,7 @@ def test_what_is_no_processor_is_refused_whatever_asks_for_one(method: str, proc
         duet_vlm.attach(shared("llava"), method, budget=0.3, processor=processor)
 
 
-@pytest.mark.parametrize("how", ["model.compile", "torch.compile", "decoder", "paused"])
+@pytest.mark.parametrize("how", ["model.compile", *(pytest.param(how, marks=pytest.mark.slow) for how in ("torch.compile", "decoder", "paused"))])
 def test_models_that_are_compiled_while_attached(how: str) -> None:
     """The first prompt is refused, not the second of another length; and nothing is left behind."""
     model, made = build("llava"), FAMILIES["llava"]

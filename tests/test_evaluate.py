@@ -306,6 +306,7 @@ def test_an_interrupted_run_goes_on(result: dict[str, Any], tmp_path: Path) -> N
     assert sorted(names) == sorted(batch.name for batch in batches(SMALL, task("tiny")))
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     """SIGKILL in mid-run, then the same command: the result equals that of a run nobody killed."""
     words = ["eval", "--methods", "duet,random", "--budgets", "0.11", "--limit", "24", "--batch", "4", "--timing-rounds", "0", "--workers", "1"]

@@ -66,12 +66,14 @@ def compared_layers(model: nn.Module, work: Any) -> list[int]:
     return compared
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projections_equal_the_layers_own(family: str) -> None:
     model = build(family)
     assert len(compared_layers(model, lambda: forward(model, FAMILIES[family].inputs(MIXED)))) >= 2
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize("family", FURTHER)
 def test_importance_equals_the_towers_attention(family: str) -> None:
     made = FAMILIES[family]

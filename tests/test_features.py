@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, MIXED, ONE, TWO, clips_for, forward, generate, shared
+from method_matrix import REDUCING, Case, matrix, pairs
 from torch import Tensor, nn
 
 import duet_vlm
@@ -47,8 +47,7 @@ def without_pixels(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name not in PIXELS and name not in ("pixel_attention_mask", "image_sizes")}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", REDUCING)
+@pairs(parts=1)
 def test_features_are_those_of_the_stock_model(family: str, method: str) -> None:
     """Bit for bit, every level, while attached and paused; nothing of the call is left."""
     made, model = FAMILIES[family], shared(family)

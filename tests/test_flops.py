@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING
 from families import FAMILIES, Picture, Row, build, clips_for, shared
+from method_matrix import REDUCING, pairs
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
@@ -49,8 +49,7 @@ def test_the_counter_counts_products_and_whole_rectangles() -> None:
     assert count_flops(lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)) == 4 * 2 * 4 * 9 * 9 * 16  # nothing taken off
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pairs(METHODS, parts=1)
 def test_a_prompt_costs_what_was_predicted(family: str, method: str | None) -> None:
     """From pixels to the first token: tower, signals, choice, projector, every layer at its own length, ranking, head."""
     model, inputs = shared(family), FAMILIES[family].inputs([ROW])

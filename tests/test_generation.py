@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, FIRST, MIXED, ONE, TEXT, TWO, Inputs, build, forward, generate, shared
-from oracle import Choice, choices_of, step_logits, walk_batch
+from method_matrix import Case, matrix
+from reference_forward import Choice, choices_of, step_logits, walk_batch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
@@ -36,8 +36,7 @@ def conversation(case: Case, inputs: Inputs, full_ids: bool) -> tuple[list[Tenso
     return list(second.logits), said, choices
 
 
-@pytest.mark.parametrize("full_ids", [True, False], ids=["all ids", "new ids"])
-@matrix("fastv", "pyramiddrop", attention=("sdpa",))
+@matrix("fastv", "pyramiddrop", attention=("sdpa",), full_ids={"all ids": True, "new ids": False})
 def test_second_turn_without_v2v(case: Case, full_ids: bool) -> None:
     check_second_turn(case, full_ids)
 

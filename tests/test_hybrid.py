@@ -11,7 +11,7 @@ import torch
 from families import CLIP, FAMILIES, ONE, TEXT, THREE, forward, generate, randomise, shared
 from families.qwen import QWEN_IDS
 from families.qwen3_5 import VISION, hybrid_text
-from oracle import choices_of, step_logits, walk_batch
+from reference_forward import choices_of, step_logits, walk_batch
 from torch import Tensor, nn
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 

@@ -233,6 +233,7 @@ def first_lines(said: str) -> list[list[str]]:
 # ---- worker processes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
 def test_a_killed_worker_ends_the_command_and_the_next_goes_on(tmp_path: Path) -> None:
     """It says what died, that answers are kept and how to go on; so it does where the other worker has work for hours."""

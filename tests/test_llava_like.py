@@ -6,7 +6,7 @@ import pytest
 import torch
 from families import CLIP, FAMILIES, IMAGE, ONE, Picture, build, forward, generate, shared
 from families.llava import any_res_pixels
-from oracle import choices_of, step_logits, walk_batch
+from reference_forward import choices_of, step_logits, walk_batch
 
 import duet_vlm
 from duet_vlm.methods.visionzip import VisionZip

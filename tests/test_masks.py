@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING, Case, matrix
 from families import FAMILIES, IMAGE, MIXED, ONE, TEXT, THREE, TWO, Picture, Row, forward, generate, shared
+from method_matrix import REDUCING, Case, matrix
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
@@ -97,8 +97,7 @@ def test_a_row_that_is_all_padding(family: str) -> None:
 # ---- logits by slot
 
 
-@pytest.mark.parametrize("attached_before", [False, True], ids=["int slots", "the last one"])
-@matrix("duet", "fastv", "visionzip")
+@matrix("duet", "fastv", "visionzip", attached_before={"int slots": False, "the last one": True})
 def test_logits_are_kept_by_slot(case: Case, attached_before: bool) -> None:
     """``logits_to_keep`` as a tensor: prompt slots of every row, also where rows of the batch lose different numbers."""
     inputs, model = FAMILIES[case.family].inputs(MIXED), case.model()

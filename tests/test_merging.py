@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
 from families import FAMILIES, FIRST, MIXED, ONE, forward, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,11 +83,11 @@ def test_prumerge(reducer: PruMerge, images: list[tuple[int, int]], seed: int) -
             assert found == [{token: 1.0} for token in range(n)]
             continue
         importance, keys = view.importance[row, :n].tolist(), view.keys[row, :n].tolist()
-        kept = sorted(twins.best(importance, [True] * n, plan.dominant))
+        kept = sorted(reference_ops.best(importance, [True] * n, plan.dominant))
         if isinstance(reducer, PruMergePlus):
-            kept = twins.prumerge_plus_entry(importance, plan.dominant, reducer.important)
+            kept = reference_ops.prumerge_plus_entry(importance, plan.dominant, reducer.important)
         assert [int(t) for t in selection.index[row][selection.valid[row]]][: plan.dominant] == kept
-        same(found, twins.around(importance, keys, kept, reducer.neighbours, bool(plan.contextual), reducer.merge))
+        same(found, reference_ops.around(importance, keys, kept, reducer.neighbours, bool(plan.contextual), reducer.merge))
 
 
 @pytest.mark.parametrize("pace", [2, 4, 9])
@@ -100,7 +100,7 @@ def test_tome(order: str, pace: int, images: list[tuple[int, int]], seed: int) -
     selection = checked(reducer, view)
     assert view.keys is not None
     for row, (n, entry) in enumerate(images):
-        groups = twins.tome_entry(view.keys[row, :n].tolist(), entry, order, pace)
+        groups = reference_ops.tome_entry(view.keys[row, :n].tolist(), entry, order, pace)
         index = [int(t) for t in selection.index[row][selection.valid[row]]]
         assert index == [group[0] for group in groups]
         found: list[set[int]] = [{token} for token in index]

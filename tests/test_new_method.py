@@ -61,11 +61,11 @@ def test_a_new_method_has_its_rows_and_answers(clone: Path) -> None:
     papers = (clone / "PAPERS.md").read_text().splitlines()
     row = papers.index("| `by_entry` | Some Paper, arXiv 2600.00000 | - | - |")
     assert papers[row + 1] == "| `by_drop` | ours | - | - |" and papers[row + 2].startswith("| `contrast` |")
-    for name, added in (("PAPERS.md", 2), ("tests/cases.py", 2)):  # and nothing else has changed
+    for name, added in (("PAPERS.md", 2), ("tests/method_matrix.py", 2)):  # and nothing else has changed
         before, after = ((folder / name).read_text().splitlines() for folder in (ROOT, clone))
         assert len(after) == len(before) + added and [line for line in after if "by_entry" not in line and "by_drop" not in line] == before
     made = [clone / "src/duet_vlm/methods" / f"{name}.py" for name in ("by_entry", "by_drop")]
-    lint = subprocess.run([sys.executable, "-m", "ruff", "check", *made, clone / "tests/cases.py"], cwd=clone, capture_output=True, text=True)
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", *made, clone / "tests/method_matrix.py"], cwd=clone, capture_output=True, text=True)
     assert lint.returncode == 0, lint.stdout + lint.stderr
     ask = ("run", "-i", PICTURE, "-p", "What shape is the yellow object?", "-b", "0.3", "--method", "by_entry")
     told = inside(clone, "-m", "duet_vlm.cli.main", "new-method", "by_own").stdout  # the copy's own command
@@ -96,7 +96,7 @@ def test_a_new_method_passes_the_invariants(clone: Path) -> None:
 def test_what_cannot_be_is_refused_and_nothing_written(words: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "src/duet_vlm/methods").mkdir(parents=True)
     (tmp_path / "tests").mkdir()
-    for name in ("PAPERS.md", "tests/cases.py"):
+    for name in ("PAPERS.md", "tests/method_matrix.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     monkeypatch.chdir(tmp_path)
@@ -108,6 +108,6 @@ def test_what_cannot_be_is_refused_and_nothing_written(words: list[str], said: s
 def test_a_clone_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "src/duet_vlm/methods").mkdir(parents=True)
     (tmp_path / "tests").mkdir()
-    (tmp_path / "tests/cases.py").write_text("REDUCING = {}\n")
+    (tmp_path / "tests/method_matrix.py").write_text("REDUCING = {}\n")
     shutil.copy(ROOT / "PAPERS.md", tmp_path)
-    assert "tests/cases.py is of another version than this command" in call("mine", "--clone", tmp_path, code=2).stderr
+    assert "tests/method_matrix.py is of another version than this command" in call("mine", "--clone", tmp_path, code=2).stderr

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import reference_ops
 import torch
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -20,6 +20,7 @@ from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops import merge, ragged, score, select
 from duet_vlm.ops.spans import SpanRows
+from duet_vlm.ops.tiles import mosaic_order
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.profiling.flop_counter import allocations
 from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
@@ -49,7 +50,7 @@ def score_batches(draw: Any, rows: int = 3, width: int = 12) -> tuple[Tensor, Te
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
 def test_cls_attention(seed: int, batch: int, heads: int, tokens: int) -> None:
     query, key = normal(seed, batch, heads, 1 + tokens, 4), normal(seed + 1, batch, heads, 1 + tokens, 4)
-    expected = torch.tensor([twins.cls_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)])
+    expected = torch.tensor([reference_ops.cls_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)])
     torch.testing.assert_close(score.cls_attention(query, key, 0.5), expected)
 
 
@@ -57,7 +58,7 @@ def test_cls_attention(seed: int, batch: int, heads: int, tokens: int) -> None:
 @given(seeds, st.integers(1, 3), st.integers(1, 4), st.integers(1, 9))
 def test_column_attention(seed: int, batch: int, heads: int, tokens: int) -> None:
     query, key = normal(seed, batch, heads, tokens, 4), normal(seed + 1, batch, heads, tokens, 4)
-    expected = torch.tensor([twins.column_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)])
+    expected = torch.tensor([reference_ops.column_attention(q, k, 0.5) for q, k in zip(query.tolist(), key.tolist(), strict=True)])
     torch.testing.assert_close(score.column_attention(query, key, 0.5), expected)
 
 
@@ -116,7 +117,7 @@ def test_query_attention(seed: int, batch: int, heads: tuple[int, int], queries:
     weight = torch.randint(0, 2, (batch, queries), generator=torch.Generator().manual_seed(seed)).float()
     weight[:, 0] = 1
     table = zip(query.tolist(), key.tolist(), allowed.tolist(), weight.tolist(), strict=True)
-    expected = torch.tensor([twins.query_attention(q, k, 0.5, a, w) for q, k, a, w in table])
+    expected = torch.tensor([reference_ops.query_attention(q, k, 0.5, a, w) for q, k, a, w in table])
     torch.testing.assert_close(score.query_attention(query, key, 0.5, allowed, weight), expected)
 
 
@@ -149,7 +150,7 @@ def test_ranking_and_ranks(batch: tuple[Tensor, Tensor]) -> None:
     scores, valid = batch
     order, ranks = select.ranking(scores, valid), select.ranks(select.ranking(scores, valid))
     for s, v, o, r in zip(scores.tolist(), valid.tolist(), order.tolist(), ranks.tolist(), strict=True):
-        assert o[: sum(v)] == twins.best(s, v, len(s))
+        assert o[: sum(v)] == reference_ops.best(s, v, len(s))
         assert [o[rank] for rank in r] == list(range(len(s)))
 
 
@@ -160,7 +161,7 @@ def test_top(batch: tuple[Tensor, Tensor], data: Any) -> None:
     count = data.draw(st.lists(st.integers(0, scores.shape[1] + 2), min_size=len(scores), max_size=len(scores)))
     chosen = select.top(scores, valid, torch.tensor(count))
     for s, v, c, mask in zip(scores.tolist(), valid.tolist(), count, chosen, strict=True):
-        assert mask.nonzero().flatten().tolist() == sorted(twins.best(s, v, c))
+        assert mask.nonzero().flatten().tolist() == sorted(reference_ops.best(s, v, c))
 
 
 @quick
@@ -169,7 +170,7 @@ def test_spaced(batch: tuple[Tensor, Tensor], data: Any) -> None:
     _, valid = batch
     count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
     for v, c, mask in zip(valid.tolist(), count, select.spaced_picks(valid, torch.tensor(count)), strict=True):
-        assert mask.nonzero().flatten().tolist() == twins.spaced(v, c)
+        assert mask.nonzero().flatten().tolist() == reference_ops.spaced(v, c)
 
 
 @quick
@@ -266,7 +267,7 @@ def test_merged_rows(seed: int, tokens: int, rows: int, members: int, rule: str)
     for b in range(2):
         for row in range(rows):
             group = [int(m) for m, to in zip(joined[b], into[b], strict=True) if to == row]
-            expected = torch.tensor(twins.merged(features[b].tolist(), int(index[b, row]), group, rule))
+            expected = torch.tensor(reference_ops.merged(features[b].tolist(), int(index[b, row]), group, rule))
             torch.testing.assert_close(result[b, row], expected)
             if not group:
                 assert torch.equal(result[b, row], features[b, index[b, row]])  # copied, bit for bit
@@ -303,7 +304,7 @@ def test_merged_rows_with_weights(seed: int, tokens: int, rows: int, members: in
             if not group:
                 assert torch.equal(result[b, row], features[b, index[b, row]])  # copied, bit for bit
                 continue
-            expected = twins.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
+            expected = reference_ops.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
             torch.testing.assert_close(result[b, row], torch.tensor(expected, dtype=dtype), rtol=1e-3, atol=1e-3)
 
 
@@ -322,7 +323,7 @@ def test_tables_of_long_clips_are_made_in_parts(cells: int, monkeypatch: pytest.
     assert largest <= 4 * max(cells + 2 * tokens, 2 * 2 * tokens, 2 * members * 2) if cells < 10**9 else largest > 4 * 2 * rows * tokens
     for b, row in ((0, 0), (1, 7), (1, rows - 1)):
         group = [p for p, to in enumerate(into[b].tolist()) if to == row]
-        expected = twins.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
+        expected = reference_ops.weighed(features[b].tolist(), joined[b, group].tolist(), weights[b, group].tolist())
         torch.testing.assert_close(found[0][b, row], torch.tensor(expected) if group else features[b, index[b, row]], rtol=1e-4, atol=1e-5)
 
 
@@ -346,7 +347,7 @@ def test_matched(seed: int, sizes: list[int], protected: int, ties: bool) -> Non
     source, target = merge.matched(metric, torch.arange(width) < torch.tensor(sizes)[:, None], protected)
     assert source.shape == target.shape == (len(sizes), (width + 1) // 2)
     for rows, size, looks, at in zip(metric.tolist(), sizes, source.tolist(), target.tolist(), strict=True):
-        expected = twins.matched(rows[:size], protected)
+        expected = reference_ops.matched(rows[:size], protected)
         assert ties or list(zip(looks, at, strict=True))[: len(expected)] == expected
         assert len(set(looks)) == len(looks) or width < 2
 
@@ -361,7 +362,7 @@ def test_neighbours(seed: int, tokens: int, rows: int, count: int) -> None:
     assert found.shape == (2, rows, min(count, tokens))
     for b in range(2):
         for token, order in zip(asked[b].tolist(), found[b].tolist(), strict=True):
-            expected = twins.nearest(metric[b].tolist(), token, times[b].tolist())[:count]
+            expected = reference_ops.nearest(metric[b].tolist(), token, times[b].tolist())[:count]
             assert order[: len(expected)] == expected
 
 
@@ -379,9 +380,9 @@ def test_quantile_and_outliers(batch: tuple[Tensor, Tensor], q: float) -> None:
     found = select.quantile(values, valid, q)[:, 0].tolist()
     for row, real, at, mask in zip(values.tolist(), valid.tolist(), found, select.outliers(values, valid), strict=True):
         kept = [value for value, ok in zip(row, real, strict=True) if ok]
-        assert not kept or abs(at - twins.quantile(kept, q)) < 1e-6
+        assert not kept or abs(at - reference_ops.quantile(kept, q)) < 1e-6
         numbers = [i for i, ok in enumerate(real) if ok]
-        assert mask.nonzero().flatten().tolist() == ([numbers[i] for i in twins.outliers(kept)] if kept else [])
+        assert mask.nonzero().flatten().tolist() == ([numbers[i] for i in reference_ops.outliers(kept)] if kept else [])
 
 
 def test_quantile_is_that_of_torch() -> None:
@@ -445,14 +446,14 @@ def clusters_of(selection: Selection, sample: int, dominant: int) -> tuple[list[
 @given(spans(), seeds, st.booleans(), st.integers(1, 5))
 def test_duet_v2v(rule: str, images: list[tuple[int, int, int]], seed: int, ties: bool, cluster_width: int) -> None:
     view = view_of(images, seed, ties)
-    check_v2v(Duet(cluster_width=cluster_width, anchor_step=rule), view, images, lambda *a: twins.duet_entry(*a, cluster_width, rule))
+    check_v2v(Duet(cluster_width=cluster_width, anchor_step=rule), view, images, lambda *a: reference_ops.duet_entry(*a, cluster_width, rule))
 
 
 @pytest.mark.parametrize("rule", ["spread", "floor"])
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(spans(), seeds, st.booleans())
 def test_visionzip_v2v(rule: str, images: list[tuple[int, int, int]], seed: int, ties: bool) -> None:
-    check_v2v(VisionZip(anchor_step=rule), view_of(images, seed, ties), images, lambda *a: twins.visionzip_entry(*a, rule))
+    check_v2v(VisionZip(anchor_step=rule), view_of(images, seed, ties), images, lambda *a: reference_ops.visionzip_entry(*a, rule))
 
 
 def check_v2v(method: EncoderReducer, view: EncoderView, images: list[tuple[int, int, int]], twin: Any) -> None:
@@ -477,7 +478,7 @@ def test_t2v_keeps_the_best(method: DecoderReducer, batch: tuple[Tensor, Tensor]
     count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
     stays = method.prune_tokens(DecoderView(valid, torch.tensor(count), scores=scores))
     for s, v, c, mask in zip(scores.tolist(), valid.tolist(), count, stays, strict=True):
-        assert mask.nonzero().flatten().tolist() == sorted(twins.best(s, v, c))
+        assert mask.nonzero().flatten().tolist() == sorted(reference_ops.best(s, v, c))
 
 
 @quick
@@ -486,7 +487,7 @@ def test_uniform_t2v(batch: tuple[Tensor, Tensor], data: Any) -> None:
     _, valid = batch
     count = [data.draw(st.integers(0, sum(v))) for v in valid.tolist()]
     stays = UniformTokens().prune_tokens(DecoderView(valid, torch.tensor(count)))
-    assert [m.nonzero().flatten().tolist() for m in stays] == [twins.spaced(v, c) for v, c in zip(valid.tolist(), count, strict=True)]
+    assert [m.nonzero().flatten().tolist() for m in stays] == [reference_ops.spaced(v, c) for v, c in zip(valid.tolist(), count, strict=True)]
 
 
 @quick
@@ -570,7 +571,7 @@ def test_ranked_by_span_every_span_chooses_as_if_it_were_alone(
         if own:
             assert stays == chosen(torch.ones(1, len(own), dtype=torch.bool), [kept], torch.tensor([own]), (number,))[0].tolist()
         if method.uses_text:
-            assert {i for i, stay in enumerate(stays) if stay} == set(twins.best(own, [True] * len(own), kept))
+            assert {i for i, stay in enumerate(stays) if stay} == set(reference_ops.best(own, [True] * len(own), kept))
 
 
 # ---- who asks
@@ -597,4 +598,20 @@ def test_query_rows(batch: list[Any], kind: str, labelled: bool, turns: str) -> 
     visual, valid, labels, salient = (torch.tensor([row[i] for row in batch]) for i in range(4))
     rows = query_rows(kind, visual, valid, labels if labelled else None, salient, turns)
     for (v, ok, y, s), found in zip(batch, rows, strict=True):
-        assert found.nonzero().flatten().tolist() == twins.query_rows(kind, v, ok, y if labelled else None, s, turns)
+        assert found.nonzero().flatten().tolist() == reference_ops.query_rows(kind, v, ok, y if labelled else None, s, turns)
+
+
+# ---- tiles
+
+
+def test_tiles_are_read_line_by_line_over_the_mosaic() -> None:
+    """Three columns and two lines of tiles with 2 x 2 patches, every second patch kept."""
+    patches = torch.tensor([[0, 3], [1, 2], [0, 1], [2, 3], [0, 2], [1, 3]])
+    side, columns, contextual = 2, 3, 1
+    places = []
+    for tile, row in enumerate(patches.tolist()):
+        for number, patch in enumerate(row):
+            line, column = tile // columns * side + patch // side, tile % columns * side + patch % side
+            places.append((line, column, tile * 4 + 1 + number))
+    expected = [row for _, _, row in sorted(places)] + [tile * 4 for tile in range(6)] + [tile * 4 + 3 for tile in range(6)]
+    assert mosaic_order(patches, contextual, columns, side).tolist() == expected

@@ -6,8 +6,8 @@ import itertools
 import math
 
 import pytest
+import reference_ops
 import torch
-import twins
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -168,5 +168,5 @@ def test_joined_rows_are_weighted_sums(tokens: int, seed: int, twice: bool) -> N
     for number, row in enumerate(rows):
         here = [i for i in range(times * tokens) if owner[0, i] == row]
         members = [i % tokens for i in here]
-        expected = twins.weighed(features[0].tolist(), members, weight[0, here].tolist()) if here else features[0, row].tolist()
+        expected = reference_ops.weighed(features[0].tolist(), members, weight[0, here].tolist()) if here else features[0, row].tolist()
         assert found[number].tolist() == pytest.approx(expected, abs=1e-5)

@@ -10,7 +10,7 @@ import torch
 from families import CLIPS, FAMILIES, MIXED, ONE, Picture, any_res_layout, forward, generate, pictures_of, shared
 from hypothesis import given
 from hypothesis import strategies as st
-from oracle import choices_of, step_logits, walk_batch
+from reference_forward import choices_of, step_logits, walk_batch
 from test_families import Probe, seen
 
 import duet_vlm
@@ -113,6 +113,7 @@ def part_rows(family: str, picture: Picture) -> list[list[int]]:
     return [list(range(t * size, (t + 1) * size)) for t in range(frames)]
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize(("family", "rows"), [("llava_next", MIXED), ("qwen2_vl", CLIPS), ("qwen2_5_vl", CLIPS)])
 def test_every_part_keeps_its_own_best_rows(family: str, rows: Any) -> None:
     model, inputs = shared(family), FAMILIES[family].inputs(rows)
@@ -160,6 +161,7 @@ SETTINGS = [
 COUNTS = {"dominant": 0.4, "contextual": 0.2, "schedule": ((3, 0.6), (5, 0.25))}
 
 
+@pytest.mark.every_family
 @pytest.mark.parametrize(("family", "rows", "options"), SETTINGS, ids=str)
 @pytest.mark.parametrize("method", [COUNTS, {"budget": 0.4}], ids=["counts", "budget"])
 def test_generation_equals_the_oracle(family: str, rows: Any, options: dict[str, Any], method: dict[str, Any]) -> None:

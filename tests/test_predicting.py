@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, ONE, TEXT, Picture, Row, forward, shared
-from oracle import choices_of, walk_batch
+from method_matrix import Case, matrix
+from reference_forward import choices_of, walk_batch
 from test_invariants import CLOSE, VISIBLE, beams_equal_oracle, surviving_logits
 
 import duet_vlm
@@ -30,8 +30,7 @@ EVERYTHING_GOES = {  # schedules that end at nothing
 }
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@matrix(*METHODS)
+@matrix(*METHODS, side=("left", "right"))
 def test_an_image_at_the_end_equals_the_oracle(case: Case, side: str) -> None:
     """Every surviving row of a padded batch, the last one (visual) among them."""
     inputs, model = FAMILIES[case.family].inputs(ROWS, side), case.model()

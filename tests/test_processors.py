@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING, TOO_EARLY
 from families import FAMILIES, IMAGE, Inputs, build, generate, shared
+from method_matrix import REDUCING, TOO_EARLY
 from PIL import Image
 from processors import PINPOINTS, STOCK, inputs_for, picture, processor, prompt
 

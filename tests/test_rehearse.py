@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 from accelerator import CUDA, Accelerator, OnDevice, Wait, move, on
-from cases import REDUCING, TOO_EARLY
 from families import FAMILIES, HIDDEN, MIXED, Inputs, build, clips_for, generate, shared
+from method_matrix import REDUCING, TOO_EARLY
 from test_llava_like import two_images
 from test_tower import fitting, suits
 from torch import Tensor, nn

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, matrix
 from families import FAMILIES, MIXED, ONE, TWO, Inputs, build, forward, generate, shared
+from method_matrix import Case, matrix
 from torch import Tensor
 from transformers import DynamicCache
 

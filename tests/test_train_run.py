@@ -130,6 +130,7 @@ torch.save(found, out)
 """
 
 
+@pytest.mark.slow
 def test_adapters_and_projector_come_back_in_another_process(start: Path, tmp_path: Path) -> None:
     chosen = settings(start, tmp_path / "out", tune="lora", lora={"r": 4, "lora_alpha": 16}, projector_lr=1e-2)
     resume.begin(chosen, restart=False)  # as train() does
@@ -210,6 +211,7 @@ def uninterrupted(start: Path, tmp_path_factory: pytest.TempPathFactory) -> byte
     return (out / "adapter_model.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.train
 def test_a_real_kill_costs_nothing_but_time(start: Path, uninterrupted: bytes, tmp_path: Path) -> None:
     chosen = settings(start, tmp_path / "out", **MIXED)
@@ -244,7 +246,10 @@ def test_a_whole_model_goes_on_from_its_checkpoint(start: Path, tmp_path: Path, 
 WITH_WEIGHTS = ("quecc", "resampler", "vqtoken")
 
 
-@pytest.mark.parametrize(("method", "tune"), [*((method, "full") for method in WITH_WEIGHTS), ("quecc", "projector"), ("resampler", "lora")])
+OTHERS_TUNED = [pytest.param(*cell, marks=pytest.mark.slow) for cell in (("quecc", "full"), ("vqtoken", "full"), ("quecc", "projector"))]
+
+
+@pytest.mark.parametrize(("method", "tune"), [("resampler", "full"), ("resampler", "lora"), *OTHERS_TUNED])
 def test_a_methods_own_weights_learn_and_stay_beside_the_model(method: str, tune: str, start: Path, tmp_path: Path) -> None:
     """And a run that was killed goes on with them: the same files as without the kill."""
     more: dict[str, Any] = {"tune": tune, "method": method, "budget": (0.9, 0.25, 0.5), "lora": {"r": 4} if tune == "lora" else {}}
@@ -265,7 +270,7 @@ def test_a_methods_own_weights_learn_and_stay_beside_the_model(method: str, tune
     assert not [key for file in out.glob("*model*.safetensors") for key in load_file(file) if "duet_vlm" in key]
 
 
-@pytest.mark.parametrize("method", ["quecc", "resampler", "vqtoken"])
+@pytest.mark.parametrize("method", ["quecc", *(pytest.param(method, marks=pytest.mark.slow) for method in ("resampler", "vqtoken"))])
 def test_a_new_module_imitates_means_first(method: str, start: Path, tmp_path: Path) -> None:
     """Nothing else learns meanwhile, and a run that goes on from a checkpoint does not begin so again."""
     more: dict[str, Any] = {"method": method, "budget": 4, "settings": {"form": "code", "heads": 4} if method == "vqtoken" else {}}
@@ -307,7 +312,7 @@ def test_who_cannot_imitate_is_told(start: Path, tmp_path: Path) -> None:
             build(settings(start, tmp_path, **{"imitate": 3, **changes}))
 
 
-@pytest.mark.parametrize("method", [*WITH_WEIGHTS, "pool", "adsc"])
+@pytest.mark.parametrize("method", ["vqtoken", "adsc", *(pytest.param(method, marks=pytest.mark.slow) for method in ("quecc", "resampler", "pool"))])
 def test_budgets_fall_and_mix_for_methods_that_are_trained(method: str, start: Path, tmp_path: Path) -> None:
     """One module serves every number of rows; ADSC's strides follow the budget."""
     trainer, handle = build(

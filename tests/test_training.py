@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import OFFICIAL, Case, matrix
 from families import FAMILIES, IMAGE, MIXED, ONE, PAD, TWO, Inputs, build, shared
-from oracle import choices_of, walk_batch
+from method_matrix import OFFICIAL, Case, matrix
+from reference_forward import choices_of, walk_batch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -41,8 +41,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: grad for name, grad in zip(named, found, strict=True) if grad is not None}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@matrix(*TRAINED)
+@matrix(*TRAINED, side=("left", "right"))
 def test_loss_is_the_loss_over_survivors(case: Case, side: str) -> None:
     model, inputs = case.model(), FAMILIES[case.family].inputs((*MIXED, TWO), side)
     labels = labels_of(inputs)

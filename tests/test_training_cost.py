@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import REDUCING
 from families import FAMILIES, Picture, build
+from method_matrix import REDUCING, pairs
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -118,13 +118,13 @@ def predicted(family: str, adapter: Adapter, handle: duet_vlm.Handle | None, tra
     return step_flops(adapter.decoder_dims(), adapter.vision_dims(), [example] * len(ROWS), trained, unread)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize(("what", "method"), CASES)
-def test_predicted_flops_are_the_counted_ones(family: str, what: str, method: str | None) -> None:
+@pairs(CASES, ["llava", "qwen2_5_vl"])
+def test_predicted_flops_are_the_counted_ones(family: str, method: tuple[str, str | None]) -> None:
+    what, name = method
     trained, adapter = EVERY[what], adapter_for(build(family, "eager"))
     run = freeze(adapter, trained)
     with ExitStack() as stack:
-        handle = None if method is None else stack.enter_context(duet_vlm.attach(run, method, **REDUCING[method]))
+        handle = None if name is None else stack.enter_context(duet_vlm.attach(run, name, **REDUCING[name]))
         forward, backward = counted(run, FAMILIES[family].inputs(ROWS))
         found = predicted(family, adapter, handle, trained)
     assert found.vision + found.decoder == pytest.approx(forward, rel=0.01)

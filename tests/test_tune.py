@@ -300,6 +300,7 @@ def test_a_search_writes_what_to_use(tuned: tuple[Path, dict[str, Any]]) -> None
     assert f"{chosen['bound']:.2%}" in result["verdict"] and result["use"]["python"] == python_line(chosen)
 
 
+@pytest.mark.slow
 def test_a_second_call_asks_nothing_again(tuned: tuple[Path, dict[str, Any]]) -> None:
     folder, result = tuned
     before = (folder / "journal.jsonl").read_text()

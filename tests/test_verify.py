@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import KEEP_ALL, OFFICIAL, REDUCING, TOO_EARLY
 from families import FAMILIES, MIXED, clips_for, forward, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_matrix import KEEP_ALL, OFFICIAL, REDUCING, TOO_EARLY, pairs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,8 +73,7 @@ def checked(reducer: Reducer, seen: list[str]) -> Reducer:
 # ---- the package's own methods
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", REDUCING)
+@pairs(parts=1)
 def test_every_method_passes_wherever_it_runs(family: str, method: str) -> None:
     """Images, and clips where the family has them; settings, and budgets with parts one by one or together."""
     cls, made, model = duet_vlm.get_method(method), FAMILIES[family], shared(family)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from families import CLIP, CLIP_AND_IMAGE, FAMILIES, IMAGE_AND_CLIPS, build, clips_for, forward, generate, pictures_of, shared
-from oracle import choices_of, step_logits, walk_batch
+from method_matrix import pairs
+from reference_forward import choices_of, step_logits, walk_batch
 
 import duet_vlm
 
@@ -42,8 +43,7 @@ def test_keeping_everything_changes_nothing(family: str, attention: str) -> None
     assert torch.equal(forward(model, inputs).logits, plain)
 
 
-@EACH
-@METHODS
+@pairs(SETTINGS, MOVING)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_generation_equals_the_oracle(family: str, method: str, attention: str) -> None:
     model, inputs = shared(family, attention), FAMILIES[family].inputs(clips_for(family))
@@ -58,8 +58,7 @@ def test_generation_equals_the_oracle(family: str, method: str, attention: str) 
     assert float((result.logits[0] - untouched).abs().max()) > 0.05
 
 
-@EACH
-@METHODS
+@pairs(SETTINGS, MOVING)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_padded_row_equals_that_row_alone(family: str, method: str, side: str) -> None:
     model, made = shared(family), FAMILIES[family]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crew import clerk
+from worker_processes import clerk
 
 from duet_vlm.evaluation.workers import shared_out
 
@@ -68,14 +68,14 @@ def test_killed_in_the_middle_of_its_reply() -> None:
 def test_errors_travel(task: Any, place: str | None, kind: type[Exception], says: str) -> None:
     with pytest.raises(kind, match=says) as caught:
         list(shared_out([task], [place], clerk, KEPT))
-    assert "crew.py" in str(caught.value.__cause__) and none_left()
+    assert "worker_processes.py" in str(caught.value.__cause__) and none_left()
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="no such thing on Windows")
 def test_processes_do_not_hear_ctrl_c() -> None:
     """Nor the first ones of a program, with which Python starts its tracker of resources; and the program itself does."""
-    program = "import signal, crew; from duet_vlm.evaluation.workers import shared_out\n"
-    program += "found = [reply for _, reply in shared_out([('blocked',), ('blocked',)], [None, None], crew.clerk, '')]\n"
+    program = "import signal, worker_processes; from duet_vlm.evaluation.workers import shared_out\n"
+    program += "found = [reply for _, reply in shared_out([('blocked',), ('blocked',)], [None, None], worker_processes.clerk, '')]\n"
     program += "print(found, signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ("[True, True] False\n", "")

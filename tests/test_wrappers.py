@@ -13,8 +13,8 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_module
-from cases import OFFICIAL, REDUCING, Case, matrix
 from families import FAMILIES, FIRST, MIXED, build, forward, generate, shared
+from method_matrix import OFFICIAL, REDUCING, Case, matrix
 from torch import Tensor, nn
 
 import duet_vlm
@@ -24,8 +24,7 @@ from duet_vlm.models.lookup import adapter_for
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@matrix("duet", "visionzip", "pyramiddrop")
+@matrix("duet", "visionzip", "pyramiddrop", dtype=(torch.bfloat16, torch.float16))
 def test_half_precision_runs_finite(case: Case, dtype: torch.dtype) -> None:
     model = build(case.family, case.attention, dtype)
     inputs = FAMILIES[case.family].inputs(MIXED)
@@ -76,9 +75,7 @@ def test_state_dicts_can_be_pickled_while_attached() -> None:
     assert torch.load(buffer, weights_only=True).keys() == model.state_dict().keys()
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("how", ["offload", "dispatch"])
-@matrix("duet", "fastv", attention=("sdpa",))
+@matrix("duet", "fastv", attention=("sdpa",), when=("before", "after"), how=("offload", "dispatch"))
 def test_offloaded_and_dispatched_models(case: Case, how: str, when: str) -> None:
     """accelerate's hooks move weights in and out around every module; ours run beside them, whichever came first.
 

@@ -18,7 +18,7 @@ from duet_vlm.cli.options import Debug
 PACKAGE = Path(str(duet_vlm.__file__)).parent
 SKELETONS = Path(__file__).with_name("skeletons")
 TESTED = {"entry": '{"keep": 0.4}', "decoder": '{"layer": 2, "keep": 0.4}'}  # settings that bite in the tests' small decoders
-CASES, PAPERS = "tests/cases.py", "PAPERS.md"
+CASES, PAPERS = "tests/method_matrix.py", "PAPERS.md"
 MATRIX = "REDUCING: dict[str, dict[str, Any]] = {\n"  # the new row of the tests goes behind this line
 TABLE = re.compile(r"^\| `contrast` \|", re.M)  # and that of the papers in front of our own methods
 

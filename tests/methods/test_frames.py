@@ -1,4 +1,4 @@
-"""The frames method: what it keeps of clips and images, against plain loops, and on models with real encoder calls."""
+"""The frames method: clips and images against plain loops, and on models with real encoder calls."""
 
 from __future__ import annotations
 
@@ -6,42 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-import twins
 from families import CLIP_AND_IMAGE, CLIPS, FAMILIES, IMAGE_AND_CLIPS, clips_for, forward, pictures_of, shared
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from method_views import MOVING, Clip, frames_view, kept_of_clip
 from torch import Tensor
 
 import duet_vlm
-from duet_vlm import EncoderView, SpanPlan
+from duet_vlm import EncoderView
 from duet_vlm.methods.frames import Frames
 
-MOVING = [name for name in ("qwen2_vl", "qwen2_5_vl") if name in FAMILIES]
-Clip = tuple[int, int]  # steps, rows per step
 
-
-def kept_of_clip(features: list[list[float]], steps: int, count: int) -> list[int]:
-    """Evenly spaced rows of the first step; if all of them fit, the later rows whose cosine with the row one step before is smallest."""
-    size = len(features) // steps
-    first = min(count, size)
-    kept = twins.spaced([True] * size, first)
-    later = range(size, len(features))
-    return sorted(kept + sorted(later, key=lambda i: (twins.cosine(features[i], features[i - size]), i))[: count - first])
-
-
-def view_of(clips: list[Clip], counts: list[int], seed: int = 0, stream: str = "video", shift: int = 0) -> EncoderView:
-    """Random rows of several clips, ``shift`` unused rows in front of each, as the flow would hand them over."""
-    width = shift + max(steps * size for steps, size in clips)
-    features = torch.randn(len(clips), width, 6, generator=torch.Generator().manual_seed(seed))
-    parts = torch.full((len(clips), width), -1)
-    for row, (steps, size) in enumerate(clips):
-        parts[row, shift : shift + steps * size] = torch.arange(steps).repeat_interleave(size)
-    plans = tuple(SpanPlan(steps * size, count, 0, (count,) * 4) for (steps, size), count in zip(clips, counts, strict=True))
-    kept = torch.tensor(counts)
-    return EncoderView(parts >= 0, kept, torch.zeros_like(kept), plans, features=features, parts=parts, modality=stream)
-
-
-def chosen(view: EncoderView) -> list[list[int]]:
+def kept_of_frames(view: EncoderView) -> list[list[int]]:
     selection = Frames(keep=1.0).select_tokens(view)
     assert not selection.source_tokens.numel()
     return [row[real].tolist() for row, real in zip(selection.index, selection.valid, strict=True)]
@@ -52,9 +28,9 @@ def chosen(view: EncoderView) -> list[list[int]]:
 def test_equals_plain_loops(data: st.DataObject, clips: list[Clip], shift: int, seed: int) -> None:
     """Clips of different length and frame size in one batch, rows that hold nothing in front of them."""
     counts = [data.draw(st.integers(1, steps * size)) for steps, size in clips]
-    view = view_of(clips, counts, seed, shift=shift)
+    view = frames_view(clips, counts, seed, shift=shift)
     assert view.features is not None
-    for row, ((steps, size), count, kept) in enumerate(zip(clips, counts, chosen(view), strict=True)):
+    for row, ((steps, size), count, kept) in enumerate(zip(clips, counts, kept_of_frames(view), strict=True)):
         rows = view.features[row, shift : shift + steps * size].double().tolist()
         assert [i - shift for i in kept] == kept_of_clip(rows, steps, count)
 
@@ -64,37 +40,37 @@ def test_what_never_changes_is_kept_once() -> None:
     still = torch.randn(4, 8)
     features = still.repeat(4, 1, 1)
     features[2, 1] += 1
-    view = view_of([(4, 4)], [6])
+    view = frames_view([(4, 4)], [6])
     view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features.view(1, 16, 8), parts=view.parts, modality="video")
-    assert chosen(view) == [[0, 1, 2, 3, 9, 13]]
+    assert kept_of_frames(view) == [[0, 1, 2, 3, 9, 13]]
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    view = view_of([(3, 4)], [7])
+    view = frames_view([(3, 4)], [7])
     features = torch.randn(1, 4, 8).repeat(1, 3, 1)  # nothing ever changes: all later rows tie at exactly 0
     view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, modality="video")
-    assert chosen(view) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert kept_of_frames(view) == [[0, 1, 2, 3, 4, 5, 6]]
 
 
 def test_brightness_alone_is_no_change() -> None:
     """Cosine, not distance: rows scaled in length have not changed, a row that turns a little has."""
-    view = view_of([(2, 4)], [5])
+    view = frames_view([(2, 4)], [5])
     rows = torch.randn(4, 8)
     turned = rows * torch.tensor([0.1, 10.0, 5.0, 3.0])[:, None]
     turned[2] += 0.5
     features = torch.stack([rows, turned]).view(1, 8, 8)
     view = EncoderView(view.valid, view.dominant, view.contextual, view.plans, features=features, parts=view.parts, modality="video")
-    assert chosen(view) == [[0, 1, 2, 3, 6]]
+    assert kept_of_frames(view) == [[0, 1, 2, 3, 6]]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(1, [11]), (3, [3, 7, 11]), (4, [2, 5, 8, 11]), (12, list(range(12)))])
 def test_images_are_thinned_evenly(count: int, expected: list[int]) -> None:
     """There is no frame before; crops of an image are not compared with each other."""
-    assert chosen(view_of([(1, 12)], [count], stream="image")) == chosen(view_of([(3, 4)], [count], stream="image")) == [expected]
+    assert kept_of_frames(frames_view([(1, 12)], [count], stream="image")) == kept_of_frames(frames_view([(3, 4)], [count], stream="image")) == [expected]
 
 
 def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    view = view_of([(3, 4), (2, 5)], [7, 3])
+    view = frames_view([(3, 4), (2, 5)], [7, 3])
 
     def refuse(*args: Any) -> Any:
         raise AssertionError("reads the device")
@@ -111,9 +87,6 @@ def test_settings_that_cannot_be() -> None:
         Frames(cls_token=True, positions="compact")
     with pytest.raises(ValueError, match=r"keep=1.5"):
         Frames(keep=1.5)
-
-
-# ---- on models
 
 
 @pytest.mark.parametrize("family", MOVING)

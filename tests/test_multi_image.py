@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import REDUCING
 from families import FAMILIES, MIXED, ONE, THREE, TWO, clips_for, forward, generate, shared
-from oracle import choices_of, step_logits, walk_batch
+from method_matrix import REDUCING, pairs
+from reference_forward import choices_of, step_logits, walk_batch
 from test_invariants import CLOSE, alive
 
 import duet_vlm
@@ -24,8 +24,7 @@ def kept_and_planned(handle: duet_vlm.Handle) -> tuple[list[list[list[int]]], li
 
 
 @pytest.mark.parametrize("share", ["joint", "per_image"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("method", DROPPING)
+@pairs(DROPPING, parts=1)
 def test_what_an_image_keeps(family: str, method: str, share: str) -> None:
     """Ranked by itself exactly what is planned for it; together, the sum of all plans."""
     batches = [SEVERAL, *([clips_for(family)] if FAMILIES[family].video else [])]

@@ -1,4 +1,4 @@
-"""Methods that choose by coverage and diversity, on models: which rows they look at, what that costs, what they refuse, and training."""
+"""Methods that choose by coverage and diversity, on models: counts, costs, what they refuse, and training."""
 
 from __future__ import annotations
 
@@ -7,64 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import twins
-from families import FAMILIES, FIRST, MIXED, ONE, Inputs, Picture, any_res_crops, forward, pictures_of, shared
-from test_signals import content_rows, tower_signals
-from torch import Tensor, nn
+from families import FAMILIES, FIRST, MIXED, ONE, Picture, any_res_crops, forward, pictures_of, shared
+from method_views import CONSTANT, GREEDY, PICTURES, chosen_tokens
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import duet_vlm
-
-GREEDY: dict[str, dict[str, Any]] = {"divprune": {}, "duet_plus": {"schedule": ()}, "scope": {}}  # how to let `keep` rows in and drop none
-CONSTANT = ("divprune", "scope")
-PICTURES = pictures_of(MIXED)
-
-
-def chosen_tokens(handle: duet_vlm.Handle) -> list[list[int]]:
-    """Per picture of the batch, the tokens that entered the decoder."""
-    return [list(span.stages[0].kept) for row in handle.trace for span in row]
-
-
-def encoded(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Per picture the rows that the untouched model feeds to its decoder."""
-    images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_grid_thw", "image_sizes")}
-    with torch.no_grad():
-        return [rows.double() for rows in model.model.get_image_features(**images).pooler_output]
-
-
-def tower_rows(model: nn.Module, inputs: Inputs) -> list[Tensor]:
-    """Per picture the rows that V2V reads: of the CLIP feature layer, without CLS; where it runs after the encoder call, what enters."""
-    if {"image_grid_thw", "image_sizes"} & set(inputs):
-        return encoded(model, inputs)
-    with torch.no_grad():
-        return list(model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:].double())
-
-
-@pytest.mark.parametrize("family", FIRST)
-def test_divprune_looks_at_projected_rows(family: str) -> None:
-    inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
-    expected = []
-    for rows, picture in zip(encoded(model, inputs), PICTURES, strict=True):
-        content = content_rows(family, picture)
-        expected.append(sorted(content[i] for i in twins.divprune_entry(rows[content].tolist(), 5)))
-    with duet_vlm.attach(model, "divprune", keep=5) as handle:
-        forward(model, inputs)
-        assert chosen_tokens(handle) == expected
-    if family == "llava":  # the choice by tower rows would be another one
-        assert expected != [sorted(twins.divprune_entry(rows.tolist(), 5)) for rows in tower_rows(model, inputs)]
-
-
-@pytest.mark.parametrize("alpha", [0.0, 1.0])
-@pytest.mark.parametrize("family", FIRST)
-def test_scope_looks_at_tower_rows_and_attention(family: str, alpha: float) -> None:
-    inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
-    signals, shown = tower_signals(family, inputs, None, PICTURES), [content_rows(family, picture) for picture in PICTURES]
-    expected = []
-    for (scores, _), rows, content in zip(signals, tower_rows(model, inputs), shown, strict=True):
-        expected.append(sorted(content[i] for i in twins.scope_entry(scores.tolist(), rows[content].tolist(), 5, alpha)))
-    with duet_vlm.attach(model, "scope", keep=5, alpha=alpha) as handle:
-        forward(model, inputs)
-        assert chosen_tokens(handle) == expected
 
 
 @pytest.mark.parametrize("method", GREEDY)
@@ -109,49 +57,6 @@ def test_flops_of_the_vision_side_are_those_that_torch_counts(family: str) -> No
     with duet_vlm.attach(model, "none") as handle:
         forward(model, inputs)
         assert handle.report().full.vision_flops == counter.get_total_flops()
-
-
-@pytest.mark.parametrize("alpha", [0.0, 2.0])
-@pytest.mark.parametrize("family", FIRST)
-def test_duet_plus_looks_at_tower_rows_and_attention(family: str, alpha: float) -> None:
-    inputs, model = FAMILIES[family].inputs(MIXED), shared(family)
-    signals, shown = tower_signals(family, inputs, None, PICTURES), [content_rows(family, picture) for picture in PICTURES]
-    rows = [all_rows[content] for all_rows, content in zip(tower_rows(model, inputs), shown, strict=True)]
-    expected = [twins.duet_plus_entry(s.tolist(), some.tolist(), 5, alpha, 1.0, 0.1) for (s, _), some in zip(signals, rows, strict=True)]
-    with duet_vlm.attach(model, "duet_plus", keep=5, schedule=(), alpha=alpha, pool=1.0, tau=0.1) as handle:
-        forward(model, inputs)
-        assert chosen_tokens(handle) == [[content[i] for i in chosen] for (chosen, _), content in zip(expected, shown, strict=True)]
-        found = [{anchor: sorted(members) for anchor, members in span.merged.items()} for row in handle.trace for span in row]
-    assert found == [
-        {content[anchor]: sorted(content[m] for m in members) for anchor, members in clusters.items() if members}
-        for (_, clusters), content in zip(expected, shown, strict=True)
-    ]
-    assert any(found)
-
-
-def test_duet_plus_plans() -> None:
-    """Under DUET's schedule the same rows in every layer as DUET; by itself without drops, with DUET's, or with earlier ones, by the budget."""
-    reducer = duet_vlm.get_method("duet_plus")
-    for budget in (1, 0.05, 64, 0.11, 0.33, 300, 0.7, 500, 0.99, 576):
-        plus, duet = reducer(schedule=((16, 0.5), (24, 0.0))).plan(576, 32, budget), duet_vlm.get_method("duet")().plan(576, 32, budget)
-        assert plus.counts == duet.counts and plus.entry == duet.entry
-    assert reducer().plan(576, 32, 64).counts == duet_vlm.get_method("duet")().plan(576, 32, 64).counts == (102,) * 16 + (51,) * 8 + (0,) * 8
-    assert reducer().plan(576, 32, 0.05).counts == (66,) * 8 + (33,) * 8 + (16,) * 8 + (0,) * 8  # half, and half of that
-    assert reducer().plan(576, 32, 500).counts == (500,) * 32
-    assert reducer().plan(100, 8, 14).counts == (14,) * 8 and reducer().plan(100, 8, 13).counts == (21,) * 4 + (10,) * 2 + (0,) * 2
-    assert reducer(keep=100).with_paper_schedule(32).plan(576, 32, None).counts == (100,) * 16 + (50,) * 8 + (0,) * 8
-    scope = duet_vlm.get_method("scope+duet_plus")()
-    for budget in (0.05, 0.11, 0.4):  # a composition's drops depend on the budget in the same way
-        assert scope.plan(576, 32, budget).counts == reducer().plan(576, 32, budget).counts
-    assert reducer(keep=100, schedule=((8, 0.5), (16, 0.0))).plan(576, 32, None).counts == (100,) * 8 + (50,) * 8 + (0,) * 16
-    assert reducer(keep=100, schedule=((2, 0.25),)).plan(64, 4, None).counts == (64, 64, 16, 16)
-    assert reducer(schedule=((2, 0.25),)).plan(64, 4, None).counts == (64, 64, 16, 16)
-    with pytest.raises(duet_vlm.BudgetError, match="needs a budget"):
-        reducer().plan(64, 4, None)
-    with pytest.raises(ValueError, match="not both"):
-        reducer(keep=4).plan(64, 4, 0.5)
-    with pytest.raises(ValueError, match="with a budget give fractions"):
-        reducer(schedule=((2, 10),)).plan(64, 4, 0.5)
 
 
 @pytest.mark.parametrize("method", CONSTANT)

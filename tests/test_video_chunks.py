@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import CLIPS, FAMILIES, ONE, Picture, build, clips_for, forward, generate, shared
+from method_matrix import pairs
 from torch import Tensor, nn
 
 import duet_vlm
@@ -62,8 +63,7 @@ def pieces_of(family: str, model: nn.Module, inputs: Any) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("family", MOVING)
-@pytest.mark.parametrize("method", METHODS)
+@pairs(METHODS, MOVING)
 @pytest.mark.parametrize("steps", [1, 2])
 def test_pieces_change_no_bit(family: str, method: str, steps: int) -> None:
     """Of clips of several lengths among images, padded: the same tokens, the same logits."""
@@ -195,8 +195,7 @@ def repeating(family: str, pattern: list[int]) -> Any:
     return inputs | {"pixel_values_videos": steps[pattern].flatten(0, 1)}
 
 
-@pytest.mark.parametrize("family", MOVING)
-@pytest.mark.parametrize("method", METHODS)
+@pairs(METHODS, MOVING)
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_frames_that_are_the_same_have_the_same_rows(family: str, method: str, chunk: int | None) -> None:
     """A threshold of 0 leaves out what would come out the same: no bit changes."""
@@ -275,7 +274,8 @@ def most_and_rows(family: str, method: str, settings: dict[str, Any], steps: int
         return memory_of(lambda: encode(model, given))[0], sum(row.nbytes for row in rows)
 
 
-@pytest.mark.parametrize("family", MOVING)
+@pytest.mark.every_family
+@pytest.mark.parametrize("family", [name if name == "qwen2_5_vl" else pytest.param(name, marks=pytest.mark.slow) for name in MOVING])
 @pytest.mark.parametrize(("method", "most"), [("none", 1.1), ("duet", 2.5), ("evs", 3.5)])
 def test_little_grows_with_the_clip(family: str, method: str, most: float) -> None:
     """No pixels, and of rows their own bytes: once where nothing is chosen, twice where some leave (before and after); and what a method makes."""

@@ -1,4 +1,4 @@
-"""What a method inside the decoder may ask and do beyond dropping by attention: merging, cut caches, raters, heads; each against something slow."""
+"""Stages inside the decoder beyond dropping by attention: merging, trimmed caches, raters, heads; each against something slow."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, ONE, TEXT, THREE, TWO, Row, forward, generate, shared
-from oracle import choices_of, step_logits, walk_batch
+from reference_forward import choices_of, step_logits, walk_batch
 from torch import Tensor
 from transformers import DynamicCache
 
 import duet_vlm
 from duet_vlm import DecoderReducer, DecoderView, Selection, SpanPlan
+from duet_vlm.methods.sparsevlm import SparseVLM
 from duet_vlm.methods.v2drop import V2Drop
 from duet_vlm.ops.information import information
 from duet_vlm.ops.ragged import pack_right
@@ -326,3 +327,27 @@ def test_information_is_that_of_the_singular_values(count: int, width: int) -> N
         left, values, _ = torch.linalg.svd(one[real].double(), full_matrices=False)
         torch.testing.assert_close(ours[real].double(), (left * values).abs().sum(1), rtol=1e-4, atol=1e-5)
         assert not ours[~real].abs().max() > 1e-5 if (~real).any() else True
+
+
+# ---- several stages
+
+
+@pytest.mark.parametrize("rows", [(ONE,), (THREE, TWO)], ids=["one", "ragged"])
+def test_layers_in_a_row_rank_by_the_rows_that_are_left(rows: Any) -> None:
+    """A drop in front of every layer: a layer's attention is that of the rows that it reads."""
+    model, family = shared("llava", "eager"), FAMILIES["llava"]
+    inputs = family.inputs(rows)
+    seen: list[DecoderView] = []
+
+    class Spy(SparseVLM):
+        def prune_tokens(self, view: DecoderView) -> Any:
+            seen.append(view)
+            return super().prune_tokens(view)
+
+    with duet_vlm.attach(model, Spy(schedule=((2, 0.7), (3, 0.5), (4, 0.4)), recycle=False, text_query="last")) as handle:
+        out = forward(model, inputs, output_attentions=True)
+        groups = [handle._run.layer_group(layer).tokens for layer in (1, 2, 3)]
+    for shown, tokens, attention in zip(seen, groups, out.attentions[1:4], strict=True):
+        for b in range(len(rows)):
+            expected = attention[b, :, -1][:, tokens.visual[b]].T
+            torch.testing.assert_close(shown.scores[b][shown.valid[b]], expected, rtol=1e-4, atol=1e-6)
