@@ -103,7 +103,9 @@ REDUCING: dict[str, dict[str, Any]] = {
 # methods whose usual drops come before the first attention of some families: a clear error
 TOO_EARLY = {name: ("qwen3_5", "qwen3_5_moe") for name in ("dart", "fitprune", "sparsevlm")}
 # methods that plan crop by crop, so that ``Handle.plan`` of all tokens of a picture is another plan
-PLANNED_BY_CROP = {"pool": ("llava_next", "llava_next_video", "llava_onevision")}
+PLANNED_BY_CROP = {name: ("llava_next", "llava_next_video", "llava_onevision") for name in ("pool", "quecc")}
+# methods whose choice rests on rounding in some families: a gradient through a linear layer; a linear projector, which moves all rows equally far
+ROUNDING = {"pio": ("qwen3_5", "qwen3_5_moe"), "zoo_prune": ("paligemma",)}
 
 
 def _by_text(name: str) -> bool:
@@ -244,8 +246,9 @@ class Cell(NamedTuple):
 
 
 def allowed(family: str, method: str = "", positions: str = "keep") -> bool:
-    """Whether a combination can be tried: 3-D positions are never compact, ``TOO_EARLY`` and ``PLANNED_BY_CROP`` have tests of their own."""
-    without = (*TOO_EARLY.get(method, ()), *PLANNED_BY_CROP.get(method, ()))
+    """Whether a combination can be tried: 3-D positions are never compact, ``TOO_EARLY`` and ``PLANNED_BY_CROP`` have tests of their own,
+    and of ``ROUNDING`` nothing can be said."""
+    without = [name for known in (TOO_EARLY, PLANNED_BY_CROP, ROUNDING) for name in known.get(method, ())]
     return not (positions == "compact" and FAMILIES[family].mrope) and family not in without
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from families import FAMILIES, Family, Inputs, Row, shared
@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 from duet_vlm import Handle
 
-Made = tuple[float, ...] | Tensor | None  # what tokens weigh in a row that they join, or the row that a module of the method's own made of them
+Weights = tuple[float, ...] | None  # of tokens in a row that they join
+
+
+class CustomRow(NamedTuple):
+    """A row that a module of the method's own made; later levels are merged by ``weights``, as no module made any of theirs."""
+
+    row: Tensor
+    weights: Weights
+
+
+Made = Weights | CustomRow
 Entered = dict[int, tuple[int, tuple[int, ...], Made]]  # token -> (source, tokens merged into it, how)
 
 
@@ -102,8 +112,8 @@ def _joined(selection: Any, sample: int, place: list[int]) -> list[tuple[int, tu
 
 def _row(row: Tensor, members: Tensor, weigh: Made, merge: str) -> Tensor:
     """A row that others joined, one number after the other."""
-    if isinstance(weigh, Tensor):
-        return weigh
+    if isinstance(weigh, CustomRow):
+        return weigh.row
     if weigh is not None:
         return sum(w * member for w, member in zip(weigh, members, strict=True))  # type: ignore[return-value]
     return torch.cat([row[None], members]).mean(0) if merge == "mean" else row + members.mean(0)
@@ -123,7 +133,7 @@ def _entered(positions: str, encoded: Any, number: int, tokens: int) -> Entered:
             joined: tuple[int, ...] = tuple(members[p] for p in here)
             weigh: Made = None if weights is None else tuple(weights[p] for p in here)
             if selection.custom_rows is not None and row < selection.custom_rows.shape[1]:
-                weigh = selection.custom_rows[number, row].detach()
+                weigh = CustomRow(selection.custom_rows[number, row].detach(), weigh)
             entered[len(entered) if positions == "compact" else source] = (source, joined, weigh)
     return entered
 
@@ -133,8 +143,8 @@ def family_of(model: nn.Module) -> Family:
     return next(family for family in reversed(FAMILIES.values()) if family.answers(model))  # those that share a class come last
 
 
-def entry_rows(model: nn.Module, features: Tensor, rows: Entered, choice: Choice) -> dict[int, Tensor]:
-    """The embedding of each slot that entered."""
+def entry_rows(model: nn.Module, features: Tensor, rows: Entered, choice: Choice, later: bool = False) -> dict[int, Tensor]:
+    """The embedding of each slot that entered, or what is added to it ``later``."""
     family, merge = family_of(model), choice.merge
     pointwise = family.pointwise(model)
     shift = 0 if choice.cls_token else family.skip()
@@ -142,7 +152,7 @@ def entry_rows(model: nn.Module, features: Tensor, rows: Entered, choice: Choice
         features, pointwise = pointwise(features), None
     entered = {}
     for slot, (source, joined, weigh) in rows.items():
-        row = features[source + shift]
+        row, weigh = features[source + shift], weigh.weights if later and isinstance(weigh, CustomRow) else weigh
         if joined:
             members = torch.stack([features[m + shift] for m in joined])
             row = _row(row, members, weigh, merge)
@@ -198,7 +208,7 @@ def walk(
         for places, rows, levels in zip(choice.places, choice.rows, deeper, strict=True):
             if index < len(levels):  # rows that the encoder adds behind the first layers
                 hidden = hidden.clone()
-                for token, row in entry_rows(model, levels[index], rows, choice).items():
+                for token, row in entry_rows(model, levels[index], rows, choice, later=True).items():
                     hidden[0, places[token]] += row
     result.logits = family.head(model, hidden)[0]
     return result

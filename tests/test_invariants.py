@@ -14,7 +14,7 @@ from torch import Tensor
 
 import duet_vlm
 
-CLOSE = {"rtol": 1e-3, "atol": 2e-4}  # logits are of size 1 to 5; reductions move them by more than 0.1
+CLOSE = {"rtol": 1e-3, "atol": 5e-4}  # logits are of size 1 to 5; reductions move them by more than 0.1
 VISIBLE = 0.04  # a reduction that moves no logit by this much would make a comparison empty
 RAGGED: tuple[Row, ...] = (ONE, THREE, TEXT, TWO)
 

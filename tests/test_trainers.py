@@ -28,7 +28,7 @@ TWO_FAMILIES = pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 
 
 def attach(model: nn.Module, **settings: Any) -> duet_vlm.Handle:
-    return duet_vlm.attach(model, "duet", budget=BUDGET, **settings)
+    return duet_vlm.attach(model, "duet", **{"budget": BUDGET} | settings)
 
 
 @functools.lru_cache
@@ -425,9 +425,9 @@ def test_projector_trained_in_full_beside_lora() -> None:
 @pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_frozen_bf16_base(family: str, tmp_path: Path) -> None:
     """QLoRA's set-up without its 4-bit weights: a frozen base in bf16, adapters in float32, autocast, re-entrant checkpointing of layers
-    whose inputs are made to require gradients. The same run without checkpointing is the reference."""
+    whose inputs are made to require gradients. The same run without checkpointing is the reference, one at another budget the control."""
     results = []
-    for checkpointing in (False, True):
+    for checkpointing, budget in ((False, BUDGET), (True, BUDGET), (False, 0.2)):
         core = build(family, dtype=torch.bfloat16)
         before = weights(core)
         model = lora(core)
@@ -436,7 +436,7 @@ def test_frozen_bf16_base(family: str, tmp_path: Path) -> None:
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": True})
             model.enable_input_require_grads()
-        with attach(model.train()) as handle:
+        with attach(model.train(), budget=budget) as handle:
             if checkpointing:
                 run = trainer(model, family, tmp_path, bf16=True)
                 run.train()
@@ -446,11 +446,10 @@ def test_frozen_bf16_base(family: str, tmp_path: Path) -> None:
         results.append((curve, adapters(model)))
         base = {name.replace("base_model.model.", "").replace(".base_layer", ""): w for name, w in model.named_parameters() if "lora" not in name}
         assert all(torch.equal(base[name], w) for name, w in before.items())
-    (curve, after), (checkpointed, after_checkpointed) = results
+    (curve, after), (checkpointed, after_checkpointed), (_, other) = results
     assert checkpointed.losses == pytest.approx(curve.losses, rel=5e-3)  # bf16 rounds differently in a recomputed layer
     assert checkpointed.measured[-1] == curve.measured[-1]
-    assert farthest(after_checkpointed, after, start) < 3e-2
-    assert farthest(start, after, start) > 0.1
+    assert farthest(after_checkpointed, after, start) < 0.3 < farthest(other, after, start)  # bf16 kernels differ from processor to processor
 
 
 def test_qlora_with_four_bit_weights(tmp_path: Path) -> None:
