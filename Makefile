@@ -28,7 +28,7 @@ help:  ## this list
 demo: $(CORE)  ## 20 questions on the embedded model, in full and at three budgets; pictures in out/demo
 	@$(BIN)/duet-vlm demo
 
-test: $(DEV)  ## the default test tier
+test: $(DEV)  ## the default test tier, of the package and of the lab
 	@$(PYTEST)
 
 test-all: $(DEV)  ## every test, slow ones too
@@ -43,7 +43,7 @@ test-oldest: $(OLDEST)/.installed  ## the default tier (less packaging) on the o
 test-newest:  ## the default tier (less packaging) on the newest transformers that there is, asked for anew each time
 	@test -x $(NEWEST)/bin/python || $(PYTHON) -m venv $(NEWEST)
 	@grep -v '^transformers==' constraints.txt > $(NEWEST)/constraints.txt
-	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(NEWEST)/constraints.txt --upgrade transformers -e ".[dev]"
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check install -q -c $(NEWEST)/constraints.txt --upgrade transformers -e ".[dev]" -e lab
 	@$(NEWEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	@$(ONE_THREAD) $(NEWEST)/bin/python -m pytest -q -n $(WORKERS) --ignore=tests/test_package.py
 
@@ -65,7 +65,7 @@ test-browser: $(BROWSER)  ## the page of a report, that of duet-vlm app and scri
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q tests/test_report_browser.py tests/test_app_browser.py tests/test_site.py -k browser
 
 pictures: $(BROWSER)  ## report of the committed results in out/report, pictures of it and of duet-vlm app in docs/images
-	@$(ONE_THREAD) $(BIN)/duet-vlm report $(wildcard comparison/*/results/methods.json) --out out/report
+	@$(ONE_THREAD) $(BIN)/duet-vlm report $(wildcard lab/comparison/*/results/methods.json) --out out/report
 	@$(ONE_THREAD) $(BIN)/python tests/report_pictures.py out/report docs/images
 	@$(ONE_THREAD) $(BIN)/python tests/app_pictures.py docs/images
 
@@ -94,10 +94,11 @@ notebooks: $(DOCS)/.installed  ## run the notebooks of docs/notebooks on the emb
 format: $(DEV)  ## let ruff fix what it can
 	@$(BIN)/ruff check --fix .
 
-wheels: | $(BIN)/python  ## source archives and wheels of the package and of the vLLM plug-in, into dist
+wheels: | $(BIN)/python  ## source archives and wheels of the package, the lab and the vLLM plug-in, into dist
 	$(PIP) install -q build
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m build --outdir dist lab
 	$(BIN)/python -m build --outdir dist plugins/vllm
 
 release-check:  ## does TAG=v1.2.3 agree with pyproject.toml, CITATION.cff and CHANGELOG.md
@@ -106,23 +107,23 @@ release-check:  ## does TAG=v1.2.3 agree with pyproject.toml, CITATION.cff and C
 bench: $(DEV)  ## paired benchmarks, written to benchmarks/results
 	@$(BIN)/python benchmarks/run.py
 
-compare: $(DEV)  ## measure every experiment under comparison/ that has no result yet (an hour or two for all of them)
-	@for file in comparison/*/experiments/*.json; do $(ONE_THREAD) $(BIN)/duet-vlm eval --experiment $$file --out comparison || exit 1; done
+compare: $(DEV)  ## measure every experiment under lab/comparison/ that has no result yet (an hour or two for all of them)
+	@for file in lab/comparison/*/experiments/*.json; do $(ONE_THREAD) $(BIN)/duet-vlm eval --experiment $$file --out lab/comparison || exit 1; done
 
 tables: $(DEV)  ## write the tables of README and docs, and the lists of the command line, anew from what they are made of
-	@$(BIN)/python benchmarks/tables.py
+	@$(BIN)/python lab/tables/tables.py
 
 train: $(DEV)  ## train the embedded model from scratch
-	@$(BIN)/python -m duet_vlm.tiny.train
+	@$(BIN)/python -m duet_vlm_lab.train_tiny
 
 train-chain: $(DEV)  ## train the tiny-chain model from answers alone (hours; the same command goes on after a kill)
-	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_chain
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm_lab.train_chain
 
 train-page: $(DEV)  ## train the tiny-page model from the tiny-chain model (under an hour of one core)
-	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_page
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm_lab.train_page
 
 train-long: $(DEV)  ## train the tiny-long model from the tiny-video model (about an hour of one core)
-	@$(ONE_THREAD) $(BIN)/python -m duet_vlm.tiny.train_long
+	@$(ONE_THREAD) $(BIN)/python -m duet_vlm_lab.train_long
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(LMMS) $(VLLM) $(VIDEO) $(TORCHAO) $(DOCS) out build dist .pytest_cache .ruff_cache .mypy_cache
@@ -134,18 +135,18 @@ $(CORE): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e .
 	@touch $@
 
-$(DEV): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install -q -c constraints.txt -e ".[dev]"
+$(DEV): pyproject.toml lab/pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e ".[dev]" -e lab
 	@touch $(CORE) $@
 
 $(BROWSER): $(DEV)
 	$(PIP) install -q -c constraints.txt -e ".[app,browser]"
 	@touch $@
 
-$(OLDEST)/.installed: pyproject.toml constraints.txt
+$(OLDEST)/.installed: pyproject.toml lab/pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OLDEST)
 	sed 's/^transformers==.*/transformers==5.21.0/' constraints.txt > $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -c $(OLDEST)/constraints.txt -e ".[dev]"
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install -q -c $(OLDEST)/constraints.txt -e ".[dev]" -e lab
 	@touch $@
 
 # The pinned torch first, so that nothing else chooses one. The torchvision of PyPI needs tests/lmms/cpu_torchvision.py beside a CPU torch.
@@ -174,13 +175,13 @@ $(VLLM)/.installed: pyproject.toml constraints.txt plugins/vllm/pyproject.toml $
 
 $(DOCS)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[docs]"
+	$(DOCS)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[docs]" -e lab
 	@! command -v npm >/dev/null || (cd $(DOCS) && npm pack --silent mermaid@11 >/dev/null && tar xzf mermaid-*.tgz package/dist/mermaid.min.js)
 	@touch $@
 
 $(TORCHAO)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(TORCHAO)
-	$(TORCHAO)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[dev]" torchao
+	$(TORCHAO)/bin/python -m pip --disable-pip-version-check install -q -c constraints.txt -e ".[dev]" -e lab torchao
 	@touch $@
 
 $(VIDEO)/.installed: pyproject.toml constraints.txt $(wildcard tests/lmms/cpu_torchvision.*)

@@ -9,6 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 NAMED = {  # where a version is named, and how
     "pyproject.toml": r'^version = "(.+)"$',
+    "lab/pyproject.toml": r'^version = "(.+)"$',
     "plugins/vllm/pyproject.toml": r'^version = "(.+)"$',
     "CITATION.cff": r"^version: (.+)$",
 }

@@ -81,7 +81,7 @@ def _commit() -> str:
         return subprocess.run(["git", "-C", str(HERE), *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../src", ".", ":!results")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "../src", "../lab", ".", ":!results", ":!../lab/studies/results", ":!../lab/comparison")
         return git("rev-parse", "--short", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

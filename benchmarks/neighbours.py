@@ -19,7 +19,7 @@ from shapes import LLAVA, build, picture, prompt, twin
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.profiling.timing import ratio, time_paired
 
 STEPS, WARMUP, BUDGET = 30, 4, 0.22

@@ -24,6 +24,7 @@ from torch import nn
 
 import duet_vlm
 from duet_vlm.profiling.timing import Timing, time_paired
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.encode.attention_intercept import QKRecorder
 from duet_vlm.runtime.encode.encoder import EncoderHooks
 from duet_vlm.runtime.prefill import entry
@@ -47,7 +48,7 @@ def run(options: Options) -> list[dict[str, Any]]:
 def names() -> tuple[str, ...]:
     """Methods for pictures, in front of the decoder or inside it."""
     kinds = {name: kind for name, kind in duet_vlm.list_methods().items() if name != "none" and not issubclass(kind, duet_vlm.TowerReducer)}
-    return tuple(name for name, kind in kinds.items() if not getattr(kind, "compares_frames", False))
+    return tuple(name for name, kind in kinds.items() if not kind.compares_frames)
 
 
 def _compare(options: Options, shape: Shape, methods: tuple[str, ...], pairs: int, unit: str) -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ def target(kind: type[duet_vlm.Reducer]) -> float:
     decides = issubclass(kind, duet_vlm.DecoderReducer)
     if issubclass(kind, duet_vlm.EncoderReducer):
         return CHOOSES + (RANKS if decides else 0)
-    return RANKS if getattr(kind, "uses_text", True) else MERGES if getattr(kind, "merges", False) else FREE
+    return RANKS if Input.SCORES in kind.requires or not decides else MERGES if kind.merges else FREE
 
 
 def reachable(model: nn.Module, method: str) -> float:

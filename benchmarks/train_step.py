@@ -19,17 +19,15 @@ from shapes import LLAVA, TINY, Shape, build, picture, prompt, twin
 from torch import Tensor, nn
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.profiling.flop_counter import memory_of
-from duet_vlm.profiling.model_dims import DecoderDims, VisionDims
 from duet_vlm.profiling.timing import Timing, ratio, time_paired
-from duet_vlm.profiling.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
+from duet_vlm_lab.training_cost import StepFlops, TrainedParts, TrainingExample, step_flops
 
 STAGES = ("vision", "decoder", "backward", "optimiser")
-LLAVA_7B = DecoderDims(32, 4096, 32, 32, 128, 11008, 32064), VisionDims(24, 1024, 4096, 2, 1, 1, 588, ((1024, 4096), (4096, 4096)))
 TARGET = 0.55  # at 11 % where the decoder dominates
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

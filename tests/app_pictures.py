@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from report_pictures import CHROMIUM, small
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "src/duet_vlm/tiny/demo"
+DEMO = ROOT / "src/duet_vlm/evaluation/tiny/demo"
 
 
 @contextlib.contextmanager
@@ -47,13 +48,15 @@ def opened(
     watch(page)
     page.goto(address)
     page.locator("#examples button").first.wait_for()
+    page.locator("#report-0 table").wait_for()  # of the example that it opens with
+    page.wait_for_function("document.querySelector('#answer-1 textarea').value")
     return page
 
 
 def show(page: Any, picture: Path, question: str) -> None:
     """Drop a picture and write a question."""
     page.set_input_files("#file input[type=file]", picture)
-    page.locator("#preview img").wait_for()
+    page.locator("#file").get_by_text(picture.stem).wait_for()
     page.fill("#question textarea", question)
 
 
@@ -76,10 +79,21 @@ def choose(page: Any, control: str, value: str) -> None:
     page.get_by_role("option", name=value, exact=True).click()
 
 
+def take_example(page: Any, number: int) -> None:
+    """Click an example, and wait until it is taken."""
+    page.locator("#examples button").nth(number).click()
+    page.locator("#file").get_by_text(re.compile("picture-|clip|page")).first.wait_for()
+
+
+def begin(page: Any) -> None:
+    """Click, and wait until what was answered before is gone."""
+    page.click("#ask")
+    page.locator("#report-0 table").wait_for(state="detached")
+
+
 def ask(page: Any) -> None:
     """Click, and wait until the slider's pictures are there."""
-    page.click("#ask")
-    page.locator("#view-0").wait_for(state="hidden")
+    begin(page)
     page.locator("#report-0 table").wait_for()
     page.locator("#report-0").scroll_into_view_if_needed()  # pictures are loaded where they are looked at
     page.locator("#patches-0 img").wait_for()

@@ -45,6 +45,7 @@ from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.methods.vispruner import VisPruner
 from duet_vlm.methods.vqtoken import VQToken
 from duet_vlm.methods.vscan import VScan
+from duet_vlm.reducers.inputs import DECODER_INPUTS
 
 # reducing settings that bite at every stage of an 8-layer decoder, whatever the image size
 REDUCING: dict[str, dict[str, Any]] = {
@@ -111,7 +112,7 @@ ROUNDING = {"pio": ("qwen3_5", "qwen3_5_moe"), "zoo_prune": ("paligemma",)}
 def _by_text(name: str) -> bool:
     """Whether a method's drops keep the largest attention from text, and nothing else matters."""
     second = duet_vlm.list_methods()[name.rpartition("+")[2]]
-    return issubclass(second, duet_vlm.DecoderReducer) and second.uses_text and not second.needs
+    return issubclass(second, duet_vlm.DecoderReducer) and second().requires & DECODER_INPUTS == {duet_vlm.Input.SCORES}
 
 
 BY_TEXT = tuple(filter(_by_text, REDUCING))

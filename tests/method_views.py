@@ -19,7 +19,7 @@ from duet_vlm.methods.pio import Pio
 from duet_vlm.methods.video_base import VideoReducer
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.encoder_view import LayerView, QuestionView
 
 
@@ -216,7 +216,7 @@ def decoder_spans_view(there: list[int], stay: list[int], seed: int, spans: int 
     notes = torch.randint(0, 5, shape, generator=draw).float() * 3
     span = torch.randint(0, spans, shape, generator=draw).sort(1).values
     scores, rows = torch.rand(shape, generator=draw), torch.randn(*shape, 6, generator=draw)
-    return DecoderView(valid, torch.tensor(stay), host_counts=tuple(zip(there, stay, strict=True)), scores=scores, hidden_states=rows, tags=notes, span_index=span)
+    return DecoderView(valid, torch.tensor(stay), host_counts=tuple(zip(there, stay, strict=True)), scores=scores, hidden_states=rows, tags=notes, span_index=span, token_index=torch.arange(shape[1]).expand(shape))
 
 many_counts = st.lists(st.integers(1, 14).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n))), min_size=1, max_size=3)
 

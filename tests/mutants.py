@@ -89,7 +89,7 @@ MUTANTS = (
     ),
     Mutant(
         "a small image ends a whole batch under a fractional budget",
-        "reducers/base.py", "if budget is None or isinstance(budget, Integral) or error.floor is None", "if True or error.floor is None",
+        "reducers/plans.py", "if budget is None or isinstance(budget, Integral) or error.floor is None", "if True or error.floor is None",
         "tests/test_budget.py", "floor",
     ),
     Mutant(

@@ -15,6 +15,7 @@ from families import FAMILIES, Family, Inputs, Row, shared
 from torch import Tensor, nn
 
 from duet_vlm import Handle
+from duet_vlm.reducers.inputs import Input
 
 Weights = tuple[float, ...] | None  # of tokens in a row that they join
 
@@ -92,7 +93,7 @@ def choices_of(handle: Handle) -> list[Choice]:
         merged = {group.first_layer: _joined(group.merged_into, sample, place) for group in merging}
         selections = [encoded.selection for encoded, _ in run.sources if encoded.selection is not None]
         merge = selections[0].merge if selections else "mean"
-        facts = run.sources[0][0].cls_token, merged, frozenset(run.trimmed_layers), bool(getattr(run.config.reducer, "reads_projected", False))
+        facts = run.sources[0][0].cls_token, merged, frozenset(run.trimmed_layers), Input.PROJECTED_FEATURES in run.config.reducer.requires
         choices.append(Choice(int(valid.sum()), run.positions, merge, rows, places, images, alive, *facts))
     return choices
 

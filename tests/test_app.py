@@ -21,7 +21,7 @@ from processors import STOCK, picture, processor
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import Span, SpanTrace, StageTrace, attach, tiny
+from duet_vlm import Span, SpanTrace, StageTrace, attach
 from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.app import space
 from duet_vlm.app.controls import ChosenMethod, Controls, starting, tower_methods
@@ -31,6 +31,7 @@ from duet_vlm.app.examples import examples
 from duet_vlm.app.files import MOST_MB, Uploads, check_question, open_uploads
 from duet_vlm.app.generate import FULL, AppSide, RunRecord, answers, same_weights
 from duet_vlm.cli.main import app
+from duet_vlm.evaluation import tiny
 from duet_vlm.viz import at_depth, draw, history, token_fates
 from duet_vlm.viz.colors import group
 from duet_vlm.viz.overlay import DROPPED, SHADE

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from app_pictures import DEMO, ROOT, ask, choose, more, opened, served, set_to, show, take
+from app_pictures import DEMO, ROOT, ask, begin, choose, more, opened, served, set_to, show, take, take_example
 from PIL import Image
 from report_pictures import CHROMIUM
 
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 
 pytest.importorskip("gradio", reason="needs Gradio: make test-browser installs it")
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-browser installs it")
@@ -163,7 +163,7 @@ def test_answers_are_written_side_by_side(browser: Any, endless: str) -> None:
     page = opened(browser, endless)
     show(page, DEMO / ITEMS[0].name, QUESTION)
     page.locator("#longest input[type=number]").fill("150")
-    page.click("#ask")
+    begin(page)
     moments = []
     deadline = time.time() + 60
     while time.time() < deadline and not page.locator("#report-0 table").count():
@@ -180,7 +180,7 @@ def test_stop_ends_the_answers(browser: Any, endless: str) -> None:
     page = opened(browser, endless)
     show(page, DEMO / ITEMS[0].name, QUESTION)
     page.locator("#longest input[type=number]").fill("512")
-    page.click("#ask")
+    begin(page)
     page.wait_for_function("document.querySelector('#answer-1 textarea').value.length > 0")
     page.click("#stop")
     page.wait_for_timeout(500)
@@ -197,8 +197,8 @@ def test_a_clip_and_a_question(browser: Any) -> None:
     pytest.importorskip("av", reason="needs PyAV")
     with served(sys.executable, "-m", "duet_vlm.cli.main", "app", "--model", "tiny-video", "--method", "frames+duet", "--budget", "0.3") as found:
         page = opened(browser, found)
-        page.locator("#examples button").first.click()
-        page.locator("#preview img").wait_for()
+        assert all(texts(page, 2)) and "frames+duet at 30 %, at the entry to the decoder:" in page.inner_text("#step-0")
+        take_example(page, 0)
         ask(page)
         assert all(texts(page, 2)) and "frames+duet at 30 %, at the entry to the decoder:" in page.inner_text("#step-0")
         box = page.locator("#patches-0 img").bounding_box()
@@ -225,7 +225,7 @@ def test_two_users_at_once(browser: Any, address: str) -> None:
         set_to(page, "method-0", method)
         set_to(page, "share-0", "33")
     for page in pages:
-        page.click("#ask")
+        begin(page)
     for number, (page, method) in enumerate(zip(pages, methods, strict=True)):
         page.locator("#report-0 table").wait_for()
         assert texts(page, 1) == [stock(number)]
@@ -268,22 +268,43 @@ def test_all_that_one_question_needs_is_above_the_fold(browser: Any, address: st
     for number in range(thumbs.count()):
         page.wait_for_function("n => document.querySelectorAll('#examples img')[n].naturalWidth > 50", arg=number)
         in_sight(page, f"#examples img >> nth={number}")
-    empty = len(colours(page, "#answer-0"))
-    page.locator("#examples button").nth(1).click()
-    page.locator("#preview img").wait_for()
-    page.click("#ask")
+    take_example(page, 1)
+    begin(page)
     page.locator("#report-0 table").wait_for()
     page.locator("#patches-0 img").wait_for()
     in_sight(page, "#status", "#answer-0", "#answer-1", "#facts-0", "#facts-1", "#depth", "#step-0")
     assert page.locator("#patches-0 img").bounding_box()["y"] < LAPTOP["height"] - 100
-    assert len(colours(page, "#answer-0")) > empty  # there are letters
     page.close()
+
+
+def test_the_page_opens_with_its_first_example_answered(browser: Any, address: str) -> None:
+    """Each visitor sees it, in the first window and without a click; the place for a picture of one's own stays free."""
+    for _ in range(2):
+        page = opened(browser, address, **LAPTOP)
+        page.locator("#patches-0 img").wait_for()
+        assert page.input_value("#question textarea") == QUESTION and texts(page, 2) == [ANSWER, ANSWER]
+        in_sight(page, "#preview img", "#status", "#answer-0", "#answer-1", "#facts-0", "#facts-1", "#depth", "#step-0")
+        assert page.inner_text("#status").startswith("The first example, asked when the page was started")
+        assert "duet at 22 %, at the entry to the decoder: 90 of 256 alive" in page.inner_text("#step-0")
+        assert "56.2 of 256 visual tokens per layer" in page.inner_text("#facts-1")
+        assert page.locator("#patches-0 img").bounding_box()["y"] < LAPTOP["height"] - 200
+        assert page.locator("#file input[type=file]").count() == 1
+        page.close()
+
+
+def test_the_example_that_the_page_opens_with_can_be_asked_about(page: Any) -> None:
+    set_to(page, "share-0", "33")
+    page.fill("#question textarea", ITEMS[0].questions[1][0])
+    ask(page)
+    assert "duet at 33 %" in page.inner_text("#step-0") and texts(page, 1) != [ANSWER]
+    show(page, DEMO / ITEMS[1].name, ITEMS[1].questions[0][0])  # and one's own comes in its place
+    ask(page)
+    assert texts(page, 1) == [stock(1)]
 
 
 def test_that_it_works_is_seen_at_once(browser: Any, endless: str) -> None:
     page = opened(browser, endless, **LAPTOP)
-    page.locator("#examples button").first.click()
-    page.locator("#preview img").wait_for()
+    take_example(page, 0)
     page.locator("#longest input[type=number]").fill("512")
     page.evaluate("scrollTo(0, 0)")
     page.evaluate("document.querySelector('#ask').click()")  # no wait for what the server says
@@ -298,8 +319,9 @@ def test_that_it_works_is_seen_at_once(browser: Any, endless: str) -> None:
 
 def test_an_error_is_above_the_fold(browser: Any, address: str) -> None:
     page = opened(browser, address, **LAPTOP)
+    page.fill("#question textarea", "")
     page.click("#ask")
-    problem(page, "nothing to look at")
+    problem(page, "no question")
     in_sight(page, "#problem", "#problem [role=alert]")
     assert (253, 238, 233) in colours(page, "#problem")  # its ground, in the picture of the window
     page.wait_for_function("!document.querySelector('#status').innerText.includes('Working')")
@@ -346,7 +368,6 @@ def test_the_slider_of_the_depth_opens_where_something_was_lost(page: Any) -> No
 
 def test_both_figures_of_speed_are_named_and_explained(page: Any) -> None:
     show(page, DEMO / ITEMS[0].name, QUESTION)
-    assert not page.locator("#speeds").is_visible()
     ask(page)
     facts, report = page.inner_text("#facts-1"), page.inner_text("#report-0")
     (bound,) = re.findall(r"FLOPs-bound speed-up of the decoder's prefill: ([\d.]+x)", report)
@@ -359,7 +380,7 @@ def test_reports_are_readable_on_a_phone(browser: Any, address: str) -> None:
     page = opened(browser, address, width=430, height=900)
     show(page, DEMO / ITEMS[0].name, QUESTION)
     page.check("#compare input")
-    page.click("#ask")
+    begin(page)
     page.locator("#report-1 table").wait_for()
     one, other = (page.locator(f"#report-{number}").bounding_box() for number in range(2))
     assert other["y"] >= one["y"] + one["height"] and one["width"] > 300 and other["width"] > 300
@@ -374,37 +395,36 @@ def test_reports_are_readable_on_a_phone(browser: Any, address: str) -> None:
 def test_a_phone_is_shown_that_it_works(browser: Any, address: str) -> None:
     page = opened(browser, address, width=430, height=900)
     show(page, DEMO / ITEMS[0].name, QUESTION)
-    page.click("#ask")
+    assert page.evaluate("scrollY") == 0  # nothing was asked yet
+    begin(page)
     page.locator("#report-0 table").wait_for()
     box, answer = page.locator("#status").bounding_box(), page.locator("#answer-1").bounding_box()
-    assert 0 <= box["y"] and answer["y"] + answer["height"] <= 900
+    assert -1 < box["y"] and answer["y"] + answer["height"] <= 900
     page.close()
 
 
 def test_an_example_is_one_click(page: Any) -> None:
-    page.locator("#examples button").nth(1).click()
-    page.locator("#preview img").wait_for()
+    take_example(page, 1)
     assert page.input_value("#question textarea") == ITEMS[1].questions[0][0]
     ask(page)
     assert texts(page, 1) == [stock(1)]
 
 
 def test_errors_are_said_in_words(page: Any, tmp_path: Path) -> None:
-    page.click("#ask")
-    assert problem(page, "nothing to look at") == "nothing to look at: drop a picture or a clip first"
     (tmp_path / "notes.png").write_text("no picture")
     page.set_input_files("#file input[type=file]", tmp_path / "notes.png")
     assert problem(page, "notes") == "notes.png: not an image that can be read"
     page.locator("#file button[aria-label]").first.click()
     page.locator("#problem").wait_for(state="hidden")
-    page.set_input_files("#file input[type=file]", DEMO / ITEMS[0].name)
-    page.locator("#preview img").wait_for()
+    page.click("#ask")  # the example that the page opened with has gone, too
+    assert problem(page, "nothing to look at") == "nothing to look at: drop a picture or a clip first"
+    show(page, DEMO / ITEMS[0].name, "")
     page.click("#ask")
     assert problem(page, "no question") == "no question: write what you want to know about the picture"
     page.fill("#question textarea", QUESTION)
     more(page)
     for control, value, words in (
-        ("budget-0", "1.5", "budget=1.5: a float is a fraction in (0, 1] of the visual tokens"),
+        ("budget-0", "1.5", "budget 1.5: a fraction of the visual tokens is above 0 and up to 1.0"),
         ("budget-0", "some", "budget some: give a token count (64), a fraction (0.22) or a percentage (22%)"),
         ("method-0", "fastw", "unknown method 'fastw' (did you mean 'fastv'"),
         ("method-0", "adsc", "adsc cannot reach 56.32 mean visual tokens per layer on a span of 256 tokens"),

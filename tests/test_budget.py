@@ -25,7 +25,7 @@ from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.planning.budget import check_budget, check_schedule, count_of, largest_int, layer_counts, target_mean
 from duet_vlm.planning.spans import plan_span
-from duet_vlm.reducers.base import plan_or_clamp
+from duet_vlm.reducers.plans import plan_or_clamp
 
 SOLVERS = {method.name: method for method in (DivPrune, Duet, DuetPlus, FastV, PyramidDrop, Scope, VisionZip, RandomTokens, UniformTokens)}
 many = settings(max_examples=200, deadline=None, derandomize=True)

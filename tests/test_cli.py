@@ -18,12 +18,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.api import catalogue as lists
 from duet_vlm.api.loading import chat_text, device_for
 from duet_vlm.cli import demo as demo_verb
 from duet_vlm.cli.main import app
 from duet_vlm.cli.options import budget_of, settings_of, several, several_paths
+from duet_vlm.evaluation import tiny
 from duet_vlm.inputs.images import MAX_PIXELS
 from duet_vlm.profiling.timing import Ratio
 from duet_vlm.reducers import registry
@@ -453,9 +453,9 @@ VERBS = ("run", "eval", "drop-curve", "report", "train", "budget", "bench", "viz
 QUICK = [[], ["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)]
 QUICK += [[verb, *more] for verb in ("methods", "presets", "models") for more in ([], ["--json"], ["--help"], ["nosuch"])]
 QUICK += [["run", "-i", str(PICTURE), "-p", "x", *more] for more in (["--method", "deut"], ["--preset", "deut"], ["-b", "many"], ["-b", "2.0"])]
-QUICK += [["run", "-i", "gone.png", "-p", "x"]]
+QUICK += [["run", "-i", "gone.png", "-p", "x"], ["report", "gone.json"], ["report", "gone.json", "--json"], ["report", str(PICTURE)]]
 QUICK += [[verb, "--method", "deut"] for verb in ("bench", "eval", "drop-curve", "train", "budget")]
-WRONG = {"deut", "many", "2.0", "gone.png", "nosuch"}
+WRONG = {"deut", "many", "2.0", "gone.png", "gone.json", str(PICTURE), "nosuch"}
 
 
 def test_help_and_lists_load_no_torch() -> None:
@@ -463,7 +463,9 @@ def test_help_and_lists_load_no_torch() -> None:
     code = f"""
 import sys
 from typer.testing import CliRunner
+from duet_vlm.api import catalogue as lists
 from duet_vlm.cli.main import app
+lists.entry_points = lambda group: ()  # where another package has methods, it has to be asked for them
 for words in {QUICK}:
     result = CliRunner().invoke(app, words)
     print(result.exit_code, len(result.output) > 5, *(name for name in ("torch", "transformers", "gradio") if name in sys.modules))
@@ -489,7 +491,7 @@ def test_methods_of_other_packages_are_listed(tmp_path: Path) -> None:
     (tmp_path / "elsewhere-1.0.dist-info").mkdir()
     (tmp_path / "elsewhere-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
     (tmp_path / "elsewhere-1.0.dist-info" / "entry_points.txt").write_text("[duet_vlm.methods]\nmine = elsewhere:Mine\n")
-    code = "from duet_vlm.api import catalogue as lists; print({row['name']: row['summary'] for row in lists.rows('methods')}.get('mine'))"
+    code = "from duet_vlm.api import catalogue as lists; print({row['name']: row['summary'] for row in lists.chosen('methods', 'name', ['mine'])}.get('mine'))"
     path = os.pathsep.join([str(tmp_path), str(Path(duet_vlm.__file__).parents[1])])
     assert shell(code, PYTHONPATH=path) == "keeps what it likes"
     added = "lists._files = lambda name: ['a_file_more']; lists.MADE['methods'] = lambda: [{'name': 'asked anew'}]; print(lists.rows('methods'))"

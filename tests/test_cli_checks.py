@@ -16,14 +16,13 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from duet_vlm import tiny
 from duet_vlm.api import catalogue as lists
 from duet_vlm.cli import options, viz
 from duet_vlm.cli.main import LINES, app
-from duet_vlm.reducers import method_files
+from duet_vlm.reducers import method_files, registry
 
 SRC = Path(__file__).resolve().parent.parent / "src"
-PICTURE = tiny._HERE / "demo" / "scene_1.png"
+PICTURE = SRC / "duet_vlm/evaluation/tiny/demo/scene_1.png"
 ASK = ["-i", str(PICTURE), "-p", "What shape is the yellow object?"]
 MINE = Template((SRC / "duet_vlm/cli/skeletons/entry.txt").read_text()).substitute(name="first_rows", title="FirstRows", paper="nowhere")
 BLOCKED = """
@@ -122,7 +121,7 @@ WRONG: list[tuple[list[str], str]] = [
     (["eval", "--methods", "./two.py"], "--method ./two.py: two.py registers one, two; say which one: two.py:one"),
     (["viz", *ASK, "-b", "64", "-o", "file"], "--out file: is a file; give a folder"),
     (["run", *ASK, "-b", "64", "--method", "dust"], "unknown method 'dust' (did you mean 'duet', 'custom' or 'dart'?); 'duet-vlm methods' lists"),
-    (["run", *ASK, "-b", "64", "--method", "zzz"], "unknown method 'zzz'; 'duet-vlm methods' lists the 54 there are"),
+    (["run", *ASK, "-b", "64", "--method", "zzz"], "unknown method 'zzz'; 'duet-vlm methods' lists those there are"),
     (["run", *ASK, "--preset", "duet-65"], "unknown preset 'duet-65' (did you mean 'duet-64'"),
 ]
 
@@ -161,7 +160,7 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(endpoint: str, tmp_path: P
 
 def test_cheap_checks_agree_with_the_methods() -> None:
     """Settings that the matrix of tests runs are let through, and those that stand for a budget are those without which a method refuses to plan."""
-    from cases import REDUCING
+    from method_matrix import REDUCING
 
     import duet_vlm
 
@@ -190,6 +189,29 @@ def test_run_keeps_22_percent_where_nobody_says_how_many() -> None:
     for own in (["--set", "dominant=64"], ["--preset", "visionzip-64"], ["--method", "fastv"]):  # nothing is put in place of what is said
         result = call("run", *ASK, "--json", *own)
         assert json.loads(result.stdout)["report"]["budget"] is None and "no --budget" not in result.stderr
+
+
+NEEDY = ("visionzip+fastv", "contrast+visionzip+fastv", "frames+fastv", "visionzip+pyramiddrop", "frames+duet", "{mine}", "{mine}+fastv")
+
+
+@pytest.mark.parametrize("method", NEEDY)
+def test_run_keeps_22_percent_in_compositions_and_files_too(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stage may run by its own settings where another one cannot."""
+    import duet_vlm
+
+    monkeypatch.setenv(method_files.VARIABLE, "")
+    monkeypatch.setattr(registry, "_methods", duet_vlm.list_methods())  # the file's is gone after the test
+    (tmp_path / "mine.py").write_text(MINE)
+    result = call("run", *ASK, "--json", "--method", method.format(mine=tmp_path / "mine.py"))
+    report = json.loads(result.stdout)["report"]
+    assert report["budget"] == 0.22 and result.stderr == "no --budget: 22% of the visual tokens are kept\n"
+    assert report["method"] == method.format(mine="first_rows")
+
+
+@pytest.mark.parametrize("own", ["contrast+fastv", "visionzip+fastv --set visionzip_dominant=40", "frames+fastv --set frames_keep=0.5"])
+def test_settings_of_a_composition_stand_for_a_budget(own: str) -> None:
+    result = call("run", *ASK, "--json", "--method", *own.split())
+    assert json.loads(result.stdout)["report"]["budget"] is None and "no --budget" not in result.stderr
 
 
 @pytest.mark.parametrize("verb", [["run", *ASK], ["budget"]])
@@ -327,7 +349,7 @@ def test_a_folder_that_cannot_be_written_is_named_by_its_option(tmp_path: Path, 
     def refused(*_: Any, **__: Any) -> None:
         raise OSError(30, "Read-only file system")
 
-    result = SRC.parent / "comparison/tiny/results/methods.json"
+    result = SRC.parent / "lab/comparison/tiny/results/methods.json"
     monkeypatch.setattr(Path, "touch", refused)
     said = call("report", result, "--out", tmp_path / "there", code=2).stderr
     assert said == f"error: --out {tmp_path}/there: cannot be written to (Read-only file system)\n"

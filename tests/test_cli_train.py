@@ -20,9 +20,9 @@ from test_distributed import ROOT, config_for_two
 from transformers import LlamaForCausalLM, TrainingArguments
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.api.loading import load
 from duet_vlm.cli import train as verb
+from duet_vlm.evaluation import tiny
 from duet_vlm.train.settings import TrainSettings, recipes, settings_from
 
 RECIPES = ("llava-finetune", "llava-finetune-lora", "llava-pretrain", "tiny")

@@ -41,6 +41,7 @@ from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops.schedules import paper_schedule
 from duet_vlm.planning.budget import target_mean
 from duet_vlm.reducers import registry
+from duet_vlm.reducers.inputs import Input
 
 MADE: dict[str, duet_vlm.Reducer] = {
     "frames, duet": compose(Frames(), Duet()),
@@ -193,13 +194,14 @@ def test_neither_budget_nor_settings() -> None:
 
 def test_facts_come_from_the_stages() -> None:
     three = compose(Frames(), VisionZip(), FastV())
-    assert (three.name, three.signals, three.score_layer_offset, three.text_query) == ("frames+visionzip+fastv", VisionZip.signals, 1, "last")  # type: ignore[attr-defined]
-    assert isinstance(three, EncoderReducer) and isinstance(three, DecoderReducer) and three.uses_text and three.compares_frames
+    assert (three.name, three.score_layer_offset, three.text_query) == ("frames+visionzip+fastv", 1, "last")  # type: ignore[attr-defined]
+    assert isinstance(three, EncoderReducer) and isinstance(three, DecoderReducer) and three.compares_frames
+    assert three.requires == VisionZip.requires | {Input.FEATURES, Input.SCORES}
     two = compose(Frames(), DivPrune())
-    assert not isinstance(two, DecoderReducer) and two.reads_projected and not two.signals
-    assert compose(Frames(), PyramidDrop()).signals == frozenset() and compose(VisionZip(), Duet()).text_query == "all"  # type: ignore[attr-defined]
+    assert not isinstance(two, DecoderReducer) and two.requires == {Input.PROJECTED_FEATURES}
+    assert compose(Frames(), PyramidDrop()).requires == {Input.FEATURES, Input.SCORES} and compose(VisionZip(), Duet()).text_query == "all"  # type: ignore[attr-defined]
     assert not compose(VisionZip(), Duet()).compares_frames
-    assert compose(Frames(), UniformTokens(entry=0.5)).uses_text is False  # type: ignore[attr-defined]
+    assert compose(Frames(), UniformTokens(entry=0.5)).requires == {Input.FEATURES}
     assert compose(Frames(), Duet(text_query="last", signal_layer=2)).settings()["text_query"] == "last"
     assert compose(VisionZip.official(), PyramidDrop.official()).settings()["cls_token"] is True
     assert three.paper == f"{Frames.paper} + {VisionZip.paper} + {FastV.paper}"

@@ -609,7 +609,7 @@ def test_the_paper_form_begins_as_means_of_the_same_length() -> None:
         module = reducer.build_module(_sizes(32), {})
         view = EncoderView(
             valid, torch.tensor([2]), torch.tensor([0]), (plan,), features=rows, parts=torch.zeros(1, 5).long(), coords=place,
-            grid_size=torch.tensor([[1, 5]]), module=module, max_parts=(1, 5),
+            grid_size=torch.tensor([[1, 5]]), crop_grid=torch.zeros(1, 2, dtype=torch.long), module=module, max_parts=(1, 5),
         )  # fmt: skip
         made = merged_rows(rows, reducer.select_tokens(view))
         expected = unit_rows(rows[:, [0, 3]]) if scale is None else torch.stack([rows[0, 0] * scale[0], rows[0, 3] / 4 * scale[1]])[None]

@@ -96,8 +96,8 @@ def test_the_counter_counts() -> None:
 def allowed_reads(case: Case) -> int:
     """One where the prompt enters the decoder; where images differ in size, one more for the sizes of an encoder call, which the stock
     code reads several times over; and where the decoder reads the question by itself, its length, and what the stock code reads of a mask."""
-    reads = getattr(duet_vlm.get_method(case.method.split("+")[0])(), "reads", ())
-    return 1 + 2 * ("question_state" in reads) + any(stream.sizes for stream in adapter_for(case.model()).modalities)
+    requires = duet_vlm.get_method(case.method.split("+")[0])().requires
+    return 1 + 2 * (duet_vlm.Input.QUESTION_STATE in requires) + any(stream.sizes for stream in adapter_for(case.model()).modalities)
 
 
 def reads_on_the_way(family: str, attention: str) -> tuple[int, list[int]]:

@@ -21,6 +21,8 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.score import query_attention
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import layer_counts
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.scoring import ScoringRules
 
 CLOSE = {"rtol": 1e-3, "atol": 2e-4}
 RAGGED: tuple[Row, ...] = (ONE, THREE, TEXT, TWO)
@@ -100,7 +102,6 @@ class Halves(DecoderReducer):
     """Every other token stays, and takes half of the next one; in reverse order, so that renumbered rows are seen to follow it."""
 
     name, paper, summary = "halves", "-", "-"
-    uses_text = False
     merges = True
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
@@ -204,10 +205,25 @@ def test_what_cannot_be_is_refused_and_changes_nothing(method: DecoderReducer, s
     assert torch.equal(forward(model, inputs).logits, plain)
 
 
-def test_an_unknown_need_is_named() -> None:
-    cls = type("Curious", (Halves,), {"needs": frozenset({"hidden_states", "weather"}), "name": "curious"})
-    with pytest.raises(ValueError, match="curious: needs names weather; known are hidden_states, previous_hidden_states, text_hidden_states"):
+def test_an_unknown_input_is_named() -> None:
+    cls = type("Curious", (Halves,), {"requires": frozenset({Input.HIDDEN_STATES, "weather"}), "name": "curious"})
+    with pytest.raises(ValueError, match=r"Curious.requires names 'weather': choose from .*Input.GRADIENT.*, Input.SCORES"):
         cls()
+    early = type("Early", (Halves,), {"requires": frozenset({Input.FEATURES}), "name": "early"})
+    with pytest.raises(ValueError, match=r"Early.requires names features: choose from"):
+        early()
+
+
+def test_an_input_that_was_not_declared_is_named() -> None:
+    @dataclass(frozen=True)
+    class Careless(Halves):
+        name = "careless"
+
+        def prune_tokens(self, view: DecoderView) -> Any:
+            return top(view.require(Input.SCORES), view.valid, view.num_keep)
+
+    with pytest.raises(ValueError, match=r"careless: DecoderView.scores is not there: declare Input.SCORES in requires"), duet_vlm.attach(shared("llava"), Careless()):
+        forward(shared("llava"), FAMILIES["llava"].inputs([ONE]))
 
 
 # ---- what is shown
@@ -218,7 +234,10 @@ class Seen(DecoderReducer):
     """Keeps what it is shown."""
 
     name, paper, summary = "seen", "-", "-"
-    needs = frozenset({"hidden_states", "previous_hidden_states", "text_hidden_states", "keys", "positions", "visual_self_attention"})
+    requires = frozenset(
+        {Input.SCORES, Input.HIDDEN_STATES, Input.PREVIOUS_HIDDEN_STATES, Input.TEXT_HIDDEN_STATES, Input.DECODER_KEYS, Input.POSITIONS}
+        | {Input.VISUAL_SELF_ATTENTION}
+    )
 
     def plan(self, tokens: int, depth: int, budget: Any) -> SpanPlan:
         return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((4, tokens // 2),)))
@@ -300,8 +319,9 @@ def test_attention_divided_by_positions_is_that_over_rotated_ones(family: str) -
     inputs, model = FAMILIES[family].inputs([ONE]), shared(family)
     views = []
     for positions in ("as_is", "divided"):
-        cls = type("Each", (Seen,), {"score_heads": "each"})
-        with duet_vlm.attach(model, cls(score_positions=positions, text_query="last")):
+        rules = ScoringRules(score_positions=positions)
+        cls = type("Each", (Seen,), {"score_heads": "each", "scoring_rules": lambda self, rules=rules: rules})
+        with duet_vlm.attach(model, cls(text_query="last")):
             VIEWS.clear()
             forward(model, inputs)
             views.append(VIEWS[0])

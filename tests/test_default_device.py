@@ -112,7 +112,7 @@ def test_prompts_of_noise_and_places_in_the_tower_are_made_on_the_host(family: s
 
 
 def test_salient_words_do_not_depend_on_it() -> None:
-    from duet_vlm import tiny
+    from duet_vlm.evaluation import tiny
     from duet_vlm.inputs.text_queries import salient_mask
 
     _, processor = tiny.load()

@@ -26,27 +26,28 @@ from processors import STOCK, made, square
 from typer.main import get_command
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.cli.main import app
+from duet_vlm.evaluation import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))]
 GOING_ON = {f"docs/{page}.md" for page in ("measure", "trained-compressors", "tutorial", "works-with")}  # with the model that a reader has by then
 READ = [*PAGES, "PAPERS.md", "benchmarks/README.md", "benchmarks/gpu/README.md", "docs/configs/README.md"]
-DEMO = sorted((ROOT / "src/duet_vlm/tiny/demo").glob("*.png"))
+DEMO = sorted((ROOT / "src/duet_vlm/evaluation/tiny/demo").glob("*.png"))
 
 
 @pytest.fixture
 def tiny_for_every_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hub names in the snippets load the embedded model, at a budget it can meet."""
-    model, processor = tiny.load()
-    monkeypatch.setattr(transformers.AutoModelForImageTextToText, "from_pretrained", lambda *a, **k: model)
-    monkeypatch.setattr(transformers.AutoProcessor, "from_pretrained", lambda *a, **k: processor)
+    """Hub names in the snippets load the embedded model, at a budget it can meet; folders load what they hold."""
+    for auto, embedded in zip((transformers.AutoModelForImageTextToText, transformers.AutoProcessor), tiny.load(), strict=True):
+        stock = auto.from_pretrained
+        monkeypatch.setattr(auto, "from_pretrained", lambda name, *a, _tiny=embedded, _stock=stock, **k: _stock(name, *a, **k) if Path(name).is_dir() else _tiny)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "```python" in (ROOT / p).read_text()])
 def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    known = duet_vlm.list_methods()
+    duet_vlm.list_methods()  # all are registered
+    known = dict(duet_vlm.reducers.registry._methods)
     model, processor = tiny.load()
     image, prompt = Image.open(DEMO[0]), tiny.prompt("what color is the star ?")
     inputs = processor(images=image, text=prompt, return_tensors="pt")
@@ -71,7 +72,7 @@ def test_snippets_run(page: str, tiny_for_every_name: None, monkeypatch: pytest.
         assert "FLOPs-bound speed-up" in capsys.readouterr().out
 
 
-COMMANDS = [*PAGES, "benchmarks/README.md", "comparison/checkpoints/README.md", "comparison/training/README.md"]
+COMMANDS = [*PAGES, "benchmarks/README.md", "lab/comparison/checkpoints/README.md", "lab/comparison/training/README.md"]
 
 
 @pytest.mark.parametrize("page", COMMANDS)
@@ -91,7 +92,7 @@ def test_commands_have_the_options_that_pages_show(page: str) -> None:
 
 
 def test_tables_agree_with_result_files() -> None:
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/tables.py", "--check"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "lab/tables/tables.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -112,7 +113,7 @@ def test_the_headline_is_what_was_measured() -> None:
     assert float(said[1]) - 0.1 < ratio < float(said[2]) + 0.1
     assert full["ms"]["end to end"]["median"] / small["ms"]["end to end"]["median"] == pytest.approx(float(said[4]), abs=0.1)
     assert (full["new"], round(full["kv_bytes"] / small["kv_bytes"])) == (int(said[3]), int(said[5]))
-    runs = json.loads((ROOT / "comparison/tiny-chain/results/methods.json").read_text())["runs"]
+    runs = json.loads((ROOT / "lab/comparison/tiny-chain/results/methods.json").read_text())["runs"]
     right = {run["label"]: run["accuracy"] for run in runs if run["budget"] in (None, 0.11) and run["status"] == "ok"}
     assert 100 * right["duet"] / right["full model"] == pytest.approx(float(said[6]), abs=0.05)
     assert f"| `duet-64` | {said[7]} |" in (ROOT / "docs/reproduce-duet.md").read_text()
@@ -186,6 +187,11 @@ from importlib.machinery import PathFinder as Finder
 
 found = Finder.find_spec
 Finder.find_spec = lambda name, *place: None if name.partition(".")[0] in {hidden} else found(name, *place)
+
+import importlib.metadata as installed
+
+offers = installed.entry_points  # what is hidden offers nothing either
+installed.entry_points = lambda **which: [point for point in offers(**which) if point.module.partition(".")[0] not in {hidden}]
 """
 
 
@@ -300,7 +306,7 @@ def test_what_readme_offers_to_try_works_after_its_own_first_line(tmp_path: Path
     tried = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     assert {words[0] for words in tried} >= {"demo", "run", "viz", "budget", "bench", "eval", "drop-curve", "tune", "report"}
     (tmp_path / "src").symlink_to(ROOT / "src")
-    shutil.copytree(ROOT / "comparison/tiny-chain/results", tmp_path / "comparison/tiny-chain/results")
+    shutil.copytree(ROOT / "lab/comparison/tiny-chain/results", tmp_path / "lab/comparison/tiny-chain/results")
     lines = [f"app({words + SHORTER.get(words[0], [])!r}, standalone_mode=False)" for words in tried]
     done = alone("from duet_vlm.cli.main import app\n" + "\n".join(lines), hidden(f"duet-vlm[{extra[1]}]"), tmp_path)
     assert done.returncode == 0, done.stderr

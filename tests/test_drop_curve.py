@@ -13,7 +13,7 @@ import torch
 from test_cli import as_json, call
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.drop_curve import FULL, LABEL, CurvePoint, DropCurve, contest, curve_of, drops, layers_of, proposals, winners
 from duet_vlm.evaluation.experiment import Experiment
 from duet_vlm.evaluation.results import unpack
@@ -83,7 +83,7 @@ def test_ties_go_to_the_fixed_schedule() -> None:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    job = Experiment("tiny-crowded", drops((2, 6)), limit=30, batch=15, against=FULL)
+    job = Experiment("tiny", drops((2, 6)), limit=30, batch=15, against=FULL)
     return run_experiment(job, "curve", tmp_path_factory.mktemp("curve") / "j", device="cpu", timing_rounds=0)
 
 
@@ -91,7 +91,7 @@ def test_points_are_what_attach_gives(measured: dict[str, Any]) -> None:
     model, processor = tiny.load()
     found = curve_of(measured)
     assert found is not None and found.depth == DEPTH and [point.layer for point in found.points] == [2, 6]
-    items = [tiny.sample("test", i, crowded=True) for i in range(30)]
+    items = tiny.samples("test", 30)
 
     def accuracy() -> float:
         hits = 0

@@ -74,7 +74,7 @@ AT_ATTACH = [
     Wrong({"method": "fastv", "layers": 0}, ValueError, r"layers=0: at least one layer must see every token"),
     Wrong({"method": "fastv", "layers": 9}, ValueError, r"layer 9, but this decoder has layers 0\.\.7"),
     Wrong({"method": "fastv", "keep": -1}, ValueError, r"keep=-1: a token count cannot be negative"),
-    Wrong({"method": "nobody"}, ValueError, r"unknown method 'nobody'; 'duet-vlm methods' lists the \d+ there are"),
+    Wrong({"method": "nobody"}, ValueError, r"unknown method 'nobody'; 'duet-vlm methods' lists those there are"),
     Wrong({"method": 3}, TypeError, r"method must be a name or a Reducer instance, got 3"),
     Wrong({"method": Duet}, TypeError, r"method must be a name or a Reducer instance"),
     Wrong({"budget": 10, "keeep": 3}, ValueError, r"duet has no setting 'keeep'; its settings: .*dominant"),

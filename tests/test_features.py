@@ -56,7 +56,7 @@ def test_features_are_those_of_the_stock_model(family: str, method: str) -> None
         with torch.no_grad():
             plain = asked(model, inputs)
             with duet_vlm.attach(model, method, **REDUCING[method]) as handle:
-                if "question" in getattr(handle.reducer, "reads", ()):
+                if duet_vlm.Input.QUESTION in handle.reducer.requires:
                     with pytest.raises(ValueError, match=f"{method} chooses by the question, and an encoder that is called by itself has none"):
                         asked(model, inputs)
                     with handle.paused():

@@ -13,9 +13,9 @@ import pytest
 from launching import finished, kill_rank, launched
 from typer.testing import CliRunner
 
-from duet_vlm import tiny
 from duet_vlm.cli.eval_jobs import JobOptions
 from duet_vlm.cli.main import app
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.distributed import WorkerRank
 from duet_vlm.evaluation.run import devices_of
 

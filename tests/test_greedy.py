@@ -19,7 +19,7 @@ from duet_vlm.methods.fastervlm import FasterVLM
 from duet_vlm.methods.scope import Scope
 from duet_vlm.methods.vispruner import VisPruner
 from duet_vlm.ops import greedy
-from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 
 many = settings(max_examples=60, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

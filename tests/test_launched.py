@@ -19,10 +19,9 @@ import torch
 from launching import finished, kill_rank, launched
 from typer.testing import CliRunner
 
-from duet_vlm import tiny
 from duet_vlm.api.loading import LoadedModel
 from duet_vlm.cli.main import app
-from duet_vlm.evaluation import run
+from duet_vlm.evaluation import run, tiny
 from duet_vlm.evaluation.experiment import Experiment
 from duet_vlm.evaluation.journal import Journal, alone
 from duet_vlm.evaluation.results import load, unpack

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.lmms import TASKS, launch, run
 from duet_vlm.evaluation.lmms.arguments import LONGEST, cut, fields_of, generation_of, parse_arguments
 

@@ -23,7 +23,7 @@ from duet_vlm.ops.score import cls_attention, one_head
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.profiling.model_dims import VisionDims
 from duet_vlm.profiling.selection_cost import choice_flops
-from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.runtime.validation import check_selection
 
 often = settings(max_examples=80, deadline=None, derandomize=True)

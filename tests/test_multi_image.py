@@ -10,7 +10,7 @@ from reference_forward import choices_of, step_logits, walk_batch
 from test_invariants import CLOSE, alive
 
 import duet_vlm
-from duet_vlm.reducers.base import DecoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer
 
 DROPPING = [name for name in REDUCING if issubclass(duet_vlm.get_method(name), DecoderReducer)]
 SEVERAL = (THREE, ONE, TWO)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from duet_vlm.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURE = ROOT / "src/duet_vlm/tiny/demo/scene_1.png"
+PICTURE = ROOT / "src/duet_vlm/evaluation/tiny/demo/scene_1.png"
 
 
 def copy(folder: Path) -> Path:

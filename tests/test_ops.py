@@ -9,6 +9,7 @@ import reference_ops
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mosaic import mosaic_order
 from torch import Tensor
 
 from duet_vlm import DecoderView, EncoderView, SpanPlan
@@ -19,11 +20,12 @@ from duet_vlm.methods.fastv import FastV
 from duet_vlm.methods.pyramiddrop import PyramidDrop
 from duet_vlm.methods.visionzip import VisionZip
 from duet_vlm.ops import merge, ragged, score, select
-from duet_vlm.ops.spans import SpanRows
-from duet_vlm.ops.tiles import mosaic_order
 from duet_vlm.planning.tokens import Selection, TokenMap
 from duet_vlm.profiling.flop_counter import allocations
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.runtime.prefill.span_rows import SpanRows
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -570,7 +572,7 @@ def test_ranked_by_span_every_span_chooses_as_if_it_were_alone(
         assert sum(stays) == kept
         if own:
             assert stays == chosen(torch.ones(1, len(own), dtype=torch.bool), [kept], torch.tensor([own]), (number,))[0].tolist()
-        if method.uses_text:
+        if Input.SCORES in method.requires:
             assert {i for i, stay in enumerate(stays) if stay} == set(reference_ops.best(own, [True] * len(own), kept))
 
 

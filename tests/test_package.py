@@ -16,15 +16,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = [
     "duet_vlm/py.typed",
-    "duet_vlm/tiny/assets.npz",
-    "duet_vlm/tiny/weights/model.safetensors",
-    "duet_vlm/tiny/weights/config.json",
-    "duet_vlm/tiny/weights/tokenizer.json",
-    "duet_vlm/tiny/weights/processor_config.json",
-    "duet_vlm/tiny/weights/chat_template.jinja",
+    "duet_vlm/evaluation/tiny/assets.npz",
+    "duet_vlm/evaluation/tiny/weights/model.safetensors",
+    "duet_vlm/evaluation/tiny/weights/config.json",
+    "duet_vlm/evaluation/tiny/weights/tokenizer.json",
+    "duet_vlm/evaluation/tiny/weights/processor_config.json",
+    "duet_vlm/evaluation/tiny/weights/chat_template.jinja",
     "duet_vlm/train/recipes/tiny.yaml",
-    "duet_vlm/tiny/demo/questions.json",
-    "duet_vlm/tiny/demo/scene_1.png",
+    "duet_vlm/evaluation/tiny/demo/questions.json",
+    "duet_vlm/evaluation/tiny/demo/scene_1.png",
     "duet_vlm/api/catalogue.json",
     "duet_vlm/cli/skeletons/entry.txt",
     "duet_vlm/cli/skeletons/decoder.txt",
@@ -42,16 +42,21 @@ def sh(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tree, out = tmp_path_factory.mktemp("tree") / "duet-vlm", tmp_path_factory.mktemp("wheel")
+def built(source: Path, files: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a distribution, from a copy of its files."""
+    tree, out = tmp_path_factory.mktemp("tree") / "source", tmp_path_factory.mktemp("wheel")
     tree.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree)
-    shutil.copytree(ROOT / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in files:
+        shutil.copy(source / name, tree)
+    shutil.copytree(source / "src", tree / "src", ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     sh(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "--no-index", "-w", out, tree, cwd=out)
     (found,) = out.glob("*.whl")
     return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(ROOT, ("pyproject.toml", "README.md", "LICENSE"), tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = home / "bin" / "python"
     sh(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=home)
     site = Path(sh(python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])", cwd=home).strip())
-    (site / "borrowed.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")  # a .pth line adds a folder, not that folder's own .pth files
+    folders = [sysconfig.get_paths()["purelib"], str(ROOT / "lab/src")]  # a .pth line adds a folder, not that folder's own .pth files
+    (site / "borrowed.pth").write_text("\n".join(folders) + "\n")
     return home / "bin"
 
 
@@ -74,11 +80,20 @@ def test_wheel_holds_the_data_and_nothing_else(wheel: Path) -> None:
     sources = {str(p.relative_to(ROOT / "src")) for p in (ROOT / "src/duet_vlm").rglob("*.py")}
     assert sources <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert wheel.stat().st_size < 40e6
+    assert wheel.stat().st_size < 10e6
+
+
+def test_wheel_of_the_lab(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Its sources and the weights of its four models, nothing of the comparison."""
+    with zipfile.ZipFile(built(ROOT / "lab", ("pyproject.toml", "README.md"), tmp_path_factory)) as archive:
+        names = archive.namelist()
+    assert {f"duet_vlm_lab/weights/{name}/model.safetensors" for name in ("chain", "page", "video", "long")} <= set(names)
+    assert {str(path.relative_to(ROOT / "lab/src")) for path in (ROOT / "lab/src").rglob("*.py")} <= set(names)
+    assert all(re.match(r"duet_vlm_lab(/|-[\d.]+\.dist-info/)", name) for name in names)
 
 
 def test_installed_package_works_from_anywhere(installed: Path, tmp_path: Path) -> None:
-    code = "import duet_vlm, duet_vlm.tiny as t; m, p = t.load(); print(duet_vlm.__file__, len(t.demo_images()), m.num_parameters() > 0)"
+    code = "import duet_vlm, duet_vlm.evaluation.tiny as t; m, p = t.load(); print(duet_vlm.__file__, len(t.demo_images()), m.num_parameters() > 0)"
     out = sh(installed / "python", "-c", code, cwd=tmp_path)
     assert str(installed.parent) in out and out.split()[1:] == ["4", "True"]
 

@@ -13,10 +13,12 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.api.presets import PRESETS
 from duet_vlm.cli.main import app
-from duet_vlm.evaluation.vlmevalkit import VLMEvalKitModel
+from duet_vlm.evaluation import tiny
+from duet_vlm.evaluation.lmms.arguments import parse_arguments
+from duet_vlm.evaluation.lmms.engine import Engine
+from duet_vlm.inputs.images import open_image
 from duet_vlm.methods.duet import Duet
 
 PICTURE = tiny._HERE / "demo" / "scene_1.png"
@@ -161,8 +163,10 @@ def test_viz_and_budget_take_presets_too(deep: Path, tmp_path: Path) -> None:
 
 
 def test_harness_models_take_presets(deep: Path, tmp_path: Path) -> None:
-    model = VLMEvalKitModel(str(deep), preset="duet-64", max_new_tokens=2, device="cpu", measured=tmp_path / "m.json")
-    model.generate([{"type": "image", "value": str(PICTURE)}, {"type": "text", "value": QUESTION}])
+    engine = Engine(str(deep), parse_arguments(None, None, "duet-64", {}), device="cpu")
+    content = [{"type": "image", "image": open_image(PICTURE)}, {"type": "text", "text": QUESTION}]
+    engine.answer("questions", [[{"role": "user", "content": content}]], {"max_new_tokens": 2})
+    engine.write(tmp_path / "m.json")
     counted = json.loads((tmp_path / "m.json").read_text())
     assert counted["label"] == "duet-64" and counted["settings"]["cls_token"] and counted["budget"] is None
     assert counted["tasks"]["questions"]["measured_mean"] == 63.75

@@ -121,7 +121,7 @@ def test_tags_of_another_form_are_refused(tag: str) -> None:
 
 
 def test_a_tag_that_files_disagree_with_is_refused(tmp_path: Path) -> None:
-    for name in ("pyproject.toml", "plugins/vllm/pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
+    for name in ("pyproject.toml", "lab/pyproject.toml", "plugins/vllm/pyproject.toml", "CITATION.cff", "CHANGELOG.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     assert CHECK("v0.1.0", tmp_path) == []
@@ -129,7 +129,7 @@ def test_a_tag_that_files_disagree_with_is_refused(tmp_path: Path) -> None:
     (tmp_path / "CHANGELOG.md").write_text("# Changelog\n\n## Unreleased\n\n## 0.2.0 (soon)\n\n## 0.1.0\n")
     found = CHECK("v0.1.0", tmp_path)
     assert [line.split(" ")[0] for line in found] == ["CITATION.cff", "CHANGELOG.md:"] and "0.2.0" in found[1]
-    assert len(CHECK("v0.3.0", tmp_path)) == 4
+    assert len(CHECK("v0.3.0", tmp_path)) == 5
 
 
 def test_changelog_lists_versions_from_new_to_old() -> None:
@@ -184,11 +184,11 @@ def sent(root: Path) -> list[Path]:
 
 def test_the_image_is_sent_what_it_is_built_of_and_no_more(tmp_path: Path) -> None:
     """Of a clone with an environment, results and history, as one is after ``make test``."""
-    needed = ["pyproject.toml", "README.md", "LICENSE", "NOTICE", "src/duet_vlm/__init__.py", "src/duet_vlm/tiny/weights/model.safetensors"]
+    needed = ["pyproject.toml", "README.md", "LICENSE", "NOTICE", "src/duet_vlm/__init__.py", "src/duet_vlm/evaluation/tiny/weights/model.safetensors"]
     needed += ["plugins/vllm/pyproject.toml", "plugins/vllm/README.md", "plugins/vllm/src/duet_vlm_vllm/__init__.py"]
     needless = [".git/objects/pack", ".venv/lib/python3.11/site-packages/torch/big.so", "out/eval/x.json", "tests/golden/a.npz"]
     needless += ["src/duet_vlm/__pycache__/a.pyc", "src/duet_vlm.egg-info/PKG-INFO", "plugins/vllm/tests/cases.py", "build/lib/a.py", "docs/serve.md"]
-    needless += ["comparison/tiny/a.json"]
+    needless += ["lab/comparison/tiny/a.json"]
     shutil.copy(ROOT / ".dockerignore", tmp_path)
     for name in (*needed, *needless):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 
@@ -40,11 +41,15 @@ def test_the_package_brings_its_methods() -> None:
 
 def test_entry_points_of_other_packages(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("outside", f"{__name__}:Outside", registry.ENTRY_POINT_GROUP)
+    broken = EntryPoint("broken", "no_such_package:Method", registry.ENTRY_POINT_GROUP)
     asked = []
-    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or [point])
-    monkeypatch.setattr(registry, "_loaded", False)
-    assert duet_vlm.get_method("outside").summary == Outside.summary
-    assert asked == [registry.ENTRY_POINT_GROUP]
+    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or [point, broken])
+    monkeypatch.setattr(registry, "_loaded", set())
+    monkeypatch.setattr(registry, "_offered", functools.cache(registry._offered.__wrapped__))
+    assert duet_vlm.get_method("outside").summary == Outside.summary  # and nothing else is imported
+    assert duet_vlm.get_method("duet") and asked == [registry.ENTRY_POINT_GROUP]
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        duet_vlm.list_methods()
 
 
 def test_a_name_belongs_to_one_class(fresh: None) -> None:

@@ -15,8 +15,8 @@ from test_flops import DECODERS
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.cli.main import app
+from duet_vlm.evaluation import tiny
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.profiling import devices

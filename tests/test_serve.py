@@ -30,9 +30,9 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import duet_vlm
-from duet_vlm import tiny
 from duet_vlm.cli.main import app
 from duet_vlm.cli.serve_transformers import NEEDED, Guard, remote
+from duet_vlm.evaluation import tiny
 from duet_vlm.runtime.encode.selection import part_sizes
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm.serve.served_method import ARCHITECTURES, NOTHING_ASKED, ServedMethod
@@ -466,6 +466,31 @@ def test_an_error_that_quotes_the_request_is_not_logged_whole(monkeypatch: pytes
     assert len(logged) == 2 and all("in inside" in text and len(text) < 3000 for text in logged)  # where it failed is said
 
 
+def test_a_request_of_the_wrong_form_is_no_fault_of_the_server() -> None:
+    """What the server's own code does not find in a request is the request's fault; the same error from elsewhere is not."""
+
+    def failing(module: str, wrong: Any) -> Exception:
+        held: dict[str, Any] = {"__name__": module}
+        exec("def take_apart(part): return part['type']", held)
+        try:
+            held["take_apart"](wrong)
+        except (LookupError, TypeError) as error:
+            return error
+        raise AssertionError("it was found")
+
+    for wrong, words in (({}, "KeyError: 'type'"), (3, "TypeError: 'int' object is not subscriptable")):
+        status, said = guarded(b"{}", KEY, fails=failing("transformers.cli.serving.utils", wrong))
+        assert status == 400 and f"not a request as OpenAI's API has it: {words}" in json.loads(said)["error"]
+        assert guarded(b"{}", KEY, fails=failing("transformers.generation.utils", wrong))[0] == 500
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.wav"\r\n\r\nno sound\r\n--x--\r\n'])
+def test_transcriptions_are_refused_in_one_sentence(body: bytes) -> None:
+    status, said = guarded(body, KEY, path="/v1/audio/transcriptions")
+    assert status == 400 and "transcribes no sound" in said
+    assert guarded(body, path="/v1/audio/transcriptions")[0] == 401
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
     """transformers' server with the embedded model and a key: its port, and its log."""
@@ -569,6 +594,14 @@ def test_a_real_server_fetches_nothing_and_logs_little(served: tuple[int, Path])
             assert ask(named(doors(url)["chat"]), host=host)[0] == 400
         listener.shutdown()
     assert not arrived
+    path = str(tiny._HERE / "demo" / "scene_1.png")
+    for sound in ({"data": path}, {"data": path, "format": "wav"}):
+        for part in ({"input_audio": sound}, {"type": "input_audio", "input_audio": sound}):
+            assert ask(named(asking(part)))[0] == 400, part
+    bare = [b"{}", b'{"messages": 3}', b'{"messages": [3]}', b'{"messages": [{"content": "x"}]}']
+    for wrong in (*bare, asking({}), asking({"type": "text"}), asking(3)):
+        assert ask(named(wrong))[0] == 400, wrong
+    assert ask(b"{}", path="/v1/audio/transcriptions")[0] == 400
     assert ask(b"[" * 100_000 + b"]" * 100_000)[0] == 400
     status, said = ask(named(doors("data:image/png;base64," + "A" * 60_000_000)["chat"]))
     assert status == 400 and len(said) < 1000
@@ -589,5 +622,5 @@ def test_the_page_on_serving_shows_a_request_that_is_whole() -> None:
     body = json.loads(done.stdout)
     picture, question = body["messages"][0]["content"]
     kind, _, content = picture["image_url"]["url"].partition(",")
-    assert kind == "data:image/png;base64" and base64.b64decode(content) == (root / "src/duet_vlm/tiny/demo/scene_1.png").read_bytes()
+    assert kind == "data:image/png;base64" and base64.b64decode(content) == (root / "src/duet_vlm/evaluation/tiny/demo/scene_1.png").read_bytes()
     assert question["text"] == "What shape is the yellow object?" and {"model", "max_tokens", "messages"} == set(body)

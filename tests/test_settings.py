@@ -58,7 +58,7 @@ def reads_what(method: str, name: str) -> bool:
     """Settings that some methods refuse whatever their value, as they have no CLS row to feed."""
     cls = METHODS[method]
     without = any(part in method for part in ("apet", "custom", "frames", "hired", "prumerge", "prunesid", "tome", "pool", "quecc", "resampler"))
-    return not (name == "cls_token" and (getattr(cls(), "reads_projected", False) or without))
+    return not (name == "cls_token" and (duet_vlm.Input.PROJECTED_FEATURES in cls().requires or without))
 
 
 def test_every_kind_of_setting_is_known_here() -> None:

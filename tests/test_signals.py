@@ -17,6 +17,7 @@ from duet_vlm.evaluation.speed.prompts import encode
 from duet_vlm.methods.duet import Duet
 from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.score import spread_indices
+from duet_vlm.reducers.inputs import Input
 
 seen: list[EncoderView] = []
 
@@ -179,7 +180,7 @@ class Patient(Probe):
     """The same, but it wants to see the rows it reduces."""
 
     name = "patient"
-    reads_features = True
+    requires = Duet.requires | {Input.FEATURES}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -46,7 +46,8 @@ def pages() -> dict[str, str]:
 
 @pytest.fixture
 def known_methods() -> Iterator[None]:
-    known = duet_vlm.list_methods()
+    duet_vlm.list_methods()  # all are registered
+    known = dict(duet_vlm.reducers.registry._methods)
     yield
     duet_vlm.reducers.registry._methods.clear()
     duet_vlm.reducers.registry._methods.update(known)
@@ -62,7 +63,7 @@ def leaves(entry: Any) -> list[str]:
 @functools.cache
 def result_runs() -> list[tuple[Path, dict[str, Any]]]:
     """Every run of every result file, read without the site's code."""
-    files = [path for path in sorted((ROOT / "comparison").rglob("*.json")) if path.parent.name == "results"]
+    files = [path for path in sorted((ROOT / "lab/comparison").rglob("*.json")) if path.parent.name == "results"]
     return [(path, run) for path in files for run in json.loads(path.read_text())["runs"]]
 
 
@@ -242,7 +243,7 @@ LINKS = {  # on the page, link of the repository -> link of the site
     ("index.md", "catalogue/index.md"): "catalogue/index.md",
     ("papers.md", "docs/glossary.md"): "glossary.md",
     ("catalogue/duet.md", "../../PAPERS.md"): "../papers.md",
-    ("comparison.md", "../benchmarks/results/knobs.json"): "files/benchmarks/results/knobs.json",
+    ("comparison.md", "../lab/studies/results/knobs.json"): "files/lab/studies/results/knobs.json",
     ("catalogue/duet.md", "../comparison.md"): "../comparison.md",
     ("faq.md", "https://arxiv.org/abs/1"): "https://arxiv.org/abs/1",
     ("faq.md", "#errors"): "#errors",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.models.lookup import adapter_for
 
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}

@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tables as generator
 
 import duet_vlm
 from duet_vlm.evaluation.results import load, unpack
 from duet_vlm.evaluation.tasks import accepted
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import tables as generator  # noqa: E402
-
-WRITTEN = (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "comparison").rglob("*.md"))
+WRITTEN = (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *(ROOT / "lab").rglob("*.md"))
 MARKED = sorted(str(page.relative_to(ROOT)) for page in WRITTEN if "<!-- table" in page.read_text())
 NUMBERED = sorted(str(page.relative_to(ROOT)) for page in WRITTEN if re.search(r"<!--\s*/?n\b", page.read_text()))
 NUMBER = re.compile(r"<!-- n ([^\n]*?) -->([^\n]*?)<!-- /n -->")
@@ -39,7 +37,7 @@ def cells(text: str) -> tuple[list[str], list[list[str]]]:
 
 
 def runs(task: str) -> Iterator[dict[str, Any]]:
-    yield from json.loads((ROOT / "comparison" / task / "results/methods.json").read_text())["runs"]
+    yield from json.loads((ROOT / "lab/comparison" / task / "results/methods.json").read_text())["runs"]
 
 
 @pytest.mark.parametrize("page", MARKED)
@@ -157,7 +155,7 @@ def test_numbers_in_sentences_are_those_of_the_result_files() -> None:
 
 def test_what_leads_on_questions_that_chose_nothing() -> None:
     """Counted from the answers in the file, and the test worked out by hand."""
-    result = load(ROOT / "comparison/tiny-chain/results/fresh.json")
+    result = load(ROOT / "lab/comparison/tiny-chain/results/fresh.json")
     found = unpack(result)
     page, seen = (ROOT / "docs/comparison.md").read_text(), 0
     hits = {run: [accepted(answer, gold) for answer, gold in zip(said, found["gold"], strict=True)] for run, said in found["answers"].items()}

@@ -6,13 +6,13 @@ import re
 import numpy as np
 import pytest
 
-from duet_vlm import tiny
-from duet_vlm.tiny import assets, backgrounds
-from duet_vlm.tiny.labels import LABELS, body_patches, center_patch, patch_labels, tag_patches
-from duet_vlm.tiny.questions import CHANCE, KINDS, PLURALS, needed_patches, question, questions, split_words
-from duet_vlm.tiny.render import render
-from duet_vlm.tiny.scenes import COLOR_NAMES, IMAGE_SIZE, SHAPES, generator, scene
-from duet_vlm.tiny.text import TOKEN
+from duet_vlm.evaluation import tiny
+from duet_vlm.evaluation.tiny import assets, backgrounds
+from duet_vlm.evaluation.tiny.labels import LABELS, body_patches, center_patch, patch_labels, tag_patches
+from duet_vlm.evaluation.tiny.questions import CHANCE, KINDS, PLURALS, needed_patches, question, questions, split_words
+from duet_vlm.evaluation.tiny.render import render
+from duet_vlm.evaluation.tiny.scenes import COLOR_NAMES, IMAGE_SIZE, SHAPES, generator, scene
+from duet_vlm.evaluation.tiny.text import TOKEN
 
 PINNED = "70d0d8c193bfd718c20cd5b7a3009b411c1a9dccaaf61f7460a3f2cfcee18c8a"
 
@@ -163,15 +163,6 @@ def test_crowded_answers_are_balanced():
     for kind in ("existence", "spatial", "compare"):
         answers = [q.answer for d in drawn if (q := question(d, kind, d.generator(2)))]
         assert len(answers) > 950 and abs(answers.count("yes") / len(answers) - 0.5) < 0.065
-
-
-def test_crowded_samples():
-    items = tiny.samples("test", 14, crowded=True)
-    assert [i.kind for i in items] == [*KINDS, *KINDS]
-    again = tiny.sample("test", 9, crowded=True)
-    assert (again.question, again.answer, again.image.tobytes()) == (items[9].question, items[9].answer, items[9].image.tobytes())
-    assert again.image.tobytes() != tiny.sample("test", 9).image.tobytes()
-    assert all(i.needed.shape == (256,) and (i.needed.any() or i.answer in ("no", "0")) for i in items)
 
 
 def test_labels_of_centres_and_tags():

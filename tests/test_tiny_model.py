@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from duet_vlm import tiny
 from duet_vlm.api.loading import LoadedModel
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.experiment import ExperimentCell
 from duet_vlm.evaluation.run_sample import answer
 from duet_vlm.evaluation.tasks import right, task
-from duet_vlm.tiny.questions import CHANCE
-from duet_vlm.tiny.text import TOKEN, prompt
+from duet_vlm.evaluation.tiny.questions import CHANCE
+from duet_vlm.evaluation.tiny.text import TOKEN, prompt
 
-COMPARISON = Path(__file__).parents[1] / "comparison"
+COMPARISON = Path(__file__).parents[1] / "lab/comparison"
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_demo_images():
 
 
 def test_demo_images_are_what_the_script_draws(tmp_path):
-    from duet_vlm.tiny.make_demo import FOLDER, make
+    from duet_vlm_lab.make_demo import FOLDER, make
 
     make(tmp_path)
     assert (tmp_path / "questions.json").read_text() == (FOLDER / "questions.json").read_text()

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.train.collate import Collator
-from duet_vlm.train.data import Conversation, conversations
+from duet_vlm.train.data import Conversation, conversations, digest
 
 # ---- reading files
 
@@ -100,8 +100,8 @@ def test_several_sources_and_limit(pictures: Path) -> None:
     assert data[3].messages[1]["content"] == [text(item.answer)] and data[3].images[0].tobytes() == item.image.tobytes()
     copy = pickle.loads(pickle.dumps(data))  # as data workers get it where processes are not forked
     assert copy[1].messages == data[1].messages and copy[3].images[0].tobytes() == item.image.tobytes()
-    held_out = conversations(["tiny-crowded"], limit=1, split="validation")[0]
-    assert held_out.images[0].tobytes() == tiny.sample("validation", 0, 0, crowded=True).image.tobytes()
+    held_out = conversations(["tiny"], limit=1, split="validation")[0]
+    assert held_out.images[0].tobytes() == tiny.sample("validation", 0).image.tobytes()
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
@@ -132,6 +132,21 @@ def test_broken_rows_are_named_before_training(name: str, pictures: Path) -> Non
         conversations([saved(pictures, [good, row])])
 
 
+@pytest.mark.parametrize("place", [0, 54, 30_000, 61_000, -1])
+def test_a_picture_that_changes_in_one_byte_is_other_data(pictures: Path, place: int) -> None:
+    """Uncompressed pictures change where their pixels do, with the size and both ends as they were."""
+    Image.effect_noise((300, 200), 40).save(pictures / "raw.bmp")
+    data = saved(pictures, [llava(("human", "<image>"), image="raw.bmp"), llava(("human", "<image>"), image="a.png")])
+    before = digest([data])
+    held = bytearray((pictures / "raw.bmp").read_bytes())
+    held[place] ^= 1
+    (pictures / "raw.bmp").write_bytes(held)
+    assert digest([data]) != before
+    held[place] ^= 1
+    (pictures / "raw.bmp").write_bytes(held)
+    assert digest([data]) == before
+
+
 def test_broken_files(pictures: Path) -> None:
     cases = {
         "half.json": ('[{"messages": ', "half.json: not JSON"),
@@ -139,7 +154,7 @@ def test_broken_files(pictures: Path) -> None:
         "object.json": ('{"messages": []}', "object.json: expected a list of conversations, got dict"),
         "empty.json": ("[]", "empty.json: holds no conversation"),
         "blank.jsonl": ("\n\n", "blank.jsonl: holds no conversation"),
-        "list.txt": ("[]", "list.txt: give a .json or .jsonl file that exists, or tiny, tiny-crowded"),
+        "list.txt": ("[]", "list.txt: give a .json or .jsonl file that exists, or tiny"),
     }
     for name, (content, message) in cases.items():
         (pictures / name).write_text(content)

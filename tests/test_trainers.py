@@ -18,7 +18,7 @@ from training_data import RATE, SAMPLES, Curve, batches, collate, farthest, plai
 from transformers import BitsAndBytesConfig, LlavaForConditionalGeneration
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.methods.duet import Duet
 
 pytestmark = pytest.mark.train

@@ -27,7 +27,10 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import spaced_picks
 from duet_vlm.planning.budget import layer_counts
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import validation
 from duet_vlm.runtime.validation import MESSAGES, InvalidSelection, check_mask, check_plan, check_rows, check_selection, raise_if_invalid
 
@@ -144,6 +147,7 @@ class Mine(EncoderReducer, DecoderReducer):
 
     name = "mine"
     paper = "-"
+    requires = frozenset({Input.FEATURES, Input.SCORES})
     stage: str = ""
     spoil: Callable[..., Any] | None = None
 

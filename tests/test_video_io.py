@@ -26,9 +26,9 @@ from duet_vlm.cli.main import app
 from duet_vlm.inputs import video
 from duet_vlm.inputs.video import decode, frame_numbers, length, pieces, sampled, upright
 from duet_vlm.runtime.encode.video_chunks import ChunkConfig
-from duet_vlm.tiny import video as tiny_video
 from duet_vlm.viz import film, on_film, overlay
 from duet_vlm.viz.overlay import Panel, cell_box
+from duet_vlm_lab.tasks import video as tiny_video
 
 WIDE, HIGH = 64, 48
 CODECS = {"clip.mp4": "libx264", "clip.mkv": "libx264", "clip.webm": "libvpx-vp9", "clip.avi": "mpeg4", "clip.ts": "libx264"}

@@ -25,6 +25,7 @@ from duet_vlm.ops.select import top
 from duet_vlm.ops.video import VideoTokens
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.reducers.encoder_view import QuestionView
+from duet_vlm.reducers.inputs import Input
 
 MERGING = ("fastvid", "holitom", "metok", "prunevid")
 STAGED = ("holitom", "metok", "prunevid")  # which go on inside the decoder
@@ -166,8 +167,7 @@ class Noting(VideoReducer, duet_vlm.DecoderReducer):
     """Keeps every other token and notes 100 times the step of time, plus the place; sees its notes again."""
 
     name, paper, summary = "noting", "-", "-"
-    needs = frozenset({"tags"})
-    uses_tokens = True
+    requires = frozenset({Input.PROJECTED_FEATURES, Input.SCORES, Input.TOKENS, Input.TAGS})
 
     def plan(self, tokens: int, depth: int, budget: Any) -> duet_vlm.SpanPlan:
         half = (tokens + 1) // 2

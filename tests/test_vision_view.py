@@ -18,8 +18,9 @@ from duet_vlm.models.lookup import adapter_for
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
 from duet_vlm.reducers import registry
-from duet_vlm.reducers.base import plan_fixed_count
 from duet_vlm.reducers.encoder_view import EncoderView
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.runtime.encode.build_view import in_float32
 
 seen: list[EncoderView] = []
@@ -30,9 +31,7 @@ class Probe(EncoderReducer):
     """Asks for everything and keeps the first rows."""
 
     name = "probe"
-    signals = frozenset({"importance", "heads", "keys", "queries", "states"})
-    reads = frozenset({"grid", "question", "projector"})
-    reads_projected = True
+    requires = VISION_LAYER_INPUTS | {Input.GRID, Input.QUESTION, Input.PROJECTOR, Input.PROJECTED_FEATURES}
 
     keep: float = 0.5
     second: Any = 0
@@ -55,7 +54,7 @@ class Raw(Probe):
     """The same, in front of the projector where there is a point-wise one."""
 
     name = "raw"
-    reads_projected: ClassVar[bool] = False
+    requires: ClassVar[frozenset[Input]] = VISION_LAYER_INPUTS | {Input.GRID, Input.QUESTION, Input.PROJECTOR, Input.FEATURES}
 
 
 @pytest.fixture(autouse=True)
@@ -320,9 +319,9 @@ def test_settings_that_move_the_hooks_are_refused_while_attached() -> None:
 def test_names_that_nobody_knows_are_refused() -> None:
     @dataclass(frozen=True)
     class Wrong(Probe):
-        reads: ClassVar[frozenset[str]] = frozenset({"depth"})
+        requires: ClassVar[Any] = frozenset({"depth"})
 
-    with pytest.raises(ValueError, match="Wrong.reads names depth: choose from grid, question, text_similarity, projector"):
+    with pytest.raises(ValueError, match="Wrong.requires names 'depth': choose from Input.FEATURES, Input.GRID, Input.HEAD_IMPORTANCE"):
         Wrong()
 
 
@@ -331,7 +330,7 @@ def test_a_reduced_tower_has_no_rows_to_read() -> None:
     @dataclass(frozen=True)
     class States(Probe):
         paper = summary = "probe"
-        reads: ClassVar[frozenset[str]] = frozenset()
+        requires: ClassVar[frozenset[Input]] = VISION_LAYER_INPUTS | {Input.PROJECTED_FEATURES}
 
     try:
         with pytest.raises(TypeError, match="reads rows inside the vision tower, of which a reduced tower has some only"):

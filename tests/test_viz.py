@@ -112,7 +112,8 @@ def test_patches_merged_inside_the_decoder() -> None:
 def test_every_group_of_a_method_that_merges_in_the_decoder(method: str) -> None:
     """On a grey picture, merged patches have the colour of their group at the stage that merged them, and whoever holds others is outlined there
     and as long as it lives."""
-    from duet_vlm import attach, tiny
+    from duet_vlm import attach
+    from duet_vlm.evaluation import tiny
 
     model, processor = tiny.load()
     item = tiny.demo_images()[0]
@@ -183,7 +184,8 @@ def test_groups_can_be_told_apart(eye: str) -> None:
 
 
 def test_a_watched_method_does_what_it_did_and_shows_why() -> None:
-    from duet_vlm import attach, tiny
+    from duet_vlm import attach
+    from duet_vlm.evaluation import tiny
 
     model, processor = tiny.load()
     item = tiny.demo_images()[0]
@@ -229,7 +231,7 @@ def test_stacked_pictures() -> None:
 
 
 def test_seen_is_the_centre_that_the_processor_cut_out() -> None:
-    from duet_vlm import tiny
+    from duet_vlm.evaluation import tiny
 
     _, processor = tiny.load()
     wide = Image.new("RGB", (672, 224), (200, 30, 30))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, DynamicCache, LlavaForConditionalGeneration, TorchAoConfig, pipeline
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 

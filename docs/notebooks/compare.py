@@ -6,7 +6,7 @@
 
 # %%
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 
 model, processor = tiny.load()
 samples = tiny.samples("test", 16)

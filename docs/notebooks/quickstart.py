@@ -5,7 +5,7 @@
 
 # %%
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 
 model, processor = tiny.load()
 shown = tiny.demo_images()[0]

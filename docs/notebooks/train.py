@@ -10,7 +10,7 @@ import tempfile
 import torch
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.train.collate import Collator
 from duet_vlm.train.data import conversations
 

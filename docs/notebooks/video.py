@@ -6,7 +6,7 @@
 
 # %%
 import duet_vlm
-from duet_vlm.tiny import video
+from duet_vlm_lab.tasks import video
 
 model, processor = video.load()
 clip = video.sample("test", 3)

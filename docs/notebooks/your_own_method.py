@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import layer_counts, target_mean
 
@@ -23,7 +23,7 @@ class GridAndText(duet_vlm.DecoderReducer):
 
     paper = "an example"
     summary = "one drop by text attention that keeps a coarse grid"
-    uses_tokens = True  # the view says which token of its picture each row is
+    requires = frozenset({duet_vlm.Input.SCORES, duet_vlm.Input.TOKENS})  # what the view holds
 
     keep: float = 0.4
     step: int = 4
@@ -34,8 +34,8 @@ class GridAndText(duet_vlm.DecoderReducer):
         return duet_vlm.SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((depth // 2, min(share, 1.0)),)))
 
     def prune_tokens(self, view: duet_vlm.DecoderView) -> torch.Tensor:
-        on_grid = view.token_index % self.step == 0
-        return top(view.scores + 0.01 * on_grid, view.valid, view.num_keep)
+        on_grid = view.require(duet_vlm.Input.TOKENS)[1] % self.step == 0
+        return top(view.require(duet_vlm.Input.SCORES) + 0.01 * on_grid, view.valid, view.num_keep)
 
 
 # %% [markdown]

@@ -18,7 +18,7 @@ from duet_vlm.api.catalogue import rows
 from duet_vlm.cli.main import app
 
 FOLDER = "catalogue"
-PICTURE, QUESTION = "src/duet_vlm/tiny/demo/scene_1.png", "What shape is the yellow object?"
+PICTURE, QUESTION = "src/duet_vlm/evaluation/tiny/demo/scene_1.png", "What shape is the yellow object?"
 BUDGETS = ("0.22", "0.33", "0.5")  # the first that a method can meet on the embedded model is drawn
 GROUPS = {  # heading of the catalogue -> what its methods share
     "Before the decoder": "They choose or merge visual tokens before the decoder; some drop more of them inside it.",

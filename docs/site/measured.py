@@ -1,4 +1,4 @@
-"""What the committed result files under comparison/ measured, as rows, and the page that lists them all."""
+"""What the committed result files under lab/comparison/ measured, as rows, and the page that lists them all."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Cell:
 
 def files() -> list[Path]:
     """The result files of experiments, those of training included."""
-    return sorted((ROOT / "comparison").glob("**/results/*.json"))
+    return sorted((ROOT / "lab/comparison").glob("**/results/*.json"))
 
 
 def cells() -> list[Cell]:
@@ -117,7 +117,7 @@ def page() -> str:
     text = [
         "---\nhide: [toc]\n---",
         "# All results",
-        "Every run of every result file under `comparison/`; the page opens on the leading task at 11 % of the tokens. "
+        "Every run of every result file under `lab/comparison/`; the page opens on the leading task at 11 % of the tokens. "
         "The lists choose task and budget, the box filters by any words (`duet_plus`), a click on a column's head sorts. "
         "Kept, FLOPs and KV cache are shares of the full model's, tokens the measured mean per decoder layer and image. "
         "All are embedded toy tasks and models: they tell methods apart and do not predict a large model. Read "

@@ -19,7 +19,7 @@ GROUPS = {  # heading -> public names, each where it is defined
     "Reports and traces": ["profiling.report.Report", "planning.tokens.SpanTrace", "planning.tokens.StageTrace", "planning.tokens.Span"],
     "Methods": ["methods.lookup.get_method", "methods.lookup.list_methods", "methods.compose.compose", "api.presets.preset", "reducers.registry.register"],
     "Write a method": [
-        "reducers.base.Reducer", "reducers.base.EncoderReducer", "reducers.base.DecoderReducer", "reducers.scheduled.ScheduledReducer", "reducers.vision_tower.TowerReducer",
+        "reducers.base.Reducer", "reducers.inputs.Input", "reducers.encoder.EncoderReducer", "reducers.score.ScoreReducer", "reducers.decoder.DecoderReducer", "reducers.scheduled.ScheduledReducer", "reducers.vision_tower.TowerReducer",
         "reducers.vision_tower.ThresholdReducer", "reducers.encoder_view.EncoderView", "reducers.decoder_view.DecoderView", "reducers.vision_tower.TowerView", "reducers.vision_tower.MergePairs", "planning.tokens.Selection",
         "planning.budget.SpanPlan", "planning.budget.BudgetError", "reducers.compressor.NewWeights",
     ],

@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from duet_vlm.planning.budget import BudgetError, SpanPlan
     from duet_vlm.planning.tokens import Selection, Span, SpanTrace, StageTrace
     from duet_vlm.profiling.report import Report
-    from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
+    from duet_vlm.reducers.base import Reducer
     from duet_vlm.reducers.compressor import NewWeights
+    from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+    from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+    from duet_vlm.reducers.inputs import Input
     from duet_vlm.reducers.persistence import load_from_config
     from duet_vlm.reducers.registry import register
     from duet_vlm.reducers.scheduled import ScheduledReducer
+    from duet_vlm.reducers.score import ScoreReducer
     from duet_vlm.reducers.vision_tower import MergePairs, ThresholdReducer, TowerReducer, TowerView
 
 try:
@@ -30,16 +34,18 @@ except PackageNotFoundError:  # run from a source tree that was never installed
 
 _HOMES = {  # where each public name is found; the block above says the same to type checkers, and a test that both agree
     "BudgetError": "planning.budget",
-    "DecoderReducer": "reducers.base",
-    "DecoderView": "reducers.base",
-    "EncoderReducer": "reducers.base",
-    "EncoderView": "reducers.base",
+    "DecoderReducer": "reducers.decoder",
+    "DecoderView": "reducers.decoder",
+    "EncoderReducer": "reducers.encoder",
+    "EncoderView": "reducers.encoder",
     "Handle": "api.handle",
+    "Input": "reducers.inputs",
     "MergePairs": "reducers.vision_tower",
     "NewWeights": "reducers.compressor",
     "Reducer": "reducers.base",
     "Report": "profiling.report",
     "ScheduledReducer": "reducers.scheduled",
+    "ScoreReducer": "reducers.score",
     "Selection": "planning.tokens",
     "Span": "planning.tokens",
     "SpanPlan": "planning.budget",
@@ -67,11 +73,13 @@ __all__ = [
     "EncoderReducer",
     "EncoderView",
     "Handle",
+    "Input",
     "MergePairs",
     "NewWeights",
     "Reducer",
     "Report",
     "ScheduledReducer",
+    "ScoreReducer",
     "Selection",
     "Span",
     "SpanPlan",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from duet_vlm.ops.tiles import mosaic_order
+from mosaic import mosaic_order
+
 from golden_runner.case import Case
 
 

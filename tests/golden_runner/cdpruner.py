@@ -96,7 +96,7 @@ def check_function(case: Case) -> None:
 
 
 def compare(case: Case, run: str, method: CDPruner, view: EncoderView) -> None:
-    weight = method.weight(view)
+    weight = method.score(view)
     case.close(run, "relevance", weight, RELEVANCE)
     case.same(run, "kept", method.select_tokens(view).index)
     kernel = weight[:, :, None] * cosine(view.features, view.valid) * weight[:, None]

@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from duet_vlm import DecoderView, attach
 from duet_vlm.methods.pio import Pio
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.prefill.prediction_gradient import prediction_gradient
 from golden_runner.case import Case
 from golden_runner.spy import Watch, spying
@@ -45,7 +46,7 @@ class Stages:
     def calls(self) -> list[int]:
         """Rows of the first calls of layers, as many as there are layers; a probe is a call of its layer in front of the drop."""
         widths = [h.shape[1] for h in self.watch.hidden]
-        probed = set(self.layers) if "gradient" in self.handle.reducer.needs else set()
+        probed = set(self.layers) if Input.GRADIENT in self.handle.reducer.requires else set()
         calls = [rows for layer, width in enumerate(widths) for rows in ([widths[layer - 1], width] if layer in probed else [width])]
         return calls[: len(widths)]
 
@@ -67,7 +68,7 @@ class Stages:
             case.close(run, f"{name}/hidden_after", self.watch.hidden[layer])
             case.same(run, f"{name}/kept_original", after)
             case.same(run, f"{name}/kept", (after[:, :, None] == before[:, None]).long().argmax(-1))
-            if "gradient" in self.handle.reducer.needs:
+            if Input.GRADIENT in self.handle.reducer.requires:
                 case.close(run, f"{name}/scores", saliency(view), GRADIENT)
             else:
                 case.scores(run, f"{name}/scores", view.scores)

@@ -93,6 +93,6 @@ def scores_at(
     rotary = tuple(t.expand(len(hidden), *t.shape[1:]) for t in rotary)
     query, key = adapter.project(module, hidden, rotary, index)
     allowed = tokens.valid[:, None].expand(-1, index.shape[1], -1)
-    if reducer.score_mask == "causal":
+    if reducer.scoring_rules().score_mask == "causal":
         allowed = allowed & (torch.arange(hidden.shape[1]) <= index[..., None])
     return query_attention(query, key, adapter.scaling(module), allowed, valid.float())

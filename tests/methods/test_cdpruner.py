@@ -31,7 +31,7 @@ def test_cdpruner_by_the_decoders_own_embeddings() -> None:
 
     class Spy(CDPruner):
         def select_tokens(self, view: Any) -> Any:
-            seen.append((view, self.weight(view)))
+            seen.append((view, self.score(view)))
             return super().select_tokens(view)
 
     inputs = FAMILIES["llava"].inputs([ONE, TWO])

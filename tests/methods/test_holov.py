@@ -14,7 +14,7 @@ from duet_vlm.ops.groups import segment_numbers
 def test_holov_shares_by_attention_and_variety(crops: int) -> None:
     view, method = square_images(IMAGES), HoloV(keep=1, num_crops=crops)
     stretch = segment_numbers(view.valid, method.num_crops)
-    score = method.score(view, stretch)
+    score = method.score(view)
     for row, (side, _) in enumerate(IMAGES):
         total, groups, start = side**2, [], 0
         for number in range(crops):

@@ -18,7 +18,7 @@ def test_zoo_prune_measures_how_far_the_projector_moves() -> None:
 
     class Spy(ZooPrune):
         def select_tokens(self, view: Any) -> Any:
-            seen.append((view, self.sensitivity(view), self.weight(view)))
+            seen.append((view, self.sensitivity(view), self.score(view)))
             return super().select_tokens(view)
 
     with duet_vlm.attach(model, Spy(keep=0.4, directions=3, step=0.05)):

@@ -12,7 +12,7 @@ from typing import Any
 import engine
 import pytest
 
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 
 pytest.importorskip("ray", reason="needs Ray Data: make test-vllm")
 

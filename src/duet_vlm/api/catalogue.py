@@ -11,6 +11,7 @@ import inspect
 import json
 import pkgutil
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -20,6 +21,8 @@ from typing import Any
 import duet_vlm
 from duet_vlm.planning.budget import NoBudget, check_keep
 from duet_vlm.reducers import method_files
+from duet_vlm.reducers.inputs import FEATURE_INPUTS, TOWER_INPUTS, Input
+from duet_vlm.utils import lab
 from duet_vlm.utils.field_types import DECLARED, check_names, check_type
 from duet_vlm.utils.suggest import did_you_mean
 from duet_vlm.utils.suggest import unknown as not_known
@@ -27,18 +30,25 @@ from duet_vlm.utils.suggest import unknown as not_known
 FILE = Path(__file__).with_name("catalogue.json")
 ENTRY_POINTS = "duet_vlm.methods"  # where other packages name their methods, see duet_vlm.reducers.registry
 CHECKED = {*DECLARED, "Keep"}  # types of settings whose values are told apart without the method
+USUAL = (576, 32)  # visual tokens and decoder layers (LLaVA-1.5-7B) that a method is asked to plan for
 FOLDERS = {"methods": "duet_vlm.methods", "models": "duet_vlm.models"}  # a file in these makes a row of that list
 
 Rows = list[dict[str, Any]]
+UNLISTED = FEATURE_INPUTS | TOWER_INPUTS | {Input.SCORES, Input.TOKENS}  # every model has them
 
 
-def rows(name: str) -> Rows:
-    """A list by its name: "methods", "presets" or "models"."""
+def rows(name: str, others: bool = False) -> Rows:
+    """A list by its name: "methods", "presets" or "models"; ``others``: with the methods of other packages, which are imported for it."""
     kept = json.loads(FILE.read_text())
-    more = name == "methods" and entry_points(group=ENTRY_POINTS) or name in FOLDERS and kept["files"][name] != _files(name)
+    more = others and name == "methods" and offered() or name in FOLDERS and kept["files"][name] != _files(name)
     if more or "torch" in sys.modules:  # asking costs nothing any more, and knows what this process has registered
         return MADE[name]()
     return kept[name]
+
+
+def offered() -> set[str]:
+    """Names of the methods that other installed packages offer; nothing is imported."""
+    return {entry.name for entry in entry_points(group=ENTRY_POINTS)}
 
 
 def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
@@ -50,6 +60,8 @@ def chosen(name: str, key: str, wanted: list[str] | None) -> Rows:
         An unknown name; the nearest ones are named.
     """
     found = {row[key]: row for row in rows(name)}
+    if wanted is None or not found.keys() >= set(wanted):
+        found = {row[key]: row for row in rows(name, others=True)}
     for each in wanted or ():
         if each not in found:
             raise unknown(name, each, found)
@@ -64,10 +76,12 @@ def check_method(text: str, *others: str) -> None:
     ValueError
         As ``chosen``.
     """
-    own = method_files.names()
+    own = {*method_files.names(), *offered()}
     for part in text.split("+"):
         if part not in (*own, *others):
             known = [row["name"] for row in rows("methods")]
+            if part not in known and part in lab.METHODS:
+                raise ValueError(lab.how_to_install("method", part))
             if part not in known:
                 raise unknown("methods", part, [*known, *own])
 
@@ -100,6 +114,20 @@ def needs_budget(text: str, settings: Iterable[str]) -> bool:
     return all((instead := found.get(part)) and not given & set(instead) for part in parts)
 
 
+def refuses_without_budget(text: str, settings: Mapping[str, Any]) -> bool:
+    """True where a method or a composition cannot plan by these settings alone. It is asked itself: one stage may need a budget where another
+    runs without, which no list knows."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of these counts, which are no picture's
+            duet_vlm.get_method(text)(**settings).plan(*USUAL, None)
+    except NoBudget:
+        return True
+    except (ValueError, TypeError):  # ``attach`` says what is wrong
+        return False
+    return False
+
+
 def unknown(name: str, given: str, known: Iterable[str]) -> ValueError:
     """The error for a name that is not in a list."""
     if name == "methods":  # too many for a line
@@ -129,13 +157,13 @@ def describe(name: str, cls: type[duet_vlm.Reducer]) -> dict[str, Any]:
     """A method as plain values."""
     places = (("before the decoder", duet_vlm.EncoderReducer), ("inside the decoder", duet_vlm.DecoderReducer))
     in_tower, usual = issubclass(cls, duet_vlm.TowerReducer), cls()
-    reads = sorted({*getattr(usual, "signals", ()), *getattr(usual, "reads", ()), *getattr(usual, "needs", ())})
+    reads = sorted(need.value for need in usual.requires - UNLISTED)
     stages = ["inside the tower"] if in_tower else [word for word, base in places if issubclass(cls, base)]
     return {
         "name": name,
         "summary": cls.summary,
         "stage": " + ".join(stages) or "-",
-        "needs_text": (issubclass(cls, duet_vlm.DecoderReducer) and cls.uses_text_queries()) or "question" in reads,
+        "needs_text": usual.uses_text_queries() or "question" in reads,
         "paper": cls.paper,
         "settings": [field.name for field in dataclasses.fields(cls)],
         "types": {field.name: kind for field in dataclasses.fields(cls) if (kind := _kind(field)).removesuffix(" | None") in CHECKED},
@@ -155,7 +183,7 @@ def _kind(field: dataclasses.Field[Any]) -> str:
 def _instead(usual: duet_vlm.Reducer) -> list[str]:
     """The settings that a method takes in place of a budget; none where it runs without either."""
     try:
-        usual.plan(576, 32, None)
+        usual.plan(*USUAL, None)
     except NoBudget as error:
         return list(error.instead)
     except ValueError:  # it wants something else first
@@ -191,12 +219,12 @@ def _refusing(cls: type[duet_vlm.Reducer]) -> list[dict[str, Any]]:
 def _why_not(adapter: Any, reducer: duet_vlm.Reducer) -> str:
     if reducer.positions == "compact" and adapter.mrope:
         return "positions are grids (M-RoPE) and cannot be compact"
-    lacking = sorted((getattr(reducer, "signals", set()) | getattr(reducer, "reads", set())) & adapter.unsupported.keys())
+    lacking = sorted({need.value for need in reducer.requires} & adapter.unsupported.keys())
     if lacking:
         return adapter.unsupported[lacking[0]]
     bare = object.__new__(adapter)  # what a family refuses whatever the model, it refuses without one
-    asks = [bare.blocks_to_reduce] if getattr(reducer, "reduces_in_tower", False) else []
-    asks += [bare.cls_module] if getattr(reducer, "cls_token", False) else []
+    asks = [bare.blocks_to_reduce] if reducer.reduces_in_tower else []
+    asks += [bare.cls_module] if reducer.cls_token else []
     for ask in asks:
         try:
             ask()

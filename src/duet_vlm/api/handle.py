@@ -16,7 +16,8 @@ from duet_vlm.planning.budget import Budget, SpanPlan, TowerStages, check_budget
 from duet_vlm.planning.tokens import SpanTrace
 from duet_vlm.profiling.report import Report, SampleCounts, make_report
 from duet_vlm.reducers.base import Reducer, with_fields
-from duet_vlm.reducers.compressor import store, stored
+from duet_vlm.reducers.compressor import Compressor, compressor_of, store, stored
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.persistence import to_record
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.call_tracker import CallTracker
@@ -131,8 +132,8 @@ class Handle:
         assert self.module is not None  # as there is a compressor
         self.module.load_state_dict(stored(place, compressor.name, found, compressor.shape))
 
-    def _compressor(self) -> Any:
-        compressor = getattr(self.reducer, "trained_reducer", None)
+    def _compressor(self) -> Compressor:
+        compressor = compressor_of(self.reducer)
         if compressor is None:
             raise ValueError(f"{self.reducer.name} has no weights of its own, so there are none to save or to load")
         return compressor
@@ -270,7 +271,7 @@ class Handle:
         return tokens.prompt_index.masked_fill(~tokens.valid, -1)
 
     def _projects_all(self, reducer: Reducer) -> bool:
-        return self.adapter.pointwise_projector is None or getattr(reducer, "reads_projected", False)
+        return self.adapter.pointwise_projector is None or Input.PROJECTED_FEATURES in reducer.requires
 
     def _check_attached(self) -> None:
         if self._tracker.closed:

@@ -15,16 +15,17 @@ from urllib.request import getproxies
 
 from PIL import Image
 
+from duet_vlm.api.embedded import embedded_model, model_names
 from duet_vlm.inputs.images import rgb
 from duet_vlm.inputs.video import FRAMES, VideoFrames
 from duet_vlm.reducers.persistence import KEY, load_from_config
+from duet_vlm.utils import lab
 from duet_vlm.utils.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import torch
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-EMBEDDED = ("tiny", "tiny-chain", "tiny-page", "tiny-video", "tiny-long")
 HUB_SECONDS = 5.0  # in which a hub has to answer
 ADAPTER = "adapter_config.json"  # what makes a folder one of PEFT adapters
 
@@ -127,20 +128,19 @@ def source(name: str) -> tuple[str, bool]:
     ValueError
         If it is no embedded model, nor a folder with a config, nor something that reads as a hub id.
     """
-    if name in EMBEDDED:
-        from duet_vlm import tiny
-        from duet_vlm.tiny import chain, long, page, video
-
-        parts = {"tiny": tiny, "tiny-chain": chain, "tiny-page": page, "tiny-video": video, "tiny-long": long}
-        return str(parts[name].path()), True
+    embedded = model_names()
+    if name in embedded:
+        return str(embedded_model(name).folder), True
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not any((folder / file).is_file() for file in ("config.json", ADAPTER)):
             raise ValueError(f"--model {name}: this folder has no config.json, so it is no saved model")
         return str(folder), True
+    if name in lab.MODELS and not folder.exists():
+        raise ValueError(lab.how_to_install("--model", name))
     if folder.exists() or not HUB_ID.fullmatch(name) or name.startswith("."):
-        what = "a file, no folder" if folder.exists() else f"no such folder{did_you_mean(name, EMBEDDED)}"
-        raise ValueError(f"--model {name}: {what}; give {', '.join(map(repr, EMBEDDED))}, a folder of save_pretrained, or a hub id (owner/name)")
+        what = "a file, no folder" if folder.exists() else f"no such folder{did_you_mean(name, {*embedded, *lab.MODELS})}"
+        raise ValueError(f"--model {name}: {what}; give {', '.join(map(repr, embedded))}, a folder of save_pretrained, or a hub id (owner/name)")
     return name, False
 
 
@@ -237,7 +237,7 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     config = config_of(name)
     (place, local), base = source(name), base_of(name)
     with quiet(), _explained(name, local):
-        precision = dtype or (torch.float32 if name in EMBEDDED else "auto")
+        precision = dtype or (torch.float32 if name in model_names() else "auto")
         model = AutoModelForImageTextToText.from_pretrained(base or place, dtype=precision, local_files_only=local, use_safetensors=True)
         if dtype is None and where == "cpu" and model.dtype == torch.float16:
             model = model.float()  # float16 is dozens of times slower there
@@ -248,10 +248,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
 
 
 def _processor(name: str, place: str, local: bool) -> Any:
-    if name in ("tiny-video", "tiny-long"):  # the stock class of its family needs torchvision
-        from duet_vlm.tiny.video_processor import TinyVideoProcessor
-
-        return TinyVideoProcessor.from_pretrained(place)
+    if name in model_names():
+        return embedded_model(name).processor()
     from transformers import AutoProcessor
 
     return AutoProcessor.from_pretrained(place, local_files_only=local)

@@ -13,7 +13,9 @@ from duet_vlm.planning.budget import TowerStages
 from duet_vlm.planning.tokens import SpanTrace
 from duet_vlm.profiling.report import SampleCounts
 from duet_vlm.profiling.selection_cost import deciding_flops, question_flops, selection_bytes, selection_flops, tower_choice_flops
-from duet_vlm.reducers.base import EncoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.context import EncodedFeatures
 from duet_vlm.runtime.decode.cache import PromptState
 from duet_vlm.runtime.encode.build_view import layer_number
@@ -76,8 +78,8 @@ def decoder_terms(adapter: Adapter, reducer: Reducer, samples: Sequence[SampleCo
         visual = [sample.visual(layer) for layer in range(-1, shape.layers)]
         return deciding_flops(reducer, visual, [sample.text + n for n in visual], sample.queries, shape) if sample.plans else 0
 
-    products, cut = getattr(reducer, "uses_text", True), getattr(reducer, "trim_kv_cache", False)
-    behind = getattr(reducer, "score_layer_offset", 0) > 0
+    products, cut = Input.SCORES in reducer.requires, reducer.trim_kv_cache
+    behind = reducer.score_layer_offset > 0
     return {"deciding": sum(map(of, samples)), "products": products, "cut": cut, "behind": behind}
 
 

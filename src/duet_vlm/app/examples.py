@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from duet_vlm import tiny
+from duet_vlm.api.embedded import Sample, embedded_task, task_names
 from duet_vlm.api.loading import LoadedModel
-from duet_vlm.tiny import long, page, video
+from duet_vlm.evaluation import tiny
 
 EACH = 4  # frames of the file that show one step of the clip
-CLIPS: dict[str, Callable[[str, int], video.ClipSample]] = {"tiny-video": video.sample, "tiny-long": long.sample}
 
 
 def examples(loaded: LoadedModel, folder: Path) -> list[tuple[Path, str]]:
     """Files, written to ``folder``, and a question about each."""
-    if loaded.name in CLIPS:
-        return _clip(folder, CLIPS[loaded.name])
-    if loaded.name == "tiny-page":
-        shown = page.sample("test", 0)
-        shown.image.save(folder / "page.png")
-        return [(folder / "page.png", shown.question)]
+    if (own := own_sample(loaded)) is not None:
+        return _clip(folder, own) if own.frames else _pictures(folder, own)
     found = []
     for number, item in enumerate(tiny.demo_images()):
         path = folder / f"picture-{number + 1}.png"
         item.image.save(path)
         found.append((path, item.questions[0][0]))
-    return found + (_clip(folder, CLIPS["tiny-video"]) if loaded.takes_clips else [])
+    clip = embedded_task("tiny-video").sample("test", 0) if loaded.takes_clips and "tiny-video" in task_names() else None
+    return found + (_clip(folder, clip) if clip else [])
 
 
-def _clip(folder: Path, drawn: Callable[[str, int], video.ClipSample]) -> list[tuple[Path, str]]:
+def own_sample(loaded: LoadedModel) -> Sample | None:
+    """A sample of the task that an embedded model was trained for; None for other models, and for "tiny", which has shipped pictures."""
+    return embedded_task(loaded.name).sample("test", 0) if loaded.name != "tiny" and loaded.name in task_names() else None
+
+
+def _pictures(folder: Path, sample: Sample) -> list[tuple[Path, str]]:
+    """The first picture of a sample as a file, where the question is about one."""
+    if len(sample.images) > 1:
+        return []
+    sample.image.save(folder / "picture.png")
+    return [(folder / "picture.png", sample.question)]
+
+
+def _clip(folder: Path, sample: Sample) -> list[tuple[Path, str]]:
     """A clip of the embedded task as a file; nothing where PyAV is not installed."""
     try:
         import av
     except ImportError:
         return []
-    sample, path = drawn("test", 0), folder / "clip.mp4"
+    path = folder / "clip.mp4"
     frames = [np.asarray(frame) for frame in sample.frames for _ in range(EACH)]
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=10, options={"crf": "4"})

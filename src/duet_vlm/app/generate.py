@@ -74,7 +74,7 @@ class AppSide:
         self.model = same_weights(loaded.model)
         self.handle = None if asked is None else _attached(self.model, loaded, asked.method, asked)
         self.inputs = loaded.inputs(shown.pictures, question, shown.clips)
-        if self.handle is None or getattr(self.handle.reducer, "text_query", None) != "salient":
+        if self.handle is None or self.handle.reducer.text_query != "salient":
             self.inputs.pop("salient_mask", None)
 
     def seen(self) -> RunRecord:

@@ -36,6 +36,7 @@ SPEEDS = (
     "A large decoder and a long prompt come near to it; where the tower or fixed costs take the time, as in a tiny "
     "model, they do not."
 )
+OPENED = "The first example, asked when the page was started: move the slider, click a patch, or ask a question of your own."
 HINT = "Drop a picture or take an example, write a question, and click Ask."
 STARTS = "Working: the question waits for its turn, or the prompt is read."
 DONE = "Done: move the slider, click a patch, or ask again."
@@ -73,7 +74,8 @@ def theme() -> Any:
 
 
 class AppPage:
-    """The page for one loaded model; ``blocks`` is what Gradio serves."""
+    """The page for one loaded model; ``blocks`` is what Gradio serves. It opens with the first of ``shown_first`` asked and answered, which is done
+    once, here."""
 
     def __init__(self, loaded: LoadedModel, first: Controls, second: Controls, shown_first: Sequence[tuple[Path, str]]) -> None:
         self._loaded = loaded
@@ -89,6 +91,7 @@ class AppPage:
                         bare: dict[str, Any] = {"interactive": False, "format": "png", "buttons": []}
                         self._file = gr.File(label=f"Picture {clips}(drop it here)", scale=3, elem_id="file", **there)
                         self._preview = gr.Image(label="Shown", scale=2, elem_id="preview", **bare, **there)
+                    self._example = gr.State(None, time_to_live=KEPT)  # the first one, until a file is dropped: its place stays free for that
                     self._question = gr.Textbox(label="Question", lines=1, max_lines=6, elem_id="question")
                     with gr.Row():
                         self._ask = gr.Button("Ask", variant="primary", min_width=100, elem_id="ask")
@@ -123,7 +126,9 @@ class AppPage:
                     self._speeds = gr.HTML(SPEEDS, visible=False, elem_id="speeds")
                     with gr.Row(elem_id="reports"):
                         self._reports = [self._report(number) for number in range(2)]
-            self._events([control for group in controls for control in group])
+            everything = [control for group in controls for control in group]
+            self._events(everything)
+        self._opening = self._first_answer(everything) if self._shown_first else {}
 
     def _controls(self, number: int, start: Controls, title: str) -> list[Any]:
         """The controls of one method: in the order of the fields of ``Controls``, then the slider of the budget."""
@@ -179,7 +184,7 @@ class AppPage:
 
     def _events(self, controls: list[Any]) -> None:
         light: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        self._file.change(self._look, self._file, [self._preview, self._problem], **light)
+        self._file.change(self._look, self._file, [self._preview, self._problem, self._example], **light)
         self._compare.change(lambda on: [gr.update(visible=on)] * 2, self._compare, [self._other, self._columns[2][0]], **light)
         parts = [part for column in self._columns for part in column] + [part for view in self._views for part in view]
         words = [self._status, self._problem, self._legend, self._speeds, self._story]
@@ -189,7 +194,7 @@ class AppPage:
         asked = gr.on(
             begins,
             self._answer,
-            [self._file, self._question, self._longest, self._compare, *controls],
+            [self._file, self._example, self._question, self._longest, self._compare, *controls],
             outputs,
             concurrency_limit=1,  # one question at a time, so that times are its own
             trigger_mode="once",
@@ -197,14 +202,29 @@ class AppPage:
             show_progress_on=self._columns[0][1],  # the place in the queue
             api_visibility="private",
         )
-        self._stop.click(None, None, None, cancels=[asked], queue=False, api_visibility="private")
         self._stop.click(None, None, self._status, js=AT_ONCE % _status("Stopped."), **light)
+        ended = self._stop.click(None, None, None, cancels=[asked], queue=False, api_visibility="private")
+        ended.then(lambda: _status("Stopped."), None, self._status, **light)  # what was on its way may have come in between
         if self._shown_first:
             self._examples.select(self._take, None, [self._file, self._question], **light)
+            self.blocks.load(self._open, None, [self._example, self._preview, self._question, *outputs], **light)
         moved = [part for view in self._views for part in view] + [self._story]
         self._depth.change(self._move, [self._walks, self._depth], moved, trigger_mode="always_last", **light)
         for number, (_, _, patches, _) in enumerate(self._views):
             patches.select(self._tell_of(number), [self._walks, self._depth], self._story, **light)
+
+    def _first_answer(self, controls: Sequence[Any]) -> dict[Any, Any]:
+        """All that the first example changes on the page, with the controls as they stand."""
+        path, question = self._shown_first[0]
+        preview, *_ = self._look(str(path))
+        found: dict[Any, Any] = {self._example: str(path), self._preview: preview, self._question: question}
+        for update in self._answer(None, str(path), question, self._longest.value, self._compare.value, *(control.value for control in controls)):
+            found |= update
+        return found | {self._status: _status(OPENED)}
+
+    def _open(self) -> dict[Any, Any]:
+        """The first answer, for one visitor: Gradio takes updates apart when it sends them."""
+        return {part: dict(value) if isinstance(value, dict) else value for part, value in self._opening.items()}
 
     def _take(self, event: gr.SelectData) -> list[str]:
         """An example was clicked."""
@@ -212,20 +232,21 @@ class AppPage:
         return [str(path), question]
 
     def _look(self, path: str | None) -> list[Any]:
-        """The file that was dropped, as the model is shown it, or what is wrong with it."""
+        """The file that was dropped, as the model is shown it, or what is wrong with it; and no example in place of it."""
         if path is None:
-            return [None, _nothing_wrong()]
+            return [None, _nothing_wrong(), None]
         try:
-            return [tiled(open_uploads(Path(path), self._loaded).preview), _nothing_wrong()]
+            return [tiled(open_uploads(Path(path), self._loaded).preview), _nothing_wrong(), None]
         except Exception as error:  # whatever it is, the page says it
-            return [None, _wrong(error, Path(path))]
+            return [None, _wrong(error, Path(path)), None]
 
     def _answer(
-        self, path: str | None, question: str | None, longest: float, comparing: bool, *values: Any
+        self, path: str | None, example: str | None, question: str | None, longest: float, comparing: bool, *values: Any
     ) -> Iterator[dict[Any, Any]]:
         """One question: answers as they are written, then what the slider shows, and the reports."""
         yield self._cleared()
-        file = None if path is None else Path(path)
+        given = path or example
+        file = None if given is None else Path(given)
         groups = [_budgeted(values[: EACH + 1]), _budgeted(values[EACH + 1 :])][: 1 + bool(comparing)]
         try:
             asked = [Controls(*(value or "" for value in group)).read(self._files) for group in groups]

@@ -12,18 +12,19 @@ from typing import Any
 
 from duet_vlm.api.loading import LoadedModel, load
 from duet_vlm.app.controls import Controls, starting
-from duet_vlm.app.examples import CLIPS, examples
+from duet_vlm.app.examples import examples, own_sample
 from duet_vlm.app.files import MOST_MB, Uploads
 from duet_vlm.app.generate import AppSide, answers
 
 
 def warmed(loaded: LoadedModel, first: Controls) -> None:
     """Ask once before anybody does: the first call of a process pays for what later ones find made. What cannot be attached is refused here."""
-    from duet_vlm import tiny
+    from duet_vlm.evaluation import tiny
     from duet_vlm.inputs.video import VideoFrames
 
-    if loaded.name in CLIPS:
-        frames = CLIPS[loaded.name]("test", 0).frames
+    own = own_sample(loaded)
+    if own is not None and own.frames:
+        frames = own.frames
         shown = Uploads((), (VideoFrames(tuple(frames), tuple(range(len(frames))), len(frames), 1.0),))
     else:
         shown = Uploads((tiny.demo_images()[0].image,), ())

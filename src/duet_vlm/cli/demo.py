@@ -61,7 +61,7 @@ def ask(model: Any, processor: Any, inputs: Any) -> list[str]:
 
 def batches(processor: Any) -> list[tuple[Any, Any]]:
     """(picture, inputs for all its questions) of the shipped pictures."""
-    from duet_vlm import tiny
+    from duet_vlm.evaluation import tiny
 
     out = []
     for item in tiny.demo_images():
@@ -135,7 +135,7 @@ def demo(
     with friendly(debug, json_):
         start = time.perf_counter()
         folder_for("--out", out)
-        from duet_vlm import tiny
+        from duet_vlm.evaluation import tiny
 
         with quiet(), one_thread():
             model, processor = tiny.load()

@@ -22,7 +22,7 @@ OUT = Path("out/drop-curve")
 
 def drop_curve(
     task: Annotated[
-        str, typer.Option("--task", "--tasks", help="tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or a .jsonl file.")
+        str, typer.Option("--task", "--tasks", help="tiny, a task of duet-vlm-lab (tiny-chain), or a .jsonl file.")
     ] = "tiny",
     model: Annotated[str | None, typer.Option("--model", "-m", help="A local folder, or a hub id. Default: the embedded model for the task.")] = None,
     layers: Annotated[

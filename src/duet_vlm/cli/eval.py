@@ -33,7 +33,7 @@ METHODS = "duet,visionzip,pyramiddrop,fastv,random,uniform"
 BUDGETS = "0.33,0.22,0.11"
 LIMIT = 200  # questions: minutes on a CPU, intervals of a few points
 EPILOG = "On several machines: accelerate launch -m duet_vlm.cli.main eval ..., with --out on a folder that all of them see."
-OUT = Path("out/eval")  # comparison/ holds the results that this repository publishes
+OUT = Path("out/eval")  # lab/comparison/ holds the results that this repository publishes
 
 Texts = list[str] | None
 
@@ -42,7 +42,7 @@ def evaluate(
     tasks: Annotated[
         Texts,
         typer.Option(
-            "--tasks", "--task", help=f"tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long, or .jsonl files. {SEVERAL} Default: tiny."
+            "--tasks", "--task", help=f"tiny, a task of duet-vlm-lab (tiny-chain), or .jsonl files. {SEVERAL} Default: tiny."
         ),
     ] = None,
     model: Annotated[

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from duet_vlm.api.catalogue import check_method, check_settings, chosen, needs_budget
+from duet_vlm.api.catalogue import check_method, check_settings, chosen, needs_budget, refuses_without_budget
 from duet_vlm.api.loading import LoadedModel, check_model, source
 from duet_vlm.cli.errors import GOES_ON, friendly
 from duet_vlm.inputs.images import open_image
@@ -271,9 +271,10 @@ class Reduction:
         return kept | {"budget": budget, "settings": kept["settings"] | self.fields}
 
     def lacks_budget(self, model: str | nn.Module) -> bool:
-        """Whether nothing says how many tokens the method is to keep."""
+        """True where nothing says how many tokens the method is to keep: by the lists where the model is only named, else as the method says."""
         known = self.known(model)
-        return known is not None and known["budget"] is None and needs_budget(known["method"], known["settings"])
+        lacks = needs_budget if isinstance(model, str) else refuses_without_budget
+        return known is not None and known["budget"] is None and lacks(known["method"], known["settings"])
 
     def check_budget(self, model: str) -> None:
         """Raise a ValueError where nothing says so."""

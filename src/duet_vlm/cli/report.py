@@ -23,15 +23,18 @@ def report(
     with friendly(debug, json_):
         from rich.console import Console
 
-        from duet_vlm.evaluation.report import write
+        from duet_vlm.evaluation.results import load
 
         found = several_paths(files)
-        if all(file.is_file() for file in found):  # what is not is named below
-            try:
-                import matplotlib  # noqa: F401  # before a folder is made
-            except ImportError as error:
-                raise ImportError('plots need matplotlib: pip install ".[viz]"') from error
-            folder_for("--out", out)
+        for file in found:
+            load(file)  # what is missing or damaged is named before seconds go by: drawing imports torch
+        try:
+            import matplotlib  # noqa: F401  # before a folder is made
+        except ImportError as error:
+            raise ImportError('plots need matplotlib: pip install ".[viz]"') from error
+        folder_for("--out", out)
+        from duet_vlm.evaluation.report import write
+
         with Console(stderr=True).status("reading the results") as status:  # moves on a terminal, is silent elsewhere
             try:
                 written = write(found, out, lambda text: status.update(f"drawing {escape(text)}"))

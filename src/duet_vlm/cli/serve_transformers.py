@@ -21,6 +21,8 @@ NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # of transformers[serving
 MOST_MB = 100  # of a request
 DEEPEST = 100  # lists and objects of a request within each other
 LONGEST = 300  # letters of an error in the log and in an answer
+TRANSCRIPTIONS = "/v1/audio/transcriptions"  # for models that hear only; takes forms, which nothing here looks into
+TAKES_APART = "transformers.cli.serving"  # modules of the server that read a request, each key as if it were there
 
 # what transformers opens where a request has it: parts of messages, arguments of the processor, assets
 MEDIA = frozenset({"url", "image_url", "video_url", "audio_url", "input_audio", "image", "images", "video", "videos", "audio", "audios", "path"})
@@ -80,8 +82,9 @@ def _attaching(manager: type[Any], place: str, reduction: Reduction) -> type[Any
 class Guard:
     """What stands in front of every request but /health, as ASGI has it: the path is the scope's, which no header can change.
 
-    Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, and, unless ``fetch_urls``, with pictures,
-    clips or sounds that are not part of them. What fails behind it is logged and answered in ``LONGEST`` letters: errors may quote the request.
+    Refused are requests without the key, larger than ``MOST_MB``, nested deeper than ``DEEPEST``, for a transcription, and, unless
+    ``fetch_urls``, with pictures, clips or sounds that are not part of them. What fails behind it is logged and answered in ``LONGEST`` letters:
+    errors may quote the request.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], api_key: str | None, fetch_urls: bool) -> None:
@@ -95,6 +98,8 @@ class Guard:
         body = await _whole(receive)
         if body is None:
             return await _refuse(send, 413, f"a request of more than {MOST_MB} MB: make its pictures or clips smaller")
+        if scope["path"] == TRANSCRIPTIONS:
+            return await _refuse(send, 400, "this server transcribes no sound: ask about pictures and clips at /v1/chat/completions")
         try:
             found = None if self.fetch_urls else remote(body)
             read(body)
@@ -128,8 +133,18 @@ class Guard:
             text = f"{type(error).__name__}: {_short(str(error))}"
             log.error("%s %s\n%s%s", scope["method"], scope["path"], "".join(traceback.format_tb(error.__traceback__)), text)
             if not answered:
-                wrong = isinstance(error, ValueError)  # of the request: a picture that cannot be read, a budget that cannot be met
-                await _refuse(send, *((400, _short(str(error))) if wrong else (500, "the server failed; its log says where")))
+                await _refuse(send, *_answer_to(error))
+
+
+def _answer_to(error: Exception) -> tuple[int, str]:
+    """Status and words for what failed: 400 where the request is wrong, be it in a value (a picture that cannot be read, a budget that cannot be
+    met) or in its form, at which the code that takes requests apart stumbles; else 500."""
+    if isinstance(error, ValueError):
+        return 400, _short(str(error))
+    modules = [frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if isinstance(error, LookupError | TypeError | AttributeError) and modules[-1].startswith(TAKES_APART):
+        return 400, f"not a request as OpenAI's API has it: {type(error).__name__}: {_short(str(error))}"
+    return 500, "the server failed; its log says where"
 
 
 async def _whole(receive: Receive) -> bytes | None:

@@ -32,7 +32,7 @@ def tune(
         str,
         typer.Argument(
             metavar="DATA",
-            help="A .jsonl file, a folder of pictures and clips, or tiny, tiny-crowded, tiny-chain, tiny-page, tiny-video, tiny-long.",
+            help="A .jsonl file, a folder of pictures and clips, tiny, or a task of duet-vlm-lab (tiny-chain).",
         ),
     ],
     model: Annotated[str | None, typer.Option("--model", "-m", help="'tiny', a local folder, or a hub id. Default: the task's, else tiny.")] = None,

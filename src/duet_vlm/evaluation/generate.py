@@ -109,6 +109,6 @@ def _answers(loaded: LoadedModel, handle: Handle, asked: Prompts, numbers: Seque
 def _said(loaded: LoadedModel, handle: Handle, questions: list[TaskQuestion], max_new_tokens: int) -> list[str]:
     if not questions:
         return []
-    inputs = inputs_of(loaded, questions, salient=getattr(handle.reducer, "text_query", None) == "salient")
+    inputs = inputs_of(loaded, questions, salient=handle.reducer.text_query == "salient")
     made = loaded.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     return [text.strip() for text in loaded.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]

@@ -14,12 +14,9 @@ import duet_vlm
 from duet_vlm import BudgetError, EncoderReducer, Reducer, SpanTrace
 from duet_vlm.api.loading import LoadedModel, chat_text
 from duet_vlm.evaluation.experiment import ORACLE, ExperimentCell
-from duet_vlm.evaluation.oracle import Oracle
 from duet_vlm.evaluation.shared_vision import SharedVision
 from duet_vlm.evaluation.tasks import TaskQuestion
-from duet_vlm.evaluation.whole_frames import WholeFrames
-
-REFERENCES: dict[str, type[Reducer]] = {cls.name: cls for cls in (Oracle, WholeFrames)}
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,10 @@ class Outcome:
 
 
 def method_of(run: ExperimentCell) -> Reducer:
-    """What a run's settings are set on: a preset, a reference of evaluations, or a method of the registry."""
+    """What a run's settings are set on: a preset or a method of the registry."""
     if run.preset:
         return duet_vlm.preset(run.preset)
-    return (REFERENCES.get(run.method) or duet_vlm.get_method(run.method))()
+    return duet_vlm.get_method(run.method)()
 
 
 @contextlib.contextmanager
@@ -99,7 +96,7 @@ def reads_elsewhere(reducer: Reducer) -> bool:
     """Whether a method looks at other vision layers than most do by default, or runs them on fewer rows."""
     if not isinstance(reducer, EncoderReducer):
         return False
-    return reducer.reduces_in_tower or (bool(reducer.signals) and set(reducer.signal_layers) != {None})
+    return reducer.reduces_in_tower or (bool(reducer.requires & VISION_LAYER_INPUTS) and set(reducer.signal_layers) != {None})
 
 
 def _outcome(handle: duet_vlm.Handle, said: list[str], questions: Sequence[TaskQuestion]) -> Outcome:

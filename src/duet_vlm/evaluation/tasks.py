@@ -1,7 +1,6 @@
 """Tasks: streams of questions about pictures or clips, with short answers that can be checked.
 
-``tiny``, ``tiny-crowded``, ``tiny-chain``, ``tiny-page``, ``tiny-video`` and ``tiny-long`` draw their questions (no file, no end); any other name
-is the path of a JSON-lines file.
+Embedded tasks (``tiny``, and those of installed packages) draw their questions (no file, no end); any other name is the path of a JSON-lines file.
 """
 
 from __future__ import annotations
@@ -16,9 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from duet_vlm.api.loading import EMBEDDED
+from duet_vlm.api.embedded import embedded_task, model_names, task_names
 from duet_vlm.inputs.images import local, open_image
 from duet_vlm.inputs.video import decode
+from duet_vlm.utils import lab
 from duet_vlm.utils.contents import digest_of
 from duet_vlm.utils.suggest import did_you_mean
 
@@ -67,7 +67,7 @@ class Task:
 
 def usual_model(name: str) -> str:
     """The embedded model that reads what a task shows."""
-    return name if name in EMBEDDED else "tiny"
+    return name if name in model_names() else "tiny"
 
 
 def task(name: str) -> Task:
@@ -79,12 +79,15 @@ def task(name: str) -> Task:
     ValueError
         Unknown name, or a file with a broken line (its number is named).
     """
-    if name in DRAWN:
-        return Task(name, DRAWN[name], None, 4, clips=name in ("tiny-video", "tiny-long"))
+    drawn = task_names()
+    if name in drawn:
+        return Task(name, partial(_drawn, name), None, 4, clips=embedded_task(name).clips)
+    if name in lab.TASKS:
+        raise ValueError(lab.how_to_install("task", name))
     path = Path(name).expanduser()
     if path.suffix != ".jsonl":
-        near = did_you_mean(name, DRAWN)
-        known = f"give {', '.join(DRAWN)}, or the path of a .jsonl file with image, question, answer, kind"
+        near = did_you_mean(name, {*drawn, *lab.TASKS})
+        known = f"give {', '.join(drawn)}, or the path of a .jsonl file with image, question, answer, kind"
         raise ValueError(f"unknown task {name!r}{near}: {known}")
     if not path.is_file():
         raise ValueError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}")
@@ -120,49 +123,10 @@ def _plain(text: str) -> str:
     return text.strip().lower().removesuffix(".")
 
 
-def _pictures(crowded: bool, seed: int, index: int) -> TaskQuestion:
-    from duet_vlm import tiny
-
-    item = tiny.sample("test", index, seed, crowded=crowded)
-    return TaskQuestion(f"{seed}/{index}", (item.image,), item.question, (item.answer,), item.kind, item.needed)
-
-
-def _chains(seed: int, index: int) -> TaskQuestion:
-    from duet_vlm.tiny import chain
-
-    item = chain.sample("test", index, seed)
-    return TaskQuestion(f"{seed}/{index}", item.images, item.question, (item.answer,), item.kind, item.needed)
-
-
-def _pages(seed: int, index: int) -> TaskQuestion:
-    from duet_vlm.tiny import page
-
-    item = page.sample("test", index, seed)
-    return TaskQuestion(f"{seed}/{index}", (item.image,), item.question, (item.answer,), item.kind, item.needed)
-
-
-def _clips(seed: int, index: int) -> TaskQuestion:
-    from duet_vlm.tiny import video
-
-    item = video.sample("test", index, seed)
-    return TaskQuestion(f"{seed}/{index}", (), item.question, (item.answer,), item.kind, item.needed, (item.frames,))
-
-
-def _long(seed: int, index: int) -> TaskQuestion:
-    from duet_vlm.tiny import long
-
-    item = long.sample("test", index, seed)
-    return TaskQuestion(f"{seed}/{index}", (), item.question, (item.answer,), item.kind, item.needed, (item.frames,))
-
-
-DRAWN: dict[str, Callable[[int, int], TaskQuestion]] = {
-    "tiny": partial(_pictures, False),
-    "tiny-crowded": partial(_pictures, True),
-    "tiny-chain": _chains,
-    "tiny-page": _pages,
-    "tiny-video": _clips,
-    "tiny-long": _long,
-}
+def _drawn(name: str, seed: int, index: int) -> TaskQuestion:
+    item = embedded_task(name).sample("test", index, seed)
+    videos = (item.frames,) if item.frames else ()
+    return TaskQuestion(f"{seed}/{index}", item.images, item.question, (item.answer,), item.kind, item.needed, videos)
 
 
 def _row(path: Path, number: int, line: str) -> dict[str, Any]:

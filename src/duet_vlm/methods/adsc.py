@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duet_vlm.ops.select import spaced_picks
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.decoder import DecoderView
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
@@ -33,7 +33,6 @@ class Adsc(ScheduledReducer):
     paper = "ADSC, arXiv 2602.12618"
     summary = "strided drops in stages inside the decoder, for training with them (untrained: the uniform baseline along a schedule)"
     paper_schedule: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
-    uses_text = False
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
         return spaced_picks(view.valid, view.num_keep)

@@ -16,16 +16,11 @@ from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import (
-    DecoderReducer,
-    DecoderView,
-    EncoderReducer,
-    EncoderView,
-    check_budget_or_fields,
-    check_choice,
-    plan_keep_all,
-    plan_with_schedule,
-)
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 
 SLOTS = ("own", "released", "behind")
@@ -65,8 +60,7 @@ class ApET(EncoderReducer, DecoderReducer):
 
     paper = "ApET, CVPR 2026, arXiv 2602.19870"
     summary = "keep what a few basis tokens approximate worst and merge the rest, before the decoder and once inside it"
-    uses_text = False
-    needs = frozenset({"hidden_states"})
+    requires = frozenset({Input.FEATURES, Input.HIDDEN_STATES})
     merges = True
 
     keep: Keep | None = None
@@ -112,12 +106,10 @@ class ApET(EncoderReducer, DecoderReducer):
         return plan_keep_all(tokens, depth) if target >= tokens else plan_with_schedule(self, stages, tokens, depth, target)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None  # promised by ``reads_features``
-        return self._reduced(view.features, view.valid, view.dominant, max(plan.dominant for plan in view.plans), in_order=True)
+        return self._reduced(view.require(Input.FEATURES), view.valid, view.dominant, max(plan.dominant for plan in view.plans), in_order=True)
 
     def prune_tokens(self, view: DecoderView) -> Selection:
-        assert view.hidden_states is not None  # promised by ``needs``
-        return self._reduced(view.hidden_states, view.valid, view.num_keep, max(stay for _, stay in view.host_counts), in_order=False)
+        return self._reduced(view.require(Input.HIDDEN_STATES), view.valid, view.num_keep, max(stay for _, stay in view.host_counts), in_order=False)
 
     def errors(self, rows: Tensor, valid: Tensor, count: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
         """Basis tokens [B, M] by turn, which of them count [B, M], and each token's error of approximation [B, N]."""

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from duet_vlm.methods.lookup import get_method
-from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced_picks, top
 from duet_vlm.planning.budget import (
     EPSILON,
@@ -25,7 +24,9 @@ from duet_vlm.planning.budget import (
     layer_counts,
     target_mean,
 )
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, check_budget_or_fields, plan_keep_all
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 
 
@@ -46,7 +47,6 @@ class Baseline(DecoderReducer):
         Name of the method whose number of tokens per layer is taken.
     """
 
-    uses_text = False
 
     entry: Keep | None = None
     schedule: Schedule = ()
@@ -99,14 +99,13 @@ class RandomTokens(Baseline):
     paper = "baseline"
     summary = "a random choice of tokens (baseline)"
 
-    uses_tokens = True
+    requires = frozenset({Input.TOKENS})
 
     seed: int = 0
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.span_index is not None and view.token_index is not None  # promised by ``uses_tokens``
-        table = upload(priorities(self.seed, view.spans), view.valid.device)
-        return top(table[view.span_index, view.token_index], view.valid, view.num_keep)
+        table = priorities(self.seed, view.spans).to(view.valid.device)
+        return top(table[view.require(Input.TOKENS)], view.valid, view.num_keep)
 
 
 @register("uniform")

@@ -8,17 +8,18 @@ from typing import Any
 from torch import Tensor
 
 from duet_vlm.ops.greedy import conditional_kernel, cosine, greedy_dpp_map
-from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.saliency import OFFSET, min_max_scaled, relevance
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.planning.budget import Keep
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 
 @register("cdpruner")
 @dataclass(frozen=True)
-class CDPruner(EncoderReducer):
+class CDPruner(ScoreReducer):
     """CDPruner (NeurIPS 2025, arXiv 2506.10967): a determinantal point process over projected tokens, conditional on the question.
 
     A token's relevance r is its likeness to the question, scaled to [0, 1] over its picture. The kernel is r_i cos(i, j) r_j, and tokens are
@@ -46,16 +47,12 @@ class CDPruner(EncoderReducer):
 
     paper = "CDPruner, NeurIPS 2025, arXiv 2506.10967"
     summary = "keep projected vision tokens that are relevant to the question and unlike each other, before the decoder"
-    reads_projected = True
 
-    keep: Keep | None = None
     relevance: str = "decoder"
     scale: str = "image"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         check_choice("relevance", self.relevance, ("decoder", "contrastive"))
         check_choice("scale", self.scale, ("image", "call"))
 
@@ -66,31 +63,23 @@ class CDPruner(EncoderReducer):
         return cls(**{"keep": keep} | released | fields)
 
     @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"states"} if self.relevance == "contrastive" else ())
+    def requires(self) -> frozenset[Input]:  # type: ignore[override]
+        question = {Input.STATES, Input.TEXT_SIMILARITY} if self.relevance == "contrastive" else {Input.QUESTION}
+        return frozenset({Input.PROJECTED_FEATURES} | question)
 
-    @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"text_similarity" if self.relevance == "contrastive" else "question"})
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
+        kernel = conditional_kernel(cosine(view.require(Input.FEATURES), view.valid), scores)
+        return greedy_dpp_map(kernel, view.valid, view.dominant, max(plan.dominant for plan in view.plans))
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget)
-
-    def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None  # always there
-        steps = max(plan.dominant for plan in view.plans)
-        kernel = conditional_kernel(cosine(view.features, view.valid), self.weight(view))
-        return Selection.keep_only(*pack_right(greedy_dpp_map(kernel, view.valid, view.dominant, steps), steps))
-
-    def weight(self, view: EncoderView) -> Tensor:
+    def score(self, view: EncoderView) -> Tensor:
         """Relevance of each token in (0, 1], 0 for padding: [B, N]."""
         return min_max_scaled(self.likeness(view), view.valid, OFFSET, self.scale == "call")
 
     def likeness(self, view: EncoderView) -> Tensor:
         """How much each token is about the question [B, N]."""
         if self.relevance == "contrastive":
-            assert view.text_similarity is not None and view.text_similarity_valid is not None  # promised by ``reads``
-            pieces = view.text_similarity_valid.float()[:, None]
-            return -(view.text_similarity * pieces).sum(2) / pieces.sum(2).clamp(min=1)
-        assert view.features is not None and view.question is not None  # promised by ``reads``
-        return relevance(view.features, view.question.embeddings, view.question.valid)
+            similarity, valid = view.require(Input.TEXT_SIMILARITY)
+            pieces = valid.float()[:, None]
+            return -(similarity * pieces).sum(2) / pieces.sum(2).clamp(min=1)
+        question = view.require(Input.QUESTION)
+        return relevance(view.require(Input.FEATURES), question.embeddings, question.valid)

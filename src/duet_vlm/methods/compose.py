@@ -15,11 +15,17 @@ from torch import Tensor
 
 from duet_vlm.methods.frames import Frames
 from duet_vlm.ops.ragged import gather_rows, pack_right, upload
-from duet_vlm.planning.budget import EPSILON, Budget, BudgetError, SpanPlan, count_of, infeasible_budget, largest_int, mean_within, target_mean
+from duet_vlm.planning.budget import EPSILON, Budget, NoBudget, SpanPlan, count_of, infeasible_budget, largest_int, mean_within, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer, plan_keep_all
+from duet_vlm.reducers.base import Reducer
 from duet_vlm.reducers.calibration import Calibration
+from duet_vlm.reducers.compressor import Compressor, compressor_of
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.inputs import DECODER_INPUTS, ENCODER_INPUTS, FEATURE_INPUTS, Input
+from duet_vlm.reducers.plans import plan_keep_all
+from duet_vlm.reducers.scoring import ScoringRules
 from duet_vlm.reducers.vision_tower import TowerReducer
 
 ORDER = (
@@ -28,7 +34,7 @@ ORDER = (
 LEFT, SPARE = 0.56, 1.5  # of a picture, and of what enters, that go through the tower where nobody says how many
 FIRST_SETTINGS = {each.name for each in fields(EncoderReducer)}
 SECOND_SETTINGS = {each.name for each in fields(DecoderReducer)}
-DROPPING = ("uses_text", "uses_tokens", "score_layer_offset", "score_heads", "score_states", "needs", "merges")  # what a method inside the decoder declares
+DROPPING = ("score_layer_offset", "score_heads", "score_states", "merges")  # what a method inside the decoder declares
 SHARED = FIRST_SETTINGS | SECOND_SETTINGS
 
 Roles = tuple[TowerReducer | None, Frames | None, EncoderReducer | None, DecoderReducer | None]
@@ -170,7 +176,7 @@ class Composition(EncoderReducer):
         return own | {each.name: getattr(self, each.name) for each in fields(cls) if each.name in SHARED and hasattr(self, each.name)}
 
     @property
-    def tower_reducer(self) -> TowerReducer | None:  # type: ignore[override]
+    def tower_reducer(self) -> TowerReducer | None:
         return self._stages[0]
 
     @property
@@ -182,24 +188,19 @@ class Composition(EncoderReducer):
         return sees
 
     @property
-    def signals(self) -> frozenset[str]:  # type: ignore[override]
-        return self._sees.signals
+    def requires(self) -> frozenset[Input]:  # type: ignore[override]
+        _, frames, _, second = self._stages
+        before = self._sees.requires & ENCODER_INPUTS
+        if frames is not None and not before & FEATURE_INPUTS:
+            before |= {Input.FEATURES}
+        return before if second is None else before | second.requires & DECODER_INPUTS
+
+    def scoring_rules(self) -> ScoringRules:
+        return self._sees.scoring_rules()
 
     @property
-    def reads(self) -> frozenset[str]:  # type: ignore[override]
-        return self._sees.reads
-
-    @property
-    def reads_projected(self) -> bool:  # type: ignore[override]
-        return self._sees.reads_projected
-
-    @property
-    def reads_features(self) -> bool:  # type: ignore[override]
-        return self._stages[1] is not None or self._sees.reads_features
-
-    @property
-    def trained_reducer(self) -> EncoderReducer | None:
-        return self._sees.trained_reducer
+    def trained_reducer(self) -> Compressor | None:
+        return compressor_of(self._sees)
 
     @property
     def signal_layers(self) -> tuple[Layer, ...]:
@@ -273,7 +274,7 @@ class Composition(EncoderReducer):
         pool = None if frames is None or frames.keep is None else frames.plan(tokens, depth, None)
         entering = pool if first is None else first.plan(tokens, depth, None)
         if entering is None:
-            raise BudgetError(f"{self.name} needs a budget or frames_keep=")
+            raise NoBudget(f"{self.name} needs a budget or frames_keep=", "frames_keep=")
         if pool is not None and not entering.merges:  # nobody else reduces before the decoder: the pool enters
             entering = pool
         elif second is first:
@@ -334,6 +335,16 @@ class Composition(EncoderReducer):
 @dataclass(frozen=True)
 class DecoderComposition(Composition, DecoderReducer):
     """A composition whose last stage drops inside the decoder."""
+
+    @property
+    def _drops(self) -> DecoderReducer:
+        drops = self._stages[3]
+        assert drops is not None  # says _roles
+        return drops
+
+    def scoring_rules(self) -> ScoringRules:
+        seen = self._sees.scoring_rules()
+        return dataclasses.replace(self._drops.scoring_rules(), signal_segments=seen.signal_segments, signal_heads=seen.signal_heads)
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         second = self._stages[3]

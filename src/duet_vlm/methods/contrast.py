@@ -9,6 +9,7 @@ from torch import Tensor
 
 from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import ranking, top
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
 
@@ -30,7 +31,7 @@ class Contrast(TowerReducer):
 
     paper = "Ours, after PixelPrune (arXiv 2604.00886) and ToMe (arXiv 2210.09461)"
     summary = "only patches that differ from the rest of the picture go through the vision tower"
-    tower_signals = frozenset({"contrast"})
+    requires = frozenset({Input.PATCH_CONTRAST})
 
     ground: float = 0.0
 
@@ -40,12 +41,12 @@ class Contrast(TowerReducer):
             raise ValueError(f"ground={self.ground}: a share of the patches that stay, from 0 to 1")
 
     def keep_patches(self, view: TowerView) -> Tensor:
-        assert view.contrast is not None  # promised by ``tower_signals``
+        contrast = view.require(Input.PATCH_CONTRAST)
         spread = [int(self.ground * keep) for keep in view.has_count]
         count = upload(spread, view.num_keep.device)[:, None]
-        first = top(view.contrast, view.valid, view.num_keep - count[:, 0])
+        first = top(contrast, view.valid, view.num_keep - count[:, 0])
         rest = view.valid & ~first
         number = torch.arange(max(spread), device=count.device)
         rank = (2 * number + 1) * rest.sum(1, keepdim=True) // (2 * count).clamp(min=1)
-        chosen = ranking(view.contrast, rest).gather(1, rank.clamp(max=rest.shape[1] - 1))
+        chosen = ranking(contrast, rest).gather(1, rank.clamp(max=rest.shape[1] - 1))
         return first.scatter_add(1, chosen, number < count) if len(number) else first

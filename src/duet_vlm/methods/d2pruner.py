@@ -12,8 +12,9 @@ from duet_vlm.ops.graph import closeness, independent_set, rescaled
 from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import upload
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView
 from duet_vlm.reducers.calibration import Calibration, read
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.observer import Observer
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
@@ -58,8 +59,7 @@ class D2Pruner(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ((LAYER, 2 / 9),)
     min_layer: ClassVar[int] = LAYER
     score_layer_offset = 1
-    uses_tokens = True
-    needs = frozenset({"hidden_states"})
+    requires = frozenset({Input.SCORES, Input.TOKENS, Input.HIDDEN_STATES})
 
     text_query: str = "last"
     prior: str | None = field(default=None, metadata=FILE)
@@ -83,19 +83,19 @@ class D2Pruner(ScheduledReducer):
         return None if self.prior is None else read(self.prior, "d2pruner", "prior")
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None and view.hidden_states is not None and view.token_index is not None and view.span_index is not None  # promised
+        scores = view.require(Input.SCORES)
         stored, valid = self.calibration(), view.valid
-        relative = view.scores if stored is None else view.scores / (bias_of(stored, view, self.resize) + LEAST)
+        relative = scores if stored is None else scores / (bias_of(stored, view, self.resize) + LEAST)
         most = max(stay - int(stay * self.important) for _, stay in view.host_counts)
         return independent_set(relative, self._joined(view) > self.alike, valid, view.num_keep, self.important, most)
 
     def _joined(self, view: DecoderView) -> Tensor:
-        assert view.hidden_states is not None and view.token_index is not None and view.span_index is not None
-        unit = unit_rows(view.hidden_states)
+        span_index, token_index = view.require(Input.TOKENS)
+        unit = unit_rows(view.require(Input.HIDDEN_STATES))
         likeness = rescaled(unit @ unit.transpose(1, 2), view.valid)
         if self.semantic == 1:
             return likeness
         sides = [size if grid is None else grid[1] for (_, size), grid in zip(view.spans, view.grids, strict=True)]
-        width = upload(sides, view.span_index.device)[view.span_index].clamp(min=1)
-        near = closeness(view.token_index // width, view.token_index % width) * (view.span_index[:, None] == view.span_index[..., None])
+        width = upload(sides, span_index.device)[span_index].clamp(min=1)
+        near = closeness(token_index // width, token_index % width) * (span_index[:, None] == span_index[..., None])
         return self.semantic * likeness + (1 - self.semantic) * near

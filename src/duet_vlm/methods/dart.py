@@ -12,7 +12,9 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
@@ -48,9 +50,8 @@ class Dart(ScheduledReducer):
     paper = "DART, EMNLP 2025, arXiv 2502.11494"
     summary = "one early drop inside the decoder: keep what resembles a few pivot tokens least"
     paper_schedule: ClassVar[Schedule] = ((2, 2 / 9),)
-    uses_text = False
+    requires = frozenset({Input.HIDDEN_STATES, Input.TEXT_HIDDEN_STATES, Input.DECODER_KEYS, Input.POSITIONS})
     score_layer_offset = 1
-    needs = frozenset({"hidden_states", "text_hidden_states", "keys", "positions"})
 
     visual_pivots: int = 4
     text_pivots: int = 4
@@ -76,16 +77,16 @@ class Dart(ScheduledReducer):
         return cls(**own | released | fields)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.hidden_states is not None and view.text_hidden_states is not None and view.keys is not None  # promised by ``needs``
-        assert view.text_keys is not None and view.text_valid is not None
-        visual = ranking(view.keys.float().norm(self.key_norm, dim=-1), view.valid)[:, : self.visual_pivots]
-        text = ranking(view.text_keys.float().norm(self.key_norm, dim=-1), view.text_valid)[:, : self.text_pivots]
-        asked = torch.cat([view.valid.gather(1, visual), view.text_valid.gather(1, text)], 1)  # pivots that exist
-        rows, words = unit_rows(view.final_norm(view.hidden_states)), unit_rows(view.final_norm(view.text_hidden_states))
+        keys, text_keys = view.require(Input.DECODER_KEYS)
+        words, text_valid = view.require(Input.TEXT_HIDDEN_STATES)
+        visual = ranking(keys.float().norm(self.key_norm, dim=-1), view.valid)[:, : self.visual_pivots]
+        text = ranking(text_keys.float().norm(self.key_norm, dim=-1), text_valid)[:, : self.text_pivots]
+        asked = torch.cat([view.valid.gather(1, visual), text_valid.gather(1, text)], 1)  # pivots that exist
+        rows, words = unit_rows(view.final_norm(view.require(Input.HIDDEN_STATES))), unit_rows(view.final_norm(words))
         likeness = torch.cat([gather_rows(rows, visual), gather_rows(words, text)], 1) @ rows.transpose(1, 2)  # [B, pivots, V]
         if self.pivot_order == "set" and not likeness.is_meta:
-            assert view.positions is not None and view.text_positions is not None
-            order = _as_in_a_set(torch.cat([view.positions.gather(1, visual), view.text_positions.gather(1, text)], 1))
+            positions, text_positions = view.require(Input.POSITIONS)
+            order = _as_in_a_set(torch.cat([positions.gather(1, visual), text_positions.gather(1, text)], 1))
             likeness, asked = gather_rows(likeness, order), asked.gather(1, order)
         rank = torch.arange(visual.shape[1], device=visual.device)
         kept = torch.zeros_like(view.valid).scatter(1, visual, (rank < view.num_keep[:, None]) & view.valid.gather(1, visual))

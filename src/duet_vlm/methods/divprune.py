@@ -9,7 +9,10 @@ from duet_vlm.ops.greedy import cosine, max_min_diversity
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 
@@ -37,7 +40,7 @@ class DivPrune(EncoderReducer):
 
     paper = "DivPrune, CVPR 2025"
     summary = "keep projected vision tokens that are least alike (max-min distance) before the decoder"
-    reads_projected = True
+    requires = frozenset({Input.PROJECTED_FEATURES})
 
     keep: Keep | None = None
     rounding: str = "floor"
@@ -57,7 +60,6 @@ class DivPrune(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget, self.rounding)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None  # always there
         steps = max(plan.dominant for plan in view.plans)
-        chosen = max_min_diversity(cosine(view.features, view.valid), view.valid, view.dominant, steps)
+        chosen = max_min_diversity(cosine(view.require(Input.FEATURES), view.valid), view.valid, view.dominant, steps)
         return Selection.keep_only(*pack_right(chosen, steps))

@@ -14,18 +14,13 @@ from duet_vlm.ops.schedules import paper_schedule
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import MERGES, Selection
-from duet_vlm.reducers.base import (
-    ROUNDINGS,
-    DecoderReducer,
-    DecoderView,
-    EncoderReducer,
-    EncoderView,
-    check_budget_or_fields,
-    check_choice,
-    plan_keep_all,
-    plan_with_schedule,
-)
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scoring import ScoringRules
 
 RELEASED: dict[str, Any] = {  # both released codes
     "merge": "anchor_plus_mean", "anchor_step": "floor", "rounding": "int", "protect_predicting_tokens": False, "signal_queries": None,
@@ -56,6 +51,13 @@ class Duet(EncoderReducer, DecoderReducer):
         "spread": anchors at pool ranks floor(i * P / K); "floor": every (P // K)-th, which bunches them (released code).
     rounding : str
         How fractions of the schedule become counts: "floor" (exact product) or "int" (truncated float product, released code).
+    signal_segments : bool
+        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in the call, as the
+        released Qwen2.5-VL code does under sdpa.
+    score_mask : str
+        "causal": a query sees what precedes it; "none": every token (released Qwen2.5-VL code).
+    skip_unanswered : bool
+        Leave samples without any supervised label whole (released training code).
 
     Cost: one row of attention (CLS) or blocked column sums of one vision layer; per T2V stage one key projection of all rows plus
     queries of the text rows. Needs: vision attention, vision keys, text after the image. Usable in training.
@@ -67,8 +69,7 @@ class Duet(EncoderReducer, DecoderReducer):
 
     paper = "DUET-VLM, CVPR 2026, arXiv 2602.18846"
     summary = "keep dominant, merge contextual vision tokens (V2V); drop by text attention inside the decoder (T2V)"
-    signals = frozenset({"importance", "keys"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE, Input.KEYS, Input.SCORES})
 
     dominant: Keep | None = None
     contextual: Keep | None = None
@@ -77,6 +78,9 @@ class Duet(EncoderReducer, DecoderReducer):
     merge: str = "mean"
     anchor_step: str = "spread"
     rounding: str = "floor"
+    signal_segments: bool = True
+    score_mask: str = "causal"
+    skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,6 +97,7 @@ class Duet(EncoderReducer, DecoderReducer):
         check_choice("merge", self.merge, MERGES)
         check_choice("anchor_step", self.anchor_step, ("spread", "floor"))
         check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("score_mask", self.score_mask, ("causal", "none"))
 
     @classmethod
     def official_llava(cls, dominant: int = 300, contextual: int = 7, cluster_width: int = 4, **fields: Any) -> Duet:
@@ -108,6 +113,9 @@ class Duet(EncoderReducer, DecoderReducer):
         return cls(**RELEASED | counts | {"signal_layer": -1, "score_mask": "none"} | fields)
 
     # ---- how many
+
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(signal_segments=self.signal_segments, score_mask=self.score_mask, skip_unanswered=self.skip_unanswered)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         given = self.dominant is not None or self.schedule is not None
@@ -148,8 +156,7 @@ class Duet(EncoderReducer, DecoderReducer):
     # ---- which
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.keys is not None  # promised by ``signals``
-        order = ranking(view.importance, view.valid)
+        order = ranking(view.require(Input.IMPORTANCE), view.valid)
         dominant, dominant_valid = pack_right(
             (ranks(order) < view.dominant[:, None]) & view.valid, max(plan.dominant for plan in view.plans)
         )
@@ -159,7 +166,7 @@ class Duet(EncoderReducer, DecoderReducer):
         rank = torch.arange(min(max(1, self.cluster_width * width), order.shape[1]), device=order.device)
         rest = order.gather(1, (view.dominant[:, None] + rank).clamp(max=order.shape[1] - 1))
         spread = self.anchor_step == "spread"
-        return merge_around_anchors(dominant, dominant_valid, rest, pool, view.contextual, width, view.keys, self.merge, spread)
+        return merge_around_anchors(dominant, dominant_valid, rest, pool, view.contextual, width, view.require(Input.KEYS), self.merge, spread)
 
     @property
     def _merges(self) -> bool:
@@ -167,5 +174,4 @@ class Duet(EncoderReducer, DecoderReducer):
         return self.dominant is None or isinstance(self.contextual, float) or bool(self.contextual)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require(Input.SCORES), view.valid, view.num_keep)

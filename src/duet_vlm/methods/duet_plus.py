@@ -29,7 +29,10 @@ from duet_vlm.planning.budget import (
     target_mean,
 )
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, check_budget_or_fields, plan_keep_all, plan_with_schedule
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 
 FLOOR = 0.05  # of a token's own entry in the kernel that no other token explains: where all are explained the most salient are next
@@ -64,7 +67,7 @@ class DuetPlus(EncoderReducer, DecoderReducer):
 
     paper = "ours, after CDPruner and DUET-VLM"
     summary = "keep salient vision tokens that are unlike each other, merge close ones (V2V); drop by text attention inside the decoder (T2V)"
-    signals = frozenset({"importance"})
+    requires = frozenset({Input.IMPORTANCE, Input.FEATURES, Input.SCORES})
 
     keep: Keep | None = None
     alpha: float = 0.5
@@ -105,17 +108,16 @@ class DuetPlus(EncoderReducer, DecoderReducer):
         return self if self.schedule is not None else replace(self, schedule=tapered_schedule(depth, share))
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.features is not None  # promised by ``signals``; always there
+        importance = view.require(Input.IMPORTANCE)
         steps = max(plan.dominant for plan in view.plans)
-        similarity, weight = cosine(view.features, view.valid), of_largest(view.importance, view.valid, self.alpha)
+        similarity, weight = cosine(view.require(Input.FEATURES), view.valid), of_largest(importance, view.valid, self.alpha)
         chosen = greedy_dpp_map(conditional_kernel(similarity, weight, FLOOR), view.valid, view.dominant, steps)
         index, valid = pack_right(chosen, steps)
         rest = view.valid & ~chosen
         pools = [math.floor(self.pool * plan.dominant + EPSILON) for plan in view.plans]
-        members = ranking(view.importance, rest)[:, : max(pools)]
+        members = ranking(importance, rest)[:, : max(pools)]
         offered = torch.minimum(upload(pools, rest.device), rest.sum(1))
         return merge_if_similar(index, valid, members, offered, similarity, self.tau)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require(Input.SCORES), view.valid, view.num_keep)

@@ -12,7 +12,8 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import spaced_picks, top
 from duet_vlm.ops.video import VideoTokens, split_windows
-from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 GROUP = 4  # frames of which the first stays whole
@@ -43,13 +44,12 @@ class DyCoke(VideoReducer):
     compares_positions = True
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        assert view.features is not None
         at = torch.arange(clips.real.shape[1], device=count.device)
         whole = clips.rows(clips.real & (at % GROUP == 0)[:, None]) & clips.placed
         first = torch.minimum(whole.sum(1), count)
         rest = clips.real & (at % GROUP != 0)[:, None]
         frames = split_windows(count - first, rest.sum(2).float(), rest.sum(2))
-        differs = top(self.change(clips.grid(view.features), clips).flatten(0, 1), rest.flatten(0, 1), frames.flatten()).view(rest.shape)
+        differs = top(self.change(clips.grid(view.require(Input.FEATURES)), clips).flatten(0, 1), rest.flatten(0, 1), frames.flatten()).view(rest.shape)
         return VideoRows.alone(spaced_picks(whole, first) | (clips.rows(differs) & clips.placed))
 
     def change(self, rows: Tensor, clips: VideoTokens) -> Tensor:

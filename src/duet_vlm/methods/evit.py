@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duet_vlm.ops.select import top
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import TowerReducer, TowerView, check_after
 
@@ -30,7 +31,7 @@ class EViT(TowerReducer):
 
     paper = "EViT, ICLR 2022, arXiv 2202.07800"
     summary = "in three steps the patches leave the vision tower that its own attention looks at least"
-    tower_signals = frozenset({"attention"})
+    requires = frozenset({Input.BLOCK_ATTENTION})
 
     after: tuple[int, ...] = ()
 
@@ -42,5 +43,4 @@ class EViT(TowerReducer):
         return self.after or sorted({max(1, k * (depth + 1) // 12) for k in (4, 7, 10)} & set(range(1, depth + 1)))
 
     def keep_patches(self, view: TowerView) -> Tensor:
-        assert view.attention is not None  # promised by ``tower_signals``
-        return top(view.attention, view.valid, view.num_keep)
+        return top(view.require(Input.BLOCK_ATTENTION), view.valid, view.num_keep)

@@ -7,7 +7,8 @@ from typing import Any
 
 from duet_vlm.methods.frames import Frames
 from duet_vlm.planning.budget import Budget, SpanPlan
-from duet_vlm.reducers.base import plan_fixed_count
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 
@@ -26,7 +27,7 @@ class EVS(Frames):
 
     paper = "EVS (Efficient Video Sampling, NVIDIA), arXiv 2510.14624"
     summary = "keep the tokens of a clip that changed since the frame before, as the decoder gets them; images are thinned evenly"
-    reads_projected = True
+    requires = frozenset({Input.PROJECTED_FEATURES})
 
     @classmethod
     def official(cls, pruned: float = 0.5, **fields: Any) -> EVS:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from duet_vlm.ops.ragged import pack_right
-from duet_vlm.ops.select import top
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from torch import Tensor
+
+from duet_vlm.planning.budget import Keep
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 
 @register("fastervlm")
 @dataclass(frozen=True)
-class FasterVLM(EncoderReducer):
+class FasterVLM(ScoreReducer):
     """FasterVLM (arXiv 2412.01818): the tokens with the largest attention of the CLS row enter the decoder, all others are dropped.
 
     Parameters
@@ -32,24 +33,13 @@ class FasterVLM(EncoderReducer):
 
     paper = "FasterVLM, arXiv 2412.01818"
     summary = "keep the vision tokens that the vision encoder attends to most, before the decoder"
-    signals = frozenset({"importance"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE})
 
-    keep: Keep | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
 
     @classmethod
     def official(cls, keep: Keep = 144, **fields: Any) -> FasterVLM:
         """The released LLaVA code: compact positions; ``keep`` patches of each crop."""
         return cls(**{"keep": keep, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None} | fields)
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget)
-
-    def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None  # promised by ``signals``
-        return Selection.keep_only(*pack_right(top(view.importance, view.valid, view.dominant), max(plan.dominant for plan in view.plans)))
+    def score(self, view: EncoderView) -> Tensor:
+        return view.require(Input.IMPORTANCE)

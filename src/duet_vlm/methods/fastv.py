@@ -9,7 +9,10 @@ from torch import Tensor
 
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, infeasible_budget, largest_int, layer_counts, mean_within, target_mean
-from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, DecoderView, check_choice, plan_keep_all
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import plan_keep_all
 from duet_vlm.reducers.registry import register
 
 
@@ -38,6 +41,7 @@ class FastV(DecoderReducer):
 
     paper = "FastV, ECCV 2024, arXiv 2403.06764"
     summary = "one early drop inside the decoder by the last token's attention"
+    requires = frozenset({Input.SCORES})
     score_layer_offset = 1
 
     text_query: str = "last"
@@ -78,5 +82,4 @@ class FastV(DecoderReducer):
         return SpanPlan(tokens, tokens, 0, layer_counts(tokens, depth, ((layers, keep),)))
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require(Input.SCORES), view.valid, view.num_keep)

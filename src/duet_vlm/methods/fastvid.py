@@ -15,7 +15,9 @@ from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan
-from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 NEIGHBOURS = 4  # that decide how dense it is around a row
@@ -55,7 +57,7 @@ class FastVID(VideoReducer):
 
     paper = "FastVID, NeurIPS 2025, arXiv 2503.11187"
     summary = "keep the most attended tokens of every frame, and density peaks of each segment with what resembles them, before the decoder"
-    signals = frozenset({"importance"})
+    requires = frozenset({Input.IMPORTANCE, Input.PROJECTED_FEATURES})
 
     context: float = 0.4
     segments: int = 8
@@ -85,8 +87,8 @@ class FastVID(VideoReducer):
         return SpanPlan(tokens, plan.entry - merged, merged, plan.counts)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        assert view.importance is not None and view.features is not None
-        rows, attention = clips.grid(view.features), clips.grid(view.importance)
+        importance = view.require(Input.IMPORTANCE)
+        rows, attention = clips.grid(view.require(Input.FEATURES)), clips.grid(importance)
         windows = self.windows(clips.means(rows), clips.length)
         salient = self.salient(attention, clips, split_windows(torch.minimum(view.dominant, count), clips.sizes, clips.sizes))
         others, left = clips.real & ~salient, count - salient.sum((1, 2))
@@ -94,7 +96,7 @@ class FastVID(VideoReducer):
         room = others.sum(2) * frames
         peak = self.peaks(rows, others, split_windows(torch.minimum(left, room.sum(1)), share * frames, room))
         kept = clips.rows(salient | peak) & clips.placed
-        kept |= top(view.importance, clips.placed & ~kept, left - peak.sum((1, 2)))
+        kept |= top(importance, clips.placed & ~kept, left - peak.sum((1, 2)))
         return VideoRows(kept, *self.joins(clips, rows, kept, peak, windows))
 
     def salient(self, attention: Tensor, clips: VideoTokens, count: Tensor) -> Tensor:

@@ -12,9 +12,12 @@ from duet_vlm.methods.fitprune_table import DELETED, TOKENS, Curve, released, st
 from duet_vlm.ops.fitting import fitted
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Schedule, SpanPlan, count_of, infeasible_budget, largest_fraction, mean_within, target_mean
-from duet_vlm.reducers.base import DecoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.calibration import Calibration, read
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.observer import Observer
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 from duet_vlm.utils.field_types import FILE
@@ -49,7 +52,7 @@ class FitPrune(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ()
     score_layer_offset = 1
     score_heads = "max"
-    needs = frozenset({"visual_self_attention"})
+    requires = frozenset({Input.SCORES, Input.VISUAL_SELF_ATTENTION})
 
     table: str | None = field(default=None, metadata=FILE)
 
@@ -108,8 +111,7 @@ class FitPrune(ScheduledReducer):
         return [(1.0,) * depth, *lines, (1.0, *(0.0,) * (depth - 1))]
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None and view.visual_self_attention is not None  # promised by ``uses_text`` and ``needs``
-        return top(view.scores * view.visual_self_attention, view.valid, view.num_keep)
+        return top(view.require(Input.SCORES) * view.require(Input.VISUAL_SELF_ATTENTION), view.valid, view.num_keep)
 
 
 @dataclass(frozen=True)
@@ -118,14 +120,13 @@ class AttentionObserver(Observer):
 
     score_layer_offset = 1
     score_heads = "max"
-    needs = frozenset({"visual_self_attention"})
+    requires = frozenset({Input.SCORES, Input.VISUAL_SELF_ATTENTION})
 
     def extra_stages(self, depth: int) -> frozenset[int]:
         return frozenset(range(1, depth))
 
     def observe(self, view: DecoderView) -> list[Tensor]:
-        assert view.scores is not None and view.visual_self_attention is not None  # promised by ``uses_text`` and ``needs``
-        both = torch.stack([view.scores, view.visual_self_attention], 1).float().cpu()
+        both = torch.stack([view.require(Input.SCORES), view.require(Input.VISUAL_SELF_ATTENTION)], 1).float().cpu()
         return [row[:, :there] for row, (there, _) in zip(both, view.host_counts, strict=True)]
 
     def result(self, depth: int) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.ops.select import ranks, spaced_picks, top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 
@@ -40,6 +42,7 @@ class Frames(EncoderReducer):
 
     paper = "after EVS (Efficient Video Sampling, NVIDIA)"
     summary = "keep the tokens of a clip that changed since the frame before; images are thinned evenly"
+    requires = frozenset({Input.FEATURES})
     compares_frames = True
 
     keep: Keep | None = None
@@ -63,10 +66,10 @@ class Frames(EncoderReducer):
         """Mask [B, N] of ``count`` [B] tokens of each span: the first step, then those that changed most."""
         if view.modality != "video":
             return spaced_picks(view.valid, count)
-        assert view.features is not None and view.parts is not None  # always there
-        first = view.valid & (view.parts <= 0)
+        parts = view.require_parts()
+        first = view.valid & (parts <= 0)
         size = first.sum(1)
-        score = novelty(view.features, view.valid, view.parts, size)
+        score = novelty(view.require(Input.FEATURES), view.valid, parts, size)
         return spaced_picks(first, torch.minimum(count, size)) | top(score, view.valid & ~first, (count - size).clamp(min=0))
 
 

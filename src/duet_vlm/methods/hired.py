@@ -9,20 +9,22 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.groups import proportional_shares, sums_of_groups, top_of_groups
-from duet_vlm.ops.ragged import pack_right, upload
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import top
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.planning.budget import Keep, count_of
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 MOST_CROPS = 64  # more than any model cuts a picture into
 FAR = 1 << 30
 
 @register("hired")
 @dataclass(frozen=True)
-class HiRED(EncoderReducer):
+class HiRED(ScoreReducer):
     """HiRED (AAAI 2025, arXiv 2408.10945): a budget for all crops of a picture, shared by attention, and tokens by attention within each.
 
     The share ``alpha`` of the budget goes to the overview. Its most attended tokens in an early vision layer (as many as 1 - ``alpha`` of it) are
@@ -52,11 +54,8 @@ class HiRED(EncoderReducer):
 
     paper = "HiRED, AAAI 2025, arXiv 2408.10945"
     summary = "share the budget among a picture's crops by an early vision layer, keep each one's most attended tokens, before the decoder"
-    signals = frozenset({"importance"})
-    reads = frozenset({"grid"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE, Input.GRID})
 
-    keep: Keep | None = None
     alpha: float = 0.5
     early: Layer = 0.0
     regions: str = "quadrants"
@@ -64,8 +63,6 @@ class HiRED(EncoderReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha={self.alpha}: the overview's share of the budget, in [0, 1]")
         check_choice("regions", self.regions, ("quadrants", "stripes"))
@@ -83,20 +80,18 @@ class HiRED(EncoderReducer):
     def signal_layers(self) -> tuple[Layer, ...]:
         return (self.signal_layer, self.early)
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget, self.rounding)
+    def score(self, view: EncoderView) -> Tensor:
+        return view.require(Input.IMPORTANCE)
 
-    def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None  # promised by ``signals``
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         group, crops = self.crop_tokens(view)
-        chosen = top_of_groups(view.importance, group, view.valid, self.quota(view, group, crops), view.dominant)
-        return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+        return top_of_groups(scores, group, view.valid, self.quota(view, group, crops), view.dominant)
 
     def crop_tokens(self, view: EncoderView) -> tuple[Tensor, int]:
         """The overview (0) or the crop (from 1) that each token is of [B, N], and room for as many crops as any picture may have."""
-        assert view.parts is not None and view.crop_grid is not None  # promised by ``reads``
         most = max(1, min(MOST_CROPS, max(plan.tokens for plan in view.plans) - 1))
-        return torch.where(view.crop_grid.prod(1, keepdim=True) > 0, view.parts.clamp(0, most), 0), most
+        _, _, crop_grid = view.require(Input.GRID)
+        return torch.where(crop_grid.prod(1, keepdim=True) > 0, view.require_parts().clamp(0, most), 0), most
 
     def quota(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
         """How many tokens the overview and each crop keep [B, 1 + crops]: all of the budget where a picture was not cut."""
@@ -113,23 +108,22 @@ class HiRED(EncoderReducer):
 
     def important(self, view: EncoderView, overview: Tensor) -> Tensor:
         """[B, N] bool: the most attended tokens of the overview [B, N] in the early layer."""
-        early, most = view.layers[1].importance, max(plan.tokens for plan in view.plans)
-        assert early is not None  # promised by ``signals``
+        early, most = view.require(Input.IMPORTANCE, layer=1), max(plan.tokens for plan in view.plans)
         wanted = upload([count_of(1 - self.alpha, n, self.rounding) for n in range(most + 1)], overview.device)
         return top(early, overview, wanted[overview.sum(1).clamp(max=most)])
 
     def region(self, view: EncoderView, group: Tensor, crops: int) -> Tensor:
         """The crop, counted from 0, that shows the place of each token of the overview [B, N]."""
-        assert view.coords is not None and view.grid_size is not None and view.crop_grid is not None  # promised by ``reads``
-        high, wide, rows, columns = (x[:, None] for x in (*view.grid_size.unbind(1), *view.crop_grid.clamp(min=1).unbind(1)))
+        coords, grid_size, crop_grid = view.require(Input.GRID)
+        high, wide, rows, columns = (x[:, None] for x in (*grid_size.unbind(1), *crop_grid.clamp(min=1).unbind(1)))
         if self.regions == "stripes":
-            raster = view.coords[..., 0] * wide + view.coords[..., 1]
+            raster = coords[..., 0] * wide + coords[..., 1]
             return (raster * (rows * columns) // (high * wide)).clamp(0, crops - 1)
         crop, shows = (group - 1).clamp(min=0), (view.valid & (group > 0))[..., None]
-        mosaic = view.coords + torch.stack([crop // columns * high, crop % columns * wide], 2)
+        mosaic = coords + torch.stack([crop // columns * high, crop % columns * wide], 2)
         begins = mosaic.masked_fill(~shows, FAR).amin(1, keepdim=True)  # what is no padding: the overview shows the picture alone
         ends = mosaic.masked_fill(~shows, -1).amax(1, keepdim=True) + 1
-        at = (begins + (view.coords + 0.5) / view.grid_size[:, None] * (ends - begins)).floor().long() // view.grid_size[:, None]
+        at = (begins + (coords + 0.5) / grid_size[:, None] * (ends - begins)).floor().long() // grid_size[:, None]
         return (at[..., 0] * columns + at[..., 1]).clamp(0, crops - 1)
 
 

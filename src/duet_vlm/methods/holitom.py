@@ -18,7 +18,10 @@ from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, gains, me
 from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
 from duet_vlm.planning.budget import Keep, Schedule
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderView, EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 
@@ -61,9 +64,8 @@ class HoliTom(ScheduledVideoReducer):
     summary = "merge over time what stands still in the best windows of a clip, keep the most attended of the rest; inside the decoder once more"
     paper_schedule: ClassVar[Schedule] = ((18, 0.5),)
     layers: ClassVar[int] = 28
-    needs = frozenset({"hidden_states"})
+    requires = frozenset({Input.IMPORTANCE, Input.PROJECTED_FEATURES, Input.SCORES, Input.HIDDEN_STATES})
     merges = True
-    signals = frozenset({"importance"})
     compares_positions = True
 
     text_query: str = "last"
@@ -93,13 +95,12 @@ class HoliTom(ScheduledVideoReducer):
         return cls(**{"keep": keep, "schedule": schedule} | released | fields)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        assert view.importance is not None and view.features is not None
-        rows = clips.grid(view.features)
+        rows = clips.grid(view.require(Input.FEATURES))
         alike = self.alike(rows, clips)
         windows = gains(alike > self.threshold, clips.length, self.window)
         places, score = self.still(alike, clips, windows)
         sets = StaticDynamicSets.of(clips, windows, rows, most_similar(places, score, windows, clips.placed.sum(1) - count))
-        return self.merged(sets, clips.grid(view.importance), split_windows(count, sets.sizes, sets.sizes))
+        return self.merged(sets, clips.grid(view.require(Input.IMPORTANCE)), split_windows(count, sets.sizes, sets.sizes))
 
     def alike(self, rows: Tensor, clips: VideoTokens) -> Tensor:
         """Cosine of neighbours at the same place: [B, T, P, C] -> [B, T - 1, P], -1 where one is missing."""
@@ -130,15 +131,15 @@ class HoliTom(ScheduledVideoReducer):
         return VideoRows(sets.kept(chosen), *sets.joins(place, weight), sets.sequence() if self.rows == "sets" else None)
 
     def prune_tokens(self, view: DecoderView) -> Selection:
-        assert view.hidden_states is not None and view.scores is not None  # promised by ``needs`` and ``uses_text``
-        stays = top(view.scores, view.valid, view.num_keep)
+        scores = view.require(Input.SCORES)
+        stays = top(scores, view.valid, view.num_keep)
         index, real = pack_right(stays, max(stay for _, stay in view.host_counts))
         tokens = torch.arange(stays.shape[1], device=stays.device).expand_as(stays)
         leaves = view.valid & ~stays & real.any(1, keepdim=True)
-        into = nearest_anchor(view.hidden_states, tokens, index, real).masked_fill(~leaves, -1)
+        into = nearest_anchor(view.require(Input.HIDDEN_STATES), tokens, index, real).masked_fill(~leaves, -1)
         if self.joining == "mean":
             return Selection(index, real, tokens, into)
-        turn = ranks_in_groups(torch.zeros_like(view.scores), into, leaves)
+        turn = ranks_in_groups(torch.zeros_like(scores), into, leaves)
         times = torch.zeros_like(index).scatter_add(1, into.clamp(min=0), leaves.long())
         into = torch.where(stays, row_numbers(index, real, stays.shape[1]), into)
         halved = times.gather(1, into.clamp(min=0)) - torch.where(leaves, turn, 0)

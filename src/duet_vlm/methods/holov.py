@@ -10,12 +10,13 @@ from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.groups import proportional_shares, segment_numbers, sums_of_groups, top_of_groups
-from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.planning.budget import Keep
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 TINY = torch.finfo(torch.float32).tiny
 BOUND = 1e30  # what a CLS row that must come first is given for attention
@@ -23,7 +24,7 @@ BOUND = 1e30  # what a CLS row that must come first is given for attention
 
 @register("holov")
 @dataclass(frozen=True)
-class HoloV(EncoderReducer):
+class HoloV(ScoreReducer):
     """HoloV (NeurIPS 2025): a holistic choice, so that tokens do not all come from the few places that attract attention.
 
     The tokens of a picture, in raster order, are cut into ``num_crops`` stretches. A token scores by its attention and by how much its likeness to
@@ -53,10 +54,8 @@ class HoloV(EncoderReducer):
 
     paper = "HoloV, NeurIPS 2025"
     summary = "share the budget among stretches of the picture by attention and variety, and keep the best of each, before the decoder"
-    signals = frozenset({"importance"})
-    reads_projected = True
+    requires = frozenset({Input.IMPORTANCE, Input.PROJECTED_FEATURES})
 
-    keep: Keep | None = None
     num_crops: int = 16
     beta: float = 0.09
     within: str = "score"
@@ -64,8 +63,6 @@ class HoloV(EncoderReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         if self.num_crops < 1:
             raise ValueError(f"num_crops={self.num_crops}: stretches that a picture is cut into, at least 1")
         if not 0 <= self.beta < float("inf"):
@@ -79,31 +76,25 @@ class HoloV(EncoderReducer):
         released: dict[str, Any] = {"within": "attention", "split": "floor", "positions": "compact", "protect_predicting_tokens": False}
         return cls(**{"keep": keep, "crops": "joint", "signal_queries": None} | released | fields)
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget)
-
-    def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None  # promised by ``signals``
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         stretch = segment_numbers(view.valid, self.num_crops)
-        score = self.score(view, stretch)
         size = sums_of_groups(view.valid, stretch, view.valid, self.num_crops)
-        mean = sums_of_groups(score, stretch, view.valid, self.num_crops) / size.clamp(min=1)
-        by = score if self.within == "score" else view.importance
-        chosen = top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
-        return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+        mean = sums_of_groups(scores, stretch, view.valid, self.num_crops) / size.clamp(min=1)
+        by = scores if self.within == "score" else view.require(Input.IMPORTANCE)
+        return top_of_groups(by, stretch, view.valid, self.quota(mean, size, view.dominant), view.dominant)
 
-    def score(self, view: EncoderView, stretch: Tensor) -> Tensor:
+    def score(self, view: EncoderView) -> Tensor:
         """Attention and variety of each token [B, N]; a stretch of one token has no variety."""
-        assert view.importance is not None and view.features is not None  # promised by ``signals``
+        importance, stretch = view.require(Input.IMPORTANCE), segment_numbers(view.valid, self.num_crops)
         others = (stretch[:, :, None] == stretch[:, None]) & view.valid[:, None]
-        table = cosine(view.features, view.valid) * others
+        table = cosine(view.require(Input.FEATURES), view.valid) * others
         table.diagonal(dim1=1, dim2=2).zero_()
         count = others.sum(2)
         mean = table.sum(2) / (count - 1).clamp(min=1)
         variety = ((table - mean[..., None]).square() * others).sum(2) / (count - 1).clamp(min=1)  # a token's likeness to itself counts as 0
         variety = torch.where(count > 1, variety, 0.0)
-        fed = view.importance >= BOUND  # a CLS row counts as the most attended token
-        attention = view.importance.masked_fill(fed, 0.0)
+        fed = importance >= BOUND  # a CLS row counts as the most attended token
+        attention = importance.masked_fill(fed, 0.0)
         attention = torch.where(fed, attention.amax(1, keepdim=True), attention)
         both = (sums_of_groups(x, stretch, view.valid, self.num_crops).gather(1, stretch) for x in (attention, variety))
         level, varies = both

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duet_vlm.ops.select import top
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import TowerReducer, TowerView, check_after
 
@@ -27,7 +28,7 @@ class KeyNorm(TowerReducer):
 
     paper = "Ours; the norm of keys as a score after arXiv 2406.11430 (there, of a decoder's cache)"
     summary = "only patches with short keys behind the first block's attention go through the rest of the vision tower"
-    tower_signals = frozenset({"key_norm"})
+    requires = frozenset({Input.KEY_NORM})
 
     after: int = 1
 
@@ -39,5 +40,4 @@ class KeyNorm(TowerReducer):
         return (self.after,)
 
     def keep_patches(self, view: TowerView) -> Tensor:
-        assert view.key_norm is not None  # promised by ``tower_signals``
-        return top(-view.key_norm, view.valid, view.num_keep)
+        return top(-view.require(Input.KEY_NORM), view.valid, view.num_keep)

@@ -13,7 +13,9 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking, ranks, spaced_picks, top
 from duet_vlm.ops.video import FrameWindows, VideoTokens, alike_before, split_windows
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView, EncoderView
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 SLACK = 1e-6  # of a cosine, lost by rounding
@@ -54,8 +56,7 @@ class METok(ScheduledVideoReducer):
     summary = "cut a clip into events, keep more of those that the question is about, before the decoder and at three layers inside it"
     paper_schedule: ClassVar[Schedule] = ((8, 0.5), (16, 0.25), (24, 0.125))
     score_layer_offset = 0
-    needs = frozenset({"tags"})
-    reads = frozenset({"question"})
+    requires = frozenset({Input.PROJECTED_FEATURES, Input.QUESTION, Input.SCORES, Input.TAGS})
 
     trim_kv_cache: bool = True
     deviations: float = 1.0
@@ -77,11 +78,11 @@ class METok(ScheduledVideoReducer):
             raise ValueError(f"temperature={self.temperature}: of a softmax, above 0")
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        assert view.features is not None and view.question is not None  # promised by ``reads``
-        rows = clips.grid(view.features)
+        question = view.require(Input.QUESTION)
+        rows = clips.grid(view.require(Input.FEATURES))
         frames = unit_rows(clips.means(rows))
         events = self.events(frames, clips.length)
-        words, real = unit_rows(view.question.embeddings), view.question.valid[..., None]
+        words, real = unit_rows(question.embeddings), question.valid[..., None]
         asked = (words * real).sum(1) / real.sum(1).clamp(min=1)
         relevance = events.sums((frames @ asked[..., None])[..., 0]) / events.length.clamp(min=1)
         fresh = self.fresh(rows, clips, events)
@@ -118,8 +119,8 @@ class METok(ScheduledVideoReducer):
         return clips.real & ~torch.nn.functional.pad(again, (0, 0, 1, 0))
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None and view.tags is not None  # promised by ``needs`` and ``uses_text``
-        return top(view.scores * torch.where(view.tags > 0, view.tags, 1.0), view.valid, view.num_keep)
+        tags = view.require(Input.TAGS)
+        return top(view.require(Input.SCORES) * torch.where(tags > 0, tags, 1.0), view.valid, view.num_keep)
 
 
 def pooled(real: Tensor, fresh: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.ops.select import top
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import TowerReducer, TowerView
 
@@ -24,18 +25,18 @@ class Motion(TowerReducer):
 
     paper = "Ours: background subtraction by the median, in front of a vision tower"
     summary = "only patches that differ from what a clip usually shows there go through the vision tower; images by contrast"
-    tower_signals = frozenset({"contrast", "pixels"})
+    requires = frozenset({Input.PATCH_CONTRAST, Input.PIXELS})
 
     proportional_attention: bool = False
 
     def keep_patches(self, view: TowerView) -> Tensor:
-        assert view.contrast is not None and view.pixels is not None  # promised by ``tower_signals``
-        scores = view.contrast / view.contrast.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        contrast = view.require(Input.PATCH_CONTRAST)
+        scores = contrast / contrast.amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         starts = [number for number, before in enumerate(view.previous_picture) if before < 0]
         for first, end in zip(starts, [*starts[1:], len(view.previous_picture)], strict=True):
             if end - first < 2:
                 continue
-            pixels = view.pixels[first:end, :, 0].float()
+            pixels = view.require(Input.PIXELS)[first:end, :, 0].float()
             change = (pixels - pixels.median(0).values).abs().mean(-1)
             scores[first:end] = 0.05 * scores[first:end] + change / change.amax().clamp(min=torch.finfo(torch.float32).tiny)
         return top(scores, view.valid, view.num_keep)

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine, greedy_nms
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.reducers.scoring import ScoringRules
 
 
 @register("pio")
@@ -28,6 +31,9 @@ class Pio(ScheduledReducer):
     ----------
     tau : float
         Cosine from which two tokens are doubles, in [-1, 1]; 1 takes out exact doubles only.
+    probe : str
+        What a gradient goes through: the "next" layer, the last norm and the head; or the "last" layer once more, with the input embeddings in
+        place of the head (released Qwen2.5-VL code).
 
     Cost: a forward and a backward through one layer per stage, the head on four rows, and cosines of all pairs of visual tokens. The layer's
     activations are held for the backward. No attention maps; parameters get no gradient. Inference only, and not under ``torch.inference_mode``;
@@ -41,15 +47,16 @@ class Pio(ScheduledReducer):
     paper = "PIO-FVLM (TRIO), arXiv 2602.04657"
     summary = "drop in stages inside the decoder: keep what the gradient of the model's own prediction is largest for, without doubles"
     paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
-    uses_text = False
-    needs = frozenset({"hidden_states", "gradient"})
+    requires = frozenset({Input.HIDDEN_STATES, Input.GRADIENT})
 
     tau: float = 0.8
+    probe: str = "next"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not -1 <= self.tau <= 1:
             raise ValueError(f"tau={self.tau}: a cosine, in [-1, 1]")
+        check_choice("probe", self.probe, ("next", "last"))
 
     @classmethod
     def official(cls, layers: Sequence[int] = (1, 10, 15), counts: Sequence[int] = (218, 128, 54), **fields: Any) -> Pio:
@@ -70,8 +77,10 @@ class Pio(ScheduledReducer):
         released: dict[str, Any] = {"relative": "current", "rounding": "int", "probe": "last", "protect_predicting_tokens": False}
         return cls(**{"schedule": schedule} | released | fields)
 
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(probe=self.probe)
+
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.hidden_states is not None and view.gradient is not None  # promised by ``needs``
-        saliency = view.gradient.norm(dim=-1)
+        saliency = view.require(Input.GRADIENT).norm(dim=-1)
         most = max(stay for _, stay in view.host_counts)
-        return greedy_nms(cosine(view.hidden_states, view.valid), saliency, view.valid, view.num_keep, most, self.tau)
+        return greedy_nms(cosine(view.require(Input.HIDDEN_STATES), view.valid), saliency, view.valid, view.num_keep, most, self.tau)

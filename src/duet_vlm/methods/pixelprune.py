@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import ThresholdReducer, TowerView, check_threshold
 
@@ -35,7 +36,7 @@ class PixelPrune(ThresholdReducer):
 
     paper = "PixelPrune, arXiv 2604.00886"
     summary = "patches that repeat the pixels beside or above them do not go through the vision tower"
-    tower_signals = frozenset({"pixels"})
+    requires = frozenset({Input.PIXELS})
 
     proportional_attention: bool = False
     threshold: float = 0.0
@@ -47,11 +48,10 @@ class PixelPrune(ThresholdReducer):
         check_choice("metric", self.metric, ("max", "mean"))
 
     def scores(self, view: TowerView) -> Tensor:
-        assert view.pixels is not None  # promised by ``tower_signals``
         scores = torch.zeros(view.valid.shape, device=view.valid.device)
         for picture, grid in enumerate(view.grids):
             count = grid[0] * grid[1]
-            pixels = view.pixels[picture, :count, 0].float().unflatten(0, grid)
+            pixels = view.require(Input.PIXELS)[picture, :count, 0].float().unflatten(0, grid)
             scores[picture, :count] = self.of_picture(pixels, bool(view.has_count)).flatten()
         return scores
 

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from duet_vlm.ops.windows import GridWindows, windows
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 
@@ -32,7 +34,7 @@ class Pool(EncoderReducer):
 
     paper = "baseline"
     summary = "the mean of every window of a grid as one row, before the decoder (baseline)"
-    reads = frozenset({"grid"})
+    requires = frozenset({Input.FEATURES, Input.GRID})
 
     crops: str = "per_crop"
     keep: Keep | None = None
@@ -53,9 +55,9 @@ class Pool(EncoderReducer):
 
 def places_of(view: EncoderView) -> Tensor:
     """Row and column of each token [B, N, 2], parts that are reduced together one below the other."""
-    assert view.coords is not None and view.parts is not None and view.grid_size is not None  # promised by ``reads``
-    above = view.parts.clamp(min=0) * view.grid_size[:, :1]
-    return view.coords.clamp(min=0) + nn.functional.pad(above[..., None], (0, 1))
+    coords, size, _ = view.require(Input.GRID)
+    above = view.require_parts().clamp(min=0) * size[:, :1]
+    return coords.clamp(min=0) + nn.functional.pad(above[..., None], (0, 1))
 
 
 def windows_of(view: EncoderView) -> GridWindows:

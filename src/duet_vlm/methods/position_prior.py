@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duet_vlm.reducers.base import DecoderView
 from duet_vlm.reducers.calibration import Calibration
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.observer import Observer
 
 Grid = tuple[int, int] | None
@@ -20,7 +21,7 @@ class PositionBiasObserver(Observer):
     """Notes the attention that visual tokens get from the last text token in the layer before ``layer``; its mean per grid is stored."""
 
     score_layer_offset = 1
-    uses_tokens = True
+    requires = frozenset({Input.SCORES, Input.TOKENS})
 
     text_query: str = "last"
     layer: int = 2
@@ -29,13 +30,12 @@ class PositionBiasObserver(Observer):
         return frozenset({self.layer})
 
     def observe(self, view: DecoderView) -> list[tuple[str, Tensor]]:
-        assert view.scores is not None  # promised by ``uses_text``
         rows = [(scores[:there], *view.spans[int(span)], view.grids[int(span)]) for scores, (there, _), span in self._spans(view)]
         return [(name_of(size, grid), scores.float().cpu().view(shape_of(size, grid))) for scores, _, size, grid in rows]
 
     def _spans(self, view: DecoderView) -> list[Any]:
-        assert view.scores is not None and view.span_index is not None
-        return [row for row in zip(view.scores, view.host_counts, view.span_index[:, 0], strict=True) if row[1][0]]
+        span_index, _ = view.require(Input.TOKENS)
+        return [row for row in zip(view.require(Input.SCORES), view.host_counts, span_index[:, 0], strict=True) if row[1][0]]
 
     def result(self, depth: int) -> dict[str, Any]:
         found: dict[str, list[Tensor]] = {}
@@ -52,9 +52,9 @@ def bias_of(stored: Calibration, view: DecoderView, resize: bool) -> Tensor:
     ValueError
         An unknown grid otherwise.
     """
-    assert view.scores is not None and view.token_index is not None and view.span_index is not None
-    if view.scores.is_meta:  # costs are counted on shapes
-        return torch.ones_like(view.scores)
+    scores = view.require(Input.SCORES)
+    if scores.is_meta:  # costs are counted on shapes
+        return torch.ones_like(scores)
 
     def of(size: int, grid: Grid) -> Tensor:
         name = name_of(size, grid)
@@ -66,8 +66,8 @@ def bias_of(stored: Calibration, view: DecoderView, resize: bool) -> Tensor:
         largest = max(stored.data.values(), key=Tensor.numel)
         return nn.functional.interpolate(largest[None, None], shape_of(size, grid), mode="bilinear").flatten()
 
-    every = [of(size, grid).to(view.scores) for (_, size), grid in zip(view.spans, view.grids, strict=True)]
-    return nn.utils.rnn.pad_sequence(every, batch_first=True)[view.span_index, view.token_index]
+    every = [of(size, grid).to(scores) for (_, size), grid in zip(view.spans, view.grids, strict=True)]
+    return nn.utils.rnn.pad_sequence(every, batch_first=True)[view.require(Input.TOKENS)]
 
 
 def shape_of(size: int, grid: Grid) -> tuple[int, int]:

@@ -13,8 +13,12 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, top
 from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import ROUNDINGS, EncoderReducer, EncoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scoring import ScoringRules
 
 
 @register("prumerge")
@@ -38,6 +42,9 @@ class PruMerge(EncoderReducer):
         Order of the rows, which matters for ``positions="compact"``: "raster", or by falling "attention" (released code).
     rounding : str
         How a fraction becomes a count: "floor" or "int" (released code).
+    signal_heads : str
+        "each": the attention of every head, added up, and keys as means over heads. "one": all heads side by side as a single wide one (released
+        code).
 
     Cost: one row of attention (CLS) or blocked column sums of one vision layer; per kept token a look at all others, which are sorted; the
     product of a table of rows x tokens with the features, 4 K N bytes. Needs: vision attention and keys. Usable in training (the choice and
@@ -51,14 +58,14 @@ class PruMerge(EncoderReducer):
 
     paper = "LLaVA-PruMerge, ICCV 2025, arXiv 2403.15388"
     summary = "keep the most attended vision tokens, each with what resembles it, and all others in one row, before the decoder"
-    signals = frozenset({"importance", "keys"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE, Input.KEYS})
 
     keep: Keep | None = None
     neighbours: int = 32
     merge: str = "mean"
     order: str = "raster"
     rounding: str = "floor"
+    signal_heads: str = "each"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -69,6 +76,7 @@ class PruMerge(EncoderReducer):
         check_choice("merge", self.merge, ("mean", "sum"))
         check_choice("order", self.order, ("raster", "attention"))
         check_choice("rounding", self.rounding, ROUNDINGS)
+        check_choice("signal_heads", self.signal_heads, ("each", "one"))
         if self.cls_token:
             raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row has no attention of its own to weigh it by")
 
@@ -79,6 +87,9 @@ class PruMerge(EncoderReducer):
         released: dict[str, Any] = {"merge": "sum", "order": "attention", "rounding": "int", "signal_heads": "one", "signal_layer": -1}
         released |= {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep} | released | fields)
+
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(signal_heads=self.signal_heads)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.keep is not None, "keep=")
@@ -106,17 +117,16 @@ class PruMerge(EncoderReducer):
 
     def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
         """The kept tokens [B, K] in the order of their rows, and which of them are real [B, K]."""
-        assert view.importance is not None  # promised by ``signals``
+        importance = view.require(Input.IMPORTANCE)
         width = max(plan.dominant for plan in view.plans)
         if self.order == "raster":
-            return pack_right(top(view.importance, view.valid, view.dominant), width)
+            return pack_right(top(importance, view.valid, view.dominant), width)
         place = torch.arange(width, device=view.valid.device)
-        return ranking(view.importance, view.valid)[:, :width], place < view.dominant[:, None]
+        return ranking(importance, view.valid)[:, :width], place < view.dominant[:, None]
 
     def around(self, view: EncoderView, tokens: Tensor, places: Tensor, real: Tensor) -> Selection:
         """Each of ``tokens`` [B, K] and what resembles it in a row at ``places`` [B, K], and behind them a row of all that is left.
 
         A token that is kept twice counts twice as a neighbour. A place whose token is not kept is lost: it joins no row.
         """
-        assert view.importance is not None and view.keys is not None  # promised by ``signals``
-        return merge_with_neighbours(tokens, places, real, view.valid, view.contextual, view.importance, view.keys, self.neighbours, self.merge == "mean")
+        return merge_with_neighbours(tokens, places, real, view.valid, view.contextual, view.require(Input.IMPORTANCE), view.require(Input.KEYS), self.neighbours, self.merge == "mean")

@@ -14,7 +14,9 @@ from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.ops.select import outliers, ranking, spaced_picks, top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 
@@ -80,21 +82,20 @@ class PruMergePlus(PruMerge):
         return super().select_tokens(view) if self.spacing == "even" else self.around(view, *self.released(view))
 
     def chosen(self, view: EncoderView) -> tuple[Tensor, Tensor]:
-        assert view.importance is not None  # promised by ``signals``
+        importance = view.require(Input.IMPORTANCE)
         most = upload([math.ceil(plan.dominant * self.important) for plan in view.plans], view.valid.device)
-        important = torch.minimum(outliers(view.importance, view.valid).sum(1), most)
-        attended = top(view.importance, view.valid, important)
+        important = torch.minimum(outliers(importance, view.valid).sum(1), most)
+        attended = top(importance, view.valid, important)
         even = spaced_picks(view.valid & ~attended, view.dominant - important)
         return pack_right(attended | even, max(plan.dominant for plan in view.plans))
 
     def released(self, view: EncoderView) -> tuple[Tensor, Tensor, Tensor]:
         """The kept tokens [B, K], where their rows stand, and which are real. A second row of a token stands where one is lost."""
-        assert view.importance is not None  # promised by ``signals``
         device, sizes = view.valid.device, [PruMerge.kept_of(self, plan.tokens) if plan.merges else plan.dominant for plan in view.plans]
         grids = [list(self.grid(plan.tokens, n)) if plan.merges else [] for plan, n in zip(view.plans, sizes, strict=True)]
         most = max(map(len, grids))
         added = upload([[*grid, *[-1] * (most - len(grid))] for grid in grids], device, torch.long)
-        first = ranking(view.importance, view.valid)[:, : max(sizes)]
+        first = ranking(view.require(Input.IMPORTANCE), view.valid)[:, : max(sizes)]
         real = torch.cat([torch.arange(first.shape[1], device=device) < upload(sizes, device)[:, None], added >= 0], 1)
         tokens = torch.cat([first, added.clamp(min=0)], 1)
         attended, kept = (_mask(tokens[:, :n], real[:, :n], view.valid) for n in (first.shape[1], tokens.shape[1]))

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine
 from duet_vlm.ops.groups import principal, proportional_shares, sums_of_groups, survivors, top_of_groups
-from duet_vlm.ops.ragged import pack_right, upload
+from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import ranking, ranks
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.planning.budget import Keep
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 PER_GROUP = 4  # tokens to keep for each group
 SCALE = 32  # tokens to keep at which the threshold is the mean likeness of the picture
@@ -25,7 +26,7 @@ MOST = 0.999  # of the threshold: only exact duplicates are more alike
 
 @register("prunesid")
 @dataclass(frozen=True)
-class PruneSID(EncoderReducer):
+class PruneSID(ScoreReducer):
     """PruneSID (ICLR 2026): synergistic importance and diversity, by groups of tokens that mean the same.
 
     A picture of which T tokens stay has T / 4 groups: a token belongs to the principal direction, of the sigmoid of its features over channels,
@@ -48,14 +49,11 @@ class PruneSID(EncoderReducer):
 
     paper = "PruneSID, ICLR 2026"
     summary = "group vision tokens by principal directions, and keep attended ones that are unlike each other in every group, before the decoder"
-    signals = frozenset({"importance"})
+    requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
-    keep: Keep | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         if self.cls_token:
             raise ValueError(f"cls_token=True cannot work with {self.name}: the CLS row is no token to group")
 
@@ -64,30 +62,27 @@ class PruneSID(EncoderReducer):
         """As the released LLaVA code but for what the class names: compact positions; ``keep`` patches of each crop."""
         return cls(**{"keep": keep, "positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None} | fields)
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget)
+    def score(self, view: EncoderView) -> Tensor:
+        return view.require(Input.IMPORTANCE)
 
-    def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.features is not None  # promised by ``signals``
-        most = max(plan.dominant for plan in view.plans)
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         group, groups = self.groups(view)
-        likeness = cosine(view.features, view.valid)
+        likeness = cosine(view.require(Input.FEATURES), view.valid)
         limits = [ROUNDS * math.ceil(plan.dominant / 64) for plan in view.plans]
-        step = survivors(likeness, view.importance, group, view.valid, self.threshold(view, likeness), groups, max(limits))
+        step = survivors(likeness, scores, group, view.valid, self.threshold(view, likeness), groups, max(limits))
         taken = step < upload(limits, step.device)[:, None]
         apart, size = (sums_of_groups(mask, group, view.valid, groups) for mask in (taken, view.valid))
         one = (size > 0).long()
         more = proportional_shares(apart - one, (apart - one).clamp(min=0), view.dominant - one.sum(1))
-        worse = ranks(ranking(view.importance, view.valid))
+        worse = ranks(ranking(scores, view.valid))
         first = -(worse + ~taken * worse.shape[1]).float()  # by attention, who was taken in front of who left
-        return Selection.keep_only(*pack_right(top_of_groups(first, group, view.valid, one + more, view.dominant), most))
+        return top_of_groups(first, group, view.valid, one + more, view.dominant)
 
     def groups(self, view: EncoderView) -> tuple[Tensor, int]:
         """The group of each token [B, N], and how many there are at most."""
-        assert view.features is not None
         counts = [min(max(1, plan.dominant // PER_GROUP), max(1, plan.tokens)) for plan in view.plans]
         wanted = upload(counts, view.valid.device)
-        parts = principal(view.features.float().sigmoid(), view.valid, wanted, max(counts))
+        parts = principal(view.require(Input.FEATURES).float().sigmoid(), view.valid, wanted, max(counts))
         return parts.abs().argmax(-1), max(counts)
 
     def threshold(self, view: EncoderView, likeness: Tensor) -> Tensor:

@@ -15,7 +15,10 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.static_regions import StaticDynamicSets, everywhere, members_of, most_similar
 from duet_vlm.ops.video import FrameWindows, VideoTokens, split_windows
 from duet_vlm.planning.budget import Keep, Schedule
-from duet_vlm.reducers.base import DecoderView, EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 NEIGHBOURS = 7  # tokens that decide how dense it is around one
@@ -55,8 +58,7 @@ class PruneVid(ScheduledVideoReducer):
     summary = "merge over time what stands still in windows of like frames, then every set into clusters; a drop by text in each"
     paper_schedule: ClassVar[Schedule] = ((11, 0.4),)
     score_heads = "most"
-    uses_tokens = True
-    needs = frozenset({"tags"})
+    requires = frozenset({Input.PROJECTED_FEATURES, Input.SCORES, Input.TOKENS, Input.TAGS})
     compares_positions = True
 
     trim_kv_cache: bool = True
@@ -81,8 +83,7 @@ class PruneVid(ScheduledVideoReducer):
         return cls(**{"keep": keep, "schedule": schedule, "rows": "sets", "positions": "compact", "protect_predicting_tokens": False} | fields)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        assert view.features is not None
-        rows = clips.grid(view.features)
+        rows = clips.grid(view.require(Input.FEATURES))
         windows = self.cut(rows, clips)
         places, score = self.still(rows, clips, windows)
         sets = StaticDynamicSets.of(clips, windows, rows, most_similar(places, score, windows, clips.placed.sum(1) - count))
@@ -115,10 +116,10 @@ class PruneVid(ScheduledVideoReducer):
         return VideoRows(sets.kept(peak.view(shape)), *sets.joins(near.view(shape), weight.view(shape)), order)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None and view.tags is not None and view.span_index is not None  # promised
-        group = numbered(view.span_index * SETS + view.tags.long(), view.valid)
+        span_index, _ = view.require(Input.TOKENS)
+        group = numbered(span_index * SETS + view.require(Input.TAGS).long(), view.valid)
         size = torch.zeros_like(group).scatter_add(1, group, view.valid.long())
-        return self.of_sets(view.scores, group, view.valid, equal_shares(size, view.num_keep))
+        return self.of_sets(view.require(Input.SCORES), group, view.valid, equal_shares(size, view.num_keep))
 
     def of_sets(self, scores: Tensor, group: Tensor, valid: Tensor, count: Tensor) -> Tensor:
         """Mask [B, V] of the ``count`` [B, G] best of every set."""

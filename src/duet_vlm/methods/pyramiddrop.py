@@ -22,8 +22,12 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
-from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, DecoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scoring import ScoringRules
 
 
 def between(early: Schedule, late: Schedule, weight: float) -> Schedule:
@@ -51,6 +55,8 @@ class PyramidDrop(DecoderReducer):
         With a budget the schedule is solved, see below.
     rounding : str
         "floor" (exact product) or "int" (truncated float product, released code).
+    skip_unanswered : bool
+        Leave samples without any supervised label whole (released training code).
 
     A budget moves along one path of schedules, without a jump. From the floor up, the share kept per stage grows at the stages that the
     authors give for small budgets, [2, 8, 16]/32 of the depth, until it is 0.56. Then every layer keeps a mix of that schedule and the
@@ -67,10 +73,12 @@ class PyramidDrop(DecoderReducer):
 
     paper = "PyramidDrop, CVPR 2025, arXiv 2410.17247"
     summary = "drop in stages inside the decoder by the last instruction token's attention"
+    requires = frozenset({Input.SCORES})
 
     text_query: str = "last"
     schedule: Schedule | None = None
     rounding: str = "floor"
+    skip_unanswered: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,6 +122,8 @@ class PyramidDrop(DecoderReducer):
     def with_paper_schedule(self, depth: int, share: float | None = None) -> PyramidDrop:
         return self if self.schedule is not None else replace(self, schedule=pyramid(depth))
 
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(skip_unanswered=self.skip_unanswered)
+
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require(Input.SCORES), view.valid, view.num_keep)

@@ -12,9 +12,10 @@ from duet_vlm.methods.pool import places_of, windows_of
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.ops.windows import GridWindows, within
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderView
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.encoder import EncoderView
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 EPSILON = 1e-6  # of its norms
@@ -48,8 +49,7 @@ class QueCC(Compressor):
 
     paper = "QueCC, ICLR 2025, arXiv 2411.03312"
     summary = "trained: convolve the picture with the question into a few queries, each attends to its cell, before the decoder"
-    signals = frozenset({"states"})
-    reads = frozenset({"grid", "question", "question_state"})
+    requires = frozenset({Input.STATES, Input.FEATURES, Input.GRID, Input.QUESTION, Input.QUESTION_STATE})
     module_inputs: ClassVar[tuple[str, ...]] = ("heads", "kernel")
 
     crops: str = "per_crop"
@@ -71,9 +71,10 @@ class QueCC(Compressor):
 
     def select_tokens(self, view: EncoderView) -> Selection:
         found = windows_of(view)
-        assert isinstance(view.module, QueCCModule) and view.features is not None and view.question_state is not None  # promised
-        levels = torch.cat([layer.states for layer in view.layers if layer.states is not None], -1)
-        return found.selection(view.module(view.features, levels, view.question_state, found, within(places_of(view), found)))
+        assert isinstance(view.module, QueCCModule)
+        levels = torch.cat([view.require(Input.STATES, layer=number) for number in range(len(view.layers))], -1)
+        features, state = view.require(Input.FEATURES), view.require(Input.QUESTION_STATE)
+        return found.selection(view.module(features, levels, state, found, within(places_of(view), found)))
 
 
 class QueCCModule(nn.Module):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from duet_vlm.methods.pool import places_of, windows_of
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderView
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 LONGEST = 10_000.0  # of the waves that places are written in
@@ -39,7 +40,7 @@ class Resampler(Compressor):
 
     paper = "baseline (after Flamingo, arXiv 2204.14198, and Qwen-VL, arXiv 2308.12966)"
     summary = "trained: learned queries attend to the whole picture, before the decoder (baseline)"
-    reads = frozenset({"grid"})
+    requires = frozenset({Input.FEATURES, Input.GRID})
     module_inputs: ClassVar[tuple[str, ...]] = ("heads", "layers")
 
     crops: str = "per_crop"
@@ -57,9 +58,10 @@ class Resampler(Compressor):
 
     def select_tokens(self, view: EncoderView) -> Selection:
         found = windows_of(view)
-        assert isinstance(view.module, ResamplerModule) and view.features is not None  # promised
-        places = waves(places_of(view), view.features.shape[2])
-        made = view.module(view.features, places, gather_rows(places, found.centre), view.valid)
+        assert isinstance(view.module, ResamplerModule)
+        features = view.require(Input.FEATURES)
+        places = waves(places_of(view), features.shape[2])
+        made = view.module(features, places, gather_rows(places, found.centre), view.valid)
         return of_all(found.centre, found.valid, view.valid, found.whole, made)
 
     def imitation_target(self, view: EncoderView, made: Selection) -> Tensor:

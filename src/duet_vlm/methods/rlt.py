@@ -10,6 +10,7 @@ from torch import Tensor
 from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.select import spaced_picks
 from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import ThresholdReducer, TowerView, check_threshold
 
@@ -36,7 +37,7 @@ class RLT(ThresholdReducer):
 
     paper = "RLT, NeurIPS 2024, arXiv 2411.05222"
     summary = "patches of a clip that did not change since the frame before do not go through the vision tower"
-    tower_signals = frozenset({"pixels"})
+    requires = frozenset({Input.PIXELS})
 
     proportional_attention: bool = False
     threshold: float = 0.1
@@ -53,13 +54,13 @@ class RLT(ThresholdReducer):
         return torch.where(alone[:, None], spaced_picks(view.valid, view.num_keep), super().keep_patches(view)) if view.has_count else super().keep_patches(view)
 
     def scores(self, view: TowerView) -> Tensor:
-        assert view.pixels is not None  # promised by ``tower_signals``
+        pixels = view.require(Input.PIXELS)
         scores = torch.full(view.valid.shape, torch.inf, device=view.valid.device)
-        reference = view.pixels[:, :, 0].float().clone()
+        reference = pixels[:, :, 0].float().clone()
         for picture, before in enumerate(view.previous_picture):
             if before < 0:
                 continue
-            change = (view.pixels[picture, :, -1].float() - reference[before]).abs().mean(-1)
+            change = (pixels[picture, :, -1].float() - reference[before]).abs().mean(-1)
             scores[picture] = change - self.threshold
             if view.has_count and view.previous_picture[before] < 0:
                 scores[before] = scores[picture]

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from duet_vlm.ops.greedy import cosine, greedy_coverage
-from duet_vlm.ops.ragged import pack_right
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, check_picks, plan_fixed_count
+from duet_vlm.reducers.base import check_choice, check_picks
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 
 @register("scope")
 @dataclass(frozen=True)
-class Scope(EncoderReducer):
+class Scope(ScoreReducer):
     """SCOPE (NeurIPS 2025, "Saliency-Coverage Oriented Token Pruning").
 
     Picks one token after the other: the one whose gain in coverage (how much more similar every token becomes to its most similar chosen
@@ -42,28 +44,22 @@ class Scope(EncoderReducer):
 
     paper = "SCOPE, NeurIPS 2025"
     summary = "keep vision tokens by saliency times gain in coverage, one after the other, before the decoder"
-    signals = frozenset({"importance"})
+    requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
-    keep: Keep | None = None
     alpha: float = 1.0
     combined: str = "multiply"
     picks: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         if not 0 <= self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha}: must be a number of at least 0 (0: coverage alone)")
         check_choice("combined", self.combined, ("multiply", "add"))
         check_picks(self.picks)
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget)
+    def score(self, view: EncoderView) -> Tensor:
+        return view.require(Input.IMPORTANCE) ** self.alpha
 
-    def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.features is not None  # promised by ``signals``
-        steps = max(plan.dominant for plan in view.plans)
-        similarity = cosine(view.features, view.valid)
-        chosen = greedy_coverage(similarity, view.importance**self.alpha, view.valid, view.dominant, steps, self.picks, self.combined == "add")
-        return Selection.keep_only(*pack_right(chosen, steps))
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
+        steps, similarity = max(plan.dominant for plan in view.plans), cosine(view.require(Input.FEATURES), view.valid)
+        return greedy_coverage(similarity, scores, view.valid, view.dominant, steps, self.picks, self.combined == "add")

@@ -11,7 +11,8 @@ from torch import Tensor
 from duet_vlm.ops.greedy import cosine, greedy_discounted
 from duet_vlm.ops.information import residual
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
@@ -44,7 +45,7 @@ class Sieve(ScheduledReducer):
     paper = "SIEVE: When Vision Becomes Text, 2026"
     summary = "drop in stages inside the decoder: keep what is attended to and not expressed by text yet, unlike each other"
     paper_schedule: ClassVar[Schedule] = ((1, 218 / 576), (10, 128 / 576), (15, 54 / 576))
-    needs = frozenset({"hidden_states", "text_hidden_states"})
+    requires = frozenset({Input.SCORES, Input.HIDDEN_STATES, Input.TEXT_HIDDEN_STATES})
     score_heads = "each"
 
     heads: int = 12
@@ -58,13 +59,13 @@ class Sieve(ScheduledReducer):
             raise ValueError(f"energy={self.energy}: a share in (0, 1]")
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.hidden_states is not None and view.text_hidden_states is not None and view.text_valid is not None and view.scores is not None  # as declared
-        said, valid = view.text_valid[..., None], view.valid
-        middle = (view.text_hidden_states.float() * said).sum(1, keepdim=True) / said.sum(1, keepdim=True).clamp(min=1)
-        text, rows = (view.text_hidden_states.float() - middle) * said, view.hidden_states.float() - middle
+        text_hidden_states, text_valid = view.require(Input.TEXT_HIDDEN_STATES)
+        said, valid = text_valid[..., None], view.valid
+        middle = (text_hidden_states.float() * said).sum(1, keepdim=True) / said.sum(1, keepdim=True).clamp(min=1)
+        text, rows = (text_hidden_states.float() - middle) * said, view.require(Input.HIDDEN_STATES).float() - middle
         rest = residual(rows, text, self._ridge(text))
         unsaid = rest.norm(dim=-1) / rows.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-        by_head = view.scores * valid[..., None]
+        by_head = view.require(Input.SCORES) * valid[..., None]
         best = by_head.sum(1).topk(min(self.heads, by_head.shape[2])).indices
         attention = by_head.gather(2, best[:, None].expand(-1, by_head.shape[1], -1)).sum(-1)
         most = max(stay for _, stay in view.host_counts)

@@ -13,9 +13,12 @@ from duet_vlm.ops.ragged import gather_rows, pack_right, upload
 from duet_vlm.ops.select import ranking, ranks, top
 from duet_vlm.planning.budget import Schedule, count_of, largest_int
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
+from duet_vlm.reducers.scoring import ScoringRules
 
 RELEASED = {  # tokens kept at each stage, of 576
     "1.5": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
@@ -43,6 +46,9 @@ class SparseVLM(ScheduledReducer):
         never more than there are.
     released : bool
         A stage's number counts those that are kept; recycled ones come on top and stand behind them, and one token at least is no longer kept.
+    score_positions : str
+        "as_is", or "divided": attention divided by what positions alone would give (the product of rotated ones, as the second release does;
+        positions so far apart that this is not positive count as the nearest that small).
 
     Cost: one key projection and the raters' query rows per stage, distances among 0.3 of the tokens that leave. Needs text after the image.
     Usable in training (the choice carries no gradient, recycled rows do).
@@ -57,18 +63,20 @@ class SparseVLM(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ((3, 0.54), (7, 0.35), (16, 0.2))
     score_layer_offset = 1
     score_heads = "each"
-    needs = frozenset({"hidden_states"})
+    requires = frozenset({Input.SCORES, Input.HIDDEN_STATES})
     merges = True
 
     text_query: str = "raters"
     recycle: bool = True
     best_heads: int | None = None
     released: bool = False
+    score_positions: str = "as_is"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.best_heads is not None and self.best_heads < 1:
             raise ValueError(f"best_heads={self.best_heads}: a number of heads, at least 1, or None for all")
+        check_choice("score_positions", self.score_positions, ("as_is", "divided"))
 
     @classmethod
     def official(cls, tokens: int = 192, version: str = "1.5", **fields: Any) -> SparseVLM:
@@ -96,9 +104,11 @@ class SparseVLM(ScheduledReducer):
             counts = counts[:layer] + (min(gone_on, there),) * (depth - layer)
         return counts
 
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(score_positions=self.score_positions)
+
     def prune_tokens(self, view: DecoderView) -> Tensor | Selection:
-        assert view.scores is not None and view.hidden_states is not None  # promised by ``uses_text`` and ``needs``
-        scores, valid = self._mean(view.scores, view.valid), view.valid
+        scores, valid = self._mean(view.require(Input.SCORES), view.valid), view.valid
         if not self.recycle:
             return top(scores, valid, view.num_keep)
         split = [self._split(there, stay) for there, stay in view.host_counts]
@@ -107,7 +117,7 @@ class SparseVLM(ScheduledReducer):
         width, most = (max(1, *(row[i] for row in split)) for i in (1, 2))
         turn = torch.arange(width, device=scores.device)
         members, real = order.gather(1, (kept[:, None] + turn).clamp(max=order.shape[1] - 1)), turn < pool[:, None]
-        chosen, nearest, peak = peaks(gather_rows(view.hidden_states, members), real, clusters, most, capped=True)
+        chosen, nearest, peak = peaks(gather_rows(view.require(Input.HIDDEN_STATES), members), real, clusters, most, capped=True)
         index = pack_right(ranks(order) < kept[:, None], max(stay for _, stay in view.host_counts))[0]
         row = torch.arange(index.shape[1], device=index.device).expand_as(index)
         behind = peak.argsort(dim=1).gather(1, (row - kept[:, None]).clamp(0, width - 1))

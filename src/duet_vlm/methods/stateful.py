@@ -9,7 +9,9 @@ from torch import Tensor
 
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import EPSILON, Budget, SpanPlan, infeasible_budget, largest_fraction, mean_within, target_mean
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, check_budget_or_fields, plan_keep_all
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
 
 
@@ -42,6 +44,7 @@ class Stateful(DecoderReducer):
 
     paper = "Stateful token reduction for hybrid video VLMs, arXiv 2603.00198"
     summary = "drop a little before every layer, more the deeper, by what text attends to or reads out of the layer's state"
+    requires = frozenset({Input.SCORES})
     score_states = True
 
     end: float = 0.0
@@ -77,5 +80,4 @@ class Stateful(DecoderReducer):
         return self if self.power is not None else replace(self, power=1.0)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require(Input.SCORES), view.valid, view.num_keep)

@@ -13,7 +13,8 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import ranking, ranks
 from duet_vlm.planning.budget import Schedule
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderView
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
@@ -44,7 +45,7 @@ class TokenCarve(ScheduledReducer):
     paper_schedule: ClassVar[Schedule] = ((2, 2 / 9),)
     min_layer: ClassVar[int] = 2
     score_layer_offset = 1
-    needs = frozenset({"hidden_states"})
+    requires = frozenset({Input.SCORES, Input.HIDDEN_STATES})
     merges = True
 
     text_query: str = "last"
@@ -63,14 +64,14 @@ class TokenCarve(ScheduledReducer):
         return cls(**released | fields)
 
     def prune_tokens(self, view: DecoderView) -> Selection:
-        assert view.hidden_states is not None and view.scores is not None  # promised by ``needs`` and ``uses_text``
+        hidden_states = view.require(Input.HIDDEN_STATES)
         valid, alive = view.valid, view.valid.sum(1)
-        by_attention, by_information = (ranks(ranking(x, valid)) for x in (view.scores, information(view.hidden_states, valid)))
+        by_attention, by_information = (ranks(ranking(x, valid)) for x in (view.require(Input.SCORES), information(hidden_states, valid)))
         fused = -(self.attention_weight * by_attention + (1 - self.attention_weight) * by_information)
         place = ranks(ranking(fused, valid))
         pruned = torch.minimum(view.num_keep * 3 // 2, alive)[:, None]
         better, worse = place < pruned // 2, (place >= pruned // 2) & (place < pruned)
-        unit = unit_rows(view.hidden_states)
+        unit = unit_rows(hidden_states)
         likeness, partner = (unit @ unit.transpose(1, 2)).masked_fill(~better[:, None], -torch.inf).max(2)
         merged = worse & (ranks(ranking(likeness, worse)) < pruned - view.num_keep[:, None])
         index, real = pack_right((better | worse) & ~merged, max(stay for _, stay in view.host_counts))

@@ -12,7 +12,10 @@ from duet_vlm.ops.merge import matched
 from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_choice, plan_fixed_count
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.reducers.registry import register
 
 
@@ -46,8 +49,7 @@ class ToMe(EncoderReducer):
 
     paper = "ToMe, ICLR 2023, arXiv 2210.09461"
     summary = "merge vision tokens that resemble each other, pair by pair, before the decoder"
-    signals = frozenset({"keys"})
-    reads_features = False
+    requires = frozenset({Input.KEYS})
 
     keep: Keep | None = None
     order: str = "raster"
@@ -73,8 +75,7 @@ class ToMe(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.keys is not None  # promised by ``signals``
-        sums, home = view.keys.float(), torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
+        sums, home = view.require(Input.KEYS).float(), torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         joined = home  # the token at whose place each one is
         left, wanted = view.valid.sum(1), view.dominant.clamp(min=1)
         most = [(min(plan.tokens, home.shape[1]), max(1, plan.dominant)) for plan in view.plans]  # of each span on the host, and wanted

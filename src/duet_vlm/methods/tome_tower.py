@@ -12,6 +12,7 @@ from torch import nn
 from duet_vlm.ops.merge import matched
 from duet_vlm.ops.ragged import gather_rows, pack_right
 from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 
@@ -40,7 +41,7 @@ class ToMeTower(TowerReducer):
 
     paper = "ToMe, ICLR 2023, arXiv 2210.09461"
     summary = "in every block of the vision tower, merge the patches that resemble each other most"
-    tower_signals = frozenset({"keys"})
+    requires = frozenset({Input.BLOCK_KEYS})
 
     shares: tuple[int, ...] = ()
     order: str = "raster"
@@ -77,10 +78,9 @@ class ToMeTower(TowerReducer):
         return (units - units // 2) * (units // 2)
 
     def keep_patches(self, view: TowerView) -> MergePairs:
-        assert view.keys is not None and view.unit_index is not None  # promised by ``tower_signals``
         place = torch.arange(view.valid.shape[1], device=view.valid.device).expand(view.valid.shape)
         index, real = pack_right(view.valid, place.shape[1])
-        keys, there = nn.functional.pad(gather_rows(view.keys, index), (0, 0, view.num_cls, 0)), nn.functional.pad(real, (view.num_cls, 0), value=True)
+        keys, there = nn.functional.pad(gather_rows(view.require(Input.BLOCK_KEYS), index), (0, 0, view.num_cls, 0)), nn.functional.pad(real, (view.num_cls, 0), value=True)
         source, target = matched(keys, there, view.num_cls)
         leaves = torch.arange(source.shape[1], device=place.device) < (view.valid.sum(1) - view.num_keep)[:, None]
         everyone = torch.arange(keys.shape[1], device=place.device).expand(there.shape)

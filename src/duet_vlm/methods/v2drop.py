@@ -9,7 +9,9 @@ from torch import Tensor
 
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Schedule
-from duet_vlm.reducers.base import DecoderView, check_choice
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 from duet_vlm.reducers.scheduled import ScheduledReducer
 
@@ -33,8 +35,7 @@ class V2Drop(ScheduledReducer):
     paper = "V2Drop, CVPR 2026, github.com/xuyang-liu16/V2Drop"
     summary = "drop in stages inside the decoder what the last layer changed least"
     paper_schedule: ClassVar[Schedule] = ((3, 0.5), (17, 0.25), (22, 0.0))
-    uses_text = False
-    needs = frozenset({"hidden_states", "previous_hidden_states"})
+    requires = frozenset({Input.HIDDEN_STATES, Input.PREVIOUS_HIDDEN_STATES})
 
     min_tokens: int = 1
 
@@ -47,6 +48,5 @@ class V2Drop(ScheduledReducer):
         return cls(**released | fields)
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.hidden_states is not None and view.previous_hidden_states is not None  # promised by ``needs``
-        moved = (view.hidden_states.float() - view.previous_hidden_states.float()).norm(dim=-1)
+        moved = (view.require(Input.HIDDEN_STATES).float() - view.require(Input.PREVIOUS_HIDDEN_STATES).float()).norm(dim=-1)
         return top(moved, view.valid, view.num_keep)

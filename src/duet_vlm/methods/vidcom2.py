@@ -13,7 +13,8 @@ from duet_vlm.ops.merge import unit_rows
 from duet_vlm.ops.select import ranking
 from duet_vlm.ops.video import VideoTokens, split_windows
 from duet_vlm.planning.budget import Keep
-from duet_vlm.reducers.base import EncoderView
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)  # of the kernels whose sum says how alike two rows are
@@ -63,8 +64,7 @@ class VidCom2(VideoReducer):
         return cls(**{"keep": keep, "newline_tokens": "keep", "protect_predicting_tokens": False} | fields)
 
     def reduced(self, view: EncoderView, clips: VideoTokens, count: Tensor) -> VideoRows:
-        assert view.features is not None
-        to_clip, to_frame = self.likeness(clips.grid(view.features), clips)
+        to_clip, to_frame = self.likeness(clips.grid(view.require(Input.FEATURES)), clips)
         scale = self.scale(to_clip, clips)
         frames = split_windows(count, scale * clips.sizes, clips.sizes, least_of(count, clips.sizes))
         return VideoRows.alone(self.chosen(clips, to_clip + to_frame, frames))

@@ -12,15 +12,10 @@ from torch import Tensor
 from duet_vlm.ops.video import VideoTokens, join_windows
 from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import (
-    DecoderReducer,
-    EncoderReducer,
-    EncoderView,
-    check_budget_or_fields,
-    plan_fixed_count,
-    plan_keep_all,
-    plan_with_schedule,
-)
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_fixed_count, plan_keep_all, plan_with_schedule
 
 Self = TypeVar("Self", bound="ScheduledVideoReducer")
 
@@ -54,7 +49,7 @@ class VideoReducer(EncoderReducer):
     """
 
     compares_frames = True
-    reads_projected = True
+    requires = frozenset({Input.PROJECTED_FEATURES})
 
     keep: Keep | None = None
 
@@ -69,7 +64,6 @@ class VideoReducer(EncoderReducer):
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None  # always there
         steps = view.parts if view.modality == "video" and view.parts is not None else torch.where(view.valid, 0, -1)
         clips = VideoTokens.of(steps, view.valid, view.max_parts if view.modality == "video" else (1, view.valid.shape[1]))
         count = view.dominant + view.contextual

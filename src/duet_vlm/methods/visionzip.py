@@ -10,8 +10,12 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.planning.tokens import MERGES, Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.scoring import ScoringRules
 
 
 @register("visionzip")
@@ -30,6 +34,9 @@ class VisionZip(EncoderReducer):
         "mean" of anchor and members, or "anchor_plus_mean" (released code).
     anchor_step : str
         "spread": floor(i * M / K); "floor": every (M // K)-th of the M others (released code).
+    signal_segments : bool
+        Keep the tower's own attention segments (images, frames, windows) when summing attention. False sums over everything in the call, as the
+        released Qwen2.5-VL code does under sdpa.
 
     Cost: one row of attention (CLS) or blocked column sums of one vision layer. Needs: vision attention and keys. Usable in training.
 
@@ -39,13 +46,13 @@ class VisionZip(EncoderReducer):
 
     paper = "VisionZip, CVPR 2025, arXiv 2412.04467"
     summary = "keep dominant vision tokens, merge all others into contextual ones before the decoder"
-    signals = frozenset({"importance", "keys"})
-    reads_features = False
+    requires = frozenset({Input.IMPORTANCE, Input.KEYS})
 
     dominant: Keep | None = None
     contextual: Keep | None = None
     merge: str = "mean"
     anchor_step: str = "spread"
+    signal_segments: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,6 +70,9 @@ class VisionZip(EncoderReducer):
         preset: dict[str, Any] = {"cls_token": True, "positions": "compact", "merge": "anchor_plus_mean", "anchor_step": "floor"}
         preset |= {"protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"dominant": dominant, "contextual": contextual} | preset | fields)
+
+    def scoring_rules(self) -> ScoringRules:
+        return ScoringRules(signal_segments=self.signal_segments)
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         check_budget_or_fields(self, budget, self.dominant is not None, "dominant=, contextual=")
@@ -85,11 +95,10 @@ class VisionZip(EncoderReducer):
         return SpanPlan(tokens, dominant, contextual, (dominant + contextual,) * depth)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.keys is not None  # promised by ``signals``
-        is_dominant = top(view.importance, view.valid, view.dominant)
+        is_dominant = top(view.require(Input.IMPORTANCE), view.valid, view.dominant)
         dominant, dominant_valid = pack_right(is_dominant, max(plan.dominant for plan in view.plans))
         width = max(plan.contextual for plan in view.plans)
         others = view.valid.sum(1) - view.dominant
         rest, _ = pack_right(view.valid & ~is_dominant, view.valid.shape[1])
         spread = self.anchor_step == "spread"
-        return merge_around_anchors(dominant, dominant_valid, rest, others, view.contextual, width, view.keys, self.merge, spread)
+        return merge_around_anchors(dominant, dominant_valid, rest, others, view.contextual, width, view.require(Input.KEYS), self.merge, spread)

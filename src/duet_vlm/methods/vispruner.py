@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from duet_vlm.ops.duplicates import remove_duplicates
 from duet_vlm.ops.greedy import cosine
-from duet_vlm.ops.ragged import pack_right
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.planning.budget import Keep
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 
 @register("vispruner")
 @dataclass(frozen=True)
-class VisPruner(EncoderReducer):
+class VisPruner(ScoreReducer):
     """VisPruner (ICCV 2025, arXiv 2412.01818 v2): important tokens by CLS attention, then diverse ones by removing duplicates.
 
     A share of the budget goes to the tokens with the largest attention. The others stand in a list by falling attention. Every other one of
@@ -40,15 +42,12 @@ class VisPruner(EncoderReducer):
 
     paper = "VisPruner, ICCV 2025, arXiv 2412.01818"
     summary = "keep the most attended vision tokens and, of the others, those that no other resembles, before the decoder"
-    signals = frozenset({"importance"})
+    requires = frozenset({Input.IMPORTANCE, Input.FEATURES})
 
-    keep: Keep | None = None
     important: float = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         if not 0 <= self.important <= 1:
             raise ValueError(f"important={self.important}: a share of the tokens that are kept, in [0, 1]")
 
@@ -58,11 +57,9 @@ class VisPruner(EncoderReducer):
         released: dict[str, Any] = {"positions": "compact", "crops": "per_crop", "protect_predicting_tokens": False, "signal_queries": None}
         return cls(**{"keep": keep, "important": important} | released | fields)
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget)
+    def score(self, view: EncoderView) -> Tensor:
+        return view.require(Input.IMPORTANCE)
 
-    def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.importance is not None and view.features is not None  # promised by ``signals``
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         sizes = [(plan.tokens, plan.dominant) for plan in view.plans]
-        chosen = remove_duplicates(cosine(view.features, view.valid), view.importance, view.valid, sizes, self.important)
-        return Selection.keep_only(*pack_right(chosen, max(plan.dominant for plan in view.plans)))
+        return remove_duplicates(cosine(view.require(Input.FEATURES), view.valid), scores, view.valid, sizes, self.important)

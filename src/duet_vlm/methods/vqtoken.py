@@ -14,8 +14,10 @@ from duet_vlm.ops.merge import shares, unit_rows
 from duet_vlm.ops.ragged import pack_right
 from duet_vlm.planning.budget import Keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderView, check_choice
+from duet_vlm.reducers.base import check_choice
 from duet_vlm.reducers.compressor import Compressor, ModuleSizes, attended, check_heads
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
 
 FORMS = ("paper", "code", "codebook")
@@ -57,8 +59,7 @@ class VQToken(Compressor):
 
     paper = "VQToken, NeurIPS 2025, arXiv 2503.16980"
     summary = "trained: cluster means of the projected rows, and where each cluster occurs, before the decoder"
-    reads = frozenset({"grid"})
-    reads_projected = True
+    requires = frozenset({Input.PROJECTED_FEATURES, Input.GRID})
     compares_frames = True
     module_inputs: ClassVar[tuple[str, ...]] = ("heads", "form", "frame")
 
@@ -95,19 +96,18 @@ class VQToken(Compressor):
         return FrameModule(tokens, sizes.decoder, self.heads)
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None and view.module is not None
+        module = view.require_module()
         found = self._clusters(view)
         if self.form == "codebook":
             return found.selection(found.codebook)
-        if isinstance(view.module, PlaceModule):
-            made = view.module(found.codebook, self._occupied(view, found))
+        if isinstance(module, PlaceModule):
+            made = module(found.codebook, self._occupied(view, found))
             return found.selection(made * found.length if self.norms else made)
-        assert isinstance(view.module, FrameModule)
-        return of_all(found.place, found.there, view.valid, found.whole, self._frames(view, found, view.module))
+        assert isinstance(module, FrameModule)
+        return of_all(found.place, found.there, view.valid, found.whole, self._frames(view, found, module))
 
     def _clusters(self, view: EncoderView) -> TokenClusters:
-        assert view.features is not None
-        rows, valid, wanted = view.features.float(), view.valid, view.dominant + view.contextual
+        rows, valid, wanted = view.require(Input.FEATURES).float(), view.valid, view.dominant + view.contextual
         most = max(plan.entry for plan in view.plans)
         there = torch.arange(most, device=rows.device) < wanted[:, None]
         unit = unit_rows(rows)
@@ -122,11 +122,11 @@ class VQToken(Compressor):
 
     def _occupied(self, view: EncoderView, found: TokenClusters) -> Tensor:
         """Which share of a cluster stands in each bin: [B, K, bins]."""
-        assert view.coords is not None and view.grid_size is not None and view.parts is not None
-        time = view.parts.clamp(min=0)
+        coords, size, _ = view.require(Input.GRID)
+        time = view.require_parts().clamp(min=0)
         steps = time.amax(1, keepdim=True) + 1
-        row, column = view.coords.clamp(min=0).unbind(-1)
-        rows, columns = view.grid_size[:, None].clamp(min=1).unbind(-1)
+        row, column = coords.clamp(min=0).unbind(-1)
+        rows, columns = size[:, None].clamp(min=1).unbind(-1)
         bins = [(at * count // size).clamp(max=count - 1) for at, count, size in zip((time, row, column), BINS, (steps, rows, columns), strict=True)]
         cell = (bins[0] * BINS[1] + bins[1]) * BINS[2] + bins[2]
         total, (batch, count) = BINS[0] * BINS[1] * BINS[2], found.place.shape

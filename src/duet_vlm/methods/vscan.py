@@ -16,17 +16,12 @@ from duet_vlm.ops.schedules import halfway
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import Budget, Keep, Schedule, SpanPlan, check_keep, check_schedule, count_of, layer_counts, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import (
-    DecoderReducer,
-    DecoderView,
-    EncoderReducer,
-    EncoderView,
-    check_budget_or_fields,
-    check_choice,
-    plan_keep_all,
-    plan_with_schedule,
-)
+from duet_vlm.reducers.base import check_choice
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Layer
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all, plan_with_schedule
 from duet_vlm.reducers.registry import register
 
 
@@ -66,9 +61,7 @@ class VScan(EncoderReducer, DecoderReducer):
 
     paper = "VScan, TMLR 2026, arXiv 2505.22654"
     summary = "keep local and global vision tokens of two vision layers, merge all others into them; drop once by the last text row"
-    signals = frozenset({"importance"})
-    reads = frozenset({"grid"})
-    reads_projected = True
+    requires = frozenset({Input.IMPORTANCE, Input.PROJECTED_FEATURES, Input.GRID, Input.SCORES})
 
     text_query: str = "last"
     keep: Keep | None = None
@@ -127,23 +120,21 @@ class VScan(EncoderReducer, DecoderReducer):
         return self if self.schedule is not None else replace(self, schedule=halfway(depth))
 
     def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None and view.importance is not None  # promised by ``signals``
         local = self.locals_of(view)
-        chosen = local | top(view.importance, view.valid & ~local, view.dominant - local.sum(1))
+        chosen = local | top(view.require(Input.IMPORTANCE), view.valid & ~local, view.dominant - local.sum(1))
         index, valid = pack_right(chosen, max(plan.dominant for plan in view.plans))
         if not self.merge_others:
             return Selection.keep_only(index, valid)
-        return merge_into_nearest(index, valid, view.valid & ~chosen, max(plan.tokens - plan.dominant for plan in view.plans), view.features)
+        return merge_into_nearest(index, valid, view.valid & ~chosen, max(plan.tokens - plan.dominant for plan in view.plans), view.require(Input.FEATURES))
 
     def locals_of(self, view: EncoderView) -> Tensor:
         """Mask [B, N] of the local tokens."""
-        shallow = view.layers[1].importance
-        assert shallow is not None and view.coords is not None and view.grid_size is not None and view.parts is not None  # promised
-        window, count = window_numbers(view.coords, view.grid_size, torch.where(view.valid, view.parts, -1), self.window, view.valid.shape[1])
+        shallow, parts = view.require(Input.IMPORTANCE, layer=1), torch.where(view.valid, view.require_parts(), -1)
+        coords, size, _ = view.require(Input.GRID)
+        window, count = window_numbers(coords, size, parts, self.window, view.valid.shape[1])
         half = view.dominant // 2
         limit = half // count if self.local == "equal" else (half + count - 1) // count
         return top_with_limit(shallow, window, view.valid, limit, torch.minimum(half, limit * count))
 
     def prune_tokens(self, view: DecoderView) -> Tensor:
-        assert view.scores is not None  # promised by ``uses_text``
-        return top(view.scores, view.valid, view.num_keep)
+        return top(view.require(Input.SCORES), view.valid, view.num_keep)

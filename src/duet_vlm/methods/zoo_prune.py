@@ -7,17 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from duet_vlm.ops.greedy import cosine, pairwise_distance
-from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.saliency import DIRECTIONS, STEP, min_max_scaled, sensitivity
-from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
-from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.encoder import EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.registry import register
+from duet_vlm.reducers.score import ScoreReducer
 
 
 @register("zoo_prune")
 @dataclass(frozen=True)
-class ZooPrune(EncoderReducer):
+class ZooPrune(ScoreReducer):
     """ZOO-Prune (CVPR 2026, arXiv 2509.24837): sensitivity of the projector, found without gradients, and diversity.
 
     The sensitivity of a token is how far its projected row moves when the rows that it is made of move by ``step`` along a random direction and
@@ -45,37 +44,27 @@ class ZooPrune(EncoderReducer):
 
     paper = "ZOO-Prune, CVPR 2026, arXiv 2509.24837"
     summary = "keep vision tokens that the projector is sensitive to and that are unlike each other, before the decoder"
-    reads = frozenset({"projector"})
-    reads_projected = True
+    requires = frozenset({Input.PROJECTED_FEATURES, Input.PROJECTOR})
 
-    keep: Keep | None = None
     directions: int = DIRECTIONS
     step: float = STEP
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep is not None:
-            check_keep("keep", self.keep)
         if self.directions < 1:
             raise ValueError(f"directions={self.directions}: random directions, at least 1")
         if not 0 < self.step < float("inf"):
             raise ValueError(f"step={self.step}: the length of a move, above 0")
 
-    def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
-        return plan_fixed_count(self, self.keep, tokens, depth, budget)
-
-    def select_tokens(self, view: EncoderView) -> Selection:
-        assert view.features is not None  # always there
+    def choose(self, scores: Tensor, view: EncoderView) -> Tensor:
         steps = max(plan.dominant for plan in view.plans)
-        chosen = pairwise_distance(cosine(view.features, view.valid), self.weight(view), view.valid, view.dominant, steps)
-        return Selection.keep_only(*pack_right(chosen, steps))
+        return pairwise_distance(cosine(view.require(Input.FEATURES), view.valid), scores, view.valid, view.dominant, steps)
 
-    def weight(self, view: EncoderView) -> Tensor:
+    def score(self, view: EncoderView) -> Tensor:
         """Sensitivity scaled to [0, 1] over the tokens of each span, 0 for padding: [B, N]."""
         return min_max_scaled(self.sensitivity(view), view.valid)
 
     def sensitivity(self, view: EncoderView) -> Tensor:
         """Mean over directions of the distance of both moves, per length of the move: [B, N]."""
-        assert view.project is not None  # promised by ``reads``
-        return sensitivity(view.project, self.directions, self.step, self.seed)
+        return sensitivity(view.require(Input.PROJECTOR), self.directions, self.step, self.seed)

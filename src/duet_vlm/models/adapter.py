@@ -157,7 +157,7 @@ class Adapter(ABC):
     fixed_tokens : int or None
         Visual tokens per image where the tower fixes them.
     lacks : dict
-        What methods may ask for (``EncoderReducer.signals`` and ``reads``) and this family cannot give, with the reason.
+        What methods may ask for (the values of ``reducers.inputs.Input``) and this family cannot give, with the reason.
     has_cls : bool
         The tower has a CLS row (importance = CLS attention); otherwise column sums.
     feeds_cls : bool

@@ -50,7 +50,7 @@ class Selection:
         of some while it is kept. ``merge`` plays no part. None: every member joins one row, by ``merge``.
     notes : Tensor or None
         [B, K] float32: a number that the method gives each row (the set or the event that it is of) and is shown again inside the decoder, where
-        it names "notes" in ``needs``. None: 0 for all.
+        it requires ``Input.TAGS``. None: 0 for all.
     rows : Tensor or None
         [B, K, C] floating point, with ``weights``: what stands in the rows that members join, made of these members by a module of the method's
         own (``duet_vlm.reducers.compressor``); it may carry a gradient. Where later layers add to the same rows, ``weights`` merge what they add.

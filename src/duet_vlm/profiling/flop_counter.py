@@ -5,13 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 MIB = 2**20
@@ -43,26 +42,6 @@ def count_flops(work: Callable[[], Any]) -> int:
     with FlopCounterMode(display=False, custom_mapping=_unknown_to_torch()) as counter:
         work()
     return counter.get_total_flops()
-
-
-@contextmanager
-def count_rows(layers: Iterable[nn.Module]) -> Iterator[list[list[int]]]:
-    """Per layer, the rows [B x T] of each of its calls, taken from the tensors that it was really given (hooks of a handle run first)."""
-    calls: list[list[int]] = []
-    hooks = []
-    for layer in layers:
-        calls.append([])
-
-        def note(module: nn.Module, args: Any, kwargs: dict[str, Any], seen: list[int] = calls[-1]) -> None:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            seen.append(hidden.shape[:-1].numel())
-
-        hooks.append(layer.register_forward_pre_hook(note, with_kwargs=True))
-    try:
-        yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def cache_bytes(cache: Any) -> tuple[int, int]:

@@ -80,11 +80,6 @@ def prefill_flops(shape: DecoderDims, rows_per_layer: Sequence[int], logits: int
     return sum(decoder_layer_flops(shape, rows, layer=i) for i, rows in enumerate(rows_per_layer)) + head_flops(shape, logits)
 
 
-def decode_flops(shape: DecoderDims, cached_per_layer: Sequence[int]) -> int:
-    """One new token that sees ``cached_per_layer[l]`` rows and itself in layer l."""
-    return sum(decoder_layer_flops(shape, 1, shape.seen(rows + 1, i), i) for i, rows in enumerate(cached_per_layer)) + head_flops(shape, 1)
-
-
 def tower_rows(shape: VisionDims, tokens: int) -> int:
     return tokens * shape.patches_per_token + shape.extra_rows
 

@@ -15,10 +15,13 @@ from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.tokens import Selection
 from duet_vlm.profiling.flops import Grid, Spare, asking_rows, decoder_layer_flops, probe_flops, signal_flops, tower_rows
 from duet_vlm.profiling.model_dims import DecoderDims, VisionDims, probed_layer
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
-from duet_vlm.reducers.compressor import Compressor, ModuleSizes
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.compressor import Compressor, ModuleSizes, compressor_of
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import Change, LayerView, QuestionView
-from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
+from duet_vlm.reducers.vision_tower import TowerReducer, tower_of
 
 HEADS, WORDS = 16, 64  # of a view without data, where only the count of products matters
 
@@ -57,11 +60,11 @@ def selection_flops(
     parts = [tokens for span in (passes if ranked is None else ranked) for tokens in span]
     beyond = [0] * len(parts) if spare is None else [patches for span in spare for patches, _ in span]
     signals = 0
-    if reducer.signals:
-        looks = zip(parts, beyond, strict=True) if reducer.signal_segments else [(sum(parts), sum(beyond))]
-        heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
+    if reducer.requires & VISION_LAYER_INPUTS:
+        looks = zip(parts, beyond, strict=True) if reducer.scoring_rules().signal_segments else [(sum(parts), sum(beyond))]
+        heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
         signals = sum(signal_flops(vision, n, reducer.signal_queries, heads, more) for n, more in looks) * _attentions(reducer)
-    keys = vision.width if reducer.signal_heads == "one" else key_width
+    keys = vision.width if reducer.scoring_rules().signal_heads == "one" else key_width
     timed = _steps(plans, passes if steps is None else steps) if reducer.compares_frames else None
     return signals + choice_flops(reducer, tuple(_taken_apart(plans, passes)), keys, feature_width, vision, timed, projecting)
 
@@ -75,14 +78,14 @@ def _steps(plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]]) -> tuple[
 def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerStages, Spare]], vision: VisionDims, key_width: int) -> int:
     """Finding out who is like whom in the tower, and its attention where it ranks units, in one call: ``parts`` as ``Sample.in_tower`` lists them.
     Pictures are compared side by side, padded to the largest; attention is that of each by itself."""
-    tower, total = getattr(reducer, "tower_reducer", None), 0
+    tower, total = tower_of(reducer), 0
     if not isinstance(tower, TowerReducer):
         return 0
     here = [tokens for tokens, *_ in parts]
     for cuts in zip(*(stages for _, _, stages, _ in parts), strict=True):
         after, left = cuts[0][0], [count for _, count in cuts]
         total += 2 * len(here) * tower.merge_pairs(max(here), max(left)) * (key_width if after else vision.width)
-        if "attention" in tower.tower_signals:
+        if Input.BLOCK_ATTENTION in tower.requires:
             total += sum(signal_flops(vision, tokens, tower.signal_queries, vision.width // key_width) for tokens in here)
         here = left
     return total
@@ -90,16 +93,16 @@ def tower_choice_flops(reducer: Reducer, parts: Sequence[tuple[int, Grid, TowerS
 
 def selection_bytes(reducer: Reducer, plans: Sequence[SpanPlan], passes: Sequence[Sequence[int]], vision: VisionDims, key_width: int) -> int:
     """What the softmax of the signals reads and writes, in float32: every head's scores some four times."""
-    if not isinstance(reducer, EncoderReducer) or not reducer.signals or not any(plan.merges for plan in plans):
+    if not isinstance(reducer, EncoderReducer) or not reducer.requires & VISION_LAYER_INPUTS or not any(plan.merges for plan in plans):
         return 0
     rows = [tower_rows(vision, n) for span in passes for n in span]
-    heads = 1 if reducer.signal_heads == "one" else vision.width // key_width
+    heads = 1 if reducer.scoring_rules().signal_heads == "one" else vision.width // key_width
     return sum(16 * heads * asking_rows(vision, n, reducer.signal_queries) * n for n in rows) * _attentions(reducer)
 
 
 def _attentions(reducer: EncoderReducer) -> int:
     """How often attention is computed for a method: once for each layer that it names, and once more where it wants the heads apart."""
-    kinds = bool(reducer.signals & {"importance", "keys"}) + ("heads" in reducer.signals)
+    kinds = bool(reducer.requires & {Input.IMPORTANCE, Input.KEYS}) + (Input.HEAD_IMPORTANCE in reducer.requires)
     return kinds * len(set(reducer.signal_layers))
 
 
@@ -160,13 +163,13 @@ def choice_flops(
 
 def _module(reducer: EncoderReducer, sizes: ModuleSizes) -> nn.Module | None:
     """The module of a method that has one, without data."""
-    compressor = reducer.trained_reducer
+    compressor = compressor_of(reducer)
     return compressor.module(sizes).requires_grad_(False) if isinstance(compressor, Compressor) else None
 
 
 def question_flops(reducer: Reducer, words: Sequence[int], shape: DecoderDims) -> int:
     """The decoder reading the questions by themselves, of so many ``words`` each, for methods that want to know what it makes of them."""
-    if "question_state" not in getattr(reducer, "reads", ()):
+    if Input.QUESTION_STATE not in reducer.requires:
         return 0
     return sum(decoder_layer_flops(shape, rows, layer=layer) for rows in words for layer in range(shape.layers))
 
@@ -190,11 +193,11 @@ def deciding_flops(reducer: Reducer, visual: Sequence[int], rows: Sequence[int],
         if not 0 < stay < before:
             continue
         total += _shown_flops(reducer, before, stay, queries, shape)
-        if "visual_self_attention" in reducer.needs:
+        if Input.VISUAL_SELF_ATTENTION in reducer.requires:
             scored = probed_layer(shape.attends, layer - reducer.score_layer_offset + 1, last=True)
             among[scored] = scored + (scored < layer)
-        if "gradient" in reducer.needs:
-            total += probe_flops(shape, rows[layer], probed_layer(shape.attends, layer, reducer.probe == "last"), PREDICTED)
+        if Input.GRADIENT in reducer.requires:
+            total += probe_flops(shape, rows[layer], probed_layer(shape.attends, layer, reducer.scoring_rules().probe == "last"), PREDICTED)
     return total + sum(2 * visual[at] * (shape.hidden * shape.query_width + rows[at] * shape.wide) for at in among.values())
 
 

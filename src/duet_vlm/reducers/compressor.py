@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.planning.budget import Budget, Keep, SpanPlan, check_keep
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, plan_fixed_count
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.persistence import BESIDE
+from duet_vlm.reducers.plans import plan_fixed_count
 from duet_vlm.utils.field_types import FILE
 
 FORMAT = 1
@@ -106,8 +109,7 @@ class Compressor(EncoderReducer):
 
     def imitation_target(self, view: EncoderView, made: Selection) -> Tensor:
         """What rows that were ``made`` may learn to be like before they learn from answers, [B, K, C]: the means of the tokens each is made of."""
-        assert view.features is not None  # promised
-        return merged_rows(view.features.float(), replace(made, custom_rows=None))
+        return merged_rows(view.require(Input.FEATURES).float(), replace(made, custom_rows=None))
 
     def plan(self, tokens: int, depth: int, budget: Budget | None) -> SpanPlan:
         return plan_fixed_count(self, self.keep, tokens, depth, budget)
@@ -133,6 +135,12 @@ class Compressor(EncoderReducer):
                 stacklevel=2,
             )
         return made
+
+
+def compressor_of(reducer: Reducer) -> Compressor | None:
+    """The part of a method whose module makes the rows."""
+    compressor = reducer.trained_reducer
+    return compressor if isinstance(compressor, Compressor) else None
 
 
 def check_heads(heads: int, width: int, what: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from duet_vlm.planning.budget import Budget, SpanPlan
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, plan_keep_all
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.plans import plan_keep_all
 
 
 class Observations:

@@ -3,18 +3,20 @@ names."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from duet_vlm.reducers import method_files
 from duet_vlm.reducers.base import Reducer
+from duet_vlm.utils import lab
 from duet_vlm.utils.suggest import unknown
 
 ENTRY_POINT_GROUP = "duet_vlm.methods"
 
 _methods: dict[str, type[Reducer]] = {}
-_loaded = False
+_loaded: set[str] = set()
 
 
 def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
@@ -45,23 +47,30 @@ def register(name: str) -> Callable[[type[Reducer]], type[Reducer]]:
 
 def registered_class(name: str) -> type[Reducer]:
     """The class of a method; unknown names raise a ``ValueError`` that names those near it."""
-    _load()
+    _load(name)
+    if name not in _methods and name in lab.METHODS:
+        raise ValueError(lab.how_to_install("method", name))
     if name not in _methods:
         raise unknown("method", name, sorted(_methods), "'duet-vlm methods'")
     return _methods[name]
 
 
 def registered_methods() -> dict[str, type[Reducer]]:
-    """All registered methods by name, sorted."""
+    """All registered methods by name, sorted, without references of evaluations."""
     _load()
-    return dict(sorted(_methods.items()))
+    return {name: cls for name, cls in sorted(_methods.items()) if not cls.reference}
 
 
-def _load() -> None:
-    """Import the methods that other packages offer, once, and files that have been announced since."""
-    global _loaded
-    if not _loaded:
-        _loaded = True
-        for entry in entry_points(group=ENTRY_POINT_GROUP):
+@functools.cache
+def _offered() -> tuple[EntryPoint, ...]:
+    """Methods of installed packages, not imported yet."""
+    return tuple(entry_points(group=ENTRY_POINT_GROUP))
+
+
+def _load(*names: str) -> None:
+    """Import methods that other packages offer, those of these ``names`` or all, each once, and files that have been announced since."""
+    for entry in _offered():
+        if entry.value not in _loaded and (not names or entry.name in names):
+            _loaded.add(entry.value)
             register(entry.name)(entry.load())
     method_files.load()

@@ -17,7 +17,9 @@ from duet_vlm.planning.budget import (
     mean_within,
     target_mean,
 )
-from duet_vlm.reducers.base import ROUNDINGS, DecoderReducer, check_budget_or_fields, check_choice, plan_keep_all
+from duet_vlm.reducers.base import ROUNDINGS, check_choice
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 
 RELATIVE = ("entry", "current")
 Self = TypeVar("Self", bound="ScheduledReducer")

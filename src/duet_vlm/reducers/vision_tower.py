@@ -23,9 +23,21 @@ from duet_vlm.ops.ragged import pack_right
 from duet_vlm.ops.select import top
 from duet_vlm.planning.budget import EPSILON, Budget, Keep, SpanPlan, check_keep, count_of, infeasible_budget, target_mean
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, check_budget_or_fields, plan_keep_all
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
+from duet_vlm.reducers.inputs import TOWER_INPUTS, Input, required
+from duet_vlm.reducers.plans import check_budget_or_fields, plan_keep_all
 
 Grid = tuple[int, int]
+
+
+FIELDS = {  # the field that an input fills
+    Input.PATCH_CONTRAST: ("contrast",),
+    Input.PIXELS: ("pixels",),
+    Input.BLOCK_KEYS: ("keys",),
+    Input.KEY_NORM: ("key_norm",),
+    Input.BLOCK_ATTENTION: ("attention",),
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +49,7 @@ class TowerView:
     columns) of each picture's units; in front of the blocks they stand line by line. ``after``: how many blocks' attention has run.
     ``unit`` [P, U]: the number of each unit in its picture; ``extra`` rows (CLS) stand in front of them in the tower.
 
-    The rest is None unless the method names it in ``tower_signals``. In front of the blocks: ``contrast`` [P, U] float32, how far a unit's
+    The rest is None unless the method requires it. In front of the blocks: ``contrast`` [P, U] float32, how far a unit's
     patch embeddings, without position, lie from the picture's mean (length of the difference, mean over the unit's patches); ``pixels``
     [P, U, T, m], what the processor made of the unit's pixels, of each of the T frames that it shows. Behind the attention of a block, of that
     block, means over a unit's patches in float32: ``keys`` [P, U, d] means over heads, ``key_norm`` [P, U] mean length of a head's keys,
@@ -60,6 +72,12 @@ class TowerView:
     key_norm: Tensor | None = None
     attention: Tensor | None = None
     size: Tensor | None = None
+    method: str = ""
+
+    def require(self, needed: Input) -> Tensor:
+        """The field of an input that the method has declared; a ValueError that names the method and the input if it has not."""
+        found: Tensor = required(self, needed, FIELDS)
+        return found
 
 
 @dataclass(frozen=True)
@@ -91,8 +109,7 @@ class TowerReducer(EncoderReducer):
         as many rows as it has members and that nobody reads behind the tower. ``proportional_attention`` then plays no part. 0: none.
     """
 
-    tower_signals: ClassVar[frozenset[str]] = frozenset()
-    reads_features: ClassVar[bool] = False
+    available = TOWER_INPUTS
     reduces_in_tower: ClassVar[bool] = True
     by_threshold: ClassVar[bool] = False  # how many stay is what ``stay`` says
 
@@ -130,7 +147,7 @@ class TowerReducer(EncoderReducer):
         return Selection.keep_only(*pack_right(view.valid, max(plan.entry for plan in view.plans)))
 
     @property
-    def tower_reducer(self) -> TowerReducer:  # type: ignore[override]  # of a composition it is the first stage
+    def tower_reducer(self) -> TowerReducer:
         """What reduces inside the tower: this method itself."""
         return self
 
@@ -164,6 +181,12 @@ class TowerReducer(EncoderReducer):
     def pooled_features(self, units: int, left: int) -> int:
         """How many units a picture of ``units`` sends through the tower for those that leave it, where ``left`` stay: each stands for two or more."""
         return min(self.pooled_context_tokens, (units - left) // 2)
+
+
+def tower_of(reducer: Reducer) -> TowerReducer | None:
+    """The part of a method that reduces inside the vision tower."""
+    tower = reducer.tower_reducer
+    return tower if isinstance(tower, TowerReducer) else None
 
 
 def check_after(name: str, after: Sequence[int]) -> None:

@@ -9,8 +9,9 @@ from numbers import Integral
 
 from duet_vlm.planning.budget import Budget, BudgetError, SpanPlan, infeasible_budget, target_mean
 from duet_vlm.planning.spans import of_each_part, plan_span
-from duet_vlm.reducers.base import Reducer, plan_or_clamp
-from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.plans import plan_or_clamp
+from duet_vlm.reducers.vision_tower import TowerReducer, tower_of
 from duet_vlm.runtime.validation import check_plan
 
 
@@ -26,7 +27,7 @@ class ActiveConfig:
     @property
     def tower_reducer(self) -> TowerReducer | None:
         """What reduces in the tower."""
-        return getattr(self.reducer, "tower_reducer", None)
+        return tower_of(self.reducer)
 
     @property
     def by_threshold(self) -> bool:
@@ -51,7 +52,7 @@ class ActiveConfig:
             As ``plan``, and where a method in the tower, alone, has less than one token for a part. A fraction of parts of fewer tokens than
             ``small_image_tokens`` gives them the floor instead.
         """
-        tower, keep_structure = self.tower_reducer, getattr(self.reducer, "newline_tokens", "drop") == "keep"
+        tower, keep_structure = self.tower_reducer, self.reducer.newline_tokens == "keep"
         solve = functools.partial(plan_span, self.plan, self.budget, sizes, structure, each, keep_structure, left)
         if tower is None or tower is not self.reducer or left is not None:
             return solve()

@@ -9,20 +9,24 @@ from typing import Any
 from duet_vlm.inputs.clip_text import ClipTextEncoder
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.planning.budget import Budget, SpanPlan
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.compressor import compressor_of
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.runtime.encode.build_view import layer_number
 from duet_vlm.runtime.prefill.layers import scoring_layers
 from duet_vlm.runtime.vision_tower.block_hooks import check_boundaries
 
-WITHOUT = {"text_similarity": "take relevance='decoder', which compares with the question as the decoder reads it"}
+WITHOUT = {Input.TEXT_SIMILARITY.value: "take relevance='decoder', which compares with the question as the decoder reads it"}
 ANY_SIZE = 4096  # a span size to try settings on where images differ in size
 
 
 def hooked(reducer: Reducer) -> tuple[Any, ...]:
     """What the hooks on the vision tower, and a module of the method's own, were chosen by."""
-    compressor = getattr(reducer, "trained_reducer", None)
+    compressor = compressor_of(reducer)
     module = None if compressor is None else (compressor.weights, compressor.seed, tuple(compressor.shape.items()))
-    return (*(getattr(reducer, name, None) for name in ("signal_layers", "signals", "reads", "cls_token")), module)
+    return reducer.signal_layers, reducer.requires & (ENCODER_INPUTS - FEATURE_INPUTS), reducer.cls_token, module
 
 
 def check(
@@ -37,22 +41,22 @@ def check(
             for layer in (layer_number(adapter, layer) for layer in reducer.signal_layers):
                 if layer is not None and not adapter.attends_globally(layer):
                     raise ValueError(f"signal_layer={layer} attends within windows, of which a reduced tower leaves pieces: name another")
-            if "states" in reducer.signals:
+            if Input.STATES in reducer.requires:
                 raise TypeError(f"{reducer.name} reads rows inside the vision tower, of which a reduced tower has some only: leave the tower whole")
         if reducer.cls_token:
             adapter.cls_module()
             if adapter.feeds_cls:
                 raise ValueError("cls_token=True adds the CLS row, but this model feeds it already (vision_feature_select_strategy='full')")
         _check_layers(adapter, reducer)
-        for need in sorted((reducer.signals | reducer.reads) & adapter.unsupported.keys()):
+        for need in sorted({need.value for need in reducer.requires & ENCODER_INPUTS} & adapter.unsupported.keys()):
             raise TypeError(f"{reducer.name} needs {need!r}, which {adapter.family} cannot give: {adapter.unsupported[need]}. {WITHOUT[need]}")
-        if "text_similarity" in reducer.reads:
+        if Input.TEXT_SIMILARITY in reducer.requires:
             _check_text_tower(adapter, reducer, text_tower, processor)
     if processor is not None and not hasattr(processor, "tokenizer"):
         raise TypeError(f"processor= must be the model's processor (with a tokenizer), got {type(processor).__name__}")
     if isinstance(reducer, DecoderReducer) and reducer.text_query == "salient" and processor is None:
         warnings.warn("text_query='salient' without processor=: every call must bring salient_mask (duet_vlm.inputs.text_queries.salient_mask)", stacklevel=3)
-    stored = reducer.calibration() if isinstance(reducer, DecoderReducer) else None
+    stored = reducer.calibration()
     if stored is not None:
         stored.check(facts(adapter))
     if adapter.fixed_tokens is not None:
@@ -88,7 +92,7 @@ def _check_text_tower(adapter: Adapter, reducer: EncoderReducer, text_tower: Any
         given = "" if text_tower is None else f", got {type(text_tower).__name__}"
         raise ValueError(
             f"{reducer.name} compares tokens with the question in the space of a text tower{given}: pass "
-            f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT['text_similarity']}"
+            f"text_tower=duet_vlm.inputs.clip_text.ClipTextEncoder(clip, tokenizer) to attach(), or {WITHOUT[Input.TEXT_SIMILARITY.value]}"
         )
     if not hasattr(processor, "tokenizer"):
         raise ValueError(f"{reducer.name} reads the question's words for text_tower: pass processor= to attach()")
@@ -103,5 +107,5 @@ def _check_counts(tokens: int, reducer: Reducer) -> None:
     """Asking for more tokens than a fixed tower makes is a mistake in the settings."""
     for name in ("dominant", "contextual", "entry", "keep"):
         value = getattr(reducer, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > tokens + getattr(reducer, "cls_token", False):
+        if isinstance(value, int) and not isinstance(value, bool) and value > tokens + reducer.cls_token:
             raise ValueError(f"{name}={value}: this model's images have {tokens} visual tokens")

@@ -8,8 +8,11 @@ from typing import Any
 from torch import nn
 
 from duet_vlm.models.adapter import ConcatenatedBlocks, TowerBlocks, VarlenTower
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
-from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import Input
+from duet_vlm.reducers.vision_tower import tower_of
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.encode.attention_intercept import QKRecorder, SizeBias
 from duet_vlm.runtime.encode.build_view import QuestionTextEncoder, named_layers
@@ -53,14 +56,14 @@ def _on_tower(traffic: ModelHooks, reducer: Reducer, words: QuestionTextEncoder,
         hooks.add(attention.register_forward_hook, encoder.after_attention)
     for block in dict.fromkeys(module for modules in named.blocks for module in modules):
         hooks.add(block.register_forward_hook, encoder.after_block)
-    if "projector" in getattr(reducer, "reads", ()):
+    if Input.PROJECTOR in reducer.requires:
         hooks.add(adapter.projector().register_forward_pre_hook, encoder.asks_projector, with_kwargs=True)
     unread = adapter.unused_tower_layers()
     if not named.requested(unread):
         encoder.skips_unused_layers = bool(unread)
         for layer in map(_inside, unread):
             hooks.shadow(layer, "forward", encoder.instead_of(layer.forward))
-    if isinstance(reducer, EncoderReducer) and reducer.cls_token:
+    if reducer.cls_token:
         hooks.add(adapter.cls_module().register_forward_hook, traffic.record_cls)
     if adapter.pointwise_projector is not None:
         hooks.add(adapter.pointwise_projector.register_forward_pre_hook, encoder.before_projector)
@@ -76,7 +79,8 @@ def _in_tower(traffic: ModelHooks, reducer: EncoderReducer) -> None:
     batch, joined, packed = TowerHooks(adapter, state), ConcatenatedTowerHooks(adapter, state), VarlenTowerHooks(adapter, state)
     for blocks in adapter.blocks_to_reduce():
         depth = depth_of(blocks, adapter, reducer)
-        within = isinstance(reducer.tower_reducer, TowerReducer) and reducer.tower_reducer.prunes_inside
+        tower = tower_of(reducer)
+        within = tower is not None and tower.prunes_inside
         if within or isinstance(blocks, VarlenTower) or not blocks.takes_mask:
             for number, inside in enumerate(blocks.block_modules):
                 hooks.on_undo(SizeBias(inside.attention, state, number).remove)

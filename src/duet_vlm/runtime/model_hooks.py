@@ -195,7 +195,7 @@ class ModelHooks:
         step, cache = kwargs.get(PASS), kwargs.get("past_key_values")
         if isinstance(step, PrefillPass) and cache is not None and step.prompt_state.reduces:
             note_evicted(cache, step.prompt_state, step.kinds)
-            if getattr(step.reducer, "trim_kv_cache", False):
+            if step.reducer.trim_kv_cache:
                 trim_cache(cache, step.prompt_state, step.kinds)
         if step is not None and step.prompt_state.cache_bytes is None:
             filled = getattr(output, "past_key_values", None) if cache is None else cache  # of a prompt left whole the decoder made its own

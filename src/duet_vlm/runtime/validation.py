@@ -35,7 +35,9 @@ from torch import Tensor
 
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import MERGES, Selection
-from duet_vlm.reducers.base import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.vision_tower import MergePairs, TowerReducer, TowerView
 
 MEMBER = 1 << 32  # how a member counts in a table where a kept row counts 1
@@ -356,7 +358,7 @@ def _where(kind: InvalidSelection, table: Tensor, values: Values) -> str:
 
 
 def _name(reducer: Reducer) -> str:
-    return getattr(reducer, "name", type(reducer).__name__)
+    return getattr(reducer, "name", type(reducer).__name__)  # not registered yet
 
 
 def _shown(value: object) -> str:

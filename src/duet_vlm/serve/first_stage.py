@@ -10,6 +10,7 @@ from torch import Tensor
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows
 from duet_vlm.reducers.encoder_view import LayerView
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 from duet_vlm.runtime.encode.selection import part_sizes, select_tokens
 from duet_vlm.runtime.validation import raise_if_invalid
 from duet_vlm.serve.served_method import ServedMethod
@@ -55,7 +56,7 @@ def reduce_rows(
     reducer = served.reducer
     features, _ = pad_rows(list(rows))
     layers: tuple[LayerView, ...] = ()
-    if reducer.signals:
+    if reducer.requires & VISION_LAYER_INPUTS:
         if signals is None:
             raise RuntimeError(f"{reducer.name} ranks by the attention of the vision tower, and none was recorded")
         layers = (LayerView(pad_rows(list(signals[0]))[0], keys=pad_rows(list(signals[1]))[0]),)

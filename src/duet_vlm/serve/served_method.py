@@ -15,7 +15,10 @@ import duet_vlm
 from duet_vlm.methods.lookup import get_method
 from duet_vlm.planning.budget import Budget, SpanPlan, check_budget
 from duet_vlm.planning.spans import plan_span
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer, with_fields
+from duet_vlm.reducers.base import Reducer, with_fields
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import ENCODER_INPUTS, FEATURE_INPUTS, Input
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime.encode.selection import reduces_per_crop
 from duet_vlm.runtime.validation import check_plan
@@ -35,8 +38,14 @@ ARCHITECTURES = {  # whose first stage vLLM can run, and their positions there; 
 PREFIX = "Duet"
 
 DEPTH = 32  # of the decoder in which a method divides what enters into dominant and contextual rows
-SECOND = {each.name for each in dataclasses.fields(DecoderReducer)} - {each.name for each in dataclasses.fields(Reducer)} | {"schedule"}
+SECOND = {each.name for each in dataclasses.fields(DecoderReducer)} - {each.name for each in dataclasses.fields(Reducer)}
+OWN_SECOND = ("schedule", "skip_unanswered", "score_mask", "score_positions", "probe")  # of a method; in a composition behind its name
 NOTHING_ASKED = -1.0
+
+
+def _late(name: str) -> bool:
+    """Whether a setting is of what is dropped inside the decoder."""
+    return name in SECOND or any(name == own or name.endswith(f"_{own}") for own in OWN_SECOND)
 
 
 @dataclass(frozen=True)
@@ -68,19 +77,19 @@ class ServedMethod:
         method, budget = settings.pop("method", "duet"), settings.pop("budget", None)
         for part in str(method).split("+"):
             _check_stage(part, get_method(part))
-        late = sorted(name for name in settings if (name in SECOND or name.endswith("_schedule")) and settings[name] not in (None, ()))
+        late = sorted(name for name in settings if _late(name) and settings[name] not in (None, ()))
         if late:
             raise ValueError(f"{late[0]}: a setting of what is dropped inside the decoder, which vLLM has no place for: leave it out")
         if settings.get("cls_token"):
             raise ValueError("cls_token=True: no server feeds the tower's CLS row to the decoder, leave it out")
-        if settings.get("signal_segments") is False:
+        if any(settings.get(name) is False for name in settings if name.endswith("signal_segments")):
             raise ValueError("signal_segments=False: it ranks all images of a call together, and a server decides which those are, leave it out")
         if settings.get("positions", positions) != positions:
             raise ValueError(f"positions={settings['positions']!r}: vLLM gives this model {positions!r} positions, leave it out")
         check_budget(budget)
         reducer = with_fields(get_method(method), {**settings, "positions": positions})
         assert isinstance(reducer, EncoderReducer)  # checked stage by stage
-        beyond = sorted((reducer.signals - {"importance", "keys"}) | reducer.reads)
+        beyond = sorted(need.value for need in reducer.requires & ENCODER_INPUTS - FEATURE_INPUTS - {Input.IMPORTANCE, Input.KEYS})
         if beyond or len(reducer.signal_layers) > 1:
             what = ", ".join(beyond) or "several vision layers"
             raise ValueError(f"{method}: it reads {what}, and the plug-in makes the importance and keys of one vision layer only: choose another")

@@ -14,11 +14,11 @@ from typing import Any
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset
 
-from duet_vlm import tiny
+from duet_vlm.api.embedded import embedded_task, task_names
 from duet_vlm.inputs.images import local, open_image
-from duet_vlm.utils.contents import digest_of, ends
+from duet_vlm.utils import lab
+from duet_vlm.utils.contents import digest_of
 
-DRAWN = {"tiny": False, "tiny-crowded": True}  # name -> crowded scenes
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 MARKER = "<image>"  # where an image goes in LLaVA's texts
 
@@ -75,14 +75,16 @@ def conversations(
 
 
 def digest(sources: Sequence[str], images: str | None = None, limit: int | None = None) -> str | None:
-    """Of what the conversations of all sources and their images hold; None where all are drawn. Errors are those of ``conversations``."""
-    rows = [_rows(name, images, limit) for name in sources if name not in DRAWN]
+    """Of what all conversations say and of every byte of their images; None where all are drawn. Errors are those of ``conversations``."""
+    rows = [_rows(name, images, limit) for name in sources if name not in task_names()]
     said = [[(row.messages, len(row.files)) for row in some] for some in rows]
-    return digest_of(said, [file for some in rows for row in some for file in row.files], ends) if rows else None
+    return digest_of(said, [file for some in rows for row in some for file in row.files]) if rows else None
 
 
 def _source(name: str, images: str | None, limit: int | None, seed: int, split: str) -> Conversations:
-    if name in DRAWN:
+    if name in task_names():
+        if embedded_task(name).clips:
+            raise ValueError(f"data: {name} shows clips, and conversations hold images only: give {_known()}")
         if limit is None:
             raise ValueError(f"data: {name} draws conversations without end: give limit")
         return Conversations(limit, partial(_drawn, name, split, seed))
@@ -105,16 +107,23 @@ def _opened(rows: Sequence[DataRow], index: int) -> Conversation:
 
 
 def _drawn(name: str, split: str, seed: int, index: int) -> Conversation:
-    item = tiny.sample(split, index, seed, DRAWN[name])
-    ask = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": item.question}]}
+    item = embedded_task(name).sample(split, index, seed)
+    ask = {"role": "user", "content": [*({"type": "image"} for _ in item.images), {"type": "text", "text": item.question}]}
     said = {"role": "assistant", "content": [{"type": "text", "text": item.answer}]}
-    return Conversation([ask, said], (item.image,), f"{name}, {split} sample {index}")
+    return Conversation([ask, said], item.images, f"{name}, {split} sample {index}")
+
+
+def _known() -> str:
+    """Embedded tasks with pictures, in words."""
+    return ", ".join(name for name in task_names() if not embedded_task(name).clips)
 
 
 def _values(path: Path) -> list[tuple[Any, str]]:
     """The values of a file, each with its place in words."""
+    if str(path) in lab.TASKS:
+        raise ValueError(lab.how_to_install("data:", str(path)))
     if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        raise ValueError(f"data: {path}: give a .json or .jsonl file that exists, or {', '.join(DRAWN)}")
+        raise ValueError(f"data: {path}: give a .json or .jsonl file that exists, or {_known()}")
     if path.suffix == ".jsonl":
         with path.open("rb") as lines:
             places = ((line, f"{path}, line {number}") for number, line in enumerate(lines, 1))

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 from duet_vlm import EncoderReducer, EncoderView, Selection, attach
+from duet_vlm.reducers.compressor import compressor_of
 from duet_vlm.train.collate import Collator
 from duet_vlm.train.settings import TrainSettings
 
@@ -38,7 +39,7 @@ def imitate(model: nn.Module, settings: TrainSettings, args: TrainingArguments, 
     budget = settings.budgets[-1] if settings.budgets else None
     with attach(model, settings.method, budget=budget, **settings.settings) as handle:
         method = handle.reducer
-        compressor = getattr(method, "trained_reducer", None)
+        compressor = compressor_of(method)
     if compressor is None:
         raise ValueError(f"imitate: {settings.imitate}: {method.name} has no module that could learn; leave it out")
     with attach(model, imitating(compressor, wrong), budget=budget) as handle:

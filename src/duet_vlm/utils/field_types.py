@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 
+from duet_vlm.utils.renamed_settings import check_renamed
 from duet_vlm.utils.suggest import did_you_mean
 
 DECLARED: dict[str, tuple[Callable[[Any], bool], str]] = {  # what a field says of itself -> which values are meant, and in words
@@ -48,8 +49,9 @@ def to_plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def check_names(method: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Refuse a setting that a method does not have; the ``known`` ones are listed."""
+def check_names(method: str, given: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse a setting that a method does not have, and an old name or value of one; the ``known`` ones are listed."""
+    check_renamed(method, given, known)
     for name in given:
         if name not in known:
             raise ValueError(f"{method} has no setting {name!r}{did_you_mean(name, known)}; its settings: {', '.join(known)}")

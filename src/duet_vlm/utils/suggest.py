@@ -19,6 +19,5 @@ def did_you_mean(given: object, known: Iterable[str], most: int = 1) -> str:
 
 
 def unknown(what: str, given: object, known: Iterable[str], where: str) -> ValueError:
-    """The error for a name that is not among the ``known``: those near it, how many there are, and ``where`` all of them are listed."""
-    names = list(known)
-    return ValueError(f"unknown {what} {given!r}{did_you_mean(given, names, NEAR)}; {where} lists the {len(names)} there are")
+    """The error for a name that is not among the ``known``: those near it, and ``where`` all of them are listed."""
+    return ValueError(f"unknown {what} {given!r}{did_you_mean(given, known, NEAR)}; {where} lists those there are")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from duet_vlm import DecoderReducer, DecoderView, EncoderReducer, EncoderView, Reducer, SpanTrace
+from duet_vlm.reducers.inputs import Input
 
 
 class ScoreRecorder:
@@ -36,7 +37,7 @@ class ScoreRecorder:
                 watcher._see_drop(view)
                 return cls.prune_tokens(self, view)  # type: ignore[attr-defined]
 
-            facts |= {"prune_tokens": prune_tokens, "uses_tokens": True}
+            facts |= {"prune_tokens": prune_tokens, "requires": method.requires | {Input.TOKENS}}
         made: Any = type(cls.__name__, (cls,), facts)
         self.reducer: Reducer = made(**method.settings())
 
@@ -69,6 +70,5 @@ class ScoreRecorder:
 
 def _of_span(view: DecoderView, scores: np.ndarray, number: int) -> dict[int, float]:
     """Scores of one span of the first sample."""
-    assert view.span_index is not None and view.token_index is not None  # asked for by ``uses_tokens``
-    valid, span, token = (x.cpu().numpy() for x in (view.valid, view.span_index, view.token_index))
+    valid, span, token = (x.cpu().numpy() for x in (view.valid, *view.require(Input.TOKENS)))
     return {int(token[place]): float(scores[place]) for place in zip(*np.nonzero(valid), strict=True) if span[place] == number}

@@ -16,6 +16,7 @@ from vllm.multimodal.video_prune.evs import compute_mrope_for_media
 from vllm.platforms import current_platform
 
 from duet_vlm.models.tower_signals import packed_signals
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm_vllm.placeholders import BUDGETS, FewerPlaceholders
 from duet_vlm_vllm.settings import served
@@ -132,7 +133,7 @@ class KeptPositions:
         self.recorder.take()
         media = self._parse_and_validate_image_input(pixel_values=pixels, image_grid_thw=torch.tensor(grids))
         rows = super()._process_image_input(media)
-        if not self.duet.reducer.signals:
+        if not self.duet.reducer.requires & VISION_LAYER_INPUTS:
             return (rows,)
         importance, keys = packed_signals(self.recorder.take(), self.visual.spatial_merge_size**2, self.duet.reducer.signal_segments)
         order, counts = self.raster(grids).to(importance.device), [len(row) for row in rows]

@@ -17,6 +17,7 @@ from vllm.model_executor.models.interns1 import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from duet_vlm.models.tower_signals import cells, cls_signals
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm.serve.served_method import REQUEST
 from duet_vlm_vllm.placeholders import FewerPlaceholders, ImagesOnly
@@ -72,7 +73,7 @@ class DuetInternVL(InternS1ForConditionalGeneration):
         self.recorder.take()
         rows = list(self.extract_feature(tiles))
         signals = None
-        if self.duet.reducer.signals:
+        if self.duet.reducer.requires & VISION_LAYER_INPUTS:
             importance, keys = cls_signals(*self.recorder.take())
             both = torch.cat([importance[..., None], keys], -1)
             means = cells(both, math.isqrt(both.shape[1]), round(1 / self.downsample_ratio))

@@ -17,6 +17,7 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from duet_vlm.models.tower_signals import cls_signals
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
 from duet_vlm.serve.first_stage import reduce_rows
 from duet_vlm.serve.served_method import REQUEST
 from duet_vlm_vllm.placeholders import FewerPlaceholders
@@ -65,7 +66,7 @@ class Tower:
 
     def signals(self) -> tuple[Tensor, Tensor] | None:
         """Importance [crops, N] and mean keys [crops, N, d] of the call that just ran."""
-        return self.score(*self.recorder.take()) if self.duet.reducer.signals else None
+        return self.score(*self.recorder.take()) if self.duet.reducer.requires & VISION_LAYER_INPUTS else None
 
 
 @MULTIMODAL_REGISTRY.register_processor(Processor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder)
@@ -90,7 +91,7 @@ class DuetLlava(Tower, LlavaForConditionalGeneration):
 
     def _reduced(self, pixels: Any, asked: list[float]) -> list[Tensor]:
         features = self._image_pixels_to_features(self.vision_tower, pixels if isinstance(pixels, Tensor) else torch.stack(pixels))
-        late = self.duet.reducer.reads_projected
+        late = Input.PROJECTED_FEATURES in self.duet.reducer.requires
         rows = list(self.multi_modal_projector(features) if late else features)
         parts = [torch.zeros(len(row), dtype=torch.long) for row in rows]
         kept = [row for row, _ in reduce_rows(self.duet, rows, parts, asked, self.signals())]

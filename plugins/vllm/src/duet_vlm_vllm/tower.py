@@ -11,7 +11,8 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_gather
 
 from duet_vlm.models.adapter import RecordedQK
-from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS
 from duet_vlm.runtime.encode.selection import record_qk
 from duet_vlm.serve.served_method import NOTHING_ASKED
 
@@ -37,7 +38,7 @@ class Recorder:
 
     def __init__(self, attention: nn.Module, reducer: EncoderReducer, whole: bool = False) -> None:
         self.reducer, self.whole, self.calls = reducer, whole, []
-        if reducer.signals:
+        if reducer.requires & VISION_LAYER_INPUTS:
             attention.register_forward_pre_hook(self._record, with_kwargs=True)
 
     def _record(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

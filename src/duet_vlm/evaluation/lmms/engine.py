@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import duet_vlm
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 from duet_vlm.evaluation.lmms.arguments import ModelArguments, cut, generation_of
 from duet_vlm.evaluation.lmms.costs import PromptCosts
 from duet_vlm.inputs.images import rgb

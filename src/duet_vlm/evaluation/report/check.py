@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from duet_vlm.api.catalogue import rows
+from duet_vlm.utils.renamed_settings import check_renamed
+
 AGAIN = "run the experiment again to make it anew"
 Test = Callable[[Any], bool]
 
@@ -90,6 +93,13 @@ def check(result: dict[str, Any], source: str) -> None:
     problem = next(_problems(result), None)
     if problem:
         raise ValueError(f"{source}: {problem}; {AGAIN}")
+    for number, run in enumerate(result["runs"]):
+        parts = run["method"].split("+")
+        own = [name for row in rows("methods") if row["name"] in parts for name in row["settings"]]
+        try:
+            check_renamed(run["method"], run["settings"], [*own, *(f"{part}_{name}" for part in parts for name in own)])
+        except ValueError as error:
+            raise ValueError(f"{source}: run {number} ({run['id']!r}): {error}, in this file too") from None
 
 
 def _problems(result: dict[str, Any]) -> Iterator[str]:

@@ -12,7 +12,9 @@ from duet_vlm.planning.budget import SpanPlan, TowerStages
 from duet_vlm.planning.spans import tower_counts
 from duet_vlm.profiling.report import Report, SampleCounts, make_report
 from duet_vlm.profiling.roofline import Workload
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.vision_tower import tower_of
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,10 @@ def plan_prompt(
     before = sum(plan.entry for plan in plans)
     counts = tuple(map(sum, zip(*(plan.counts for plan in plans), strict=True)))
     drops = [i for i, (old, new) in enumerate(zip((before, *counts), counts, strict=False)) if new not in (old, 0)]
-    queries = 1 if getattr(reducer, "text_query", "") == "last" else text
+    queries = 1 if reducer.text_query == "last" else text
     measured = counts, tuple(text + count for count in counts)
-    fed, least = int(handle.adapter.feeds_cls), getattr(getattr(reducer, "tower_reducer", None), "least", 1)
+    tower = tower_of(reducer)
+    fed, least = int(handle.adapter.feeds_cls), 1 if tower is None else tower.least
     left = tuple(
         tuple(handle.dropping(n, k) for n, k in zip(sizes, tower_counts(plan, sizes, fed, least), strict=True))
         for plan, sizes in zip(plans, passes, strict=True)
@@ -84,13 +87,13 @@ def padded(left: tuple[tuple[TowerStages, ...], ...], passes: Sequence[tuple[int
 
 def _pads(handle: Handle) -> bool:
     """Whether a reduced tower takes the parts of a picture as a batch."""
-    blocks = handle.adapter.blocks_to_reduce()[0] if getattr(handle.reducer, "reduces_in_tower", False) else None
+    blocks = handle.adapter.blocks_to_reduce()[0] if handle.reducer.reduces_in_tower else None
     return isinstance(blocks, TowerBlocks) and not isinstance(blocks, ConcatenatedBlocks)
 
 
 def _merges_left(handle: Handle) -> bool:
     """Whether the merger runs on what a reduced tower leaves."""
-    return getattr(handle.reducer, "reduces_in_tower", False) and isinstance(handle.adapter.blocks_to_reduce()[0], VarlenTower)
+    return handle.reducer.reduces_in_tower and isinstance(handle.adapter.blocks_to_reduce()[0], VarlenTower)
 
 
 def _skips(handle: Handle) -> bool:

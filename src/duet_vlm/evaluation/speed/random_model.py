@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from duet_vlm.api.loading import EMBEDDED, config_of, quiet
+from duet_vlm.api.embedded import model_names
+from duet_vlm.api.loading import config_of, quiet
 
 
 def skeleton(name: str, config_file: Path | None = None) -> tuple[Any, int]:
@@ -18,7 +19,7 @@ def skeleton(name: str, config_file: Path | None = None) -> tuple[Any, int]:
     config = config_of(name) if config_file is None else config_in(config_file)
     with quiet(), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-    dtype = torch.float32 if name in EMBEDDED and config_file is None else getattr(config, "dtype", None) or torch.float32
+    dtype = torch.float32 if name in model_names() and config_file is None else getattr(config, "dtype", None) or torch.float32
     return model, dtype.itemsize
 
 

@@ -15,8 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from duet_vlm.inputs.text_queries import query_rows
 from duet_vlm.models.adapter import Adapter, Encoding, RecordedQK
 from duet_vlm.ops.ragged import gather_rows, pack_right, pad_rows, upload
-from duet_vlm.reducers.base import EncoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.encoder_view import Change, Layer, LayerView, QuestionView
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext, ForwardContext, PromptText, ThreadState
 from duet_vlm.runtime.prefill.masks import real_rows
@@ -61,13 +62,13 @@ def named_layers(adapter: Adapter, reducer: Any) -> SignalLayers:
     IndexError
         A layer that the tower does not have.
     """
-    wanted = reducer.signals if isinstance(reducer, EncoderReducer) else frozenset()
+    wanted = reducer.requires & VISION_LAYER_INPUTS
     if not wanted:
         return SignalLayers((), ())
     attentions = tuple(tuple(adapter.vision_attentions(layer_number(adapter, layer))) for layer in reducer.signal_layers)
-    state = [module for module in adapter.tower().modules() if isinstance(module, nn.ModuleList)] if "states" in wanted else []
+    state = [module for module in adapter.tower().modules() if isinstance(module, nn.ModuleList)] if Input.STATES in wanted else []
     blocks = tuple(tuple(_block(state, attention) for attention in modules) if state else () for modules in attentions)
-    return SignalLayers(attentions if wanted - {"states"} else ((),) * len(blocks), blocks)
+    return SignalLayers(attentions if wanted - {Input.STATES} else ((),) * len(blocks), blocks)
 
 
 def _block(state: Iterable[nn.ModuleList], attention: nn.Module) -> nn.Module:
@@ -80,17 +81,17 @@ def layer_view(adapter: Adapter, recorded: list[RecordedQK], encoding: Encoding,
     """What ``reducer`` names of one layer's queries and keys."""
 
     def signals(calls: list[RecordedQK]) -> tuple[list[Tensor], list[Tensor]]:
-        return adapter.importance_and_keys(calls, encoding, reducer.signal_segments)
+        return adapter.importance_and_keys(calls, encoding, reducer.scoring_rules().signal_segments)
 
     made: Rows = {}
-    if reducer.signals & {"importance", "keys"}:
+    if reducer.requires & {Input.IMPORTANCE, Input.KEYS}:
         found = dict(zip(("importance", "keys"), signals(recorded), strict=True))
-        made |= {name: rows for name, rows in found.items() if name in reducer.signals}
-    if "heads" in reducer.signals:
+        made |= {name: rows for name, rows in found.items() if Input(name) in reducer.requires}
+    if Input.HEAD_IMPORTANCE in reducer.requires:
         count = recorded[0].query.shape[1]
         heads = [signals([_head(one, number) for one in recorded])[0] for number in range(count)]
         made["heads"] = [torch.stack(rows, -1) for rows in zip(*heads, strict=True)]
-    if "queries" in reducer.signals:
+    if Input.QUERIES in reducer.requires:
         made["queries"] = adapter.token_rows(torch.cat([one.query for one in recorded], 2).float().mean(1), encoding)
     return made
 

@@ -22,8 +22,11 @@ from duet_vlm.models.adapter import Adapter, Encoding, Modality
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import pad_rows, stacked
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import DecoderReducer, EncoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.encoder import EncoderReducer
 from duet_vlm.reducers.encoder_view import LayerView
+from duet_vlm.reducers.inputs import FEATURE_INPUTS, QUESTION_INPUTS, VISION_LAYER_INPUTS, Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.context import ENCODED, EncodeContext, EncodedFeatures, PromptText, ReceivedFeatures, SpanSelection, ThreadState
@@ -250,7 +253,7 @@ class EncoderHooks:
     def before_projector(self, projector: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Pre-hook of the projector: features [B, N, C] -> surviving rows [B, K, C]."""
         call = self.state.encode_contexts[-1] if self.state.encode_contexts else None
-        if call is None or not isinstance(call.config.reducer, EncoderReducer) or call.config.reducer.reads_projected:
+        if call is None or not isinstance(call.config.reducer, EncoderReducer) or Input.PROJECTED_FEATURES in call.config.reducer.requires:
             return None
         reducer = call.config.reducer
         together = self.adapter.projected_together(call.encoding)
@@ -358,7 +361,7 @@ class EncoderHooks:
             self.adapter.cls_module()  # raises: no CLS row here
             parts = [nn.functional.pad(rows, (1, 0)) for rows in parts]
         width = max(map(len, parts))
-        layers = self._layers(call, width) if reducer.signals else ()
+        layers = self._layers(call, width) if reducer.requires & VISION_LAYER_INPUTS else ()
         rows = features()
         shown = next(x for x in (*(x for layer in layers for x in layer.tensors()), rows) if x is not None)
         left = None if call.tower_state is None else self._left(call, width).to(shown.device)
@@ -385,20 +388,20 @@ class EncoderHooks:
         return views
 
     def _read(self, call: EncodeContext, counts: list[int], width: int, device: torch.device, layers: tuple[LayerView, ...]) -> dict[str, Any]:
-        """What the method names in ``reads``."""
+        """The inputs beside layers and features that the method requires."""
         reducer = call.config.reducer
         assert isinstance(reducer, EncoderReducer)
         made: dict[str, Any] = {}
-        if "grid" in reducer.reads:
+        if Input.GRID in reducer.requires:
             made |= grid_of(self.adapter, call.encoding, counts, width, device)
-        if reducer.reads & {"question", "text_similarity", "question_state"}:
+        if reducer.requires & QUESTION_INPUTS:
             asked = question_of(self.adapter, call.prompt, call.encoding.stream, counts, reducer.name, call.learns)
             made["question"] = asked.question
-            if "question_state" in reducer.reads:
+            if Input.QUESTION_STATE in reducer.requires:
                 made["question_state"] = question_state(self.adapter, asked, self.state)
-            if "text_similarity" in reducer.reads:
+            if Input.TEXT_SIMILARITY in reducer.requires:
                 made |= self.text_encoder.similar(layers[0].states, asked, self.adapter.family)
-        if "projector" in reducer.reads:
+        if Input.PROJECTOR in reducer.requires:
             made["project"] = projector_function(self.adapter, call)
         if reducer.trained_reducer is not None:
             made["module"] = self.module
@@ -407,7 +410,7 @@ class EncoderHooks:
 
 def _chooses_early(reducer: EncoderReducer) -> bool:
     """Whether a method needs nothing of what comes behind the attention of the layers that it names."""
-    return not reducer.reads_features and "states" not in reducer.signals and "projector" not in reducer.reads
+    return not reducer.requires & (FEATURE_INPUTS | {Input.STATES, Input.PROJECTOR})
 
 
 def _with_arguments(encode: Callable[..., Any], signature: inspect.Signature, arguments: dict[str, Any]) -> Any:

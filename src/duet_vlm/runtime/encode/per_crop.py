@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from duet_vlm.ops.ragged import pack_right, upload
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.runtime.validation import check_selection
 
 

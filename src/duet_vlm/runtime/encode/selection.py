@@ -17,7 +17,8 @@ from duet_vlm.ops.ragged import upload
 from duet_vlm.ops.score import one_head
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Selection
-from duet_vlm.reducers.base import EncoderReducer, EncoderView, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.encoder import EncoderReducer, EncoderView
 from duet_vlm.reducers.encoder_view import LayerView
 from duet_vlm.runtime.encode.per_crop import select_each, with_structure
 from duet_vlm.runtime.validation import check_selection
@@ -55,9 +56,9 @@ def max_parts_of(parts: Sequence[Tensor]) -> tuple[int, int]:
 def record_qk(reducer: Reducer, query: Tensor, key: Tensor, scaling: float, segments: Tensor | None) -> RecordedQK:
     """One call of the attention that ranks, as the method's settings read it: query, key [B, H, N, d] of all heads."""
     query, key = query.detach(), key.detach()
-    if getattr(reducer, "signal_heads", "each") == "one":
+    if reducer.scoring_rules().signal_heads == "one":
         query, key, scaling = one_head(query, key, scaling)
-    return RecordedQK(query, key, scaling, segments, getattr(reducer, "signal_queries", None))
+    return RecordedQK(query, key, scaling, segments, reducer.signal_queries)
 
 
 def select_tokens(
@@ -109,7 +110,7 @@ def select_tokens(
         features = features.detach()
     view = EncoderView(
         content, planned[:, 0], planned[:, 1], asked, layers[0].importance if layers else None, layers[0].keys if layers else None,
-        features, numbers.clamp(min=STRUCTURE), stream, layers, max_parts=max_parts_of(parts), **read or {},
+        features, numbers.clamp(min=STRUCTURE), stream, layers, max_parts=max_parts_of(parts), method=reducer.name, **read or {},
     )  # fmt: skip
     if each and any(plan.parts for plan in plans):
         selection, wrong = select_each(reducer, view, list(parts))

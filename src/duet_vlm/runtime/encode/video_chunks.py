@@ -19,6 +19,7 @@ from torch import Tensor
 from duet_vlm.models.adapter import Adapter, Encoding
 from duet_vlm.ops.ragged import upload
 from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
 
@@ -103,9 +104,9 @@ def _lengths(call: Encoding, pixels: Tensor) -> list[int]:
 
 def _whole(reducer: Reducer) -> str:
     """Why a method needs the frames of a clip in one call of the tower; empty where it does not."""
-    if getattr(reducer, "tower_reducer", None) is not None:
+    if reducer.tower_reducer is not None:
         return "reduces in the tower"
-    return "asks the projector" if "projector" in getattr(reducer, "reads", ()) else ""
+    return "asks the projector" if Input.PROJECTOR in reducer.requires else ""
 
 
 def per_chunk_backward(adapter: Adapter, call: Encoding, clip: int, count: int) -> Iterator[Tensor]:

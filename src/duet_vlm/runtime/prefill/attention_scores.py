@@ -12,7 +12,8 @@ from duet_vlm.models.adapter import Adapter, Rotary
 from duet_vlm.ops.ragged import gather_rows, last_true, pack_right, upload
 from duet_vlm.ops.score import QUERY_BLOCK, query_attention, state_read_out
 from duet_vlm.planning.tokens import TokenMap
-from duet_vlm.reducers.base import DecoderReducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 
 LEAST = 0.01  # of the product of two rows of ones at one place: positions never divide attention by less
@@ -61,18 +62,18 @@ class TextAttentionScorer:
             return {"scores": self._read_out(layer, hidden.to(device), tokens.to(device))}
         index, valid = (x.to(device) for x in self.text_rows(tokens))
         hidden, rotary, tokens = hidden.to(device), (rotary[0].to(device), rotary[1].to(device)), tokens.to(device)
-        visual, there = pack_right(tokens.visual, max(1, visual_rows)) if "visual_self_attention" in reducer.needs else (index[:, :0], valid[:, :0])
+        visual, there = pack_right(tokens.visual, max(1, visual_rows)) if Input.VISUAL_SELF_ATTENTION in reducer.requires else (index[:, :0], valid[:, :0])
         with compat.uncached_autocast(hidden):
             query, key = self.adapter.project(layer, hidden, rotary, torch.cat([index, visual], 1))
         with compat.without_autocast(hidden):
             text, own = query.tensor_split((index.shape[1],), 2)
             received = functools.partial(self._received, layer, key, tokens, rotary)
             made: Signals = {}
-            if reducer.uses_text:
+            if Input.SCORES in reducer.requires:
                 made["scores"] = received(text, index, valid)
-            if "visual_self_attention" in reducer.needs:
+            if Input.VISUAL_SELF_ATTENTION in reducer.requires:
                 made["visual_self_attention"] = received(own, visual, there)
-            if "keys" in reducer.needs:
+            if Input.DECODER_KEYS in reducer.requires:
                 made["keys"] = key.transpose(1, 2).flatten(2)
         return made
 
@@ -89,7 +90,7 @@ class TextAttentionScorer:
     ) -> Tensor:
         """Attention that rows ``index`` [B, Q] pay to every row: [B, T] float32, [B, T, H] by head."""
         scaling = self.adapter.scaling(layer)
-        divisor = _by_position(self.adapter, key, rotary, index, scaling) if self.reducer.score_positions == "divided" else None
+        divisor = _by_position(self.adapter, key, rotary, index, scaling) if self.reducer.scoring_rules().score_positions == "divided" else None
         return query_attention(
             query, key, scaling, lambda block: self._seen(tokens, index[:, block]), valid.float(), heads=self.reducer.score_heads, divisor=divisor
         )
@@ -97,7 +98,7 @@ class TextAttentionScorer:
     def _seen(self, tokens: TokenMap, index: Tensor) -> Tensor:
         """Which rows each query row sees [B, Q, T]: what precedes it, or what the family's own mask shows; windows are lifted."""
         allowed = tokens.valid[:, None].expand(-1, index.shape[1], -1)
-        if self.reducer.score_mask == "none":
+        if self.reducer.scoring_rules().score_mask == "none":
             return allowed
         if self.prepared_masks is None:
             return allowed & (torch.arange(allowed.shape[2], device=index.device) <= index[..., None])

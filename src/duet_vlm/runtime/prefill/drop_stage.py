@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from duet_vlm.ops.merge import merged_rows
 from duet_vlm.ops.ragged import gather_rows, pack_left, pack_right, upload
-from duet_vlm.ops.spans import SpanRows
 from duet_vlm.planning.tokens import Selection, TokenMap
-from duet_vlm.reducers.base import DecoderReducer, DecoderView
+from duet_vlm.reducers.decoder import DecoderReducer, DecoderView
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
 from duet_vlm.runtime.prefill.attention_scores import Signals, TextAttentionScorer, layer_device
+from duet_vlm.runtime.prefill.span_rows import SpanRows
 from duet_vlm.runtime.validation import check_mask, check_rows
 
 
@@ -97,15 +98,15 @@ def decide_stage(run: PromptState, ranking: TextAttentionScorer, index: int, tok
     reducer = ranking.reducer
     alive, kept = run.ranked(index - 1), run.ranked(index)
     rows, real = pack_right(tokens.prunable, max(map(sum, alive)))
-    columns = {name: gather_rows(x, rows) for name, x in made.items() if name != "hidden_states" or name in reducer.needs}
-    if "positions" in reducer.needs:
+    columns = {name: gather_rows(x, rows) for name, x in made.items() if name != "hidden_states" or Input.HIDDEN_STATES in reducer.requires}
+    if Input.POSITIONS in reducer.requires:
         made["positions"] = run.prompt.valid.to(rows.device).long().cumsum(1).sub(1).gather(1, tokens.prompt_index)
         columns["positions"] = gather_rows(made["positions"], rows)
-    if "tags" in reducer.needs:
+    if Input.TAGS in reducer.requires:
         columns["tags"] = gather_rows(_notes(run, tokens), rows)
-    text = _text(ranking, tokens, made) if reducer.needs & {"text_hidden_states", "keys", "positions"} else {}
-    facts: dict[str, Any] = {"final_norm": functools.partial(_normed, ranking)}
-    if reducer.uses_tokens:
+    text = _text(ranking, tokens, made) if reducer.requires & {Input.TEXT_HIDDEN_STATES, Input.DECODER_KEYS, Input.POSITIONS} else {}
+    facts: dict[str, Any] = {"method": reducer.name, "final_norm": functools.partial(_normed, ranking)}
+    if Input.TOKENS in reducer.requires:
         facts["spans"], columns["span_index"], columns["token_index"] = _provenance(run, tokens, rows)
         facts["grids"] = tuple(span.grid for sample in run.spans for span in sample)
     if reducer.multi_image == "joint":
@@ -142,7 +143,7 @@ def _text(ranking: TextAttentionScorer, tokens: TokenMap, made: Signals) -> Sign
     """The same signals of the text queries."""
     index, valid = ranking.text_rows(tokens)
     found = {"text_valid": valid}
-    if "text_hidden_states" in ranking.reducer.needs:
+    if Input.TEXT_HIDDEN_STATES in ranking.reducer.requires:
         found["text_hidden_states"] = gather_rows(made["hidden_states"], index)
     for name in {"keys", "positions"} & made.keys():
         found[f"text_{name}"] = gather_rows(made[name], index)

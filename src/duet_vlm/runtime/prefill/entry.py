@@ -15,7 +15,7 @@ from duet_vlm.models.adapter import FULL, SLIDING, Adapter
 from duet_vlm.ops.ragged import gather_rows, pack_left, upload
 from duet_vlm.planning.budget import SpanPlan
 from duet_vlm.planning.tokens import Span, TokenMap
-from duet_vlm.reducers.base import DecoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.active_config import ActiveConfig
 from duet_vlm.runtime.context import ForwardContext
@@ -81,10 +81,10 @@ def _prefill(adapter: Adapter, rules: ActiveConfig, call: ForwardContext, kwargs
         stays, left_out = rows_that_stay(call, rows, places, embeds)
     prompt = TokenMap.identity(valid, visual, stays)
     queries = torch.zeros_like(valid)
-    asks = isinstance(reducer, DecoderReducer) and reducer.uses_text_queries()
-    if (asks or "question_state" in getattr(reducer, "reads", ())) and call.received:
+    asks = reducer.uses_text_queries()
+    if (asks or Input.QUESTION_STATE in reducer.requires) and call.received:
         asking = valid if not call.num_draft_tokens else valid & (torch.arange(valid.shape[1], device=valid.device) < valid.shape[1] - call.num_draft_tokens)
-        kind, turns = getattr(reducer, "text_query", "all"), getattr(reducer, "training_turns", "first")
+        kind, turns = reducer.text_query, reducer.training_turns
         queries = query_rows(kind, prompt.prunable, asking, call.labels, call.salient_mask, turns)
     begins = documents(kwargs.get("attention_mask"), kwargs.get("position_ids"), valid, cached)
     layout = read_layout(call, reducer, places, valid, queries, stays, left_out, begins)
@@ -99,9 +99,9 @@ def _prefill(adapter: Adapter, rules: ActiveConfig, call: ForwardContext, kwargs
     dealt = assign_spans(call, layout)
     spans, sources = spans_of(dealt, layout, places, valid)
     plans = tuple(tuple(encoded.plans[number] for encoded, number in row) for row in sources)
-    if isinstance(reducer, DecoderReducer) and reducer.skip_unanswered and call.labels is not None:
+    if reducer.scoring_rules().skip_unanswered and call.labels is not None:
         plans = tuple(_without_drops(row) if not answered else row for row, answered in zip(plans, layout.has_labels, strict=True))
-    pools = _pools(plans, spans, layout, prompt, left_out, each=getattr(reducer, "multi_image", "joint") == "per_image")
+    pools = _pools(plans, spans, layout, prompt, left_out, each=reducer.multi_image == "per_image")
     run = PromptState(rules, embeds.shape[1], spans, pools, prompt, sum(sources, ()), min(layout.num_text_after_image), call.num_draft_tokens)
     run.element_bytes, run.num_real_tokens = embeds.element_size(), valid.sum(1)
     run.reduces = any(plan.entry < plan.tokens or plan.counts[-1] < plan.tokens for row in plans for plan in row)
@@ -115,7 +115,7 @@ def _prefill(adapter: Adapter, rules: ActiveConfig, call: ForwardContext, kwargs
         cache = kwargs["past_key_values"] = compat.new_cache(adapter.text_model.config) if cache is None else cache
         bind_prompt(cache, run)
     replay = stored.setdefault("survivors", {}) if run.reduces and not cached else {}
-    if replay and getattr(reducer, "trim_kv_cache", False):
+    if replay and reducer.trim_kv_cache:
         raise ValueError(f"{reducer.name}: trim_kv_cache=True takes rows out of a cache, and use_cache=False has none: use a cache, or trim_kv_cache=False")
     return PrefillPass(run, adapter, cache, queries, list(layout.num_queries), kwargs, replay)
 

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from duet_vlm.models.adapter import FULL, LINEAR, Adapter, Rotary
 from duet_vlm.ops.ragged import gather_last_dim, gather_rows
 from duet_vlm.planning.tokens import TokenMap
-from duet_vlm.reducers.base import DecoderReducer, Reducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.decoder import DecoderReducer
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.decode.cache import LayerGroup, PromptState
 from duet_vlm.runtime.encode.encoder import check_finite
@@ -40,15 +42,15 @@ class PrefillPass:
         self.prompt_state, self.adapter, self.reducer, self.cache, self.replay = run, adapter, run.config.reducer, cache, replay
         self.kinds = adapter.layer_types
         self.prepared_masks = _prepared(kwargs.get("attention_mask")) if FULL in self.kinds else None  # windows are lifted for ranking
-        self.forced_stages = self.reducer.extra_stages(run.depth) if isinstance(self.reducer, DecoderReducer) else frozenset()
+        self.forced_stages = self.reducer.extra_stages(run.depth)
         self.stages = {layer: keeps for layer in range(run.depth) if (keeps := self._keeps_at(layer)) is not None}
         self._check_rows_left()
         self.scorer = TextAttentionScorer(self.reducer, adapter, queries, asking, self.prepared_masks) if isinstance(self.reducer, DecoderReducer) else None
         self.scored_at = scoring_layers(adapter, self.reducer, [layer for layer in self.stages if _any(run.ranked(layer))])
         run.num_queries = tuple(max(1, n) for n in asking)
         run.scored_layers = tuple(sorted(set(self.scored_at.values())))
-        self.probes = isinstance(self.reducer, DecoderReducer) and "gradient" in self.reducer.needs
-        looks = isinstance(self.reducer, DecoderReducer) and "previous_hidden_states" in self.reducer.needs
+        self.probes = Input.GRADIENT in self.reducer.requires
+        looks = Input.PREVIOUS_HIDDEN_STATES in self.reducer.requires
         self.needs_previous_hidden = {drop for drop in self.stages if looks and drop not in replay and _any(run.ranked(drop))}
         self.layers_to_score = {scored for drop, scored in self.scored_at.items() if drop not in replay}  # layers that have not done so yet
         self.signals: dict[int, Signals] = {}  # by the layer that made them, of the rows that are there now
@@ -77,7 +79,7 @@ class PrefillPass:
 
     def at_layer(self, index: int, layer: nn.Module, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """Rows that ``layer`` reads: score, drop, and cut its arguments to them."""
-        if index == 0 and getattr(self.reducer, "text_query", "") == "raters" and self.scorer is not None and self.scorer.raters is None:
+        if index == 0 and self.reducer.text_query == "raters" and self.scorer is not None and self.scorer.raters is None:
             with torch.no_grad():
                 self.scorer.choose_raters(hidden.detach(), self.prompt_state.layer_groups[0].tokens.to(hidden.device))
         if self.scored_at.get(index) == index:  # by what all rows would do here
@@ -106,7 +108,7 @@ class PrefillPass:
 
     def reuses(self, index: int, layer: nn.Module) -> bool:
         """Whether ``layer`` ranks and can then take over what ranking makes: not where gradients must pass, not in a fixed graph."""
-        merges = index in self.stages and getattr(self.reducer, "merges", False)  # then the layer reads other rows than those it ranks
+        merges = index in self.stages and self.reducer.merges  # then the layer reads other rows than those it ranks
         return index in self.layers_to_score and not merges and not torch.is_grad_enabled() and compat.is_eager(layer)
 
     # ---- what the layer is given
@@ -226,11 +228,11 @@ class PrefillPass:
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer) and self.scorer is not None
         made = dict(self.signals.get(self.scored_at.get(index, -1), {}))
-        if reducer.needs & {"hidden_states", "text_hidden_states"}:
+        if reducer.requires & {Input.HIDDEN_STATES, Input.TEXT_HIDDEN_STATES}:
             made["hidden_states"] = hidden.detach()
-        if "previous_hidden_states" in reducer.needs:
+        if Input.PREVIOUS_HIDDEN_STATES in reducer.requires:
             made["previous_hidden_states"] = self.previous_hidden[index].to(hidden.device)
-        if "gradient" in reducer.needs:
+        if Input.GRADIENT in reducer.requires:
             made["gradient"] = self._gradient(index, layer, hidden, kwargs, tokens)
         with torch.no_grad():
             return decide_stage(self.prompt_state, self.scorer, index, tokens, made)
@@ -239,7 +241,7 @@ class PrefillPass:
         """Of a prediction made through the method's probe, by the rows in front of ``layer``."""
         reducer = self.reducer
         assert isinstance(reducer, DecoderReducer)
-        last = reducer.probe == "last"
+        last = reducer.scoring_rules().probe == "last"
         at = self.adapter.probed_layer(index, last)
         through = layer if at == index else self.adapter.layers[at]
         group = self.prompt_state.layer_group(index - 1) if index else self.prompt_state.layer_groups[0]
@@ -274,7 +276,7 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict
     """
     if not isinstance(reducer, DecoderReducer):
         return {}
-    if "gradient" in reducer.needs:
+    if Input.GRADIENT in reducer.requires:
         _check_probes(adapter, reducer, drops)
     if not reducer.uses_attention():
         return {}
@@ -290,7 +292,7 @@ def scoring_layers(adapter: Adapter, reducer: Reducer, drops: list[int]) -> dict
 
 
 def _check_probes(adapter: Adapter, reducer: DecoderReducer, drops: list[int]) -> None:
-    last = reducer.probe == "last"
+    last = reducer.scoring_rules().probe == "last"
     for drop in drops:
         if adapter.probed_layer(drop, last) < 0:
             there, where = ("before", f"from layer {adapter.first_attention + 1} on") if last else ("from there on", "earlier")

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from duet_vlm.models.adapter import Adapter
 from duet_vlm.reducers.base import Reducer
-from duet_vlm.reducers.compressor import ModuleSizes
+from duet_vlm.reducers.compressor import ModuleSizes, compressor_of
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.utils.hooks import Hooks
 
 NAME = "duet_vlm_module"
@@ -89,8 +90,8 @@ def _not_missing(module: nn.Module, incompatible: Any) -> None:
 def module_sizes(adapter: Adapter, reducer: Any) -> ModuleSizes:
     """What a module for this model is made for."""
     vision, hidden = adapter.vision_dims(), adapter.decoder_dims().hidden
-    in_front = adapter.pointwise_projector is not None and not reducer.reads_projected
-    levels = len(reducer.signal_layers) * vision.width if "states" in reducer.signals else 0
+    in_front = adapter.pointwise_projector is not None and Input.PROJECTED_FEATURES not in reducer.requires
+    levels = len(reducer.signal_layers) * vision.width if Input.STATES in reducer.requires else 0
     return ModuleSizes(vision.projector[0][0] if in_front else hidden, levels, hidden, adapter.fixed_tokens)
 
 
@@ -102,7 +103,7 @@ def weight_facts(adapter: Adapter, compressor: Any) -> dict[str, Any]:
 
 def install_module(adapter: Adapter, reducer: Reducer, facts: dict[str, Any], hooks: Hooks) -> nn.Module | None:
     """The module of a method that has one, made, loaded and put on the model; ``hooks`` take it off again."""
-    compressor = getattr(reducer, "trained_reducer", None)
+    compressor = compressor_of(reducer)
     if compressor is None:
         return None
     module: nn.Module = compressor.build_module(module_sizes(adapter, compressor), facts | weight_facts(adapter, compressor))

@@ -6,6 +6,7 @@ what the MLP makes of them goes back to their places, where the block adds it to
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from duet_vlm.models.adapter import Adapter, RecordedQK, TowerBlocks, VarlenTower
 from duet_vlm.ops.ragged import gather_rows
 from duet_vlm.planning.budget import TowerStages
-from duet_vlm.reducers.base import EncoderReducer, Reducer
-from duet_vlm.reducers.vision_tower import TowerReducer
+from duet_vlm.reducers.base import Reducer
+from duet_vlm.reducers.encoder import EncoderReducer
+from duet_vlm.reducers.inputs import VISION_LAYER_INPUTS, Input
+from duet_vlm.reducers.vision_tower import TowerReducer, tower_of
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
 from duet_vlm.runtime.vision_tower.patch_groups import stages_of
@@ -37,14 +40,14 @@ class BlockCut:
 def depth_of(blocks: TowerBlocks | VarlenTower, adapter: Adapter, reducer: EncoderReducer) -> int:
     """After the attention of how many blocks units can leave at the latest: a block whose rows are read, or whose attention ranks tokens, must
     have only those that are left."""
-    ranks = adapter.vision_attentions(reducer.signal_layer) if reducer.signals else []
+    ranks = adapter.vision_attentions(reducer.signal_layer) if reducer.requires & VISION_LAYER_INPUTS else []
     ranking = [number for number, inside in enumerate(blocks.block_modules) if any(inside.attention is module for module in ranks)]
     return max(0, min([blocks.output_block, *ranking]))
 
 
 def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
     """Raise where units cannot leave as the method of the tower wants it."""
-    tower = reducer.tower_reducer
+    tower = tower_of(reducer)
     assert isinstance(tower, TowerReducer)
     if tower.pooled_context_tokens and tower.prunes_inside:
         raise ValueError(f"pooled_context_tokens={tower.pooled_context_tokens}: with {tower.name} units leave behind blocks, and only what leaves in front of all is stood for")
@@ -60,7 +63,7 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
                 f"{tower.name}: units would leave after the attention of {boundaries[-1]} blocks, but the rows or the attention of block {depth} "
                 f"(counted from 0) are read: let them leave after at most {depth}"
             )
-        if "attention" in tower.tower_signals:
+        if Input.BLOCK_ATTENTION in tower.requires:
             windowed = [after for after in boundaries if after and not adapter.attends_globally(after - 1)]
             if windowed:
                 raise ValueError(f"{tower.name}: block {windowed[0] - 1} attends within windows, so its attention ranks no whole picture")
@@ -68,7 +71,7 @@ def check_boundaries(adapter: Adapter, reducer: EncoderReducer) -> None:
 
 def blocks_to_cut(adapter: Adapter, reducer: Reducer, tokens: int, left: int) -> TowerStages:
     """Where a picture of ``tokens`` loses some of them in the tower, if ``left`` are to be left behind it."""
-    tower = getattr(reducer, "tower_reducer", None)
+    tower = tower_of(reducer)
     if left == tokens or not isinstance(reducer, EncoderReducer) or not isinstance(tower, TowerReducer):
         return ()
     depth = depth_of(adapter.blocks_to_reduce()[0], adapter, reducer)
@@ -138,10 +141,9 @@ def keys_of(calls: list[RecordedQK]) -> Tensor:
 
 def attention_shares(tower: TowerReducer, run: TowerState, calls: list[RecordedQK]) -> dict[str, Tensor]:
     """What a method asks for of the attention that just ran."""
-    signals = {
-        "keys": lambda: run.of_units(keys_of(calls)),
-        "key_norm": lambda: run.of_units(torch.cat([one.key.float().norm(dim=-1).mean(1) for one in calls], 1)[..., None])[..., 0],
-        "attention": lambda: run.of_units(run.attention(calls)[..., None])[..., 0],
-        "size": run.sizes,
+    signals: dict[Input, tuple[str, Callable[[], Tensor]]] = {
+        Input.BLOCK_KEYS: ("keys", lambda: run.of_units(keys_of(calls))),
+        Input.KEY_NORM: ("key_norm", lambda: run.of_units(torch.cat([one.key.float().norm(dim=-1).mean(1) for one in calls], 1)[..., None])[..., 0]),
+        Input.BLOCK_ATTENTION: ("attention", lambda: run.of_units(run.attention(calls)[..., None])[..., 0]),
     }
-    return {name: make() for name, make in signals.items() if name in tower.tower_signals}
+    return {name: make() for wanted, (name, make) in signals.items() if wanted in tower.requires}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duet_vlm.ops.merge import BLOCK, in_stretches, sizes_of, weighed_means
 from duet_vlm.ops.ragged import gather_rows, pack_right, upload
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.vision_tower import Grid, MergePairs, TowerReducer, TowerView
 from duet_vlm.runtime.validation import check_merge_pairs, check_units
 
@@ -56,7 +57,7 @@ def select_patches(
     """
     mean = mean_of(patches, real)
     some = real.any(2)
-    signals = {"contrast": patch_contrast(patches, mean, real) if "contrast" in tower.tower_signals else None, "pixels": pixels}
+    signals = {"contrast": patch_contrast(patches, mean, real) if Input.PATCH_CONTRAST in tower.requires else None, "pixels": pixels}
     unit = torch.arange(some.shape[1], device=some.device).expand(some.shape)
     return apply_selection(tower, some, counts, patches.mean(2, dtype=torch.float32) - mean[:, 0], some.float(), weighs, grids=tuple(grids), previous_picture=before,
                   unit_index=unit, **signals)  # fmt: skip
@@ -70,7 +71,7 @@ def apply_selection(
     last = there & (shown["unit_index"] == shown["unit_index"].masked_fill(~there, -1).amax(1, keepdim=True)) & tower.protect_predicting_tokens  # may have to predict
     free = there & ~last
     keep = (upload(counts, there.device) if counts else there.sum(1)) - last.sum(1)
-    view = TowerView(free, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **shown)
+    view = TowerView(free, keep, tuple(n - tower.protect_predicting_tokens for n in counts), **shown, method=tower.name)
     picked, place = tower.keep_patches(view), torch.arange(there.shape[1], device=there.device).expand(there.shape)
     into, order = None, place
     if isinstance(picked, MergePairs):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from duet_vlm.models.adapter import Adapter, TowerBlocks
 from duet_vlm.ops.ragged import upload
 from duet_vlm.planning.spans import tower_counts
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.vision_tower import TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext, ThreadState
@@ -58,7 +59,7 @@ class TowerHooks:
         """Post-hook of the patch embedding."""
         if running := self.current_state():
             running[0].patches = output.detach()
-            running[0].pixels = args[0].detach() if "pixels" in running[1].tower_signals else None
+            running[0].pixels = args[0].detach() if Input.PIXELS in running[1].requires else None
 
     def enter(
         self, blocks: TowerBlocks, depth: int, parameters: tuple[str, ...], stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -20,6 +20,7 @@ from duet_vlm.ops.merge import weighed_means
 from duet_vlm.ops.ragged import gather_rows, upload
 from duet_vlm.ops.score import column_attention
 from duet_vlm.planning.budget import TowerStages
+from duet_vlm.reducers.inputs import Input
 from duet_vlm.reducers.vision_tower import Grid, TowerReducer
 from duet_vlm.runtime import compat
 from duet_vlm.runtime.context import EncodeContext
@@ -332,7 +333,7 @@ class VarlenTowerHooks(TowerHooks):
         if 0 in stages:
             pictures = rows.detach().view(-1, unit, rows.shape[1]).split(lengths)
             real = pad_sequence([torch.ones(n, unit, dtype=torch.bool, device=device) for n in lengths], batch_first=True)
-            shown = in_frames(pixels, tower, lengths) if "pixels" in reducer.tower_signals else None
+            shown = in_frames(pixels, tower, lengths) if Input.PIXELS in reducer.requires else None
             before = frames_before(call, spans)
             chosen = select_patches(reducer, pad_sequence(list(pictures), batch_first=True), real, stages[0], grids, weighs, shown, before)
             left = SurvivingPatches.of(chosen, lengths)

@@ -7,7 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from duet_vlm import tiny
+from duet_vlm.evaluation import tiny
 
 _sample = lru_cache(maxsize=4096)(tiny.sample)
 

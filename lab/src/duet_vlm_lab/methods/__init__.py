@@ -1,0 +1,1 @@
+"""Reference methods of the comparison, and a method of building blocks."""

@@ -1,0 +1,1 @@
+"""Configs, processors and starting weights of the embedded models."""

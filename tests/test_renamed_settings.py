@@ -1,0 +1,90 @@
+"""A saved setting with an old name or value is refused with the name and value of today, wherever it comes from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import shared
+from report_data import made_up
+from typer.testing import CliRunner
+
+import duet_vlm
+from duet_vlm.cli.main import app
+from duet_vlm.evaluation.report.check import check
+from duet_vlm.utils.renamed_settings import NAMES
+
+PICTURE = Path(duet_vlm.__file__).parent / "evaluation/tiny/demo/scene_1.png"
+OLD: list[tuple[str, dict[str, Any], str]] = [
+    ("contrast", {"mass": False}, "give proportional_attention=False"),
+    ("contrast", {"context": 3}, "give pooled_context_tokens=3"),
+    ("duet", {"keep_predicting": False}, "give protect_predicting_tokens=False"),
+    ("duet", {"share": "each"}, "give multi_image='per_image'"),
+    ("duet", {"parts": "each"}, "give crops='per_crop'"),
+    ("duet", {"parts": "joint"}, "give crops='joint'"),
+    ("duet", {"cache": "cut"}, "give trim_kv_cache=True"),
+    ("duet", {"cache": "full"}, "give trim_kv_cache=False"),
+    ("duet", {"clamp_below": 0}, "give small_image_tokens=0"),
+    ("duet", {"newline": "keep"}, "give newline_tokens='keep'"),
+    ("fastv", {"multi_image": "each"}, "give multi_image='per_image'"),
+    ("scope", {"crops": "each"}, "give crops='per_crop'"),
+    ("fastv", {"trim_kv_cache": "cut"}, "give trim_kv_cache=True"),
+    ("fastv", {"trim_kv_cache": "full"}, "give trim_kv_cache=False"),
+    ("contrast+duet", {"contrast_mass": False}, "give contrast_proportional_attention=False"),
+    ("contrast+duet", {"parts": "each"}, "give crops='per_crop'"),
+]
+
+
+def test_every_old_name_has_a_new_one_that_some_method_has() -> None:
+    known = {name: set(cls.__dataclass_fields__) for name, cls in duet_vlm.list_methods().items()}  # type: ignore[attr-defined]
+    assert all(any(new in names for names in known.values()) for new in NAMES.values())
+
+
+@pytest.mark.parametrize(("method", "settings", "advice"), OLD)
+def test_attach_says_the_new_name(method: str, settings: dict[str, Any], advice: str) -> None:
+    with pytest.raises(ValueError) as error:
+        duet_vlm.attach(shared("llava"), method, budget=0.5, **settings)
+    (name,) = settings
+    assert str(error.value).startswith(f"{method}: {name}=") and str(error.value).endswith(advice)
+
+
+def test_a_name_that_a_method_has_today_is_none_of_the_old_ones() -> None:
+    assert duet_vlm.get_method("fastvid")(context=0.25).settings()["context"] == 0.25
+    with duet_vlm.attach(shared("llava"), "fastvid", budget=0.5, context=0.25) as handle:
+        assert handle.reducer.settings()["context"] == 0.25
+
+
+@pytest.mark.parametrize(("given", "new"), [("keep_predicting=False", "protect_predicting_tokens=False"), ("cache=cut", "trim_kv_cache=True")])
+def test_the_command_line_says_the_new_name(given: str, new: str) -> None:
+    made = CliRunner().invoke(app, ["run", "-i", str(PICTURE), "-p", "What color is the ring?", "-b", "64", "--method", "duet", "--set", given])
+    assert made.exit_code == 2 and f"give {new}" in " ".join(made.output.split())
+
+
+def test_a_method_file_says_the_new_name(tmp_path: Path) -> None:
+    file = tmp_path / "duet.json"
+    file.write_text(json.dumps({"method": "duet", "budget": 0.5, "settings": {"parts": "each"}}))
+    with pytest.raises(ValueError, match="parts='each' is an old way to write a setting: give crops='per_crop'"):
+        duet_vlm.attach(shared("llava"), str(file))
+
+
+def test_the_config_of_a_checkpoint_says_the_new_name() -> None:
+    model = shared("llava")
+    model.config.duet_vlm = {"method": "duet", "budget": 0.5, "settings": {"clamp_below": 0}}
+    try:
+        with pytest.raises(ValueError, match="clamp_below=0 is an old way to write a setting: give small_image_tokens=0"):
+            duet_vlm.attach(model)
+    finally:
+        del model.config.duet_vlm
+
+
+@pytest.mark.parametrize(("method", "settings", "advice"), OLD)
+def test_a_result_file_says_the_new_name(method: str, settings: dict[str, Any], advice: str) -> None:
+    result = made_up(3, (0.5,))
+    result["runs"][1] |= {"method": "fastvid", "settings": {"context": 0.4}}  # its own setting of that name
+    check(result, "results/old.json")
+    result["runs"][1] |= {"method": method, "settings": settings}
+    with pytest.raises(ValueError) as error:
+        check(result, "results/old.json")
+    assert str(error.value).startswith("results/old.json: run 1") and advice in str(error.value)
